@@ -1,0 +1,56 @@
+# Every target sets up what it needs; a fresh machine needs only Python >= 3.11, git and make.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint types bench clean
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+RUN := $(VENV)/bin/python
+TEST_READY := $(VENV)/.test-installed
+DEV_READY := $(VENV)/.dev-installed
+BUILT := build/types
+
+# The folder `kernels` must not pass for the PyPI package of that name: keep the repository root off sys.path.
+export PYTHONSAFEPATH := 1
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
+
+demo: $(TEST_READY)  ## run the demo; ARGS="..." is passed on
+	$(RUN) -m ecospa_fx demo $(ARGS)
+
+test: $(TEST_READY)  ## run the tests, the long sweeps left out; ARGS="..." goes to pytest
+	$(RUN) -m pytest -n auto $(ARGS)
+
+check: lint types test  ## everything that must pass before a push
+
+lint: $(DEV_READY)  ## ruff: lint and format
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+# Type-checks the built package; paths in the report are put back to those of the source tree.
+types: $(DEV_READY)  ## mypy --strict on the built wheel
+	rm -rf $(BUILT) && mkdir -p $(BUILT)
+	$(RUN) -m build --no-isolation --outdir $(BUILT) . > $(BUILT)/log 2>&1 || { cat $(BUILT)/log; exit 1; }
+	$(RUN) -m pip install --quiet --no-deps --target $(BUILT)/site $(BUILT)/*.whl
+	cd $(BUILT)/site && "$(CURDIR)/$(RUN)" -m mypy --config-file "$(CURDIR)/pyproject.toml" \
+	    --cache-dir "$(CURDIR)/.mypy_cache" -p ecospa_fx | sed -E 's#^ecospa_fx/(passes|kernels)/#\1/#'
+
+bench: $(TEST_READY)  ## run the benchmarks
+	$(RUN) bench/explain.py $(ARGS)
+
+clean:  ## remove caches and build output (the environment in .venv stays)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(TEST_READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -e '.[test]'
+	touch $@
+
+$(DEV_READY): $(TEST_READY)
+	$(RUN) -m pip install -e '.[dev]'
+	touch $@

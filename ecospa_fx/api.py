@@ -1,0 +1,137 @@
+"""The front door: compile, explain, couplings, shrink, plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .compiled import MODEL, CompiledModel
+from .coupling import Coupling
+from .errors import EcoSpaError, NoInputsError, OptimizerError
+from .plan import Plan
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def compile(
+    model: Module,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    regions: str | Sequence[str] = "auto",
+) -> Module:
+    """Make a model shrinkable. It stays the same object, of the same class, with the same parameters.
+
+    >>> model = ecospa_fx.compile(model)
+
+    Without inputs it is captured at its first call, as `torch.compile` does it.
+
+    Args:
+        model: any module.
+        example_inputs: positional arguments of a call, to capture now.
+        example_kwargs: keyword arguments of that call.
+        regions: what to capture as graphs: `"auto"` (repeated blocks where couplings close inside them, else the
+            whole), `"blocks"`, `"root"`, or names of submodules.
+
+    Returns:
+        `model`.
+
+    Raises:
+        CaptureError: torch.export can capture neither the blocks nor the root, or what it captures disagrees with eager.
+        NoCouplingError: nothing in the model can shrink.
+    """
+    if MODEL in model.__dict__:
+        return model
+    compiled = CompiledModel(regions)
+    if example_inputs is None and example_kwargs is None:
+        compiled.attach(model)
+    else:
+        compiled.capture(model, tuple(example_inputs or ()), dict(example_kwargs or {}))
+    return model
+
+
+def state_of(model: nn.Module) -> CompiledModel:
+    """The state of a compiled and captured model.
+
+    Raises:
+        EcoSpaError: it was not compiled.
+        NoInputsError: it was, and has not been called yet.
+    """
+    compiled = model.__dict__.get(MODEL)
+    if compiled is None:
+        raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
+    if not compiled.captured:
+        raise NoInputsError(
+            f"{type(model).__name__} is compiled but has not been called yet, so nothing is known of it; call it once, "
+            "or compile it with example_inputs=(x,)"
+        )
+    return compiled
+
+
+def couplings(model: nn.Module) -> tuple[Coupling, ...]:
+    """The couplings of a compiled model, at their sizes now.
+
+    Raises:
+        NoInputsError: the model has not been called yet.
+    """
+    return state_of(model).couplings()
+
+
+def shrink(
+    model: nn.Module,
+    selection: Mapping[Coupling | str, Tensor],
+    *,
+    optimizer: Optimizer | Iterable[Optimizer] = (),
+) -> None:
+    """Remove rows and columns by hand.
+
+    Parameters stay the same objects; their gradients and the state of `optimizer` are sliced with them. Either all of
+    it happens or nothing.
+
+    Args:
+        model: a compiled model.
+        selection: coupling (or its name) -> sorted LongTensor of the entries to keep, in `0..coupling.size - 1`.
+        optimizer: the optimizer, or several, that hold the parameters.
+
+    Raises:
+        ShrinkError: a selection is empty, out of range or not increasing.
+        NoCouplingError: there is no such coupling.
+        OptimizerError: the optimizer holds none of the parameters, or state that cannot follow.
+        PinnedAxisError: another call signature of the model needs an axis whole.
+    """
+    compiled = state_of(model)
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    for each in optimizers:
+        check_optimizer(model, each)
+    compiled.shrink(model, selection, optimizers)
+
+
+def plan(model: nn.Module) -> Plan:
+    """What is left of the original model: a copy of the plan.
+
+    Raises:
+        EcoSpaError: the model is not compiled.
+    """
+    compiled = model.__dict__.get(MODEL)
+    if compiled is None:
+        raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
+    result: Plan = compiled.plan.copy()
+    return result
+
+
+def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse an optimizer that holds none of the model's parameters.
+
+    Raises:
+        OptimizerError: it holds none.
+    """
+    mine = {id(p) for p in model.parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(id(p) in mine for p in held):
+        raise OptimizerError(
+            f"this {type(optimizer).__name__} holds {len(held)} parameters, none of them of this "
+            f"{type(model).__name__}; pass the one made from model.parameters()"
+        )

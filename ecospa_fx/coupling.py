@@ -1,0 +1,105 @@
+"""Coupling and Refusal: what discovery says about a model, as people read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .why import Path
+
+Kind = Literal["qk", "vo", "ffn", "glu", "heads", "groups", "conv", "residual"]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One dim of one parameter that a coupling runs along.
+
+    Attributes:
+        parameter: name of the parameter in the model.
+        dim: which of its dims.
+        index: LongTensor `[parameter.shape[dim]]`, the entry of the coupling that each row or column belongs to, -1
+            where it belongs to none. One entry may own many rows: a head dim has one in every head.
+        matrix: the parameter has two or more dims; a bias belongs to the matrix named by `of`.
+        of: name of the matrix whose score a bias counts in.
+    """
+
+    parameter: str
+    dim: int
+    index: Tensor
+    matrix: bool
+    of: str
+
+    def __str__(self) -> str:
+        return f"{self.parameter}[{self.dim}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """Rows and columns of several weights that multiply each other, and so can only go together.
+
+    Attributes:
+        name: unique in the model, made of the module the members share and the kind.
+        kind: `qk` (contracted in a score), `vo` (carried through attention), `heads`, `groups` (query heads that share
+            a key head), `ffn`, `glu` (a product of two branches), `conv`, `residual` (a stream that several add to).
+        size: number of entries now.
+        original_size: number of entries before any shrink.
+        members: the parameter dims it runs along.
+        linear: everything between the weights is linear, so that any change of basis between them is free.
+        region: name of the region it was found in.
+    """
+
+    name: str
+    kind: Kind
+    size: int
+    original_size: int
+    members: tuple[Member, ...]
+    linear: bool
+    region: str
+    explain_path: Callable[[str, str], Path] = field(repr=False)
+
+    def why(self, a: str, b: str) -> Path:
+        """The path through the graph by which two of its parameters are coupled.
+
+        Args:
+            a: a parameter name.
+            b: another.
+
+        Raises:
+            NoCouplingError: one of them is no member.
+        """
+        return self.explain_path(a, b)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Coupling) and self.name == other.name
+
+    def __str__(self) -> str:
+        size = f"{self.size}" if self.size == self.original_size else f"{self.size} of {self.original_size}"
+        how = "bilinear" if self.linear else "pointwise"
+        return f"{self.name}: {self.kind}, {size}, {how}, {', '.join(map(str, self.members))}"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Weights that meet along an axis which cannot shrink, and why not.
+
+    Attributes:
+        members: `parameter[dim]` of each weight that runs along the axis.
+        size: entries of the axis.
+        reasons: what needs the axis whole, where; one sentence each.
+        region: name of the region it was found in.
+    """
+
+    members: tuple[str, ...]
+    size: int
+    reasons: tuple[str, ...]
+    region: str
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.members)} ({self.size}): {'; '.join(self.reasons)}"

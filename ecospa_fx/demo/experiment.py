@@ -1,0 +1,90 @@
+"""The three runs of the demo, from text to table.
+
+corpus -> train x 3 (dense | EcoSpa | uncoupled) -> save and reload -> time side by side -> table, plot, JSON, CSV
+"""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import ecospa_fx
+from ecospa_fx.demo.ablation import break_pairing
+from ecospa_fx.demo.corpus import Corpus, read_corpus, validation_batches
+from ecospa_fx.demo.options import Options
+from ecospa_fx.demo.plot import save_plot
+from ecospa_fx.demo.reload import reload_in_new_process, save_check
+from ecospa_fx.demo.report import rows_of, table_of, write_results
+from ecospa_fx.demo.timing import step_time_ratios
+from ecospa_fx.demo.train import Run, start_run, train
+
+RECENT = 20
+"""Steps over which the progress line averages."""
+
+
+def run_experiment(options: Options, console: Console | None = None) -> int:
+    """Run the whole demo and write its results to `options.out`.
+
+    Returns:
+        Exit code: 0, or 1 when the model loaded in a new process does not give the logits it gave before.
+
+    Raises:
+        OptionError: When the text or the architecture cannot be used; nothing has been written then.
+    """
+    console = console or Console()
+    began = time.perf_counter()
+    corpus = read_corpus(options.text, least=20 * options.batch_size * (options.context + 1))
+    runs = [start_run("dense", options)]
+    options.out.mkdir(parents=True, exist_ok=True)
+    console.print(
+        f"{options.arch}, {sum(p.numel() for p in runs[0].model.parameters()):,} parameters, random weights; "
+        f"{corpus.source}: {len(corpus.train):,} bytes to learn from, {len(corpus.valid):,} held out"
+    )
+    with _progress(console) as progress:
+        _train(runs[0], corpus, options, progress)
+        runs.append(start_run("EcoSpa", options))
+        _train(runs[1], corpus, options, progress)
+        runs.append(start_run("uncoupled", options, before_shrink=break_pairing))
+        _train(runs[2], corpus, options, progress)
+
+    equal, said = _save_and_reload(runs[1], corpus, options)
+    ratios = step_time_ratios(runs, corpus, options)
+    rows = rows_of(runs, ratios)
+    write_results(options.out, rows, runs, options, corpus)
+    save_plot(runs, options.out / "curves.png", f"{options.arch} on {corpus.source}, target {options.target:g}")
+    console.print(table_of(rows))
+    console.print(f"shrunk model saved, and loaded again in a new process: {said}")
+    console.print(
+        f"{options.out}: results.json, results.csv, curves.png, model/; took {time.perf_counter() - began:.0f} s"
+    )
+    return 0 if equal else 1
+
+
+def _train(run: Run, corpus: Corpus, options: Options, progress: Progress) -> None:
+    bar = progress.add_task(run.name, total=options.steps, shown="")
+    for step in train(run, corpus, options):
+        loss = sum(run.losses[-RECENT:]) / len(run.losses[-RECENT:])
+        recent = 1e3 * sum(run.seconds[-RECENT:]) / len(run.seconds[-RECENT:])
+        shown = f"loss {loss:.3f}  {run.sizes[-1]:>9,} parameters  {recent:3.0f} ms"
+        progress.update(bar, completed=step, shown=shown)
+
+
+def _save_and_reload(run: Run, corpus: Corpus, options: Options) -> tuple[bool, str]:
+    directory = options.out / "model"
+    ecospa_fx.save(run.model, directory, optimizer=run.optimizer, trainer=run.trainer)
+    tokens, _ = next(validation_batches(corpus, 1, options.batch_size, options.context))
+    save_check(run.model, tokens, directory)
+    return reload_in_new_process(directory)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<9}"),
+        BarColumn(bar_width=14),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[shown]}"),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        console=console,
+    )

@@ -1,0 +1,57 @@
+"""Loss and size over the steps of the runs, in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ecospa_fx.demo.train import Run
+
+COLOURS = {"dense": "#555555", "EcoSpa": "#0072b2", "uncoupled": "#d55e00"}
+"""Told apart with colour-blind eyes as well (Okabe and Ito)."""
+
+SMOOTHING = 0.9
+"""Weight of the past in the running mean of the training loss; single batches are too noisy to compare."""
+
+
+def save_plot(runs: Sequence[Run], path: Path, title: str) -> None:
+    """Draw training and validation loss above the parameter count; dots mark the shrinks."""
+    figure = Figure(figsize=(9, 7), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)  # draws into memory: no display is looked for
+    loss, size = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    for run in runs:
+        colour = COLOURS.get(run.name, "#009e73")
+        steps = range(1, len(run.losses) + 1)
+        smooth = _running_mean(run.losses)
+        loss.plot(steps, smooth, color=colour, alpha=0.45, linewidth=1)
+        loss.plot(
+            *zip(*run.valid, strict=True), color=colour, marker="s", markersize=3.5, linewidth=1.6, label=run.name
+        )
+        loss.plot(run.shrinks, [smooth[step - 1] for step in run.shrinks], "o", color=colour, markersize=4)
+        millions = [parameters / 1e6 for parameters in run.sizes]
+        size.step(steps, millions, where="post", color=colour, linewidth=1.6, label=run.name)
+        size.plot(run.shrinks, [millions[step - 1] for step in run.shrinks], "o", color=colour, markersize=4)
+    finite = [value for run in runs for value in run.losses]
+    settled = max(_running_mean(run.losses)[len(run.losses) // 12] for run in runs)
+    loss.set_ylim(min(finite) - 0.05, settled)  # the first steps fall so far that they would flatten all the rest
+    loss.set_ylabel("loss, nats per byte")
+    loss.plot([], [], color="black", alpha=0.45, linewidth=1, label="training (running mean)")
+    loss.plot([], [], color="black", marker="s", markersize=3.5, linewidth=1.6, label="validation")
+    loss.plot([], [], "o", color="black", markersize=4, label="shrink")
+    loss.set_title(title)
+    loss.legend(loc="upper right", ncols=2, frameon=False)
+    size.set_ylabel("parameters, millions")
+    size.set_xlabel("optimizer step")
+    size.set_ylim(bottom=0)
+    for axes in (loss, size):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    return list(accumulate(values, lambda mean, value: SMOOTHING * mean + (1 - SMOOTHING) * value))

@@ -1,0 +1,110 @@
+"""Plan: what is left of every parameter, in positions of the original model. The one state of a shrunk model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError
+
+FORMAT = 1
+
+
+@dataclass(eq=False)
+class Plan:
+    """Which rows and columns of the original model are left.
+
+    Attributes:
+        kept: (parameter or buffer name, dim) -> sorted LongTensor of original positions. What is absent is whole.
+        original_shapes: name -> shape before any shrink, for each parameter or buffer that has shrunk.
+    """
+
+    kept: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    original_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape that the plan leaves of a parameter that has shrunk."""
+        return tuple(
+            len(self.kept[name, dim]) if (name, dim) in self.kept else size
+            for dim, size in enumerate(self.original_shapes[name])
+        )
+
+    def mask(self, name: str, dim: int) -> Tensor:
+        """Bool mask `[original size]` of what is kept along one dim of a parameter that has shrunk."""
+        size = self.original_shapes[name][dim]
+        if (name, dim) not in self.kept:
+            return torch.ones(size, dtype=torch.bool)
+        mask = torch.zeros(size, dtype=torch.bool)
+        mask[self.kept[name, dim]] = True
+        return mask
+
+    def under(self, prefix: str) -> Iterator[str]:
+        """Names below a region, as the region names them."""
+        for name in self.original_shapes:
+            if not prefix:
+                yield name
+            elif name.startswith(f"{prefix}."):
+                yield name.removeprefix(f"{prefix}.")
+
+    def copy(self) -> Plan:
+        """An independent copy; the tensors, never written to, are shared."""
+        return Plan(dict(self.kept), dict(self.original_shapes))
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Plan)
+            and self.original_shapes == other.original_shapes
+            and self.kept.keys() == other.kept.keys()
+            and all(torch.equal(kept, other.kept[key]) for key, kept in self.kept.items())
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def to_json(self) -> str:
+        """The plan as JSON, one line per dim that shrank."""
+        axes = [
+            {"parameter": name, "dim": dim, "kept": kept.tolist()} for (name, dim), kept in sorted(self.kept.items())
+        ]
+        lines = ",\n    ".join(json.dumps(axis) for axis in axes)
+        shapes = json.dumps({name: list(shape) for name, shape in sorted(self.original_shapes.items())})
+        return f'{{\n  "format": {FORMAT},\n  "original_shapes": {shapes},\n  "axes": [\n    {lines}\n  ]\n}}\n'
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan written by `to_json`.
+
+        Raises:
+            CheckpointError: it is no plan, of another format version, or contradicts itself.
+        """
+        try:
+            document = json.loads(text)
+            if document["format"] != FORMAT:
+                raise CheckpointError(f"the plan has format {document['format']!r}; this version reads {FORMAT}")
+            shapes = {str(name): tuple(map(int, shape)) for name, shape in document["original_shapes"].items()}
+            kept = {
+                (axis["parameter"], int(axis["dim"])): _positions(axis, shapes) for axis in document["axes"]
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"this is no plan: {type(error).__name__}: {error}") from error
+        return cls(kept, shapes)
+
+
+def _positions(axis: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
+    name, dim, positions = axis["parameter"], axis["dim"], axis["kept"]
+    if name not in shapes or not 0 <= dim < len(shapes[name]):
+        raise CheckpointError(f"the plan keeps entries of `{name}` dim {dim}, which it gives no original shape for")
+    size = shapes[name][dim]
+    ordered = all(isinstance(p, int) for p in positions) and all(a < b for a, b in zip(positions, positions[1:]))
+    if not positions or not ordered or positions[0] < 0 or positions[-1] >= size:
+        raise CheckpointError(f"the plan's positions of `{name}` dim {dim} are not increasing within 0..{size - 1}")
+    return torch.tensor(positions, dtype=torch.long)

@@ -1,0 +1,79 @@
+"""Class swaps: the same module object, of the same class by isinstance, with a forward that follows a plan.
+
+As torch's parametrizations and FSDP2 do: a subclass is made per original class, under the same name, and
+`module.__class__` is set to it. Parameters, hooks, attributes and state_dict keys stay where they were.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+_SWAPPED: dict[tuple[type, str], type] = {}
+
+
+class ShrinkableLinear(nn.Linear):
+    """An nn.Linear whose `in_features` and `out_features` are those of its weight `[out, in]` now."""
+
+    @property
+    def in_features(self) -> int:  # type: ignore[override]
+        return int(self.weight.shape[1])
+
+    @in_features.setter
+    def in_features(self, value: int) -> None:
+        """Read off the weight; nn.Linear's constructor assigns it."""
+
+    @property
+    def out_features(self) -> int:  # type: ignore[override]
+        return int(self.weight.shape[0])
+
+    @out_features.setter
+    def out_features(self, value: int) -> None:
+        """Read off the weight; nn.Linear's constructor assigns it."""
+
+
+def swap_linears(region: nn.Module) -> None:
+    """Make every plain nn.Linear of a region a `ShrinkableLinear`."""
+    for module in region.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = ShrinkableLinear
+
+
+def unswap_linears(region: nn.Module) -> None:
+    """Undo `swap_linears`, on modules at any size."""
+    for module in region.modules():
+        if type(module) is ShrinkableLinear:
+            sizes = module.in_features, module.out_features
+            module.__class__ = nn.Linear
+            module.in_features, module.out_features = sizes
+
+
+def swap_forward(module: nn.Module, attribute: str) -> None:
+    """Route `module.forward` to the callable in `module.__dict__[attribute]`, which gets `(module, args, kwargs)`."""
+    original = type(module)
+    if (original, attribute) not in _SWAPPED:
+
+        @functools.wraps(original.forward)
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self.__dict__[attribute](self, args, kwargs)
+
+        body = {"forward": forward, "_ecospa_class": original, "__doc__": original.__doc__}
+        swapped = type(original.__name__, (original,), body)
+        swapped.__module__, swapped.__qualname__ = original.__module__, original.__qualname__
+        _SWAPPED[original, attribute] = swapped
+    module.__class__ = _SWAPPED[original, attribute]
+
+
+def unswap_forward(module: nn.Module) -> None:
+    """Give a module its original class back."""
+    module.__class__ = original_class(module)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class a module had before any forward of ours."""
+    cls = type(module)
+    while "_ecospa_class" in cls.__dict__:
+        cls = cls.__dict__["_ecospa_class"]
+    return cls

@@ -1,0 +1,142 @@
+"""Why two weights are coupled: the coupling graph as networkx, and paths through it as text.
+
+Nodes are parameter axes, atoms, the dims of intermediate values, and ops. An op is joined to every dim it touches that
+carries the atom; each of those edges keeps the rule and the FX node that made it. `nx.shortest_path` between two
+parameter axes is then the explanation.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+from torch import fx
+
+from .errors import NoCouplingError
+from .passes.axes import Atom, Expr, atoms_of
+from .passes.infer import Inference, op_name, place
+from .passes.rules import RULES
+
+_GETITEM = operator.getitem
+
+
+@dataclass(frozen=True)
+class Step:
+    """One op on a path: where it takes the axis from and where it puts it."""
+
+    op: str
+    where: str
+    before: str
+    after: str
+    because: str
+
+    def __str__(self) -> str:
+        return f"{self.before} -> {self.after}: {self.op} at {self.where} ({self.because})"
+
+
+@dataclass(frozen=True)
+class Path:
+    """How an axis gets from one parameter to another."""
+
+    start: str
+    end: str
+    steps: tuple[Step, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.start} is coupled with {self.end}:"]
+        width = max((len(step.op) for step in self.steps), default=0)
+        for number, step in enumerate(self.steps, 1):
+            lines.append(f"  {number:2}. {step.op:{width}}  {step.before} -> {step.after}  [{step.where}] {step.because}")
+        return "\n".join(lines)
+
+
+def axis_graph(inference: Inference, atoms: Collection[Atom] | None = None) -> nx.Graph:
+    """The axes of a captured graph and the ops that join them.
+
+    Args:
+        inference: the axes.
+        atoms: only what carries one of these; by default all.
+
+    Returns:
+        A graph with node attribute `kind` (`parameter`, `atom`, `axis`, `source`, `op`) and `label`; edges between ops and axes
+        keep `rule` (name of the axis rule) and `node` (FX node), edges between parameters and atoms none.
+    """
+    graph = nx.Graph(region=inference.captured.region)
+    wanted = None if atoms is None else set(atoms)
+
+    def carries(expr: Expr) -> list[Atom]:
+        return [atom for atom in dict.fromkeys(atoms_of(expr)) if wanted is None or atom in wanted]
+
+    region = f"{inference.captured.region}." if inference.captured.region else ""
+    names = {node: inference.captured.tensors[node.name] for node in inference.values if node.op == "placeholder"}
+
+    def axis(node: fx.Node, dim: int, output: int = 0, user: fx.Node | None = None) -> Any:
+        if node in names:
+            key: Any = ("parameter", names[node], dim)
+            graph.add_node(key, kind="parameter", label=f"{region}{names[node]}[{dim}]")
+        elif user is not None and node not in inference.values:
+            # Each use of a source has axes of its own: a table that all layers share does not tie them.
+            key = ("source", node.name, user.name, dim)
+            graph.add_node(key, kind="source", label=f"{node.name}[{dim}]")
+        else:
+            if node.target is _GETITEM:
+                node, output = node.args
+            key = ("axis", node.name, output, dim)
+            graph.add_node(key, kind="axis", label=f"{node.name}[{dim}]")
+        return key
+
+    for node, outputs in inference.values.items():
+        if node.op == "placeholder":
+            for dim, expr in enumerate(outputs[0]):
+                for atom in carries(expr):
+                    graph.add_node(("atom", atom.serial), kind="atom", label=repr(atom))
+                    graph.add_edge(axis(node, dim), ("atom", atom.serial), kind="lies on")
+            continue
+        if node not in inference.operands:
+            continue
+        rule = RULES.get(node.target)
+        operands = inference.operands[node]
+        touched = [axis(o.node, dim, user=node) for o in operands for dim, e in enumerate(o.exprs) if carries(e)]
+        touched += [axis(node, dim, i) for i, o in enumerate(outputs) for dim, e in enumerate(o) if carries(e)]
+        if touched:
+            key = ("op", node.name)
+            graph.add_node(key, kind="op", label=op_name(node), where=place(node))
+            for end in touched:
+                graph.add_edge(key, end, rule=rule.axes.__name__ if rule else None, node=node, kind="acts on")
+    return graph
+
+
+def path_between(inference: Inference, atom: Atom, a: str, b: str) -> Path:
+    """The shortest path along `atom` between two parameters of a region.
+
+    Raises:
+        NoCouplingError: `atom` does not lie on one of them.
+    """
+    graph = axis_graph(inference, [atom])
+    graph.remove_nodes_from([key for key in graph if key[0] == "atom"])
+    ends = []
+    for name in (a, b):
+        on = [key for key in graph if key[0] == "parameter" and key[1] == name]
+        if not on:
+            members = sorted({key[1] for key in graph if key[0] == "parameter"})
+            raise NoCouplingError(f"`{name}` is no member of this coupling; its members are {', '.join(members)}")
+        ends.append(on)
+    paths = [nx.shortest_path(graph, x, y) for x in ends[0] for y in ends[1] if x != y and nx.has_path(graph, x, y)]
+    keys = min(paths, key=len)
+    nodes = {node.name: node for node in inference.values}
+    steps = []
+    for before, op, after in zip(keys[::2], keys[1::2], keys[2::2], strict=False):
+        node = nodes[op[1]]
+        rule = RULES.get(node.target)
+        labels = graph.nodes
+        steps.append(
+            Step(labels[op]["label"], labels[op]["where"], labels[before]["label"], labels[after]["label"],
+                 rule.why if rule else "")
+        )  # fmt: skip
+    return Path(graph.nodes[keys[0]]["label"], graph.nodes[keys[-1]]["label"], tuple(steps))
+
+
+

@@ -1,0 +1,360 @@
+"""The axis algebra: a small type system for the dims of tensors.
+
+Every dim of every tensor carries an *axis expression* over *atoms* (named extents):
+
+    expr     := atom | product(expr, ...) | segments(expr, ...)
+    product  :  row-major flattening, `(h d)` has h * d entries and d runs fastest
+    segments :  concatenation, `q | k | v` has q + k + v entries
+    UNIT     :  the empty product, one entry, nothing to select
+
+`Axes` holds what is known so far as a substitution from atoms to expressions. There is one operation that adds
+knowledge, `unify(a, b)` ("these two dims are the same axis"), and three that look inside an axis and refine it where
+they must: `split` (a view regroups it), `cut` (a slice divides it), `regroup` (a view regroups several at once).
+
+Normal form, kept by `product` and `segments`: products and segments are flat, units vanish from products, and a product
+whose outermost factor is segmented is distributed, `(a | b) c == a c | b c`. Two expressions over the same atoms are the
+same axis exactly if their normal forms are equal.
+
+No parameter value and no tensor is ever read here: sizes are ints, or sympy expressions where torch.export found a
+dim to be dynamic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+
+Size: TypeAlias = Any  # int | sympy.Expr; sympy is untyped
+Expr: TypeAlias = "Atom | Product | Segments"
+
+
+class Mismatch(Exception):
+    """Two axes cannot be the same, or an axis cannot be divided as asked. The solver turns it into a refusal."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Atom:
+    """A named extent: what selection acts on. Compared by identity."""
+
+    serial: int
+    size: Size
+
+    def __repr__(self) -> str:
+        return f"a{self.serial}:{self.size}"
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Row-major flattening of `factors`, the last one running fastest."""
+
+    factors: tuple[Expr, ...]
+
+    def __repr__(self) -> str:
+        return f"({' '.join(map(repr, self.factors))})"
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Concatenation of `parts`."""
+
+    parts: tuple[Expr, ...]
+
+    def __repr__(self) -> str:
+        return f"[{' | '.join(map(repr, self.parts))}]"
+
+
+UNIT = Product(())
+
+
+def as_size(size: int | torch.SymInt | sympy.Expr) -> Size:
+    """Normal form of a size: an int where the value is known, else the sympy expression behind a SymInt."""
+    if type(size) is int:
+        return size
+    expr = size.node.expr if isinstance(size, torch.SymInt) else size
+    return int(expr) if isinstance(expr, (int, sympy.Integer)) else expr
+
+
+def quotient(size: Size, divisor: Size) -> Size | None:
+    """`size / divisor` where that is provably a whole number, else None."""
+    if type(size) is int and type(divisor) is int:
+        return size // divisor if divisor and size % divisor == 0 else None
+    if size == divisor:
+        return 1
+    ratio = size / sympy.sympify(divisor)
+    if isinstance(size, sympy.Add):
+        ratio = sympy.cancel(ratio)
+    return as_size(ratio) if sympy.fraction(ratio)[1] == 1 and ratio.is_integer else None
+
+
+def size_of(expr: Expr) -> Size:
+    """Number of entries along `expr`."""
+    match expr:
+        case Atom():
+            return expr.size
+        case Product():
+            size: Size = 1
+            for factor in expr.factors:
+                size = size * size_of(factor)
+            return size if type(size) is int else as_size(size)
+        case Segments():
+            return as_size(sum(size_of(part) for part in expr.parts))
+
+
+def atoms_of(expr: Expr) -> Iterator[Atom]:
+    """The atoms of `expr` from left to right, repeated where they repeat."""
+    match expr:
+        case Atom():
+            yield expr
+        case Product():
+            for factor in expr.factors:
+                yield from atoms_of(factor)
+        case Segments():
+            for part in expr.parts:
+                yield from atoms_of(part)
+
+
+def product(*factors: Expr) -> Expr:
+    """The normal form of the row-major flattening of `factors`."""
+    flat: list[Expr] = []
+    for factor in factors:
+        flat.extend(factor.factors if isinstance(factor, Product) else (factor,))
+    if not flat:
+        return UNIT
+    if len(flat) == 1:
+        return flat[0]
+    outer, *inner = flat
+    if isinstance(outer, Segments):
+        return segments(*(product(part, *inner) for part in outer.parts))
+    return Product(tuple(flat))
+
+
+def segments(*parts: Expr) -> Expr:
+    """The normal form of the concatenation of `parts`."""
+    flat: list[Expr] = []
+    for part in parts:
+        flat.extend(part.parts if isinstance(part, Segments) else (part,))
+    return flat[0] if len(flat) == 1 else Segments(tuple(flat))
+
+
+class Axes:
+    """What is known about the axes of one graph: a substitution from atoms to expressions.
+
+    Knowledge only grows. Whatever order facts arrive in, the classes come out the same, because each fact is an equality
+    and refinement only ever replaces an atom by an expression of the same size.
+    """
+
+    def __init__(self) -> None:
+        self._bound: dict[Atom, Expr] = {}
+        self._serial = 0
+
+    def fresh(self, size: Size) -> Expr:
+        """A new axis of `size` entries about which nothing is known (`UNIT` when it has just one)."""
+        if type(size) is int and size == 1:
+            return UNIT
+        self._serial += 1
+        return Atom(self._serial, size)
+
+    def resolve(self, expr: Expr) -> Expr:
+        """`expr` in normal form over atoms that are not refined further."""
+        match expr:
+            case Atom():
+                if expr not in self._bound:
+                    return expr
+                # Chains of substitutions are shortened as they are read, so that reading stays cheap.
+                self._bound[expr] = resolved = self.resolve(self._bound[expr])
+                return resolved
+            case Product():
+                return product(*map(self.resolve, expr.factors))
+            case Segments():
+                return segments(*map(self.resolve, expr.parts))
+
+    def unify(self, a: Expr, b: Expr) -> None:
+        """Record that `a` and `b` are the same axis, entry by entry.
+
+        Raises:
+            Mismatch: the sizes differ or the boundaries inside them do not nest. Equalities found before that stay:
+                callers pin both axes, for which they do no harm.
+        """
+        a, b = self.resolve(a), self.resolve(b)
+        if a == b:
+            return
+        if size_of(a) != size_of(b):
+            raise Mismatch(f"an axis of {size_of(a)} meets one of {size_of(b)}")
+        match a, b:
+            case Atom(), Atom():
+                # The older atom stays, so that what is printed does not depend on the order of facts.
+                old, new = sorted((a, b), key=lambda atom: atom.serial)
+                self._bind(new, old)
+            case Atom(), _:
+                self._bind(a, b)
+            case _, Atom():
+                self._bind(b, a)
+            case Product(), Product():
+                self._unify_products(a, b)
+            case _:
+                self._unify_segments(a, b)
+
+    def split(self, expr: Expr, inner: Size) -> tuple[Expr, Expr]:
+        """`expr` as `outer * inner`, where the inner axis has `inner` entries and runs fastest.
+
+        Raises:
+            Mismatch: `inner` does not divide the axis, or falls across a boundary inside it.
+        """
+        expr = self.resolve(expr)
+        outer = quotient(size_of(expr), inner)
+        if outer is None:
+            raise Mismatch(f"an axis of {size_of(expr)} does not split into rows of {inner}")
+        if outer == 1:
+            return UNIT, expr
+        if inner == 1:
+            return expr, UNIT
+        match expr:
+            case Atom():
+                pair = self.fresh(outer), self.fresh(inner)
+                self._bind(expr, product(*pair))
+                return pair
+            case Product():
+                factors = list(expr.factors)
+                taken = self._take(factors, inner)
+                return product(*factors), taken
+            case Segments():
+                outers, inners = zip(*(self.split(part, inner) for part in expr.parts), strict=True)
+                for other in inners[1:]:
+                    self.unify(inners[0], other)
+                return self.resolve(segments(*outers)), self.resolve(inners[0])
+
+    def cut(self, expr: Expr, sizes: Sequence[Size]) -> list[Expr]:
+        """The consecutive pieces of `expr` that have `sizes` entries.
+
+        Raises:
+            Mismatch: the sizes do not add up, or a boundary falls inside a row of a product.
+        """
+        expr = self.resolve(expr)
+        if as_size(sum(sizes)) != size_of(expr):
+            raise Mismatch(f"pieces of {list(sizes)} do not fill an axis of {size_of(expr)}")
+        if any(type(size) is int and size <= 0 for size in sizes):
+            raise Mismatch(f"an empty piece among {list(sizes)}")
+        if len(sizes) == 1:
+            return [expr]
+        match expr:
+            case Atom():
+                pieces = [self.fresh(size) for size in sizes]
+                self._bind(expr, segments(*pieces))
+                return pieces
+            case Product():
+                outer, rows = expr.factors[0], product(*expr.factors[1:])
+                counts = [quotient(size, size_of(rows)) for size in sizes]
+                if any(count is None for count in counts):
+                    raise Mismatch(f"a cut into {list(sizes)} falls inside rows of {size_of(rows)}")
+                # Cutting may refine atoms that the rows have too, so they are read again afterwards.
+                pieces = self.cut(outer, counts)
+                return [self.resolve(product(piece, rows)) for piece in pieces]
+            case Segments():
+                return self._cut_segments(expr, sizes)
+
+    def regroup(self, exprs: Sequence[Expr], sizes: Sequence[Size]) -> list[Expr]:
+        """The axes of a view: the same entries in the same order, grouped into dims of `sizes`.
+
+        Raises:
+            Mismatch: the old and the new boundaries do not nest.
+        """
+        factors: list[Expr] = []
+        for expr in map(self.resolve, exprs):
+            factors.extend(expr.factors if isinstance(expr, Product) else (expr,))
+        grouped = [self._take(factors, size) for size in reversed(sizes)]
+        if factors:
+            raise Mismatch(f"a view to {list(sizes)} leaves {factors} over")
+        return [self.resolve(expr) for expr in reversed(grouped)]
+
+    def _bind(self, atom: Atom, expr: Expr) -> None:
+        if atom in atoms_of(expr):
+            raise Mismatch(f"{atom} would contain itself in {expr}")
+        self._bound[atom] = expr
+
+    def _take(self, factors: list[Expr], size: Size) -> Expr:
+        """Remove the fastest-running `size` entries from the row-major `factors` and return them as one axis."""
+        taken: list[Expr] = []
+        while not (type(size) is int and size == 1):
+            if not factors:
+                raise Mismatch(f"nothing is left to take {size} entries from")
+            factor = self.resolve(factors.pop())
+            if isinstance(factor, Product):
+                factors.extend(factor.factors)
+                continue
+            extent = size_of(factor)
+            rest = quotient(size, extent)
+            if rest is None:
+                if quotient(extent, size) is None:
+                    raise Mismatch(f"boundaries of {extent} and {size} do not nest")
+                outer, factor = self.split(factor, size)
+                factors.append(outer)
+                rest = 1
+            taken.append(factor)
+            size = rest
+        return product(*reversed(taken))
+
+    def _unify_products(self, a: Product, b: Product) -> None:
+        left, right = list(a.factors), list(b.factors)
+        while left or right:
+            if not (left and right):
+                raise Mismatch(f"{a} and {b} do not line up")
+            # Unifying one pair may refine the factors still to come, so each is read when its turn comes.
+            f, g = self.resolve(left.pop()), self.resolve(right.pop())
+            if isinstance(f, Product) or isinstance(g, Product):
+                left.extend(f.factors if isinstance(f, Product) else (f,))
+                right.extend(g.factors if isinstance(g, Product) else (g,))
+                continue
+            if size_of(f) != size_of(g):
+                if quotient(size_of(f), size_of(g)) is not None:
+                    outer, f = self.split(f, size_of(g))
+                    left.append(outer)
+                elif quotient(size_of(g), size_of(f)) is not None:
+                    outer, g = self.split(g, size_of(f))
+                    right.append(outer)
+                else:
+                    raise Mismatch(f"boundaries of {size_of(f)} and {size_of(g)} do not nest")
+            self.unify(f, g)
+
+    def _unify_segments(self, a: Expr, b: Expr) -> None:
+        sizes = _common_sizes(_part_sizes(a), _part_sizes(b))
+        for piece, other in zip(self.cut(a, sizes), self.cut(b, sizes), strict=True):
+            self.unify(piece, other)
+
+    def _cut_segments(self, expr: Segments, sizes: Sequence[Size]) -> list[Expr]:
+        pieces: list[list[Expr]] = [[] for _ in sizes]
+        parts = list(reversed(expr.parts))
+        for piece, wanted in zip(pieces, sizes, strict=True):
+            while not (type(wanted) is int and wanted == 0):
+                part = parts.pop()
+                size = size_of(part)
+                rest = as_size(wanted - size)
+                if type(rest) is not int:
+                    raise Mismatch(f"cannot compare a piece of {wanted} with a part of {size}")
+                if rest < 0:
+                    part, other = self.cut(part, [wanted, as_size(size - wanted)])
+                    parts.append(other)
+                    rest = 0
+                piece.append(part)
+                wanted = rest
+        return [self.resolve(segments(*piece)) for piece in pieces]
+
+
+def _part_sizes(expr: Expr) -> list[Size]:
+    return [size_of(part) for part in expr.parts] if isinstance(expr, Segments) else [size_of(expr)]
+
+
+def _common_sizes(a: list[Size], b: list[Size]) -> list[Size]:
+    """Sizes of the pieces between all boundaries of two concatenations of one length."""
+    if a == b:
+        return a
+    if len(a) == 1 or len(b) == 1:
+        return a if len(b) == 1 else b
+    if not all(type(size) is int for size in (*a, *b)):
+        raise Mismatch(f"cannot order the boundaries of {a} and {b}")
+    ends = sorted({*accumulate(a), *accumulate(b)})
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]

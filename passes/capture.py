@@ -1,0 +1,486 @@
+"""Capture: one region of a model as an FX graph of ATen ops, at its original sizes.
+
+    capture(module, args, kwargs)
+      -> _Flat            the region behind a signature of tensors only
+      -> torch.export     batch, sequence and any other dim that may be dynamic is
+      -> _clean           asserts and no-ops out, placeholders sorted by what they hold
+      -> agrees           the graph against eager, outputs and gradients, before it is trusted
+
+A *region* is any submodule: the root, a block, a single attention. Capture knows nothing of what lies around it. A
+graph belongs to one *signature* (argument structure, dtypes, devices, train or eval, dims that were specialised).
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+from torch.nn.utils import stateless
+
+from ecospa_fx.errors import CaptureError
+
+from .axes import Size, as_size
+
+aten = torch.ops.aten
+Forward = Callable[..., Any]
+
+# Relative error up to which a captured graph counts as equal to eager, by dtype. Most graphs are bit-identical; fused
+# kernels in another order account for the rest.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True, eq=False)
+class Signature:
+    """What a call must look like for a captured graph to serve it.
+
+    Attributes:
+        spec: tree of the arguments.
+        leaves: the leaves of that tree: None where there is a tensor, else the value itself.
+        tensors: (dtype, device, sizes) of each tensor, a size being an int where it was specialised.
+        training: the training flag of each module of the region.
+    """
+
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+    tensors: tuple[tuple[torch.dtype, torch.device, tuple[Size, ...]], ...]
+    training: tuple[bool, ...]
+    ranges: Mapping[sympy.Symbol, tuple[Any, Any]]
+
+    def mismatch(self, spec: pytree.TreeSpec, leaves: Sequence[Any], training: tuple[bool, ...]) -> str | None:
+        """Why a call does not fit, or None where it does."""
+        if training != self.training:
+            return "train and eval mode differ"
+        if spec != self.spec:
+            return "the arguments are structured differently"
+        tensors = iter(self.tensors)
+        sizes: dict[Any, int] = {}
+        for mine, given in zip(self.leaves, leaves, strict=True):
+            if isinstance(given, Tensor) != (mine is None):
+                if not (given is None and mine == _NONE):
+                    return "a tensor argument became a constant or the reverse"
+                continue
+            if mine is not None:
+                if not _same_constant(mine, given):
+                    return f"the constant argument {given!r} was {mine!r}"
+                continue
+            dtype, device, shape = next(tensors)
+            if given.dtype != dtype or given.device != device or given.ndim != len(shape):
+                return f"a tensor is {given.dtype} {tuple(given.shape)} on {given.device}, was {dtype} on {device}"
+            for size, now in zip(shape, given.shape, strict=True):
+                if type(size) is int:
+                    if size != now:
+                        return f"a dim of {now} was specialised to {size}"
+                elif isinstance(size, sympy.Symbol) and sizes.setdefault(size, now) != now:
+                    return f"dims that were equal are {sizes[size]} and {now}"
+        for symbol, now in sizes.items():
+            low, high = self.ranges.get(symbol, (0, sympy.oo))
+            if not low <= now <= high:
+                return f"a dim of {now} lies outside {low} to {high}"
+        tensors = iter(self.tensors)
+        for given in leaves:
+            if isinstance(given, Tensor):
+                for size, now in zip(next(tensors)[2], given.shape, strict=True):
+                    if isinstance(size, sympy.Expr) and not size.is_Symbol and size.subs(sizes) != now:
+                        return f"a dim of {now} was {size}"
+        return None
+
+
+_NONE = "none"  # stands for a None leaf, since None marks a tensor
+
+
+def _same_constant(a: Any, b: Any) -> bool:
+    return (a == _NONE and b is None) or a is b or (type(a) is type(b) and bool(a == b))
+
+
+@dataclass(eq=False)
+class Captured:
+    """A region as a graph at original sizes. Never changed once made.
+
+    Attributes:
+        region: name of the region in the model, `""` for the root.
+        graph: ATen graph; its placeholders are `tensors` by name, then `constants`, then `inputs`.
+        tensors: placeholder name -> name of the parameter or buffer in the region.
+        parameters: the placeholders among `tensors` that are parameters.
+        constants: placeholder name -> lifted tensor or subgraph module.
+        inputs: placeholders of the tensor leaves of a call, in order.
+        signature: calls that the graph serves.
+        sizes: original shape per name in `tensors`.
+        same_storage: name -> first name with the same storage (tied weights).
+        shared_outside: name -> why it must stay whole: something outside the region uses it too.
+        outputs: tree of the results; leaves are tensors' places or constants.
+    """
+
+    region: str
+    graph: fx.Graph
+    tensors: dict[str, str]
+    parameters: set[str]
+    constants: dict[str, Any]
+    inputs: list[str]
+    signature: Signature
+    sizes: dict[str, torch.Size]
+    out_spec: pytree.TreeSpec
+    out_leaves: list[Any]
+    same_storage: dict[str, str] = field(default_factory=dict)
+    shared_outside: dict[str, str] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
+        return self  # never changed once made
+
+    def result(self, tensors: Sequence[Tensor]) -> Any:
+        """The region's own result structure around the graph's output `tensors`."""
+        waiting = iter(tensors)
+        leaves = [next(waiting) if leaf is _TENSOR else leaf for leaf in self.out_leaves]
+        return pytree.tree_unflatten(leaves, self.out_spec)
+
+
+_TENSOR = object()
+
+
+def tensor_meta(node: fx.Node) -> tuple[Tensor, ...]:
+    """The fake tensors that stand for the outputs of `node`; empty for what is no tensor."""
+    val = node.meta.get("val")
+    if isinstance(val, Tensor):
+        return (val,)
+    if isinstance(val, (tuple, list)) and val and all(isinstance(item, Tensor) for item in val):
+        return tuple(val)
+    return ()
+
+
+def training_flags(module: nn.Module) -> tuple[bool, ...]:
+    """The training flag of every module of a region: train and eval are two signatures, and so is a frozen norm."""
+    return tuple(child.training for child in module.modules())
+
+
+def capture(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    region: str = "",
+    forward: Forward | None = None,
+    originals: Mapping[str, Tensor] | None = None,
+    check: bool = True,
+) -> Captured:
+    """Capture `module` as called with `args` and `kwargs`.
+
+    Args:
+        module: the region.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        region: name of the region, for messages.
+        forward: the region's own forward where its class has been swapped.
+        originals: stand-ins at original sizes for parameters and buffers that have shrunk since.
+        check: compare the graph with eager, outputs and gradients, once.
+
+    Raises:
+        CaptureError: torch.export fails, or the graph disagrees with eager.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    forward = forward or type(module).forward
+    flat = _Flat(module, forward, leaves, spec)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    with _at_original_sizes(module, originals or {}):
+        program = _export(flat, tensors, region, leaves)
+        captured = _collect(program, flat, module, region, leaves, spec, tensors)
+        if check and not any(t.is_meta for t in (*tensors, *module.parameters())):
+            error = disagreement(captured, module, forward, args, kwargs)
+            if error is not None:
+                raise CaptureError(f"{_named(region)} was captured, but {error}; it is left as it is")
+    return captured
+
+
+class _Flat(nn.Module):
+    """A region behind tensor arguments only, so that any call structure can be exported with dynamic shapes."""
+
+    def __init__(self, region: nn.Module, forward: Forward, leaves: list[Any], spec: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.region = region
+        self.training = region.training
+        self.own_forward, self.leaves, self.spec = forward, leaves, spec
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        waiting = iter(tensors)
+        leaves = [next(waiting) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        out_leaves, self.out_spec = pytree.tree_flatten(self.own_forward(self.region, *args, **kwargs))
+        self.out_leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in out_leaves]
+        return tuple(leaf for leaf in out_leaves if isinstance(leaf, Tensor))
+
+
+def _export(flat: _Flat, tensors: list[Tensor], region: str, leaves: list[Any]) -> torch.export.ExportedProgram:
+    foreign = sorted({type(leaf).__name__ for leaf in leaves if not _plain(leaf)})
+    auto = torch.export.Dim.AUTO
+    shapes = (tuple({dim: auto for dim, size in enumerate(t.shape) if size > 1} for t in tensors),)
+    try:
+        with _quiet(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return torch.export.export(flat, tuple(t.detach() for t in tensors), dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        hint = ""
+        if foreign:
+            hint = (
+                f". It is called with {', '.join(foreign)}, which cannot be an input of a graph: "
+                "pass None there, or turn the option off that makes it (a cache, as a rule)"
+            )
+        raise CaptureError(
+            f"torch.export cannot capture {_named(region)} ({type(flat.region).__name__}): {reason}{hint}"
+        ) from error
+
+
+def _plain(leaf: Any) -> bool:
+    return leaf is None or isinstance(leaf, (Tensor, int, float, bool, str, torch.dtype, torch.device))
+
+
+def _named(region: str) -> str:
+    return f"region `{region}`" if region else "the model"
+
+
+def _collect(
+    program: torch.export.ExportedProgram,
+    flat: _Flat,
+    module: nn.Module,
+    region: str,
+    leaves: list[Any],
+    spec: pytree.TreeSpec,
+    tensors: list[Tensor],
+) -> Captured:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(program.graph, {}))
+    held: dict[str, str] = {}
+    parameters: set[str] = set()
+    constants: dict[str, Any] = {}
+    inputs: list[str] = []
+    for entry in program.graph_signature.input_specs:
+        name, target = entry.arg.name, (entry.target or "").removeprefix("region.")
+        if entry.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            held[name] = target
+            if entry.kind is InputKind.PARAMETER:
+                parameters.add(name)
+        elif entry.kind is InputKind.USER_INPUT:
+            inputs.append(name)
+        else:
+            constants[name] = program.constants[entry.target]
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            constants[node.name] = getattr(program.graph_module, node.target)
+    _clean(graph)
+    signature = Signature(
+        spec,
+        tuple(None if isinstance(leaf, Tensor) else _NONE if leaf is None else leaf for leaf in leaves),
+        tuple(
+            (t.dtype, t.device, tuple(as_size(size) for size in node.meta["val"].shape))
+            for t, node in zip(tensors, (n for n in graph.nodes if n.name in set(inputs)), strict=True)
+        ),
+        training_flags(module),
+        {symbol: (span.lower, span.upper) for symbol, span in program.range_constraints.items()},
+    )
+    named = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
+    first: dict[Any, str] = {}
+    same = {}
+    for name in held.values():
+        key = storage_key(named[name])
+        if key in first:
+            same[name] = first[key]
+        first.setdefault(key, name)
+    return Captured(
+        region=region, graph=graph, tensors=held, parameters=parameters, constants=constants, inputs=inputs,
+        signature=signature, sizes={name: named[name].shape for name in held.values()},
+        out_spec=flat.out_spec, out_leaves=flat.out_leaves, same_storage=same,
+    )  # fmt: skip
+
+
+def storage_key(tensor: Tensor) -> Any:
+    """Identity of the memory behind a tensor, also where there is none (meta)."""
+    return tensor.untyped_storage()._cdata
+
+
+def _clean(graph: fx.Graph) -> None:
+    """Remove what guards and records but does not compute: it costs time and would fail after a shrink."""
+    for node in reversed(graph.nodes):
+        name = str(node.target)
+        if name.startswith(("aten._assert", "aten.sym_constrain")) or node.target is torch._check:
+            graph.erase_node(node)
+    for node in list(graph.nodes):
+        # A view of the whole only costs a dispatch. A cast to what a tensor is already stays: under autocast it is one.
+        if node.target is aten.alias.default or (node.target is aten.slice.Tensor and _whole(node)):
+            if not _written_to(node):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+    for node in reversed(graph.nodes):
+        if not node.users and node.op == "call_function" and _pure(node):
+            graph.erase_node(node)
+
+
+def _whole(node: fx.Node) -> bool:
+    """Whether a slice takes all of its dim, whatever the size."""
+    start, end, step = (*node.args, *([None] * 3))[2:5]
+    return start in (0, None) and (end is None or end == torch.iinfo(torch.int64).max) and step in (1, None)
+
+
+def _written_to(node: fx.Node) -> bool:
+    """Whether an in-place op writes into this node's memory by name; then its identity matters."""
+    return any(
+        isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable and user.args[:1] == (node,)
+        for user in node.users
+    )
+
+
+def _pure(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+    return node.target is operator.getitem
+
+
+@contextmanager
+def _at_original_sizes(module: nn.Module, originals: Mapping[str, Tensor]) -> Iterator[None]:
+    if not originals:
+        yield
+        return
+    with stateless._reparametrize_module(module, dict(originals)):
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export reports each dim it specialises and each constant it lifts; the signature says so already."""
+    loggers = [logging.getLogger(name) for name in ("torch._export.non_strict_utils", "torch.export", "torch.fx")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def run(captured: Captured, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor], **interpreter: Any) -> Any:
+    """Interpret the graph at original sizes. Slow; for checks.
+
+    Args:
+        captured: the graph.
+        tensors: a tensor per parameter and buffer name.
+        inputs: the tensor leaves of a call.
+        interpreter: `interpreter=` a subclass of `fx.Interpreter` to run it with.
+
+    Returns:
+        The graph's output tensors.
+    """
+    make = interpreter.get("interpreter", fx.Interpreter)
+    values = {name: tensors[held] for name, held in captured.tensors.items()} | dict(
+        zip(captured.inputs, inputs, strict=True)
+    )
+    constants = captured.constants
+    root = nn.Module()
+    for node in captured.graph.nodes:
+        if node.op == "get_attr":
+            setattr(root, node.target, constants[node.name])
+    order = [node.name for node in captured.graph.nodes if node.op == "placeholder"]
+    graph_module = fx.GraphModule(root, captured.graph)
+    return make(graph_module).run(*(values.get(name, constants.get(name)) for name in order))
+
+
+def disagreement(
+    captured: Captured, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    """Where the graph differs from eager on this call, outputs or gradients; None where they agree.
+
+    Buffers that a forward updates (running statistics) and the random state are left as they were.
+    """
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    buffers = dict(module.named_buffers())
+
+    def results(call: Callable[[list[Any]], Sequence[Any]]) -> tuple[list[Tensor], list[Tensor | None], list[str]]:
+        inputs = [_leaf(leaf) for leaf in leaves]
+        wanted = {f"argument {i}": leaf for i, leaf in enumerate(inputs) if _differentiable(leaf)}
+        wanted |= {f"`{name}`": p for name, p in parameters.items()}
+        devices = {p.device.index for p in (*parameters.values(), *buffers.values()) if p.is_cuda}
+        with torch.random.fork_rng(devices=[d for d in devices if d is not None]), torch.enable_grad():
+            torch.manual_seed(0)
+            with stateless._reparametrize_module(module, {n: b.detach().clone() for n, b in buffers.items()}):
+                outputs = [out for out in call(inputs) if isinstance(out, Tensor)]
+            floating = [out for out in outputs if out.requires_grad and out.is_floating_point()]
+            grads: list[Tensor | None] = [None] * len(wanted)
+            if floating and wanted:
+                torch.manual_seed(1)
+                loss = sum((out * torch.randn_like(out)).sum() for out in floating)
+                grads = list(torch.autograd.grad(loss, list(wanted.values()), allow_unused=True))
+        return outputs, grads, list(wanted)
+
+    def eager(inputs: list[Any]) -> list[Any]:
+        call_args, call_kwargs = pytree.tree_unflatten(inputs, spec)
+        return pytree.tree_leaves(forward(module, *call_args, **call_kwargs))
+
+    def graph(inputs: list[Any]) -> Sequence[Any]:
+        named = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
+        return run(captured, named, [leaf for leaf in inputs if isinstance(leaf, Tensor)])
+
+    try:
+        outs, grads, names = results(eager)
+        graph_outs, graph_grads, _ = results(graph)
+    except RuntimeError as error:
+        return f"its graph does not run: {str(error).splitlines()[0]}"
+    for i, (a, b) in enumerate(zip(outs, graph_outs, strict=True)):
+        if not _close(a, b):
+            return f"output {i} of the graph differs from eager by {relative_error(a, b):.1e}"
+    for name, a, b in zip(names, grads, graph_grads, strict=True):
+        if (a is None) != (b is None):
+            missing = "the graph" if b is None else "eager"
+            if not _negligible(a if a is not None else b):
+                return f"the gradient of {name} is missing in {missing}"
+        elif a is not None and b is not None and not _close(a, b):
+            return f"the gradient of {name} differs from eager by {relative_error(a, b):.1e}"
+    return None
+
+
+def _leaf(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    leaf = leaf.detach().clone()
+    return leaf.requires_grad_() if leaf.is_floating_point() else leaf
+
+
+def _differentiable(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _negligible(gradient: Tensor | None) -> bool:
+    return gradient is None or not bool(gradient.any())
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """Largest difference relative to the largest entry; NaN and inf agree where both have them."""
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.numel():
+        return 0.0
+    a, b = a.detach(), b.detach()
+    same = (a == b) | ((a != a) & (b != b))
+    if bool(same.all()):
+        return 0.0
+    if not a.is_floating_point():
+        return float("inf")
+    finite = torch.where(same, torch.zeros_like(a), a - b).abs().max()
+    scale = torch.where(torch.isfinite(a), a, torch.zeros_like(a)).abs().max()
+    return float(finite / scale.clamp_min(torch.finfo(a.dtype).tiny))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    error = relative_error(a, b)
+    # Gradients that are zero up to rounding compare as noise against noise.
+    if a.is_floating_point() and float(a.detach().abs().max() if a.numel() else 0.0) < 1e-12:
+        return bool((a - b).detach().abs().max() < 1e-9) if a.numel() else True
+    return error <= TOLERANCE.get(a.dtype, 0.0)

@@ -1,0 +1,147 @@
+"""Discover: which axes of a region can shrink, of what kind they are, and why the others cannot.
+
+    discover(inference) -> couplings, refusals
+
+An atom that lies on two or more weight matrices and is *produced* by one of them (free in its contraction, so that
+weights really meet) is a coupling, unless something pins it; then it is a refusal with the reasons. Kinds are read off
+the facts about the atom, never off names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+
+from ecospa_fx.coupling import Kind, Refusal
+
+from .axes import Atom, atoms_of, size_of
+from .infer import Fact, Inference, Role, place
+
+Axis = tuple[str, int]  # (parameter name in the region, dim)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A coupling of one captured graph, at original sizes.
+
+    Attributes:
+        key: the parameter axes it lies on, the same in every graph of the region.
+        name: unique in the region.
+        atom: what is selected.
+        kind: see `ecospa_fx.Coupling`.
+        linear: nothing between the weights is nonlinear or scales entries apart.
+        producers: parameters in whose contraction the atom is free.
+    """
+
+    key: tuple[Axis, ...]
+    name: str
+    atom: Atom
+    kind: Kind
+    linear: bool
+    producers: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Discovery:
+    """What was found in one captured graph."""
+
+    couplings: tuple[Found, ...]
+    refusals: tuple[Refusal, ...]
+
+
+def discover(inference: Inference) -> Discovery:
+    """Find the couplings of a captured graph and the axes that might have been some."""
+    axes: dict[Atom, list[Axis]] = defaultdict(list)
+    for name, exprs in inference.parameters.items():
+        for dim, expr in enumerate(exprs):
+            for atom in dict.fromkeys(atoms_of(expr)):
+                axes[atom].append((name, dim))
+    facts: dict[Atom, list[Fact]] = defaultdict(list)
+    for fact in inference.facts:
+        for atom in dict.fromkeys(atoms_of(fact.expr)):
+            facts[atom].append(fact)
+    region = inference.captured.region
+    found, refusals, taken = [], [], set()
+    for atom, key in axes.items():
+        roles = _by_role(facts[atom])
+        matrices = {name for name, _ in key if len(inference.parameters[name]) > 1}
+        producers = _producers(roles, matrices)
+        if type(size_of(atom)) is not int or len(matrices) < 2 or not producers:
+            continue
+        if roles["pinned"]:
+            reasons = dict.fromkeys(f"{fact.reason} ({place(fact.node)})" for fact in roles["pinned"])
+            members = tuple(f"{_join(region, name)}[{dim}]" for name, dim in key)
+            refusals.append(Refusal(members, atom.size, tuple(reasons), region))
+            continue
+        kind = _kind(roles, inference, matrices)
+        name = _name(kind, sorted(matrices), taken)
+        linear = not (roles["nonlinear"] or roles["gate"]) and kind not in ("heads", "groups")
+        found.append(Found(tuple(key), name, atom, kind, linear, producers))
+    return Discovery(tuple(found), tuple(refusals))
+
+
+def _by_role(facts: list[Fact]) -> dict[Role, list[Fact]]:
+    roles: dict[Role, list[Fact]] = defaultdict(list)
+    for fact in facts:
+        roles[fact.role].append(fact)
+    return roles
+
+
+def _producers(roles: dict[Role, list[Fact]], matrices: set[str]) -> tuple[str, ...]:
+    """The matrices that bring the atom into a contraction and leave it free."""
+    names = (operand.parameter for fact in roles["free"] for operand in fact.operands)
+    return tuple(dict.fromkeys(name for name in names if name in matrices))
+
+
+def _kind(roles: dict[Role, list[Fact]], inference: Inference, matrices: set[str]) -> Kind:
+    activations = {
+        role: [fact for fact in roles[role] if all(o.weighted and o.parameter is None for o in fact.operands)]
+        for role in ("contracted", "batch", "free")
+    }
+    meeting = [fact for fact in activations["contracted"] if len(fact.operands) > 1]
+    if meeting:
+        return "qk"
+    if any(len(fact.operands) > 1 for fact in activations["batch"]):
+        return "groups" if roles["expanded"] else "heads"
+    # Free in a product of two activations: attention weights times values, or query heads over one key head.
+    if any(len(inference.operands.get(fact.node, ())) > 1 and _between_activations(fact, inference)
+           for fact in activations["free"]):  # fmt: skip
+        return "groups" if _grouped(activations["free"], inference) else "vo"
+    if any(inference.captured.sizes[name][2:] for name in matrices):
+        return "conv"
+    if roles["gate"]:
+        return "glu"
+    if len(_producers(roles, matrices)) > 1 and roles["merge"]:
+        return "residual"
+    return "ffn"
+
+
+def _between_activations(fact: Fact, inference: Inference) -> bool:
+    operands = inference.operands[fact.node]
+    return sum(o.weighted and o.parameter is None for o in operands) > 1
+
+
+def _grouped(facts: list[Fact], inference: Inference) -> bool:
+    """Free in the score already, where values have no part: an axis of queries only."""
+    for fact in facts:
+        operands = inference.operands[fact.node]
+        if len(operands) > 2 and operands[0].node in [operand.node for operand in fact.operands]:
+            return True
+    return False
+
+
+def _name(kind: Kind, matrices: list[str], taken: set[str]) -> str:
+    """The module that all matrices share, then the kind, then a number where that is not unique."""
+    modules = [name.split(".")[:-1] for name in matrices]
+    shared = os.path.commonprefix(modules)
+    name = base = ".".join([*shared, kind])
+    number = 2
+    while name in taken:
+        name, number = f"{base}{number}", number + 1
+    taken.add(name)
+    return name
+
+
+def _join(region: str, name: str) -> str:
+    return f"{region}.{name}" if region else name

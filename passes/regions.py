@@ -1,0 +1,191 @@
+"""Regions: which submodules of a model to capture.
+
+    choose(model, args, kwargs, how)
+      -> record         one forward, to see what each candidate is called with
+      -> analyse        capture, infer, discover, one region at a time
+
+By default the repeated blocks (the children of ModuleLists and Sequentials), where couplings close inside every one of
+them; else the root. Around blocks the model's own Python keeps running: loops, caches, checkpointing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.nn.utils import stateless
+
+from ecospa_fx.errors import CaptureError
+
+from .capture import Captured, capture, storage_key
+from .discover import Discovery, discover
+from .infer import Inference, infer
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """One region, analysed for one call signature. `seconds` are wall-clock per pass."""
+
+    name: str
+    captured: Captured
+    inference: Inference
+    discovery: Discovery
+    seconds: dict[str, float]
+
+
+def analyse(
+    module: nn.Module, name: str, call: Call, shared_outside: dict[str, str] | None = None, **options: Any
+) -> Analysis:
+    """Capture one region as it was called, infer its axes and discover its couplings.
+
+    Args:
+        module: the region.
+        name: its name in the model.
+        call: positional and keyword arguments.
+        shared_outside: see `Captured`.
+        options: further arguments of `capture`.
+
+    Raises:
+        CaptureError: it cannot be captured, or the graph disagrees with eager.
+    """
+    start = time.perf_counter()
+    captured = capture(module, *call, region=name, **options)
+    captured.shared_outside.update(shared_outside or {})
+    captured_at = time.perf_counter()
+    inference = infer(captured)
+    inferred_at = time.perf_counter()
+    discovery = discover(inference)
+    seconds = {
+        "export": captured_at - start,
+        "infer": inferred_at - captured_at,
+        "discover": time.perf_counter() - inferred_at,
+    }
+    return Analysis(name, captured, inference, discovery, seconds)
+
+
+def choose(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], how: str | Sequence[str] = "auto"
+) -> tuple[dict[str, Analysis], dict[str, str]]:
+    """The regions of a model, analysed.
+
+    Args:
+        model: the model; left as it is.
+        args: positional arguments of a call.
+        kwargs: keyword arguments of a call.
+        how: `"auto"`, `"blocks"`, `"root"`, or names of submodules.
+
+    Returns:
+        The regions by name, and for each that was tried and given up, why.
+
+    Raises:
+        CaptureError: nothing can be captured.
+    """
+
+
+    def at(name: str, call: Call) -> Analysis:
+        return analyse(model.get_submodule(name), name, call, shared_outside(model, name))
+
+    if how == "root":
+        return {"": at("", (args, kwargs))}, {}
+    if not isinstance(how, str):
+        calls = record(model, args, kwargs, set(how))
+        missing = [name for name in how if name not in calls]
+        if missing:
+            raise CaptureError(f"region `{missing[0]}` is not called in a forward of the model; name another")
+        return {name: at(name, calls[name]) for name in how}, {}
+    if how not in ("auto", "blocks"):
+        raise CaptureError(f"regions={how!r} is none of 'auto', 'blocks', 'root' or a list of submodule names")
+    candidates = set(_candidates(model))
+    calls = record(model, args, kwargs, candidates) if candidates else {}
+    blocks = _outermost(calls)
+    found: dict[str, Analysis] = {}
+    failed: dict[str, str] = {}
+    for name in blocks:
+        try:
+            found[name] = at(name, calls[name])
+        except CaptureError as error:
+            failed[name] = str(error)
+    closed = bool(blocks) and not failed and all(a.discovery.couplings for a in found.values())
+    if closed or (how == "blocks" and found):
+        return found, failed
+    try:
+        return {"": at("", (args, kwargs))}, failed
+    except CaptureError as error:
+        found = {name: analysis for name, analysis in found.items() if analysis.discovery.couplings}
+        if not found:
+            raise
+        return found, {**failed, "": str(error)}
+
+
+def _candidates(model: nn.Module) -> Iterator[str]:
+    """Children of containers in which a class repeats, with weights enough to be coupled among themselves."""
+    for name, container in model.named_modules():
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)):
+            continue
+        classes = Counter(type(child) for child in container)
+        for key, child in container.named_children():
+            matrices = sum(p.ndim > 1 for p in child.parameters())
+            if classes[type(child)] > 1 and matrices > 1:
+                yield f"{name}.{key}" if name else key
+
+
+def _outermost(calls: dict[str, Call]) -> list[str]:
+    """Names that lie below no other."""
+    return [name for name in calls if not any(name.startswith(f"{other}.") for other in calls)]
+
+
+def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: set[str]) -> dict[str, Call]:
+    """What each named submodule is called with in one forward of the model, which leaves no trace."""
+    calls: dict[str, Call] = {}
+
+    def hook_for(name: str) -> Any:
+        def hook(_: nn.Module, hook_args: Any, hook_kwargs: Any) -> None:
+            calls.setdefault(name, pytree.tree_map_only(Tensor, torch.detach, (hook_args, hook_kwargs)))
+
+        return hook
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in sorted(names)
+    ]
+    try:
+        with traceless(model), torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # In the order of the model, not of the calls, so that names come out the same for every input.
+    return {name: calls[name] for name, _ in model.named_modules() if name in calls}
+
+
+@contextmanager
+def traceless(model: nn.Module) -> Iterator[None]:
+    """Forwards inside leave buffers (running statistics) and the random state as they were."""
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    devices = {b.device.index for b in (*model.parameters(), *buffers.values()) if b.is_cuda}
+    with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
+        with stateless._reparametrize_module(model, buffers):
+            yield
+
+
+def shared_outside(model: nn.Module, region: str) -> dict[str, str]:
+    """Parameters and buffers of a region whose storage something outside it uses too."""
+    if not region:
+        return {}
+    inside: dict[Any, list[str]] = {}
+    outside: dict[Any, str] = {}
+    everything = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    for name, tensor in everything:
+        if name.startswith(f"{region}."):
+            inside.setdefault(storage_key(tensor), []).append(name.removeprefix(f"{region}."))
+        else:
+            outside.setdefault(storage_key(tensor), name)
+    return {name: f"as `{outside[key]}`" for key, names in inside.items() if key in outside for name in names}

@@ -1,0 +1,80 @@
+"""Ops in which axes are multiplied together and summed over: where weights meet."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .registry import Opaque, Operand, Pattern, axis_rule
+
+if TYPE_CHECKING:
+    from ..rewrite import Site
+
+aten = torch.ops.aten
+
+
+@axis_rule(aten.linear.default)
+def linear(x: Operand, weight: Operand, bias: Operand | None = None) -> str:
+    """`k` is contracted with the weight, which brings `n`."""
+    return "... k, n k, +n -> ... n"
+
+
+@axis_rule(aten.addmm.default)
+def addmm(bias: Operand, x: Operand, weight: Operand, **_: Any) -> str:
+    """A matrix product with something added."""
+    return f"+{'m n' if bias.ndim == 2 else 'n'}, m k, k n -> m n"
+
+
+@axis_rule(aten.mm.default)
+def mm(a: Operand, b: Operand) -> str:
+    """`k` is contracted, `m` and `n` stay free."""
+    return "m k, k n -> m n"
+
+
+@axis_rule(aten.bmm.default)
+def bmm(a: Operand, b: Operand) -> str:
+    """Batched product: `k` is contracted, `b` is shared, `m` and `n` stay free."""
+    return "b m k, b k n -> b m n"
+
+
+@axis_rule(aten.baddbmm.default)
+def baddbmm(bias: Operand, a: Operand, b: Operand, **_: Any) -> str:
+    """A batched product with something added."""
+    return f"+{' '.join('bmn'[-bias.ndim :])}, b m k, b k n -> b m n"
+
+
+@axis_rule(aten.matmul.default, aten.mv.default, aten.dot.default)
+def matmul(a: Operand, b: Operand) -> str:
+    """`k` is contracted; leading dims broadcast."""
+    if a.ndim == 1:
+        return "k, k ->" if b.ndim == 1 else "k, ... k n -> ... n"
+    return "... m k, k -> ... m" if b.ndim == 1 else "... m k, ... k n -> ... m n"
+
+
+@axis_rule(aten.einsum.default)
+def einsum(equation: str, operands: list[Operand], **_: Any) -> Pattern | Opaque:
+    """Sums over the letters that the output does not have."""
+    equation = equation.replace(" ", "")
+    if "->" not in equation or "." in equation:
+        return Opaque(tuple(operands))
+    terms, out = equation.split("->")
+    spec = ", ".join(" ".join(term) for term in terms.split(","))
+    return Pattern(f"{spec} -> {' '.join(out)}", tuple(operands))
+
+
+def written_scale(site: Site) -> None:
+    """Attention without a scale takes 1/sqrt(d) from the shape it sees: write that of the original `d` in."""
+    query = site.operands[0]
+    if site.args["scale"] is None and site.touched(query.exprs[-1]):
+        site.args["scale"] = 1.0 / math.sqrt(query.shape[-1])
+
+
+@axis_rule(aten.scaled_dot_product_attention.default, follow=written_scale)
+def attention(q: Operand, k: Operand, v: Operand, mask: Operand | None = None, *_: Any, enable_gqa: bool = False,
+              **__: Any) -> str:  # fmt: skip
+    """Every key position feeds the softmax over them."""
+    if enable_gqa:
+        return "... (h g) s d, ... h t! d, ... h t! e, +... (h g) s t! -> ... (h g) s e"
+    return "... s d, ... t! d, ... t! e, +... s t! -> ... s e"

@@ -1,0 +1,83 @@
+"""Ops that act entry by entry: operands that meet at one place share their axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .registry import Carried, Operand, Pointwise, axis_rule
+
+aten = torch.ops.aten
+
+
+def tensors(*args: Any) -> tuple[Operand, ...]:
+    """The tensors among the arguments of an op."""
+    return tuple(arg for arg in args if isinstance(arg, Operand))
+
+
+def linear(*args: Any, **_: Any) -> Pointwise:
+    """Entries of a sum meet only entries at the same place."""
+    return Pointwise(tensors(*args), "linear")
+
+
+def multiplied(*args: Any, **_: Any) -> Pointwise:
+    """Entries of a product meet only entries at the same place."""
+    return Pointwise(tensors(*args), "product")
+
+
+def nonlinear(*args: Any, **_: Any) -> Pointwise:
+    """Entries meet only entries at the same place."""
+    return Pointwise(tensors(*args), "nonlinear")
+
+
+@axis_rule(aten.expand_as.default)
+def expand_as(x: Operand, other: Operand) -> Pointwise:
+    """The operand repeats to the shape of another."""
+    return Pointwise((x, other), "linear")
+
+
+@axis_rule(aten.dropout, aten.dropout_, aten.feature_dropout)
+def dropout(x: Operand, p: float, train: bool) -> Pointwise:
+    """Entries are dropped one by one."""
+    return Pointwise((x,), "nonlinear" if train and p > 0 else "linear")
+
+
+def copied(x: Operand, *_: Any, **__: Any) -> Pointwise:
+    """Another dtype, device or memory layout; the same entries at the same places."""
+    return Pointwise((x,), "linear")
+
+
+def shaped_like(x: Operand, *_: Any, **__: Any) -> Carried:
+    """New values, of the shape of the operand."""
+    return Carried(x)
+
+
+axis_rule(aten.add, aten.add_, aten.sub, aten.sub_, aten.rsub, aten.neg, aten.neg_, aten.copy_)(linear)
+axis_rule(aten.mul, aten.mul_, aten.div, aten.div_, aten.multiply, aten.divide, aten.true_divide)(multiplied)
+axis_rule(
+    aten.to, aten._to_copy, aten.type_as, aten.clone, aten.contiguous, aten.alias, aten.detach, aten.detach_,
+    aten.lift_fresh_copy, aten.positive,
+)(copied)  # fmt: skip
+axis_rule(aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like)(
+    shaped_like
+)
+axis_rule(
+    # activations
+    aten.relu, aten.relu_, aten.gelu, aten.gelu_, aten.silu, aten.silu_, aten.mish, aten.mish_, aten.elu, aten.elu_,
+    aten.celu, aten.selu, aten.leaky_relu, aten.leaky_relu_, aten.hardtanh, aten.hardtanh_, aten.relu6, aten.relu6_,
+    aten.hardswish, aten.hardswish_, aten.hardsigmoid, aten.hardsigmoid_, aten.softplus, aten.sigmoid, aten.sigmoid_,
+    aten.log_sigmoid, aten.tanh, aten.tanh_,
+    # elementary functions
+    aten.exp, aten.expm1, aten.log, aten.log1p, aten.sin, aten.cos, aten.erf, aten.sqrt, aten.rsqrt, aten.square,
+    aten.pow, aten.abs, aten.sign, aten.reciprocal, aten.floor, aten.ceil, aten.round, aten.sinh, aten.cosh, aten.tan,
+    aten.atan, aten.acos, aten.remainder, aten.floor_divide, aten.nan_to_num,
+    # choosing and comparing
+    aten.maximum, aten.minimum, aten.min.other, aten.max.other, aten.clamp, aten.clamp_, aten.clamp_min,
+    aten.clamp_max, aten.clip, aten.where.self, aten.where.ScalarSelf,
+    aten.where.ScalarOther, aten.where.Scalar, aten.masked_fill, aten.masked_fill_, aten.fill, aten.fill_, aten.zero_,
+    aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge, aten.logical_not, aten.logical_and, aten.logical_or,
+    aten.bitwise_not, aten.bitwise_and, aten.bitwise_or, aten.addcmul, aten.addcdiv, aten.lerp,
+    # random masks
+    aten.bernoulli, aten.bernoulli_,
+)(nonlinear)  # fmt: skip

@@ -1,0 +1,61 @@
+"""Reductions along dims. A sum is a contraction with ones; anything else needs the axis whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .registry import Carried, Opaque, Operand, axis_rule
+
+aten = torch.ops.aten
+
+
+def _dims(x: Operand, dim: Any) -> tuple[int, ...]:
+    if dim is None or dim == []:
+        return tuple(range(x.ndim))
+    return tuple(d % x.ndim for d in (dim if isinstance(dim, (list, tuple)) else [dim]))
+
+
+@axis_rule(aten.sum.dim_IntList, aten.sum.default)
+def summed(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Carried:
+    """Entries along the axis are added up."""
+    return Carried(x, dropped=_dims(x, dim), keepdim=keepdim)
+
+
+@axis_rule(
+    aten.mean.dim, aten.mean.default, aten.amax.default, aten.amin.default, aten.prod.dim_int, aten.logsumexp.default,
+    aten.any.dim, aten.all.dim, aten.argmax.default, aten.argmin.default,
+)  # fmt: skip
+def reduced(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Carried:
+    """Every entry along the axis counts in the reduction over it."""
+    dims = _dims(x, dim)
+    return Carried(x, pinned=dims, dropped=dims, keepdim=keepdim)
+
+
+@axis_rule(aten.linalg_vector_norm.default, aten.var.dim, aten.std.dim, aten.var.correction, aten.std.correction)
+def spread(x: Operand, *args: Any, keepdim: bool = False, **_: Any) -> Carried:
+    """Every entry along the axis counts in the norm or variance over it."""
+    lists = [arg for arg in args if isinstance(arg, (list, tuple))]
+    dims = _dims(x, lists[0] if lists else None)
+    flags = [arg for arg in args if isinstance(arg, bool)]
+    return Carried(x, pinned=dims, dropped=dims, keepdim=keepdim or bool(flags and flags[-1]))
+
+
+@axis_rule(aten.max.dim, aten.min.dim, aten.max.default, aten.min.default)
+def extremum(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Carried:
+    """Every entry along the axis competes in the extremum over it."""
+    dims = _dims(x, dim)
+    return Carried(x, pinned=dims, dropped=dims, keepdim=keepdim)
+
+
+@axis_rule(aten.sort, aten.argsort, aten.topk)
+def ordered(x: Operand, *args: Any, **_: Any) -> Opaque:
+    """Entries along the axis are put in order."""
+    return Opaque((x,))
+
+
+@axis_rule(aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default)
+def classified(logits: Operand, *_: Any, **__: Any) -> Opaque:
+    """Every class counts in the loss."""
+    return Opaque((logits,))

@@ -1,0 +1,198 @@
+"""Ops that move entries without changing them: views, slices, joins."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..axes import as_size
+from .registry import (
+    Carried,
+    Expanded,
+    Joined,
+    Operand,
+    Parted,
+    Permuted,
+    Picked,
+    Regrouped,
+    Repeated,
+    Sliced,
+    Stacked,
+    axis_rule,
+)
+
+if TYPE_CHECKING:
+    from ..rewrite import Site
+
+aten = torch.ops.aten
+
+
+def regrouped(x: Operand, *_: Any, **__: Any) -> Regrouped:
+    """The same entries in the same order, in other dims."""
+    return Regrouped(x)
+
+
+axis_rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default,
+          follow=lambda site: site.resize_output("size", "shape"))(regrouped)  # fmt: skip
+axis_rule(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints)(regrouped)
+
+
+def unflattened(site: Site) -> None:
+    """`unflatten` names only the new dims, so it is written as a view."""
+    dim = site.args["dim"] % site.operands[0].ndim
+    sizes = list(site.args["sizes"])
+    for i, expr in enumerate(site.outputs[0][dim : dim + len(sizes)]):
+        if site.touched(expr) and sizes[i] != -1:
+            sizes[i] = site.resized(sizes[i], expr)
+    site.args["sizes"] = sizes
+
+
+axis_rule(aten.unflatten.int, follow=unflattened)(regrouped)
+
+
+@axis_rule(aten.transpose.int, aten.swapaxes.default)
+def transpose(x: Operand, a: int, b: int) -> Permuted:
+    """Two dims change places."""
+    order = list(range(x.ndim))
+    order[a], order[b] = order[b], order[a]
+    return Permuted(x, tuple(order))
+
+
+@axis_rule(aten.t.default, aten.numpy_T.default)
+def reversed_dims(x: Operand) -> Permuted:
+    """Dims in reverse order."""
+    return Permuted(x, tuple(reversed(range(x.ndim))))
+
+
+@axis_rule(aten.permute.default)
+def permute(x: Operand, dims: list[int]) -> Permuted:
+    """Dims in another order."""
+    return Permuted(x, tuple(d % x.ndim for d in dims))
+
+
+@axis_rule(aten.movedim.int)
+def movedim(x: Operand, source: int, destination: int) -> Permuted:
+    """One dim moves to another place."""
+    order = [d for d in range(x.ndim) if d != source % x.ndim]
+    order.insert(destination % x.ndim, source % x.ndim)
+    return Permuted(x, tuple(order))
+
+
+@axis_rule(aten.expand.default, aten.broadcast_to.default, follow=lambda site: site.resize_output("size"))
+def expand(x: Operand, *_: Any, **__: Any) -> Expanded:
+    """The operand repeats along new axes."""
+    return Expanded(x)
+
+
+def repeats_follow(site: Site) -> None:
+    """Copies are an axis of their own and can be selected like any other."""
+    if any(site.touched(expr) for expr in site.made):
+        site.args["repeats"] = site.repeats()
+
+
+@axis_rule(aten.repeat.default, follow=repeats_follow)
+def repeat(x: Operand, repeats: list[Any]) -> Repeated:
+    """The whole axis repeats end to end."""
+    return Repeated(x, tuple(map(as_size, repeats)))
+
+
+@axis_rule(aten.repeat_interleave.self_int, follow=repeats_follow)
+def repeat_interleave(x: Operand, repeats: int, dim: int | None = None, **_: Any) -> Repeated | Carried:
+    """Each entry repeats in place."""
+    if dim is None:
+        return Carried(x, pinned=tuple(range(x.ndim)))
+    return Repeated(x, tuple(repeats if d == dim % x.ndim else 1 for d in range(x.ndim)), interleaved=True)
+
+
+def bounds_follow(site: Site) -> None:
+    """New bounds are the numbers of kept entries before the old ones."""
+    x = site.operands[0]
+    expr = x.exprs[site.args["dim"] % x.ndim]
+    if not site.touched(expr):
+        return
+    for name in ("start", "end"):
+        if isinstance(site.args[name], int):
+            site.args[name] = site.kept_before(expr, site.args[name])
+
+
+@axis_rule(aten.slice.Tensor, follow=bounds_follow)
+def slice_(x: Operand, dim: int = 0, start: Any = None, stop: Any = None, step: int = 1) -> Sliced:
+    """A part of the axis is cut out."""
+    dim %= x.ndim
+    size = x.shape[dim]
+    return Sliced(x, dim, _bound(start, 0, size), _bound(stop, size, size), step)
+
+
+def _bound(bound: Any, default: Any, size: Any) -> Any:
+    """A slice bound as Python reads it: None, negative, or beyond the end."""
+    if bound is None:
+        return default
+    bound = as_size(bound)
+    if type(bound) is not int:
+        return bound
+    if type(size) is not int:
+        return bound if 0 <= bound < 2**62 else (size if bound > 0 else as_size(size + bound))
+    return min(max(bound + size if bound < 0 else bound, 0), size)
+
+
+def parts_follow(site: Site) -> None:
+    """Parts may come out unequal: name each one's size."""
+    x = site.operands[0]
+    dim = site.args.get("dim", 0) % x.ndim
+    if site.touched(x.exprs[dim]):
+        sizes = [site.count(output[dim]) for output in site.outputs]
+        site.target = aten.split_with_sizes.default
+        site.args = {"self": site.args["self"], "split_sizes": sizes, "dim": dim}
+
+
+@axis_rule(aten.split_with_sizes.default, aten.split.sizes, follow=parts_follow)
+def split_with_sizes(x: Operand, sizes: list[Any], dim: int = 0) -> Parted:
+    """The axis is cut into parts."""
+    return Parted(x, dim % x.ndim, tuple(map(as_size, sizes)))
+
+
+@axis_rule(aten.split.Tensor, follow=parts_follow)
+def split(x: Operand, size: int, dim: int = 0) -> Parted | Carried:
+    """The axis is cut into parts."""
+    total = x.shape[dim % x.ndim]
+    if type(total) is not int or type(size) is not int:
+        return Carried(x, pinned=(dim % x.ndim,))
+    return Parted(x, dim % x.ndim, tuple(min(size, total - start) for start in range(0, total, size)))
+
+
+@axis_rule(aten.chunk.default, follow=parts_follow)
+def chunk(x: Operand, chunks: int, dim: int = 0) -> Parted | Carried:
+    """The axis is cut into parts."""
+    total = x.shape[dim % x.ndim]
+    return split(x, -(-total // chunks) if type(total) is int else total, dim)
+
+
+@axis_rule(aten.select.int)
+def select(x: Operand, dim: int, index: Any) -> Picked:
+    """One entry is picked by its position."""
+    return Picked(x, dim % x.ndim)
+
+
+@axis_rule(aten.unbind.int)
+def unbind(x: Operand, dim: int = 0) -> Picked:
+    """Every entry is picked by its position."""
+    return Picked(x, dim % x.ndim, every=True)
+
+
+@axis_rule(aten.cat.default, aten.concat.default, aten.concatenate.default)
+def cat(tensors: list[Operand], dim: int = 0) -> Joined:
+    """Axes are put end to end."""
+    return Joined(tuple(tensors), dim % tensors[0].ndim)
+
+
+@axis_rule(aten.stack.default)
+def stack(tensors: list[Operand], dim: int = 0) -> Stacked:
+    """Tensors are put side by side."""
+    return Stacked(tuple(tensors), dim % (tensors[0].ndim + 1))
+
+
+@axis_rule(aten.tril.default, aten.triu.default)
+def triangular(x: Operand, *_: Any) -> Carried:
+    """Which entries stay depends on their position."""
+    return Carried(x, pinned=(x.ndim - 2, x.ndim - 1))

@@ -1,0 +1,115 @@
+"""Shrink: take from parameters, gradients and optimizer state what a plan no longer keeps. All of it, or nothing.
+
+    prepare(model, before, after, optimizers)   every new tensor is made beside the old one
+      -> Change.commit()                        assignments only; the Parameter objects stay the same
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ecospa_fx.errors import OptimizerError
+from ecospa_fx.plan import Plan
+
+from .capture import storage_key
+
+
+@dataclass(eq=False)
+class Change:
+    """New tensors for a model and its optimizers, ready to be put in place.
+
+    Attributes:
+        tensors: (parameter or buffer, its new data, its new gradient).
+        states: (an optimizer's state of one parameter, key, new value).
+    """
+
+    tensors: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
+    states: list[tuple[dict[Any, Any], Any, Tensor]] = field(default_factory=list)
+
+    def commit(self) -> None:
+        """Put every new tensor in place; whatever fails, all are as before."""
+        undo = [(tensor, tensor.data, tensor.grad) for tensor, _, _ in self.tensors]
+        undo_states = [(state, key, state[key]) for state, key, _ in self.states]
+        try:
+            for tensor, data, grad in self.tensors:
+                _assign(tensor, data, grad)
+            for state, key, value in self.states:
+                state[key] = value
+        except BaseException:
+            for tensor, data, grad in undo:
+                _assign(tensor, data, grad)
+            for state, key, value in undo_states:
+                state[key] = value
+            raise
+
+
+def _assign(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    # A gradient must have its parameter's shape at every moment.
+    tensor.grad = None
+    tensor.data = data
+    tensor.grad = grad
+
+
+@torch.no_grad()
+def prepare(model: nn.Module, before: Plan, after: Plan, optimizers: Iterable[Optimizer] = ()) -> Change:
+    """The tensors of `model` and `optimizers` under the plan `after`, which keeps a part of what `before` keeps.
+
+    Raises:
+        OptimizerError: an optimizer holds state of a shrinking parameter that is neither of its shape nor a scalar.
+    """
+    change = Change()
+    made: dict[Any, Tensor] = {}
+    seen: set[int] = set()
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    for name, tensor in named:
+        if id(tensor) in seen or name not in after.original_shapes:
+            continue
+        seen.add(id(tensor))
+        steps = _steps(name, before, after)
+        if not steps:
+            continue
+        # Tensors that share storage go on sharing it.
+        key = (storage_key(tensor), tensor.shape)
+        if key not in made:
+            made[key] = sliced(tensor, steps)
+        grad = None if tensor.grad is None else sliced(tensor.grad, steps)
+        change.tensors.append((tensor, made[key], grad))
+        for optimizer in optimizers:
+            state = optimizer.state.get(tensor, {})
+            for entry, value in state.items():
+                if isinstance(value, Tensor) and value.numel() > 1:
+                    if value.shape != tensor.shape:
+                        raise OptimizerError(
+                            f"{type(optimizer).__name__} holds `{entry}` of shape {tuple(value.shape)} for `{name}` of "
+                            f"shape {tuple(tensor.shape)}: no row or column of it belongs to one of the parameter's, so "
+                            "it cannot shrink along. Use an optimizer with elementwise state (AdamW, SGD with momentum)"
+                        )
+                    change.states.append((state, entry, sliced(value, steps)))
+    return change
+
+
+def sliced(tensor: Tensor, steps: dict[int, Tensor]) -> Tensor:
+    """`tensor` with only the given positions of each given dim, in memory of its own."""
+    for dim, index in steps.items():
+        tensor = tensor.detach().index_select(dim, index.to(tensor.device))
+    return tensor
+
+
+def _steps(name: str, before: Plan, after: Plan) -> dict[int, Tensor]:
+    """Per dim that loses entries, the positions among those there now that stay."""
+    steps = {}
+    for dim in range(len(after.original_shapes[name])):
+        if (name, dim) not in after.kept:
+            continue
+        mask = after.mask(name, dim)
+        if name in before.original_shapes:
+            mask = mask[before.mask(name, dim)]
+        if not mask.all():
+            steps[dim] = mask.nonzero().flatten()
+    return steps

@@ -1,0 +1,176 @@
+"""Verify: a shrunk region equals the masked one, outputs and gradients, numerically.
+
+Masking is the definition of removal: at every contraction over an axis, the removed entries count as zero. `Masked`
+runs the captured graph at original sizes so; the rewritten program must agree with it to rounding.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import stateless
+
+from .axes import Atom
+from .capture import Captured, relative_error, run, tensor_meta
+from .infer import Inference, argument_nodes
+from .rewrite import rewrite
+from .selection import Kept, mask_of, touched
+from .shrink import sliced
+
+# Relative error up to which shrunk and masked count as equal; sums in another order account for it.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+class Masked(fx.Interpreter):
+    """Runs a captured graph with every contraction over a selected axis masked.
+
+    Attributes:
+        masks: node -> (which of its node arguments, dim, mask) to multiply in.
+    """
+
+    masks: dict[str, list[tuple[int, int, Tensor]]]
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node on masked arguments."""
+        if n.name not in self.masks:
+            return super().run_node(n)
+        masks = self.masks[n.name]
+        position = iter(range(len(argument_nodes(n))))
+
+        def value(arg: fx.Node) -> Any:
+            here = next(position)
+            result = self.env[arg]
+            for occurrence, dim, mask in masks:
+                if occurrence == here:
+                    shape = [-1 if d == dim else 1 for d in range(result.ndim)]
+                    result = result * mask.to(result).view(shape)
+            return result
+
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), value)
+        return getattr(self, n.op)(n.target, args, kwargs)
+
+
+def contraction_masks(inference: Inference, kept: Kept) -> dict[str, list[tuple[int, int, Tensor]]]:
+    """Where to multiply masks in so that removed entries count as zero in every contraction."""
+    masks: dict[str, list[tuple[int, int, Tensor]]] = defaultdict(list)
+    for fact in inference.facts:
+        if fact.role != "contracted" or not touched(fact.expr, kept):
+            continue
+        # One operand is enough: the other's entries are multiplied by zero.
+        node = fact.node
+        occurrences = [i for i, arg in enumerate(argument_nodes(node)) if tensor_meta(arg)]
+        for occurrence, operand in zip(occurrences, inference.operands[node], strict=True):
+            dims = [dim for dim, expr in enumerate(operand.exprs) if expr == fact.expr]
+            if dims and operand.node in [o.node for o in fact.operands]:
+                masks[node.name].append((occurrence, dims[0], mask_of(fact.expr, kept)))
+                break
+    return masks
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Shrunk against masked, one selection. Errors are relative to the largest entry."""
+
+    coupling: str
+    removed: int
+    output_error: float
+    gradient_error: float
+    worst_gradient: str
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Both errors are within tolerance."""
+        return max(self.output_error, self.gradient_error) <= self.tolerance
+
+
+def compare(
+    inference: Inference,
+    kept: Kept,
+    region: nn.Module,
+    tensors: Mapping[str, Tensor],
+    inputs: Sequence[Tensor],
+    coupling: str,
+) -> Comparison:
+    """Run one call masked and shrunk.
+
+    Args:
+        inference: axes of the captured graph.
+        kept: the selection.
+        region: the live region, whose module types matter and whose parameters do not.
+        tensors: parameters and buffers at original sizes, by name in the region.
+        inputs: the tensor leaves of a call.
+        coupling: what the comparison is called.
+    """
+    captured = inference.captured
+
+    class Here(Masked):
+        masks = contraction_masks(inference, kept)
+
+    floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
+    steps = {
+        name: {dim: mask_of(expr, kept).nonzero().flatten() for dim, expr in enumerate(exprs) if touched(expr, kept)}
+        for name, exprs in inference.parameters.items()
+    }
+
+    whole = {name: _leaf(t) for name, t in tensors.items()}
+    whole_inputs = [_leaf(t) for t in inputs]
+    outputs = run(captured, whole, whole_inputs, interpreter=Here)
+
+    small = {name: _leaf(sliced(t, steps.get(name, {}))) for name, t in tensors.items()}
+    small_inputs = [_leaf(t) for t in inputs]
+    program = rewrite(inference, kept, region)
+    parameters = {
+        name: nn.Parameter(t.detach(), requires_grad=t.requires_grad) if name in floating else t
+        for name, t in small.items()
+    }
+    with torch.random.fork_rng(devices=[]), stateless._reparametrize_module(region, parameters):
+        torch.manual_seed(0)
+        small_outputs = program.run(region, *small_inputs, *program.constants)
+
+    output_error = max((relative_error(a, b) for a, b in zip(outputs, small_outputs, strict=True)), default=0.0)
+    gradient_error, worst = 0.0, ""
+    gradients = _gradients(outputs, [*whole.values(), *whole_inputs])
+    small_gradients = _gradients(small_outputs, [*parameters.values(), *small_inputs])
+    names = [*whole, *(f"argument {i}" for i in range(len(inputs)))]
+    for name, a, b in zip(names, gradients, small_gradients, strict=True):
+        if a is None and b is None:
+            continue
+        expected = torch.zeros_like(b) if a is None else sliced(a, steps.get(name, {}))
+        error = relative_error(expected, torch.zeros_like(expected) if b is None else b)
+        if error > gradient_error and not _rounding(expected, b):
+            gradient_error, worst = error, name
+    removed = sum(int((~mask).sum()) for mask in kept.values())
+    dtype = next((t.dtype for t in floating.values()), torch.float32)
+    return Comparison(coupling, removed, output_error, gradient_error, worst, TOLERANCE.get(dtype, 1e-5))
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().clone()
+    return tensor.requires_grad_() if tensor.is_floating_point() else tensor
+
+
+def _gradients(outputs: Sequence[Any], leaves: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of a fixed random projection of the outputs."""
+    generator = torch.Generator().manual_seed(1)
+    terms = [
+        (out * torch.randn(out.shape, generator=generator).to(out)).sum()
+        for out in outputs
+        if isinstance(out, Tensor) and out.requires_grad
+    ]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    if not terms or not wanted:
+        return [None] * len(leaves)
+    found = iter(torch.autograd.grad(sum(terms[1:], terms[0]), wanted, allow_unused=True))
+    return [next(found) if leaf.requires_grad else None for leaf in leaves]
+
+
+def _rounding(a: Tensor, b: Tensor | None) -> bool:
+    """Both are zero up to rounding, where a relative error means nothing (a key's bias under softmax, say)."""
+    tiny = 1e3 * torch.finfo(a.dtype).eps
+    return float(a.abs().max()) < tiny and (b is None or float(b.abs().max()) < tiny) if a.numel() else True
