@@ -5,9 +5,34 @@
 """
 
 from .api import compile, couplings, plan, shrink
+from .checkpoint import load, resume, save
 from .coupling import Coupling, Member, Refusal
+from .estimator import CoupledEstimator
+from .explanation import Explanation, explain
 from .plan import Plan
-
-__all__ = ["Coupling", "Member", "Plan", "Refusal", "compile", "couplings", "plan", "shrink"]
+from .shrinkable import ShrinkableLinear
+from .sparsifier import CoupledSparsifier
+from .trainer import EcoSpaTrainer
 from .verification import Verification, verify
-__all__ += ["Verification", "verify"]
+
+__all__ = [
+    "CoupledEstimator",
+    "CoupledSparsifier",
+    "Coupling",
+    "EcoSpaTrainer",
+    "Explanation",
+    "Member",
+    "Plan",
+    "Refusal",
+    "ShrinkableLinear",
+    "Verification",
+    "compile",
+    "couplings",
+    "explain",
+    "load",
+    "plan",
+    "resume",
+    "save",
+    "shrink",
+    "verify",
+]

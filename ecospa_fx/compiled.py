@@ -11,7 +11,7 @@ replayed on it. Nothing here is an nn.Module, so state_dict and the module tree 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from .coupling import Coupling, Member, Refusal
 from .errors import EcoSpaError, NoCouplingError, ShrinkError
-from .passes.axes import Atom
+from .passes.axes import Atom, Expr, Segments, atoms_of, size_of
 from .passes.capture import training_flags
 from .passes.discover import Discovery, Found, discover
 from .passes.regions import Analysis, analyse, choose
@@ -86,10 +86,14 @@ class Region:
     def install(self, analysis: Analysis, module: nn.Module, kept: Mapping[Atom, Tensor]) -> Program:
         """Add the program of an analysis."""
         program = rewrite(analysis.inference, kept, module)
-        self.programs.insert(0, program)
+        self.remember(analysis, program)
+        return program
+
+    def remember(self, analysis: Analysis, program: Program | None = None) -> None:
+        """Take up what an analysis found; without a program it can be asked but not run."""
+        self.programs.insert(0, program or Program(analysis.captured, analysis.inference, None, (), ""))
         self.discoveries.insert(0, analysis.discovery)
         self.compiled.forget_couplings()
-        return program
 
     def _difference(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -133,10 +137,12 @@ class Region:
             if not self._is_parameter(program, name):
                 continue
             expr = inference.parameters[name][dim]
-            index = now[index_of(expr, found.atom)[mask_of(expr, kept)]]
             matrix = name in matrices
-            of = name if matrix else _nearest(name, found.producers or matrices)
-            members.append(Member(prefix + name, dim, index, matrix, prefix + of))
+            of = prefix + (name if matrix else _nearest(name, found.producers or matrices))
+            left = mask_of(expr, kept)
+            for part, index in _by_part(expr, found.atom):
+                label = of if part is None else f"{of} part {part}"
+                members.append(Member(prefix + name, dim, now[index[left]], matrix, label, part))
 
         def why(a: str, b: str) -> Path:
             return path_between(inference, found.atom, a.removeprefix(prefix), b.removeprefix(prefix))
@@ -149,6 +155,22 @@ class Region:
     def _is_parameter(program: Program, name: str) -> bool:
         captured = program.captured
         return any(captured.tensors[placeholder] == name for placeholder in captured.parameters)
+
+
+def _by_part(expr: Expr, atom: Atom) -> Iterator[tuple[int | None, Tensor]]:
+    """The index of an axis per outermost segment that carries `atom`; the segment's number where there are several."""
+    index = index_of(expr, atom)
+    if not isinstance(expr, Segments):
+        yield None, index
+        return
+    start, carrying = 0, [i for i, part in enumerate(expr.parts) if atom in atoms_of(part)]
+    for i, part in enumerate(expr.parts):
+        stop = start + size_of(part)
+        if i in carrying:
+            here = torch.full_like(index, -1)
+            here[start:stop] = index[start:stop]
+            yield (i if len(carrying) > 1 else None), here
+        start = stop
 
 
 def _nearest(name: str, matrices: Sequence[str]) -> str:

@@ -23,8 +23,9 @@ class Member:
         dim: which of its dims.
         index: LongTensor `[parameter.shape[dim]]`, the entry of the coupling that each row or column belongs to, -1
             where it belongs to none. One entry may own many rows: a head dim has one in every head.
-        matrix: the parameter has two or more dims; a bias belongs to the matrix named by `of`.
-        of: name of the matrix whose score a bias counts in.
+        matrix: the parameter has two or more dims, so it counts as a matrix of its own in scores.
+        of: the matrix that it is, or, for a bias, whose rows it counts in; the same text for both.
+        part: number of the segment, where one parameter holds several matrices end to end (a fused projection).
     """
 
     parameter: str
@@ -32,9 +33,11 @@ class Member:
     index: Tensor
     matrix: bool
     of: str
+    part: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.parameter}[{self.dim}]"
+        part = "" if self.part is None else f" part {self.part}"
+        return f"{self.parameter}[{self.dim}]{part}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -117,6 +117,7 @@ class Captured:
         sizes: original shape per name in `tensors`.
         same_storage: name -> first name with the same storage (tied weights).
         shared_outside: name -> why it must stay whole: something outside the region uses it too.
+        hooked: submodules whose forward hooks ran while the region was captured, and so are part of the graph.
         outputs: tree of the results; leaves are tensors' places or constants.
     """
 
@@ -132,6 +133,7 @@ class Captured:
     out_leaves: list[Any]
     same_storage: dict[str, str] = field(default_factory=dict)
     shared_outside: dict[str, str] = field(default_factory=dict)
+    hooked: frozenset[str] = frozenset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
         return self  # never changed once made
@@ -296,6 +298,7 @@ def _collect(
         region=region, graph=graph, tensors=held, parameters=parameters, constants=constants, inputs=inputs,
         signature=signature, sizes={name: named[name].shape for name in held.values()},
         out_spec=flat.out_spec, out_leaves=flat.out_leaves, same_storage=same,
+        hooked=frozenset(n for n, m in module.named_modules() if m._forward_hooks or m._forward_pre_hooks),
     )  # fmt: skip
 
 

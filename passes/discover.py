@@ -2,7 +2,7 @@
 
     discover(inference) -> couplings, refusals
 
-An atom that lies on two or more weight matrices and is *produced* by one of them (free in its contraction, so that
+An atom that lies twice or more on weight matrices and is *produced* by one of them (free in its contraction, so that
 weights really meet) is a coupling, unless something pins it; then it is a refusal with the reasons. Kinds are read off
 the facts about the atom, never off names.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from ecospa_fx.coupling import Kind, Refusal
@@ -49,6 +50,9 @@ class Discovery:
     couplings: tuple[Found, ...]
     refusals: tuple[Refusal, ...]
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Discovery:
+        return self  # its atoms are compared by identity
+
 
 def discover(inference: Inference) -> Discovery:
     """Find the couplings of a captured graph and the axes that might have been some."""
@@ -67,14 +71,15 @@ def discover(inference: Inference) -> Discovery:
         roles = _by_role(facts[atom])
         matrices = {name for name, _ in key if len(inference.parameters[name]) > 1}
         producers = _producers(roles, matrices)
-        if type(size_of(atom)) is not int or len(matrices) < 2 or not producers:
+        # A fused projection holds several matrices in one parameter, end to end.
+        if type(size_of(atom)) is not int or _occurrences(atom, key, matrices, inference) < 2 or not producers:
             continue
         if roles["pinned"]:
             reasons = dict.fromkeys(f"{fact.reason} ({place(fact.node)})" for fact in roles["pinned"])
             members = tuple(f"{_join(region, name)}[{dim}]" for name, dim in key)
             refusals.append(Refusal(members, atom.size, tuple(reasons), region))
             continue
-        kind = _kind(roles, inference, matrices)
+        kind = _kind(atom, roles, inference, matrices)
         name = _name(kind, sorted(matrices), taken)
         linear = not (roles["nonlinear"] or roles["gate"]) and kind not in ("heads", "groups")
         found.append(Found(tuple(key), name, atom, kind, linear, producers))
@@ -94,7 +99,13 @@ def _producers(roles: dict[Role, list[Fact]], matrices: set[str]) -> tuple[str, 
     return tuple(dict.fromkeys(name for name in names if name in matrices))
 
 
-def _kind(roles: dict[Role, list[Fact]], inference: Inference, matrices: set[str]) -> Kind:
+def _occurrences(atom: Atom, axes: Iterable[Axis], names: Collection[str], inference: Inference) -> int:
+    """How many times an atom lies on the axes of the named parameters."""
+    exprs = (inference.parameters[name][dim] for name, dim in axes if name in names)
+    return sum(list(atoms_of(expr)).count(atom) for expr in exprs)
+
+
+def _kind(atom: Atom, roles: dict[Role, list[Fact]], inference: Inference, matrices: set[str]) -> Kind:
     activations = {
         role: [fact for fact in roles[role] if all(o.weighted and o.parameter is None for o in fact.operands)]
         for role in ("contracted", "batch", "free")
@@ -110,10 +121,13 @@ def _kind(roles: dict[Role, list[Fact]], inference: Inference, matrices: set[str
         return "groups" if _grouped(activations["free"], inference) else "vo"
     if any(inference.captured.sizes[name][2:] for name in matrices):
         return "conv"
-    if roles["gate"]:
-        return "glu"
-    if len(_producers(roles, matrices)) > 1 and roles["merge"]:
-        return "residual"
+    produced = _producers(roles, matrices)
+    axes = [(name, dim) for name in produced for dim in range(len(inference.parameters[name]))]
+    if _occurrences(atom, axes, produced, inference) > 1:
+        if roles["gate"]:
+            return "glu"
+        if roles["merge"]:
+            return "residual"
     return "ffn"
 
 
@@ -135,6 +149,8 @@ def _name(kind: Kind, matrices: list[str], taken: set[str]) -> str:
     """The module that all matrices share, then the kind, then a number where that is not unique."""
     modules = [name.split(".")[:-1] for name in matrices]
     shared = os.path.commonprefix(modules)
+    if len(matrices) == 1 and matrices[0].endswith(".weight"):
+        shared = shared[:-1]  # the layer that holds a fused projection is no more than its weight
     name = base = ".".join([*shared, kind])
     number = 2
     while name in taken:

@@ -418,6 +418,10 @@ class _Solver:
         for letter in {letter for term in (*terms, out) for letter in term.pinned}:
             if letter in letters:
                 self._pin(letters[letter], node, why)
+        for term, operand, name, expr in placed:
+            # One entry meets many: the axis is one that this operand repeats along, as `expand` would have made it.
+            if not (term.added or isinstance(name, tuple)) and expr == UNIT and letters[name] != UNIT:
+                self.known.facts.append(Fact("expanded", letters[name], node, operands=(operand,)))
         self._pattern_facts(node, out, letters, held, sum(not term.added for term in terms))
         return tuple(exprs)
 

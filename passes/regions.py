@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.nn.utils import stateless
 
 from ecospa_fx.errors import CaptureError
@@ -149,7 +150,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name
 
     def hook_for(name: str) -> Any:
         def hook(_: nn.Module, hook_args: Any, hook_kwargs: Any) -> None:
-            calls.setdefault(name, pytree.tree_map_only(Tensor, torch.detach, (hook_args, hook_kwargs)))
+            calls.setdefault(name, pytree.tree_map_only(Tensor, _plain, (hook_args, hook_kwargs)))
 
         return hook
 
@@ -157,13 +158,34 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name
         model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in sorted(names)
     ]
     try:
-        with traceless(model), torch.no_grad():
-            model(*args, **kwargs)
+        with traceless(model), torch.no_grad(), _computable(model) as fake:
+            fake_args, fake_kwargs = pytree.tree_map_only(Tensor, fake, (args, kwargs))
+            model(*fake_args, **fake_kwargs)
     finally:
         for handle in handles:
             handle.remove()
     # In the order of the model, not of the calls, so that names come out the same for every input.
     return {name: calls[name] for name, _ in model.named_modules() if name in calls}
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A recorded tensor without its history; a fake one as a plain meta tensor."""
+    if isinstance(tensor, FakeTensor):
+        with unset_fake_temporarily():
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return tensor.detach()
+
+
+@contextmanager
+def _computable(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A model on the meta device runs on fake tensors, which code that looks at values knows how to skip."""
+    if not any(p.is_meta for p in model.parameters()):
+        yield lambda tensor: tensor
+        return
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    with stateless._reparametrize_module(model, {name: mode.from_tensor(t) for name, t in named}), mode:
+        yield mode.from_tensor
 
 
 @contextmanager

@@ -207,7 +207,7 @@ def _select(inference: Inference, kept: Kept, new: dict[fx.Node, fx.Node], const
 
 
 def _bind(captured: Captured, region: nn.Module, graph: fx.Graph, new: dict[fx.Node, fx.Node]) -> None:
-    """Call the region's own nn.Linears, so that hooks and wrappers on them keep working; drop what is unused."""
+    """Call the region's own nn.Linears, so that hooks and wrappers put on them later work too; drop what is unused."""
     for node in list(graph.nodes):
         if node.target is not aten.linear.default:
             continue
@@ -217,7 +217,8 @@ def _bind(captured: Captured, region: nn.Module, graph: fx.Graph, new: dict[fx.N
         path = weight.target.rpartition(".")[0]
         module = region.get_submodule(path)
         own = (f"{path}.weight", f"{path}.bias" if getattr(module, "bias", None) is not None else None)
-        if type(module).forward is nn.Linear.forward and own == (weight.target, bias.target if bias else None):
+        free = path not in captured.hooked  # else its hooks would run twice
+        if free and type(module).forward is nn.Linear.forward and own == (weight.target, bias.target if bias else None):
             with graph.inserting_before(node):
                 call = graph.call_module(path, (node.args[0],))
             node.replace_all_uses_with(call)

@@ -52,6 +52,10 @@ class Change:
 def _assign(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
     # A gradient must have its parameter's shape at every moment.
     tensor.grad = None
+    if tensor.requires_grad:
+        # A graph that is still alive (a loss someone holds) keeps the parameter's gradient accumulator, which knows the
+        # old shape. torch makes a new one when the dtype changes, so it does change for a moment.
+        tensor.data = data.new_empty(0, dtype=torch.float16 if data.dtype != torch.float16 else torch.float32)
     tensor.data = data
     tensor.grad = grad
 

@@ -8,9 +8,7 @@ and optimizer are then those of EcoSpa to the last detail; only the pairing of r
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,58 +21,60 @@ if TYPE_CHECKING:
 def break_pairing(model: nn.Module, removal: Mapping[Coupling, Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Reorder each member matrix so that its own choice is what the coming shrink keeps.
 
-    Meant as `before_shrink` of an `EcoSpaTrainer`. A bias is no matrix of its own: it moves with the rows of the matrix
-    that produces it.
+    Meant as `before_shrink` of an `EcoSpaTrainer`. A bias is no matrix of its own: it moves with the rows it is added
+    to. A vector that belongs to no matrix stays as it is.
 
     Args:
         model: The model about to shrink.
         removal: Positions that stay, `[kept]`, sorted, for each coupling about to shrink.
         optimizer: Its optimizer; state tensors shaped like a parameter move with it.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for coupling, keep in removal.items():
-        orders: dict[tuple[str, int], Tensor] = {}
-        for member in coupling.members:
+        matrices = [member for member in coupling.members if member.matrix]
+        # One fused matrix on both sides of the product: its copies are what has to be parted.
+        together = len({member.of for member in matrices}) > 1
+        orders: dict[str, Tensor] = {}
+        for member in matrices:
             weight = parameters[member.parameter]
-            if weight.dim() >= 2:
-                order = own_order(weight, member.dim, member.index, keep)
-                orders[member.parameter, member.dim] = order
-                reorder(weight, member.dim, order, optimizer)
+            orders[member.of] = own_order(weight, member.dim, member.index, keep, together=together)
+            reorder(weight, member.dim, orders[member.of], optimizer)
         for member in coupling.members:
-            bias = parameters[member.parameter]
-            if bias.dim() == 1:
-                order = _producers_order(member.parameter, len(bias), orders)
-                reorder(bias, 0, order, optimizer)
+            if not member.matrix and member.of in orders:
+                reorder(parameters[member.parameter], member.dim, orders[member.of], optimizer)
 
 
-def own_order(weight: Tensor, dim: int, index: Tensor, keep: Tensor) -> Tensor:
+def own_order(weight: Tensor, dim: int, index: Tensor, keep: Tensor, *, together: bool = True) -> Tensor:
     """Order of slices after which the positions in `keep` hold the slices of largest norm.
-
-    A position that owns several slices owns one in each copy of the coupling: one per head, or one in each half of a
-    fused matrix. Every copy chooses alone, as in the paper, where each head has matrices of its own; this also parts
-    Q from K when both lie in one fused matrix.
 
     Args:
         weight: The matrix.
         dim: Its dim that the coupling runs along, of size `n`.
         index: Coupling position of each slice, `[n]`, int64; -1 for slices of other couplings, which stay in place.
-        keep: Positions that stay, `[kept]`, int64.
+        keep: Positions that stay, `[kept]`, int64, sorted.
+        together: A position that owns several slices, such as a head dim with one in every head, is chosen with all of
+            them. Otherwise the first slices of all positions choose among themselves, then the second, and so on.
 
     Returns:
         For each slice the old slice that moves there, `[n]`, int64; a permutation.
+
+    Raises:
+        ValueError: When positions own different numbers of slices, so that one cannot take the place of another.
     """
-    others = [d for d in range(weight.dim()) if d != dim]
-    norms = weight.detach().double().square().sum(dim=others).cpu()  # [n]
     index, keep = index.cpu(), keep.cpu()
-    copy = _copies(index)
+    owned = index[index >= 0].bincount()
+    if owned.min() != owned.max():
+        raise ValueError(f"positions own between {owned.min()} and {owned.max()} slices; they cannot trade places")
+    slices = index.argsort(stable=True)[(index < 0).sum() :].reshape(len(owned), -1)  # [position, copy]
+    others = [d for d in range(weight.dim()) if d != dim]
+    norms = weight.detach().double().square().sum(dim=others).cpu()[slices]
+    if together:
+        norms = norms.sum(dim=1, keepdim=True)
+    chosen = torch.zeros_like(norms, dtype=torch.bool).scatter_(0, norms.topk(len(keep), dim=0).indices, True)
+    source = _set_first(chosen).expand_as(slices)
+    target = _set_first(torch.zeros(len(owned), 1, dtype=torch.bool).index_fill_(0, keep, True)).expand_as(slices)
     order = torch.arange(len(index))
-    for number in copy[index >= 0].unique().tolist():
-        slices = torch.nonzero((copy == number) & (index >= 0)).flatten()  # [slices of this copy]
-        stays = torch.isin(index[slices], keep)
-        chosen = torch.zeros_like(stays)
-        chosen[norms[slices].topk(int(stays.sum())).indices] = True
-        order[slices[stays]] = slices[chosen]
-        order[slices[~stays]] = slices[~chosen]
+    order[slices.gather(0, target)] = slices.gather(0, source)
     return order
 
 
@@ -87,23 +87,6 @@ def reorder(parameter: Tensor, dim: int, order: Tensor, optimizer: torch.optim.O
         tensor.copy_(tensor.index_select(dim, order.to(tensor.device)))
 
 
-def _copies(index: Tensor) -> Tensor:
-    """Count, for each slice, how many slices of the same position come before it, `[n]`."""
-    seen: Counter[int] = Counter()
-    copies = []
-    for position in index.tolist():
-        copies.append(seen[position])
-        seen[position] += 1
-    return torch.tensor(copies, dtype=torch.long)
-
-
-def _producers_order(bias: str, size: int, orders: Mapping[tuple[str, int], Tensor]) -> Tensor:
-    """Order of the matrix that a bias belongs to: of those that fit, the one with the longest common name."""
-    fitting = {name: order for (name, _), order in orders.items() if len(order) == size}
-    if not fitting:
-        raise ValueError(f"no matrix of this coupling has {size} slices for {bias} to move with")
-    return fitting[max(fitting, key=lambda name: _shared_prefix(name, bias))]
-
-
-def _shared_prefix(a: str, b: str) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+def _set_first(marked: Tensor) -> Tensor:
+    """Row numbers of each column, the marked ones first, both parts in ascending order; same shape as `marked`."""
+    return marked.logical_not().byte().argsort(dim=0, stable=True)

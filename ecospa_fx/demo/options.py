@@ -12,7 +12,7 @@ HEAD_DIM = 32
 EXAMPLES = """\
 examples:
   python -m ecospa_fx demo                                   GPT-2 on Python's standard library, about 5 minutes
-  python -m ecospa_fx demo --steps 120 --width 128           a quick look, under a minute
+  python -m ecospa_fx demo --steps 200 --layers 2             a quick look, under a minute
   python -m ecospa_fx demo --arch llama --target 0.4         another architecture, smaller target
   python -m ecospa_fx demo --text book.txt --out runs/book   your own file or folder
 
@@ -44,12 +44,12 @@ class Options:
     text: Path | None = None
     arch: str = "gpt2"
     target: float = 0.5
-    steps: int = 640
+    steps: int = 900
     seed: int = 0
     out: Path = Path("runs/demo")
     batch_size: int = 8
     context: int = 128
-    width: int = 256
+    width: int = 192
     layers: int = 4
 
     def __post_init__(self) -> None:

@@ -93,7 +93,7 @@ def table_of(rows: Sequence[Row]) -> Table:
     ):
         table.add_column(heading, justify="right")
     for row in rows:
-        spread = f" ({row.step_ratio_low:.2f}-{row.step_ratio_high:.2f})"
+        spread = f"\n({row.step_ratio_low:.2f}-{row.step_ratio_high:.2f})"
         table.add_row(
             row.run,
             f"{row.parameters:,}\nx {row.parameters_ratio:.3f}",

@@ -17,7 +17,7 @@ from ecospa_fx.demo.corpus import Corpus, training_batches, validation_batches
 from ecospa_fx.demo.models import build_model
 from ecospa_fx.demo.options import Options
 
-PEAK_RATE = 1e-3
+PEAK_RATE = 2e-3
 WARMUP = 0.05
 """Fraction of the steps during which the learning rate rises."""
 
@@ -118,7 +118,7 @@ def training_step(run: Run, x: Tensor, y: Tensor) -> float:
     """Do one optimizer step on `x`, `y` (both `[batch, context]`) and return the loss before it, in nats per byte."""
     run.model.train()
     loss = loss_of(run.model, x, y)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     run.optimizer.step()
     if run.trainer is not None:

@@ -1,0 +1,34 @@
+"""What every benchmark writes beside its numbers: the machine they came from."""
+
+import csv
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> str:
+    """The machine in words: processor, cores, accelerator if any, versions of Python and torch."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{cpu}, {torch.get_num_threads()} threads{gpu}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def write_csv(name: str, rows: Sequence[Mapping[str, object]]) -> Path:
+    """Write `rows` to `results/<name>.csv`, each with the machine and the date."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "machine", "date"])
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({**row, "machine": machine(), "date": date.today().isoformat()})
+    return path

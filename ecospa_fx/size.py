@@ -1,0 +1,64 @@
+"""Size: how many parameters a model has, and would have with less of some couplings. Exact, and without tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+from torch import nn
+
+from .compiled import CompiledModel
+from .passes.axes import Atom, Expr, Product, atoms_of
+
+
+class SizeModel:
+    """Parameter counts of a compiled model as a function of the sizes of its couplings.
+
+    Attributes:
+        sizes: coupling name -> entries now.
+        original: parameters of the model before any shrink.
+    """
+
+    def __init__(self, model: nn.Module, compiled: CompiledModel) -> None:
+        named = dict(model.named_parameters())  # a tied parameter once, under its first name
+        self._atoms: dict[str, Atom] = {}
+        self._now: dict[Atom, int] = {}
+        self._shapes: list[tuple[Expr, ...]] = []
+        self._users: dict[Atom, list[int]] = {}
+        inferred: set[str] = set()
+        for region in compiled.regions.values():
+            program, prefix = region.programs[-1], f"{region.name}." if region.name else ""
+            self._now |= {atom: int(mask.sum()) for atom, mask in region.kept(program).items()}
+            self._atoms |= {prefix + found.name: found.atom for found in region.discoveries[-1].couplings}
+            for name, exprs in program.inference.parameters.items():
+                if prefix + name in named:
+                    inferred.add(prefix + name)
+                    for atom in {atom for expr in exprs for atom in atoms_of(expr)}:
+                        self._users.setdefault(atom, []).append(len(self._shapes))
+                    self._shapes.append(exprs)
+        self._rest = sum(p.numel() for name, p in named.items() if name not in inferred)
+        self._numels = [self._numel(shape, self._now) for shape in self._shapes]
+        self.sizes = {name: self._now.get(atom, atom.size) for name, atom in self._atoms.items()}
+        self.original = self._rest + sum(self._numel(shape, {}) for shape in self._shapes)
+
+    def total(self, sizes: Mapping[str, int]) -> int:
+        """Parameters of the whole model with couplings at `sizes`; those not named stay as they are."""
+        changed = {self._atoms[name]: size for name, size in sizes.items() if size != self.sizes[name]}
+        counts = {**self._now, **changed}
+        total = self._rest + sum(self._numels)
+        for i in {i for atom in changed for i in self._users.get(atom, ())}:
+            total += self._numel(self._shapes[i], counts) - self._numels[i]
+        return total
+
+    def _numel(self, shape: tuple[Expr, ...], counts: Mapping[Atom, int]) -> int:
+        return prod(_count(expr, counts) for expr in shape)
+
+
+def _count(expr: Expr, counts: Mapping[Atom, int]) -> int:
+    match expr:
+        case Atom():
+            return counts.get(expr, expr.size)
+        case Product():
+            return prod(_count(factor, counts) for factor in expr.factors)
+        case _:
+            return sum(_count(part, counts) for part in expr.parts)

@@ -1,0 +1,163 @@
+"""CoupledSparsifier: which entries of which couplings go at a sparsification step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .api import couplings, state_of
+from .coupling import Coupling
+from .errors import TargetError
+from .estimator import index_scores
+from .size import SizeModel
+
+
+class CoupledSparsifier:
+    """The rule of the paper (arXiv 2511.11641): the least important couplings lose their weakest aligned slices.
+
+    At a step the `top_k` share of couplings with the least importance is taken. In each, entries are kept from the
+    strongest down until they hold `theta` of the total score; the rest goes. Nothing goes past the target.
+
+    Args:
+        model: a compiled model that has been called.
+        target: share of the model's original parameters that remains.
+        top_k: share of the couplings that shrink at a step.
+        theta: share of a coupling's score that is kept.
+        min_keep: entries that every coupling keeps.
+
+    Raises:
+        TargetError: a setting is out of range, or the target is below what can be reached.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, target: float = 0.5, top_k: float = 0.3, theta: float = 0.9, min_keep: int = 1
+    ) -> None:
+        check_settings(target=target, top_k=top_k, theta=theta, min_keep=min_keep)
+        self.model, self.top_k, self.theta, self.min_keep = model, top_k, theta, min_keep
+        sizes = SizeModel(model, state_of(model))
+        self.target_size = math.ceil(target * sizes.original)
+        floor = sizes.total({name: min(size, min_keep) for name, size in sizes.sizes.items()})
+        if self.target_size < floor:
+            raise TargetError(
+                f"target={target:g} of {sizes.original:,} parameters is {self.target_size:,}, but the couplings can give "
+                f"no more than down to {floor:,}; the smallest reachable target is "
+                f"{math.ceil(1000 * floor / sizes.original) / 1000:g} with min_keep={min_keep}"
+            )
+
+    def decide(self, importance: Mapping[Coupling, float], at_most: int | None = None) -> dict[Coupling, Tensor]:
+        """What to keep of which couplings.
+
+        Args:
+            importance: of every coupling, see `CoupledEstimator`.
+            at_most: parameters that may be left after this step, where a schedule must keep up. Where the paper's rule
+                leaves more, more couplings take part, then theta gives way.
+
+        Returns:
+            Coupling -> sorted LongTensor of the entries to keep, for those that shrink; what `ecospa_fx.shrink` takes.
+        """
+        sizes = SizeModel(self.model, state_of(self.model))
+        order = sorted(couplings(self.model), key=lambda coupling: (importance[coupling], coupling.name))
+        scores = {coupling: index_scores(self.model, coupling) for coupling in order}
+        count = max(1, math.ceil(self.top_k * len(order)))
+        keeps = self._by_theta(order[:count], scores, self.theta)
+        if at_most is not None and sizes.total(_named(keeps)) > at_most:
+            keeps = self._by_theta(order, scores, self.theta)
+            if sizes.total(_named(keeps)) > at_most:
+                keeps = self._by_theta(order, scores, self._looser(order, scores, sizes, at_most))
+            else:
+                # All of them would be enough: as many of the least important as it takes.
+                while count < len(order):
+                    count += 1
+                    keeps = self._by_theta(order[:count], scores, self.theta)
+                    if sizes.total(_named(keeps)) <= at_most:
+                        break
+        keeps = self._stop_at_target(order, keeps, sizes)
+        if at_most is not None and at_most <= self.target_size:
+            # The last step: what entries of several couplings at once could not hit, single ones do.
+            floors = {c: min(self.min_keep, c.size) for c in order}
+            if sizes.total(_named(keeps)) > self.target_size:
+                keeps = self._stop_at_target(order, floors, sizes, keeps)
+        return {
+            coupling: scores[coupling].argsort(descending=True, stable=True)[:keep].sort().values
+            for coupling, keep in keeps.items()
+            if keep < coupling.size
+        }
+
+    def reached(self) -> bool:
+        """Whether no coupling can lose another entry without passing the target."""
+        sizes = SizeModel(self.model, state_of(self.model))
+        smallest = (
+            sizes.total({coupling.name: coupling.size - 1})
+            for coupling in couplings(self.model)
+            if coupling.size > self.min_keep
+        )
+        return sizes.total({}) <= self.target_size or all(total < self.target_size for total in smallest)
+
+    def _by_theta(self, order: list[Coupling], scores: Mapping[Coupling, Tensor], theta: float) -> dict[Coupling, int]:
+        return {coupling: max(_held(scores[coupling], theta), min(self.min_keep, coupling.size)) for coupling in order}
+
+    def _looser(
+        self, order: list[Coupling], scores: Mapping[Coupling, Tensor], sizes: SizeModel, at_most: int
+    ) -> float:
+        """The largest theta at which all couplings together come down to `at_most`."""
+        low, high = 0.0, self.theta
+        for _ in range(30):
+            middle = (low + high) / 2
+            if sizes.total(_named(self._by_theta(order, scores, middle))) > at_most:
+                high = middle
+            else:
+                low = middle
+        return low
+
+    def _stop_at_target(
+        self,
+        order: list[Coupling],
+        keeps: Mapping[Coupling, int],
+        sizes: SizeModel,
+        already: Mapping[Coupling, int] | None = None,
+    ) -> dict[Coupling, int]:
+        """Apply `keeps` from the least important coupling on, as far as the target allows.
+
+        Where one would pass the target it gives as many entries as still fit, and the next ones try for the rest.
+        """
+        taken = dict(already or {})
+        for coupling in order:
+            if coupling not in keeps:
+                continue
+            low, high = keeps[coupling], taken.get(coupling, coupling.size)  # the fewest wished for; surely allowed
+            while low < high:
+                middle = (low + high) // 2
+                if sizes.total({**_named(taken), coupling.name: middle}) >= self.target_size:
+                    high = middle
+                else:
+                    low = middle + 1
+            taken[coupling] = high
+        return taken
+
+
+def _held(scores: Tensor, theta: float) -> int:
+    """The size of the smallest set of entries that holds `theta` of the total score."""
+    ordered = scores.sort(descending=True).values.cumsum(0)
+    if not float(ordered[-1]) > 0:
+        return len(scores)
+    return int((ordered < theta * ordered[-1] * (1 - 1e-12)).sum()) + 1
+
+
+def _named(keeps: Mapping[Coupling, int]) -> dict[str, int]:
+    return {coupling.name: keep for coupling, keep in keeps.items()}
+
+
+def check_settings(*, target: float, top_k: float, theta: float, min_keep: int) -> None:
+    """Refuse settings out of range.
+
+    Raises:
+        TargetError: naming the setting, its value and the range.
+    """
+    for name, value in (("target", target), ("top_k", top_k), ("theta", theta)):
+        if not isinstance(value, (int, float)) or not 0 < value <= 1:
+            raise TargetError(f"{name}={value!r} is out of range; it is a share, above 0 and at most 1")
+    if not isinstance(min_keep, int) or min_keep < 1:
+        raise TargetError(f"min_keep={min_keep!r} is out of range; every coupling keeps at least 1 entry")
