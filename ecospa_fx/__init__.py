@@ -4,6 +4,7 @@
 >>> trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, target=0.5)
 """
 
+from . import errors
 from .api import compile, couplings, plan, shrink
 from .checkpoint import load, resume, save
 from .coupling import Coupling, Member, Refusal
@@ -28,6 +29,7 @@ __all__ = [
     "Verification",
     "compile",
     "couplings",
+    "errors",
     "explain",
     "load",
     "plan",

@@ -53,7 +53,8 @@ class CoupledSparsifier:
         Args:
             importance: of every coupling, see `CoupledEstimator`.
             at_most: parameters that may be left after this step, where a schedule must keep up. Where the paper's rule
-                leaves more, more couplings take part, then theta gives way.
+                leaves more, more couplings take part, then theta gives way. Without it, they do so where the rule
+                would remove nothing at all, as it does in small couplings whose entries are about equal.
 
         Returns:
             Coupling -> sorted LongTensor of the entries to keep, for those that shrink; what `ecospa_fx.shrink` takes.
@@ -63,23 +64,18 @@ class CoupledSparsifier:
         scores = {coupling: index_scores(self.model, coupling) for coupling in order}
         count = max(1, math.ceil(self.top_k * len(order)))
         keeps = self._by_theta(order[:count], scores, self.theta)
-        if at_most is not None and sizes.total(_named(keeps)) > at_most:
-            keeps = self._by_theta(order, scores, self.theta)
-            if sizes.total(_named(keeps)) > at_most:
-                keeps = self._by_theta(order, scores, self._looser(order, scores, sizes, at_most))
-            else:
-                # All of them would be enough: as many of the least important as it takes.
-                while count < len(order):
-                    count += 1
-                    keeps = self._by_theta(order[:count], scores, self.theta)
-                    if sizes.total(_named(keeps)) <= at_most:
-                        break
+        while count < len(order) and not self._enough(keeps, sizes, at_most):
+            count += 1
+            keeps = self._by_theta(order[:count], scores, self.theta)
+        if not self._enough(keeps, sizes, at_most):
+            keeps = self._by_theta(order, scores, self._looser(order, scores, sizes, at_most))
         keeps = self._stop_at_target(order, keeps, sizes)
-        if at_most is not None and at_most <= self.target_size:
-            # The last step: what entries of several couplings at once could not hit, single ones do.
-            floors = {c: min(self.min_keep, c.size) for c in order}
-            if sizes.total(_named(keeps)) > self.target_size:
-                keeps = self._stop_at_target(order, floors, sizes, keeps)
+        left = sizes.total(_named(keeps))
+        stuck = left == sizes.total({}) if at_most is None else at_most <= self.target_size
+        if left > self.target_size and stuck:
+            # What is left to remove is less than what these couplings remove at a time: smaller ones may still fit.
+            floors = {coupling: min(self.min_keep, coupling.size) for coupling in order}
+            keeps = self._stop_at_target(order, floors, sizes, keeps)
         return {
             coupling: scores[coupling].argsort(descending=True, stable=True)[:keep].sort().values
             for coupling, keep in keeps.items()
@@ -96,20 +92,25 @@ class CoupledSparsifier:
         )
         return sizes.total({}) <= self.target_size or all(total < self.target_size for total in smallest)
 
+    def _enough(self, keeps: Mapping[Coupling, int], sizes: SizeModel, at_most: int | None) -> bool:
+        """Whether a step that keeps so much keeps up with the schedule, or at least removes something."""
+        now, after = sizes.total({}), sizes.total(_named(keeps))
+        return after <= at_most if at_most is not None else after < now
+
     def _by_theta(self, order: list[Coupling], scores: Mapping[Coupling, Tensor], theta: float) -> dict[Coupling, int]:
         return {coupling: max(_held(scores[coupling], theta), min(self.min_keep, coupling.size)) for coupling in order}
 
     def _looser(
-        self, order: list[Coupling], scores: Mapping[Coupling, Tensor], sizes: SizeModel, at_most: int
+        self, order: list[Coupling], scores: Mapping[Coupling, Tensor], sizes: SizeModel, at_most: int | None
     ) -> float:
-        """The largest theta at which all couplings together come down to `at_most`."""
+        """The largest theta at which all couplings together remove enough."""
         low, high = 0.0, self.theta
         for _ in range(30):
             middle = (low + high) / 2
-            if sizes.total(_named(self._by_theta(order, scores, middle))) > at_most:
-                high = middle
-            else:
+            if self._enough(self._by_theta(order, scores, middle), sizes, at_most):
                 low = middle
+            else:
+                high = middle
         return low
 
     def _stop_at_target(

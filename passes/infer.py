@@ -180,6 +180,9 @@ class _Solver:
             return
         self.known.operands[node] = operands
         shapes = [_shape(meta) for meta in tensor_meta(node)]
+        if not any(shapes) and not any(operand.exprs for operand in operands):
+            self.known.values[node] = tuple(() for _ in shapes)  # numbers have no axes
+            return
         rule = RULES.get(node.target)
         if rule is None:
             name = op_name(node)

@@ -98,10 +98,13 @@ def choose(
     if how == "root":
         return {"": at("", (args, kwargs))}, {}
     if not isinstance(how, str):
+        unknown = sorted(set(how) - {name for name, _ in model.named_modules()})
+        if unknown:
+            raise CaptureError(f"regions: {type(model).__name__} has no submodule `{unknown[0]}`; see model.named_modules()")
         calls = record(model, args, kwargs, set(how))
         missing = [name for name in how if name not in calls]
         if missing:
-            raise CaptureError(f"region `{missing[0]}` is not called in a forward of the model; name another")
+            raise CaptureError(f"regions: `{missing[0]}` is not called in a forward of the model; name another")
         return {name: at(name, calls[name]) for name in how}, {}
     if how not in ("auto", "blocks"):
         raise CaptureError(f"regions={how!r} is none of 'auto', 'blocks', 'root' or a list of submodule names")

@@ -113,22 +113,21 @@ def compare(
         masks = contraction_masks(inference, kept)
 
     floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
+    # A buffer stays one: torch refuses gradients of running statistics.
+    trained = {captured.tensors[name] for name in captured.parameters} & floating.keys()
     steps = {
         name: {dim: mask_of(expr, kept).nonzero().flatten() for dim, expr in enumerate(exprs) if touched(expr, kept)}
         for name, exprs in inference.parameters.items()
     }
 
-    whole = {name: _leaf(t) for name, t in tensors.items()}
+    whole = {name: _leaf(t) if name in trained else t.clone() for name, t in tensors.items()}
     whole_inputs = [_leaf(t) for t in inputs]
     outputs = run(captured, whole, whole_inputs, interpreter=Here)
 
-    small = {name: _leaf(sliced(t, steps.get(name, {}))) for name, t in tensors.items()}
+    small = {name: sliced(t, steps.get(name, {})).clone() for name, t in tensors.items()}
     small_inputs = [_leaf(t) for t in inputs]
     program = rewrite(inference, kept, region)
-    parameters = {
-        name: nn.Parameter(t.detach(), requires_grad=t.requires_grad) if name in floating else t
-        for name, t in small.items()
-    }
+    parameters = {name: nn.Parameter(t) if name in trained else t for name, t in small.items()}
     with torch.random.fork_rng(devices=[]), stateless._reparametrize_module(region, parameters):
         torch.manual_seed(0)
         small_outputs = program.run(region, *small_inputs, *program.constants)

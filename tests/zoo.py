@@ -65,7 +65,7 @@ def floats(width: int) -> Callable[[int, int], tuple[Tensor, ...]]:
 
 
 def images(channels: int) -> Callable[[int, int], tuple[Tensor, ...]]:
-    return lambda batch, side: (torch.randn(batch, channels, side + 3, side + 3),)
+    return lambda batch, side: (torch.randn(batch, channels, side + 5, side + 5),)
 
 
 def words(vocabulary: int) -> Callable[[int, int], tuple[Tensor, ...]]:

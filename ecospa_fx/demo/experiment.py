@@ -69,6 +69,10 @@ def _train(run: Run, corpus: Corpus, options: Options, progress: Progress) -> No
         recent = 1e3 * sum(run.seconds[-RECENT:]) / len(run.seconds[-RECENT:])
         shown = f"loss {loss:.3f}  {run.sizes[-1]:>9,} parameters  {recent:3.0f} ms"
         progress.update(bar, completed=step, shown=shown)
+    progress.console.print(
+        f"{run.name}: {run.sizes[-1]:,} parameters, validation loss {run.final_loss:.3f} nats per byte, "
+        f"{len(run.shrinks)} shrinks, {sum(run.seconds):.0f} s of steps"
+    )
 
 
 def _save_and_reload(run: Run, corpus: Corpus, options: Options) -> tuple[bool, str]:

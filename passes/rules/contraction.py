@@ -72,9 +72,10 @@ def written_scale(site: Site) -> None:
 
 
 @axis_rule(aten.scaled_dot_product_attention.default, follow=written_scale)
-def attention(q: Operand, k: Operand, v: Operand, mask: Operand | None = None, *_: Any, enable_gqa: bool = False,
-              **__: Any) -> str:  # fmt: skip
+def attention(q: Operand, k: Operand, v: Operand, mask: Operand | None = None, dropout: float = 0.0,
+              causal: bool = False, *, enable_gqa: bool = False, **_: Any) -> str:  # fmt: skip
     """Every key position feeds the softmax over them."""
+    s = "s!" if causal else "s"
     if enable_gqa:
-        return "... (h g) s d, ... h t! d, ... h t! e, +... (h g) s t! -> ... (h g) s e"
-    return "... s d, ... t! d, ... t! e, +... s t! -> ... s e"
+        return f"... (h g) {s} d, ... h t! d, ... h t! e, +... (h g) {s} t! -> ... (h g) {s} e"
+    return f"... {s} d, ... t! d, ... t! e, +... {s} t! -> ... {s} e"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,17 +44,22 @@ def conv(x: Operand, weight: Operand, bias: Operand | None = None, stride: Any =
     return f"b (g! c) {here}, (g! n) c {kernel}, +(g! n) -> b (g! n) {there}"
 
 
-@axis_rule(
-    aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d,
-    aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d, aten.adaptive_max_pool2d,
-    aten.upsample_nearest2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten.upsample_linear1d,
-    aten._upsample_bicubic2d_aa, aten._upsample_bilinear2d_aa,
-)  # fmt: skip
-def resampled(x: Operand, *_: Any, **__: Any) -> str:
-    """Neighbouring positions are combined."""
-    space = max(x.ndim - 2, 1)
-    batch = " ".join("bc"[: x.ndim - space])
-    return f"{batch} {_letters('x', space)} -> {batch} {_letters('y', space)}"
+def _resampled(space: int) -> Callable[..., str]:
+    def resampled(x: Operand, *_: Any, **__: Any) -> str:
+        """Neighbouring positions are combined."""
+        # The batch dim may be missing, so positions are counted from the right.
+        before = " ".join("bc"[: x.ndim - space])
+        return f"{before} {_letters('x', space)} -> {before} {_letters('y', space)}"
+
+    return resampled
+
+
+axis_rule(aten.max_pool1d, aten.avg_pool1d, aten.adaptive_avg_pool1d, aten.upsample_linear1d)(_resampled(1))
+axis_rule(
+    aten.max_pool2d, aten.avg_pool2d, aten.adaptive_avg_pool2d, aten.adaptive_max_pool2d, aten.upsample_nearest2d,
+    aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten._upsample_bicubic2d_aa, aten._upsample_bilinear2d_aa,
+)(_resampled(2))  # fmt: skip
+axis_rule(aten.max_pool3d, aten.avg_pool3d, aten.adaptive_avg_pool3d)(_resampled(3))
 
 
 @axis_rule(aten.pad.default, aten.constant_pad_nd.default)

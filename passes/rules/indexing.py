@@ -18,9 +18,11 @@ def embedding(weight: Operand, index: Operand, *_: Any) -> str:
 
 
 @axis_rule(aten.index_select.default)
-def index_select(x: Operand, dim: int, index: Operand) -> Indexed:
+def index_select(x: Operand, dim: int, index: Operand) -> Indexed | Opaque:
     """Entries are chosen by the values of an index."""
-    return Indexed(x, dim, index)
+    if x.ndim == 0:
+        return Opaque((x, index))
+    return Indexed(x, dim % x.ndim, index)
 
 
 @axis_rule(aten.index.Tensor)
@@ -28,7 +30,7 @@ def index(x: Operand, indices: list[Operand | None]) -> Indexed | Opaque:
     """Entries are chosen by the values of an index."""
     chosen = [(dim, i) for dim, i in enumerate(indices) if i is not None]
     if len(chosen) != 1 or chosen[0][1].node.meta["val"].dtype == torch.bool:
-        return Opaque((x,))
+        return Opaque((x, *(i for _, i in chosen)))
     return Indexed(x, *chosen[0])
 
 

@@ -56,6 +56,6 @@ def ordered(x: Operand, *args: Any, **_: Any) -> Opaque:
 
 
 @axis_rule(aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default)
-def classified(logits: Operand, *_: Any, **__: Any) -> Opaque:
+def classified(*args: Any, **_: Any) -> Opaque:
     """Every class counts in the loss."""
-    return Opaque((logits,))
+    return Opaque(tuple(arg for arg in args if isinstance(arg, Operand)))

@@ -35,7 +35,18 @@ def regrouped(x: Operand, *_: Any, **__: Any) -> Regrouped:
 
 axis_rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default,
           follow=lambda site: site.resize_output("size", "shape"))(regrouped)  # fmt: skip
-axis_rule(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints)(regrouped)
+axis_rule(aten.unsqueeze.default, aten.flatten.using_ints)(regrouped)
+
+
+def squeezed(site: Site) -> None:
+    """A dim that comes down to one entry stays a dim: name those that had one at first."""
+    x, dims = site.operands[0], site.args["dim"]
+    dims = dims if isinstance(dims, (list, tuple)) else [dims]
+    site.target = aten.squeeze.dims
+    site.args["dim"] = [dim for dim in dims if x.shape[dim] == 1]
+
+
+axis_rule(aten.squeeze.dim, aten.squeeze.dims, follow=squeezed)(regrouped)
 
 
 def unflattened(site: Site) -> None:
@@ -110,6 +121,11 @@ def bounds_follow(site: Site) -> None:
     x = site.operands[0]
     expr = x.exprs[site.args["dim"] % x.ndim]
     if not site.touched(expr):
+        return
+    if site.args["step"] != 1:
+        # Whole rows stay, of which the slice takes the same column as before.
+        site.args["start"] = _bound(site.args["start"], 0, x.shape[site.args["dim"] % x.ndim])
+        site.args["end"] = None
         return
     for name in ("start", "end"):
         if isinstance(site.args[name], int):
