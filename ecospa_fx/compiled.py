@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .coupling import Coupling, Member, Refusal
-from .errors import EcoSpaError, NoCouplingError, ShrinkError
+from .errors import EcoSpaError, NoCouplingError, PinnedAxisError, ShrinkError
 from .passes.axes import Atom, Expr, Segments, atoms_of, size_of
 from .passes.capture import training_flags
 from .passes.discover import Discovery, Found, discover
@@ -110,11 +110,40 @@ class Region:
 
     def couplings(self) -> list[Coupling]:
         """The couplings that every signature met so far can follow, at their sizes now."""
-        keys = [{found.key for found in discovery.couplings} for discovery in self.discoveries]
-        if not keys:
+        if not self.programs:
             return []
         # The first graph is the one names are taken from, so that they never change.
-        return [self._view(found) for found in self.discoveries[-1].couplings if all(found.key in k for k in keys)]
+        return [self._view(found) for found in self.discoveries[-1].couplings if self._followed(found)]
+
+    def _followed(self, found: Found) -> bool:
+        """Whether every graph can follow a coupling of the first one."""
+        for program, discovery in zip(self.programs[:-1], self.discoveries[:-1], strict=True):
+            if any(found.key == other.key for other in discovery.couplings):
+                continue
+            # It may still: a graph that uses fewer of the weights sees less of the coupling.
+            trial = self.compiled.plan.copy()
+            kept = self.kept(self.programs[-1])
+            mask = kept.get(found.atom, torch.ones(found.atom.size, dtype=torch.bool)).clone()
+            if int(mask.sum()) > 1:
+                mask[mask.nonzero()[0]] = False
+            self.write(trial, {**kept, found.atom: mask})
+            try:
+                replay(program.inference, trial)
+            except PinnedAxisError:
+                return False
+        return True
+
+    def write(self, plan: Plan, kept: Mapping[Atom, Tensor]) -> None:
+        """Write into `plan` what the first graph's parameters keep under a selection of its atoms."""
+        prefix = f"{self.name}." if self.name else ""
+        for name, exprs in self.programs[-1].inference.parameters.items():
+            masks = [mask_of(expr, kept) for expr in exprs]
+            if all(bool(mask.all()) for mask in masks):
+                continue
+            plan.original_shapes[prefix + name] = tuple(len(mask) for mask in masks)
+            for dim, mask in enumerate(masks):
+                if not mask.all():
+                    plan.kept[prefix + name, dim] = mask.nonzero().flatten()
 
     def refusals(self) -> list[Refusal]:
         """The axes that cannot shrink in some signature."""
@@ -131,9 +160,9 @@ class Region:
         kept = self.kept(program)
         mask = kept.get(found.atom, torch.ones(found.atom.size, dtype=torch.bool))
         now = torch.cat([mask.cumsum(0) - 1, torch.tensor([-1])])  # its last entry answers the index -1
-        matrices = [name for name, _ in found.key if len(inference.parameters[name]) > 1]
+        matrices = [name for name, _ in found.axes if len(inference.parameters[name]) > 1]
         members = []
-        for name, dim in found.key:
+        for name, dim in found.axes:
             if not self._is_parameter(program, name):
                 continue
             expr = inference.parameters[name][dim]
@@ -256,7 +285,7 @@ class CompiledModel:
         self, model: nn.Module, selection: Mapping[Coupling | str, Tensor], optimizers: Iterable[Optimizer] = ()
     ) -> None:
         """Keep only the selected entries of each coupling, everywhere; see `ecospa_fx.shrink`."""
-        after = self.planned(model, selection)
+        after = self.planned(selection)
         programs = {}
         for name, region in self.regions.items():
             module = model.get_submodule(name)
@@ -269,7 +298,7 @@ class CompiledModel:
         self.plan = after
         self.forget_couplings()
 
-    def planned(self, model: nn.Module, selection: Mapping[Coupling | str, Tensor]) -> Plan:
+    def planned(self, selection: Mapping[Coupling | str, Tensor]) -> Plan:
         """The plan after keeping only the selected entries of each coupling.
 
         Raises:
@@ -286,10 +315,10 @@ class CompiledModel:
             by_region.setdefault(known[name].region, {})[name] = keep
         after = self.plan.copy()
         for region_name, keeps in by_region.items():
-            self._plan_region(after, self.regions[region_name], keeps, model)
+            self._plan_region(after, self.regions[region_name], keeps)
         return after
 
-    def _plan_region(self, after: Plan, region: Region, keeps: Mapping[str, Tensor], model: nn.Module) -> None:
+    def _plan_region(self, after: Plan, region: Region, keeps: Mapping[str, Tensor]) -> None:
         program, prefix = region.programs[-1], f"{region.name}." if region.name else ""
         kept = region.kept(program)
         for found in region.discoveries[-1].couplings:
@@ -299,14 +328,7 @@ class CompiledModel:
                 positions = mask.nonzero().flatten()[keep.cpu()]
                 kept[found.atom] = torch.zeros(found.atom.size, dtype=torch.bool)
                 kept[found.atom][positions] = True
-        for name, exprs in program.inference.parameters.items():
-            masks = [mask_of(expr, kept) for expr in exprs]
-            if all(bool(mask.all()) for mask in masks):
-                continue
-            after.original_shapes[prefix + name] = tuple(len(mask) for mask in masks)
-            for dim, mask in enumerate(masks):
-                if not mask.all():
-                    after.kept[prefix + name, dim] = mask.nonzero().flatten()
+        region.write(after, kept)
 
 
 def _check_keep(coupling: Coupling, keep: Tensor) -> None:

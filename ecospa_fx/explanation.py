@@ -17,7 +17,7 @@ from torch import nn
 from .compiled import MODEL, CompiledModel, Region
 from .coupling import Coupling, Refusal
 from .errors import NoInputsError
-from .passes.infer import place
+from .passes.nodes import place
 from .passes.regions import choose
 from .why import axis_graph
 

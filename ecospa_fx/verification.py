@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .api import state_of
-from .compiled import Region, unshrunk
+from .compiled import CompiledModel, Region, unshrunk
 from .errors import VerificationError
 from .passes.axes import Atom
 from .passes.regions import record
 from .passes.verify import Comparison, compare
-from .passes.infer import Inference
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,8 @@ def verify(
 ) -> Verification:
     """Check numerically that shrinking equals masking, for each coupling alone and for all of a region together.
 
-    Works on a copy of every tensor, at original sizes; the model is left as it is. About half of each coupling is
-    removed, at random.
+    Works on a copy of every tensor, at original sizes and in eval mode; the model is left as it is. About half of each
+    coupling is removed, at random.
 
     Args:
         model: a compiled model.
@@ -86,7 +85,24 @@ def verify(
     """
     compiled = state_of(model)
     generator = torch.Generator().manual_seed(seed)
-    calls = record(model, tuple(example_inputs), dict(example_kwargs or {}), set(compiled.regions))
+    modes = {module: module.training for module in model.modules()}
+    try:
+        # Dropout would draw other masks at other sizes; entry by entry it is the same in both modes.
+        model.eval()
+        return Verification(_compare_all(model, compiled, tuple(example_inputs), dict(example_kwargs or {}), generator))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _compare_all(
+    model: nn.Module,
+    compiled: CompiledModel,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    generator: torch.Generator,
+) -> dict[str, Comparison]:
+    calls = record(model, args, kwargs, set(compiled.regions))
     results: dict[str, Comparison] = {}
     for name, region in compiled.regions.items():
         if name not in calls:
@@ -104,7 +120,7 @@ def verify(
             results[label] = compare(inference, kept, module, tensors, inputs, label)
         label = f"all of {name or 'the model'}"
         results[label] = compare(inference, everything, module, tensors, inputs, label)
-    return Verification(results)
+    return results
 
 
 def _half(size: int, generator: torch.Generator) -> Tensor:

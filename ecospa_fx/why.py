@@ -17,7 +17,8 @@ from torch import fx
 
 from .errors import NoCouplingError
 from .passes.axes import Atom, Expr, atoms_of
-from .passes.infer import Inference, op_name, place
+from .passes.inference import Inference
+from .passes.nodes import op_name, place
 from .passes.rules import RULES
 
 _GETITEM = operator.getitem

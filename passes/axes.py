@@ -11,9 +11,9 @@ Every dim of every tensor carries an *axis expression* over *atoms* (named exten
 knowledge, `unify(a, b)` ("these two dims are the same axis"), and three that look inside an axis and refine it where
 they must: `split` (a view regroups it), `cut` (a slice divides it), `regroup` (a view regroups several at once).
 
-Normal form, kept by `product` and `segments`: products and segments are flat, units vanish from products, and a product
-whose outermost factor is segmented is distributed, `(a | b) c == a c | b c`. Two expressions over the same atoms are the
-same axis exactly if their normal forms are equal.
+Normal form, kept by `product` and `segments`: products and segments are flat, units vanish from products, and what runs
+faster than a segmented factor is distributed over its parts, `(a | b) c == a c | b c`. Two expressions over the same
+atoms are the same axis exactly if their normal forms are equal.
 
 No parameter value and no tensor is ever read here: sizes are ints, or sympy expressions where torch.export found a
 dim to be dynamic.
@@ -76,6 +76,8 @@ def as_size(size: int | torch.SymInt | sympy.Expr) -> Size:
     if type(size) is int:
         return size
     expr = size.node.expr if isinstance(size, torch.SymInt) else size
+    if isinstance(expr, sympy.Expr) and expr.has(sympy.Add):
+        expr = sympy.expand(expr)  # sums of products have many forms, which compare as different
     return int(expr) if isinstance(expr, (int, sympy.Integer)) else expr
 
 
@@ -127,9 +129,10 @@ def product(*factors: Expr) -> Expr:
         return UNIT
     if len(flat) == 1:
         return flat[0]
-    outer, *inner = flat
-    if isinstance(outer, Segments):
-        return segments(*(product(part, *inner) for part in outer.parts))
+    for i, factor in enumerate(flat[:-1]):
+        if isinstance(factor, Segments):
+            inner = segments(*(product(part, *flat[i + 1 :]) for part in factor.parts))
+            return product(*flat[:i], inner)
     return Product(tuple(flat))
 
 

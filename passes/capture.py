@@ -4,6 +4,7 @@
       -> _Flat            the region behind a signature of tensors only
       -> torch.export     batch, sequence and any other dim that may be dynamic is
       -> _clean           asserts and no-ops out, placeholders sorted by what they hold
+      -> canonicalise     see there
       -> agrees           the graph against eager, outputs and gradients, before it is trusted
 
 A *region* is any submodule: the root, a block, a single attention. Capture knows nothing of what lies around it. A
@@ -30,6 +31,8 @@ from torch.nn.utils import stateless
 from ecospa_fx.errors import CaptureError
 
 from .axes import Size, as_size
+from .canonicalise import canonicalise
+from .nodes import tensor_meta
 
 aten = torch.ops.aten
 Forward = Callable[..., Any]
@@ -148,16 +151,6 @@ class Captured:
 _TENSOR = object()
 
 
-def tensor_meta(node: fx.Node) -> tuple[Tensor, ...]:
-    """The fake tensors that stand for the outputs of `node`; empty for what is no tensor."""
-    val = node.meta.get("val")
-    if isinstance(val, Tensor):
-        return (val,)
-    if isinstance(val, (tuple, list)) and val and all(isinstance(item, Tensor) for item in val):
-        return tuple(val)
-    return ()
-
-
 def training_flags(module: nn.Module) -> tuple[bool, ...]:
     """The training flag of every module of a region: train and eval are two signatures, and so is a frozen norm."""
     return tuple(child.training for child in module.modules())
@@ -194,11 +187,23 @@ def capture(
     with _at_original_sizes(module, originals or {}):
         program = _export(flat, tensors, region, leaves)
         captured = _collect(program, flat, module, region, leaves, spec, tensors)
+        _warn_of_hooks(captured)
         if check and not any(t.is_meta for t in (*tensors, *module.parameters())):
             error = disagreement(captured, module, forward, args, kwargs)
             if error is not None:
                 raise CaptureError(f"{_named(region)} was captured, but {error}; it is left as it is")
     return captured
+
+
+def _warn_of_hooks(captured: Captured) -> None:
+    names = sorted(name for name in captured.hooked if name)
+    if names:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        warnings.warn(
+            f"forward hooks on {shown} are part of the captured graph from now on: what they do to tensors stays, anything "
+            "else they do (recording, printing) no longer happens. Register such hooks after the first call",
+            stacklevel=2,
+        )
 
 
 class _Flat(nn.Module):
@@ -222,7 +227,7 @@ class _Flat(nn.Module):
 def _export(flat: _Flat, tensors: list[Tensor], region: str, leaves: list[Any]) -> torch.export.ExportedProgram:
     foreign = sorted({type(leaf).__name__ for leaf in leaves if not _plain(leaf)})
     auto = torch.export.Dim.AUTO
-    shapes = (tuple({dim: auto for dim, size in enumerate(t.shape) if size > 1} for t in tensors),)
+    shapes = (tuple({dim: auto for dim, size in enumerate(t.shape) if size > 1} for t in tensors),) if tensors else None
     try:
         with _quiet(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return torch.export.export(flat, tuple(t.detach() for t in tensors), dynamic_shapes=shapes, strict=False)
@@ -276,6 +281,7 @@ def _collect(
         if node.op == "get_attr":
             constants[node.name] = getattr(program.graph_module, node.target)
     _clean(graph)
+    canonicalise(graph)
     signature = Signature(
         spec,
         tuple(None if isinstance(leaf, Tensor) else _NONE if leaf is None else leaf for leaf in leaves),
@@ -326,7 +332,7 @@ def _clean(graph: fx.Graph) -> None:
 
 def _whole(node: fx.Node) -> bool:
     """Whether a slice takes all of its dim, whatever the size."""
-    start, end, step = (*node.args, *([None] * 3))[2:5]
+    start, end, step = (*node.args, *([None] * 4))[2:5]
     return start in (0, None) and (end is None or end == torch.iinfo(torch.int64).max) and step in (1, None)
 
 

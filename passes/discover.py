@@ -2,7 +2,7 @@
 
     discover(inference) -> couplings, refusals
 
-An atom that lies twice or more on weight matrices and is *produced* by one of them (free in its contraction, so that
+An atom along which weights meet at least twice and that is *produced* by one of them (free in its contraction, so that
 weights really meet) is a coupling, unless something pins it; then it is a refusal with the reasons. Kinds are read off
 the facts about the atom, never off names.
 """
@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from ecospa_fx.coupling import Kind, Refusal
 
 from .axes import Atom, atoms_of, size_of
-from .infer import Fact, Inference, Role, place
+from .inference import Fact, Inference, Role
+from .nodes import place
+from .selection import placed
 
 Axis = tuple[str, int]  # (parameter name in the region, dim)
 
@@ -27,7 +29,8 @@ class Found:
     """A coupling of one captured graph, at original sizes.
 
     Attributes:
-        key: the parameter axes it lies on, the same in every graph of the region.
+        key: where it lies on which parameter axes, the same in every graph of the region.
+        axes: the parameter axes it lies on, a tied parameter under its first name only.
         name: unique in the region.
         atom: what is selected.
         kind: see `ecospa_fx.Coupling`.
@@ -35,7 +38,8 @@ class Found:
         producers: parameters in whose contraction the atom is free.
     """
 
-    key: tuple[Axis, ...]
+    key: tuple[object, ...]
+    axes: tuple[Axis, ...]
     name: str
     atom: Atom
     kind: Kind
@@ -58,6 +62,8 @@ def discover(inference: Inference) -> Discovery:
     """Find the couplings of a captured graph and the axes that might have been some."""
     axes: dict[Atom, list[Axis]] = defaultdict(list)
     for name, exprs in inference.parameters.items():
+        if name in inference.captured.same_storage:
+            continue
         for dim, expr in enumerate(exprs):
             for atom in dict.fromkeys(atoms_of(expr)):
                 axes[atom].append((name, dim))
@@ -71,8 +77,9 @@ def discover(inference: Inference) -> Discovery:
         roles = _by_role(facts[atom])
         matrices = {name for name, _ in key if len(inference.parameters[name]) > 1}
         producers = _producers(roles, matrices)
-        # A fused projection holds several matrices in one parameter, end to end.
-        if type(size_of(atom)) is not int or _occurrences(atom, key, matrices, inference) < 2 or not producers:
+        # A fused projection holds several matrices in one parameter, end to end; a tied one is several matrices itself.
+        meetings = max(_occurrences(atom, key, matrices, inference), _contractions(roles, matrices))
+        if type(size_of(atom)) is not int or meetings < 2 or not producers:
             continue
         if roles["pinned"]:
             reasons = dict.fromkeys(f"{fact.reason} ({place(fact.node)})" for fact in roles["pinned"])
@@ -82,7 +89,8 @@ def discover(inference: Inference) -> Discovery:
         kind = _kind(atom, roles, inference, matrices)
         name = _name(kind, sorted(matrices), taken)
         linear = not (roles["nonlinear"] or roles["gate"]) and kind not in ("heads", "groups")
-        found.append(Found(tuple(key), name, atom, kind, linear, producers))
+        where = tuple((name, dim, placed(inference.parameters[name][dim], atom)) for name, dim in key)
+        found.append(Found((atom.size, *where), tuple(key), name, atom, kind, linear, producers))
     return Discovery(tuple(found), tuple(refusals))
 
 
@@ -103,6 +111,12 @@ def _occurrences(atom: Atom, axes: Iterable[Axis], names: Collection[str], infer
     """How many times an atom lies on the axes of the named parameters."""
     exprs = (inference.parameters[name][dim] for name, dim in axes if name in names)
     return sum(list(atoms_of(expr)).count(atom) for expr in exprs)
+
+
+def _contractions(roles: dict[Role, list[Fact]], matrices: set[str]) -> int:
+    """In how many contractions the atom is that of a matrix."""
+    facts = (*roles["free"], *roles["contracted"])
+    return len({fact.node for fact in facts if any(operand.parameter in matrices for operand in fact.operands)})
 
 
 def _kind(atom: Atom, roles: dict[Role, list[Fact]], inference: Inference, matrices: set[str]) -> Kind:

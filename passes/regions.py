@@ -27,7 +27,8 @@ from ecospa_fx.errors import CaptureError
 
 from .capture import Captured, capture, storage_key
 from .discover import Discovery, discover
-from .infer import Inference, infer
+from .infer import infer
+from .inference import Inference
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -9,7 +9,8 @@ from ecospa_fx.errors import PinnedAxisError
 from ecospa_fx.plan import Plan
 
 from .axes import Atom, atoms_of
-from .infer import Inference, place
+from .inference import Inference
+from .nodes import place
 from .selection import mask_of, project
 
 

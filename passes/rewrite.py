@@ -26,7 +26,8 @@ from ecospa_fx.errors import RuleError
 
 from .axes import Expr, size_of
 from .capture import Captured
-from .infer import Inference, op_name, place
+from .inference import Inference
+from .nodes import op_name, place
 from .rules import RULES
 from .rules.registry import Operand
 from .selection import Kept, count, mask_of, touched

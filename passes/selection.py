@@ -64,6 +64,26 @@ def index_of(expr: Expr, atom: Atom) -> Tensor:
             return torch.cat([index_of(part, atom) for part in expr.parts])
 
 
+def placed(expr: Expr, atom: Atom) -> tuple[tuple[int, int], ...]:
+    """Where `atom` lies along `expr`, as (offset, stride) per occurrence. With its size that says which entries it owns."""
+    match expr:
+        case Atom():
+            return ((0, 1),) if expr is atom else ()
+        case Product():
+            found: list[tuple[int, int]] = []
+            inner = 1
+            for factor in reversed(expr.factors):
+                found += [(offset * inner, stride * inner) for offset, stride in placed(factor, atom)]
+                inner *= size_of(factor)
+            return tuple(found)
+        case Segments():
+            found, start = [], 0
+            for part in expr.parts:
+                found += [(start + offset, stride) for offset, stride in placed(part, atom)]
+                start += size_of(part)
+            return tuple(found)
+
+
 def on_diagonal(expr: Expr) -> set[Atom]:
     """Atoms that occur in two factors of one product: one entry of the axis then belongs to two of theirs."""
     match expr:

@@ -16,8 +16,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import stateless
 
 from .axes import Atom
-from .capture import Captured, relative_error, run, tensor_meta
-from .infer import Inference, argument_nodes
+from .capture import relative_error, run
+from .inference import Inference
+from .nodes import argument_nodes, tensor_meta
 from .rewrite import rewrite
 from .selection import Kept, mask_of, touched
 from .shrink import sliced
@@ -48,7 +49,7 @@ class Masked(fx.Interpreter):
             for occurrence, dim, mask in masks:
                 if occurrence == here:
                     shape = [-1 if d == dim else 1 for d in range(result.ndim)]
-                    result = result * mask.to(result).view(shape)
+                    result = result.masked_fill(~mask.to(result.device).view(shape), 0)
             return result
 
         args, kwargs = fx.node.map_arg((n.args, n.kwargs), value)
@@ -67,7 +68,8 @@ def contraction_masks(inference: Inference, kept: Kept) -> dict[str, list[tuple[
         for occurrence, operand in zip(occurrences, inference.operands[node], strict=True):
             dims = [dim for dim, expr in enumerate(operand.exprs) if expr == fact.expr]
             if dims and operand.node in [o.node for o in fact.operands]:
-                masks[node.name].append((occurrence, dims[0], mask_of(fact.expr, kept)))
+                # Other dims along the same axis lose these entries anyway.
+                masks[node.name].extend((occurrence, dim, mask_of(fact.expr, kept)) for dim in dims)
                 break
     return masks
 

@@ -40,9 +40,6 @@ class Toy(nn.Module):
         self.down = nn.Linear(inner, 3)
 
 
-# ---------------------------------------------------------------- corpus
-
-
 @pytest.fixture
 def folder(tmp_path):
     root = tmp_path / "books"
@@ -95,9 +92,6 @@ def test_batches_repeat_with_their_seed_and_targets_are_the_next_bytes():
     held_out = [x for x, _ in validation_batches(corpus, 3, 4, 8)]
     assert [len(x) for x in held_out] == [4, 4, 4]
     assert held_out[0][0, 0] == 0 and held_out[-1][-1, -1] == 198
-
-
-# ---------------------------------------------------------------- ablation
 
 
 def test_own_order_brings_the_largest_slices_to_the_kept_positions():
@@ -189,9 +183,6 @@ def test_break_pairing_parts_q_from_k_in_one_fused_matrix():
     assert model[0].weight.flatten().tolist() == [2.0, 1.0, 4.0, 3.0]
 
 
-# ---------------------------------------------------------------- options and the command line
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -249,9 +240,6 @@ def test_the_learning_rate_rises_then_falls():
     assert rates.index(max(rates)) == 4
     assert rates[:5] == sorted(rates[:5]) and rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[-1] == pytest.approx(0.1 * max(rates))
-
-
-# ---------------------------------------------------------------- report
 
 
 @pytest.fixture

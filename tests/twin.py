@@ -45,6 +45,10 @@ def kept_positions(plain: nn.Module, keeps: Keeps) -> Positions:
             gone = (member.index >= 0) & ~torch.isin(member.index, keep)
             axis = member.parameter, member.dim
             masks[axis] = masks.get(axis, torch.ones(len(gone), dtype=torch.bool)) & ~gone
+    # A tied parameter is named once in a coupling; here each of its names counts.
+    named = dict(plain.named_parameters(remove_duplicate=False))
+    for (first, dim), mask in list(masks.items()):
+        masks |= {(name, dim): mask for name, p in named.items() if p is named[first]}
     return {axis: mask.nonzero().flatten() for axis, mask in masks.items()}
 
 
@@ -72,11 +76,15 @@ def run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tup
     """Outputs, and gradients of a fixed random projection of them by parameter name and by number of argument."""
     model.zero_grad(set_to_none=True)
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    leaves = [x.detach().clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
+    leaves = [
+        x.detach().clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves
+    ]
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     outputs = [out for out in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(out, Tensor)]
     generator = torch.Generator().manual_seed(3)
-    projected = [(out * torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)).sum() for out in outputs]
+    projected = [
+        (out * torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)).sum() for out in outputs
+    ]
     torch.stack(projected).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
     for i, leaf in enumerate(leaves):
@@ -86,7 +94,7 @@ def run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tup
 
 
 def assert_same(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], tolerance: float, what: str) -> None:
-    """Equal up to `tolerance` of each tensor's largest entry; one that is rounding noise beside the rest counts as zero."""
+    """Equal up to `tolerance` of each tensor's largest entry; what is rounding noise beside the rest counts as zero."""
     assert expected.keys() == got.keys(), what
     scale = max((float(t.abs().max()) for t in expected.values() if t.numel()), default=0.0)
     for name, a in expected.items():
@@ -113,7 +121,10 @@ def assert_equals_twin(
 
 def assert_is_slice(shrunk: nn.Module, plain: nn.Module, positions: Positions) -> None:
     """Every parameter is exactly what a selection leaves of the plain model's, under the same name."""
-    before, after = dict(plain.named_parameters(remove_duplicate=False)), dict(shrunk.named_parameters(remove_duplicate=False))
+    before, after = (
+        dict(plain.named_parameters(remove_duplicate=False)),
+        dict(shrunk.named_parameters(remove_duplicate=False)),
+    )
     assert before.keys() == after.keys()
     for name, parameter in after.items():
         assert torch.equal(parameter, sliced(before[name], name, positions)), name

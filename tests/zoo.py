@@ -151,7 +151,10 @@ class concatenated(nn.Module):
 
 
 @specimen(
-    pair("residual", 8, "embed[0] blocks.0.up.weight[1] blocks.0.down[0] blocks.1.up.weight[1] blocks.1.down[0] head.weight[1]"),
+    pair(
+        "residual", 8, "embed[0] head.weight[1] "
+        "blocks.0.up.weight[1] blocks.0.down[0] blocks.1.up.weight[1] blocks.1.down[0]",
+    ),
     pair("ffn", 10, "blocks.0.up[0] blocks.0.down.weight[1]"),
     pair("ffn", 10, "blocks.1.up[0] blocks.1.down.weight[1]"),
     inputs=floats(6),
@@ -180,8 +183,10 @@ class residual_stream(nn.Module):
 
 
 @specimen(
-    pair("ffn", 10, "up[0] down.weight[1]"), inputs=floats(6), refused={"down.weight[0] up.weight[1]": "leaves the region"}
-)  # fmt: skip
+    pair("ffn", 10, "up[0] down.weight[1]"),
+    inputs=floats(6),
+    refused={"down.weight[0] up.weight[1]": "leaves the region"},
+)
 class applied_twice(nn.Module):
     """One pair of weights, used in two places."""
 
@@ -248,8 +253,10 @@ class summed_sigmoids(nn.Module):
 
 
 @specimen(
-    pair("residual", 8, "embed.weight[1] up.weight[1] down[0]"), pair("ffn", 10, "up[0] down.weight[1]"), inputs=words(11)
-)  # fmt: skip
+    pair("residual", 8, "embed.weight[1] up.weight[1] down[0]"),
+    pair("ffn", 10, "up[0] down.weight[1]"),
+    inputs=words(11),
+)
 class tied_head(nn.Module):
     """The head is the embedding: one parameter under two names, named once."""
 
@@ -515,8 +522,8 @@ class multi_query(Attention):
     pair("vo", 4, "v[0] o.weight[1]"),
     pair("heads", 3, "q[0] k[0] v[0] o.weight[1]"),
     inputs=floats(10),
-    refused={"q.weight[0] k.weight[0] q_norm.weight[0] k_norm.weight[0]": "rms_norm: the statistics are averages over the axis"},
-)  # fmt: skip
+    refused={"q.weight[0] k.weight[0] q_norm.weight[0] k_norm.weight[0]": "rms_norm: the statistics are averages"},
+)
 class normed_queries(Attention):
     """Qwen3's: the norm averages over the entries of a head."""
 

@@ -12,7 +12,7 @@ HEAD_DIM = 32
 EXAMPLES = """\
 examples:
   python -m ecospa_fx demo                                   GPT-2 on Python's standard library, about 5 minutes
-  python -m ecospa_fx demo --steps 200 --layers 2             a quick look, under a minute
+  python -m ecospa_fx demo --steps 200 --layers 2             a quick look, about a minute
   python -m ecospa_fx demo --arch llama --target 0.4         another architecture, smaller target
   python -m ecospa_fx demo --text book.txt --out runs/book   your own file or folder
 
@@ -44,7 +44,7 @@ class Options:
     text: Path | None = None
     arch: str = "gpt2"
     target: float = 0.5
-    steps: int = 900
+    steps: int = 840
     seed: int = 0
     out: Path = Path("runs/demo")
     batch_size: int = 8

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ecospa_fx.demo.train import Run
 
-COLOURS = {"dense": "#555555", "EcoSpa": "#0072b2", "uncoupled": "#d55e00"}
+COLOURS = {"dense": "#b0b0b0", "EcoSpa": "#0072b2", "uncoupled": "#d55e00"}
 """Told apart with colour-blind eyes as well (Okabe and Ito)."""
 
 SMOOTHING = 0.9
@@ -27,17 +27,18 @@ def save_plot(runs: Sequence[Run], path: Path, title: str) -> None:
         colour = COLOURS.get(run.name, "#009e73")
         steps = range(1, len(run.losses) + 1)
         smooth = _running_mean(run.losses)
+        width = 4.5 if run is runs[0] else 1.6  # the dense run stays visible where another lies on it
         loss.plot(steps, smooth, color=colour, alpha=0.45, linewidth=1)
         loss.plot(
-            *zip(*run.valid, strict=True), color=colour, marker="s", markersize=3.5, linewidth=1.6, label=run.name
+            *zip(*run.valid, strict=True), color=colour, marker="s", markersize=3.5, linewidth=width, label=run.name
         )
         loss.plot(run.shrinks, [smooth[step - 1] for step in run.shrinks], "o", color=colour, markersize=4)
         millions = [parameters / 1e6 for parameters in run.sizes]
-        size.step(steps, millions, where="post", color=colour, linewidth=1.6, label=run.name)
+        size.step(steps, millions, where="post", color=colour, linewidth=width, label=run.name)
         size.plot(run.shrinks, [millions[step - 1] for step in run.shrinks], "o", color=colour, markersize=4)
-    finite = [value for run in runs for value in run.losses]
+    lowest = min(min(_running_mean(run.losses)) for run in runs)
     settled = max(_running_mean(run.losses)[len(run.losses) // 12] for run in runs)
-    loss.set_ylim(min(finite) - 0.05, settled)  # the first steps fall so far that they would flatten all the rest
+    loss.set_ylim(lowest - 0.05, settled)  # the first steps fall so far that they would flatten all the rest
     loss.set_ylabel("loss, nats per byte")
     loss.plot([], [], color="black", alpha=0.45, linewidth=1, label="training (running mean)")
     loss.plot([], [], color="black", marker="s", markersize=3.5, linewidth=1.6, label="validation")

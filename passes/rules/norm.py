@@ -47,9 +47,20 @@ def group_norm(x: Operand, groups: int, *affine: Any) -> str:
     return f"{', +'.join(terms)} -> b c! {space}"
 
 
-@axis_rule(aten.batch_norm.default, aten.instance_norm.default)
-def batch_norm(x: Operand, *stats: Any) -> str:
+@axis_rule(aten.batch_norm.default)
+def batch_norm(x: Operand, weight: Operand | None, bias: Operand | None, mean: Operand | None, var: Operand | None,
+               training: bool, *_: Any) -> str:  # fmt: skip
     """The statistics are averages over batch and positions; each channel has its own."""
+    return _by_channel("b!" if training else "b", x, weight, bias, mean, var)
+
+
+@axis_rule(aten.instance_norm.default)
+def instance_norm(x: Operand, *stats: Any) -> str:
+    """The statistics are averages over positions; each channel has its own."""
+    return _by_channel("b", x, *stats)
+
+
+def _by_channel(batch: str, x: Operand, *stats: Any) -> str:
     space = " ".join(f"x{i}!" for i in range(x.ndim - 2))
-    terms = [f"b c {space}"] + ["c" for operand in stats if isinstance(operand, Operand)]
+    terms = [f"{batch} c {space}"] + ["c" for operand in stats if isinstance(operand, Operand)]
     return f"{', +'.join(terms)} -> b c {space}"

@@ -219,5 +219,7 @@ def axis_rule(*ops: Any, follow: Follow | None = None) -> Callable[[Callable[...
 def overloads(op: Any) -> Sequence[Any]:
     """The overloads an op stands for."""
     if isinstance(op, torch._ops.OpOverloadPacket):
-        return [getattr(op, name) for name in op.overloads() if "out" not in name]
+        every = [getattr(op, name) for name in op.overloads()]
+        # By their arguments, not by name: `dtype_layout` has an "out" in it too.
+        return [overload for overload in every if not any(a.is_out for a in overload._schema.arguments)]
     return [op]

@@ -1,0 +1,73 @@
+"""Reading FX nodes: what they make, what they take, where they come from, what they write into."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+
+# Ops whose output is their first argument seen in another way, or a copy of it.
+VIEWS = {
+    aten.view.default, aten.reshape.default, aten.transpose.int, aten.t.default, aten.permute.default, aten.to.dtype,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.contiguous.default, aten.numpy_T.default, aten.alias.default,
+    aten.detach.default, aten.slice.Tensor, aten.flatten.using_ints, aten.to.dtype_layout, aten.clone.default,
+    aten.expand.default,
+}  # fmt: skip
+
+
+def tensor_meta(node: fx.Node) -> tuple[Tensor, ...]:
+    """The fake tensors that stand for the outputs of `node`; empty for what is no tensor."""
+    val = node.meta.get("val")
+    if isinstance(val, Tensor):
+        return (val,)
+    if isinstance(val, (tuple, list)) and val and all(isinstance(item, Tensor) for item in val):
+        return tuple(val)
+    return ()
+
+
+def op_name(node: fx.Node) -> str:
+    """Short name of the op of `node`, as a user would write it: `aten.softmax`."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return f"{node.target.namespace}.{node.target._opname}"
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def place(node: fx.Node) -> str:
+    """Where `node` comes from: module path and, where known, file and line."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    module = paths[-1].removeprefix("region").lstrip(".") if paths else ""
+    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")]
+    line = ""
+    if frames:
+        file, number = frames[-1].split('"')[1].rsplit("/", 1)[-1], frames[-1].split("line ")[1].split(",")[0]
+        line = f"{file}:{number}"
+    return ", ".join(part for part in (module, line) if part) or node.name
+
+
+def argument_nodes(node: fx.Node) -> list[fx.Node]:
+    """The nodes among the arguments of `node`, in order, repeated where they repeat."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def written_arguments(node: fx.Node) -> Iterator[fx.Node]:
+    """The arguments whose memory `node` writes into."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
+                yield value
+
+
+def memory_behind(node: fx.Node) -> Iterator[fx.Node]:
+    """`node` and what it is a view of, back to where the memory was made."""
+    while node.op == "call_function":
+        yield node
+        if node.target not in VIEWS and node.target not in (aten.select.int, operator.getitem):
+            break
+        node = node.args[0]
