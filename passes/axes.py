@@ -6,6 +6,7 @@ Every dim of every tensor carries an *axis expression* over *atoms* (named exten
     product  :  row-major flattening, `(h d)` has h * d entries and d runs fastest
     segments :  concatenation, `q | k | v` has q + k + v entries
     UNIT     :  the empty product, one entry, nothing to select
+    EMPTY    :  the empty segments, no entry
 
 `Axes` holds what is known so far as a substitution from atoms to expressions. There is one operation that adds
 knowledge, `unify(a, b)` ("these two dims are the same axis"), and three that look inside an axis and refine it where
@@ -69,6 +70,7 @@ class Segments:
 
 
 UNIT = Product(())
+EMPTY = Segments(())
 
 
 def as_size(size: int | torch.SymInt | sympy.Expr) -> Size:
@@ -156,9 +158,9 @@ class Axes:
         self._serial = 0
 
     def fresh(self, size: Size) -> Expr:
-        """A new axis of `size` entries about which nothing is known (`UNIT` when it has just one)."""
-        if type(size) is int and size == 1:
-            return UNIT
+        """A new axis of `size` entries about which nothing is known (`UNIT` when it has just one, `EMPTY` when none)."""
+        if type(size) is int and size <= 1:
+            return UNIT if size else EMPTY
         self._serial += 1
         return Atom(self._serial, size)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -165,6 +165,7 @@ def capture(
     forward: Forward | None = None,
     originals: Mapping[str, Tensor] | None = None,
     check: bool = True,
+    static: Set[tuple[int, int]] = frozenset(),
 ) -> Captured:
     """Capture `module` as called with `args` and `kwargs`.
 
@@ -176,6 +177,7 @@ def capture(
         forward: the region's own forward where its class has been swapped.
         originals: stand-ins at original sizes for parameters and buffers that have shrunk since.
         check: compare the graph with eager, outputs and gradients, once.
+        static: dims, as (tensor argument, dim), to specialise; torch.export decides about the others.
 
     Raises:
         CaptureError: torch.export fails, or the graph disagrees with eager.
@@ -185,7 +187,7 @@ def capture(
     flat = _Flat(module, forward, leaves, spec)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     with _at_original_sizes(module, originals or {}):
-        program = _export(flat, tensors, region, leaves)
+        program = _export(flat, tensors, region, leaves, static)
         captured = _collect(program, flat, module, region, leaves, spec, tensors)
         _warn_of_hooks(captured)
         if check and not any(t.is_meta for t in (*tensors, *module.parameters())):
@@ -224,10 +226,16 @@ class _Flat(nn.Module):
         return tuple(leaf for leaf in out_leaves if isinstance(leaf, Tensor))
 
 
-def _export(flat: _Flat, tensors: list[Tensor], region: str, leaves: list[Any]) -> torch.export.ExportedProgram:
+def _export(
+    flat: _Flat, tensors: list[Tensor], region: str, leaves: list[Any], static: Set[tuple[int, int]]
+) -> torch.export.ExportedProgram:
     foreign = sorted({type(leaf).__name__ for leaf in leaves if not _plain(leaf)})
     auto = torch.export.Dim.AUTO
-    shapes = (tuple({dim: auto for dim, size in enumerate(t.shape) if size > 1} for t in tensors),) if tensors else None
+    dynamic = tuple(
+        {dim: auto for dim, size in enumerate(t.shape) if size > 1 and (i, dim) not in static}
+        for i, t in enumerate(tensors)
+    )
+    shapes = (dynamic,) if tensors else None
     try:
         with _quiet(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return torch.export.export(flat, tuple(t.detach() for t in tensors), dynamic_shapes=shapes, strict=False)

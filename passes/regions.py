@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from torch.nn.utils import stateless
 
 from ecospa_fx.errors import CaptureError
 
+from .axes import atoms_of, size_of
 from .capture import Captured, capture, storage_key
 from .discover import Discovery, discover
 from .infer import infer
@@ -59,19 +61,40 @@ def analyse(
     Raises:
         CaptureError: it cannot be captured, or the graph disagrees with eager.
     """
+    seconds = {"export": 0.0, "infer": 0.0, "discover": 0.0}
+    static: frozenset[tuple[int, int]] = frozenset()
+    while True:
+        start = time.perf_counter()
+        captured = capture(module, *call, region=name, static=static, **options)
+        captured.shared_outside.update(shared_outside or {})
+        captured_at = time.perf_counter()
+        inference = infer(captured)
+        seconds["export"] += captured_at - start
+        seconds["infer"] += time.perf_counter() - captured_at
+        cutting = _dims_that_cut_parameters(inference)
+        if not cutting - static:
+            break
+        static |= cutting
     start = time.perf_counter()
-    captured = capture(module, *call, region=name, **options)
-    captured.shared_outside.update(shared_outside or {})
-    captured_at = time.perf_counter()
-    inference = infer(captured)
-    inferred_at = time.perf_counter()
     discovery = discover(inference)
-    seconds = {
-        "export": captured_at - start,
-        "infer": inferred_at - captured_at,
-        "discover": time.perf_counter() - inferred_at,
-    }
+    seconds["discover"] = time.perf_counter() - start
     return Analysis(name, captured, inference, discovery, seconds)
+
+
+def _dims_that_cut_parameters(inference: Inference) -> frozenset[tuple[int, int]]:
+    """Dynamic dims of inputs, as (input, dim), whose size divides the axis of a parameter.
+
+    A table of rotary angles has half a head's entries along its last dim, say. As a dynamic dim that would leave the
+    parts of the head with unknown sizes; such a dim is a property of the model and is specialised.
+    """
+    sizes = [size_of(atom) for exprs in inference.parameters.values() for expr in exprs for atom in atoms_of(expr)]
+    symbols = {symbol for size in sizes if isinstance(size, sympy.Expr) for symbol in size.free_symbols}
+    return frozenset(
+        (i, dim)
+        for i, (_, _, shape) in enumerate(inference.captured.signature.tensors)
+        for dim, size in enumerate(shape)
+        if isinstance(size, sympy.Expr) and size.free_symbols & symbols
+    )
 
 
 def choose(

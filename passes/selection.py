@@ -32,7 +32,7 @@ def mask_of(expr: Expr, kept: Kept) -> Tensor:
                 mask = (mask[:, None] & mask_of(factor, kept)[None, :]).flatten()
             return mask
         case Segments():
-            return torch.cat([mask_of(part, kept) for part in expr.parts])
+            return torch.cat([torch.ones(0, dtype=torch.bool), *(mask_of(part, kept) for part in expr.parts)])
 
 
 def count(expr: Expr, kept: Kept) -> Size:
@@ -61,7 +61,7 @@ def index_of(expr: Expr, atom: Atom) -> Tensor:
                 index = torch.maximum(index[:, None], index_of(factor, atom)[None, :]).flatten()
             return index
         case Segments():
-            return torch.cat([index_of(part, atom) for part in expr.parts])
+            return torch.cat([torch.zeros(0, dtype=torch.long), *(index_of(part, atom) for part in expr.parts)])
 
 
 def placed(expr: Expr, atom: Atom) -> tuple[tuple[int, int], ...]:

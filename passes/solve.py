@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from .axes import UNIT, Expr, Mismatch, Size, as_size, product, quotient, segments, size_of
+from .axes import EMPTY, UNIT, Expr, Mismatch, Size, as_size, product, quotient, segments, size_of
 from .inference import Exprs, Fact, Inference, Role
 from .nodes import op_name
 from .rules import registry as r
@@ -108,6 +108,8 @@ class Solver:
             return rows
         if start == 0 and stop == size:
             return expr
+        if start == stop:
+            return EMPTY
         sizes = [start, as_size(stop - start), as_size(size - stop)]
         pieces = iter(self.axes.cut(expr, [s for s in sizes if s != 0]))
         if start != 0:
