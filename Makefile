@@ -15,6 +15,8 @@ BUILT := build/types
 
 # The folder `kernels` must not pass for the PyPI package of that name: keep the repository root off sys.path.
 export PYTHONSAFEPATH := 1
+# Threads that wait should sleep: on shared cores, spinning ones slow a training step down many times over.
+export OMP_WAIT_POLICY := passive
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16

@@ -1,6 +1,6 @@
 """How long explain takes on a LLaMA-7B-shaped model on the meta device, pass by pass, by root and by blocks.
 
-    python bench/explain.py [--layers 32] [--repeats 3]
+python bench/explain.py [--layers 32] [--repeats 3]
 """
 
 import argparse
@@ -34,9 +34,7 @@ def main() -> None:
     tokens = torch.zeros(2, 16, dtype=torch.long, device="meta")
     rows = []
     for regions in ("blocks", "root"):
-        found = [
-            ecospa_fx.explain(model, example_inputs=(tokens,), regions=regions) for _ in range(options.repeats)
-        ]
+        found = [ecospa_fx.explain(model, example_inputs=(tokens,), regions=regions) for _ in range(options.repeats)]
         row: dict[str, object] = {
             "regions": regions,
             "layers": options.layers,

@@ -1,11 +1,11 @@
 """Save and load a shrunk model: safetensors and JSON in one directory, no pickle.
 
-    model.safetensors      parameters and buffers at the sizes they have now
-    plan.json              what is left of the original model, readable
-    optimizer.safetensors  optimizer state by parameter name
-    trainer.safetensors    accumulated scores
-    checkpoint.json        format version, model class, regions, schedule, hash of every other file
-    config.json            where the model has a Hugging Face config
+model.safetensors      parameters and buffers at the sizes they have now
+plan.json              what is left of the original model, readable
+optimizer.safetensors  optimizer state by parameter name
+trainer.safetensors    accumulated scores
+checkpoint.json        format version, model class, regions, schedule, hash of every other file
+config.json            where the model has a Hugging Face config
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def load(directory: str | os.PathLike[str], factory: Callable[[], nn.Module] | N
         try:
             model.get_submodule(name)
         except AttributeError:
-            raise CheckpointError(f"the saved model has a region `{name}`, this {type(model).__name__} has none") from None
+            raise CheckpointError(
+                f"the saved model has a region `{name}`, this {type(model).__name__} has none"
+            ) from None
     prepare(model, Plan(), plan).commit()
     held = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
     for name in model.state_dict():

@@ -23,14 +23,14 @@ from .coupling import Coupling, Member, Refusal
 from .errors import EcoSpaError, NoCouplingError, PinnedAxisError, ShrinkError
 from .passes.axes import Atom, Expr, Segments, atoms_of, size_of
 from .passes.capture import training_flags
-from .passes.discover import Discovery, Found, discover
+from .passes.discover import Discovery, Found
 from .passes.regions import Analysis, analyse, choose
 from .passes.replay import replay
 from .passes.rewrite import Program, rewrite
-from .passes.selection import count, index_of, mask_of
+from .passes.selection import index_of, mask_of
 from .passes.shrink import prepare
 from .plan import Plan
-from .shrinkable import original_class, swap_forward, swap_linears, unswap_forward, unswap_linears
+from .shrinkable import original_class, swap_forward, swap_linears, unswap_forward
 from .why import Path, path_between
 
 MODEL, REGION = "_ecospa_model", "_ecospa_region"  # keys in a module's __dict__
@@ -107,7 +107,6 @@ class Region:
         named = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
         return {name: unshrunk(named[name], plan, prefix + name) for name in plan.under(self.name) if name in named}
 
-
     def couplings(self) -> list[Coupling]:
         """The couplings that every signature met so far can follow, at their sizes now."""
         if not self.programs:
@@ -177,7 +176,14 @@ class Region:
             return path_between(inference, found.atom, a.removeprefix(prefix), b.removeprefix(prefix))
 
         return Coupling(
-            prefix + found.name, found.kind, int(mask.sum()), found.atom.size, tuple(members), found.linear, self.name, why
+            prefix + found.name,
+            found.kind,
+            int(mask.sum()),
+            found.atom.size,
+            tuple(members),
+            found.linear,
+            self.name,
+            why,
         )
 
     @staticmethod
@@ -210,9 +216,7 @@ def _nearest(name: str, matrices: Sequence[str]) -> str:
 def unshrunk(tensor: Tensor, plan: Plan, name: str) -> Tensor:
     """`tensor` in its places among zeros at the shape it had before any shrink."""
     whole = torch.zeros(plan.original_shapes[name], dtype=tensor.dtype, device=tensor.device)
-    index = [
-        plan.kept.get((name, dim), torch.arange(size)).to(tensor.device) for dim, size in enumerate(whole.shape)
-    ]
+    index = [plan.kept.get((name, dim), torch.arange(size)).to(tensor.device) for dim, size in enumerate(whole.shape)]
     whole[torch.meshgrid(*index, indexing="ij")] = tensor.detach()
     return nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
 

@@ -89,9 +89,7 @@ class Plan:
             if document["format"] != FORMAT:
                 raise CheckpointError(f"the plan has format {document['format']!r}; this version reads {FORMAT}")
             shapes = {str(name): tuple(map(int, shape)) for name, shape in document["original_shapes"].items()}
-            kept = {
-                (axis["parameter"], int(axis["dim"])): _positions(axis, shapes) for axis in document["axes"]
-            }
+            kept = {(axis["parameter"], int(axis["dim"])): _positions(axis, shapes) for axis in document["axes"]}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, CheckpointError):
                 raise

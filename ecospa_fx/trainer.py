@@ -23,7 +23,10 @@ class EcoSpaTrainer:
 
     >>> trainer = EcoSpaTrainer(model, optimizer, target=0.5)
     >>> for batch in loader:
-    ...     model(**batch).loss.backward(); optimizer.step(); trainer.step(); optimizer.zero_grad()
+    ...     model(**batch).loss.backward()
+    ...     optimizer.step()
+    ...     trainer.step()
+    ...     optimizer.zero_grad()
 
     Args:
         model: a compiled model; it may not have been called yet.
@@ -187,4 +190,3 @@ class EcoSpaTrainer:
         self._estimator.sums = {
             (key[: key.rindex("[")], int(key[key.rindex("[") + 1 : -1])): sums for key, sums in state["sums"].items()
         }
-

@@ -50,7 +50,9 @@ class Path:
         lines = [f"{self.start} is coupled with {self.end}:"]
         width = max((len(step.op) for step in self.steps), default=0)
         for number, step in enumerate(self.steps, 1):
-            lines.append(f"  {number:2}. {step.op:{width}}  {step.before} -> {step.after}  [{step.where}] {step.because}")
+            lines.append(
+                f"  {number:2}. {step.op:{width}}  {step.before} -> {step.after}  [{step.where}] {step.because}"
+            )
         return "\n".join(lines)
 
 
@@ -138,6 +140,3 @@ def path_between(inference: Inference, atom: Atom, a: str, b: str) -> Path:
                  rule.why if rule else "")
         )  # fmt: skip
     return Path(graph.nodes[keys[0]]["label"], graph.nodes[keys[-1]]["label"], tuple(steps))
-
-
-

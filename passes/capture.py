@@ -32,7 +32,6 @@ from ecospa_fx.errors import CaptureError
 
 from .axes import Size, as_size
 from .canonicalise import canonicalise
-from .nodes import tensor_meta
 
 aten = torch.ops.aten
 Forward = Callable[..., Any]

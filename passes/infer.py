@@ -83,9 +83,7 @@ class _Walk:
         known.made = {node: known.resolve(exprs) for node, exprs in known.made.items()}
         known.sources = [Source(s.user, s.occurrence, s.node, known.resolve(s.exprs)) for s in known.sources]
         known.operands = {
-            node: tuple(
-                r.Operand(known.resolve(o.exprs), o.shape, o.node, o.weighted, o.parameter) for o in operands
-            )
+            node: tuple(r.Operand(known.resolve(o.exprs), o.shape, o.node, o.weighted, o.parameter) for o in operands)
             for node, operands in known.operands.items()
         }
         known.facts = [Fact(f.role, known.axes.resolve(f.expr), f.node, f.reason, f.operands) for f in known.facts]
@@ -109,7 +107,9 @@ class _Walk:
                 self.known.pin(expr, node, f"`{name}` and `{first}` are different views of one storage")
         if name in self.captured.shared_outside:
             for expr in exprs:
-                self.known.pin(expr, node, f"`{name}` is used outside the region too, {self.captured.shared_outside[name]}")
+                self.known.pin(
+                    expr, node, f"`{name}` is used outside the region too, {self.captured.shared_outside[name]}"
+                )
         self.known.parameters[name] = exprs
         self.known.values[node] = (exprs,)
 
@@ -137,7 +137,9 @@ class _Walk:
                 len(o) != len(s) or any(size_of(e) != n for e, n in zip(o, s, strict=True))
                 for o, s in zip(outputs, shapes, strict=True)
             ):
-                raise Mismatch(f"the rule gives dims of {[tuple(map(size_of, o)) for o in outputs]}, the op has {shapes}")
+                raise Mismatch(
+                    f"the rule gives dims of {[tuple(map(size_of, o)) for o in outputs]}, the op has {shapes}"
+                )
             self.known.values[node] = tuple(outputs)
         except Mismatch as mismatch:
             self.solver.opaque(node, operands, shapes, f"{op_name(node)}: {mismatch}")

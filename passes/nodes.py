@@ -41,7 +41,9 @@ def place(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
     module = paths[-1].removeprefix("region").lstrip(".") if paths else ""
-    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")]
+    frames = [
+        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")
+    ]
     line = ""
     if frames:
         file, number = frames[-1].split('"')[1].rsplit("/", 1)[-1], frames[-1].split("line ")[1].split(",")[0]

@@ -115,7 +115,6 @@ def choose(
         CaptureError: nothing can be captured.
     """
 
-
     def at(name: str, call: Call) -> Analysis:
         return analyse(model.get_submodule(name), name, call, shared_outside(model, name))
 
@@ -124,7 +123,9 @@ def choose(
     if not isinstance(how, str):
         unknown = sorted(set(how) - {name for name, _ in model.named_modules()})
         if unknown:
-            raise CaptureError(f"regions: {type(model).__name__} has no submodule `{unknown[0]}`; see model.named_modules()")
+            raise CaptureError(
+                f"regions: {type(model).__name__} has no submodule `{unknown[0]}`; see model.named_modules()"
+            )
         calls = record(model, args, kwargs, set(how))
         missing = [name for name in how if name not in calls]
         if missing:

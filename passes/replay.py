@@ -59,7 +59,9 @@ def replay(inference: Inference, plan: Plan, difference: str = "") -> dict[Atom,
                 )
     for name in plan.under(region):
         if name in held and name not in inference.parameters:
-            raise PinnedAxisError(f"this call uses `{_join(region, name)}`, which has shrunk, in a way that cannot follow.{why}")
+            raise PinnedAxisError(
+                f"this call uses `{_join(region, name)}`, which has shrunk, in a way that cannot follow.{why}"
+            )
     return kept
 
 

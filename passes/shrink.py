@@ -1,7 +1,7 @@
 """Shrink: take from parameters, gradients and optimizer state what a plan no longer keeps. All of it, or nothing.
 
-    prepare(model, before, after, optimizers)   every new tensor is made beside the old one
-      -> Change.commit()                        assignments only; the Parameter objects stay the same
+prepare(model, before, after, optimizers)   every new tensor is made beside the old one
+-> Change.commit()                        assignments only; the Parameter objects stay the same
 """
 
 from __future__ import annotations

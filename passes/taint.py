@@ -20,9 +20,9 @@ def weighted_nodes(captured: Captured) -> set[fx.Node]:
         before = len(weighted)
         for node in captured.graph.nodes:
             if node.op == "placeholder":
-                if node.name in captured.parameters:
-                    weighted.add(node)
-                elif node.name in captured.tensors and _follows_parameters(node, weighted):
+                if node.name in captured.parameters or (
+                    node.name in captured.tensors and _follows_parameters(node, weighted)
+                ):
                     weighted.add(node)
             elif node.op != "get_attr" and direct(node):
                 weighted.add(node)
@@ -33,4 +33,6 @@ def weighted_nodes(captured: Captured) -> set[fx.Node]:
 def _follows_parameters(buffer: fx.Node, weighted: set[fx.Node]) -> bool:
     """Whether a buffer is used like a parameter (a batch norm's statistics) and so shrinks with them."""
     val = buffer.meta["val"]
-    return bool(val.is_floating_point() and val.ndim and buffer.users and all(user in weighted for user in buffer.users))
+    return bool(
+        val.is_floating_point() and val.ndim and buffer.users and all(user in weighted for user in buffer.users)
+    )

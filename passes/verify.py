@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import stateless
 
-from .axes import Atom
 from .capture import relative_error, run
 from .inference import Inference
 from .nodes import argument_nodes, tensor_meta

@@ -18,7 +18,9 @@ class Net(nn.Module):
     def __init__(self, width=8, hidden=12):
         super().__init__()
         self.embed = nn.Embedding(20, width)
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)) for _ in range(2))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)) for _ in range(2)
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 20, bias=False)
         self.head.weight = self.embed.weight
@@ -57,7 +59,7 @@ def saved(tmp_path):
     model, optimizer, trainer = made()
     train(model, optimizer, trainer, 13)
     ecospa_fx.save(model, tmp_path / "run", optimizer=optimizer, trainer=trainer)
-    assert 0 < len(trainer.history) and not trainer.done  # in the middle of the schedule
+    assert len(trainer.history) > 0 and not trainer.done  # in the middle of the schedule
     return model, optimizer, trainer, tmp_path / "run"
 
 
@@ -66,7 +68,9 @@ def test_the_model_comes_back(saved):
     loaded = ecospa_fx.load(directory, Net)
     assert type(loaded).__name__ == "Net" and loaded.head.weight is loaded.embed.weight
     assert ecospa_fx.plan(loaded) == ecospa_fx.plan(model)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
     assert torch.equal(loaded(TOKENS), model(TOKENS))
     assert [str(c) for c in ecospa_fx.couplings(loaded)] == [str(c) for c in ecospa_fx.couplings(model)]
     ecospa_fx.verify(loaded, example_inputs=(TOKENS,)).raise_if_failed()
@@ -179,7 +183,9 @@ def test_plan_is_readable_and_comes_back(saved):
     assert ecospa_fx.Plan.from_json(text) == plan
     document = json.loads(text)
     assert document["original_shapes"]["layers.0.0.weight"] == [12, 8]
-    with pytest.raises(errors.CheckpointError, match=r"positions of `layers.0.0.weight` dim 0 are not increasing within 0..11"):
+    with pytest.raises(
+        errors.CheckpointError, match=r"positions of `layers.0.0.weight` dim 0 are not increasing within 0..11"
+    ):
         ecospa_fx.Plan.from_json(
             '{"format": 1, "original_shapes": {"layers.0.0.weight": [12, 8]}, '
             '"axes": [{"parameter": "layers.0.0.weight", "dim": 0, "kept": [3, 12]}]}'
@@ -215,7 +221,14 @@ def test_a_hugging_face_model_comes_back_in_a_new_process_from_its_config(tmp_pa
 
     torch.manual_seed(0)
     config = GPT2Config(
-        n_embd=24, n_layer=2, n_head=2, vocab_size=50, n_positions=16, use_cache=False, bos_token_id=None, eos_token_id=None
+        n_embd=24,
+        n_layer=2,
+        n_head=2,
+        vocab_size=50,
+        n_positions=16,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     model = ecospa_fx.compile(GPT2LMHeadModel(config), example_kwargs={"input_ids": TOKENS}).eval()
     ecospa_fx.shrink(model, {c: torch.arange(0, c.size, 2) for c in ecospa_fx.couplings(model)})

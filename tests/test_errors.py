@@ -50,7 +50,9 @@ def assert_untouched(model, before, optimizer=None):
     assert identities == after[2]
     assert classes == after[3]
     assert state.keys() == after[0].keys() and all(torch.equal(state[k], after[0][k]) for k in state)
-    assert all((g is None) == (after[1][k] is None) and (g is None or torch.equal(g, after[1][k])) for k, g in grads.items())
+    assert all(
+        (g is None) == (after[1][k] is None) and (g is None or torch.equal(g, after[1][k])) for k, g in grads.items()
+    )
     if moments is not None:
         torch.testing.assert_close(moments, after[4], rtol=0, atol=0)
 
@@ -161,7 +163,9 @@ def test_optimizer_state_that_cannot_follow():
     model, optimizer = trained(optimizer_class=torch.optim.Adafactor)
     before = snapshot(model, optimizer)
     (coupling,) = ecospa_fx.couplings(model)
-    with pytest.raises(errors.OptimizerError, match=r"Adafactor holds `row_var` of shape \(10, 1\) for `up.weight` of shape"):
+    with pytest.raises(
+        errors.OptimizerError, match=r"Adafactor holds `row_var` of shape \(10, 1\) for `up.weight` of shape"
+    ):
         ecospa_fx.shrink(model, {coupling: torch.arange(3)}, optimizer=optimizer)
     assert_untouched(model, before, optimizer)
 
@@ -206,7 +210,9 @@ def test_call_that_pins_an_axis_already_shrunk():
     with pytest.raises(errors.PinnedAxisError) as caught:
         model(X, show_hidden=True)
     message = str(caught.value)
-    assert message.startswith("this call needs an axis of 10 whole that has shrunk to 4 (up.weight[0], up.bias[0], down.weight[1])")
+    assert message.startswith(
+        "this call needs an axis of 10 whole that has shrunk to 4 (up.weight[0], up.bias[0], down.weight[1])"
+    )
     assert "it leaves the region as output 1" in message
     assert "The call differs from earlier ones: the arguments are structured differently." in message
     assert_untouched(model, before, optimizer)
@@ -284,9 +290,13 @@ def test_capture_that_fails_says_where():
 def test_unknown_regions():
     with pytest.raises(errors.CaptureError, match="regions='nonsense' is none of 'auto', 'blocks', 'root' or a list"):
         ecospa_fx.compile(MLP(), example_inputs=(X,), regions="nonsense")
-    with pytest.raises(errors.CaptureError, match="regions: Deep has no submodule `layers.7`; see model.named_modules()"):
+    with pytest.raises(
+        errors.CaptureError, match="regions: Deep has no submodule `layers.7`; see model.named_modules()"
+    ):
         ecospa_fx.compile(Deep(), example_inputs=(X,), regions=["layers.7"])
-    with pytest.raises(errors.CaptureError, match="regions: `layers` is not called in a forward of the model; name another"):
+    with pytest.raises(
+        errors.CaptureError, match="regions: `layers` is not called in a forward of the model; name another"
+    ):
         ecospa_fx.compile(Deep(), example_inputs=(X,), regions=["layers"])
 
 

@@ -78,9 +78,12 @@ def test_importance_is_the_mean_of_squared_gradients_per_matrix():
         optimizer.zero_grad()
     importance = {coupling.name: value for coupling, value in estimator.importance().items()}
     for layer in ("layers.0", "layers.1"):
-        mean = lambda name, rows=slice(None), layer=layer: sum(  # noqa: E731
-            float(g[f"{layer}.{name}.weight"][rows].square().mean()) for g in grads
-        ) / len(grads)
+        mean = lambda name, rows=slice(None), layer=layer: (
+            sum(  # noqa: E731
+                float(g[f"{layer}.{name}.weight"][rows].square().mean()) for g in grads
+            )
+            / len(grads)
+        )
         expected = {
             "ffn": (mean("up") + mean("down")) / 2,
             "qk": (mean("qkv", slice(0, 12)) + mean("qkv", slice(12, 24))) / 2,
@@ -253,7 +256,9 @@ def test_step_without_gradients_says_so():
     trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, target=0.6, interval=1)
     model(x).sum().backward()
     optimizer.zero_grad()
-    with pytest.raises(ecospa_fx.errors.OptimizerError, match=r"call trainer.step\(\) after backward\(\) and before zero"):
+    with pytest.raises(
+        ecospa_fx.errors.OptimizerError, match=r"call trainer.step\(\) after backward\(\) and before zero"
+    ):
         trainer.step()
 
 

@@ -233,7 +233,10 @@ def test_names_and_order_make_no_difference(name: str) -> None:
     one_name = {name: min(other for other, p in named.items() if p is named[name]) for name in named}
 
     def by_one_name(found: set[Any], reads: Callable[[str], str]) -> set[Any]:
-        return {(kind, size, frozenset((one_name.get(reads(p), reads(p)), dim) for p, dim in key)) for kind, size, key in found}
+        return {
+            (kind, size, frozenset((one_name.get(reads(p), reads(p)), dim) for p, dim in key))
+            for kind, size, key in found
+        }
 
     expected = by_one_name(keys_of(analysed(name)), reads)
     assert by_one_name(keys_of(analyse(model, "", (args, {}), check=False)), str) == expected
