@@ -40,7 +40,7 @@ def compile(
         `model`.
 
     Raises:
-        CaptureError: torch.export can capture neither the blocks nor the root, or what it captures disagrees with eager.
+        CaptureError: torch.export captures neither the blocks nor the root, or what it captures disagrees with eager.
         NoCouplingError: nothing in the model can shrink.
     """
     if MODEL in model.__dict__:

@@ -84,8 +84,8 @@ def load(directory: str | os.PathLike[str], factory: Callable[[], nn.Module] | N
 
     Args:
         directory: what `save` wrote.
-        factory: makes the original, unshrunk model; its weights are replaced. Not needed for a Hugging Face model, which
-            is rebuilt from `config.json`.
+        factory: makes the original, unshrunk model; its weights are replaced. A Hugging Face model needs none: it is
+            rebuilt from `config.json`.
 
     Raises:
         CheckpointError: the directory is incomplete, altered, of another format version, or of another model.

@@ -10,7 +10,6 @@ replayed on it. Nothing here is an nn.Module, so state_dict and the module tree 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from .errors import EcoSpaError, NoCouplingError, PinnedAxisError, ShrinkError
 from .passes.axes import Atom, Expr, Segments, atoms_of, size_of
 from .passes.capture import training_flags
 from .passes.discover import Discovery, Found
-from .passes.regions import Analysis, analyse, choose
+from .passes.regions import Analysis, Captures, analyse_once, choose
 from .passes.replay import replay
 from .passes.rewrite import Program, rewrite
 from .passes.selection import index_of, mask_of
@@ -48,6 +47,7 @@ class Region:
         self.discoveries: list[Discovery] = []
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call of the region."""
         program, inputs = self.program_for(module, args, kwargs)
         return program(module, inputs)
 
@@ -71,13 +71,13 @@ class Region:
         """Capture a call of a new signature at original sizes and replay the plan on it."""
         if len(self.programs) >= MOST_PROGRAMS:
             raise EcoSpaError(
-                f"region `{self.name}` has been called in {MOST_PROGRAMS} different ways, each with a graph of its own; "
+                f"region `{self.name}` has been called in {MOST_PROGRAMS} different ways, each with its own graph; "
                 f"this call differs from the last: {self._difference(module, args, kwargs)}. Call it in fewer ways "
                 "(pad to common lengths, pass the same arguments)"
             )
         plan = self.compiled.plan
-        analysis = analyse(
-            module, self.name, (args, kwargs), self.shared_outside,
+        analysis = analyse_once(
+            module, self.name, (args, kwargs), self.shared_outside, self.compiled.captures,
             forward=original_class(module).forward, originals=self._originals(module),
         )  # fmt: skip
         kept = replay(analysis.inference, plan, self._difference(module, args, kwargs))
@@ -208,9 +208,14 @@ def _by_part(expr: Expr, atom: Atom) -> Iterator[tuple[int | None, Tensor]]:
         start = stop
 
 
+def shared_prefix(a: str, b: str) -> int:
+    """How many letters two names begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def _nearest(name: str, matrices: Sequence[str]) -> str:
     """The matrix whose name shares the longest prefix with that of a bias."""
-    return max(matrices, key=lambda matrix: len(os.path.commonprefix([name, matrix])))
+    return max(matrices, key=lambda matrix: shared_prefix(name, matrix))
 
 
 def unshrunk(tensor: Tensor, plan: Plan, name: str) -> Tensor:
@@ -229,6 +234,7 @@ class CompiledModel:
         self.plan = Plan()
         self.regions: dict[str, Region] = {}
         self.given_up: dict[str, str] = {}
+        self.captures: Captures = []
         self._couplings: dict[str, Coupling] | None = None
 
     @property
@@ -252,7 +258,7 @@ class CompiledModel:
         if waiting:
             unswap_forward(model)
         try:
-            found, self.given_up = choose(model, args, kwargs, self.how)
+            found, self.given_up = choose(model, args, kwargs, self.how, self.captures)
             if not any(analysis.discovery.couplings for analysis in found.values()):
                 raise NoCouplingError(_nothing_found(model, found))
             regions = {}

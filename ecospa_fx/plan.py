@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def _positions(axis: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     if name not in shapes or not 0 <= dim < len(shapes[name]):
         raise CheckpointError(f"the plan keeps entries of `{name}` dim {dim}, which it gives no original shape for")
     size = shapes[name][dim]
-    ordered = all(isinstance(p, int) for p in positions) and all(a < b for a, b in zip(positions, positions[1:]))
+    ordered = all(isinstance(p, int) for p in positions) and all(a < b for a, b in pairwise(positions))
     if not positions or not ordered or positions[0] < 0 or positions[-1] >= size:
         raise CheckpointError(f"the plan's positions of `{name}` dim {dim} are not increasing within 0..{size - 1}")
     return torch.tensor(positions, dtype=torch.long)

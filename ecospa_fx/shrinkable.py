@@ -19,6 +19,7 @@ class ShrinkableLinear(nn.Linear):
 
     @property
     def in_features(self) -> int:  # type: ignore[override]
+        """Columns of the weight."""
         return int(self.weight.shape[1])
 
     @in_features.setter
@@ -27,6 +28,7 @@ class ShrinkableLinear(nn.Linear):
 
     @property
     def out_features(self) -> int:  # type: ignore[override]
+        """Rows of the weight."""
         return int(self.weight.shape[0])
 
     @out_features.setter

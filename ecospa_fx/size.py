@@ -21,37 +21,45 @@ class SizeModel:
 
     def __init__(self, model: nn.Module, compiled: CompiledModel) -> None:
         named = dict(model.named_parameters())  # a tied parameter once, under its first name
-        self._atoms: dict[str, Atom] = {}
-        self._now: dict[Atom, int] = {}
-        self._shapes: list[tuple[Expr, ...]] = []
-        self._users: dict[Atom, list[int]] = {}
+        # Equal blocks share a graph and so its atoms: an atom is one coupling per region.
+        self._atoms: dict[str, tuple[str, Atom]] = {}
+        self._now: dict[str, dict[Atom, int]] = {}
+        self._shapes: list[tuple[str, tuple[Expr, ...]]] = []
+        self._users: dict[tuple[str, Atom], list[int]] = {}
         inferred: set[str] = set()
         for region in compiled.regions.values():
+            if not region.programs:
+                continue
             program, prefix = region.programs[-1], f"{region.name}." if region.name else ""
-            self._now |= {atom: int(mask.sum()) for atom, mask in region.kept(program).items()}
-            self._atoms |= {prefix + found.name: found.atom for found in region.discoveries[-1].couplings}
+            self._now[region.name] = {atom: int(mask.sum()) for atom, mask in region.kept(program).items()}
+            for found in region.discoveries[-1].couplings:
+                self._atoms[prefix + found.name] = region.name, found.atom
             for name, exprs in program.inference.parameters.items():
                 if prefix + name in named:
                     inferred.add(prefix + name)
                     for atom in {atom for expr in exprs for atom in atoms_of(expr)}:
-                        self._users.setdefault(atom, []).append(len(self._shapes))
-                    self._shapes.append(exprs)
+                        self._users.setdefault((region.name, atom), []).append(len(self._shapes))
+                    self._shapes.append((region.name, exprs))
         self._rest = sum(p.numel() for name, p in named.items() if name not in inferred)
-        self._numels = [self._numel(shape, self._now) for shape in self._shapes]
-        self.sizes = {name: self._now.get(atom, atom.size) for name, atom in self._atoms.items()}
-        self.original = self._rest + sum(self._numel(shape, {}) for shape in self._shapes)
+        self._numels = [_numel(exprs, self._now[region]) for region, exprs in self._shapes]
+        self.sizes = {name: self._now[region].get(atom, atom.size) for name, (region, atom) in self._atoms.items()}
+        self.original = self._rest + sum(_numel(exprs, {}) for _, exprs in self._shapes)
 
     def total(self, sizes: Mapping[str, int]) -> int:
         """Parameters of the whole model with couplings at `sizes`; those not named stay as they are."""
         changed = {self._atoms[name]: size for name, size in sizes.items() if size != self.sizes[name]}
-        counts = {**self._now, **changed}
+        counts = {region: dict(now) for region, now in self._now.items()}
+        for (region, atom), size in changed.items():
+            counts[region][atom] = size
         total = self._rest + sum(self._numels)
-        for i in {i for atom in changed for i in self._users.get(atom, ())}:
-            total += self._numel(self._shapes[i], counts) - self._numels[i]
+        for i in {i for key in changed for i in self._users.get(key, ())}:
+            region, exprs = self._shapes[i]
+            total += _numel(exprs, counts[region]) - self._numels[i]
         return total
 
-    def _numel(self, shape: tuple[Expr, ...], counts: Mapping[Atom, int]) -> int:
-        return prod(_count(expr, counts) for expr in shape)
+
+def _numel(shape: tuple[Expr, ...], counts: Mapping[Atom, int]) -> int:
+    return prod(_count(expr, counts) for expr in shape)
 
 
 def _count(expr: Expr, counts: Mapping[Atom, int]) -> int:

@@ -41,8 +41,8 @@ class CoupledSparsifier:
         floor = sizes.total({name: min(size, min_keep) for name, size in sizes.sizes.items()})
         if self.target_size < floor:
             raise TargetError(
-                f"target={target:g} of {sizes.original:,} parameters is {self.target_size:,}, but the couplings can give "
-                f"no more than down to {floor:,}; the smallest reachable target is "
+                f"target={target:g} of {sizes.original:,} parameters is {self.target_size:,}, but the couplings reach "
+                f"down to {floor:,} only; the smallest reachable target is "
                 f"{math.ceil(1000 * floor / sizes.original) / 1000:g} with min_keep={min_keep}"
             )
 

@@ -55,8 +55,8 @@ class Verification:
         if failed:
             raise VerificationError(
                 "; ".join(
-                    f"`{c.coupling}` with {c.removed} entries removed differs from masking: output {c.output_error:.1e}, "
-                    f"gradient {c.gradient_error:.1e} of {c.worst_gradient or 'nothing'}"
+                    f"`{c.coupling}` with {c.removed} entries removed differs from masking: output "
+                    f"{c.output_error:.1e}, gradient {c.gradient_error:.1e} of {c.worst_gradient or 'nothing'}"
                     for c in failed
                 )
             )

@@ -64,8 +64,8 @@ def axis_graph(inference: Inference, atoms: Collection[Atom] | None = None) -> n
         atoms: only what carries one of these; by default all.
 
     Returns:
-        A graph with node attribute `kind` (`parameter`, `atom`, `axis`, `source`, `op`) and `label`; edges between ops and axes
-        keep `rule` (name of the axis rule) and `node` (FX node), edges between parameters and atoms none.
+        A graph with node attributes `kind` (`parameter`, `atom`, `axis`, `source`, `op`) and `label`. Edges between ops
+        and axes keep `rule` (name of the axis rule) and `node` (the FX node).
     """
     graph = nx.Graph(region=inference.captured.region)
     wanted = None if atoms is None else set(atoms)

@@ -149,8 +149,8 @@ def segments(*parts: Expr) -> Expr:
 class Axes:
     """What is known about the axes of one graph: a substitution from atoms to expressions.
 
-    Knowledge only grows. Whatever order facts arrive in, the classes come out the same, because each fact is an equality
-    and refinement only ever replaces an atom by an expression of the same size.
+    Knowledge only grows. Whatever order facts arrive in, the classes come out the same, because each fact is an
+    equality and refinement only ever replaces an atom by an expression of the same size.
     """
 
     def __init__(self) -> None:
@@ -158,7 +158,7 @@ class Axes:
         self._serial = 0
 
     def fresh(self, size: Size) -> Expr:
-        """A new axis of `size` entries about which nothing is known (`UNIT` when it has just one, `EMPTY` when none)."""
+        """A new axis of `size` entries about which nothing is known (`UNIT` if it has just one, `EMPTY` if none)."""
         if type(size) is int and size <= 1:
             return UNIT if size else EMPTY
         self._serial += 1

@@ -60,7 +60,8 @@ class _Stack:
 _SPLITS = (aten.view.default, aten.reshape.default, aten.unflatten.int)
 _REMOVABLE = (
     aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.unbind.int,
-    aten.select.int, aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.dim, aten.contiguous.default, operator.getitem,
+    aten.select.int, aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.dim, aten.contiguous.default,
+    operator.getitem,
 )  # fmt: skip
 
 

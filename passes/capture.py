@@ -5,7 +5,7 @@
       -> torch.export     batch, sequence and any other dim that may be dynamic is
       -> _clean           asserts and no-ops out, placeholders sorted by what they hold
       -> canonicalise     see there
-      -> agrees           the graph against eager, outputs and gradients, before it is trusted
+      -> disagreement     the graph against eager, outputs and gradients, before it is trusted
 
 A *region* is any submodule: the root, a block, a single attention. Capture knows nothing of what lies around it. A
 graph belongs to one *signature* (argument structure, dtypes, devices, train or eval, dims that were specialised).
@@ -30,15 +30,12 @@ from torch.nn.utils import stateless
 
 from ecospa_fx.errors import CaptureError
 
+from .agree import disagreement
 from .axes import Size, as_size
 from .canonicalise import canonicalise
 
 aten = torch.ops.aten
 Forward = Callable[..., Any]
-
-# Relative error up to which a captured graph counts as equal to eager, by dtype. Most graphs are bit-identical; fused
-# kernels in another order account for the rest.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +182,7 @@ def capture(
     forward = forward or type(module).forward
     flat = _Flat(module, forward, leaves, spec)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    with _at_original_sizes(module, originals or {}):
+    with at_original_sizes(module, originals or {}):
         program = _export(flat, tensors, region, leaves, static)
         captured = _collect(program, flat, module, region, leaves, spec, tensors)
         _warn_of_hooks(captured)
@@ -201,8 +198,8 @@ def _warn_of_hooks(captured: Captured) -> None:
     if names:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         warnings.warn(
-            f"forward hooks on {shown} are part of the captured graph from now on: what they do to tensors stays, anything "
-            "else they do (recording, printing) no longer happens. Register such hooks after the first call",
+            f"forward hooks on {shown} are part of the captured graph from now on: what they do to tensors stays, "
+            "anything else they do (recording, printing) no longer happens. Register such hooks after the first call",
             stacklevel=2,
         )
 
@@ -328,10 +325,10 @@ def _clean(graph: fx.Graph) -> None:
             graph.erase_node(node)
     for node in list(graph.nodes):
         # A view of the whole only costs a dispatch. A cast to what a tensor is already stays: under autocast it is one.
-        if node.target is aten.alias.default or (node.target is aten.slice.Tensor and _whole(node)):
-            if not _written_to(node):
-                node.replace_all_uses_with(node.args[0])
-                graph.erase_node(node)
+        same = node.target is aten.alias.default or (node.target is aten.slice.Tensor and _whole(node))
+        if same and not _written_to(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
     for node in reversed(graph.nodes):
         if not node.users and node.op == "call_function" and _pure(node):
             graph.erase_node(node)
@@ -358,7 +355,8 @@ def _pure(node: fx.Node) -> bool:
 
 
 @contextmanager
-def _at_original_sizes(module: nn.Module, originals: Mapping[str, Tensor]) -> Iterator[None]:
+def at_original_sizes(module: nn.Module, originals: Mapping[str, Tensor]) -> Iterator[None]:
+    """A module with stand-ins at original sizes for what has shrunk."""
     if not originals:
         yield
         return
@@ -380,123 +378,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def run(captured: Captured, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor], **interpreter: Any) -> Any:
-    """Interpret the graph at original sizes. Slow; for checks.
-
-    Args:
-        captured: the graph.
-        tensors: a tensor per parameter and buffer name.
-        inputs: the tensor leaves of a call.
-        interpreter: `interpreter=` a subclass of `fx.Interpreter` to run it with.
-
-    Returns:
-        The graph's output tensors.
-    """
-    make = interpreter.get("interpreter", fx.Interpreter)
-    values = {name: tensors[held] for name, held in captured.tensors.items()} | dict(
-        zip(captured.inputs, inputs, strict=True)
-    )
-    constants = captured.constants
-    root = nn.Module()
-    for node in captured.graph.nodes:
-        if node.op == "get_attr":
-            setattr(root, node.target, constants[node.name])
-    order = [node.name for node in captured.graph.nodes if node.op == "placeholder"]
-    graph_module = fx.GraphModule(root, captured.graph)
-    return make(graph_module).run(*(values.get(name, constants.get(name)) for name in order))
-
-
-def disagreement(
-    captured: Captured, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> str | None:
-    """Where the graph differs from eager on this call, outputs or gradients; None where they agree.
-
-    Buffers that a forward updates (running statistics) and the random state are left as they were.
-    """
-    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    buffers = dict(module.named_buffers())
-
-    def results(call: Callable[[list[Any]], Sequence[Any]]) -> tuple[list[Tensor], list[Tensor | None], list[str]]:
-        inputs = [_leaf(leaf) for leaf in leaves]
-        wanted = {f"argument {i}": leaf for i, leaf in enumerate(inputs) if _differentiable(leaf)}
-        wanted |= {f"`{name}`": p for name, p in parameters.items()}
-        devices = {p.device.index for p in (*parameters.values(), *buffers.values()) if p.is_cuda}
-        with torch.random.fork_rng(devices=[d for d in devices if d is not None]), torch.enable_grad():
-            torch.manual_seed(0)
-            with stateless._reparametrize_module(module, {n: b.detach().clone() for n, b in buffers.items()}):
-                outputs = [out for out in call(inputs) if isinstance(out, Tensor)]
-            floating = [out for out in outputs if out.requires_grad and out.is_floating_point()]
-            grads: list[Tensor | None] = [None] * len(wanted)
-            if floating and wanted:
-                torch.manual_seed(1)
-                loss = sum((out * torch.randn_like(out)).sum() for out in floating)
-                grads = list(torch.autograd.grad(loss, list(wanted.values()), allow_unused=True))
-        return outputs, grads, list(wanted)
-
-    def eager(inputs: list[Any]) -> list[Any]:
-        call_args, call_kwargs = pytree.tree_unflatten(inputs, spec)
-        return pytree.tree_leaves(forward(module, *call_args, **call_kwargs))
-
-    def graph(inputs: list[Any]) -> Sequence[Any]:
-        named = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
-        return run(captured, named, [leaf for leaf in inputs if isinstance(leaf, Tensor)])
-
-    try:
-        outs, grads, names = results(eager)
-        graph_outs, graph_grads, _ = results(graph)
-    except RuntimeError as error:
-        return f"its graph does not run: {str(error).splitlines()[0]}"
-    for i, (a, b) in enumerate(zip(outs, graph_outs, strict=True)):
-        if not _close(a, b):
-            return f"output {i} of the graph differs from eager by {relative_error(a, b):.1e}"
-    for name, a, b in zip(names, grads, graph_grads, strict=True):
-        if (a is None) != (b is None):
-            missing = "the graph" if b is None else "eager"
-            if not _negligible(a if a is not None else b):
-                return f"the gradient of {name} is missing in {missing}"
-        elif a is not None and b is not None and not _close(a, b):
-            return f"the gradient of {name} differs from eager by {relative_error(a, b):.1e}"
-    return None
-
-
-def _leaf(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    leaf = leaf.detach().clone()
-    return leaf.requires_grad_() if leaf.is_floating_point() else leaf
-
-
-def _differentiable(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.requires_grad
-
-
-def _negligible(gradient: Tensor | None) -> bool:
-    return gradient is None or not bool(gradient.any())
-
-
-def relative_error(a: Tensor, b: Tensor) -> float:
-    """Largest difference relative to the largest entry; NaN and inf agree where both have them."""
-    if a.shape != b.shape:
-        return float("inf")
-    if not a.numel():
-        return 0.0
-    a, b = a.detach(), b.detach()
-    same = (a == b) | ((a != a) & (b != b))
-    if bool(same.all()):
-        return 0.0
-    if not a.is_floating_point():
-        return float("inf")
-    finite = torch.where(same, torch.zeros_like(a), a - b).abs().max()
-    scale = torch.where(torch.isfinite(a), a, torch.zeros_like(a)).abs().max()
-    return float(finite / scale.clamp_min(torch.finfo(a.dtype).tiny))
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    error = relative_error(a, b)
-    # Gradients that are zero up to rounding compare as noise against noise.
-    if a.is_floating_point() and float(a.detach().abs().max() if a.numel() else 0.0) < 1e-12:
-        return bool((a - b).detach().abs().max() < 1e-9) if a.numel() else True
-    return error <= TOLERANCE.get(a.dtype, 0.0)

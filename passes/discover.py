@@ -9,10 +9,10 @@ the facts about the atom, never off names.
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 
 from ecospa_fx.coupling import Kind, Refusal
 
@@ -162,7 +162,7 @@ def _grouped(facts: list[Fact], inference: Inference) -> bool:
 def _name(kind: Kind, matrices: list[str], taken: set[str]) -> str:
     """The module that all matrices share, then the kind, then a number where that is not unique."""
     modules = [name.split(".")[:-1] for name in matrices]
-    shared = os.path.commonprefix(modules)
+    shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))]
     if len(matrices) == 1 and matrices[0].endswith(".weight"):
         shared = shared[:-1]  # the layer that holds a fused projection is no more than its weight
     name = base = ".".join([*shared, kind])

@@ -7,7 +7,7 @@
 
 A value that depends on no parameter (an input, a mask, RoPE's cos and sin) is a *source*: each use gets axes of its own
 and is index-selected where it enters, so that one table shared by all layers does not tie them together. What leaves
-the region is pinned. What no rule is known for is pinned and counted. Sizes never decide anything: axes meet by position.
+the region is pinned. What no rule is known for is pinned and counted. Sizes never decide: axes meet by position.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -26,24 +26,37 @@ from torch.nn.utils import stateless
 
 from ecospa_fx.errors import CaptureError
 
+from .agree import disagreement
 from .axes import atoms_of, size_of
-from .capture import Captured, capture, storage_key
+from .capture import Captured, at_original_sizes, capture, storage_key, training_flags
 from .discover import Discovery, discover
 from .infer import infer
 from .inference import Inference
+from .sharing import Fingerprint, fingerprint, recorded_reads
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """One region, analysed for one call signature. `seconds` are wall-clock per pass."""
+    """One region, analysed for one call signature.
+
+    Attributes:
+        name: of the region in the model.
+        captured: its graph.
+        inference: the axes of that.
+        discovery: what can shrink.
+        seconds: wall-clock per pass; no time for a graph that an equal block was captured for.
+    """
 
     name: str
     captured: Captured
     inference: Inference
     discovery: Discovery
     seconds: dict[str, float]
+
+
+Captures = list[tuple[Analysis, Fingerprint]]
 
 
 def analyse(
@@ -98,7 +111,11 @@ def _dims_that_cut_parameters(inference: Inference) -> frozenset[tuple[int, int]
 
 
 def choose(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], how: str | Sequence[str] = "auto"
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    how: str | Sequence[str] = "auto",
+    captures: Captures | None = None,
 ) -> tuple[dict[str, Analysis], dict[str, str]]:
     """The regions of a model, analysed.
 
@@ -107,6 +124,7 @@ def choose(
         args: positional arguments of a call.
         kwargs: keyword arguments of a call.
         how: `"auto"`, `"blocks"`, `"root"`, or names of submodules.
+        captures: gets what was captured of blocks, for equal ones to share.
 
     Returns:
         The regions by name, and for each that was tried and given up, why.
@@ -133,16 +151,11 @@ def choose(
         return {name: at(name, calls[name]) for name in how}, {}
     if how not in ("auto", "blocks"):
         raise CaptureError(f"regions={how!r} is none of 'auto', 'blocks', 'root' or a list of submodule names")
+    captures = [] if captures is None else captures
     candidates = set(_candidates(model))
     calls = record(model, args, kwargs, candidates) if candidates else {}
-    blocks = _outermost(calls)
-    found: dict[str, Analysis] = {}
-    failed: dict[str, str] = {}
-    for name in blocks:
-        try:
-            found[name] = at(name, calls[name])
-        except CaptureError as error:
-            failed[name] = str(error)
+    blocks = {name: calls[name] for name in _outermost(calls)}
+    found, failed = _analyse_blocks(model, blocks, captures)
     closed = bool(blocks) and not failed and all(a.discovery.couplings for a in found.values())
     if closed or (how == "blocks" and found):
         return found, failed
@@ -153,6 +166,76 @@ def choose(
         if not found:
             raise
         return found, {**failed, "": str(error)}
+
+
+def _analyse_blocks(
+    model: nn.Module, calls: dict[str, Call], captures: Captures
+) -> tuple[dict[str, Analysis], dict[str, str]]:
+    found: dict[str, Analysis] = {}
+    failed: dict[str, str] = {}
+    for name, call in calls.items():
+        try:
+            found[name] = analyse_once(model.get_submodule(name), name, call, shared_outside(model, name), captures)
+        except CaptureError as error:
+            failed[name] = str(error)
+    return found, failed
+
+
+def analyse_once(
+    module: nn.Module,
+    name: str,
+    call: Call,
+    outside: dict[str, str],
+    captures: Captures,
+    *,
+    forward: Any = None,
+    originals: Mapping[str, Tensor] | None = None,
+) -> Analysis:
+    """`analyse`, unless an equal block has been captured for an equal call.
+
+    Args:
+        module: the region.
+        name: its name in the model.
+        call: positional and keyword arguments.
+        outside: see `Captured.shared_outside`.
+        captures: what has been captured so far; grows.
+        forward: see `capture`.
+        originals: see `capture`.
+
+    Raises:
+        CaptureError: it cannot be captured, or the graph disagrees with eager.
+    """
+    forward = forward or type(module).forward
+    if outside:  # pinned for reasons of its own
+        return analyse(module, name, call, outside, forward=forward, originals=originals)
+    with at_original_sizes(module, originals or {}):
+        for analysis, mark in captures:
+            if mark.fits(module):
+                shared = _shared(analysis, module, name, call, forward)
+                if shared is not None:
+                    return shared
+    with recorded_reads(module) as reads:
+        analysis = analyse(module, name, call, outside, forward=forward, originals=originals)
+    with at_original_sizes(module, originals or {}):
+        captures.append((analysis, fingerprint(module, reads)))
+    return analysis
+
+
+def _shared(analysis: Analysis, module: nn.Module, name: str, call: Call, forward: Any) -> Analysis | None:
+    """The analysis of an equal block for this one, if it serves its call and agrees with its eager forward."""
+    start = time.perf_counter()
+    leaves, spec = pytree.tree_flatten(call)
+    if analysis.captured.signature.mismatch(spec, leaves, training_flags(module)) is not None:
+        return None
+    captured = replace(analysis.captured, region=name)
+    on_meta = any(t.is_meta for t in (*pytree.tree_leaves(call), *module.parameters()) if isinstance(t, Tensor))
+    if not on_meta and disagreement(captured, module, forward, *call) is not None:
+        return None
+    inference = replace(analysis.inference, captured=captured)
+    checked = time.perf_counter()
+    discovery = discover(inference)
+    seconds = {"export": checked - start, "infer": 0.0, "discover": time.perf_counter() - checked}
+    return Analysis(name, captured, inference, discovery, seconds)
 
 
 def _candidates(model: nn.Module) -> Iterator[str]:
@@ -221,9 +304,9 @@ def traceless(model: nn.Module) -> Iterator[None]:
     """Forwards inside leave buffers (running statistics) and the random state as they were."""
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     devices = {b.device.index for b in (*model.parameters(), *buffers.values()) if b.is_cuda}
-    with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
-        with stateless._reparametrize_module(model, buffers):
-            yield
+    forked = torch.random.fork_rng(devices=[d for d in devices if d is not None])
+    with forked, stateless._reparametrize_module(model, buffers):
+        yield
 
 
 def shared_outside(model: nn.Module, region: str) -> dict[str, str]:

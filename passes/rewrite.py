@@ -57,6 +57,7 @@ class Program:
         return self  # holds no module: it runs on whichever region calls it
 
     def __call__(self, region: nn.Module, inputs: Sequence[Tensor]) -> Any:
+        """Run one call and give its results the structure that the region's own forward gives them."""
         return self.captured.result(self.run(region, *inputs, *self.constants))
 
 

@@ -65,7 +65,7 @@ def index_of(expr: Expr, atom: Atom) -> Tensor:
 
 
 def placed(expr: Expr, atom: Atom) -> tuple[tuple[int, int], ...]:
-    """Where `atom` lies along `expr`, as (offset, stride) per occurrence. With its size that says which entries it owns."""
+    """Where `atom` lies along `expr`: (offset, stride) per occurrence, which with its size says what it owns."""
     match expr:
         case Atom():
             return ((0, 1),) if expr is atom else ()

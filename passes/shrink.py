@@ -91,7 +91,7 @@ def prepare(model: nn.Module, before: Plan, after: Plan, optimizers: Iterable[Op
                     if value.shape != tensor.shape:
                         raise OptimizerError(
                             f"{type(optimizer).__name__} holds `{entry}` of shape {tuple(value.shape)} for `{name}` of "
-                            f"shape {tuple(tensor.shape)}: no row or column of it belongs to one of the parameter's, so "
+                            f"shape {tuple(tensor.shape)}: no row or column of it is one of the parameter's, so "
                             "it cannot shrink along. Use an optimizer with elementwise state (AdamW, SGD with momentum)"
                         )
                     change.states.append((state, entry, sliced(value, steps)))

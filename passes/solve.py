@@ -19,6 +19,7 @@ class Solver:
         self.known, self.axes = known, known.axes
 
     def opaque(self, node: fx.Node, operands: tuple[r.Operand, ...], shapes: list[Any], reason: str) -> None:
+        """Pin everything that goes into `node` and comes out of it."""
         for operand in operands:
             for expr in operand.exprs:
                 self.known.pin(expr, node, reason)
@@ -54,7 +55,7 @@ class Solver:
                 else:
                     exprs = tuple(expr for i, expr in enumerate(x.exprs) if i not in dropped)
                 return [exprs for _ in shapes]
-            case r.Sliced(x, dim, start, stop, step):
+            case r.Sliced(x, dim):
                 return [_replaced(x.exprs, dim, self._sliced(relation, node, why))]
             case r.Parted(x, dim, sizes):
                 return [_replaced(x.exprs, dim, piece) for piece in axes.cut(x.exprs[dim], sizes)]
@@ -79,7 +80,7 @@ class Solver:
                 return [(*xs[0].exprs[:dim], new, *xs[0].exprs[dim:])]
             case r.Expanded(x):
                 return [self._expanded(x, node, shape)]
-            case r.Repeated(x, times, interleaved):
+            case r.Repeated():
                 return [self._repeated(relation, node)]
             case r.Indexed(x, dim, index):
                 self._pin(x.exprs[dim], node, why)

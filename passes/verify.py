@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import stateless
 
-from .capture import relative_error, run
+from .agree import relative_error, run
 from .inference import Inference
 from .nodes import argument_nodes, tensor_meta
 from .rewrite import rewrite

@@ -172,7 +172,7 @@ def test_another_model_is_refused(saved):
         ecospa_fx.load(directory, lambda: Net(hidden=14))
     with pytest.raises(errors.CheckpointError, match="the saved model is not a Linear like this one: "):
         ecospa_fx.load(directory, lambda: nn.Linear(2, 2))
-    with pytest.raises(errors.CheckpointError, match="has no config.json to rebuild a Net from; pass a factory"):
+    with pytest.raises(errors.CheckpointError, match=r"has no config.json to rebuild a Net from; pass a factory"):
         ecospa_fx.load(directory)
 
 

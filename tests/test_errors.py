@@ -97,11 +97,9 @@ class Normed(nn.Module):
 def test_no_coupling(lazily):
     model = Normed()
     before = snapshot(model)
+    now = {} if lazily else {"example_inputs": (X,)}
     with pytest.raises(errors.NoCouplingError) as caught:
-        if lazily:
-            ecospa_fx.compile(model)(X)
-        else:
-            ecospa_fx.compile(model, example_inputs=(X,))
+        ecospa_fx.compile(model, **now)(X)
     message = str(caught.value)
     assert message.startswith("Normed has no coupling that can shrink, and is left as it was. Refused: up.weight[0], ")
     assert "aten.layer_norm: the statistics are averages over the axis (norm" in message
@@ -138,7 +136,7 @@ def test_target_below_what_can_be_reached():
     with pytest.raises(errors.TargetError) as caught:
         ecospa_fx.EcoSpaTrainer(model, optimizer, target=0.1)
     assert str(caught.value) == (
-        "target=0.1 of 136 parameters is 14, but the couplings can give no more than down to 19; the smallest reachable "
+        "target=0.1 of 136 parameters is 14, but the couplings reach down to 19 only; the smallest reachable "
         "target is 0.14 with min_keep=1"
     )
     ecospa_fx.EcoSpaTrainer(model, optimizer, target=0.14)  # what it says is so
@@ -173,7 +171,10 @@ def test_optimizer_state_that_cannot_follow():
 @pytest.mark.parametrize(
     ("keep", "words"),
     [
-        (torch.tensor([], dtype=torch.long), "cannot shrink `ffn` to nothing; at least one of its 10 entries must stay"),
+        (
+            torch.tensor([], dtype=torch.long),
+            "cannot shrink `ffn` to nothing; at least one of its 10 entries must stay",
+        ),
         (torch.tensor([0, 10]), "cannot shrink `ffn`: keep reaches from 0 to 10, and it has entries 0 to 9 now"),
         (torch.tensor([-1, 3]), "cannot shrink `ffn`: keep reaches from -1 to 3, and it has entries 0 to 9 now"),
         (torch.tensor([3, 1]), "cannot shrink `ffn`: keep is not increasing; keep is a sorted LongTensor of positions "
@@ -220,7 +221,7 @@ def test_call_that_pins_an_axis_already_shrunk():
 
 
 def test_axis_pinned_by_another_call_before_the_shrink():
-    model, optimizer = trained()
+    model, _ = trained()
     model(X, show_hidden=True)
     assert ecospa_fx.couplings(model) == ()  # so it is no longer offered
 
@@ -244,7 +245,8 @@ def test_rule_that_fails_in_the_middle_of_a_rewrite(monkeypatch):
         ecospa_fx.shrink(model, keeps, optimizer=optimizer)
     assert str(caught.value).startswith("the sizes of aten.relu (")
     assert str(caught.value).endswith(
-        "cannot follow a shrink: its rule failed with IndexError: made to fail; this is a bug in the rule, nothing was changed"
+        "cannot follow a shrink: its rule failed with IndexError: made to fail; this is a bug in the rule, "
+        "nothing was changed"
     )
     assert len(seen) == 3
     assert_untouched(model, before, optimizer)
@@ -282,20 +284,20 @@ class Branching(nn.Module):
 def test_capture_that_fails_says_where():
     model = Branching()
     before = snapshot(model)
-    with pytest.raises(errors.CaptureError, match="torch.export cannot capture the model \\(Branching\\): "):
+    with pytest.raises(errors.CaptureError, match=r"torch.export cannot capture the model \(Branching\): "):
         ecospa_fx.compile(model, example_inputs=(X,))
     assert_untouched(model, before)
 
 
 def test_unknown_regions():
-    with pytest.raises(errors.CaptureError, match="regions='nonsense' is none of 'auto', 'blocks', 'root' or a list"):
+    with pytest.raises(errors.CaptureError, match=r"regions='nonsense' is none of 'auto', 'blocks', 'root' or a list"):
         ecospa_fx.compile(MLP(), example_inputs=(X,), regions="nonsense")
     with pytest.raises(
-        errors.CaptureError, match="regions: Deep has no submodule `layers.7`; see model.named_modules()"
+        errors.CaptureError, match=r"regions: Deep has no submodule `layers.7`; see model.named_modules()"
     ):
         ecospa_fx.compile(Deep(), example_inputs=(X,), regions=["layers.7"])
     with pytest.raises(
-        errors.CaptureError, match="regions: `layers` is not called in a forward of the model; name another"
+        errors.CaptureError, match=r"regions: `layers` is not called in a forward of the model; name another"
     ):
         ecospa_fx.compile(Deep(), example_inputs=(X,), regions=["layers"])
 

@@ -23,8 +23,9 @@ from torch.nn.utils import stateless
 from torch.testing._internal.common_methods_invocations import op_db
 
 from ecospa_fx.errors import CaptureError, RuleError
+from ecospa_fx.passes.agree import relative_error, run
 from ecospa_fx.passes.axes import Atom, Expr, atoms_of
-from ecospa_fx.passes.capture import capture, relative_error, run
+from ecospa_fx.passes.capture import capture
 from ecospa_fx.passes.infer import infer
 from ecospa_fx.passes.inference import Inference
 from ecospa_fx.passes.nodes import place

@@ -78,12 +78,10 @@ def test_importance_is_the_mean_of_squared_gradients_per_matrix():
         optimizer.zero_grad()
     importance = {coupling.name: value for coupling, value in estimator.importance().items()}
     for layer in ("layers.0", "layers.1"):
-        mean = lambda name, rows=slice(None), layer=layer: (
-            sum(  # noqa: E731
-                float(g[f"{layer}.{name}.weight"][rows].square().mean()) for g in grads
-            )
-            / len(grads)
-        )
+
+        def mean(name, rows=slice(None), layer=layer):
+            return sum(float(g[f"{layer}.{name}.weight"][rows].square().mean()) for g in grads) / len(grads)
+
         expected = {
             "ffn": (mean("up") + mean("down")) / 2,
             "qk": (mean("qkv", slice(0, 12)) + mean("qkv", slice(12, 24))) / 2,

@@ -45,6 +45,7 @@ class Operand:
 
     @property
     def ndim(self) -> int:
+        """Number of dims."""
         return len(self.shape)
 
 

@@ -1,0 +1,140 @@
+"""Agree: a captured graph against the eager region it came from, outputs and gradients, before it is trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch.nn.utils import stateless
+
+if TYPE_CHECKING:
+    from .capture import Captured
+
+Forward = Callable[..., Any]
+
+# Relative error up to which a captured graph counts as equal to eager, by dtype. Most graphs are bit-identical; fused
+# kernels in another order account for the rest.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def run(captured: Captured, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor], **interpreter: Any) -> Any:
+    """Interpret the graph at original sizes. Slow; for checks.
+
+    Args:
+        captured: the graph.
+        tensors: a tensor per parameter and buffer name.
+        inputs: the tensor leaves of a call.
+        interpreter: `interpreter=` a subclass of `fx.Interpreter` to run it with.
+
+    Returns:
+        The graph's output tensors.
+    """
+    make = interpreter.get("interpreter", fx.Interpreter)
+    values = {name: tensors[held] for name, held in captured.tensors.items()} | dict(
+        zip(captured.inputs, inputs, strict=True)
+    )
+    constants = captured.constants
+    root = nn.Module()
+    for node in captured.graph.nodes:
+        if node.op == "get_attr":
+            setattr(root, node.target, constants[node.name])
+    order = [node.name for node in captured.graph.nodes if node.op == "placeholder"]
+    graph_module = fx.GraphModule(root, captured.graph)
+    return make(graph_module).run(*(values.get(name, constants.get(name)) for name in order))
+
+
+def disagreement(
+    captured: Captured, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    """Where the graph differs from eager on this call, outputs or gradients; None where they agree.
+
+    Buffers that a forward updates (running statistics) and the random state are left as they were.
+    """
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    buffers = dict(module.named_buffers())
+
+    def results(call: Callable[[list[Any]], Sequence[Any]]) -> tuple[list[Tensor], list[Tensor | None], list[str]]:
+        inputs = [_leaf(leaf) for leaf in leaves]
+        wanted = {f"argument {i}": leaf for i, leaf in enumerate(inputs) if _differentiable(leaf)}
+        wanted |= {f"`{name}`": p for name, p in parameters.items()}
+        devices = {p.device.index for p in (*parameters.values(), *buffers.values()) if p.is_cuda}
+        with torch.random.fork_rng(devices=[d for d in devices if d is not None]), torch.enable_grad():
+            torch.manual_seed(0)
+            with stateless._reparametrize_module(module, {n: b.detach().clone() for n, b in buffers.items()}):
+                outputs = [out for out in call(inputs) if isinstance(out, Tensor)]
+            floating = [out for out in outputs if out.requires_grad and out.is_floating_point()]
+            grads: list[Tensor | None] = [None] * len(wanted)
+            if floating and wanted:
+                torch.manual_seed(1)
+                loss = sum((out * torch.randn_like(out)).sum() for out in floating)
+                grads = list(torch.autograd.grad(loss, list(wanted.values()), allow_unused=True))
+        return outputs, grads, list(wanted)
+
+    def eager(inputs: list[Any]) -> list[Any]:
+        call_args, call_kwargs = pytree.tree_unflatten(inputs, spec)
+        return pytree.tree_leaves(forward(module, *call_args, **call_kwargs))
+
+    def graph(inputs: list[Any]) -> Sequence[Any]:
+        named = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
+        return run(captured, named, [leaf for leaf in inputs if isinstance(leaf, Tensor)])
+
+    try:
+        outs, grads, names = results(eager)
+        graph_outs, graph_grads, _ = results(graph)
+    except RuntimeError as error:
+        return f"its graph does not run: {str(error).splitlines()[0]}"
+    for i, (a, b) in enumerate(zip(outs, graph_outs, strict=True)):
+        if not _close(a, b):
+            return f"output {i} of the graph differs from eager by {relative_error(a, b):.1e}"
+    for name, a, b in zip(names, grads, graph_grads, strict=True):
+        if (a is None) != (b is None):
+            missing = "the graph" if b is None else "eager"
+            if not _negligible(a if a is not None else b):
+                return f"the gradient of {name} is missing in {missing}"
+        elif a is not None and b is not None and not _close(a, b):
+            return f"the gradient of {name} differs from eager by {relative_error(a, b):.1e}"
+    return None
+
+
+def _leaf(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    leaf = leaf.detach().clone()
+    return leaf.requires_grad_() if leaf.is_floating_point() else leaf
+
+
+def _differentiable(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _negligible(gradient: Tensor | None) -> bool:
+    return gradient is None or not bool(gradient.any())
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """Largest difference relative to the largest entry; NaN and inf agree where both have them."""
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.numel():
+        return 0.0
+    a, b = a.detach(), b.detach()
+    same = (a == b) | ((a != a) & (b != b))
+    if bool(same.all()):
+        return 0.0
+    if not a.is_floating_point():
+        return float("inf")
+    finite = torch.where(same, torch.zeros_like(a), a - b).abs().max()
+    scale = torch.where(torch.isfinite(a), a, torch.zeros_like(a)).abs().max()
+    return float(finite / scale.clamp_min(torch.finfo(a.dtype).tiny))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    error = relative_error(a, b)
+    # Gradients that are zero up to rounding compare as noise against noise.
+    if a.is_floating_point() and float(a.detach().abs().max() if a.numel() else 0.0) < 1e-12:
+        return bool((a - b).detach().abs().max() < 1e-9) if a.numel() else True
+    return error <= TOLERANCE.get(a.dtype, 0.0)
