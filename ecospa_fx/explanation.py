@@ -141,7 +141,7 @@ def _explanation(model: nn.Module, compiled: CompiledModel, seconds: dict[str, f
             for op, nodes in program.inference.missing.items():
                 missing.setdefault(op, []).extend((region.name, node) for node in nodes)
     uses = {
-        op: f"{_plural(len(nodes), 'use')}, first in {'.'.join(filter(None, (nodes[0][0], place(nodes[0][1]))))}"
+        op: f"{_plural(len(nodes), 'use')}, first in {place(nodes[0][1], nodes[0][0])}"
         for op, nodes in sorted(missing.items())
     }
     return Explanation(

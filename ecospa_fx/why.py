@@ -8,8 +8,9 @@ parameter axes is then the explanation.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import networkx as nx
@@ -106,7 +107,7 @@ def axis_graph(inference: Inference, atoms: Collection[Atom] | None = None) -> n
         touched += [axis(node, dim, i) for i, o in enumerate(outputs) for dim, e in enumerate(o) if carries(e)]
         if touched:
             key = ("op", node.name)
-            graph.add_node(key, kind="op", label=op_name(node), where=place(node))
+            graph.add_node(key, kind="op", label=op_name(node), where=place(node, inference.captured.region))
             for end in touched:
                 graph.add_edge(key, end, rule=rule.axes.__name__ if rule else None, node=node, kind="acts on")
     return graph
@@ -124,19 +125,62 @@ def path_between(inference: Inference, atom: Atom, a: str, b: str) -> Path:
     for name in (a, b):
         on = [key for key in graph if key[0] == "parameter" and key[1] == name]
         if not on:
-            members = sorted({key[1] for key in graph if key[0] == "parameter"})
-            raise NoCouplingError(f"`{name}` is no member of this coupling; its members are {', '.join(members)}")
+            prefix = f"{inference.captured.region}." if inference.captured.region else ""
+            members = ", ".join(sorted({prefix + key[1] for key in graph if key[0] == "parameter"}))
+            raise NoCouplingError(f"`{prefix}{name}` is no member of this coupling; its members are {members}")
         ends.append(on)
     paths = [nx.shortest_path(graph, x, y) for x in ends[0] for y in ends[1] if x != y and nx.has_path(graph, x, y)]
+    if not paths:
+        # Both sides of a fused projection are one parameter: there and back through the product where they meet.
+        paths = [path for x in ends[0] for path in _round_trips(graph, inference, atom, x)]
+    if not paths:
+        raise NoCouplingError(f"`{a}` meets `{b}` nowhere along this coupling")
     keys = min(paths, key=len)
     nodes = {node.name: node for node in inference.values}
-    steps = []
-    for before, op, after in zip(keys[::2], keys[1::2], keys[2::2], strict=False):
-        node = nodes[op[1]]
-        rule = RULES.get(node.target)
-        labels = graph.nodes
-        steps.append(
-            Step(labels[op]["label"], labels[op]["where"], labels[before]["label"], labels[after]["label"],
-                 rule.why if rule else "")
-        )  # fmt: skip
-    return Path(graph.nodes[keys[0]]["label"], graph.nodes[keys[-1]]["label"], tuple(steps))
+    labels = graph.nodes
+    steps = tuple(
+        Step(
+            op=labels[op]["label"],
+            where=labels[op]["where"],
+            before=labels[before]["label"],
+            after=labels[after]["label"],
+            because=_because(inference, atom, nodes[op[1]]),
+        )
+        for before, op, after in zip(keys[::2], keys[1::2], keys[2::2], strict=False)
+    )
+    return Path(labels[keys[0]]["label"], labels[keys[-1]]["label"], steps)
+
+
+def _round_trips(graph: nx.Graph, inference: Inference, atom: Atom, start: Any) -> Iterator[list[Any]]:
+    """Paths from a parameter axis to one operand of a contraction over `atom`, and from another operand back."""
+    for fact in inference.facts:
+        key = ("op", fact.node.name)
+        if fact.role != "contracted" or atom not in atoms_of(fact.expr) or key not in graph:
+            continue
+        outside = graph.subgraph([other for other in graph if other != key])
+        arms = [
+            nx.shortest_path(outside, start, end)
+            for end in graph.neighbors(key)
+            if end != start and nx.has_path(outside, start, end)
+        ]
+        arms.sort(key=len)
+        for first, second in combinations(arms, 2):
+            yield [*first, key, *reversed(second)]
+
+
+_ROLES = {
+    "contracted": "multiplied entry by entry and summed over",
+    "free": "brought into a product by one side",
+    "batch": "one product per entry",
+    "expanded": "repeated along",
+}
+
+
+def _because(inference: Inference, atom: Atom, node: fx.Node) -> str:
+    """What an op does to an axis, in words."""
+    roles = {fact.role for fact in inference.facts if fact.node is node and atom in atoms_of(fact.expr)}
+    said = [words for role, words in _ROLES.items() if role in roles]
+    if said:
+        return "; ".join(said)
+    rule = RULES.get(node.target)
+    return f"{rule.why[:1].lower()}{rule.why[1:]}" if rule else ""

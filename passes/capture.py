@@ -16,9 +16,10 @@ from __future__ import annotations
 import logging
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import sympy
@@ -178,12 +179,19 @@ def capture(
     Raises:
         CaptureError: torch.export fails, or the graph disagrees with eager.
     """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        raise CaptureError(
+            f"{_named(region)} is called in a way it has not been called in before while the model is being exported; "
+            "call the model once with the same arguments before exporting it"
+        )
     leaves, spec = pytree.tree_flatten((args, kwargs))
     forward = forward or type(module).forward
     flat = _Flat(module, forward, leaves, spec)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     with at_original_sizes(module, originals or {}):
         program = _export(flat, tensors, region, leaves, static)
+        results = [leaf for leaf in flat.out_leaves if leaf is not _TENSOR]
+        _refuse_foreign(module, region, results, "returns", "call it so that it does not")
         captured = _collect(program, flat, module, region, leaves, spec, tensors)
         _warn_of_hooks(captured)
         if check and not any(t.is_meta for t in (*tensors, *module.parameters())):
@@ -225,7 +233,7 @@ class _Flat(nn.Module):
 def _export(
     flat: _Flat, tensors: list[Tensor], region: str, leaves: list[Any], static: Set[tuple[int, int]]
 ) -> torch.export.ExportedProgram:
-    foreign = sorted({type(leaf).__name__ for leaf in leaves if not _plain(leaf)})
+    _refuse_foreign(flat.region, region, leaves, "is called with", "pass None there")
     auto = torch.export.Dim.AUTO
     dynamic = tuple(
         {dim: auto for dim, size in enumerate(t.shape) if size > 1 and (i, dim) not in static}
@@ -237,19 +245,22 @@ def _export(
             return torch.export.export(flat, tuple(t.detach() for t in tensors), dynamic_shapes=shapes, strict=False)
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        hint = ""
-        if foreign:
-            hint = (
-                f". It is called with {', '.join(foreign)}, which cannot be an input of a graph: "
-                "pass None there, or turn the option off that makes it (a cache, as a rule)"
-            )
         raise CaptureError(
-            f"torch.export cannot capture {_named(region)} ({type(flat.region).__name__}): {reason}{hint}"
+            f"torch.export cannot capture {_named(region)} ({type(flat.region).__name__}): {reason}"
         ) from error
 
 
-def _plain(leaf: Any) -> bool:
-    return leaf is None or isinstance(leaf, (Tensor, int, float, bool, str, torch.dtype, torch.device))
+_PLAIN = (Tensor, int, float, bool, str, slice, Enum, torch.dtype, torch.device, torch.memory_format, torch.layout)
+
+
+def _refuse_foreign(module: nn.Module, region: str, leaves: Iterable[Any], does: str, way_out: str) -> None:
+    """Refuse objects at the border of a region that may hold tensors, or change: a graph would keep them for ever."""
+    foreign = sorted({type(leaf).__name__ for leaf in leaves if leaf is not None and not isinstance(leaf, _PLAIN)})
+    if foreign:
+        raise CaptureError(
+            f"{_named(region)} ({type(module).__name__}) {does} a {', a '.join(foreign)}, which cannot go in or out "
+            f"of a graph: {way_out}, or turn the option off that makes it (of a cache, `use_cache=False` as a rule)"
+        )
 
 
 def _named(region: str) -> str:

@@ -18,7 +18,7 @@ from ecospa_fx.coupling import Kind, Refusal
 
 from .axes import Atom, atoms_of, size_of
 from .inference import Fact, Inference, Role
-from .nodes import place
+from .nodes import reason_text
 from .selection import placed
 
 Axis = tuple[str, int]  # (parameter name in the region, dim)
@@ -82,7 +82,7 @@ def discover(inference: Inference) -> Discovery:
         if type(size_of(atom)) is not int or meetings < 2 or not producers:
             continue
         if roles["pinned"]:
-            reasons = dict.fromkeys(f"{fact.reason} ({place(fact.node)})" for fact in roles["pinned"])
+            reasons = dict.fromkeys(reason_text(fact.reason, fact.node, region) for fact in roles["pinned"])
             members = tuple(f"{_join(region, name)}[{dim}]" for name, dim in key)
             refusals.append(Refusal(members, atom.size, tuple(reasons), region))
             continue

@@ -161,8 +161,9 @@ class _Walk:
             relation = rule.axes(*args, **kwargs)
         except Exception as error:
             raise RuleError(
-                f"the axis rule `{rule.axes.__name__}` failed on {op_name(node)} ({place(node)}) with "
-                f"{type(error).__name__}: {error}; this is a bug in the rule, nothing was changed"
+                f"the axis rule `{rule.axes.__name__}` failed on {op_name(node)} "
+                f"({place(node, self.captured.region)}) with {type(error).__name__}: {error}; this is a bug in the "
+                "rule, nothing was changed"
             ) from error
         return r.Pattern(relation, operands) if isinstance(relation, str) else relation
 

@@ -36,19 +36,24 @@ def op_name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def place(node: fx.Node) -> str:
-    """Where `node` comes from: module path and, where known, file and line."""
+def place(node: fx.Node, region: str = "") -> str:
+    """Where `node` comes from: module path in the model and, where known, file and line."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
-    module = paths[-1].removeprefix("region").lstrip(".") if paths else ""
-    frames = [
-        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")
-    ]
+    inside = paths[-1].removeprefix("region").lstrip(".") if paths else ""
+    trace = (node.meta.get("stack_trace") or "").splitlines()
+    frames = [line.strip() for line in trace if line.strip().startswith("File")]
     line = ""
     if frames:
         file, number = frames[-1].split('"')[1].rsplit("/", 1)[-1], frames[-1].split("line ")[1].split(",")[0]
         line = f"{file}:{number}"
+    module = ".".join(part for part in (region, inside) if part)
     return ", ".join(part for part in (module, line) if part) or node.name
+
+
+def reason_text(reason: str, node: fx.Node, region: str = "") -> str:
+    """A reason to pin an axis, and where it arose; the end of a region is nowhere in particular."""
+    return reason if node.op == "output" else f"{reason} ({place(node, region)})"
 
 
 def argument_nodes(node: fx.Node) -> list[fx.Node]:

@@ -164,7 +164,9 @@ def choose(
     except CaptureError as error:
         found = {name: analysis for name, analysis in found.items() if analysis.discovery.couplings}
         if not found:
-            raise
+            if not failed:
+                raise
+            raise CaptureError(f"{error}. Nor can its blocks be: {next(iter(failed.values()))}") from error
         return found, {**failed, "": str(error)}
 
 

@@ -10,7 +10,7 @@ from ecospa_fx.plan import Plan
 
 from .axes import Atom, atoms_of
 from .inference import Inference
-from .nodes import place
+from .nodes import reason_text
 from .selection import mask_of, project
 
 
@@ -41,10 +41,11 @@ def replay(inference: Inference, plan: Plan, difference: str = "") -> dict[Atom,
         if fact.role == "pinned":
             for atom in atoms_of(fact.expr):
                 if atom in kept:
+                    reason = reason_text(fact.reason, fact.node, region)
                     raise PinnedAxisError(
                         f"this call needs an axis of {atom.size} whole that has shrunk to {int(kept[atom].sum())} "
-                        f"({_members(inference, atom)}): {fact.reason} ({place(fact.node)}).{why} Call the model as "
-                        "before, or make this call once before the first shrink, so that the axis is never offered"
+                        f"({_members(inference, atom)}): {reason}.{why} Call the model as before, or make this call "
+                        "once before the first shrink, so that the axis is never offered"
                     )
     held = set(inference.captured.tensors.values())
     for name, exprs in inference.parameters.items():

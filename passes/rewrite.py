@@ -154,8 +154,8 @@ def rewrite(inference: Inference, kept: Kept, region: nn.Module) -> Program:
             rule.follow(site)
         except Exception as error:
             raise RuleError(
-                f"the sizes of {op_name(original)} ({place(original)}) cannot follow a shrink: its rule failed with "
-                f"{type(error).__name__}: {error}; this is a bug in the rule, nothing was changed"
+                f"the sizes of {op_name(original)} ({place(original, captured.region)}) cannot follow a shrink: its "
+                f"rule failed with {type(error).__name__}: {error}; this is a bug in the rule, nothing was changed"
             ) from error
         site.apply()
     _bind(captured, region, graph, new)

@@ -289,6 +289,46 @@ def test_capture_that_fails_says_where():
     assert_untouched(model, before)
 
 
+class Cache:
+    """Holds tensors and changes from call to call, as a cache of keys and values does."""
+
+    def __init__(self) -> None:
+        self.seen = []
+
+
+class Remembering(Deep):
+    def forward(self, x, cache=None):
+        cache = Cache() if cache is None else cache
+        for layer in self.layers:
+            x = x + layer(x)
+            cache.seen.append(x)
+        return x, cache
+
+
+class Told(MLP):
+    def forward(self, x, cache):
+        cache.seen.append(x)
+        return super().forward(x)
+
+
+def test_objects_that_no_graph_can_hold():
+    model = Remembering()
+    before = snapshot(model)
+    with pytest.raises(errors.CaptureError) as caught:
+        ecospa_fx.compile(model, example_inputs=(X,), regions="root")
+    assert str(caught.value) == (
+        "the model (Remembering) returns a Cache, which cannot go in or out of a graph: call it so that it does not, "
+        "or turn the option off that makes it (of a cache, `use_cache=False` as a rule)"
+    )
+    assert_untouched(model, before)
+    ecospa_fx.compile(model, example_inputs=(X,))  # its blocks have nothing to do with it
+    assert len(model(X)[1].seen) == 3
+    cache = Cache()
+    with pytest.raises(errors.CaptureError, match=r"the model \(Told\) is called with a Cache, which cannot go in"):
+        ecospa_fx.compile(Told(), example_inputs=(X, cache))
+    assert cache.seen == []
+
+
 def test_unknown_regions():
     with pytest.raises(errors.CaptureError, match=r"regions='nonsense' is none of 'auto', 'blocks', 'root' or a list"):
         ecospa_fx.compile(MLP(), example_inputs=(X,), regions="nonsense")

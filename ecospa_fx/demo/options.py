@@ -77,13 +77,13 @@ class Options:
 
     @property
     def start(self) -> int:
-        """First sparsification step: early enough to save time, late enough that gradients say something."""
-        return round(0.2 * self.steps)
+        """First sparsification step: late enough that the weights that meet have learned to."""
+        return round(0.3 * self.steps)
 
     @property
     def end(self) -> int:
-        """Step by which the target is reached; the last third of the run is left for recovery."""
-        return round(0.65 * self.steps)
+        """Step by which the target is reached; the last fifth of the run is left for recovery."""
+        return round(0.8 * self.steps)
 
     @property
     def interval(self) -> int:
