@@ -51,9 +51,7 @@ class Path:
         lines = [f"{self.start} is coupled with {self.end}:"]
         width = max((len(step.op) for step in self.steps), default=0)
         for number, step in enumerate(self.steps, 1):
-            lines.append(
-                f"  {number:2}. {step.op:{width}}  {step.before} -> {step.after}  [{step.where}] {step.because}"
-            )
+            lines.append(f"  {number:2}. {step.op:{width}}  to {step.after}: {step.because} ({step.where})")
         return "\n".join(lines)
 
 

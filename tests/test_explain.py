@@ -62,7 +62,9 @@ def test_explain_word_for_word():
     model = Model()
     before = {name: t.clone() for name, t in model.state_dict().items()}, [type(m) for m in model.modules()]
     explanation = ecospa_fx.explain(model, example_inputs=(X,))
-    assert_expected_inline(repr(explanation), """<Explanation of Model: 15 couplings in 3 regions, 3 refused, 0 ops without a rule>""")
+    assert_expected_inline(
+        repr(explanation), """<Explanation of Model: 15 couplings in 3 regions, 3 refused, 0 ops without a rule>"""
+    )
     assert_expected_inline(
         without_lines(str(explanation)),
         """\
@@ -92,15 +94,15 @@ def test_why_word_for_word():
         without_lines(str(coupling.why("layers.0.q.weight", "layers.0.o.weight"))),
         """\
 layers.0.q.weight[0] is coupled with layers.0.o.weight[1]:
-   1. aten.linear                        layers.0.q.weight[0] -> linear[2]  [layers.0.q, linear.py] brought into a product by one side
-   2. aten.view                          linear[2] -> view[2]  [layers.0, test_explain.py] the same entries in the same order, in other dims
-   3. aten.transpose                     view[2] -> transpose[1]  [layers.0, test_explain.py] two dims change places
-   4. aten.mul                           transpose[1] -> mul[1]  [layers.0, test_explain.py] entries of a product meet only entries at the same place
-   5. aten.add                           mul[1] -> add[1]  [layers.0, test_explain.py] entries of a sum meet only entries at the same place
-   6. aten.scaled_dot_product_attention  add[1] -> scaled_dot_product_attention[1]  [layers.0, test_explain.py] brought into a product by one side
-   7. aten.transpose                     scaled_dot_product_attention[1] -> transpose_3[2]  [layers.0, test_explain.py] two dims change places
-   8. aten.reshape                       transpose_3[2] -> reshape[2]  [layers.0, test_explain.py] the same entries in the same order, in other dims
-   9. aten.linear                        reshape[2] -> layers.0.o.weight[1]  [layers.0.o, linear.py] multiplied entry by entry and summed over""",
+   1. aten.linear                        to linear[2]: brought into a product by one side (layers.0.q, linear.py)
+   2. aten.view                          to view[2]: the same entries in the same order, in other dims (layers.0, test_explain.py)
+   3. aten.transpose                     to transpose[1]: two dims change places (layers.0, test_explain.py)
+   4. aten.mul                           to mul[1]: entries of a product meet only entries at the same place (layers.0, test_explain.py)
+   5. aten.add                           to add[1]: entries of a sum meet only entries at the same place (layers.0, test_explain.py)
+   6. aten.scaled_dot_product_attention  to scaled_dot_product_attention[1]: brought into a product by one side (layers.0, test_explain.py)
+   7. aten.transpose                     to transpose_3[2]: two dims change places (layers.0, test_explain.py)
+   8. aten.reshape                       to reshape[2]: the same entries in the same order, in other dims (layers.0, test_explain.py)
+   9. aten.linear                        to layers.0.o.weight[1]: multiplied entry by entry and summed over (layers.0.o, linear.py)""",
     )
     with pytest.raises(errors.NoCouplingError) as caught:
         coupling.why("layers.0.q.weight", "layers.0.k.weight")
