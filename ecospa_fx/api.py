@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from .compiled import MODEL, CompiledModel
-from .coupling import Coupling
+from .coupling import Coupling, Selection
 from .errors import EcoSpaError, NoInputsError, OptimizerError
 from .plan import Plan
 
@@ -60,7 +60,7 @@ def state_of(model: nn.Module) -> CompiledModel:
         EcoSpaError: it was not compiled.
         NoInputsError: it was, and has not been called yet.
     """
-    compiled = model.__dict__.get(MODEL)
+    compiled: CompiledModel | None = model.__dict__.get(MODEL)
     if compiled is None:
         raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
     if not compiled.captured:
@@ -82,7 +82,7 @@ def couplings(model: nn.Module) -> tuple[Coupling, ...]:
 
 def shrink(
     model: nn.Module,
-    selection: Mapping[Coupling | str, Tensor],
+    selection: Selection,
     *,
     optimizer: Optimizer | Iterable[Optimizer] = (),
 ) -> None:

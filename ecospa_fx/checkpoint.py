@@ -166,7 +166,7 @@ def _write(
         save_file({key: t.contiguous() for key, t in schedule.pop("sums").items()}, draft / "trainer.safetensors")
         manifest["trainer"] = schedule
     config = getattr(model, "config", None)
-    if hasattr(config, "to_json_file"):
+    if config is not None and hasattr(config, "to_json_file"):
         config.to_json_file(draft / "config.json", use_diff=False)
     manifest["sha256"] = {path.name: _hash(path) for path in sorted(draft.iterdir())}
     (draft / MANIFEST).write_text(json.dumps(manifest, indent=1))

@@ -18,7 +18,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .coupling import Coupling, Member, Refusal
+from .coupling import Coupling, Member, Refusal, Selection
 from .errors import EcoSpaError, NoCouplingError, PinnedAxisError, ShrinkError
 from .passes.axes import Atom, Expr, Segments, atoms_of, size_of
 from .passes.capture import training_flags
@@ -291,9 +291,7 @@ class CompiledModel:
         """The next look at the couplings computes them again."""
         self._couplings = None
 
-    def shrink(
-        self, model: nn.Module, selection: Mapping[Coupling | str, Tensor], optimizers: Iterable[Optimizer] = ()
-    ) -> None:
+    def shrink(self, model: nn.Module, selection: Selection, optimizers: Iterable[Optimizer] = ()) -> None:
         """Keep only the selected entries of each coupling, everywhere; see `ecospa_fx.shrink`."""
         after = self.planned(selection)
         programs = {}
@@ -308,7 +306,7 @@ class CompiledModel:
         self.plan = after
         self.forget_couplings()
 
-    def planned(self, selection: Mapping[Coupling | str, Tensor]) -> Plan:
+    def planned(self, selection: Selection) -> Plan:
         """The plan after keeping only the selected entries of each coupling.
 
         Raises:

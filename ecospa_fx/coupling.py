@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from .why import Path
 
 Kind = Literal["qk", "vo", "ffn", "glu", "heads", "groups", "conv", "residual"]
+
+# What to keep of which couplings, given themselves or by name.
+Selection: TypeAlias = "Mapping[Coupling, Tensor] | Mapping[str, Tensor] | Mapping[Coupling | str, Tensor]"
 
 
 @dataclass(frozen=True, eq=False)

@@ -174,9 +174,9 @@ def _couplings_table(couplings: Iterable[Coupling]) -> str:
     for (name, kind, size, original, linear, _), group in folded.items():
         first = group[0]
         shown = first.name if len(group) == 1 else name
-        members = " ".join(_short(str(member), first.name) for member in first.members)
+        listed = " ".join(_short(str(member), first.name) for member in first.members)
         sizes = str(size) if size == original else f"{size} of {original}"
-        table.add_row(shown, str(len(group)), kind, sizes, "linear" if linear else "pointwise", members)
+        table.add_row(shown, str(len(group)), kind, sizes, "linear" if linear else "pointwise", listed)
     console = Console(file=io.StringIO(), width=120, color_system=None, legacy_windows=False)
     console.print(table)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
@@ -185,7 +185,7 @@ def _couplings_table(couplings: Iterable[Coupling]) -> str:
 
 def _refusals_text(refusals: Iterable[Refusal]) -> str:
     folded: dict[str, int] = Counter(_starred(str(refusal)) for refusal in refusals)
-    first = {}
+    first: dict[str, Refusal] = {}
     for refusal in refusals:
         first.setdefault(_starred(str(refusal)), refusal)
     lines = []

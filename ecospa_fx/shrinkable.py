@@ -18,7 +18,7 @@ class ShrinkableLinear(nn.Linear):
     """An nn.Linear whose `in_features` and `out_features` are those of its weight `[out, in]` now."""
 
     @property
-    def in_features(self) -> int:  # type: ignore[override]
+    def in_features(self) -> int:
         """Columns of the weight."""
         return int(self.weight.shape[1])
 
@@ -27,7 +27,7 @@ class ShrinkableLinear(nn.Linear):
         """Read off the weight; nn.Linear's constructor assigns it."""
 
     @property
-    def out_features(self) -> int:  # type: ignore[override]
+    def out_features(self) -> int:
         """Rows of the weight."""
         return int(self.weight.shape[0])
 
@@ -45,11 +45,11 @@ def swap_linears(region: nn.Module) -> None:
 
 def unswap_linears(region: nn.Module) -> None:
     """Undo `swap_linears`, on modules at any size."""
-    for module in region.modules():
-        if type(module) is ShrinkableLinear:
-            sizes = module.in_features, module.out_features
-            module.__class__ = nn.Linear
-            module.in_features, module.out_features = sizes
+    swapped: list[Any] = [module for module in region.modules() if type(module) is ShrinkableLinear]
+    for module in swapped:
+        sizes = module.in_features, module.out_features
+        module.__class__ = nn.Linear
+        module.in_features, module.out_features = sizes
 
 
 def swap_forward(module: nn.Module, attribute: str) -> None:

@@ -42,7 +42,7 @@ class SizeModel:
                     self._shapes.append((region.name, exprs))
         self._rest = sum(p.numel() for name, p in named.items() if name not in inferred)
         self._numels = [_numel(exprs, self._now[region]) for region, exprs in self._shapes]
-        self.sizes = {name: self._now[region].get(atom, atom.size) for name, (region, atom) in self._atoms.items()}
+        self.sizes = {name: _count(atom, self._now[region]) for name, (region, atom) in self._atoms.items()}
         self.original = self._rest + sum(_numel(exprs, {}) for _, exprs in self._shapes)
 
     def total(self, sizes: Mapping[str, int]) -> int:

@@ -19,7 +19,7 @@ from torch import fx
 from .errors import NoCouplingError
 from .passes.axes import Atom, Expr, atoms_of
 from .passes.inference import Inference
-from .passes.nodes import op_name, place
+from .passes.nodes import arguments, op_name, place
 from .passes.rules import RULES
 
 _GETITEM = operator.getitem
@@ -85,7 +85,7 @@ def axis_graph(inference: Inference, atoms: Collection[Atom] | None = None) -> n
             graph.add_node(key, kind="source", label=f"{node.name}[{dim}]")
         else:
             if node.target is _GETITEM:
-                node, output = node.args
+                node, output = arguments(node)
             key = ("axis", node.name, output, dim)
             graph.add_node(key, kind="axis", label=f"{node.name}[{dim}]")
         return key

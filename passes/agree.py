@@ -70,7 +70,7 @@ def disagreement(
             grads: list[Tensor | None] = [None] * len(wanted)
             if floating and wanted:
                 torch.manual_seed(1)
-                loss = sum((out * torch.randn_like(out)).sum() for out in floating)
+                loss: Any = sum((out * torch.randn_like(out)).sum() for out in floating)
                 grads = list(torch.autograd.grad(loss, list(wanted.values()), allow_unused=True))
         return outputs, grads, list(wanted)
 
@@ -80,16 +80,17 @@ def disagreement(
 
     def graph(inputs: list[Any]) -> Sequence[Any]:
         named = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
-        return run(captured, named, [leaf for leaf in inputs if isinstance(leaf, Tensor)])
+        outputs: Sequence[Any] = run(captured, named, [leaf for leaf in inputs if isinstance(leaf, Tensor)])
+        return outputs
 
     try:
         outs, grads, names = results(eager)
         graph_outs, graph_grads, _ = results(graph)
     except RuntimeError as error:
         return f"its graph does not run: {str(error).splitlines()[0]}"
-    for i, (a, b) in enumerate(zip(outs, graph_outs, strict=True)):
-        if not _close(a, b):
-            return f"output {i} of the graph differs from eager by {relative_error(a, b):.1e}"
+    for i, (out, graph_out) in enumerate(zip(outs, graph_outs, strict=True)):
+        if not _close(out, graph_out):
+            return f"output {i} of the graph differs from eager by {relative_error(out, graph_out):.1e}"
     for name, a, b in zip(names, grads, graph_grads, strict=True):
         if (a is None) != (b is None):
             missing = "the graph" if b is None else "eager"

@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from .axes import as_size
+from .nodes import arguments
 
 aten = torch.ops.aten
 
@@ -66,7 +67,7 @@ _REMOVABLE = (
 
 
 def _stack(view: fx.Node) -> _Stack | None:
-    before, after = _shape(view.args[0]), _shape(view)
+    before, after = _shape(arguments(view)[0]), _shape(view)
     lead = len(before) - 1
     if len(after) < lead + 2 or before[:lead] != after[:lead] or not all(type(n) is int for n in after[lead:]):
         return None
@@ -93,14 +94,14 @@ def _moves(node: fx.Node, order: list[int | None]) -> bool:
     """Whether `node` only moves dims about; if so, `order` follows it."""
     match node.target:
         case aten.permute.default:
-            order[:] = [order[d] for d in node.args[1]]
+            order[:] = [order[d] for d in arguments(node)[1]]
         case aten.transpose.int:
-            a, b = node.args[1:]
+            a, b = arguments(node)[1:]
             order[a], order[b] = order[b], order[a]
         case aten.unsqueeze.default:
-            order.insert(node.args[1] % (len(order) + 1), None)
-        case aten.squeeze.dim if order[node.args[1]] is None:
-            order.pop(node.args[1])
+            order.insert(arguments(node)[1] % (len(order) + 1), None)
+        case aten.squeeze.dim if order[arguments(node)[1]] is None:
+            order.pop(arguments(node)[1])
         case aten.contiguous.default:
             pass
         case _:
@@ -113,13 +114,13 @@ def _picks(node: fx.Node) -> tuple[int, tuple[tuple[fx.Node, int], ...]] | None:
     users = list(node.users)
     if len(users) == 1 and users[0].target is aten.unbind.int:
         items = list(users[0].users)
-        return (*users[0].args, 0)[1], tuple((item, item.args[1]) for item in items)
-    dims = {user.args[1] for user in users if user.target is aten.select.int}
-    if len(dims) != 1 or not all(user.target is aten.select.int and type(user.args[2]) is int for user in users):
+        return (*arguments(users[0]), 0)[1], tuple((item, arguments(item)[1]) for item in items)
+    dims = {arguments(user)[1] for user in users if user.target is aten.select.int}
+    if len(dims) != 1 or not all(user.target is aten.select.int and type(arguments(user)[2]) is int for user in users):
         return None
     (dim,) = dims
     size = _shape(node)[dim]
-    return dim, tuple((user, user.args[2] % size) for user in users)
+    return dim, tuple((user, arguments(user)[2] % size) for user in users)
 
 
 def _unstack(graph: fx.Graph, stack: _Stack) -> None:
@@ -127,7 +128,7 @@ def _unstack(graph: fx.Graph, stack: _Stack) -> None:
     sizes = _shape(view)
     parts, rows = sizes[at], prod(sizes[at + 1 :])
     with graph.inserting_before(view):
-        base = view.args[0]
+        base = arguments(view)[0]
         if at > lead:
             base = _call(graph, aten.unflatten.int, (base, -1, [*sizes[lead:at], parts * rows]), view)
         split = _call(graph, aten.split_with_sizes.default, (base, [rows] * parts, base.meta["val"].ndim - 1), view)

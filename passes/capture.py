@@ -179,7 +179,7 @@ def capture(
     Raises:
         CaptureError: torch.export fails, or the graph disagrees with eager.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         raise CaptureError(
             f"{_named(region)} is called in a way it has not been called in before while the model is being exported; "
             "call the model once with the same arguments before exporting it"
@@ -348,7 +348,7 @@ def _clean(graph: fx.Graph) -> None:
 def _whole(node: fx.Node) -> bool:
     """Whether a slice takes all of its dim, whatever the size."""
     start, end, step = (*node.args, *([None] * 4))[2:5]
-    return start in (0, None) and (end is None or end == torch.iinfo(torch.int64).max) and step in (1, None)
+    return start in (0, None) and end in (None, torch.iinfo(torch.int64).max) and step in (1, None)
 
 
 def _written_to(node: fx.Node) -> bool:

@@ -72,7 +72,8 @@ def discover(inference: Inference) -> Discovery:
         for atom in dict.fromkeys(atoms_of(fact.expr)):
             facts[atom].append(fact)
     region = inference.captured.region
-    found, refusals, taken = [], [], set()
+    found, refusals = [], []
+    taken: set[str] = set()
     for atom, key in axes.items():
         roles = _by_role(facts[atom])
         matrices = {name for name, _ in key if len(inference.parameters[name]) > 1}

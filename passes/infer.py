@@ -23,7 +23,7 @@ from ecospa_fx.errors import RuleError
 from .axes import Mismatch, Size, as_size, size_of
 from .capture import Captured
 from .inference import Fact, Inference, Source
-from .nodes import VIEWS, argument_nodes, op_name, place, tensor_meta, written_arguments
+from .nodes import VIEWS, argument_nodes, arguments, op_name, place, tensor_meta, written_arguments
 from .rules import RULES, Rule
 from .rules import registry as r
 from .selection import on_diagonal
@@ -91,7 +91,8 @@ class _Walk:
 
     @property
     def _last(self) -> fx.Node:
-        return next(iter(reversed(self.captured.graph.nodes)))
+        last: fx.Node = next(iter(reversed(self.captured.graph.nodes)))
+        return last
 
     def _enter(self, node: fx.Node) -> None:
         """A parameter, or a buffer that shrinks with them."""
@@ -116,7 +117,7 @@ class _Walk:
     def _call(self, node: fx.Node) -> None:
         operands = self._operands(node)
         if node.target is operator.getitem:
-            source, i = node.args
+            source, i = arguments(node)
             self.known.values[node] = (self.known.values[source][i],)
             return
         self.known.operands[node] = operands
@@ -189,7 +190,7 @@ class _Walk:
     def parameter_behind(self, node: fx.Node) -> str | None:
         """The parameter (of tied ones the first) that `node` is, or is a view or a cast of."""
         while node.op == "call_function" and node.target in VIEWS:
-            node = node.args[0]
+            node = arguments(node)[0]
         name = self.captured.tensors.get(node.name) if node.op == "placeholder" else None
         return self.captured.same_storage.get(name, name) if name is not None else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -56,6 +57,11 @@ def reason_text(reason: str, node: fx.Node, region: str = "") -> str:
     return reason if node.op == "output" else f"{reason} ({place(node, region)})"
 
 
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """The positional arguments of `node`; their types are those that its op takes."""
+    return node.args
+
+
 def argument_nodes(node: fx.Node) -> list[fx.Node]:
     """The nodes among the arguments of `node`, in order, repeated where they repeat."""
     found: list[fx.Node] = []
@@ -77,4 +83,4 @@ def memory_behind(node: fx.Node) -> Iterator[fx.Node]:
         yield node
         if node.target not in VIEWS and node.target not in (aten.select.int, operator.getitem):
             break
-        node = node.args[0]
+        node = arguments(node)[0]

@@ -73,12 +73,13 @@ class Site:
     """
 
     def __init__(self, node: fx.Node, original: fx.Node, inference: Inference, kept: Kept) -> None:
-        self.target: Any = node.target
+        target: Any = node.target
+        self.target = target
         self.operands: tuple[Operand, ...] = inference.operands[original]
         self.outputs = inference.values[original]
         self.made = inference.made.get(original, ())
         self._node, self._kept = node, kept
-        arguments = node.target._schema.arguments
+        arguments = target._schema.arguments
         self.args = {a.name: a.default_value for a in arguments} | dict(node.kwargs)
         self.args |= {a.name: value for a, value in zip(arguments, node.args, strict=False)}
 

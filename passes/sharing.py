@@ -41,7 +41,7 @@ def _watch(module: nn.Module, names: set[str]) -> None:
     def getattribute(self: nn.Module, name: str) -> Any:
         if name[:2] != "__":
             names.add(name)
-        return super(watched, self).__getattribute__(name)
+        return cls.__getattribute__(self, name)
 
     watched = type(cls.__name__, (cls,), {"__getattribute__": getattribute, "__doc__": cls.__doc__})
     watched.__module__, watched.__qualname__ = cls.__module__, cls.__qualname__

@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import fx
@@ -177,6 +177,7 @@ Relation: TypeAlias = (
     | Repeated | Indexed | Created | Opaque
 )  # fmt: skip
 Follow: TypeAlias = "Callable[[Site], None]"
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class Rule:
 RULES: dict[Any, Rule] = {operator.getitem: Rule(lambda *_: Created(), None)}
 
 
-def axis_rule(*ops: Any, follow: Follow | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def axis_rule(*ops: Any, follow: Follow | None = None) -> Callable[[Function], Function]:
     """Register what a class of ops does to axes.
 
     Args:
@@ -206,7 +207,7 @@ def axis_rule(*ops: Any, follow: Follow | None = None) -> Callable[[Callable[...
         ValueError: an op has a rule already.
     """
 
-    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
+    def register(rule: Function) -> Function:
         for op in ops:
             for overload in overloads(op):
                 if overload in RULES:
