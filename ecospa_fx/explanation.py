@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -18,7 +19,8 @@ from .compiled import MODEL, CompiledModel, Region
 from .coupling import Coupling, Refusal
 from .errors import NoInputsError
 from .passes.nodes import place
-from .passes.regions import choose
+from .passes.regions import choose, traceless
+from .shrinkable import original_class
 from .why import axis_graph
 
 
@@ -99,7 +101,17 @@ def explain(
     if compiled is not None and compiled.captured:
         return _explanation(model, compiled, {})
     args, kwargs = example_call(model, example_inputs, example_kwargs)
-    found, given_up = choose(model, args, kwargs, regions)
+    if compiled is not None and compiled.regions:
+        # Loaded at its small sizes: only its own regions can run it, and they capture what they are called with.
+        with traceless(model), torch.no_grad():
+            model(*args, **kwargs)
+        return _explanation(model, compiled, {})
+    waiting = type(model)
+    model.__class__ = original_class(model)  # compiled, and waiting for a first call that this is not
+    try:
+        found, given_up = choose(model, args, kwargs, regions)
+    finally:
+        model.__class__ = waiting
     scratch = CompiledModel(regions)
     scratch.given_up = given_up
     seconds: Counter[str] = Counter()

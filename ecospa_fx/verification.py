@@ -13,7 +13,7 @@ from .api import state_of
 from .compiled import CompiledModel, Region, unshrunk
 from .errors import VerificationError
 from .passes.axes import Atom
-from .passes.regions import record
+from .passes.regions import record, traceless
 from .passes.verify import Comparison, compare
 
 
@@ -83,13 +83,16 @@ def verify(
     Raises:
         NoInputsError: the model has not been called yet and no inputs are given.
     """
-    compiled = state_of(model)
-    generator = torch.Generator().manual_seed(seed)
+    args, kwargs = tuple(example_inputs), dict(example_kwargs or {})
     modes = {module: module.training for module in model.modules()}
     try:
         # Dropout would draw other masks at other sizes; entry by entry it is the same in both modes.
         model.eval()
-        return Verification(_compare_all(model, compiled, tuple(example_inputs), dict(example_kwargs or {}), generator))
+        if args or kwargs:
+            with traceless(model), torch.no_grad():
+                model(*args, **kwargs)  # captures what has not been called so far
+        generator = torch.Generator().manual_seed(seed)
+        return Verification(_compare_all(model, state_of(model), args, kwargs, generator))
     finally:
         for module, training in modes.items():
             module.training = training

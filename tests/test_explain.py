@@ -154,6 +154,23 @@ def test_a_compiled_model_needs_no_inputs():
     assert "5 of 12" in text and "layers.1.glu" in text and "layers.*.glu" in text
 
 
+def test_a_model_that_waits_for_its_first_call_goes_on_waiting():
+    model = ecospa_fx.compile(Model())
+    waiting = type(model)
+    assert len(ecospa_fx.explain(model, example_inputs=(X,)).couplings) == 15
+    assert type(model) is waiting
+    with pytest.raises(errors.NoInputsError):
+        ecospa_fx.couplings(model)
+    assert ecospa_fx.verify(model, example_inputs=(X,)).ok
+
+
+def test_a_loaded_model_is_explained_at_its_sizes(tmp_path):
+    model = ecospa_fx.compile(Model(), example_inputs=(X,))
+    ecospa_fx.shrink(model, {"layers.1.glu": torch.arange(5)})
+    ecospa_fx.save(model, tmp_path / "run")
+    assert "5 of 12" in str(ecospa_fx.explain(ecospa_fx.load(tmp_path / "run", Model), example_inputs=(X,)))
+
+
 def test_inputs_the_model_offers_itself():
     model = Model()
     model.example_input_array = X
