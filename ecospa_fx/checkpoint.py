@@ -26,11 +26,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .api import check_optimizer
-from .compiled import MODEL, CompiledModel, Region
+from .compiled import MODEL, CompiledModel
 from .errors import CheckpointError, EcoSpaError
+from .passes.names import named_tensors
 from .passes.regions import shared_outside
 from .passes.shrink import prepare
 from .plan import FORMAT, Plan
+from .region import Region
 from .trainer import EcoSpaTrainer
 
 MANIFEST = "checkpoint.json"
@@ -105,7 +107,7 @@ def load(directory: str | os.PathLike[str], factory: Callable[[], nn.Module] | N
                 f"the saved model has a region `{name}`, this {type(model).__name__} has none"
             ) from None
     prepare(model, Plan(), plan).commit()
-    held = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
+    held = named_tensors(model)
     for name in model.state_dict():
         held[name].data = tensors[aliases.get(name, name)].to(held[name].device)
     compiled = CompiledModel(manifest["how"])

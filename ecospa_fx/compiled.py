@@ -10,220 +10,25 @@ replayed on it. Nothing here is an nn.Module, so state_dict and the module tree 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .coupling import Coupling, Member, Refusal, Selection
-from .errors import EcoSpaError, NoCouplingError, PinnedAxisError, ShrinkError
-from .passes.axes import Atom, Expr, Segments, atoms_of, size_of
-from .passes.capture import training_flags
-from .passes.discover import Discovery, Found
-from .passes.regions import Analysis, Captures, analyse_once, choose
+from .coupling import Coupling, Selection
+from .errors import NoCouplingError, ShrinkError
+from .passes.names import join
+from .passes.regions import Analysis, Captures, choose
 from .passes.replay import replay
-from .passes.rewrite import Program, rewrite
-from .passes.selection import index_of, mask_of
+from .passes.rewrite import rewrite
 from .passes.shrink import prepare
 from .plan import Plan
+from .region import Region
 from .shrinkable import original_class, swap_forward, swap_linears, unswap_forward
-from .why import Path, path_between
 
 MODEL, REGION = "_ecospa_model", "_ecospa_region"  # keys in a module's __dict__
-MOST_PROGRAMS = 16  # per region, as many as torch.compile would allow graphs before it gives up and twice again
-
-
-class Region:
-    """One captured submodule: routes each call to the program of its signature."""
-
-    def __init__(self, name: str, compiled: CompiledModel, shared_outside: dict[str, str]) -> None:
-        self.name = name
-        self.compiled = compiled
-        self.shared_outside = shared_outside
-        self.programs: list[Program] = []
-        self.discoveries: list[Discovery] = []
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a call of the region."""
-        program, inputs = self.program_for(module, args, kwargs)
-        return program(module, inputs)
-
-    def program_for(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Program, list[Tensor]]:
-        """The program that serves a call, captured now if need be, and the tensors it takes."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        training = training_flags(module)
-        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        for program in self.programs:
-            if program.captured.signature.mismatch(spec, leaves, training) is None:
-                return program, inputs
-        return self.add(module, args, kwargs), inputs
-
-    def discovery_of(self, program: Program) -> Discovery:
-        """What was discovered in the graph of a program."""
-        return next(d for p, d in zip(self.programs, self.discoveries, strict=True) if p is program)
-
-    def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-        """Capture a call of a new signature at original sizes and replay the plan on it."""
-        if len(self.programs) >= MOST_PROGRAMS:
-            raise EcoSpaError(
-                f"region `{self.name}` has been called in {MOST_PROGRAMS} different ways, each with its own graph; "
-                f"this call differs from the last: {self._difference(module, args, kwargs)}. Call it in fewer ways "
-                "(pad to common lengths, pass the same arguments)"
-            )
-        plan = self.compiled.plan
-        analysis = analyse_once(
-            module, self.name, (args, kwargs), self.shared_outside, self.compiled.captures,
-            forward=original_class(module).forward, originals=self._originals(module),
-        )  # fmt: skip
-        kept = replay(analysis.inference, plan, self._difference(module, args, kwargs))
-        return self.install(analysis, module, kept)
-
-    def install(self, analysis: Analysis, module: nn.Module, kept: Mapping[Atom, Tensor]) -> Program:
-        """Add the program of an analysis."""
-        program = rewrite(analysis.inference, kept, module)
-        self.remember(analysis, program)
-        return program
-
-    def remember(self, analysis: Analysis, program: Program | None = None) -> None:
-        """Take up what an analysis found; without a program it can be asked but not run."""
-        self.programs.insert(0, program or Program(analysis.captured, analysis.inference, None, (), ""))
-        self.discoveries.insert(0, analysis.discovery)
-        self.compiled.forget_couplings()
-
-    def _difference(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if not self.programs:
-            return ""
-        return self.programs[0].captured.signature.mismatch(spec, leaves, training_flags(module)) or ""
-
-    def _originals(self, module: nn.Module) -> dict[str, Tensor]:
-        """Stand-ins at original sizes for what has shrunk: the kept entries in their places among zeros."""
-        plan, prefix = self.compiled.plan, f"{self.name}." if self.name else ""
-        named = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
-        return {name: unshrunk(named[name], plan, prefix + name) for name in plan.under(self.name) if name in named}
-
-    def couplings(self) -> list[Coupling]:
-        """The couplings that every signature met so far can follow, at their sizes now."""
-        if not self.programs:
-            return []
-        # The first graph is the one names are taken from, so that they never change.
-        return [self._view(found) for found in self.discoveries[-1].couplings if self._followed(found)]
-
-    def _followed(self, found: Found) -> bool:
-        """Whether every graph can follow a coupling of the first one."""
-        for program, discovery in zip(self.programs[:-1], self.discoveries[:-1], strict=True):
-            if any(found.key == other.key for other in discovery.couplings):
-                continue
-            # It may still: a graph that uses fewer of the weights sees less of the coupling.
-            trial = self.compiled.plan.copy()
-            kept = self.kept(self.programs[-1])
-            mask = kept.get(found.atom, torch.ones(found.atom.size, dtype=torch.bool)).clone()
-            if int(mask.sum()) > 1:
-                mask[mask.nonzero()[0]] = False
-            self.write(trial, {**kept, found.atom: mask})
-            try:
-                replay(program.inference, trial)
-            except PinnedAxisError:
-                return False
-        return True
-
-    def write(self, plan: Plan, kept: Mapping[Atom, Tensor]) -> None:
-        """Write into `plan` what the first graph's parameters keep under a selection of its atoms."""
-        prefix = f"{self.name}." if self.name else ""
-        for name, exprs in self.programs[-1].inference.parameters.items():
-            masks = [mask_of(expr, kept) for expr in exprs]
-            if all(bool(mask.all()) for mask in masks):
-                continue
-            plan.original_shapes[prefix + name] = tuple(len(mask) for mask in masks)
-            for dim, mask in enumerate(masks):
-                if not mask.all():
-                    plan.kept[prefix + name, dim] = mask.nonzero().flatten()
-
-    def refusals(self) -> list[Refusal]:
-        """The axes that cannot shrink in some signature."""
-        by_members = {refusal.members: refusal for discovery in self.discoveries for refusal in discovery.refusals}
-        return list(by_members.values())
-
-    def kept(self, program: Program) -> dict[Atom, Tensor]:
-        """The plan, in atoms of one program's graph."""
-        return replay(program.inference, self.compiled.plan)
-
-    def _view(self, found: Found) -> Coupling:
-        program = self.programs[-1]
-        inference, prefix = program.inference, f"{self.name}." if self.name else ""
-        kept = self.kept(program)
-        mask = kept.get(found.atom, torch.ones(found.atom.size, dtype=torch.bool))
-        now = torch.cat([mask.cumsum(0) - 1, torch.tensor([-1])])  # its last entry answers the index -1
-        matrices = [name for name, _ in found.axes if len(inference.parameters[name]) > 1]
-        members = []
-        for name, dim in found.axes:
-            if not self._is_parameter(program, name):
-                continue
-            expr = inference.parameters[name][dim]
-            matrix = name in matrices
-            of = prefix + (name if matrix else _nearest(name, found.producers or matrices))
-            left = mask_of(expr, kept)
-            for part, index in _by_part(expr, found.atom):
-                label = of if part is None else f"{of} part {part}"
-                members.append(Member(prefix + name, dim, now[index[left]], matrix, label, part))
-
-        def why(a: str, b: str) -> Path:
-            return path_between(inference, found.atom, a.removeprefix(prefix), b.removeprefix(prefix))
-
-        return Coupling(
-            prefix + found.name,
-            found.kind,
-            int(mask.sum()),
-            found.atom.size,
-            tuple(members),
-            found.linear,
-            self.name,
-            why,
-        )
-
-    @staticmethod
-    def _is_parameter(program: Program, name: str) -> bool:
-        captured = program.captured
-        return any(captured.tensors[placeholder] == name for placeholder in captured.parameters)
-
-
-def _by_part(expr: Expr, atom: Atom) -> Iterator[tuple[int | None, Tensor]]:
-    """The index of an axis per outermost segment that carries `atom`; the segment's number where there are several."""
-    index = index_of(expr, atom)
-    if not isinstance(expr, Segments):
-        yield None, index
-        return
-    start, carrying = 0, [i for i, part in enumerate(expr.parts) if atom in atoms_of(part)]
-    for i, part in enumerate(expr.parts):
-        stop = start + size_of(part)
-        if i in carrying:
-            here = torch.full_like(index, -1)
-            here[start:stop] = index[start:stop]
-            yield (i if len(carrying) > 1 else None), here
-        start = stop
-
-
-def shared_prefix(a: str, b: str) -> int:
-    """How many letters two names begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _nearest(name: str, matrices: Sequence[str]) -> str:
-    """The matrix whose name shares the longest prefix with that of a bias."""
-    return max(matrices, key=lambda matrix: shared_prefix(name, matrix))
-
-
-def unshrunk(tensor: Tensor, plan: Plan, name: str) -> Tensor:
-    """`tensor` in its places among zeros at the shape it had before any shrink."""
-    whole = torch.zeros(plan.original_shapes[name], dtype=tensor.dtype, device=tensor.device)
-    index = [plan.kept.get((name, dim), torch.arange(size)).to(tensor.device) for dim, size in enumerate(whole.shape)]
-    whole[torch.meshgrid(*index, indexing="ij")] = tensor.detach()
-    return nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
 
 
 class CompiledModel:
@@ -327,10 +132,9 @@ class CompiledModel:
         return after
 
     def _plan_region(self, after: Plan, region: Region, keeps: Mapping[str, Tensor]) -> None:
-        program, prefix = region.programs[-1], f"{region.name}." if region.name else ""
-        kept = region.kept(program)
+        kept = region.kept(region.programs[-1])
         for found in region.discoveries[-1].couplings:
-            keep = keeps.get(prefix + found.name)
+            keep = keeps.get(join(region.name, found.name))
             if keep is not None:
                 mask = kept.get(found.atom, torch.ones(found.atom.size, dtype=torch.bool))
                 positions = mask.nonzero().flatten()[keep.cpu()]

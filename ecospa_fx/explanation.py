@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from .compiled import MODEL, CompiledModel, Region
+from .compiled import MODEL, CompiledModel
 from .coupling import Coupling, Refusal
 from .errors import NoInputsError
 from .passes.nodes import place
 from .passes.regions import choose, traceless
+from .region import Region
 from .shrinkable import original_class
 from .why import axis_graph
 

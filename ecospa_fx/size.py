@@ -9,6 +9,7 @@ from torch import nn
 
 from .compiled import CompiledModel
 from .passes.axes import Atom, Expr, Product, atoms_of
+from .passes.names import join
 
 
 class SizeModel:
@@ -30,13 +31,13 @@ class SizeModel:
         for region in compiled.regions.values():
             if not region.programs:
                 continue
-            program, prefix = region.programs[-1], f"{region.name}." if region.name else ""
+            program = region.programs[-1]
             self._now[region.name] = {atom: int(mask.sum()) for atom, mask in region.kept(program).items()}
             for found in region.discoveries[-1].couplings:
-                self._atoms[prefix + found.name] = region.name, found.atom
+                self._atoms[join(region.name, found.name)] = region.name, found.atom
             for name, exprs in program.inference.parameters.items():
-                if prefix + name in named:
-                    inferred.add(prefix + name)
+                if join(region.name, name) in named:
+                    inferred.add(join(region.name, name))
                     for atom in {atom for expr in exprs for atom in atoms_of(expr)}:
                         self._users.setdefault((region.name, atom), []).append(len(self._shapes))
                     self._shapes.append((region.name, exprs))

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .api import state_of
-from .compiled import CompiledModel, Region, unshrunk
+from .compiled import CompiledModel
 from .errors import VerificationError
 from .passes.axes import Atom
+from .passes.names import join, named_tensors
 from .passes.regions import record, traceless
 from .passes.verify import Comparison, compare
+from .region import Region, unshrunk
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def _compare_all(
         for coupling in (found[f.key] for f in region.discoveries[-1].couplings if f.key in found):
             kept = {coupling.atom: _half(coupling.atom.size, generator)}
             everything |= kept
-            label = f"{name}.{coupling.name}" if name else coupling.name
+            label = join(name, coupling.name)
             results[label] = compare(inference, kept, module, tensors, inputs, label)
         label = f"all of {name or 'the model'}"
         results[label] = compare(inference, everything, module, tensors, inputs, label)
@@ -134,13 +136,13 @@ def _half(size: int, generator: torch.Generator) -> Tensor:
 
 def _originals(region: Region, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
     """Every parameter and buffer of a region at its original size, what is gone filled with noise."""
-    plan, prefix = region.compiled.plan, f"{region.name}." if region.name else ""
-    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    plan = region.compiled.plan
     tensors = {}
-    for name, tensor in named:
-        if prefix + name in plan.original_shapes:
-            whole = unshrunk(tensor, plan, prefix + name).detach()
-            gone = ~unshrunk(torch.ones_like(tensor), plan, prefix + name).bool()
+    for name, tensor in named_tensors(module).items():
+        full = join(region.name, name)
+        if full in plan.original_shapes:
+            whole = unshrunk(tensor, plan, full).detach()
+            gone = ~unshrunk(torch.ones_like(tensor), plan, full).bool()
             noise = torch.randn(whole.shape, generator=generator).to(whole) * tensor.detach().std()
             tensor = torch.where(gone, noise.abs(), whole)
         tensors[name] = tensor.detach()

@@ -10,6 +10,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.nn.utils import stateless
 
+from .names import named_tensors
+
 if TYPE_CHECKING:
     from .capture import Captured
 
@@ -79,7 +81,7 @@ def disagreement(
         return pytree.tree_leaves(forward(module, *call_args, **call_kwargs))
 
     def graph(inputs: list[Any]) -> Sequence[Any]:
-        named = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
+        named = named_tensors(module)
         outputs: Sequence[Any] = run(captured, named, [leaf for leaf in inputs if isinstance(leaf, Tensor)])
         return outputs
 

@@ -34,6 +34,7 @@ from ecospa_fx.errors import CaptureError
 from .agree import disagreement
 from .axes import Size, as_size
 from .canonicalise import canonicalise
+from .names import named_tensors
 
 aten = torch.ops.aten
 Forward = Callable[..., Any]
@@ -307,7 +308,7 @@ def _collect(
         training_flags(module),
         {symbol: (span.lower, span.upper) for symbol, span in program.range_constraints.items()},
     )
-    named = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
+    named = named_tensors(module)
     first: dict[Any, str] = {}
     same = {}
     for name in held.values():

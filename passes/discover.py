@@ -18,6 +18,7 @@ from ecospa_fx.coupling import Kind, Refusal
 
 from .axes import Atom, atoms_of, size_of
 from .inference import Fact, Inference, Role
+from .names import join
 from .nodes import reason_text
 from .selection import placed
 
@@ -84,7 +85,7 @@ def discover(inference: Inference) -> Discovery:
             continue
         if roles["pinned"]:
             reasons = dict.fromkeys(reason_text(fact.reason, fact.node, region) for fact in roles["pinned"])
-            members = tuple(f"{_join(region, name)}[{dim}]" for name, dim in key)
+            members = tuple(f"{join(region, name)}[{dim}]" for name, dim in key)
             refusals.append(Refusal(members, atom.size, tuple(reasons), region))
             continue
         kind = _kind(atom, roles, inference, matrices)
@@ -172,7 +173,3 @@ def _name(kind: Kind, matrices: list[str], taken: set[str]) -> str:
         name, number = f"{base}{number}", number + 1
     taken.add(name)
     return name
-
-
-def _join(region: str, name: str) -> str:
-    return f"{region}.{name}" if region else name

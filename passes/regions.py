@@ -32,6 +32,7 @@ from .capture import Captured, at_original_sizes, capture, storage_key, training
 from .discover import Discovery, discover
 from .infer import infer
 from .inference import Inference
+from .names import named_tensors
 from .sharing import Fingerprint, fingerprint, recorded_reads
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -296,7 +297,7 @@ def _computable(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
         yield lambda tensor: tensor
         return
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    named = named_tensors(model).items()
     with stateless._reparametrize_module(model, {name: mode.from_tensor(t) for name, t in named}), mode:
         yield mode.from_tensor
 
@@ -317,7 +318,7 @@ def shared_outside(model: nn.Module, region: str) -> dict[str, str]:
         return {}
     inside: dict[Any, list[str]] = {}
     outside: dict[Any, str] = {}
-    everything = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    everything = named_tensors(model).items()
     for name, tensor in everything:
         if name.startswith(f"{region}."):
             inside.setdefault(storage_key(tensor), []).append(name.removeprefix(f"{region}."))

@@ -10,6 +10,7 @@ from ecospa_fx.plan import Plan
 
 from .axes import Atom, atoms_of
 from .inference import Inference
+from .names import join
 from .nodes import reason_text
 from .selection import mask_of, project
 
@@ -31,7 +32,7 @@ def replay(inference: Inference, plan: Plan, difference: str = "") -> dict[Atom,
         if name not in inference.parameters:
             continue
         for dim, expr in enumerate(inference.parameters[name]):
-            mask = plan.mask(_join(region, name), dim)
+            mask = plan.mask(join(region, name), dim)
             if not mask.all():
                 for atom, part in project(expr, mask).items():
                     kept[atom] = kept[atom] | part if atom in kept else part
@@ -49,7 +50,7 @@ def replay(inference: Inference, plan: Plan, difference: str = "") -> dict[Atom,
                     )
     held = set(inference.captured.tensors.values())
     for name, exprs in inference.parameters.items():
-        full = _join(region, name)
+        full = join(region, name)
         for dim, expr in enumerate(exprs):
             wanted = plan.mask(full, dim) if full in plan.original_shapes else None
             mine = mask_of(expr, kept)
@@ -61,19 +62,15 @@ def replay(inference: Inference, plan: Plan, difference: str = "") -> dict[Atom,
     for name in plan.under(region):
         if name in held and name not in inference.parameters:
             raise PinnedAxisError(
-                f"this call uses `{_join(region, name)}`, which has shrunk, in a way that cannot follow.{why}"
+                f"this call uses `{join(region, name)}`, which has shrunk, in a way that cannot follow.{why}"
             )
     return kept
 
 
 def _members(inference: Inference, atom: Atom) -> str:
     return ", ".join(
-        f"{_join(inference.captured.region, name)}[{dim}]"
+        f"{join(inference.captured.region, name)}[{dim}]"
         for name, exprs in inference.parameters.items()
         for dim, expr in enumerate(exprs)
         if atom in atoms_of(expr)
     )
-
-
-def _join(region: str, name: str) -> str:
-    return f"{region}.{name}" if region else name

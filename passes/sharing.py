@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .names import named_tensors
+
 Reads = dict[str, set[str]]  # submodule path -> names of the instance attributes that forward read
 
 # What every module has: its tensors, children, hooks and training flag are compared on their own.
@@ -77,7 +79,7 @@ _ABSENT = object()
 def fingerprint(module: nn.Module, reads: Reads) -> Fingerprint:
     """The fingerprint of a block whose forward read `reads`."""
     named = dict(module.named_modules(remove_duplicate=False))
-    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    tensors = named_tensors(module).items()
     groups: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)

@@ -18,6 +18,7 @@ from ecospa_fx.errors import OptimizerError
 from ecospa_fx.plan import Plan
 
 from .capture import storage_key
+from .names import named_tensors
 
 
 @dataclass(eq=False)
@@ -70,7 +71,7 @@ def prepare(model: nn.Module, before: Plan, after: Plan, optimizers: Iterable[Op
     change = Change()
     made: dict[Any, Tensor] = {}
     seen: set[int] = set()
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    named = named_tensors(model).items()
     for name, tensor in named:
         if id(tensor) in seen or name not in after.original_shapes:
             continue

@@ -232,7 +232,7 @@ def test_help_shows_examples_and_exit_codes():
 def test_the_schedule_shrinks_about_ten_times_and_leaves_time_to_recover():
     options = Options()
     assert 8 <= (options.end - options.start) / options.interval <= 12
-    assert options.end <= 0.7 * options.steps
+    assert options.end <= 0.8 * options.steps
 
 
 def test_the_learning_rate_rises_then_falls():

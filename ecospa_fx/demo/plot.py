@@ -44,7 +44,7 @@ def save_plot(runs: Sequence[Run], path: Path, title: str) -> None:
     loss.plot([], [], color="black", marker="s", markersize=3.5, linewidth=1.6, label="validation")
     loss.plot([], [], "o", color="black", markersize=4, label="shrink")
     loss.set_title(title)
-    loss.legend(loc="upper right", ncols=2, frameon=False)
+    loss.legend(loc="lower left", ncols=2, framealpha=0.9, edgecolor="none")
     size.set_ylabel("parameters, millions")
     size.set_xlabel("optimizer step")
     size.set_ylim(bottom=0)
