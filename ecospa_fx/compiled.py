@@ -161,5 +161,11 @@ def _check_keep(coupling: Coupling, keep: Tensor) -> None:
 
 def _nothing_found(model: nn.Module, found: Mapping[str, Analysis]) -> str:
     refusals = [str(refusal) for analysis in found.values() for refusal in analysis.discovery.refusals]
-    detail = f" Refused: {'; '.join(refusals[:3])}" if refusals else " No two of its weights multiply each other"
+    missing = sorted({op for analysis in found.values() for op in analysis.inference.missing})
+    if refusals:
+        detail = f" Refused: {'; '.join(refusals[:3])}"
+    elif missing:
+        detail = f" No axis rule is known for {', '.join(missing)}; what these touch stays whole"
+    else:
+        detail = " No two of its weights multiply each other"
     return f"{type(model).__name__} has no coupling that can shrink, and is left as it was.{detail}"

@@ -376,14 +376,17 @@ def at_original_sizes(module: nn.Module, originals: Mapping[str, Tensor]) -> Ite
         yield
 
 
+_CHATTY = ("torch._export.non_strict_utils", "torch.export", "torch.fx", "torch._subclasses.fake_tensor")
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export reports each dim it specialises and each constant it lifts; the signature says so already."""
-    loggers = [logging.getLogger(name) for name in ("torch._export.non_strict_utils", "torch.export", "torch.fx")]
+    """torch.export logs dims it specialises, which the signature says, and failures, which exceptions say."""
+    loggers = [logging.getLogger(name) for name in _CHATTY]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
-            logger.setLevel(logging.ERROR)
+            logger.setLevel(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield

@@ -84,6 +84,25 @@ def test_not_compiled():
         ecospa_fx.couplings(MLP())
 
 
+def test_no_coupling_that_a_rule_could_find():
+    with pytest.raises(errors.NoCouplingError) as caught:
+        ecospa_fx.compile(nn.LSTM(6, 5, batch_first=True), example_inputs=(X[None],))
+    assert str(caught.value) == (
+        "LSTM has no coupling that can shrink, and is left as it was. No axis rule is known for aten.lstm; what these "
+        "touch stays whole"
+    )
+    with pytest.raises(errors.NoCouplingError, match=r"is left as it was. No two of its weights multiply each other"):
+        ecospa_fx.compile(nn.Linear(6, 6), example_inputs=(X,))
+
+
+def test_inputs_that_do_not_fit_the_model(caplog):
+    with pytest.raises(
+        errors.CaptureError, match=r"torch.export cannot capture the model \(MLP\): .* same reduction dim"
+    ):
+        ecospa_fx.compile(MLP(), example_inputs=(X[:, :5],))
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 class Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
