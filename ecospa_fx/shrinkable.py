@@ -43,15 +43,6 @@ def swap_linears(region: nn.Module) -> None:
             module.__class__ = ShrinkableLinear
 
 
-def unswap_linears(region: nn.Module) -> None:
-    """Undo `swap_linears`, on modules at any size."""
-    swapped: list[Any] = [module for module in region.modules() if type(module) is ShrinkableLinear]
-    for module in swapped:
-        sizes = module.in_features, module.out_features
-        module.__class__ = nn.Linear
-        module.in_features, module.out_features = sizes
-
-
 def swap_forward(module: nn.Module, attribute: str) -> None:
     """Route `module.forward` to the callable in `module.__dict__[attribute]`, which gets `(module, args, kwargs)`."""
     original = type(module)

@@ -49,7 +49,7 @@ class SizeModel:
     def total(self, sizes: Mapping[str, int]) -> int:
         """Parameters of the whole model with couplings at `sizes`; those not named stay as they are."""
         changed = {self._atoms[name]: size for name, size in sizes.items() if size != self.sizes[name]}
-        counts = {region: dict(now) for region, now in self._now.items()}
+        counts = {region: dict(self._now[region]) for region, _ in changed}
         for (region, atom), size in changed.items():
             counts[region][atom] = size
         total = self._rest + sum(self._numels)

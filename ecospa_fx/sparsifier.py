@@ -61,13 +61,15 @@ class CoupledSparsifier:
         sizes = SizeModel(self.model, state_of(self.model))
         order = sorted(couplings(self.model), key=lambda coupling: (importance[coupling], coupling.name))
         scores = {coupling: index_scores(self.model, coupling) for coupling in order}
+        # Score held by the strongest entry, by the two strongest, and so on.
+        held = {coupling: score.sort(descending=True).values.cumsum(0) for coupling, score in scores.items()}
         count = max(1, math.ceil(self.top_k * len(order)))
-        keeps = self._by_theta(order[:count], scores, self.theta)
+        keeps = self._by_theta(order[:count], held, self.theta)
         while count < len(order) and not self._enough(keeps, sizes, at_most):
+            keeps |= self._by_theta(order[count : count + 1], held, self.theta)
             count += 1
-            keeps = self._by_theta(order[:count], scores, self.theta)
         if not self._enough(keeps, sizes, at_most):
-            keeps = self._by_theta(order, scores, self._looser(order, scores, sizes, at_most))
+            keeps = self._by_theta(order, held, self._looser(order, held, sizes, at_most))
         keeps = self._stop_at_target(order, keeps, sizes)
         left = sizes.total(_named(keeps))
         stuck = left == sizes.total({}) if at_most is None else at_most <= self.target_size
@@ -96,17 +98,17 @@ class CoupledSparsifier:
         now, after = sizes.total({}), sizes.total(_named(keeps))
         return after <= at_most if at_most is not None else after < now
 
-    def _by_theta(self, order: list[Coupling], scores: Mapping[Coupling, Tensor], theta: float) -> dict[Coupling, int]:
-        return {coupling: max(_held(scores[coupling], theta), min(self.min_keep, coupling.size)) for coupling in order}
+    def _by_theta(self, order: list[Coupling], held: Mapping[Coupling, Tensor], theta: float) -> dict[Coupling, int]:
+        return {c: max(_entries_holding(theta, held[c]), min(self.min_keep, c.size)) for c in order}
 
     def _looser(
-        self, order: list[Coupling], scores: Mapping[Coupling, Tensor], sizes: SizeModel, at_most: int | None
+        self, order: list[Coupling], held: Mapping[Coupling, Tensor], sizes: SizeModel, at_most: int | None
     ) -> float:
         """The largest theta at which all couplings together remove enough."""
         low, high = 0.0, self.theta
         for _ in range(30):
             middle = (low + high) / 2
-            if self._enough(self._by_theta(order, scores, middle), sizes, at_most):
+            if self._enough(self._by_theta(order, held, middle), sizes, at_most):
                 low = middle
             else:
                 high = middle
@@ -138,12 +140,11 @@ class CoupledSparsifier:
         return taken
 
 
-def _held(scores: Tensor, theta: float) -> int:
-    """The size of the smallest set of entries that holds `theta` of the total score."""
-    ordered = scores.sort(descending=True).values.cumsum(0)
-    if not float(ordered[-1]) > 0:
-        return len(scores)
-    return int((ordered < theta * ordered[-1] * (1 - 1e-12)).sum()) + 1
+def _entries_holding(theta: float, held: Tensor) -> int:
+    """The size of the smallest set of entries that holds `theta` of the total score, from the running sums `held`."""
+    if not float(held[-1]) > 0:
+        return len(held)
+    return int((held < theta * held[-1] * (1 - 1e-12)).sum()) + 1
 
 
 def _named(keeps: Mapping[Coupling, int]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,11 +61,10 @@ def disagreement(
     buffers = dict(module.named_buffers())
 
     def results(call: Callable[[list[Any]], Sequence[Any]]) -> tuple[list[Tensor], list[Tensor | None], list[str]]:
-        inputs = [_leaf(leaf) for leaf in leaves]
+        inputs = [fresh_leaf(leaf) for leaf in leaves]
         wanted = {f"argument {i}": leaf for i, leaf in enumerate(inputs) if _differentiable(leaf)}
         wanted |= {f"`{name}`": p for name, p in parameters.items()}
-        devices = {p.device.index for p in (*parameters.values(), *buffers.values()) if p.is_cuda}
-        with torch.random.fork_rng(devices=[d for d in devices if d is not None]), torch.enable_grad():
+        with forked_rng(module), torch.enable_grad():
             torch.manual_seed(0)
             with stateless._reparametrize_module(module, {n: b.detach().clone() for n, b in buffers.items()}):
                 outputs = [out for out in call(inputs) if isinstance(out, Tensor)]
@@ -103,11 +103,19 @@ def disagreement(
     return None
 
 
-def _leaf(leaf: Any) -> Any:
+def fresh_leaf(leaf: Any) -> Any:
+    """A copy of a tensor to differentiate by, where it can be; what is no tensor as it is."""
     if not isinstance(leaf, Tensor):
         return leaf
     leaf = leaf.detach().clone()
     return leaf.requires_grad_() if leaf.is_floating_point() else leaf
+
+
+def forked_rng(module: nn.Module) -> AbstractContextManager[None]:
+    """Random draws inside leave the generators of the CPU and of the module's devices as they were."""
+    devices = {tensor.device.index for tensor in named_tensors(module).values() if tensor.is_cuda}
+    forked: AbstractContextManager[None] = torch.random.fork_rng(devices=sorted(devices))
+    return forked
 
 
 def _differentiable(leaf: Any) -> bool:

@@ -14,9 +14,10 @@ graph belongs to one *signature* (argument structure, dtypes, devices, train or 
 from __future__ import annotations
 
 import logging
+import math
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -31,13 +32,12 @@ from torch.nn.utils import stateless
 
 from ecospa_fx.errors import CaptureError
 
-from .agree import disagreement
+from .agree import Forward, disagreement
 from .axes import Size, as_size
 from .canonicalise import canonicalise
 from .names import named_tensors
 
 aten = torch.ops.aten
-Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,16 +46,17 @@ class Signature:
 
     Attributes:
         spec: tree of the arguments.
-        leaves: the leaves of that tree: None where there is a tensor, else the value itself.
+        leaves: the leaves of that tree: `_TENSOR` where there is a tensor, else the value itself.
         tensors: (dtype, device, sizes) of each tensor, a size being an int where it was specialised.
         training: the training flag of each module of the region.
+        ranges: least and largest size of each dynamic dim.
     """
 
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
     tensors: tuple[tuple[torch.dtype, torch.device, tuple[Size, ...]], ...]
     training: tuple[bool, ...]
-    ranges: Mapping[sympy.Symbol, tuple[Any, Any]]
+    ranges: Mapping[sympy.Symbol, tuple[float, float]]
 
     def mismatch(self, spec: pytree.TreeSpec, leaves: Sequence[Any], training: tuple[bool, ...]) -> str | None:
         """Why a call does not fit, or None where it does."""
@@ -66,11 +67,9 @@ class Signature:
         tensors = iter(self.tensors)
         sizes: dict[Any, int] = {}
         for mine, given in zip(self.leaves, leaves, strict=True):
-            if isinstance(given, Tensor) != (mine is None):
-                if not (given is None and mine == _NONE):
-                    return "a tensor argument became a constant or the reverse"
-                continue
-            if mine is not None:
+            if isinstance(given, Tensor) != (mine is _TENSOR):
+                return "a tensor argument became a constant or the reverse"
+            if mine is not _TENSOR:
                 if not _same_constant(mine, given):
                     return f"the constant argument {given!r} was {mine!r}"
                 continue
@@ -84,7 +83,7 @@ class Signature:
                 elif isinstance(size, sympy.Symbol) and sizes.setdefault(size, now) != now:
                     return f"dims that were equal are {sizes[size]} and {now}"
         for symbol, now in sizes.items():
-            low, high = self.ranges.get(symbol, (0, sympy.oo))
+            low, high = self.ranges.get(symbol, (0, math.inf))
             if not low <= now <= high:
                 return f"a dim of {now} lies outside {low} to {high}"
         tensors = iter(self.tensors)
@@ -96,11 +95,11 @@ class Signature:
         return None
 
 
-_NONE = "none"  # stands for a None leaf, since None marks a tensor
+_TENSOR = object()  # stands for a tensor among the leaves of arguments and results
 
 
 def _same_constant(a: Any, b: Any) -> bool:
-    return (a == _NONE and b is None) or a is b or (type(a) is type(b) and bool(a == b))
+    return a is b or (type(a) is type(b) and bool(a == b))
 
 
 @dataclass(eq=False)
@@ -109,7 +108,7 @@ class Captured:
 
     Attributes:
         region: name of the region in the model, `""` for the root.
-        graph: ATen graph; its placeholders are `tensors` by name, then `constants`, then `inputs`.
+        graph: ATen graph; its placeholders are `tensors`, `constants` and `inputs` by name.
         tensors: placeholder name -> name of the parameter or buffer in the region.
         parameters: the placeholders among `tensors` that are parameters.
         constants: placeholder name -> lifted tensor or subgraph module.
@@ -119,7 +118,8 @@ class Captured:
         same_storage: name -> first name with the same storage (tied weights).
         shared_outside: name -> why it must stay whole: something outside the region uses it too.
         hooked: submodules whose forward hooks ran while the region was captured, and so are part of the graph.
-        outputs: tree of the results; leaves are tensors' places or constants.
+        out_spec: tree of the results.
+        out_leaves: the leaves of that tree: `_TENSOR` where there is a tensor, else the value itself.
     """
 
     region: str
@@ -144,9 +144,6 @@ class Captured:
         waiting = iter(tensors)
         leaves = [next(waiting) if leaf is _TENSOR else leaf for leaf in self.out_leaves]
         return pytree.tree_unflatten(leaves, self.out_spec)
-
-
-_TENSOR = object()
 
 
 def training_flags(module: nn.Module) -> tuple[bool, ...]:
@@ -300,13 +297,13 @@ def _collect(
     canonicalise(graph)
     signature = Signature(
         spec,
-        tuple(None if isinstance(leaf, Tensor) else _NONE if leaf is None else leaf for leaf in leaves),
+        tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves),
         tuple(
             (t.dtype, t.device, tuple(as_size(size) for size in node.meta["val"].shape))
             for t, node in zip(tensors, (n for n in graph.nodes if n.name in set(inputs)), strict=True)
         ),
         training_flags(module),
-        {symbol: (span.lower, span.upper) for symbol, span in program.range_constraints.items()},
+        {symbol: (_number(span.lower), _number(span.upper)) for symbol, span in program.range_constraints.items()},
     )
     named = named_tensors(module)
     first: dict[Any, str] = {}
@@ -322,6 +319,11 @@ def _collect(
         out_spec=flat.out_spec, out_leaves=flat.out_leaves, same_storage=same,
         hooked=frozenset(n for n, m in module.named_modules() if m._forward_hooks or m._forward_pre_hooks),
     )  # fmt: skip
+
+
+def _number(bound: Any) -> float:
+    """A bound of a dynamic dim as a plain number: calls are compared with it, and sympy is slow."""
+    return int(bound) if isinstance(bound, (int, sympy.Integer)) else math.copysign(math.inf, 1 if bound > 0 else -1)
 
 
 def storage_key(tensor: Tensor) -> Any:

@@ -26,7 +26,7 @@ from torch.nn.utils import stateless
 
 from ecospa_fx.errors import CaptureError
 
-from .agree import disagreement
+from .agree import disagreement, forked_rng
 from .axes import atoms_of, size_of
 from .capture import Captured, at_original_sizes, capture, storage_key, training_flags
 from .discover import Discovery, discover
@@ -133,12 +133,16 @@ def choose(
     Raises:
         CaptureError: nothing can be captured.
     """
+    captures = [] if captures is None else captures
 
     def at(name: str, call: Call) -> Analysis:
-        return analyse(model.get_submodule(name), name, call, shared_outside(model, name))
+        return analyse_once(model.get_submodule(name), name, call, shared_outside(model, name), captures)
+
+    def root() -> Analysis:
+        return analyse(model, "", (args, kwargs))
 
     if how == "root":
-        return {"": at("", (args, kwargs))}, {}
+        return {"": root()}, {}
     if not isinstance(how, str):
         unknown = sorted(set(how) - {name for name, _ in model.named_modules()})
         if unknown:
@@ -152,16 +156,20 @@ def choose(
         return {name: at(name, calls[name]) for name in how}, {}
     if how not in ("auto", "blocks"):
         raise CaptureError(f"regions={how!r} is none of 'auto', 'blocks', 'root' or a list of submodule names")
-    captures = [] if captures is None else captures
     candidates = set(_candidates(model))
     calls = record(model, args, kwargs, candidates) if candidates else {}
-    blocks = {name: calls[name] for name in _outermost(calls)}
-    found, failed = _analyse_blocks(model, blocks, captures)
-    closed = bool(blocks) and not failed and all(a.discovery.couplings for a in found.values())
+    found: dict[str, Analysis] = {}
+    failed: dict[str, str] = {}
+    for name in _outermost(calls):
+        try:
+            found[name] = at(name, calls[name])
+        except CaptureError as error:
+            failed[name] = str(error)
+    closed = bool(calls) and not failed and all(a.discovery.couplings for a in found.values())
     if closed or (how == "blocks" and found):
         return found, failed
     try:
-        return {"": at("", (args, kwargs))}, failed
+        return {"": root()}, failed
     except CaptureError as error:
         found = {name: analysis for name, analysis in found.items() if analysis.discovery.couplings}
         if not found:
@@ -169,19 +177,6 @@ def choose(
                 raise
             raise CaptureError(f"{error}. Nor can its blocks be: {next(iter(failed.values()))}") from error
         return found, {**failed, "": str(error)}
-
-
-def _analyse_blocks(
-    model: nn.Module, calls: dict[str, Call], captures: Captures
-) -> tuple[dict[str, Analysis], dict[str, str]]:
-    found: dict[str, Analysis] = {}
-    failed: dict[str, str] = {}
-    for name, call in calls.items():
-        try:
-            found[name] = analyse_once(model.get_submodule(name), name, call, shared_outside(model, name), captures)
-        except CaptureError as error:
-            failed[name] = str(error)
-    return found, failed
 
 
 def analyse_once(
@@ -306,9 +301,7 @@ def _computable(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
 def traceless(model: nn.Module) -> Iterator[None]:
     """Forwards inside leave buffers (running statistics) and the random state as they were."""
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    devices = {b.device.index for b in (*model.parameters(), *buffers.values()) if b.is_cuda}
-    forked = torch.random.fork_rng(devices=[d for d in devices if d is not None])
-    with forked, stateless._reparametrize_module(model, buffers):
+    with forked_rng(model), stateless._reparametrize_module(model, buffers):
         yield
 
 
@@ -318,8 +311,7 @@ def shared_outside(model: nn.Module, region: str) -> dict[str, str]:
         return {}
     inside: dict[Any, list[str]] = {}
     outside: dict[Any, str] = {}
-    everything = named_tensors(model).items()
-    for name, tensor in everything:
+    for name, tensor in named_tensors(model).items():
         if name.startswith(f"{region}."):
             inside.setdefault(storage_key(tensor), []).append(name.removeprefix(f"{region}."))
         else:

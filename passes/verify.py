@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import stateless
 
-from .agree import relative_error, run
+from .agree import forked_rng, fresh_leaf, relative_error, run
 from .inference import Inference
 from .nodes import argument_nodes, tensor_meta
 from .rewrite import rewrite
@@ -121,15 +121,15 @@ def compare(
         for name, exprs in inference.parameters.items()
     }
 
-    whole = {name: _leaf(t) if name in trained else t.clone() for name, t in tensors.items()}
-    whole_inputs = [_leaf(t) for t in inputs]
+    whole = {name: fresh_leaf(t) if name in trained else t.clone() for name, t in tensors.items()}
+    whole_inputs = [fresh_leaf(t) for t in inputs]
     outputs = run(captured, whole, whole_inputs, interpreter=Here)
 
     small = {name: sliced(t, steps.get(name, {})).clone() for name, t in tensors.items()}
-    small_inputs = [_leaf(t) for t in inputs]
+    small_inputs = [fresh_leaf(t) for t in inputs]
     program = rewrite(inference, kept, region)
     parameters = {name: nn.Parameter(t) if name in trained else t for name, t in small.items()}
-    with torch.random.fork_rng(devices=[]), stateless._reparametrize_module(region, parameters):
+    with forked_rng(region), stateless._reparametrize_module(region, parameters):
         torch.manual_seed(0)
         small_outputs = program.run(region, *small_inputs, *program.constants)
 
@@ -151,11 +151,6 @@ def compare(
     removed = sum(int((~mask).sum()) for mask in kept.values())
     dtype = next((t.dtype for t in floating.values()), torch.float32)
     return Comparison(coupling, removed, output_error, gradient_error, worst, TOLERANCE.get(dtype, 1e-5))
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().clone()
-    return tensor.requires_grad_() if tensor.is_floating_point() else tensor
 
 
 def _gradients(outputs: Sequence[Any], leaves: list[Tensor]) -> list[Tensor | None]:

@@ -106,3 +106,18 @@ def test_blocks_that_share_a_graph_shrink_apart():
         optimizer.zero_grad()
     assert 0.5 <= trainer.size / (3 * 136) < 0.55
     ecospa_fx.verify(model, example_inputs=(x,)).raise_if_failed()
+
+
+class Moody(Block):
+    """Takes another path for the word `none` than for no word."""
+
+    def forward(self, x, mood=None):
+        return super().forward(x) * (1.0 if mood is None else 2.0)
+
+
+def test_a_constant_argument_is_not_mistaken_for_another():
+    model, x = Moody(0), torch.randn(3, 6)
+    ecospa_fx.compile(model, example_inputs=(x, None))
+    plain = model(x, None)
+    assert torch.equal(model(x, "none"), 2 * plain)
+    assert torch.equal(model(x, None), plain)
