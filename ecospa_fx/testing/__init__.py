@@ -1,0 +1,9 @@
+"""For the tests of people who use ecospa_fx: is this model's shrinking exact?
+
+>>> from ecospa_fx.testing import assert_exact
+>>> assert_exact(model, (x,))
+"""
+
+from .exact import assert_exact
+
+__all__ = ["assert_exact"]
