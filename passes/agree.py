@@ -45,8 +45,7 @@ def run(captured: Captured, tensors: Mapping[str, Tensor], inputs: Sequence[Tens
         if node.op == "get_attr":
             setattr(root, node.target, constants[node.name])
     order = [node.name for node in captured.graph.nodes if node.op == "placeholder"]
-    graph_module = fx.GraphModule(root, captured.graph)
-    return make(graph_module).run(*(values.get(name, constants.get(name)) for name in order))
+    return make(root, graph=captured.graph).run(*(values.get(name, constants.get(name)) for name in order))
 
 
 def disagreement(

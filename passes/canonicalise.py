@@ -1,7 +1,11 @@
 """Canonicalise: write what means the same in the same way, before axes are inferred.
 
     canonicalise(graph)
+      -> view becomes reshape, which needs no particular layout in memory
       -> _unstack     view(x, .., n, h, d), permute, unbind   becomes   split x in n, unflatten each, permute each
+
+What a kernel lays out so that a view of it works, another lays out in another way: attention chooses its kernel by the
+sizes, which a shrink changes. And `x.contiguous()` leaves no trace in a graph where `x` happened to be.
 
 A stacked projection keeps its n parts in one tensor until they are picked apart, so the parts would share their axes:
 what is removed from the queries would have to go from the values too. Cut apart first, they are axes of their own. The
@@ -28,6 +32,8 @@ aten = torch.ops.aten
 def canonicalise(graph: fx.Graph) -> None:
     """Rewrite `graph` in place; every node keeps or gets its `meta["val"]`."""
     for node in list(graph.nodes):
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
         if node.target in _SPLITS:
             stack = _stack(node)
             if stack is not None:

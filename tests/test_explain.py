@@ -95,7 +95,7 @@ def test_why_word_for_word():
         """\
 layers.0.q.weight[0] is coupled with layers.0.o.weight[1]:
    1. aten.linear                        to linear[2]: brought into a product by one side (layers.0.q, linear.py)
-   2. aten.view                          to view[2]: the same entries in the same order, in other dims (layers.0, test_explain.py)
+   2. aten.reshape                       to view[2]: the same entries in the same order, in other dims (layers.0, test_explain.py)
    3. aten.transpose                     to transpose[1]: two dims change places (layers.0, test_explain.py)
    4. aten.mul                           to mul[1]: entries of a product meet only entries at the same place (layers.0, test_explain.py)
    5. aten.add                           to add[1]: entries of a sum meet only entries at the same place (layers.0, test_explain.py)

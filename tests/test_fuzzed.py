@@ -1,0 +1,33 @@
+"""Bugs that fuzzing found, each as the smallest program that showed it; and a short fuzz."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ecospa_fx.testing import assert_exact
+
+
+def exact(model: nn.Module, *args: Tensor) -> None:
+    """Through torch.export, in float64, with weights of which no two are alike."""
+    torch.manual_seed(0)
+    for tensor in model.parameters():
+        nn.init.normal_(tensor, std=0.4)
+    assert_exact(model.eval(), args, regions="root", dtype=torch.float64)
+
+
+def test_contiguous_leaves_no_trace_where_attention_laid_its_result_out_so() -> None:
+    """With fewer entries in the values than in the queries another kernel runs, whose result `view` refuses."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(6, 36), nn.Linear(12, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (y.view(2, 4, 3, 4).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1))
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.out(mixed.transpose(1, 2).contiguous().view(2, 4, 12))
+
+    exact(Model(), torch.randn(2, 4, 6))
