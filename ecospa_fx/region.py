@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from .coupling import Coupling, Member, Refusal
 from .errors import EcoSpaError, PinnedAxisError
 from .passes.axes import Atom, Expr, Segments, atoms_of, size_of
-from .passes.capture import training_flags
 from .passes.discover import Discovery, Found
 from .passes.names import join, named_tensors
 from .passes.regions import Analysis, analyse_once
@@ -21,11 +20,13 @@ from .passes.rewrite import Program, rewrite
 from .passes.selection import index_of, mask_of
 from .plan import Plan
 from .shrinkable import original_class
+from .signature import Signature, call_key, training_flags
 from .why import Path, path_between
 
 if TYPE_CHECKING:
     from .compiled import CompiledModel
 
+MOST_ROUTES = 1024  # calls remembered per region, one per combination of sizes
 MOST_PROGRAMS = 16  # per region: twice as many graphs as torch.compile allows before it gives up
 
 
@@ -38,6 +39,7 @@ class Region:
         self.shared_outside = shared_outside
         self.programs: list[Program] = []
         self.discoveries: list[Discovery] = []
+        self.routes: dict[Any, Signature] = {}  # calls seen before
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call of the region."""
@@ -48,6 +50,23 @@ class Region:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Program, list[Tensor]]:
         """The program that serves a call, captured now if need be, and the tensors it takes."""
+        known = call_key(module, args, kwargs)
+        if known is None:
+            return self._matching(module, args, kwargs)
+        key, inputs = known
+        signature = self.routes.get(key)
+        for program in self.programs:
+            if program.captured.signature is signature:
+                return program, inputs
+        program, inputs = self._matching(module, args, kwargs)
+        if len(self.routes) >= MOST_ROUTES:
+            self.routes.clear()
+        self.routes[key] = program.captured.signature
+        return program, inputs
+
+    def _matching(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Program, list[Tensor]]:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         training = training_flags(module)
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -13,6 +13,7 @@ graph belongs to one *signature* (argument structure, dtypes, devices, train or 
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import operator
@@ -31,75 +32,14 @@ from torch.export.graph_signature import InputKind
 from torch.nn.utils import stateless
 
 from ecospa_fx.errors import CaptureError
+from ecospa_fx.signature import TENSOR, Signature, training_flags
 
 from .agree import Forward, disagreement
-from .axes import Size, as_size
+from .axes import as_size
 from .canonicalise import canonicalise
 from .names import named_tensors
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True, eq=False)
-class Signature:
-    """What a call must look like for a captured graph to serve it.
-
-    Attributes:
-        spec: tree of the arguments.
-        leaves: the leaves of that tree: `_TENSOR` where there is a tensor, else the value itself.
-        tensors: (dtype, device, sizes) of each tensor, a size being an int where it was specialised.
-        training: the training flag of each module of the region.
-        ranges: least and largest size of each dynamic dim.
-    """
-
-    spec: pytree.TreeSpec
-    leaves: tuple[Any, ...]
-    tensors: tuple[tuple[torch.dtype, torch.device, tuple[Size, ...]], ...]
-    training: tuple[bool, ...]
-    ranges: Mapping[sympy.Symbol, tuple[float, float]]
-
-    def mismatch(self, spec: pytree.TreeSpec, leaves: Sequence[Any], training: tuple[bool, ...]) -> str | None:
-        """Why a call does not fit, or None where it does."""
-        if training != self.training:
-            return "train and eval mode differ"
-        if spec != self.spec:
-            return "the arguments are structured differently"
-        tensors = iter(self.tensors)
-        sizes: dict[Any, int] = {}
-        for mine, given in zip(self.leaves, leaves, strict=True):
-            if isinstance(given, Tensor) != (mine is _TENSOR):
-                return "a tensor argument became a constant or the reverse"
-            if mine is not _TENSOR:
-                if not _same_constant(mine, given):
-                    return f"the constant argument {given!r} was {mine!r}"
-                continue
-            dtype, device, shape = next(tensors)
-            if given.dtype != dtype or given.device != device or given.ndim != len(shape):
-                return f"a tensor is {given.dtype} {tuple(given.shape)} on {given.device}, was {dtype} on {device}"
-            for size, now in zip(shape, given.shape, strict=True):
-                if type(size) is int:
-                    if size != now:
-                        return f"a dim of {now} was specialised to {size}"
-                elif isinstance(size, sympy.Symbol) and sizes.setdefault(size, now) != now:
-                    return f"dims that were equal are {sizes[size]} and {now}"
-        for symbol, now in sizes.items():
-            low, high = self.ranges.get(symbol, (0, math.inf))
-            if not low <= now <= high:
-                return f"a dim of {now} lies outside {low} to {high}"
-        tensors = iter(self.tensors)
-        for given in leaves:
-            if isinstance(given, Tensor):
-                for size, now in zip(next(tensors)[2], given.shape, strict=True):
-                    if isinstance(size, sympy.Expr) and not size.is_Symbol and size.subs(sizes) != now:
-                        return f"a dim of {now} was {size}"
-        return None
-
-
-_TENSOR = object()  # stands for a tensor among the leaves of arguments and results
-
-
-def _same_constant(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and bool(a == b))
 
 
 @dataclass(eq=False)
@@ -119,7 +59,7 @@ class Captured:
         shared_outside: name -> why it must stay whole: something outside the region uses it too.
         hooked: submodules whose forward hooks ran while the region was captured, and so are part of the graph.
         out_spec: tree of the results.
-        out_leaves: the leaves of that tree: `_TENSOR` where there is a tensor, else the value itself.
+        out_leaves: the leaves of that tree: `TENSOR` where there is a tensor, else the value itself.
     """
 
     region: str
@@ -141,14 +81,25 @@ class Captured:
 
     def result(self, tensors: Sequence[Tensor]) -> Any:
         """The region's own result structure around the graph's output `tensors`."""
+        match self._plain_result:
+            case "tensor":
+                return tensors[0]
+            case "tuple":
+                return tuple(tensors)
         waiting = iter(tensors)
-        leaves = [next(waiting) if leaf is _TENSOR else leaf for leaf in self.out_leaves]
+        leaves = [next(waiting) if leaf is TENSOR else leaf for leaf in self.out_leaves]
         return pytree.tree_unflatten(leaves, self.out_spec)
 
-
-def training_flags(module: nn.Module) -> tuple[bool, ...]:
-    """The training flag of every module of a region: train and eval are two signatures, and so is a frozen norm."""
-    return tuple(child.training for child in module.modules())
+    @functools.cached_property
+    def _plain_result(self) -> str:
+        """`"tensor"` or `"tuple"` of tensors, which is what most regions return, or neither."""
+        tensors = range(len(self.out_leaves))
+        if all(leaf is TENSOR for leaf in self.out_leaves):
+            shapes = {"tensor": TENSOR, "tuple": tuple(tensors)}
+            for name, shape in shapes.items():
+                if pytree.tree_structure(shape) == self.out_spec:
+                    return name
+        return ""
 
 
 def capture(
@@ -188,7 +139,7 @@ def capture(
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     with at_original_sizes(module, originals or {}):
         program = _export(flat, tensors, region, leaves, static)
-        results = [leaf for leaf in flat.out_leaves if leaf is not _TENSOR]
+        results = [leaf for leaf in flat.out_leaves if leaf is not TENSOR]
         _refuse_foreign(module, region, results, "returns", "call it so that it does not")
         captured = _collect(program, flat, module, region, leaves, spec, tensors)
         _warn_of_hooks(captured)
@@ -224,7 +175,7 @@ class _Flat(nn.Module):
         leaves = [next(waiting) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         out_leaves, self.out_spec = pytree.tree_flatten(self.own_forward(self.region, *args, **kwargs))
-        self.out_leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in out_leaves]
+        self.out_leaves = [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in out_leaves]
         return tuple(leaf for leaf in out_leaves if isinstance(leaf, Tensor))
 
 
@@ -297,7 +248,7 @@ def _collect(
     canonicalise(graph)
     signature = Signature(
         spec,
-        tuple(_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves),
+        tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves),
         tuple(
             (t.dtype, t.device, tuple(as_size(size) for size in node.meta["val"].shape))
             for t, node in zip(tensors, (n for n in graph.nodes if n.name in set(inputs)), strict=True)

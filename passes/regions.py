@@ -25,10 +25,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.nn.utils import stateless
 
 from ecospa_fx.errors import CaptureError
+from ecospa_fx.signature import training_flags
 
 from .agree import disagreement, forked_rng
 from .axes import atoms_of, size_of
-from .capture import Captured, at_original_sizes, capture, storage_key, training_flags
+from .capture import Captured, at_original_sizes, capture, storage_key
 from .discover import Discovery, discover
 from .infer import infer
 from .inference import Inference

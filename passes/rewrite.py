@@ -26,6 +26,7 @@ from ecospa_fx.errors import RuleError
 
 from .axes import Expr, size_of
 from .capture import Captured
+from .generate import generate
 from .inference import Inference
 from .nodes import op_name, place
 from .rules import RULES
@@ -160,10 +161,8 @@ def rewrite(inference: Inference, kept: Kept, region: nn.Module) -> Program:
             ) from error
         site.apply()
     _bind(captured, region, graph, new)
-    code = graph.python_code("self")
-    scope = dict(code.globals)
-    exec(compile(code.src, f"<ecospa_fx {captured.region or 'model'}>", "exec"), scope)
-    return Program(captured, inference, scope["forward"], tuple(constants.values()), code.src)
+    run, source = generate(graph)
+    return Program(captured, inference, run, tuple(constants.values()), source)
 
 
 def _copy(captured: Captured) -> tuple[fx.Graph, dict[fx.Node, fx.Node], dict[fx.Node, Any]]:
