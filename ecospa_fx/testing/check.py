@@ -1,0 +1,260 @@
+"""check: is everything that is found in one random program exact?
+
+Two judges. Masking in the captured graph (`passes.verify`) is the definition. The second knows no graph: the program's
+own Python, with the rows and columns that a shrink takes away set to zero. It judges wherever zero weights make zero
+contributions, which is looked up in the values that the graph computes.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import stateless
+
+from ecospa_fx.errors import EcoSpaError
+from ecospa_fx.passes.agree import forked_rng, relative_error, run
+from ecospa_fx.passes.axes import Atom
+from ecospa_fx.passes.capture import Captured
+from ecospa_fx.passes.discover import discover
+from ecospa_fx.passes.infer import infer
+from ecospa_fx.passes.inference import Inference
+from ecospa_fx.passes.names import named_tensors
+from ecospa_fx.passes.nodes import argument_nodes, tensor_meta
+from ecospa_fx.passes.rewrite import rewrite
+from ecospa_fx.passes.selection import Kept, mask_of, touched
+from ecospa_fx.passes.shrink import sliced
+from ecospa_fx.passes.verify import compare
+
+from .programs import Program
+from .trace import trace
+
+TOLERANCE = 1e-9  # in float64, of the largest entry
+MOST_ALONE = 3  # couplings that are tried alone, beside all together
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a program shows a bug: `kind` is the sort of bug, `what` says more."""
+
+    kind: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.what}"
+
+
+@dataclass
+class Tally:
+    """What has been checked so far.
+
+    Attributes:
+        programs: that run.
+        shrinkable: of these, in how many something can shrink.
+        comparisons: of shrunk with masked.
+        twins: of shrunk with zeroed weights, where that says something.
+        exported: programs that went through torch.export too.
+        kinds: couplings found, by kind.
+        missing: programs in which an op without a rule occurs, by op.
+    """
+
+    programs: int = 0
+    shrinkable: int = 0
+    comparisons: int = 0
+    twins: int = 0
+    exported: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    missing: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common())
+        missing = ", ".join(f"{op} ({count})" for op, count in self.missing.most_common())
+        return (
+            f"{self.programs} programs ({self.exported} through torch.export too), {self.shrinkable} with couplings "
+            f"({kinds}); {self.comparisons} comparisons with masking, {self.twins} with zeroed weights; "
+            f"ops without a rule: {missing or 'none'}"
+        )
+
+
+def check(program: Program, tally: Tally | None = None, seed: int = 0) -> Failure | None:
+    """The first failure of a program, or None. One that does not run has none."""
+    tally = Tally() if tally is None else tally
+    try:
+        model, args = program.build()
+        with torch.no_grad():
+            outputs = model(*args)
+    except Exception:  # a program cut short may fail in any way
+        return None
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if not all(bool(out.isfinite().all()) for out in outputs if out.is_floating_point()):
+        return None
+    tally.programs += 1
+    try:
+        captured = trace(model, args)
+        return _checked(model, args, captured, outputs, tally, seed)
+    except EcoSpaError as error:
+        return Failure(type(error).__name__, str(error))
+    except Exception as error:
+        trace_back = error.__traceback__
+        while trace_back is not None and trace_back.tb_next is not None:
+            trace_back = trace_back.tb_next
+        where = f"{trace_back.tb_frame.f_code.co_name}" if trace_back is not None else ""
+        return Failure(f"{type(error).__name__} in {where}", str(error).split("\n")[0])
+
+
+def _checked(
+    model: nn.Module, args: tuple[Tensor, ...], captured: Captured, outputs: tuple[Tensor, ...], tally: Tally, seed: int
+) -> Failure | None:
+    tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
+    for a, b in zip(outputs, run(captured, tensors, args), strict=True):
+        if relative_error(a, b) > TOLERANCE:
+            return Failure("capture", "the graph differs from the program")
+    inference = infer(captured)
+    found = discover(inference).couplings
+    tally.missing.update(inference.missing.keys())
+    tally.kinds.update(coupling.kind for coupling in found)
+    tally.shrinkable += bool(found)
+    rng = random.Random(seed)
+    masks = {coupling.atom: _mask(coupling.atom.size, rng) for coupling in found}
+    selections: list[tuple[str, Kept]] = [(c.name, {c.atom: masks[c.atom]}) for c in found]
+    if len(found) > MOST_ALONE:
+        selections = rng.sample(selections, MOST_ALONE)
+    if len(found) > 1:
+        selections.insert(0, ("all together", masks))
+    for name, kept in selections:
+        comparison = compare(inference, kept, model, tensors, args, name)
+        tally.comparisons += 1
+        worst = max(comparison.output_error, comparison.gradient_error)
+        if not worst <= TOLERANCE:
+            return Failure("masking", f"{name}: output {comparison.output_error:.1e}, gradient "
+                           f"{comparison.gradient_error:.1e} of {comparison.worst_gradient or 'nothing'}")  # fmt: skip
+        if name != selections[0][0]:
+            continue
+        error = _differs_from_zeroed(inference, kept, model, tensors, args)
+        tally.twins += error is not None
+        if error:
+            return Failure("zeroing", f"{name}: {error}")
+    return None
+
+
+def _mask(size: int, rng: random.Random) -> Tensor:
+    """A random part of `size` entries, one at least and not all."""
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[rng.sample(range(size), rng.randint(1, size - 1))] = True
+    return mask
+
+
+# The twin that knows no graph
+
+
+def _differs_from_zeroed(
+    inference: Inference, kept: Kept, model: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Tensor, ...]
+) -> str | None:
+    """How the shrunk program differs from the model with zeroed weights; `""` if not, None where that says nothing."""
+    captured = inference.captured
+    parameters = {captured.tensors[name] for name in captured.parameters}
+    steps = {
+        name: {dim: mask_of(expr, kept) for dim, expr in enumerate(exprs) if touched(expr, kept)}
+        for name, exprs in inference.parameters.items()
+    }
+    zeroed = dict(tensors)
+    for name, masks in steps.items():
+        for dim, mask in masks.items():
+            if name in parameters:
+                zeroed[name] = zeroed[name].index_fill(dim, (~mask).nonzero().flatten(), 0.0)
+    for name, first in captured.same_storage.items():
+        zeroed[name] = zeroed[first]
+    if not _zero_at_contractions(inference, kept, zeroed, args):
+        return None
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, tensor in named_tensors(twin).items():
+            tensor.copy_(zeroed[name])
+    named = dict(twin.named_parameters())
+    inputs = [arg.clone().requires_grad_(arg.is_floating_point()) for arg in args]
+    expected, gradients = _results(twin(*inputs), [*named.values(), *inputs])
+    keep = {name: {dim: mask.nonzero().flatten() for dim, mask in masks.items()} for name, masks in steps.items()}
+    small = {n: sliced(t, keep.get(n, {})).clone().requires_grad_(n in parameters) for n, t in tensors.items()}
+    for name, first in captured.same_storage.items():
+        small[name] = small[first]
+    program = rewrite(inference, kept, model)
+    small_inputs = [arg.clone().requires_grad_(arg.is_floating_point()) for arg in args]
+    with forked_rng(model), stateless._reparametrize_module(model, small):
+        made = program.run(model, *small_inputs, *program.constants)
+    found, small_gradients = _results(made, [*(small[name] for name in named), *small_inputs])
+    for i, (a, b) in enumerate(zip(expected, found, strict=True)):
+        if not bool(a.isfinite().all()):
+            return None
+        if relative_error(a, b) > TOLERANCE:
+            return f"output {i} by {relative_error(a, b):.1e}"
+    scale = max((float(g.abs().max()) for g in gradients if g is not None and g.numel()), default=0.0)
+    names = [*named, *(f"argument {i}" for i in range(len(args)))]
+    for name, a, b in zip(names, gradients, small_gradients, strict=True):
+        if a is None or b is None:
+            if any(gradient is not None and bool(gradient.any()) for gradient in (a, b)):
+                return f"the gradient of {name} is missing on one side"
+            continue
+        a = sliced(a, keep.get(name, {}))
+        if not bool(a.isfinite().all()):
+            return None
+        if a.shape != b.shape or float((a - b).abs().max()) > TOLERANCE * max(float(a.abs().max()), 1e-3 * scale):
+            return f"the gradient of {name} by {relative_error(a, b):.1e}"
+    return ""
+
+
+def _results(outputs: Any, leaves: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Outputs, and gradients of a fixed projection of them."""
+    outs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+    generator = torch.Generator().manual_seed(2)
+    terms = [
+        (out * torch.randn(out.shape, generator=generator, dtype=torch.float64)).sum()
+        for out in outs
+        if out.requires_grad
+    ]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    made = torch.autograd.grad(sum(terms[1:], terms[0]), wanted, allow_unused=True) if terms else [None] * len(wanted)
+    found = dict(zip(map(id, wanted), made, strict=True))
+    return [out.detach() for out in outs], [found.get(id(leaf)) for leaf in leaves]
+
+
+def _zero_at_contractions(
+    inference: Inference, kept: Kept, zeroed: Mapping[str, Tensor], args: tuple[Tensor, ...]
+) -> bool:
+    """Whether, with zeroed weights, every contraction has a factor that is zero at each removed entry."""
+    wanted: dict[str, list[tuple[list[int], Any]]] = {}
+    for fact in inference.facts:
+        if fact.role == "contracted" and touched(fact.expr, kept):
+            occurrences = [i for i, arg in enumerate(argument_nodes(fact.node)) if tensor_meta(arg)]
+            places = [
+                (occurrence, dim)
+                for occurrence, operand in zip(occurrences, inference.operands[fact.node], strict=True)
+                for dim, expr in enumerate(operand.exprs)
+                if expr == fact.expr and operand.node in [o.node for o in fact.operands]
+            ]
+            wanted.setdefault(fact.node.name, []).append((places, ~mask_of(fact.expr, kept)))  # type: ignore[arg-type]
+    zero = True
+
+    class Watching(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            nonlocal zero
+            for places, gone in wanted.get(n.name, ()):
+                nodes = argument_nodes(n)
+                factors = (self.env[nodes[i]].index_select(dim, gone.nonzero().flatten()) for i, dim in places)  # type: ignore[misc]
+                zero &= any(not bool(factor.any()) for factor in factors)
+            return super().run_node(n)
+
+    with torch.no_grad():
+        run(inference.captured, zeroed, args, interpreter=Watching)
+    return zero
+
+
+def couplings_in(program: Program) -> Mapping[str, Atom]:
+    """Name and axis of what can shrink in a program."""
+    model, args = program.build()
+    return {coupling.name: coupling.atom for coupling in discover(infer(trace(model, args))).couplings}

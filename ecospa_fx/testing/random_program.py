@@ -1,0 +1,73 @@
+"""random_program: a random module, as code."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from contextlib import suppress
+
+from . import attention, blocks, mixing, rearranging  # noqa: F401  (they register their moves)
+from .moves import MOVES, Move
+from .programs import Dead, Program, Value, Writer
+
+# Few sizes make many dims equal, and axes must meet by position all the same; with ones among them, dims may vanish.
+SIZES = ((4,), (2, 4), (3, 4, 5, 6, 7), (2, 3, 4, 6, 8), (6, 8, 12), (1, 2, 3, 6))
+
+
+def random_program(rng: random.Random, moves: Sequence[Move] = (), most: int = 10) -> Program:
+    """A program of up to `most` random moves, all of which run.
+
+    Args:
+        rng: where every choice comes from; the same state makes the same program.
+        moves: the moves to draw from; by default all.
+        most: most moves; a block such as an attention is one.
+    """
+    w = Writer(rng, rng.choice(SIZES))
+    table = [(step, weight) for step, weight in MOVES if not moves or step in moves]
+    _begin(w)
+    for _ in range(rng.randint(1, most)):
+        (step,) = rng.choices([step for step, _ in table], [weight for _, weight in table])
+        _try(w, step)
+    while len(w.values) < 3:
+        _try(w, blocks.mlp)
+    _end(w)
+    return w.finish()
+
+
+def _begin(w: Writer) -> None:
+    batch, sequence = w.rng.choice(((2, 5), (2, 4), (1, 3), (w.size(), w.size())))
+    kind = w.rng.choices(("tokens", "words", "rows", "images", "two"), (5, 1, 1, 1.5, 1))[0]
+    if kind == "words":
+        entries = 7
+        words = w.input(f"torch.randint({entries}, ({batch}, {sequence}))")
+        w.put(f"{w.hold(f'nn.Embedding({entries}, {w.size()})')}({words})")
+        return
+    shape = {
+        "rows": (batch, w.size()),
+        "images": (batch, w.size(), *w.rng.choice(((4, 4), (3, 5), (4, 6)))),
+    }.get(kind, (batch, sequence, w.size()))
+    w.input(f"torch.randn({', '.join(map(str, shape))}, dtype=torch.float64)")
+    if kind == "two":
+        w.input(f"torch.randn({batch}, {sequence + 1}, {w.size()}, dtype=torch.float64)")
+
+
+def _try(w: Writer, step: Move) -> None:
+    with suppress(Dead):
+        step(w)
+
+
+def _end(w: Writer) -> None:
+    """Weights that take up what is loose, so that what made it meets something."""
+    for value in _loose(w)[-3:]:
+        try:
+            for _ in range(w.rng.randint(0, 2)):
+                value = w.put(f"{w.hold(f'nn.Linear({value.shape[-1]}, {w.size()})')}({value})")
+            if w.chance(0.15):
+                w.put(f"{value}.sum({w.rng.randrange(value.ndim)})")
+        except Dead:
+            continue
+
+
+def _loose(w: Writer) -> list[Value]:
+    used = w.used()
+    return [v for v in w.values if v.floating and v.ndim and v.name not in used and not v.name.startswith("x")]

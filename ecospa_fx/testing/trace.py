@@ -1,0 +1,109 @@
+"""trace: a captured graph without torch.export, many times as fast, for thousands of small programs.
+
+torch.export is what the library captures with. Recording what a module dispatches before autograd gives the same ATen
+ops at static sizes; a sample of the programs goes through torch.export too (see `ecospa_fx.testing.fuzz`).
+"""
+
+from __future__ import annotations
+
+import operator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_pre_dispatch, enable_python_dispatcher
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ecospa_fx.passes.canonicalise import canonicalise
+from ecospa_fx.passes.capture import _TENSOR, Captured, Signature, _clean, storage_key, training_flags
+
+
+def trace(module: nn.Module, args: tuple[Tensor, ...]) -> Captured:
+    """Capture a module whose arguments and results are tensors, at the sizes of this call."""
+    recorder = _Recorder()
+    graph = recorder.graph
+    named = dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    first: dict[Any, str] = {}
+    same: dict[str, str] = {}
+    held, inputs = {}, []
+    for name, tensor in named.items():
+        if first.setdefault(storage_key(tensor), name) == name:
+            held[recorder.placeholder(tensor)] = name
+        else:
+            same[name] = first[storage_key(tensor)]
+    inputs = [recorder.placeholder(tensor) for tensor in args]
+    with enable_python_dispatcher(), enable_pre_dispatch(), recorder:
+        made = module(*args)
+    out_leaves, out_spec = pytree.tree_flatten(made)
+    graph.output(tuple(recorder.nodes[out] for out in out_leaves))
+    _clean(graph)
+    canonicalise(graph)
+    leaves, spec = pytree.tree_flatten((args, {}))
+    signature = Signature(
+        spec, tuple(_TENSOR for _ in leaves), tuple((t.dtype, t.device, tuple(t.shape)) for t in args),
+        training_flags(module), {},
+    )  # fmt: skip
+    return Captured(
+        region="", graph=graph, tensors=held, parameters={p for p, name in held.items() if name in parameters},
+        constants=recorder.constants, inputs=inputs, signature=signature,
+        sizes={name: named[name].shape for name in held.values()}, out_spec=out_spec,
+        out_leaves=[_TENSOR for _ in out_leaves], same_storage=same,
+    )  # fmt: skip
+
+
+class _Recorder(ProxyTorchDispatchMode):
+    """Runs each op and writes it down, before autograd would take it apart.
+
+    Of its base class it is only the kind: torch lets no other mode listen before autograd.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(None, "real", pre_dispatch=True)
+        self.graph = fx.Graph()
+        # Weak, because torch hands the result of a factory on as it is only where nobody else holds it.
+        self.nodes: Any = WeakIdKeyDictionary()
+        self.constants: dict[str, Tensor] = {}
+
+    def placeholder(self, tensor: Tensor) -> str:
+        node = self.graph.placeholder(f"p{len(self.graph.nodes)}")
+        self._made(tensor, node)
+        return node.name
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+            return result
+        node_args, node_kwargs = pytree.tree_map_only(Tensor, self._node, (args, kwargs))
+        node = self.graph.call_function(func, node_args, node_kwargs)
+        if isinstance(result, Tensor):
+            self._made(result, node)
+        else:
+            node.meta["val"] = tuple(map(_shown, result))
+            for i, item in enumerate(result):
+                self._made(item, self.graph.call_function(operator.getitem, (node, i)))
+        return result
+
+    def _made(self, tensor: Tensor, node: fx.Node) -> None:
+        node.meta["val"] = _shown(tensor)
+        self.nodes[tensor] = node
+
+    def _node(self, tensor: Tensor) -> fx.Node:
+        node: fx.Node | None = self.nodes.get(tensor)
+        if node is None:
+            with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
+                node = self.graph.placeholder(f"c{len(self.constants)}")
+            self.constants[node.name] = tensor
+            self._made(tensor, node)
+        return node
+
+
+def _shown(tensor: Tensor) -> Tensor:
+    """What stands for a tensor in a graph: its shape and dtype, without its values."""
+    shown: Any = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    shown.fake_mode = nullcontext()
+    return shown
