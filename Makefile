@@ -3,10 +3,12 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types bench clean
+.PHONY: help demo test fuzz check lint types bench clean
 
 PYTHON ?= python3
 ARGS ?=
+N ?= 1000
+SEED ?= 0
 VENV := .venv
 RUN := $(VENV)/bin/python
 TEST_READY := $(VENV)/.test-installed
@@ -26,6 +28,9 @@ demo: $(TEST_READY)  ## run the demo; ARGS="..." is passed on
 
 test: $(TEST_READY)  ## run the tests, the long sweeps left out; ARGS="..." goes to pytest
 	$(RUN) -m pytest -n auto $(ARGS)
+
+fuzz: $(TEST_READY)  ## check N random programs against masking, those of SEED
+	$(RUN) -m ecospa_fx.testing.fuzz $(N) --seed $(SEED) $(ARGS)
 
 check: lint types test  ## everything that must pass before a push
 

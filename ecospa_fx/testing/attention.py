@@ -13,7 +13,7 @@ from .moves import move, projected
 from .programs import Dead, Value, Writer
 
 
-@move(6)
+@move(6, "attention")
 def attention(w: Writer) -> None:
     """Projections, heads, maybe rotation, a score, a mix, and the way back."""
     x = tokens(w)

@@ -14,7 +14,7 @@ def tokens(w: Writer) -> Value:
     return w.pick(3, 3)
 
 
-@move(3)
+@move(3, "mlp")
 def mlp(w: Writer) -> None:
     """Two weights with something nonlinear between them."""
     x = w.pick(2)
@@ -27,7 +27,7 @@ def mlp(w: Writer) -> None:
         w.put(f"{x} + {out}")
 
 
-@move(3)
+@move(3, "glu")
 def glu(w: Writer) -> None:
     """A product of two branches, from two weights or one."""
     x = w.pick(2)
@@ -51,7 +51,7 @@ def glu(w: Writer) -> None:
     projected(w, hidden, d)
 
 
-@move(1)
+@move(1, "glu")
 def torch_glu(w: Writer) -> None:
     """What torch calls a gated unit."""
     x = w.pick(2)
@@ -60,7 +60,7 @@ def torch_glu(w: Writer) -> None:
     projected(w, hidden, w.size())
 
 
-@move(2)
+@move(2, "residual")
 def residual(w: Writer) -> None:
     """A norm, a branch, and the way around it; maybe with a scale per layer."""
     x = w.pick(2)
@@ -76,7 +76,7 @@ def residual(w: Writer) -> None:
         w.put(f"{norm}({x} + {projected(w, activated(w, projected(w, x, f)), d)})")
 
 
-@move(2)
+@move(2, "experts")
 def experts(w: Writer) -> None:
     """A mixture of experts: weights of three dims, all run or some picked, or a list of layers."""
     x = tokens(w)
@@ -110,7 +110,7 @@ def experts(w: Writer) -> None:
             w.put(f"torch.bmm({down}[{chosen}], {hidden}.unsqueeze(-1)).squeeze(-1).view({b}, {s}, {d})")
 
 
-@move(1)
+@move(1, "conv")
 def squeeze_excite(w: Writer) -> None:
     """A gate per channel, from averages over positions."""
     x = w.pick(3, 5)
@@ -121,7 +121,7 @@ def squeeze_excite(w: Writer) -> None:
     w.put(f"{x} * {gate}[{', '.join([':', ':', *('None' for _ in dims)])}]")
 
 
-@move(1.5)
+@move(1.5, "conv")
 def conv_block(w: Writer) -> None:
     """Convolutions with a norm between, depthwise, or as linear layers over channels."""
     x = w.pick(3, 4)
@@ -144,7 +144,7 @@ def conv_block(w: Writer) -> None:
         w.put(f"{x} + {out}")
 
 
-@move(1)
+@move(1, "view")
 def windows(w: Writer) -> None:
     """Positions in windows, maybe shifted, and the way back."""
     x = w.pick(3, 3, lambda v: v.shape[1] % 2 == 0)
@@ -155,7 +155,7 @@ def windows(w: Writer) -> None:
     w.put(f"{out}.view({b}, 2, {s // 2}, {d}).reshape({b}, {s}, {d}) + {x}")
 
 
-@move(0.7)
+@move(0.7, "view")
 def patches(w: Writer) -> None:
     """Neighbours of a grid into one row (patch merging)."""
     x = w.pick(4, 4, lambda v: v.shape[2] % 2 == 0 and v.shape[3] % 2 == 0)
@@ -166,7 +166,7 @@ def patches(w: Writer) -> None:
     projected(w, w.put(code), w.size())
 
 
-@move(0.7)
+@move(0.7, "view")
 def class_token(w: Writer) -> None:
     """A learnt token before the others, and maybe learnt positions."""
     x = tokens(w)
@@ -178,7 +178,7 @@ def class_token(w: Writer) -> None:
         w.put(f"{longer}[:, 0]")
 
 
-@move(0.7)
+@move(0.7, "scan")
 def state_space(w: Writer) -> None:
     """A scan over positions with a state per channel, step by step."""
     x = tokens(w)
@@ -194,7 +194,7 @@ def state_space(w: Writer) -> None:
     w.put(f"torch.stack([{', '.join(states)}], dim=1)")
 
 
-@move(0.5)
+@move(0.5, "attention")
 def torch_attention(w: Writer) -> None:
     """The attention that torch has."""
     x = tokens(w)
@@ -204,7 +204,7 @@ def torch_attention(w: Writer) -> None:
     w.put(f"{layer}({x}, {x}, {x}, need_weights=False)[0]")
 
 
-@move(0.7)
+@move(0.7, "mlp")
 def low_rank(w: Writer) -> None:
     """A layer and its low-rank companion."""
     x = w.pick(2)

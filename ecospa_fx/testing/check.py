@@ -36,7 +36,7 @@ from .programs import Program
 from .trace import trace
 
 TOLERANCE = 1e-9  # in float64, of the largest entry
-MOST_ALONE = 3  # couplings that are tried alone, beside all together
+MOST_ALONE = 1  # couplings that are tried alone, beside all together
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from .programs import Program, minimised
 from .random_program import random_program
 
 EXPORTED = "exported"
+ROUND = 500  # programs between two signs of life
 MOST_SHOWN = 5  # failures that are made smaller and printed
 
 
@@ -110,9 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tally, start = Tally(), time.perf_counter()
     numbers = range(options.start, options.start + options.programs)
     failures = []
-    for found in fuzz(numbers, options.seed, tally, options.every):
-        failures.append(found)
-        print(f"program {found.number}: {found.failure}", flush=True)
+    for first in range(numbers.start, numbers.stop, ROUND):
+        for found in fuzz(numbers[first - numbers.start :][:ROUND], options.seed, tally, options.every):
+            failures.append(found)
+            print(f"program {found.number}: {found.failure}", flush=True)
+        print(f"{tally.programs} checked, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     seconds = time.perf_counter() - start
     print(f"seed {options.seed}: {tally} in {seconds:.0f} s, {len(failures)} failed")
     by_kind: dict[str, Found] = {}

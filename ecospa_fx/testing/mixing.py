@@ -6,7 +6,7 @@ from .moves import move
 from .programs import Dead, Writer
 
 
-@move(1.2)
+@move(1.2, "reduction")
 def reduced(w: Writer) -> None:
     """One dim summed over, averaged or worse."""
     x = w.pick(2)
@@ -17,7 +17,7 @@ def reduced(w: Writer) -> None:
     w.put(f"{x}.{how}({dim}, keepdim={keep})")
 
 
-@move(2)
+@move(2, "norm")
 def normed(w: Writer) -> None:
     """Statistics over a dim."""
     x = w.pick()
@@ -38,7 +38,7 @@ def normed(w: Writer) -> None:
     )
 
 
-@move(1)
+@move(1, "norm")
 def channel_norm(w: Writer) -> None:
     """Statistics over positions, per channel or group of channels."""
     x = w.pick(3, 5)
@@ -56,7 +56,7 @@ def channel_norm(w: Writer) -> None:
     )
 
 
-@move(1.5)
+@move(1.5, "contraction")
 def product_of_activations(w: Writer) -> None:
     """Two activations multiplied and summed over, in one of several spellings."""
     x = w.pick(3, 4)
@@ -69,7 +69,7 @@ def product_of_activations(w: Writer) -> None:
         w.put(f"torch.matmul({x}, {y})")
 
 
-@move(1.5)
+@move(1.5, "conv")
 def convolved(w: Writer) -> None:
     """A convolution of any kind."""
     x = w.pick(3, 5)
@@ -88,7 +88,7 @@ def convolved(w: Writer) -> None:
     w.put(f"{w.hold(layer)}({x})")
 
 
-@move(0.8)
+@move(0.8, "conv")
 def resampled(w: Writer) -> None:
     """Positions pooled, resized or moved into channels."""
     x = w.pick(3, 4)

@@ -11,7 +11,7 @@ from typing import Any
 from .programs import Dead, Value, Writer
 
 Move = Callable[[Writer], Any]
-MOVES: list[tuple[Move, float]] = []
+MOVES: list[tuple[Move, float, str]] = []  # a step, how often it is drawn, and what kind of step it is
 
 # At zero all of these are zero, as are the entries of a masked model that are removed.
 QUIET = ("F.relu({})", "F.gelu({})", "F.silu({})", "torch.tanh({})", "{} * {}.sigmoid()", "F.leaky_relu({}, 0.1)",
@@ -21,11 +21,11 @@ LOUD = ("torch.sigmoid({})", "torch.cos({})", "torch.exp(-{}.square())", "1 + {}
         "({}.square() + 1).rsqrt()", "torch.where({} > 0, {}, 0.5)", "{}.clamp(min=0.1)", "1 - {}")  # fmt: skip
 
 
-def move(weight: float = 1.0) -> Callable[[Move], Move]:
+def move(weight: float, kind: str) -> Callable[[Move], Move]:
     """Register a step that is drawn that often, relative to others."""
 
     def register(step: Move) -> Move:
-        MOVES.append((step, weight))
+        MOVES.append((step, weight, kind))
         return step
 
     return register
@@ -71,13 +71,13 @@ def alike(w: Writer, x: Value) -> Value:
 # Weights
 
 
-@move(7)
+@move(7, "linear")
 def linear(w: Writer) -> None:
     """A weight along the last dim."""
     projected(w, w.pick(), w.size())
 
 
-@move(1.5)
+@move(1.5, "tied")
 def linear_again(w: Writer) -> None:
     """A layer that has been used before, or another that shares its weight."""
     x = w.pick()
@@ -92,7 +92,7 @@ def linear_again(w: Writer) -> None:
     w.put(f"{name}({x})")
 
 
-@move(0.7)
+@move(0.7, "tied")
 def linear_back(w: Writer) -> None:
     """The weight of a layer the other way round, as a tied head has it."""
     x = w.pick()
@@ -102,7 +102,7 @@ def linear_back(w: Writer) -> None:
     w.put(f"F.linear({x}, self.{w.rng.choice(held)}.weight.t())")
 
 
-@move(0.7)
+@move(0.7, "linear")
 def joined_weights(w: Writer) -> None:
     """Two weights as one: end to end, added, or multiplied."""
     x, a, b = w.pick(), w.size(), w.size()
@@ -121,7 +121,7 @@ def joined_weights(w: Writer) -> None:
     w.put(f"F.linear({x}, {weight})")
 
 
-@move(1)
+@move(1, "linear")
 def heads_weight(w: Writer) -> None:
     """A weight of three dims."""
     x = w.pick(2, 4)
@@ -134,14 +134,14 @@ def heads_weight(w: Writer) -> None:
         w.put(f"torch.einsum('{lead}he,hed->{lead}d', {y}, {w.parameter(*y.shape[-2:], h)})")
 
 
-@move(0.7)
+@move(0.7, "linear")
 def batched_weight(w: Writer) -> None:
     """A weight per entry of the first dim."""
     x = w.pick(3, 3)
     w.put(f"torch.bmm({x}, {w.parameter(x.shape[0], x.shape[-1], w.size())})")
 
 
-@move(1.5)
+@move(1.5, "linear")
 def vector(w: Writer) -> None:
     """A parameter that is added or multiplied, along some dims."""
     x = w.pick()
@@ -153,13 +153,13 @@ def vector(w: Writer) -> None:
 # Entry by entry
 
 
-@move(5)
+@move(5, "pointwise")
 def activation(w: Writer) -> None:
     """Something nonlinear."""
     activated(w, w.pick())
 
 
-@move(4)
+@move(4, "pointwise")
 def binary(w: Writer) -> None:
     """Two values of one shape."""
     x = w.pick()
@@ -173,7 +173,7 @@ def binary(w: Writer) -> None:
     w.put(code.replace("{}", str(x), 1).replace("{}", str(y)))
 
 
-@move(1)
+@move(1, "pointwise")
 def broadcast(w: Writer) -> None:
     """Two values of which one repeats."""
     x = w.pick(2)
@@ -184,7 +184,7 @@ def broadcast(w: Writer) -> None:
     w.put(f"{x} {w.rng.choice('+*')} {w.pick(1, 6, fits)}")
 
 
-@move(0.7)
+@move(0.7, "pointwise")
 def masked(w: Writer) -> None:
     """By position, or by value."""
     x = w.pick(2)
@@ -202,7 +202,7 @@ def masked(w: Writer) -> None:
     )
 
 
-@move(1)
+@move(1, "in_place")
 def in_place(w: Writer) -> None:
     """Something written into a copy."""
     x = w.pick()

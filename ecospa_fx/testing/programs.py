@@ -42,7 +42,7 @@ class Statement:
         return tuple(value for _, value in _NAME.findall(self.code) if value)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Program:
     """A module as code.
 
@@ -61,7 +61,7 @@ class Program:
     def __len__(self) -> int:
         return len(self.statements)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.source()
 
     def source(self) -> str:

@@ -14,17 +14,25 @@ from .programs import Dead, Program, Value, Writer
 SIZES = ((4,), (2, 4), (3, 4, 5, 6, 7), (2, 3, 4, 6, 8), (6, 8, 12), (1, 2, 3, 6))
 
 
-def random_program(rng: random.Random, moves: Sequence[Move] = (), most: int = 10) -> Program:
+# Where a program begins: tokens, token numbers, rows, images, or tokens and a memory of another length.
+INPUTS = {"tokens": 5.0, "words": 1.0, "rows": 1.0, "images": 1.5, "two": 1.0}
+KINDS = tuple(sorted({kind for _, _, kind in MOVES}))
+
+
+def random_program(
+    rng: random.Random, kinds: Sequence[str] = (), most: int = 10, inputs: Sequence[str] = tuple(INPUTS)
+) -> Program:
     """A program of up to `most` random moves, all of which run.
 
     Args:
         rng: where every choice comes from; the same state makes the same program.
-        moves: the moves to draw from; by default all.
+        kinds: the kinds of moves to draw from, of `KINDS`; by default all.
         most: most moves; a block such as an attention is one.
+        inputs: how it may begin, of `INPUTS`.
     """
     w = Writer(rng, rng.choice(SIZES))
-    table = [(step, weight) for step, weight in MOVES if not moves or step in moves]
-    _begin(w)
+    table = [(step, weight) for step, weight, kind in MOVES if not kinds or kind in kinds]
+    _begin(w, rng.choices(inputs, [INPUTS[kind] for kind in inputs])[0])
     for _ in range(rng.randint(1, most)):
         (step,) = rng.choices([step for step, _ in table], [weight for _, weight in table])
         _try(w, step)
@@ -34,9 +42,8 @@ def random_program(rng: random.Random, moves: Sequence[Move] = (), most: int = 1
     return w.finish()
 
 
-def _begin(w: Writer) -> None:
+def _begin(w: Writer, kind: str) -> None:
     batch, sequence = w.rng.choice(((2, 5), (2, 4), (1, 3), (w.size(), w.size())))
-    kind = w.rng.choices(("tokens", "words", "rows", "images", "two"), (5, 1, 1, 1.5, 1))[0]
     if kind == "words":
         entries = 7
         words = w.input(f"torch.randint({entries}, ({batch}, {sequence}))")

@@ -6,7 +6,7 @@ from .moves import alike, move
 from .programs import Dead, Value, Writer
 
 
-@move(2.5)
+@move(2.5, "view")
 def cut_dim(w: Writer) -> None:
     """One dim into two."""
     x = w.pick(1, 4)
@@ -23,7 +23,7 @@ def cut_dim(w: Writer) -> None:
         w.put(f"{x}.reshape({', '.join(map(str, sizes))})")
 
 
-@move(2.5)
+@move(2.5, "view")
 def merge_dims(w: Writer) -> None:
     """Two neighbouring dims into one."""
     x = w.pick(2)
@@ -35,7 +35,7 @@ def merge_dims(w: Writer) -> None:
         w.put(f"{x}.reshape({', '.join(map(str, sizes))})")
 
 
-@move(0.7)
+@move(0.7, "view")
 def regroup(w: Writer) -> None:
     """All dims but the first into others, whatever they were."""
     x = w.pick(2, 4)
@@ -46,7 +46,7 @@ def regroup(w: Writer) -> None:
     w.put(f"{x}.reshape({x.shape[0]}, {w.rng.choice(divisors)}, -1)")
 
 
-@move(2.5)
+@move(2.5, "view")
 def permuted(w: Writer) -> None:
     """Dims in another order."""
     x = w.pick(2)
@@ -65,7 +65,7 @@ def permuted(w: Writer) -> None:
     )
 
 
-@move(1)
+@move(1, "view")
 def unit_dims(w: Writer) -> None:
     """A dim of one entry comes, goes or repeats."""
     x = w.pick(1, 5)
@@ -79,7 +79,7 @@ def unit_dims(w: Writer) -> None:
         w.put(f"{x}.unsqueeze({dim}).expand({', '.join(map(str, (*x.shape[:dim], w.size(), *x.shape[dim:])))})")
 
 
-@move(2)
+@move(2, "view")
 def parts(w: Writer) -> None:
     """A dim in pieces, some or all of which are used."""
     x = w.pick(1, 6, lambda v: max(v.shape) > 1)
@@ -100,7 +100,7 @@ def parts(w: Writer) -> None:
             w.put(f"{x}.select({dim}, {w.rng.randrange(n)})")
 
 
-@move(1.5)
+@move(1.5, "view")
 def sliced(w: Writer) -> None:
     """A part of the last dim, or every other entry."""
     x = w.pick()
@@ -111,7 +111,7 @@ def sliced(w: Writer) -> None:
     w.put(f"{x}[{where}{code}]")
 
 
-@move(2)
+@move(2, "view")
 def together(w: Writer) -> None:
     """End to end, or side by side."""
     x = w.pick(1, 5)
@@ -130,7 +130,7 @@ def together(w: Writer) -> None:
     w.put(f"torch.cat([{', '.join(others)}], {dim})")
 
 
-@move(1)
+@move(1, "view")
 def repeated(w: Writer) -> None:
     """Copies of a value along its own dims."""
     x = w.pick(1, 4)
@@ -146,7 +146,7 @@ def repeated(w: Writer) -> None:
     )
 
 
-@move(0.7)
+@move(0.7, "view")
 def moved(w: Writer) -> None:
     """Entries along a dim change places."""
     x = w.pick()

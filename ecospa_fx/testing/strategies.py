@@ -1,0 +1,52 @@
+"""hypothesis strategies for random modules, for property tests of anything that takes a module.
+
+>>> from hypothesis import given
+>>> from ecospa_fx.testing.strategies import programs
+>>> @given(programs("attention", "norm"))
+... def test_mine(program):
+...     model, args = program.build()
+
+A program that fails is printed by hypothesis as code that can be run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+try:
+    from hypothesis import strategies as st
+    from hypothesis.strategies import SearchStrategy
+except ImportError as error:
+    raise ImportError(
+        "ecospa_fx.testing.strategies draws through hypothesis, which is not installed; pip install hypothesis"
+    ) from error
+
+from .programs import Program
+from .random_program import INPUTS, KINDS, random_program
+
+
+def programs(*kinds: str, most: int = 10, inputs: Sequence[str] = tuple(INPUTS)) -> SearchStrategy[Program]:
+    """Random modules as code: `program.build()` makes one and the arguments of a call, `print(program)` shows it.
+
+    Args:
+        kinds: of what they are made, of `KINDS` (`"attention"`, `"glu"`, `"conv"`, `"view"`, ...); by default all.
+        most: most steps; a block such as an attention is one.
+        inputs: what they may take: `"tokens"` `[b, s, d]`, `"words"` (whole numbers `[b, s]`, embedded), `"rows"`
+            `[b, d]`, `"images"` `[b, c, h, w]`, `"two"` (tokens of two lengths).
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise ValueError(f"there is no kind of step `{unknown[0]}`; there are {', '.join(KINDS)}")
+    return st.builds(
+        random_program, st.randoms(use_true_random=False), st.just(kinds), st.just(most), st.just(tuple(inputs))
+    )
+
+
+def modules(*kinds: str, most: int = 10) -> SearchStrategy[tuple[nn.Module, tuple[Tensor, ...]]]:
+    """Random modules in float64 and eval mode, with the arguments of a call; see `programs`."""
+    return programs(*kinds, most=most).map(Program.build)
