@@ -18,7 +18,8 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ecospa_fx.passes.canonicalise import canonicalise
-from ecospa_fx.passes.capture import _TENSOR, Captured, Signature, _clean, storage_key, training_flags
+from ecospa_fx.passes.capture import Captured, _clean, storage_key
+from ecospa_fx.signature import TENSOR, Signature, training_flags
 
 
 def trace(module: nn.Module, args: tuple[Tensor, ...]) -> Captured:
@@ -44,14 +45,14 @@ def trace(module: nn.Module, args: tuple[Tensor, ...]) -> Captured:
     canonicalise(graph)
     leaves, spec = pytree.tree_flatten((args, {}))
     signature = Signature(
-        spec, tuple(_TENSOR for _ in leaves), tuple((t.dtype, t.device, tuple(t.shape)) for t in args),
+        spec, tuple(TENSOR for _ in leaves), tuple((t.dtype, t.device, tuple(t.shape)) for t in args),
         training_flags(module), {},
     )  # fmt: skip
     return Captured(
         region="", graph=graph, tensors=held, parameters={p for p, name in held.items() if name in parameters},
         constants=recorder.constants, inputs=inputs, signature=signature,
         sizes={name: named[name].shape for name in held.values()}, out_spec=out_spec,
-        out_leaves=[_TENSOR for _ in out_leaves], same_storage=same,
+        out_leaves=[TENSOR for _ in out_leaves], same_storage=same,
     )  # fmt: skip
 
 
