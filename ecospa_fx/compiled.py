@@ -69,7 +69,8 @@ class CompiledModel:
             regions = {}
             for name, analysis in found.items():
                 regions[name] = region = Region(name, self, analysis.captured.shared_outside)
-                region.install(analysis, model.get_submodule(name), {})
+                for each in (analysis, *analysis.others):
+                    region.install(each, model.get_submodule(name), {})
         except BaseException:
             model.__dict__.pop(MODEL, None)
             raise

@@ -118,8 +118,9 @@ def explain(
     seconds: Counter[str] = Counter()
     for name, analysis in found.items():
         scratch.regions[name] = region = Region(name, scratch, {})
-        region.remember(analysis)
-        seconds.update(analysis.seconds)
+        for each in (analysis, *analysis.others):
+            region.remember(each)
+            seconds.update(each.seconds)
     return _explanation(model, scratch, dict(seconds))
 
 

@@ -92,11 +92,14 @@ def training_flags(module: nn.Module) -> tuple[bool, ...]:
 def call_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashable, list[Tensor]] | None:
     """A key that equal calls share, for a look-up that is cheaper than `Signature.mismatch`, and the tensors in it.
 
-    None where it cannot tell: where there are arguments of unknown types, or sizes that are not plain numbers.
+    All that `Signature.mismatch` looks at must be in it. None where it cannot tell: where there are arguments of
+    unknown types, or sizes that are not plain numbers.
     """
     if torch.compiler.is_compiling():
         return None  # a traced look-up by sizes would make every size a constant
     key: list[Any] = [training_flags(module)]
+    if torch._C._is_any_autocast_enabled():
+        key += [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
     tensors: list[Tensor] = []
     if not (_describe(args, key, tensors) and _describe(kwargs, key, tensors)):
         return None

@@ -199,12 +199,12 @@ def _export(
         ) from error
 
 
-_PLAIN = (Tensor, int, float, bool, str, slice, Enum, torch.dtype, torch.device, torch.memory_format, torch.layout)
+PLAIN = (Tensor, int, float, bool, str, slice, Enum, torch.dtype, torch.device, torch.memory_format, torch.layout)
 
 
 def _refuse_foreign(module: nn.Module, region: str, leaves: Iterable[Any], does: str, way_out: str) -> None:
     """Refuse objects at the border of a region that may hold tensors, or change: a graph would keep them for ever."""
-    foreign = sorted({type(leaf).__name__ for leaf in leaves if leaf is not None and not isinstance(leaf, _PLAIN)})
+    foreign = sorted({type(leaf).__name__ for leaf in leaves if leaf is not None and not isinstance(leaf, PLAIN)})
     if foreign:
         raise CaptureError(
             f"{_named(region)} ({type(module).__name__}) {does} a {', a '.join(foreign)}, which cannot go in or out "

@@ -3,13 +3,16 @@
     choose(model, args, kwargs, how)
       -> record         one forward, to see what each candidate is called with
       -> analyse        capture, infer, discover, one region at a time
+      -> descend        where that fails, the submodules below
 
 By default the repeated blocks (the children of ModuleLists and Sequentials), where couplings close inside every one of
-them; else the root. Around blocks the model's own Python keeps running: loops, caches, checkpointing.
+them; else the root; and where the root cannot be captured, what is largest below it. Around regions the model's own
+Python keeps running: loops, caches, checkpointing.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,11 +28,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.nn.utils import stateless
 
 from ecospa_fx.errors import CaptureError
-from ecospa_fx.signature import training_flags
+from ecospa_fx.signature import call_key, training_flags
 
 from .agree import disagreement, forked_rng
 from .axes import atoms_of, size_of
-from .capture import Captured, at_original_sizes, capture, storage_key
+from .capture import PLAIN, Captured, at_original_sizes, capture, storage_key
+from .descend import Search
 from .discover import Discovery, discover
 from .infer import infer
 from .inference import Inference
@@ -49,6 +53,7 @@ class Analysis:
         inference: the axes of that.
         discovery: what can shrink.
         seconds: wall-clock per pass; no time for a graph that an equal block was captured for.
+        others: of the same region for its other calls in the same forward, which this graph does not serve.
     """
 
     name: str
@@ -56,6 +61,7 @@ class Analysis:
     inference: Inference
     discovery: Discovery
     seconds: dict[str, float]
+    others: tuple[Analysis, ...] = ()
 
 
 Captures = list[tuple[Analysis, Fingerprint]]
@@ -135,49 +141,93 @@ def choose(
         CaptureError: nothing can be captured.
     """
     captures = [] if captures is None else captures
-
-    def at(name: str, call: Call) -> Analysis:
-        return analyse_once(model.get_submodule(name), name, call, shared_outside(model, name), captures)
-
-    def root() -> Analysis:
-        return analyse(model, "", (args, kwargs))
-
     if how == "root":
-        return {"": root()}, {}
+        return {"": analyse(model, "", (args, kwargs))}, {}
     if not isinstance(how, str):
-        unknown = sorted(set(how) - {name for name, _ in model.named_modules()})
-        if unknown:
-            raise CaptureError(
-                f"regions: {type(model).__name__} has no submodule `{unknown[0]}`; see model.named_modules()"
-            )
-        calls = record(model, args, kwargs, set(how))
-        missing = [name for name in how if name not in calls]
-        if missing:
-            raise CaptureError(f"regions: `{missing[0]}` is not called in a forward of the model; name another")
-        return {name: at(name, calls[name]) for name in how}, {}
+        return _named(model, args, kwargs, how, captures), {}
     if how not in ("auto", "blocks"):
         raise CaptureError(f"regions={how!r} is none of 'auto', 'blocks', 'root' or a list of submodule names")
     candidates = set(_candidates(model))
-    calls = record(model, args, kwargs, candidates) if candidates else {}
-    found: dict[str, Analysis] = {}
-    failed: dict[str, str] = {}
-    for name in _outermost(calls):
+    calls = record_all(model, args, kwargs, candidates) if candidates else {}
+    search = Search(model, lambda name: _analyse_all(model, name, calls[name], captures))
+    blocks = [name for name in calls if not any(name.startswith(f"{other}.") for other in calls)]
+    for name in blocks:
+        search.attempt(name)
+    uncalled = {name: _UNCALLED for name in candidates - calls.keys() if _is_callable(model.get_submodule(name))}
+    if blocks and len(search.coupled()) == len(blocks):
+        return search.found, uncalled
+    if how == "auto" or not blocks:
         try:
-            found[name] = at(name, calls[name])
+            return {"": analyse(model, "", (args, kwargs))}, search.failed
         except CaptureError as error:
-            failed[name] = str(error)
-    closed = bool(calls) and not failed and all(a.discovery.couplings for a in found.values())
-    if closed or (how == "blocks" and found):
-        return found, failed
-    try:
-        return {"": root()}, failed
-    except CaptureError as error:
-        found = {name: analysis for name, analysis in found.items() if analysis.discovery.couplings}
-        if not found:
-            if not failed:
+            if not any(True for _ in model.children()):
                 raise
-            raise CaptureError(f"{error}. Nor can its blocks be: {next(iter(failed.values()))}") from error
-        return found, {**failed, "": str(error)}
+            search.failed[""] = str(error)
+            search.found = search.coupled()
+    whole = set(search.found)
+    try:
+        calls |= record_all(model, args, kwargs, {name for name, _ in model.named_modules()} - {""} - candidates)
+    except Exception as error:  # the call itself is at fault
+        raise CaptureError(_nothing_captured(search.failed)) from error
+    for name in [""] if "" in search.failed else list(search.failed):
+        search.below(name, calls)
+    search.found = {name: a for name, a in search.found.items() if name in whole or a.discovery.couplings}
+    if not search.found:
+        raise CaptureError(_nothing_captured(search.failed))
+    found = {name: search.found[name] for name, _ in model.named_modules() if name in search.found}
+    return found, search.failed | uncalled
+
+
+_UNCALLED = "it is not called in this forward of the model, so what it computes is unknown; it stays whole"
+
+
+def _is_callable(module: nn.Module) -> bool:
+    """Whether a module is one to call, not a container of others."""
+    return type(module).forward is not nn.Module.forward
+
+
+def _nothing_captured(failed: Mapping[str, str]) -> str:
+    inner = [why for name, why in failed.items() if name]
+    return (
+        f"{failed['']}. Nor can what is inside be: {inner[0]}"
+        if "" in failed and inner
+        else next(iter(failed.values()))
+    )
+
+
+def _named(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], captures: Captures
+) -> dict[str, Analysis]:
+    """The regions that someone asked for by name."""
+    unknown = sorted(set(names) - {name for name, _ in model.named_modules()})
+    if unknown:
+        raise CaptureError(
+            f"regions: {type(model).__name__} has no submodule `{unknown[0]}`; see model.named_modules()"
+        )
+    for name in names:
+        inside = next((other for other in names if other != name and (not name or other.startswith(f"{name}."))), None)
+        if inside is not None:
+            raise CaptureError(
+                f"regions: `{inside}` lies inside {f'`{name}`' if name else 'the model'}, whose graph has no call of "
+                "it left; name one of them"
+            )
+    calls = record_all(model, args, kwargs, set(names))
+    missing = [name for name in names if name not in calls]
+    if missing:
+        raise CaptureError(f"regions: `{missing[0]}` is not called in a forward of the model; name another")
+    return {name: _analyse_all(model, name, calls[name], captures) for name in names}
+
+
+def _analyse_all(model: nn.Module, name: str, calls: Sequence[Call], captures: Captures) -> Analysis:
+    """One region in every way that a forward calls it."""
+    module, outside = model.get_submodule(name), shared_outside(model, name)
+    found = [analyse_once(module, name, calls[0], outside, captures)]
+    for call in calls[1:]:
+        leaves, spec = pytree.tree_flatten(call)
+        flags = training_flags(module)
+        if all(a.captured.signature.mismatch(spec, leaves, flags) is not None for a in found):
+            found.append(analyse_once(module, name, call, outside, captures))
+    return replace(found[0], others=tuple(found[1:]))
 
 
 def analyse_once(
@@ -249,18 +299,25 @@ def _candidates(model: nn.Module) -> Iterator[str]:
                 yield f"{name}.{key}" if name else key
 
 
-def _outermost(calls: dict[str, Call]) -> list[str]:
-    """Names that lie below no other."""
-    return [name for name in calls if not any(name.startswith(f"{other}.") for other in calls)]
-
-
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: set[str]) -> dict[str, Call]:
-    """What each named submodule is called with in one forward of the model, which leaves no trace."""
-    calls: dict[str, Call] = {}
+    """What each named submodule is called with first in one forward of the model, which leaves no trace."""
+    return {name: calls[0] for name, calls in record_all(model, args, kwargs, names).items()}
+
+
+def record_all(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: set[str]
+) -> dict[str, list[Call]]:
+    """What each named submodule is called with in one forward of the model, calls that look different apart."""
+    calls: dict[str, list[Call]] = {}
+    seen: set[Any] = set()
 
     def hook_for(name: str) -> Any:
-        def hook(_: nn.Module, hook_args: Any, hook_kwargs: Any) -> None:
-            calls.setdefault(name, pytree.tree_map_only(Tensor, _plain, (hook_args, hook_kwargs)))
+        def hook(module: nn.Module, hook_args: Any, hook_kwargs: Any) -> None:
+            known = call_key(module, hook_args, hook_kwargs)
+            key = (name, known[0] if known else None)
+            if key not in seen:
+                seen.add(key)
+                calls.setdefault(name, []).append(pytree.tree_map_only(Tensor, _plain, (hook_args, hook_kwargs)))
 
         return hook
 
@@ -269,13 +326,24 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name
     ]
     try:
         with traceless(model), torch.no_grad(), _computable(model) as fake:
-            fake_args, fake_kwargs = pytree.tree_map_only(Tensor, fake, (args, kwargs))
-            model(*fake_args, **fake_kwargs)
+            own = pytree.tree_map(_own, (args, kwargs))
+            own_args, own_kwargs = pytree.tree_map_only(Tensor, fake, own)
+            model(*own_args, **own_kwargs)
     finally:
         for handle in handles:
             handle.remove()
     # In the order of the model, not of the calls, so that names come out the same for every input.
     return {name: calls[name] for name, _ in model.named_modules() if name in calls}
+
+
+def _own(leaf: Any) -> Any:
+    """An argument that a forward may change without anyone noticing: a copy, of a cache say, where there can be one."""
+    if isinstance(leaf, (Tensor, *PLAIN)):
+        return leaf
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:
+        return leaf
 
 
 def _plain(tensor: Tensor) -> Tensor:
