@@ -20,7 +20,6 @@ from torch.nn.utils import stateless
 
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.passes.agree import forked_rng, relative_error, run
-from ecospa_fx.passes.axes import Atom
 from ecospa_fx.passes.capture import Captured
 from ecospa_fx.passes.discover import discover
 from ecospa_fx.passes.infer import infer
@@ -159,17 +158,8 @@ def _differs_from_zeroed(
     """How the shrunk program differs from the model with zeroed weights; `""` if not, None where that says nothing."""
     captured = inference.captured
     parameters = {captured.tensors[name] for name in captured.parameters}
-    steps = {
-        name: {dim: mask_of(expr, kept) for dim, expr in enumerate(exprs) if touched(expr, kept)}
-        for name, exprs in inference.parameters.items()
-    }
-    zeroed = dict(tensors)
-    for name, masks in steps.items():
-        for dim, mask in masks.items():
-            if name in parameters:
-                zeroed[name] = zeroed[name].index_fill(dim, (~mask).nonzero().flatten(), 0.0)
-    for name, first in captured.same_storage.items():
-        zeroed[name] = zeroed[first]
+    steps = _steps(inference, kept)
+    zeroed = _zeroed(inference, kept, tensors)
     if not _zero_at_contractions(inference, kept, zeroed, args):
         return None
     twin = copy.deepcopy(model)
@@ -206,6 +196,26 @@ def _differs_from_zeroed(
         if a.shape != b.shape or float((a - b).abs().max()) > TOLERANCE * max(float(a.abs().max()), 1e-3 * scale):
             return f"the gradient of {name} by {relative_error(a, b):.1e}"
     return ""
+
+
+def _steps(inference: Inference, kept: Kept) -> dict[str, dict[int, Tensor]]:
+    """What stays of each tensor along each dim that loses entries."""
+    return {
+        name: {dim: mask_of(expr, kept) for dim, expr in enumerate(exprs) if touched(expr, kept)}
+        for name, exprs in inference.parameters.items()
+    }
+
+
+def _zeroed(inference: Inference, kept: Kept, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters with zeros for what is removed, buffers as they are."""
+    captured = inference.captured
+    parameters = {captured.tensors[name] for name in captured.parameters}
+    zeroed = dict(tensors)
+    for name, masks in _steps(inference, kept).items():
+        for dim, mask in masks.items():
+            if name in parameters:
+                zeroed[name] = zeroed[name].index_fill(dim, (~mask).nonzero().flatten(), 0.0)
+    return zeroed | {name: zeroed[first] for name, first in captured.same_storage.items()}
 
 
 def _results(outputs: Any, leaves: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -254,7 +264,11 @@ def _zero_at_contractions(
     return zero
 
 
-def couplings_in(program: Program) -> Mapping[str, Atom]:
-    """Name and axis of what can shrink in a program."""
-    model, args = program.build()
-    return {coupling.name: coupling.atom for coupling in discover(infer(trace(model, args))).couplings}
+def zeroing_is_removing(model: nn.Module, args: tuple[Tensor, ...]) -> bool:
+    """Whether something can shrink in a model and zero weights stand for removed ones, whichever they are."""
+    inference = infer(trace(model, args))
+    tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
+    selections = [{c.atom: _mask(c.atom.size, random.Random(0))} for c in discover(inference).couplings]
+    return bool(selections) and all(
+        _zero_at_contractions(inference, kept, _zeroed(inference, kept, tensors), args) for kept in selections
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,6 +110,21 @@ class Program:
         return Program(inputs, tuple(h for h in self.held if h[0] in used), tuple(statements), self.outputs)
 
 
+def freed(program: Program, sizes: Mapping[int, str]) -> Program:
+    """The program with sizes read off its arguments where it has numbers: primes that occur nowhere else."""
+
+    def read(match: re.Match[str]) -> str:
+        number, factors = int(match[0]), []
+        for prime, code in sizes.items():
+            while number and number % prime == 0:
+                number //= prime
+                factors.append(code)
+        return " * ".join([*factors, *([str(number)] if number != 1 or not factors else [])])
+
+    free = (replace(s, code=re.sub(r"(?<![\w.])\d+(?![\w.])", read, s.code)) for s in program.statements)
+    return replace(program, statements=tuple(free))
+
+
 def _writes(code: str) -> set[str]:
     """Values that a statement writes into: it calls a method whose name ends with an underscore on them."""
     return {value for value, _ in re.findall(r"\b([hx]\d+)\b[^ ]*?\.(\w+_)\(", code)}
@@ -208,8 +223,8 @@ class Writer:
         values: what has been made so far.
     """
 
-    def __init__(self, rng: random.Random, sizes: Sequence[int]) -> None:
-        self.rng, self.sizes = rng, tuple(sizes)
+    def __init__(self, rng: random.Random, sizes: Sequence[int], most_entries: int = MOST_ENTRIES) -> None:
+        self.rng, self.sizes, self.most_entries = rng, tuple(sizes), most_entries
         self.values: list[Value] = []
         self.module = nn.Module()
         self._scope: dict[str, Any] = {"torch": torch, "F": F, "nn": nn, "self": self.module}
@@ -286,7 +301,7 @@ class Writer:
         if len(results) != count:
             raise Dead(f"{code} makes {len(results)} values")
         for result in results:
-            if not result.numel() or result.numel() > MOST_ENTRIES or result.ndim > 6:
+            if not result.numel() or result.numel() > self.most_entries or result.ndim > 6:
                 raise Dead(f"{code} makes {tuple(result.shape)}")
             if result.is_floating_point() and not float(result.abs().max()) < LARGEST:
                 raise Dead(f"{code} grows")
@@ -306,7 +321,10 @@ class Writer:
         among = [v for v in self.values if v.floating and least <= v.ndim <= most and (fits is None or fits(v))]
         if not among:
             raise Dead("no such value")
-        return among[-1 - min(int(self.rng.expovariate(0.6)), len(among) - 1)]
+        age = 0
+        while age < len(among) - 1 and self.chance(0.55):
+            age += 1
+        return among[-1 - age]
 
     def used(self) -> set[str]:
         """Names of values that a statement reads."""

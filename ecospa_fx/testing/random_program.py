@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from . import attention, blocks, mixing, rearranging  # noqa: F401  (they register their moves)
 from .moves import MOVES, Move
-from .programs import Dead, Program, Value, Writer
+from .programs import Dead, Program, Value, Writer, freed
 
 # Few sizes make many dims equal, and axes must meet by position all the same; with ones among them, dims may vanish.
 SIZES = ((4,), (2, 4), (3, 4, 5, 6, 7), (2, 3, 4, 6, 8), (6, 8, 12), (1, 2, 3, 6))
@@ -16,6 +16,7 @@ SIZES = ((4,), (2, 4), (3, 4, 5, 6, 7), (2, 3, 4, 6, 8), (6, 8, 12), (1, 2, 3, 6
 
 # Where a program begins: tokens, token numbers, rows, images, or tokens and a memory of another length.
 INPUTS = {"tokens": 5.0, "words": 1.0, "rows": 1.0, "images": 1.5, "two": 1.0}
+BATCH, LENGTH = 53, 59  # primes that no other size of a program is a multiple of
 KINDS = tuple(sorted({kind for _, _, kind in MOVES}))
 
 
@@ -31,15 +32,30 @@ def random_program(
         inputs: how it may begin, of `INPUTS`.
     """
     w = Writer(rng, rng.choice(SIZES))
-    table = [(step, weight) for step, weight, kind in MOVES if not kinds or kind in kinds]
     _begin(w, rng.choices(inputs, [INPUTS[kind] for kind in inputs])[0])
-    for _ in range(rng.randint(1, most)):
-        (step,) = rng.choices([step for step, _ in table], [weight for _, weight in table])
+    _draw(w, kinds, most)
+    return w.finish()
+
+
+def free_program(rng: random.Random, kinds: Sequence[str] = (), most: int = 4) -> Program:
+    """A program of tokens `[b, s, d]` that takes them in any number `b` and of any length `s`, as far as it can.
+
+    Some read a length off a parameter; call one in two ways to know.
+    """
+    w = Writer(rng, rng.choice(SIZES[1:5]), most_entries=2**21)
+    w.input(f"torch.randn({BATCH}, {LENGTH}, {w.size()}, dtype=torch.float64)")
+    _draw(w, kinds, most)
+    return freed(w.finish(), {BATCH: "x0.shape[0]", LENGTH: "x0.shape[1]"})
+
+
+def _draw(w: Writer, kinds: Sequence[str], most: int) -> None:
+    table = [(step, weight) for step, weight, kind in MOVES if not kinds or kind in kinds]
+    for _ in range(w.rng.randint(1, most)):
+        (step,) = w.rng.choices([step for step, _ in table], [weight for _, weight in table])
         _try(w, step)
     while len(w.values) < 3:
         _try(w, blocks.mlp)
     _end(w)
-    return w.finish()
 
 
 def _begin(w: Writer, kind: str) -> None:
