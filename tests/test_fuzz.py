@@ -65,7 +65,9 @@ def broken_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("broken_softmax")
 def test_a_planted_bug_is_found_and_made_small(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["1", "--start", "31", "--seed", "3", "--every", "0"]) == 1
+    candidates = ((number, program_number(3, number)) for number in range(200))
+    number = next(n for n, program in candidates if "softmax" in str(program) and check(program, seed=n))
+    assert main(["1", "--start", str(number), "--seed", "3", "--every", "0"]) == 1
     printed = capsys.readouterr().out
     assert "# program " in printed and "of seed 3, made smaller: masking: " in printed
     code = printed[printed.index("# program ") :].split("\n\n# program")[0]
