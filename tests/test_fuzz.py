@@ -11,12 +11,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from ecospa_fx.errors import VerificationError
 from ecospa_fx.passes.capture import capture
 from ecospa_fx.passes.rules import RULES
 from ecospa_fx.passes.rules.registry import Carried, Rule
-from ecospa_fx.testing.check import Tally, check
-from ecospa_fx.testing.fuzz import check_exported, fuzz, main, program_number, runnable, smallest
+from ecospa_fx.testing.check import Failure, Tally, check
+from ecospa_fx.testing.fuzz import Found, check_exported, fuzz, main, program_number, smallest
 from ecospa_fx.testing.random_program import KINDS, random_program
 from ecospa_fx.testing.strategies import modules, programs
 from ecospa_fx.testing.trace import trace
@@ -74,8 +73,8 @@ def test_a_planted_bug_is_found_and_made_small(capsys: pytest.CaptureFixture[str
     body = code.split("def forward")[1].split("return")[0].strip().splitlines()[1:]
     # A weight, the softmax, and a weight that takes up its entries.
     assert len(body) <= 4 and any("softmax" in line for line in body)
-    with pytest.raises(VerificationError, match="differs from masking"):
-        exec(code, {"__name__": "printed"})
+    exec(code, scope := {"__name__": "printed"})
+    assert scope["failure"].kind == "masking"
 
 
 def test_the_same_numbers_make_the_same_program() -> None:
@@ -85,7 +84,8 @@ def test_the_same_numbers_make_the_same_program() -> None:
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
     assert check(first) is None and check_exported(first) is None
-    assert runnable(first).endswith('\n\nassert_exact(model, args, regions="root")\n')
+    source = Found(1, 2, first, Failure("exported", "so it is")).source()
+    assert source.endswith('\n\nassert_exact(model, args, regions="root")\n')
 
 
 def test_a_program_is_traced_as_it_is_exported() -> None:

@@ -83,12 +83,22 @@ class Tally:
 
 def check(program: Program, tally: Tally | None = None, seed: int = 0) -> Failure | None:
     """The first failure of a program, or None. One that does not run has none."""
-    tally = Tally() if tally is None else tally
     try:
         model, args = program.build()
+    except Exception:  # a program cut short may fail in any way
+        return None
+    return check_model(model, args, tally, seed)
+
+
+def check_model(
+    model: nn.Module, args: tuple[Tensor, ...], tally: Tally | None = None, seed: int = 0
+) -> Failure | None:
+    """The first failure of a module in float64 that takes and returns tensors, or None. See `check`."""
+    tally = Tally() if tally is None else tally
+    try:
         with torch.no_grad():
             outputs = model(*args)
-    except Exception:  # a program cut short may fail in any way
+    except Exception:
         return None
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     if not all(bool(out.isfinite().all()) for out in outputs if out.is_floating_point()):

@@ -39,13 +39,16 @@ class Found:
     failure: Failure
 
     def __str__(self) -> str:
-        return f"# program {self.number} of seed {self.seed}, made smaller: {self.failure}\n{runnable(self.program)}"
+        return f"# program {self.number} of seed {self.seed}, made smaller: {self.failure}\n{self.source()}"
 
-
-def runnable(program: Program) -> str:
-    """The program and a line that shows its failure."""
-    check_it = 'assert_exact(model, args, regions="root")'
-    return f"{program.source()}\nfrom ecospa_fx.testing import assert_exact\n\n{check_it}\n"
+    def source(self) -> str:
+        """The program and what shows its failure."""
+        if self.failure.kind == EXPORTED:
+            shows = 'from ecospa_fx.testing import assert_exact\n\nassert_exact(model, args, regions="root")'
+        else:
+            imported = "from ecospa_fx.testing.check import check_model"
+            shows = f"{imported}\n\nfailure = check_model(model, args, seed={self.number})\nprint(failure)"
+        return f"{self.program.source()}\n{shows}\n"
 
 
 def program_number(seed: int, number: int) -> Program:
