@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.errors import OptimizerError
+from ecospa_fx.kernels import compacted
 from ecospa_fx.plan import Plan
 
 from .capture import storage_key
@@ -68,23 +69,28 @@ def prepare(model: nn.Module, before: Plan, after: Plan, optimizers: Iterable[Op
     Raises:
         OptimizerError: an optimizer holds state of a shrinking parameter that is neither of its shape nor a scalar.
     """
-    change = Change()
-    made: dict[Any, Tensor] = {}
+    # What each new tensor is made of. Tensors that share storage go on sharing it.
+    jobs: list[tuple[Tensor, dict[int, Tensor]]] = []
+    numbers: dict[Any, int] = {}
+    tensors: list[tuple[Tensor, int, int | None]] = []
+    states: list[tuple[dict[Any, Any], Any, int]] = []
     seen: set[int] = set()
-    named = named_tensors(model).items()
-    for name, tensor in named:
+
+    def new(tensor: Tensor, steps: dict[int, Tensor]) -> int:
+        jobs.append((tensor, steps))
+        return len(jobs) - 1
+
+    for name, tensor in named_tensors(model).items():
         if id(tensor) in seen or name not in after.original_shapes:
             continue
         seen.add(id(tensor))
         steps = _steps(name, before, after)
         if not steps:
             continue
-        # Tensors that share storage go on sharing it.
         key = (storage_key(tensor), tensor.shape)
-        if key not in made:
-            made[key] = sliced(tensor, steps)
-        grad = None if tensor.grad is None else sliced(tensor.grad, steps)
-        change.tensors.append((tensor, made[key], grad))
+        if key not in numbers:
+            numbers[key] = new(tensor, steps)
+        tensors.append((tensor, numbers[key], None if tensor.grad is None else new(tensor.grad, steps)))
         for optimizer in optimizers:
             state = optimizer.state.get(tensor, {})
             for entry, value in state.items():
@@ -95,8 +101,12 @@ def prepare(model: nn.Module, before: Plan, after: Plan, optimizers: Iterable[Op
                             f"shape {tuple(tensor.shape)}: no row or column of it is one of the parameter's, so "
                             "it cannot shrink along. Use an optimizer with elementwise state (AdamW, SGD with momentum)"
                         )
-                    change.states.append((state, entry, sliced(value, steps)))
-    return change
+                    states.append((state, entry, new(value, steps)))
+    made = compacted(jobs)
+    return Change(
+        [(tensor, made[data], None if grad is None else made[grad]) for tensor, data, grad in tensors],
+        [(state, entry, made[value]) for state, entry, value in states],
+    )
 
 
 def sliced(tensor: Tensor, steps: dict[int, Tensor]) -> Tensor:

@@ -1,0 +1,104 @@
+"""How kernels run: compiled on a GPU, interpreted on a CPU for tests, not at all where Triton is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU builds of torch do not bring Triton, and nothing here needs it then
+    triton, tl = None, SimpleNamespace(constexpr=None)
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit`, or the function as it is where there is no Triton to compile it."""
+    return function if triton is None else triton.jit(function)
+
+
+@jit
+def _probe():
+    pass
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter: `TRITON_INTERPRET=1` was set before Triton was imported."""
+    return triton is not None and not isinstance(_probe, triton.JITFunction)
+
+
+def compiled_for(device: torch.device) -> bool:
+    """Whether tensors on `device` go to the kernels rather than to the plain-torch references."""
+    return device.type == "cuda" and triton is not None and not interpreting()
+
+
+class Pointers:
+    """Addresses of tensors, on the device for a kernel to read and on the host to compare with.
+
+    Gradients come back at the same addresses step after step, as a rule. Then a step compares two lists and copies
+    nothing. In a CUDA graph a copy is recorded with its source, so a capture takes a pair of buffers that nothing else
+    writes to; they are made in the steps before it, because pinned memory cannot be allocated during a capture.
+
+    Args:
+        count: number of tensors.
+        device: where the kernel runs.
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.device = device
+        self.known: list[int] | None = None
+        self._current = torch.zeros(count, dtype=torch.int64, device=device)
+        self._spare: tuple[Tensor, Tensor] | None = None
+
+    def of(self, addresses: list[int]) -> Tensor:
+        """Int64 `[count]` on the device that holds `addresses`."""
+        if self.device.type != "cuda":
+            if addresses != self.known:
+                self._current.copy_(torch.tensor(addresses, dtype=torch.int64))
+                self.known = addresses
+            return self._current
+        if torch.cuda.is_current_stream_capturing():
+            return self._for_capture(addresses)
+        if self._spare is None:
+            self._spare = (torch.zeros_like(self._current), torch.empty(len(addresses), dtype=torch.int64).pin_memory())
+        if addresses != self.known:
+            # The allocator of pinned memory holds on to the source until the copy is done.
+            self._current.copy_(torch.tensor(addresses, dtype=torch.int64).pin_memory(), non_blocking=True)
+            self.known = addresses
+        return self._current
+
+    def _for_capture(self, addresses: list[int]) -> Tensor:
+        if self._spare is None:
+            raise RuntimeError(
+                "a CUDA graph is being captured and the addresses of its tensors cannot be stored: run the step once "
+                "outside of the capture first, with tensors of the same shapes"
+            )
+        device, host = self._spare
+        hold_for_graph(self._spare)
+        self._spare = None
+        host.copy_(torch.tensor(addresses, dtype=torch.int64))
+        device.copy_(host, non_blocking=True)
+        return device
+
+
+_made: dict[Any, Any] = {}
+_held: list[Any] = []
+
+
+def cached(key: Any, make: Callable[[], Any], *, most: int = 64) -> Any:
+    """What `make` gives for `key`, kept for the next time; the oldest goes when there are more than `most`."""
+    if key not in _made:
+        while len(_made) >= most:
+            del _made[next(iter(_made))]
+        _made[key] = make()
+    return _made[key]
+
+
+def hold_for_graph(*tables: Any) -> None:
+    """Keep `tables` for good where a CUDA graph is being captured that will read them at every replay."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        _held.append(tables)
