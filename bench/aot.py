@@ -1,6 +1,6 @@
 """What the compiler makes of the kernels, with no GPU at hand: registers, spills and widths of loads per variant.
 
-python bench/aot.py [--json]     prints a table and writes bench/results/kernels_aot.csv, or prints JSON and writes nothing
+python bench/aot.py [--few] [--json]     prints a table and writes bench/results/kernels_aot.csv
 """
 
 import argparse
@@ -9,14 +9,20 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import triton
 import triton.language as tl
 from machine import machine, write_csv
+from rich.console import Console
+from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ecospa_fx.kernels.compact import COMPACT_WIDTH, compact_kernel, tile
 from ecospa_fx.kernels.slice_sums import FINAL_COLS, FINAL_ROWS, WARPS, WARPS_WEIGHTED, finish_kernel, slice_sums_kernel
 from ecospa_fx.kernels.windows import COLS, ROWS, WIDTH
 
@@ -25,59 +31,92 @@ BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2}
 ELEMENT = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 
 
-def variants() -> Iterator[tuple[str, object, dict[str, str], dict[str, object], int]]:
-    """Every variant that a step can launch: name, kernel, types of arguments, constants, warps."""
+@dataclass(frozen=True)
+class Variant:
+    """One way a kernel is launched.
+
+    Attributes:
+        key: one of the few that the tests compile.
+        loads, stores: 16-byte accesses that each thread must make at least, where they are wide.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    key: bool
+    loads: int = 0
+    stores: int = 0
+
+
+SUMS = {
+    "pointers": "*i64",
+    "weight_pointers": "*i64",
+    "table": "*i64",
+    "partials": "*fp32",
+    "scale": "*fp32",
+    "plane": "i32",
+}
+FINISH = {
+    "table": "*i64",
+    "partials": "*fp32",
+    "out": "*fp32",
+    "found_inf": "*fp32",
+    "plane": "i32",
+    "width": "i32",
+    "decay": "fp32",
+    "gain": "fp32",
+}
+COMPACT = {"pointers": "*i64", "table": "*i64", "indices": "*i64", "count": "i32"}
+
+
+def variants() -> Iterator[Variant]:
+    """Every variant that a step or a shrink can launch."""
     for dtype, size in BYTES_OF.items():
-        for weighted in (False, True):
-            for vector in (16 // size, 1, 0):
-                for scaled in (False, True) if vector == 16 // size else (False,):
-                    kind = {16 // size: "wide", 1: "narrow", 0: "strided"}[vector]
-                    extra = " (w*g)^2" * weighted + " scaled" * scaled
-                    yield (
-                        f"slice_sums {dtype} {kind}{extra}",
-                        slice_sums_kernel,
-                        {
-                            "pointers": "*i64",
-                            "weight_pointers": "*i64",
-                            "table": "*i64",
-                            "partials": "*fp32",
-                            "scale": "*fp32",
-                            "plane": "i32",
-                        },
-                        {
-                            "ELEMENT": ELEMENT[dtype],
-                            "VECTOR": vector,
-                            "ALIGN": max(vector, 1) * size,
-                            "WEIGHTED": weighted,
-                            "SCALED": scaled,
-                            "ROWS": ROWS,
-                            "COLS": COLS,
-                            "WIDTH": WIDTH,
-                        },
-                        WARPS_WEIGHTED if weighted else WARPS,
-                    )
+        for weighted, (kind, vector), scaled in product(
+            (False, True), (("wide", 16 // size), ("narrow", 1), ("strided", 0)), (False, True)
+        ):
+            if scaled and kind != "wide":
+                continue
+            warps = WARPS_WEIGHTED if weighted else WARPS
+            yield Variant(
+                f"slice_sums {dtype} {kind}{' (w*g)^2' * weighted}{' scaled' * scaled}",
+                slice_sums_kernel,
+                SUMS,
+                {
+                    "ELEMENT": ELEMENT[dtype],
+                    "VECTOR": vector,
+                    "ALIGN": max(vector, 1) * size,
+                    "WEIGHTED": weighted,
+                    "SCALED": scaled,
+                    "ROWS": ROWS,
+                    "COLS": COLS,
+                    "WIDTH": WIDTH,
+                },
+                warps,
+                key=dtype != "fp16" and not scaled and (kind == "wide" or (dtype == "bf16" and weighted)),
+                loads=ROWS * COLS * size // 16 // (64 * warps) * (1 + weighted),
+            )
     for decaying in (False, True):
-        yield (
-            f"finish{' decaying' * decaying}",
-            finish_kernel,
-            {
-                "table": "*i64",
-                "partials": "*fp32",
-                "out": "*fp32",
-                "found_inf": "*fp32",
-                "plane": "i32",
-                "width": "i32",
-                "decay": "fp32",
-                "gain": "fp32",
-            },
-            {
-                "DECAYING": decaying,
-                "SKIPPING": False,
-                "ROWS": FINAL_ROWS,
-                "COLS": FINAL_COLS,
-            },
-            4,
-        )
+        constants = {"DECAYING": decaying, "SKIPPING": False, "ROWS": FINAL_ROWS, "COLS": FINAL_COLS}
+        yield Variant(f"finish{' decaying' * decaying}", finish_kernel, FINISH, constants, 4, key=decaying)
+    for (size, name), (kind, wide) in product(
+        ((2, "int16"), (4, "int32")), (("wide", 1), ("narrow", 0), ("indexed", 0))
+    ):
+        vector = 16 // size if wide else 1 if kind == "narrow" else 0
+        lines, warps = tile(vector)
+        constants = {
+            "ELEMENT": getattr(tl, name),
+            "VECTOR": vector,
+            "ALIGN": max(vector, 1) * size,
+            "ROWS": lines,
+            "COLS": COLS,
+            "WIDTH": COMPACT_WIDTH,
+        }
+        least = lines * COLS * size // 16 // (64 * warps)
+        key = size == 4 and kind != "narrow"
+        yield Variant(f"compact {8 * size} bit {kind}", compact_kernel, COMPACT, constants, warps, key, least, least)
 
 
 def compile_for(target: str, kernel: object, types: Mapping[str, str], constants: Mapping[str, object], warps: int):
@@ -93,7 +132,9 @@ def nvidia(compiled: object) -> dict[str, int]:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True)
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
         sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage.stdout + usage.stderr)
     registers, stack, shared, local = map(int, found.groups())
@@ -122,25 +163,44 @@ def amd(compiled: object) -> dict[str, int]:
     }
 
 
-def report() -> list[dict[str, object]]:
+def report(few: bool) -> list[dict[str, object]]:
     rows = []
-    for name, kernel, types, constants, warps in variants():
-        for target, read in (("sm_90", nvidia), ("gfx942", amd)):
-            found = read(compile_for(target, kernel, types, constants, warps))
-            rows.append({"kernel": name, "target": target, "warps": warps, **found, "triton": triton.__version__})
+    for variant in variants():
+        for target, read in (("sm_90", nvidia), ("gfx942", amd)) if variant.key or not few else ():
+            found = read(compile_for(target, variant.kernel, variant.types, variant.constants, variant.warps))
+            rows.append(
+                {
+                    "kernel": variant.name,
+                    "target": target,
+                    "warps": variant.warps,
+                    **found,
+                    "wide_loads_least": variant.loads,
+                    "wide_stores_least": variant.stores,
+                    "triton": triton.__version__,
+                }
+            )
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    rows = report()
-    if parser.parse_args().json:
+    parser.add_argument("--json", action="store_true", help="print JSON and write no file")
+    parser.add_argument("--few", action="store_true", help="only the variants that the tests look at")
+    options = parser.parse_args()
+    rows = report(options.few)
+    if options.json:
         print(json.dumps(rows))
         return
+    table = Table(title="per thread and program, compiled ahead of time")
+    columns = ("kernel", "target", "warps", "registers", "spills", "shared_bytes", "loads_16_bytes", "stores_16_bytes")
+    for column in columns:
+        table.add_column(column)
     for row in rows:
-        print(", ".join(f"{key} {value}" for key, value in row.items()))
-    print(machine(), write_csv("kernels_aot", rows))
+        table.add_row(*(str(row[column]) for column in columns))
+    console = Console()
+    console.print(table)
+    write_csv("kernels_aot", rows)
+    console.print(f"{machine()}, triton {triton.__version__}; written to bench/results/kernels_aot.csv")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 {(parameter, dim)} -> one flat vector per device -> add(gradients): one launch -> views per (parameter, dim)
 
-Where parameters are sharded, each rank adds what it holds at the place it has in the whole; `reduced` adds up the ranks.
+Where parameters are sharded, each rank adds what it holds at its place in the whole; `reduced` adds up the ranks.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class SliceSums:
         for mesh_dim, placement in enumerate(placements):
             if type(placement) not in (Shard, Replicate):
                 raise OptimizerError(
-                    f"the gradient of `{name}` is placed {placement} along dim {mesh_dim} of its device mesh, and only "
+                    f"the gradient of `{name}` is placed {type(placement).__name__} along dim {mesh_dim} of its device mesh, and only "
                     "Shard and Replicate tell which slices a rank holds; redistribute it before the optimizer's step"
                 )
             if type(placement) is Shard:

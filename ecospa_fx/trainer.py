@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,6 +15,7 @@ from .errors import EcoSpaError, OptimizerError, TargetError
 from .estimator import CoupledEstimator, Score
 from .sparsifier import CoupledSparsifier, check_settings
 
+Gradients = Literal["step", "optimizer", "backward"]
 BeforeShrink = Callable[[nn.Module, Mapping[Coupling, Tensor], Optimizer], None]
 
 
@@ -40,6 +41,8 @@ class EcoSpaTrainer:
             take part, then theta gives way. Without it the rule runs until the target is reached.
         score: see `CoupledEstimator`.
         min_keep: entries that every coupling keeps.
+        gradients: where they are read: at `"step"`, the call of `step()`; right before each step of the `"optimizer"`;
+            or in `"backward"`, for optimizers that step there and free them at once. See `CoupledEstimator`.
         before_shrink: called with the model, what will be kept and the optimizer right before each shrink.
 
     Attributes:
@@ -65,6 +68,7 @@ class EcoSpaTrainer:
         end: int | None = None,
         score: Score = "fisher",
         min_keep: int = 1,
+        gradients: Gradients = "step",
         before_shrink: BeforeShrink | None = None,
     ) -> None:
         if MODEL not in model.__dict__:
@@ -75,6 +79,8 @@ class EcoSpaTrainer:
                 raise TargetError(f"{name}={value!r} is out of range; it is a whole number of steps, at least {least}")
         if end is not None and (not isinstance(end, int) or end <= start):
             raise TargetError(f"end={end!r} is not after start={start}")
+        if gradients not in get_args(Gradients):
+            raise TargetError(f"gradients={gradients!r} is none of {', '.join(map(repr, get_args(Gradients)))}")
         check_optimizer(model, optimizer)
         self.model, self.optimizer = model, optimizer
         self.interval, self.start, self.end = interval, start, end
@@ -83,13 +89,17 @@ class EcoSpaTrainer:
         self.done = False
         self.history: list[dict[str, Any]] = []
         self._estimator = CoupledEstimator(model, score)
+        if gradients == "optimizer":
+            self._estimator.attach(optimizer)
+        elif gradients == "backward":
+            self._estimator.attach_backward()
         self._settings = {"target": target, "top_k": top_k, "theta": theta, "min_keep": min_keep}
         self._sparsifier: CoupledSparsifier | None = None
         if model.__dict__[MODEL].captured:
             self._sparsifier = CoupledSparsifier(model, **self._settings)  # type: ignore[arg-type]
 
     def step(self) -> None:
-        """Call it after every `optimizer.step()`, while the gradients are still there.
+        """Call it after every `optimizer.step()`, while the gradients are still there (or not, see `gradients`).
 
         Raises:
             OptimizerError: no parameter of a coupling has a gradient.
@@ -99,7 +109,8 @@ class EcoSpaTrainer:
             return
         if self._sparsifier is None:
             self._sparsifier = CoupledSparsifier(self.model, **self._settings)  # type: ignore[arg-type]
-        self._estimator.accumulate()
+        if not self._estimator.attached:
+            self._estimator.accumulate()
         last = self.end is not None and self.steps >= self.end
         if last or (self.steps >= self.start and (self.steps - self.start) % self.interval == 0):
             self.sparsify()
@@ -121,6 +132,8 @@ class EcoSpaTrainer:
             self.history.append({"step": self.steps, "size": self.size, "removed": removed})
         self._estimator.reset()
         self.done = self._sparsifier.reached()
+        if self.done:
+            self._estimator.detach()
 
     @property
     def size(self) -> int:

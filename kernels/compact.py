@@ -18,13 +18,21 @@ COMPACT_WIDTH = 13
 INTEGERS = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}
 
 
+def tile(vector: int) -> tuple[int, int]:
+    """Lines and warps of a program. Where every entry has an address of its own, more of them would spill."""
+    return (ROWS, 8) if vector > 1 else (4, 4)
+
+
 @torch.no_grad()
 def compact_ref(x: list[Tensor], indices: list[Tensor], tensors: list[int], dims: list[int]) -> list[Tensor]:
     """What `compact` does, in plain torch."""
     made = list(x)
     for index, tensor, dim in zip(indices, tensors, dims, strict=True):
         made[tensor] = made[tensor].detach().index_select(dim, index.to(made[tensor].device))
-    return [new.clone(memory_format=torch.contiguous_format) if new is old else new for new, old in zip(made, x)]
+    return [
+        new.clone(memory_format=torch.contiguous_format) if new is old else new
+        for new, old in zip(made, x, strict=True)
+    ]
 
 
 @jit
@@ -40,6 +48,7 @@ def compact_kernel(
     COLS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    """Fill some lines of one result."""
     row = table + tl.program_id(0) * WIDTH
     number = tl.load(row)
     source = tl.load(pointers + number).to(tl.pointer_type(ELEMENT))
@@ -63,7 +72,7 @@ def compact_kernel(
         from_a, from_r = from_a * VECTOR, from_r * VECTOR
     read = a * from_a + r * from_r  # [ROWS]
     write = line * length
-    for step in range(0, ((end - begin + COLS - 1) // COLS).to(tl.int32)):
+    for step in range(((end - begin + COLS - 1) // COLS).to(tl.int32)):
         at = begin + step * COLS + j
         inside = valid[:, None] & (at < end)[None, :]
         if VECTOR > 0:
@@ -99,14 +108,14 @@ def _windows(
     if index_c < 0 and from_c == 1:
         aligned = math.gcd(x.data_ptr() | y.data_ptr(), BYTES) // x.element_size()
         vector = math.gcd(aligned, c, from_a, from_r)
-    unit = max(vector, 1)
-    length = LONGEST // ROWS
+    unit, (lines, _) = max(vector, 1), tile(vector)
+    length = LONGEST // lines
     rows = [
         [
             number,
             r,
             first,
-            min(a * r, first + ROWS),
+            min(a * r, first + lines),
             begin // unit,
             min(c, begin + length) // unit,
             c // unit,
@@ -117,7 +126,7 @@ def _windows(
             index_c,
             from_c,
         ]
-        for first in range(0, a * r, ROWS)
+        for first in range(0, a * r, lines)
         for begin in range(0, c, length)
     ]
     return vector, rows
@@ -159,6 +168,7 @@ def compact_triton(x: list[Tensor], indices: list[Tensor], tensors: list[int], d
     together = torch.cat([i.to("cpu", torch.int64) for i in joined] or [torch.zeros(1, dtype=torch.int64)]).to(device)
     for (size, vector), rows in launches.items():
         if rows:
+            lines, warps = tile(vector)
             compact_kernel[(len(rows),)](
                 pointers,
                 table(rows, COMPACT_WIDTH, device),
@@ -167,10 +177,10 @@ def compact_triton(x: list[Tensor], indices: list[Tensor], tensors: list[int], d
                 ELEMENT=getattr(tl, INTEGERS[size]),
                 VECTOR=vector,
                 ALIGN=max(vector, 1) * size,
-                ROWS=ROWS,
+                ROWS=lines,
                 COLS=COLS,
                 WIDTH=COMPACT_WIDTH,
-                num_warps=4,
+                num_warps=warps,
             )
     return made
 

@@ -91,6 +91,7 @@ def slice_sums_kernel(
     COLS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    """Walk one window and leave its partial sums."""
     row = table + tl.program_id(0) * WIDTH
     source, columns, place = tl.load(row), tl.load(row + 2), tl.load(row + 3)
     across, along = row + 4 + 5 * columns, row + 9 - 5 * columns  # fields of the axes that ROWS and COLS lie on
@@ -123,7 +124,7 @@ def slice_sums_kernel(
         factor = 1.0 / tl.load(scale)
     total = tl.full([ROWS, COLS], 0.0, tl.float32)
     weighted = tl.full([ROWS, COLS], 0.0, tl.float32)
-    for step in range(0, steps):
+    for step in range(steps):
         at_i, at_j = first + step * down + i, begin + step * right + j
         inside = (at_i < last) & (at_j < end)
         if VECTOR > 0:
@@ -165,13 +166,14 @@ def finish_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    """Add up the partial sums of some entries, in order, and put them where they belong."""
     row = table + tl.program_id(0) * 5
     second = tl.program_id(1).to(tl.int64)
     size, count = tl.load(row + 1), tl.load(row + 2).to(tl.int32)
     entry = tl.load(row + 4) + tl.arange(0, COLS)  # [COLS]
     begin = partials + second * plane + tl.load(row)
     total = tl.full([ROWS, COLS], 0.0, tl.float32)
-    for chunk in range(0, (count + ROWS - 1) // ROWS):
+    for chunk in range((count + ROWS - 1) // ROWS):
         at = chunk * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
         inside = (at < count) & (entry[None, :] < size)
         total += tl.load(begin + at * size + entry[None, :], mask=inside, other=0.0)
@@ -181,7 +183,7 @@ def finish_kernel(
     if DECAYING:
         fresh += decay * tl.load(target, mask=inside, other=0.0)
     if SKIPPING:
-        inside = inside & (tl.load(found_inf) == 0)
+        inside = inside & (tl.load(found_inf + entry * 0) == 0)  # a block, which the interpreter wants
     tl.store(target, fresh, mask=inside)
 
 
@@ -334,8 +336,8 @@ def add_slice_sums(
 ) -> None:
     """Add to `out` the sums of squares of the slices of many tensors: `out = decay * out + gain * sums`.
 
-    `decay=1, gain=1` sums, `decay=b, gain=1-b` averages, `decay=0` overwrites whatever `out` held. A CUDA graph may hold
-    it after it has run once outside with tensors of these shapes.
+    `decay=1, gain=1` sums, `decay=b, gain=1-b` averages, `decay=0` overwrites whatever `out` held. It may be captured
+    in a CUDA graph once it has run outside of it with tensors of these shapes.
 
     Args:
         out: `[1, width]`, or `[2, width]` with weights; float32, or float64 for float64 tensors; on their device.

@@ -31,9 +31,7 @@ BYTES = 16
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis of a walk; `inner < size` where it takes two strides: entry `i` lies at `i // inner * outer + i % inner *
-    stride`.
-    """
+    """An axis of a walk, which may take two strides: entry `i` lies at `i // inner * outer + i % inner * stride`."""
 
     size: int
     stride: int
@@ -100,7 +98,10 @@ def walks(tensor: Tensor, dim: int, address: int | None = None) -> list[Walk]:
         summed = Axis(size * outer, stride, size, step)
         single = False
     starts = [sum(i * s for i, (_, s) in zip(at, axes, strict=True)) for at in product(*(range(n) for n, _ in axes))]
-    return [Walk(start, kept, summed, _vector(address, tensor.element_size(), start, kept, summed) if single else 0) for start in starts]
+    return [
+        Walk(start, kept, summed, _vector(address, tensor.element_size(), start, kept, summed) if single else 0)
+        for start in starts
+    ]
 
 
 def _vector(address: int, element: int, start: int, kept: Axis, summed: Axis) -> int:
