@@ -165,8 +165,9 @@ class SliceSums:
         for mesh_dim, placement in enumerate(placements):
             if type(placement) not in (Shard, Replicate):
                 raise OptimizerError(
-                    f"the gradient of `{name}` is placed {type(placement).__name__} along dim {mesh_dim} of its device mesh, and only "
-                    "Shard and Replicate tell which slices a rank holds; redistribute it before the optimizer's step"
+                    f"the gradient of `{name}` is placed {type(placement).__name__} along dim {mesh_dim} of its device "
+                    "mesh, and only Shard and Replicate tell which slices a rank holds; redistribute it before the "
+                    "optimizer's step"
                 )
             if type(placement) is Shard:
                 keys = {(name, dim) for dim in self.dims[name]}
