@@ -7,6 +7,7 @@
 from . import errors
 from .api import compile, couplings, plan, shrink
 from .checkpoint import load, resume, save
+from .constraints import Constraints
 from .coupling import Coupling, Member, Refusal
 from .estimator import CoupledEstimator
 from .explanation import Explanation, explain
@@ -17,6 +18,7 @@ from .trainer import EcoSpaTrainer
 from .verification import Verification, verify
 
 __all__ = [
+    "Constraints",
     "CoupledEstimator",
     "CoupledSparsifier",
     "Coupling",

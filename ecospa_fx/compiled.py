@@ -23,6 +23,7 @@ from .passes.names import join
 from .passes.regions import Analysis, Captures, choose
 from .passes.replay import replay
 from .passes.rewrite import rewrite
+from .passes.selection import mask_of, narrowed, whole
 from .passes.shrink import prepare
 from .plan import Plan
 from .region import Region
@@ -134,29 +135,39 @@ class CompiledModel:
 
     def _plan_region(self, after: Plan, region: Region, keeps: Mapping[str, Tensor]) -> None:
         kept = region.kept(region.programs[-1])
+        # Contexts are counted as they are before this shrink, which may take some of them too.
+        now = dict(kept)
         for found in region.discoveries[-1].couplings:
             keep = keeps.get(join(region.name, found.name))
             if keep is not None:
-                mask = kept.get(found.atom, torch.ones(found.atom.size, dtype=torch.bool))
-                positions = mask.nonzero().flatten()[keep.cpu()]
-                kept[found.atom] = torch.zeros(found.atom.size, dtype=torch.bool)
-                kept[found.atom][positions] = True
+                choice = now.get(found.atom, whole(found.atom))
+                live = mask_of(found.context, now) if found.context is not None else None
+                kept[found.atom] = narrowed(choice, keep.cpu(), found.context, live)
         region.write(after, kept)
 
 
 def _check_keep(coupling: Coupling, keep: Tensor) -> None:
     where, way = f"`{coupling.name}`", "keep is a sorted LongTensor of positions that stay"
-    if not isinstance(keep, Tensor) or keep.dtype != torch.long or keep.ndim != 1:
+    if coupling.context is not None:
+        way += f", or one row of them for each of its {coupling.contexts} contexts"
+    if not isinstance(keep, Tensor) or keep.dtype != torch.long or keep.ndim not in (1, 2):
         shape = f"{keep.dtype} of shape {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
         raise ShrinkError(f"cannot shrink {where}: keep is {shape}; {way}")
-    if not len(keep):
+    if keep.ndim == 2 and coupling.context is None:
+        raise ShrinkError(
+            f"cannot shrink {where}: keep has {len(keep)} rows, but what this coupling keeps cannot differ by context; "
+            f"{way}"
+        )
+    if keep.ndim == 2 and len(keep) != coupling.contexts:
+        raise ShrinkError(f"cannot shrink {where}: keep has {len(keep)} rows; it has {coupling.contexts} contexts now")
+    if not keep.numel():
         raise ShrinkError(f"cannot shrink {where} to nothing; at least one of its {coupling.size} entries must stay")
     if int(keep.min()) < 0 or int(keep.max()) >= coupling.size:
         raise ShrinkError(
             f"cannot shrink {where}: keep reaches from {int(keep.min())} to {int(keep.max())}, and it has entries 0 to "
             f"{coupling.size - 1} now"
         )
-    if bool((keep[1:] <= keep[:-1]).any()):
+    if bool((keep.diff(dim=-1) <= 0).any()):
         raise ShrinkError(f"cannot shrink {where}: keep is not increasing; {way}, sort it and drop repeats")
 
 

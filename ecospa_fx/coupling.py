@@ -29,6 +29,8 @@ class Member:
         matrix: the parameter has two or more dims, so it counts as a matrix of its own in scores.
         of: the matrix that it is, or, for a bias, whose rows it counts in; the same text for both.
         part: number of the segment, where one parameter holds several matrices end to end (a fused projection).
+        context: LongTensor `[parameter.shape[dim]]`, the context (the head) that each row or column belongs to, -1
+            where it belongs to none; None where the coupling has no context.
     """
 
     parameter: str
@@ -37,6 +39,7 @@ class Member:
     matrix: bool
     of: str
     part: int | None = None
+    context: Tensor | None = None
 
     def __str__(self) -> str:
         part = "" if self.part is None else f" part {self.part}"
@@ -51,11 +54,15 @@ class Coupling:
         name: unique in the model, made of the module the members share and the kind.
         kind: `qk` (contracted in a score), `vo` (carried through attention), `heads`, `groups` (query heads that share
             a key head), `ffn`, `glu` (a product of two branches), `conv`, `residual` (a stream that several add to).
-        size: number of entries now.
+        size: number of entries now (in each context).
         original_size: number of entries before any shrink.
         members: the parameter dims it runs along.
         linear: everything between the weights is linear, so that any change of basis between them is free.
         region: name of the region it was found in.
+        context: what it may differ by: the coupling of heads, say, each of which may keep other entries, though all
+            the same number; None where it cannot differ.
+        contexts: how many of those there are now; 1 where there are none.
+        attention: the attention that a `qk` or `vo` coupling is part of, the same text for both.
     """
 
     name: str
@@ -66,6 +73,14 @@ class Coupling:
     linear: bool
     region: str
     explain_path: Callable[[str, str], Path] = field(repr=False)
+    context: str | None = None
+    contexts: int = 1
+    attention: str | None = None
+
+    @property
+    def width(self) -> int:
+        """Rows or columns that one entry takes in the narrowest of its matrices, per context: 2 of a rotary pair."""
+        return min(int((m.index >= 0).sum()) for m in self.members if m.matrix) // (self.size * self.contexts)
 
     def why(self, a: str, b: str) -> Path:
         """The path through the graph by which two of its parameters are coupled.

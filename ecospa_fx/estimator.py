@@ -220,19 +220,29 @@ class CoupledEstimator:
 
 
 @torch.no_grad()
-def index_scores(model: nn.Module, coupling: Coupling) -> Tensor:
+def index_scores(model: nn.Module, coupling: Coupling, *, by_context: bool = False) -> Tensor:
     """Score of each entry of a coupling: the product over its matrices of the norms of that entry's slices.
 
     A bias counts in the row of the matrix it belongs to. (arXiv 2511.11641, coupled sparsification.)
 
+    Args:
+        model: a compiled model.
+        coupling: one of its couplings.
+        by_context: score the entries of each context (the dims of each head) on their own.
+
     Returns:
-        float64 `[coupling.size]`.
+        float64 `[coupling.size]`, or `[coupling.contexts, coupling.size]`.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    rows = coupling.contexts if by_context else 1
     squares: dict[str, Tensor] = {}
     for member in coupling.members:
         (sums,) = slice_sums_ref(parameters[member.parameter], (member.dim,))
         owned = member.index >= 0
-        score = squares.setdefault(member.of, torch.zeros(coupling.size, dtype=torch.float64))
-        score.index_add_(0, member.index[owned], sums.double().cpu()[owned])
-    return torch.stack([score.sqrt() for score in squares.values()]).prod(0)
+        place = member.index[owned]
+        if by_context and member.context is not None:
+            place = member.context[owned] * coupling.size + place
+        score = squares.setdefault(member.of, torch.zeros(rows * coupling.size, dtype=torch.float64))
+        score.index_add_(0, place, sums.double().cpu()[owned])
+    product = torch.stack([score.sqrt() for score in squares.values()]).prod(0)
+    return product.view(rows, -1) if by_context else product

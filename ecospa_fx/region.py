@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from .passes.names import join, named_tensors
 from .passes.regions import Analysis, analyse_once
 from .passes.replay import replay
 from .passes.rewrite import Program, rewrite
-from .passes.selection import index_of, mask_of
+from .passes.selection import Choice, Kept, Varied, entries, index_of, mask_of, narrowed, whole
 from .plan import Plan
 from .shrinkable import original_class
 from .signature import Signature, call_key, training_flags
@@ -95,7 +95,7 @@ class Region:
         kept = replay(analysis.inference, plan, self._difference(module, args, kwargs))
         return self.install(analysis, module, kept)
 
-    def install(self, analysis: Analysis, module: nn.Module, kept: Mapping[Atom, Tensor]) -> Program:
+    def install(self, analysis: Analysis, module: nn.Module, kept: Kept) -> Program:
         """Add the program of an analysis."""
         program = rewrite(analysis.inference, kept, module)
         self.remember(analysis, program)
@@ -129,24 +129,31 @@ class Region:
         followed = (found for found in self.discoveries[-1].couplings if self._followed(found, kept))
         return [self._view(found, kept) for found in followed]
 
-    def _followed(self, found: Found, kept: Mapping[Atom, Tensor]) -> bool:
-        """Whether every graph can follow a coupling of the first one."""
+    def _followed(self, found: Found, kept: Kept, context: Atom | None = None) -> bool:
+        """Whether every graph can follow a coupling of the first one, or (`context`) one that differs by context."""
         for program, discovery in zip(self.programs[:-1], self.discoveries[:-1], strict=True):
-            if any(found.key == other.key for other in discovery.couplings):
+            if any(
+                found.key == other.key and (context is None or found.context_key == other.context_key)
+                for other in discovery.couplings
+            ):
                 continue
             # It may still: a graph that uses fewer of the weights sees less of the coupling.
             trial = self.compiled.plan.copy()
-            mask = kept.get(found.atom, torch.ones(found.atom.size, dtype=torch.bool)).clone()
-            if int(mask.sum()) > 1:
-                mask[mask.nonzero()[0]] = False
-            self.write(trial, {**kept, found.atom: mask})
+            choice = kept.get(found.atom, whole(found.atom))
+            left = torch.arange(entries(choice))
+            if len(left) > 1:
+                live = mask_of(context, kept) if context is not None else None
+                # Other entries go in the first context than in the rest.
+                keep = left[1:] if live is None else torch.stack([left[1:]] + [left[left != 1]] * (int(live.sum()) - 1))
+                choice = narrowed(choice, keep, context, live)
+            self.write(trial, {**kept, found.atom: choice})
             try:
                 replay(program.inference, trial)
             except PinnedAxisError:
                 return False
         return True
 
-    def write(self, plan: Plan, kept: Mapping[Atom, Tensor]) -> None:
+    def write(self, plan: Plan, kept: Kept) -> None:
         """Write into `plan` what the first graph's parameters keep under a selection of its atoms."""
         for name, exprs in self.programs[-1].inference.parameters.items():
             masks = [mask_of(expr, kept) for expr in exprs]
@@ -162,15 +169,15 @@ class Region:
         by_members = {refusal.members: refusal for discovery in self.discoveries for refusal in discovery.refusals}
         return list(by_members.values())
 
-    def kept(self, program: Program) -> dict[Atom, Tensor]:
+    def kept(self, program: Program) -> dict[Atom, Choice]:
         """The plan, in atoms of one program's graph."""
         return replay(program.inference, self.compiled.plan)
 
-    def _view(self, found: Found, kept: Mapping[Atom, Tensor]) -> Coupling:
+    def _view(self, found: Found, kept: Kept) -> Coupling:
         program = self.programs[-1]
         inference = program.inference
-        mask = kept.get(found.atom, torch.ones(found.atom.size, dtype=torch.bool))
-        now = torch.cat([mask.cumsum(0) - 1, torch.tensor([-1])])  # its last entry answers the index -1
+        context = found.context if found.context is not None and self._followed(found, kept, found.context) else None
+        now = _Numbering(found.atom, context, kept)
         matrices = [name for name, _ in found.axes if len(inference.parameters[name]) > 1]
         members = []
         for name, dim in found.axes:
@@ -182,7 +189,8 @@ class Region:
             left = mask_of(expr, kept)
             for part, index in _by_part(expr, found.atom):
                 label = of if part is None else f"{of} part {part}"
-                members.append(Member(join(self.name, name), dim, now[index[left]], matrix, label, part))
+                numbers, contexts = now.read(expr, index, left)
+                members.append(Member(join(self.name, name), dim, numbers, matrix, label, part, contexts))
 
         def why(a: str, b: str) -> Path:
             inside = [name.removeprefix(f"{self.name}.") for name in (a, b)]
@@ -191,18 +199,52 @@ class Region:
         return Coupling(
             join(self.name, found.name),
             found.kind,
-            int(mask.sum()),
+            now.size,
             found.atom.size,
             tuple(members),
             found.linear,
             self.name,
             why,
+            None if context is None else self._name_of(context),
+            now.contexts,
+            None if found.attention is None else f"{self.name}:{found.attention}",
         )
+
+    def _name_of(self, atom: Atom) -> str:
+        """What the axis of an atom is called: the coupling on it, if it is one."""
+        names = [join(self.name, found.name) for found in self.discoveries[-1].couplings if found.atom is atom]
+        return names[0] if names else f"an axis of {atom.size} that stays whole"
 
     @staticmethod
     def _is_parameter(program: Program, name: str) -> bool:
         captured = program.captured
         return any(captured.tensors[placeholder] == name for placeholder in captured.parameters)
+
+
+class _Numbering:
+    """The entries of a coupling numbered as they are now, and so the contexts that it may differ by."""
+
+    def __init__(self, atom: Atom, context: Atom | None, kept: Kept) -> None:
+        choice = kept.get(atom, whole(atom))
+        self.size = entries(choice)
+        # An atom that differs by context has other numbers in each, also if it may not go on doing so.
+        self.context = choice.context if isinstance(choice, Varied) else context
+        masks = choice.mask if isinstance(choice, Varied) else choice[None]
+        self._numbers = masks.cumsum(1) - 1  # [contexts or 1, atom.size]
+        live = mask_of(self.context, kept) if self.context is not None else torch.ones(1, dtype=torch.bool)
+        self.contexts = int(live.sum()) if context is not None else 1
+        self._contexts = live.cumsum(0) - 1
+        self._offered = context is not None
+
+    def read(self, expr: Expr, index: Tensor, left: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The entry and the context of each position of `expr` that is left; -1 where `index` has none."""
+        owned = index >= 0
+        if self.context is None:
+            return torch.where(owned, self._numbers[0][index], -1)[left], None
+        context = index_of(expr, self.context)
+        row = context if len(self._numbers) > 1 else torch.zeros_like(context)
+        numbers = torch.where(owned, self._numbers[row, index], -1)[left]
+        return numbers, torch.where(owned, self._contexts[context], -1)[left] if self._offered else None
 
 
 def _by_part(expr: Expr, atom: Atom) -> Iterator[tuple[int | None, Tensor]]:

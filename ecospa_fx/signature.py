@@ -71,6 +71,15 @@ class Signature:
                         return f"a dim of {now} was {size}"
         return None
 
+    def dynamic_sizes(self, inputs: Sequence[Tensor]) -> dict[sympy.Symbol, int]:
+        """The sizes that a call with these tensors gives to the dynamic dims."""
+        return {
+            size: now
+            for given, (_, _, shape) in zip(inputs, self.tensors, strict=True)
+            for size, now in zip(shape, given.shape, strict=True)
+            if isinstance(size, sympy.Symbol)
+        }
+
 
 def _same_constant(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and bool(a == b))

@@ -10,6 +10,7 @@ from torch import nn
 from .compiled import CompiledModel
 from .passes.axes import Atom, Expr, Product, atoms_of
 from .passes.names import join
+from .passes.selection import entries
 
 
 class SizeModel:
@@ -32,7 +33,7 @@ class SizeModel:
             if not region.programs:
                 continue
             program = region.programs[-1]
-            self._now[region.name] = {atom: int(mask.sum()) for atom, mask in region.kept(program).items()}
+            self._now[region.name] = {atom: entries(choice) for atom, choice in region.kept(program).items()}
             for found in region.discoveries[-1].couplings:
                 self._atoms[join(region.name, found.name)] = region.name, found.atom
             for name, exprs in program.inference.parameters.items():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
 from .api import couplings, state_of
+from .constraints import Constraints, Unit
 from .coupling import Coupling
 from .errors import TargetError
 from .estimator import index_scores
@@ -18,33 +19,53 @@ class CoupledSparsifier:
     """The rule of the paper (arXiv 2511.11641): the least important couplings lose their weakest aligned slices.
 
     At a step the `top_k` share of couplings with the least importance is taken. In each, entries are kept from the
-    strongest down until they hold `theta` of the total score; the rest goes. Nothing goes past the target.
+    strongest down until they hold `theta` of the total score; the rest goes. Nothing goes past the target. Where heads
+    may keep other dims each keeps its own strongest, as many in each head, and `theta` is of the score of all.
 
     Args:
         model: a compiled model that has been called.
         target: share of the model's original parameters that remains.
         top_k: share of the couplings that shrink at a step.
         theta: share of a coupling's score that is kept.
-        min_keep: entries that every coupling keeps.
+        constraints: which sizes are allowed, and what must stay whole.
+
+    Attributes:
+        whole: names of the couplings that may not shrink -> why.
 
     Raises:
         TargetError: a setting is out of range, or the target is below what can be reached.
     """
 
     def __init__(
-        self, model: nn.Module, *, target: float = 0.5, top_k: float = 0.3, theta: float = 0.9, min_keep: int = 1
+        self,
+        model: nn.Module,
+        *,
+        target: float = 0.5,
+        top_k: float = 0.3,
+        theta: float = 0.9,
+        constraints: Constraints | None = None,
     ) -> None:
-        check_settings(target=target, top_k=top_k, theta=theta, min_keep=min_keep)
-        self.model, self.top_k, self.theta, self.min_keep = model, top_k, theta, min_keep
+        check_settings(target=target, top_k=top_k, theta=theta)
+        self.model, self.top_k, self.theta = model, top_k, theta
+        self.constraints = constraints or Constraints()
         sizes = SizeModel(model, state_of(model))
+        units = self._units()
         self.target_size = math.ceil(target * sizes.original)
-        floor = sizes.total({name: min(size, min_keep) for name, size in sizes.sizes.items()})
+        floor = sizes.total(_named(units, {unit: unit.sizes[0] for unit in units}))
         if self.target_size < floor:
+            least = math.ceil(1000 * floor / sizes.original) / 1000
+            limits = [f"min_keep={self.constraints.min_keep}"]
+            limits += [f"round_to={self.constraints.round_to}"] if self.constraints.round_to > 1 else []
+            limits += [f"{len(self.whole)} couplings that stay whole"] if self.whole else []
             raise TargetError(
                 f"target={target:g} of {sizes.original:,} parameters is {self.target_size:,}, but the couplings reach "
-                f"down to {floor:,} only; the smallest reachable target is "
-                f"{math.ceil(1000 * floor / sizes.original) / 1000:g} with min_keep={min_keep}"
+                f"down to {floor:,} only; the smallest reachable target is {least:g} with "
+                f"{', '.join(limits)}"
             )
+
+    def _units(self) -> list[Unit]:
+        units, self.whole = self.constraints.units(self.model, couplings(self.model))
+        return units
 
     def decide(self, importance: Mapping[Coupling, float], at_most: int | None = None) -> dict[Coupling, Tensor]:
         """What to keep of which couplings.
@@ -56,13 +77,14 @@ class CoupledSparsifier:
                 would remove nothing at all, as it does in small couplings whose entries are about equal.
 
         Returns:
-            Coupling -> sorted LongTensor of the entries to keep, for those that shrink; what `ecospa_fx.shrink` takes.
+            Coupling -> sorted LongTensor of the entries to keep, `[kept]` or `[contexts, kept]`, for those that shrink;
+            what `ecospa_fx.shrink` takes.
         """
         sizes = SizeModel(self.model, state_of(self.model))
-        order = sorted(couplings(self.model), key=lambda coupling: (importance[coupling], coupling.name))
-        scores = {coupling: index_scores(self.model, coupling) for coupling in order}
-        # Score held by the strongest entry, by the two strongest, and so on.
-        held = {coupling: score.sort(descending=True).values.cumsum(0) for coupling, score in scores.items()}
+        order = sorted(self._units(), key=lambda unit: (_mean(importance[c] for c in unit.couplings), unit.name))
+        scores = {c: self._scores(c) for unit in order for c in unit.couplings}
+        # Score held by the strongest entry, by the two strongest, and so on, in every context.
+        held = {c: score.sort(dim=-1, descending=True).values.sum(0).cumsum(0) for c, score in scores.items()}
         count = max(1, math.ceil(self.top_k * len(order)))
         keeps = self._by_theta(order[:count], held, self.theta)
         while count < len(order) and not self._enough(keeps, sizes, at_most):
@@ -71,15 +93,15 @@ class CoupledSparsifier:
         if not self._enough(keeps, sizes, at_most):
             keeps = self._by_theta(order, held, self._looser(order, held, sizes, at_most))
         keeps = self._stop_at_target(order, keeps, sizes)
-        left = sizes.total(_named(keeps))
+        left = sizes.total(_named(keeps, keeps))
         stuck = left == sizes.total({}) if at_most is None else at_most <= self.target_size
         if left > self.target_size and stuck:
             # What is left to remove is less than what these couplings remove at a time: smaller ones may still fit.
-            floors = {coupling: min(self.min_keep, coupling.size) for coupling in order}
-            keeps = self._stop_at_target(order, floors, sizes, keeps)
+            keeps = self._stop_at_target(order, {unit: unit.sizes[0] for unit in order}, sizes, keeps)
         return {
-            coupling: scores[coupling].argsort(descending=True, stable=True)[:keep].sort().values
-            for coupling, keep in keeps.items()
+            coupling: _strongest(scores[coupling], keep)
+            for unit, size in keeps.items()
+            for coupling, keep in unit.keeps(size).items()
             if keep < coupling.size
         }
 
@@ -87,22 +109,30 @@ class CoupledSparsifier:
         """Whether no coupling can lose another entry without passing the target."""
         sizes = SizeModel(self.model, state_of(self.model))
         smallest = (
-            sizes.total({coupling.name: coupling.size - 1})
-            for coupling in couplings(self.model)
-            if coupling.size > self.min_keep
+            sizes.total(_named([unit], {unit: unit.sizes[-2]})) for unit in self._units() if len(unit.sizes) > 1
         )
         return sizes.total({}) <= self.target_size or all(total < self.target_size for total in smallest)
 
-    def _enough(self, keeps: Mapping[Coupling, int], sizes: SizeModel, at_most: int | None) -> bool:
+    def _scores(self, coupling: Coupling) -> Tensor:
+        """Scores `[contexts, size]` of the entries, one row where all contexts keep the same."""
+        by_context = coupling.context is not None and self.constraints.head_dims == "per_head"
+        scores = index_scores(self.model, coupling, by_context=by_context)
+        return scores if by_context else scores[None]
+
+    def _enough(self, keeps: Mapping[Unit, int], sizes: SizeModel, at_most: int | None) -> bool:
         """Whether a step that keeps so much keeps up with the schedule, or at least removes something."""
-        now, after = sizes.total({}), sizes.total(_named(keeps))
+        now, after = sizes.total({}), sizes.total(_named(keeps, keeps))
         return after <= at_most if at_most is not None else after < now
 
-    def _by_theta(self, order: list[Coupling], held: Mapping[Coupling, Tensor], theta: float) -> dict[Coupling, int]:
-        return {c: max(_entries_holding(theta, held[c]), min(self.min_keep, c.size)) for c in order}
+    def _by_theta(self, order: list[Unit], held: Mapping[Coupling, Tensor], theta: float) -> dict[Unit, int]:
+        """The least allowed size of each unit at which every coupling of it holds `theta` of its score."""
+        return {
+            unit: unit.rounded(max(unit.size_for(c, _entries_holding(theta, held[c])) for c in unit.couplings))
+            for unit in order
+        }
 
     def _looser(
-        self, order: list[Coupling], held: Mapping[Coupling, Tensor], sizes: SizeModel, at_most: int | None
+        self, order: list[Unit], held: Mapping[Coupling, Tensor], sizes: SizeModel, at_most: int | None
     ) -> float:
         """The largest theta at which all couplings together remove enough."""
         low, high = 0.0, self.theta
@@ -116,28 +146,36 @@ class CoupledSparsifier:
 
     def _stop_at_target(
         self,
-        order: list[Coupling],
-        keeps: Mapping[Coupling, int],
+        order: list[Unit],
+        keeps: Mapping[Unit, int],
         sizes: SizeModel,
-        already: Mapping[Coupling, int] | None = None,
-    ) -> dict[Coupling, int]:
+        already: Mapping[Unit, int] | None = None,
+    ) -> dict[Unit, int]:
         """Apply `keeps` from the least important coupling on, as far as the target allows.
 
         Where one would pass the target it gives as many entries as still fit, and the next ones try for the rest.
         """
         taken = dict(already or {})
-        for coupling in order:
-            if coupling not in keeps:
+        for unit in order:
+            if unit not in keeps:
                 continue
-            low, high = keeps[coupling], taken.get(coupling, coupling.size)  # the fewest wished for; surely allowed
+            # Positions among the allowed sizes: the fewest wished for, and what is surely allowed.
+            low, high = unit.sizes.index(keeps[unit]), unit.sizes.index(taken.get(unit, unit.sizes[-1]))
             while low < high:
                 middle = (low + high) // 2
-                if sizes.total({**_named(taken), coupling.name: middle}) >= self.target_size:
+                trial = {**taken, unit: unit.sizes[middle]}
+                if sizes.total(_named(trial, trial)) >= self.target_size:
                     high = middle
                 else:
                     low = middle + 1
-            taken[coupling] = high
+            taken[unit] = unit.sizes[high]
         return taken
+
+
+def _strongest(scores: Tensor, keep: int) -> Tensor:
+    """Positions of the strongest entries of each row, sorted; without the row dim where there is just one."""
+    positions = scores.argsort(dim=-1, descending=True, stable=True)[:, :keep].sort(dim=-1).values
+    return positions[0] if len(positions) == 1 else positions
 
 
 def _entries_holding(theta: float, held: Tensor) -> int:
@@ -147,11 +185,17 @@ def _entries_holding(theta: float, held: Tensor) -> int:
     return int((held < theta * held[-1] * (1 - 1e-12)).sum()) + 1
 
 
-def _named(keeps: Mapping[Coupling, int]) -> dict[str, int]:
-    return {coupling.name: keep for coupling, keep in keeps.items()}
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
 
 
-def check_settings(*, target: float, top_k: float, theta: float, min_keep: int) -> None:
+def _named(units: Iterable[Unit], sizes: Mapping[Unit, int]) -> dict[str, int]:
+    """Entries by coupling name, as `SizeModel.total` takes them."""
+    return {c.name: keep for unit in units for c, keep in unit.keeps(sizes[unit]).items()}
+
+
+def check_settings(*, target: float, top_k: float, theta: float) -> None:
     """Refuse settings out of range.
 
     Raises:
@@ -160,5 +204,3 @@ def check_settings(*, target: float, top_k: float, theta: float, min_keep: int) 
     for name, value in (("target", target), ("top_k", top_k), ("theta", theta)):
         if not isinstance(value, (int, float)) or not 0 < value <= 1:
             raise TargetError(f"{name}={value!r} is out of range; it is a share, above 0 and at most 1")
-    if not isinstance(min_keep, int) or min_keep < 1:
-        raise TargetError(f"min_keep={min_keep!r} is out of range; every coupling keeps at least 1 entry")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from .api import check_optimizer, shrink
 from .compiled import MODEL
+from .constraints import Constraints, Frozen, HeadDims
 from .coupling import Coupling
 from .errors import EcoSpaError, OptimizerError, TargetError
 from .estimator import CoupledEstimator, Score
@@ -41,6 +42,10 @@ class EcoSpaTrainer:
             take part, then theta gives way. Without it the rule runs until the target is reached.
         score: see `CoupledEstimator`.
         min_keep: entries that every coupling keeps.
+        round_to: widths come out as multiples of it; see `Constraints`.
+        head_dims: `"per_head"`, `"per_layer"` or `"off"`; see `Constraints`.
+        equal_head_dims: queries and keys keep as many dims as values; see `Constraints`.
+        frozen: name patterns, modules and couplings that stay whole.
         gradients: where they are read: at `"step"`, the call of `step()`; right before each step of the `"optimizer"`;
             or in `"backward"`, for optimizers that step there and free them at once. See `CoupledEstimator`.
         before_shrink: called with the model, what will be kept and the optimizer right before each shrink.
@@ -68,12 +73,17 @@ class EcoSpaTrainer:
         end: int | None = None,
         score: Score = "fisher",
         min_keep: int = 1,
+        round_to: int = 1,
+        head_dims: HeadDims = "per_head",
+        equal_head_dims: bool = False,
+        frozen: Sequence[Frozen] = (),
         gradients: Gradients = "step",
         before_shrink: BeforeShrink | None = None,
     ) -> None:
         if MODEL not in model.__dict__:
             raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
-        check_settings(target=target, top_k=top_k, theta=theta, min_keep=min_keep)
+        check_settings(target=target, top_k=top_k, theta=theta)
+        constraints = Constraints(min_keep, round_to, head_dims, equal_head_dims, tuple(frozen))
         for name, value, least in (("interval", interval, 1), ("start", start, 0)):
             if not isinstance(value, int) or value < least:
                 raise TargetError(f"{name}={value!r} is out of range; it is a whole number of steps, at least {least}")
@@ -93,10 +103,12 @@ class EcoSpaTrainer:
             self._estimator.attach(optimizer)
         elif gradients == "backward":
             self._estimator.attach_backward()
-        self._settings = {"target": target, "top_k": top_k, "theta": theta, "min_keep": min_keep}
+        self._settings: dict[str, Any] = {
+            "target": target, "top_k": top_k, "theta": theta, "constraints": constraints,
+        }  # fmt: skip
         self._sparsifier: CoupledSparsifier | None = None
         if model.__dict__[MODEL].captured:
-            self._sparsifier = CoupledSparsifier(model, **self._settings)  # type: ignore[arg-type]
+            self._sparsifier = CoupledSparsifier(model, **self._settings)
 
     def step(self) -> None:
         """Call it after every `optimizer.step()`, while the gradients are still there (or not, see `gradients`).
@@ -108,7 +120,7 @@ class EcoSpaTrainer:
         if self.done:
             return
         if self._sparsifier is None:
-            self._sparsifier = CoupledSparsifier(self.model, **self._settings)  # type: ignore[arg-type]
+            self._sparsifier = CoupledSparsifier(self.model, **self._settings)
         if not self._estimator.attached:
             self._estimator.accumulate()
         last = self.end is not None and self.steps >= self.end
@@ -118,7 +130,7 @@ class EcoSpaTrainer:
     def sparsify(self) -> None:
         """Take a sparsification step now."""
         if self._sparsifier is None:
-            self._sparsifier = CoupledSparsifier(self.model, **self._settings)  # type: ignore[arg-type]
+            self._sparsifier = CoupledSparsifier(self.model, **self._settings)
         if self._estimator.score == "fisher" and not self._estimator.sums:
             raise OptimizerError(
                 "no parameter of a coupling has a gradient: call trainer.step() after backward() and before zero_grad()"
@@ -190,7 +202,13 @@ class EcoSpaTrainer:
             "steps": self.steps,
             "done": self.done,
             "history": self.history,
-            "settings": {**self._settings, "interval": self.interval, "start": self.start, "end": self.end},
+            "settings": {
+                **{name: value for name, value in self._settings.items() if name != "constraints"},
+                **self._settings["constraints"].described(),
+                "interval": self.interval,
+                "start": self.start,
+                "end": self.end,
+            },
             "score": self._estimator.score,
             "score_steps": self._estimator.steps,
             "sums": {f"{name}[{dim}]": sums for (name, dim), sums in self._estimator.sums.items()},

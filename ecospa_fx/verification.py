@@ -15,6 +15,7 @@ from .errors import VerificationError
 from .passes.axes import Atom
 from .passes.names import join, named_tensors
 from .passes.regions import record, traceless
+from .passes.selection import Choice, settled, whole
 from .passes.verify import Comparison, compare
 from .region import Region, unshrunk
 
@@ -74,7 +75,7 @@ def verify(
     """Check numerically that shrinking equals masking, for each coupling alone and for all of a region together.
 
     Works on a copy of every tensor, at original sizes and in eval mode; the model is left as it is. About half of each
-    coupling is removed, at random.
+    coupling is removed, at random, and another half in each context (head) where it may differ.
 
     Args:
         model: a compiled model.
@@ -115,11 +116,11 @@ def _compare_all(
         module = model.get_submodule(name)
         program, inputs = region.program_for(module, *calls[name])
         tensors = _originals(region, module, generator)
-        everything: dict[Atom, Tensor] = {}
+        everything: dict[Atom, Choice] = {}
         inference = program.inference
         found = {f.key: f for f in region.discovery_of(program).couplings}
         for coupling in (found[f.key] for f in region.discoveries[-1].couplings if f.key in found):
-            kept = {coupling.atom: _half(coupling.atom.size, generator)}
+            kept = {coupling.atom: _half(coupling.atom, coupling.context, generator)}
             everything |= kept
             label = join(name, coupling.name)
             results[label] = compare(inference, kept, module, tensors, inputs, label)
@@ -128,10 +129,11 @@ def _compare_all(
     return results
 
 
-def _half(size: int, generator: torch.Generator) -> Tensor:
-    mask = torch.zeros(size, dtype=torch.bool)
-    mask[torch.randperm(size, generator=generator)[: max(1, size // 2)]] = True
-    return mask
+def _half(atom: Atom, context: Atom | None, generator: torch.Generator) -> Choice:
+    """A random half of the entries of `atom`; another one in each entry of its context, where it has one."""
+    rows = torch.stack([torch.randperm(atom.size, generator=generator) for _ in range(context.size if context else 1)])
+    masks = rows < max(1, atom.size // 2)
+    return masks[0] if context is None else settled(context, masks, whole(context))
 
 
 def _originals(region: Region, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:

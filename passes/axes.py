@@ -22,7 +22,7 @@ dim to be dynamic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypeAlias
@@ -107,6 +107,17 @@ def size_of(expr: Expr) -> Size:
             return size if type(size) is int else as_size(size)
         case Segments():
             return as_size(sum(size_of(part) for part in expr.parts))
+
+
+def sized(expr: Expr, symbols: Mapping[Any, int]) -> Expr:
+    """`expr` with a number in place of every dynamic size; atoms of a known size stay the same atoms."""
+    match expr:
+        case Atom():
+            return expr if type(expr.size) is int else Atom(expr.serial, int(expr.size.subs(symbols)))
+        case Product():
+            return Product(tuple(sized(factor, symbols) for factor in expr.factors))
+        case Segments():
+            return Segments(tuple(sized(part, symbols) for part in expr.parts))
 
 
 def atoms_of(expr: Expr) -> Iterator[Atom]:

@@ -14,6 +14,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 
+from torch import fx
+
 from ecospa_fx.coupling import Kind, Refusal
 
 from .axes import Atom, atoms_of, size_of
@@ -37,6 +39,9 @@ class Found:
         kind: see `ecospa_fx.Coupling`.
         linear: nothing between the weights is nonlinear or scales entries apart.
         producers: parameters in whose contraction the atom is free.
+        context: the atom in each of whose entries other entries may be kept, if there is one.
+        context_key: where that lies on the same parameter axes.
+        attention: name of the op that makes the scores of the attention that a `qk` or `vo` coupling is part of.
     """
 
     key: tuple[object, ...]
@@ -46,6 +51,9 @@ class Found:
     kind: Kind
     linear: bool
     producers: tuple[str, ...]
+    context: Atom | None = None
+    context_key: tuple[object, ...] = ()
+    attention: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +81,7 @@ def discover(inference: Inference) -> Discovery:
         for atom in dict.fromkeys(atoms_of(fact.expr)):
             facts[atom].append(fact)
     region = inference.captured.region
+    scores = {fact.node for fact in inference.facts if fact.role == "contracted" and _meets_another(fact)}
     found, refusals = [], []
     taken: set[str] = set()
     for atom, key in axes.items():
@@ -91,8 +100,14 @@ def discover(inference: Inference) -> Discovery:
         kind = _kind(atom, roles, inference, matrices)
         name = _name(kind, sorted(matrices), taken)
         linear = not (roles["nonlinear"] or roles["gate"]) and kind not in ("heads", "groups")
-        where = tuple((name, dim, placed(inference.parameters[name][dim], atom)) for name, dim in key)
-        found.append(Found((atom.size, *where), tuple(key), name, atom, kind, linear, producers))
+        context = inference.contexts.get(atom)
+        found.append(
+            Found(
+                (atom.size, *_where(atom, key, inference)), tuple(key), name, atom, kind, linear, producers, context,
+                _where(context, key, inference) if context is not None else (),
+                _attention(roles, inference, scores) if kind in ("qk", "vo") else None,
+            )
+        )  # fmt: skip
     return Discovery(tuple(found), tuple(refusals))
 
 
@@ -122,12 +137,8 @@ def _contractions(roles: dict[Role, list[Fact]], matrices: set[str]) -> int:
 
 
 def _kind(atom: Atom, roles: dict[Role, list[Fact]], inference: Inference, matrices: set[str]) -> Kind:
-    activations = {
-        role: [fact for fact in roles[role] if all(o.weighted and o.parameter is None for o in fact.operands)]
-        for role in ("contracted", "batch", "free")
-    }
-    meeting = [fact for fact in activations["contracted"] if len(fact.operands) > 1]
-    if meeting:
+    activations = {role: [fact for fact in roles[role] if _of_activations(fact)] for role in ("batch", "free")}
+    if any(_meets_another(fact) for fact in roles["contracted"]):
         return "qk"
     if any(len(fact.operands) > 1 for fact in activations["batch"]):
         return "groups" if roles["expanded"] else "heads"
@@ -145,6 +156,37 @@ def _kind(atom: Atom, roles: dict[Role, list[Fact]], inference: Inference, matri
         if roles["merge"]:
             return "residual"
     return "ffn"
+
+
+def _of_activations(fact: Fact) -> bool:
+    return all(o.weighted and o.parameter is None for o in fact.operands)
+
+
+def _meets_another(fact: Fact) -> bool:
+    """Whether the axis is that of two activations, as in a score."""
+    return len(fact.operands) > 1 and _of_activations(fact)
+
+
+def _attention(roles: dict[Role, list[Fact]], inference: Inference, scores: set[fx.Node]) -> str | None:
+    """The op that makes the scores: where `qk` is contracted, on the way to where `vo` goes through."""
+    waiting = [fact.node for fact in roles["contracted"] if _meets_another(fact)]
+    for fact in roles["free"]:
+        if _of_activations(fact) and _between_activations(fact, inference):
+            # From the attention weights back; the values come another way.
+            weights = [o.node for o in inference.operands[fact.node] if o.weighted and fact.expr not in o.exprs]
+            waiting += [fact.node] if fact.node in scores and len(inference.operands[fact.node]) > 2 else weights
+    seen: set[fx.Node] = set()
+    while waiting:
+        node = waiting.pop(0)
+        if node in scores:
+            return node.name
+        seen.add(node)
+        waiting += [arg for arg in node.all_input_nodes if arg in inference.values and arg not in seen]
+    return None
+
+
+def _where(atom: Atom, axes: Iterable[Axis], inference: Inference) -> tuple[tuple[object, ...], ...]:
+    return tuple((name, dim, placed(inference.parameters[name][dim], atom)) for name, dim in axes)
 
 
 def _between_activations(fact: Fact, inference: Inference) -> bool:

@@ -4,6 +4,7 @@
       -> weighted_nodes   which values depend on a parameter; only ops on those need a rule
       -> per node: the relation its rule gives -> Solver -> Axes.unify / split / cut
       -> facts            who contracts, produces or pins which axis, and where
+      -> contexts         which axes may be selected differently along others
 
 A value that depends on no parameter (an input, a mask, RoPE's cos and sin) is a *source*: each use gets axes of its own
 and is index-selected where it enters, so that one table shared by all layers does not tie them together. What leaves
@@ -13,6 +14,7 @@ the region is pinned. What no rule is known for is pinned and counted. Sizes nev
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from ecospa_fx.errors import RuleError
 
 from .axes import Mismatch, Size, as_size, size_of
 from .capture import Captured
+from .contexts import contexts
 from .inference import Fact, Inference, Source
 from .nodes import VIEWS, argument_nodes, arguments, op_name, place, tensor_meta, written_arguments
 from .rules import RULES, Rule
@@ -81,12 +84,13 @@ class _Walk:
         }
         known.parameters = {name: known.resolve(exprs) for name, exprs in known.parameters.items()}
         known.made = {node: known.resolve(exprs) for node, exprs in known.made.items()}
-        known.sources = [Source(s.user, s.occurrence, s.node, known.resolve(s.exprs)) for s in known.sources]
+        known.sources = [replace(s, exprs=known.resolve(s.exprs)) for s in known.sources]
         known.operands = {
             node: tuple(r.Operand(known.resolve(o.exprs), o.shape, o.node, o.weighted, o.parameter) for o in operands)
             for node, operands in known.operands.items()
         }
         known.facts = [Fact(f.role, known.axes.resolve(f.expr), f.node, f.reason, f.operands) for f in known.facts]
+        known.contexts = contexts(known)
         return known
 
     @property
@@ -115,6 +119,7 @@ class _Walk:
         self.known.values[node] = (exprs,)
 
     def _call(self, node: fx.Node) -> None:
+        before = len(self.known.sources)
         operands = self._operands(node)
         if node.target is operator.getitem:
             source, i = arguments(node)
@@ -132,6 +137,8 @@ class _Walk:
             self.solver.opaque(node, operands, shapes, f"no axis rule for {name}")
             return
         relation = self._apply(rule, node, operands)
+        if isinstance(relation, r.Pointwise):
+            self.known.sources[before:] = [replace(s, aligned=True) for s in self.known.sources[before:]]
         try:
             outputs = self.solver.solve(relation, node, operands, shapes, rule.why)
             if len(outputs) != len(shapes) or any(

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import fx
 
-from .axes import UNIT, Axes, Expr
+from .axes import UNIT, Atom, Axes, Expr
 from .capture import Captured
 from .rules import registry as r
 
@@ -28,12 +28,16 @@ class Fact:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One use of a value that depends on no parameter: argument number `occurrence` of `user`."""
+    """One use of a value that depends on no parameter: argument number `occurrence` of `user`.
+
+    `aligned`: counted from the right, its dims are those of the result, as in any pointwise op.
+    """
 
     user: fx.Node
     occurrence: int
     node: fx.Node
     exprs: Exprs
+    aligned: bool = False
 
 
 @dataclass(eq=False)
@@ -48,6 +52,7 @@ class Inference:
         made: axes that an op made itself by repeating an operand.
         facts: what ops do to axes.
         missing: ops met that have no rule, with the nodes where.
+        contexts: atom -> the atom in each of whose entries it may keep other entries, see `passes.contexts`.
     """
 
     captured: Captured
@@ -59,6 +64,7 @@ class Inference:
     made: dict[fx.Node, Exprs] = field(default_factory=dict)
     facts: list[Fact] = field(default_factory=list)
     missing: dict[str, list[fx.Node]] = field(default_factory=dict)
+    contexts: dict[Atom, Atom] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Inference:
         return self  # never changed once made

@@ -12,10 +12,10 @@ from .axes import Atom, atoms_of
 from .inference import Inference
 from .names import join
 from .nodes import reason_text
-from .selection import mask_of, project
+from .selection import Choice, entries, mask_of, project, settled
 
 
-def replay(inference: Inference, plan: Plan, difference: str = "") -> dict[Atom, Tensor]:
+def replay(inference: Inference, plan: Plan, difference: str = "") -> dict[Atom, Choice]:
     """What `plan` keeps of each atom of a graph.
 
     Args:
@@ -27,24 +27,24 @@ def replay(inference: Inference, plan: Plan, difference: str = "") -> dict[Atom,
         PinnedAxisError: the graph needs an axis whole that has shrunk, or ties axes together that shrank apart.
     """
     region = inference.captured.region
-    kept: dict[Atom, Tensor] = {}
+    masks: dict[Atom, Tensor] = {}
     for name in plan.under(region):
         if name not in inference.parameters:
             continue
         for dim, expr in enumerate(inference.parameters[name]):
             mask = plan.mask(join(region, name), dim)
             if not mask.all():
-                for atom, part in project(expr, mask).items():
-                    kept[atom] = kept[atom] | part if atom in kept else part
-    kept = {atom: mask for atom, mask in kept.items() if not mask.all()}
+                for atom, part in project(expr, mask, inference.contexts).items():
+                    masks[atom] = masks[atom] | part if atom in masks else part
     why = f" The call differs from earlier ones: {difference}." if difference else ""
+    kept = _choices(inference, masks)
     for fact in inference.facts:
         if fact.role == "pinned":
             for atom in atoms_of(fact.expr):
                 if atom in kept:
                     reason = reason_text(fact.reason, fact.node, region)
                     raise PinnedAxisError(
-                        f"this call needs an axis of {atom.size} whole that has shrunk to {int(kept[atom].sum())} "
+                        f"this call needs an axis of {atom.size} whole that has shrunk to {entries(kept[atom])} "
                         f"({_members(inference, atom)}): {reason}.{why} Call the model as before, or make this call "
                         "once before the first shrink, so that the axis is never offered"
                     )
@@ -65,6 +65,24 @@ def replay(inference: Inference, plan: Plan, difference: str = "") -> dict[Atom,
                 f"this call uses `{join(region, name)}`, which has shrunk, in a way that cannot follow.{why}"
             )
     return kept
+
+
+def _choices(inference: Inference, masks: dict[Atom, Tensor]) -> dict[Atom, Choice]:
+    """Masks read off the parameters as choices: what is whole left out, what is equal in every context made one."""
+    kept: dict[Atom, Choice] = {}
+    for atom, mask in masks.items():
+        if atom not in inference.contexts:
+            kept[atom] = mask
+            continue
+        live = mask.any(1)
+        counts = sorted(set(mask[live].sum(1).tolist()))
+        if len(counts) > 1:
+            raise PinnedAxisError(
+                f"the plan keeps {counts[0]} entries of an axis of {atom.size} in one context, {counts[-1]} in another "
+                f"({_members(inference, atom)}); tensors are dense, so every one must keep as many"
+            )
+        kept[atom] = settled(inference.contexts[atom], mask, live)
+    return {atom: choice for atom, choice in kept.items() if entries(choice) < atom.size}
 
 
 def _members(inference: Inference, atom: Atom) -> str:

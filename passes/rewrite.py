@@ -2,7 +2,7 @@
 
     rewrite(inference, kept, region)
       -> _copy        the captured graph, with inputs and constants as arguments
-      -> _select      sources are index-selected where they enter
+      -> sources      see there: they are index-selected where they are used
       -> follow       sizes held as arguments become counts, bounds become prefix sums (one `follow` per rule)
       -> _bind        parameters are read from the live region; its nn.Linears are called as modules
       -> Program      Python code that runs with the region as `self`
@@ -12,7 +12,6 @@ Always starts from the captured graph at original sizes, so shrinking twice is s
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +30,8 @@ from .inference import Inference
 from .nodes import op_name, place
 from .rules import RULES
 from .rules.registry import Operand
-from .selection import Kept, count, mask_of, touched
+from .selection import Kept, count, in_first_contexts, mask_of, touched
+from .sources import select_sources
 
 aten = torch.ops.aten
 
@@ -79,7 +79,7 @@ class Site:
         self.operands: tuple[Operand, ...] = inference.operands[original]
         self.outputs = inference.values[original]
         self.made = inference.made.get(original, ())
-        self._node, self._kept = node, kept
+        self._node, self._kept = node, in_first_contexts(kept)  # sizes and bounds are the same in every one
         arguments = target._schema.arguments
         self.args = {a.name: a.default_value for a in arguments} | dict(node.kwargs)
         self.args |= {a.name: value for a, value in zip(arguments, node.args, strict=False)}
@@ -143,7 +143,7 @@ def rewrite(inference: Inference, kept: Kept, region: nn.Module) -> Program:
     """
     captured = inference.captured
     graph, new, constants = _copy(captured)
-    _select(inference, kept, new, constants)
+    constants |= select_sources(graph, inference, kept, new)
     for original, node in new.items():
         rule = RULES.get(original.target)
         if rule is None or rule.follow is None or original not in inference.operands:
@@ -183,29 +183,6 @@ def _copy(captured: Captured) -> tuple[fx.Graph, dict[fx.Node, fx.Node], dict[fx
         if node not in new and node.op not in ("placeholder", "get_attr"):
             new[node] = graph.node_copy(node, new.__getitem__)
     return graph, new, constants
-
-
-def _select(inference: Inference, kept: Kept, new: dict[fx.Node, fx.Node], constants: dict[fx.Node, Any]) -> None:
-    """Index-select every use of a source whose axes have lost entries."""
-    indices: dict[tuple[Any, ...], fx.Node] = {}
-    for source in inference.sources:
-        node, user = new[source.node], new[source.user]
-        for dim, expr in enumerate(source.exprs):
-            if not touched(expr, kept):
-                continue
-            index = mask_of(expr, kept).nonzero().flatten()
-            device = source.node.meta["val"].device
-            key = (tuple(index.tolist()), device)
-            if key not in indices:
-                with node.graph.inserting_after(None):
-                    indices[key] = node.graph.placeholder(f"kept_{len(indices)}")
-                constants[indices[key]] = index.to(device)
-            with node.graph.inserting_before(user):
-                node = node.graph.call_function(aten.index_select.default, (node, dim, indices[key]))
-        if node is not new[source.node]:
-            places = itertools.count()
-            swap = lambda old, node=node, places=places: node if next(places) == source.occurrence else old  # noqa: E731, B023
-            user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), swap)
 
 
 def _bind(captured: Captured, region: nn.Module, graph: fx.Graph, new: dict[fx.Node, fx.Node]) -> None:

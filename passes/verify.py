@@ -16,10 +16,11 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import stateless
 
 from .agree import forked_rng, fresh_leaf, relative_error, run
+from .axes import sized
 from .inference import Inference
 from .nodes import argument_nodes, tensor_meta
 from .rewrite import rewrite
-from .selection import Kept, mask_of, touched
+from .selection import Kept, broadcast_mask, entries, mask_of, touched
 from .shrink import sliced
 
 # Relative error up to which shrunk and masked count as equal; sums in another order account for it.
@@ -30,10 +31,10 @@ class Masked(fx.Interpreter):
     """Runs a captured graph with every contraction over a selected axis masked.
 
     Attributes:
-        masks: node -> (which of its node arguments, dim, mask) to multiply in.
+        masks: node -> (which of its node arguments, mask that broadcasts over it) to multiply in.
     """
 
-    masks: dict[str, list[tuple[int, int, Tensor]]]
+    masks: dict[str, list[tuple[int, Tensor]]]
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node on masked arguments."""
@@ -45,19 +46,21 @@ class Masked(fx.Interpreter):
         def value(arg: fx.Node) -> Any:
             here = next(position)
             result = self.env[arg]
-            for occurrence, dim, mask in masks:
+            for occurrence, mask in masks:
                 if occurrence == here:
-                    shape = [-1 if d == dim else 1 for d in range(result.ndim)]
-                    result = result.masked_fill(~mask.to(result.device).view(shape), 0)
+                    result = result.masked_fill(~mask.to(result.device), 0)
             return result
 
         args, kwargs = fx.node.map_arg((n.args, n.kwargs), value)
         return getattr(self, n.op)(n.target, args, kwargs)
 
 
-def contraction_masks(inference: Inference, kept: Kept) -> dict[str, list[tuple[int, int, Tensor]]]:
-    """Where to multiply masks in so that removed entries count as zero in every contraction."""
-    masks: dict[str, list[tuple[int, int, Tensor]]] = defaultdict(list)
+def contraction_masks(
+    inference: Inference, kept: Kept, inputs: Sequence[Tensor]
+) -> dict[str, list[tuple[int, Tensor]]]:
+    """Where to multiply masks in so that removed entries count as zero in every contraction of a call with `inputs`."""
+    sizes = inference.captured.signature.dynamic_sizes(inputs)
+    masks: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
     for fact in inference.facts:
         if fact.role != "contracted" or not touched(fact.expr, kept):
             continue
@@ -68,7 +71,9 @@ def contraction_masks(inference: Inference, kept: Kept) -> dict[str, list[tuple[
             dims = [dim for dim, expr in enumerate(operand.exprs) if expr == fact.expr]
             if dims and operand.node in [o.node for o in fact.operands]:
                 # Other dims along the same axis lose these entries anyway.
-                masks[node.name].extend((occurrence, dim, mask_of(fact.expr, kept)) for dim in dims)
+                masks[node.name].extend(
+                    (occurrence, broadcast_mask([sized(e, sizes) for e in operand.exprs], dim, kept)) for dim in dims
+                )
                 break
     return masks
 
@@ -111,7 +116,7 @@ def compare(
     captured = inference.captured
 
     class Here(Masked):
-        masks = contraction_masks(inference, kept)
+        masks = contraction_masks(inference, kept, inputs)
 
     floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
     # A buffer stays one: torch refuses gradients of running statistics.
@@ -149,7 +154,7 @@ def compare(
         error = relative_error(expected, torch.zeros_like(expected) if b is None else b)
         if error > gradient_error and not _rounding(expected, b, scale):
             gradient_error, worst = error, name
-    removed = sum(int((~mask).sum()) for mask in kept.values())
+    removed = sum(atom.size - entries(choice) for atom, choice in kept.items())
     dtype = next((t.dtype for t in floating.values()), torch.float32)
     return Comparison(coupling, removed, output_error, gradient_error, worst, TOLERANCE.get(dtype, 1e-5))
 

@@ -134,7 +134,7 @@ def test_no_coupling(lazily):
         ("top_k", -0.1, "top_k=-0.1 is out of range; it is a share, above 0 and at most 1"),
         ("target", 0, "target=0 is out of range; it is a share, above 0 and at most 1"),
         ("target", 50, "target=50 is out of range; it is a share, above 0 and at most 1"),
-        ("min_keep", 0, "min_keep=0 is out of range; every coupling keeps at least 1 entry"),
+        ("min_keep", 0, "min_keep=0 is out of range; it is a whole number, at least 1"),
         ("interval", 0, "interval=0 is out of range; it is a whole number of steps, at least 1"),
         ("start", -1, "start=-1 is out of range; it is a whole number of steps, at least 0"),
         ("end", 0, "end=0 is not after start=0"),

@@ -27,12 +27,30 @@ def half(size: int, seed: int) -> Tensor:
     return order[: max(1, size // 2)].sort().values
 
 
+def halves(coupling: ecospa_fx.Coupling, seed: int) -> Tensor:
+    """A random half of a coupling; another one in each context where it may differ."""
+    if coupling.context is None:
+        return half(coupling.size, seed)
+    return torch.stack([half(coupling.size, seed + 100 * row) for row in range(coupling.contexts)])
+
+
 def selections(couplings: Sequence[ecospa_fx.Coupling], seed: int = 0) -> Iterator[tuple[str, Keeps]]:
-    """A random half of every coupling alone, then of all together."""
+    """A random half of every coupling alone, then of all together, the same in every context and not."""
     keeps = {coupling: half(coupling.size, seed + i) for i, coupling in enumerate(couplings)}
     for coupling, keep in keeps.items():
         yield coupling.name, {coupling: keep}
+        if coupling.context is not None:
+            yield f"{coupling.name} by context", {coupling: halves(coupling, seed)}
     yield "all together", keeps
+    if any(coupling.context is not None for coupling in couplings):
+        yield "all together by context", {coupling: halves(coupling, seed + i) for i, coupling in enumerate(couplings)}
+
+
+def _stays(member: ecospa_fx.Member, keep: Tensor) -> Tensor:
+    """Which rows of a member a selection keeps, as far as they belong to the coupling."""
+    if keep.ndim == 1:
+        return torch.isin(member.index, keep)
+    return torch.stack([torch.isin(i, keep[c]) for i, c in zip(member.index, member.context)])
 
 
 def kept_positions(plain: nn.Module, keeps: Keeps) -> Positions:
@@ -42,7 +60,7 @@ def kept_positions(plain: nn.Module, keeps: Keeps) -> Positions:
     for coupling, keep in keeps.items():
         for member in coupling.members:
             assert len(member.index) == shapes[member.parameter][member.dim]
-            gone = (member.index >= 0) & ~torch.isin(member.index, keep)
+            gone = (member.index >= 0) & ~_stays(member, keep)
             axis = member.parameter, member.dim
             masks[axis] = masks.get(axis, torch.ones(len(gone), dtype=torch.bool)) & ~gone
     # A tied parameter is named once in a coupling; here each of its names counts.
