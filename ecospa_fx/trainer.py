@@ -83,7 +83,7 @@ class EcoSpaTrainer:
         if MODEL not in model.__dict__:
             raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
         check_settings(target=target, top_k=top_k, theta=theta)
-        constraints = Constraints(min_keep, round_to, head_dims, equal_head_dims, tuple(frozen))
+        constraints = Constraints(min_keep, round_to, head_dims, equal_head_dims, frozen)
         for name, value, least in (("interval", interval, 1), ("start", start, 0)):
             if not isinstance(value, int) or value < least:
                 raise TargetError(f"{name}={value!r} is out of range; it is a whole number of steps, at least {least}")

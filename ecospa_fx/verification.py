@@ -145,7 +145,7 @@ def _originals(region: Region, module: nn.Module, generator: torch.Generator) ->
         if full in plan.original_shapes:
             whole = unshrunk(tensor, plan, full).detach()
             gone = ~unshrunk(torch.ones_like(tensor), plan, full).bool()
-            noise = torch.randn(whole.shape, generator=generator).to(whole) * tensor.detach().std()
+            noise = torch.randn(whole.shape, generator=generator).to(whole) * tensor.detach().abs().mean()
             tensor = torch.where(gone, noise.abs(), whole)
         tensors[name] = tensor.detach()
     return tensors

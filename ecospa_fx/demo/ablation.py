@@ -8,14 +8,14 @@ and optimizer are then those of EcoSpa to the last detail; only the pairing of r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from ecospa_fx import Coupling
+    from ecospa_fx import Coupling, Member
 
 
 def break_pairing(model: nn.Module, removal: Mapping[Coupling, Tensor], optimizer: torch.optim.Optimizer) -> None:
@@ -26,7 +26,7 @@ def break_pairing(model: nn.Module, removal: Mapping[Coupling, Tensor], optimize
 
     Args:
         model: The model about to shrink.
-        removal: Positions that stay, `[kept]`, sorted, for each coupling about to shrink.
+        removal: Positions that stay, `[kept]` or `[contexts, kept]`, sorted, for each coupling about to shrink.
         optimizer: Its optimizer; state tensors shaped like a parameter move with it.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -37,11 +37,24 @@ def break_pairing(model: nn.Module, removal: Mapping[Coupling, Tensor], optimize
         orders: dict[str, Tensor] = {}
         for member in matrices:
             weight = parameters[member.parameter]
-            orders[member.of] = own_order(weight, member.dim, member.index, keep, together=together)
+            order = torch.arange(len(member.index))
+            for index, kept in _by_context(member, keep):
+                # Each context permutes slices of its own; those of the others stay where they are.
+                order = order[own_order(weight, member.dim, index, kept, together=together)]
+            orders[member.of] = order
             reorder(weight, member.dim, orders[member.of], optimizer)
         for member in coupling.members:
             if not member.matrix and member.of in orders:
                 reorder(parameters[member.parameter], member.dim, orders[member.of], optimizer)
+
+
+def _by_context(member: Member, keep: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The coupling position of each slice, and the positions that stay, for all contexts or for one after another."""
+    if keep.ndim == 1 or member.context is None:
+        yield member.index, keep
+        return
+    for context, kept in enumerate(keep):
+        yield torch.where(member.context == context, member.index, -1), kept
 
 
 def own_order(weight: Tensor, dim: int, index: Tensor, keep: Tensor, *, together: bool = True) -> Tensor:
