@@ -81,7 +81,7 @@ def test_equal_head_dims_stay_equal_and_shrink():
 
 
 def test_equal_head_dims_leave_both_whole_where_one_is_frozen():
-    model, trainer = shrunk(0.6, equal_head_dims=True, frozen=["*.layers.0.self_attn.qk"])
+    model, _ = shrunk(0.6, equal_head_dims=True, frozen=["*.layers.0.self_attn.qk"])
     assert widths(model)["vo"][0] == widths(model)["qk"][0] == 16
     sparsifier = ecospa_fx.CoupledSparsifier(
         copy.deepcopy(compiled()),
@@ -168,8 +168,8 @@ def test_each_head_keeps_its_strongest_dims():
         ({"frozen": "mlp"}, "frozen='mlp' is one string; pass a list of them"),
         (
             {"target": 0.2, "round_to": 32, "frozen": ["*.layers.0.*"]},
-            "target=0.2 of 33,440 parameters is 6,688, but the couplings reach down to 23,200 only; the smallest reachable "
-            "target is 0.694 with min_keep=1, round_to=32, 5 couplings that stay whole",
+            "target=0.2 of 33,440 parameters is 6,688, but the couplings reach down to 23,200 only; the smallest "
+            "reachable target is 0.694 with min_keep=1, round_to=32, 5 couplings that stay whole",
         ),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",

@@ -177,7 +177,7 @@ def test_shrinking_heads_apart_then_together_then_whole_heads():
     assert ecospa_fx.plan(model).kept["v.weight", 0].tolist() == [1, 11]
     assert ecospa_fx.plan(model).kept["q.weight", 0].tolist() == [0, 1, 10, 11]
     assert (named(model, "vo").size, named(model, "vo").contexts) == (1, 2)
-    positions = {key: kept for key, kept in ecospa_fx.plan(model).kept.items()}
+    positions = ecospa_fx.plan(model).kept
     assert_equals_twin(model, zeroed(plain, positions), positions, args, {}, "four shrinks")
     again = copy.deepcopy(model)
     assert torch.equal(again.eval()(*args), model(*args))
@@ -211,8 +211,8 @@ def test_a_plan_with_differing_heads_survives_json_and_a_new_signature():
         ),
         (
             torch.tensor([[0, 1], [1, 0], [0, 1]]),
-            "cannot shrink `vo`: keep is not increasing; keep is a sorted LongTensor of positions that stay, or one row "
-            "of them for each of its 3 contexts, sort it and drop repeats",
+            "cannot shrink `vo`: keep is not increasing; keep is a sorted LongTensor of positions that stay, or one "
+            "row of them for each of its 3 contexts, sort it and drop repeats",
         ),
         (
             torch.tensor([[0, 1], [1, 4], [0, 1]]),
@@ -240,7 +240,7 @@ def test_rows_for_a_coupling_that_cannot_differ():
 
 
 def test_a_plan_that_keeps_unequal_heads_is_refused():
-    _, model, args = attention()
+    _, model, _ = attention()
     plan = model.__dict__["_ecospa_model"].plan
     for name, dim in (("v.weight", 0), ("v.bias", 0), ("o.weight", 1)):
         plan.original_shapes[name] = tuple(model.get_parameter(name).shape)
