@@ -223,7 +223,7 @@ def test_no_more_is_inferred_than_the_facts_say(truth: Truth, order: random.Rand
     kept: dict[Atom, torch.Tensor] = {}
     for expr, mask in zip(resolved, wanted, strict=True):
         if not on_diagonal(expr):  # whose selections do not say which factor they are of
-            for atom, part in project(expr, mask).items():
+            for atom, part in project(expr, mask, {}).items():
                 kept[atom] = kept.get(atom, part) | part
     for expr, mask in zip(resolved, wanted, strict=True):
         if kept.keys() >= set(atoms_of(expr)):
