@@ -517,7 +517,7 @@ def test_project_is_the_inverse_of_mask_of(tree: Expr, order: random.Random) -> 
     expr = Axes().resolve(tree)
     assume(not on_diagonal(expr))
     kept = masks(set(atoms_of(expr)), order)
-    found = project(expr, mask_of(expr, kept))
+    found = project(expr, mask_of(expr, kept), {})
     assert found.keys() == kept.keys()
     assert all(torch.equal(found[atom], kept[atom]) for atom in kept)
 
@@ -529,7 +529,7 @@ def test_project_covers_any_mask_as_tightly_as_it_can(tree: Expr, data: st.DataO
     assume(not on_diagonal(expr))
     size = size_of(expr)
     mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)), dtype=torch.bool)
-    kept = project(expr, mask)
+    kept = project(expr, mask, {})
     assert not (mask & ~mask_of(expr, kept)).any()
     needed = {(atom, i) for entry, wanted in zip(entries(expr), mask) if wanted for atom, i in entry}
     assert {(atom, int(i)) for atom in kept for i in kept[atom].nonzero().flatten()} == needed
