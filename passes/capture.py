@@ -3,6 +3,7 @@
     capture(module, args, kwargs)
       -> _Flat            the region behind a signature of tensors only
       -> torch.export     batch, sequence and any other dim that may be dynamic is
+      -> fast_attention   causal masks and repeated keys become arguments
       -> _clean           asserts and no-ops out, placeholders sorted by what they hold
       -> canonicalise     see there
       -> disagreement     the graph against eager, outputs and gradients, before it is trusted
@@ -37,6 +38,7 @@ from ecospa_fx.signature import TENSOR, Signature, training_flags
 from .agree import Forward, disagreement
 from .axes import as_size
 from .canonicalise import canonicalise
+from .fast_attention import fast_attention
 from .names import named_tensors
 
 aten = torch.ops.aten
@@ -244,6 +246,7 @@ def _collect(
     for node in list(graph.nodes):
         if node.op == "get_attr":
             constants[node.name] = getattr(program.graph_module, node.target)
+    fast_attention(graph)
     _clean(graph)
     canonicalise(graph)
     signature = Signature(
