@@ -22,6 +22,7 @@ def compile(
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     regions: str | Sequence[str] = "auto",
+    experiments: bool = False,
 ) -> Module:
     """Make a model shrinkable. It stays the same object, of the same class, with the same parameters.
 
@@ -35,6 +36,8 @@ def compile(
         example_kwargs: keyword arguments of that call.
         regions: what to capture as graphs: `"auto"` (repeated blocks where couplings close inside them, else the
             whole), `"blocks"`, `"root"`, or names of submodules.
+        experiments: let an op that no axis rule is known for have one by experiment, where shrinking by it has been
+            verified on this call. Evidence and not proof, so off unless asked for; `explain` names these ops.
 
     Returns:
         `model`.
@@ -45,7 +48,7 @@ def compile(
     """
     if MODEL in model.__dict__:
         return model
-    compiled = CompiledModel(regions)
+    compiled = CompiledModel(regions, experiments)
     if example_inputs is None and example_kwargs is None:
         compiled.attach(model)
     else:

@@ -110,7 +110,7 @@ def load(directory: str | os.PathLike[str], factory: Callable[[], nn.Module] | N
     held = named_tensors(model)
     for name in model.state_dict():
         held[name].data = tensors[aliases.get(name, name)].to(held[name].device)
-    compiled = CompiledModel(manifest["how"])
+    compiled = CompiledModel(manifest["how"], manifest.get("experiments", False))
     compiled.plan = plan
     for name in manifest["regions"]:
         compiled.regions[name] = Region(name, compiled, shared_outside(model, name))
@@ -155,6 +155,7 @@ def _write(
         "model": type(model).__name__,
         "training": model.training,
         "how": compiled.how,
+        "experiments": compiled.experiments,
         "regions": list(compiled.regions),
         "aliases": aliases,
         "optimizer": None,

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from .coupling import Coupling, Selection
 from .errors import NoCouplingError, ShrinkError
+from .passes.confirm import experiments
 from .passes.names import join
 from .passes.regions import Analysis, Captures, choose
 from .passes.replay import replay
@@ -35,8 +36,8 @@ MODEL, REGION = "_ecospa_model", "_ecospa_region"  # keys in a module's __dict__
 class CompiledModel:
     """The state of a compiled model. `regions` is empty until the first call, unless inputs were given before."""
 
-    def __init__(self, how: str | Sequence[str]) -> None:
-        self.how = how
+    def __init__(self, how: str | Sequence[str], experiments: bool = False) -> None:
+        self.how, self.experiments = how, experiments
         self.plan = Plan()
         self.regions: dict[str, Region] = {}
         self.given_up: dict[str, str] = {}
@@ -64,7 +65,8 @@ class CompiledModel:
         if waiting:
             unswap_forward(model)
         try:
-            found, self.given_up = choose(model, args, kwargs, self.how, self.captures)
+            with experiments(self.experiments):
+                found, self.given_up = choose(model, args, kwargs, self.how, self.captures)
             if not any(analysis.discovery.couplings for analysis in found.values()):
                 raise NoCouplingError(_nothing_found(model, found))
             regions = {}

@@ -18,6 +18,7 @@ from torch import nn
 from .compiled import MODEL, CompiledModel
 from .coupling import Coupling, Refusal
 from .errors import NoInputsError
+from .passes.confirm import experiments as allowed
 from .passes.nodes import place
 from .passes.regions import choose, traceless
 from .region import Region
@@ -35,6 +36,7 @@ class Explanation:
         couplings: what can shrink.
         refusals: weights that meet along an axis which cannot, with the reasons.
         missing_rules: ops that no axis rule is known for -> how often, first where; the axes they touch stay whole.
+        experiments: ops whose rule is an experiment's, verified and not proved -> how often, first where.
         given_up: submodules that could not be captured -> why.
         seconds: wall-clock per pass, summed over regions, where this call captured.
         make_graph: builds `graph`.
@@ -45,6 +47,7 @@ class Explanation:
     couplings: tuple[Coupling, ...]
     refusals: tuple[Refusal, ...]
     missing_rules: dict[str, str]
+    experiments: dict[str, str]
     given_up: dict[str, str]
     seconds: dict[str, float]
     make_graph: Callable[[], nx.Graph]
@@ -71,6 +74,9 @@ class Explanation:
         if self.missing_rules:
             lines = [f"  {op}: {where}" for op, where in self.missing_rules.items()]
             parts.append("Ops without an axis rule (what they touch stays whole):\n" + "\n".join(lines))
+        if self.experiments:
+            lines = [f"  {op}: {where}" for op, where in self.experiments.items()]
+            parts.append("Ops whose axis rule is an experiment's (verified, not proved):\n" + "\n".join(lines))
         if self.given_up:
             lines = [f"  {name or 'the model'}: {why}" for name, why in self.given_up.items()]
             parts.append("Not captured:\n" + "\n".join(lines))
@@ -83,6 +89,7 @@ def explain(
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     regions: str | Sequence[str] = "auto",
+    experiments: bool = False,
 ) -> Explanation:
     """What can shrink in a model, what cannot, and why. Changes nothing; works on the meta device.
 
@@ -93,6 +100,7 @@ def explain(
         example_inputs: positional arguments of a call. A model that is compiled and has been called needs none.
         example_kwargs: keyword arguments of that call.
         regions: as for `ecospa_fx.compile`.
+        experiments: as for `ecospa_fx.compile`; on the meta device none can be verified, so none is used.
 
     Raises:
         NoInputsError: there are no inputs, and the model offers none (`dummy_inputs`, `example_input_array`).
@@ -110,7 +118,8 @@ def explain(
     waiting = type(model)
     model.__class__ = original_class(model)  # compiled, and waiting for a first call that this is not
     try:
-        found, given_up = choose(model, args, kwargs, regions)
+        with allowed(experiments):
+            found, given_up = choose(model, args, kwargs, regions)
     finally:
         model.__class__ = waiting
     scratch = CompiledModel(regions)
@@ -147,29 +156,32 @@ def example_call(
 
 
 def _explanation(model: nn.Module, compiled: CompiledModel, seconds: dict[str, float]) -> Explanation:
-    missing: dict[str, list[Any]] = {}
-    inferences = []
-    for region in compiled.regions.values():
-        inferences += [program.inference for program in region.programs]
-        for program in region.programs:
-            for op, nodes in program.inference.missing.items():
-                missing.setdefault(op, []).extend((region.name, node) for node in nodes)
-    uses = {
-        op: f"{_plural(len(nodes), 'use')}, first in {place(nodes[0][1], nodes[0][0])}"
-        for op, nodes in sorted(missing.items())
-    }
+    inferences = [program.inference for region in compiled.regions.values() for program in region.programs]
     return Explanation(
         model=type(model).__name__,
         regions=tuple(compiled.regions),
         couplings=compiled.couplings(),
         refusals=tuple(refusal for region in compiled.regions.values() for refusal in region.refusals()),
-        missing_rules=uses,
+        missing_rules=_uses((i.captured.region, i.missing) for i in inferences),
+        experiments=_uses((i.captured.region, i.experiments) for i in inferences),
         given_up=dict(compiled.given_up),
         seconds=seconds,
         make_graph=lambda: nx.union_all(
             [nx.relabel_nodes(axis_graph(i), lambda key, n=n: (n, *key)) for n, i in enumerate(inferences)]
         ),
     )
+
+
+def _uses(met: Iterable[tuple[str, Mapping[str, Sequence[Any]]]]) -> dict[str, str]:
+    """Per op how often it was met, and where first, from the nodes per op of each region."""
+    found: dict[str, list[tuple[str, Any]]] = {}
+    for region, by_op in met:
+        for op, nodes in by_op.items():
+            found.setdefault(op, []).extend((region, node) for node in nodes)
+    return {
+        op: f"{_plural(len(nodes), 'use')}, first in {place(nodes[0][1], nodes[0][0])}"
+        for op, nodes in sorted(found.items())
+    }
 
 
 def _couplings_table(couplings: Iterable[Coupling]) -> str:

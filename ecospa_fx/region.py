@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .coupling import Coupling, Member, Refusal
 from .errors import EcoSpaError, PinnedAxisError
 from .passes.axes import Atom, Expr, Segments, atoms_of, size_of
+from .passes.confirm import experiments
 from .passes.discover import Discovery, Found
 from .passes.names import join, named_tensors
 from .passes.regions import Analysis, analyse_once
@@ -88,10 +89,11 @@ class Region:
                 "(pad to common lengths, pass the same arguments)"
             )
         plan = self.compiled.plan
-        analysis = analyse_once(
-            module, self.name, (args, kwargs), self.shared_outside, self.compiled.captures,
-            forward=original_class(module).forward, originals=self._originals(module),
-        )  # fmt: skip
+        with experiments(self.compiled.experiments):
+            analysis = analyse_once(
+                module, self.name, (args, kwargs), self.shared_outside, self.compiled.captures,
+                forward=original_class(module).forward, originals=self._originals(module),
+            )  # fmt: skip
         kept = replay(analysis.inference, plan, self._difference(module, args, kwargs))
         return self.install(analysis, module, kept)
 

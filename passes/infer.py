@@ -14,6 +14,7 @@ the region is pinned. What no rule is known for is pinned and counted. Sizes nev
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from ecospa_fx.errors import RuleError
 from .axes import Mismatch, Size, as_size, size_of
 from .capture import Captured
 from .contexts import contexts
+from .experiment import tried
 from .inference import Fact, Inference, Source
 from .nodes import VIEWS, argument_nodes, arguments, op_name, place, tensor_meta, written_arguments
 from .rules import RULES, Rule
@@ -34,8 +36,13 @@ from .solve import Solver
 from .taint import weighted_nodes
 
 
-def infer(captured: Captured) -> Inference:
+def infer(captured: Captured, experiments: bool = False, distrusted: Collection[str] = ()) -> Inference:
     """Infer the axes of `captured`.
+
+    Args:
+        captured: the graph.
+        experiments: try ops that have no rule, see `passes.experiment`.
+        distrusted: names of ops that are not to be tried.
 
     Returns:
         An `Inference` with every expression in normal form.
@@ -43,14 +50,15 @@ def infer(captured: Captured) -> Inference:
     Raises:
         RuleError: a registered rule fails on an op.
     """
-    walk = _Walk(captured)
+    walk = _Walk(captured, experiments, distrusted)
     for node in captured.graph.nodes:
         walk.visit(node)
     return walk.finish()
 
 
 class _Walk:
-    def __init__(self, captured: Captured) -> None:
+    def __init__(self, captured: Captured, experiments: bool, distrusted: Collection[str]) -> None:
+        self.experiments, self.distrusted = experiments, distrusted
         self.captured = captured
         self.known = Inference(captured)
         self.axes = self.known.axes
@@ -131,16 +139,27 @@ class _Walk:
             self.known.values[node] = tuple(() for _ in shapes)  # numbers have no axes
             return
         rule = RULES.get(node.target)
+        name = op_name(node)
+        if rule is None and self.experiments and name not in self.distrusted:
+            found = tried(node, operands)
+            if found is not None:
+                self.known.experiments.setdefault(name, []).append(node)
+                self._carry_out(found, node, operands, shapes, "In experiments, its entries depend on others along it")
+                return
         if rule is None:
-            name = op_name(node)
             self.known.missing.setdefault(name, []).append(node)
             self.solver.opaque(node, operands, shapes, f"no axis rule for {name}")
             return
         relation = self._apply(rule, node, operands)
         if isinstance(relation, r.Pointwise):
             self.known.sources[before:] = [replace(s, aligned=True) for s in self.known.sources[before:]]
+        self._carry_out(relation, node, operands, shapes, rule.why)
+
+    def _carry_out(
+        self, relation: r.Relation, node: fx.Node, operands: tuple[r.Operand, ...], shapes: list[Any], why: str
+    ) -> None:
         try:
-            outputs = self.solver.solve(relation, node, operands, shapes, rule.why)
+            outputs = self.solver.solve(relation, node, operands, shapes, why)
             if len(outputs) != len(shapes) or any(
                 len(o) != len(s) or any(size_of(e) != n for e, n in zip(o, s, strict=True))
                 for o, s in zip(outputs, shapes, strict=True)

@@ -53,6 +53,7 @@ class Inference:
         facts: what ops do to axes.
         missing: ops met that have no rule, with the nodes where.
         contexts: atom -> the atom in each of whose entries it may keep other entries, see `passes.contexts`.
+        experiments: ops met that have a rule by experiment only, with the nodes where.
     """
 
     captured: Captured
@@ -65,6 +66,7 @@ class Inference:
     facts: list[Fact] = field(default_factory=list)
     missing: dict[str, list[fx.Node]] = field(default_factory=dict)
     contexts: dict[Atom, Atom] = field(default_factory=dict)
+    experiments: dict[str, list[fx.Node]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Inference:
         return self  # never changed once made

@@ -33,6 +33,7 @@ from ecospa_fx.signature import call_key, training_flags
 from .agree import disagreement, forked_rng
 from .axes import atoms_of, size_of
 from .capture import PLAIN, Captured, at_original_sizes, capture, storage_key
+from .confirm import EXPERIMENTS, distrusted
 from .descend import Search
 from .discover import Discovery, discover
 from .infer import infer
@@ -89,7 +90,7 @@ def analyse(
         captured = capture(module, *call, region=name, static=static, **options)
         captured.shared_outside.update(shared_outside or {})
         captured_at = time.perf_counter()
-        inference = infer(captured)
+        inference = infer(captured, EXPERIMENTS.get())
         seconds["export"] += captured_at - start
         seconds["infer"] += time.perf_counter() - captured_at
         cutting = _dims_that_cut_parameters(inference)
@@ -99,7 +100,21 @@ def analyse(
     start = time.perf_counter()
     discovery = discover(inference)
     seconds["discover"] = time.perf_counter() - start
+    doubted: set[str] = set()
+    while inference.experiments and (more := _doubted(inference, discovery, module, call, options.get("originals"))):
+        doubted |= more
+        inference = infer(captured, True, doubted)
+        discovery = discover(inference)
     return Analysis(name, captured, inference, discovery, seconds)
+
+
+def _doubted(
+    inference: Inference, discovery: Discovery, module: nn.Module, call: Call, originals: Mapping[str, Tensor] | None
+) -> set[str]:
+    """Ops whose rule by experiment this region does not bear out."""
+    tensors = {name: tensor.detach() for name, tensor in (named_tensors(module) | dict(originals or {})).items()}
+    inputs = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+    return distrusted(inference, discovery, module, tensors, inputs)
 
 
 def _dims_that_cut_parameters(inference: Inference) -> frozenset[tuple[int, int]]:
@@ -283,6 +298,8 @@ def _shared(analysis: Analysis, module: nn.Module, name: str, call: Call, forwar
     inference = replace(analysis.inference, captured=captured)
     checked = time.perf_counter()
     discovery = discover(inference)
+    if inference.experiments and _doubted(inference, discovery, module, call, None):
+        return None
     seconds = {"export": checked - start, "infer": 0.0, "discover": time.perf_counter() - checked}
     return Analysis(name, captured, inference, discovery, seconds)
 

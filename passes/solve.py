@@ -88,9 +88,34 @@ class Solver:
                 return [(*x.exprs[:dim], *index.exprs, *x.exprs[dim + 1 :])]
             case r.Created():
                 return [tuple(axes.fresh(size) for size in shape) for shape in shapes]
+            case r.Tried():
+                return self._tried(relation, node, shapes, why)
             case r.Opaque(xs):
                 self.opaque(node, xs, shapes, f"{op_name(node)}: {why[:1].lower()}{why[1:]}")
                 return list(self.known.values[node])
+
+    def _tried(self, relation: r.Tried, node: fx.Node, shapes: list[Any], why: str) -> list[Exprs]:
+        known: dict[int, Expr] = {}
+        for x, numbers in zip(relation.operands, relation.axes, strict=True):
+            for expr, number in zip(x.exprs, numbers, strict=True):
+                self.axes.unify(known.setdefault(number, expr), expr)
+        carried = {number for output in relation.outputs for number in output}
+        for number, expr in known.items():
+            if number in carried:
+                self.known.facts.append(Fact("nonlinear", expr, node))
+            else:
+                self._pin(expr, node, why)
+        results = []
+        for output, shape in zip(relation.outputs, shapes, strict=True):
+            fresh = [
+                None if number is not None else self.axes.fresh(size)
+                for number, size in zip(output, shape, strict=True)
+            ]
+            for expr in fresh:
+                if expr is not None:
+                    self._pin(expr, node, why)
+            results.append(tuple(known[n] if n is not None else e for n, e in zip(output, fresh, strict=True)))
+        return results
 
     def _free(self, exprs: Exprs, node: fx.Node, x: r.Operand) -> None:
         for expr in exprs:

@@ -166,6 +166,21 @@ class Created:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """What an experiment found: dims with equal numbers are one axis, and pass through entry by entry or stay whole.
+
+    Attributes:
+        operands: the tensor arguments.
+        axes: the number of the axis of each dim of each operand.
+        outputs: for each dim of each output the number of the axis it carries, None for a new one.
+    """
+
+    operands: tuple[Operand, ...]
+    axes: tuple[tuple[int, ...], ...]
+    outputs: tuple[tuple[int | None, ...], ...]
+
+
+@dataclass(frozen=True)
 class Opaque:
     """Nothing is known about which entries meet: every axis stays whole."""
 
@@ -174,7 +189,7 @@ class Opaque:
 
 Relation: TypeAlias = (
     Pattern | Pointwise | Carried | Regrouped | Permuted | Sliced | Parted | Picked | Joined | Stacked | Expanded
-    | Repeated | Indexed | Created | Opaque
+    | Repeated | Indexed | Created | Tried | Opaque
 )  # fmt: skip
 Follow: TypeAlias = "Callable[[Site], None]"
 Function = TypeVar("Function", bound=Callable[..., Any])
