@@ -17,6 +17,8 @@ from ecospa_fx.passes.experiment import tried
 from ecospa_fx.passes.infer import infer
 from ecospa_fx.passes.rules import RULES
 from ecospa_fx.testing import assert_exact
+from ecospa_fx.testing.check import Tally
+from ecospa_fx.testing.fuzz import fuzz, smallest
 
 aten = torch.ops.aten
 
@@ -125,6 +127,32 @@ def test_state_is_seen() -> None:
 )
 def test_what_must_not_be_tried_is_not(op: Any, shapes: Any) -> None:
     assert outcome(op, *shapes) is None
+
+
+# What moves entries, or multiplies and sums them, keeps its rule: experiments leave such axes whole.
+STRUCTURE = {
+    "addmm", "bmm", "cat", "chunk", "conv1d", "conv2d", "einsum", "embedding", "expand", "flatten", "linear", "matmul",
+    "mm", "numpy_T", "permute", "reshape", "scaled_dot_product_attention", "select", "slice", "split", "sum", "t",
+    "split_with_sizes", "stack", "transpose", "unbind", "unflatten", "unsqueeze", "squeeze", "view",
+}  # fmt: skip
+
+
+def test_with_the_rules_taken_away_random_programs_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations, norms, sums and products of values, and what else can be, get their rules by experiment."""
+    for op in list(RULES):
+        if getattr(op, "_opname", "view") not in STRUCTURE:
+            monkeypatch.delitem(RULES, op)
+    used: set[str] = set()
+
+    def by_experiment(captured: Any) -> Any:
+        inference = infer(captured, experiments=True)
+        used.update(inference.experiments)
+        return inference
+
+    monkeypatch.setattr("ecospa_fx.testing.check.infer", by_experiment)
+    tally = Tally()
+    assert not [str(smallest(found)) for found in fuzz(range(25), seed=5, tally=tally)]
+    assert tally.shrinkable > 15 and {"aten.add", "aten.mul", "aten.softmax", "aten.relu", "aten.layer_norm"} <= used
 
 
 def test_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
