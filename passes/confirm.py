@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from .axes import Atom, atoms_of
-from .discover import Discovery
+from .discover import Discovery, Found
 from .inference import Inference
+from .selection import Choice, Kept, settled, whole
 from .verify import compare
 
 EXPERIMENTS: ContextVar[bool] = ContextVar("EXPERIMENTS", default=False)
@@ -48,8 +49,8 @@ def distrusted(
     if any(t.is_meta for t in (*tensors.values(), *inputs)):
         return set(through) if concerned else set()
     generator = torch.Generator().manual_seed(0)
-    masks = {c.atom: _part(c.atom.size, generator) for c in concerned}
-    selections = [{atom: mask} for atom, mask in masks.items()] + ([masks] if len(masks) > 1 else [])
+    masks = {c.atom: _part(c, generator) for c in concerned}
+    selections: list[Kept] = [*({atom: mask} for atom, mask in masks.items()), *([masks] if len(masks) > 1 else [])]
     doubted: set[str] = set()
     for kept in selections:
         try:
@@ -71,7 +72,9 @@ def _atoms_at(inference: Inference, nodes: Collection[fx.Node]) -> set[Atom]:
     return {atom for expr in exprs for atom in atoms_of(expr)}
 
 
-def _part(size: int, generator: torch.Generator) -> Tensor:
-    mask = torch.zeros(size, dtype=torch.bool)
-    mask[torch.randperm(size, generator=generator)[: max(1, size // 2)]] = True
-    return mask
+def _part(coupling: Found, generator: torch.Generator) -> Choice:
+    """A random half of the entries, another one in each context where there are contexts."""
+    size, context = coupling.atom.size, coupling.context
+    rows = [torch.randperm(size, generator=generator) for _ in range(context.size if context is not None else 1)]
+    masks = torch.stack(rows) < max(1, size // 2)
+    return masks[0] if context is None else settled(context, masks, whole(context))

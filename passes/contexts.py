@@ -105,7 +105,11 @@ def _beside(inference: Inference) -> dict[Atom, set[Atom]]:
 
 
 def _paired(expr: Expr, atom: Atom, context: Atom) -> bool:
-    """Whether every entry of `expr` that belongs to `atom` belongs to `context` too, and is so in one way."""
+    """Whether every entry of `expr` that belongs to `atom` belongs to `context` too, in one way, context by context.
+
+    The context must run slower: what is left of `(h d)` lies head by head as the tensors inside do. Of `(d h)` it would
+    lie in the order of the dims, which are others in each head.
+    """
     if atom is context:
         return False
     match expr:
@@ -117,9 +121,9 @@ def _paired(expr: Expr, atom: Atom, context: Atom) -> bool:
             carrying = [factor for factor in expr.factors if atom in atoms_of(factor)]
             if not carrying:
                 return True
-            others = [factor for factor in expr.factors if factor not in carrying]
+            slower = expr.factors[: expr.factors.index(carrying[0])]
             return len(carrying) == 1 and (
-                any(covers(factor, context) for factor in others) or _paired(carrying[0], atom, context)
+                any(covers(factor, context) for factor in slower) or _paired(carrying[0], atom, context)
             )
 
 

@@ -14,7 +14,8 @@ def exact(model: nn.Module, *args: Tensor) -> None:
     torch.manual_seed(0)
     for tensor in model.parameters():
         nn.init.normal_(tensor, std=0.4)
-    assert_exact(model.eval(), args, regions="root", dtype=torch.float64)
+    for seed in range(3):
+        assert_exact(model.eval(), args, regions="root", dtype=torch.float64, seed=seed)
 
 
 def test_contiguous_leaves_no_trace_where_attention_laid_its_result_out_so() -> None:
@@ -31,3 +32,18 @@ def test_contiguous_leaves_no_trace_where_attention_laid_its_result_out_so() -> 
             return self.out(mixed.transpose(1, 2).contiguous().view(2, 4, 12))
 
     exact(Model(), torch.randn(2, 4, 6))
+
+
+def test_heads_that_run_faster_than_their_dims_are_no_context() -> None:
+    """What is left of `(d h)` lies in the order of the dims, and those may be others in each head."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.empty(12, 2)), nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            swapped = self.up.view(3, 4, 2).transpose(0, 1).reshape(12, 2)
+            return self.down(F.linear(x, swapped))
+
+    exact(Model(), torch.randn(5, 2))

@@ -59,6 +59,14 @@ def loss_of(outputs: Any) -> Tensor:
     return torch.stack(terms).sum()
 
 
+def stays_in(member: ecospa_fx.Member, keep: Tensor) -> Tensor:
+    """Which rows or columns of a member a selection keeps, in each context its own where it differs."""
+    if keep.ndim == 1:
+        return torch.isin(member.index, keep)
+    assert member.context is not None
+    return torch.stack([torch.isin(entry, keep[at]) for entry, at in zip(member.index, member.context, strict=True)])
+
+
 class Shrinking(RuleBasedStateMachine):
     """One model through a sequence of everything."""
 
@@ -137,12 +145,16 @@ class Shrinking(RuleBasedStateMachine):
         if not shrinkable:
             return
         coupling = dice.choice(shrinkable)
-        keep = torch.tensor(sorted(dice.sample(range(coupling.size), dice.randint(1, coupling.size - 1))))
+        amount = dice.randint(1, coupling.size - 1)
+        each = coupling.contexts if coupling.context is not None and dice.random() < 0.7 else 1
+        rows = torch.tensor([sorted(dice.sample(range(coupling.size), amount)) for _ in range(each)])
+        keep = rows if each > 1 else rows[0]
         gone: dict[tuple[str, int], Tensor] = {}
         for member in coupling.members:
             axis = member.parameter, member.dim
             before = gone.get(axis, torch.zeros(len(member.index), dtype=torch.bool))
-            gone[axis] = before | ((member.index >= 0) & ~torch.isin(member.index, keep))
+            stays = stays_in(member, keep)
+            gone[axis] = before | ((member.index >= 0) & ~stays)
         ecospa_fx.shrink(self.model, {coupling: keep}, optimizer=self.optimizer)
         sizes = {name: p.shape for name, p in self.twin.named_parameters()}
         for axis, mask in gone.items():

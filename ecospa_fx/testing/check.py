@@ -21,13 +21,13 @@ from torch.nn.utils import stateless
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.passes.agree import forked_rng, relative_error, run
 from ecospa_fx.passes.capture import Captured
-from ecospa_fx.passes.discover import discover
+from ecospa_fx.passes.discover import Found, discover
 from ecospa_fx.passes.infer import infer
 from ecospa_fx.passes.inference import Inference
 from ecospa_fx.passes.names import named_tensors
 from ecospa_fx.passes.nodes import argument_nodes, tensor_meta
 from ecospa_fx.passes.rewrite import rewrite
-from ecospa_fx.passes.selection import Kept, mask_of, touched
+from ecospa_fx.passes.selection import Choice, Kept, broadcast_mask, mask_of, settled, touched, whole
 from ecospa_fx.passes.shrink import sliced
 from ecospa_fx.passes.verify import compare
 
@@ -130,7 +130,7 @@ def _checked(
     tally.kinds.update(coupling.kind for coupling in found)
     tally.shrinkable += bool(found)
     rng = random.Random(seed)
-    masks = {coupling.atom: _mask(coupling.atom.size, rng) for coupling in found}
+    masks = {coupling.atom: _choice(coupling, rng) for coupling in found}
     selections: list[tuple[str, Kept]] = [(c.name, {c.atom: masks[c.atom]}) for c in found]
     if len(found) > MOST_ALONE:
         selections = rng.sample(selections, MOST_ALONE)
@@ -152,11 +152,15 @@ def _checked(
     return None
 
 
-def _mask(size: int, rng: random.Random) -> Tensor:
-    """A random part of `size` entries, one at least and not all."""
-    mask = torch.zeros(size, dtype=torch.bool)
-    mask[rng.sample(range(size), rng.randint(1, size - 1))] = True
-    return mask
+def _choice(coupling: Found, rng: random.Random) -> Choice:
+    """A random part of the entries of a coupling, one at least and not all; mostly others in each of its contexts."""
+    size, context = coupling.atom.size, coupling.context
+    amount = rng.randint(1, size - 1)
+    rows = context.size if context is not None and rng.random() < 0.8 else 1
+    masks = torch.zeros(rows, size, dtype=torch.bool)
+    for row in masks:
+        row[rng.sample(range(size), amount)] = True
+    return masks[0] if context is None or rows == 1 else settled(context, masks, whole(context))
 
 
 # The twin that knows no graph
@@ -247,26 +251,26 @@ def _zero_at_contractions(
     inference: Inference, kept: Kept, zeroed: Mapping[str, Tensor], args: tuple[Tensor, ...]
 ) -> bool:
     """Whether, with zeroed weights, every contraction has a factor that is zero at each removed entry."""
-    wanted: dict[str, list[tuple[list[int], Any]]] = {}
+    wanted: dict[str, list[list[tuple[int, Tensor]]]] = {}
     for fact in inference.facts:
         if fact.role == "contracted" and touched(fact.expr, kept):
             occurrences = [i for i, arg in enumerate(argument_nodes(fact.node)) if tensor_meta(arg)]
-            places = [
-                (occurrence, dim)
+            factors = [
+                (occurrence, broadcast_mask(operand.exprs, dim, kept))
                 for occurrence, operand in zip(occurrences, inference.operands[fact.node], strict=True)
                 for dim, expr in enumerate(operand.exprs)
                 if expr == fact.expr and operand.node in [o.node for o in fact.operands]
             ]
-            wanted.setdefault(fact.node.name, []).append((places, ~mask_of(fact.expr, kept)))  # type: ignore[arg-type]
+            wanted.setdefault(fact.node.name, []).append(factors)
     zero = True
 
     class Watching(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             nonlocal zero
-            for places, gone in wanted.get(n.name, ()):
+            for factors in wanted.get(n.name, ()):
                 nodes = argument_nodes(n)
-                factors = (self.env[nodes[i]].index_select(dim, gone.nonzero().flatten()) for i, dim in places)  # type: ignore[misc]
-                zero &= any(not bool(factor.any()) for factor in factors)
+                values = ((self.env[nodes[i]], stays) for i, stays in factors)
+                zero &= any(not bool(value.masked_fill(stays, 0).any()) for value, stays in values)
             return super().run_node(n)
 
     with torch.no_grad():
@@ -278,7 +282,7 @@ def zeroing_is_removing(model: nn.Module, args: tuple[Tensor, ...]) -> bool:
     """Whether something can shrink in a model and zero weights stand for removed ones, whichever they are."""
     inference = infer(trace(model, args))
     tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
-    selections = [{c.atom: _mask(c.atom.size, random.Random(0))} for c in discover(inference).couplings]
+    selections = [{c.atom: _choice(c, random.Random(0))} for c in discover(inference).couplings]
     return bool(selections) and all(
         _zero_at_contractions(inference, kept, _zeroed(inference, kept, tensors), args) for kept in selections
     )
