@@ -60,7 +60,7 @@ def state_of(model: nn.Module) -> CompiledModel:
     """The state of a compiled and captured model.
 
     Raises:
-        EcoSpaError: it was not compiled.
+        EcoSpaError: it was not compiled, or weights were tied that have shrunk apart.
         NoInputsError: it was, and has not been called yet.
     """
     compiled: CompiledModel | None = model.__dict__.get(MODEL)
@@ -71,6 +71,7 @@ def state_of(model: nn.Module) -> CompiledModel:
             f"{type(model).__name__} is compiled but has not been called yet, so nothing is known of it; call it once, "
             "or compile it with example_inputs=(x,)"
         )
+    compiled.follow_ties(model)
     return compiled
 
 

@@ -10,6 +10,7 @@ replayed on it. Nothing here is an nn.Module, so state_dict and the module tree 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,14 +21,14 @@ from torch.optim import Optimizer
 from .coupling import Coupling, Selection
 from .errors import NoCouplingError, ShrinkError
 from .passes.confirm import experiments
-from .passes.names import join
-from .passes.regions import Analysis, Captures, choose
+from .passes.names import join, named_tensors
+from .passes.regions import Analysis, Captures, choose, shared_outside
 from .passes.replay import replay
 from .passes.rewrite import rewrite
 from .passes.selection import mask_of, narrowed, whole
 from .passes.shrink import prepare
 from .plan import Plan
-from .region import Region
+from .region import Region, outside_inference
 from .shrinkable import original_class, swap_forward, swap_linears, unswap_forward
 
 MODEL, REGION = "_ecospa_model", "_ecospa_region"  # keys in a module's __dict__
@@ -44,6 +45,18 @@ class CompiledModel:
         self.captures: Captures = []
         self._couplings: dict[str, Coupling] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: see `Region.__getstate__`."""
+        return {**self.__dict__, "captures": [], "_couplings": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
+        """For copies of the model; what was captured never changes and is shared."""
+        memo[id(self)] = twin = object.__new__(type(self))
+        shared = {"captures": list(self.captures), "_couplings": None}
+        twin.__dict__ |= {key: copy.deepcopy(value, memo) for key, value in (self.__dict__ | shared).items()
+                          if key != "captures"} | {"captures": shared["captures"]}  # fmt: skip
+        return twin
+
     @property
     def captured(self) -> bool:
         """Whether the couplings are known."""
@@ -59,8 +72,11 @@ class CompiledModel:
         self.capture(model, args, kwargs)
         return model.forward(*args, **kwargs)
 
+    @torch.compiler.disable
+    @torch.inference_mode(False)
     def capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose regions from one call and route them through programs. On any error the model is as before."""
+        args, kwargs = outside_inference((args, kwargs))
         waiting = type(model) is not original_class(model)
         if waiting:
             unswap_forward(model)
@@ -100,8 +116,41 @@ class CompiledModel:
         """The next look at the couplings computes them again."""
         self._couplings = None
 
+    def follow_ties(self, model: nn.Module) -> None:
+        """Take up what has been tied or untied since the last look.
+
+        Raises:
+            EcoSpaError: weights were tied that have shrunk apart.
+        """
+        changed = {name: region.tied_anew(model) for name, region in self.regions.items()}
+        for name, anew in changed.items():
+            if anew is not None:
+                region = self.regions[name]
+                region.programs, region.discoveries = anew
+                region.shared_outside = shared_outside(model, name)
+                self.forget_couplings()
+        if any(anew is not None for anew in changed.values()):
+            self.captures.clear()
+
+    def _check_shapes(self, model: nn.Module) -> None:
+        for name, tensor in named_tensors(model).items():
+            for region in self.regions.values():
+                own = name.removeprefix(f"{region.name}." if region.name else "")
+                if not region.programs or join(region.name, own) != name:
+                    continue
+                expected = self.plan.shape(name) if name in self.plan.original_shapes else None
+                expected = expected or region.programs[-1].captured.sizes.get(own)
+                if expected is not None and tuple(tensor.shape) != tuple(expected):
+                    raise ShrinkError(
+                        f"`{name}` is {tuple(tensor.shape)} and was {tuple(expected)} when the model was captured: it "
+                        "has been replaced since. Compile the model after such changes"
+                    )
+
+    @torch.inference_mode(False)
     def shrink(self, model: nn.Module, selection: Selection, optimizers: Iterable[Optimizer] = ()) -> None:
         """Keep only the selected entries of each coupling, everywhere; see `ecospa_fx.shrink`."""
+        self.follow_ties(model)
+        self._check_shapes(model)
         after = self.planned(selection)
         programs = {}
         for name, region in self.regions.items():

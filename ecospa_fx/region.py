@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,12 +12,15 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .coupling import Coupling, Member, Refusal
-from .errors import EcoSpaError, PinnedAxisError
+from .errors import CaptureError, EcoSpaError, PinnedAxisError
 from .passes.axes import Atom, Expr, Segments, atoms_of, size_of
+from .passes.capture import same_storage
 from .passes.confirm import experiments
-from .passes.discover import Discovery, Found
+from .passes.discover import Discovery, Found, discover
+from .passes.hooks import backward_hooked, calls_itself, inner_hooks
+from .passes.infer import infer
 from .passes.names import join, named_tensors
-from .passes.regions import Analysis, analyse_once
+from .passes.regions import Analysis, Call, analyse_once, shared_outside
 from .passes.replay import replay
 from .passes.rewrite import Program, rewrite
 from .passes.selection import Choice, Kept, Varied, entries, index_of, mask_of, narrowed, whole
@@ -42,44 +47,83 @@ class Region:
         self.discoveries: list[Discovery] = []
         self.routes: dict[Any, Signature] = {}  # calls seen before
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle: generated code is made anew from the plan, at the next call."""
+        return {**self.__dict__, "programs": [], "discoveries": [], "routes": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Region:
+        """For copies of the model, which run at once: programs hold no module and are shared."""
+        memo[id(self)] = twin = object.__new__(type(self))
+        twin.__dict__ |= {key: copy.deepcopy(value, memo) for key, value in (self.__dict__ | {"routes": {}}).items()}
+        return twin
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call of the region."""
-        program, inputs = self.program_for(module, args, kwargs)
+        key, inputs = call_key(module, args, kwargs) or (None, [])
+        program = self._routed(key)
+        if program is None:
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            hooks = inner_hooks(module)
+            program = self._serving(module, leaves, spec, hooks)
+            behind = [path for path in backward_hooked(module) if not calls_itself(module.get_submodule(path))]
+            before = [path for path in hooks if not calls_itself(module.get_submodule(path))]
+            if (behind or (before and program is None)) and not self.shrunk:
+                # Its own Python calls every hook; nothing keeps it from running.
+                return original_class(module).forward(module, *args, **kwargs)
+            if behind:
+                raise EcoSpaError(
+                    f"`{join(self.name, behind[0])}` has a backward hook, but `{self.name or 'the model'}` has shrunk "
+                    "and runs as one graph, in which it would not be called. Remove it, or put it on an nn.Linear, on "
+                    "a parameter or on the region"
+                )
+            program = program or self.add(module, args, kwargs)
+            self._remember_route(key, program)
         return program(module, inputs)
 
     def program_for(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Program, list[Tensor]]:
         """The program that serves a call, captured now if need be, and the tensors it takes."""
-        known = call_key(module, args, kwargs)
-        if known is None:
-            return self._matching(module, args, kwargs)
-        key, inputs = known
-        signature = self.routes.get(key)
-        for program in self.programs:
-            if program.captured.signature is signature:
-                return program, inputs
-        program, inputs = self._matching(module, args, kwargs)
-        if len(self.routes) >= MOST_ROUTES:
-            self.routes.clear()
-        self.routes[key] = program.captured.signature
-        return program, inputs
-
-    def _matching(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Program, list[Tensor]]:
         leaves, spec = pytree.tree_flatten((args, kwargs))
+        program = self._serving(module, leaves, spec, inner_hooks(module)) or self.add(module, args, kwargs)
+        return program, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def _routed(self, key: Any) -> Program | None:
+        """The program that served a call of the same key before."""
+        signature = self.routes.get(key) if key is not None else None
+        if signature is None:
+            return None
+        return next((program for program in self.programs if program.captured.signature is signature), None)
+
+    def _remember_route(self, key: Any, program: Program) -> None:
+        if key is not None:
+            if len(self.routes) >= MOST_ROUTES:
+                self.routes.clear()
+            self.routes[key] = program.captured.signature
+
+    def _serving(
+        self, module: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, hooks: Mapping[str, int]
+    ) -> Program | None:
         training = training_flags(module)
-        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         for program in self.programs:
+            if not program.captured.serves(hooks, program.called):
+                continue
             if program.captured.signature.mismatch(spec, leaves, training) is None:
-                return program, inputs
-        return self.add(module, args, kwargs), inputs
+                return program
+        return None
+
+    @property
+    def shrunk(self) -> bool:
+        """Whether anything in the region has lost entries."""
+        return any(True for _ in self.compiled.plan.under(self.name))
 
     def discovery_of(self, program: Program) -> Discovery:
         """What was discovered in the graph of a program."""
         return next(d for p, d in zip(self.programs, self.discoveries, strict=True) if p is program)
 
+    @torch.compiler.disable
+    @torch.inference_mode(False)  # what a graph keeps must serve training later
     def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         """Capture a call of a new signature at original sizes and replay the plan on it."""
         if len(self.programs) >= MOST_PROGRAMS:
@@ -88,11 +132,19 @@ class Region:
                 f"this call differs from the last: {self._difference(module, args, kwargs)}. Call it in fewer ways "
                 "(pad to common lengths, pass the same arguments)"
             )
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise CaptureError(
+                f"{f'region `{self.name}`' if self.name else 'the model'} is called in a way it has not been called in "
+                "before inside a transform of torch.func, where nothing can be captured; call the model once with the "
+                "same arguments before"
+            )
+        args, kwargs = outside_inference((args, kwargs))
         plan = self.compiled.plan
+        stand_ins = StandIns(module, self.name, plan)
         with experiments(self.compiled.experiments):
             analysis = analyse_once(
                 module, self.name, (args, kwargs), self.shared_outside, self.compiled.captures,
-                forward=original_class(module).forward, originals=self._originals(module),
+                forward=original_class(module).forward, originals=stand_ins if stand_ins.named else None,
             )  # fmt: skip
         kept = replay(analysis.inference, plan, self._difference(module, args, kwargs))
         return self.install(analysis, module, kept)
@@ -102,6 +154,37 @@ class Region:
         program = rewrite(analysis.inference, kept, module)
         self.remember(analysis, program)
         return program
+
+    def tied_anew(self, model: nn.Module) -> tuple[list[Program], list[Discovery]] | None:
+        """The programs as they must be after weights were tied or untied; None where none were.
+
+        Raises:
+            EcoSpaError: weights were tied that have shrunk apart.
+        """
+        module, outside = model.get_submodule(self.name), shared_outside(model, self.name)
+        ties = [same_storage(module, program.captured.tensors.values()) for program in self.programs]
+        if outside == self.shared_outside and all(
+            same == program.captured.same_storage for same, program in zip(ties, self.programs, strict=True)
+        ):
+            return None
+        programs, discoveries = [], []
+        for program, same in zip(self.programs, ties, strict=True):
+            captured = replace(program.captured, same_storage=same, shared_outside=outside)
+            inference = infer(captured)
+            try:
+                kept = replay(inference, self.compiled.plan)
+            except PinnedAxisError as error:
+                was = program.captured
+                new = [f"`{join(self.name, a)}` as `{join(self.name, b)}`" for a, b in same.items()
+                       if was.same_storage.get(a) != b]  # fmt: skip
+                new += [f"`{join(self.name, a)}` {b}" for a, b in outside.items() if was.shared_outside.get(a) != b]
+                raise EcoSpaError(
+                    f"weights have been tied since they shrank, {', '.join(new[:3])}, which cannot be followed: "
+                    f"{error}. Untie them, or tie them before the first shrink"
+                ) from error
+            programs.append(rewrite(inference, kept, module))
+            discoveries.append(discover(inference))
+        return programs, discoveries
 
     def remember(self, analysis: Analysis, program: Program | None = None) -> None:
         """Take up what an analysis found; without a program it can be asked but not run."""
@@ -114,13 +197,6 @@ class Region:
         if not self.programs:
             return ""
         return self.programs[0].captured.signature.mismatch(spec, leaves, training_flags(module)) or ""
-
-    def _originals(self, module: nn.Module) -> dict[str, Tensor]:
-        """Stand-ins at original sizes for what has shrunk: the kept entries in their places among zeros."""
-        plan, named = self.compiled.plan, named_tensors(module)
-        return {
-            name: unshrunk(named[name], plan, join(self.name, name)) for name in plan.under(self.name) if name in named
-        }
 
     def couplings(self) -> list[Coupling]:
         """The couplings that every signature met so far can follow, at their sizes now."""
@@ -275,9 +351,59 @@ def _nearest(name: str, matrices: Sequence[str]) -> str:
     return max(matrices, key=lambda matrix: shared_prefix(name, matrix))
 
 
+def outside_inference(call: Call) -> Call:
+    """The arguments of a call, those that inference mode has made as tensors that autograd takes."""
+    plain: Call = pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, call)
+    return plain
+
+
+class StandIns:
+    """What of a region has shrunk, at original sizes, for the capture of a new call.
+
+    A graph of that call is compared with eager as any other, and that takes values: zeros where entries are gone. They
+    exist for one comparison, with gradients, of one region: at most half of what the unshrunk region took in training
+    with Adam, and the shrunk one no longer takes.
+
+    A parameter that torch.func.functional_call has replaced by a tensor is stood in for by one again.
+    """
+
+    def __init__(self, module: nn.Module, region: str, plan: Plan) -> None:
+        self.region, self.plan = region, plan
+        self.parameters = dict(module.named_parameters(remove_duplicate=False))
+        self.named = {
+            name: tensor
+            for name, tensor in named_tensors(module).items()
+            if join(region, name) in plan.original_shapes
+            or (name in self.parameters and not isinstance(tensor, nn.Parameter))
+        }
+
+    def shapes(self) -> dict[str, Tensor]:
+        """Parameters of one entry each, repeated; buffers, which a forward may write into, as in `values`."""
+        return self._tied(expanded=True)
+
+    def values(self) -> dict[str, Tensor]:
+        """What is left, in its places among zeros."""
+        return self._tied(expanded=False)
+
+    def _tied(self, expanded: bool) -> dict[str, Tensor]:
+        """Weights that are one stay one."""
+        made: dict[int, Tensor] = {}
+        for name, tensor in self.named.items():
+            if id(tensor) in made:
+                continue
+            full, parameter = join(self.region, name), name in self.parameters
+            whole = tensor.detach()
+            if full in self.plan.original_shapes:
+                whole = whole.new_zeros(()).expand(self.plan.original_shapes[full])
+                if not (expanded and parameter):
+                    whole = unshrunk(tensor, self.plan, full)
+            made[id(tensor)] = nn.Parameter(whole, tensor.requires_grad) if parameter else whole
+        return {name: made[id(tensor)] for name, tensor in self.named.items()}
+
+
 def unshrunk(tensor: Tensor, plan: Plan, name: str) -> Tensor:
     """`tensor` in its places among zeros at the shape it had before any shrink."""
     whole = torch.zeros(plan.original_shapes[name], dtype=tensor.dtype, device=tensor.device)
     index = [plan.kept.get((name, dim), torch.arange(size)).to(tensor.device) for dim, size in enumerate(whole.shape)]
     whole[torch.meshgrid(*index, indexing="ij")] = tensor.detach()
-    return nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole
+    return whole

@@ -6,6 +6,7 @@ As torch's parametrizations and FSDP2 do: a subclass is made per original class,
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from typing import Any
 
@@ -45,18 +46,36 @@ def swap_linears(region: nn.Module) -> None:
 
 def swap_forward(module: nn.Module, attribute: str) -> None:
     """Route `module.forward` to the callable in `module.__dict__[attribute]`, which gets `(module, args, kwargs)`."""
-    original = type(module)
-    if (original, attribute) not in _SWAPPED:
+    module.__class__ = _swapped(type(module), attribute)
 
-        @functools.wraps(original.forward)
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self.__dict__[attribute](self, args, kwargs)
 
-        body = {"forward": forward, "_ecospa_class": original, "__doc__": original.__doc__}
-        swapped = type(original.__name__, (original,), body)
-        swapped.__module__, swapped.__qualname__ = original.__module__, original.__qualname__
-        _SWAPPED[original, attribute] = swapped
-    module.__class__ = _SWAPPED[original, attribute]
+def _swapped(original: type[nn.Module], attribute: str) -> type[nn.Module]:
+    if (original, attribute) in _SWAPPED:
+        return _SWAPPED[original, attribute]
+
+    @functools.wraps(original.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__[attribute](self, args, kwargs)
+
+    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
+        made = original.__reduce_ex__(self, protocol)
+        # Pickle finds a class by its name, and under this one's name lies the original.
+        if isinstance(made, tuple) and made[0] is copyreg.__newobj__ and made[1] == (type(self),):  # type: ignore[attr-defined]
+            return _blank, (original, attribute), *made[2:]
+        return made
+
+    body = {"forward": forward, "__reduce_ex__": reduce_ex, "_ecospa_class": original, "__doc__": original.__doc__}
+    swapped = type(original.__name__, (original,), body)
+    swapped.__module__, swapped.__qualname__ = original.__module__, original.__qualname__
+    _SWAPPED[original, attribute] = swapped
+    return swapped
+
+
+def _blank(original: type[nn.Module], attribute: str) -> nn.Module:
+    """An instance without state, for copy and pickle to fill."""
+    swapped = _swapped(original, attribute)
+    blank: nn.Module = swapped.__new__(swapped)
+    return blank
 
 
 def unswap_forward(module: nn.Module) -> None:

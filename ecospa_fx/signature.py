@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from .passes.axes import Size
 
+AUTOCAST = ("cpu", "cuda")  # kinds of devices that autocast is looked at for
+Autocast = tuple[torch.dtype | None, ...]
 TENSOR = object()  # stands for a tensor among the leaves of arguments and results
 
 
@@ -27,6 +29,7 @@ class Signature:
         tensors: (dtype, device, sizes) of each tensor, a size being an int where it was specialised.
         training: the training flag of each module of the region.
         ranges: least and largest size of each dynamic dim.
+        autocast: the dtypes that autocast casts to, under which the graph has been compared with eager.
     """
 
     spec: pytree.TreeSpec
@@ -34,11 +37,14 @@ class Signature:
     tensors: tuple[tuple[torch.dtype, torch.device, tuple[Size, ...]], ...]
     training: tuple[bool, ...]
     ranges: Mapping[sympy.Symbol, tuple[float, float]]
+    autocast: Autocast
 
     def mismatch(self, spec: pytree.TreeSpec, leaves: Sequence[Any], training: tuple[bool, ...]) -> str | None:
         """Why a call does not fit, or None where it does."""
         if training != self.training:
             return "train and eval mode differ"
+        if autocast_now() != self.autocast:
+            return "autocast is another"
         if spec != self.spec:
             return "the arguments are structured differently"
         tensors = iter(self.tensors)
@@ -85,17 +91,37 @@ def _same_constant(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and bool(a == b))
 
 
+def autocast_now() -> Autocast:
+    """The dtype that autocast casts to on each kind of device, None where it is off."""
+    return tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in AUTOCAST)
+
+
 def training_flags(module: nn.Module) -> tuple[bool, ...]:
     """The training flag of every module of a region: train and eval are two signatures, and so is a frozen norm."""
     # Asked at every call, so not by way of `nn.Module.modules`, whose generators cost as much as a small layer.
-    flags, waiting, seen = [], [module], {id(module)}
+    return tuple(child.training for child in _below(module))
+
+
+def _below(module: nn.Module) -> list[nn.Module]:
+    found, waiting, seen = [], [module], {id(module)}
     while waiting:
-        flags.append((child := waiting.pop()).training)
+        found.append(child := waiting.pop())
         for grandchild in child._modules.values():
             if grandchild is not None and id(grandchild) not in seen:
                 seen.add(id(grandchild))
                 waiting.append(grandchild)
-    return tuple(flags)
+    return found
+
+
+def _state(module: nn.Module) -> tuple[Hashable, ...]:
+    """`training_flags`, and how many hooks of each kind the submodules have, where they have any."""
+    below = _below(module)
+    state: list[Hashable] = [child.training for child in below]
+    for i, child in enumerate(below[1:]):
+        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+            kinds = child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks
+            state.append((i, *map(len, kinds)))
+    return tuple(state)
 
 
 def call_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashable, list[Tensor]] | None:
@@ -106,9 +132,9 @@ def call_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """
     if torch.compiler.is_compiling():
         return None  # a traced look-up by sizes would make every size a constant
-    key: list[Any] = [training_flags(module)]
+    key: list[Any] = [_state(module)]
     if torch._C._is_any_autocast_enabled():
-        key += [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+        key.append(autocast_now())
     tensors: list[Tensor] = []
     if not (_describe(args, key, tensors) and _describe(kwargs, key, tensors)):
         return None

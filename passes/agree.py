@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.nn.utils import stateless
+
+from ecospa_fx.signature import AUTOCAST, autocast_now
 
 from .names import named_tensors
 
@@ -33,7 +36,7 @@ def run(captured: Captured, tensors: Mapping[str, Tensor], inputs: Sequence[Tens
         interpreter: `interpreter=` a subclass of `fx.Interpreter` to run it with.
 
     Returns:
-        The graph's output tensors.
+        The output tensors of the region, without those that the graph gives to hooks.
     """
     make = interpreter.get("interpreter", fx.Interpreter)
     values = {name: tensors[held] for name, held in captured.tensors.items()} | dict(
@@ -45,7 +48,8 @@ def run(captured: Captured, tensors: Mapping[str, Tensor], inputs: Sequence[Tens
         if node.op == "get_attr":
             setattr(root, node.target, constants[node.name])
     order = [node.name for node in captured.graph.nodes if node.op == "placeholder"]
-    return make(root, graph=captured.graph).run(*(values.get(name, constants.get(name)) for name in order))
+    outputs = make(root, graph=captured.graph).run(*(values.get(name, constants.get(name)) for name in order))
+    return outputs[: captured.returned]
 
 
 def disagreement(
@@ -53,8 +57,29 @@ def disagreement(
 ) -> str | None:
     """Where the graph differs from eager on this call, outputs or gradients; None where they agree.
 
-    Buffers that a forward updates (running statistics) and the random state are left as they were.
+    Graphs are made without autocast. Under autocast they are compared twice, exactly and as they are called, for
+    Python may look at it too. Buffers that a forward updates (running statistics) and the random state are left as
+    they were.
     """
+    dtypes = [dtype for dtype in autocast_now() if dtype is not None]
+    with contextlib.ExitStack() as off:
+        for kind in AUTOCAST:
+            off.enter_context(torch.autocast(kind, enabled=False))
+        error = _disagreement(captured, module, forward, args, kwargs)
+    if error is None and dtypes:
+        error = _disagreement(captured, module, forward, args, kwargs, max(TOLERANCE[dtype] for dtype in dtypes))
+        error = error and f"{error} under autocast"
+    return error
+
+
+def _disagreement(
+    captured: Captured,
+    module: nn.Module,
+    forward: Forward,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tolerance: float = 0.0,
+) -> str | None:
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     leaves, spec = pytree.tree_flatten((args, kwargs))
     buffers = dict(module.named_buffers())
@@ -89,8 +114,10 @@ def disagreement(
         graph_outs, graph_grads, _ = results(graph)
     except RuntimeError as error:
         return f"its graph does not run: {str(error).splitlines()[0]}"
+    if len(outs) != len(graph_outs):
+        return f"the graph gives {len(graph_outs)} tensors, eager {len(outs)}"
     for i, (out, graph_out) in enumerate(zip(outs, graph_outs, strict=True)):
-        if not _close(out, graph_out):
+        if not _close(out, graph_out, tolerance):
             return f"output {i} of the graph differs from eager by {relative_error(out, graph_out):.1e}"
     largest = max(
         (float(grad.detach().abs().max()) for grad in grads if grad is not None and grad.numel()), default=0.0
@@ -100,7 +127,7 @@ def disagreement(
             missing = "the graph" if b is None else "eager"
             if not _negligible(a if a is not None else b):
                 return f"the gradient of {name} is missing in {missing}"
-        elif a is not None and b is not None and not _close(a, b, largest):
+        elif a is not None and b is not None and not _close(a, b, tolerance, largest):
             return f"the gradient of {name} differs from eager by {relative_error(a, b):.1e}"
     return None
 
@@ -145,11 +172,11 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return float(finite / scale.clamp_min(torch.finfo(a.dtype).tiny))
 
 
-def _close(a: Tensor, b: Tensor, largest: float = 0.0) -> bool:
+def _close(a: Tensor, b: Tensor, tolerance: float, largest: float = 0.0) -> bool:
     """Equal to rounding; what is no more than rounding of `largest` compares as noise against noise."""
     if a.shape == b.shape and a.is_floating_point() and a.numel():
-        noise = 100 * torch.finfo(a.dtype).eps * largest
+        noise = max(100 * torch.finfo(a.dtype).eps, tolerance / 10) * largest
         size, difference = float(a.detach().abs().max()), float((a - b).detach().abs().max())
         if size < max(1e-12, noise) and difference < max(1e-9, noise):
             return True
-    return relative_error(a, b) <= TOLERANCE.get(a.dtype, 0.0)
+    return relative_error(a, b) <= max(tolerance, TOLERANCE.get(a.dtype, 0.0))

@@ -14,6 +14,8 @@ graph belongs to one *signature* (argument structure, dtypes, devices, train or 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import logging
 import math
@@ -23,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 import torch
@@ -33,12 +35,13 @@ from torch.export.graph_signature import InputKind
 from torch.nn.utils import stateless
 
 from ecospa_fx.errors import CaptureError
-from ecospa_fx.signature import TENSOR, Signature, training_flags
+from ecospa_fx.signature import TENSOR, Signature, autocast_now, training_flags
 
 from .agree import Forward, disagreement
 from .axes import as_size
 from .canonicalise import canonicalise
 from .fast_attention import fast_attention
+from .hooks import Point, inner_hooks, noted, points
 from .names import named_tensors
 
 aten = torch.ops.aten
@@ -59,7 +62,9 @@ class Captured:
         sizes: original shape per name in `tensors`.
         same_storage: name -> first name with the same storage (tied weights).
         shared_outside: name -> why it must stay whole: something outside the region uses it too.
-        hooked: submodules whose forward hooks ran while the region was captured, and so are part of the graph.
+        hooked: submodules whose forward hooks ran while the region was captured, and so are part of the graph, with
+            the number of hooks.
+        observed: calls of submodules whose tensors leave the graph after its results, for hooks that only look.
         out_spec: tree of the results.
         out_leaves: the leaves of that tree: `TENSOR` where there is a tensor, else the value itself.
     """
@@ -76,10 +81,29 @@ class Captured:
     out_leaves: list[Any]
     same_storage: dict[str, str] = field(default_factory=dict)
     shared_outside: dict[str, str] = field(default_factory=dict)
-    hooked: frozenset[str] = frozenset()
+    hooked: Mapping[str, int] = field(default_factory=dict)
+    observed: tuple[Point, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
         return self  # never changed once made
+
+    @property
+    def returned(self) -> int:
+        """Number of tensors that the region itself returns."""
+        return sum(leaf is TENSOR for leaf in self.out_leaves)
+
+    def serves(self, hooks: Mapping[str, int], called: Set[str]) -> bool:
+        """Whether a graph does justice to the hooks that submodules have now, by number.
+
+        Args:
+            hooks: submodule -> number of its forward hooks and pre-hooks.
+            called: submodules that the program made from the graph calls, hooks and all.
+        """
+        if not hooks and not self.hooked:
+            return True
+        seen = {*called, *(point.path for point in self.observed)}
+        others = {path: number for path, number in hooks.items() if path not in seen or path in self.hooked}
+        return others == self.hooked
 
     def result(self, tensors: Sequence[Tensor]) -> Any:
         """The region's own result structure around the graph's output `tensors`."""
@@ -111,7 +135,7 @@ def capture(
     *,
     region: str = "",
     forward: Forward | None = None,
-    originals: Mapping[str, Tensor] | None = None,
+    originals: Originals | None = None,
     check: bool = True,
     static: Set[tuple[int, int]] = frozenset(),
 ) -> Captured:
@@ -135,25 +159,66 @@ def capture(
             f"{_named(region)} is called in a way it has not been called in before while the model is being exported; "
             "call the model once with the same arguments before exporting it"
         )
-    leaves, spec = pytree.tree_flatten((args, kwargs))
     forward = forward or type(module).forward
-    flat = _Flat(module, forward, leaves, spec)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    with at_original_sizes(module, originals or {}):
-        program = _export(flat, tensors, region, leaves, static)
-        results = [leaf for leaf in flat.out_leaves if leaf is not TENSOR]
-        _refuse_foreign(module, region, results, "returns", "call it so that it does not")
-        captured = _collect(program, flat, module, region, leaves, spec, tensors)
-        _warn_of_hooks(captured)
-        if check and not any(t.is_meta for t in (*tensors, *module.parameters())):
-            error = disagreement(captured, module, forward, args, kwargs)
+    on_meta = any(
+        t.is_meta for t in (*pytree.tree_leaves((args, kwargs)), *module.parameters()) if isinstance(t, Tensor)
+    )
+    check = check and not on_meta
+    hooks = inner_hooks(module)
+
+    def once(observe: Iterable[str]) -> Captured:
+        # What is traced needs shapes only; what is compared with eager needs values.
+        with at_original_sizes(module, originals and originals.shapes()):
+            captured = _captured(module, args, kwargs, region, forward, static, observe)
+        if check:
+            with at_original_sizes(module, originals and originals.values()), noted(module, observe) as changed:
+                error = disagreement(captured, module, forward, args, kwargs)
             if error is not None:
                 raise CaptureError(f"{_named(region)} was captured, but {error}; it is left as it is")
+            if changed:
+                raise _HookChanges
+        return captured
+
+    if not hooks:
+        return once(())
+    # Hooks that look for someone waiting outside, by a context variable, shall find nobody while this is a trial.
+    trial = contextvars.Context()
+    if check:
+        with contextlib.suppress(CaptureError, _HookChanges):
+            return trial.run(once, tuple(hooks))
+    captured = trial.run(once, ())
+    _warn_of_hooks(captured, hooks)
     return captured
 
 
-def _warn_of_hooks(captured: Captured) -> None:
-    names = sorted(name for name in captured.hooked if name)
+class _HookChanges(Exception):
+    """A hook that was taken for an observer changes values."""
+
+
+def _captured(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    region: str,
+    forward: Forward,
+    static: Set[tuple[int, int]],
+    observe: Iterable[str],
+) -> Captured:
+    """The region as a graph in which the hooks of the submodules `observe` have no part."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    flat = _Flat(module, forward, leaves, spec, observe)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    program = _export(flat, tensors, region, leaves, static)
+    results = [leaf for leaf in flat.out_leaves if leaf is not TENSOR]
+    _refuse_foreign(module, region, results, "returns", "call it so that it does not")
+    for point in flat.points:
+        values = [leaf for leaf in point.leaves if leaf is not TENSOR]
+        _refuse_foreign(module, region, values, f"has a hook on `{point.path}`, which takes", "remove the hook")
+    return _collect(program, flat, module, region, leaves, spec, tensors)
+
+
+def _warn_of_hooks(captured: Captured, hooks: Mapping[str, int]) -> None:
+    names = sorted(name for name in captured.hooked if name in hooks)
     if names:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         warnings.warn(
@@ -166,19 +231,29 @@ def _warn_of_hooks(captured: Captured) -> None:
 class _Flat(nn.Module):
     """A region behind tensor arguments only, so that any call structure can be exported with dynamic shapes."""
 
-    def __init__(self, region: nn.Module, forward: Forward, leaves: list[Any], spec: pytree.TreeSpec) -> None:
+    def __init__(
+        self, region: nn.Module, forward: Forward, leaves: list[Any], spec: pytree.TreeSpec, observe: Iterable[str]
+    ) -> None:
         super().__init__()
         self.region = region
         self.training = region.training
-        self.own_forward, self.leaves, self.spec = forward, leaves, spec
+        self.own_forward, self.leaves, self.spec, self.observe = forward, leaves, spec, observe
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         waiting = iter(tensors)
         leaves = [next(waiting) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        out_leaves, self.out_spec = pytree.tree_flatten(self.own_forward(self.region, *args, **kwargs))
+        with points(self.region, self.observe) as seen:
+            out_leaves, self.out_spec = pytree.tree_flatten(self.own_forward(self.region, *args, **kwargs))
         self.out_leaves = [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in out_leaves]
-        return tuple(leaf for leaf in out_leaves if isinstance(leaf, Tensor))
+        results = [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
+        self.points = []
+        for path, call in seen:
+            call_leaves, call_spec = pytree.tree_flatten(call)
+            stands_in = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in call_leaves)
+            self.points.append(Point(path, stands_in, call_spec))
+            results += [leaf for leaf in call_leaves if isinstance(leaf, Tensor)]
+        return tuple(results)
 
 
 def _export(
@@ -258,26 +333,32 @@ def _collect(
         ),
         training_flags(module),
         {symbol: (_number(span.lower), _number(span.upper)) for symbol, span in program.range_constraints.items()},
+        autocast_now(),
     )
     named = named_tensors(module)
-    first: dict[Any, str] = {}
-    same = {}
-    for name in held.values():
-        key = storage_key(named[name])
-        if key in first:
-            same[name] = first[key]
-        first.setdefault(key, name)
     return Captured(
         region=region, graph=graph, tensors=held, parameters=parameters, constants=constants, inputs=inputs,
         signature=signature, sizes={name: named[name].shape for name in held.values()},
-        out_spec=flat.out_spec, out_leaves=flat.out_leaves, same_storage=same,
-        hooked=frozenset(n for n, m in module.named_modules() if m._forward_hooks or m._forward_pre_hooks),
+        out_spec=flat.out_spec, out_leaves=flat.out_leaves, same_storage=same_storage(module, held.values()),
+        hooked={path: number for path, number in inner_hooks(module).items() if path not in flat.observe},
+        observed=tuple(flat.points),
     )  # fmt: skip
 
 
 def _number(bound: Any) -> float:
     """A bound of a dynamic dim as a plain number: calls are compared with it, and sympy is slow."""
     return int(bound) if isinstance(bound, (int, sympy.Integer)) else math.copysign(math.inf, 1 if bound > 0 else -1)
+
+
+def same_storage(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Tied weights: name -> the first of `names` with the same storage."""
+    named, first, same = named_tensors(module), {}, {}
+    for name in names:
+        key = storage_key(named[name])
+        if key in first:
+            same[name] = first[key]
+        first.setdefault(key, name)
+    return same
 
 
 def storage_key(tensor: Tensor) -> Any:
@@ -322,8 +403,20 @@ def _pure(node: fx.Node) -> bool:
     return node.target is operator.getitem
 
 
+class Originals(Protocol):
+    """Stand-ins at original sizes for the parameters and buffers of a region that have shrunk, tied as they are."""
+
+    def shapes(self) -> dict[str, Tensor]:
+        """Without memory, to trace with."""
+        ...
+
+    def values(self) -> dict[str, Tensor]:
+        """What is left, in its places among zeros, to compute with."""
+        ...
+
+
 @contextmanager
-def at_original_sizes(module: nn.Module, originals: Mapping[str, Tensor]) -> Iterator[None]:
+def at_original_sizes(module: nn.Module, originals: Mapping[str, Tensor] | None) -> Iterator[None]:
     """A module with stand-ins at original sizes for what has shrunk."""
     if not originals:
         yield

@@ -71,7 +71,8 @@ class _Walk:
         if node.op == "placeholder":
             self._enter(node)
         elif node.op == "output":
-            for i, operand in enumerate(self._operands(node)):
+            # Those after what the region returns go to hooks, which look at what is there.
+            for i, operand in enumerate(self._operands(node)[: self.captured.returned]):
                 for expr in operand.exprs:
                     self.known.pin(expr, node, f"it leaves the region as output {i}")
         elif node.op == "call_function" and tensor_meta(node):

@@ -28,11 +28,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.nn.utils import stateless
 
 from ecospa_fx.errors import CaptureError
-from ecospa_fx.signature import call_key, training_flags
+from ecospa_fx.signature import autocast_now, call_key, training_flags
 
 from .agree import disagreement, forked_rng
 from .axes import atoms_of, size_of
-from .capture import PLAIN, Captured, at_original_sizes, capture, storage_key
+from .capture import PLAIN, Captured, Originals, at_original_sizes, capture, storage_key
 from .confirm import EXPERIMENTS, distrusted
 from .descend import Search
 from .discover import Discovery, discover
@@ -109,10 +109,10 @@ def analyse(
 
 
 def _doubted(
-    inference: Inference, discovery: Discovery, module: nn.Module, call: Call, originals: Mapping[str, Tensor] | None
+    inference: Inference, discovery: Discovery, module: nn.Module, call: Call, originals: Originals | None
 ) -> set[str]:
     """Ops whose rule by experiment this region does not bear out."""
-    tensors = {name: tensor.detach() for name, tensor in (named_tensors(module) | dict(originals or {})).items()}
+    tensors = {name: tensor.detach() for name, tensor in (named_tensors(module) | dict(originals.values() if originals else {})).items()}
     inputs = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
     return distrusted(inference, discovery, module, tensors, inputs)
 
@@ -253,7 +253,7 @@ def analyse_once(
     captures: Captures,
     *,
     forward: Any = None,
-    originals: Mapping[str, Tensor] | None = None,
+    originals: Originals | None = None,
 ) -> Analysis:
     """`analyse`, unless an equal block has been captured for an equal call.
 
@@ -272,29 +272,35 @@ def analyse_once(
     forward = forward or type(module).forward
     if outside:  # pinned for reasons of its own
         return analyse(module, name, call, outside, forward=forward, originals=originals)
-    with at_original_sizes(module, originals or {}):
-        for analysis, mark in captures:
-            if mark.fits(module):
-                shared = _shared(analysis, module, name, call, forward)
-                if shared is not None:
-                    return shared
+    with at_original_sizes(module, originals and originals.shapes()):
+        equal = [analysis for analysis, mark in captures if mark.fits(module)]
+    for analysis in equal:
+        shared = _shared(analysis, module, name, call, forward, originals)
+        if shared is not None:
+            return shared
     with recorded_reads(module) as reads:
         analysis = analyse(module, name, call, outside, forward=forward, originals=originals)
-    with at_original_sizes(module, originals or {}):
+    with at_original_sizes(module, originals and originals.shapes()):
         captures.append((analysis, fingerprint(module, reads)))
     return analysis
 
 
-def _shared(analysis: Analysis, module: nn.Module, name: str, call: Call, forward: Any) -> Analysis | None:
+def _shared(
+    analysis: Analysis, module: nn.Module, name: str, call: Call, forward: Any, originals: Originals | None
+) -> Analysis | None:
     """The analysis of an equal block for this one, if it serves its call and agrees with its eager forward."""
     start = time.perf_counter()
     leaves, spec = pytree.tree_flatten(call)
-    if analysis.captured.signature.mismatch(spec, leaves, training_flags(module)) is not None:
+    # A graph is made without autocast: it may serve any, once it has been compared under that.
+    signature = replace(analysis.captured.signature, autocast=autocast_now())
+    if signature.mismatch(spec, leaves, training_flags(module)) is not None:
         return None
-    captured = replace(analysis.captured, region=name)
+    captured = replace(analysis.captured, region=name, signature=signature)
     on_meta = any(t.is_meta for t in (*pytree.tree_leaves(call), *module.parameters()) if isinstance(t, Tensor))
-    if not on_meta and disagreement(captured, module, forward, *call) is not None:
-        return None
+    if not on_meta:
+        with at_original_sizes(module, originals and originals.values()):
+            if disagreement(captured, module, forward, *call) is not None:
+                return None
     inference = replace(analysis.inference, captured=captured)
     checked = time.perf_counter()
     discovery = discover(inference)
@@ -342,7 +348,7 @@ def record_all(
         model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in sorted(names)
     ]
     try:
-        with traceless(model), torch.no_grad(), _computable(model) as fake:
+        with traceless(model), _computable(model) as fake, torch.no_grad(), uncached_autocast():
             own = pytree.tree_map(_own, (args, kwargs))
             own_args, own_kwargs = pytree.tree_map_only(Tensor, fake, own)
             model(*own_args, **own_kwargs)
@@ -369,6 +375,17 @@ def _plain(tensor: Tensor) -> Tensor:
         with unset_fake_temporarily():
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     return tensor.detach()
+
+
+@contextmanager
+def uncached_autocast() -> Iterator[None]:
+    """Autocast keeps the casts of parameters it makes; those made here without gradients must not be met later."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
 
 
 @contextmanager

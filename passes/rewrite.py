@@ -26,6 +26,7 @@ from ecospa_fx.errors import RuleError
 from .axes import Expr, size_of
 from .capture import Captured
 from .generate import generate
+from .hooks import calls_itself, fire
 from .inference import Inference
 from .nodes import op_name, place
 from .rules import RULES
@@ -46,6 +47,7 @@ class Program:
         run: `run(region, *inputs, *constants)` returns the output tensors.
         constants: lifted tensors, subgraphs and index tensors that `run` takes.
         source: the generated code, to read.
+        called: submodules that the code calls as they are.
     """
 
     captured: Captured
@@ -53,13 +55,19 @@ class Program:
     run: Any
     constants: tuple[Any, ...]
     source: str
+    called: frozenset[str] = frozenset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         return self  # holds no module: it runs on whichever region calls it
 
     def __call__(self, region: nn.Module, inputs: Sequence[Tensor]) -> Any:
         """Run one call and give its results the structure that the region's own forward gives them."""
-        return self.captured.result(self.run(region, *inputs, *self.constants))
+        captured = self.captured
+        tensors = self.run(region, *inputs, *self.constants)
+        if captured.observed:
+            fire(region, captured.observed, tensors[captured.returned :], captured.region)
+            tensors = tensors[: captured.returned]
+        return captured.result(tensors)
 
 
 class Site:
@@ -162,7 +170,8 @@ def rewrite(inference: Inference, kept: Kept, region: nn.Module) -> Program:
         site.apply()
     _bind(captured, region, graph, new)
     run, source = generate(graph)
-    return Program(captured, inference, run, tuple(constants.values()), source)
+    called = frozenset(node.target for node in graph.nodes if node.op == "call_module")
+    return Program(captured, inference, run, tuple(constants.values()), source, called)
 
 
 def _copy(captured: Captured) -> tuple[fx.Graph, dict[fx.Node, fx.Node], dict[fx.Node, Any]]:
@@ -197,7 +206,7 @@ def _bind(captured: Captured, region: nn.Module, graph: fx.Graph, new: dict[fx.N
         module = region.get_submodule(path)
         own = (f"{path}.weight", f"{path}.bias" if getattr(module, "bias", None) is not None else None)
         free = path not in captured.hooked  # else its hooks would run twice
-        if free and type(module).forward is nn.Linear.forward and own == (weight.target, bias.target if bias else None):
+        if free and calls_itself(module) and own == (weight.target, bias.target if bias else None):
             with graph.inserting_before(node):
                 call = graph.call_module(path, (node.args[0],))
             node.replace_all_uses_with(call)
