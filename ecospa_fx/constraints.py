@@ -90,23 +90,26 @@ class Constraints:
         return (*(size for size in range(step, leader.size, step) if size >= self.min_keep), leader.size)
 
     def _frozen(self, model: nn.Module, couplings: Sequence[Coupling]) -> dict[str, str]:
+        """Names of the couplings that `frozen` keeps whole. What it names may well have none; it must be there."""
         whole: dict[str, str] = {}
         parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
         for entry in self.frozen:
             if isinstance(entry, str):
                 what, hit = f"`{entry}`", [c for c in couplings if _matches(entry, c)]
+                there = bool(hit) or any(_names(entry, name) for name in parameters)
             elif isinstance(entry, Coupling):
                 what, hit = f"`{entry.name}`", [c for c in couplings if c == entry]
+                there = bool(hit)
             elif isinstance(entry, nn.Module):
-                mine = {id(p) for p in entry.parameters()}
-                what = f"{type(entry).__name__} module"
+                what, mine = f"this {type(entry).__name__}", {id(p) for p in entry.parameters()}
                 hit = [c for c in couplings if any(parameters[m.parameter] in mine for m in c.members)]
+                there = any(entry is module for module in model.modules())
             else:
                 raise TargetError(f"frozen holds {entry!r}; it takes name patterns, modules and couplings")
-            if not hit:
+            if not there:
                 raise TargetError(
-                    f"frozen: no coupling of this {type(model).__name__} matches {what}; "
-                    "ecospa_fx.couplings(model) lists their names and members"
+                    f"frozen: nothing in this {type(model).__name__} matches {what}; ecospa_fx.couplings(model) and "
+                    "model.named_parameters() list the names"
                 )
             whole |= {c.name: f"frozen by {what}" for c in hit}
         return whole
@@ -156,7 +159,9 @@ def _can_be_equal(group: Sequence[Coupling]) -> bool:
 
 
 def _matches(pattern: str, coupling: Coupling) -> bool:
-    return any(
-        fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
-        for name in (coupling.name, *(m.parameter for m in coupling.members))
-    )
+    return any(_names(pattern, name) for name in (coupling.name, *(m.parameter for m in coupling.members)))
+
+
+def _names(pattern: str, name: str) -> bool:
+    """Whether a pattern names something, or a module above it."""
+    return fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")

@@ -119,6 +119,12 @@ def test_frozen(by: str):
     ]
 
 
+def test_what_has_no_coupling_is_whole_already_and_may_be_frozen():
+    model = copy.deepcopy(compiled())
+    constraints = ecospa_fx.Constraints(frozen=[model.lm_head, "model.embed_tokens"])
+    assert ecospa_fx.CoupledSparsifier(model, constraints=constraints).whole == {}
+
+
 def test_head_dims_off_keeps_all_of_every_head():
     model, _ = shrunk(0.6, head_dims="off")
     assert widths(model)["qk"] == widths(model)["vo"] == [16, 16]
@@ -161,8 +167,13 @@ def test_each_head_keeps_its_strongest_dims():
         ({"head_dims": "each"}, "head_dims='each' is none of 'per_head', 'per_layer', 'off'"),
         (
             {"frozen": ["nothing.*"]},
-            "frozen: no coupling of this LlamaForCausalLM matches `nothing.*`; ecospa_fx.couplings(model) lists their "
-            "names and members",
+            "frozen: nothing in this LlamaForCausalLM matches `nothing.*`; ecospa_fx.couplings(model) and "
+            "model.named_parameters() list the names",
+        ),
+        (
+            {"frozen": [nn.Linear(2, 2)]},
+            "frozen: nothing in this LlamaForCausalLM matches this Linear; ecospa_fx.couplings(model) and "
+            "model.named_parameters() list the names",
         ),
         ({"frozen": [3]}, "frozen holds 3; it takes name patterns, modules and couplings"),
         ({"frozen": "mlp"}, "frozen='mlp' is one string; pass a list of them"),
