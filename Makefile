@@ -46,8 +46,9 @@ types: $(DEV_READY)  ## mypy --strict on the built wheel
 	cd $(BUILT)/site && "$(CURDIR)/$(RUN)" -m mypy --config-file "$(CURDIR)/pyproject.toml" \
 	    --cache-dir "$(CURDIR)/.mypy_cache" -p ecospa_fx | sed -E 's#^ecospa_fx/(passes|kernels)/#\1/#'
 
-bench: $(TEST_READY)  ## run the benchmarks
-	$(RUN) bench/explain.py $(ARGS)
+bench: $(TEST_READY)  ## run the benchmarks; ARGS="..." goes to bench/rewrite.py
+	PYTHONPATH=bench $(RUN) bench/explain.py
+	PYTHONPATH=bench $(RUN) bench/rewrite.py $(ARGS)
 
 clean:  ## remove caches and build output (the environment in .venv stays)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

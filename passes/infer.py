@@ -28,7 +28,7 @@ from .capture import Captured
 from .contexts import contexts
 from .experiment import tried
 from .inference import Fact, Inference, Source
-from .nodes import VIEWS, argument_nodes, arguments, op_name, place, tensor_meta, written_arguments
+from .nodes import PARTS, VIEWS, argument_nodes, arguments, op_name, place, tensor_meta, written_arguments
 from .rules import RULES, Rule
 from .rules import registry as r
 from .selection import on_diagonal
@@ -216,7 +216,7 @@ class _Walk:
 
     def parameter_behind(self, node: fx.Node) -> str | None:
         """The parameter (of tied ones the first) that `node` is, or is a view or a cast of."""
-        while node.op == "call_function" and node.target in VIEWS:
+        while node.op == "call_function" and (node.target in VIEWS or node.target in PARTS):
             node = arguments(node)[0]
         name = self.captured.tensors.get(node.name) if node.op == "placeholder" else None
         return self.captured.same_storage.get(name, name) if name is not None else None

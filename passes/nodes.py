@@ -19,6 +19,12 @@ VIEWS = {
     aten.expand.default,
 }  # fmt: skip
 
+# Ops that give parts of their first argument, as views of it.
+PARTS = {
+    operator.getitem, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
+    aten.select.int,
+}  # fmt: skip
+
 
 def tensor_meta(node: fx.Node) -> tuple[Tensor, ...]:
     """The fake tensors that stand for the outputs of `node`; empty for what is no tensor."""

@@ -164,7 +164,8 @@ def choose(
         raise CaptureError(f"regions={how!r} is none of 'auto', 'blocks', 'root' or a list of submodule names")
     candidates = set(_candidates(model))
     calls = record_all(model, args, kwargs, candidates) if candidates else {}
-    search = Search(model, lambda name: _analyse_all(model, name, calls[name], captures))
+    named = named_tensors(model)
+    search = Search(model, lambda name: _analyse_all(model, name, calls[name], captures, named))
     blocks = [name for name in calls if not any(name.startswith(f"{other}.") for other in calls)]
     for name in blocks:
         search.attempt(name)
@@ -230,12 +231,15 @@ def _named(
     missing = [name for name in names if name not in calls]
     if missing:
         raise CaptureError(f"regions: `{missing[0]}` is not called in a forward of the model; name another")
-    return {name: _analyse_all(model, name, calls[name], captures) for name in names}
+    named = named_tensors(model)
+    return {name: _analyse_all(model, name, calls[name], captures, named) for name in names}
 
 
-def _analyse_all(model: nn.Module, name: str, calls: Sequence[Call], captures: Captures) -> Analysis:
+def _analyse_all(
+    model: nn.Module, name: str, calls: Sequence[Call], captures: Captures, named: Mapping[str, Tensor]
+) -> Analysis:
     """One region in every way that a forward calls it."""
-    module, outside = model.get_submodule(name), shared_outside(model, name)
+    module, outside = model.get_submodule(name), shared_outside(model, name, named)
     found = [analyse_once(module, name, calls[0], outside, captures)]
     for call in calls[1:]:
         leaves, spec = pytree.tree_flatten(call)
@@ -408,13 +412,16 @@ def traceless(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def shared_outside(model: nn.Module, region: str) -> dict[str, str]:
-    """Parameters and buffers of a region whose storage something outside it uses too."""
+def shared_outside(model: nn.Module, region: str, named: Mapping[str, Tensor] | None = None) -> dict[str, str]:
+    """Parameters and buffers of a region whose storage something outside it uses too.
+
+    `named` holds the tensors of the model: to look them up for every block anew takes long in a deep one.
+    """
     if not region:
         return {}
     inside: dict[Any, list[str]] = {}
     outside: dict[Any, str] = {}
-    for name, tensor in named_tensors(model).items():
+    for name, tensor in (named_tensors(model) if named is None else named).items():
         if name.startswith(f"{region}."):
             inside.setdefault(storage_key(tensor), []).append(name.removeprefix(f"{region}."))
         else:
