@@ -112,7 +112,8 @@ def _doubted(
     inference: Inference, discovery: Discovery, module: nn.Module, call: Call, originals: Originals | None
 ) -> set[str]:
     """Ops whose rule by experiment this region does not bear out."""
-    tensors = {name: tensor.detach() for name, tensor in (named_tensors(module) | dict(originals.values() if originals else {})).items()}
+    named = named_tensors(module) | dict(originals.values() if originals else {})
+    tensors = {name: tensor.detach() for name, tensor in named.items()}
     inputs = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
     return distrusted(inference, discovery, module, tensors, inputs)
 
