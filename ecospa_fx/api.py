@@ -35,7 +35,7 @@ def compile(
         example_inputs: positional arguments of a call, to capture now.
         example_kwargs: keyword arguments of that call.
         regions: what to capture as graphs: `"auto"` (repeated blocks where couplings close inside them, else the
-            whole), `"blocks"`, `"root"`, or names of submodules.
+            whole, else the largest submodules that can be captured), `"blocks"`, `"root"`, or names of submodules.
         experiments: let an op that no axis rule is known for have one by experiment, where shrinking by it has been
             verified on this call. Evidence and not proof, so off unless asked for; `explain` names these ops.
 

@@ -17,12 +17,13 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import io
 import logging
 import math
 import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -430,13 +431,16 @@ _CHATTY = ("torch._export.non_strict_utils", "torch.export", "torch.fx", "torch.
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export logs dims it specialises, which the signature says, and failures, which exceptions say."""
+    """torch.export logs dims it specialises, which the signature says, and failures, which exceptions say.
+
+    Of those it prints the graph so far, too, whatever the level.
+    """
     loggers = [logging.getLogger(name) for name in _CHATTY]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

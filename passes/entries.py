@@ -189,7 +189,10 @@ class Entries:
         if n != 1 or append is not None or node.kwargs:
             return None
         dim %= len(index)
-        put = lambda place: (*index[:dim], place, *index[dim + 1 :])  # noqa: E731
+
+        def put(place: Any) -> Index:
+            return (*index[:dim], place, *index[dim + 1 :])
+
         a, b = self.at(x, put(_along + 1)), self.at(x, put(_along))
         pairs = [(a, b)]
         if prepend is not None:
@@ -241,15 +244,15 @@ _SAME = {
     aten.alias.default, aten.clone.default, aten.contiguous.default, aten.to.dtype, aten.to.dtype_layout,
     aten.to.device, aten.detach.default, aten._to_copy.default, aten.lift_fresh_copy.default,
 }  # fmt: skip
-_JOINED = {
+_JOINED: dict[Any, Any] = {
     **dict.fromkeys((aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor), sympy.And),
     **dict.fromkeys((aten.logical_or.default, aten.bitwise_or.Tensor, aten.__or__.Tensor), sympy.Or),
 }
-_ADDED = {
+_ADDED: dict[Any, Any] = {
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), operator.add),
     **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), operator.sub),
 }
-_COMPARED = {
+_COMPARED: dict[Any, Any] = {
     **dict.fromkeys((aten.ge.Tensor, aten.ge.Scalar), lambda holds, a, b: holds(a - b)),
     **dict.fromkeys((aten.le.Tensor, aten.le.Scalar), lambda holds, a, b: holds(b - a)),
     **dict.fromkeys((aten.gt.Tensor, aten.gt.Scalar), lambda holds, a, b: holds(a - b - 1)),
@@ -279,7 +282,8 @@ def _whole(node: fx.Node) -> bool:
 
 
 def _dtype(node: fx.Node) -> torch.dtype:
-    return node.meta["val"].dtype
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
 
 
 def _shape(node: fx.Node) -> tuple[Any, ...]:

@@ -29,7 +29,8 @@ def fast_attention(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is not aten.scaled_dot_product_attention.default:
             continue
-        q, k, v, mask, dropout, is_causal = (*arguments(node), *(None, 0.0, False)[len(node.args) - 3 :])
+        defaults: list[Any] = [None, 0.0, False]
+        q, k, v, mask, dropout, is_causal = [*arguments(node), *defaults[len(node.args) - 3 :]]
         if isinstance(mask, fx.Node) and not is_causal:
             if mask not in causal:
                 causal[mask] = _causal(graph, mask)

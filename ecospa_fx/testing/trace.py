@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ecospa_fx.passes.canonicalise import canonicalise
 from ecospa_fx.passes.capture import Captured, _clean, storage_key
-from ecospa_fx.signature import TENSOR, Signature, training_flags
+from ecospa_fx.signature import TENSOR, Signature, autocast_now, training_flags
 
 
 def trace(module: nn.Module, args: tuple[Tensor, ...]) -> Captured:
@@ -46,7 +46,7 @@ def trace(module: nn.Module, args: tuple[Tensor, ...]) -> Captured:
     leaves, spec = pytree.tree_flatten((args, {}))
     signature = Signature(
         spec, tuple(TENSOR for _ in leaves), tuple((t.dtype, t.device, tuple(t.shape)) for t in args),
-        training_flags(module), {},
+        training_flags(module), {}, autocast_now(),
     )  # fmt: skip
     return Captured(
         region="", graph=graph, tensors=held, parameters={p for p, name in held.items() if name in parameters},
