@@ -40,6 +40,7 @@ from .infer import infer
 from .inference import Inference
 from .names import named_tensors
 from .sharing import Fingerprint, fingerprint, recorded_reads
+from .strays import Strays
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -164,9 +165,10 @@ def choose(
     if how not in ("auto", "blocks"):
         raise CaptureError(f"regions={how!r} is none of 'auto', 'blocks', 'root' or a list of submodule names")
     candidates = set(_candidates(model))
-    calls = record_all(model, args, kwargs, candidates) if candidates else {}
+    strays: dict[str, str] = {}
+    calls = record_all(model, args, kwargs, candidates, strays) if candidates else {}
     named = named_tensors(model)
-    search = Search(model, lambda name: _analyse_all(model, name, calls[name], captures, named))
+    search = Search(model, lambda name: _analyse_all(model, name, calls[name], captures, named, strays))
     blocks = [name for name in calls if not any(name.startswith(f"{other}.") for other in calls)]
     for name in blocks:
         search.attempt(name)
@@ -183,7 +185,8 @@ def choose(
             search.found = search.coupled()
     whole = set(search.found)
     try:
-        calls |= record_all(model, args, kwargs, {name for name, _ in model.named_modules()} - {""} - candidates)
+        names = {name for name, _ in model.named_modules()} - {""} - candidates
+        calls |= record_all(model, args, kwargs, names, strays)
     except Exception as error:  # the call itself is at fault
         raise CaptureError(_nothing_captured(search.failed)) from error
     for name in [""] if "" in search.failed else list(search.failed):
@@ -228,18 +231,26 @@ def _named(
                 f"regions: `{inside}` lies inside {f'`{name}`' if name else 'the model'}, whose graph has no call of "
                 "it left; name one of them"
             )
-    calls = record_all(model, args, kwargs, set(names))
+    strays: dict[str, str] = {}
+    calls = record_all(model, args, kwargs, set(names), strays)
     missing = [name for name in names if name not in calls]
     if missing:
         raise CaptureError(f"regions: `{missing[0]}` is not called in a forward of the model; name another")
     named = named_tensors(model)
-    return {name: _analyse_all(model, name, calls[name], captures, named) for name in names}
+    return {name: _analyse_all(model, name, calls[name], captures, named, strays) for name in names}
 
 
 def _analyse_all(
-    model: nn.Module, name: str, calls: Sequence[Call], captures: Captures, named: Mapping[str, Tensor]
+    model: nn.Module,
+    name: str,
+    calls: Sequence[Call],
+    captures: Captures,
+    named: Mapping[str, Tensor],
+    strays: Mapping[str, str],
 ) -> Analysis:
     """One region in every way that a forward calls it."""
+    if name in strays:
+        raise CaptureError(f"region `{name}` is no region of its own: {strays[name]}")
     module, outside = model.get_submodule(name), shared_outside(model, name, named)
     found = [analyse_once(module, name, calls[0], outside, captures)]
     for call in calls[1:]:
@@ -333,9 +344,16 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name
 
 
 def record_all(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: set[str]
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: set[str],
+    strays: dict[str, str] | None = None,
 ) -> dict[str, list[Call]]:
-    """What each named submodule is called with in one forward of the model, calls that look different apart."""
+    """What each named submodule is called with in one forward of the model, calls that look different apart.
+
+    `strays` gets, by submodule, what of it is used while it does not run.
+    """
     calls: dict[str, list[Call]] = {}
     seen: set[Any] = set()
 
@@ -356,7 +374,13 @@ def record_all(
         with traceless(model), _computable(model) as fake, torch.no_grad(), uncached_autocast():
             own = pytree.tree_map(_own, (args, kwargs))
             own_args, own_kwargs = pytree.tree_map_only(Tensor, fake, own)
-            model(*own_args, **own_kwargs)
+            if strays is None:
+                model(*own_args, **own_kwargs)
+            else:
+                with Strays(model, names) as watch:
+                    handles += watch.hooked()
+                    model(*own_args, **own_kwargs)
+                strays |= watch.found
     finally:
         for handle in handles:
             handle.remove()

@@ -307,6 +307,29 @@ def test_a_graph_that_differs_from_eager_gives_way_to_those_below():
     }
 
 
+class Penalised(Model):
+    """The model's own Python reads a weight of a block, of which the block's graph knows nothing."""
+
+    def forward(self, x):
+        assert self.blocks[1].mlp.up.weight.dtype == x.dtype  # no use of its entries
+        return super().forward(x) + self.blocks[0].mlp.up.weight.mean()
+
+
+def test_a_weight_used_outside_of_its_block_is_seen():
+    model = Penalised(Block(), Block())
+    names = checked(model)
+    assert regions_of(model) == {""}  # the root's graph has all of its uses
+    assert "blocks.0.mlp.ffn" not in names and "blocks.1.mlp.ffn" in names
+    assert given_up(model) == {
+        "blocks.0": "region `blocks.0` is no region of its own: `blocks.0.mlp.up.weight` is used outside of it too, by "
+        "torch.Tensor.mean"
+    }
+    model = Penalised(Block(), Block())
+    assert checked(model, regions="blocks") == of_blocks(0, 1) - {"blocks.0.mlp.ffn"}
+    with pytest.raises(errors.CaptureError, match=r"region `blocks\.0` is no region of its own: "):
+        checked(Penalised(Block(), Block()), regions=["blocks.0"])
+
+
 def test_explain_lists_what_could_not_be_captured():
     model = Model(Block(branching=True), Block())
     text = str(ecospa_fx.explain(model, example_inputs=(torch.randn(2, 5, WIDTH),)))

@@ -1,0 +1,67 @@
+"""Strays: parameters of a module that are used while it is not running.
+
+A graph of a block sees what the block does with its weights, not that the model around it averages one, or multiplies
+by it itself. Such a block cannot shrink on its own: nothing in its graph would say why not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+
+class Strays(TorchFunctionMode):
+    """While active, watches the functions of torch that a forward calls.
+
+    Attributes:
+        found: named submodule -> what of it is used while it does not run, and by what.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        super().__init__()
+        self.found: dict[str, str] = {}
+        self._running: list[str] = []
+        self._modules = {name: model.get_submodule(name) for name in names}
+        self._owners: dict[int, list[tuple[str, str]]] = {}
+        users: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            users.setdefault(id(parameter), []).append(name)
+        for name, module in self._modules.items():
+            for inner, parameter in module.named_parameters(remove_duplicate=False):
+                if not all(user.startswith(f"{name}.") for user in users[id(parameter)]):
+                    continue  # tied to one outside, and kept whole for that
+                self._owners.setdefault(id(parameter), []).append((name, inner))
+
+    def hooked(self) -> list[Any]:
+        """Hooks that tell when a submodule runs; to be removed."""
+        handles: list[Any] = []
+        for name, module in self._modules.items():
+
+            def enter(*_: Any, name: str = name) -> None:
+                self._running.append(name)
+
+            def leave(*_: Any) -> None:
+                self._running.pop()
+
+            handles += [
+                module.register_forward_pre_hook(enter, prepend=True),
+                module.register_forward_hook(leave, always_call=True),
+            ]
+        return handles
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func`, and note the parameters that it makes tensors of."""
+        result = func(*args, **(kwargs or {}))
+        used = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if id(leaf) in self._owners]
+        # A look at a size or a dtype is no use of the entries.
+        if used and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+            for leaf in used:
+                for name, inner in self._owners[id(leaf)]:
+                    if name not in self._running:
+                        by = resolve_name(func) or getattr(func, "__name__", "a function")
+                        self.found.setdefault(name, f"`{name}.{inner}` is used outside of it too, by {by}")
+        return result
