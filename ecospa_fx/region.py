@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .coupling import Coupling, Member, Refusal
 from .errors import CaptureError, EcoSpaError, PinnedAxisError
+from .logs import logger
 from .passes.axes import Atom, Expr, Segments, atoms_of, size_of
 from .passes.capture import same_storage
 from .passes.confirm import experiments
@@ -146,7 +147,10 @@ class Region:
                 module, self.name, (args, kwargs), self.shared_outside, self.compiled.captures,
                 forward=original_class(module).forward, originals=stand_ins if stand_ins.named else None,
             )  # fmt: skip
-        kept = replay(analysis.inference, plan, self._difference(module, args, kwargs))
+        difference = self._difference(module, args, kwargs)
+        if self.programs:
+            logger("recaptures").info("%s, graph %d: %s", self.name or "the model", len(self.programs) + 1, difference)
+        kept = replay(analysis.inference, plan, difference)
         return self.install(analysis, module, kept)
 
     def install(self, analysis: Analysis, module: nn.Module, kept: Kept) -> Program:

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.nn.utils import stateless
 
 from ecospa_fx.errors import CaptureError
+from ecospa_fx.logs import logger
 from ecospa_fx.signature import autocast_now, call_key, training_flags
 
 from .agree import disagreement, forked_rng
@@ -106,7 +107,24 @@ def analyse(
         doubted |= more
         inference = infer(captured, True, doubted)
         discovery = discover(inference)
+    _log(name or "the model", captured, inference, discovery, seconds)
     return Analysis(name, captured, inference, discovery, seconds)
+
+
+def _log(name: str, captured: Captured, inference: Inference, discovery: Discovery, seconds: dict[str, float]) -> None:
+    logger("capture").info("%s: %d nodes in %.2f s", name, len(captured.graph.nodes), seconds["export"])
+    logger("capture").debug("%s: %s", name, captured.signature.tensors)
+    missing = ", ".join(sorted(inference.missing)) or "none"
+    axes = len(inference.values)
+    logger("axes").info(
+        "%s: axes of %d values in %.3f s, ops without a rule: %s", name, axes, seconds["infer"], missing
+    )
+    for parameter, exprs in inference.parameters.items():
+        logger("axes").debug("%s: %s%s", name, parameter, list(exprs))
+    found = ", ".join(f"{c.name} ({c.atom.size})" for c in discovery.couplings) or "none"
+    logger("discover").info("%s: couplings %s; %d refused", name, found, len(discovery.refusals))
+    for refusal in discovery.refusals:
+        logger("discover").debug("%s: refused %s", name, refusal)
 
 
 def _doubted(
