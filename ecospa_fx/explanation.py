@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import re
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,24 +10,29 @@ from typing import Any
 
 import networkx as nx
 import torch
-from rich.console import Console
-from rich.table import Table
+from rich.console import Group
 from torch import nn
 
 from .compiled import MODEL, CompiledModel
 from .coupling import Coupling, Refusal
-from .errors import NoInputsError
+from .errors import NoCouplingError, NoInputsError
+from .fold import plural
+from .known import Known, known_of
+from .passes.axes import Atom, atoms_of
 from .passes.confirm import experiments as allowed
 from .passes.nodes import place
 from .passes.regions import choose, traceless
 from .region import Region
+from .savings import Savings, savings_of
 from .shrinkable import original_class
-from .why import axis_graph
+from .tables import json_of, markdown_of, rich_of, text_of
+from .why import Path, Why, axis_graph, path_between
+from .why_not import WhyNot, why_not
 
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """What is known of a model. `print` it.
+    """What is known of a model: print it, ask it, draw it (`ecospa_fx.graphs`), write it as a report.
 
     Attributes:
         model: name of the model's class.
@@ -39,6 +43,7 @@ class Explanation:
         experiments: ops whose rule is an experiment's, verified and not proved -> how often, first where.
         given_up: submodules that could not be captured -> why.
         seconds: wall-clock per pass, summed over regions, where this call captured.
+        known: the picture that questions are answered from.
         make_graph: builds `graph`.
     """
 
@@ -50,6 +55,7 @@ class Explanation:
     experiments: dict[str, str]
     given_up: dict[str, str]
     seconds: dict[str, float]
+    known: Known
     make_graph: Callable[[], nx.Graph]
 
     @property
@@ -58,29 +64,101 @@ class Explanation:
         return self.make_graph()
 
     def __repr__(self) -> str:
-        where = "the root" if self.regions == ("",) else _plural(len(self.regions), "region")
+        where = "the root" if self.regions == ("",) else plural(len(self.regions), "region")
         return (
-            f"<Explanation of {self.model}: {_plural(len(self.couplings), 'coupling')} in {where}, "
-            f"{len(self.refusals)} refused, {_plural(len(self.missing_rules), 'op')} without a rule>"
+            f"<Explanation of {self.model}: {plural(len(self.couplings), 'coupling')} in {where}, "
+            f"{len(self.refusals)} refused, {plural(len(self.missing_rules), 'op')} without a rule>"
         )
 
     def __str__(self) -> str:
-        where = "the whole model" if self.regions == ("",) else _plural(len(self.regions), "region")
-        parts = [f"{self.model}: {_plural(len(self.couplings), 'coupling')} in {where}"]
-        if self.couplings:
-            parts.append(_couplings_table(self.couplings))
-        if self.refusals:
-            parts.append("Refused, and why:\n" + _refusals_text(self.refusals))
-        if self.missing_rules:
-            lines = [f"  {op}: {where}" for op, where in self.missing_rules.items()]
-            parts.append("Ops without an axis rule (what they touch stays whole):\n" + "\n".join(lines))
-        if self.experiments:
-            lines = [f"  {op}: {where}" for op, where in self.experiments.items()]
-            parts.append("Ops whose axis rule is an experiment's (verified, not proved):\n" + "\n".join(lines))
-        if self.given_up:
-            lines = [f"  {name or 'the model'}: {why}" for name, why in self.given_up.items()]
-            parts.append("Not captured:\n" + "\n".join(lines))
-        return "\n\n".join(parts)
+        return text_of(self)
+
+    def __rich__(self) -> Group:
+        return rich_of(self)
+
+    def to_markdown(self) -> str:
+        """All of it as Markdown, for an issue or a pull request."""
+        return markdown_of(self)
+
+    def to_json(self) -> str:
+        """All of it as JSON."""
+        return json_of(self)
+
+    def savings(self) -> Savings:
+        """What each coupling can give, in parameters, bytes and FLOPs."""
+        return savings_of(self.known, self.couplings)
+
+    def by_module(self) -> dict[str, tuple[Coupling, ...]]:
+        """The couplings that run along parameters of each module, for the modules that hold some."""
+        modules: dict[str, dict[str, Coupling]] = {}
+        for coupling in self.couplings:
+            for member in coupling.members:
+                modules.setdefault(member.parameter.rpartition(".")[0], {})[coupling.name] = coupling
+        return {name: tuple(modules[name].values()) for name in self.known.modules if name in modules}
+
+    def why(self, a: str, b: str) -> Why:
+        """How two weights are coupled: a path through the graph per coupling, a sentence per op.
+
+        Args:
+            a: a parameter, or a module that holds one matrix; an end of its name will do where it is unique.
+            b: another.
+
+        Raises:
+            NoCouplingError: they share no axis, or there is nothing of that name.
+        """
+        first, second = self.known.matrix_of(a), self.known.matrix_of(b)
+        region = self.known.region_of(first)
+        paths: dict[str, Path] = {}
+        refused: dict[str, tuple[str, ...]] = {}
+        if region is not None and region is self.known.region_of(second):
+            prefix = f"{region.name}." if region.name else ""
+            inside = [self.known.ties.get(name, name).removeprefix(prefix) for name in (first, second)]
+            names = {atom: name for name, atom in region.couplings()}
+            for atom in self._shared_atoms(region.inference.parameters, inside):
+                try:
+                    path = path_between(region.inference, atom, inside[0], inside[1])
+                except NoCouplingError:
+                    continue  # one weight twice: there is a path only where it meets itself
+                reasons = tuple(region.reasons(atom))
+                if atom in names:
+                    paths[names[atom]] = path
+                elif reasons:
+                    label = f"an axis of {region.count(atom)}"
+                    paths[label], refused[label] = path, reasons
+        if not paths:
+            raise NoCouplingError(
+                f"`{first}` and `{second}` share no axis along which weights meet; why_not says what each runs along"
+            )
+        return Why(first, second, paths, refused)
+
+    @staticmethod
+    def _shared_atoms(parameters: Mapping[str, Any], names: Sequence[str]) -> list[Atom]:
+        held = [dict.fromkeys(atom for expr in parameters.get(name, ()) for atom in atoms_of(expr)) for name in names]
+        return [atom for atom in held[0] if atom in held[1]]
+
+    def why_not(self, name: str) -> WhyNot:
+        """What keeps a weight from shrinking, dim by dim, in sentences.
+
+        >>> explanation.why_not("layers.3.self_attn.q_proj")
+
+        Args:
+            name: a parameter or a module; an end of its name will do where it is unique.
+
+        Raises:
+            NoCouplingError: there is nothing of that name.
+        """
+        return why_not(self.known, self.couplings, name)
+
+    def report(self, path: str | os.PathLike[str], *, training: Mapping[str, Any] | None = None) -> None:
+        """Write one HTML file with all of it, which works from disk and without a network.
+
+        Args:
+            path: the file.
+            training: what `ecospa_fx.report.training_of(trainer, losses)` gives, for curves and widths over time.
+        """
+        from .report import write_report
+
+        write_report(self, path, training)
 
 
 def explain(
@@ -166,6 +244,7 @@ def _explanation(model: nn.Module, compiled: CompiledModel, seconds: dict[str, f
         experiments=_uses((i.captured.region, i.experiments) for i in inferences),
         given_up=dict(compiled.given_up),
         seconds=seconds,
+        known=known_of(model, compiled),
         make_graph=lambda: nx.union_all(
             [nx.relabel_nodes(axis_graph(i), lambda key, n=n: (n, *key)) for n, i in enumerate(inferences)]
         ),
@@ -179,64 +258,6 @@ def _uses(met: Iterable[tuple[str, Mapping[str, Sequence[Any]]]]) -> dict[str, s
         for op, nodes in by_op.items():
             found.setdefault(op, []).extend((region, node) for node in nodes)
     return {
-        op: f"{_plural(len(nodes), 'use')}, first in {place(nodes[0][1], nodes[0][0])}"
+        op: f"{plural(len(nodes), 'use')}, first in {place(nodes[0][1], nodes[0][0])}"
         for op, nodes in sorted(found.items())
     }
-
-
-def _couplings_table(couplings: Iterable[Coupling]) -> str:
-    """One row per coupling, equal ones of repeated blocks folded into one."""
-    folded: dict[tuple[Any, ...], list[Coupling]] = {}
-    for c in couplings:
-        members = tuple(_starred(str(member)) for member in c.members)
-        folded.setdefault((_starred(c.name), c.kind, c.size, c.original_size, c.linear, members), []).append(c)
-    table = Table(box=None, pad_edge=False, show_edge=False)
-    table.add_column("coupling", overflow="fold")
-    table.add_column("times", justify="right")
-    table.add_column("kind")
-    table.add_column("size", justify="right")
-    table.add_column("between")
-    table.add_column("members", overflow="fold")
-    for (name, kind, size, original, linear, _), group in folded.items():
-        first = group[0]
-        shown = first.name if len(group) == 1 else name
-        listed = " ".join(_short(str(member), first.name) for member in first.members)
-        sizes = str(size) if size == original else f"{size} of {original}"
-        table.add_row(shown, str(len(group)), kind, sizes, "linear" if linear else "pointwise", listed)
-    console = Console(file=io.StringIO(), width=120, color_system=None, legacy_windows=False)
-    console.print(table)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
-
-
-def _refusals_text(refusals: Iterable[Refusal]) -> str:
-    folded: dict[str, int] = Counter(_starred(str(refusal)) for refusal in refusals)
-    first: dict[str, Refusal] = {}
-    for refusal in refusals:
-        first.setdefault(_starred(str(refusal)), refusal)
-    lines = []
-    for key, times in folded.items():
-        refusal = first[key]
-        members = list(refusal.members)
-        more = f" and {len(members) - 4} more" if len(members) > 4 else ""
-        again = f", {times} times" if times > 1 else ""
-        lines.append(f"  {', '.join(members[:4])}{more} (size {refusal.size}{again})")
-        lines += [f"    - {reason}" for reason in refusal.reasons[:3]]
-        if len(refusal.reasons) > 3:
-            lines.append(f"    - and {len(refusal.reasons) - 3} more")
-    return "\n".join(lines)
-
-
-def _starred(name: str) -> str:
-    """A name with its list positions blotted out: `layers.3.mlp` and `layers.7.mlp` are alike."""
-    return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
-
-
-def _short(member: str, coupling: str) -> str:
-    """A member's name below the module that the coupling is named after."""
-    prefix = coupling.rpartition(".")[0]
-    return member.removeprefix(f"{prefix}.") if prefix else member
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")

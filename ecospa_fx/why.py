@@ -8,7 +8,7 @@ parameter axes is then the explanation.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -19,7 +19,7 @@ from torch import fx
 from .errors import NoCouplingError
 from .passes.axes import Atom, Expr, atoms_of
 from .passes.inference import Inference
-from .passes.nodes import arguments, op_name, place
+from .passes.nodes import arguments, op_name, place, source_line
 from .passes.rules import RULES
 
 _GETITEM = operator.getitem
@@ -34,6 +34,7 @@ class Step:
     before: str
     after: str
     because: str
+    code: str = ""
 
     def __str__(self) -> str:
         return f"{self.before} -> {self.after}: {self.op} at {self.where} ({self.because})"
@@ -49,10 +50,42 @@ class Path:
 
     def __str__(self) -> str:
         lines = [f"{self.start} is coupled with {self.end}:"]
-        width = max((len(step.op) for step in self.steps), default=0)
-        for number, step in enumerate(self.steps, 1):
-            lines.append(f"  {number:2}. {step.op:{width}}  to {step.after}: {step.because} ({step.where})")
+        lines += [f"  {number:2}. {sentence}" for number, sentence in enumerate(self.sentences(), 1)]
         return "\n".join(lines)
+
+    def sentences(self) -> Iterator[str]:
+        """A sentence per step."""
+        for step in self.steps:
+            yield f"{step.op} takes it to {step.after}: {step.because} ({step.where})."
+
+
+@dataclass(frozen=True)
+class Why:
+    """How two weights are coupled.
+
+    Attributes:
+        a: name of one parameter.
+        b: name of the other.
+        paths: coupling, or the axis that is refused -> path through the graph.
+        refused: axis -> what needs it whole, for those that cannot shrink.
+    """
+
+    a: str
+    b: str
+    paths: Mapping[str, Path]
+    refused: Mapping[str, tuple[str, ...]]
+
+    def __str__(self) -> str:
+        parts = []
+        for name, path in self.paths.items():
+            if name in self.refused:
+                head = f"{path.start} meets {path.end} along {name}, which cannot shrink because"
+                reasons = [f"  {reason}" for reason in self.refused[name]]
+                steps = str(path).splitlines()[1:]
+                parts.append("\n".join([head, *reasons, "They meet so:", *steps]))
+            else:
+                parts.append(f"{name}: {path}")
+        return "\n\n".join(parts)
 
 
 def axis_graph(inference: Inference, atoms: Collection[Atom] | None = None) -> nx.Graph:
@@ -143,6 +176,7 @@ def path_between(inference: Inference, atom: Atom, a: str, b: str) -> Path:
             before=labels[before]["label"],
             after=labels[after]["label"],
             because=_because(inference, atom, nodes[op[1]]),
+            code=source_line(nodes[op[1]]),
         )
         for before, op, after in zip(keys[::2], keys[1::2], keys[2::2], strict=False)
     )

@@ -58,6 +58,13 @@ def place(node: fx.Node, region: str = "") -> str:
     return ", ".join(part for part in (module, line) if part) or node.name
 
 
+def source_line(node: fx.Node) -> str:
+    """The line of code that `node` comes from, where it is known."""
+    trace = (node.meta.get("stack_trace") or "").splitlines()
+    frames = [i for i, line in enumerate(trace) if line.strip().startswith("File")]
+    return trace[frames[-1] + 1].strip() if frames and frames[-1] + 1 < len(trace) else ""
+
+
 def reason_text(reason: str, node: fx.Node, region: str = "") -> str:
     """A reason to pin an axis, and where it arose; the end of a region is nowhere in particular."""
     return reason if node.op == "output" else f"{reason} ({place(node, region)})"

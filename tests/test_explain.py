@@ -70,16 +70,21 @@ def test_explain_word_for_word():
         """\
 Model: 15 couplings in 3 regions
 
-coupling         times  kind    size  between    members
-layers.*.heads       3  heads      2  pointwise  q.weight[0] k.weight[0] v.weight[0] o.weight[1]
-layers.*.groups      3  groups     2  pointwise  q.weight[0] o.weight[1]
-layers.*.qk          3  qk         2  pointwise  q.weight[0] k.weight[0]
-layers.*.vo          3  vo         4  linear     v.weight[0] o.weight[1]
-layers.*.glu         3  glu       12  pointwise  gate.weight[0] up.weight[0] down.weight[1]
+layers.*
+  coupling   size  times  between    members
+  heads         2      3  pointwise  q.weight[0] k.weight[0] v.weight[0]
+                                     o.weight[1]
+  groups    2 x 2      3  pointwise  q.weight[0] o.weight[1]
+  qk        2 x 2      3  pointwise  q.weight[0] k.weight[0]
+  vo        4 x 2      3  linear     v.weight[0] o.weight[1]
+  glu          12      3  pointwise  gate.weight[0] up.weight[0] down.weight[1]
 
 Refused, and why:
-  layers.0.o.weight[0], layers.0.norm.weight[0], layers.0.norm.bias[0], layers.0.gate.weight[1] and 2 more (size 8, 3 times)
-    - aten.layer_norm: the statistics are averages over the axis (layers.0.norm, normalization.py)
+  layers.0.o.weight[0], layers.0.norm.weight[0], layers.0.norm.bias[0],
+    layers.0.gate.weight[1], layers.0.up.weight[1], layers.0.down.weight[0]
+    (size 8, 3 times)
+    - aten.layer_norm: the statistics are averages over the axis (layers.0.norm,
+      normalization.py)
     - it leaves the region as output 0""",
     )
     assert [type(m) for m in model.modules()] == before[1]
@@ -94,15 +99,15 @@ def test_why_word_for_word():
         without_lines(str(coupling.why("layers.0.q.weight", "layers.0.o.weight"))),
         """\
 layers.0.q.weight[0] is coupled with layers.0.o.weight[1]:
-   1. aten.linear                        to linear[2]: brought into a product by one side (layers.0.q, linear.py)
-   2. aten.reshape                       to view[2]: the same entries in the same order, in other dims (layers.0, test_explain.py)
-   3. aten.transpose                     to transpose[1]: two dims change places (layers.0, test_explain.py)
-   4. aten.mul                           to mul[1]: entries of a product meet only entries at the same place (layers.0, test_explain.py)
-   5. aten.add                           to add[1]: entries of a sum meet only entries at the same place (layers.0, test_explain.py)
-   6. aten.scaled_dot_product_attention  to scaled_dot_product_attention[1]: brought into a product by one side (layers.0, test_explain.py)
-   7. aten.transpose                     to transpose_3[2]: two dims change places (layers.0, test_explain.py)
-   8. aten.reshape                       to reshape[2]: the same entries in the same order, in other dims (layers.0, test_explain.py)
-   9. aten.linear                        to layers.0.o.weight[1]: multiplied entry by entry and summed over (layers.0.o, linear.py)""",
+   1. aten.linear takes it to linear[2]: brought into a product by one side (layers.0.q, linear.py).
+   2. aten.reshape takes it to view[2]: the same entries in the same order, in other dims (layers.0, test_explain.py).
+   3. aten.transpose takes it to transpose[1]: two dims change places (layers.0, test_explain.py).
+   4. aten.mul takes it to mul[1]: entries of a product meet only entries at the same place (layers.0, test_explain.py).
+   5. aten.add takes it to add[1]: entries of a sum meet only entries at the same place (layers.0, test_explain.py).
+   6. aten.scaled_dot_product_attention takes it to scaled_dot_product_attention[1]: brought into a product by one side (layers.0, test_explain.py).
+   7. aten.transpose takes it to transpose_3[2]: two dims change places (layers.0, test_explain.py).
+   8. aten.reshape takes it to reshape[2]: the same entries in the same order, in other dims (layers.0, test_explain.py).
+   9. aten.linear takes it to layers.0.o.weight[1]: multiplied entry by entry and summed over (layers.0.o, linear.py).""",
     )
     with pytest.raises(errors.NoCouplingError) as caught:
         coupling.why("layers.0.q.weight", "layers.0.k.weight")
@@ -151,7 +156,11 @@ def test_a_compiled_model_needs_no_inputs():
     model = ecospa_fx.compile(Model(), example_inputs=(X,))
     ecospa_fx.shrink(model, {"layers.1.glu": torch.arange(5)})
     text = str(ecospa_fx.explain(model))
-    assert "5 of 12" in text and "layers.1.glu" in text and "layers.*.glu" in text
+    assert (
+        any(line.split()[:4] == ["glu", "5", "of", "12"] for line in text.splitlines())
+        and "\nlayers.1\n" in text
+        and "\nlayers.*\n" in text
+    )
 
 
 def test_a_model_that_waits_for_its_first_call_goes_on_waiting():
