@@ -4,16 +4,18 @@
 >>> trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, target=0.5)
 """
 
-from . import errors
-from .api import compile, couplings, plan, shrink
+from . import errors, logs
+from .api import compile, couplings, diff, plan, shrink
 from .checkpoint import load, resume, save
 from .constraints import Constraints
 from .coupling import Coupling, Member, Refusal
+from .diff import ModuleDiff
 from .estimator import CoupledEstimator
 from .explanation import Explanation, explain
 from .plan import Plan
 from .shrinkable import ShrinkableLinear
 from .sparsifier import CoupledSparsifier
+from .summary import Summary, summary
 from .trainer import EcoSpaTrainer
 from .verification import Verification, verify
 
@@ -25,18 +27,25 @@ __all__ = [
     "EcoSpaTrainer",
     "Explanation",
     "Member",
+    "ModuleDiff",
     "Plan",
     "Refusal",
     "ShrinkableLinear",
+    "Summary",
     "Verification",
     "compile",
     "couplings",
+    "diff",
     "errors",
     "explain",
     "load",
+    "logs",
     "plan",
     "resume",
     "save",
     "shrink",
+    "summary",
     "verify",
 ]
+
+logs.read_environment()

@@ -10,7 +10,9 @@ from torch.optim import Optimizer
 
 from .compiled import MODEL, CompiledModel
 from .coupling import Coupling, Selection
+from .diff import ModuleDiff, diff_of, diff_since, shapes_of
 from .errors import EcoSpaError, NoInputsError, OptimizerError
+from .logs import logger
 from .plan import Plan
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -89,7 +91,7 @@ def shrink(
     selection: Selection,
     *,
     optimizer: Optimizer | Iterable[Optimizer] = (),
-) -> None:
+) -> ModuleDiff:
     """Remove rows and columns by hand.
 
     Parameters stay the same objects; their gradients and the state of `optimizer` are sliced with them. Either all of
@@ -99,6 +101,9 @@ def shrink(
         model: a compiled model.
         selection: coupling (or its name) -> sorted LongTensor of the entries to keep, in `0..coupling.size - 1`.
         optimizer: the optimizer, or several, that hold the parameters.
+
+    Returns:
+        The sizes of every layer before and after; print it.
 
     Raises:
         ShrinkError: a selection is empty, out of range or not increasing.
@@ -110,7 +115,15 @@ def shrink(
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     for each in optimizers:
         check_optimizer(model, each)
+    before, sizes = shapes_of(model), {coupling.name: coupling.size for coupling in compiled.couplings()}
     compiled.shrink(model, selection, optimizers)
+    change = diff_of(model, before)
+    log = logger("shrink")
+    log.info("%s", change.headline())
+    for coupling in compiled.couplings():
+        if coupling.size != sizes[coupling.name]:
+            log.debug("%s: %d -> %d", coupling.name, sizes[coupling.name], coupling.size)
+    return change
 
 
 def plan(model: nn.Module) -> Plan:
@@ -124,6 +137,15 @@ def plan(model: nn.Module) -> Plan:
         raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
     result: Plan = compiled.plan.copy()
     return result
+
+
+def diff(model: nn.Module) -> ModuleDiff:
+    """The sizes of every layer before any shrink and now; print it.
+
+    Raises:
+        EcoSpaError: the model is not compiled.
+    """
+    return diff_since(model, plan(model))
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:

@@ -12,6 +12,7 @@ from .api import check_optimizer, shrink
 from .compiled import MODEL
 from .constraints import Constraints, Frozen, HeadDims
 from .coupling import Coupling
+from .diff import ModuleDiff
 from .errors import EcoSpaError, OptimizerError, TargetError
 from .estimator import CoupledEstimator, Score
 from .sparsifier import CoupledSparsifier, check_settings
@@ -53,7 +54,10 @@ class EcoSpaTrainer:
     Attributes:
         steps: training steps seen.
         done: the target is reached; nothing more will be removed.
-        history: a dict per shrink: `step`, `size` (parameters left), `removed` (coupling name -> entries).
+        history: a dict per shrink: `step`, `size` (parameters left), `removed` (coupling name -> entries, in
+            each context),
+            `importance` (coupling name -> what it scored).
+        last_shrink: sizes of every layer before and after the last shrink, once there was one.
 
     Raises:
         TargetError: a setting is out of range, or the target is below what can be reached.
@@ -98,6 +102,7 @@ class EcoSpaTrainer:
         self.steps = 0
         self.done = False
         self.history: list[dict[str, Any]] = []
+        self.last_shrink: ModuleDiff | None = None
         self._estimator = CoupledEstimator(model, score)
         if gradients == "optimizer":
             self._estimator.attach(optimizer)
@@ -135,13 +140,15 @@ class EcoSpaTrainer:
             raise OptimizerError(
                 "no parameter of a coupling has a gradient: call trainer.step() after backward() and before zero_grad()"
             )
-        keeps = self._sparsifier.decide(self._estimator.importance(), self._due())
+        importance = self._estimator.importance()
+        keeps = self._sparsifier.decide(importance, self._due())
         if keeps:
             if self.before_shrink is not None:
                 self.before_shrink(self.model, keeps, self.optimizer)
-            removed = {coupling.name: coupling.size - len(keep) for coupling, keep in keeps.items()}
-            shrink(self.model, keeps, optimizer=self.optimizer)
-            self.history.append({"step": self.steps, "size": self.size, "removed": removed})
+            removed = {coupling.name: coupling.size - keep.shape[-1] for coupling, keep in keeps.items()}
+            self.last_shrink = shrink(self.model, keeps, optimizer=self.optimizer)
+            scores = {coupling.name: value for coupling, value in importance.items()}
+            self.history.append({"step": self.steps, "size": self.size, "removed": removed, "importance": scores})
         self._estimator.reset()
         self.done = self._sparsifier.reached()
         if self.done:
