@@ -1,0 +1,336 @@
+"""Models by name: hf/TYPE, timm/NAME, a saved directory, file.py:factory; each with the arguments of one call."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import importlib.util
+import io
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ecospa_fx
+from ecospa_fx.checkpoint import MANIFEST
+from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
+from ecospa_fx.errors import EcoSpaError
+from ecospa_fx.explanation import example_call
+
+from .console import FAILED, CommandError
+from .small import call_of, small_config
+
+SHORT = 8
+"""Characters of a type's name from which a slip may be guessed."""
+
+
+@dataclass
+class Named:
+    """A model and the arguments of one call of it.
+
+    Attributes:
+        model: the model.
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] | None = None
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """The call as `explain`, `compile` and `verify` take it."""
+        return {"example_inputs": self.args, "example_kwargs": self.kwargs or {}}
+
+
+def named_model(
+    name: str,
+    *,
+    full: bool = False,
+    fields: Sequence[str] | None = None,
+    inputs: Sequence[str] | None = None,
+    factory: str | None = None,
+    causal: bool = False,
+) -> Named:
+    """The model of a name.
+
+    Args:
+        name: as the command line has it.
+        full: the default configuration on the meta device, where there is a small one otherwise.
+        fields: `FIELD=VALUE` for its configuration.
+        inputs: shapes of its inputs, for a factory.
+        factory: makes the original of a saved model that has no configuration.
+        causal: only a causal language model will do.
+
+    Raises:
+        CommandError: there is no such model, or it cannot be made.
+    """
+    changes = fields_of(fields or ())
+    kind, _, rest = name.partition("/")
+    if kind == "hf" and rest:
+        return _from_transformers(rest, full, changes, causal)
+    if kind == "timm" and rest:
+        return _from_timm(rest, full, changes)
+    if re.search(r"\.py:\w+$", name):
+        return _from_file(name, full, changes, inputs or ())
+    if Path(name).is_dir():
+        return _from_directory(Path(name), factory, inputs or (), causal)
+    raise CommandError(
+        f"there is no model `{name}`: name hf/TYPE (hf/llama), timm/NAME, a directory that is there, or file.py:factory"
+    )
+
+
+def fields_of(given: Iterable[str]) -> dict[str, Any]:
+    """`FIELD=VALUE` texts as values: numbers, True, lists; what is none of these is a text.
+
+    Raises:
+        CommandError: one has no `=`.
+    """
+    fields = {}
+    for text in given:
+        field, equals, value = text.partition("=")
+        if not equals or not field.isidentifier():
+            raise CommandError(f"`{text}` is no FIELD=VALUE, hidden_size=64 say")
+        try:
+            fields[field] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            fields[field] = value
+    return fields
+
+
+def device(full: bool) -> contextlib.AbstractContextManager[Any]:
+    """Where a model is made: at full size on the meta device."""
+    return torch.device("meta") if full else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """What libraries say on stderr about random weights is not for people who asked for them."""
+    from huggingface_hub.utils import logging as hub
+    from transformers.utils import logging
+
+    before, hub_before = logging.get_verbosity(), hub.get_verbosity()
+    logging.set_verbosity_error()
+    hub.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        hub.set_verbosity(hub_before)
+
+
+def _from_transformers(name: str, full: bool, changes: Mapping[str, Any], causal: bool) -> Named:
+    tolerate_missing_torchvision_ops()
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    with _quietly():
+        if "/" in name:
+            config = _hub_config(name)
+        elif name in CONFIG_MAPPING:
+            default = CONFIG_MAPPING[name]
+            config = default(use_cache=False, **changes) if full else small_config(default, changes)
+        else:
+            known = list(CONFIG_MAPPING.keys())
+            close = difflib.get_close_matches(name, known, n=3) or [k for k in known if k.startswith(name[:SHORT])][:3]
+            hint = f"; close to it are {', '.join(close)}" if close else ""
+            raise CommandError(f"transformers has no model type `{name}`{hint}")
+        return _made(f"hf/{name}", config, full, causal)
+
+
+def _hub_config(name: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise CommandError(
+            f"the configuration of `{name}` cannot be read from the hub: {_first_line(error)} Without a network name "
+            "hf/TYPE or a directory",
+            FAILED,
+        ) from None
+
+
+def _made(name: str, config: Any, full: bool, causal: bool) -> Named:
+    """A model of a configuration, under the first head that transformers has for it."""
+    import transformers
+
+    heads = ["AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"]
+    heads += ["AutoModelForImageClassification", "AutoModel"]
+    if causal or not getattr(config, "is_encoder_decoder", False):
+        heads = heads[:1] if causal else heads
+    else:
+        heads = [heads[2], *heads]
+    for head in heads:
+        auto = getattr(transformers, head)
+        if type(config) not in auto._model_mapping:
+            continue
+        try:
+            with device(full):
+                model: nn.Module = auto.from_config(config)
+        except ImportError as error:
+            raise CommandError(f"{name}: {_first_line(error)}", FAILED) from None
+        except Exception as error:  # each architecture refuses sizes in its own way
+            raise CommandError(
+                f"{name}: {type(error).__name__} where the model is made: {_first_line(error)}", FAILED
+            ) from error
+        with device(full):
+            return Named(model, (), call_of(model, config))
+    wanted = "no causal language model" if causal else "no model with a forward that is known here"
+    raise CommandError(f"{name}: transformers has {wanted} of this type")
+
+
+def _from_timm(name: str, full: bool, changes: Mapping[str, Any]) -> Named:
+    tolerate_missing_torchvision_ops()
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; close to it are {', '.join(close)}" if close else ""
+        raise CommandError(f"timm has no model `{name}`{hint}")
+    try:
+        with device(full):
+            model = timm.create_model(name, pretrained=False, **changes)
+    except TypeError as error:
+        raise CommandError(f"timm/{name}: {_first_line(error)}") from None
+    channels, *space = timm.data.resolve_model_data_config(model)["input_size"]
+    size = changes.get("img_size", space)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    with device(full):
+        return Named(model, (torch.randn(2, channels, height, width),))
+
+
+def _from_file(name: str, full: bool, changes: Mapping[str, Any], shapes: Sequence[str]) -> Named:
+    path, _, attribute = name.rpartition(":")
+    if not Path(path).is_file():
+        raise CommandError(f"there is no file {path}")
+    module = _imported(Path(path))
+    made = getattr(module, attribute, None)
+    if not callable(made):
+        found = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise CommandError(f"{path} has no factory `{attribute}`; it has {', '.join(found[:5]) or 'none'}")
+    try:
+        with device(full):
+            result = made(**changes)
+    except Exception as error:
+        raise CommandError(f"{name} failed with {type(error).__name__}: {_first_line(error)}", FAILED) from error
+    args: tuple[Any, ...] = ()
+    if isinstance(result, tuple) and len(result) == 2:
+        result, given = result
+        args = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+    if not isinstance(result, nn.Module):
+        raise CommandError(f"{name} gives a {type(result).__name__}, not a module or (module, inputs)")
+    with device(full):
+        return _with_inputs(name, result, args, shapes)
+
+
+def _with_inputs(name: str, model: nn.Module, args: tuple[Any, ...], shapes: Sequence[str]) -> Named:
+    if shapes:
+        return Named(model, tuple(map(_input, shapes)))
+    if args:
+        return Named(model, args)
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(model, "main_input_name"):
+        return Named(model, (), call_of(model, config))
+    try:
+        offered, kwargs = example_call(model, None, None)
+    except EcoSpaError:
+        raise CommandError(
+            f"{name} says nothing about its inputs: pass --input 2x16:long for each, let the factory return (model, "
+            "inputs), or give the model an example_input_array"
+        ) from None
+    return Named(model, offered, kwargs)
+
+
+def _input(text: str) -> Tensor:
+    shape, _, dtype = text.partition(":")
+    kind = getattr(torch, dtype or "float32", None)
+    if not re.fullmatch(r"\d+(x\d+)*", shape) or not isinstance(kind, torch.dtype):
+        raise CommandError(f"--input {text}: write a shape and, after a colon, a dtype: 2x16:long, 1x3x32x32")
+    sizes = [int(size) for size in shape.split("x")]
+    return torch.randn(sizes).to(kind) if kind.is_floating_point else torch.zeros(sizes, dtype=kind)
+
+
+def _imported(path: Path) -> Any:
+    name = path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise CommandError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(name, module)
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise CommandError(f"{path} fails with {type(error).__name__}: {_first_line(error)}", FAILED) from error
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _from_directory(path: Path, factory: str | None, shapes: Sequence[str], causal: bool) -> Named:
+    tolerate_missing_torchvision_ops()
+    if (path / MANIFEST).is_file():
+        return _saved(path, factory, shapes)
+    if not (path / "config.json").is_file():
+        raise CommandError(f"{path} holds no model: neither {MANIFEST} (ecospa_fx.save) nor config.json (transformers)")
+    from transformers import AutoConfig
+
+    with _quietly():
+        try:
+            config = AutoConfig.from_pretrained(path)
+            config.use_cache = False
+        except (OSError, ValueError) as error:
+            raise CommandError(f"{path}/config.json cannot be read: {_first_line(error)}", FAILED) from None
+        made = _made(str(path), config, False, causal)
+        if any(path.glob("*.safetensors")):
+            with contextlib.redirect_stderr(io.StringIO()):
+                made.model = type(made.model).from_pretrained(path, local_files_only=True)  # type: ignore[attr-defined]
+        return made
+
+
+def _saved(path: Path, factory: str | None, shapes: Sequence[str]) -> Named:
+    """A model that `ecospa_fx.save` wrote: rebuilt from a factory, its configuration, or the name that made it."""
+    if factory is None and (path / "config.json").is_file():
+        with _quietly():
+            return _with_inputs(str(path), ecospa_fx.load(path), (), shapes)
+    source: dict[str, Any] | None = {"name": factory} if factory is not None else _source_of(path)
+    if source is None:
+        return _with_inputs(str(path), ecospa_fx.load(path), (), shapes)
+    original = named_model(**source)
+    model = ecospa_fx.load(path, lambda: original.model)
+    return _with_inputs(str(path), model, (), shapes) if shapes else Named(model, original.args, original.kwargs)
+
+
+SOURCE = "model.json"
+"""Beside a saved model: which name made it, for models that have no configuration of their own."""
+
+
+def _source_of(path: Path) -> dict[str, Any] | None:
+    if not (path / SOURCE).is_file():
+        return None
+    try:
+        source = json.loads((path / SOURCE).read_text())
+        found = {"name": str(source["name"]), "fields": [str(field) for field in source["fields"]]}
+    except (ValueError, KeyError, TypeError):
+        raise CommandError(f"{path / SOURCE} cannot be read", FAILED) from None
+    if ".py:" in found["name"]:  # a saved directory must not say which code to run
+        raise CommandError(f"{path} was made by a factory; pass --factory FILE.PY:NAME")
+    return found
+
+
+def remember_source(path: Path, name: str, fields: Sequence[str] | None) -> None:
+    """Write beside a saved model which name made it."""
+    (path / SOURCE).write_text(json.dumps({"name": name, "fields": list(fields or ())}) + "\n")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{lines[0]:.200}"

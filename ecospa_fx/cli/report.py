@@ -1,0 +1,67 @@
+"""ecospa-fx report: one HTML file to look at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import ecospa_fx
+
+from . import options as o
+from .console import CommandError, at_work, check_file, show, show_json
+from .models import named_model
+
+EPILOG = """\
+\b
+Examples:
+  ecospa-fx report hf/llama --out llama.html
+  ecospa-fx report hf/llama --full --out llama.html
+  ecospa-fx report runs/mine/model --training runs/mine/training.json
+"""
+
+
+def report(
+    model: o.Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="the file")] = Path("report.html"),
+    training: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="training.json of `ecospa-fx train`, for curves"),
+    ] = None,
+    regions: o.Regions = "auto",
+    full: o.Full = False,
+    fields: o.Set = None,
+    inputs: o.Inputs = None,
+    factory: o.Factory = None,
+    as_json: o.Json = False,
+) -> None:
+    """Write what was found as one HTML file that needs no network."""
+    check_file(out)
+    curves = _read(training) if training is not None else None
+    with at_work(f"looking at {model}"):
+        named = named_model(model, full=full, fields=fields, inputs=inputs, factory=factory)
+        explanation = ecospa_fx.explain(named.model, **named.call, regions=o.regions_of(regions))
+        explanation.report(out, training=curves)
+    size = out.stat().st_size
+    if as_json:
+        show_json({"out": str(out), "bytes": size, "couplings": len(explanation.couplings)})
+    else:
+        show(f"{out}: {len(explanation.couplings)} couplings, {size / 1e6:.1f} MB; open it in a browser")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text())
+        if not {"loss", "history", "sizes"} <= set(document):
+            raise ValueError("it lacks loss, history or sizes")
+    except (OSError, ValueError, TypeError) as error:
+        raise CommandError(f"{path} cannot be read as training.json: {error}") from None
+    result: dict[str, Any] = document
+    return result
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(epilog=EPILOG)(report)

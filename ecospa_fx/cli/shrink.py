@@ -1,0 +1,79 @@
+"""ecospa-fx shrink: a model to a target in one stroke, by the size of its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import ecospa_fx
+from ecospa_fx.compiled import MODEL
+from ecospa_fx.constraints import Constraints
+from ecospa_fx.estimator import CoupledEstimator
+from ecospa_fx.sparsifier import CoupledSparsifier
+
+from . import options as o
+from .console import FAILED, CommandError, at_work, check_directory, show, show_json
+from .models import named_model, remember_source
+
+EPILOG = """\
+\b
+Examples:
+  ecospa-fx shrink runs/mine/model --target 0.5 --out smaller
+  ecospa-fx shrink hf/llama --target 0.7 --out smaller
+  ecospa-fx shrink saved --factory my_model.py:make --target 0.5 --out smaller
+
+Without data the size of the weights is all there is to go by: train afterwards, or use `ecospa-fx train`.
+"""
+
+
+def shrink(
+    model: o.Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="where the smaller model goes")],
+    target: Annotated[float, typer.Option(help="share of the original parameters that remains")] = 0.5,
+    min_keep: Annotated[int, typer.Option(help="entries that every coupling keeps")] = 1,
+    round_to: Annotated[int, typer.Option(help="widths are multiples of this")] = 1,
+    regions: o.Regions = "auto",
+    fields: o.Set = None,
+    inputs: o.Inputs = None,
+    factory: o.Factory = None,
+    as_json: o.Json = False,
+) -> None:
+    """Shrink a model to a share of its parameters, the weakest rows and columns first, and save it."""
+    check_directory(out)
+    with at_work(f"shrinking {model}"):
+        named = named_model(model, fields=fields, inputs=inputs, factory=factory)
+        if MODEL not in named.model.__dict__:
+            ecospa_fx.compile(named.model, **named.call, regions=o.regions_of(regions))
+        elif not named.model.__dict__[MODEL].captured:
+            ecospa_fx.explain(named.model, **named.call)  # a loaded model is captured by its first call
+        sparsifier = CoupledSparsifier(named.model, target=target, constraints=Constraints(min_keep, round_to))
+        estimator = CoupledEstimator(named.model, "magnitude")
+        while not sparsifier.reached():
+            keeps = sparsifier.decide(estimator.importance(), sparsifier.target_size)
+            if not keeps:
+                break
+            ecospa_fx.shrink(named.model, keeps)
+        try:
+            ecospa_fx.save(named.model, out)
+            remember_source(out, model, fields)
+        except OSError as error:
+            raise CommandError(f"{out} cannot be written: {error.strerror or error}", FAILED) from None
+    change = ecospa_fx.diff(named.model)
+    if as_json:
+        show_json(
+            {
+                "parameters": change.parameters_after,
+                "original_parameters": change.parameters_before,
+                "layers": {n: [list(s), list(change.after[n])] for n, s in change.before.items()},
+                "out": str(out),
+            }
+        )
+    else:
+        show(change, "", f"saved to {out}; ecospa_fx.load reads it")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(epilog=EPILOG)(shrink)
