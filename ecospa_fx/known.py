@@ -194,9 +194,9 @@ def _symbols(inference: Inference) -> dict[sympy.Symbol, int]:
         if node.op == "placeholder":
             for meta in tensor_meta(node):
                 for size in meta.shape:
-                    expr: Any = getattr(getattr(size, "node", None), "expr", None)
-                    if isinstance(expr, sympy.Symbol):
-                        symbols[expr] = int(size.node.hint)
+                    symbolic: Any = getattr(size, "node", None)
+                    if symbolic is not None and isinstance(symbolic.expr, sympy.Symbol):
+                        symbols[symbolic.expr] = int(symbolic.hint)
     return symbols
 
 

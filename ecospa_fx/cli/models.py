@@ -119,7 +119,7 @@ def _quietly() -> Iterator[None]:
 
     before, hub_before = logging.get_verbosity(), hub.get_verbosity()
     logging.set_verbosity_error()
-    hub.set_verbosity_error()
+    hub.set_verbosity(hub.ERROR)
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ def training_of(
     trainer: EcoSpaTrainer,
     losses: Sequence[float],
     *,
-    sizes: Sequence[int] | None = None,
+    sizes: Sequence[int | None] | None = None,
     valid: Sequence[tuple[int, float]] = (),
 ) -> dict[str, Any]:
     """What a report needs to know of a training run, as plain values that JSON can hold.
