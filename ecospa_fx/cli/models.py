@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def _quietly() -> Iterator[None]:
 
     before, hub_before = logging.get_verbosity(), hub.get_verbosity()
     logging.set_verbosity_error()
-    hub.set_verbosity(hub.ERROR)
+    hub.set_verbosity(ERROR)
     try:
         yield
     finally:
