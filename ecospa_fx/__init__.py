@@ -13,6 +13,7 @@ from .diff import ModuleDiff
 from .estimator import CoupledEstimator
 from .explanation import Explanation, explain
 from .plan import Plan
+from .restore import restore
 from .shrinkable import ShrinkableLinear
 from .sparsifier import CoupledSparsifier
 from .summary import Summary, summary
@@ -41,6 +42,7 @@ __all__ = [
     "load",
     "logs",
     "plan",
+    "restore",
     "resume",
     "save",
     "shrink",

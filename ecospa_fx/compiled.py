@@ -28,7 +28,7 @@ from .passes.rewrite import rewrite
 from .passes.selection import mask_of, narrowed, whole
 from .passes.shrink import prepare
 from .plan import Plan
-from .region import Region, outside_inference
+from .region import Region, apart, outside_inference
 from .shrinkable import original_class, swap_forward, swap_linears, unswap_forward
 
 MODEL, REGION = "_ecospa_model", "_ecospa_region"  # keys in a module's __dict__
@@ -73,7 +73,7 @@ class CompiledModel:
         return model.forward(*args, **kwargs)
 
     @torch.compiler.disable
-    @torch.inference_mode(False)
+    @apart()
     def capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose regions from one call and route them through programs. On any error the model is as before."""
         args, kwargs = outside_inference((args, kwargs))

@@ -39,6 +39,10 @@ class OptimizerError(EcoSpaError, ValueError):
     """An optimizer that does not belong to the model, or whose state cannot follow a shrink."""
 
 
+class RestoreError(EcoSpaError, RuntimeError):
+    """A module whose own forward cannot run with the weights that are left, or gives something else with them."""
+
+
 class CheckpointError(EcoSpaError, ValueError):
     """A saved directory that is incomplete, altered, of another version, or of another model."""
 

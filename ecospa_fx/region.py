@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,18 @@ if TYPE_CHECKING:
 
 MOST_ROUTES = 1024  # calls remembered per region, one per combination of sizes
 MOST_PROGRAMS = 16  # per region: twice as many graphs as torch.compile allows before it gives up
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Capture in the middle of a forward: out of inference mode, and out of sight of whoever packs saved tensors.
+
+    What a graph keeps must serve training later; and activation checkpointing would run the forward again for the
+    gradients that a graph is compared by.
+    """
+    as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with torch.inference_mode(False), as_it_is:
+        yield
 
 
 class Region:
@@ -124,7 +137,7 @@ class Region:
         return next(d for p, d in zip(self.programs, self.discoveries, strict=True) if p is program)
 
     @torch.compiler.disable
-    @torch.inference_mode(False)  # what a graph keeps must serve training later
+    @apart()
     def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         """Capture a call of a new signature at original sizes and replay the plan on it."""
         if len(self.programs) >= MOST_PROGRAMS:

@@ -99,10 +99,11 @@ def autocast_now() -> Autocast:
 def training_flags(module: nn.Module) -> tuple[bool, ...]:
     """The training flag of every module of a region: train and eval are two signatures, and so is a frozen norm."""
     # Asked at every call, so not by way of `nn.Module.modules`, whose generators cost as much as a small layer.
-    return tuple(child.training for child in _below(module))
+    return tuple(child.training for child in below(module))
 
 
-def _below(module: nn.Module) -> list[nn.Module]:
+def below(module: nn.Module) -> list[nn.Module]:
+    """A module and all in it, in the order of `training_flags`."""
     found, waiting, seen = [], [module], {id(module)}
     while waiting:
         found.append(child := waiting.pop())
@@ -115,9 +116,9 @@ def _below(module: nn.Module) -> list[nn.Module]:
 
 def _state(module: nn.Module) -> tuple[Hashable, ...]:
     """`training_flags`, and how many hooks of each kind the submodules have, where they have any."""
-    below = _below(module)
-    state: list[Hashable] = [child.training for child in below]
-    for i, child in enumerate(below[1:]):
+    modules = below(module)
+    state: list[Hashable] = [child.training for child in modules]
+    for i, child in enumerate(modules[1:]):
         if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
             kinds = child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks
             state.append((i, *map(len, kinds)))

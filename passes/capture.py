@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import io
 import logging
 import math
@@ -85,6 +84,10 @@ class Captured:
     hooked: Mapping[str, int] = field(default_factory=dict)
     observed: tuple[Point, ...] = ()
 
+    def __post_init__(self) -> None:
+        # At once, for torch.compile cannot trace what is cached behind a lock.
+        self._plain_result = _plain_structure(self.out_leaves, self.out_spec)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
         return self  # never changed once made
 
@@ -117,16 +120,16 @@ class Captured:
         leaves = [next(waiting) if leaf is TENSOR else leaf for leaf in self.out_leaves]
         return pytree.tree_unflatten(leaves, self.out_spec)
 
-    @functools.cached_property
-    def _plain_result(self) -> str:
-        """`"tensor"` or `"tuple"` of tensors, which is what most regions return, or neither."""
-        tensors = range(len(self.out_leaves))
-        if all(leaf is TENSOR for leaf in self.out_leaves):
-            shapes = {"tensor": TENSOR, "tuple": tuple(tensors)}
-            for name, shape in shapes.items():
-                if pytree.tree_structure(shape) == self.out_spec:
-                    return name
-        return ""
+
+def _plain_structure(out_leaves: Sequence[Any], out_spec: pytree.TreeSpec) -> str:
+    """`"tensor"` or `"tuple"` of tensors, which is what most regions return, or neither."""
+    tensors = range(len(out_leaves))
+    if all(leaf is TENSOR for leaf in out_leaves):
+        shapes = {"tensor": TENSOR, "tuple": tuple(tensors)}
+        for name, shape in shapes.items():
+            if pytree.tree_structure(shape) == out_spec:
+                return name
+    return ""
 
 
 def capture(

@@ -94,7 +94,9 @@ class Lives:
         """The model equals its twin, outputs and gradients, to the rounding of a dtype. Returns its gradients."""
         kwargs = self.kwargs | kwargs
         precision = precision or next(self.twin.parameters()).dtype
-        outputs, gradients = run_twice(model or self.model, (), kwargs)
+        model = self.model if model is None else model
+        outputs, gradients = run_twice(model, (), kwargs)
+        gradients = {name.removeprefix("_orig_mod."): g for name, g in gradients.items()}  # torch.compile's
         twin_outputs, twin_gradients = run_twice(self.twin, (), kwargs)
         assert_same(_named(twin_outputs), _named(outputs), LOOSE[precision], "outputs")
         wanted = {name: sliced(g, name, self.positions) for name, g in twin_gradients.items()}
@@ -106,7 +108,7 @@ class Lives:
             for name, gradient in wanted.items():
                 error = float((gradients[name] - gradient).abs().max())
                 assert error <= 2 * LOOSE[precision] * max(floor, float(gradient.abs().max())), name
-        return {name: p.grad for name, p in (model or self.model).named_parameters() if p.grad is not None}
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def _named(tensors: list[Tensor]) -> Mapping[str, Tensor]:
