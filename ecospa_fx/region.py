@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +45,9 @@ def apart() -> Iterator[None]:
     What a graph keeps must serve training later; and activation checkpointing would run the forward again for the
     gradients that a graph is compared by.
     """
-    as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-    with torch.inference_mode(False), as_it_is:
+    with torch.inference_mode(False), ExitStack() as stack:
+        if torch._C._functorch.peek_interpreter_stack() is None:  # its transforms know no such hooks
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
         yield
 
 
