@@ -72,7 +72,7 @@ class CompiledModel:
         self.capture(model, args, kwargs)
         return model.forward(*args, **kwargs)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @apart()
     def capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose regions from one call and route them through programs. On any error the model is as before."""

@@ -137,7 +137,7 @@ class Region:
         """What was discovered in the graph of a program."""
         return next(d for p, d in zip(self.programs, self.discoveries, strict=True) if p is program)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @apart()
     def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         """Capture a call of a new signature at original sizes and replay the plan on it."""

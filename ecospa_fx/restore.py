@@ -78,10 +78,11 @@ def restore(
 
 def plain(module: nn.Module) -> None:
     """Give a module, and the linear layers in it, their original classes, and take away what is ours."""
+    child: nn.Module
     for child in module.modules():
         if type(child) is ShrinkableLinear:
             sizes = child.in_features, child.out_features
-            child.__class__ = nn.Linear
+            child.__class__ = nn.Linear  # type: ignore[assignment]
             child.in_features, child.out_features = sizes
     unswap_forward(module)
     for key in (MODEL, REGION):
@@ -90,7 +91,7 @@ def plain(module: nn.Module) -> None:
 
 def _sizes(module: nn.Module) -> dict[str, Any]:
     """The attributes in which layers of torch.nn keep the sizes of their own weights, as these are now."""
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     match module:
         case nn.modules.conv._ConvTransposeNd():
             return {"in_channels": weight.shape[0], "out_channels": weight.shape[1] * module.groups}
@@ -182,10 +183,10 @@ def _compare(region: Region, module: nn.Module, program: Program, args: Any, kwa
     for mine, theirs in zip(tensors, expected[: program.captured.returned], strict=True):
         if mine.shape != theirs.shape:
             different = f"a result of {tuple(mine.shape)} and not of {tuple(theirs.shape)}"
-        elif mine.is_meta or (error := relative_error(theirs, mine)) <= TOLERANCE.get(mine.dtype, 0.0):
+        elif mine.is_meta or (difference := relative_error(theirs, mine)) <= TOLERANCE.get(mine.dtype, 0.0):
             continue
         else:
-            different = f"results that differ by {error:.1e}"
+            different = f"results that differ by {difference:.1e}"
         raise RestoreError(
             f"{_named(region.name, module)} runs with the weights that are left, but gives {different}: it derives "
             "something else from their sizes (a scale, a split). Keep the model compiled"

@@ -172,10 +172,13 @@ def capture(
 
     def once(observe: Iterable[str]) -> Captured:
         # What is traced needs shapes only; what is compared with eager needs values.
-        with at_original_sizes(module, originals and originals.shapes()):
+        with at_original_sizes(module, originals.shapes() if originals else None):
             captured = _captured(module, args, kwargs, region, forward, static, observe)
         if check:
-            with at_original_sizes(module, originals and originals.values()), noted(module, observe) as changed:
+            with (
+                at_original_sizes(module, originals.values() if originals else None),
+                noted(module, observe) as changed,
+            ):
                 error = disagreement(captured, module, forward, args, kwargs)
             if error is not None:
                 raise CaptureError(f"{_named(region)} was captured, but {error}; it is left as it is")
@@ -356,7 +359,9 @@ def _number(bound: Any) -> float:
 
 def same_storage(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Tied weights: name -> the first of `names` with the same storage."""
-    named, first, same = named_tensors(module), {}, {}
+    named = named_tensors(module)
+    first: dict[Any, str] = {}
+    same: dict[str, str] = {}
     for name in names:
         key = storage_key(named[name])
         if key in first:

@@ -306,7 +306,7 @@ def analyse_once(
     forward = forward or type(module).forward
     if outside:  # pinned for reasons of its own
         return analyse(module, name, call, outside, forward=forward, originals=originals)
-    with at_original_sizes(module, originals and originals.shapes()):
+    with at_original_sizes(module, originals.shapes() if originals else None):
         equal = [analysis for analysis, mark in captures if mark.fits(module)]
     for analysis in equal:
         shared = _shared(analysis, module, name, call, forward, originals)
@@ -314,7 +314,7 @@ def analyse_once(
             return shared
     with recorded_reads(module) as reads:
         analysis = analyse(module, name, call, outside, forward=forward, originals=originals)
-    with at_original_sizes(module, originals and originals.shapes()):
+    with at_original_sizes(module, originals.shapes() if originals else None):
         captures.append((analysis, fingerprint(module, reads)))
     return analysis
 
@@ -332,7 +332,7 @@ def _shared(
     captured = replace(analysis.captured, region=name, signature=signature)
     on_meta = any(t.is_meta for t in (*pytree.tree_leaves(call), *module.parameters()) if isinstance(t, Tensor))
     if not on_meta:
-        with at_original_sizes(module, originals and originals.values()):
+        with at_original_sizes(module, originals.values() if originals else None):
             if disagreement(captured, module, forward, *call) is not None:
                 return None
     inference = replace(analysis.inference, captured=captured)
