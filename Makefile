@@ -21,7 +21,7 @@ export PYTHONSAFEPATH := 1
 export OMP_WAIT_POLICY := passive
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 24
 
 demo: $(TEST_READY)  ## run the demo; ARGS="..." is passed on
 	$(RUN) -m ecospa_fx demo $(ARGS)
@@ -49,6 +49,14 @@ types: $(DEV_READY)  ## mypy --strict on the built wheel
 bench: $(TEST_READY)  ## run the benchmarks; ARGS="..." goes to bench/rewrite.py
 	PYTHONPATH=bench $(RUN) bench/explain.py
 	PYTHONPATH=bench $(RUN) bench/rewrite.py $(ARGS)
+
+bench-kernels: $(TEST_READY)  ## kernels and the estimator on the CPU; what the compiler makes of them for GPUs
+	PYTHONPATH=bench $(RUN) bench/aot.py
+	PYTHONPATH=bench $(RUN) bench/estimator.py
+	PYTHONPATH=bench $(RUN) bench/kernels.py --device cpu $(ARGS)
+
+bench-gpu: $(TEST_READY)  ## kernels against every alternative on a GPU, at most 8 minutes
+	PYTHONPATH=bench timeout 480 $(RUN) bench/kernels.py --device cuda $(ARGS)
 
 clean:  ## remove caches and build output (the environment in .venv stays)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

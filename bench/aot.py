@@ -5,6 +5,7 @@ python bench/aot.py [--few] [--json]     prints a table and writes bench/results
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -14,6 +15,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what has been the default; Triton 3.9 warns of a change
+
 import triton
 import triton.language as tl
 from machine import machine, write_csv
@@ -22,6 +25,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ecospa_fx.kernels import adamw
 from ecospa_fx.kernels.compact import COMPACT_WIDTH, compact_kernel, tile
 from ecospa_fx.kernels.slice_sums import FINAL_COLS, FINAL_ROWS, WARPS, WARPS_WEIGHTED, finish_kernel, slice_sums_kernel
 from ecospa_fx.kernels.windows import COLS, ROWS, WIDTH
@@ -68,6 +72,8 @@ FINISH = {
     "decay": "fp32",
     "gain": "fp32",
 }
+ADAMW = {"pointers": "*i64", "table": "*i64", "partials": "*fp32", "count": "i32"}
+ADAMW |= dict.fromkeys(("keep", "toward", "beta2", "fresh", "rate", "root", "eps"), "fp32")
 COMPACT = {"pointers": "*i64", "table": "*i64", "indices": "*i64", "count": "i32"}
 
 
@@ -117,6 +123,22 @@ def variants() -> Iterator[Variant]:
         least = lines * COLS * size // 16 // (64 * warps)
         key = size == 4 and kind != "narrow"
         yield Variant(f"compact {8 * size} bit {kind}", compact_kernel, COMPACT, constants, warps, key, least, least)
+
+    for dtype, kind in product(("fp32", "bf16"), ("wide", "narrow", "strided")):
+        size = BYTES_OF[dtype]
+        vector = {"wide": 16 // size, "narrow": 1, "strided": 0}[kind]
+        constants = {
+            "ELEMENT": ELEMENT[dtype],
+            "STATE": ELEMENT[dtype],
+            "VECTOR": vector,
+            "ALIGN": max(vector, 1) * size,
+            "ROWS": adamw.lines(vector),
+            "COLS": COLS,
+            "WIDTH": WIDTH,
+        }
+        each = adamw.lines(vector) * COLS * size // 16 // (64 * adamw.WARPS)
+        name, key = f"adamw {dtype} {kind}", kind == "wide"
+        yield Variant(name, adamw.adamw_kernel, ADAMW, constants, adamw.WARPS, key, 4 * each, 3 * each)
 
 
 def compile_for(target: str, kernel: object, types: Mapping[str, str], constants: Mapping[str, object], warps: int):

@@ -7,6 +7,8 @@ one launch per element size and alignment. Indices and addresses come from table
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -133,10 +135,12 @@ def _windows(
 
 
 @torch.no_grad()
-def compact_triton(x: list[Tensor], indices: list[Tensor], tensors: list[int], dims: list[int]) -> list[Tensor]:
-    """What `compact` does, by the kernel of this file; all tensors on one device."""
+def prepared(
+    x: list[Tensor], indices: list[Tensor], tensors: list[int], dims: list[int]
+) -> tuple[list[Tensor], list[Callable[[], object]]]:
+    """The results of a compaction, still to be filled by launches; all tensors on one device."""
     if not x:
-        return []
+        return [], []
     device = x[0].device
     steps: list[dict[int, Tensor]] = [{} for _ in x]
     for index, tensor, dim in zip(indices, tensors, dims, strict=True):
@@ -166,22 +170,34 @@ def compact_triton(x: list[Tensor], indices: list[Tensor], tensors: list[int], d
         launches.setdefault((old.element_size(), vector), []).extend(rows)
     pointers = table([[t.data_ptr() for t in x], [t.data_ptr() for t in made]], len(x), device)
     together = torch.cat([i.to("cpu", torch.int64) for i in joined] or [torch.zeros(1, dtype=torch.int64)]).to(device)
+    calls: list[Callable[[], object]] = []
     for (size, vector), rows in launches.items():
+        lines, warps = tile(vector)
         if rows:
-            lines, warps = tile(vector)
-            compact_kernel[(len(rows),)](
-                pointers,
-                table(rows, COMPACT_WIDTH, device),
-                together,
-                len(x),
-                ELEMENT=getattr(tl, INTEGERS[size]),
-                VECTOR=vector,
-                ALIGN=max(vector, 1) * size,
-                ROWS=lines,
-                COLS=COLS,
-                WIDTH=COMPACT_WIDTH,
-                num_warps=warps,
+            calls.append(
+                partial(
+                    compact_kernel[(len(rows),)],
+                    pointers,
+                    table(rows, COMPACT_WIDTH, device),
+                    together,
+                    len(x),
+                    ELEMENT=getattr(tl, INTEGERS[size]),
+                    VECTOR=vector,
+                    ALIGN=max(vector, 1) * size,
+                    ROWS=lines,
+                    COLS=COLS,
+                    WIDTH=COMPACT_WIDTH,
+                    num_warps=warps,
+                )
             )
+    return made, calls
+
+
+def compact_triton(x: list[Tensor], indices: list[Tensor], tensors: list[int], dims: list[int]) -> list[Tensor]:
+    """What `compact` does, by the kernel of this file."""
+    made, calls = prepared(x, indices, tensors, dims)
+    for call in calls:
+        call()
     return made
 
 

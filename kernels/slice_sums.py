@@ -16,6 +16,9 @@ from .windows import BYTES, COLS, ROWS, WIDTH, long_first, table, walks, windows
 FINAL_ROWS, FINAL_COLS = 16, 128
 WARPS, WARPS_WEIGHTED = 4, 8
 
+BLOCK = 262_144
+"""Entries that the reference squares at a time: enough to be worth the calls, few enough to stay in a cache."""
+
 ELEMENTS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """Dtypes that the kernel reads; anything else takes the reference."""
 
@@ -30,9 +33,30 @@ def slice_sums_ref(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, ...]:
     Returns:
         Per dim a tensor `[x.shape[dim]]` in float32 (float64 where `x` is).
     """
-    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    squares = wide * wide
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if x.ndim > 1 and x.numel() > BLOCK:
+        return _by_blocks(x.detach(), dims, wide)
+    squares = x.detach().to(wide).square()
     return tuple(squares.sum([d for d in range(x.ndim) if d != dim]) if x.ndim > 1 else squares for dim in dims)
+
+
+def _by_blocks(x: Tensor, dims: tuple[int, ...], wide: torch.dtype) -> tuple[Tensor, ...]:
+    """Squares a block at a time in one piece of memory: what is as large as a weight would not stay in the cache."""
+    order = sorted(range(x.ndim), key=lambda dim: -x.stride(dim))
+    x, dims = x.permute(order), tuple(order.index(dim) for dim in dims)
+    lines = max(1, BLOCK * x.shape[0] // x.numel())
+    made = [torch.zeros(x.shape[dim], dtype=wide, device=x.device) for dim in dims]
+    memory = torch.empty(lines, *x.shape[1:], dtype=wide, device=x.device)
+    for first in range(0, x.shape[0], lines):
+        part = x[first : first + lines]
+        squares = memory[: len(part)].copy_(part).square_()
+        for dim, sums in zip(dims, made, strict=True):
+            others = [d for d in range(x.ndim) if d != dim]
+            if dim == 0:
+                torch.sum(squares, others, out=sums[first : first + lines])
+            else:
+                sums += squares.sum(others)
+    return tuple(made)
 
 
 @torch.no_grad()

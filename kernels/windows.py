@@ -110,17 +110,18 @@ def _vector(address: int, element: int, start: int, kept: Axis, summed: Axis) ->
     return math.gcd(aligned, along.size, across.stride) if aligned else 1
 
 
-def windows(walk: Walk, source: int, slot: int) -> tuple[list[list[int]], int]:
+def windows(walk: Walk, source: int, slot: int, lines: int = ROWS) -> tuple[list[list[int]], int]:
     """Rows of the window table for a walk, and how many partial sums of each kept entry they leave.
 
     Args:
         walk: what to sum.
         source: row of the pointer table.
         slot: where its partial sums begin, `[chunks, kept.size]`.
+        lines: what the kernel takes for `ROWS`.
     """
     if not walk.kept.size or not walk.summed.size:
         return [], 0
-    wide, deep = (COLS, ROWS) if walk.columns else (ROWS, COLS)  # of the kept axis; of one step along the other
+    wide, deep = (COLS, lines) if walk.columns else (lines, COLS)  # of the kept axis; of one step along the other
     length = LONGEST // wide // deep * deep
     chunks = range(0, walk.summed.size, length)
     rows = []

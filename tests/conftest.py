@@ -7,6 +7,7 @@ import torch
 if not torch.cuda.is_available():
     # Read when Triton is imported: the same kernel tests run compiled on a GPU and interpreted without one.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what has been the default; Triton 3.9 warns of a change
 
 from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import ecospa_fx
-from ecospa_fx.kernels import add_slice_sums, compact, slice_sums
+from ecospa_fx.kernels import adamw_slice_sums, add_slice_sums, compact, slice_sums
 from ecospa_fx.kernels import launch as launch_module
+from ecospa_fx.kernels.adamw import adamw_slice_sums_ref, adamw_slice_sums_triton
 from ecospa_fx.kernels.compact import compact_ref, compact_triton
 from ecospa_fx.kernels.launch import Pointers
-from ecospa_fx.kernels.slice_sums import Layout, add_slice_sums_ref, add_slice_sums_triton
+from ecospa_fx.kernels.slice_sums import Layout, add_slice_sums_ref, add_slice_sums_triton, slice_sums_ref
 from ecospa_fx.kernels.windows import walks
 
 pytest.importorskip("triton")  # the extra `test` brings it on Linux
@@ -98,6 +99,17 @@ def check(x, weights=(), **options):
 @pytest.mark.parametrize("case", CASES)
 def test_slice_sums_of_any_strides(case):
     check([made(case)])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 0, 1)])
+def test_the_reference_takes_large_tensors_by_blocks(dtype, order, monkeypatch):
+    monkeypatch.setattr(sys.modules["ecospa_fx.kernels.slice_sums"], "BLOCK", 1000)
+    x = torch.randn(23, 17, 40).to(dtype).permute(order)
+    for dim, sums in enumerate(slice_sums_ref(x, (0, 1, 2))):
+        expected = x.double().square().sum([d for d in range(3) if d != dim])
+        torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=0)
+        assert sums.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 @pytest.mark.parametrize("case", ["matrix", "odd width", "transposed", "unaligned", "convolution", "experts", "vector"])
@@ -280,6 +292,57 @@ def test_a_shrink_by_the_kernel_equals_one_by_the_reference(monkeypatch):
     assert calls == [3 * 4]  # once: three tensors with gradients and two moments each
 
 
+ADAMW_CASES = ("matrix", "transposed", "odd width", "experts, inner transposed", "vector", "no rows")
+
+
+def adamw_setting(dtype=torch.float32):
+    """Parameters, gradients and moments of some steps in, alike in layout."""
+    parameters = [made(case, dtype) for case in ADAMW_CASES] + [torch.randn((), device=DEVICE, dtype=dtype)]
+    parts = [[torch.empty_strided(p.shape, p.stride(), dtype=dtype, device=DEVICE) for p in parameters] for _ in "gmv"]
+    for part in parts:
+        for tensor in part:
+            tensor.copy_(torch.randn(tensor.shape))
+    for tensor in parts[2]:
+        tensor.abs_()
+    targets = ([0, 0, 1, 2, 3, 4], [0, 1, 1, 0, 1, 0], [0, 33, 553, 593, 612, 636])  # the last two have none
+    return parameters, *parts, targets, torch.rand(1, 1636, device=DEVICE)
+
+
+@pytest.mark.parametrize("way", [adamw_slice_sums_triton, adamw_slice_sums_ref])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2**-7)])
+def test_adamw_equals_torch_in_float64_and_leaves_the_sums(way, dtype, tolerance):
+    parameters, gradients, first, second, targets, out = adamw_setting(dtype)
+    options = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+    twins = [torch.nn.Parameter(p.double()) for p in parameters]
+    optimizer = torch.optim.AdamW(twins, **options)
+    for parameter, g, m, v in zip(twins, gradients, first, second):
+        parameter.grad = g.double()
+        optimizer.state[parameter] = {"step": torch.tensor(4.0), "exp_avg": m.double(), "exp_avg_sq": v.double()}
+    optimizer.step()
+    expected = out.double() * 0.5 + 0.25 * torch.cat(
+        [sums for t, d in zip(*targets[:2]) for sums in twin([gradients[t]], [], [0], [d], 0)]
+    )
+    way(out, parameters, gradients, first, second, *targets, 5, 0.01, 0.9, 0.95, 1e-6, 0.1, 0.5, 0.25)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=1e-9)
+    for parameter, p, m, v in zip(twins, parameters, first, second):
+        state = optimizer.state[parameter]
+        torch.testing.assert_close(p.double(), parameter.detach(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(m.double(), state["exp_avg"], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(v.double(), state["exp_avg_sq"], rtol=tolerance, atol=tolerance)
+
+
+def test_adamw_refuses_tensors_that_do_not_lie_alike():
+    x = made("matrix")
+    odd = torch.randn(520, 33, device=DEVICE).t()
+    with pytest.raises(ValueError, match="all four need the same strides") as caught:
+        adamw_slice_sums_triton(torch.zeros(1, 33, device=DEVICE), [x], [odd], [x], [x], [0], [0], [0], 1, 0.1)
+    assert str(caught.value) == (
+        "parameter 0 is torch.float32 of strides (520, 1), its gradient torch.float32 of (1, 33), its moments "
+        "torch.float32 of (520, 1) and torch.float32 of (520, 1): all four need the same strides, each pair the same "
+        "dtype of 32 or 16 bits; use torch.optim.AdamW(fused=True) and add_slice_sums"
+    )
+
+
 OP_ARGS = {
     "sums": lambda: (
         torch.zeros(1, 33 + 520, device=DEVICE),
@@ -315,6 +378,11 @@ def test_opcheck_of_slice_sums(case):
 
 def test_opcheck_of_compaction():
     torch.library.opcheck(compact, ([made("matrix")], [torch.arange(0, 33, 2, device=DEVICE)], [0], [0]))
+
+
+def test_opcheck_of_adamw():
+    parameters, gradients, first, second, targets, out = adamw_setting()
+    torch.library.opcheck(adamw_slice_sums, (out, parameters, gradients, first, second, *targets, 5, 0.01))
 
 
 def test_in_a_compiled_step_without_graph_breaks():
