@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz check lint types bench clean
+.PHONY: help demo test fuzz check lint types bench bench-kernels bench-gpu clean
 
 PYTHON ?= python3
 ARGS ?=

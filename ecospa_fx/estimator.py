@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from .api import couplings, plan
 from .coupling import Coupling
 from .errors import TargetError
-from .kernels import slice_sums_ref
+from .kernels import slice_sums
 from .slices import Key, SliceSums
 
 Score = Literal["fisher", "taylor", "magnitude"]
@@ -236,8 +236,9 @@ def index_scores(model: nn.Module, coupling: Coupling, *, by_context: bool = Fal
     parameters = dict(model.named_parameters(remove_duplicate=False))
     rows = coupling.contexts if by_context else 1
     squares: dict[str, Tensor] = {}
-    for member in coupling.members:
-        (sums,) = slice_sums_ref(parameters[member.parameter], (member.dim,))
+    weights = [parameters[member.parameter] for member in coupling.members]
+    sums_of = slice_sums(weights, [member.dim for member in coupling.members])
+    for member, sums in zip(coupling.members, sums_of, strict=True):
         owned = member.index >= 0
         place = member.index[owned]
         if by_context and member.context is not None:

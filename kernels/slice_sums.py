@@ -383,14 +383,19 @@ def slice_sums(x: list[Tensor], dims: list[int]) -> list[Tensor]:
     """Sum of squares of each slice along one dim of each tensor: their roots are the norms of rows or columns.
 
     Args:
-        x: tensors on one device.
+        x: tensors of any dtype and shape.
         dims: the dim to keep of each.
 
     Returns:
         Per tensor `[x.shape[dim]]` in float32 (float64 where any is).
     """
-    if not x:
-        return []
+    devices = {t.device for t in x}
+    if len(devices) != 1:
+        made: dict[int, Tensor] = {}
+        for device in devices:
+            here = [k for k, t in enumerate(x) if t.device == device]
+            made.update(zip(here, slice_sums([x[k] for k in here], [dims[k] for k in here]), strict=True))
+        return [made[k] for k in range(len(x))]
     sizes = [t.shape[dim] for t, dim in zip(x, dims, strict=True)]
     offsets = [sum(sizes[:k]) for k in range(len(sizes))]
     wide = torch.float64 if any(t.dtype == torch.float64 for t in x) else torch.float32
