@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .api import state_of
-from .compiled import CompiledModel
 from .errors import VerificationError
 from .passes.axes import Atom
 from .passes.names import join, named_tensors
@@ -94,39 +93,38 @@ def verify(
         if args or kwargs:
             with traceless(model), torch.no_grad():
                 model(*args, **kwargs)  # captures what has not been called so far
-        generator = torch.Generator().manual_seed(seed)
-        return Verification(_compare_all(model, state_of(model), args, kwargs, generator))
+        return Verification({c.coupling: c for c in comparisons(model, args, kwargs, seed)})
     finally:
         for module, training in modes.items():
             module.training = training
 
 
-def _compare_all(
-    model: nn.Module,
-    compiled: CompiledModel,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    generator: torch.Generator,
-) -> dict[str, Comparison]:
+def comparisons(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 0) -> Iterator[Comparison]:
+    """One comparison after another, for those who cannot wait for all: a region's couplings together, then each alone.
+
+    Args:
+        model: a compiled model, in eval mode.
+        args: positional arguments of a call.
+        kwargs: keyword arguments of it.
+        seed: as for `verify`.
+    """
+    compiled = state_of(model)
+    generator = torch.Generator().manual_seed(seed)
     calls = record(model, args, kwargs, set(compiled.regions))
-    results: dict[str, Comparison] = {}
     for name, region in compiled.regions.items():
         if name not in calls:
             continue
         module = model.get_submodule(name)
         program, inputs = region.program_for(module, *calls[name])
         tensors = _originals(region, module, generator)
-        everything: dict[Atom, Choice] = {}
         inference = program.inference
-        found = {f.key: f for f in region.discovery_of(program).couplings}
-        for coupling in (found[f.key] for f in region.discoveries[-1].couplings if f.key in found):
-            kept = {coupling.atom: _half(coupling.atom, coupling.context, generator)}
-            everything |= kept
-            label = join(name, coupling.name)
-            results[label] = compare(inference, kept, module, tensors, inputs, label)
-        label = f"all of {name or 'the model'}"
-        results[label] = compare(inference, everything, module, tensors, inputs, label)
-    return results
+        known = {f.key: f for f in region.discovery_of(program).couplings}
+        found = [known[f.key] for f in region.discoveries[-1].couplings if f.key in known]
+        kept = {coupling.atom: _half(coupling.atom, coupling.context, generator) for coupling in found}
+        yield compare(inference, kept, module, tensors, inputs, f"all of {name or 'the model'}")
+        for coupling in found:
+            alone = {coupling.atom: kept[coupling.atom]}
+            yield compare(inference, alone, module, tensors, inputs, join(name, coupling.name))
 
 
 def _half(atom: Atom, context: Atom | None, generator: torch.Generator) -> Choice:

@@ -20,7 +20,7 @@ from .errors import NoCouplingError
 from .passes.axes import Atom, Expr, atoms_of
 from .passes.inference import Inference
 from .passes.nodes import arguments, op_name, place, source_line
-from .passes.rules import RULES
+from .passes.rules import rule_for
 
 _GETITEM = operator.getitem
 
@@ -132,7 +132,7 @@ def axis_graph(inference: Inference, atoms: Collection[Atom] | None = None) -> n
             continue
         if node not in inference.operands:
             continue
-        rule = RULES.get(node.target)
+        rule = rule_for(node.target)
         operands = inference.operands[node]
         touched = [axis(o.node, dim, user=node) for o in operands for dim, e in enumerate(o.exprs) if carries(e)]
         touched += [axis(node, dim, i) for i, o in enumerate(outputs) for dim, e in enumerate(o) if carries(e)]
@@ -214,5 +214,5 @@ def _because(inference: Inference, atom: Atom, node: fx.Node) -> str:
     said = [words for role, words in _ROLES.items() if role in roles]
     if said:
         return "; ".join(said)
-    rule = RULES.get(node.target)
+    rule = rule_for(node.target)
     return f"{rule.why[:1].lower()}{rule.why[1:]}" if rule else ""

@@ -165,7 +165,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     same = (a == b) | ((a != a) & (b != b))
     if bool(same.all()):
         return 0.0
-    if not a.is_floating_point():
+    if not (a.is_floating_point() or a.is_complex()):
         return float("inf")
     finite = torch.where(same, torch.zeros_like(a), a - b).abs().max()
     scale = torch.where(torch.isfinite(a), a, torch.zeros_like(a)).abs().max()

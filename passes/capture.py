@@ -32,6 +32,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.utils import stateless
 
 from ecospa_fx.errors import CaptureError
@@ -42,6 +43,7 @@ from .axes import as_size
 from .canonicalise import canonicalise
 from .fast_attention import fast_attention
 from .hooks import Point, inner_hooks, noted, points
+from .inline import inline
 from .names import named_tensors
 
 aten = torch.ops.aten
@@ -267,20 +269,26 @@ def _export(
     flat: _Flat, tensors: list[Tensor], region: str, leaves: list[Any], static: Set[tuple[int, int]]
 ) -> torch.export.ExportedProgram:
     _refuse_foreign(flat.region, region, leaves, "is called with", "pass None there")
-    auto = torch.export.Dim.AUTO
-    dynamic = tuple(
-        {dim: auto for dim, size in enumerate(t.shape) if size > 1 and (i, dim) not in static}
-        for i, t in enumerate(tensors)
-    )
-    shapes = (dynamic,) if tensors else None
-    try:
-        with _quiet(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return torch.export.export(flat, tuple(t.detach() for t in tensors), dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CaptureError(
-            f"torch.export cannot capture {_named(region)} ({type(flat.region).__name__}): {reason}"
-        ) from error
+    dims = {(i, dim) for i, t in enumerate(tensors) for dim, size in enumerate(t.shape) if size > 1}
+    # Arithmetic on dynamic sizes may be more than torch.export can solve: then all but the first dims are specialised.
+    attempts = [dims - static, {(i, dim) for i, dim in dims - static if dim == 0}, set()]
+    first: Exception | None = None
+    for dynamic in (each for n, each in enumerate(attempts) if each not in attempts[:n]):
+        shapes = tuple(
+            {dim: torch.export.Dim.AUTO for dim in range(t.ndim) if (i, dim) in dynamic} for i, t in enumerate(tensors)
+        )
+        options: dict[str, Any] = {"dynamic_shapes": (shapes,) if tensors else None, "strict": False}
+        try:
+            with _quiet(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                return torch.export.export(flat, tuple(t.detach() for t in tensors), **options)
+        except Exception as error:
+            first = first or error
+            if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error):
+                break  # sizes of arguments are not what it is about
+    reason = str(first).strip().split("\n")[0] or type(first).__name__
+    raise CaptureError(
+        f"torch.export cannot capture {_named(region)} ({type(flat.region).__name__}): {reason}"
+    ) from first
 
 
 PLAIN = (Tensor, int, float, bool, str, slice, Enum, torch.dtype, torch.device, torch.memory_format, torch.layout)
@@ -311,6 +319,7 @@ def _collect(
 ) -> Captured:
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph, {}))
+    inline(graph, program.graph_module)
     held: dict[str, str] = {}
     parameters: set[str] = set()
     constants: dict[str, Any] = {}

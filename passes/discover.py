@@ -21,7 +21,8 @@ from ecospa_fx.coupling import Kind, Refusal
 from .axes import Atom, atoms_of, size_of
 from .inference import Fact, Inference, Role
 from .names import join
-from .nodes import reason_text
+from .nodes import op_name, reason_text
+from .rules import registry as r
 from .selection import placed
 
 Axis = tuple[str, int]  # (parameter name in the region, dim)
@@ -146,7 +147,7 @@ def _kind(atom: Atom, roles: dict[Role, list[Fact]], inference: Inference, matri
     if any(len(inference.operands.get(fact.node, ())) > 1 and _between_activations(fact, inference)
            for fact in activations["free"]):  # fmt: skip
         return "groups" if _grouped(activations["free"], inference) else "vo"
-    if any(inference.captured.sizes[name][2:] for name in matrices):
+    if any(op_name(fact.node).startswith("aten.conv") for facts in roles.values() for fact in facts):
         return "conv"
     produced = _producers(roles, matrices)
     axes = [(name, dim) for name in produced for dim in range(len(inference.parameters[name]))]
@@ -190,8 +191,15 @@ def _where(atom: Atom, axes: Iterable[Axis], inference: Inference) -> tuple[tupl
 
 
 def _between_activations(fact: Fact, inference: Inference) -> bool:
-    operands = inference.operands[fact.node]
-    return sum(o.weighted and o.parameter is None for o in operands) > 1
+    """Whether it is free in a product that is summed over an axis of two activations."""
+
+    def activations(operands: Iterable[r.Operand]) -> int:
+        return sum(o.weighted and o.parameter is None for o in operands)
+
+    return activations(inference.operands[fact.node]) > 1 and any(
+        other.node is fact.node and other.role == "contracted" and activations(other.operands) > 1
+        for other in inference.facts
+    )
 
 
 def _grouped(facts: list[Fact], inference: Inference) -> bool:

@@ -29,7 +29,7 @@ from .contexts import contexts
 from .experiment import tried
 from .inference import Fact, Inference, Source
 from .nodes import PARTS, VIEWS, argument_nodes, arguments, op_name, place, tensor_meta, written_arguments
-from .rules import RULES, Rule
+from .rules import Rule, rule_for
 from .rules import registry as r
 from .selection import on_diagonal
 from .solve import Solver
@@ -77,6 +77,8 @@ class _Walk:
                     self.known.pin(expr, node, f"it leaves the region as output {i}")
         elif node.op == "call_function" and tensor_meta(node):
             self._call(node)
+        elif node.op == "call_function" and isinstance(node.meta.get("val"), (tuple, list)):
+            self._several(node)
 
     def finish(self) -> Inference:
         known = self.known
@@ -139,7 +141,7 @@ class _Walk:
         if not any(shapes) and not any(operand.exprs for operand in operands):
             self.known.values[node] = tuple(() for _ in shapes)  # numbers have no axes
             return
-        rule = RULES.get(node.target)
+        rule = rule_for(node.target)
         name = op_name(node)
         if rule is None and self.experiments and name not in self.distrusted:
             found = tried(node, operands)
@@ -171,6 +173,14 @@ class _Walk:
             self.known.values[node] = tuple(outputs)
         except Mismatch as mismatch:
             self.solver.opaque(node, operands, shapes, f"{op_name(node)}: {mismatch}")
+
+    def _several(self, node: fx.Node) -> None:
+        """An op that gives tensors and numbers: one that runs a graph of its own, of which nothing is known."""
+        operands = self.known.operands[node] = self._operands(node)
+        name = op_name(node)
+        self.known.missing.setdefault(name, []).append(node)
+        shapes = [_shape(val) if isinstance(val, torch.Tensor) else () for val in node.meta["val"]]
+        self.solver.opaque(node, operands, shapes, f"no axis rule for {name}")
 
     def _apply(self, rule: Rule, node: fx.Node, operands: tuple[r.Operand, ...]) -> r.Relation:
         waiting = iter(operands)
@@ -216,10 +226,15 @@ class _Walk:
 
     def parameter_behind(self, node: fx.Node) -> str | None:
         """The parameter (of tied ones the first) that `node` is, or is a view or a cast of."""
-        while node.op == "call_function" and (node.target in VIEWS or node.target in PARTS):
+        while node.op == "call_function" and (node.target in VIEWS or node.target in PARTS or _picks_matrices(node)):
             node = arguments(node)[0]
         name = self.captured.tensors.get(node.name) if node.op == "placeholder" else None
         return self.captured.same_storage.get(name, name) if name is not None else None
+
+
+def _picks_matrices(node: fx.Node) -> bool:
+    """Whether a row of matrices is picked from by an index: those of experts, say."""
+    return node.target is torch.ops.aten.index.Tensor and arguments(node)[0].meta["val"].ndim > 2
 
 
 def _shape(meta: torch.Tensor) -> tuple[Size, ...]:

@@ -29,7 +29,7 @@ from .generate import generate
 from .hooks import calls_itself, fire
 from .inference import Inference
 from .nodes import op_name, place
-from .rules import RULES
+from .rules import rule_for
 from .rules.registry import Operand
 from .selection import Kept, count, in_first_contexts, mask_of, touched
 from .sources import select_sources
@@ -153,7 +153,7 @@ def rewrite(inference: Inference, kept: Kept, region: nn.Module) -> Program:
     graph, new, constants = _copy(captured)
     constants |= select_sources(graph, inference, kept, new)
     for original, node in new.items():
-        rule = RULES.get(original.target)
+        rule = rule_for(original.target)
         if rule is None or rule.follow is None or original not in inference.operands:
             continue
         axes = (*inference.values[original], *(o.exprs for o in inference.operands[original]))

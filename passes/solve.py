@@ -38,11 +38,15 @@ class Solver:
         axes, shape = self.axes, shapes[0]
         match relation:
             case r.Pattern():
-                return [self._pattern(relation, node, shape, why)]
+                made = self._pattern(relation, node, shape, why)
+                return [made for _ in shapes]
             case r.Pointwise():
                 return [self._pointwise(relation, node, shape)]
-            case r.Regrouped(x):
-                return [tuple(axes.regroup(x.exprs, shape))]
+            case r.Regrouped(x, like):
+                exprs = tuple(axes.regroup(x.exprs, shape))
+                for a, b in zip(exprs, like.exprs if like else (), strict=like is not None):
+                    axes.unify(a, b)
+                return [exprs]
             case r.Permuted(x, order):
                 return [tuple(x.exprs[i] for i in order)]
             case r.Carried(x, pinned, dropped, keepdim):
@@ -57,24 +61,26 @@ class Solver:
                 return [exprs for _ in shapes]
             case r.Sliced(x, dim):
                 return [_replaced(x.exprs, dim, self._sliced(relation, node, why))]
-            case r.Parted(x, dim, sizes):
-                return [_replaced(x.exprs, dim, piece) for piece in axes.cut(x.exprs[dim], sizes)]
+            case r.Parted(x, dim):
+                return [_replaced(x.exprs, dim, piece) for piece in self._parted(relation, node)]
             case r.Picked(x, dim, every):
                 self._pin(x.exprs[dim], node, why)
                 rest = x.exprs[:dim] + x.exprs[dim + 1 :]
                 return [rest] * (len(shapes) if every else 1)
+            case r.Halved(x, dim):
+                return [_replaced(x.exprs, dim, self._halved(x, dim, node))]
             case r.Joined(xs, dim):
                 # The empty 1-d tensors that torch lets one concatenate carry nothing.
                 xs = tuple(x for x in xs if x.ndim == len(shape))
                 for i in range(len(shape)):
                     for other in xs[1:]:
                         if i != dim:
-                            axes.unify(xs[0].exprs[i], other.exprs[i])
+                            self._meet(xs[0].exprs[i], other.exprs[i], node)
                 return [_replaced(xs[0].exprs, dim, segments(*(x.exprs[dim] for x in xs)))]
             case r.Stacked(xs, dim):
                 for other in xs[1:]:
                     for a, b in zip(xs[0].exprs, other.exprs, strict=True):
-                        axes.unify(a, b)
+                        self._meet(a, b, node)
                 new = axes.fresh(len(xs))
                 self._pin(new, node, why)
                 return [(*xs[0].exprs[:dim], new, *xs[0].exprs[dim:])]
@@ -84,7 +90,8 @@ class Solver:
                 return [self._repeated(relation, node)]
             case r.Indexed(x, dim, index):
                 self._pin(x.exprs[dim], node, why)
-                self._free(x.exprs[dim + 1 :] + x.exprs[:dim], node, x)
+                if x.parameter is None or x.ndim < 3:  # a matrix that is picked meets something only later
+                    self._free(x.exprs[dim + 1 :] + x.exprs[:dim], node, x)
                 return [(*x.exprs[:dim], *index.exprs, *x.exprs[dim + 1 :])]
             case r.Created():
                 return [tuple(axes.fresh(size) for size in shape) for shape in shapes]
@@ -117,9 +124,38 @@ class Solver:
             results.append(tuple(known[n] if n is not None else e for n, e in zip(output, fresh, strict=True)))
         return results
 
+    def _meet(self, a: Expr, b: Expr, node: fx.Node) -> None:
+        """Unify two axes; where that cannot be, the op is right as long as both stay whole, and the others go on."""
+        try:
+            self.axes.unify(a, b)
+        except Mismatch as mismatch:
+            for expr in (a, b):
+                self.known.pin(expr, node, f"{op_name(node)}: {mismatch}")
+
+    def _parted(self, relation: r.Parted, node: fx.Node) -> list[Expr]:
+        expr = relation.x.exprs[relation.dim]
+        try:
+            return self.axes.cut(expr, relation.sizes)
+        except Mismatch as mismatch:
+            pieces = [self.axes.fresh(size) for size in relation.sizes]
+            for each in (expr, *pieces):
+                self.known.pin(each, node, f"{op_name(node)}: {mismatch}")
+            return pieces
+
     def _free(self, exprs: Exprs, node: fx.Node, x: r.Operand) -> None:
         for expr in exprs:
             self.known.facts.append(Fact("free", expr, node, operands=(x,)))
+
+    def _halved(self, x: r.Operand, dim: int, node: fx.Node) -> Expr:
+        size = x.shape[dim]
+        if type(size) is not int:
+            raise Mismatch(f"halves of an axis of {size}")
+        first, second = self.axes.cut(x.exprs[dim], [size // 2, size // 2])
+        self.axes.unify(first, second)
+        first = self.axes.resolve(first)
+        self.known.facts.append(Fact("nonlinear", first, node))
+        self.known.facts.append(Fact("gate", first, node, operands=(x,)))
+        return first
 
     def _sliced(self, relation: r.Sliced, node: fx.Node, why: str) -> Expr:
         x, (start, stop, step) = relation.x, (relation.start, relation.stop, relation.step)
@@ -174,7 +210,7 @@ class Solver:
             expr = here[0].exprs[place]
             exprs.append(expr)
             for other in here[1:]:
-                self.axes.unify(expr, other.exprs[place])
+                self._meet(expr, other.exprs[place], node)
             self._pointwise_facts(relation, node, expr, here)
         return tuple(exprs)
 
@@ -190,14 +226,14 @@ class Solver:
     def _pattern(self, relation: r.Pattern, node: fx.Node, shape: tuple[Size, ...], why: str) -> Exprs:
         terms = [_Term(term) for term in relation.spec.split("->")[0].split(",")][: len(relation.operands)]
         out = _Term(relation.spec.split("->")[1])
-        letters: dict[str, Expr] = {}
+        letters: dict[str, Expr] = {letter: self.axes.fresh(size) for letter, size in relation.sizes.items()}
         held: dict[str, list[r.Operand]] = {}
 
         def meet(letter: str, expr: Expr) -> None:
             if letter not in letters or letters[letter] == UNIT:
                 letters[letter] = expr
             elif expr != UNIT:
-                self.axes.unify(letters[letter], expr)
+                self._meet(letters[letter], expr, node)
 
         placed = [
             (term, operand, name, expr)
@@ -213,7 +249,7 @@ class Solver:
         # Products come second: single dims of other operands may name their letters.
         for _, _, name, expr in placed:
             if isinstance(name, tuple) and expr != UNIT:
-                self._meet_product(name, expr, letters)
+                self._meet_product(name, expr, letters, node)
         exprs = []
         for name, size in zip(out.names(len(shape)), shape, strict=True):
             if isinstance(name, tuple):
@@ -228,9 +264,12 @@ class Solver:
             if not (term.added or isinstance(name, tuple)) and expr == UNIT and letters[name] != UNIT:
                 self.known.facts.append(Fact("expanded", letters[name], node, operands=(operand,)))
         self._pattern_facts(node, out, letters, held, sum(not term.added for term in terms))
+        if relation.apart:
+            for letter in held.keys() & set(out.letters):
+                self.known.facts.append(Fact("nonlinear", letters[letter], node))
         return tuple(exprs)
 
-    def _meet_product(self, name: tuple[str, ...], expr: Expr, letters: dict[str, Expr]) -> None:
+    def _meet_product(self, name: tuple[str, ...], expr: Expr, letters: dict[str, Expr], node: fx.Node) -> None:
         """Unify a dim that is a product of letters, of which all but one may be known already."""
         rest = size_of(expr)
         for letter in name:
@@ -240,7 +279,7 @@ class Solver:
             if letter not in letters:
                 letters[letter] = self.axes.fresh(rest)
                 rest = 1
-        self.axes.unify(product(*(letters[letter] for letter in name)), expr)
+        self._meet(product(*(letters[letter] for letter in name)), expr, node)
 
     def _pattern_facts(
         self, node: fx.Node, out: _Term, letters: dict[str, Expr], held: dict[str, list[r.Operand]], factors: int

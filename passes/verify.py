@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import stateless
 
 from .agree import forked_rng, fresh_leaf, relative_error, run
-from .axes import sized
+from .axes import atoms_of, sized
 from .inference import Inference
 from .nodes import argument_nodes, tensor_meta
 from .rewrite import rewrite
@@ -68,12 +68,14 @@ def contraction_masks(
         node = fact.node
         occurrences = [i for i, arg in enumerate(argument_nodes(node)) if tensor_meta(arg)]
         for occurrence, operand in zip(occurrences, inference.operands[node], strict=True):
-            dims = [dim for dim, expr in enumerate(operand.exprs) if expr == fact.expr]
+            # A grouped convolution contracts a factor of a dim: the mask is that of the dim under these atoms alone.
+            atoms = set(atoms_of(fact.expr))
+            alone = {atom: kept[atom] for atom in atoms if atom in kept}
+            dims = [dim for dim, expr in enumerate(operand.exprs) if atoms <= set(atoms_of(expr))]
             if dims and operand.node in [o.node for o in fact.operands]:
                 # Other dims along the same axis lose these entries anyway.
-                masks[node.name].extend(
-                    (occurrence, broadcast_mask([sized(e, sizes) for e in operand.exprs], dim, kept)) for dim in dims
-                )
+                axes = [sized(expr, sizes) for expr in operand.exprs]
+                masks[node.name].extend((occurrence, broadcast_mask(axes, dim, alone)) for dim in dims)
                 break
     return masks
 
@@ -155,8 +157,13 @@ def compare(
         if error > gradient_error and not _rounding(expected, b, scale):
             gradient_error, worst = error, name
     removed = sum(atom.size - entries(choice) for atom, choice in kept.items())
-    dtype = next((t.dtype for t in floating.values()), torch.float32)
-    return Comparison(coupling, removed, output_error, gradient_error, worst, TOLERANCE.get(dtype, 1e-5))
+    return Comparison(coupling, removed, output_error, gradient_error, worst, _tolerance(inference))
+
+
+def _tolerance(inference: Inference) -> float:
+    """That of the least precise numbers on the way: a norm may compute in float32 whatever it is given."""
+    dtypes = {meta.dtype for node in inference.values for meta in tensor_meta(node)}
+    return max((TOLERANCE[dtype] for dtype in dtypes & TOLERANCE.keys()), default=1e-5)
 
 
 def _gradients(outputs: Sequence[Any], leaves: list[Tensor]) -> list[Tensor | None]:

@@ -54,14 +54,35 @@ def matmul(a: Operand, b: Operand) -> str:
 
 
 @axis_rule(aten.einsum.default)
-def einsum(equation: str, operands: list[Operand], **_: Any) -> Pattern | Opaque:
+def einsum(equation: str, operands: list[Operand], **_: Any) -> Pattern:
     """Sums over the letters that the output does not have."""
     equation = equation.replace(" ", "")
-    if "->" not in equation or "." in equation:
-        return Opaque(tuple(operands))
+    if "->" not in equation:
+        letters = sorted(set(equation) - set(".,"))
+        once = "".join(letter for letter in letters if equation.count(letter) == 1)
+        equation += f"->{'...' if '...' in equation else ''}{once}"
     terms, out = equation.split("->")
-    spec = ", ".join(" ".join(term) for term in terms.split(","))
-    return Pattern(f"{spec} -> {' '.join(out)}", tuple(operands))
+    return Pattern(f"{', '.join(map(_spaced, terms.split(',')))} -> {_spaced(out)}", tuple(operands))
+
+
+def _spaced(term: str) -> str:
+    """`...ij` as `... i j`."""
+    return " ".join(term.replace("...", ".")).replace(".", "...")
+
+
+@axis_rule("transformers::grouped_mm_fallback", aten._grouped_mm.default)
+def grouped_mm(x: Operand, weight: Operand, groups: Operand | None = None, bias: Operand | None = None,
+               *_: Any) -> Pattern | Opaque:  # fmt: skip
+    """Consecutive rows meet the matrix of their group, which their number says."""
+    if groups is None or bias is not None or (x.ndim, weight.ndim) != (2, 3):
+        return Opaque(tuple(operand for operand in (x, weight, groups, bias) if operand is not None))
+    return Pattern("s! k, e! k n, +e! -> s! n", (x, weight, groups))
+
+
+@axis_rule(aten.cdist.default)
+def cdist(a: Operand, b: Operand, *_: Any) -> Pattern:
+    """Every entry along the axis counts in the distance."""
+    return Pattern("... m k!, ... n k! -> ... m n", (a, b))
 
 
 def written_scale(site: Site) -> None:

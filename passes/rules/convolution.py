@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .registry import Operand, axis_rule
+from .registry import Opaque, Operand, Pattern, axis_rule
 
 if TYPE_CHECKING:
     from ..rewrite import Site
@@ -19,37 +19,61 @@ def _letters(prefix: str, count: int, pinned: bool = True) -> str:
     return " ".join(f"{prefix}{i}{'!' if pinned else ''}" for i in range(count))
 
 
-def _depthwise(x: Operand, weight: Operand, groups: int) -> bool:
-    """Each channel has a kernel of its own, so channels are carried through rather than contracted."""
-    return groups > 1 and bool(weight.shape[0] == groups == x.shape[1])
-
-
 def groups_follow(site: Site) -> None:
-    """A depthwise convolution has as many groups as channels."""
+    """Whole groups may go: there are as many as the channels of one fit into all."""
     x, weight = site.operands[:2]
-    if _depthwise(x, weight, site.args["groups"]):
-        site.args["groups"] = site.count(weight.exprs[0])
+    if site.args["groups"] > 1:
+        site.args["groups"] = site.count(x.exprs[1]) // site.count(weight.exprs[1])
 
 
 @axis_rule(aten.conv1d, aten.conv2d, aten.conv3d, follow=groups_follow)
 def conv(x: Operand, weight: Operand, bias: Operand | None = None, stride: Any = 1, padding: Any = 0,
-         dilation: Any = 1, groups: int = 1) -> str:  # fmt: skip
-    """Neighbouring positions, and whole groups of channels, are summed over."""
-    space = x.ndim - 2
+         dilation: Any = 1, groups: int = 1) -> Pattern | Opaque:  # fmt: skip
+    """Neighbouring positions, and the channels of a group, are summed over."""
+    space = weight.ndim - 2
     here, kernel, there = _letters("x", space), _letters("k", space), _letters("y", space)
+    operands = tuple(operand for operand in (x, weight, bias) if operand is not None)
+    if x.ndim < weight.ndim:
+        return Opaque(operands)
     if groups == 1:
-        return f"b c {here}, n c {kernel}, +n -> b n {there}"
-    if _depthwise(x, weight, groups):
-        return f"b c {here}, c one! {kernel}, +c -> b c {there}"
-    return f"b (g! c) {here}, (g! n) c {kernel}, +(g! n) -> b (g! n) {there}"
+        return Pattern(f"b c {here}, n c {kernel}, +n -> b n {there}", operands)
+    if weight.shape[0] == groups == x.shape[1]:
+        # Each channel has a kernel of its own, so channels are carried through rather than contracted.
+        return Pattern(f"b c {here}, c one! {kernel}, +c -> b c {there}", operands, apart=True)
+    spec = f"b (g c) {here}, (g n) c {kernel}, +(g n) -> b (g n) {there}"
+    return Pattern(spec, operands, sizes={"g": groups}, apart=True)
 
 
-def _resampled(space: int) -> Callable[..., str]:
-    def resampled(x: Operand, *_: Any, **__: Any) -> str:
+def transposed_groups_follow(site: Site) -> None:
+    """As for a convolution; here it is the outputs that the weight lists per group."""
+    weight = site.operands[1]
+    if site.args["groups"] > 1:
+        site.args["groups"] = site.count(site.outputs[0][1]) // site.count(weight.exprs[1])
+
+
+@axis_rule(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d, follow=transposed_groups_follow)
+def conv_transpose(x: Operand, weight: Operand, bias: Operand | None = None, stride: Any = 1, padding: Any = 0,
+                   output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> Pattern | Opaque:  # fmt: skip
+    """The channels of a group are summed over, and spread over neighbouring positions."""
+    space = weight.ndim - 2
+    here, kernel, there = _letters("x", space), _letters("k", space), _letters("y", space)
+    operands = tuple(operand for operand in (x, weight, bias) if operand is not None)
+    if x.ndim < weight.ndim:
+        return Opaque(operands)
+    if groups == 1:
+        return Pattern(f"b c {here}, c n {kernel}, +n -> b n {there}", operands)
+    if weight.shape[0] == groups and weight.shape[1] == 1:
+        return Pattern(f"b c {here}, c one! {kernel}, +c -> b c {there}", operands, apart=True)
+    spec = f"b (g c) {here}, (g c) n {kernel}, +(g n) -> b (g n) {there}"
+    return Pattern(spec, operands, sizes={"g": groups}, apart=True)
+
+
+def _resampled(space: int) -> Callable[..., Pattern]:
+    def resampled(x: Operand, *_: Any, **__: Any) -> Pattern:
         """Neighbouring positions are combined."""
         # The batch dim may be missing, so positions are counted from the right.
         before = " ".join("bc"[: x.ndim - space])
-        return f"{before} {_letters('x', space)} -> {before} {_letters('y', space)}"
+        return Pattern(f"{before} {_letters('x', space)} -> {before} {_letters('y', space)}", (x,), apart=True)
 
     return resampled
 

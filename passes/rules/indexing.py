@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .registry import Created, Indexed, Opaque, Operand, axis_rule
+from .registry import Created, Indexed, Opaque, Operand, Pattern, axis_rule
 
 aten = torch.ops.aten
 
@@ -26,12 +26,106 @@ def index_select(x: Operand, dim: int, index: Operand) -> Indexed | Opaque:
 
 
 @axis_rule(aten.index.Tensor)
-def index(x: Operand, indices: list[Operand | None]) -> Indexed | Opaque:
+def index(x: Operand, indices: list[Operand | None]) -> Indexed | Pattern | Opaque:
     """Entries are chosen by the values of an index."""
     chosen = [(dim, i) for dim, i in enumerate(indices) if i is not None]
-    if len(chosen) != 1 or chosen[0][1].node.meta["val"].dtype == torch.bool:
+    if any(i.node.meta["val"].dtype in (torch.bool, torch.uint8) for _, i in chosen):
         return Opaque((x, *(i for _, i in chosen)))
-    return Indexed(x, *chosen[0])
+    if len(chosen) == 1:
+        return Indexed(x, *chosen[0])
+    before, picked, after, terms = _places(x, indices)
+    adjacent = chosen[-1][0] - chosen[0][0] == len(chosen) - 1
+    longest = max((term.split() for term in terms), key=len)
+    out = [*before, *longest, *after] if adjacent else [*longest, *before, *after]
+    own = " ".join(f"{n}!" if n in picked else n for n in _in_order(x, indices))
+    return Pattern(f"{own}, {', '.join(terms)} -> {' '.join(out)}", (x, *(i for _, i in chosen)))
+
+
+def _in_order(x: Operand, indices: list[Operand | None]) -> list[str]:
+    """A letter per dim of `x`: `p` where an index picks, `d` elsewhere."""
+    picks = {dim for dim, i in enumerate(indices) if i is not None}
+    return [f"{'p' if dim in picks else 'd'}{dim}" for dim in range(x.ndim)]
+
+
+def _places(x: Operand, indices: list[Operand | None]) -> tuple[list[str], list[str], list[str], list[str]]:
+    """The letters of dims before the picked ones, of the picked, of those after; and the dims of each index."""
+    letters = _in_order(x, indices)
+    picked = [letter for letter in letters if letter[0] == "p"]
+    first = letters.index(picked[0])
+    before, after = letters[:first], [letter for letter in letters[first:] if letter[0] == "d"]
+    terms = [" ".join(f"i{n}" for n in range(i.ndim, 0, -1)) for i in indices if i is not None]
+    return before, picked, after, terms
+
+
+@axis_rule(aten.index_put_.default, aten.index_put.default)
+def index_put(x: Operand, indices: list[Operand | None], values: Operand, *_: Any) -> Pattern | Opaque:
+    """Entries are written where the values of an index say."""
+    chosen = [i for i in indices if i is not None]
+    everything = (x, *chosen, values)
+    picks = [dim for dim, i in enumerate(indices) if i is not None]
+    adjacent = picks[-1] - picks[0] == len(picks) - 1
+    if not adjacent or any(i.node.meta["val"].dtype in (torch.bool, torch.uint8) for i in chosen):
+        return Opaque(everything)
+    before, _picked, after, terms = _places(x, indices)
+    longest = max((term.split() for term in terms), key=len)
+    whole = [f"{letter}!" for letter in longest]  # what is not written stays as it was, which is not zero
+    written = [*before, *whole, *after][len(before) + len(whole) + len(after) - values.ndim :]
+    own = " ".join(f"{n}!" if n[0] == "p" else n for n in _in_order(x, indices))
+    placed = ", ".join("+" + " ".join(f"{letter}!" for letter in term.split()) for term in terms)
+    return Pattern(f"{own}, {placed}, +{' '.join(written)} -> {own}", everything)
+
+
+def _all_but(x: Operand, dim: int, own: str) -> str:
+    """A letter per dim of `x`, with `own` at `dim`."""
+    return " ".join(own if d == dim % x.ndim else f"d{d}" for d in range(x.ndim))
+
+
+@axis_rule(aten.gather.default)
+def gather(x: Operand, dim: int, index: Operand, **_: Any) -> Pattern | Opaque:
+    """Entries are chosen by the values of an index."""
+    if x.ndim == 0 or not _alike(x, index, dim):
+        return Opaque((x, index))
+    return Pattern(f"{_all_but(x, dim, 'from!')}, +{_all_but(x, dim, 'to')} -> {_all_but(x, dim, 'to')}", (x, index))
+
+
+@axis_rule(aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_, aten.scatter_reduce, aten.scatter_reduce_)
+def scatter(x: Operand, dim: int, index: Operand, values: Any, *_: Any, **__: Any) -> Pattern | Opaque:
+    """Entries are written where the values of an index say."""
+    written = (index, values) if isinstance(values, Operand) and values.ndim else (index,)
+    everything = (x, index, values) if isinstance(values, Operand) else (x, index)
+    if x.ndim == 0 or len(everything) - 1 != len(written) or not all(_alike(x, w, dim) for w in written):
+        return Opaque(everything)
+    own = _all_but(x, dim, "to!")
+    more = "".join(f", +{_all_but(x, dim, f'from{i}!')}" for i in range(len(written)))
+    return Pattern(f"{own}{more} -> {own}", (x, *written), apart=True)
+
+
+def _alike(x: Operand, other: Operand, dim: int) -> bool:
+    """Whether two operands have the same sizes but along `dim`."""
+    sizes = zip(x.shape, other.shape, strict=False)
+    return x.ndim == other.ndim and all(a == b for d, (a, b) in enumerate(sizes) if d != dim % x.ndim)
+
+
+@axis_rule(aten.index_add, aten.index_add_, aten.index_copy, aten.index_copy_)
+def index_add(x: Operand, dim: int, index: Operand, source: Operand, **_: Any) -> Pattern | Opaque:
+    """Entries are added where the values of an index say."""
+    if x.ndim == 0 or index.ndim != 1 or not _alike(x, source, dim):
+        return Opaque((x, index, source))
+    own, added = _all_but(x, dim, "to!"), _all_but(x, dim, "from!")
+    # As many as the index has, which nothing may prove where sizes depend on values.
+    return Pattern(f"{own}, +chosen!, +{added} -> {own}", (x, index, source))
+
+
+@axis_rule(aten.masked_scatter.default, aten.masked_scatter_.default, aten.masked_select.default, aten.nonzero.default)
+def by_count(*args: Any) -> Opaque:
+    """Where an entry goes depends on how many were chosen before it."""
+    return Opaque(tuple(arg for arg in args if isinstance(arg, Operand)))
+
+
+@axis_rule(aten.one_hot.default)
+def one_hot(x: Operand, *_: Any) -> str:
+    """A class becomes a position."""
+    return "... -> ... classes!"
 
 
 @axis_rule(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .registry import Carried, Operand, axis_rule
+from .registry import Carried, Operand, Pattern, axis_rule
+
+if TYPE_CHECKING:
+    from ..rewrite import Site
 
 aten = torch.ops.aten
 
@@ -39,28 +42,54 @@ def layer_norm(x: Operand, normalized_shape: list[int], weight: Operand | None =
     return f"{', +'.join(terms)} -> ... {dims}"
 
 
-@axis_rule(aten.group_norm.default)
-def group_norm(x: Operand, groups: int, *affine: Any) -> str:
+def norm_groups_follow(site: Site) -> None:
+    """Whole groups may go."""
+    x, groups = site.operands[0], site.args["num_groups"]
+    site.args["num_groups"] = site.count(x.exprs[1]) // (x.shape[1] // groups)
+
+
+@axis_rule(aten.group_norm.default, follow=norm_groups_follow)
+def group_norm(x: Operand, groups: int, *affine: Any) -> Pattern:
     """The statistics are averages over a group of channels and over positions."""
     space = " ".join(f"x{i}!" for i in range(x.ndim - 2))
-    terms = [f"b c! {space}"] + ["c!" for operand in affine if isinstance(operand, Operand)]
-    return f"{', +'.join(terms)} -> b c! {space}"
+    vectors = tuple(operand for operand in affine if isinstance(operand, Operand))
+    terms = [f"b (g c!) {space}"] + ["(g c!)" for _ in vectors]
+    return Pattern(f"{', +'.join(terms)} -> b (g c!) {space}", (x, *vectors), sizes={"g": groups}, apart=True)
 
 
 @axis_rule(aten.batch_norm.default)
 def batch_norm(x: Operand, weight: Operand | None, bias: Operand | None, mean: Operand | None, var: Operand | None,
-               training: bool, *_: Any) -> str:  # fmt: skip
+               training: bool, *_: Any) -> Pattern:  # fmt: skip
     """The statistics are averages over batch and positions; each channel has its own."""
     return _by_channel("b!" if training else "b", x, weight, bias, mean, var)
 
 
 @axis_rule(aten.instance_norm.default)
-def instance_norm(x: Operand, *stats: Any) -> str:
+def instance_norm(x: Operand, *stats: Any) -> Pattern:
     """The statistics are averages over positions; each channel has its own."""
     return _by_channel("b", x, *stats)
 
 
-def _by_channel(batch: str, x: Operand, *stats: Any) -> str:
+def _by_channel(batch: str, x: Operand, *stats: Any) -> Pattern:
     space = " ".join(f"x{i}!" for i in range(x.ndim - 2))
-    terms = [f"{batch} c {space}"] + ["c" for operand in stats if isinstance(operand, Operand)]
-    return f"{', +'.join(terms)} -> b c {space}"
+    vectors = tuple(operand for operand in stats if isinstance(operand, Operand))
+    terms = [f"{batch} c {space}"] + ["c" for _ in vectors]
+    return Pattern(f"{', +'.join(terms)} -> b c {space}", (x, *vectors), apart=True)
+
+
+@axis_rule(aten._weight_norm.default)
+def weight_norm(direction: Operand, magnitude: Operand, dim: int = 0) -> Pattern:
+    """The norm of a weight is taken over all dims but one."""
+    dim %= direction.ndim
+    letters = [f"d{i}" if i == dim else f"d{i}!" for i in range(direction.ndim)]
+    alone = [f"d{i}" if i == dim else f"one{i}" for i in range(direction.ndim)]
+    spec = f"{' '.join(letters)}, +{' '.join(alone)} -> {' '.join(letters)}"
+    return Pattern(spec, (direction, magnitude), apart=True)
+
+
+@axis_rule(aten.prelu.default)
+def prelu(x: Operand, slope: Operand) -> Pattern:
+    """Each channel has a slope of its own."""
+    space = " ".join(f"x{i}" for i in range(x.ndim - 2))
+    carried = f"b c {space}" if x.ndim > 1 else "c"
+    return Pattern(f"{carried}, +{'c' if slope.ndim else ''} -> {carried}", (x, slope), apart=True)

@@ -53,11 +53,12 @@ def shaped_like(x: Operand, *_: Any, **__: Any) -> Carried:
     return Carried(x)
 
 
+axis_rule(aten.complex.default)(linear)
 axis_rule(aten.add, aten.add_, aten.sub, aten.sub_, aten.rsub, aten.neg, aten.neg_, aten.copy_)(linear)
 axis_rule(aten.mul, aten.mul_, aten.div, aten.div_, aten.multiply, aten.divide, aten.true_divide)(multiplied)
 axis_rule(
     aten.to, aten._to_copy, aten.type_as, aten.clone, aten.contiguous, aten.alias, aten.detach, aten.detach_,
-    aten.lift_fresh_copy, aten.positive,
+    aten.lift_fresh_copy, aten.positive, aten.real, aten.imag,
 )(copied)  # fmt: skip
 axis_rule(aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like)(
     shaped_like
@@ -71,13 +72,16 @@ axis_rule(
     # elementary functions
     aten.exp, aten.expm1, aten.log, aten.log1p, aten.sin, aten.cos, aten.erf, aten.sqrt, aten.rsqrt, aten.square,
     aten.pow, aten.abs, aten.sign, aten.reciprocal, aten.floor, aten.ceil, aten.round, aten.sinh, aten.cosh, aten.tan,
-    aten.atan, aten.acos, aten.remainder, aten.floor_divide, aten.nan_to_num,
+    aten.atan, aten.acos, aten.asin, aten.atan2, aten.exp2, aten.log2, aten.log10, aten.trunc, aten.fmod,
+    aten.logaddexp, aten.polar, aten.angle, aten.remainder, aten.floor_divide, aten.nan_to_num,
     # choosing and comparing
     aten.maximum, aten.minimum, aten.min.other, aten.max.other, aten.clamp, aten.clamp_, aten.clamp_min,
     aten.clamp_max, aten.clip, aten.where.self, aten.where.ScalarSelf,
     aten.where.ScalarOther, aten.where.Scalar, aten.masked_fill, aten.masked_fill_, aten.fill, aten.fill_, aten.zero_,
     aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge, aten.logical_not, aten.logical_and, aten.logical_or,
-    aten.bitwise_not, aten.bitwise_and, aten.bitwise_or, aten.addcmul, aten.addcdiv, aten.lerp,
+    aten.bitwise_not, aten.bitwise_and, aten.bitwise_or,
+    aten.__and__, aten.__or__, aten.__xor__, aten.bitwise_xor, aten.logical_xor,
+    aten.isnan, aten.isinf, aten.isfinite, aten.addcmul, aten.addcdiv, aten.lerp,
     # random masks
     aten.bernoulli, aten.bernoulli_,
 )(nonlinear)  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .registry import Carried, Opaque, Operand, axis_rule
+from .registry import Carried, Opaque, Operand, Pattern, axis_rule
 
 aten = torch.ops.aten
 
@@ -24,7 +24,8 @@ def summed(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Carr
 
 
 @axis_rule(
-    aten.mean.dim, aten.mean.default, aten.amax.default, aten.amin.default, aten.prod.dim_int, aten.logsumexp.default,
+    aten.mean.dim, aten.mean.default, aten.amax.default, aten.amin.default, aten.prod.dim_int, aten.prod.default,
+    aten.logsumexp.default,
     aten.any.dim, aten.all.dim, aten.argmax.default, aten.argmin.default,
 )  # fmt: skip
 def reduced(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Carried:
@@ -33,7 +34,10 @@ def reduced(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Car
     return Carried(x, pinned=dims, dropped=dims, keepdim=keepdim)
 
 
-@axis_rule(aten.linalg_vector_norm.default, aten.var.dim, aten.std.dim, aten.var.correction, aten.std.correction)
+@axis_rule(
+    aten.linalg_vector_norm.default, aten.linalg_norm.default, aten.var.dim, aten.std.dim,
+    aten.var.correction, aten.std.correction, aten.var_mean.correction, aten.std_mean.correction,
+)  # fmt: skip
 def spread(x: Operand, *args: Any, keepdim: bool = False, **_: Any) -> Carried:
     """Every entry along the axis counts in the norm or variance over it."""
     lists = [arg for arg in args if isinstance(arg, (list, tuple))]
@@ -49,10 +53,44 @@ def extremum(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Ca
     return Carried(x, pinned=dims, dropped=dims, keepdim=keepdim)
 
 
-@axis_rule(aten.sort, aten.argsort, aten.topk)
-def ordered(x: Operand, *args: Any, **_: Any) -> Opaque:
+@axis_rule(aten.sort.default, aten.argsort.default)
+def ordered(x: Operand, dim: int = -1, *_: Any, **__: Any) -> Carried:
     """Entries along the axis are put in order."""
-    return Opaque((x,))
+    return Carried(x, pinned=_dims(x, dim) if x.ndim else ())
+
+
+@axis_rule(aten.sort.stable, aten.argsort.stable)
+def ordered_stably(x: Operand, *, dim: int = -1, **_: Any) -> Carried:
+    """Entries along the axis are put in order."""
+    return ordered(x, dim)
+
+
+@axis_rule(aten.topk.default)
+def topk(x: Operand, k: int, dim: int = -1, *_: Any, **__: Any) -> Pattern | Opaque:
+    """Entries along the axis are put in order."""
+    return along(x, dim)
+
+
+@axis_rule(aten.diff.default)
+def difference(x: Operand, n: int = 1, dim: int = -1, *more: Operand | None) -> Pattern | Opaque:
+    """Neighbours along the axis meet."""
+    return Opaque((x, *(other for other in more if other is not None))) if any(more) else along(x, dim)
+
+
+def along(x: Operand, dim: int) -> Pattern | Opaque:
+    """Entries along a dim mix and make new ones; each place along the others is on its own."""
+    if x.ndim == 0:
+        return Opaque((x,))
+    letters = [f"d{i}" for i in range(x.ndim)]
+    before, after = list(letters), list(letters)
+    before[dim], after[dim] = f"{letters[dim]}!", "new!"
+    return Pattern(f"{' '.join(before)} -> {' '.join(after)}", (x,), apart=True)
+
+
+@axis_rule(aten.histc.default)
+def counted(*args: Any, **_: Any) -> Opaque:
+    """Where an entry goes depends on its value."""
+    return Opaque(tuple(arg for arg in args if isinstance(arg, Operand)))
 
 
 @axis_rule(aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default)

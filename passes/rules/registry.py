@@ -12,8 +12,8 @@ is missing on the right is summed over.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -51,10 +51,19 @@ class Operand:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Dims related by letters, see the module docstring. Letters that occur only on the right are new axes."""
+    """Dims related by letters, see the module docstring. Letters that occur only on the right are new axes.
+
+    Attributes:
+        spec: the letters.
+        operands: the tensors that its terms speak of, in order.
+        sizes: of letters whose number of entries only the arguments of the op tell.
+        apart: what is carried is bent, or scaled entry by entry: a change of basis does not pass.
+    """
 
     spec: str
     operands: tuple[Operand, ...]
+    sizes: Mapping[str, Size] = field(default_factory=dict)
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,9 +86,10 @@ class Carried:
 
 @dataclass(frozen=True)
 class Regrouped:
-    """The output has the same entries in the same order as `x`, in other dims."""
+    """The output has the same entries in the same order as `x`, in other dims: those of `like`, if given."""
 
     x: Operand
+    like: Operand | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,14 @@ class Picked:
     x: Operand
     dim: int
     every: bool = False
+
+
+@dataclass(frozen=True)
+class Halved:
+    """The two halves of `dim` are multiplied entry by entry."""
+
+    x: Operand
+    dim: int
 
 
 @dataclass(frozen=True)
@@ -188,8 +206,8 @@ class Opaque:
 
 
 Relation: TypeAlias = (
-    Pattern | Pointwise | Carried | Regrouped | Permuted | Sliced | Parted | Picked | Joined | Stacked | Expanded
-    | Repeated | Indexed | Created | Tried | Opaque
+    Pattern | Pointwise | Carried | Regrouped | Permuted | Sliced | Parted | Picked | Halved | Joined | Stacked
+    | Expanded | Repeated | Indexed | Created | Tried | Opaque
 )  # fmt: skip
 Follow: TypeAlias = "Callable[[Site], None]"
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -215,7 +233,8 @@ def axis_rule(*ops: Any, follow: Follow | None = None) -> Callable[[Function], F
     """Register what a class of ops does to axes.
 
     Args:
-        ops: overloads (`aten.view.default`) or packets (`aten.gelu`, meaning each of its overloads).
+        ops: overloads (`aten.view.default`), packets (`aten.gelu`, meaning each of its overloads), or the
+            qualified name of an op that another library may register later.
         follow: writes new sizes into the op's arguments after a shrink, see `passes.rewrite.Site`.
 
     Raises:
@@ -231,6 +250,14 @@ def axis_rule(*ops: Any, follow: Follow | None = None) -> Callable[[Function], F
         return rule
 
     return register
+
+
+def rule_for(target: Any) -> Rule | None:
+    """The rule of an op, if there is one."""
+    rule = RULES.get(target)
+    if rule is None and isinstance(target, torch._ops.OpOverload):
+        rule = RULES.get(target.name())
+    return rule
 
 
 def overloads(op: Any) -> Sequence[Any]:

@@ -10,6 +10,7 @@ from ..axes import as_size
 from .registry import (
     Carried,
     Expanded,
+    Halved,
     Joined,
     Operand,
     Parted,
@@ -40,13 +41,20 @@ axis_rule(aten.unsqueeze.default, aten.flatten.using_ints)(regrouped)
 
 def squeezed(site: Site) -> None:
     """A dim that comes down to one entry stays a dim: name those that had one at first."""
-    x, dims = site.operands[0], site.args["dim"]
+    x = site.operands[0]
+    dims = site.args.get("dim", list(range(x.ndim)))
     dims = dims if isinstance(dims, (list, tuple)) else [dims]
     site.target = aten.squeeze.dims
     site.args["dim"] = [dim for dim in dims if x.shape[dim] == 1]
 
 
-axis_rule(aten.squeeze.dim, aten.squeeze.dims, follow=squeezed)(regrouped)
+axis_rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, follow=squeezed)(regrouped)
+
+
+@axis_rule(aten.view_as.default, aten.reshape_as.default)
+def view_as(x: Operand, other: Operand) -> Regrouped:
+    """The same entries in the same order, in the dims of another."""
+    return Regrouped(x, other)
 
 
 def unflattened(site: Site) -> None:
@@ -106,6 +114,21 @@ def repeats_follow(site: Site) -> None:
 def repeat(x: Operand, repeats: list[Any]) -> Repeated:
     """The whole axis repeats end to end."""
     return Repeated(x, tuple(map(as_size, repeats)))
+
+
+def tiles_follow(site: Site) -> None:
+    """As for `repeat`, which wants a number for every dim."""
+    if any(site.touched(expr) for expr in site.made):
+        site.target = aten.repeat.default
+        times = [*(1 for _ in range(len(site.made) - len(site.args["dims"]))), *site.args["dims"]]
+        site.args = {"self": site.args["self"], "repeats": times}
+        site.args["repeats"] = site.repeats()
+
+
+@axis_rule(aten.tile.default, follow=tiles_follow)
+def tile(x: Operand, dims: list[Any]) -> Repeated:
+    """The whole axis repeats end to end."""
+    return Repeated(x, tuple(map(as_size, [*(1 for _ in range(x.ndim - len(dims))), *dims])))
 
 
 @axis_rule(aten.repeat_interleave.self_int, follow=repeats_follow)
@@ -194,6 +217,12 @@ def select(x: Operand, dim: int, index: Any) -> Picked:
 def unbind(x: Operand, dim: int = 0) -> Picked:
     """Every entry is picked by its position."""
     return Picked(x, dim % x.ndim, every=True)
+
+
+@axis_rule(aten.glu.default)
+def glu(x: Operand, dim: int = -1) -> Halved:
+    """One half of the axis gates the other."""
+    return Halved(x, dim % x.ndim)
 
 
 @axis_rule(aten.cat.default, aten.concat.default, aten.concatenate.default)

@@ -1,0 +1,60 @@
+"""Fourier transforms and complex numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .registry import Carried, Operand, Pattern, axis_rule
+
+aten = torch.ops.aten
+
+
+@axis_rule(aten.fft_fft, aten.fft_ifft)
+def fft(x: Operand, n: int | None = None, dim: int = -1, norm: str | None = None) -> Carried | Pattern:
+    """Every entry along the axis is in every frequency."""
+    return Carried(x, pinned=(dim % x.ndim,)) if n is None else _transformed(x, (dim,))
+
+
+@axis_rule(aten.fft_rfft, aten.fft_irfft, aten.fft_hfft, aten.fft_ihfft)
+def rfft(x: Operand, n: int | None = None, dim: int = -1, norm: str | None = None) -> Pattern:
+    """Every entry along the axis is in every frequency."""
+    return _transformed(x, (dim,))
+
+
+@axis_rule(aten.fft_fft2, aten.fft_ifft2, aten.fft_rfft2, aten.fft_irfft2)
+def fft2(x: Operand, s: list[int] | None = None, dim: tuple[int, ...] = (-2, -1), norm: str | None = None) -> Pattern:
+    """Every entry along the axes is in every frequency."""
+    return _transformed(x, dim)
+
+
+@axis_rule(aten.fft_fftn, aten.fft_ifftn, aten.fft_rfftn, aten.fft_irfftn)
+def fftn(x: Operand, s: list[int] | None = None, dim: list[int] | None = None, norm: str | None = None) -> Pattern:
+    """Every entry along the axes is in every frequency."""
+    return _transformed(x, dim or (range(x.ndim) if s is None else range(x.ndim - len(s), x.ndim)))
+
+
+def _transformed(x: Operand, dims: Any) -> Pattern:
+    chosen = {dim % x.ndim for dim in dims}
+    before = " ".join(f"d{d}!" if d in chosen else f"d{d}" for d in range(x.ndim))
+    after = " ".join(f"n{d}!" if d in chosen else f"d{d}" for d in range(x.ndim))
+    return Pattern(f"{before} -> {after}", (x,))
+
+
+@axis_rule(aten.fft_fftshift.default, aten.fft_ifftshift.default)
+def shifted(x: Operand, dim: list[int] | None = None) -> Carried:
+    """Entries along the axis change places."""
+    return Carried(x, pinned=tuple(d % x.ndim for d in (range(x.ndim) if dim is None else dim)))
+
+
+@axis_rule(aten.view_as_complex.default)
+def view_as_complex(x: Operand) -> Carried:
+    """Two entries become one number."""
+    return Carried(x, pinned=(x.ndim - 1,), dropped=(x.ndim - 1,), keepdim=False)
+
+
+@axis_rule(aten.view_as_real.default)
+def view_as_real(x: Operand) -> str:
+    """One number becomes two entries."""
+    return "... -> ... two!"

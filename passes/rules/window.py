@@ -1,0 +1,55 @@
+"""Windows over positions: cut out, put back, sampled; and positions traded for channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .registry import Operand, Pattern, axis_rule
+
+aten = torch.ops.aten
+
+
+@axis_rule(aten.im2col.default)
+def im2col(x: Operand, kernel: list[int], *_: Any) -> Pattern:
+    """Windows of positions are laid out beside each other."""
+    batch = "b " if x.ndim == 4 else ""
+    return Pattern(f"{batch}c h! w! -> {batch}(c k!) l!", (x,), sizes={"k": kernel[0] * kernel[1]})
+
+
+@axis_rule(aten.col2im.default)
+def col2im(x: Operand, size: list[int], kernel: list[int], *_: Any) -> Pattern:
+    """Windows of positions are added where they overlap."""
+    batch = "b " if x.ndim == 3 else ""
+    return Pattern(f"{batch}(c k!) l! -> {batch}c h! w!", (x,), sizes={"k": kernel[0] * kernel[1]})
+
+
+@axis_rule(aten.unfold.default)
+def unfold(x: Operand, dim: int, size: int, step: int) -> Pattern:
+    """Windows of positions are laid out beside each other."""
+    letters = [f"d{d}" for d in range(x.ndim)]
+    before, after = list(letters), list(letters)
+    if x.ndim:
+        before[dim], after[dim] = f"{letters[dim]}!", "windows!"
+    return Pattern(f"{' '.join(before)} -> {' '.join(after)} inside!", (x,))
+
+
+@axis_rule(aten.grid_sampler.default)
+def grid_sampler(x: Operand, grid: Operand, *_: Any) -> Pattern:
+    """Positions are chosen, and blended, by the values of a grid."""
+    space = range(x.ndim - 2)
+    here, there = " ".join(f"x{i}!" for i in space), " ".join(f"y{i}" for i in space)
+    return Pattern(f"b c {here}, b {there} place! -> b c {there}", (x, grid))
+
+
+@axis_rule(aten.pixel_shuffle.default)
+def pixel_shuffle(x: Operand, factor: int) -> Pattern:
+    """Channels become positions."""
+    return Pattern("... (c r! s!) h w -> ... c (h r!) (w s!)", (x,), sizes={"r": factor, "s": factor})
+
+
+@axis_rule(aten.pixel_unshuffle.default)
+def pixel_unshuffle(x: Operand, factor: int) -> Pattern:
+    """Positions become channels."""
+    return Pattern("... c (h r!) (w s!) -> ... (c r! s!) h w", (x,), sizes={"r": factor, "s": factor})
