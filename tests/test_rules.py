@@ -21,6 +21,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn.utils import stateless
 from torch.testing._internal.common_methods_invocations import op_db
+from transformers.integrations import moe  # noqa: F401  (registers an op)
 
 from ecospa_fx.errors import CaptureError, RuleError
 from ecospa_fx.passes.agree import relative_error, run
@@ -98,6 +99,15 @@ def t(*shape: int) -> Tensor:
 
 def classes(*shape: int) -> Tensor:
     return torch.arange(torch.Size(shape).numel()).reshape(shape) % 3
+
+
+def bits(op: Any) -> Callable[..., Tensor]:
+    return lambda x, y: op(x > 0, y > 0)
+
+
+def offsets() -> Tensor:
+    """Where each of three groups of rows ends; one has none."""
+    return torch.tensor([2, 2, 6], dtype=torch.int32)
 
 
 # What op_db does not reach, or not with every dim larger than one. A new rule for an op that op_db knows needs no line.
@@ -181,12 +191,93 @@ BY_HAND: dict[str, list[Call]] = {
     "upsample_nearest2d": [Call(aten.upsample_nearest2d.vec, (t(2, 3, 4, 4), [4, 4], None))],
     "zeros": [Call(lambda x: torch.zeros(3, 4, dtype=x.dtype).add_(x), (t(3, 4),))],
 }
-UNREACHED: dict[str, str] = {}  # name -> why no sample can reach it here (it needs a GPU, say)
+BY_HAND |= {
+    **{name: [Call(bits(getattr(aten, name).Tensor), (t(3, 4), t(4)))] for name in ("__and__", "__or__", "__xor__")},
+    "imag": [Call(lambda x: torch.view_as_complex(x).imag, (t(3, 4, 2),))],
+    "real": [Call(lambda x: torch.view_as_complex(x).real, (t(3, 4, 2),))],
+    "fft_fftshift": [Call(aten.fft_fftshift.default, (t(3, 4), [1])), Call(aten.fft_fftshift.default, (t(3, 4),))],
+    "fft_ifftshift": [Call(aten.fft_ifftshift.default, (t(3, 4), [0]))],
+    "grid_sampler": [Call(aten.grid_sampler.default, (t(2, 3, 4, 5), t(2, 3, 2, 2).tanh(), 0, 0, False))],
+    "_weight_norm": [
+        Call(aten._weight_norm.default, (t(3, 4, 5), t(3, 1, 1), 0)),
+        Call(aten._weight_norm.default, (t(3, 4, 5), t(1, 1, 5), 2)),
+    ],
+    "col2im": [Call(aten.col2im.default, (t(2, 12, 9), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]))],
+    "gru": [
+        Call(
+            lambda x, h, a, b: aten.gru.input(x, h, [a, b], False, 1, 0.0, False, False, True),
+            (t(2, 3, 4), t(1, 2, 5), t(15, 4), t(15, 5)),
+        )
+    ],
+    "grouped_mm_fallback": [Call(torch.ops.transformers.grouped_mm_fallback, (t(6, 4), t(3, 4, 5), offsets()))],
+    "im2col": [Call(aten.im2col.default, (t(2, 3, 4, 5), [2, 2], [1, 1], [0, 0], [1, 1]))],
+    "index_put": [
+        Call(lambda x, i, v: aten.index_put.default(x, [None, i], v), (t(3, 4), torch.tensor([2, 0]), t(3, 2)))
+    ],
+    "index_put_": [
+        Call(lambda x, i, v: x.clone().index_put_((i,), v), (t(4, 3), torch.tensor([2, 0]), t(2, 3))),
+        Call(lambda x, i, v: x.clone().index_put_((i,), v), (t(4, 3), torch.tensor([2, 0]), t(3))),
+        Call(
+            lambda x, i, j, v: x.clone().index_put_((i, j), v),
+            (t(4, 3, 5), torch.tensor([2, 0]), torch.tensor([1, 2]), t(2, 5)),
+        ),
+    ],
+    "lstm": [
+        Call(
+            lambda x, h, c, a, b: aten.lstm.input(x, [h, c], [a, b], False, 1, 0.0, False, False, True),
+            (t(2, 3, 4), t(1, 2, 5), t(1, 2, 5), t(20, 4), t(20, 5)),
+        )
+    ],
+    "rnn_relu": [
+        Call(
+            lambda x, h, a, b: aten.rnn_relu.input(x, h, [a, b], False, 1, 0.0, False, False, True),
+            (t(2, 3, 4), t(1, 2, 5), t(5, 4), t(5, 5)),
+        )
+    ],
+    "rnn_tanh": [
+        Call(
+            lambda x, h, a, b: aten.rnn_tanh.input(x, h, [a, b], False, 1, 0.0, False, False, True),
+            (t(2, 3, 4), t(1, 2, 5), t(5, 4), t(5, 5)),
+        )
+    ],
+    "masked_scatter_": [
+        Call(lambda x, m, v: x.clone().masked_scatter_(m, v), (t(3, 4), torch.arange(12).view(3, 4) % 2 == 0, t(6)))
+    ],
+    "one_hot": [Call(lambda x: torch.nn.functional.one_hot((x > 0).long(), 3), (t(3, 4),))],
+    "histc": [Call(lambda x: torch.histc(x, 4, -1.0, 1.0), (t(3, 4),))],
+    "polar": [Call(lambda a, b: torch.view_as_real(torch.polar(a, b)), (t(3, 4), t(3, 4)))],
+    "complex": [Call(lambda a, b: torch.view_as_real(torch.complex(a, b)), (t(3, 4), t(3, 4)))],
+    "reshape_as": [Call(lambda x, y: x.reshape_as(y) + 1, (t(3, 8), t(3, 2, 4)))],
+    "view_as": [Call(lambda x, y: x.view_as(y) + 1, (t(3, 8), t(3, 2, 4)))],
+    "view_as_complex": [Call(lambda x: torch.view_as_real(torch.view_as_complex(x) * 2), (t(3, 4, 2),))],
+    "view_as_real": [Call(lambda x: torch.view_as_real(torch.view_as_complex(x) * 2), (t(3, 4, 2),))],
+    "group_norm": [Call(torch.nn.functional.group_norm, (t(2, 6, 4), 3, t(6), t(6)))],
+    "conv2d": [Call(torch.nn.functional.conv2d, (t(2, 6, 4, 4), t(9, 2, 3, 3), t(9)), {"groups": 3})],
+    "conv_transpose2d": [
+        Call(torch.nn.functional.conv_transpose2d, (t(2, 6, 4, 4), t(6, 3, 3, 3), t(9)), {"groups": 3}),
+        Call(torch.nn.functional.conv_transpose2d, (t(2, 6, 4, 4), t(6, 1, 3, 3), t(6)), {"groups": 6}),
+    ],
+}
+BY_HAND["index"] += [
+    Call(lambda x, i, j: x[:, i, j], (t(3, 4, 5, 2), classes(2, 1), classes(3))),
+    Call(lambda x, i, j: x[i, :, j], (t(3, 4, 5), classes(2, 3), classes(3))),
+]
+BY_HAND["einsum"] += [
+    Call(lambda x, y: torch.einsum("...qe,...ke->...qk", x, y), (t(2, 3, 4), t(2, 5, 4))),
+    Call(lambda x, y: torch.einsum("b...i,io", x, y), (t(2, 3, 4), t(4, 5))),
+]
+BY_HAND["squeeze"].append(Call(lambda x: torch.squeeze(x), (t(3, 1, 4),)))
+ONLY_BY_HAND = {"one_hot"}  # what is a class must stay one when an entry moves
+UNREACHED: dict[str, str] = {
+    "_grouped_mm": "it takes no float64"
+}  # name -> why no sample can reach it here (it needs a GPU, say)
 
 
 def registered() -> list[str]:
     """The names of all ops that have a rule."""
-    return sorted({op._opname for op in RULES if op is not operator.getitem})
+    return sorted(
+        {op.rpartition("::")[2] if isinstance(op, str) else op._opname for op in RULES if op is not operator.getitem}
+    )
 
 
 def known_as(op: Any) -> set[str]:
@@ -199,6 +290,8 @@ def calls_of(name: str) -> list[Call]:
     torch.manual_seed(zlib.crc32(name.encode()))
     calls = list(BY_HAND.get(name, ()))
     for op in op_db:
+        if name in ONLY_BY_HAND:
+            continue
         if name in known_as(op):
             aliases = {alias.name: alias.op for alias in op.aliases}
             function = op.op if name in op.name.split(".") else aliases.get(name, op.op)

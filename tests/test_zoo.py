@@ -195,7 +195,7 @@ def renamed(model: nn.Module, seed: int) -> Any:
     dice = random.Random(seed)
     tables: dict[nn.Module, dict[str, str]] = {}
     for module in list(model.modules()):
-        if type(module).__module__ != "zoo":
+        if not type(module).__module__.startswith("zoo_"):
             continue
         held = [*module._modules, *module._parameters]
         # Numbered against the alphabet, so that no order of names survives.

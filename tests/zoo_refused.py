@@ -1,0 +1,97 @@
+"""What cannot shrink, with the reason."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from specimens import floats, pair, specimen
+from torch import nn
+
+
+@specimen(
+    pair("ffn", 7, "down[0] head.weight[1]"),
+    inputs=floats(6),
+    refused={"up[0] spectrum.weight[1]": "every entry along the axis is in every frequency"},
+)
+class fourier_mixing(nn.Module):
+    """FNet's: what a transform runs along stays whole, and what it does not touch shrinks."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(6, 10), nn.Linear(10, 7), nn.Linear(7, 4)
+        self.spectrum = nn.Linear(10, 4)
+
+    def forward(self, x):
+        x = self.up(x)
+        return self.head(F.relu(self.down(x))) + self.spectrum(torch.fft.fft(x).real)
+
+
+@specimen(pair("ffn", 7, "up[0] down.weight[1]"), inputs=floats(6))
+class recurrent(nn.Module):
+    """Gates and hidden entries are one op, which stays as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 7), nn.Linear(7, 6)
+        self.rnn, self.head = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.head(self.rnn(self.down(F.relu(self.up(x))))[0])
+
+
+@specimen(
+    inputs=floats(6),
+    refused={"up[0] down.weight[1]": "entries along the axis are put in order"},
+)
+class sorted_features(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 4)
+
+    def forward(self, x):
+        return self.down(self.up(x).sort(-1).values)
+
+
+@specimen(inputs=floats(6), refused={"up[0] down.weight[1]": "softmax: every entry along the axis feeds others"})
+class softmax_features(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 4)
+
+    def forward(self, x):
+        return self.down(self.up(x).softmax(-1))
+
+
+@specimen(
+    pair("ffn", 7, "down[0] head.weight[1]"),
+    inputs=floats(6),
+    refused={"up[0] down.weight[1]": "no axis rule for aten.cummax"},
+    missing=("aten.cummax",),
+)
+class unknown_op(nn.Module):
+    """A running maximum mixes all entries; nobody told the library, so what it touches stays whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(6, 10), nn.Linear(10, 7), nn.Linear(7, 4)
+        self.highest = nn.Linear(10, 7)
+
+    def forward(self, x):
+        x = self.up(x)
+        return self.head(F.relu(self.down(x))) + self.highest(x.cummax(-1).values)[..., :4]
+
+
+@specimen(
+    pair("ffn", 7, "down[0] head.weight[1]"),
+    inputs=floats(6),
+    refused={"up[0] down.weight[1]": "no axis rule for aten.linalg_qr"},
+    missing=("aten.linalg_qr",),
+)
+class unknown_op_of_many_outputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(6, 10), nn.Linear(10, 7), nn.Linear(7, 4)
+
+    def forward(self, x):
+        x = self.up(x)
+        return self.head(F.relu(self.down(x))), torch.linalg.qr(x)[1]
