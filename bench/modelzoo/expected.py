@@ -1,0 +1,135 @@
+"""What one expects to find in an attention or a feed-forward network, judged by the graph alone.
+
+Attention is a score (a product of two activations), a softmax, and a product with values; one expects its contracted
+axis (Q/K), the axis that values carry through (V/O) and its heads. A feed-forward network is a nonlinearity between
+weights; one expects the axis that it acts on. Each is *found* (a coupling), *refused* (pinned, for reasons
+that are given), *missing* (pinned because an op has no rule), or *unmet* (the weights lie elsewhere: an input, say).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ecospa_fx.passes.axes import Atom, Expr, atoms_of, size_of
+from ecospa_fx.passes.inference import Inference
+from ecospa_fx.passes.nodes import reason_text
+from ecospa_fx.passes.regions import Analysis
+
+aten = torch.ops.aten
+
+PARTS = ("qk", "vo", "heads", "ffn")
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
+PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
+ACTIVATIONS = (
+    "gelu", "silu", "relu", "relu6", "hardswish", "leaky_relu", "mish", "elu", "hardtanh", "softplus", "selu", "celu",
+    "tanh", "sigmoid", "glu", "square",
+)  # fmt: skip
+
+
+@dataclass
+class Tally:
+    """How many expected axes of each part were found, refused, missing, unmet; and the reasons of the refused."""
+
+    counts: dict[str, Counter[str]] = field(default_factory=lambda: {part: Counter() for part in PARTS})
+    reasons: dict[str, Counter[str]] = field(default_factory=lambda: {part: Counter() for part in PARTS})
+    attentions: int = 0
+    explained: int = 0
+
+    def share_of_attentions(self) -> float | None:
+        """Share of attention blocks in which every expected axis was found or refused with a reason."""
+        return self.explained / self.attentions if self.attentions else None
+
+    def share_of_ffns(self) -> float | None:
+        """The same of feed-forward networks."""
+        counts = self.counts["ffn"]
+        judged = sum(counts[status] for status in ("found", "refused", "missing"))
+        return 1 - counts["missing"] / judged if judged else None
+
+
+def tally(analyses: Iterable[Analysis]) -> Tally:
+    """Judge every attention and feed-forward network of the captured regions of a model."""
+    result = Tally()
+    for analysis in analyses:
+        judge = _Judge(analysis)
+        for score, values in attentions(analysis.inference):
+            axes = judge.axes_of(score, values)
+            statuses = [judge.add(result, part, axes[part]) for part in ("qk", "vo", "heads")]
+            if set(statuses) != {"unmet"}:
+                result.attentions += 1
+                result.explained += "missing" not in statuses
+        for node in analysis.inference.operands:
+            if getattr(node.target, "_opname", "").rstrip("_") in ACTIVATIONS:
+                judge.add(result, "ffn", judge.inference.values[node][0])
+    return result
+
+
+def attentions(inference: Inference) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The node that makes the score and the node that applies it to values; one and the same where they are fused."""
+    for node in inference.operands:
+        if node.target is aten.scaled_dot_product_attention.default:
+            yield node, node
+        elif node.target in SOFTMAX:
+            score = _nearest(node, lambda n: [a for a in n.all_input_nodes if a in inference.values], inference)
+            values = _nearest(node, lambda n: [u for u in n.users if u in inference.values], inference)
+            if score is not None and values is not None:
+                yield score, values
+
+
+def _nearest(node: fx.Node, step: Any, inference: Inference) -> fx.Node | None:
+    """The nearest product of two activations, a dozen steps away at most."""
+    frontier, seen = [node], {node}
+    for _ in range(12):
+        frontier = [n for f in frontier for n in step(f) if n not in seen and not seen.add(n)]  # type: ignore[func-returns-value]
+        for n in frontier:
+            operands = inference.operands.get(n, ())
+            if n.target in PRODUCTS and sum(o.weighted and o.parameter is None for o in operands) > 1:
+                return n
+    return None
+
+
+class _Judge:
+    def __init__(self, analysis: Analysis) -> None:
+        self.inference, region = analysis.inference, analysis.name
+        self.found = {coupling.atom for coupling in analysis.discovery.couplings}
+        self.pins: dict[Atom, list[str]] = defaultdict(list)
+        for fact in self.inference.facts:
+            if fact.role == "pinned":
+                for atom in set(atoms_of(fact.expr)):
+                    self.pins[atom].append(reason_text(fact.reason, fact.node, region))
+        self.weights = {
+            atom
+            for exprs in self.inference.parameters.values() if len(exprs) > 1
+            for expr in exprs for atom in atoms_of(expr)
+        }  # fmt: skip
+
+    def axes_of(self, score: fx.Node, values: fx.Node) -> dict[str, tuple[Expr, ...]]:
+        facts = self.inference.facts
+        if score is values:
+            q, _, v = self.inference.operands[score][:3]
+            return {"qk": q.exprs[-1:], "vo": v.exprs[-1:], "heads": q.exprs[1:-2]}
+        made = self.inference.values[score][0]
+        operand = self.inference.operands[values][-1]
+        free = tuple(f.expr for f in facts if f.node is values and f.role == "free" and f.operands[-1:] == (operand,))
+        return {
+            "qk": tuple(f.expr for f in facts if f.node is score and f.role == "contracted"),
+            "vo": free or operand.exprs[-1:],
+            "heads": made[:-2],
+        }
+
+    def add(self, result: Tally, part: str, exprs: tuple[Expr, ...]) -> str:
+        atoms = {a for expr in exprs if type(size_of(expr)) is int for a in atoms_of(expr) if a in self.weights}
+        reasons = [reason for atom in atoms for reason in self.pins[atom]]
+        unknown = [reason for reason in reasons if "no axis rule" in reason]
+        status = (
+            "found" if atoms & self.found else "missing" if unknown else "refused" if reasons else "unmet"
+        )  # fmt: skip
+        result.counts[part][status] += 1
+        if status in ("missing", "refused"):
+            result.reasons[part].update({min(unknown or reasons, key=len)})
+        return status
