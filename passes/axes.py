@@ -113,7 +113,8 @@ def sized(expr: Expr, symbols: Mapping[Any, int]) -> Expr:
     """`expr` with a number in place of every dynamic size; atoms of a known size stay the same atoms."""
     match expr:
         case Atom():
-            return expr if type(expr.size) is int else Atom(expr.serial, int(expr.size.subs(symbols)))
+            size = expr.size if type(expr.size) is int else as_size(expr.size.subs(symbols))
+            return expr if size == expr.size else Atom(expr.serial, size)
         case Product():
             return Product(tuple(sized(factor, symbols) for factor in expr.factors))
         case Segments():
@@ -262,6 +263,8 @@ class Axes:
                 pieces = [self.fresh(size) for size in sizes]
                 self._bind(expr, segments(*pieces))
                 return pieces
+            case Product(()):
+                raise Mismatch(f"pieces of {list(sizes)} in a single entry")
             case Product():
                 outer, rows = expr.factors[0], product(*expr.factors[1:])
                 counts = [quotient(size, size_of(rows)) for size in sizes]

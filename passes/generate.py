@@ -118,7 +118,9 @@ class _Source:
                 return f"torch.{op}({', '.join(given + named)})"
             if op in _NN_FUNCTIONS:
                 return f"{self._global(getattr(torch._C._nn, op), 'nn_' + op)}({', '.join(given + named)})"
-            if op in _METHODS and "layout" not in node.kwargs:
+            # `to` takes a memory format by name only.
+            plain = "layout" not in node.kwargs and not any(isinstance(arg, torch.memory_format) for arg in node.args)
+            if op in _METHODS and plain:
                 return f"{given[0]}.{op}({', '.join(given[1:] + named)})"
         label = "_".join(str(target).split(".")) if isinstance(target, torch._ops.OpOverload) else target.__name__
         return f"{self._global(target, label)}({', '.join(given + named)})"

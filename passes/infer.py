@@ -23,7 +23,7 @@ from torch import fx
 
 from ecospa_fx.errors import RuleError
 
-from .axes import Mismatch, Size, as_size, size_of
+from .axes import Expr, Mismatch, Size, as_size, size_of
 from .capture import Captured
 from .contexts import contexts
 from .experiment import tried
@@ -164,7 +164,7 @@ class _Walk:
         try:
             outputs = self.solver.solve(relation, node, operands, shapes, why)
             if len(outputs) != len(shapes) or any(
-                len(o) != len(s) or any(size_of(e) != n for e, n in zip(o, s, strict=True))
+                len(o) != len(s) or any(self._differ(e, n, node) for e, n in zip(o, s, strict=True))
                 for o, s in zip(outputs, shapes, strict=True)
             ):
                 raise Mismatch(
@@ -173,6 +173,14 @@ class _Walk:
             self.known.values[node] = tuple(outputs)
         except Mismatch as mismatch:
             self.solver.opaque(node, operands, shapes, f"{op_name(node)}: {mismatch}")
+
+    def _differ(self, expr: Expr, size: Size, node: fx.Node) -> bool:
+        """Whether an axis has another size than the op's output; one that nothing proves equal stays whole."""
+        own = size_of(expr)
+        if own != size and not (type(own) is int and type(size) is int):
+            self.known.pin(expr, node, f"{op_name(node)}: nothing proves that {own} is {size}")
+            return False
+        return bool(own != size)
 
     def _several(self, node: fx.Node) -> None:
         """An op that gives tensors and numbers: one that runs a graph of its own, of which nothing is known."""

@@ -130,7 +130,9 @@ def compare(
 
     whole = {name: fresh_leaf(t) if name in trained else t.clone() for name, t in tensors.items()}
     whole_inputs = [fresh_leaf(t) for t in inputs]
-    outputs = run(captured, whole, whole_inputs, interpreter=Here)
+    with forked_rng(region):
+        torch.manual_seed(0)
+        outputs = run(captured, whole, whole_inputs, interpreter=Here)
 
     small = {name: sliced(t, steps.get(name, {})).clone() for name, t in tensors.items()}
     small_inputs = [fresh_leaf(t) for t in inputs]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from twin import assert_equals_twin, assert_is_slice, half, kept_positions, selections, zeroed
 from zoo import ZOO, Specimen
@@ -118,8 +119,8 @@ def test_shrunk_equals_zeroed(name: str, dtype: torch.dtype) -> None:
 
 @each_dtype
 def test_shrunk_equals_a_sum_over_fewer_where_zeroing_is_not_removal(dtype: torch.dtype) -> None:
-    """The one specimen that the zeroing twin cannot judge, against arithmetic written out for it."""
-    assert [name for name in SHRINKABLE if ZOO[name].zeroing] == ["summed_sigmoids"]
+    """One of two specimens that the zeroing twin cannot judge, against arithmetic written out for it."""
+    assert {name for name in SHRINKABLE if ZOO[name].zeroing} == {"summed_sigmoids", "weight_norm"}
     plain, model, args = captured("summed_sigmoids", dtype)
     (coupling,) = ecospa_fx.couplings(model)
     keep = half(coupling.size, 0)
@@ -128,6 +129,24 @@ def test_shrunk_equals_a_sum_over_fewer_where_zeroing_is_not_removal(dtype: torc
     left, right = (torch.sigmoid(branch(args[0]))[..., keep] for branch in (plain.left, plain.right))
     torch.testing.assert_close(
         shrunk(*args), (left * right).sum(-1), rtol=1e-10 if dtype == torch.float64 else 1e-5, atol=0
+    )
+
+
+@each_dtype
+def test_shrunk_weight_norm_equals_fewer_rows_of_the_weight_it_makes(dtype: torch.dtype) -> None:
+    """The other: a convolution with the rows that are kept."""
+    plain, model, args = captured("weight_norm", dtype)
+    (coupling,) = ecospa_fx.couplings(model)
+    keep = half(coupling.size, 0)
+    shrunk = copy.deepcopy(model)
+    ecospa_fx.shrink(shrunk, {coupling: keep})
+    x = F.conv2d(F.relu(plain.conv1(args[0])), plain.conv2.weight[keep], plain.conv2.bias[keep])
+    expected = F.conv2d(F.relu(x), plain.out.weight[:, keep], plain.out.bias)
+    torch.testing.assert_close(
+        shrunk(*args),
+        expected,
+        rtol=1e-10 if dtype == torch.float64 else 1e-4,
+        atol=0 if dtype == torch.float64 else 1e-6,
     )
 
 

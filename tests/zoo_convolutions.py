@@ -102,6 +102,7 @@ class group_norm(nn.Module):
     ),
     inputs=images(3),
     refused={"conv1[0] conv2.parametrizations.weight.original1[1]": "the norm of a weight is taken over all dims"},
+    zeroing="a direction of zeros has no norm to be divided by",
 )  # fmt: skip
 class weight_norm(nn.Module):
     """A weight made of a direction and a magnitude: its rows can go, its columns are in the norm of every row."""
