@@ -102,11 +102,6 @@ class _Judge:
             if fact.role == "pinned":
                 for atom in set(atoms_of(fact.expr)):
                     self.pins[atom].append(reason_text(fact.reason, fact.node, region))
-        self.weights = {
-            atom
-            for exprs in self.inference.parameters.values() if len(exprs) > 1
-            for expr in exprs for atom in atoms_of(expr)
-        }  # fmt: skip
 
     def axes_of(self, score: fx.Node, values: fx.Node) -> dict[str, tuple[Expr, ...]]:
         facts = self.inference.facts
@@ -123,7 +118,8 @@ class _Judge:
         }
 
     def add(self, result: Tally, part: str, exprs: tuple[Expr, ...]) -> str:
-        atoms = {a for expr in exprs if type(size_of(expr)) is int for a in atoms_of(expr) if a in self.weights}
+        # Also atoms that lie on no weight, where an op that pins them stands between.
+        atoms = {a for expr in exprs if type(size_of(expr)) is int for a in atoms_of(expr)}
         reasons = [reason for atom in atoms for reason in self.pins[atom]]
         unknown = [reason for reason in reasons if "no axis rule" in reason]
         status = (
