@@ -272,8 +272,6 @@ UNREACHED: dict[str, str] = {
     "_grouped_mm": "it takes no float64",
     "view": "canonicalise makes a reshape of it",
 }  # name -> why no sample can reach it here
-    "_grouped_mm": "it takes no float64"
-}  # name -> why no sample can reach it here (it needs a GPU, say)
 
 
 def registered() -> list[str]:
