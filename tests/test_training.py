@@ -125,13 +125,18 @@ def test_the_rule_of_the_paper(theta, top_k, seed):
     least = sorted(found, key=importance.__getitem__)[: max(1, math.ceil(top_k * len(found)))]
     assert set(keeps) <= set(least)
     for coupling in least:
-        scores = index_scores(model, coupling)
-        keep = keeps.get(coupling, torch.arange(coupling.size))
-        held = float(scores[keep].sum() / scores.sum())
+        # One row per head where heads may differ: each keeps its own strongest, as many, and theta is of all together.
+        scores = index_scores(model, coupling, by_context=True)
+        assert len(scores) == coupling.contexts
+        keep = keeps.get(coupling, torch.arange(coupling.size)).expand(coupling.contexts, -1)
+        kept = scores.gather(1, keep)
+        held = float(kept.sum() / scores.sum())
         assert held >= theta - 1e-9
-        gone = [float(scores[i]) for i in range(len(scores)) if i not in keep.tolist()]
-        assert not gone or max(gone) <= float(scores[keep].min())
-        assert len(keep) == 1 or held - float(scores[keep].min() / scores.sum()) < theta  # one less would not hold it
+        for row, positions in zip(scores, keep, strict=True):
+            gone = [float(row[i]) for i in range(len(row)) if i not in positions.tolist()]
+            assert not gone or max(gone) <= float(row[positions].min())
+        # One less in each would not hold it.
+        assert keep.shape[1] == 1 or held - float(kept.min(1).values.sum() / scores.sum()) < theta
 
 
 RULE_MODEL = setting()
