@@ -250,6 +250,10 @@ class Solver:
         for _, _, name, expr in placed:
             if isinstance(name, tuple) and expr != UNIT:
                 self._meet_product(name, expr, letters, node)
+        for _, _, name, expr in placed:
+            if isinstance(name, tuple) and expr == UNIT:
+                for letter in name:
+                    letters.setdefault(letter, UNIT)  # one entry is one of each, unless others say more
         exprs = []
         for name, size in zip(out.names(len(shape)), shape, strict=True):
             if isinstance(name, tuple):

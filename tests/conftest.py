@@ -1,8 +1,14 @@
 """Before any test is collected: transformers and timm import beside a torchvision whose compiled ops are missing."""
 
 import os
+import sys
+from pathlib import Path
 
 import torch
+
+# transformers looks for a package `kernels`; the folder of that name must not be it, or its ops are registered twice.
+ROOT = Path(__file__).parent.parent
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
 
 if not torch.cuda.is_available():
     # Read when Triton is imported: the same kernel tests run compiled on a GPU and interpreted without one.

@@ -257,7 +257,12 @@ def command_line(*arguments, **environment):
 def test_ctrl_c_in_the_middle_of_training(here):
     slow = OWN.replace("return nn.Seq", "open('begun', 'w'); import time; time.sleep(60)\n    return nn.Seq", 1)
     (here / "slow.py").write_text(slow)
-    process = command_line("explain", "slow.py:make")
+    # A process started in the background is told to ignore interrupts; its children would be too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = command_line("explain", "slow.py:make")
+    finally:
+        signal.signal(signal.SIGINT, before)
     while not Path("begun").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
