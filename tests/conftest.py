@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what has been the default; Triton 3.9 warns of a change
 
-from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
+from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops  # noqa: E402
 
 tolerate_missing_torchvision_ops()
 torch.set_num_threads(1)
