@@ -148,7 +148,7 @@ class CoupledEstimator:
         """
         if self.score == "magnitude":
             self.sums.clear()
-            parameters = dict(self.model.named_parameters())
+            parameters: dict[str, Any] = dict(self.model.named_parameters())
             self._add(parameters, parameters, decay=0.0)
         self._ready()
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
@@ -236,7 +236,7 @@ def index_scores(model: nn.Module, coupling: Coupling, *, by_context: bool = Fal
     parameters = dict(model.named_parameters(remove_duplicate=False))
     rows = coupling.contexts if by_context else 1
     squares: dict[str, Tensor] = {}
-    weights = [parameters[member.parameter] for member in coupling.members]
+    weights: list[Tensor] = [parameters[member.parameter] for member in coupling.members]
     sums_of = slice_sums(weights, [member.dim for member in coupling.members])
     for member, sums in zip(coupling.members, sums_of, strict=True):
         owned = member.index >= 0

@@ -90,7 +90,8 @@ class SliceSums:
             OptimizerError: a gradient is a DTensor whose local part cannot be placed in the whole.
         """
         names = tuple([name for name in gradients if name in self._home])
-        placed = tuple([(name, gradients[name].placements) for name in names if _is_dtensor(gradients[name])])
+        held: dict[str, Any] = dict(gradients)
+        placed = tuple([(name, held[name].placements) for name in names if _is_dtensor(held[name])])
         calls = self._calls.get((names, placed))
         if calls is None:
             calls = self._calls[names, placed] = self._plan(names, gradients)
@@ -157,7 +158,7 @@ class SliceSums:
     def _first(self, name: str, gradient: Any) -> tuple[int, ...]:
         """Where in the whole parameter the local part of a gradient begins."""
         if not _is_dtensor(gradient):
-            return (0,) * gradient.ndim
+            return (0,) * int(gradient.ndim)
         from torch.distributed.tensor import Replicate, Shard
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

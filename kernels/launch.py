@@ -15,6 +15,8 @@ try:
 except ImportError:  # CPU builds of torch do not bring Triton, and nothing here needs it then
     triton, tl = None, SimpleNamespace(constexpr=None)
 
+__all__ = ["Pointers", "cached", "compiled_for", "hold_for_graph", "interpreting", "jit", "tl"]
+
 
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit`, or the function as it is where there is no Triton to compile it."""

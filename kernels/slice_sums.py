@@ -42,7 +42,8 @@ def slice_sums_ref(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 def _by_blocks(x: Tensor, dims: tuple[int, ...], wide: torch.dtype) -> tuple[Tensor, ...]:
     """Squares a block at a time in one piece of memory: what is as large as a weight would not stay in the cache."""
-    order = sorted(range(x.ndim), key=lambda dim: -x.stride(dim))
+    strides = x.stride()
+    order = sorted(range(x.ndim), key=lambda dim: -strides[dim])
     x, dims = x.permute(order), tuple(order.index(dim) for dim in dims)
     lines = max(1, BLOCK * x.shape[0] // x.numel())
     made = [torch.zeros(x.shape[dim], dtype=wide, device=x.device) for dim in dims]

@@ -97,7 +97,8 @@ class Entries:
             case aten.arange.start:
                 return _number(args[0]) + index[0] if _whole(node) else None
             case t if t in _FILLED:
-                value = _FILLED[t](args)
+                fill: Any = _FILLED[t]
+                value = fill(args)
                 if not isinstance(value, (bool, int, float)):
                     return None
                 return sympy.sympify(bool(value)) if _dtype(node) is torch.bool else value
@@ -122,7 +123,8 @@ class Entries:
                 dim = args[1] % (len(index) + 1)
                 return self.at(args[0], (*index[:dim], args[2], *index[dim:]))
             case aten.slice.Tensor:
-                dim, start, _, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
+                rest: tuple[Any, ...] = (0, None, None, 1)[len(args) - 1 :]
+                dim, start, _, step = (*args[1:], *rest)
                 dim, start = dim % len(index), start or 0
                 if type(start) is not int or start < 0 or type(step) is not int:
                     return None
@@ -185,7 +187,8 @@ class Entries:
 
     def _differences(self, node: fx.Node, index: Index) -> Any:
         """Between neighbours, where these are all the same; the first one is to `prepend`."""
-        x, n, dim, prepend, append = (*arguments(node), *(None, 1, -1, None, None)[len(node.args) :])
+        rest: tuple[Any, ...] = (None, 1, -1, None, None)[len(node.args) :]
+        x, n, dim, prepend, append = (*arguments(node), *rest)
         if n != 1 or append is not None or node.kwargs:
             return None
         dim %= len(index)

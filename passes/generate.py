@@ -126,9 +126,10 @@ class _Source:
         return f"{self._global(target, label)}({', '.join(given + named)})"
 
     def _slice(self, node: fx.Node) -> str:
-        dim, start, stop, step = (*arguments(node)[1:], *(0, None, None, 1)[len(node.args) - 1 :])
-        bounds = [bound if isinstance(bound, fx.Node) else None if bound == rest else bound
-                  for bound, rest in ((start, 0), (stop, torch.iinfo(torch.int64).max), (step, 1))]  # fmt: skip
+        rest: tuple[Any, ...] = (0, None, None, 1)[len(node.args) - 1 :]
+        dim, start, stop, step = (*arguments(node)[1:], *rest)
+        bounds = [bound if isinstance(bound, fx.Node) else None if bound == default else bound
+                  for bound, default in ((start, 0), (stop, torch.iinfo(torch.int64).max), (step, 1))]  # fmt: skip
         texts = ["" if bound is None else self._text(bound) for bound in bounds]
         cut = f"{texts[0]}:{texts[1]}" + (f":{texts[2]}" if texts[2] else "")
         return ", ".join([":"] * dim + [cut] if dim >= 0 else ["...", cut] + [":"] * (-dim - 1))

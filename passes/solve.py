@@ -114,14 +114,13 @@ class Solver:
                 self._pin(expr, node, why)
         results = []
         for output, shape in zip(relation.outputs, shapes, strict=True):
-            fresh = [
-                None if number is not None else self.axes.fresh(size)
-                for number, size in zip(output, shape, strict=True)
+            exprs = [
+                self.axes.fresh(size) if axis is None else known[axis] for axis, size in zip(output, shape, strict=True)
             ]
-            for expr in fresh:
-                if expr is not None:
+            for axis, expr in zip(output, exprs, strict=True):
+                if axis is None:
                     self._pin(expr, node, why)
-            results.append(tuple(known[n] if n is not None else e for n, e in zip(output, fresh, strict=True)))
+            results.append(tuple(exprs))
         return results
 
     def _meet(self, a: Expr, b: Expr, node: fx.Node) -> None:

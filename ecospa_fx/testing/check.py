@@ -199,16 +199,17 @@ def _differs_from_zeroed(
             return f"output {i} by {relative_error(a, b):.1e}"
     scale = max((float(g.abs().max()) for g in gradients if g is not None and g.numel()), default=0.0)
     names = [*named, *(f"argument {i}" for i in range(len(args)))]
-    for name, a, b in zip(names, gradients, small_gradients, strict=True):
-        if a is None or b is None:
-            if any(gradient is not None and bool(gradient.any()) for gradient in (a, b)):
+    for name, whole, small in zip(names, gradients, small_gradients, strict=True):
+        if whole is None or small is None:
+            if any(gradient is not None and bool(gradient.any()) for gradient in (whole, small)):
                 return f"the gradient of {name} is missing on one side"
             continue
-        a = sliced(a, keep.get(name, {}))
+        a = sliced(whole, keep.get(name, {}))
         if not bool(a.isfinite().all()):
             return None
-        if a.shape != b.shape or float((a - b).abs().max()) > TOLERANCE * max(float(a.abs().max()), 1e-3 * scale):
-            return f"the gradient of {name} by {relative_error(a, b):.1e}"
+        largest = float(a.abs().max())
+        if a.shape != small.shape or float((a - small).abs().max()) > TOLERANCE * max(largest, 1e-3 * scale):
+            return f"the gradient of {name} by {relative_error(a, small):.1e}"
     return ""
 
 

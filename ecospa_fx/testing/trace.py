@@ -63,7 +63,8 @@ class _Recorder(ProxyTorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__(None, "real", pre_dispatch=True)
+        nothing: Any = None
+        super().__init__(nothing, "real", pre_dispatch=True)
         self.graph = fx.Graph()
         # Weak, because torch hands the result of a factory on as it is only where nobody else holds it.
         self.nodes: Any = WeakIdKeyDictionary()
@@ -105,6 +106,6 @@ class _Recorder(ProxyTorchDispatchMode):
 
 def _shown(tensor: Tensor) -> Tensor:
     """What stands for a tensor in a graph: its shape and dtype, without its values."""
-    shown: Any = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-    shown.fake_mode = nullcontext()
+    shown: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    vars(shown)["fake_mode"] = nullcontext()
     return shown
