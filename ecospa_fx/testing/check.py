@@ -199,17 +199,17 @@ def _differs_from_zeroed(
             return f"output {i} by {relative_error(a, b):.1e}"
     scale = max((float(g.abs().max()) for g in gradients if g is not None and g.numel()), default=0.0)
     names = [*named, *(f"argument {i}" for i in range(len(args)))]
-    for name, whole, small in zip(names, gradients, small_gradients, strict=True):
-        if whole is None or small is None:
-            if any(gradient is not None and bool(gradient.any()) for gradient in (whole, small)):
+    for name, full, cut in zip(names, gradients, small_gradients, strict=True):
+        if full is None or cut is None:
+            if any(gradient is not None and bool(gradient.any()) for gradient in (full, cut)):
                 return f"the gradient of {name} is missing on one side"
             continue
-        a = sliced(whole, keep.get(name, {}))
+        a = sliced(full, keep.get(name, {}))
         if not bool(a.isfinite().all()):
             return None
         largest = float(a.abs().max())
-        if a.shape != small.shape or float((a - small).abs().max()) > TOLERANCE * max(largest, 1e-3 * scale):
-            return f"the gradient of {name} by {relative_error(a, small):.1e}"
+        if a.shape != cut.shape or float((a - cut).abs().max()) > TOLERANCE * max(largest, 1e-3 * scale):
+            return f"the gradient of {name} by {relative_error(a, cut):.1e}"
     return ""
 
 
