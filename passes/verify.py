@@ -155,8 +155,8 @@ def compare(
             expected = torch.zeros_like(b)
         else:
             continue
-        error = relative_error(expected, torch.zeros_like(expected) if b is None else b)
-        if error > gradient_error and not _rounding(expected, b, scale):
+        error = _gradient_error(expected, torch.zeros_like(expected) if b is None else b, scale)
+        if error > gradient_error:
             gradient_error, worst = error, name
     removed = sum(atom.size - entries(choice) for atom, choice in kept.items())
     return Comparison(coupling, removed, output_error, gradient_error, worst, _tolerance(inference))
@@ -183,16 +183,17 @@ def _gradients(outputs: Sequence[Any], leaves: list[Tensor]) -> list[Tensor | No
     return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
 
-def _rounding(a: Tensor, b: Tensor | None, scale: float) -> bool:
-    """Whether a difference is rounding of larger numbers: both are zero up to it, or it is noise beside `scale`.
+def _gradient_error(a: Tensor, b: Tensor, scale: float) -> float:
+    """Largest difference relative to the largest entry; relative to `scale` where it is rounding of larger numbers.
 
-    A relative error means nothing where terms cancel: in the gradient of a key's bias under softmax, say.
+    Where terms cancel (in the gradient of a key's bias under softmax, say) what is left is noise, and its error
+    relative to itself means nothing. `scale` is the largest entry of all gradients.
     """
-    if not a.numel():
-        return True
+    error = relative_error(a, b)
+    if a.shape != b.shape or not a.numel():
+        return error
     eps = torch.finfo(a.dtype).eps
-    b = torch.zeros_like(a) if b is None else b
-    if a.shape != b.shape:
-        return False
-    tiny = max(float(a.abs().max()), float(b.abs().max())) < 1e3 * eps
-    return tiny or float((a - b).abs().max()) <= 1e2 * eps * scale
+    if max(float(a.abs().max()), float(b.abs().max())) < 1e3 * eps:
+        return 0.0  # both are zero up to rounding
+    difference = float((a - b).abs().max())
+    return min(error, difference / scale) if difference <= 64 * eps * scale else error
