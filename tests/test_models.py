@@ -351,3 +351,21 @@ def test_a_step_equals_that_of_a_freshly_built_small_model(name: str, regions: s
     assert any(
         (parameter - sliced(parameters[key], key, positions)).abs().max() > 1e-4 for key, parameter in expected.items()
     )
+
+
+class Twice(nn.Module):
+    """One MLP under two names, of which forward uses the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x)
+
+
+def test_a_module_under_two_names_is_verified_by_the_gradient_of_both() -> None:
+    model = ecospa_fx.compile(Twice().double(), example_inputs=(x := torch.randn(2, 8, dtype=torch.float64),))
+    found = ecospa_fx.verify(model, example_inputs=(x,))
+    assert found.ok, str(found)
