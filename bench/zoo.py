@@ -40,7 +40,7 @@ def main() -> None:
             rows[f"{row['library']}/{row['name']}"] = row
             print(table.line(row), flush=True)
             table.write(rows.values(), str(row["library"]))
-    table.report(rows.values(), Console())
+    table.report(table.read().values(), Console())
 
 
 if __name__ == "__main__":

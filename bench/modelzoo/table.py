@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from machine import RESULTS, machine
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.console import Console
+from rich.table import Table
 
 from .measure import COLUMNS, Row
 
@@ -53,4 +56,79 @@ def line(row: Row) -> str:
 
 
 def report(rows: Iterable[Row], console: Console) -> None:
-    """Print."""
+    """Print the coverage and what is left with its cause, and draw how much of each model couplings hold."""
+    found = list(rows)
+    coverage = Table("", *LIBRARIES, title="coverage")
+    for label, count in COVERAGE.items():
+        coverage.add_row(label, *(count([row for row in found if row["library"] == name]) for name in LIBRARIES))
+    console.print(coverage)
+    left = Table("model", "how far", "cause", title="what is left")
+    for row in found:
+        if row["stage"] != "done" or int(row["inexact"] or 0):
+            left.add_row(f"{row['library']}/{row['name']}", how_far(row), str(row["error"])[:160])
+    console.print(left)
+    plot(found)
+
+
+def how_far(row: Row) -> str:
+    """The last thing that succeeded."""
+    if row["stage"] == "started":
+        return "not built and run"
+    if row["stage"] == "run":
+        return "not captured" if row["captured"] == "no" else "over the limits"
+    return "inexact" if int(row["inexact"] or 0) else "analysed, not verified"
+
+
+def _ran(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["stage"] != "started"]
+
+
+def _captured(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["captured"] not in ("", "no")]
+
+
+def _explained(part: str) -> Callable[[list[Row]], str]:
+    def count(rows: list[Row]) -> str:
+        judged = [float(row[part]) for row in _captured(rows) if row[part] not in ("", None)]
+        return f"{sum(share == 1 for share in judged)} of {len(judged)}"
+
+    return count
+
+
+# What is counted, in words -> how, over the rows of one library.
+COVERAGE: dict[str, Callable[[list[Row]], str]] = {
+    "names": lambda rows: str(len(rows)),
+    "built and run": lambda rows: str(len(_ran(rows))),
+    "over a limit of time or memory before capture": lambda rows: str(sum(row["captured"] == "" for row in _ran(rows))),
+    "captured whole": lambda rows: str(sum(row["captured"] == "whole" for row in rows)),
+    "captured by regions": lambda rows: str(sum("regions" in str(row["captured"]) for row in rows)),
+    "not captured": lambda rows: str(sum(row["captured"] == "no" for row in rows)),
+    "couplings found": lambda rows: f"{sum(int(row['couplings'] or 0) for row in rows):,}",
+    "models with an op that has no rule": lambda rows: str(sum(bool(row["missing"]) for row in rows)),
+    "models whose attention blocks are all found or refused with a reason": _explained("attentions_explained"),
+    "models whose FFN blocks are": _explained("ffns_explained"),
+    "comparisons with masking (float64, or float32 where that is all it takes)": lambda rows: (
+        f"{sum(int(row['verified'] or 0) for row in rows):,}"
+    ),
+    "inexact ones": lambda rows: str(sum(int(row["inexact"] or 0) for row in rows)),
+    "models that took more than 5% of export to analyse": lambda rows: str(
+        sum(float(row["analysis_share"] or 0) > 0.05 for row in rows)
+    ),
+}
+
+
+def plot(rows: list[Row]) -> None:
+    """Share of the parameters inside couplings, one bar per model, sorted."""
+    figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, library in zip(figure.subplots(1, 2), LIBRARIES):
+        shares = sorted(
+            (float(row["parameters_inside"]) for row in _captured(rows) if row["library"] == library), reverse=True
+        )
+        axis.bar(range(len(shares)), shares, width=1.0, color="#0072b2")
+        axis.set_title(f"{library}: {len(shares)} models", fontsize=10)
+        axis.set_xlabel("models, sorted")
+        axis.set_ylim(0, 1)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("share of parameters inside couplings")
+    figure.savefig(path_of("timm").with_name("zoo.png"))
