@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from torch.nn.utils import stateless
 
 from ecospa_fx.signature import AUTOCAST, autocast_now
 
-from .names import named_tensors
+from .names import named_tensors, swapped
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -90,7 +89,7 @@ def _disagreement(
         wanted |= {f"`{name}`": p for name, p in parameters.items()}
         with forked_rng(module), torch.enable_grad():
             torch.manual_seed(0)
-            with stateless._reparametrize_module(module, {n: b.detach().clone() for n, b in buffers.items()}):
+            with swapped(module, {n: b.detach().clone() for n, b in buffers.items()}):
                 outputs = [out for out in call(inputs) if isinstance(out, Tensor)]
             floating = [out for out in outputs if out.requires_grad and out.is_floating_point()]
             grads: list[Tensor | None] = [None] * len(wanted)

@@ -33,7 +33,6 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.nn.utils import stateless
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.signature import TENSOR, Signature, autocast_now, training_flags
@@ -44,7 +43,7 @@ from .canonicalise import canonicalise
 from .fast_attention import fast_attention
 from .hooks import Point, inner_hooks, noted, points
 from .inline import inline
-from .names import named_tensors
+from .names import named_tensors, swapped
 
 aten = torch.ops.aten
 
@@ -439,7 +438,7 @@ def at_original_sizes(module: nn.Module, originals: Mapping[str, Tensor] | None)
     if not originals:
         yield
         return
-    with stateless._reparametrize_module(module, dict(originals)):
+    with swapped(module, originals):
         yield
 
 

@@ -25,7 +25,6 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.nn.utils import stateless
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.logs import logger
@@ -39,7 +38,7 @@ from .descend import Search
 from .discover import Discovery, discover
 from .infer import infer
 from .inference import Inference
-from .names import named_tensors
+from .names import named_tensors, swapped
 from .sharing import Fingerprint, fingerprint, recorded_reads
 from .strays import Strays
 
@@ -443,7 +442,7 @@ def _computable(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
         return
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     named = named_tensors(model).items()
-    with stateless._reparametrize_module(model, {name: mode.from_tensor(t) for name, t in named}), mode:
+    with swapped(model, {name: mode.from_tensor(t) for name, t in named}), mode:
         yield mode.from_tensor
 
 
@@ -451,7 +450,7 @@ def _computable(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
 def traceless(model: nn.Module) -> Iterator[None]:
     """Forwards inside leave buffers (running statistics) and the random state as they were."""
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    with forked_rng(model), stateless._reparametrize_module(model, buffers):
+    with forked_rng(model), swapped(model, buffers):
         yield
 
 

@@ -7,18 +7,17 @@ runs the captured graph at original sizes so; the rewritten program must agree w
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import stateless
 
 from .agree import forked_rng, fresh_leaf, relative_error, run
 from .axes import atoms_of, sized
 from .inference import Inference
-from .names import named_tensors
+from .names import swapped
 from .nodes import argument_nodes, tensor_meta
 from .rewrite import rewrite
 from .selection import Kept, broadcast_mask, entries, mask_of, touched
@@ -139,7 +138,7 @@ def compare(
     small_inputs = [fresh_leaf(t) for t in inputs]
     program = rewrite(inference, kept, region)
     parameters = {name: nn.Parameter(t) if name in trained else t for name, t in small.items()}
-    with forked_rng(region), stateless._reparametrize_module(region, parameters):
+    with forked_rng(region), swapped(region, parameters):
         torch.manual_seed(0)
         small_outputs = program.run(region, *small_inputs, *program.constants)[: captured.returned]
 
@@ -149,30 +148,18 @@ def compare(
     small_gradients = _gradients(small_outputs, [*parameters.values(), *small_inputs])
     names = [*whole, *(f"argument {i}" for i in range(len(inputs)))]
     scale = max((float(g.abs().max()) for g in gradients if g is not None and g.numel()), default=0.0)
-    # A tied parameter has a leaf per name here, and the two runs may reach it by different names: its gradient is the
-    # sum of theirs.
-    known = {name: id(t) for name, t in named_tensors(region).items()}
-    tied: dict[object, list[tuple[str, Tensor | None, Tensor | None]]] = {}
     for name, a, b in zip(names, gradients, small_gradients, strict=True):
-        mine = None if a is None else sliced(a, steps.get(name, {}))
-        tied.setdefault(known.get(name, name), []).append((name, mine, b))
-    for group in tied.values():
-        name = group[0][0]
-        expected, found = _sum(a for _, a, _ in group), _sum(b for _, _, b in group)
-        if expected is None and found is None:
+        if a is not None:
+            expected = sliced(a, steps.get(name, {}))
+        elif b is not None:
+            expected = torch.zeros_like(b)
+        else:
             continue
-        expected = torch.zeros_like(found) if expected is None else expected
-        error = _gradient_error(expected, torch.zeros_like(expected) if found is None else found, scale)
+        error = _gradient_error(expected, torch.zeros_like(expected) if b is None else b, scale)
         if error > gradient_error:
             gradient_error, worst = error, name
     removed = sum(atom.size - entries(choice) for atom, choice in kept.items())
     return Comparison(coupling, removed, output_error, gradient_error, worst, _tolerance(inference))
-
-
-def _sum(gradients: Iterable[Tensor | None]) -> Tensor | None:
-    """The sum of those that there are."""
-    there = [gradient for gradient in gradients if gradient is not None]
-    return sum(there[1:], there[0]) if there else None
 
 
 def _tolerance(inference: Inference) -> float:

@@ -19,7 +19,6 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.nn.utils import stateless
 from torch.testing._internal.common_methods_invocations import op_db
 from transformers.integrations import moe  # noqa: F401  (registers an op)
 
@@ -29,6 +28,7 @@ from ecospa_fx.passes.axes import Atom, Expr, atoms_of
 from ecospa_fx.passes.capture import capture
 from ecospa_fx.passes.infer import infer
 from ecospa_fx.passes.inference import Inference
+from ecospa_fx.passes.names import swapped
 from ecospa_fx.passes.nodes import place
 from ecospa_fx.passes.rewrite import rewrite
 from ecospa_fx.passes.rules import RULES, Rule, axis_rule
@@ -405,7 +405,7 @@ def check_selection(module: Calls, inference: Inference, kept: dict[Atom, Tensor
         for name, tensor in whole.items()
     }
     program = rewrite(inference, kept, module)
-    with stateless._reparametrize_module(module, small):
+    with swapped(module, small):
         found = program.run(module, UNUSED, *program.constants)
     random = unpredictable(inference)
     for exprs, a, b in zip(results_of(inference), expected, found, strict=True):

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import stateless
 
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.passes.agree import forked_rng, relative_error, run
@@ -24,7 +23,7 @@ from ecospa_fx.passes.capture import Captured
 from ecospa_fx.passes.discover import Found, discover
 from ecospa_fx.passes.infer import infer
 from ecospa_fx.passes.inference import Inference
-from ecospa_fx.passes.names import named_tensors
+from ecospa_fx.passes.names import named_tensors, swapped
 from ecospa_fx.passes.nodes import argument_nodes, tensor_meta
 from ecospa_fx.passes.rewrite import rewrite
 from ecospa_fx.passes.selection import Choice, Kept, broadcast_mask, mask_of, settled, touched, whole
@@ -189,7 +188,7 @@ def _differs_from_zeroed(
         small[name] = small[first]
     program = rewrite(inference, kept, model)
     small_inputs = [arg.clone().requires_grad_(arg.is_floating_point()) for arg in args]
-    with forked_rng(model), stateless._reparametrize_module(model, small):
+    with forked_rng(model), swapped(model, small):
         made = program.run(model, *small_inputs, *program.constants)
     found, small_gradients = _results(made, [*(small[name] for name in named), *small_inputs])
     for i, (a, b) in enumerate(zip(expected, found, strict=True)):
