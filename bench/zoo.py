@@ -19,7 +19,7 @@ from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
 
 tolerate_missing_torchvision_ops()
 
-from modelzoo import build, table, worker  # noqa: E402
+from modelzoo import build, measure, table, worker  # noqa: E402
 
 
 def main() -> None:
@@ -37,10 +37,10 @@ def main() -> None:
         todo = [name for name in names if options.again or name not in rows]
         print(f"{len(todo)} of {len(names)} models to measure", file=sys.stderr)
         for row in worker.measure_all(todo, options.jobs, options.seconds, int(options.memory * 2**30)):
-            rows[f"{row['library']}/{row['name']}"] = row
+            rows[f"{row['library']}/{row['name']}"] = dict.fromkeys(measure.COLUMNS, "") | row
             print(table.line(row), flush=True)
             table.write(rows.values(), str(row["library"]))
-    table.report(table.read().values(), Console())
+    table.report(rows.values(), Console())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def write(rows: Iterable[Row], library: str) -> None:
     RESULTS.mkdir(exist_ok=True)
     part = path_of(library).with_suffix(".part")
     with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, "machine"], restval="", extrasaction="ignore")
+        writer = csv.DictWriter(file, [*COLUMNS, "machine"], extrasaction="ignore")
         writer.writeheader()
         for row in sorted((row for row in rows if row["library"] == library), key=lambda row: str(row["name"])):
             writer.writerow({"machine": machine(), **row})
@@ -87,10 +88,16 @@ def _captured(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["captured"] not in ("", "no")]
 
 
-def _explained(part: str) -> Callable[[list[Row]], str]:
+def _expected(part: str) -> Callable[[list[Row]], str]:
+    """How many axes that one expects (see `expected`) came out how."""
+
     def count(rows: list[Row]) -> str:
-        judged = [float(row[part]) for row in _captured(rows) if row[part] not in ("", None)]
-        return f"{sum(share == 1 for share in judged)} of {len(judged)}"
+        total: Counter[str] = Counter()
+        for row in rows:
+            for each in str(row[f"{part}_expected"]).split():
+                status, number = each.split(":")
+                total[status] += int(number)
+        return " / ".join(f"{total[status]:,}" for status in ("found", "refused", "missing", "unmet"))
 
     return count
 
@@ -105,8 +112,10 @@ COVERAGE: dict[str, Callable[[list[Row]], str]] = {
     "not captured": lambda rows: str(sum(row["captured"] == "no" for row in rows)),
     "couplings found": lambda rows: f"{sum(int(row['couplings'] or 0) for row in rows):,}",
     "models with an op that has no rule": lambda rows: str(sum(bool(row["missing"]) for row in rows)),
-    "models whose attention blocks are all found or refused with a reason": _explained("attentions_explained"),
-    "models whose FFN blocks are": _explained("ffns_explained"),
+    "Q/K axes found / refused / without a rule / unmet": _expected("qk"),
+    "V/O, likewise": _expected("vo"),
+    "heads, likewise": _expected("heads"),
+    "FFN, likewise": _expected("ffn"),
     "comparisons with masking (float64, or float32 where that is all it takes)": lambda rows: (
         f"{sum(int(row['verified'] or 0) for row in rows):,}"
     ),
@@ -131,4 +140,4 @@ def plot(rows: list[Row]) -> None:
         axis.set_ylim(0, 1)
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("share of parameters inside couplings")
-    figure.savefig(path_of("timm").with_name("zoo.png"))
+    figure.savefig(RESULTS / "zoo.png")
