@@ -12,6 +12,7 @@ from .coupling import Coupling, Member, Refusal
 from .diff import ModuleDiff
 from .estimator import CoupledEstimator
 from .explanation import Explanation, explain
+from .optimizers import state_rule
 from .plan import Plan
 from .restore import restore
 from .shrinkable import ShrinkableLinear
@@ -46,6 +47,7 @@ __all__ = [
     "resume",
     "save",
     "shrink",
+    "state_rule",
     "summary",
     "verify",
 ]

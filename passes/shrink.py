@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ecospa_fx.errors import OptimizerError
 from ecospa_fx.kernels import compacted
+from ecospa_fx.optimizers import Cut, States
 from ecospa_fx.plan import Plan
 
 from .capture import storage_key
@@ -32,7 +32,7 @@ class Change:
     """
 
     tensors: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
-    states: list[tuple[dict[Any, Any], Any, Tensor]] = field(default_factory=list)
+    states: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
 
     def commit(self) -> None:
         """Put every new tensor in place; whatever fails, all are as before."""
@@ -67,13 +67,15 @@ def prepare(model: nn.Module, before: Plan, after: Plan, optimizers: Iterable[Op
     """The tensors of `model` and `optimizers` under the plan `after`, which keeps a part of what `before` keeps.
 
     Raises:
-        OptimizerError: an optimizer holds state of a shrinking parameter that is neither of its shape nor a scalar.
+        OptimizerError: an optimizer holds state of a shrinking parameter that cannot follow.
     """
+    held = States(optimizers)
     # What each new tensor is made of. Tensors that share storage go on sharing it.
     jobs: list[tuple[Tensor, dict[int, Tensor]]] = []
     numbers: dict[Any, int] = {}
     tensors: list[tuple[Tensor, int, int | None]] = []
-    states: list[tuple[dict[Any, Any], Any, int]] = []
+    cuts: list[tuple[dict[str, Any], str, int]] = []
+    states: list[tuple[dict[str, Any], str, Any]] = []
     seen: set[int] = set()
 
     def new(tensor: Tensor, steps: dict[int, Tensor]) -> int:
@@ -91,21 +93,15 @@ def prepare(model: nn.Module, before: Plan, after: Plan, optimizers: Iterable[Op
         if key not in numbers:
             numbers[key] = new(tensor, steps)
         tensors.append((tensor, numbers[key], None if tensor.grad is None else new(tensor.grad, steps)))
-        for optimizer in optimizers:
-            state = optimizer.state.get(tensor, {})
-            for entry, value in state.items():
-                if isinstance(value, Tensor) and value.numel() > 1:
-                    if value.shape != tensor.shape:
-                        raise OptimizerError(
-                            f"{type(optimizer).__name__} holds `{entry}` of shape {tuple(value.shape)} for `{name}` of "
-                            f"shape {tuple(tensor.shape)}: no row or column of it is one of the parameter's, so "
-                            "it cannot shrink along. Use an optimizer with elementwise state (AdamW, SGD with momentum)"
-                        )
-                    states.append((state, entry, new(value, steps)))
+        for state, entry, value in held.shrunk(name, tensor, steps):
+            if isinstance(value, Cut):
+                cuts.append((state, entry, new(value.value, steps)))
+            else:
+                states.append((state, entry, value))
     made = compacted(jobs)
     return Change(
         [(tensor, made[data], None if grad is None else made[grad]) for tensor, data, grad in tensors],
-        [(state, entry, made[value]) for state, entry, value in states],
+        [(state, entry, made[value]) for state, entry, value in cuts] + states,
     )
 
 
