@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .compiled import MODEL, CompiledModel
+from .copies import copies_of
 from .coupling import Coupling, Selection
 from .diff import ModuleDiff, diff_of, diff_since, shapes_of
 from .errors import EcoSpaError, NoInputsError, OptimizerError
@@ -91,6 +92,7 @@ def shrink(
     selection: Selection,
     *,
     optimizer: Optimizer | Iterable[Optimizer] = (),
+    also: Any = (),
 ) -> ModuleDiff:
     """Remove rows and columns by hand.
 
@@ -101,12 +103,14 @@ def shrink(
         model: a compiled model.
         selection: coupling (or its name) -> sorted LongTensor of the entries to keep, in `0..coupling.size - 1`.
         optimizer: the optimizer, or several, that hold the parameters.
+        also: copies of the model that shrink with it, such as averages of its weights: modules, objects that hold some
+            (`torch.optim.swa_utils.AveragedModel`, timm's `ModelEma`), dicts of names and tensors; or one of these.
 
     Returns:
         The sizes of every layer before and after; print it.
 
     Raises:
-        ShrinkError: a selection is empty, out of range or not increasing.
+        ShrinkError: a selection is empty, out of range or not increasing, or something in `also` is no copy.
         NoCouplingError: there is no such coupling.
         OptimizerError: the optimizer holds none of the parameters, or state that cannot follow.
         PinnedAxisError: another call signature of the model needs an axis whole.
@@ -116,7 +120,7 @@ def shrink(
     for each in optimizers:
         check_optimizer(model, each)
     before, sizes = shapes_of(model), {coupling.name: coupling.size for coupling in compiled.couplings()}
-    compiled.shrink(model, selection, optimizers)
+    compiled.shrink(model, selection, optimizers, copies_of(model, also))
     change = diff_of(model, before)
     log = logger("shrink")
     log.info("%s", change.headline())

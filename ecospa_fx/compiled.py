@@ -18,15 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .copies import Copy, check_plan
 from .coupling import Coupling, Selection
 from .errors import NoCouplingError, ShrinkError
 from .passes.confirm import experiments
 from .passes.names import join, named_tensors
 from .passes.regions import Analysis, Captures, choose, shared_outside
 from .passes.replay import replay
-from .passes.rewrite import rewrite
+from .passes.rewrite import Program, rewrite
 from .passes.selection import mask_of, narrowed, whole
-from .passes.shrink import prepare
+from .passes.shrink import prepare_tensors
 from .plan import Plan
 from .region import Region, apart, outside_inference
 from .shrinkable import original_class, swap_forward, swap_linears, unswap_forward
@@ -147,22 +148,58 @@ class CompiledModel:
                     )
 
     @torch.inference_mode(False)
-    def shrink(self, model: nn.Module, selection: Selection, optimizers: Iterable[Optimizer] = ()) -> None:
+    def shrink(
+        self,
+        model: nn.Module,
+        selection: Selection,
+        optimizers: Iterable[Optimizer] = (),
+        copies: Sequence[Copy] = (),
+    ) -> None:
         """Keep only the selected entries of each coupling, everywhere; see `ecospa_fx.shrink`."""
         self.follow_ties(model)
         self._check_shapes(model)
         after = self.planned(selection)
-        programs = {}
+        # Everything is made beside what is there; then come assignments only.
+        made: dict[Program, Program] = {}
+        programs = self._rewritten(model, after, made)
+        twins = [(copy.module, self._of_copy(copy)) for copy in copies if copy.module is not None]
+        twin_programs = [twin._rewritten(module, after, made) for module, twin in twins]
+        names = {id(tensor): name for name, tensor in named_tensors(model).items() if name in after.original_shapes}
+        mine = named_tensors(model)
+        tensors = [(name, t) for held in (mine, *(copy.tensors for copy in copies)) for name, t in held.items()]
+        named = [(names.get(id(mine[name]), name), tensor) for name, tensor in tensors]
+        prepare_tensors(named, self.plan, after, optimizers).commit()
+        self._follow(after, programs)
+        for (module, twin), theirs in zip(twins, twin_programs, strict=True):
+            twin._follow(after.copy(), theirs)
+            if module.__dict__.get(MODEL) is not twin:
+                unswap_forward(module)  # it may have been waiting for its first call
+                module.__dict__[MODEL] = twin
+                twin.route(module)
+
+    def _rewritten(self, model: nn.Module, plan: Plan, made: dict[Program, Program]) -> dict[str, list[Program]]:
+        """The programs of each region under a plan; `made` are those that copies of the model have in common."""
         for name, region in self.regions.items():
-            module = model.get_submodule(name)
-            programs[name] = [
-                rewrite(program.inference, replay(program.inference, after), module) for program in region.programs
-            ]
-        prepare(model, self.plan, after, optimizers).commit()
+            for program in region.programs:
+                if program not in made:
+                    kept = replay(program.inference, plan)
+                    made[program] = rewrite(program.inference, kept, model.get_submodule(name))
+        return {name: [made[program] for program in region.programs] for name, region in self.regions.items()}
+
+    def _follow(self, plan: Plan, programs: Mapping[str, list[Program]]) -> None:
         for name, region in self.regions.items():
             region.programs = programs[name]
-        self.plan = after
+        self.plan = plan
         self.forget_couplings()
+
+    def _of_copy(self, copied: Copy) -> CompiledModel:
+        """The state that a copy of the model has, or will have if it was made before this one was captured."""
+        theirs: CompiledModel | None = None if copied.module is None else copied.module.__dict__.get(MODEL)
+        if theirs is not None:
+            check_plan(copied, theirs.plan, self.plan)
+            if theirs.regions:
+                return theirs
+        return copy.deepcopy(self)
 
     def planned(self, selection: Selection) -> Plan:
         """The plan after keeping only the selected entries of each coupling.

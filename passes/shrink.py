@@ -1,7 +1,7 @@
 """Shrink: take from parameters, gradients and optimizer state what a plan no longer keeps. All of it, or nothing.
 
 prepare(model, before, after, optimizers)   every new tensor is made beside the old one
--> Change.commit()                        assignments only; the Parameter objects stay the same
+-> Change.commit()                          assignments only; the Parameter objects stay the same
 """
 
 from __future__ import annotations
@@ -62,9 +62,20 @@ def _assign(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
     tensor.grad = grad
 
 
-@torch.no_grad()
 def prepare(model: nn.Module, before: Plan, after: Plan, optimizers: Iterable[Optimizer] = ()) -> Change:
     """The tensors of `model` and `optimizers` under the plan `after`, which keeps a part of what `before` keeps.
+
+    Raises:
+        OptimizerError: an optimizer holds state of a shrinking parameter that cannot follow.
+    """
+    return prepare_tensors(named_tensors(model).items(), before, after, optimizers)
+
+
+@torch.no_grad()
+def prepare_tensors(
+    named: Iterable[tuple[str, Tensor]], before: Plan, after: Plan, optimizers: Iterable[Optimizer] = ()
+) -> Change:
+    """As `prepare`, of tensors by their names in the plan; those of several models may be among them.
 
     Raises:
         OptimizerError: an optimizer holds state of a shrinking parameter that cannot follow.
@@ -82,7 +93,7 @@ def prepare(model: nn.Module, before: Plan, after: Plan, optimizers: Iterable[Op
         jobs.append((tensor, steps))
         return len(jobs) - 1
 
-    for name, tensor in named_tensors(model).items():
+    for name, tensor in named:
         if id(tensor) in seen or name not in after.original_shapes:
             continue
         seen.add(id(tensor))
