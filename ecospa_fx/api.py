@@ -78,6 +78,12 @@ def state_of(model: nn.Module) -> CompiledModel:
     return compiled
 
 
+def is_captured(model: nn.Module) -> bool:
+    """Whether a model is compiled and has been called, so that its couplings are known."""
+    compiled: CompiledModel | None = model.__dict__.get(MODEL)
+    return compiled is not None and compiled.captured
+
+
 def couplings(model: nn.Module) -> tuple[Coupling, ...]:
     """The couplings of a compiled model, at their sizes now.
 

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+import hashlib
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .api import couplings, plan
+from .activations import ActivationScores
+from .api import couplings, is_captured, plan
 from .coupling import Coupling
-from .errors import TargetError
-from .kernels import slice_sums
+from .errors import OptimizerError, TargetError
+from .scores import Function, Score, score_named
 from .slices import Key, SliceSums
-
-Score = Literal["fisher", "taylor", "magnitude"]
 
 
 class CoupledEstimator:
     """Scores couplings together, matrix by matrix (arXiv 2511.11641, coupled estimation).
 
-    The importance of a coupling is the mean over its matrices of `sum(grad²) / numel`, accumulated since the last
-    reset. This is the square of the mini-batch gradient, not the per-sample Fisher information, which it is named
-    after (see Kunstner et al. 2019 on the difference). Sums are kept per row and column; that costs nothing more, and
-    the matrix score is their sum.
+    The importance of a coupling is the mean over its matrices of `sum(score) / numel`, accumulated since the last
+    reset; with `"fisher"` the score is the squared gradient. This is the square of the mini-batch gradient, not the
+    per-sample Fisher information, which it is named after (see Kunstner et al. 2019 on the difference). Sums are kept
+    per row and column; that costs nothing more, and the matrix score is their sum.
 
     Gradients are read where you say: at every call of `accumulate`; right before an optimizer's steps (`attach`); or
     as backward makes them (`attach_backward`). A NaN or inf in a gradient makes the importance of its couplings NaN or
@@ -31,10 +33,13 @@ class CoupledEstimator:
 
     Args:
         model: a compiled model that has been called.
-        score: `"fisher"` as above; `"taylor"` takes `(weight * grad)²` in place of `grad²`; `"magnitude"` uses the
-            weights in place of the gradients and accumulates nothing.
+        score: what a weight is worth: a name of `ecospa_fx.scores.SCORES`, or a function of a weight and its gradient
+            that returns a worth for each of its entries.
         decay: None to add all steps up equally; otherwise each step's share of what is forgotten is `1 - decay`, as in
             the second moment of Adam.
+        window: add up the last so many steps only. It keeps their sums per row and column, so memory grows with it.
+        optimizer: of which `"adam"` reads the second moments.
+        seed: of `"random"`.
 
     Attributes:
         steps: steps accumulated since the last reset. Replays of a CUDA graph are not counted; they leave the order of
@@ -43,23 +48,41 @@ class CoupledEstimator:
             share of this rank.
 
     Raises:
-        TargetError: there is no such score, or `decay` is not between 0 and 1.
+        TargetError: there is no such score, `decay` is not between 0 and 1, `window` is no whole number from 1, or
+            both are given.
     """
 
-    def __init__(self, model: nn.Module, score: Score = "fisher", *, decay: float | None = None) -> None:
-        if score not in get_args(Score):
-            raise TargetError(f"score={score!r} is none of {', '.join(map(repr, get_args(Score)))}")
+    def __init__(
+        self,
+        model: nn.Module,
+        score: str | Function | Score = "fisher",
+        *,
+        decay: float | None = None,
+        window: int | None = None,
+        optimizer: Optimizer | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.score = score_named(score)
         if decay is not None and not 0.0 < decay < 1.0:
             raise TargetError(f"decay={decay!r} is not between 0 and 1; None adds all steps up")
-        self.model, self.score, self.decay = model, score, decay
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise TargetError(f"window={window!r} is out of range; it is a whole number of steps, at least 1")
+        if window is not None and decay is not None:
+            raise TargetError(f"decay={decay!r} and window={window!r}: one of them forgets, not both; leave one out")
+        if self.score.reads == "optimizer" and optimizer is None:
+            raise TargetError(f"score={self.score.name!r} reads the optimizer's state; pass optimizer=")
+        self.model, self.decay, self.window, self.optimizer, self.seed = model, decay, window, optimizer, seed
         self.steps = 0
         self.sums: dict[Key, Tensor] = {}
         self._slices: SliceSums | None = None
         self._last: tuple[Any, ...] = (None, None)  # the couplings and the sums that _slices was made for
         self._positions: dict[Key, Tensor] = {}  # original positions of what _slices scores, where not all
+        self._recent: deque[dict[Key, Tensor]] = deque(maxlen=window)
         self._skipped: Tensor | None = None
         self._handles: list[Any] = []
         self._fired: dict[str, int] = {}
+        self._flows: ActivationScores | None = None
+        self._look()
 
     def accumulate(self, *, scale: Tensor | float | None = None, found_inf: Tensor | None = None) -> None:
         """Add the gradients as they are now: call it after `backward`, before they are zeroed.
@@ -72,7 +95,8 @@ class CoupledEstimator:
             found_inf: unless it is 0, the step is left out; read on the device.
         """
         self.steps += 1
-        if self.score == "magnitude":
+        if self.score.reads != "gradients":
+            self._look()
             return
         if found_inf is not None:
             one = found_inf.detach().clamp(max=1)
@@ -112,9 +136,10 @@ class CoupledEstimator:
 
         def ready(name: str, parameter: nn.Parameter) -> None:
             self._fired[name] = self._fired.get(name, 0) + 1
-            if self._fired[name] % every == 0 and parameter.grad is not None and self.score != "magnitude":
-                self._add({name: parameter.grad}, {name: parameter})
-                self.steps = max(self._fired.values()) // every
+            if self._fired[name] % every == 0:
+                begun, self.steps = self.steps, max(self._fired.values()) // every
+                if parameter.grad is not None and self.score.reads == "gradients":
+                    self._add({name: parameter.grad}, {name: parameter}, new_step=self.steps != begun)
 
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -125,6 +150,13 @@ class CoupledEstimator:
         """Take off what `attach` and `attach_backward` put on."""
         while self._handles:
             self._handles.pop().remove()
+        if self._flows is not None:
+            self._flows.detach()
+
+    def _look(self) -> None:
+        """Watch what flows through the model, once it has been called and if the score is made of that."""
+        if self.score.reads in ("activations", "attention") and self._flows is None and is_captured(self.model):
+            self._flows = ActivationScores(self.model, attention=self.score.reads == "attention")
 
     @property
     def attached(self) -> bool:
@@ -136,42 +168,169 @@ class CoupledEstimator:
         self.steps = 0
         self._fired.clear()
         self.sums.clear()
+        self._recent.clear()
         if self._slices is not None:
             self._slices.zero()
+        if self._flows is not None:
+            self._flows.reset()
         if self._skipped is not None:
             self._skipped.zero_()
 
     def importance(self) -> dict[Coupling, float]:
-        """Importance of every coupling; 0 for one that had no gradient.
+        """Importance of every coupling that the score can judge; 0 for one that had no gradient.
 
-        Where parameters are sharded, every rank must call it: one all-reduce adds their shares up.
+        `"attention_entropy"` judges heads and groups of heads, `"activation"` what a product was seen of; the others
+        judge all. Where parameters are sharded, every rank must call it: one all-reduce adds their shares up.
+
+        Raises:
+            OptimizerError: the optimizer holds no second moments to read.
         """
-        if self.score == "magnitude":
-            self.sums.clear()
-            parameters: dict[str, Any] = dict(self.model.named_parameters())
-            self._add(parameters, parameters, decay=0.0)
-        self._ready()
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        whole = self._slices.reduced() if self._slices is not None else {}
-        steps = self._weight()
+        found = couplings(self.model)
+        if self.score.reads == "nothing":
+            return {coupling: float(self._drawn(coupling, ()).item()) for coupling in found}
+        if self.score.reads in ("activations", "attention"):
+            seen = {coupling: self._seen_of(coupling) for coupling in found}
+            return {coupling: float(entries.mean()) for coupling, entries in seen.items() if entries is not None}
+        means = self._means()
         result = {}
-        for coupling in couplings(self.model):
+        for coupling in found:
             scores = []
             for member in coupling.members:
-                key = (member.parameter, member.dim)
-                if member.matrix and key in self.sums:
-                    rows = (member.index >= 0).cpu()
-                    entries = int(rows.sum()) * parameters[member.parameter].numel() // len(rows)
-                    scores.append(float(whole[key][rows].sum()) / entries)
-            result[coupling] = sum(scores) / len(scores) / steps if scores else 0.0
+                if member.matrix and (member.parameter, member.dim) in means:
+                    rows = member.index >= 0
+                    scores.append(float(means[member.parameter, member.dim][rows].sum()) / int(rows.sum()))
+            result[coupling] = sum(scores) / len(scores) if scores else 0.0
         return result
+
+    def entries(self, coupling: Coupling, *, by_context: bool = False) -> Tensor:
+        """Importance of each entry of a coupling: the mean over its matrices of that of the entry's rows or columns.
+
+        Where this score cannot judge the coupling all its entries are worth the same.
+
+        Args:
+            coupling: one of the model's couplings.
+            by_context: the entries of each context (the dims of each head) on their own.
+
+        Returns:
+            float64 `[coupling.size]`, or `[coupling.contexts, coupling.size]`.
+        """
+        rows = coupling.contexts if by_context else 1
+        shape = (rows, coupling.size) if by_context else (coupling.size,)
+        if self.score.reads == "nothing":
+            return self._drawn(coupling, shape)
+        if self.score.reads in ("activations", "attention"):
+            seen = self._seen_of(coupling, by_context)
+            return torch.ones(shape, dtype=torch.float64) if seen is None else seen
+        means, matrices = self._means(), []
+        for member in coupling.members:
+            if member.matrix and (member.parameter, member.dim) in means:
+                owned = member.index >= 0
+                place = member.index[owned]
+                if by_context and member.context is not None:
+                    place = member.context[owned] * coupling.size + place
+                worth = means[member.parameter, member.dim][owned]
+                matrices.append(torch.zeros(rows * coupling.size, dtype=torch.float64).index_add_(0, place, worth))
+        total = torch.stack(matrices).mean(0) if matrices else torch.ones(rows * coupling.size, dtype=torch.float64)
+        return total.view(shape)
+
+    def _seen_of(self, coupling: Coupling, by_context: bool = False) -> Tensor | None:
+        return None if self._flows is None else self._flows.entries(coupling, by_context=by_context)
+
+    @property
+    def empty(self) -> bool:
+        """Nothing has been accumulated that a decision could be made from."""
+        if self.score.reads == "gradients":
+            return not self.sums
+        return self.score.accumulates and not (self._flows is not None and self._flows.sums)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was accumulated: `steps`, and `tensors` by name."""
+        tensors = {f"{name}[{dim}]": sums for (name, dim), sums in self.sums.items()}
+        for i, step in enumerate(self._recent):
+            tensors |= {f"step {i}: {name}[{dim}]": sums for (name, dim), sums in step.items()}
+        if self._skipped is not None:
+            tensors["skipped"] = self._skipped
+        if self._flows is not None:
+            tensors |= self._flows.state_dict()
+        return {"steps": self.steps, "fired": dict(self._fired), "tensors": tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.steps, self._fired = state["steps"], dict(state.get("fired", {}))
+        self.sums, self._skipped = {}, None
+        self._recent.clear()
+        flows = {}
+        for name, tensor in state["tensors"].items():
+            if name.startswith("flow "):
+                flows[name] = tensor
+            elif name == "skipped":
+                self._skipped = tensor
+            else:
+                step, _, label = name.rpartition(": ")
+                key = label[: label.rindex("[")], int(label[label.rindex("[") + 1 : -1])
+                if not step:
+                    self.sums[key] = tensor
+                    continue
+                while len(self._recent) <= int(step.split()[1]):
+                    self._recent.append({})
+                self._recent[int(step.split()[1])][key] = tensor
+        if flows and self._flows is not None:
+            self._flows.load_state_dict(flows)
+
+    def _drawn(self, coupling: Coupling, shape: tuple[int, ...]) -> Tensor:
+        """Random numbers that are the same for the same seed, step and coupling: on every rank, and after a resume."""
+        label = f"{self.seed} {self.steps} {coupling.name} {'entries' if shape else ''}".encode()
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(label).digest()[:7]))
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    def _means(self) -> dict[Key, Tensor]:
+        """For each scored slice the mean of its entries' scores per step: float64 on the CPU."""
+        parameters: dict[str, Any] = dict(self.model.named_parameters())
+        if self.score.reads == "weights":
+            self.sums.clear()
+            self._add(parameters, parameters, decay=0.0)
+        elif self.score.reads == "optimizer":
+            self.sums.clear()
+            self._add(self._second_moments(), parameters, decay=0.0)
+        elif self.window is not None:
+            for key, view in self.sums.items():
+                view.copy_(sum((step[key] for step in self._recent if key in step), torch.zeros_like(view)))
+        self._ready()
+        whole = self._slices.reduced() if self._slices is not None else {}
+        steps = self._weight()
+        numels = {name: parameters[name].numel() for name in {name for name, _ in self.sums}}
+        return {
+            (name, dim): whole[name, dim].double() / (numels[name] // len(whole[name, dim])) / steps
+            for name, dim in self.sums
+        }
+
+    def _second_moments(self) -> dict[str, Tensor]:
+        """The roots of Adam's second moments, bias-corrected: their squares are what a slice is summed over."""
+        assert self.optimizer is not None
+        found = {}
+        betas = {id(p): group.get("betas") for group in self.optimizer.param_groups for p in group["params"]}
+        for name, parameter in self.model.named_parameters():
+            state = self.optimizer.state.get(parameter, {})
+            moment = state.get("exp_avg_sq")
+            if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+                fade = betas[id(parameter)][1] if betas.get(id(parameter)) else 0.0
+                found[name] = (moment / (1.0 - fade ** float(state.get("step", 1)))).sqrt()
+        if not found:
+            held = sorted({key for state in self.optimizer.state.values() for key in state})
+            raise OptimizerError(
+                f'score="adam" reads `exp_avg_sq` of the optimizer, but this {type(self.optimizer).__name__} holds '
+                f"{', '.join(held) or 'nothing yet'}; take a step first, use an Adam, or another score"
+            )
+        return found
 
     def _weight(self) -> float:
         """What the sums are divided by: the steps, or what an average that began at 0 lacks."""
+        if self.score.reads != "gradients":
+            return 1.0
+        if self.window is not None:
+            return max(1, len(self._recent))
         steps = max(self.steps - (0 if self._skipped is None else int(self._skipped)), 1)
-        if self.decay is not None and self.score != "magnitude":
-            return 1.0 - self.decay**steps
-        return steps
+        return steps if self.decay is None else 1.0 - self.decay**steps
 
     def _add(
         self,
@@ -180,16 +339,53 @@ class CoupledEstimator:
         scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         decay: float | None = None,
+        new_step: bool = True,
     ) -> None:
         slices = self._ready()
-        decay = (1.0 if self.decay is None else self.decay) if decay is None else decay
-        gain = 1.0 if self.decay is None or self.score == "magnitude" else 1.0 - self.decay
-        weights = parameters if slices.weighted else None
-        slices.add(tensors, weights, decay=decay, gain=gain, scale=scale, found_inf=found_inf)
+        if decay is None:
+            decay = 1.0 if self.decay is None else self.decay
+            decay = 0.0 if self.window is not None else decay  # each step on its own, see `_record`
+        gain = 1.0 if self.decay is None or self.score.reads != "gradients" else 1.0 - self.decay
+        if self._by_function:
+            # The kernel sums squares: of the roots of what the function says.
+            tensors = {name: self._roots(name, tensors[name], parameters[name], scale) for name in tensors
+                       if name in slices.dims}  # fmt: skip
+            scale = None
+        slices.add(
+            tensors, parameters if slices.weighted else None, decay=decay, gain=gain, scale=scale, found_inf=found_inf
+        )
         for name in tensors:
             for dim in slices.dims.get(name, ()):
                 if (name, dim) not in self.sums:
                     self.sums[name, dim] = slices.views[name, dim]
+        if self.window is not None and self.score.reads == "gradients":
+            self._record(tensors, new_step, found_inf)
+
+    def _record(self, tensors: dict[str, Tensor], new_step: bool, found_inf: Tensor | None) -> None:
+        """Keep what this step added on its own, so that it can be taken out again."""
+        if found_inf is not None and bool(found_inf):
+            return
+        if new_step or not self._recent:
+            self._recent.append({})
+        step = self._recent[-1]
+        step |= {key: view.clone() for key, view in self.sums.items() if key[0] in tensors}
+
+    @property
+    def _by_function(self) -> bool:
+        """The kernel that sums squares has no form of its own for the score."""
+        return self.score.reads == "gradients" and self.score.name not in ("fisher", "taylor_squared")
+
+    def _roots(self, name: str, gradient: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+        assert self.score.of is not None
+        gradient = gradient.detach() if scale is None else gradient.detach() / scale.to(gradient.device)
+        worth = self.score.of(weight.detach(), gradient)
+        if not isinstance(worth, Tensor) or worth.shape != weight.shape:
+            given = f"a {type(worth).__name__}" if not isinstance(worth, Tensor) else f"{tuple(worth.shape)}"
+            raise TargetError(
+                f"score={self.score.name} returned {given} for `{name}` of shape {tuple(weight.shape)}; it returns "
+                "what each entry of the weight is worth, in the weight's shape"
+            )
+        return worth.to(torch.promote_types(worth.dtype, torch.float32)).sqrt()
 
     def _ready(self) -> SliceSums:
         """The sums of the model as it is now; what is there is carried over, without what a shrink removed."""
@@ -205,7 +401,7 @@ class CoupledEstimator:
         before, kept = self._positions, plan(self.model).kept
         parameters = dict(self.model.named_parameters())
         scored = {name: along for name, along in dims.items() if name in parameters}
-        slices = SliceSums(parameters, scored, weighted=self.score == "taylor")
+        slices = SliceSums(parameters, scored, weighted=self.score.name == "taylor_squared")
         carried = {key: old for key, old in self.sums.items() if key in slices.views}
         for key, old in carried.items():
             new = slices.views[key]
@@ -214,36 +410,13 @@ class CoupledEstimator:
                 then = before[key] if key in before else torch.arange(len(old))
                 old = old[torch.isin(then, now).to(old.device)]
             new.copy_(old)
+        for step in self._recent:
+            for key in list(step):
+                if key not in slices.views:
+                    del step[key]
+                elif step[key].shape != slices.views[key].shape:
+                    then = before[key] if key in before else torch.arange(len(step[key]))
+                    step[key] = step[key][torch.isin(then, kept[key]).to(step[key].device)]
         self.sums = {key: slices.views[key] for key in carried}
         self._slices, self._last, self._positions = slices, (found[0], self.sums), kept
         return slices
-
-
-@torch.no_grad()
-def index_scores(model: nn.Module, coupling: Coupling, *, by_context: bool = False) -> Tensor:
-    """Score of each entry of a coupling: the product over its matrices of the norms of that entry's slices.
-
-    A bias counts in the row of the matrix it belongs to. (arXiv 2511.11641, coupled sparsification.)
-
-    Args:
-        model: a compiled model.
-        coupling: one of its couplings.
-        by_context: score the entries of each context (the dims of each head) on their own.
-
-    Returns:
-        float64 `[coupling.size]`, or `[coupling.contexts, coupling.size]`.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    rows = coupling.contexts if by_context else 1
-    squares: dict[str, Tensor] = {}
-    weights: list[Tensor] = [parameters[member.parameter] for member in coupling.members]
-    sums_of = slice_sums(weights, [member.dim for member in coupling.members])
-    for member, sums in zip(coupling.members, sums_of, strict=True):
-        owned = member.index >= 0
-        place = member.index[owned]
-        if by_context and member.context is not None:
-            place = member.context[owned] * coupling.size + place
-        score = squares.setdefault(member.of, torch.zeros(rows * coupling.size, dtype=torch.float64))
-        score.index_add_(0, place, sums.double().cpu()[owned])
-    product = torch.stack([score.sqrt() for score in squares.values()]).prod(0)
-    return product.view(rows, -1) if by_context else product

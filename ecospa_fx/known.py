@@ -165,7 +165,7 @@ def known_of(model: nn.Module, compiled: CompiledModel) -> Known:
         if region.programs:
             program = region.programs[-1]
             sizes = {atom: entries_left(choice) for atom, choice in region.kept(program).items()}
-            symbols = _symbols(program.inference)
+            symbols = symbols_of(program.inference)
             regions[name] = KnownRegion(name, program.inference, region.discoveries[-1], sizes, symbols)
     named = dict(model.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
@@ -187,7 +187,7 @@ def entries_left(choice: Choice) -> int:
     return int((choice.mask[0] if isinstance(choice, Varied) else choice).sum())
 
 
-def _symbols(inference: Inference) -> dict[sympy.Symbol, int]:
+def symbols_of(inference: Inference) -> dict[sympy.Symbol, int]:
     """What each dynamic size of a graph was in the call that it was captured from."""
     symbols: dict[sympy.Symbol, int] = {}
     for node in inference.captured.graph.nodes:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.utils._pytree as pytree
@@ -33,6 +33,9 @@ from .why import Path, path_between
 
 if TYPE_CHECKING:
     from .compiled import CompiledModel
+
+# Runs a program in place of the region, to look at values inside it.
+Watcher: TypeAlias = "Callable[[Region, Program, nn.Module, Sequence[Tensor]], Any]"
 
 MOST_ROUTES = 1024  # calls remembered per region, one per combination of sizes
 MOST_PROGRAMS = 16  # per region: twice as many graphs as torch.compile allows before it gives up
@@ -61,15 +64,17 @@ class Region:
         self.programs: list[Program] = []
         self.discoveries: list[Discovery] = []
         self.routes: dict[Any, Signature] = {}  # calls seen before
+        self.watcher: Watcher | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: generated code is made anew from the plan, at the next call."""
-        return {**self.__dict__, "programs": [], "discoveries": [], "routes": {}}
+        return {**self.__dict__, "programs": [], "discoveries": [], "routes": {}, "watcher": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
         """For copies of the model, which run at once: programs hold no module and are shared."""
         memo[id(self)] = twin = object.__new__(type(self))
-        twin.__dict__ |= {key: copy.deepcopy(value, memo) for key, value in (self.__dict__ | {"routes": {}}).items()}
+        fresh = {"routes": {}, "watcher": None}
+        twin.__dict__ |= {key: copy.deepcopy(value, memo) for key, value in (self.__dict__ | fresh).items()}
         return twin
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,7 +99,7 @@ class Region:
                 )
             program = program or self.add(module, args, kwargs)
             self._remember_route(key, program)
-        return program(module, inputs)
+        return program(module, inputs) if self.watcher is None else self.watcher(self, program, module, inputs)
 
     def program_for(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -273,7 +278,7 @@ class Region:
         program = self.programs[-1]
         inference = program.inference
         context = found.context if found.context is not None and self._followed(found, kept, found.context) else None
-        now = _Numbering(found.atom, context, kept)
+        now = Numbering(found.atom, context, kept)
         matrices = [name for name, _ in found.axes if len(inference.parameters[name]) > 1]
         members = []
         for name, dim in found.axes:
@@ -317,7 +322,7 @@ class Region:
         return any(captured.tensors[placeholder] == name for placeholder in captured.parameters)
 
 
-class _Numbering:
+class Numbering:
     """The entries of a coupling numbered as they are now, and so the contexts that it may differ by."""
 
     def __init__(self, atom: Atom, context: Atom | None, kept: Kept) -> None:

@@ -8,19 +8,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import fx
 
 from .coupling import Coupling
 from .fold import fold_couplings, heading
 from .known import Known, KnownRegion
-from .passes.axes import Atom, Expr, atoms_of
+from .passes.axes import Atom, atoms_of
 from .passes.names import join
-from .passes.nodes import op_name
-
-_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+from .size import flop_terms
 
 
 @dataclass(frozen=True)
@@ -154,11 +150,7 @@ class _Costs:
 
     def __init__(self, known: Known, region: KnownRegion) -> None:
         self.known, self.region = known, region
-        self.summed: dict[fx.Node, set[Expr]] = {}  # products of operands -> the axes summed over
-        for fact in region.inference.facts:
-            if fact.role == "contracted" and len(fact.operands) > 1:
-                self.summed.setdefault(fact.node, set()).add(fact.expr)
-        self.nodes = [node for node in region.inference.operands if node in self.summed or _spatial(node)]
+        self.terms = list(flop_terms(region.inference))
 
     def saving(self, name: str, atom: Atom, now: int) -> Saving:
         entries = max(0, now - 1)
@@ -182,28 +174,12 @@ class _Costs:
         return parameters, weights, self.flops(before, atom) - self.flops(after, atom)
 
     def flops(self, sizes: Mapping[Atom, int], only: Atom | None = None) -> int:
-        """FLOPs of the region with atoms at `sizes`, of the nodes that touch `only` alone if it is given."""
-        total = 0
-        for node in self.nodes:
-            exprs = [expr for operand in self.region.inference.operands[node] for expr in operand.exprs]
-            exprs += [expr for outputs in self.region.inference.values[node] for expr in outputs]
+        """FLOPs of the region with atoms at `sizes`, of the products that `only` is in alone if it is given."""
+        total = 0.0
+        for factor, exprs in self.terms:
             if only is None or any(only in atoms_of(expr) for expr in exprs):
-                total += self._flops(node, sizes)
-        return total
-
-    def _flops(self, node: fx.Node, sizes: Mapping[Atom, int]) -> int:
-        inference, size = self.region.inference, self.region.count
-        out = prod(size(expr, sizes) for expr in inference.values[node][0])
-        if node.target is _ATTENTION:  # two products: scores, and scores with values
-            q, k, v = ([size(expr, sizes) for expr in operand.exprs] for operand in inference.operands[node][:3])
-            return 2 * prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
-        if op_name(node).startswith("aten.conv"):
-            return 2 * out * prod(size(expr, sizes) for expr in inference.operands[node][1].exprs[1:])
-        return 2 * out * prod(size(expr, sizes) for expr in self.summed[node])
-
-
-def _spatial(node: fx.Node) -> bool:
-    return node.target is _ATTENTION or op_name(node).startswith("aten.conv")
+                total += factor * prod(self.region.count(expr, sizes) for expr in exprs)
+        return round(total)
 
 
 def count(number: int) -> str:

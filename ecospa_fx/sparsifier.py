@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Literal, Protocol, get_args
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .api import couplings, state_of
 from .constraints import Constraints, Unit
 from .coupling import Coupling
 from .errors import TargetError
-from .estimator import index_scores
-from .size import SizeModel
+from .scores import index_scores
+from .size import Cost, CostModel
+
+Among = Literal["all", "prunable"]
+
+
+class Entries(Protocol):
+    """Says what each entry of a coupling is worth."""
+
+    def __call__(self, coupling: Coupling, *, by_context: bool = False) -> Tensor:
+        """Float64 `[size]`, or `[contexts, size]`."""
 
 
 class CoupledSparsifier:
@@ -24,10 +36,15 @@ class CoupledSparsifier:
 
     Args:
         model: a compiled model that has been called.
-        target: share of the model's original parameters that remains.
+        target: share of the model's original cost that remains.
         top_k: share of the couplings that shrink at a step.
         theta: share of a coupling's score that is kept.
         constraints: which sizes are allowed, and what must stay whole.
+        cost: what `target` is a share of: `"parameters"`, `"flops"` or `"bytes"`; see `CostModel`.
+        among: `"all"`, or `"prunable"`: the share is of what lies on some coupling; embeddings, say, do not count.
+        optimizers: whose state counts in `"bytes"`.
+        entries: `entries(coupling, by_context=...)` -> score of each entry, as `index_scores`, which it is by default,
+            and `CoupledEstimator.entries` give it.
 
     Attributes:
         whole: names of the couplings that may not shrink -> why.
@@ -44,24 +61,47 @@ class CoupledSparsifier:
         top_k: float = 0.3,
         theta: float = 0.9,
         constraints: Constraints | None = None,
+        cost: Cost = "parameters",
+        among: Among = "all",
+        optimizers: Sequence[Optimizer] = (),
+        entries: Entries | None = None,
     ) -> None:
         check_settings(target=target, top_k=top_k, theta=theta)
-        self.model, self.top_k, self.theta = model, top_k, theta
+        for name, value, options in (("cost", cost, get_args(Cost)), ("among", among, get_args(Among))):
+            if value not in options:
+                raise TargetError(f"{name}={value!r} is none of {', '.join(map(repr, options))}")
+        self.model, self.target, self.top_k, self.theta = model, target, top_k, theta
+        self.cost, self.among, self.optimizers = cost, among, tuple(optimizers)
         self.constraints = constraints or Constraints()
-        sizes = SizeModel(model, state_of(model))
+        self.entries: Entries = entries or partial(index_scores, model)
+        sizes = self.sizes()
         units = self._units()
-        self.target_size = math.ceil(target * sizes.original)
         floor = sizes.total(_named(units, {unit: unit.sizes[0] for unit in units}))
-        if self.target_size < floor:
-            least = math.ceil(1000 * floor / sizes.original) / 1000
+        if self.target_size(sizes) < floor:
+            base = sizes.original if among == "all" else sizes.prunable
+            least = math.ceil(1000 * (1 - (sizes.original - floor) / base)) / 1000
             limits = [f"min_keep={self.constraints.min_keep}"]
             limits += [f"round_to={self.constraints.round_to}"] if self.constraints.round_to > 1 else []
             limits += [f"{len(self.whole)} couplings that stay whole"] if self.whole else []
+            of = (
+                f"{sizes.original:,} {cost}"
+                if among == "all"
+                else f"the {base:,} prunable ones of {sizes.original:,} {cost}"
+            )
             raise TargetError(
-                f"target={target:g} of {sizes.original:,} parameters is {self.target_size:,}, but the couplings reach "
+                f"target={target:g} of {of} is {self.target_size(sizes):,}, but the couplings reach "
                 f"down to {floor:,} only; the smallest reachable target is {least:g} with "
                 f"{', '.join(limits)}"
             )
+
+    def sizes(self) -> CostModel:
+        """What the model costs now, and would at other widths."""
+        return CostModel(self.model, state_of(self.model), self.cost, self.optimizers)
+
+    def target_size(self, sizes: CostModel) -> int:
+        """The cost that may remain."""
+        whole = 0 if self.among == "all" else sizes.original - sizes.prunable
+        return whole + math.ceil(self.target * (sizes.original - whole))
 
     def _units(self) -> list[Unit]:
         units, self.whole = self.constraints.units(self.model, couplings(self.model))
@@ -71,8 +111,8 @@ class CoupledSparsifier:
         """What to keep of which couplings.
 
         Args:
-            importance: of every coupling, see `CoupledEstimator`.
-            at_most: parameters that may be left after this step, where a schedule must keep up. Where the paper's rule
+            importance: of every coupling, see `CoupledEstimator`; one without stays as it is.
+            at_most: what the model may cost after this step, where a schedule must keep up. Where the paper's rule
                 leaves more, more couplings take part, then theta gives way. Without it, they do so where the rule
                 would remove nothing at all, as it does in small couplings whose entries are about equal.
 
@@ -80,8 +120,9 @@ class CoupledSparsifier:
             Coupling -> sorted LongTensor of the entries to keep, `[kept]` or `[contexts, kept]`, for those that shrink;
             what `ecospa_fx.shrink` takes.
         """
-        sizes = SizeModel(self.model, state_of(self.model))
-        order = sorted(self._units(), key=lambda unit: (_mean(importance[c] for c in unit.couplings), unit.name))
+        sizes = self.sizes()
+        judged = [unit for unit in self._units() if all(c in importance for c in unit.couplings)]
+        order = sorted(judged, key=lambda unit: (_mean(importance[c] for c in unit.couplings), unit.name))
         scores = {c: self._scores(c) for unit in order for c in unit.couplings}
         # Score held by the strongest entry, by the two strongest, and so on, in every context.
         held = {c: score.sort(dim=-1, descending=True).values.sum(0).cumsum(0) for c, score in scores.items()}
@@ -94,8 +135,8 @@ class CoupledSparsifier:
             keeps = self._by_theta(order, held, self._looser(order, held, sizes, at_most))
         keeps = self._stop_at_target(order, keeps, sizes)
         left = sizes.total(_named(keeps, keeps))
-        stuck = left == sizes.total({}) if at_most is None else at_most <= self.target_size
-        if left > self.target_size and stuck:
+        stuck = left == sizes.total({}) if at_most is None else at_most <= self.target_size(sizes)
+        if left > self.target_size(sizes) and stuck:
             # What is left to remove is less than what these couplings remove at a time: smaller ones may still fit.
             keeps = self._stop_at_target(order, {unit: unit.sizes[0] for unit in order}, sizes, keeps)
         return {
@@ -107,19 +148,19 @@ class CoupledSparsifier:
 
     def reached(self) -> bool:
         """Whether no coupling can lose another entry without passing the target."""
-        sizes = SizeModel(self.model, state_of(self.model))
+        sizes = self.sizes()
         smallest = (
             sizes.total(_named([unit], {unit: unit.sizes[-2]})) for unit in self._units() if len(unit.sizes) > 1
         )
-        return sizes.total({}) <= self.target_size or all(total < self.target_size for total in smallest)
+        return sizes.total({}) <= self.target_size(sizes) or all(total < self.target_size(sizes) for total in smallest)
 
     def _scores(self, coupling: Coupling) -> Tensor:
         """Scores `[contexts, size]` of the entries, one row where all contexts keep the same."""
         by_context = coupling.context is not None and self.constraints.head_dims == "per_head"
-        scores = index_scores(self.model, coupling, by_context=by_context)
+        scores = self.entries(coupling, by_context=by_context)
         return scores if by_context else scores[None]
 
-    def _enough(self, keeps: Mapping[Unit, int], sizes: SizeModel, at_most: int | None) -> bool:
+    def _enough(self, keeps: Mapping[Unit, int], sizes: CostModel, at_most: int | None) -> bool:
         """Whether a step that keeps so much keeps up with the schedule, or at least removes something."""
         now, after = sizes.total({}), sizes.total(_named(keeps, keeps))
         return after <= at_most if at_most is not None else after < now
@@ -132,7 +173,7 @@ class CoupledSparsifier:
         }
 
     def _looser(
-        self, order: list[Unit], held: Mapping[Coupling, Tensor], sizes: SizeModel, at_most: int | None
+        self, order: list[Unit], held: Mapping[Coupling, Tensor], sizes: CostModel, at_most: int | None
     ) -> float:
         """The largest theta at which all couplings together remove enough."""
         low, high = 0.0, self.theta
@@ -148,7 +189,7 @@ class CoupledSparsifier:
         self,
         order: list[Unit],
         keeps: Mapping[Unit, int],
-        sizes: SizeModel,
+        sizes: CostModel,
         already: Mapping[Unit, int] | None = None,
     ) -> dict[Unit, int]:
         """Apply `keeps` from the least important coupling on, as far as the target allows.
@@ -164,7 +205,7 @@ class CoupledSparsifier:
             while low < high:
                 middle = (low + high) // 2
                 trial = {**taken, unit: unit.sizes[middle]}
-                if sizes.total(_named(trial, trial)) >= self.target_size:
+                if sizes.total(_named(trial, trial)) >= self.target_size(sizes):
                     high = middle
                 else:
                     low = middle + 1
@@ -191,7 +232,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _named(units: Iterable[Unit], sizes: Mapping[Unit, int]) -> dict[str, int]:
-    """Entries by coupling name, as `SizeModel.total` takes them."""
+    """Entries by coupling name, as `CostModel.total` takes them."""
     return {c.name: keep for unit in units for c, keep in unit.keeps(sizes[unit]).items()}
 
 

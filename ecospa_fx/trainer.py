@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .api import check_optimizer, shrink
+from .api import check_optimizer, couplings, is_captured, shrink
 from .compiled import MODEL
 from .constraints import Constraints, Frozen, HeadDims
 from .coupling import Coupling
 from .diff import ModuleDiff
 from .errors import EcoSpaError, OptimizerError, TargetError
-from .estimator import CoupledEstimator, Score
-from .sparsifier import CoupledSparsifier, check_settings
+from .estimator import CoupledEstimator
+from .logs import logger
+from .schedule import Schedule, Shape, Unit
+from .scores import Function, Score
+from .size import Cost
+from .sparsifier import Among, CoupledSparsifier, Entries, check_settings
+from .spikes import SpikeWatch
 
 Gradients = Literal["step", "optimizer", "backward"]
+Preset = Literal["pretrain", "finetune"]
 BeforeShrink = Callable[[nn.Module, Mapping[Coupling, Tensor], Optimizer], None]
+
+PRESETS: dict[Preset, dict[str, float]] = {
+    "pretrain": {"top_k": 0.3, "theta": 0.9},
+    "finetune": {"top_k": 0.1, "theta": 0.95},
+}
+"""Settings by the advice of the paper: from scratch its own; what is already trained loses less at a time."""
+
+MOST_POSTPONED = 10
+"""Sparsification steps in a row that wait for the loss to come down; the next one no longer does."""
 
 
 class EcoSpaTrainer:
@@ -26,22 +42,37 @@ class EcoSpaTrainer:
 
     >>> trainer = EcoSpaTrainer(model, optimizer, target=0.5)
     >>> for batch in loader:
-    ...     model(**batch).loss.backward()
+    ...     loss = model(**batch).loss
+    ...     loss.backward()
     ...     optimizer.step()
-    ...     trainer.step()
+    ...     trainer.step(loss=loss)
     ...     optimizer.zero_grad()
 
     Args:
         model: a compiled model; it may not have been called yet.
         optimizer: holds its parameters; their state is carried through every shrink.
-        target: share of the model's original parameters that remains at the end.
+        target: share of the model's original cost that remains at the end.
+        cost: what that is a share of: `"parameters"`, `"flops"` of a forward, or `"bytes"` of training (weights,
+            gradients and optimizer state).
+        among: `"all"` of it, or what is `"prunable"`: on some coupling.
+        preset: `"pretrain"` or `"finetune"`: what `top_k` and `theta` are by default, 30% and 90% or 10% and 95%.
         top_k: share of the couplings that shrink at a sparsification step, the least important ones.
         theta: share of a coupling's score that is kept when it shrinks.
-        interval: training steps between sparsification steps.
+        interval: training steps between sparsification steps; or tokens or epochs, see `unit`.
         start: training step of the first one.
         end: training step by which the target is reached. Where the paper's rule is too slow for that, more couplings
             take part, then theta gives way. Without it the rule runs until the target is reached.
-        score: see `CoupledEstimator`.
+        shape: how the size goes down to the target by `end`: `"linear"`, `"cubic"`, `"cosine"` or `"one_shot"`.
+        shrinks: number of sparsification steps between `start` and `end`, in place of `interval`.
+        unit: what `interval`, `start` and `end` count: `"steps"`, `"tokens"` or `"epochs"`. See `Schedule`.
+        score: importance of a coupling, see `CoupledEstimator`: a name, or a function of a weight and its gradient.
+        index_score: which entries of a coupling go first: `"norms"`, the product of the norms of their slices, as the
+            paper has it, or any score.
+        decay: see `CoupledEstimator`.
+        window: see `CoupledEstimator`.
+        seed: of `"random"` scores.
+        spike: a shrink waits for the next sparsification step, and so do those after it, while the smoothed loss is
+            more than this share above what it was before the last shrink. Only if `step` is told the loss.
         min_keep: entries that every coupling keeps.
         round_to: widths come out as multiples of it; see `Constraints`.
         head_dims: `"per_head"`, `"per_layer"` or `"off"`; see `Constraints`.
@@ -53,10 +84,11 @@ class EcoSpaTrainer:
 
     Attributes:
         steps: training steps seen.
+        now: what has been seen in the unit of the schedule.
         done: the target is reached; nothing more will be removed.
         history: a dict per shrink: `step`, `size` (parameters left), `removed` (coupling name -> entries, in
-            each context),
-            `importance` (coupling name -> what it scored).
+            each context), `importance` (coupling name -> what it scored).
+        postponed: a dict per sparsification step that waited for the loss: `step`, `loss` (smoothed), `before`.
         last_shrink: sizes of every layer before and after the last shrink, once there was one.
 
     Raises:
@@ -70,12 +102,23 @@ class EcoSpaTrainer:
         optimizer: Optimizer,
         *,
         target: float = 0.5,
-        top_k: float = 0.3,
-        theta: float = 0.9,
-        interval: int = 100,
-        start: int = 0,
-        end: int | None = None,
-        score: Score = "fisher",
+        cost: Cost = "parameters",
+        among: Among = "all",
+        preset: Preset = "pretrain",
+        top_k: float | None = None,
+        theta: float | None = None,
+        interval: float = 100,
+        start: float = 0,
+        end: float | None = None,
+        shape: Shape = "linear",
+        shrinks: int | None = None,
+        unit: Unit = "steps",
+        score: str | Function | Score = "fisher",
+        index_score: str | Function | Score = "norms",
+        decay: float | None = None,
+        window: int | None = None,
+        seed: int = 0,
+        spike: float = 0.1,
         min_keep: int = 1,
         round_to: int = 1,
         head_dims: HeadDims = "per_head",
@@ -86,86 +129,148 @@ class EcoSpaTrainer:
     ) -> None:
         if MODEL not in model.__dict__:
             raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
+        for name, value, options in (("preset", preset, PRESETS), ("gradients", gradients, get_args(Gradients))):
+            if value not in options:
+                raise TargetError(f"{name}={value!r} is none of {', '.join(map(repr, options))}")
+        top_k = PRESETS[preset]["top_k"] if top_k is None else top_k
+        theta = PRESETS[preset]["theta"] if theta is None else theta
         check_settings(target=target, top_k=top_k, theta=theta)
         constraints = Constraints(min_keep, round_to, head_dims, equal_head_dims, frozen)
-        for name, value, least in (("interval", interval, 1), ("start", start, 0)):
-            if not isinstance(value, int) or value < least:
-                raise TargetError(f"{name}={value!r} is out of range; it is a whole number of steps, at least {least}")
-        if end is not None and (not isinstance(end, int) or end <= start):
-            raise TargetError(f"end={end!r} is not after start={start}")
-        if gradients not in get_args(Gradients):
-            raise TargetError(f"gradients={gradients!r} is none of {', '.join(map(repr, get_args(Gradients)))}")
+        self.schedule = Schedule(interval, start, end, shape, shrinks, unit)
         check_optimizer(model, optimizer)
         self.model, self.optimizer = model, optimizer
-        self.interval, self.start, self.end = interval, start, end
         self.before_shrink = before_shrink
         self.steps = 0
+        self.now: float = 0
         self.done = False
         self.history: list[dict[str, Any]] = []
+        self.postponed: list[dict[str, Any]] = []
         self.last_shrink: ModuleDiff | None = None
-        self._estimator = CoupledEstimator(model, score)
-        if gradients == "optimizer":
-            self._estimator.attach(optimizer)
-        elif gradients == "backward":
-            self._estimator.attach_backward()
+        self._spikes = SpikeWatch(spike)
+        self._waiting: float = 0  # what the schedule has been put off by
+        self._in_a_row = 0
+        self._from: int | None = None  # the cost when the first sparsification step came
+        scoring: dict[str, Any] = {"decay": decay, "window": window, "optimizer": optimizer, "seed": seed}
+        self._estimator = CoupledEstimator(model, score, **scoring)
+        self._index: CoupledEstimator | None = None
+        if index_score != "norms":
+            self._index = self._estimator if index_score == score else CoupledEstimator(model, index_score, **scoring)
+        for estimator in self._estimators():
+            if gradients == "optimizer":
+                estimator.attach(optimizer)
+            elif gradients == "backward":
+                estimator.attach_backward()
         self._settings: dict[str, Any] = {
-            "target": target, "top_k": top_k, "theta": theta, "constraints": constraints,
+            "target": target, "cost": cost, "among": among, "top_k": top_k, "theta": theta, "constraints": constraints,
         }  # fmt: skip
         self._sparsifier: CoupledSparsifier | None = None
-        if model.__dict__[MODEL].captured:
-            self._sparsifier = CoupledSparsifier(model, **self._settings)
+        if is_captured(model):
+            self._ready()
 
-    def step(self) -> None:
+    def step(
+        self, *, loss: Tensor | float | None = None, tokens: int | None = None, epochs: float | None = None
+    ) -> None:
         """Call it after every `optimizer.step()`, while the gradients are still there (or not, see `gradients`).
+
+        Args:
+            loss: of this step, to let shrinks wait while it is high. Where it is a tensor it is read at once, which a
+                GPU waits for; None watches nothing.
+            tokens: in this step's batch, where the schedule counts them.
+            epochs: share of an epoch in this step, `1 / len(loader)`, where the schedule counts these.
 
         Raises:
             OptimizerError: no parameter of a coupling has a gradient.
+            TargetError: the schedule counts what it has not been told.
         """
+        amount = {"steps": 1, "tokens": tokens, "epochs": epochs}[self.schedule.unit]
+        if amount is None:
+            raise TargetError(f"the schedule counts {self.schedule.unit}: call trainer.step({self.schedule.unit}=...)")
         self.steps += 1
+        before, self.now = self.now, self.now + amount
+        if loss is not None:
+            self._spikes.see(float(loss.detach()) if isinstance(loss, Tensor) else float(loss))
         if self.done:
             return
-        if self._sparsifier is None:
-            self._sparsifier = CoupledSparsifier(self.model, **self._settings)
-        if not self._estimator.attached:
-            self._estimator.accumulate()
-        last = self.end is not None and self.steps >= self.end
-        if last or (self.steps >= self.start and (self.steps - self.start) % self.interval == 0):
+        self._ready()
+        for estimator in self._estimators():
+            if not estimator.attached:
+                estimator.accumulate()
+        if self.schedule.due(before - self._waiting, self.now - self._waiting) and not self._postpone():
             self.sparsify()
 
     def sparsify(self) -> None:
         """Take a sparsification step now."""
-        if self._sparsifier is None:
-            self._sparsifier = CoupledSparsifier(self.model, **self._settings)
-        if self._estimator.score == "fisher" and not self._estimator.sums:
-            raise OptimizerError(
-                "no parameter of a coupling has a gradient: call trainer.step() after backward() and before zero_grad()"
-            )
+        sparsifier = self._ready()
+        for estimator in self._estimators():
+            if estimator.empty:
+                seen = "gradient" if estimator.score.reads == "gradients" else "activation that could be seen"
+                raise OptimizerError(
+                    f"no parameter of a coupling has a {seen}: call trainer.step() after backward() and before "
+                    "zero_grad()" + ("" if seen == "gradient" else ", and train with model.train()")
+                )
         importance = self._estimator.importance()
-        keeps = self._sparsifier.decide(importance, self._due())
+        keeps = sparsifier.decide(importance, self._due(sparsifier))
         if keeps:
             if self.before_shrink is not None:
                 self.before_shrink(self.model, keeps, self.optimizer)
+            self._spikes.shrunk()
             removed = {coupling.name: coupling.size - keep.shape[-1] for coupling, keep in keeps.items()}
             self.last_shrink = shrink(self.model, keeps, optimizer=self.optimizer)
             scores = {coupling.name: value for coupling, value in importance.items()}
             self.history.append({"step": self.steps, "size": self.size, "removed": removed, "importance": scores})
-        self._estimator.reset()
-        self.done = self._sparsifier.reached()
+        for estimator in self._estimators():
+            estimator.reset()
+        self.done = sparsifier.reached()
         if self.done:
-            self._estimator.detach()
+            for estimator in self._estimators():
+                estimator.detach()
 
     @property
     def size(self) -> int:
         """Parameters of the model now."""
         return sum(p.numel() for p in self.model.parameters())
 
-    def _due(self) -> int | None:
-        """Parameters that may be left after this step so that the target is reached by `end` in equal steps."""
-        if self.end is None or self._sparsifier is None:
+    def _estimators(self) -> list[CoupledEstimator]:
+        return [self._estimator] if self._index in (None, self._estimator) else [self._estimator, self._index]
+
+    def _ready(self) -> CoupledSparsifier:
+        """The sparsifier, made once the couplings are known."""
+        if self._sparsifier is None:
+            settings = dict(self._settings)
+            if self._estimator.score.reads == "attention":
+                # It says nothing about the others.
+                others = [c for c in couplings(self.model) if c.kind not in ("heads", "groups")]
+                constraints = settings["constraints"]
+                settings["constraints"] = replace(constraints, frozen=[*constraints.frozen, *others])
+            entries: Entries | None = None if self._index is None else self._index.entries
+            self._sparsifier = CoupledSparsifier(self.model, **settings, optimizers=[self.optimizer], entries=entries)
+        return self._sparsifier
+
+    def _due(self, sparsifier: CoupledSparsifier) -> int | None:
+        """What the model may cost after this step by the schedule."""
+        share = self.schedule.share(self.now - self._waiting)
+        sizes = sparsifier.sizes()
+        now = sizes.total({})
+        if self._from is None:
+            self._from = now
+        if share is None:
             return None
-        to_come = max(0, (self.end - self.steps) // self.interval)
-        size = self.size
-        return size - (size - self._sparsifier.target_size) // (to_come + 1)
+        return round(self._from - share * (self._from - sparsifier.target_size(sizes)))
+
+    def _postpone(self) -> bool:
+        """Put the schedule off by one interval, if the loss has not got over the last shrink."""
+        if not self._spikes.spiking or self._in_a_row >= MOST_POSTPONED:
+            self._in_a_row = 0
+            return False
+        self._in_a_row += 1
+        self._waiting += self.schedule.step
+        level, before = self._spikes.level, self._spikes.before
+        self.postponed.append({"step": self.steps, "loss": level, "before": before})
+        logger("shrink").warning(
+            "step %d: loss %s, %s before the last shrink; the next one waits%s", self.steps, _number(level),
+            _number(before), "" if self._in_a_row < MOST_POSTPONED else " for the last time",
+        )  # fmt: skip
+        return True
 
     def fit(
         self,
@@ -186,6 +291,7 @@ class EcoSpaTrainer:
             The loss of each batch.
         """
         losses = []
+        epoch = 1 / len(loader) if isinstance(loader, Sized) and len(loader) else None
         for batch in loader:
             if isinstance(batch, Mapping):
                 value = self.model(**batch).loss
@@ -196,7 +302,7 @@ class EcoSpaTrainer:
                 raise EcoSpaError("batches are no mappings; pass loss=, a function of outputs and targets")
             value.backward()
             self.optimizer.step()
-            self.step()
+            self.step(loss=value, tokens=_tokens(batch), epochs=epoch)
             self.optimizer.zero_grad()
             if scheduler is not None:
                 scheduler.step()
@@ -207,24 +313,48 @@ class EcoSpaTrainer:
         """The schedule's state: plain numbers and the accumulated sums."""
         return {
             "steps": self.steps,
+            "now": self.now,
             "done": self.done,
             "history": self.history,
+            "postponed": self.postponed,
+            "waiting": self._waiting,
+            "waits_in_a_row": self._in_a_row,
+            "from": self._from,
+            "spikes": self._spikes.state_dict(),
             "settings": {
                 **{name: value for name, value in self._settings.items() if name != "constraints"},
                 **self._settings["constraints"].described(),
-                "interval": self.interval,
-                "start": self.start,
-                "end": self.end,
+                **self.schedule.described(),
             },
-            "score": self._estimator.score,
+            "score": self._estimator.score.name,
             "score_steps": self._estimator.steps,
-            "sums": {f"{name}[{dim}]": sums for (name, dim), sums in self._estimator.sums.items()},
+            "sums": self._estimator.state_dict()["tensors"],
+            **self._index_state(),
         }
+
+    def _index_state(self) -> dict[str, Any]:
+        if self._index is None or self._index is self._estimator:
+            return {}
+        state = self._index.state_dict()
+        return {"index_score": self._index.score.name, "index_steps": state["steps"], "index_sums": state["tensors"]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        self.steps, self.done, self.history = state["steps"], state["done"], list(state["history"])
-        self._estimator.steps = state["score_steps"]
-        self._estimator.sums = {
-            (key[: key.rindex("[")], int(key[key.rindex("[") + 1 : -1])): sums for key, sums in state["sums"].items()
-        }
+        self.steps, self.now, self.done = state["steps"], state["now"], state["done"]
+        self.history, self.postponed = list(state["history"]), list(state["postponed"])
+        self._waiting, self._in_a_row, self._from = state["waiting"], state["waits_in_a_row"], state["from"]
+        self._spikes.load_state_dict(state["spikes"])
+        self._estimator.load_state_dict({"steps": state["score_steps"], "tensors": state["sums"]})
+        if self._index is not None and self._index is not self._estimator:
+            self._index.load_state_dict({"steps": state["index_steps"], "tensors": state["index_sums"]})
+
+
+def _tokens(batch: Any) -> int | None:
+    """Tokens of a batch: the entries of its first tensor of whole numbers."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    whole = (v for v in values if isinstance(v, Tensor) and not v.is_floating_point())
+    return next((tensor.numel() for tensor in whole), None)
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"

@@ -62,8 +62,11 @@ class Program:
 
     def __call__(self, region: nn.Module, inputs: Sequence[Tensor]) -> Any:
         """Run one call and give its results the structure that the region's own forward gives them."""
+        return self.returned(region, self.run(region, *inputs, *self.constants))
+
+    def returned(self, region: nn.Module, tensors: Any) -> Any:
+        """What the region returns where the code returned `tensors`; those that hooks look at go to them."""
         captured = self.captured
-        tensors = self.run(region, *inputs, *self.constants)
         if captured.observed:
             fire(region, captured.observed, tensors[captured.returned :], captured.region)
             tensors = tensors[: captured.returned]
@@ -138,13 +141,14 @@ class Site:
         self._node.kwargs = {a.name: self.args[a.name] for a in schema if a.kwarg_only and a.name in self.args}
 
 
-def rewrite(inference: Inference, kept: Kept, region: nn.Module) -> Program:
+def rewrite(inference: Inference, kept: Kept, region: nn.Module, watched: Sequence[fx.Node] = ()) -> Program:
     """The program of a region under a selection.
 
     Args:
         inference: axes of the captured graph.
         kept: what stays of each atom.
         region: the live region; only the types of its modules are looked at.
+        watched: nodes of the captured graph whose values `run` returns after the outputs.
 
     Raises:
         RuleError: the `follow` of a rule fails.
@@ -168,6 +172,9 @@ def rewrite(inference: Inference, kept: Kept, region: nn.Module) -> Program:
                 f"rule failed with {type(error).__name__}: {error}; this is a bug in the rule, nothing was changed"
             ) from error
         site.apply()
+    if watched:
+        output = next(iter(reversed(graph.nodes)))
+        output.args = ((*output.args[0], *(new[node] for node in watched)),)
     _bind(captured, region, graph, new)
     run, source = generate(graph)
     called = frozenset(node.target for node in graph.nodes if node.op == "call_module")

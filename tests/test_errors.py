@@ -142,7 +142,12 @@ def test_no_coupling(lazily):
         ("interval", 0, "interval=0 is out of range; it is a whole number of steps, at least 1"),
         ("start", -1, "start=-1 is out of range; it is a whole number of steps, at least 0"),
         ("end", 0, "end=0 is not after start=0"),
-        ("score", "fischer", "score='fischer' is none of 'fisher', 'taylor', 'magnitude'"),
+        (
+            "score",
+            "fischer",
+            "score='fischer' is none of 'fisher', 'gradient', 'taylor', 'taylor_squared', 'magnitude', 'adam', "
+            "'activation', 'attention_entropy', 'random', nor a function of a weight and its gradient",
+        ),
     ],
 )
 def test_settings_out_of_range(setting, value, words):

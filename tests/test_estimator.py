@@ -148,7 +148,7 @@ def test_an_average_forgets():
 
 def test_taylor_weighs_gradients_by_weights():
     model, _, x = setting()
-    estimator = ecospa_fx.CoupledEstimator(model, "taylor")
+    estimator = ecospa_fx.CoupledEstimator(model, "taylor_squared")
     model(x).square().sum().backward()
     estimator.accumulate()
     up, down = model.up.weight, model.down.weight

@@ -11,8 +11,8 @@ from torch import nn
 
 import ecospa_fx
 from ecospa_fx.compiled import MODEL
-from ecospa_fx.estimator import index_scores
-from ecospa_fx.size import SizeModel
+from ecospa_fx.scores import index_scores
+from ecospa_fx.size import CostModel
 
 
 class Attention(nn.Module):
@@ -118,7 +118,7 @@ def test_the_rule_of_the_paper(theta, top_k, seed):
     generator = torch.Generator().manual_seed(seed)
     found = ecospa_fx.couplings(model)
     importance = {c: float(torch.rand((), generator=generator)) for c in found}
-    sizes = SizeModel(model, model.__dict__[MODEL])
+    sizes = CostModel(model, model.__dict__[MODEL])
     reachable = sizes.total(dict.fromkeys(sizes.sizes, 1)) / sizes.original  # so that the target never stops the rule
     sparsifier = ecospa_fx.CoupledSparsifier(model, target=reachable, top_k=top_k, theta=theta)
     keeps = sparsifier.decide(importance, at_most=10**9)  # in no hurry
@@ -181,7 +181,7 @@ def test_size_model_counts_what_is_there():
     model, _, _ = setting(torch.float32)
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
-        sizes = SizeModel(model, model.__dict__[MODEL])
+        sizes = CostModel(model, model.__dict__[MODEL])
         assert sizes.total({}) == sum(p.numel() for p in model.parameters())
         wish = {name: int(torch.randint(1, size + 1, (), generator=generator)) for name, size in sizes.sizes.items()}
         ecospa_fx.shrink(model, {name: torch.arange(size) for name, size in wish.items()})

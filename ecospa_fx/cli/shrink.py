@@ -51,7 +51,7 @@ def shrink(
         sparsifier = CoupledSparsifier(named.model, target=target, constraints=Constraints(min_keep, round_to))
         estimator = CoupledEstimator(named.model, "magnitude")
         while not sparsifier.reached():
-            keeps = sparsifier.decide(estimator.importance(), sparsifier.target_size)
+            keeps = sparsifier.decide(estimator.importance(), sparsifier.target_size(sparsifier.sizes()))
             if not keeps:
                 break
             ecospa_fx.shrink(named.model, keeps)
