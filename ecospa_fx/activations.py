@@ -121,7 +121,7 @@ class ActivationScores:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What was gathered: the sums of each coupling, and what they are divided by."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, each in self.sums.items():
             found |= {f"flow {name}": each.total, f"flow count {name}": torch.tensor(each.count)}
         return found
@@ -215,7 +215,8 @@ def _product_sites(inference: Inference, found: Found, coupling: Coupling, kept:
         for operand in inference.operands[fact.node]:
             dims = [dim for dim, expr in enumerate(operand.exprs) if expr == fact.expr]
             if len(dims) == 1 and operand.weighted:
-                beside = [d for d, e in enumerate(operand.exprs) if context in atoms_of(e) and d != dims[0]]
+                other = [(d, set(atoms_of(e))) for d, e in enumerate(operand.exprs) if d != dims[0]]
+                beside = [d for d, atoms in other if context in atoms]
                 sides.append(Side(operand.node, dims[0], beside[0] if beside else None))
         if len(sides) != 2:
             continue
@@ -226,9 +227,9 @@ def _product_sites(inference: Inference, found: Found, coupling: Coupling, kept:
             yield Site(coupling.name, tuple(sides), entry, coupling.size, coupling.contexts, on)
         elif all(side.along is not None for side in sides) and isinstance(fact.expr, Atom):
             # Every context has a row of its own, in which its entries lie in order.
-            beside = _contexts(inference, fact.node, sides[0], context, kept)
+            rows = _contexts(inference, fact.node, sides[0], context, kept)
             entry = torch.arange(coupling.size)
-            yield Site(coupling.name, tuple(sides), entry, coupling.size, coupling.contexts, beside=beside)
+            yield Site(coupling.name, tuple(sides), entry, coupling.size, coupling.contexts, beside=rows)
 
 
 def _along(kept: dict[Atom, Choice], expr: Expr) -> dict[Atom, Choice]:
@@ -292,7 +293,7 @@ def _attention_sites(
             yield Site(coupling.name, (Side(node, dim, None),), **common)
             continue
         sides = tuple(Side(operand.node, dim, None) for operand in operands[:2])
-        given = dict(zip(("mask", "dropout", "causal"), node.args[3:6], strict=False)) | node.kwargs
+        given: dict[str, Any] = dict(zip(("mask", "dropout", "causal"), node.args[3:6], strict=False)) | node.kwargs
         mask = given.get("attn_mask", given.get("mask"))
         rows = tuple(mask_of(expr, kept).nonzero().flatten() if touched(expr, kept) else None for expr in exprs[:-2])
         yield Site(

@@ -308,12 +308,14 @@ class CoupledEstimator:
         """The roots of Adam's second moments, bias-corrected: their squares are what a slice is summed over."""
         assert self.optimizer is not None
         found = {}
-        betas = {id(p): group.get("betas") for group in self.optimizer.param_groups for p in group["params"]}
+        betas = {
+            id(p): group.get("betas", (0.0, 0.0)) for group in self.optimizer.param_groups for p in group["params"]
+        }
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state.get(parameter, {})
             moment = state.get("exp_avg_sq")
             if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-                fade = betas[id(parameter)][1] if betas.get(id(parameter)) else 0.0
+                fade = float(betas[id(parameter)][1])
                 found[name] = (moment / (1.0 - fade ** float(state.get("step", 1)))).sqrt()
         if not found:
             held = sorted({key for state in self.optimizer.state.values() for key in state})

@@ -73,7 +73,7 @@ class Region:
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
         """For copies of the model, which run at once: programs hold no module and are shared."""
         memo[id(self)] = twin = object.__new__(type(self))
-        fresh = {"routes": {}, "watcher": None}
+        fresh: dict[str, Any] = {"routes": {}, "watcher": None}
         twin.__dict__ |= {key: copy.deepcopy(value, memo) for key, value in (self.__dict__ | fresh).items()}
         return twin
 

@@ -39,9 +39,9 @@ class Schedule:
     unit: Unit = "steps"
 
     def __post_init__(self) -> None:
-        for name, value, options in (("shape", self.shape, get_args(Shape)), ("unit", self.unit, get_args(Unit))):
-            if value not in options:
-                raise TargetError(f"{name}={value!r} is none of {', '.join(map(repr, options))}")
+        for name, chosen, options in (("shape", self.shape, get_args(Shape)), ("unit", self.unit, get_args(Unit))):
+            if chosen not in options:
+                raise TargetError(f"{name}={chosen!r} is none of {', '.join(map(repr, options))}")
         whole = self.unit != "epochs"
         for name, value, least in (("interval", self.interval, 1), ("start", self.start, 0)):
             right = isinstance(value, int) and value >= least if whole else value >= 0 and (value > 0 or least == 0)

@@ -1,0 +1,162 @@
+"""What came of it: a table with spread, a CSV with a row per run, a plot."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from machine import RESULTS, machine
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from .runs import Job, run_all
+
+COLOURS = {
+    "dense": "#7f7f7f", "coupled": "#0072b2", "uncoupled": "#d55e00", "magnitude": "#009e73",
+    "activation": "#cc79a7", "random": "#e69f00",
+}  # fmt: skip
+"""Told apart with colour-blind eyes as well (Okabe and Ito)."""
+
+Row = Mapping[str, Any]
+
+
+def arguments(description: str | None, *, data: bool = False, steps: int) -> argparse.Namespace:
+    """The options that every experiment has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if data:
+        parser.add_argument(
+            "--data", type=Path, help="folder with wikitext-2/ and cifar10/; without it, what needs it is left out"
+        )
+    parser.add_argument("--scale", choices=("cpu", "gpu"), default="cpu", help="gpu: larger models, longer runs")
+    parser.add_argument(
+        "--steps", type=int, default=None, help=f"of each run (default: {steps}, with gpu ten times that)"
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/experiments"), help="rows as they come; a second call goes on there"
+    )
+    found = parser.parse_args()
+    if found.steps is None:
+        found.steps = steps * (10 if found.scale == "gpu" else 1)
+    return found
+
+
+def run(name: str, jobs: Sequence[Job], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run an experiment's jobs and write its CSV and curves.
+
+    Returns:
+        A row per run, those of one job together, ordered as the jobs are.
+    """
+    rows = run_all(jobs, options.runs / f"{name}.jsonl", options.workers)
+    order = {job.title: place for place, job in enumerate(jobs)}
+    rows.sort(key=lambda row: (order[row["title"]], row["seed"]))
+    columns = list(dict.fromkeys(key for row in rows for key in row if key != "curve"))
+    RESULTS.mkdir(exist_ok=True)
+    about = {"steps": options.steps, "machine": machine(), "date": date.today().isoformat()}
+    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*columns, *about], restval="")
+        writer.writeheader()
+        for row in rows:
+            told = {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()}
+            writer.writerow({key: value for key, value in told.items() if key != "curve"} | about)
+    return rows
+
+
+def spread(values: Iterable[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    numbers = list(values)
+    if len(numbers) < 2:
+        return f"{numbers[0]:+.3f}"
+    return f"{statistics.mean(numbers):+.3f} ± {statistics.stdev(numbers):.3f}"
+
+
+def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows that agree in `keys`, in order of first appearance."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    return groups
+
+
+def show(title: str, table: Table) -> None:
+    table.title = title
+    Console(width=120).print(table)
+
+
+def over_dense_table(rows: Sequence[Row], *keys: str, also: Sequence[str] = ()) -> Table:
+    """A line per group of runs: how far their loss lies over that of the dense run of the same seed."""
+    table = Table(*keys, "runs", "parameters", "loss", "loss over dense", *also)
+    for values, group in grouped(rows, *keys).items():
+        first = next(row for row in rows if row["title"] == group[0]["title"] and row["variant"] == "dense")
+        table.add_row(
+            *map(str, values),
+            str(len(group)),
+            f"{statistics.mean(row['parameters'] for row in group) / first['parameters']:.3f}",
+            f"{statistics.mean(row['loss'] for row in group):.3f}",
+            spread(row["over_dense"] for row in group),
+            *(f"{statistics.mean(row[key] for row in group if row.get(key) is not None):.3f}" for key in also),
+        )
+    return table
+
+
+def difference(rows: Sequence[Row], variant: str, other: str) -> str:
+    """Loss of one variant less that of another, seed by seed."""
+    held = {(row["title"], row["seed"]): row["loss"] for row in rows if row["variant"] == other}
+    pairs = [row["loss"] - held[row["title"], row["seed"]] for row in rows if row["variant"] == variant]
+    return f"{spread(pairs)}, below in {sum(pair < 0 for pair in pairs)} of {len(pairs)}"
+
+
+def dots(
+    rows: Sequence[Row], path: Path, panel: str, across: str, *, title: str, label: str = "loss over dense, nats"
+) -> None:
+    """A panel per value of `panel`; in each a dot per run over the values of `across`, and a bar at their mean."""
+    panels = grouped([row for row in rows if row["variant"] != "dense"], panel)
+    figure = Figure(figsize=(max(7.0, 3.0 * len(panels)), 4.4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, ((name,), members) in zip(axes, panels.items()):
+        for place, ((value,), runs) in enumerate(grouped(members, across).items()):
+            colour = COLOURS.get(str(value), "#0072b2")
+            heights = [row["over_dense"] for row in runs]
+            axis.plot([place] * len(heights), heights, "o", color=colour, alpha=0.6, markersize=5)
+            axis.plot([place - 0.3, place + 0.3], [statistics.mean(heights)] * 2, color=colour, linewidth=2.5)
+        values = [str(value) for (value,) in grouped(members, across)]
+        axis.set_xticks(range(len(values)), values, rotation=40, ha="right")
+        axis.set_title(str(name), fontsize=10)
+        axis.axhline(0, color="#7f7f7f", linewidth=1)
+        axis.grid(alpha=0.25, axis="y")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel(label)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path)
+
+
+def curves(rows: Sequence[Row], path: Path, panel: str, *, title: str) -> None:
+    """Validation loss over steps, the mean over seeds, a panel per value of `panel`; dense in each."""
+    panels = grouped([row for row in rows if row["variant"] != "dense"], panel)
+    figure = Figure(figsize=(max(7.0, 3.6 * len(panels)), 4.2), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, ((name,), members) in zip(axes, panels.items()):
+        titles = {row["title"] for row in members}
+        dense = [row for row in rows if row["variant"] == "dense" and row["title"] in titles]
+        for (variant,), runs in grouped([*dense, *members], "variant").items():
+            steps = [step for step, _ in runs[0]["curve"]]
+            heights = [statistics.mean(run["curve"][place][1] for run in runs) for place in range(len(steps))]
+            axis.plot(steps, heights, color=COLOURS.get(variant), label=variant, linewidth=1.8, marker=".")
+        axis.set_title(str(name), fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("validation loss, nats")
+    axes[0].legend(fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path)

@@ -1,0 +1,210 @@
+"""Dense runs, and the runs that branch off from them and shrink.
+
+What shrinks late is dense early: a run that begins to shrink at a quarter of the way shares that quarter with the dense
+run of its seed. So every seed trains one dense model, keeps it as it was where branches begin, and each branch goes on
+from there with its own trainer. It is the run that started from scratch, at a part of its cost.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+import ecospa_fx
+from ecospa_fx.demo.ablation import break_pairing
+
+from .tasks import Task
+
+EVALUATIONS = 10
+"""Validation losses along a run."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to shrink.
+
+    Attributes:
+        name: row title.
+        begin: share of the run that is dense; scores gather from there on.
+        end: share of the run by which the target is reached; None lets the paper's rule run until it is.
+        settings: of `EcoSpaTrainer`.
+        pairing: False lets every matrix choose alone which slices go, as the paper's ablation does.
+        shrinks: sparsification steps between `begin` and `end`.
+        labels: more columns of its row.
+    """
+
+    name: str
+    begin: float
+    end: float | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    pairing: bool = True
+    shrinks: int = 8
+    labels: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One seed of one task: a dense run and its branches."""
+
+    title: str
+    task: Task
+    steps: int
+    seed: int
+    variants: tuple[Variant, ...]
+
+
+@dataclass
+class Training:
+    """A model in the middle of its training."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def copy(self) -> Training:
+        """A second one that goes on from here by itself."""
+        model = copy.deepcopy(self.model)
+        optimizer = type(self.optimizer)(model.parameters())  # its options are in the state
+        optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        return Training(model, optimizer)
+
+
+def run_all(jobs: Sequence[Job], out: Path, workers: int, console: Console | None = None) -> list[dict[str, Any]]:
+    """Run every job, `workers` at a time in processes of one thread each, and return a row per run.
+
+    Rows of jobs that `out` already holds are taken from there, so that an interrupted experiment goes on.
+    """
+    console = console or Console()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    done = {(row["title"], row["seed"]) for row in rows}
+    open_jobs = [job for job in jobs if (job.title, job.seed) not in done]
+    began = time.perf_counter()
+    with ProcessPoolExecutor(workers, get_context("spawn"), _one_thread) as pool:
+        futures = [pool.submit(run_job, job) for job in open_jobs]
+        for future in as_completed(futures):
+            found = future.result()
+            rows += found
+            with out.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in found)
+            losses = ", ".join(f"{row['variant']} {row['loss']:.3f}" for row in found)
+            console.print(
+                f"{time.perf_counter() - began:5.0f} s  {found[0]['title']}, seed {found[0]['seed']}: {losses}"
+            )
+    wanted = {(job.title, job.seed) for job in jobs}
+    return [row for row in rows if (row["title"], row["seed"]) in wanted]
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def run_job(job: Job) -> list[dict[str, Any]]:
+    """Train the dense model of a job, then its branches.
+
+    Returns:
+        A row per run, the dense one first.
+    """
+    torch.manual_seed(job.seed)
+    model = job.task.model()
+    first, _ = next(job.task.batches(1, job.seed))
+    ecospa_fx.compile(model, example_inputs=(first,))
+    training = Training(model, torch.optim.AdamW(model.parameters(), job.task.rate, (0.9, 0.95), weight_decay=0.01))
+    batches = list(job.task.batches(job.steps, job.seed))
+    starts = sorted({round(variant.begin * job.steps) for variant in job.variants})
+    kept, curve, began, now = {}, [], time.perf_counter(), 0
+    for stop in [*starts, job.steps]:
+        _train(job, training, batches, now, stop, curve)
+        now = stop
+        kept[stop] = training.copy()
+    dense = _row(job, training.model, "dense", {}, curve, time.perf_counter() - began)
+    rows = [dense]
+    for variant in job.variants:
+        rows.append(_branch(job, variant, kept[round(variant.begin * job.steps)].copy(), batches))
+    for row in rows:
+        row["over_dense"] = row["loss"] - dense["loss"]
+    return rows
+
+
+def _branch(job: Job, variant: Variant, training: Training, batches: Sequence[Any]) -> dict[str, Any]:
+    begin = round(variant.begin * job.steps)
+    span = (1.0 if variant.end is None else variant.end) - variant.begin
+    trainer = ecospa_fx.EcoSpaTrainer(
+        training.model,
+        training.optimizer,
+        interval=max(1, round(span * job.steps / variant.shrinks)),
+        end=None if variant.end is None else round(variant.end * job.steps) - begin,
+        before_shrink=None if variant.pairing else break_pairing,
+        seed=job.seed,
+        **variant.settings,
+    )
+    curve: list[Any] = []
+    began = time.perf_counter()
+    _train(job, training, batches, begin, job.steps, curve, trainer)
+    row = _row(job, training.model, variant.name, variant.labels, curve, time.perf_counter() - began)
+    row["done"] = trainer.done
+    row["reached_at"] = begin + trainer.history[-1]["step"] if trainer.history else None
+    row["shrinks"] = len(trainer.history)
+    return row
+
+
+def _train(
+    job: Job,
+    training: Training,
+    batches: Sequence[Any],
+    begin: int,
+    stop: int,
+    curve: list[Any],
+    trainer: Any = None,
+) -> None:
+    every = max(1, job.steps // EVALUATIONS)
+    for step in range(begin + 1, stop + 1):
+        for group in training.optimizer.param_groups:
+            group["lr"] = job.task.rate * _rate(step, job.steps)
+        training.model.train()
+        loss = job.task.loss(training.model, batches[step - 1])
+        loss.backward()
+        nn.utils.clip_grad_norm_(training.model.parameters(), 1.0)
+        training.optimizer.step()
+        if trainer is not None:
+            trainer.step()
+        training.optimizer.zero_grad()
+        if step % every == 0 and step < job.steps:
+            curve.append([step, round(_validated(job.task, training.model)["loss"], 5)])
+
+
+@torch.no_grad()
+def _validated(task: Task, model: nn.Module) -> dict[str, float]:
+    model.eval()
+    return task.validate(model)
+
+
+def _row(
+    job: Job, model: nn.Module, name: str, labels: Mapping[str, Any], curve: list[Any], seconds: float
+) -> dict[str, Any]:
+    found = _validated(job.task, model)
+    curve.append([job.steps, round(found["loss"], 5)])
+    size = sum(p.numel() for p in model.parameters())
+    return {
+        "title": job.title, "variant": name, "seed": job.seed, **labels, **found,
+        "parameters": size, "seconds": round(seconds, 1), "curve": curve,
+    }  # fmt: skip
+
+
+def _rate(step: int, steps: int) -> float:
+    """Linear warmup over a twentieth of the run, then a cosine down to a tenth; the share of the peak rate."""
+    warmup = max(1, round(0.05 * steps))
+    if step <= warmup:
+        return step / warmup
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -1,0 +1,197 @@
+"""What is learned: a model with random weights, batches, a loss and a score on held-out data, for each task."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ecospa_fx.demo.corpus import Corpus, read_corpus, training_batches, validation_batches
+from ecospa_fx.demo.models import build_model
+from ecospa_fx.demo.options import Options
+from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Task(Protocol):
+    """One thing to learn. It is made in the process that runs it, from values that can be sent there."""
+
+    rate: float
+
+    def model(self) -> nn.Module:
+        """A model with random weights, as `torch.manual_seed` left the generator."""
+
+    def batches(self, steps: int, seed: int) -> Iterator[Batch]:
+        """Training batches; the same seed gives the same ones."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of a batch."""
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """`loss` on held-out data, and what else is worth knowing."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Bytes of text, learned by a small causal language model of any transformers type.
+
+    Attributes:
+        source: folder or file of text, or None for the interpreter's standard library.
+        arch: transformers model type.
+        width: hidden size, in channels.
+        layers: blocks.
+    """
+
+    source: Path | None
+    arch: str = "gpt2"
+    width: int = 128
+    layers: int = 4
+    context: int = 128
+    batch_size: int = 8
+    rate: float = 2e-3
+
+    def model(self) -> nn.Module:
+        return build_model(self._options())
+
+    def batches(self, steps: int, seed: int) -> Iterator[Batch]:
+        return training_batches(self._corpus(), steps, self.batch_size, self.context, seed)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        x, y = batch
+        return cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        batches = validation_batches(self._corpus(), 32, self.batch_size, self.context)
+        losses = [self.loss(model, batch).item() for batch in batches]
+        return {"loss": sum(losses) / len(losses)}
+
+    def _options(self) -> Options:
+        sizes = {"width": self.width, "layers": self.layers}
+        return Options(arch=self.arch, context=self.context, batch_size=self.batch_size, **sizes)
+
+    def _corpus(self) -> Corpus:
+        return _read(self.source)
+
+
+@cache
+def _read(source: Path | None) -> Corpus:
+    return read_corpus(source, least=100_000)
+
+
+@dataclass(frozen=True)
+class Images:
+    """CIFAR-10, learned by a small vision transformer; flipped and shifted at random.
+
+    Attributes:
+        source: folder with `train.npz` and `test.npz`: `jpeg` (all files end to end), `offset`, `label`.
+    """
+
+    source: Path
+    width: int = 96
+    layers: int = 4
+    heads: int = 3
+    patch: int = 4
+    batch_size: int = 32
+    rate: float = 1e-3
+
+    def model(self) -> nn.Module:
+        tolerate_missing_torchvision_ops()
+        from timm.models.vision_transformer import VisionTransformer
+
+        sizes = {"embed_dim": self.width, "depth": self.layers, "num_heads": self.heads}
+        return VisionTransformer(img_size=32, patch_size=self.patch, num_classes=10, **sizes)
+
+    def batches(self, steps: int, seed: int) -> Iterator[Batch]:
+        images, labels = _decoded(self.source / "train.npz")
+        draw = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            chosen = torch.randint(len(images), (self.batch_size,), generator=draw)
+            x = torch.nn.functional.pad(images[chosen].float(), (4, 4, 4, 4))
+            top, left = torch.randint(9, (2,), generator=draw).tolist()
+            x = x[..., top : top + 32, left : left + 32]
+            flip = torch.rand(self.batch_size, generator=draw) < 0.5
+            yield _normal(torch.where(flip[:, None, None, None], x.flip(-1), x)), labels[chosen]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return cross_entropy(model(batch[0]), batch[1])
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        images, labels = _decoded(self.source / "test.npz")
+        images, labels = images[:2000], labels[:2000]
+        logits = torch.cat([model(_normal(part.float())) for part in images.split(200)])
+        right = (logits.argmax(1) == labels).float().mean().item()
+        return {"loss": cross_entropy(logits, labels).item(), "accuracy": right}
+
+
+@cache
+def _decoded(path: Path) -> Batch:
+    """Images `[n, 3, 32, 32]`, uint8, and labels `[n]`."""
+    from PIL import Image
+
+    held = np.load(path)
+    data, offset = held["jpeg"].tobytes(), held["offset"]
+    files = (data[a:b] for a, b in itertools.pairwise(offset))
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(held["label"].astype(np.int64))
+
+
+def _normal(pixels: Tensor) -> Tensor:
+    return pixels / 64 - 2
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Associative recall: pairs of key and value, then keys again, whose values are to be named.
+
+    A sequence holds `pairs` pairs in random order and then asks for all of them in another order. Only the answers
+    count. It cannot be solved without looking back, so it shows what attention has lost.
+    """
+
+    pairs: int = 8
+    keys: int = 32
+    values: int = 32
+    width: int = 64
+    layers: int = 2
+    batch_size: int = 32
+    rate: float = 2e-3
+
+    def model(self) -> nn.Module:
+        length = 4 * self.pairs
+        return build_model(Options(arch="gpt2", context=length, batch_size=self.batch_size, width=self.width, layers=2))
+
+    def batches(self, steps: int, seed: int) -> Iterator[Batch]:
+        draw = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            yield self._draw(self.batch_size, draw)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return cross_entropy(model(batch[0]).logits.flatten(0, 1), batch[1].flatten(), ignore_index=-1)
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        x, y = self._draw(256, torch.Generator().manual_seed(12345))
+        logits = model(x).logits
+        asked = y >= 0
+        right = (logits.argmax(-1)[asked] == y[asked]).float().mean().item()
+        return {"loss": cross_entropy(logits[asked], y[asked]).item(), "accuracy": right}
+
+    def _draw(self, count: int, draw: torch.Generator) -> Batch:
+        """Tokens and what follows them, `[count, 4 * pairs]` both; -1 where no answer is due."""
+        keys = torch.rand(count, self.keys, generator=draw).argsort(1)[:, : self.pairs]
+        values = torch.randint(self.values, (count, self.pairs), generator=draw) + self.keys
+        order = torch.rand(count, self.pairs, generator=draw).argsort(1)
+        told = torch.stack([keys, values], 2).flatten(1)
+        asked = torch.stack([keys.gather(1, order), values.gather(1, order)], 2).flatten(1)
+        x = torch.cat([told, asked], 1)
+        y = torch.full_like(x, -1)
+        y[:, 2 * self.pairs :: 2] = x[:, 2 * self.pairs + 1 :: 2]
+        return x, y
