@@ -6,14 +6,17 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .documents import parsed
 from .errors import CheckpointError
 
 FORMAT = 1
+MOST = 2**63 - 1  # entries of a tensor
 
 
 @dataclass(eq=False)
@@ -85,25 +88,35 @@ class Plan:
         Raises:
             CheckpointError: it is no plan, of another format version, or contradicts itself.
         """
+        document = parsed(text, "the plan")
         try:
-            document = json.loads(text)
             if document["format"] != FORMAT:
                 raise CheckpointError(f"the plan has format {document['format']!r}; this version reads {FORMAT}")
-            shapes = {str(name): tuple(map(int, shape)) for name, shape in document["original_shapes"].items()}
-            kept = {(axis["parameter"], int(axis["dim"])): _positions(axis, shapes) for axis in document["axes"]}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
+            shapes = {name: _shape(name, shape) for name, shape in document["original_shapes"].items()}
+            kept: dict[tuple[str, int], Tensor] = {}
+            for axis in document["axes"]:
+                positions, key = _positions(axis, shapes), (axis["parameter"], axis["dim"])
+                if key in kept:
+                    raise CheckpointError(f"the plan keeps entries of `{key[0]}` dim {key[1]} twice")
+                kept[key] = positions
+        except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"this is no plan: {type(error).__name__}: {error}") from error
         return cls(kept, shapes)
 
 
+def _shape(name: str, shape: Any) -> tuple[int, ...]:
+    sizes = type(shape) is list and len(shape) <= 64 and all(type(n) is int and 0 <= n <= MOST for n in shape)
+    if not sizes or prod(shape) > MOST:
+        raise CheckpointError(f"the plan's original shape of `{name}`, {shape!s:.60}, is none of a tensor")
+    return tuple(shape)
+
+
 def _positions(axis: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
     name, dim, positions = axis["parameter"], axis["dim"], axis["kept"]
-    if name not in shapes or not 0 <= dim < len(shapes[name]):
+    if name not in shapes or type(dim) is not int or not 0 <= dim < len(shapes[name]):
         raise CheckpointError(f"the plan keeps entries of `{name}` dim {dim}, which it gives no original shape for")
     size = shapes[name][dim]
-    ordered = all(isinstance(p, int) for p in positions) and all(a < b for a, b in pairwise(positions))
+    ordered = all(type(p) is int for p in positions) and all(a < b for a, b in pairwise(positions))
     if not positions or not ordered or positions[0] < 0 or positions[-1] >= size:
         raise CheckpointError(f"the plan's positions of `{name}` dim {dim} are not increasing within 0..{size - 1}")
     return torch.tensor(positions, dtype=torch.long)
