@@ -44,6 +44,7 @@ class CompiledModel:
         self.regions: dict[str, Region] = {}
         self.given_up: dict[str, str] = {}
         self.captures: Captures = []
+        self.save: str | None = None  # hash of the weights that were last loaded or saved
         self._couplings: dict[str, Coupling] | None = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 import ecospa_fx
-from ecospa_fx.checkpoint import MANIFEST
 from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.explanation import example_call
+from ecospa_fx.saves import MANIFEST, saved_files
 
 from .console import FAILED, CommandError
 from .small import call_of, small_config
@@ -299,7 +299,7 @@ def _from_directory(path: Path, factory: str | None, shapes: Sequence[str], caus
 
 def _saved(path: Path, factory: str | None, shapes: Sequence[str]) -> Named:
     """A model that `ecospa_fx.save` wrote: rebuilt from a factory, its configuration, or the name that made it."""
-    if factory is None and (path / "config.json").is_file():
+    if factory is None and (saved_files(path) / "config.json").is_file():
         with _quietly():
             return _with_inputs(str(path), ecospa_fx.load(path), (), shapes)
     source: dict[str, Any] | None = {"name": factory} if factory is not None else _source_of(path)

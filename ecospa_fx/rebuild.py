@@ -1,0 +1,388 @@
+"""Rebuild: a model written down file by file, and made again from its factory and those files.
+
+model.safetensors    parameters and buffers, as in its state_dict
+buffers.safetensors  buffers that state_dict leaves out
+plan.json            what is left of the original model
+model.json           the rest: regions, modes, what is tied, frozen, laid out in another order in memory
+config.json          where the model has a Hugging Face config
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .compiled import MODEL, CompiledModel
+from .errors import CheckpointError
+from .packing import Packer, Unpacker, as_laid_out, laid_out
+from .passes.names import join, named_tensors
+from .passes.regions import shared_outside
+from .plan import Plan
+from .region import Region
+from .restore import restore
+from .saves import Draft, Save
+
+Layouts = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """All that a save says of a model, read and not yet believed to fit any.
+
+    Attributes:
+        about: the object in model.json.
+        plan: what is left.
+        tensors: parameters and buffers by name, tied ones once, in memory of their own.
+        passing: names of those that state_dict leaves out.
+        extra: what modules save of their own (`get_extra_state`), by module.
+        config: the text of config.json, where there is one.
+        where: the directory, for errors.
+    """
+
+    about: dict[str, Any]
+    plan: Plan
+    tensors: dict[str, Tensor]
+    passing: frozenset[str]
+    extra: dict[str, Any]
+    config: str | None
+    where: str
+
+
+def write_model(draft: Draft, model: nn.Module, compiled: CompiledModel) -> None:
+    """Write what it takes to make the model again.
+
+    Raises:
+        CheckpointError: a tensor is none that can be saved (on the meta device, sharded, quantized).
+    """
+    held = named_tensors(model)
+    aliases, passing = _aliases(held), _passing(model)
+    layouts: Layouts = {}
+    files: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
+    for name, tensor in held.items():
+        if name not in aliases:
+            files[name in passing][name], layout = laid_out(tensor, name)
+            layouts |= {name: layout} if layout else {}
+    draft.tensors("model.safetensors", files[False])
+    if files[True]:
+        draft.tensors("buffers.safetensors", files[True])
+    draft.text("plan.json", compiled.plan.to_json())
+    packer = Packer()
+    extra = {
+        name: packer.pack(module.get_extra_state(), name or "model")
+        for name, module in model.named_modules()
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    }
+    if packer.tensors:
+        draft.tensors("extra.safetensors", packer.tensors)
+    config = getattr(model, "config", None)
+    written = config is not None and hasattr(config, "to_json_string")
+    if written:
+        draft.text("config.json", config.to_json_string(use_diff=False))
+    draft.document(
+        "model.json",
+        {
+            "class": type(model).__name__,
+            "torch": str(torch.__version__),
+            "regions": list(compiled.regions),
+            "how": compiled.how if isinstance(compiled.how, str) else list(compiled.how),
+            "experiments": compiled.experiments,
+            "given_up": compiled.given_up,
+            "training": model.training,
+            "other_mode": [name for name, module in model.named_modules() if module.training != model.training],
+            "frozen": [name for name, p in held.items() if isinstance(p, nn.Parameter) and not p.requires_grad],
+            "aliases": aliases,
+            "layouts": layouts,
+            "extra": extra,
+            "implementations": _implementations(config) if written else {},
+        },
+    )
+
+
+def read_model(save: Save) -> Saved:
+    """Read what `write_model` wrote.
+
+    Raises:
+        CheckpointError: files are missing, or not what they should be.
+    """
+    about = save.document("model.json")
+    kinds: dict[str, Any] = {
+        "class": str, "regions": list, "how": (str, list), "experiments": bool, "given_up": dict, "training": bool,
+        "other_mode": list, "frozen": list, "aliases": dict, "layouts": dict, "extra": dict, "implementations": dict,
+    }  # fmt: skip
+    for key, kind in kinds.items():
+        if not isinstance(about.get(key), kind):
+            raise CheckpointError(f"{save.directory / 'model.json'} has no `{key}`, or one of another kind")
+    for key in ("regions", "other_mode", "frozen"):
+        if not all(isinstance(name, str) for name in about[key]):
+            raise CheckpointError(f"{save.directory / 'model.json'} has a `{key}` that holds no names")
+    flat = save.tensors("model.safetensors")
+    passing = save.tensors("buffers.safetensors") if "buffers.safetensors" in save.files else {}
+    extra = save.tensors("extra.safetensors") if "extra.safetensors" in save.files else {}
+    return Saved(
+        about,
+        Plan.from_json(save.text("plan.json")),
+        {name: _own(name, tensor, about["layouts"], save) for name, tensor in (flat | passing).items()},
+        frozenset(passing),
+        Unpacker(extra, str(save.directory / "model.json")).unpack(about["extra"]),
+        save.text("config.json") if "config.json" in save.files else None,
+        str(save.directory),
+    )
+
+
+def rebuild(saved: Saved, factory: Callable[[], nn.Module] | None, device: torch.device | None) -> nn.Module:
+    """The model again, compiled. A model that does not fit is left as the factory made it.
+
+    Raises:
+        CheckpointError: the factory makes another model than the saved one, or there is none and no config.
+    """
+    model = factory() if factory is not None else _from_config(saved)
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"the factory made a {type(model).__name__}; it must make the original model")
+    if MODEL in model.__dict__:
+        if model.__dict__[MODEL].plan.original_shapes:
+            raise CheckpointError("the factory made a model that has shrunk already; it must make the original one")
+        restore(model)
+    _check_fits(model, saved)
+    about = saved.about
+    _fill(model, saved, device)
+    for name, module in model.named_modules():
+        module.training = about["training"] != (name in about["other_mode"])
+    compiled = CompiledModel(about["how"], about["experiments"])
+    compiled.plan, compiled.given_up = saved.plan, about["given_up"]
+    if about["regions"]:
+        model.__dict__[MODEL] = compiled
+        for name in about["regions"]:
+            compiled.regions[name] = Region(name, compiled, shared_outside(model, name))
+        compiled.route(model)
+    else:
+        compiled.attach(model)
+    return model
+
+
+def _own(name: str, tensor: Tensor, layouts: Mapping[str, Any], save: Save) -> Tensor:
+    try:
+        return as_laid_out(tensor, layouts.get(name, {}))
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        where = save.directory / "model.json"
+        raise CheckpointError(f"{where} lays out `{name}` in a way it does not have: {error}") from error
+
+
+def _aliases(held: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of tensors that are one with an earlier one, and its name."""
+    first: dict[Any, str] = {}
+    aliases = {}
+    for name, tensor in held.items():
+        key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
+        if tensor.numel() and first.setdefault(key, name) != name:
+            aliases[name] = first[key]
+    return aliases
+
+
+def _passing(model: nn.Module) -> set[str]:
+    """Names of the buffers that state_dict leaves out."""
+    return {
+        join(prefix, name)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
+
+
+def _check_fits(model: nn.Module, saved: Saved) -> None:
+    """Refuse a model that is not the one that was saved.
+
+    Raises:
+        CheckpointError: what differs, with both values.
+    """
+    about, plan, aliases = saved.about, saved.plan, saved.about["aliases"]
+    held, passing, kind = named_tensors(model), _passing(model), type(model).__name__
+    for alias, name in aliases.items():
+        if alias in saved.tensors or name not in saved.tensors:
+            raise CheckpointError(f"`{alias}` is saved as `{name}`, which is not there")
+    names = {
+        **dict.fromkeys(name for name in held if name in saved.tensors or name in aliases),
+        **saved.tensors,
+        **aliases,
+    }
+    odd = [name for name in names if name not in held and not (name in saved.passing and _lazy(model, name))]
+    odd += [name for name in held if name not in names and name not in passing]
+    if odd:
+        where = "this model" if odd[0] in held else "the saved one"
+        raise CheckpointError(
+            f"the saved model is not a {kind} like this one: {len(odd)} names are in one of them only, "
+            f"{', '.join(odd[:3])} in {where}"
+        )
+    for name in plan.original_shapes:
+        if name not in names:
+            raise CheckpointError(f"the plan shrinks `{name}`, which is not saved")
+    for name in names:
+        given = tuple(saved.tensors[aliases.get(name, name)].shape)
+        if name in plan.original_shapes and plan.shape(name) != given:
+            raise CheckpointError(f"`{name}` is saved as {given}, but the plan leaves {plan.shape(name)} of it")
+        original = plan.original_shapes.get(name, given)
+        if name in held and name not in passing and tuple(held[name].shape) != original:
+            raise CheckpointError(f"`{name}` was {original} when saved and is {tuple(held[name].shape)} in this model")
+    _check_ties(held, aliases)
+    for name in about["regions"]:
+        try:
+            model.get_submodule(name)
+        except AttributeError:
+            raise CheckpointError(f"the saved model has a region `{name}`, this {kind} has none") from None
+    for path, module in model.named_modules():
+        for attribute, value in module.__dict__.items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise CheckpointError(
+                    f"`{join(path, attribute)}` is on the meta device, and neither a parameter nor a buffer, so that "
+                    "it was not saved; make it a buffer, or let the factory make the model on a real device"
+                )
+    lost = [name for name in sorted(passing - set(names)) if name in held and held[name].is_meta]
+    if lost:
+        raise CheckpointError(f"the buffer `{lost[0]}` is on the meta device and was not saved; make it on a real one")
+
+
+def _lazy(model: nn.Module, name: str) -> bool:
+    """Whether a name that the model does not have may be a buffer that only a forward makes."""
+    path, _, attribute = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return False
+    return attribute in module._buffers or not hasattr(module, attribute)
+
+
+def _check_ties(held: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
+    parameters = {name: p for name, p in held.items() if isinstance(p, nn.Parameter)}
+    for name, of in aliases.items():
+        if name in parameters and of in parameters and _aliases({of: held[of], name: held[name]}) == {}:
+            raise CheckpointError(
+                f"`{name}` and `{of}` are tied in the saved model and two tensors in this one; tie them in the factory"
+            )
+    first: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        of = first.setdefault(id(parameter), name)
+        if aliases.get(name, name) != aliases.get(of, of):
+            raise CheckpointError(
+                f"`{name}` and `{of}` are two tensors in the saved model and tied in this one; untie them in the "
+                "factory"
+            )
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, saved: Saved, device: torch.device | None) -> None:
+    """Put the saved tensors in place. Every parameter stays the object it is, on the meta device too."""
+    held, aliases, done = named_tensors(model), saved.about["aliases"], set[int]()
+    placed: dict[tuple[str, torch.device], Tensor] = {}
+    for name in (*saved.tensors, *aliases):
+        source = aliases.get(name, name)
+        if name not in held:
+            path, _, attribute = name.rpartition(".")
+            value = saved.tensors[source].to(device or torch.device("cpu"))
+            model.get_submodule(path).register_buffer(attribute, value, persistent=False)
+            continue
+        tensor = held[name]
+        if id(tensor) in done:
+            continue
+        done.add(id(tensor))
+        home = device or (torch.device("cpu") if tensor.is_meta else tensor.device)
+        if (source, home) not in placed:
+            placed[source, home] = saved.tensors[source].to(home)
+        value = placed[source, home]
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(False)  # as yet: its dtype may not allow it
+        if tensor.is_meta:
+            _swap(tensor, value)
+        elif _is_part(tensor) and _alike(tensor, value):
+            tensor.data.copy_(value)
+        else:
+            tensor.grad = None
+            tensor.data = value
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(name not in saved.about["frozen"])
+    for path, state in saved.extra.items():
+        model.get_submodule(path).set_extra_state(state)
+
+
+def _swap(tensor: Tensor, value: Tensor) -> None:
+    """Make a tensor without memory the one with that value, wherever it is referred to."""
+    new = nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value.view_as(value)
+    new.__dict__.update(tensor.__dict__)
+    torch.utils.swap_tensors(tensor, new)
+
+
+def _is_part(tensor: Tensor) -> bool:
+    """Whether it lies in memory with others, as the weights of recurrent layers on a GPU do."""
+    return tensor.untyped_storage().nbytes() > tensor.nbytes
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+
+
+def _implementations(config: Any) -> dict[str, dict[str, str]]:
+    """Which attention and which experts a configuration and those below it chose; config.json does not say."""
+    chosen: dict[str, dict[str, str]] = {}
+    for path, each in _configs(config):
+        for what in IMPLEMENTATIONS:
+            if isinstance(value := each.__dict__.get(f"_{what}_implementation_internal"), str):
+                chosen.setdefault(path, {})[what] = value
+    return chosen
+
+
+IMPLEMENTATIONS = ("attn", "experts")
+
+
+def _configs(config: Any, path: str = "") -> list[tuple[str, Any]]:
+    below = [(name, getattr(config, name, None)) for name in getattr(config, "sub_configs", {})]
+    return [(path, config)] + [
+        each for name, sub in below if hasattr(sub, "to_json_string") for each in _configs(sub, join(path, name))
+    ]
+
+
+def _from_config(saved: Saved) -> nn.Module:
+    """A Hugging Face model from its config alone. Nothing is fetched, and no code in the directory runs."""
+    name = saved.about["class"]
+    if saved.config is None:
+        raise CheckpointError(
+            f"{saved.where} has no config.json to rebuild a {name} from; pass a factory, a function that makes "
+            "the original model: load(directory, lambda: MyModel())"
+        )
+    import transformers
+
+    cls = getattr(transformers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise CheckpointError(f"transformers has no model class {name}; pass a factory")
+    try:
+        config = cls.config_class.from_dict(_checked_config(saved))
+        for path, each in _configs(config):
+            chosen = saved.about["implementations"].get(path, {})
+            for what in IMPLEMENTATIONS:
+                each.__dict__[f"_{what}_implementation_internal"] = _local(chosen.get(what), saved)
+        model: nn.Module = cls(config)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{saved.where}/config.json makes no {name}: {type(error).__name__}: {first}; pass a factory"
+        ) from error
+    return model
+
+
+def _checked_config(saved: Saved) -> dict[str, Any]:
+    from .documents import parsed
+
+    document = parsed(saved.config or "", f"{saved.where}/config.json")
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{saved.where}/config.json cannot be read: it holds no object")
+    return document
+
+
+def _local(implementation: Any, saved: Saved) -> str | None:
+    """An implementation by a name that is no address to fetch code from."""
+    if implementation is not None and not re.fullmatch(r"[A-Za-z0-9_]+", str(implementation)):
+        raise CheckpointError(f"{saved.where} was saved with the kernels {implementation!r}; pass a factory")
+    return implementation
