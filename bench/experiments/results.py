@@ -160,3 +160,26 @@ def curves(rows: Sequence[Row], path: Path, panel: str, *, title: str) -> None:
     axes[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path)
+
+
+def report(
+    name: str, title: str, jobs: Sequence[Job], options: argparse.Namespace, *keys: str, **how: Any
+) -> list[Row]:
+    """Run an experiment and show it: a table over `keys`, a dot per run and curves in `results/`.
+
+    Args:
+        name: of its files.
+        title: what was trained.
+        jobs: what to run.
+        options: from `arguments`.
+        keys: columns that tell its rows apart, beside the job's title; the last is what runs are compared over.
+        how: `also`, more columns of the table.
+    """
+    rows = run(name, jobs, options)
+    show(
+        f"{title}, {options.steps} steps, {options.seeds} seeds; loss in nats",
+        over_dense_table(rows, "title", *keys, **how),
+    )
+    heading = f"{title}, {options.steps} steps, {options.seeds} seeds"
+    dots(rows, RESULTS / f"{name}.png", "title", keys[-1], title=f"{heading}: final loss over dense")
+    return rows

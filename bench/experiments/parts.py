@@ -1,0 +1,34 @@
+"""Where does it break: as many parameters taken from attention alone, from feed-forward networks alone, from both.
+
+PYTHONPATH=bench python -m experiments.parts [--seeds 3] [--steps 480] [--scale gpu]
+
+A small GPT-2 on source text loses 10, 20 and 30% of its parameters between 25% and 65% of the run. Attention holds a
+third of a block, so that more than that cannot be taken from it alone.
+"""
+
+from __future__ import annotations
+
+from .results import arguments, report
+from .runs import Job, Variant
+from .tasks import Text
+
+FROZEN = {"attention": ["*.mlp*"], "feed-forward": ["*.attn*"], "both": []}
+"""What stays whole, by names in GPT-2."""
+
+
+def main() -> None:
+    options = arguments(__doc__, steps=480)
+    sizes = {"width": 512, "layers": 8, "context": 256, "batch_size": 32} if options.scale == "gpu" else {}
+    variants = tuple(
+        Variant(
+            name, 0.25, 0.65, {"target": target, "frozen": frozen}, labels={"removed": f"{1 - target:.0%}"}
+        )
+        for target in (0.9, 0.8, 0.7)
+        for name, frozen in FROZEN.items()
+    )  # fmt: skip
+    jobs = [Job("source text", Text(None, **sizes), options.steps, seed, variants) for seed in range(options.seeds)]
+    report("parts", "GPT-2, what is taken from where", jobs, options, "removed", "variant")
+
+
+if __name__ == "__main__":
+    main()
