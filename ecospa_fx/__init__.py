@@ -12,6 +12,7 @@ from .coupling import Coupling, Member, Refusal
 from .diff import ModuleDiff
 from .estimator import CoupledEstimator
 from .explanation import Explanation, explain
+from .latency import Latency
 from .optimizers import state_rule
 from .plan import Plan
 from .restore import restore
@@ -28,6 +29,7 @@ __all__ = [
     "Coupling",
     "EcoSpaTrainer",
     "Explanation",
+    "Latency",
     "Member",
     "ModuleDiff",
     "Plan",

@@ -14,6 +14,7 @@ from .api import couplings, state_of
 from .constraints import Constraints, Unit
 from .coupling import Coupling
 from .errors import TargetError
+from .latency import Latency, LatencyModel
 from .scores import index_scores
 from .size import Cost, CostModel
 
@@ -40,7 +41,7 @@ class CoupledSparsifier:
         top_k: share of the couplings that shrink at a step.
         theta: share of a coupling's score that is kept.
         constraints: which sizes are allowed, and what must stay whole.
-        cost: what `target` is a share of: `"parameters"`, `"flops"` or `"bytes"`; see `CostModel`.
+        cost: what `target` is a share of: `"parameters"`, `"flops"` or `"bytes"`, see `CostModel`; or a `Latency`.
         among: `"all"`, or `"prunable"`: the share is of what lies on some coupling; embeddings, say, do not count.
         optimizers: whose state counts in `"bytes"`.
         entries: `entries(coupling, by_context=...)` -> score of each entry, as `index_scores`, which it is by default,
@@ -61,19 +62,20 @@ class CoupledSparsifier:
         top_k: float = 0.3,
         theta: float = 0.9,
         constraints: Constraints | None = None,
-        cost: Cost = "parameters",
+        cost: Cost | Latency = "parameters",
         among: Among = "all",
         optimizers: Sequence[Optimizer] = (),
         entries: Entries | None = None,
     ) -> None:
         check_settings(target=target, top_k=top_k, theta=theta)
         for name, value, options in (("cost", cost, get_args(Cost)), ("among", among, get_args(Among))):
-            if value not in options:
+            if value not in options and not isinstance(value, Latency):
                 raise TargetError(f"{name}={value!r} is none of {', '.join(map(repr, options))}")
         self.model, self.target, self.top_k, self.theta = model, target, top_k, theta
         self.cost, self.among, self.optimizers = cost, among, tuple(optimizers)
         self.constraints = constraints or Constraints()
         self.entries: Entries = entries or partial(index_scores, model)
+        self.measure()
         sizes = self.sizes()
         units = self._units()
         floor = sizes.total(_named(units, {unit: unit.sizes[0] for unit in units}))
@@ -83,22 +85,29 @@ class CoupledSparsifier:
             limits = [f"min_keep={self.constraints.min_keep}"]
             limits += [f"round_to={self.constraints.round_to}"] if self.constraints.round_to > 1 else []
             limits += [f"{len(self.whole)} couplings that stay whole"] if self.whole else []
-            of = (
-                f"{sizes.original:,} {cost}"
-                if among == "all"
-                else f"the {base:,} prunable ones of {sizes.original:,} {cost}"
-            )
+            of = f"{sizes.original:,} {'ns' if isinstance(cost, Latency) else cost}"
+            of = of if among == "all" else f"the {base:,} prunable ones of {of}"
             raise TargetError(
                 f"target={target:g} of {of} is {self.target_size(sizes):,}, but the couplings reach "
                 f"down to {floor:,} only; the smallest reachable target is {least:g} with "
                 f"{', '.join(limits)}"
             )
 
-    def sizes(self) -> CostModel:
+    def sizes(self) -> CostModel | LatencyModel:
         """What the model costs now, and would at other widths."""
+        if isinstance(self.cost, Latency):
+            return LatencyModel(self._flops(), self.cost)
         return CostModel(self.model, state_of(self.model), self.cost, self.optimizers)
 
-    def target_size(self, sizes: CostModel) -> int:
+    def _flops(self) -> CostModel:
+        return CostModel(self.model, state_of(self.model), "flops")
+
+    def measure(self) -> None:
+        """Take up what the model costs as it is now, where only a measurement can tell."""
+        if isinstance(self.cost, Latency):
+            self.cost.observe(self.model, self._flops())
+
+    def target_size(self, sizes: CostModel | LatencyModel) -> int:
         """The cost that may remain."""
         whole = 0 if self.among == "all" else sizes.original - sizes.prunable
         return whole + math.ceil(self.target * (sizes.original - whole))
@@ -160,7 +169,7 @@ class CoupledSparsifier:
         scores = self.entries(coupling, by_context=by_context)
         return scores if by_context else scores[None]
 
-    def _enough(self, keeps: Mapping[Unit, int], sizes: CostModel, at_most: int | None) -> bool:
+    def _enough(self, keeps: Mapping[Unit, int], sizes: CostModel | LatencyModel, at_most: int | None) -> bool:
         """Whether a step that keeps so much keeps up with the schedule, or at least removes something."""
         now, after = sizes.total({}), sizes.total(_named(keeps, keeps))
         return after <= at_most if at_most is not None else after < now
@@ -173,7 +182,7 @@ class CoupledSparsifier:
         }
 
     def _looser(
-        self, order: list[Unit], held: Mapping[Coupling, Tensor], sizes: CostModel, at_most: int | None
+        self, order: list[Unit], held: Mapping[Coupling, Tensor], sizes: CostModel | LatencyModel, at_most: int | None
     ) -> float:
         """The largest theta at which all couplings together remove enough."""
         low, high = 0.0, self.theta
@@ -189,7 +198,7 @@ class CoupledSparsifier:
         self,
         order: list[Unit],
         keeps: Mapping[Unit, int],
-        sizes: CostModel,
+        sizes: CostModel | LatencyModel,
         already: Mapping[Unit, int] | None = None,
     ) -> dict[Unit, int]:
         """Apply `keeps` from the least important coupling on, as far as the target allows.

@@ -16,6 +16,7 @@ from .coupling import Coupling
 from .diff import ModuleDiff
 from .errors import EcoSpaError, OptimizerError, TargetError
 from .estimator import CoupledEstimator
+from .latency import Latency
 from .logs import logger
 from .schedule import Schedule, Shape, Unit
 from .scores import Function, Score
@@ -52,8 +53,8 @@ class EcoSpaTrainer:
         model: a compiled model; it may not have been called yet.
         optimizer: holds its parameters; their state is carried through every shrink.
         target: share of the model's original cost that remains at the end.
-        cost: what that is a share of: `"parameters"`, `"flops"` of a forward, or `"bytes"` of training (weights,
-            gradients and optimizer state).
+        cost: what that is a share of: `"parameters"`, `"flops"` of a forward, `"bytes"` of training (weights,
+            gradients and optimizer state), or a `Latency`, the measured time of a forward.
         among: `"all"` of it, or what is `"prunable"`: on some coupling.
         preset: `"pretrain"` or `"finetune"`: what `top_k` and `theta` are by default, 30% and 90% or 10% and 95%.
         top_k: share of the couplings that shrink at a sparsification step, the least important ones.
@@ -102,7 +103,7 @@ class EcoSpaTrainer:
         optimizer: Optimizer,
         *,
         target: float = 0.5,
-        cost: Cost = "parameters",
+        cost: Cost | Latency = "parameters",
         among: Among = "all",
         preset: Preset = "pretrain",
         top_k: float | None = None,
@@ -220,10 +221,16 @@ class EcoSpaTrainer:
             self.history.append({"step": self.steps, "size": self.size, "removed": removed, "importance": scores})
         for estimator in self._estimators():
             estimator.reset()
+        sparsifier.measure()
         self.done = sparsifier.reached()
         if self.done:
             for estimator in self._estimators():
                 estimator.detach()
+
+    @property
+    def _latency(self) -> Latency | None:
+        cost = self._settings["cost"]
+        return cost if isinstance(cost, Latency) else None
 
     @property
     def size(self) -> int:
@@ -321,8 +328,10 @@ class EcoSpaTrainer:
             "waits_in_a_row": self._in_a_row,
             "from": self._from,
             "spikes": self._spikes.state_dict(),
+            "latencies": self._latency.points if self._latency is not None else [],
             "settings": {
                 **{name: value for name, value in self._settings.items() if name != "constraints"},
+                **({"cost": "latency"} if self._latency is not None else {}),
                 **self._settings["constraints"].described(),
                 **self.schedule.described(),
             },
@@ -344,6 +353,8 @@ class EcoSpaTrainer:
         self.history, self.postponed = list(state["history"]), list(state["postponed"])
         self._waiting, self._in_a_row, self._from = state["waiting"], state["waits_in_a_row"], state["from"]
         self._spikes.load_state_dict(state["spikes"])
+        if self._latency is not None:
+            self._latency.points = [(int(flops), float(seconds)) for flops, seconds in state["latencies"]]
         self._estimator.load_state_dict({"steps": state["score_steps"], "tensors": state["sums"]})
         if self._index is not None and self._index is not self._estimator:
             self._index.load_state_dict({"steps": state["index_steps"], "tensors": state["index_sums"]})

@@ -129,6 +129,36 @@ def test_targets(cost, among):
     assert among == "all" or 0 <= rest < 0.2 * original  # biases that nothing couples; they multiply nothing
 
 
+def area(model):
+    """Something to bring down that is neither FLOPs nor parameters, in place of a clock."""
+    return sum(p.shape[0] ** 1.5 for p in model.parameters()) / 1e6
+
+
+def test_a_target_in_time_is_measured_and_corrected():
+    model, optimizer, x = setting(torch.float32)
+    seen = []
+    cost = ecospa_fx.Latency(measure=lambda m: seen.append(m) or area(m))
+    before = area(model)
+    trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, target=0.6, cost=cost, interval=2, end=8)
+    assert len(seen) == 4 and seen[-1] is model and all(m is not model for m in seen[:3])
+    run(trainer, model, optimizer, x, 40)
+    assert trainer.done and seen[-1] is model
+    assert 0.5 < area(model) / before < 0.62
+    flops = CostModel(model, model.__dict__[MODEL], "flops")
+    assert cost.seconds(flops.total({})) == pytest.approx(area(model))
+    other = ecospa_fx.EcoSpaTrainer(model, optimizer, target=0.9, cost=ecospa_fx.Latency((x,), repeats=2))
+    assert all(seconds > 0 for _, seconds in other._latency.points)  # the clock, once
+    state = trainer.state_dict()
+    assert state["settings"]["cost"] == "latency" and state["latencies"] == cost.points
+
+
+def test_a_latency_needs_something_to_time():
+    with pytest.raises(TargetError, match=r"Latency\(\) has nothing to time; pass the inputs of a call, or measure="):
+        ecospa_fx.Latency()
+    with pytest.raises(TargetError, match="repeats=0 is out of range"):
+        ecospa_fx.Latency((1,), repeats=0)
+
+
 def test_a_target_that_cannot_be_reached_of_what_is_prunable():
     model, optimizer, _ = setting(torch.float32)
     with pytest.raises(TargetError, match=r"target=0.01 of the 2,224 prunable ones of 2,272 parameters is 71, but"):
