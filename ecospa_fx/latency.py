@@ -1,6 +1,6 @@
 """Latency: the measured time of a forward as what a target is a share of.
 
-    Latency(inputs) -> a few copies at smaller widths, timed -> seconds as a function of FLOPs -> corrected at each shrink
+    Latency(inputs) -> a few copies at smaller widths, timed -> seconds by FLOPs -> corrected at each shrink
 
 FLOPs are known for any widths, seconds only where they were measured; between measurements the curve is straight. The
 model itself is timed before every decision, so that what the curve says where it matters is what was measured there.
