@@ -14,6 +14,7 @@ from .coupling import Coupling, Selection
 from .diff import ModuleDiff, diff_of, diff_since, shapes_of
 from .errors import EcoSpaError, NoInputsError, OptimizerError
 from .logs import logger
+from .optimizers import several
 from .plan import Plan
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -122,7 +123,7 @@ def shrink(
         PinnedAxisError: another call signature of the model needs an axis whole.
     """
     compiled = state_of(model)
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    optimizers = several(optimizer)
     for each in optimizers:
         check_optimizer(model, each)
     before, sizes = shapes_of(model), {coupling.name: coupling.size for coupling in compiled.couplings()}

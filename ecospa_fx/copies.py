@@ -45,7 +45,7 @@ def copies_of(model: nn.Module, also: Any) -> list[Copy]:
         ShrinkError: one of them holds no copy, or is no copy any more.
     """
     mine = named_tensors(model)
-    found = [copy for each in _several(also) for copy in _copies_in(each, model, mine)]
+    found = [copy for each in listed(also) for copy in _copies_in(each, model, mine)]
     for copy in found:
         for name, tensor in copy.tensors.items():
             if tensor.shape != mine[name].shape:
@@ -70,7 +70,8 @@ def check_plan(copy: Copy, theirs: Plan, plan: Plan) -> None:
         )
 
 
-def _several(also: Any) -> Iterable[Any]:
+def listed(also: Any) -> Iterable[Any]:
+    """What `also=` names, where it may be one thing or several."""
     if isinstance(also, (nn.Module, Mapping)) or not isinstance(also, Iterable):
         return [also]
     return also

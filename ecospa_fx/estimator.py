@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from .activations import ActivationScores
 from .api import couplings, is_captured, plan
 from .coupling import Coupling
 from .errors import OptimizerError, TargetError
+from .optimizers import several
 from .scores import Function, Score, score_named
 from .slices import Key, SliceSums
+from .steps import names_of
 
 
 class CoupledEstimator:
@@ -38,7 +40,7 @@ class CoupledEstimator:
         decay: None to add all steps up equally; otherwise each step's share of what is forgotten is `1 - decay`, as in
             the second moment of Adam.
         window: add up the last so many steps only. It keeps their sums per row and column, so memory grows with it.
-        optimizer: of which `"adam"` reads the second moments.
+        optimizer: one or several, of which `"adam"` reads the second moments.
         seed: of `"random"`.
 
     Attributes:
@@ -59,7 +61,7 @@ class CoupledEstimator:
         *,
         decay: float | None = None,
         window: int | None = None,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         seed: int = 0,
     ) -> None:
         self.score = score_named(score)
@@ -71,7 +73,8 @@ class CoupledEstimator:
             raise TargetError(f"decay={decay!r} and window={window!r}: one of them forgets, not both; leave one out")
         if self.score.reads == "optimizer" and optimizer is None:
             raise TargetError(f"score={self.score.name!r} reads the optimizer's state; pass optimizer=")
-        self.model, self.decay, self.window, self.optimizer, self.seed = model, decay, window, optimizer, seed
+        self.model, self.decay, self.window, self.seed = model, decay, window, seed
+        self.optimizers = [] if optimizer is None else several(optimizer)
         self.steps = 0
         self.sums: dict[Key, Tensor] = {}
         self._slices: SliceSums | None = None
@@ -84,7 +87,14 @@ class CoupledEstimator:
         self._flows: ActivationScores | None = None
         self._look()
 
-    def accumulate(self, *, scale: Tensor | float | None = None, found_inf: Tensor | None = None) -> None:
+    def accumulate(
+        self,
+        *,
+        scale: Tensor | float | None = None,
+        found_inf: Tensor | None = None,
+        names: Collection[str] | None = None,
+        new_step: bool = True,
+    ) -> None:
         """Add the gradients as they are now: call it after `backward`, before they are zeroed.
 
         On a GPU this is one launch and a tiny one, without synchronisation; once it has run it may be captured in a
@@ -93,31 +103,46 @@ class CoupledEstimator:
         Args:
             scale: what the loss was multiplied by and gradients are still multiplied by, if so.
             found_inf: unless it is 0, the step is left out; read on the device.
+            names: read the gradients of these parameters only.
+            new_step: whether this is another training step, or a part of the last one that was not read yet.
         """
-        self.steps += 1
+        self.steps += new_step
         if self.score.reads != "gradients":
             self._look()
             return
-        if found_inf is not None:
+        if found_inf is not None and new_step:
             one = found_inf.detach().clamp(max=1)
             self._skipped = one if self._skipped is None else self._skipped.add_(one)
         factor = torch.as_tensor(scale, dtype=torch.float32) if isinstance(scale, (int, float)) else scale
         parameters = dict(self.model.named_parameters())
-        self._add({n: p.grad for n, p in parameters.items() if p.grad is not None}, parameters, factor, found_inf)
+        read = parameters if names is None else {name: parameters[name] for name in parameters if name in names}
+        gradients = {name: p.grad for name, p in read.items() if p.grad is not None}
+        self._add(gradients, parameters, factor, found_inf, new_step=new_step)
 
-    def attach(self, optimizer: Optimizer) -> None:
-        """Read gradients right before every step of `optimizer`, instead of at calls of `accumulate`.
+    def attach(self, *optimizers: Optimizer) -> None:
+        """Read gradients right before every step of an optimizer, instead of at calls of `accumulate`.
 
-        These are the final gradients: summed over micro-batches, and clipped if you clip before the step, as one does.
-        A `GradScaler`'s scale is divided out, and steps that it skips are left out.
+        Of several, which take a step each in a training step, each reads those of its own parameters. These are the
+        final gradients: summed over micro-batches, and clipped if you clip before the step, as one does. A
+        `GradScaler`'s scale is divided out, and steps that it skips are left out.
         """
-        self._handles.append(
-            optimizer.register_step_pre_hook(
-                lambda held, *_: self.accumulate(
-                    scale=getattr(held, "grad_scale", None), found_inf=getattr(held, "found_inf", None)
-                )
+        read_by: set[int] = set()  # in this training step
+
+        def read(number: int, optimizer: Optimizer) -> None:
+            another = not read_by or number in read_by
+            if another:
+                read_by.clear()
+            read_by.add(number)
+            self.accumulate(
+                scale=getattr(optimizer, "grad_scale", None),
+                found_inf=getattr(optimizer, "found_inf", None),
+                names=names_of(self.model, optimizers, number),
+                new_step=another,
             )
-        )
+
+        for number, optimizer in enumerate(optimizers):
+            hook = lambda held, *_, number=number: read(number, held)  # noqa: E731
+            self._handles.append(optimizer.register_step_pre_hook(hook))
 
     def attach_backward(self, every: int = 1) -> None:
         """Read each gradient as soon as backward has made it, for optimizers that step in backward and free it at once.
@@ -306,21 +331,22 @@ class CoupledEstimator:
 
     def _second_moments(self) -> dict[str, Tensor]:
         """The roots of Adam's second moments, bias-corrected: their squares are what a slice is summed over."""
-        assert self.optimizer is not None
         found = {}
-        betas = {
-            id(p): group.get("betas", (0.0, 0.0)) for group in self.optimizer.param_groups for p in group["params"]
-        }
-        for name, parameter in self.model.named_parameters():
-            state = self.optimizer.state.get(parameter, {})
-            moment = state.get("exp_avg_sq")
-            if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-                fade = float(betas[id(parameter)][1])
-                found[name] = (moment / (1.0 - fade ** float(state.get("step", 1)))).sqrt()
-        if not found:
-            held = sorted({key for state in self.optimizer.state.values() for key in state})
+        for optimizer in self.optimizers:
+            betas = {id(p): group.get("betas", (0.0, 0.0)) for group in optimizer.param_groups for p in group["params"]}
+            for name, parameter in self.model.named_parameters():
+                state = optimizer.state.get(parameter, {})
+                moment = state.get("exp_avg_sq")
+                if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+                    fade = float(betas[id(parameter)][1])
+                    found[name] = (moment / (1.0 - fade ** float(state.get("step", 1)))).sqrt()
+        scored = {member.parameter for c in couplings(self.model) for member in c.members if member.matrix}
+        if not scored & found.keys():
+            held = sorted({key for each in self.optimizers for state in each.state.values() for key in state})
+            kinds = " and ".join(type(each).__name__ for each in self.optimizers)
+            who = f"this {kinds} holds" if len(self.optimizers) == 1 else f"these, {kinds}, hold"
             raise OptimizerError(
-                f'score="adam" reads `exp_avg_sq` of the optimizer, but this {type(self.optimizer).__name__} holds '
+                f'score="adam" reads `exp_avg_sq` of the weights\' optimizer, but {who} '
                 f"{', '.join(held) or 'nothing yet'}; take a step first, use an Adam, or another score"
             )
         return found

@@ -122,7 +122,7 @@ class States:
         self._layers: list[Any] = []
         for optimizer in optimizers:
             check_can_follow(optimizer)
-            self._layers += [each for each in _layers(optimizer) if not any(each is held for held in self._layers)]
+            self._layers += [each for each in layers(optimizer) if not any(each is held for held in self._layers)]
         self._proved: dict[tuple[int, str], bool] = {}
 
     def shrunk(self, name: str, parameter: Tensor, keep: Keep) -> Iterator[tuple[dict[str, Any], str, Any]]:
@@ -166,13 +166,18 @@ class States:
         return self._proved[number, entry] and oblong
 
 
+def several(optimizer: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
+    """One optimizer or several, as a list."""
+    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+
+
 def check_can_follow(optimizer: Optimizer) -> None:
     """Refuse an optimizer that no shrink can be carried through.
 
     Raises:
         OptimizerError: it is LBFGS, or of a class without a rule that holds tensors outside of its parameters' states.
     """
-    for each in _layers(optimizer):
+    for each in layers(optimizer):
         kind = type(each).__name__
         if isinstance(each, torch.optim.LBFGS):
             raise OptimizerError(
@@ -189,7 +194,7 @@ def check_can_follow(optimizer: Optimizer) -> None:
             )
 
 
-def _layers(optimizer: Any) -> Iterator[Any]:
+def layers(optimizer: Any) -> Iterator[Any]:
     """An optimizer and those that it wraps, each once."""
     seen: list[Any] = []
     queue = [optimizer]

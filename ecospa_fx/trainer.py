@@ -12,21 +12,24 @@ from torch.optim import Optimizer
 from .api import check_optimizer, couplings, is_captured, shrink
 from .compiled import MODEL
 from .constraints import Constraints, Frozen, HeadDims
+from .copies import copies_of, listed
 from .coupling import Coupling
 from .diff import ModuleDiff
 from .errors import EcoSpaError, OptimizerError, TargetError
 from .estimator import CoupledEstimator
 from .latency import Latency
 from .logs import logger
+from .optimizers import check_can_follow, several
 from .schedule import Schedule, Shape, Unit
 from .scores import Function, Score
 from .size import Cost
 from .sparsifier import Among, CoupledSparsifier, Entries, check_settings
 from .spikes import SpikeWatch
+from .steps import Steps
 
 Gradients = Literal["step", "optimizer", "backward"]
 Preset = Literal["pretrain", "finetune"]
-BeforeShrink = Callable[[nn.Module, Mapping[Coupling, Tensor], Optimizer], None]
+BeforeShrink = Callable[[nn.Module, Mapping[Coupling, Tensor], Any], None]
 
 PRESETS: dict[Preset, dict[str, float]] = {
     "pretrain": {"top_k": 0.3, "theta": 0.9},
@@ -51,7 +54,7 @@ class EcoSpaTrainer:
 
     Args:
         model: a compiled model; it may not have been called yet.
-        optimizer: holds its parameters; their state is carried through every shrink.
+        optimizer: holds its parameters; their state is carried through every shrink. Or several, that hold some each.
         target: share of the model's original cost that remains at the end.
         cost: what that is a share of: `"parameters"`, `"flops"` of a forward, `"bytes"` of training (weights,
             gradients and optimizer state), or a `Latency`, the measured time of a forward.
@@ -82,6 +85,7 @@ class EcoSpaTrainer:
         gradients: where they are read: at `"step"`, the call of `step()`; right before each step of the `"optimizer"`;
             or in `"backward"`, for optimizers that step there and free them at once. See `CoupledEstimator`.
         before_shrink: called with the model, what will be kept and the optimizer right before each shrink.
+        also: copies of the model that shrink with it, such as averages of its weights; see `ecospa_fx.shrink`.
 
     Attributes:
         steps: training steps seen.
@@ -91,16 +95,18 @@ class EcoSpaTrainer:
             each context), `importance` (coupling name -> what it scored).
         postponed: a dict per sparsification step that waited for the loss: `step`, `loss` (smoothed), `before`.
         last_shrink: sizes of every layer before and after the last shrink, once there was one.
+        also: a list, to which a copy that is made later may be added.
 
     Raises:
         TargetError: a setting is out of range, or the target is below what can be reached.
-        OptimizerError: the optimizer holds none of the model's parameters.
+        OptimizerError: the optimizer holds none of the model's parameters, or cannot be carried through a shrink.
+        ShrinkError: something in `also` is no copy of the model.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         *,
         target: float = 0.5,
         cost: Cost | Latency = "parameters",
@@ -127,6 +133,7 @@ class EcoSpaTrainer:
         frozen: Sequence[Frozen] = (),
         gradients: Gradients = "step",
         before_shrink: BeforeShrink | None = None,
+        also: Any = (),
     ) -> None:
         if MODEL not in model.__dict__:
             raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
@@ -138,8 +145,14 @@ class EcoSpaTrainer:
         check_settings(target=target, top_k=top_k, theta=theta)
         constraints = Constraints(min_keep, round_to, head_dims, equal_head_dims, frozen)
         self.schedule = Schedule(interval, start, end, shape, shrinks, unit)
-        check_optimizer(model, optimizer)
-        self.model, self.optimizer = model, optimizer
+        self.optimizers = several(optimizer)
+        if not self.optimizers:
+            raise OptimizerError("no optimizer is given; pass the one made from model.parameters()")
+        for each in self.optimizers:
+            check_optimizer(model, each)
+            check_can_follow(each)
+        copies_of(model, also)
+        self.model, self.optimizer, self.also = model, optimizer, list(listed(also))
         self.before_shrink = before_shrink
         self.steps = 0
         self.now: float = 0
@@ -158,9 +171,11 @@ class EcoSpaTrainer:
             self._index = self._estimator if index_score == score else CoupledEstimator(model, index_score, **scoring)
         for estimator in self._estimators():
             if gradients == "optimizer":
-                estimator.attach(optimizer)
+                estimator.attach(*self.optimizers)
             elif gradients == "backward":
                 estimator.attach_backward()
+        self._optimizer_steps = Steps(model, self.optimizers) if gradients == "step" else None
+        self._owed = False  # a sparsification step for which nothing had been read
         self._settings: dict[str, Any] = {
             "target": target, "cost": cost, "among": among, "top_k": top_k, "theta": theta, "constraints": constraints,
         }  # fmt: skip
@@ -193,11 +208,22 @@ class EcoSpaTrainer:
         if self.done:
             return
         self._ready()
-        for estimator in self._estimators():
-            if not estimator.attached:
-                estimator.accumulate()
-        if self.schedule.due(before - self._waiting, self.now - self._waiting) and not self._postpone():
+        read = self._read()
+        due = self.schedule.due(before - self._waiting, self.now - self._waiting) or self._owed
+        # Where a gradient scaler has left out every step so far, the first one that is taken comes first.
+        self._owed = due and not read and any(estimator.empty for estimator in self._estimators())
+        if due and not self._owed and not self._postpone():
             self.sparsify()
+
+    def _read(self) -> bool:
+        """Read the gradients of this step, if nothing else does; whether it was taken at all."""
+        if self._optimizer_steps is None:
+            return True
+        readings = list(self._optimizer_steps.readings())
+        for estimator in self._estimators():
+            for number, reading in enumerate(readings):
+                estimator.accumulate(**reading._asdict(), new_step=number == 0)
+        return bool(readings)
 
     def sparsify(self) -> None:
         """Take a sparsification step now."""
@@ -216,7 +242,7 @@ class EcoSpaTrainer:
                 self.before_shrink(self.model, keeps, self.optimizer)
             self._spikes.shrunk()
             removed = {coupling.name: coupling.size - keep.shape[-1] for coupling, keep in keeps.items()}
-            self.last_shrink = shrink(self.model, keeps, optimizer=self.optimizer)
+            self.last_shrink = shrink(self.model, keeps, optimizer=self.optimizers, also=self.also)
             scores = {coupling.name: value for coupling, value in importance.items()}
             self.history.append({"step": self.steps, "size": self.size, "removed": removed, "importance": scores})
         for estimator in self._estimators():
@@ -226,6 +252,8 @@ class EcoSpaTrainer:
         if self.done:
             for estimator in self._estimators():
                 estimator.detach()
+            if self._optimizer_steps is not None:
+                self._optimizer_steps.detach()
 
     @property
     def _latency(self) -> Latency | None:
@@ -250,7 +278,7 @@ class EcoSpaTrainer:
                 constraints = settings["constraints"]
                 settings["constraints"] = replace(constraints, frozen=[*constraints.frozen, *others])
             entries: Entries | None = None if self._index is None else self._index.entries
-            self._sparsifier = CoupledSparsifier(self.model, **settings, optimizers=[self.optimizer], entries=entries)
+            self._sparsifier = CoupledSparsifier(self.model, **settings, optimizers=self.optimizers, entries=entries)
         return self._sparsifier
 
     def _due(self, sparsifier: CoupledSparsifier) -> int | None:
@@ -308,9 +336,11 @@ class EcoSpaTrainer:
             else:
                 raise EcoSpaError("batches are no mappings; pass loss=, a function of outputs and targets")
             value.backward()
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             self.step(loss=value, tokens=_tokens(batch), epochs=epoch)
-            self.optimizer.zero_grad()
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
             if scheduler is not None:
                 scheduler.step()
             losses.append(float(value.detach()))
@@ -326,6 +356,7 @@ class EcoSpaTrainer:
             "postponed": self.postponed,
             "waiting": self._waiting,
             "waits_in_a_row": self._in_a_row,
+            "owed": self._owed,
             "from": self._from,
             "spikes": self._spikes.state_dict(),
             "latencies": self._latency.points if self._latency is not None else [],
@@ -352,6 +383,7 @@ class EcoSpaTrainer:
         self.steps, self.now, self.done = state["steps"], state["now"], state["done"]
         self.history, self.postponed = list(state["history"]), list(state["postponed"])
         self._waiting, self._in_a_row, self._from = state["waiting"], state["waits_in_a_row"], state["from"]
+        self._owed = state["owed"]
         self._spikes.load_state_dict(state["spikes"])
         if self._latency is not None:
             self._latency.points = [(int(flops), float(seconds)) for flops, seconds in state["latencies"]]

@@ -110,6 +110,28 @@ def test_an_average_of_a_shrunk_model_is_the_shrunk_average(kind, cls, when):
     assert ecospa_fx.plan(inside(average)) == ecospa_fx.plan(model)
 
 
+def test_an_average_follows_a_whole_run():
+    model = ecospa_fx.compile(made(), example_inputs=(X,))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, target=0.6, interval=2, end=12, also=[average])
+    late = None
+    for step in range(14):
+        one_step(model, optimizer, X, trainer)
+        average.update_parameters(model)
+        if step == 6:  # averaging often begins late
+            late = AveragedModel(model)
+            trainer.also.append(late)
+        if late is not None:
+            late.update_parameters(model)
+    assert trainer.done and len(trainer.history) > 2
+    for each in (average, late):
+        assert [p.shape for p in each.parameters()] == [p.shape for p in model.parameters()]
+        assert ecospa_fx.verify(each.module, example_inputs=(X,)).ok
+        with torch.no_grad():
+            assert each(X).isfinite().all()
+
+
 def test_an_average_can_be_saved_and_loaded(tmp_path):
     model = ecospa_fx.compile(made(), example_inputs=(X,))
     average = AveragedModel(model)
@@ -189,6 +211,8 @@ def test_what_is_no_copy_is_refused_and_nothing_changes():
         with pytest.raises(ShrinkError) as caught:
             ecospa_fx.shrink(model, keeps, also=also)
         assert str(caught.value) == words
+        with pytest.raises(ShrinkError):
+            ecospa_fx.EcoSpaTrainer(model, torch.optim.SGD(model.parameters()), also=also)
         assert_untouched(model, before)
         assert_untouched(average, averages)
 

@@ -34,7 +34,7 @@ Examples:
 It writes model/ (ecospa_fx.load reads it), training.json and report.html. Text is read as bytes.
 """
 EVALUATIONS, BATCHES = 10, 4
-OWN = {"model", "optimizer", "before_shrink"}  # arguments of the trainer that are no settings
+OWN = {"model", "optimizer", "before_shrink", "also"}  # arguments of the trainer that are no settings
 
 
 def _config(context: typer.Context, value: Path | None) -> Path | None:
