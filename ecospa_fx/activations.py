@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .api import state_of
+from .api import regions_of, state_of
 from .coupling import Coupling
 from .passes.axes import Atom, Expr, atoms_of
 from .passes.discover import Found
@@ -107,12 +107,12 @@ class ActivationScores:
         self.model, self.attention = model, attention
         self.sums: dict[str, _Sum] = {}
         self._seen: dict[int, tuple[Program, _Seen]] = {}
-        for region in state_of(model).regions.values():
+        for region in regions_of(model).values():
             region.watcher = self._watch
 
     def detach(self) -> None:
         """Stop watching."""
-        for region in state_of(self.model).regions.values():
+        for region in regions_of(self.model).values():
             region.watcher = None
 
     def reset(self) -> None:

@@ -16,6 +16,7 @@ from .errors import EcoSpaError, NoInputsError, OptimizerError
 from .logs import logger
 from .optimizers import several
 from .plan import Plan
+from .region import Region
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -83,6 +84,12 @@ def is_captured(model: nn.Module) -> bool:
     """Whether a model is compiled and has been called, so that its couplings are known."""
     compiled: CompiledModel | None = model.__dict__.get(MODEL)
     return compiled is not None and compiled.captured
+
+
+def regions_of(model: nn.Module) -> dict[str, Region]:
+    """The regions of a compiled model by name; none before its first call, unless it was loaded."""
+    compiled: CompiledModel | None = model.__dict__.get(MODEL)
+    return {} if compiled is None else compiled.regions
 
 
 def couplings(model: nn.Module) -> tuple[Coupling, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .activations import ActivationScores
-from .api import couplings, is_captured, plan
+from .api import couplings, is_captured, plan, regions_of
 from .coupling import Coupling
 from .errors import OptimizerError, TargetError
 from .optimizers import several
@@ -179,8 +179,11 @@ class CoupledEstimator:
             self._flows.detach()
 
     def _look(self) -> None:
-        """Watch what flows through the model, once it has been called and if the score is made of that."""
-        if self.score.reads in ("activations", "attention") and self._flows is None and is_captured(self.model):
+        """Watch what flows through the model, once its regions are known and if the score is made of that.
+
+        Those of a loaded model are known before its first call, which must not be missed.
+        """
+        if self.score.reads in ("activations", "attention") and self._flows is None and regions_of(self.model):
             self._flows = ActivationScores(self.model, attention=self.score.reads == "attention")
 
     @property
@@ -270,6 +273,8 @@ class CoupledEstimator:
 
     def state_dict(self) -> dict[str, Any]:
         """What was accumulated: `steps`, and `tensors` by name."""
+        if self.sums and is_captured(self.model):
+            self._ready()  # without what a shrink since then has removed
         tensors = {f"{name}[{dim}]": sums for (name, dim), sums in self.sums.items()}
         for i, step in enumerate(self._recent):
             tensors |= {f"step {i}: {name}[{dim}]": sums for (name, dim), sums in step.items()}
@@ -299,6 +304,7 @@ class CoupledEstimator:
                 while len(self._recent) <= int(step.split()[1]):
                     self._recent.append({})
                 self._recent[int(step.split()[1])][key] = tensor
+        self._look()
         if flows and self._flows is not None:
             self._flows.load_state_dict(flows)
 

@@ -179,6 +179,11 @@ class EcoSpaTrainer:
         self._settings: dict[str, Any] = {
             "target": target, "cost": cost, "among": among, "top_k": top_k, "theta": theta, "constraints": constraints,
         }  # fmt: skip
+        index = index_score if index_score == "norms" or self._index is None else self._index.score.name
+        self._described: dict[str, Any] = {
+            "score": self._estimator.score.name, "index_score": index, "decay": decay, "window": window, "seed": seed,
+            "spike": spike, "gradients": gradients,
+        }  # fmt: skip
         self._sparsifier: CoupledSparsifier | None = None
         if is_captured(model):
             self._ready()
@@ -365,18 +370,10 @@ class EcoSpaTrainer:
                 **({"cost": "latency"} if self._latency is not None else {}),
                 **self._settings["constraints"].described(),
                 **self.schedule.described(),
+                **self._described,
             },
-            "score": self._estimator.score.name,
-            "score_steps": self._estimator.steps,
-            "sums": self._estimator.state_dict()["tensors"],
-            **self._index_state(),
+            "scores": [estimator.state_dict() for estimator in self._estimators()],
         }
-
-    def _index_state(self) -> dict[str, Any]:
-        if self._index is None or self._index is self._estimator:
-            return {}
-        state = self._index.state_dict()
-        return {"index_score": self._index.score.name, "index_steps": state["steps"], "index_sums": state["tensors"]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
@@ -387,9 +384,10 @@ class EcoSpaTrainer:
         self._spikes.load_state_dict(state["spikes"])
         if self._latency is not None:
             self._latency.points = [(int(flops), float(seconds)) for flops, seconds in state["latencies"]]
-        self._estimator.load_state_dict({"steps": state["score_steps"], "tensors": state["sums"]})
-        if self._index is not None and self._index is not self._estimator:
-            self._index.load_state_dict({"steps": state["index_steps"], "tensors": state["index_sums"]})
+        for estimator, scores in zip(self._estimators(), state["scores"], strict=True):
+            estimator.load_state_dict(scores)
+            if self.done:
+                estimator.detach()
 
 
 def _tokens(batch: Any) -> int | None:
