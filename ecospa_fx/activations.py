@@ -36,11 +36,19 @@ _SOFTMAX = (_aten.softmax.int, _aten._softmax.default, _aten._safe_softmax.defau
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """One factor of a product: the node that makes it, its dim along the coupling and its dim along the contexts."""
+    """One factor of a product.
+
+    Attributes:
+        node: what makes it.
+        dim: its dim along the coupling.
+        along: its dim along the contexts, where that is another one.
+        beside: LongTensor, the context at each position of that.
+    """
 
     node: fx.Node
     dim: int
-    along: int | None
+    along: int | None = None
+    beside: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +61,6 @@ class Site:
         entry: LongTensor `[positions]`, the entry of the coupling at each position of a side's `dim`, -1 for none.
         context: LongTensor `[positions]`, likewise its context, where that lies on the same dim.
         contexts: how many there are; 1 where none are told apart.
-        beside: LongTensor, the context at each position of a side's dim `along`, where it lies on another one.
         scale: factor on the logits of an attention.
         causal: whether an attention looks back only.
         mask: the node of its mask.
@@ -65,7 +72,6 @@ class Site:
     size: int
     contexts: int = 1
     context: Tensor | None = None
-    beside: Tensor | None = None
     scale: float | None = None
     causal: bool = False
     mask: fx.Node | None = None
@@ -217,7 +223,8 @@ def _product_sites(inference: Inference, found: Found, coupling: Coupling, kept:
             if len(dims) == 1 and operand.weighted:
                 other = [(d, set(atoms_of(e))) for d, e in enumerate(operand.exprs) if d != dims[0]]
                 beside = [d for d, atoms in other if context in atoms]
-                sides.append(Side(operand.node, dims[0], beside[0] if beside else None))
+                rows = _contexts(operand.exprs[beside[0]], context, kept) if beside and context is not None else None
+                sides.append(Side(operand.node, dims[0], beside[0] if beside else None, rows))
         if len(sides) != 2:
             continue
         left = mask_of(fact.expr, _along(kept, fact.expr))
@@ -225,11 +232,9 @@ def _product_sites(inference: Inference, found: Found, coupling: Coupling, kept:
         if context is None or context in atoms_of(fact.expr):
             entry, on = numbers.read(fact.expr, index, left)
             yield Site(coupling.name, tuple(sides), entry, coupling.size, coupling.contexts, on)
-        elif all(side.along is not None for side in sides) and isinstance(fact.expr, Atom):
-            # Every context has a row of its own, in which its entries lie in order.
-            rows = _contexts(inference, fact.node, sides[0], context, kept)
-            entry = torch.arange(coupling.size)
-            yield Site(coupling.name, tuple(sides), entry, coupling.size, coupling.contexts, beside=rows)
+        elif all(side.along is not None for side in sides):  # every context has a row of its own
+            entry = numbers.in_first(index, left)
+            yield Site(coupling.name, tuple(sides), entry, coupling.size, coupling.contexts)
 
 
 def _along(kept: dict[Atom, Choice], expr: Expr) -> dict[Atom, Choice]:
@@ -241,11 +246,8 @@ def _along(kept: dict[Atom, Choice], expr: Expr) -> dict[Atom, Choice]:
     }
 
 
-def _contexts(inference: Inference, node: fx.Node, side: Side, context: Atom, kept: dict[Atom, Choice]) -> Tensor:
-    """The context, numbered as they are now, at each position of the dim of a side that carries it."""
-    operand = next(o for o in inference.operands[node] if o.node is side.node)
-    assert side.along is not None
-    expr = operand.exprs[side.along]
+def _contexts(expr: Expr, context: Atom, kept: dict[Atom, Choice]) -> Tensor:
+    """The context, numbered as they are now, at each position of an axis that carries it."""
     live = mask_of(context, kept)
     return (live.cumsum(0) - 1)[index_of(expr, context)[mask_of(expr, _along(kept, expr))]]
 
@@ -256,12 +258,12 @@ def _outer(site: Site, values: list[Tensor]) -> Tensor:
     for side, value in zip(site.sides, values, strict=True):
         squares = value.double().square() if value.dtype == torch.float64 else value.float().square()
         rows = squares.movedim(side.dim, -1)
-        if site.beside is None or side.along is None:
+        if side.beside is None or side.along is None:
             rows = rows.reshape(1, -1, rows.shape[-1]).mean(1)
         else:
             along = side.along - (side.along > side.dim)
             rows = rows.movedim(along, 0).flatten(1, -2).mean(1)
-            beside = site.beside.to(rows.device)
+            beside = side.beside.to(rows.device)
             rows = rows.new_zeros(site.contexts, rows.shape[1]).index_add_(0, beside, rows)
         result = rows if result is None else result * rows
     assert result is not None
@@ -290,9 +292,9 @@ def _attention_sites(
             continue
         common: dict[str, Any] = {"entry": entry, "size": coupling.size, "contexts": coupling.contexts, "context": on}
         if not fused:
-            yield Site(coupling.name, (Side(node, dim, None),), **common)
+            yield Site(coupling.name, (Side(node, dim),), **common)
             continue
-        sides = tuple(Side(operand.node, dim, None) for operand in operands[:2])
+        sides = tuple(Side(operand.node, dim) for operand in operands[:2])
         given: dict[str, Any] = dict(zip(("mask", "dropout", "causal"), node.args[3:6], strict=False)) | node.kwargs
         mask = given.get("attn_mask", given.get("mask"))
         rows = tuple(mask_of(expr, kept).nonzero().flatten() if touched(expr, kept) else None for expr in exprs[:-2])

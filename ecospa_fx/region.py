@@ -347,6 +347,10 @@ class Numbering:
         numbers = torch.where(owned, self._numbers[row, index], -1)[left]
         return numbers, torch.where(owned, self._contexts[context], -1)[left] if self._offered else None
 
+    def in_first(self, index: Tensor, left: Tensor) -> Tensor:
+        """The entry of each position of an axis that carries no context, as in the first one: all have as many."""
+        return torch.where(index >= 0, self._numbers[0][index], -1)[left]
+
 
 def _by_part(expr: Expr, atom: Atom) -> Iterator[tuple[int | None, Tensor]]:
     """The index of an axis per outermost segment that carries `atom`; the segment's number where there are several."""

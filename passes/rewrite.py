@@ -173,7 +173,7 @@ def rewrite(inference: Inference, kept: Kept, region: nn.Module, watched: Sequen
             ) from error
         site.apply()
     if watched:
-        output = next(iter(reversed(graph.nodes)))
+        output = next(node for node in reversed(graph.nodes) if node.op == "output")
         output.args = ((*output.args[0], *(new[node] for node in watched)),)
     _bind(captured, region, graph, new)
     run, source = generate(graph)

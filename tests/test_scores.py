@@ -156,6 +156,49 @@ def test_activation_follows_a_shrink():
     torch.testing.assert_close(estimator.entries(vo, by_context=True), before[vo.name].gather(1, keep["vo"]))
 
 
+class Grouped(nn.Module):
+    """Four query heads, two key heads, rotary halves: a context on one side only, and entries of two rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = nn.Linear(8, 16), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(16, 8)
+
+    def parts(self, x):
+        b, s, _ = x.shape
+        q, k, v = (m(x).view(b, s, -1, 4).transpose(1, 2) for m in (self.q, self.k, self.v))
+        angle = torch.arange(s, dtype=x.dtype)[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1], dtype=x.dtype)
+        turned = [t * angle.cos() + torch.cat([-t[..., 2:], t[..., :2]], -1) * angle.sin() for t in (q, k)]
+        return *turned, v
+
+    def forward(self, x):
+        q, k, v = self.parts(x)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def test_activation_of_grouped_queries_and_rotary_pairs():
+    torch.manual_seed(0)
+    model, x = Grouped().double(), torch.randn(3, 5, 8, dtype=torch.float64)
+    ecospa_fx.compile(model, example_inputs=(x,))
+    estimator = ecospa_fx.CoupledEstimator(model, "activation")
+    model(x).sum().backward()
+    q, k, _ = (t.detach().square().mean((0, 2)) for t in model.parts(x))  # [heads, dims]
+    before = q.view(2, 2, 4)
+    both = (before.sum(1) * k).sqrt()  # queries of a group add up
+    qk = coupling_of(model, "qk")
+    pairs = both[:, :2] + both[:, 2:]
+    torch.testing.assert_close(estimator.entries(qk, by_context=True), pairs, rtol=1e-9, atol=0)
+    assert set(estimator.importance()) == set(ecospa_fx.couplings(model))
+    ecospa_fx.shrink(model, {qk: torch.tensor([[1], [0]]), coupling_of(model, "groups"): torch.tensor([0])})
+    estimator.reset()
+    model(x).sum().backward()
+    assert set(estimator.importance()) == set(ecospa_fx.couplings(model))
+    # The first query of each group is left, and the rows of one pair in each head.
+    qk = coupling_of(model, "qk")
+    left = (before[:, 0] * k).sqrt()[[0, 1], :].gather(1, torch.tensor([[1, 3], [0, 2]])).sum(1, keepdim=True)
+    torch.testing.assert_close(estimator.entries(qk, by_context=True), left, rtol=1e-9, atol=0)
+
+
 def test_attention_entropy_judges_heads():
     model, optimizer, x = setting(torch.optim.SGD)
     optimizer.param_groups[0]["lr"] = 0.0
