@@ -75,6 +75,8 @@ def load(
 ) -> nn.Module:
     """Rebuild a saved model, compiled and at the sizes it was saved at.
 
+    Random numbers that the factory draws do not count: generators are left where they were.
+
     Args:
         directory: what `save` wrote.
         factory: makes the original, unshrunk model; its weights are replaced. It may make it on the meta device, where

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,12 @@ from .errors import CheckpointError
 
 
 def random_state() -> dict[str, Any]:
-    """The states of the generators of Python, numpy, torch on the CPU, and torch on every CUDA device."""
+    """The states of the generators of Python, numpy, torch on the CPU, and torch on every CUDA device once in use."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),  # noqa: NPY002 (what others draw from)
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
 
@@ -39,3 +40,13 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     for device, one in enumerate(state["cuda"]):
         torch.cuda.set_rng_state(one, device)
+
+
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """What is drawn inside does not count: afterwards every generator is where it was."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(before)

@@ -23,6 +23,7 @@ from .packing import Packer, Unpacker, as_laid_out, laid_out
 from .passes.names import join, named_tensors
 from .passes.regions import shared_outside
 from .plan import Plan
+from .randomness import undrawn
 from .region import Region
 from .restore import restore
 from .saves import Draft, Save
@@ -140,7 +141,8 @@ def rebuild(saved: Saved, factory: Callable[[], nn.Module] | None, device: torch
     Raises:
         CheckpointError: the factory makes another model than the saved one, or there is none and no config.
     """
-    model = factory() if factory is not None else _from_config(saved)
+    with undrawn():
+        model = factory() if factory is not None else _from_config(saved)
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"the factory made a {type(model).__name__}; it must make the original model")
     if MODEL in model.__dict__:
