@@ -1,6 +1,6 @@
 """The demo's training run with each optimizer of torch that can follow a shrink, whole and to half of its size.
 
-python bench/optimizers.py [--steps 200] [--layers 2] [--width 96] [--context 64]
+python bench/optimizers.py [--steps 160] [--layers 2] [--width 64] [--context 32]
 
 Both runs of an optimizer start from equal weights and see equal batches. Exit code 1 if any run misses its target by
 more than 0.5% or ends with a loss that is not finite.
@@ -157,7 +157,7 @@ def rate(step: int, steps: int) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for option, default in (("steps", 200), ("layers", 2), ("width", 96), ("context", 64)):
+    for option, default in (("steps", 160), ("layers", 2), ("width", 64), ("context", 32)):
         parser.add_argument(f"--{option}", type=int, default=default)
     options = Options(**vars(parser.parse_args()))
     corpus = read_corpus(None, least=20 * options.batch_size * (options.context + 1))
@@ -173,7 +173,8 @@ def main() -> int:
     for row in rows:
         table.add_row(
             str(row["optimizer"]), f"{row['loss_dense']:.3f}", f"{row['loss']:.3f}", f"x {row['loss_ratio']:.3f}",
-            f"{row['share']:.4f}", f"{row['off_target']:+.2%}", f"x {row['state_share']}", str(row["shrinks"]),
+            f"{row['share']:.4f}", f"{row['off_target']:+.2%}",
+            f"x {row['state_share']:.2f}" if row["state_share"] else "", str(row["shrinks"]),
             style="" if row["ok"] else "red",
         )  # fmt: skip
     console.print(table)

@@ -21,6 +21,7 @@ from .sparsifier import CoupledSparsifier
 from .summary import Summary, summary
 from .trainer import EcoSpaTrainer
 from .verification import Verification, verify
+from .watch import Watch
 
 __all__ = [
     "Constraints",
@@ -37,6 +38,7 @@ __all__ = [
     "ShrinkableLinear",
     "Summary",
     "Verification",
+    "Watch",
     "compile",
     "couplings",
     "diff",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -26,6 +26,9 @@ from .size import Cost
 from .sparsifier import Among, CoupledSparsifier, Entries, check_settings
 from .spikes import SpikeWatch
 from .steps import Steps
+
+if TYPE_CHECKING:
+    from .watch import Watch
 
 Gradients = Literal["step", "optimizer", "backward"]
 Preset = Literal["pretrain", "finetune"]
@@ -266,6 +269,11 @@ class EcoSpaTrainer:
         return cost if isinstance(cost, Latency) else None
 
     @property
+    def hears_the_loss(self) -> bool:
+        """`step` has been told a loss, so that shrinks wait while it is high."""
+        return self._spikes.level is not None
+
+    @property
     def size(self) -> int:
         """Parameters of the model now."""
         return sum(p.numel() for p in self.model.parameters())
@@ -318,6 +326,7 @@ class EcoSpaTrainer:
         *,
         loss: Callable[[Any, Any], Tensor] | None = None,
         scheduler: Any = None,
+        watch: Watch | None = None,
     ) -> list[float]:
         """Train over a loader.
 
@@ -326,6 +335,7 @@ class EcoSpaTrainer:
                 targets)` pair with `loss`.
             loss: `loss(outputs, targets)` for pairs.
             scheduler: a learning-rate scheduler, stepped once per batch.
+            watch: told the loss of each batch.
 
         Returns:
             The loss of each batch.
@@ -349,6 +359,8 @@ class EcoSpaTrainer:
             if scheduler is not None:
                 scheduler.step()
             losses.append(float(value.detach()))
+            if watch is not None:
+                watch.step(losses[-1])
         return losses
 
     def state_dict(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def test_the_code_runs_and_prints_what_it_says(tmp_path, monkeypatch, capsys):
             exec(text, names)
         else:
             assert settled(capsys.readouterr().out) == settled(text)
-    assert len(BLOCKS) == 13
+    assert len(BLOCKS) == 14
 
 
 def settled(text):

@@ -325,3 +325,45 @@ def test_a_trainer_refuses_what_no_shrink_can_be_carried_through():
     with pytest.raises(OptimizerError) as caught:
         ecospa_fx.EcoSpaTrainer(model, [])
     assert str(caught.value) == "no optimizer is given; pass the one made from model.parameters()"
+
+
+def factored(model):
+    return [optim.Adafactor(model.parameters(), lr=1e-2)]
+
+
+def with_tensor_rate_and_others(model):
+    """A learning rate that is a tensor, and parameters that are not of the model."""
+    torch.manual_seed(7)
+    other = nn.Parameter(torch.randn(3, 4, dtype=torch.float64))
+    other.grad = torch.ones_like(other)
+    return [optim.AdamW([*model.parameters(), other], lr=torch.tensor(1e-2, dtype=torch.float64))]
+
+
+@pytest.mark.parametrize("make", [factored, with_tensor_rate_and_others, muon_and_adamw])
+def test_optimizers_of_a_shrunk_model_resume_to_the_bit(make, tmp_path):
+    def train(model, optimizers, steps):
+        for _ in range(steps):
+            (model(x) - x.flip(-1)).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad()
+
+    model, _, x = setting()
+    optimizers = make(model)
+    train(model, optimizers, 3)
+    ecospa_fx.shrink(model, halves(model), optimizer=optimizers)
+    train(model, optimizers, 1)
+    ecospa_fx.save(model, tmp_path / "run", optimizer=optimizers)
+    loaded = ecospa_fx.load(tmp_path / "run", lambda: Stack().double())
+    others = make(loaded)
+    ecospa_fx.resume(tmp_path / "run", loaded, optimizer=others)
+    for each, held in ((model, optimizers), (loaded, others)):
+        train(each, held, 2)
+    for (name, p), q in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    for optimizer, other in zip(optimizers, others, strict=True):
+        mine = [state for state in optimizer.state.values() if state]
+        theirs = [state for state in other.state.values() if state]
+        assert len(mine) == len(theirs)
+        assert optimizer.param_groups[0]["lr"] == other.param_groups[0]["lr"]
+        assert type(optimizer.param_groups[0]["lr"]) is type(other.param_groups[0]["lr"])

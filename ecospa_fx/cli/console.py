@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
@@ -65,11 +65,6 @@ def progress(*columns: Any) -> Progress:
         transient=True,
         disable=not console.is_terminal,
     )
-
-
-def counted() -> tuple[Any, ...]:
-    """Columns of a progress display that knows its end."""
-    return BarColumn(), MofNCompleteColumn()
 
 
 def check_file(path: Path) -> None:

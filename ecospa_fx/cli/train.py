@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,10 +16,11 @@ from torch.nn.functional import cross_entropy
 
 import ecospa_fx
 from ecospa_fx.compiled import MODEL
+from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.report.training import training_of
 
 from . import options as o
-from .console import FAILED, CommandError, at_work, check_directory, counted, progress, show, show_json, write
+from .console import FAILED, CommandError, at_work, check_directory, show, show_json, write
 from .datasets import Images, Text, channels, read_images, read_text
 from .models import Named, fields_of, named_model, remember_source
 
@@ -31,7 +32,7 @@ Examples:
   ecospa-fx train hf/gpt2 --set n_layer=4 --set n_embd=128 --end 800 --trainer top_k=0.5
   ecospa-fx train hf/gpt2 --config run.toml        options by their long names: steps = 1000
 
-It writes model/ (ecospa_fx.load reads it), training.json and report.html. Text is read as bytes.
+It writes model/ (ecospa_fx.load reads it), training.json, history.jsonl and report.html. Text is read as bytes.
 """
 EVALUATIONS, BATCHES = 10, 4
 OWN = {"model", "optimizer", "before_shrink", "also"}  # arguments of the trainer that are no settings
@@ -79,6 +80,7 @@ def train(
     more: Annotated[
         list[str] | None, typer.Option("--trainer", metavar="NAME=VALUE", help="any other setting of EcoSpaTrainer")
     ] = None,
+    tensorboard: Annotated[Path | None, typer.Option(metavar="DIR", help="curves for TensorBoard")] = None,
     fields: o.Set = None,
     factory: o.Factory = None,
     as_json: o.Json = False,
@@ -107,14 +109,23 @@ def train(
             named, data = _classifier(model, images, batch_size, given, factory)
     forward = _forward(named, data)
     run = _Run(named.model, data, forward, settings, lr, weight_decay)
-    with progress(*counted()) as bar:
-        task = bar.add_task("training", total=steps)
-        for step, loss in run.steps(steps, seed):
-            size = run.trainer.size / run.original
-            bar.update(task, completed=step, description=f"loss {loss:.3f}, size {size:.2f}")
+    with watching(run.trainer, out, steps, tensorboard) as watch:
+        for loss in run.steps(steps, seed):
+            watch.step(loss)
     with at_work("saving and writing the report"):
         _write(run, out, model, given)
     _tell(run, out, as_json)
+
+
+def watching(trainer: ecospa_fx.EcoSpaTrainer, out: Path, steps: int, tensorboard: Path | None) -> ecospa_fx.Watch:
+    """Shows the run in a terminal, and writes it down line by line."""
+    lines = out / "history.jsonl"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lines.unlink(missing_ok=True)
+        return ecospa_fx.Watch(trainer, steps=steps, lines=lines, tensorboard=tensorboard)
+    except (OSError, EcoSpaError) as error:
+        raise CommandError(f"{out} cannot be written: {error}" if isinstance(error, OSError) else str(error)) from None
 
 
 def _more(given: list[str]) -> dict[str, Any]:
@@ -185,8 +196,8 @@ class _Run:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
         self.trainer = ecospa_fx.EcoSpaTrainer(model, self.optimizer, **settings)
 
-    def steps(self, count: int, seed: int) -> Any:
-        """Train; yields the number and the loss of each step."""
+    def steps(self, count: int, seed: int) -> Iterator[float]:
+        """Train; yields the loss of each step."""
         warmup = max(1, count // 20)
         rate = lambda done: min((done + 1) / warmup, 0.1 + 0.9 * max(0.0, 1 - done / count))  # noqa: E731
         schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
@@ -204,7 +215,7 @@ class _Run:
             self.sizes.append(self.trainer.size)
             if step % every == 0 or step == count:
                 self.valid.append((step, self.evaluate()))
-            yield step, self.losses[-1]
+            yield self.losses[-1]
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean cross entropy in nats."""
@@ -247,7 +258,11 @@ def _tell(run: _Run, out: Path, as_json: bool) -> None:
             }
         )
     else:
-        show(change, "", f"validation loss {run.valid[-1][1]:.3f} nats; {out}: model, training.json, report.html")
+        show(
+            change,
+            "",
+            f"validation loss {run.valid[-1][1]:.3f} nats; {out}: model, training.json, history.jsonl, report.html",
+        )
 
 
 def register(app: typer.Typer) -> None:
