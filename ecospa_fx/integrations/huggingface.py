@@ -1,0 +1,123 @@
+"""EcoSpaCallback: shrink while the Trainer of transformers trains, and go on from its checkpoints.
+
+on_init_end      compile; the model waits for its first call
+on_train_begin   the schedule begins, or goes on where the checkpoint was taken
+on_step_end      a sparsification step, if one is due (gradients were read right before the optimizer's step)
+on_save          `ecospa_fx.save` into the Trainer's checkpoint
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..api import compile
+from ..checkpoint import resume, save
+from ..compiled import MODEL
+from ..errors import CheckpointError
+from ..logs import logger
+from ..passes.names import named_tensors
+from ..rebuild import read_model, rebuild
+from ..saves import reading
+from ..trainer import EcoSpaTrainer
+
+DIRECTORY = "ecospa_fx"
+"""What is saved of a checkpoint's model lies there inside it; `ecospa_fx.load` reads it."""
+
+
+class EcoSpaCallback(TrainerCallback):  # type: ignore[misc]
+    """Shrinks the model of a transformers `Trainer` while it trains.
+
+    >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[EcoSpaCallback(target=0.5, end=8000)])
+    >>> trainer.train()
+
+    The optimizer's state shrinks along, the learning-rate schedule goes on. `trainer.train(resume_from_checkpoint=True)`
+    goes on in the middle of the schedule: build the model as for a new run, from its config. Each checkpoint holds a
+    directory `ecospa_fx`, from which `ecospa_fx.load` makes the shrunk model again.
+
+    Args:
+        settings: of `EcoSpaTrainer`; `interval`, `start` and `end` count the Trainer's optimizer steps.
+
+    Attributes:
+        trainer: the `EcoSpaTrainer`, once training has begun.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = {"gradients": "optimizer", **settings}
+        self.trainer: EcoSpaTrainer | None = None
+        self._loss: float | None = None
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Compile the model, and let it meet weights of a checkpoint that has shrunk."""
+        model = given["model"]
+        compile(model)
+        model.register_load_state_dict_pre_hook(_pass_over)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        """Begin the schedule, or go on with it."""
+        model, optimizer = given["model"], _inner(given["optimizer"])
+        source = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / DIRECTORY
+        if state.global_step and self.trainer is None:
+            if not source.is_dir():
+                raise CheckpointError(
+                    f"training resumes at step {state.global_step}, but {source} is not there, which holds how far the "
+                    "model had shrunk; resume from a checkpoint in output_dir that was saved with this callback"
+                )
+            rebuild(reading(source, read_model), lambda: model, None)
+        if self.trainer is None:
+            self.trainer = EcoSpaTrainer(model, optimizer, **self.settings)
+            if state.global_step:
+                resume(source, model, trainer=self.trainer, rng=False)  # the Trainer has its own for the rest
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Count the step; shrink if it is time."""
+        assert self.trainer is not None
+        shrinks = len(self.trainer.history)
+        self.trainer.step(loss=self._loss)
+        self._loss = None
+        if len(self.trainer.history) > shrinks:
+            logger("shrink").info("step %d: %s parameters", state.global_step, f"{self.trainer.size:,}")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Write size and shrinks into the Trainer's logs, and take the loss out of them."""
+        logs = given.get("logs") or {}
+        self._loss = logs.get("loss", self._loss)
+        if self.trainer is not None:
+            numbers = {"ecospa_parameters": self.trainer.size, "ecospa_shrinks": len(self.trainer.history)}
+            logs.update(numbers)
+            if state.log_history:
+                state.log_history[-1].update(numbers)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Save the shrunk model and the schedule into the checkpoint that has just been written."""
+        if args.should_save:
+            directory = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / DIRECTORY
+            save(given["model"], directory, trainer=self.trainer)
+
+
+def _inner(optimizer: Any) -> Optimizer:
+    """The optimizer that accelerate has wrapped."""
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+def _pass_over(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Let weights of a checkpoint at other sizes wait: `on_train_begin` puts them in place, with the plan they have.
+
+    The Trainer loads weights before anything tells its callbacks so. Nothing is missing: the model keeps its own.
+    """
+    if MODEL not in model.__dict__:
+        return
+    held = named_tensors(model)
+    for name in [name for name, value in state_dict.items() if name in held and held[name].shape != value.shape]:
+        state_dict[name] = held[name].detach()
+
+
+__all__ = ["EcoSpaCallback"]
