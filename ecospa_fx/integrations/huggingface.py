@@ -36,8 +36,8 @@ class EcoSpaCallback(TrainerCallback):  # type: ignore[misc]
     >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[EcoSpaCallback(target=0.5, end=8000)])
     >>> trainer.train()
 
-    The optimizer's state shrinks along, the learning-rate schedule goes on. `trainer.train(resume_from_checkpoint=True)`
-    goes on in the middle of the schedule: build the model as for a new run, from its config. Each checkpoint holds a
+    The optimizer's state shrinks along, the learning-rate schedule goes on. After an interruption build the model as
+    for a new run, from its config, and call `trainer.train(resume_from_checkpoint=True)`. Each checkpoint holds a
     directory `ecospa_fx`, from which `ecospa_fx.load` makes the shrunk model again.
 
     Args:
