@@ -54,7 +54,7 @@ class Packer:
             return value if math.isfinite(value) else {"$float": repr(value)}
         if kind is list:
             return self._each(value, where)
-        if kind is dict and all(type(key) is str for key in value) and not _is_tag(value):
+        if kind is dict and all(type(key) is str and not key.startswith("$") for key in value):
             return {key: self.pack(entry, f"{where}/{key}") for key, entry in value.items()}
         if kind in _MAPPINGS:
             return {_MAPPINGS[kind]: [[self.pack(k, where), self.pack(v, f"{where}/{k}")] for k, v in value.items()]}
@@ -167,7 +167,8 @@ def laid_out(tensor: Tensor, where: str) -> tuple[Tensor, dict[str, Any]]:
     flat, layout = tensor.detach().resolve_neg(), dict[str, Any]()
     if flat.is_complex():
         flat, layout["complex"] = torch.view_as_real(flat.resolve_conj()), True
-    order = sorted(range(tensor.ndim), key=lambda dim: -tensor.stride(dim))
+    # Where strides are equal, a dim of one entry lies inside the one that has several.
+    order = sorted(range(tensor.ndim), key=lambda dim: (-tensor.stride(dim), tensor.shape[dim] == 1))
     if order != list(range(tensor.ndim)) and tensor.permute(order).is_contiguous():
         layout["order"] = order
     flat = flat.cpu().contiguous()

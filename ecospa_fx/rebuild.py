@@ -295,7 +295,7 @@ def _fill(model: nn.Module, saved: Saved, device: torch.device | None) -> None:
         value = placed[source, home]
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(False)  # as yet: its dtype may not allow it
-        if tensor.is_meta:
+        if tensor.is_meta or value.is_meta:
             _swap(tensor, value)
         elif _is_part(tensor) and _alike(tensor, value):
             tensor.data.copy_(value)
@@ -309,7 +309,7 @@ def _fill(model: nn.Module, saved: Saved, device: torch.device | None) -> None:
 
 
 def _swap(tensor: Tensor, value: Tensor) -> None:
-    """Make a tensor without memory the one with that value, wherever it is referred to."""
+    """Make a tensor the one with that value wherever it is referred to: none without memory can be given some."""
     new = nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value.view_as(value)
     new.__dict__.update(tensor.__dict__)
     torch.utils.swap_tensors(tensor, new)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -132,7 +133,8 @@ def resume_training(model: nn.Module, training: Training, saved: Mapping[str, Ma
             apply()
         except BaseException as error:
             for back in reversed(done):
-                back()
+                with suppress(Exception):  # what takes no state at all has not changed either
+                    back()
             if isinstance(error, CheckpointError) or not isinstance(error, Exception):
                 raise
             problem = f"{type(error).__name__}: {error}"
