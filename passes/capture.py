@@ -1,8 +1,7 @@
 """Capture: one region of a model as an FX graph of ATen ops, at its original sizes.
 
     capture(module, args, kwargs)
-      -> _Flat            the region behind a signature of tensors only
-      -> torch.export     batch, sequence and any other dim that may be dynamic is
+      -> export           torch.export, behind a signature of tensors only; any dim that may be dynamic is
       -> fast_attention   causal masks and repeated keys become arguments
       -> _clean           asserts and no-ops out, placeholders sorted by what they hold
       -> canonicalise     see there
@@ -16,15 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import io
-import logging
 import math
 import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any, Protocol
 
 import sympy
@@ -32,7 +28,6 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.signature import TENSOR, Signature, autocast_now, training_flags
@@ -40,8 +35,9 @@ from ecospa_fx.signature import TENSOR, Signature, autocast_now, training_flags
 from .agree import Forward, disagreement
 from .axes import as_size
 from .canonicalise import canonicalise
+from .export import Flat, described, export, refuse_foreign
 from .fast_attention import fast_attention
-from .hooks import Point, inner_hooks, noted, points
+from .hooks import Point, inner_hooks, noted
 from .inline import inline
 from .names import named_tensors, swapped
 
@@ -161,8 +157,8 @@ def capture(
     """
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         raise CaptureError(
-            f"{_named(region)} is called in a way it has not been called in before while the model is being exported; "
-            "call the model once with the same arguments before exporting it"
+            f"{described(region)} is called in a way it has not been called in before while the model is being "
+            "exported; call the model once with the same arguments before exporting it"
         )
     forward = forward or type(module).forward
     on_meta = any(
@@ -182,7 +178,7 @@ def capture(
             ):
                 error = disagreement(captured, module, forward, args, kwargs)
             if error is not None:
-                raise CaptureError(f"{_named(region)} was captured, but {error}; it is left as it is")
+                raise CaptureError(f"{described(region)} was captured, but {error}; it is left as it is")
             if changed:
                 raise _HookChanges
         return captured
@@ -214,14 +210,14 @@ def _captured(
 ) -> Captured:
     """The region as a graph in which the hooks of the submodules `observe` have no part."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    flat = _Flat(module, forward, leaves, spec, observe)
+    flat = Flat(module, forward, leaves, spec, observe)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    program = _export(flat, tensors, region, leaves, static)
+    program = export(flat, tensors, region, leaves, static)
     results = [leaf for leaf in flat.out_leaves if leaf is not TENSOR]
-    _refuse_foreign(module, region, results, "returns", "call it so that it does not")
+    refuse_foreign(module, region, results, "returns", "call it so that it does not")
     for point in flat.points:
         values = [leaf for leaf in point.leaves if leaf is not TENSOR]
-        _refuse_foreign(module, region, values, f"has a hook on `{point.path}`, which takes", "remove the hook")
+        refuse_foreign(module, region, values, f"has a hook on `{point.path}`, which takes", "remove the hook")
     return _collect(program, flat, module, region, leaves, spec, tensors)
 
 
@@ -236,80 +232,9 @@ def _warn_of_hooks(captured: Captured, hooks: Mapping[str, int]) -> None:
         )
 
 
-class _Flat(nn.Module):
-    """A region behind tensor arguments only, so that any call structure can be exported with dynamic shapes."""
-
-    def __init__(
-        self, region: nn.Module, forward: Forward, leaves: list[Any], spec: pytree.TreeSpec, observe: Iterable[str]
-    ) -> None:
-        super().__init__()
-        self.region = region
-        self.training = region.training
-        self.own_forward, self.leaves, self.spec, self.observe = forward, leaves, spec, observe
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        waiting = iter(tensors)
-        leaves = [next(waiting) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        with points(self.region, self.observe) as seen:
-            out_leaves, self.out_spec = pytree.tree_flatten(self.own_forward(self.region, *args, **kwargs))
-        self.out_leaves = [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in out_leaves]
-        results = [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
-        self.points = []
-        for path, call in seen:
-            call_leaves, call_spec = pytree.tree_flatten(call)
-            stands_in = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in call_leaves)
-            self.points.append(Point(path, stands_in, call_spec))
-            results += [leaf for leaf in call_leaves if isinstance(leaf, Tensor)]
-        return tuple(results)
-
-
-def _export(
-    flat: _Flat, tensors: list[Tensor], region: str, leaves: list[Any], static: Set[tuple[int, int]]
-) -> torch.export.ExportedProgram:
-    _refuse_foreign(flat.region, region, leaves, "is called with", "pass None there")
-    dims = {(i, dim) for i, t in enumerate(tensors) for dim, size in enumerate(t.shape) if size > 1}
-    # Arithmetic on dynamic sizes may be more than torch.export can solve: then all but the first dims are specialised.
-    attempts = [dims - static, {(i, dim) for i, dim in dims - static if dim == 0}, set()]
-    first: Exception | None = None
-    for dynamic in (each for n, each in enumerate(attempts) if each not in attempts[:n]):
-        shapes = tuple(
-            {dim: torch.export.Dim.AUTO for dim in range(t.ndim) if (i, dim) in dynamic} for i, t in enumerate(tensors)
-        )
-        options: dict[str, Any] = {"dynamic_shapes": (shapes,) if tensors else None, "strict": False}
-        try:
-            with _quiet(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-                return torch.export.export(flat, tuple(t.detach() for t in tensors), **options)
-        except Exception as error:
-            first = first or error
-            if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error):
-                break  # sizes of arguments are not what it is about
-    reason = str(first).strip().split("\n")[0] or type(first).__name__
-    raise CaptureError(
-        f"torch.export cannot capture {_named(region)} ({type(flat.region).__name__}): {reason}"
-    ) from first
-
-
-PLAIN = (Tensor, int, float, bool, str, slice, Enum, torch.dtype, torch.device, torch.memory_format, torch.layout)
-
-
-def _refuse_foreign(module: nn.Module, region: str, leaves: Iterable[Any], does: str, way_out: str) -> None:
-    """Refuse objects at the border of a region that may hold tensors, or change: a graph would keep them for ever."""
-    foreign = sorted({type(leaf).__name__ for leaf in leaves if leaf is not None and not isinstance(leaf, PLAIN)})
-    if foreign:
-        raise CaptureError(
-            f"{_named(region)} ({type(module).__name__}) {does} a {', a '.join(foreign)}, which cannot go in or out "
-            f"of a graph: {way_out}, or turn the option off that makes it (of a cache, `use_cache=False` as a rule)"
-        )
-
-
-def _named(region: str) -> str:
-    return f"region `{region}`" if region else "the model"
-
-
 def _collect(
     program: torch.export.ExportedProgram,
-    flat: _Flat,
+    flat: Flat,
     module: nn.Module,
     region: str,
     leaves: list[Any],
@@ -440,25 +365,3 @@ def at_original_sizes(module: nn.Module, originals: Mapping[str, Tensor] | None)
         return
     with swapped(module, originals):
         yield
-
-
-_CHATTY = ("torch._export.non_strict_utils", "torch.export", "torch.fx", "torch._subclasses.fake_tensor")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.export logs dims it specialises, which the signature says, and failures, which exceptions say.
-
-    Of those it prints the graph so far, too, whatever the level.
-    """
-    loggers = [logging.getLogger(name) for name in _CHATTY]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -32,10 +32,11 @@ from ecospa_fx.signature import autocast_now, call_key, training_flags
 
 from .agree import disagreement, forked_rng
 from .axes import atoms_of, size_of
-from .capture import PLAIN, Captured, Originals, at_original_sizes, capture, storage_key
+from .capture import Captured, Originals, at_original_sizes, capture, storage_key
 from .confirm import EXPERIMENTS, distrusted
 from .descend import Search
 from .discover import Discovery, discover
+from .export import PLAIN
 from .infer import infer
 from .inference import Inference
 from .names import named_tensors, swapped

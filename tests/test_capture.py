@@ -1,0 +1,37 @@
+"""What capture makes of regions that torch.export alone would not give as one wants them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ecospa_fx.passes import export
+from ecospa_fx.passes.capture import capture
+
+
+class Windows(nn.Module):
+    """Pads images to whole windows of 3 x 3, which attend inside, stage after stage."""
+
+    def __init__(self, stages: int) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Linear(4, 4) for _ in range(stages))
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = stage(x)
+            b, h, w, c = x.shape
+            y = nn.functional.pad(x, (0, 0, 0, -w % 3, 0, -h % 3))
+            rows, columns = y.shape[1] // 3, y.shape[2] // 3
+            y = y.view(b, rows, 3, columns, 3, c).transpose(2, 3).reshape(-1, 9, c).softmax(1)
+            y = y.view(b, rows, columns, 3, 3, c).transpose(2, 3).reshape(b, 3 * rows, 3 * columns, c)
+            x = x + y[:, :h, :w]
+        return x
+
+
+def test_dims_that_raise_too_many_questions_are_specialised(monkeypatch) -> None:
+    """Left dynamic, height and width take torch.export minutes, and hours in a model of several stages."""
+    monkeypatch.setattr(export, "GUARDS", 4)
+    captured = capture(Windows(2), (torch.randn(2, 16, 16, 4),), {})
+    ((_, _, (batch, *others)),) = captured.signature.tensors
+    assert type(batch) is not int
+    assert others == [16, 16, 4]
