@@ -55,7 +55,8 @@ class Analysis:
         captured: its graph.
         inference: the axes of that.
         discovery: what can shrink.
-        seconds: wall-clock per pass; no time for a graph that an equal block was captured for.
+        seconds: of computing per pass, other work on the machine aside; none for a graph that an equal block was
+            captured for.
         others: of the same region for its other calls in the same forward, which this graph does not serve.
     """
 
@@ -88,20 +89,20 @@ def analyse(
     seconds = {"export": 0.0, "infer": 0.0, "discover": 0.0}
     static: frozenset[tuple[int, int]] = frozenset()
     while True:
-        start = time.perf_counter()
+        start = time.thread_time()
         captured = capture(module, *call, region=name, static=static, **options)
         captured.shared_outside.update(shared_outside or {})
-        captured_at = time.perf_counter()
+        captured_at = time.thread_time()
         inference = infer(captured, EXPERIMENTS.get())
         seconds["export"] += captured_at - start
-        seconds["infer"] += time.perf_counter() - captured_at
+        seconds["infer"] += time.thread_time() - captured_at
         cutting = _dims_that_cut_parameters(inference)
         if not cutting - static:
             break
         static |= cutting
-    start = time.perf_counter()
+    start = time.thread_time()
     discovery = discover(inference)
-    seconds["discover"] = time.perf_counter() - start
+    seconds["discover"] = time.thread_time() - start
     doubted: set[str] = set()
     while inference.experiments and (more := _doubted(inference, discovery, module, call, options.get("originals"))):
         doubted |= more
@@ -323,7 +324,7 @@ def _shared(
     analysis: Analysis, module: nn.Module, name: str, call: Call, forward: Any, originals: Originals | None
 ) -> Analysis | None:
     """The analysis of an equal block for this one, if it serves its call and agrees with its eager forward."""
-    start = time.perf_counter()
+    start = time.thread_time()
     leaves, spec = pytree.tree_flatten(call)
     # A graph is made without autocast: it may serve any, once it has been compared under that.
     signature = replace(analysis.captured.signature, autocast=autocast_now())
@@ -336,11 +337,11 @@ def _shared(
             if disagreement(captured, module, forward, *call) is not None:
                 return None
     inference = replace(analysis.inference, captured=captured)
-    checked = time.perf_counter()
+    checked = time.thread_time()
     discovery = discover(inference)
     if inference.experiments and _doubted(inference, discovery, module, call, None):
         return None
-    seconds = {"export": checked - start, "infer": 0.0, "discover": time.perf_counter() - checked}
+    seconds = {"export": checked - start, "infer": 0.0, "discover": time.thread_time() - checked}
     return Analysis(name, captured, inference, discovery, seconds)
 
 

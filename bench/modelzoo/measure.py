@@ -58,16 +58,27 @@ def measure(build: Callable[[], Built], budget: float) -> Iterator[Row]:
 
 
 def stir(model: nn.Module) -> None:
-    """Move parameters away from zeros, ones and tiny values, behind which much could go unseen."""
+    """Move parameters away from zeros, ones and tiny values, behind which much could go unseen.
+
+    Matrices are scaled to keep the size of what passes through them: activations that explode drown in rounding what
+    they are to be compared by.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.is_floating_point() or not parameter.numel():
                 continue
-            if parameter.ndim == 1 or float(parameter.abs().max()) < 1e-3 or float(parameter.std()) == 0:
+            if parameter.ndim < 2 or float(parameter.abs().max()) < 1e-3 or float(parameter.std(unbiased=False)) == 0:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
-            elif float(parameter.std()) < 0.05:
-                parameter *= 5
+            if parameter.ndim > 1:
+                parameter *= (summed_over(parameter.shape) * parameter.square().mean()).rsqrt()
+
+
+def summed_over(shape: torch.Size) -> int:
+    """How many entries of a weight of that shape go into one of what it makes, as near as a shape tells."""
+    if shape[0] == 1 or (len(shape) == 3 and shape[2] > 11):  # a table; a stack of matrices, not a kernel
+        return max(shape[1:])
+    return shape[1:].numel()
 
 
 def in_double(model: nn.Module, args: Any, kwargs: Any) -> tuple[nn.Module, Any, Any, torch.dtype]:
