@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from .copies import Copy, check_plan
 from .coupling import Coupling, Selection
-from .errors import NoCouplingError, ShrinkError
+from .errors import CaptureError, NoCouplingError, ShrinkError
 from .passes.confirm import experiments
 from .passes.names import join, named_tensors
 from .passes.regions import Analysis, Captures, choose, shared_outside
@@ -30,7 +30,7 @@ from .passes.selection import mask_of, narrowed, whole
 from .passes.shrink import prepare_tensors
 from .plan import Plan
 from .region import Region, apart, outside_inference
-from .shrinkable import original_class, swap_forward, swap_linears, unswap_forward
+from .shrinkable import original_class, own_forward_aside, swap_forward, swap_linears, unswap_forward
 
 MODEL, REGION = "_ecospa_model", "_ecospa_region"  # keys in a module's __dict__
 
@@ -65,14 +65,26 @@ class CompiledModel:
         return any(region.programs for region in self.regions.values())
 
     def attach(self, model: nn.Module) -> None:
-        """Make `model` capture itself at its first call."""
+        """Make `model` capture itself at its first call.
+
+        Raises:
+            CaptureError: its calls go to a forward on the instance and would not come here.
+        """
+        if "forward" in model.__dict__:
+            raise CaptureError(
+                f"the forward of this {type(model).__name__} has been replaced on the instance, as accelerate does "
+                "for mixed precision, and does not lead here: compile the model before that (before prepare), or "
+                "with example_inputs"
+            )
         model.__dict__[MODEL] = self
         swap_forward(model, MODEL)
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The first call of a model that was compiled without inputs."""
-        self.capture(model, args, kwargs)
-        return model.forward(*args, **kwargs)
+        """The first call of a model that was compiled without inputs; and later ones of whoever kept its forward."""
+        if not self.captured:
+            with own_forward_aside(model):
+                self.capture(model, args, kwargs)
+        return type(model).forward(model, *args, **kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @apart()

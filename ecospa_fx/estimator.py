@@ -15,7 +15,7 @@ from .activations import ActivationScores
 from .api import couplings, is_captured, plan, regions_of
 from .coupling import Coupling
 from .errors import OptimizerError, TargetError
-from .optimizers import several
+from .optimizers import innermost, several
 from .scores import Function, Score, score_named
 from .slices import Key, SliceSums
 from .steps import names_of
@@ -140,6 +140,7 @@ class CoupledEstimator:
                 new_step=another,
             )
 
+        optimizers = tuple(each for optimizer in optimizers for each in innermost(optimizer))
         for number, optimizer in enumerate(optimizers):
             hook = lambda held, *_, number=number: read(number, held)  # noqa: E731
             self._handles.append(optimizer.register_step_pre_hook(hook))

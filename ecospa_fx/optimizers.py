@@ -206,6 +206,11 @@ def layers(optimizer: Any) -> Iterator[Any]:
             yield each
 
 
+def innermost(optimizer: Any) -> list[Any]:
+    """Of an optimizer and those that it wraps the ones that wrap none: their steps are taken whoever calls them."""
+    return [each for each in layers(optimizer) if not any(isinstance(v, Optimizer) for _, v in _attributes(each))]
+
+
 def _attributes(optimizer: Any) -> Iterator[tuple[str, Any]]:
     """What an optimizer holds beside the states and groups of its parameters: name, and what lies under it."""
     for name, value in vars(optimizer).items():

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copyreg
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -81,6 +83,20 @@ def _blank(original: type[nn.Module], attribute: str) -> nn.Module:
 def unswap_forward(module: nn.Module) -> None:
     """Give a module its original class back."""
     module.__class__ = original_class(module)
+
+
+@contextmanager
+def own_forward_aside(module: nn.Module) -> Iterator[None]:
+    """Without the `forward` that someone has set on the instance and that calls the one of its class.
+
+    Accelerate sets one for mixed precision. What we run inside of it must not begin there again.
+    """
+    outer = module.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if outer is not None:
+            module.__dict__["forward"] = outer
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

@@ -160,6 +160,11 @@ def capture(
             f"{described(region)} is called in a way it has not been called in before while the model is being "
             "exported; call the model once with the same arguments before exporting it"
         )
+    if forward is None and "forward" in module.__dict__:
+        raise CaptureError(
+            f"{_named(region)} has a forward on the instance, which its class does not know of: compile the model "
+            "before whatever put it there (accelerate's prepare, a wrapper)"
+        )
     forward = forward or type(module).forward
     on_meta = any(
         t.is_meta for t in (*pytree.tree_leaves((args, kwargs)), *module.parameters()) if isinstance(t, Tensor)

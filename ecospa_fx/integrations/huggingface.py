@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -30,7 +29,7 @@ DIRECTORY = "ecospa_fx"
 """What is saved of a checkpoint's model lies there inside it; `ecospa_fx.load` reads it."""
 
 
-class EcoSpaCallback(TrainerCallback):  # type: ignore[misc]
+class EcoSpaCallback(TrainerCallback):
     """Shrinks the model of a transformers `Trainer` while it trains.
 
     >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[EcoSpaCallback(target=0.5, end=8000)])
@@ -62,7 +61,7 @@ class EcoSpaCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Begin the schedule, or go on with it."""
-        model, optimizer = given["model"], _inner(given["optimizer"])
+        model = given["model"]
         source = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / DIRECTORY
         if state.global_step and self.trainer is None:
             if not source.is_dir():
@@ -72,7 +71,7 @@ class EcoSpaCallback(TrainerCallback):  # type: ignore[misc]
                 )
             rebuild(reading(source, read_model), lambda: model, None)
         if self.trainer is None:
-            self.trainer = EcoSpaTrainer(model, optimizer, **self.settings)
+            self.trainer = EcoSpaTrainer(model, given["optimizer"], **self.settings)
             if state.global_step:
                 resume(source, model, trainer=self.trainer, rng=False)  # the Trainer has its own for the rest
 
@@ -100,12 +99,6 @@ class EcoSpaCallback(TrainerCallback):  # type: ignore[misc]
         if args.should_save:
             directory = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / DIRECTORY
             save(given["model"], directory, trainer=self.trainer)
-
-
-def _inner(optimizer: Any) -> Optimizer:
-    """The optimizer that accelerate has wrapped."""
-    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return inner
 
 
 def _pass_over(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
