@@ -172,9 +172,7 @@ class Watch:
                 self._writer.add_scalar(name, value, step)
 
     def _shown(self, loss: float, size: int) -> str:
-        scored = [entry["importance"] for entry in self.trainer.history[-1:] if entry["importance"]]
-        spread = f"  importance {min(scored[0].values()):.0e} to {max(scored[0].values()):.0e}" if scored else ""
-        return f"loss {loss:.3f}  size x {size / self._whole:.2f}{spread}"
+        return f"loss {loss:.3f}  size x {size / self._whole:.2f}{importance_range(self.trainer)}"
 
     def table(self) -> Table:
         """The shrinks so far: size, what went, and the loss around each."""
@@ -202,6 +200,12 @@ class Watch:
         from .report.training import training_of
 
         return training_of(self.trainer, self.losses, sizes=self.sizes)
+
+
+def importance_range(trainer: EcoSpaTrainer) -> str:
+    """What the least and the most important coupling scored at the last shrink, as a progress display shows it."""
+    scored = [entry["importance"].values() for entry in trainer.history[-1:] if entry["importance"]]
+    return f"  importance {min(scored[0]):.0e} to {max(scored[0]):.0e}" if scored else ""
 
 
 def _mean(values: list[float]) -> str:

@@ -143,10 +143,14 @@ def test_train_on_text_writes_model_curves_and_report(capsys, here):
     (here / "run.toml").write_text('steps = 12\nbatch-size = 2\ncontext = 16\ntext = "book.txt"\ntarget = 0.9\n')
     code, out, err = run(
         capsys, "train", "hf/gpt2", "--config", "run.toml", "--target", "0.6", "--trainer", "top_k=0.5", "--out", "run",
-        "--json",
+        "--json", "--tensorboard", "board",
     )  # fmt: skip
     assert (code, err) == (0, "")
     document = json.loads(out)
+    assert list((here / "board").iterdir())
+    lines = [json.loads(line) for line in (here / "run/history.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "event" not in line] == list(range(1, 13))
+    assert sum(line.get("event") == "shrink" for line in lines) == document["shrinks"]
     assert document["parameters"] <= 0.61 * document["original_parameters"]  # the command line wins over the file
     training = json.loads((here / "run/training.json").read_text())
     assert len(training["loss"]) == 12 and training["sizes"][-1] == document["parameters"]

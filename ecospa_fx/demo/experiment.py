@@ -19,6 +19,7 @@ from ecospa_fx.demo.reload import reload_in_new_process, save_check
 from ecospa_fx.demo.report import rows_of, table_of, write_results
 from ecospa_fx.demo.timing import step_time_ratios
 from ecospa_fx.demo.train import Run, start_run, train
+from ecospa_fx.watch import importance_range
 
 RECENT = 20
 """Steps over which the progress line averages."""
@@ -67,7 +68,8 @@ def _train(run: Run, corpus: Corpus, options: Options, progress: Progress) -> No
     for step in train(run, corpus, options):
         loss = sum(run.losses[-RECENT:]) / len(run.losses[-RECENT:])
         recent = 1e3 * sum(run.seconds[-RECENT:]) / len(run.seconds[-RECENT:])
-        shown = f"loss {loss:.3f}  {run.sizes[-1]:>9,} parameters  {recent:3.0f} ms"
+        importance = "" if run.trainer is None else importance_range(run.trainer)
+        shown = f"loss {loss:.3f}  {run.sizes[-1]:>9,} parameters  {recent:3.0f} ms{importance}"
         progress.update(bar, completed=step, shown=shown)
     progress.console.print(
         f"{run.name}: {run.sizes[-1]:,} parameters, validation loss {run.final_loss:.3f} nats per byte, "
