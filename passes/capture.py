@@ -162,7 +162,7 @@ def capture(
         )
     if forward is None and "forward" in module.__dict__:
         raise CaptureError(
-            f"{_named(region)} has a forward on the instance, which its class does not know of: compile the model "
+            f"{described(region)} has a forward on the instance, which its class does not know of: compile the model "
             "before whatever put it there (accelerate's prepare, a wrapper)"
         )
     forward = forward or type(module).forward
