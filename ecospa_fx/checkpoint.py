@@ -24,7 +24,7 @@ from .errors import CheckpointError, EcoSpaError
 from .rebuild import read_model, rebuild, write_model
 from .saves import reading, saving
 from .trainer import EcoSpaTrainer
-from .training_state import Training, listed, read_training, resume_training, write_training
+from .training_state import Training, listed, named, read_training, resume_training, write_training
 
 
 def save(
@@ -35,7 +35,7 @@ def save(
     trainer: EcoSpaTrainer | None = None,
     scheduler: Any = None,
     scaler: Any = None,
-    also: Mapping[str, Any] | None = None,
+    also: Mapping[str, Any] | Iterable[Any] | None = None,
 ) -> None:
     """Write a compiled model, and what it takes to go on training it, to a directory.
 
@@ -49,7 +49,7 @@ def save(
         trainer: its schedule and scores go along.
         scheduler: a learning-rate scheduler, or several.
         scaler: a `torch.amp.GradScaler`.
-        also: anything else by name: averaged weights, a data loader (whatever has `state_dict` and
+        also: anything else, by name or as a list: averaged weights, a data loader (whatever has `state_dict` and
             `load_state_dict`), `torch.Generator`, `numpy.random.Generator`, `random.Random`.
 
     Raises:
@@ -58,7 +58,7 @@ def save(
         CheckpointError: something cannot be saved without pickle, or another process is saving there.
     """
     compiled = _compiled(model)
-    training = Training(listed(optimizer), listed(scheduler), scaler, trainer, also or {})
+    training = Training(listed(optimizer), listed(scheduler), scaler, trainer, named(also))
     for each in training.optimizer:
         check_optimizer(model, each)
     with saving(Path(directory)) as draft:
@@ -100,7 +100,7 @@ def resume(
     trainer: EcoSpaTrainer | None = None,
     scheduler: Any = None,
     scaler: Any = None,
-    also: Mapping[str, Any] | None = None,
+    also: Mapping[str, Any] | Iterable[Any] | None = None,
     rng: bool = True,
 ) -> None:
     """Give what was made for a loaded model the state it was saved with: training goes on as if it had never stopped.
@@ -123,7 +123,7 @@ def resume(
         OptimizerError: an optimizer holds none of the model's parameters.
     """
     compiled, source = _compiled(model), Path(directory)
-    training = Training(listed(optimizer), listed(scheduler), scaler, trainer, also or {})
+    training = Training(listed(optimizer), listed(scheduler), scaler, trainer, named(also))
     for each in training.optimizer:
         check_optimizer(model, each)
     saved, digest = reading(source, lambda save: (read_training(save, training, rng), save.digest))

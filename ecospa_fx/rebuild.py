@@ -98,6 +98,7 @@ def write_model(draft: Draft, model: nn.Module, compiled: CompiledModel) -> None
             "frozen": [name for name, p in held.items() if isinstance(p, nn.Parameter) and not p.requires_grad],
             "aliases": aliases,
             "layouts": layouts,
+            "withheld": {name: marks for name, region in compiled.regions.items() if (marks := region.marks())},
             "extra": extra,
             "implementations": _implementations(config) if written else {},
         },
@@ -113,7 +114,8 @@ def read_model(save: Save) -> Saved:
     about = save.document("model.json")
     kinds: dict[str, Any] = {
         "class": str, "regions": list, "how": (str, list), "experiments": bool, "given_up": dict, "training": bool,
-        "other_mode": list, "frozen": list, "aliases": dict, "layouts": dict, "extra": dict, "implementations": dict,
+        "other_mode": list, "frozen": list, "aliases": dict, "layouts": dict, "withheld": dict, "extra": dict,
+        "implementations": dict,
     }  # fmt: skip
     for key, kind in kinds.items():
         if not isinstance(about.get(key), kind):
@@ -160,6 +162,7 @@ def rebuild(saved: Saved, factory: Callable[[], nn.Module] | None, device: torch
         model.__dict__[MODEL] = compiled
         for name in about["regions"]:
             compiled.regions[name] = Region(name, compiled, shared_outside(model, name))
+            compiled.regions[name].withheld = frozenset(map(str, about["withheld"].get(name, ())))
         compiled.route(model)
     else:
         compiled.attach(model)

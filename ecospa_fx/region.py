@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -65,6 +66,7 @@ class Region:
         self.discoveries: list[Discovery] = []
         self.routes: dict[Any, Signature] = {}  # calls seen before
         self.watcher: Watcher | None = None
+        self.withheld: frozenset[str] = frozenset()  # what calls met before a save could not follow
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: generated code is made anew from the plan, at the next call."""
@@ -232,6 +234,8 @@ class Region:
 
     def _followed(self, found: Found, kept: Kept, context: Atom | None = None) -> bool:
         """Whether every graph can follow a coupling of the first one, or (`context`) one that differs by context."""
+        if self.withheld and _mark(found, context) in self.withheld:
+            return False
         for program, discovery in zip(self.programs[:-1], self.discoveries[:-1], strict=True):
             if any(
                 found.key == other.key and (context is None or found.context_key == other.context_key)
@@ -253,6 +257,17 @@ class Region:
             except PinnedAxisError:
                 return False
         return True
+
+    def marks(self) -> list[str]:
+        """What some call cannot follow, so that it is known also before such a call is met again."""
+        marks = set(self.withheld)
+        if len(self.programs) > 1:
+            kept = self.kept(self.programs[-1])
+            for found in self.discoveries[-1].couplings:
+                for context in (None, found.context):
+                    if not self._followed(found, kept, context):
+                        marks.add(_mark(found, context))
+        return sorted(marks)
 
     def write(self, plan: Plan, kept: Kept) -> None:
         """Write into `plan` what the first graph's parameters keep under a selection of its atoms."""
@@ -366,6 +381,12 @@ def _by_part(expr: Expr, atom: Atom) -> Iterator[tuple[int | None, Tensor]]:
             here[start:stop] = index[start:stop]
             yield (i if len(carrying) > 1 else None), here
         start = stop
+
+
+def _mark(found: Found, context: Atom | None) -> str:
+    """What a coupling, or that it may differ by context, is known by: where it lies on the parameters."""
+    where = found.key if context is None else (found.key, found.context_key)
+    return hashlib.sha256(repr(where).encode()).hexdigest()[:16]
 
 
 def shared_prefix(a: str, b: str) -> int:

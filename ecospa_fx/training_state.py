@@ -61,7 +61,13 @@ def listed(given: Any) -> tuple[Any, ...]:
     """One thing, several or none, as several."""
     if given is None:
         return ()
-    return tuple(given) if isinstance(given, Iterable) else (given,)
+    several = isinstance(given, Iterable) and not hasattr(given, "state_dict")
+    return tuple(given) if several else (given,)
+
+
+def named(given: Any) -> Mapping[str, Any]:
+    """Things by name; those of a list by their place."""
+    return given if isinstance(given, Mapping) else {str(i): thing for i, thing in enumerate(listed(given))}
 
 
 def write_training(draft: Draft, model: nn.Module, training: Training) -> None:

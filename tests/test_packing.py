@@ -300,8 +300,12 @@ def test_generators_and_averages_go_on(base, tmp_path):
     assert int(new["average"].n_averaged) == 1
     with pytest.raises(errors.CheckpointError, match=r"holds no state of also\['loader'\], only of also\['average'\]"):
         ecospa_fx.resume(tmp_path, loaded, also={"loader": torch.Generator()})
+    ecospa_fx.save(base, tmp_path / "listed", also=[average, held["torch"]])
+    loaded = ecospa_fx.load(tmp_path / "listed", Net)
+    ecospa_fx.resume(tmp_path / "listed", loaded, also=[torch.optim.swa_utils.AveragedModel(loaded), new["torch"]])
+    assert torch.equal(new["torch"].get_state(), held["torch"].get_state())
     before = torch.get_rng_state()
-    ecospa_fx.resume(tmp_path, loaded, rng=False)
+    ecospa_fx.resume(tmp_path / "listed", loaded, rng=False)
     assert torch.equal(before, torch.get_rng_state())
 
 

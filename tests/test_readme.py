@@ -6,7 +6,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+import ecospa_fx
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(python|text)\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -30,7 +33,29 @@ def test_the_code_runs_and_prints_what_it_says(tmp_path, monkeypatch, capsys):
             exec(text, names)
         else:
             assert settled(capsys.readouterr().out) == settled(text)
-    assert len(BLOCKS) == 14
+    assert len(BLOCKS) == 15
+
+
+def test_a_save_can_be_read_without_the_library(tmp_path, monkeypatch, capsys):
+    """With the code in docs/checkpoints.md."""
+    monkeypatch.chdir(tmp_path)
+    up, down = torch.nn.Linear(6, 10), torch.nn.Linear(10, 6)
+    model = torch.nn.Sequential(up, torch.nn.ReLU(), down)
+    whole = up.weight.detach().clone()
+    ecospa_fx.compile(model, example_inputs=(torch.ones(2, 6),))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    model(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    ecospa_fx.shrink(model, {"ffn": torch.tensor([1, 3, 7])}, optimizer=optimizer)
+    ecospa_fx.save(model, "run", optimizer=optimizer)
+    (text,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "checkpoints.md").read_text(), flags=re.DOTALL)
+    assert "import ecospa_fx" not in text
+    names = {}
+    exec(text, names)
+    mask = torch.zeros(10, 1, dtype=torch.bool)
+    mask[[1, 3, 7]] = True
+    assert torch.equal(names["original"]["0.weight"], whole * mask)
+    assert capsys.readouterr().out.startswith("0.weight [3, 6] {'step': torch.Size([]), 'exp_avg': torch.Size([3, 6])")
 
 
 def settled(text):
