@@ -168,7 +168,8 @@ def laid_out(tensor: Tensor, where: str) -> tuple[Tensor, dict[str, Any]]:
     if flat.is_complex():
         flat, layout["complex"] = torch.view_as_real(flat.resolve_conj()), True
     # Where strides are equal, a dim of one entry lies inside the one that has several.
-    order = sorted(range(tensor.ndim), key=lambda dim: (-tensor.stride(dim), tensor.shape[dim] == 1))
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda dim: (-strides[dim], tensor.shape[dim] == 1))
     if order != list(range(tensor.ndim)) and tensor.permute(order).is_contiguous():
         layout["order"] = order
     flat = flat.cpu().contiguous()

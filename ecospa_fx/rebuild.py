@@ -9,7 +9,6 @@ config.json          where the model has a Hugging Face config
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .compiled import MODEL, CompiledModel
+from .configs import config_text, from_config, implementations
 from .errors import CheckpointError
 from .packing import Packer, Unpacker, as_laid_out, laid_out
 from .passes.names import join, named_tensors
@@ -80,10 +80,9 @@ def write_model(draft: Draft, model: nn.Module, compiled: CompiledModel) -> None
     }
     if packer.tensors:
         draft.tensors("extra.safetensors", packer.tensors)
-    config = getattr(model, "config", None)
-    written = config is not None and hasattr(config, "to_json_string")
-    if written:
-        draft.text("config.json", config.to_json_string(use_diff=False))
+    config = config_text(model)
+    if config is not None:
+        draft.text("config.json", config)
     draft.document(
         "model.json",
         {
@@ -100,7 +99,7 @@ def write_model(draft: Draft, model: nn.Module, compiled: CompiledModel) -> None
             "layouts": layouts,
             "withheld": {name: marks for name, region in compiled.regions.items() if (marks := region.marks())},
             "extra": extra,
-            "implementations": _implementations(config) if written else {},
+            "implementations": implementations(model),
         },
     )
 
@@ -120,8 +119,9 @@ def read_model(save: Save) -> Saved:
     for key, kind in kinds.items():
         if not isinstance(about.get(key), kind):
             raise CheckpointError(f"{save.directory / 'model.json'} has no `{key}`, or one of another kind")
-    for key in ("regions", "other_mode", "frozen"):
-        if not all(isinstance(name, str) for name in about[key]):
+    names = {**{key: about[key] for key in ("regions", "other_mode", "frozen")}, "aliases": about["aliases"].values()}
+    for key, held in names.items():
+        if not all(isinstance(name, str) for name in held):
             raise CheckpointError(f"{save.directory / 'model.json'} has a `{key}` that holds no names")
     flat = save.tensors("model.safetensors")
     passing = save.tensors("buffers.safetensors") if "buffers.safetensors" in save.files else {}
@@ -143,16 +143,19 @@ def rebuild(saved: Saved, factory: Callable[[], nn.Module] | None, device: torch
     Raises:
         CheckpointError: the factory makes another model than the saved one, or there is none and no config.
     """
+    about = saved.about
     with undrawn():
-        model = factory() if factory is not None else _from_config(saved)
+        if factory is not None:
+            model = factory()
+        else:
+            model = from_config(about["class"], saved.config, about["implementations"], saved.where)
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"the factory made a {type(model).__name__}; it must make the original model")
-    if MODEL in model.__dict__:
-        if model.__dict__[MODEL].plan.original_shapes:
-            raise CheckpointError("the factory made a model that has shrunk already; it must make the original one")
-        restore(model)
+    if MODEL in model.__dict__ and model.__dict__[MODEL].plan.original_shapes:
+        raise CheckpointError("the factory made a model that has shrunk already; it must make the original one")
     _check_fits(model, saved)
-    about = saved.about
+    if MODEL in model.__dict__:
+        restore(model)
     _fill(model, saved, device)
     for name, module in model.named_modules():
         module.training = about["training"] != (name in about["other_mode"])
@@ -162,7 +165,7 @@ def rebuild(saved: Saved, factory: Callable[[], nn.Module] | None, device: torch
         model.__dict__[MODEL] = compiled
         for name in about["regions"]:
             compiled.regions[name] = Region(name, compiled, shared_outside(model, name))
-            compiled.regions[name].withheld = frozenset(map(str, about["withheld"].get(name, ())))
+            compiled.regions[name].withheld = frozenset(map(str, about["withheld"].get(name) or ()))
         compiled.route(model)
     else:
         compiled.attach(model)
@@ -237,6 +240,9 @@ def _check_fits(model: nn.Module, saved: Saved) -> None:
             model.get_submodule(name)
         except AttributeError:
             raise CheckpointError(f"the saved model has a region `{name}`, this {kind} has none") from None
+    for path in saved.extra:
+        if path not in dict(model.named_modules()):
+            raise CheckpointError(f"the saved model has state of a module `{path}`, this {kind} has none")
     for path, module in model.named_modules():
         for attribute, value in module.__dict__.items():
             if isinstance(value, Tensor) and value.is_meta:
@@ -325,69 +331,3 @@ def _is_part(tensor: Tensor) -> bool:
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     return (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
-
-
-def _implementations(config: Any) -> dict[str, dict[str, str]]:
-    """Which attention and which experts a configuration and those below it chose; config.json does not say."""
-    chosen: dict[str, dict[str, str]] = {}
-    for path, each in _configs(config):
-        for what in IMPLEMENTATIONS:
-            if isinstance(value := each.__dict__.get(f"_{what}_implementation_internal"), str):
-                chosen.setdefault(path, {})[what] = value
-    return chosen
-
-
-IMPLEMENTATIONS = ("attn", "experts")
-
-
-def _configs(config: Any, path: str = "") -> list[tuple[str, Any]]:
-    below = [(name, getattr(config, name, None)) for name in getattr(config, "sub_configs", {})]
-    return [(path, config)] + [
-        each for name, sub in below if hasattr(sub, "to_json_string") for each in _configs(sub, join(path, name))
-    ]
-
-
-def _from_config(saved: Saved) -> nn.Module:
-    """A Hugging Face model from its config alone. Nothing is fetched, and no code in the directory runs."""
-    name = saved.about["class"]
-    if saved.config is None:
-        raise CheckpointError(
-            f"{saved.where} has no config.json to rebuild a {name} from; pass a factory, a function that makes "
-            "the original model: load(directory, lambda: MyModel())"
-        )
-    import transformers
-
-    cls = getattr(transformers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise CheckpointError(f"transformers has no model class {name}; pass a factory")
-    try:
-        config = cls.config_class.from_dict(_checked_config(saved))
-        for path, each in _configs(config):
-            chosen = saved.about["implementations"].get(path, {})
-            for what in IMPLEMENTATIONS:
-                each.__dict__[f"_{what}_implementation_internal"] = _local(chosen.get(what), saved)
-        model: nn.Module = cls(config)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise CheckpointError(
-            f"{saved.where}/config.json makes no {name}: {type(error).__name__}: {first}; pass a factory"
-        ) from error
-    return model
-
-
-def _checked_config(saved: Saved) -> dict[str, Any]:
-    from .documents import parsed
-
-    document = parsed(saved.config or "", f"{saved.where}/config.json")
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{saved.where}/config.json cannot be read: it holds no object")
-    return document
-
-
-def _local(implementation: Any, saved: Saved) -> str | None:
-    """An implementation by a name that is no address to fetch code from."""
-    if implementation is not None and not re.fullmatch(r"[A-Za-z0-9_]+", str(implementation)):
-        raise CheckpointError(f"{saved.where} was saved with the kernels {implementation!r}; pass a factory")
-    return implementation

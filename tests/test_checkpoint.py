@@ -262,6 +262,11 @@ DAMAGE = {
     ),
     "region no name": (hostile(ABOUT, edited(lambda a: a["regions"].append(3))), "has a `regions` that holds no names"),
     "no regions": (hostile(ABOUT, edited(lambda a: a.pop("regions"))), "has no `regions`, or one of another kind"),
+    "alias no name": (hostile(ABOUT, edited(lambda a: a.update(aliases={"head.weight": [1]}))), "has a `aliases` that"),
+    "state of no module": (
+        hostile(ABOUT, edited(lambda a: a.update(extra={"layers.7": 1}))),
+        "the saved model has state of a module `layers.7`, this Net has none",
+    ),
     "alias of nothing": (
         hostile(ABOUT, edited(lambda a: a.update(aliases={"head.weight": "nothing"}))),
         "`head.weight` is saved as `nothing`, which is not there",
