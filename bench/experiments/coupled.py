@@ -14,6 +14,8 @@ random      aligned; couplings and their entries at random: the control
 
 from __future__ import annotations
 
+import math
+
 from .results import RESULTS, arguments, curves, difference, dots, grouped, over_dense_table, run, show
 from .runs import Job, Variant
 from .tasks import Text
@@ -54,8 +56,12 @@ def main() -> None:
     ]
     rows = run("coupled", jobs, options)
     for row in rows:
+        row["perplexity"] = math.exp(row["loss"])
         row["panel"] = f"{row['title']}\n{row.get('removed')} removed {row.get('when')}"
-    show("GPT-2, loss in nats per byte", over_dense_table(rows, "title", "removed", "when", "variant"))
+    show(
+        "GPT-2, loss in nats per byte",
+        over_dense_table(rows, "title", "removed", "when", "variant", also=("perplexity",)),
+    )
     for (removed, when), group in grouped(
         [row for row in rows if row["variant"] != "dense"], "removed", "when"
     ).items():

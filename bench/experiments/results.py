@@ -97,7 +97,7 @@ def over_dense_table(rows: Sequence[Row], *keys: str, also: Sequence[str] = ()) 
     for values, group in grouped(rows, *keys).items():
         first = next(row for row in rows if row["title"] == group[0]["title"] and row["variant"] == "dense")
         table.add_row(
-            *map(str, values),
+            *("" if value is None else str(value) for value in values),
             str(len(group)),
             f"{statistics.mean(row['parameters'] for row in group) / first['parameters']:.3f}",
             f"{statistics.mean(row['loss'] for row in group):.3f}",
@@ -119,10 +119,14 @@ def dots(
 ) -> None:
     """A panel per value of `panel`; in each a dot per run over the values of `across`, and a bar at their mean."""
     panels = grouped([row for row in rows if row["variant"] != "dense"], panel)
-    figure = Figure(figsize=(max(7.0, 3.0 * len(panels)), 4.4), dpi=120, layout="constrained")
+    across_page = min(4, len(panels))
+    down = -(-len(panels) // across_page)
+    figure = Figure(figsize=(max(7.0, 3.0 * across_page), 3.9 * down), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, ((name,), members) in zip(axes, panels.items()):
+    axes = figure.subplots(down, across_page, sharey="row", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, ((name,), members) in zip(axes.flat, panels.items()):
         for place, ((value,), runs) in enumerate(grouped(members, across).items()):
             colour = COLOURS.get(str(value), "#0072b2")
             heights = [row["over_dense"] for row in runs]
@@ -134,7 +138,8 @@ def dots(
         axis.axhline(0, color="#7f7f7f", linewidth=1)
         axis.grid(alpha=0.25, axis="y")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel(label)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(label)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path)
 
