@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from .activations import ActivationScores
 from .api import couplings, is_captured, plan, regions_of
 from .coupling import Coupling
-from .errors import OptimizerError, TargetError
-from .optimizers import innermost, several
+from .errors import TargetError
+from .optimizers import innermost, second_moments, several
 from .scores import Function, Score, score_named
-from .slices import Key, SliceSums
+from .slices import Key, SliceSums, Window
 from .steps import names_of
 
 
@@ -80,10 +80,11 @@ class CoupledEstimator:
         self._slices: SliceSums | None = None
         self._last: tuple[Any, ...] = (None, None)  # the couplings and the sums that _slices was made for
         self._positions: dict[Key, Tensor] = {}  # original positions of what _slices scores, where not all
-        self._recent: deque[dict[Key, Tensor]] = deque(maxlen=window)
+        self._window = None if window is None else Window(window)
         self._skipped: Tensor | None = None
         self._handles: list[Any] = []
         self._fired: dict[str, int] = {}
+        self._held: dict[Key, Tensor] | None = None
         self._flows: ActivationScores | None = None
         self._look()
 
@@ -197,7 +198,8 @@ class CoupledEstimator:
         self.steps = 0
         self._fired.clear()
         self.sums.clear()
-        self._recent.clear()
+        if self._window is not None:
+            self._window.steps.clear()
         if self._slices is not None:
             self._slices.zero()
         if self._flows is not None:
@@ -250,7 +252,7 @@ class CoupledEstimator:
         if self.score.reads in ("activations", "attention"):
             seen = self._seen_of(coupling, by_context)
             return torch.ones(shape, dtype=torch.float64) if seen is None else seen
-        means, matrices = self._means(), []
+        means, matrices = self._means() if self._held is None else self._held, []
         for member in coupling.members:
             if member.matrix and (member.parameter, member.dim) in means:
                 owned = member.index >= 0
@@ -261,6 +263,15 @@ class CoupledEstimator:
                 matrices.append(torch.zeros(rows * coupling.size, dtype=torch.float64).index_add_(0, place, worth))
         total = torch.stack(matrices).mean(0) if matrices else torch.ones(rows * coupling.size, dtype=torch.float64)
         return total.view(shape)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """`entries` of all couplings from sums that are read, and added up over ranks, once."""
+        self._held = self._means() if self.score.reads in ("gradients", "weights", "optimizer") else None
+        try:
+            yield
+        finally:
+            self._held = None
 
     def _seen_of(self, coupling: Coupling, by_context: bool = False) -> Tensor | None:
         return None if self._flows is None else self._flows.entries(coupling, by_context=by_context)
@@ -277,7 +288,7 @@ class CoupledEstimator:
         if self.sums and is_captured(self.model):
             self._ready()  # without what a shrink since then has removed
         tensors = {f"{name}[{dim}]": sums for (name, dim), sums in self.sums.items()}
-        for i, step in enumerate(self._recent):
+        for i, step in enumerate(self._window.steps if self._window is not None else ()):
             tensors |= {f"step {i}: {name}[{dim}]": sums for (name, dim), sums in step.items()}
         if self._skipped is not None:
             tensors["skipped"] = self._skipped
@@ -288,23 +299,18 @@ class CoupledEstimator:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self.steps, self._fired = state["steps"], dict(state.get("fired", {}))
-        self.sums, self._skipped = {}, None
-        self._recent.clear()
-        flows = {}
+        self.sums, self._skipped = {}, state["tensors"].get("skipped")
+        steps: dict[int, dict[Key, Tensor]] = {}
+        flows = {name: tensor for name, tensor in state["tensors"].items() if name.startswith("flow ")}
         for name, tensor in state["tensors"].items():
-            if name.startswith("flow "):
-                flows[name] = tensor
-            elif name == "skipped":
-                self._skipped = tensor
-            else:
+            if name not in flows and name != "skipped":
                 step, _, label = name.rpartition(": ")
-                key = label[: label.rindex("[")], int(label[label.rindex("[") + 1 : -1])
-                if not step:
-                    self.sums[key] = tensor
-                    continue
-                while len(self._recent) <= int(step.split()[1]):
-                    self._recent.append({})
-                self._recent[int(step.split()[1])][key] = tensor
+                parameter, _, dim = label.removesuffix("]").rpartition("[")
+                held = steps.setdefault(int(step.split()[1]), {}) if step else self.sums
+                held[parameter, int(dim)] = tensor
+        if self._window is not None:
+            self._window.steps.clear()
+            self._window.steps.extend(steps[i] for i in sorted(steps))
         self._look()
         if flows and self._flows is not None:
             self._flows.load_state_dict(flows)
@@ -323,10 +329,11 @@ class CoupledEstimator:
             self._add(parameters, parameters, decay=0.0)
         elif self.score.reads == "optimizer":
             self.sums.clear()
-            self._add(self._second_moments(), parameters, decay=0.0)
-        elif self.window is not None:
+            scored = {member.parameter for c in couplings(self.model) for member in c.members if member.matrix}
+            self._add(second_moments(self.model, self.optimizers, scored), parameters, decay=0.0)
+        elif self._window is not None:
             for key, view in self.sums.items():
-                view.copy_(sum((step[key] for step in self._recent if key in step), torch.zeros_like(view)))
+                view.copy_(self._window.sum(key, view))
         self._ready()
         whole = self._slices.reduced() if self._slices is not None else {}
         steps = self._weight()
@@ -336,34 +343,12 @@ class CoupledEstimator:
             for name, dim in self.sums
         }
 
-    def _second_moments(self) -> dict[str, Tensor]:
-        """The roots of Adam's second moments, bias-corrected: their squares are what a slice is summed over."""
-        found = {}
-        for optimizer in self.optimizers:
-            betas = {id(p): group.get("betas", (0.0, 0.0)) for group in optimizer.param_groups for p in group["params"]}
-            for name, parameter in self.model.named_parameters():
-                state = optimizer.state.get(parameter, {})
-                moment = state.get("exp_avg_sq")
-                if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-                    fade = float(betas[id(parameter)][1])
-                    found[name] = (moment / (1.0 - fade ** float(state.get("step", 1)))).sqrt()
-        scored = {member.parameter for c in couplings(self.model) for member in c.members if member.matrix}
-        if not scored & found.keys():
-            held = sorted({key for each in self.optimizers for state in each.state.values() for key in state})
-            kinds = " and ".join(type(each).__name__ for each in self.optimizers)
-            who = f"this {kinds} holds" if len(self.optimizers) == 1 else f"these, {kinds}, hold"
-            raise OptimizerError(
-                f'score="adam" reads `exp_avg_sq` of the weights\' optimizer, but {who} '
-                f"{', '.join(held) or 'nothing yet'}; take a step first, use an Adam, or another score"
-            )
-        return found
-
     def _weight(self) -> float:
         """What the sums are divided by: the steps, or what an average that began at 0 lacks."""
         if self.score.reads != "gradients":
             return 1.0
-        if self.window is not None:
-            return max(1, len(self._recent))
+        if self._window is not None:
+            return max(1, len(self._window.steps))
         steps = max(self.steps - (0 if self._skipped is None else int(self._skipped)), 1)
         return steps if self.decay is None else 1.0 - self.decay**steps
 
@@ -379,7 +364,7 @@ class CoupledEstimator:
         slices = self._ready()
         if decay is None:
             decay = 1.0 if self.decay is None else self.decay
-            decay = 0.0 if self.window is not None else decay  # each step on its own, see `_record`
+            decay = 0.0 if self._window is not None else decay  # each step on its own, see `Window`
         gain = 1.0 if self.decay is None or self.score.reads != "gradients" else 1.0 - self.decay
         if self._by_function:
             # The kernel sums squares: of the roots of what the function says.
@@ -393,17 +378,9 @@ class CoupledEstimator:
             for dim in slices.dims.get(name, ()):
                 if (name, dim) not in self.sums:
                     self.sums[name, dim] = slices.views[name, dim]
-        if self.window is not None and self.score.reads == "gradients":
-            self._record(tensors, new_step, found_inf)
-
-    def _record(self, tensors: dict[str, Tensor], new_step: bool, found_inf: Tensor | None) -> None:
-        """Keep what this step added on its own, so that it can be taken out again."""
-        if found_inf is not None and bool(found_inf):
-            return
-        if new_step or not self._recent:
-            self._recent.append({})
-        step = self._recent[-1]
-        step |= {key: view.clone() for key, view in self.sums.items() if key[0] in tensors}
+        if self._window is not None and self.score.reads == "gradients":
+            added = {key: view for key, view in self.sums.items() if key[0] in tensors}
+            self._window.add(added, new_step, found_inf)
 
     @property
     def _by_function(self) -> bool:
@@ -438,20 +415,20 @@ class CoupledEstimator:
         scored = {name: along for name, along in dims.items() if name in parameters}
         slices = SliceSums(parameters, scored, weighted=self.score.name == "taylor_squared")
         carried = {key: old for key, old in self.sums.items() if key in slices.views}
+
+        def left(key: Key, old: Tensor) -> Tensor:
+            if old.shape == slices.views[key].shape:
+                return old
+            then = before[key] if key in before else torch.arange(len(old))
+            return old[torch.isin(then, kept[key]).to(old.device)]
+
         for key, old in carried.items():
-            new = slices.views[key]
-            if old.shape != new.shape:
-                now = kept[key]
-                then = before[key] if key in before else torch.arange(len(old))
-                old = old[torch.isin(then, now).to(old.device)]
-            new.copy_(old)
-        for step in self._recent:
+            slices.views[key].copy_(left(key, old))
+        for step in self._window.steps if self._window is not None else ():
             for key in list(step):
-                if key not in slices.views:
-                    del step[key]
-                elif step[key].shape != slices.views[key].shape:
-                    then = before[key] if key in before else torch.arange(len(step[key]))
-                    step[key] = step[key][torch.isin(then, kept[key]).to(step[key].device)]
+                old = step.pop(key)
+                if key in slices.views:
+                    step[key] = left(key, old)
         self.sums = {key: slices.views[key] for key in carried}
         self._slices, self._last, self._positions = slices, (found[0], self.sums), kept
         return slices

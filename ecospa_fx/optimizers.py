@@ -11,7 +11,7 @@ running norms of whole tensors, which then forget in their own time what has gon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,6 +204,32 @@ def layers(optimizer: Any) -> Iterator[Any]:
             seen.append(each)
             queue.extend(leaf for _, leaf in _attributes(each) if isinstance(leaf, Optimizer))
             yield each
+
+
+def second_moments(model: nn.Module, optimizers: Sequence[Optimizer], wanted: Collection[str]) -> dict[str, Tensor]:
+    """The roots of Adam's second moments by parameter name, bias-corrected.
+
+    Raises:
+        OptimizerError: the optimizers hold none for any of the parameters that are wanted.
+    """
+    found = {}
+    for optimizer in optimizers:
+        betas = {id(p): group.get("betas", (0.0, 0.0)) for group in optimizer.param_groups for p in group["params"]}
+        for name, parameter in model.named_parameters():
+            state = optimizer.state.get(parameter, {})
+            moment = state.get("exp_avg_sq")
+            if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+                fade = float(betas[id(parameter)][1])
+                found[name] = (moment / (1.0 - fade ** float(state.get("step", 1)))).sqrt()
+    if not found.keys() & set(wanted):
+        held = sorted({key for each in optimizers for state in each.state.values() for key in state})
+        kinds = " and ".join(type(each).__name__ for each in optimizers)
+        who = f"this {kinds} holds" if len(optimizers) == 1 else f"these, {kinds}, hold"
+        raise OptimizerError(
+            f'score="adam" reads `exp_avg_sq` of the weights\' optimizer, but {who} '
+            f"{', '.join(held) or 'nothing yet'}; take a step first, use an Adam, or another score"
+        )
+    return found
 
 
 def innermost(optimizer: Any) -> list[Any]:

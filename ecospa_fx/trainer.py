@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -244,7 +245,8 @@ class EcoSpaTrainer:
                     "zero_grad()" + ("" if seen == "gradient" else ", and train with model.train()")
                 )
         importance = self._estimator.importance()
-        keeps = sparsifier.decide(importance, self._due(sparsifier))
+        with self._index.at_once() if self._index is not None else nullcontext():
+            keeps = sparsifier.decide(importance, self._due(sparsifier))
         if keeps:
             if self.before_shrink is not None:
                 self.before_shrink(self.model, keeps, self.optimizer)
