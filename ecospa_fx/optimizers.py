@@ -122,7 +122,9 @@ class States:
         self._layers: list[Any] = []
         for optimizer in optimizers:
             check_can_follow(optimizer)
-            self._layers += [each for each in layers(optimizer) if not any(each is held for held in self._layers)]
+            # What is wrapped comes first: its rule is the one for a state that its wrapper shows too.
+            inner_first = reversed(list(layers(optimizer)))
+            self._layers += [each for each in inner_first if not any(each is held for held in self._layers)]
         self._proved: dict[tuple[int, str], bool] = {}
 
     def shrunk(self, name: str, parameter: Tensor, keep: Keep) -> Iterator[tuple[dict[str, Any], str, Any]]:
@@ -177,15 +179,17 @@ def check_can_follow(optimizer: Optimizer) -> None:
     Raises:
         OptimizerError: it is LBFGS, or of a class without a rule that holds tensors outside of its parameters' states.
     """
-    for each in layers(optimizer):
+    held = list(layers(optimizer))
+    for number, each in enumerate(held):
         kind = type(each).__name__
+        shown = any(other.param_groups is each.param_groups for other in held[number + 1 :])  # it wraps what holds them
         if isinstance(each, torch.optim.LBFGS):
             raise OptimizerError(
                 "LBFGS keeps steps and gradient differences of all parameters as one flat vector each; their products "
                 "tell the curvature of the whole, and without some entries they tell that of no model. Shrink without "
                 "passing it and make a new LBFGS afterwards, or train with AdamW or SGD while shrinking"
             )
-        for where, tensor in _beside_states(each) if _rule_of(type(each)) is None else ():
+        for where, tensor in _beside_states(each, shown) if _rule_of(type(each)) is None else ():
             raise OptimizerError(
                 f"{kind} holds a tensor of shape {tuple(tensor.shape)} in `{where}`, outside of its parameters' "
                 "states: whether it follows the parameters is not known, so nothing can shrink. If it does not, "
@@ -244,11 +248,11 @@ def _attributes(optimizer: Any) -> Iterator[tuple[str, Any]]:
             yield from ((name, leaf) for leaf in pytree.tree_leaves(value))
 
 
-def _beside_states(optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+def _beside_states(optimizer: Any, attributes_only: bool) -> Iterator[tuple[str, Tensor]]:
     """The tensors that an optimizer holds, but not for one of its parameters alone: where, and which."""
     mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
     held = list(_attributes(optimizer))
-    for number, group in enumerate(optimizer.param_groups):
+    for number, group in enumerate(() if attributes_only else optimizer.param_groups):
         options = {name: value for name, value in group.items() if name != "params"}
         held += [
             (f"param_groups[{number}][{name!r}]", leaf)
@@ -256,7 +260,7 @@ def _beside_states(optimizer: Any) -> Iterator[tuple[str, Tensor]]:
             for leaf in pytree.tree_leaves(value)
         ]
     for key, value in getattr(optimizer, "state", {}).items():
-        if not isinstance(key, Tensor):
+        if not (attributes_only or isinstance(key, Tensor)):
             held += [(f"state[{key!r}]", leaf) for leaf in pytree.tree_leaves(value)]
     for where, leaf in held:
         if isinstance(leaf, Tensor) and leaf.numel() > 1 and id(leaf) not in mine:

@@ -201,6 +201,19 @@ def test_what_an_optimizer_wraps_follows():
     assert refusal(refused, Wrapper(optim.LBFGS(refused.parameters()))) == LBFGS
 
 
+def test_what_is_wrapped_follows_by_its_own_rule():
+    """A wrapper that shows the state of Adafactor as its own does not hide what it is."""
+    model, whole, keep = Weights(4, 3, 0), Weights(4, 3, 0), torch.tensor([0, 2])
+    inner = optim.Adafactor(model.parameters())
+    inner.param_groups[0]["table"] = torch.zeros(5)  # and so with what lies in its groups
+    optimizer = Wrapper(inner)
+    step(model, optimizer, 0, whole, {})
+    shrink(model, {("matrix", 0): keep}, optimizer)
+    assert inner.state[model.matrix]["row_var"].shape == (2, 1)
+    assert inner.state[model.matrix]["slow"].shape == (2, 3)
+    step(model, optimizer, 1, whole, {("matrix", 0): keep})
+
+
 TIMM = [
     "adabelief", "adam", "adamp", "adan", "adopt", "lamb", "laprop", "lars", "lion", "madgrad", "mars", "muon",
     "nadamw", "novograd", "radam", "rmsproptf", "sgdp", "sgdw",
