@@ -29,6 +29,7 @@ from typing import Any, TypeAlias
 
 import sympy
 import torch
+from torch.utils._sympy.functions import FloorDiv
 
 Size: TypeAlias = Any  # int | sympy.Expr; sympy is untyped
 Expr: TypeAlias = "Atom | Product | Segments"
@@ -78,6 +79,9 @@ def as_size(size: int | torch.SymInt | sympy.Expr) -> Size:
     if type(size) is int:
         return size
     expr = size.node.expr if isinstance(size, torch.SymInt) else size
+    if isinstance(expr, sympy.Expr) and expr.has(FloorDiv):
+        # torch divides without looking whether it comes out even: `(s*s) // s`, say.
+        expr = expr.replace(FloorDiv, lambda a, b: FloorDiv(a, b) if (whole := quotient(a, b)) is None else whole)
     if isinstance(expr, sympy.Expr) and expr.has(sympy.Add):
         expr = sympy.expand(expr)  # sums of products have many forms, which compare as different
     return int(expr) if isinstance(expr, (int, sympy.Integer)) else expr

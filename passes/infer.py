@@ -31,7 +31,7 @@ from .inference import Fact, Inference, Source
 from .nodes import PARTS, VIEWS, argument_nodes, arguments, op_name, place, tensor_meta, written_arguments
 from .rules import Rule, rule_for
 from .rules import registry as r
-from .selection import on_diagonal
+from .selection import on_diagonal, static_end
 from .solve import Solver
 from .taint import weighted_nodes
 
@@ -88,7 +88,7 @@ class _Walk:
                     known.pin(atom, self._last, "it runs along two factors of one axis, a diagonal")
         for source in known.sources:
             for expr in known.resolve(source.exprs):
-                if type(size_of(expr)) is not int:
+                if type(size_of(expr)) is not int and static_end(expr) is None:
                     known.pin(expr, source.user, "an input has it folded into a dynamic dim")
         known.values = {
             node: tuple(known.resolve(exprs) for exprs in outputs) for node, outputs in known.values.items()

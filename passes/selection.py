@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .axes import Atom, Expr, Product, Segments, Size, as_size, atoms_of, size_of
+from .axes import Atom, Expr, Product, Segments, Size, as_size, atoms_of, product, size_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +220,23 @@ def on_diagonal(expr: Expr) -> set[Atom]:
             return twice
         case Segments():
             return set().union(*map(on_diagonal, expr.parts))
+
+
+def static_end(expr: Expr) -> tuple[bool, Expr] | None:
+    """The factors of known size at one end of a product with dynamic ones, heads folded into a batch say.
+
+    Returns:
+        Whether that is the end that runs fastest, and the factors; None where there are others of known size.
+    """
+    if not isinstance(expr, Product):
+        return None
+    known = [all(type(atom.size) is int for atom in atoms_of(factor)) for factor in expr.factors]
+    number = sum(known)
+    for fastest, part in ((True, expr.factors[len(known) - number :]), (False, expr.factors[:number])):
+        rest = expr.factors[: len(known) - number] if fastest else expr.factors[number:]
+        if number and not any(type(atom.size) is int for factor in rest for atom in atoms_of(factor)):
+            return fastest, product(*part)
+    return None
 
 
 def project(expr: Expr, mask: Tensor, contexts: Mapping[Atom, Atom]) -> dict[Atom, Tensor]:

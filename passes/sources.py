@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .axes import UNIT, Atom, Expr, atoms_of
+from .axes import UNIT, Atom, Expr, atoms_of, size_of
 from .contexts import covers
 from .inference import Inference, Source
-from .selection import Kept, Varied, in_context, index_of, mask_of, touched
+from .selection import Kept, Varied, in_context, index_of, mask_of, static_end, touched
 
 aten = torch.ops.aten
 
@@ -62,8 +62,7 @@ class _Selector:
         varied = [dim for dim, expr in enumerate(exprs) if self._foreign(expr) is not None]
         for dim, expr in enumerate(exprs):
             if dim not in varied and touched(expr, self.kept):
-                index = mask_of(expr, self.kept).nonzero().flatten()
-                node = self._call(aten.index_select.default, node, dim, self._constant(index, device))
+                node = self._reduced(node, dim, expr, device)
         (result, *_) = self.inference.values[source.user]
         if varied and source.aligned:
             # Contexts that the source knows nothing of may run along a dim that it does not even have.
@@ -90,6 +89,18 @@ class _Selector:
             node = self._call(aten.index.Tensor, node, held)
             node = self._call(aten.permute.default, node, [order.index(d) for d in range(len(exprs))])
         return node
+
+    def _reduced(self, node: fx.Node, dim: int, expr: Expr, device: torch.device) -> fx.Node:
+        """`node` with what is kept along one dim, which may be folded together with dynamic ones."""
+        end = None if type(size_of(expr)) is int else static_end(expr)
+        fastest, known = end or (False, expr)
+        index = self._constant(mask_of(known, self.kept).nonzero().flatten(), device)
+        if end is None:
+            return self._call(aten.index_select.default, node, dim, index)
+        sizes = [-1, size_of(known)] if fastest else [size_of(known), -1]
+        node = self._call(aten.unflatten.int, node, dim, sizes)
+        node = self._call(aten.index_select.default, node, dim + fastest, index)
+        return self._call(aten.flatten.using_ints, node, dim, dim + 1)
 
     def _foreign(self, expr: Expr) -> Atom | None:
         """The context by which `expr` varies without carrying it."""

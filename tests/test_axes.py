@@ -18,6 +18,7 @@ import sympy
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch.utils._sympy.functions import FloorDiv
 
 from ecospa_fx.passes.axes import (
     UNIT,
@@ -476,6 +477,9 @@ def test_quotient_of_symbols() -> None:
     assert quotient(BATCH, SEQUENCE) is None
     assert quotient(BATCH + 1, BATCH) is None
     assert as_size(sympy.Integer(3)) == 3 and type(as_size(sympy.Integer(3))) is int
+    batch, length = sympy.symbols("b s", integer=True, positive=True)
+    assert as_size(FloorDiv(batch * length**2, length)) == batch * length
+    assert as_size(FloorDiv(length, 2)) == FloorDiv(length, 2)
 
 
 # Selections

@@ -77,6 +77,38 @@ class einsum_attention(Attention):
         return torch.einsum("bhqk,bkhe->bhqe", score.softmax(-1), v)
 
 
+class Folded(Attention):
+    """Heads folded into the batch, and a bias per head that comes folded like them."""
+
+    def heads(self, x):
+        return tuple(self.fold(t) for t in super().heads(x))
+
+    def mix(self, q, k, v):
+        keys, batch = k.shape[1], q.shape[0] // self.H
+        slope = torch.arange(1.0, self.H + 1, dtype=q.dtype, device=q.device)[:, None]
+        bias = self.fold((slope * torch.arange(keys, dtype=q.dtype)).expand(batch, self.H, keys))
+        score = torch.baddbmm(bias.unsqueeze(1), q, k.transpose(1, 2)).softmax(-1)
+        return self.unfold(score @ v)
+
+
+@specimen(*separate(), inputs=floats(10))
+class folded_attention(Folded):
+    def fold(self, t):
+        return t.reshape(-1, *t.shape[2:])
+
+    def unfold(self, t):
+        return t.unflatten(0, (-1, self.H))
+
+
+@specimen(*separate(), inputs=floats(10))
+class attention_folded_heads_first(Folded):
+    def fold(self, t):
+        return t.transpose(0, 1).reshape(-1, *t.shape[2:])
+
+    def unfold(self, t):
+        return t.unflatten(0, (self.H, -1)).transpose(0, 1)
+
+
 FUSED = (
     pair("qk", 4, "qkv[0]"), pair("vo", 4, "qkv[0] o.weight[1]"), pair("heads", 3, "qkv[0] o.weight[1]"),
 )  # fmt: skip

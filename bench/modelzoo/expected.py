@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ecospa_fx.passes.axes import Atom, Expr, atoms_of, size_of
+from ecospa_fx.passes.axes import Atom, Expr, atoms_of
 from ecospa_fx.passes.inference import Inference
 from ecospa_fx.passes.nodes import reason_text
 from ecospa_fx.passes.regions import Analysis
@@ -60,7 +60,7 @@ def tally(analyses: Iterable[Analysis]) -> Tally:
         for score, values in attentions(analysis.inference):
             axes = judge.axes_of(score, values)
             statuses = [judge.add(result, part, axes[part]) for part in ("qk", "vo", "heads")]
-            if set(statuses) != {"unmet"}:
+            if not set(statuses) <= {"unmet", "none"}:
                 result.attentions += 1
                 result.explained += "missing" not in statuses
         for node in analysis.inference.operands:
@@ -118,8 +118,11 @@ class _Judge:
         }
 
     def add(self, result: Tally, part: str, exprs: tuple[Expr, ...]) -> str:
-        # Also atoms that lie on no weight, where an op that pins them stands between.
-        atoms = {a for expr in exprs if type(size_of(expr)) is int for a in atoms_of(expr)}
+        # Also atoms that lie on no weight, where an op that pins them stands between. Heads may be folded into the
+        # batch, so what is dynamic is left out atom by atom.
+        atoms = {a for expr in exprs for a in atoms_of(expr) if type(a.size) is int}
+        if not atoms:
+            return "none"  # one head, a gate of one entry, a sum over positions: there is nothing to select from
         reasons = [reason for atom in atoms for reason in self.pins[atom]]
         unknown = [reason for reason in reasons if "no axis rule" in reason]
         status = (
