@@ -143,7 +143,7 @@ def compare(
         small_outputs = program.run(region, *small_inputs, *program.constants)[: captured.returned]
 
     output_error = max((relative_error(a, b) for a, b in zip(outputs, small_outputs, strict=True)), default=0.0)
-    gradient_error, worst = 0.0, ""
+    gradient_error, worst, tolerance = 0.0, "", _tolerance(inference)
     gradients = _gradients(outputs, [*whole.values(), *whole_inputs])
     small_gradients = _gradients(small_outputs, [*parameters.values(), *small_inputs])
     names = [*whole, *(f"argument {i}" for i in range(len(inputs)))]
@@ -155,11 +155,11 @@ def compare(
             expected = torch.zeros_like(b)
         else:
             continue
-        error = _gradient_error(expected, torch.zeros_like(expected) if b is None else b, scale)
+        error = _gradient_error(expected, torch.zeros_like(expected) if b is None else b, scale, tolerance)
         if error > gradient_error:
             gradient_error, worst = error, name
     removed = sum(atom.size - entries(choice) for atom, choice in kept.items())
-    return Comparison(coupling, removed, output_error, gradient_error, worst, _tolerance(inference))
+    return Comparison(coupling, removed, output_error, gradient_error, worst, tolerance)
 
 
 def _tolerance(inference: Inference) -> float:
@@ -183,11 +183,12 @@ def _gradients(outputs: Sequence[Any], leaves: list[Tensor]) -> list[Tensor | No
     return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
 
-def _gradient_error(a: Tensor, b: Tensor, scale: float) -> float:
+def _gradient_error(a: Tensor, b: Tensor, scale: float, tolerance: float) -> float:
     """Largest difference relative to the largest entry; relative to `scale` where it is rounding of larger numbers.
 
-    Where terms cancel (in the gradient of a key's bias under softmax, say) what is left is noise, and its error
-    relative to itself means nothing. `scale` is the largest entry of all gradients.
+    Where terms cancel (in the gradient of a key's bias under softmax, or of a bias before a group norm over many
+    positions) what is left is noise, and its error relative to itself means nothing. `scale` is the largest entry of
+    all gradients; beside it, a hundredth of the tolerance is taken for noise.
     """
     error = relative_error(a, b)
     if a.shape != b.shape or not a.numel():
@@ -196,4 +197,4 @@ def _gradient_error(a: Tensor, b: Tensor, scale: float) -> float:
     if max(float(a.abs().max()), float(b.abs().max())) < 1e3 * eps:
         return 0.0  # both are zero up to rounding
     difference = float((a - b).abs().max())
-    return min(error, difference / scale) if difference <= 64 * eps * scale else error
+    return min(error, difference / scale) if difference <= max(64 * eps, tolerance / 100) * scale else error
