@@ -41,7 +41,8 @@ class Solver:
                 made = self._pattern(relation, node, shape, why)
                 return [made for _ in shapes]
             case r.Pointwise():
-                return [self._pointwise(relation, node, shape)]
+                made = self._pointwise(relation, node, shape)
+                return [made for _ in shapes]
             case r.Regrouped(x, like):
                 exprs = tuple(axes.regroup(x.exprs, shape))
                 for a, b in zip(exprs, like.exprs if like else (), strict=like is not None):

@@ -122,7 +122,9 @@ BY_HAND: dict[str, list[Call]] = {
     "adaptive_max_pool2d": [Call(aten.adaptive_max_pool2d.default, (t(2, 3, 4, 4), [2, 2]))],
     # Capture drops an alias unless something is written into it.
     "alias": [Call(lambda x: aten.alias.default(x.clone()).add_(1), (t(3, 4),))],
+    "arange": [Call(lambda x: torch.arange(4, dtype=x.dtype).mul_(x), (t(4),))],
     "bernoulli_": [Call(aten.bernoulli_.float, (t(3, 4), 0.5), in_place=True)],
+    "broadcast_tensors": [Call(torch.broadcast_tensors, (t(3, 4), t(4), t(2, 1, 4)))],
     "contiguous": [Call(lambda x: x.T.contiguous(), (t(3, 4),))],
     "copy_": [Call(aten.copy_.default, (t(3, 4), t(4)), in_place=True)],
     "cross_entropy_loss": [
@@ -170,6 +172,8 @@ BY_HAND: dict[str, list[Call]] = {
         Call(aten.max_pool3d.default, (t(3, 4, 5, 6), [3], [1], [1])),
     ],
     "linalg_vector_norm": [Call(aten.linalg_vector_norm.default, (t(2, 3, 4), 2, [1], keep)) for keep in (True, False)],
+    "mse_loss": [Call(aten.mse_loss.default, (t(3, 4), t(3, 4), reduction)) for reduction in (0, 1, 2)],
+    "narrow": [Call(lambda x: (aten.narrow.default(x, 1, 1, 3), aten.narrow.default(x, -1, -2, 2)), (t(3, 6),))],
     "movedim": [Call(torch.movedim, (t(2, 3, 4), 0, -1)), Call(torch.movedim, (t(2, 3, 4), -1, 1))],
     "nll_loss": [Call(aten.nll_loss.default, (t(4, 3), classes(4)))],
     "nll_loss_nd": [Call(aten.nll_loss_nd.default, (t(4, 3), classes(4)))],
@@ -188,6 +192,7 @@ BY_HAND: dict[str, list[Call]] = {
     "upsample_bicubic2d": [Call(aten.upsample_bicubic2d.vec, (t(2, 3, 4, 4), [4, 4], False, None))],
     "upsample_bilinear2d": [Call(aten.upsample_bilinear2d.vec, (t(2, 3, 4, 4), [4, 4], False, None))],
     "upsample_linear1d": [Call(aten.upsample_linear1d.vec, (t(2, 3, 4), [4], False, None))],
+    "upsample_nearest1d": [Call(aten.upsample_nearest1d.vec, (t(2, 3, 4), [4], None))],
     "upsample_nearest2d": [Call(aten.upsample_nearest2d.vec, (t(2, 3, 4, 4), [4, 4], None))],
     "zeros": [Call(lambda x: torch.zeros(3, 4, dtype=x.dtype).add_(x), (t(3, 4),))],
 }

@@ -11,9 +11,11 @@ from machine import RESULTS, machine
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
+from .expected import PARTS
 from .measure import COLUMNS, Row
+from .used import USED
 
 LIBRARIES = ("timm", "transformers")
 
@@ -63,12 +65,25 @@ def report(rows: Iterable[Row], console: Console) -> None:
     for label, count in COVERAGE.items():
         coverage.add_row(label, *(count([row for row in found if row["library"] == name]) for name in LIBRARIES))
     console.print(coverage)
+    console.print(most_used(found))
     left = Table("model", "how far", "cause", title="what is left")
     for row in found:
         if row["stage"] != "done" or int(row["inexact"] or 0):
             left.add_row(f"{row['library']}/{row['name']}", how_far(row), str(row["error"])[:160])
     console.print(left)
     plot(found)
+
+
+def most_used(rows: list[Row]) -> Table:
+    """What became of the expected axes in each of the most used types."""
+    by_name = {row["name"]: row for row in rows if row["library"] == "transformers"}
+    because = Column("refused because", no_wrap=True)
+    table = Table("type", *PARTS, because, title=f"the {len(USED)} most used types of transformers")
+    for name in USED:
+        row = by_name.get(name, {})
+        counts = [str(row.get(f"{part}_expected", "")).replace(":", "\N{NO-BREAK SPACE}") or "-" for part in PARTS]
+        table.add_row(name, *counts, str(row.get("refused_because", ""))[:70])
+    return table
 
 
 def how_far(row: Row) -> str:

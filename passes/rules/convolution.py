@@ -78,7 +78,9 @@ def _resampled(space: int) -> Callable[..., Pattern]:
     return resampled
 
 
-axis_rule(aten.max_pool1d, aten.avg_pool1d, aten.adaptive_avg_pool1d, aten.upsample_linear1d)(_resampled(1))
+axis_rule(aten.max_pool1d, aten.avg_pool1d, aten.adaptive_avg_pool1d, aten.upsample_linear1d, aten.upsample_nearest1d)(
+    _resampled(1)
+)
 axis_rule(
     aten.max_pool2d, aten.avg_pool2d, aten.adaptive_avg_pool2d, aten.adaptive_max_pool2d, aten.upsample_nearest2d,
     aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten._upsample_bicubic2d_aa, aten._upsample_bilinear2d_aa,

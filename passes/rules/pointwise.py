@@ -37,6 +37,12 @@ def expand_as(x: Operand, other: Operand) -> Pointwise:
     return Pointwise((x, other), "linear")
 
 
+@axis_rule(aten.broadcast_tensors.default)
+def broadcast_tensors(xs: list[Operand]) -> Pointwise:
+    """The operands repeat to the shape of all."""
+    return Pointwise(tuple(xs), "linear")
+
+
 @axis_rule(aten.dropout, aten.dropout_, aten.feature_dropout)
 def dropout(x: Operand, p: float, train: bool) -> Pointwise:
     """Entries are dropped one by one."""

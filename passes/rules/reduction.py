@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .registry import Carried, Opaque, Operand, Pattern, axis_rule
+from .registry import Carried, Opaque, Operand, Pattern, Pointwise, axis_rule
 
 aten = torch.ops.aten
 
@@ -26,7 +26,7 @@ def summed(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Carr
 @axis_rule(
     aten.mean.dim, aten.mean.default, aten.amax.default, aten.amin.default, aten.prod.dim_int, aten.prod.default,
     aten.logsumexp.default,
-    aten.any.dim, aten.all.dim, aten.argmax.default, aten.argmin.default,
+    aten.any.dim, aten.all.dim, aten.any.default, aten.all.default, aten.argmax.default, aten.argmin.default,
 )  # fmt: skip
 def reduced(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Carried:
     """Every entry along the axis counts in the reduction over it."""
@@ -91,6 +91,12 @@ def along(x: Operand, dim: int) -> Pattern | Opaque:
 def counted(*args: Any, **_: Any) -> Opaque:
     """Where an entry goes depends on its value."""
     return Opaque(tuple(arg for arg in args if isinstance(arg, Operand)))
+
+
+@axis_rule(aten.mse_loss.default)
+def squared_error(x: Operand, target: Operand, reduction: int = 1) -> Opaque | Pointwise:
+    """Every entry counts in the loss."""
+    return Pointwise((x, target), "nonlinear") if reduction == 0 else Opaque((x, target))
 
 
 @axis_rule(aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default)

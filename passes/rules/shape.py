@@ -163,6 +163,22 @@ def slice_(x: Operand, dim: int = 0, start: Any = None, stop: Any = None, step: 
     return Sliced(x, dim, _bound(start, 0, size), _bound(stop, size, size), step)
 
 
+def narrowed(site: Site) -> None:
+    """As for a slice, whose length is named instead of its end."""
+    x, dim = site.operands[0], site.args["dim"] % site.operands[0].ndim
+    if site.touched(x.exprs[dim]):
+        site.args["start"] = site.kept_before(x.exprs[dim], _bound(site.args["start"], 0, x.shape[dim]))
+        site.args["length"] = site.count(site.outputs[0][dim])
+
+
+@axis_rule(aten.narrow.default, follow=narrowed)
+def narrow(x: Operand, dim: int, start: Any, length: Any) -> Sliced:
+    """A part of the axis is cut out."""
+    dim %= x.ndim
+    start = _bound(start, 0, x.shape[dim])
+    return Sliced(x, dim, start, as_size(start + as_size(length)), 1)
+
+
 def _bound(bound: Any, default: Any, size: Any) -> Any:
     """A slice bound as Python reads it: None, negative, or beyond the end."""
     if bound is None:
