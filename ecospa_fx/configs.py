@@ -58,13 +58,14 @@ def from_config(name: str, text: str | None, chosen: Mapping[str, Any], where: s
     import transformers
 
     cls: Any = getattr(transformers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise CheckpointError(f"transformers has no model class {name}; pass a factory")
     document = parsed(text, f"{where}/config.json")
     if not isinstance(document, dict):
         raise CheckpointError(f"{where}/config.json cannot be read: it holds no object")
     try:
-        config = cls.config_class.from_dict(document)
+        config_class: Any = vars(cls).get("config_class") or getattr(cls, "config_class")  # noqa: B009
+        config = config_class.from_dict(document)
         for path, each in _configs(config):
             for kind in KINDS:
                 each.__dict__[f"_{kind}_implementation_internal"] = _local(chosen.get(path, {}).get(kind), where)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .compiled import MODEL, CompiledModel
 from .configs import config_text, from_config, implementations
 from .errors import CheckpointError
+from .known import called_sizes
 from .packing import Packer, Unpacker, as_laid_out, laid_out
 from .passes.names import join, named_tensors
 from .passes.regions import shared_outside
@@ -98,6 +99,7 @@ def write_model(draft: Draft, model: nn.Module, compiled: CompiledModel) -> None
             "aliases": aliases,
             "layouts": layouts,
             "withheld": {name: marks for name, region in compiled.regions.items() if (marks := region.marks())},
+            "called": {name: sizes for name, region in compiled.regions.items() if (sizes := _first_sizes(region))},
             "extra": extra,
             "implementations": implementations(model),
         },
@@ -113,8 +115,8 @@ def read_model(save: Save) -> Saved:
     about = save.document("model.json")
     kinds: dict[str, Any] = {
         "class": str, "regions": list, "how": (str, list), "experiments": bool, "given_up": dict, "training": bool,
-        "other_mode": list, "frozen": list, "aliases": dict, "layouts": dict, "withheld": dict, "extra": dict,
-        "implementations": dict,
+        "other_mode": list, "frozen": list, "aliases": dict, "layouts": dict, "withheld": dict, "called": dict,
+        "extra": dict, "implementations": dict,
     }  # fmt: skip
     for key, kind in kinds.items():
         if not isinstance(about.get(key), kind):
@@ -123,6 +125,9 @@ def read_model(save: Save) -> Saved:
     for key, held in names.items():
         if not all(isinstance(name, str) for name in held):
             raise CheckpointError(f"{save.directory / 'model.json'} has a `{key}` that holds no names")
+    for sizes in about["called"].values():
+        if not isinstance(sizes, list) or any(type(n) is not int or n < 0 for shape in sizes for n in shape):
+            raise CheckpointError(f"{save.directory / 'model.json'} has a `called` that holds no sizes")
     flat = save.tensors("model.safetensors")
     passing = save.tensors("buffers.safetensors") if "buffers.safetensors" in save.files else {}
     extra = save.tensors("extra.safetensors") if "extra.safetensors" in save.files else {}
@@ -166,6 +171,7 @@ def rebuild(saved: Saved, factory: Callable[[], nn.Module] | None, device: torch
         for name in about["regions"]:
             compiled.regions[name] = Region(name, compiled, shared_outside(model, name))
             compiled.regions[name].withheld = frozenset(map(str, about["withheld"].get(name) or ()))
+            compiled.regions[name].called = about["called"].get(name)
         compiled.route(model)
     else:
         compiled.attach(model)
@@ -178,6 +184,12 @@ def _own(name: str, tensor: Tensor, layouts: Mapping[str, Any], save: Save) -> T
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         where = save.directory / "model.json"
         raise CheckpointError(f"{where} lays out `{name}` in a way it does not have: {error}") from error
+
+
+def _first_sizes(region: Region) -> list[list[int]] | None:
+    if region.called is None and region.programs:
+        return called_sizes(region.programs[-1].inference)
+    return region.called
 
 
 def _aliases(held: Mapping[str, Tensor]) -> dict[str, str]:

@@ -66,6 +66,7 @@ class Region:
         self.discoveries: list[Discovery] = []
         self.routes: dict[Any, Signature] = {}  # calls seen before
         self.watcher: Watcher | None = None
+        self.called: list[list[int]] | None = None  # sizes of the first call, where that was before a save
         self.withheld: frozenset[str] = frozenset()  # what calls met before a save could not follow
 
     def __getstate__(self) -> dict[str, Any]:

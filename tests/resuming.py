@@ -70,7 +70,8 @@ class Convolutions(nn.Module):
 
 
 def words(model: nn.Module, generator: torch.Generator) -> Tensor:
-    tokens = torch.randint(2, WORDS, (4, 9), generator=generator)
+    length = int(torch.randint(5, 12, (), generator=generator))
+    tokens = torch.randint(2, WORDS, (4, length), generator=generator)
     return model(input_ids=tokens, labels=tokens).loss
 
 
@@ -122,7 +123,9 @@ class Kind:
 
 
 KINDS = {
-    "gpt2": Kind(gpt2, words, adamw, warmup, {"score": "taylor", "decay": 0.9, "index_score": "activation"}),
+    "gpt2": Kind(
+        gpt2, words, adamw, warmup, {"score": "taylor", "decay": 0.9, "index_score": "activation", "cost": "flops"}
+    ),
     "convolutions": Kind(Convolutions, images, sgd, one_cycle, {"gradients": "optimizer", "window": 3}, scaled=True),
     "llama": Kind(
         llama, words, muon_and_adafactor, warmup, {"gradients": "backward", "index_score": "random"}, from_config=True
