@@ -1,7 +1,10 @@
-"""Inline: parts of a graph that run without gradients, as a subgraph behind one op, become part of the graph.
+"""Inline: parts that run without gradients or autocast, as a subgraph behind one op, become part of the graph.
 
     inline(graph, root)
       -> wrap_with_set_grad_enabled(False, subgraph, *args)   becomes   the nodes of the subgraph, results detached
+
+      -> wrap_with_autocast(.., False, .., subgraph, *args)   becomes   enter, those nodes, exit: whoever turns autocast
+         on around the region does not turn it on in there
 
 Weights may meet in there as anywhere else. Detaching what comes out blocks the gradients just as well.
 """
@@ -13,35 +16,45 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 from .nodes import arguments
 
 aten = torch.ops.aten
 
+# Op -> how many arguments come before the subgraph, and which of them says whether it is on.
+_SETTINGS = {"wrap_with_set_grad_enabled": (1, 0), "wrap_with_autocast": (4, 2)}
+
 
 def inline(graph: fx.Graph, root: nn.Module) -> None:
     """Rewrite `graph` in place; `root` holds its subgraphs."""
     for node in list(graph.nodes):
-        if getattr(node.target, "__name__", "") != "wrap_with_set_grad_enabled" or arguments(node)[0] is not False:
+        settings, flag = _SETTINGS.get(getattr(node.target, "__name__", ""), (0, 0))
+        if not settings or arguments(node)[flag] is not False:
             continue
-        held = arguments(node)[1]
+        held = arguments(node)[settings]
         inner: Any = getattr(root, held.target)
         if any(n.op in ("get_attr", "call_module") for n in inner.graph.nodes):
             continue
-        _replace(graph, node, inner.graph)
+        _replace(graph, node, inner.graph, settings)
         if not held.users:
             graph.erase_node(held)
 
 
-def _replace(graph: fx.Graph, node: fx.Node, inner: fx.Graph) -> None:
+def _replace(graph: fx.Graph, node: fx.Node, inner: fx.Graph, settings: int) -> None:
     values: dict[fx.Node, Any] = {}
-    for placeholder, value in zip(inner.find_nodes(op="placeholder"), arguments(node)[2:], strict=True):
+    for placeholder, value in zip(inner.find_nodes(op="placeholder"), arguments(node)[settings + 1 :], strict=True):
         values[placeholder] = value
+    without_autocast = settings == _SETTINGS["wrap_with_autocast"][0]
     with graph.inserting_before(node):
+        if without_autocast:
+            entered = graph.call_function(_enter_autocast, arguments(node)[:settings])
         results = graph.graph_copy(inner, values)
-        outputs = [
-            _detached(graph, result) for result in (results if isinstance(results, (tuple, list)) else [results])
-        ]
+        outputs: list[Any] = list(results) if isinstance(results, (tuple, list)) else [results]
+        if without_autocast:
+            graph.call_function(_exit_autocast, (entered,))
+        else:
+            outputs = [_detached(graph, result) for result in outputs]
     for user in list(node.users):
         if user.target is operator.getitem:
             user.replace_all_uses_with(outputs[arguments(user)[1]])

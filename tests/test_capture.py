@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+import ecospa_fx
 from ecospa_fx.passes import export
 from ecospa_fx.passes.capture import capture
 
@@ -35,3 +36,31 @@ def test_dims_that_raise_too_many_questions_are_specialised(monkeypatch) -> None
     ((_, _, (batch, *others)),) = captured.signature.tensors
     assert type(batch) is not int
     assert others == [16, 16, 4]
+
+
+class Precise(nn.Module):
+    """Keeps autocast out of its hidden layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            hidden = self.up(x.float()).relu()
+        return self.down(hidden)
+
+
+def test_weights_meet_in_parts_without_autocast_which_stay_without() -> None:
+    x = torch.randn(3, 4)
+    model = ecospa_fx.compile(Precise(), example_inputs=(x,))
+    (ffn,) = ecospa_fx.couplings(model)
+    assert (ffn.kind, ffn.size) == ("ffn", 6)
+    assert ecospa_fx.verify(model, example_inputs=(x,)).ok
+    ecospa_fx.shrink(model, {ffn: torch.tensor([0, 2, 5])})
+    seen = []
+    handle = model.up.register_forward_hook(lambda *call: seen.append(call[-1].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+    handle.remove()
+    assert set(seen) == {torch.float32}
