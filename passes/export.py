@@ -91,7 +91,7 @@ def export(
         try:
             with (
                 _quiet(),
-                symbolic_shapes.patch(symbol_guard_limit_before_specialize=GUARDS),
+                symbolic_shapes.patch(symbol_guard_limit_before_specialize=GUARDS),  # type: ignore[attr-defined]
                 torch.autocast("cpu", enabled=False),
                 torch.autocast("cuda", enabled=False),
             ):

@@ -10,6 +10,7 @@ from pathlib import Path
 from machine import RESULTS, machine
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -77,13 +78,27 @@ def report(rows: Iterable[Row], console: Console) -> None:
 def most_used(rows: list[Row]) -> Table:
     """What became of the expected axes in each of the most used types."""
     by_name = {row["name"]: row for row in rows if row["library"] == "transformers"}
-    because = Column("refused because", no_wrap=True)
-    table = Table("type", *PARTS, because, title=f"the {len(USED)} most used types of transformers")
+    title = f"the {len(USED)} most used types of transformers: axes found/refused/without a rule/unmet"
+    narrow = [Column(name, no_wrap=True) for name in ("type", *PARTS)]
+    because = Column("refused because", overflow="fold", ratio=1)
+    table = Table(
+        *narrow,
+        because,
+        box=SIMPLE,
+        pad_edge=False,
+        title=title,
+    )
     for name in USED:
         row = by_name.get(name, {})
-        counts = [str(row.get(f"{part}_expected", "")).replace(":", "\N{NO-BREAK SPACE}") or "-" for part in PARTS]
+        counts = [_short(str(row.get(f"{part}_expected", ""))) for part in PARTS]
         table.add_row(name, *counts, str(row.get("refused_because", ""))[:70])
     return table
+
+
+def _short(counts: str) -> str:
+    """`found:2 unmet:1` as `2/0/0/1`."""
+    held = dict(part.split(":") for part in counts.split())
+    return "/".join(held.get(status, "0") for status in ("found", "refused", "missing", "unmet")) if held else "-"
 
 
 def how_far(row: Row) -> str:
