@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.optim import Optimizer
 
-from .compiled import MODEL, CompiledModel
+from .compiled import MODEL, CompiledModel, Execution
 from .copies import copies_of
 from .coupling import Coupling, Selection
 from .diff import ModuleDiff, diff_of, diff_since, shapes_of
@@ -28,6 +28,7 @@ def compile(
     example_kwargs: Mapping[str, Any] | None = None,
     regions: str | Sequence[str] = "auto",
     experiments: bool = False,
+    execution: Execution = "graph",
 ) -> Module:
     """Make a model shrinkable. It stays the same object, of the same class, with the same parameters.
 
@@ -43,6 +44,10 @@ def compile(
             whole, else the largest submodules that can be captured), `"blocks"`, `"root"`, or names of submodules.
         experiments: let an op that no axis rule is known for have one by experiment, where shrinking by it has been
             verified on this call. Evidence and not proof, so off unless asked for; `explain` names these ops.
+        execution: `"graph"` runs generated code and offers every coupling. `"module"` runs the model's own Python, so
+            that caches, `generate()` and checkpointing are its own, and offers what that can follow: each coupling is
+            tried at other sizes, and integers such as a number of heads that must change with it are found and kept
+            up to date.
 
     Returns:
         `model`.
@@ -51,9 +56,17 @@ def compile(
         CaptureError: torch.export captures neither the blocks nor the root, or what it captures disagrees with eager.
         NoCouplingError: nothing in the model can shrink.
     """
-    if MODEL in model.__dict__:
+    known: CompiledModel | None = model.__dict__.get(MODEL)
+    if known is not None:
+        if known.execution != execution:
+            raise EcoSpaError(
+                f"{type(model).__name__} is compiled with execution={known.execution!r}; ecospa_fx.restore(model) "
+                "undoes that"
+            )
+        if known.execution == "module" and known.regions and not known.captured and (example_inputs is not None or example_kwargs is not None):
+            known.capture_again(model, tuple(example_inputs or ()), dict(example_kwargs or {}))
         return model
-    compiled = CompiledModel(regions, experiments)
+    compiled = CompiledModel(regions, experiments, execution)
     if example_inputs is None and example_kwargs is None:
         compiled.attach(model)
     else:

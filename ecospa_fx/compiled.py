@@ -6,24 +6,29 @@
 
 A call that no program serves is captured from the region at its original sizes, inferred again, and the plan is
 replayed on it. Nothing here is an nn.Module, so state_dict and the module tree do not see it.
+
+With execution="module" no program ever runs: the model's own Python does, with the integers that it reads kept up to
+date, and only what it can follow is offered. Programs are what that is checked against.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .attributes import Changes, assigned, fit, numbers_in
 from .copies import Copy, check_plan
 from .coupling import Coupling, Selection
-from .errors import CaptureError, NoCouplingError, ShrinkError
+from .errors import CaptureError, EcoSpaError, NoCouplingError, ShrinkError
 from .passes.confirm import experiments
 from .passes.names import join, named_tensors
-from .passes.regions import Analysis, Captures, choose, shared_outside
+from .passes.regions import Analysis, Captures, choose, record, shared_outside
 from .passes.replay import replay
 from .passes.rewrite import Program, rewrite
 from .passes.selection import mask_of, narrowed, whole
@@ -32,15 +37,23 @@ from .plan import Plan
 from .region import Region, apart, outside_inference
 from .shrinkable import original_class, own_forward_aside, swap_forward, swap_linears, unswap_forward
 
+Execution: TypeAlias = Literal["graph", "module"]
+EXECUTIONS = get_args(Execution)
+
 MODEL, REGION = "_ecospa_model", "_ecospa_region"  # keys in a module's __dict__
 
 
 class CompiledModel:
     """The state of a compiled model. `regions` is empty until the first call, unless inputs were given before."""
 
-    def __init__(self, how: str | Sequence[str], experiments: bool = False) -> None:
-        self.how, self.experiments = how, experiments
+    def __init__(
+        self, how: str | Sequence[str], experiments: bool = False, execution: Execution = "graph"
+    ) -> None:
+        if execution not in EXECUTIONS:
+            raise EcoSpaError(f"execution={execution!r} is none of {', '.join(map(repr, EXECUTIONS))}")
+        self.how, self.experiments, self.execution = how, experiments, execution
         self.plan = Plan()
+        self.attributes: Changes = {}
         self.regions: dict[str, Region] = {}
         self.given_up: dict[str, str] = {}
         self.captures: Captures = []
@@ -83,7 +96,12 @@ class CompiledModel:
         """The first call of a model that was compiled without inputs; and later ones of whoever kept its forward."""
         if not self.captured:
             with own_forward_aside(model):
-                self.capture(model, args, kwargs)
+                if self.regions and self.execution == "module":
+                    if not torch.is_grad_enabled():  # to generate, say, with caches that no graph can hold
+                        return original_class(model).forward(model, *args, **kwargs)
+                    self.capture_again(model, args, kwargs)
+                else:
+                    self.capture(model, args, kwargs)
         return type(model).forward(model, *args, **kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -104,6 +122,10 @@ class CompiledModel:
                 regions[name] = region = Region(name, self, analysis.captured.shared_outside)
                 for each in (analysis, *analysis.others):
                     region.install(each, model.get_submodule(name), {})
+            if self.execution == "module":
+                find_followed(model, regions)
+                if not any(region.following and region.following.couplings for region in regions.values()):
+                    raise NoCouplingError(_nothing_followed(model, regions))
         except BaseException:
             model.__dict__.pop(MODEL, None)
             raise
@@ -111,12 +133,37 @@ class CompiledModel:
         model.__dict__[MODEL] = self
         self.route(model)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @apart()
+    def capture_again(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Capture the regions of a model that was loaded and runs its own Python, for what can shrink further.
+
+        Raises:
+            CaptureError: this call cannot be captured. Without gradients the model runs it nevertheless.
+        """
+        waiting = type(model) is not original_class(model)
+        unswap_forward(model)
+        try:
+            calls = record(model, *outside_inference((args, kwargs)), set(self.regions))
+            missing = [name for name in self.regions if name not in calls]
+            if missing:
+                raise CaptureError(f"`{missing[0]}` is not called in this forward of the model")
+            for name, region in self.regions.items():
+                region.add(model.get_submodule(name), *calls[name])
+        except BaseException:
+            for region in self.regions.values():
+                region.programs, region.discoveries = [], []
+            if waiting:
+                swap_forward(model, MODEL)
+            raise
+
     def route(self, model: nn.Module) -> None:
         """Swap the classes of the regions, so that calls of them come here."""
         for name, region in self.regions.items():
             module = model.get_submodule(name)
-            module.__dict__[REGION] = region
-            swap_forward(module, REGION)
+            if self.execution == "graph":
+                module.__dict__[REGION] = region
+                swap_forward(module, REGION)
             swap_linears(module)
 
     def couplings(self) -> tuple[Coupling, ...]:
@@ -181,10 +228,20 @@ class CompiledModel:
         mine = named_tensors(model)
         tensors = [(name, t) for held in (mine, *(copy.tensors for copy in copies)) for name, t in held.items()]
         named = [(names.get(id(mine[name]), name), tensor) for name, tensor in tensors]
-        prepare_tensors(named, self.plan, after, optimizers).commit()
-        self._follow(after, programs)
+        change = prepare_tensors(named, self.plan, after, optimizers)
+        attributes = self._attributes_under(after)
+        values = {attribute: now for attribute, (_, now) in attributes.items()}
+        modules = [model, *(module for module, _ in twins)]
+        with ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(assigned(module, values))
+            change.commit()
+        if self.execution == "module":
+            for module in modules:
+                fit(module)
+        self._follow(after, programs, attributes)
         for (module, twin), theirs in zip(twins, twin_programs, strict=True):
-            twin._follow(after.copy(), theirs)
+            twin._follow(after.copy(), theirs, dict(attributes))
             if module.__dict__.get(MODEL) is not twin:
                 unswap_forward(module)  # it may have been waiting for its first call
                 module.__dict__[MODEL] = twin
@@ -199,10 +256,20 @@ class CompiledModel:
                     made[program] = rewrite(program.inference, kept, model.get_submodule(name))
         return {name: [made[program] for program in region.programs] for name, region in self.regions.items()}
 
-    def _follow(self, plan: Plan, programs: Mapping[str, list[Program]]) -> None:
+    def _attributes_under(self, plan: Plan) -> Changes:
+        """What the attributes that follow held before any shrink, and must hold under a plan."""
+        attributes = dict(self.attributes)
+        for region in self.regions.values():
+            if region.following is not None:
+                program = region.programs[-1]
+                before, now = (region.following.values(kept) for kept in ({}, replay(program.inference, plan)))
+                attributes |= {a.within(region.name): (before[a], now[a]) for a in before if before[a] != now[a]}
+        return attributes
+
+    def _follow(self, plan: Plan, programs: Mapping[str, list[Program]], attributes: Changes) -> None:
         for name, region in self.regions.items():
             region.programs = programs[name]
-        self.plan = plan
+        self.plan, self.attributes = plan, attributes
         self.forget_couplings()
 
     def _of_copy(self, copied: Copy) -> CompiledModel:
@@ -270,6 +337,28 @@ def _check_keep(coupling: Coupling, keep: Tensor) -> None:
         )
     if bool((keep.diff(dim=-1) <= 0).any()):
         raise ShrinkError(f"cannot shrink {where}: keep is not increasing; {way}, sort it and drop repeats")
+
+
+def find_followed(model: nn.Module, regions: Mapping[str, Region]) -> None:
+    """Find out what the Python of each region can follow; equal blocks that share a graph are tried once."""
+    numbers = numbers_in(model)
+    known: list[Region] = []
+    for name, region in regions.items():
+        module = model.get_submodule(name)
+        same = next((other for other in known if region.follows_as(other, module)), None)
+        if same is not None:
+            region.following = same.following
+        else:
+            region.follow(module, numbers)
+            known.append(region)
+
+
+def _nothing_followed(model: nn.Module, regions: Mapping[str, Region]) -> str:
+    why = next(why for region in regions.values() if region.following for why in region.following.refused.values())
+    return (
+        f"the Python of {type(model).__name__} can follow none of its couplings, and it is left as it was; with "
+        f"execution='graph' they can shrink. First: with one shrunk, its forward {why}"
+    )
 
 
 def _nothing_found(model: nn.Module, found: Mapping[str, Analysis]) -> str:

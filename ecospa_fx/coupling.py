@@ -63,6 +63,7 @@ class Coupling:
             the same number; None where it cannot differ.
         contexts: how many of those there are now; 1 where there are none.
         attention: the attention that a `qk` or `vo` coupling is part of, the same text for both.
+        changes: with execution="module", the integers that the model's modules hold and that change with its size.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Coupling:
     context: str | None = None
     contexts: int = 1
     attention: str | None = None
+    changes: tuple[str, ...] = ()
 
     @property
     def width(self) -> int:

@@ -10,12 +10,13 @@ config.json          where the model has a Hugging Face config
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .attributes import Changes, assigned, changes_in, fit
 from .compiled import MODEL, CompiledModel
 from .configs import config_text, from_config, implementations
 from .errors import CheckpointError
@@ -43,6 +44,7 @@ class Saved:
         passing: names of those that state_dict leaves out.
         extra: what modules save of their own (`get_extra_state`), by module.
         config: the text of config.json, where there is one.
+        attributes: integers that modules hold and that have changed with sizes: what they were, and are.
         where: the directory, for errors.
     """
 
@@ -52,6 +54,7 @@ class Saved:
     passing: frozenset[str]
     extra: dict[str, Any]
     config: str | None
+    attributes: Changes
     where: str
 
 
@@ -92,6 +95,8 @@ def write_model(draft: Draft, model: nn.Module, compiled: CompiledModel) -> None
             "regions": list(compiled.regions),
             "how": compiled.how if isinstance(compiled.how, str) else list(compiled.how),
             "experiments": compiled.experiments,
+            "execution": compiled.execution,
+            "attributes": [[*astuple(a), *values] for a, values in sorted(compiled.attributes.items(), key=str)],
             "given_up": compiled.given_up,
             "training": model.training,
             "other_mode": [name for name, module in model.named_modules() if module.training != model.training],
@@ -116,7 +121,7 @@ def read_model(save: Save) -> Saved:
     kinds: dict[str, Any] = {
         "class": str, "regions": list, "how": (str, list), "experiments": bool, "given_up": dict, "training": bool,
         "other_mode": list, "frozen": list, "aliases": dict, "layouts": dict, "withheld": dict, "called": dict,
-        "extra": dict, "implementations": dict,
+        "extra": dict, "implementations": dict, "execution": str, "attributes": list,
     }  # fmt: skip
     for key, kind in kinds.items():
         if not isinstance(about.get(key), kind):
@@ -138,6 +143,7 @@ def read_model(save: Save) -> Saved:
         frozenset(passing),
         Unpacker(extra, str(save.directory / "model.json")).unpack(about["extra"]),
         save.text("config.json") if "config.json" in save.files else None,
+        changes_in(about["attributes"], str(save.directory / "model.json")),
         str(save.directory),
     )
 
@@ -164,8 +170,8 @@ def rebuild(saved: Saved, factory: Callable[[], nn.Module] | None, device: torch
     _fill(model, saved, device)
     for name, module in model.named_modules():
         module.training = about["training"] != (name in about["other_mode"])
-    compiled = CompiledModel(about["how"], about["experiments"])
-    compiled.plan, compiled.given_up = saved.plan, about["given_up"]
+    compiled = CompiledModel(about["how"], about["experiments"], about["execution"])
+    compiled.plan, compiled.given_up, compiled.attributes = saved.plan, about["given_up"], saved.attributes
     if about["regions"]:
         model.__dict__[MODEL] = compiled
         for name in about["regions"]:
@@ -173,6 +179,10 @@ def rebuild(saved: Saved, factory: Callable[[], nn.Module] | None, device: torch
             compiled.regions[name].withheld = frozenset(map(str, about["withheld"].get(name) or ()))
             compiled.regions[name].called = about["called"].get(name)
         compiled.route(model)
+        if compiled.execution == "module":
+            with assigned(model, {attribute: now for attribute, (_, now) in saved.attributes.items()}):
+                fit(model)
+            compiled.attach(model)
     else:
         compiled.attach(model)
     return model
@@ -252,6 +262,13 @@ def _check_fits(model: nn.Module, saved: Saved) -> None:
             model.get_submodule(name)
         except AttributeError:
             raise CheckpointError(f"the saved model has a region `{name}`, this {kind} has none") from None
+    for attribute, (original, _) in saved.attributes.items():
+        try:
+            value = attribute.read(model)
+        except AttributeError:
+            raise CheckpointError(f"the saved model holds `{attribute}`, this {kind} does not") from None
+        if value != original:
+            raise CheckpointError(f"`{attribute}` was {original} when saved and is {value!s:.40} in this model")
     for path in saved.extra:
         if path not in dict(model.named_modules()):
             raise CheckpointError(f"the saved model has state of a module `{path}`, this {kind} has none")

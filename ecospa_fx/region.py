@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -13,6 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from .attributes import Attribute, fit, holding, numbers_in, unfit
 from .coupling import Coupling, Member, Refusal
 from .errors import CaptureError, EcoSpaError, PinnedAxisError
 from .logs import logger
@@ -20,9 +21,10 @@ from .passes.axes import Atom, Expr, Segments, atoms_of, size_of
 from .passes.capture import same_storage
 from .passes.confirm import experiments
 from .passes.discover import Discovery, Found, discover
+from .passes.follow import Following, follow
 from .passes.hooks import backward_hooked, calls_itself, inner_hooks
 from .passes.infer import infer
-from .passes.names import join, named_tensors
+from .passes.names import join, named_tensors, swapped
 from .passes.regions import Analysis, Call, analyse_once, shared_outside
 from .passes.replay import replay
 from .passes.rewrite import Program, rewrite
@@ -68,10 +70,12 @@ class Region:
         self.watcher: Watcher | None = None
         self.called: list[list[int]] | None = None  # sizes of the first call, where that was before a save
         self.withheld: frozenset[str] = frozenset()  # what calls met before a save could not follow
+        self.following: Following | None = None  # where its own Python runs: what that can follow
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: generated code is made anew from the plan, at the next call."""
-        return {**self.__dict__, "programs": [], "discoveries": [], "routes": {}, "watcher": None}
+        none = {"programs": [], "discoveries": [], "routes": {}, "watcher": None, "following": None}
+        return {**self.__dict__, **none}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
         """For copies of the model, which run at once: programs hold no module and are shared."""
@@ -164,16 +168,58 @@ class Region:
         args, kwargs = outside_inference((args, kwargs))
         plan = self.compiled.plan
         stand_ins = StandIns(module, self.name, plan)
-        with experiments(self.compiled.experiments):
+        with experiments(self.compiled.experiments), self._original_attributes(module, stand_ins):
             analysis = analyse_once(
                 module, self.name, (args, kwargs), self.shared_outside, self.compiled.captures,
                 forward=original_class(module).forward, originals=stand_ins if stand_ins.named else None,
             )  # fmt: skip
+            if self.compiled.execution == "module" and self.following is None:
+                self.remember(analysis)
+                with swapped(module, stand_ins.values()):
+                    self.follow(module, numbers_in(module))
+                self.programs, self.discoveries = [], []
         difference = self._difference(module, args, kwargs)
         if self.programs:
             logger("recaptures").info("%s, graph %d: %s", self.name or "the model", len(self.programs) + 1, difference)
         kept = replay(analysis.inference, plan, difference)
         return self.install(analysis, module, kept)
+
+    @contextmanager
+    def _original_attributes(self, module: nn.Module, stand_ins: StandIns) -> Iterator[None]:
+        """A region whose own Python runs, with the integers that it held before any shrink."""
+        if self.compiled.execution == "graph":
+            yield
+            return
+        inside = {a: original for a, (original, _) in self.compiled.attributes.items()}
+        prefix = f"{self.name}." if self.name else ""
+        inside = {
+            Attribute(f"{a.module}."[len(prefix) :].removesuffix("."), a.name, a.inside): value
+            for a, value in inside.items()
+            if f"{a.module}.".startswith(prefix)
+        }
+        with holding(module, inside):
+            with swapped(module, stand_ins.shapes()):
+                before = fit(module)
+            try:
+                yield
+            finally:
+                unfit(before)
+
+    def follow(self, module: nn.Module, numbers: Set[tuple[type, str]]) -> None:
+        """Find out what its own Python can follow; `module` must have its original sizes."""
+        graphs = [(p.inference, d) for p, d in zip(self.programs[::-1], self.discoveries[::-1], strict=True)]
+        self.following = follow(module, graphs, original_class(module).forward, numbers)
+
+    def follows_as(self, other: Region, module: nn.Module) -> bool:
+        """Whether what was found out for `other` holds for this region too: one graph, and the same integers."""
+        graphs = [[program.captured.graph for program in region.programs] for region in (self, other)]
+        if len(graphs[0]) != len(graphs[1]) or any(a is not b for a, b in zip(*graphs, strict=True)):
+            return False
+        assert other.following is not None
+        try:
+            return all(a.read(module) == size_of(expr) for a, expr in other.following.sizes.items())
+        except AttributeError:
+            return False
 
     def install(self, analysis: Analysis, module: nn.Module, kept: Kept) -> Program:
         """Add the program of an analysis."""
@@ -237,6 +283,10 @@ class Region:
         """Whether every graph can follow a coupling of the first one, or (`context`) one that differs by context."""
         if self.withheld and _mark(found, context) in self.withheld:
             return False
+        if self.following is not None and found.key not in (
+            self.following.couplings if context is None else self.following.varied
+        ):
+            return False
         for program, discovery in zip(self.programs[:-1], self.discoveries[:-1], strict=True):
             if any(
                 found.key == other.key and (context is None or found.context_key == other.context_key)
@@ -284,7 +334,16 @@ class Region:
     def refusals(self) -> list[Refusal]:
         """The axes that cannot shrink in some signature."""
         by_members = {refusal.members: refusal for discovery in self.discoveries for refusal in discovery.refusals}
-        return list(by_members.values())
+        return [*by_members.values(), *self._not_followed()]
+
+    def _not_followed(self) -> Iterator[Refusal]:
+        """The couplings that only execution='graph' can use."""
+        for found in self.discoveries[-1].couplings if self.following and self.discoveries else ():
+            why = self.following.refused.get(found.key) if self.following else None
+            if why is not None:
+                members = tuple(f"{join(self.name, name)}[{dim}]" for name, dim in found.axes)
+                reason = f"its own Python {why}; execution='graph' can shrink it"
+                yield Refusal(members, found.atom.size, (reason,), self.name)
 
     def kept(self, program: Program) -> dict[Atom, Choice]:
         """The plan, in atoms of one program's graph."""
@@ -325,7 +384,10 @@ class Region:
             None if context is None else self._name_of(context),
             now.contexts,
             None if found.attention is None else f"{self.name}:{found.attention}",
-        )
+            () if self.following is None else tuple(
+                str(attribute.within(self.name)) for attribute in self.following.couplings[found.key]
+            ),
+        )  # fmt: skip
 
     def _name_of(self, atom: Atom) -> str:
         """What the axis of an atom is called: the coupling on it, if it is one."""

@@ -20,7 +20,7 @@ from .names import named_tensors
 Reads = dict[str, set[str]]  # submodule path -> names of the instance attributes that forward read
 
 # What every module has: its tensors, children, hooks and training flag are compared on their own.
-_OWN = frozenset(vars(nn.Module()))
+OWN = frozenset(vars(nn.Module()))
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def fingerprint(module: nn.Module, reads: Reads) -> Fingerprint:
         read={
             (path, name): named[path].__dict__[name]
             for path, names in reads.items()
-            for name in names - _OWN
+            for name in names - OWN
             if name in named[path].__dict__
         },
         ties=[names for names in groups.values() if len(names) > 1],
