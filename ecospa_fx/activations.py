@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from .api import regions_of, state_of
+from .compiled import MODEL
 from .coupling import Coupling
+from .errors import EcoSpaError
 from .passes.axes import Atom, Expr, atoms_of
 from .passes.discover import Found
 from .passes.inference import Inference
@@ -110,6 +112,11 @@ class ActivationScores:
     """
 
     def __init__(self, model: nn.Module, *, attention: bool = False) -> None:
+        if model.__dict__[MODEL].execution == "module":
+            raise EcoSpaError(
+                "scores of activations look into the graphs that run, and with execution='module' the model's own "
+                "Python runs; use another score, or execution='graph'"
+            )
         self.model, self.attention = model, attention
         self.sums: dict[str, _Sum] = {}
         self._seen: dict[int, tuple[Program, _Seen]] = {}

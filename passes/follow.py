@@ -97,6 +97,10 @@ def follow(
             refused[found.key] = why
             continue
         needed |= _described(first, found, kept, needed)
+        doubtful = _doubtful(first, found.atom, kept, needed)
+        if doubtful is not None:
+            refused[found.key] = doubtful
+            continue
         for trial, other in zip(trials[1:], each[1:], strict=True):
             if other is not None and why == "":
                 theirs: Kept = {other.atom: kept[found.atom]}
@@ -143,6 +147,23 @@ def _needed(
                 return needed, ""
             why = why or difference
     return None, why
+
+
+def _doubtful(trial: Trial, atom: Atom, kept: Kept, needed: Mapping[Attribute, Expr]) -> str | None:
+    """Why a coupling cannot be followed for certain: an integer may be its size and may be another, and no trial tells.
+
+    The forward reads it and does nothing with it in the calls that were captured; in another it may.
+    """
+    for attribute, value in trial.held.items():
+        meanings = trial.axes_of_size.get(value, [])
+        if attribute in needed or type(attribute.inside) is str or not any(touched(expr, kept) for expr in meanings):
+            continue
+        if trial.is_idle(attribute):
+            return (
+                f"reads `{attribute}`, which is {value} and may be the size of this axis or of another, and which "
+                "makes no difference in the call that was captured (capture one in which it does, with a mask say)"
+            )
+    return None
 
 
 def _described(
@@ -228,6 +249,7 @@ class Trial:
         self.unread: dict[Attribute, int] = {}
         self.axes_of_size = _axes_of_size(inference)
         self._shapes_tell = False
+        self._idle: dict[Attribute, bool] = {}
         tensors = named_tensors(module)
         if any(t.is_meta for t in tensors.values()):
             self.unable = "its Python can only be tried with values, and it is on the meta device"
@@ -263,6 +285,13 @@ class Trial:
         if self._shapes_tell and (error := self._fails_on_shapes(small, values)) is not None:
             return error
         return self._compare(rewrite(self.inference, kept, self.module), small, values)
+
+    def is_idle(self, attribute: Attribute) -> bool:
+        """Whether it makes no difference to the call what an attribute holds."""
+        if attribute not in self._idle:
+            other = {attribute: self.held[attribute] + 1}
+            self._idle[attribute] = self.difference({}, other) is None
+        return self._idle[attribute]
 
     def _fails_on_shapes(self, tensors: Mapping[str, Tensor], values: Values) -> str | None:
         """Why the forward fails on the meta device, which takes no time."""
@@ -338,9 +367,9 @@ def own_forward(module: nn.Module, forward: Forward, args: Any, kwargs: Any) -> 
             return forward(module, *args, **kwargs)
         except Exception as error:
             path, failing = inside[-1] if inside else ("", module)
-            where = f"`{path}` ({type(failing).__name__})" if path else type(failing).__name__
+            where = f" in `{path}` ({type(failing).__name__})" if path else ""
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise Failed(f"fails in {where}: {lines[0]}") from error
+            raise Failed(f"fails{where}: {lines[0]}") from error
 
 
 @contextmanager
