@@ -15,6 +15,7 @@ from .explanation import Explanation, explain
 from .latency import Latency
 from .optimizers import state_rule
 from .plan import Plan
+from .pretrained import from_pretrained, save_pretrained
 from .restore import restore
 from .shrinkable import ShrinkableLinear
 from .sparsifier import CoupledSparsifier
@@ -44,12 +45,14 @@ __all__ = [
     "diff",
     "errors",
     "explain",
+    "from_pretrained",
     "load",
     "logs",
     "plan",
     "restore",
     "resume",
     "save",
+    "save_pretrained",
     "shrink",
     "state_rule",
     "summary",

@@ -87,8 +87,14 @@ def _try(region: Region, module: nn.Module) -> None:
     """Refuse a region whose own forward differs from its programs.
 
     Raises:
+        NoInputsError: it has not been called.
         RestoreError: it fails, or gives something else.
     """
+    if not region.programs:
+        raise NoInputsError(
+            f"{_named(region.name, module)} has shrunk and not been called since it was loaded, so that nothing can be "
+            "tried; pass example_inputs=(x,)"
+        )
     for program in region.programs:
         args, kwargs = example_call(program.captured.signature)
         with modes(module, program.captured.signature.training), traceless(module), torch.no_grad():

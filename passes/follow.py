@@ -29,6 +29,7 @@ from ecospa_fx.signature import TENSOR, Signature, below
 
 from .agree import TOLERANCE, Forward, forked_rng, relative_error
 from .axes import Atom, Expr, Product, Segments, product, segments, size_of
+from .capture import Captured
 from .discover import Discovery, Found
 from .inference import Inference
 from .names import named_tensors, swapped
@@ -97,7 +98,7 @@ def follow(
             refused[found.key] = why
             continue
         needed |= _described(first, found, kept, needed)
-        doubtful = _doubtful(first, found.atom, kept, needed)
+        doubtful = _doubtful(first, found, kept, needed)
         if doubtful is not None:
             refused[found.key] = doubtful
             continue
@@ -149,14 +150,16 @@ def _needed(
     return None, why
 
 
-def _doubtful(trial: Trial, atom: Atom, kept: Kept, needed: Mapping[Attribute, Expr]) -> str | None:
+def _doubtful(trial: Trial, found: Found, kept: Kept, needed: Mapping[Attribute, Expr]) -> str | None:
     """Why a coupling cannot be followed for certain: an integer may be its size and may be another, and no trial tells.
 
     The forward reads it and does nothing with it in the calls that were captured; in another it may.
     """
     for attribute, value in trial.held.items():
         meanings = trial.axes_of_size.get(value, [])
-        if attribute in needed or type(attribute.inside) is str or not any(touched(expr, kept) for expr in meanings):
+        if attribute in needed or type(attribute.inside) is str or not _near(attribute, found):
+            continue
+        if not any(touched(expr, kept) for expr in meanings):
             continue
         if trial.is_idle(attribute):
             return (
@@ -175,11 +178,9 @@ def _described(
     and the forward gives the same with it.
     """
     more: dict[Attribute, Expr] = {}
-    paths = {name.rpartition(".")[0] for name, _ in found.axes}
     for attribute, value in (trial.held | trial.unread).items():
         meanings = trial.axes_of_size.get(value, [])
-        near = any(path == attribute.module or path.startswith(f"{attribute.module}.") for path in paths)
-        if attribute in needed or attribute.inside is not None or not near or not meanings:
+        if attribute in needed or attribute.inside is not None or not _near(attribute, found) or not meanings:
             continue
         sizes = {int(count(expr, kept)) if touched(expr, kept) else None for expr in meanings}
         if len(sizes) > 1 or None in sizes:
@@ -188,6 +189,11 @@ def _described(
         if trial.difference(kept, {a: int(count(expr, kept)) for a, expr in tried.items()}) is None:
             more[attribute] = meanings[0]
     return more
+
+
+def _near(attribute: Attribute, found: Found) -> bool:
+    """Whether the module that holds it also holds weights of the coupling, itself or further down."""
+    return any(not attribute.module or name.startswith(f"{attribute.module}.") for name, _ in found.axes)
 
 
 def _candidates(
@@ -257,7 +263,11 @@ class Trial:
         self.tensors = drawn(tensors)
         program = rewrite(inference, {}, module)
         with recorded_reads(module) as reads:
-            self.unable = self._compare(program, self.tensors, {})
+            try:
+                self.unable = self._compare(program, self.tensors, {})
+            except RuntimeError:  # sizes that no argument tells apart depend on each other: those of the call, then
+                self.args, self.kwargs = example_call(inference.captured.signature, call_sizes(inference.captured))
+                self.unable = self._compare(program, self.tensors, {})
         self.held = held_integers(module, reads, numbers)
         every = {path: set(child.__dict__) for path, child in module.named_modules()}
         self.unread = {
@@ -401,12 +411,29 @@ def modes(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
             child.training = flag
 
 
-def example_call(signature: Signature) -> tuple[Any, Any]:
-    """A small call of a signature, with random values."""
+def call_sizes(captured: Captured) -> dict[sympy.Symbol, int]:
+    """The dynamic sizes in the call that a graph was captured from."""
+    found = {}
+    for node in captured.graph.nodes:
+        value = node.meta.get("val") if node.op == "placeholder" else None
+        for size in value.shape if isinstance(value, Tensor) else ():
+            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                found[size.node.expr] = int(size.node.hint)
+    return found
+
+
+def example_call(signature: Signature, known: Mapping[sympy.Symbol, int] | None = None) -> tuple[Any, Any]:
+    """A small call of a signature, with random values.
+
+    Args:
+        signature: of the call.
+        known: dynamic sizes to use, in place of small ones.
+    """
     generator = torch.Generator().manual_seed(0)
-    sizes = {}
+    sizes = dict(known or {})
     for i, (symbol, (low, high)) in enumerate(sorted(signature.ranges.items(), key=lambda item: str(item[0]))):
-        sizes[symbol] = int(min(max(low, 3 + i), high))
+        if isinstance(symbol, sympy.Symbol):  # bounds of `4*s0` follow from those of `s0`
+            sizes.setdefault(symbol, int(min(max(low, 3 + i), high)))
     leaves: list[Any] = []
     tensors = iter(signature.tensors)
     for leaf in signature.leaves:

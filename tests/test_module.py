@@ -273,13 +273,13 @@ def test_scores_that_look_into_graphs_are_refused():
 
 
 def language_model(name):
-    """Three key heads for two queries each: no two sizes of a llama are equal."""
+    """Three key heads for two queries each: no two sizes of the llama are equal."""
     if name == "gpt2":
         return made(name, torch.float64)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3,
-        head_dim=4, vocab_size=61, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        head_dim=8, vocab_size=61, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     ids = torch.randint(3, 60, (2, 7))
     return transformers.LlamaForCausalLM(config).double().eval(), {"input_ids": ids, "use_cache": False}
@@ -308,6 +308,8 @@ def test_generate_with_every_cache(name):
     for parameter in plain.parameters():
         parameter.data.mul_(3)
     model = ecospa_fx.compile(copy.deepcopy(plain), example_kwargs=kwargs, execution="module")
+    kinds = {"gpt2": {"heads", "ffn"}, "llama": {"heads", "groups", "glu"}}[name]
+    assert {coupling.kind for coupling in ecospa_fx.couplings(model)} == kinds
     keeps = halves(model)
     positions = kept_positions(plain, keeps)
     ecospa_fx.shrink(model, keeps)
