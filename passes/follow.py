@@ -265,9 +265,12 @@ class Trial:
         with recorded_reads(module) as reads:
             try:
                 self.unable = self._compare(program, self.tensors, {})
-            except RuntimeError:  # sizes that no argument tells apart depend on each other: those of the call, then
+            except Exception:  # sizes that no argument tells apart depend on each other: those of the call, then
                 self.args, self.kwargs = example_call(inference.captured.signature, call_sizes(inference.captured))
-                self.unable = self._compare(program, self.tensors, {})
+                try:
+                    self.unable = self._compare(program, self.tensors, {})
+                except Exception as error:
+                    self.unable = f"cannot be tried: its graph does not run on a made-up call ({error})"
         self.held = held_integers(module, reads, numbers)
         every = {path: set(child.__dict__) for path, child in module.named_modules()}
         self.unread = {
