@@ -22,7 +22,7 @@ from .compiled import MODEL, REGION, CompiledModel
 from .errors import EcoSpaError, NoInputsError, RestoreError
 from .passes.agree import TOLERANCE, forked_rng, relative_error
 from .passes.names import join
-from .passes.regions import traceless
+from .passes.record import traceless
 from .passes.rewrite import Program
 from .region import Region
 from .shrinkable import ShrinkableLinear, original_class, unswap_forward
