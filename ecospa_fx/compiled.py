@@ -28,7 +28,8 @@ from .coupling import Coupling, Selection
 from .errors import CaptureError, EcoSpaError, NoCouplingError, ShrinkError
 from .passes.confirm import experiments
 from .passes.names import join, named_tensors
-from .passes.regions import Analysis, Captures, choose, record, shared_outside
+from .passes.record import record
+from .passes.regions import Analysis, Captures, choose, shared_outside
 from .passes.replay import replay
 from .passes.rewrite import Program, rewrite
 from .passes.selection import mask_of, narrowed, whole

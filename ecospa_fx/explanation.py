@@ -21,7 +21,8 @@ from .known import Known, known_of
 from .passes.axes import Atom, atoms_of
 from .passes.confirm import experiments as allowed
 from .passes.nodes import place
-from .passes.regions import choose, traceless
+from .passes.record import traceless
+from .passes.regions import choose
 from .region import Region
 from .savings import Savings, savings_of
 from .shrinkable import original_class

@@ -18,7 +18,7 @@ from .attributes import fit, fitted
 from .compiled import MODEL, REGION, CompiledModel
 from .errors import EcoSpaError, NoInputsError, RestoreError
 from .passes.follow import difference, example_call, modes
-from .passes.regions import traceless
+from .passes.record import traceless
 from .region import Region
 from .shrinkable import ShrinkableLinear, original_class, unswap_forward
 

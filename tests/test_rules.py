@@ -253,6 +253,7 @@ BY_HAND |= {
     "masked_scatter_": [
         Call(lambda x, m, v: x.clone().masked_scatter_(m, v), (t(3, 4), torch.arange(12).view(3, 4) % 2 == 0, t(6)))
     ],
+    "as_strided": [Call(lambda x: x.as_strided((3, 3, 2), (4, 1, 1)), (t(3, 4),))],
     "one_hot": [Call(lambda x: torch.nn.functional.one_hot((x > 0).long(), 3), (t(3, 4),))],
     "histc": [Call(lambda x: torch.histc(x, 4, -1.0, 1.0), (t(3, 4),))],
     "polar": [Call(lambda a, b: torch.view_as_real(torch.polar(a, b)), (t(3, 4), t(3, 4)))],
@@ -277,7 +278,8 @@ BY_HAND["einsum"] += [
     Call(lambda x, y: torch.einsum("b...i,io", x, y), (t(2, 3, 4), t(4, 5))),
 ]
 BY_HAND["squeeze"].append(Call(lambda x: torch.squeeze(x), (t(3, 1, 4),)))
-ONLY_BY_HAND = {"one_hot"}  # what is a class must stay one when an entry moves
+# What is a class must stay one when an entry moves; samples of as_strided read beyond the tensor that they are given.
+ONLY_BY_HAND = {"as_strided", "one_hot"}
 UNREACHED: dict[str, str] = {
     "_grouped_mm": "it takes no float64",
     "view": "canonicalise makes a reshape of it",
