@@ -209,9 +209,10 @@ class Manual(Lit):
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("kind", [Forward, Manual])
-def test_other_ways_to_write_a_module(kind, tmp_path):
-    _, model, callback = run(tmp_path, Stateful(), made=kind, validate=False, max_epochs=2)
+@pytest.mark.parametrize(("kind", "execution"), [(Forward, "graph"), (Manual, "graph"), (Forward, "module")])
+def test_other_ways_to_write_a_module(kind, execution, tmp_path):
+    callback = EcoSpaCallback(execution=execution, **SETTINGS)
+    _, model, callback = run(tmp_path, Stateful(), callback, made=kind, validate=False, max_epochs=2)
     assert callback.trainer.done
     assert type(model).__name__ == kind.__name__ and sum(p.numel() for p in model.parameters()) == callback.trainer.size
     loaded = load_checkpoint(tmp_path / "step=12.ckpt", kind())

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..api import compile
-from ..compiled import MODEL, CompiledModel
+from ..attributes import changes_in
+from ..compiled import MODEL, CompiledModel, Execution
 from ..errors import CheckpointError, EcoSpaError
 from ..logs import logger
 from ..packing import Packer, Unpacker
@@ -59,6 +60,7 @@ class EcoSpaCallback(Callback):
     Args:
         module: what shrinks: the name of a submodule of the LightningModule. None takes the only child that has
             parameters, else the LightningModule itself by its `forward`.
+        execution: see `ecospa_fx.compile`.
         wait_for_loss: let shrinks wait while the training loss is up. It is read at every step, which a GPU waits for.
         rng: let the generators of Python, numpy and torch go on where the checkpoint was taken.
         settings: of `EcoSpaTrainer`. `interval`, `start` and `end` count batches at which an optimizer took a step. A
@@ -73,9 +75,16 @@ class EcoSpaCallback(Callback):
     """
 
     def __init__(
-        self, module: str | None = None, *, wait_for_loss: bool = False, rng: bool = True, **settings: Any
+        self,
+        module: str | None = None,
+        *,
+        execution: Execution = "graph",
+        wait_for_loss: bool = False,
+        rng: bool = True,
+        **settings: Any,
     ) -> None:
-        self.module, self.wait_for_loss, self.rng, self.settings = module, wait_for_loss, rng, settings
+        self.module, self.execution, self.wait_for_loss, self.rng = module, execution, wait_for_loss, rng
+        self.settings = settings
         self.trainer: EcoSpaTrainer | None = None
         self._model: nn.Module | None = None
         self._prefix = ""
@@ -99,7 +108,7 @@ class EcoSpaCallback(Callback):
                 "shrink would change under it; train on one device: Trainer(devices=1)"
             )
         self._prefix, self._model = module_of(pl_module, self.module)
-        compile(self._model)
+        compile(self._model, execution=self.execution)
         self._passed_over = []
         self._hook = self._model.register_load_state_dict_pre_hook(self._pass_over)
 
@@ -298,9 +307,11 @@ def fill(model: nn.Module, state: Mapping[str, Any], weights: Mapping[str, Any],
         for name in held
         if name not in about["aliases"] and isinstance(weights.get(prefix + name), Tensor)
     }
+    changes = changes_in(about["attributes"], "the checkpoint")
     saved = Saved(
-        about, Plan.from_json(read["plan"]), tensors | read["buffers"], frozenset(passing), {}, None, "the checkpoint"
-    )
+        about, Plan.from_json(read["plan"]), tensors | read["buffers"], frozenset(passing), {}, None, changes,
+        "the checkpoint",
+    )  # fmt: skip
     compiled: CompiledModel | None = model.__dict__.get(MODEL)
     plan = Plan() if compiled is None else compiled.plan
     before = {name: held[name].data for name in plan.original_shapes}
@@ -311,12 +322,16 @@ def fill(model: nn.Module, state: Mapping[str, Any], weights: Mapping[str, Any],
     try:
         if compiled is not None:
             compiled.plan = Plan()
+            for attribute, (original, _) in compiled.attributes.items():
+                attribute.write(model, original)
         rebuild(saved, partial(_same, model), None)
     except BaseException:
         for name, data in before.items():
             held[name].data = data
         if compiled is not None:
             compiled.plan = plan
+            for attribute, (_, now) in compiled.attributes.items():
+                attribute.write(model, now)
         raise
 
 
