@@ -16,6 +16,7 @@ from .latency import Latency
 from .optimizers import state_rule
 from .plan import Plan
 from .restore import restore
+from .rewire import rewire
 from .shrinkable import ShrinkableLinear
 from .sparsifier import CoupledSparsifier
 from .summary import Summary, summary
@@ -49,6 +50,7 @@ __all__ = [
     "plan",
     "restore",
     "resume",
+    "rewire",
     "save",
     "shrink",
     "state_rule",
