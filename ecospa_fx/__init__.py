@@ -17,6 +17,7 @@ from .optimizers import state_rule
 from .plan import Plan
 from .pretrained import from_pretrained, save_pretrained
 from .restore import restore
+from .rewire import rewire
 from .shrinkable import ShrinkableLinear
 from .sparsifier import CoupledSparsifier
 from .summary import Summary, summary
@@ -51,6 +52,7 @@ __all__ = [
     "plan",
     "restore",
     "resume",
+    "rewire",
     "save",
     "save_pretrained",
     "shrink",

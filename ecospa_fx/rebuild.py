@@ -65,7 +65,7 @@ def write_model(draft: Draft, model: nn.Module, compiled: CompiledModel) -> None
         CheckpointError: a tensor is none that can be saved (on the meta device, sharded, quantized).
     """
     held = named_tensors(model)
-    aliases, passing = _aliases(held), _passing(model)
+    aliases, passing = _aliases(held), transient(model)
     layouts: Layouts = {}
     files: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
     for name, tensor in held.items():
@@ -87,21 +87,24 @@ def write_model(draft: Draft, model: nn.Module, compiled: CompiledModel) -> None
     config = config_text(model)
     if config is not None:
         draft.text("config.json", config)
-    draft.document(
-        "model.json",
-        {
-            "class": type(model).__name__,
-            "torch": str(torch.__version__),
-            **about_execution(compiled),
-            "training": model.training,
-            "other_mode": [name for name, module in model.named_modules() if module.training != model.training],
-            "frozen": [name for name, p in held.items() if isinstance(p, nn.Parameter) and not p.requires_grad],
-            "aliases": aliases,
-            "layouts": layouts,
-            "extra": extra,
-            "implementations": implementations(model),
-        },
-    )
+    draft.document("model.json", {**described(model, compiled), "layouts": layouts, "extra": extra})
+
+
+def described(model: nn.Module, compiled: CompiledModel) -> dict[str, Any]:
+    """What is to be known of a compiled model beside its plan and its tensors."""
+    held = named_tensors(model)
+    return {
+        "class": type(model).__name__,
+        "torch": str(torch.__version__),
+        **about_execution(compiled),
+        "training": model.training,
+        "other_mode": [name for name, module in model.named_modules() if module.training != model.training],
+        "frozen": [name for name, p in held.items() if isinstance(p, nn.Parameter) and not p.requires_grad],
+        "aliases": _aliases(held),
+        "layouts": {},
+        "extra": {},
+        "implementations": implementations(model),
+    }
 
 
 def about_execution(compiled: CompiledModel) -> dict[str, Any]:
@@ -148,18 +151,7 @@ def read_model(save: Save) -> Saved:
         CheckpointError: files are missing, or not what they should be.
     """
     about = save.document("model.json")
-    kinds: dict[str, Any] = {
-        "class": str, "training": bool, "other_mode": list, "frozen": list, "aliases": dict, "layouts": dict,
-        "extra": dict, "implementations": dict,
-    }  # fmt: skip
-    for key, kind in kinds.items():
-        if not isinstance(about.get(key), kind):
-            raise CheckpointError(f"{save.directory / 'model.json'} has no `{key}`, or one of another kind")
-    attributes = check_about(about, str(save.directory / "model.json"))
-    names = {"other_mode": about["other_mode"], "frozen": about["frozen"], "aliases": about["aliases"].values()}
-    for key, held in names.items():
-        if not all(isinstance(name, str) for name in held):
-            raise CheckpointError(f"{save.directory / 'model.json'} has a `{key}` that holds no names")
+    attributes = check_description(about, str(save.directory / "model.json"))
     flat = save.tensors("model.safetensors")
     passing = save.tensors("buffers.safetensors") if "buffers.safetensors" in save.files else {}
     extra = save.tensors("extra.safetensors") if "extra.safetensors" in save.files else {}
@@ -173,6 +165,26 @@ def read_model(save: Save) -> Saved:
         attributes,
         str(save.directory),
     )
+
+
+def check_description(about: Mapping[str, Any], where: str) -> Changes:
+    """Refuse what `described` would not have said; the attributes in it.
+
+    Raises:
+        CheckpointError: a field is missing, or of another kind.
+    """
+    kinds: dict[str, Any] = {
+        "class": str, "training": bool, "other_mode": list, "frozen": list, "aliases": dict, "layouts": dict,
+        "extra": dict, "implementations": dict,
+    }  # fmt: skip
+    for key, kind in kinds.items():
+        if not isinstance(about.get(key), kind):
+            raise CheckpointError(f"{where} has no `{key}`, or one of another kind")
+    names = {"other_mode": about["other_mode"], "frozen": about["frozen"], "aliases": about["aliases"].values()}
+    for key, held in names.items():
+        if not all(isinstance(name, str) for name in held):
+            raise CheckpointError(f"{where} has a `{key}` that holds no names")
+    return check_about(about, where)
 
 
 def rebuild(saved: Saved, factory: Callable[[], nn.Module] | None, device: torch.device | None) -> nn.Module:
@@ -245,7 +257,7 @@ def _aliases(held: Mapping[str, Tensor]) -> dict[str, str]:
     return aliases
 
 
-def _passing(model: nn.Module) -> set[str]:
+def transient(model: nn.Module) -> set[str]:
     """Names of the buffers that state_dict leaves out."""
     return {
         join(prefix, name)
@@ -261,7 +273,7 @@ def _check_fits(model: nn.Module, saved: Saved) -> None:
         CheckpointError: what differs, with both values.
     """
     about, plan, aliases = saved.about, saved.plan, saved.about["aliases"]
-    held, passing, kind = named_tensors(model), _passing(model), type(model).__name__
+    held, passing, kind = named_tensors(model), transient(model), type(model).__name__
     for alias, name in aliases.items():
         if alias in saved.tensors or name not in saved.tensors:
             raise CheckpointError(f"`{alias}` is saved as `{name}`, which is not there")

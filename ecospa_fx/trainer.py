@@ -355,7 +355,7 @@ class EcoSpaTrainer:
             value.backward()
             for optimizer in self.optimizers:
                 optimizer.step()
-            self.step(loss=value, tokens=_tokens(batch), epochs=epoch)
+            self.step(loss=value, tokens=tokens_of(batch), epochs=epoch)
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
             if scheduler is not None:
@@ -404,7 +404,7 @@ class EcoSpaTrainer:
                 estimator.detach()
 
 
-def _tokens(batch: Any) -> int | None:
+def tokens_of(batch: Any) -> int | None:
     """Tokens of a batch: the entries of its first tensor of whole numbers."""
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
     whole = (v for v in values if isinstance(v, Tensor) and not v.is_floating_point())

@@ -1,0 +1,356 @@
+"""EcoSpaCallback: shrink while Lightning trains, and go on from its checkpoints.
+
+setup                the module is compiled and waits for its first call
+on_load_checkpoint   a checkpoint that has shrunk: the module takes its sizes before anything else takes its state
+on_fit_start         the schedule begins, or goes on where the checkpoint was taken
+on_train_batch_end   a sparsification step, if the optimizer took a step and one is due
+state_dict           what is left of the module and how far the schedule is, as plain values and tensors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..api import compile
+from ..attributes import changes_in
+from ..compiled import MODEL, CompiledModel, Execution
+from ..errors import CheckpointError, EcoSpaError
+from ..logs import logger
+from ..packing import Packer, Unpacker
+from ..passes.names import named_tensors
+from ..plan import Plan
+from ..randomness import random_state
+from ..rebuild import Saved, check_description, described, rebuild, transient
+from ..region import unshrunk
+from ..trainer import EcoSpaTrainer, tokens_of
+from ..training_state import Training, resume_training
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+except ImportError as error:
+    raise ImportError(
+        "this callback needs Lightning 2 (`import lightning`): pip install 'ecospa-fx[lightning]'", name="lightning"
+    ) from error
+
+FORMAT = 1
+
+
+class EcoSpaCallback(Callback):
+    """Shrinks a module while the `Trainer` of Lightning trains it.
+
+    >>> trainer = Trainer(max_steps=10000, callbacks=[EcoSpaCallback(target=0.5, start=1000, end=8000)])
+    >>> trainer.fit(lightning_module, loader)
+
+    The optimizer's state shrinks along, the learning-rate schedule goes on, `ecospa_parameters` and `ecospa_shrinks`
+    are logged. After an interruption make everything as for a new run and call `trainer.fit(..., ckpt_path="last")`;
+    `trainer.validate`, `test` and `predict` take such a checkpoint too, with this callback. `load_checkpoint` makes a
+    shrunk module from one.
+
+    Lightning's checkpoints hold no random numbers' state; this callback's part of them does. A run that goes on from
+    the end of an epoch, or from within one with a loader that has `state_dict` and `load_state_dict`, goes on bit for
+    bit.
+
+    Args:
+        module: what shrinks: the name of a submodule of the LightningModule. None takes the only child that has
+            parameters, else the LightningModule itself by its `forward`.
+        execution: see `ecospa_fx.compile`.
+        wait_for_loss: let shrinks wait while the training loss is up. It is read at every step, which a GPU waits for.
+        rng: let the generators of Python, numpy and torch go on where the checkpoint was taken.
+        settings: of `EcoSpaTrainer`. `interval`, `start` and `end` count batches at which an optimizer took a step. A
+            Lightning callback that averages weights may be named in `also`; such a run cannot be resumed.
+
+    Attributes:
+        trainer: the `EcoSpaTrainer`, once training has begun.
+
+    Raises:
+        EcoSpaError: the strategy is for several devices, or which module is meant is not clear.
+        CheckpointError: a checkpoint has shrunk and does not say how far, or is of another model or other settings.
+    """
+
+    def __init__(
+        self,
+        module: str | None = None,
+        *,
+        execution: Execution = "graph",
+        wait_for_loss: bool = False,
+        rng: bool = True,
+        **settings: Any,
+    ) -> None:
+        self.module, self.execution, self.wait_for_loss, self.rng = module, execution, wait_for_loss, rng
+        self.settings = settings
+        self.trainer: EcoSpaTrainer | None = None
+        self._model: nn.Module | None = None
+        self._prefix = ""
+        self._saved: dict[str, Any] | None = None  # of a checkpoint, for the training that is about to begin
+        self._passed_over: list[str] = []  # names of weights that wait for on_load_checkpoint
+        self._within = False  # an epoch has begun and not ended
+        self._later: Mapping[str, Any] | None = None  # random numbers' state for when the loader has been begun
+        self._hook: Any = None
+        self._seen, self._batches, self._tokens = 0, 0, 0  # optimizer steps; batches and tokens since the last one
+
+    @property
+    def state_key(self) -> str:
+        """What the state is called in a checkpoint: one for each module that shrinks."""
+        return self._generate_state_key(module=self.module)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compile the module, and let it meet weights of a checkpoint that has shrunk."""
+        if not isinstance(trainer.strategy, SingleDeviceStrategy):
+            raise EcoSpaError(
+                f"{type(trainer.strategy).__name__} holds gradients of several devices at sizes of its own, which a "
+                "shrink would change under it; train on one device: Trainer(devices=1)"
+            )
+        self._prefix, self._model = module_of(pl_module, self.module)
+        compile(self._model, execution=self.execution)
+        self._passed_over = []
+        self._hook = self._model.register_load_state_dict_pre_hook(self._pass_over)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the module as a plain compiled one."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _pass_over(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Let weights at other sizes wait: Lightning loads them before any callback sees the checkpoint."""
+        if model is not self._model:  # a copy of it
+            return
+        for name, tensor in named_tensors(model).items():
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and given.shape != tensor.shape:
+                state_dict[prefix + name] = tensor.detach()
+                self._passed_over.append(name)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Bring the module to the sizes of a checkpoint, with its weights."""
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state is None or self._model is None:
+            return  # of a run without this callback; if that has shrunk, `_check_loaded` says so
+        if "averaging_state" in checkpoint and trainer.training:
+            raise CheckpointError(
+                "this checkpoint holds averaged weights, which Lightning puts in place before their copy of the model "
+                "can be told its sizes; resume from a run without an averaging callback"
+            )
+        fill(self._model, state, checkpoint["state_dict"], self._prefix)
+        self._passed_over = []
+        self._saved = state
+
+    def _check_loaded(self) -> None:
+        if self._passed_over:
+            raise CheckpointError(
+                f"{len(self._passed_over)} weights of this checkpoint have other sizes than the model's, the first is "
+                f"`{self._passed_over[0]}`, and it does not say which rows and columns are left: it holds no state of "
+                f"{self.state_key}. Load one that was saved in training with this callback, and not with "
+                "save_weights_only=True"
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the schedule, or go on with it."""
+        self._check_loaded()
+        settings = {"gradients": "step" if pl_module.automatic_optimization else "optimizer", **self.settings}
+        if pl_module.automatic_optimization and settings["gradients"] == "optimizer":
+            raise EcoSpaError(
+                'gradients="optimizer" reads them as a step of the optimizer begins, and Lightning runs backward '
+                'inside of it; use gradients="step"'
+            )
+        assert self._model is not None
+        before, saved, self._saved = self.trainer, self._saved, None
+        self.trainer = EcoSpaTrainer(self._model, trainer.optimizers, **settings)
+        if saved is not None:
+            read = _unpacked(saved)
+            self._seen = read["optimizer_steps"]
+            parts = {"trainer": {"trainer": read["trainer"]}}
+            if self.rng:
+                parts["random"] = {"random": read["random"]}
+                self._later = parts["random"] if read["within_epoch"] else None
+            resume_training(self._model, Training(trainer=self.trainer), parts, "the checkpoint")
+        elif before is not None:  # training goes on in the same process
+            self.trainer.load_state_dict(before.state_dict())
+        else:
+            self._seen = trainer.global_step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Within an epoch, draw as if its loader had not been begun anew."""
+        if self._later is not None:
+            assert self._model is not None
+            resume_training(self._model, Training(), {"random": self._later}, "the checkpoint")
+            self._later = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the step, if an optimizer took one; shrink if it is time."""
+        assert self.trainer is not None
+        self._within = not trainer.is_last_batch
+        self._batches += 1
+        self._tokens += tokens_of(batch) or 0
+        if trainer.global_step == self._seen:
+            return  # gradients are being accumulated
+        self._seen = trainer.global_step
+        shrinks = len(self.trainer.history)
+        loss = outputs.get("loss") if self.wait_for_loss and isinstance(outputs, Mapping) else None
+        share = self._batches / trainer.num_training_batches
+        try:
+            self.trainer.step(loss=loss, tokens=self._tokens or None, epochs=share)
+        except EcoSpaError as error:
+            if self._model is not None and not self._model.__dict__[MODEL].captured:
+                raise EcoSpaError(
+                    f"training_step did not call {self._prefix[:-1] or 'its own forward'}, so nothing "
+                    'is known of it; name the submodule that it calls: EcoSpaCallback("backbone", ...)'
+                ) from error
+            raise
+        self._batches = self._tokens = 0
+        if len(self.trainer.history) > shrinks:
+            logger("shrink").info("step %d: %s parameters", trainer.global_step, f"{self.trainer.size:,}")
+        if trainer._results is not None and not trainer.barebones:
+            numbers = {"ecospa_parameters": self.trainer.size, "ecospa_shrinks": len(self.trainer.history)}
+            pl_module.log_dict({name: float(number) for name, number in numbers.items()}, on_step=True, on_epoch=False)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that a checkpoint was taken up."""
+        self._check_loaded()
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def state_dict(self) -> dict[str, Any]:
+        """What Lightning writes into its checkpoints: plain values and tensors, nothing to unpickle."""
+        if self.trainer is None:
+            return {}
+        model, packer = self.trainer.model, Packer()
+        compiled: CompiledModel = model.__dict__[MODEL]
+        held, passing = named_tensors(model), transient(model)
+        document = {
+            "plan": compiled.plan.to_json(),
+            "model": described(model, compiled),
+            "buffers": {name: held[name] for name in compiled.plan.original_shapes if name in passing},
+            "trainer": {"class": type(self.trainer).__name__, "state": self.trainer.state_dict()},
+            "random": random_state(),
+            "optimizer_steps": self._seen,
+            "within_epoch": self._within,
+        }
+        packed = packer.pack(document, "EcoSpaCallback")
+        # As they are now: a checkpoint that is kept in memory must not change with the training that goes on.
+        return {"format": FORMAT, "state": packed, "tensors": {name: t.clone() for name, t in packer.tensors.items()}}
+
+
+def load_checkpoint(path: Any, pl_module: LightningModule, module: str | None = None) -> LightningModule:
+    """Give a LightningModule, made as for a new run, the sizes and weights of a checkpoint of a run that shrank.
+
+    >>> model = load_checkpoint("last.ckpt", MyModule())
+
+    Args:
+        path: a checkpoint file.
+        pl_module: as its class makes it.
+        module: as given to the callback.
+
+    Returns:
+        `pl_module`, what has shrunk in it compiled.
+
+    Raises:
+        CheckpointError: the checkpoint holds no state of such a callback, or is of another model.
+    """
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    callback = EcoSpaCallback(module)
+    state = (checkpoint.get("callbacks") or {}).get(callback.state_key)
+    if state is None:
+        raise CheckpointError(f"{path} holds no state of {callback.state_key}; its own are {_keys(checkpoint)}")
+    callback._prefix, callback._model = module_of(pl_module, module)
+    fill(callback._model, state, checkpoint["state_dict"], callback._prefix)
+    hook = callback._model.register_load_state_dict_pre_hook(callback._pass_over)
+    pl_module.load_state_dict(checkpoint["state_dict"])  # what lies outside of the module that shrinks
+    hook.remove()
+    return pl_module
+
+
+def module_of(pl_module: LightningModule, name: str | None) -> tuple[str, nn.Module]:
+    """What of a LightningModule shrinks, and the prefix of its names.
+
+    Raises:
+        EcoSpaError: there is no such submodule, or several could be meant.
+    """
+    kind = type(pl_module).__name__
+    if name is not None:
+        try:
+            return f"{name}." if name else "", pl_module.get_submodule(name)
+        except AttributeError as error:
+            raise EcoSpaError(f"{kind} has no submodule `{name}`") from error
+    children = {name: child for name, child in pl_module.named_children() if next(child.parameters(), None) is not None}
+    own = next(pl_module.parameters(recurse=False), None) is not None
+    if len(children) == 1 and not own:
+        return next((f"{name}.", child) for name, child in children.items())
+    if is_overridden("forward", pl_module) and (children or own):
+        return "", pl_module
+    raise EcoSpaError(
+        f"which module of {kind} is to shrink? {', '.join(children) or 'None'} of its children have parameters before "
+        'training begins, and it has no forward of its own; make it in __init__ and name it: EcoSpaCallback("model")'
+    )
+
+
+def fill(model: nn.Module, state: Mapping[str, Any], weights: Mapping[str, Any], prefix: str) -> None:
+    """Bring a module to what a checkpoint leaves of it. One that has shrunk otherwise since is made whole first.
+
+    Raises:
+        CheckpointError: it is another module; nothing was changed then.
+    """
+    read = _unpacked(state)
+    about = read["model"]
+    check_description(about, "the checkpoint")
+    held, passing = named_tensors(model), transient(model)
+    tensors = {
+        name: weights[prefix + name].detach().clone()
+        for name in held
+        if name not in about["aliases"] and isinstance(weights.get(prefix + name), Tensor)
+    }
+    changes = changes_in(about["attributes"], "the checkpoint")
+    saved = Saved(
+        about, Plan.from_json(read["plan"]), tensors | read["buffers"], frozenset(passing), {}, None, changes,
+        "the checkpoint",
+    )  # fmt: skip
+    compiled: CompiledModel | None = model.__dict__.get(MODEL)
+    plan = Plan() if compiled is None else compiled.plan
+    before = {name: held[name].data for name in plan.original_shapes}
+    for name in before:
+        whole = unshrunk(held[name], plan, name)
+        if held[name].shape != whole.shape:  # tied weights have several names
+            held[name].data = whole
+    try:
+        if compiled is not None:
+            compiled.plan = Plan()
+            for attribute, (original, _) in compiled.attributes.items():
+                attribute.write(model, original)
+        rebuild(saved, partial(_same, model), None)
+    except BaseException:
+        for name, data in before.items():
+            held[name].data = data
+        if compiled is not None:
+            compiled.plan = plan
+            for attribute, (_, now) in compiled.attributes.items():
+                attribute.write(model, now)
+        raise
+
+
+def _same(model: nn.Module) -> nn.Module:
+    return model
+
+
+def _unpacked(state: Mapping[str, Any]) -> dict[str, Any]:
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"the checkpoint's state of the callback has format {state.get('format')!r}; this version of ecospa_fx "
+            f"reads {FORMAT}"
+        )
+    read: dict[str, Any] = Unpacker(state["tensors"], "the checkpoint").unpack(state["state"])
+    return read
+
+
+def _keys(checkpoint: Mapping[str, Any]) -> str:
+    return ", ".join(map(str, checkpoint.get("callbacks") or {})) or "none"
+
+
+__all__ = ["EcoSpaCallback", "load_checkpoint"]

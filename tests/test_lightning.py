@@ -1,0 +1,272 @@
+"""Lightning: shrinking in its loop, its checkpoints, going on from them to the bit."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from test_training import Stack
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+import ecospa_fx
+from ecospa_fx.errors import CheckpointError, EcoSpaError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what its dependencies say while they are imported
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+
+    from ecospa_fx.integrations.lightning import EcoSpaCallback, load_checkpoint
+
+# What Lightning says of small runs, of runs that go on elsewhere and of callbacks that are left out.
+SAID = (
+    "does not have many workers", "The number of training batches", "You defined a `validation_step`",
+    "The dirpath has changed", "Be aware that when using `ckpt_path`", "Checkpoint directory",
+    "Using ModelCheckpoint with manual opt",
+)  # fmt: skip
+pytestmark = pytest.mark.filterwarnings(*(f"ignore:.*{words}" for words in SAID))
+X = torch.randn(24, 5, 16, generator=torch.Generator().manual_seed(0))
+SETTINGS = {"target": 0.6, "interval": 2, "end": 10}
+
+
+class Lit(lightning.LightningModule):
+    def __init__(self, dropout=0.1):
+        super().__init__()
+        self.model, self.dropout = Stack(width=16, heads=2, hidden=32), nn.Dropout(dropout)
+        self.strict_loading = True
+
+    def training_step(self, batch, index):
+        (x,) = batch
+        return (self.dropout(self.model(x)) - x.flip(-1)).square().mean()
+
+    def validation_step(self, batch, index):
+        (x,) = batch
+        self.log("val_loss", (self.model(x) - x.flip(-1)).square().mean())
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), 1e-2)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.99**step)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Stateful(torch.utils.data.DataLoader):
+    """A loader that goes on within an epoch."""
+
+    def __init__(self):
+        super().__init__(torch.utils.data.TensorDataset(X), 4)
+        self.given = self.start = 0
+
+    def __iter__(self):
+        start, self.start = self.start, 0
+        for self.given in range(start + 1, 7):
+            yield [X[4 * self.given - 4 : 4 * self.given]]
+
+    def state_dict(self):
+        return {"given": self.given}
+
+    def load_state_dict(self, state):
+        self.start = state["given"]
+
+
+def loader_of(shuffle=False):
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X), 4, shuffle=shuffle)
+
+
+def trainer_of(out, *callbacks, **options):
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "max_epochs": 3, **options}
+    return lightning.Trainer(
+        default_root_dir=out, enable_model_summary=False, callbacks=list(callbacks), num_sanity_val_steps=1, **options
+    )
+
+
+def run(out, loader, callback=None, made=Lit, ckpt_path=None, every=4, validate=True, **options):
+    lightning.seed_everything(0, verbose=False)
+    callback, model = callback or EcoSpaCallback(**SETTINGS), made()
+    saver = ModelCheckpoint(out, filename="{step}", every_n_train_steps=every, save_top_k=-1)
+    trainer = trainer_of(out, saver, callback, **options)
+    trainer.fit(model, loader, loader_of() if validate else None, ckpt_path=ckpt_path)
+    return trainer, model, callback
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was never stopped: 6 batches an epoch, 3 epochs, a save every 4 steps."""
+    out = tmp_path_factory.mktemp("whole")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return *run(out, Stateful()), out
+
+
+def test_its_loop_is_the_plain_loop(tmp_path):
+    trainer, lit, callback = run(
+        tmp_path, Stateful(), made=lambda: Lit(0.0), accumulate_grad_batches=2, gradient_clip_val=1.0, max_epochs=4
+    )
+    lightning.seed_everything(0, verbose=False)
+    model = ecospa_fx.compile(Lit(0.0).model)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.99**step)
+    eco = ecospa_fx.EcoSpaTrainer(model, optimizer, **SETTINGS)
+    for _ in range(4):
+        for pair in X.split(8):
+            for x in pair.split(4):
+                ((model(x) - x.flip(-1)).square().mean() / 2).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            eco.step()
+            optimizer.zero_grad()
+            scheduler.step()
+    assert eco.done and eco.history == callback.trainer.history
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), lit.parameters(), strict=True))
+    logged = {name: int(trainer.logged_metrics[name]) for name in ("ecospa_parameters", "ecospa_shrinks")}
+    assert logged == {"ecospa_parameters": eco.size, "ecospa_shrinks": len(eco.history)}
+
+
+def assert_equal_runs(mine, theirs):
+    (trainer, model, callback), (other, others, before) = mine, theirs
+    assert callback.trainer.done and callback.trainer.history == before.trainer.history
+    assert trainer.global_step == other.global_step
+    for (name, p), q in zip(model.named_parameters(), others.named_parameters(), strict=True):
+        assert torch.equal(p, q[1]), name
+    states = [list(each.optimizers[0].state.values()) for each in (trainer, other)]
+    assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_run_resumed_within_an_epoch_is_to_the_bit_the_run_that_never_stopped(whole, tmp_path, step):
+    *parts, out = whole
+    torch.randn(7)  # other random numbers than there
+    again = run(tmp_path, Stateful(), ckpt_path=out / f"step={step}.ckpt")
+    assert_equal_runs(again, parts)
+
+
+def test_so_is_one_that_is_shuffled_and_resumed_between_epochs(tmp_path):
+    options = {"every": 6, "validate": False}
+    parts = run(tmp_path / "whole", loader_of(shuffle=True), **options)
+    again = run(tmp_path / "again", loader_of(shuffle=True), ckpt_path=tmp_path / "whole" / "step=6.ckpt", **options)
+    assert_equal_runs(again, parts)
+
+
+def test_a_checkpoint_holds_plain_values_only(whole):
+    out = whole[-1]
+    held = torch.load(out / "step=8.ckpt", weights_only=True)
+    assert "EcoSpaCallback{'module': None}" in held["callbacks"]
+    # Sizes of the checkpoint are those of its step, not of a later one.
+    sizes = [torch.load(out / f"step={n}.ckpt", weights_only=True)["state_dict"] for n in (4, 8, 12)]
+    counted = [sum(t.numel() for t in size.values()) for size in sizes]
+    assert counted[0] > counted[1] > counted[2]
+
+
+def test_a_shrunk_model_comes_back_from_a_checkpoint(whole, tmp_path):
+    _, model, _, out = whole
+    loaded = load_checkpoint(out / "step=16.ckpt", Lit())
+    early = load_checkpoint(out / "step=4.ckpt", Lit())
+    assert ecospa_fx.plan(loaded.model) == ecospa_fx.plan(model.model) != ecospa_fx.plan(early.model)
+    assert early.model(X).shape == X.shape
+    # `test` takes one too: a model that is new, and one that has shrunk further since.
+    before = {name: p.shape for name, p in model.named_parameters()}
+    found = []
+    for each in (Lit(), model):
+        tester = trainer_of(tmp_path, EcoSpaCallback(**SETTINGS))
+        found.append(tester.test(each, loader_of(), ckpt_path=out / "step=4.ckpt", verbose=False))
+        assert sum(p.numel() for p in each.parameters()) == sum(p.numel() for p in early.parameters())
+    assert found[0] == found[1]
+    late = trainer_of(tmp_path, EcoSpaCallback(**SETTINGS))
+    late.test(model, loader_of(), ckpt_path=out / "step=16.ckpt", verbose=False)
+    assert {name: p.shape for name, p in model.named_parameters()} == before
+
+
+class Forward(lightning.LightningModule):
+    """Layers of its own and a forward, as in Lightning's first examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+    def training_step(self, batch, index):
+        return (self(batch[0]) - batch[0].flip(-1)).square().mean()
+
+    configure_optimizers = Lit.configure_optimizers
+
+
+class Manual(Lit):
+    """Steps by hand, and gradients that are gone when the batch ends."""
+
+    def __init__(self):
+        super().__init__(0.0)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        self.manual_backward(super().training_step(batch, index))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(("kind", "execution"), [(Forward, "graph"), (Manual, "graph"), (Forward, "module")])
+def test_other_ways_to_write_a_module(kind, execution, tmp_path):
+    callback = EcoSpaCallback(execution=execution, **SETTINGS)
+    _, model, callback = run(tmp_path, Stateful(), callback, made=kind, validate=False, max_epochs=2)
+    assert callback.trainer.done
+    assert type(model).__name__ == kind.__name__ and sum(p.numel() for p in model.parameters()) == callback.trainer.size
+    loaded = load_checkpoint(tmp_path / "step=12.ckpt", kind())
+    assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_mixed_precision_epochs_and_averages(tmp_path):
+    average = WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    callback = EcoSpaCallback("model", target=0.6, unit="epochs", interval=0.5, end=2, also=[average])
+    lightning.seed_everything(0, verbose=False)
+    model = Lit()
+    saver = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=9)
+    trainer = trainer_of(tmp_path, average, callback, saver, precision="bf16-mixed")
+    trainer.fit(model, Stateful(), loader_of())
+    assert [entry["step"] for entry in callback.trainer.history] == [3, 6, 9, 12]
+    assert all(p.shape == q.shape for p, q in zip(model.parameters(), average._average_model.parameters(), strict=True))
+    (saved,) = tmp_path.glob("last*.ckpt")
+    again = EcoSpaCallback("model", target=0.6, unit="epochs", interval=0.5, end=2)
+    with pytest.raises(CheckpointError, match="holds averaged weights"):
+        trainer_of(tmp_path, again, WeightAveraging()).fit(Lit(), Stateful(), ckpt_path=saved)
+
+
+def test_what_does_not_fit_is_refused(whole, tmp_path):
+    out = whole[-1]
+    weights = torch.load(out / "step=8.ckpt", weights_only=True)
+    del weights["callbacks"]
+    torch.save(weights, tmp_path / "weights.ckpt")
+    with pytest.raises(CheckpointError, match=r"weights of this checkpoint have other sizes than the model's, the fir"):
+        trainer_of(tmp_path, EcoSpaCallback(**SETTINGS)).fit(Lit(), Stateful(), ckpt_path=tmp_path / "weights.ckpt")
+    with pytest.raises(
+        CheckpointError, match=r"holds no state of EcoSpaCallback\{'module': 'other'\}; its own are Eco"
+    ):
+        load_checkpoint(out / "step=8.ckpt", Lit(), "other")
+    with pytest.raises(CheckpointError, match=r"the trainer has theta=0.5 and the saved one theta=0.9"):
+        run(tmp_path, Stateful(), EcoSpaCallback(theta=0.5, **SETTINGS), ckpt_path=out / "step=8.ckpt")
+    with pytest.raises(EcoSpaError, match="Lit has no submodule `other`"):
+        run(tmp_path, Stateful(), EcoSpaCallback("other"))
+    with pytest.raises(EcoSpaError, match="Lightning runs backward"):
+        run(tmp_path, Stateful(), EcoSpaCallback(gradients="optimizer"))
+
+    class Two(Lit):
+        def __init__(self):
+            super().__init__()
+            self.unused = Stack(width=16, heads=2, hidden=32)
+
+    with pytest.raises(EcoSpaError, match=r"which module of Two is to shrink\? model, unused of its children have"):
+        run(tmp_path, Stateful(), made=Two)
+    with pytest.raises(EcoSpaError, match=r"training_step did not call unused, so nothing is known of it"):
+        run(tmp_path, Stateful(), EcoSpaCallback("unused"), made=Two)
+    with pytest.raises(EcoSpaError, match="DDPStrategy holds gradients of several devices"):
+        trainer_of(tmp_path, EcoSpaCallback(), strategy="ddp").fit(Lit(), Stateful())
+
+
+def test_without_lightning_the_error_says_what_to_install():
+    code = "import sys; sys.modules['lightning'] = None; import ecospa_fx.integrations.lightning"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "this callback needs Lightning 2 (`import lightning`): pip install 'ecospa-fx[lightning]'" in done.stderr
