@@ -12,6 +12,7 @@ from .coupling import Coupling, Member, Refusal
 from .diff import ModuleDiff
 from .estimator import CoupledEstimator
 from .explanation import Explanation, explain
+from .grams import Grams
 from .latency import Latency
 from .optimizers import state_rule
 from .plan import Plan
@@ -30,6 +31,7 @@ __all__ = [
     "Coupling",
     "EcoSpaTrainer",
     "Explanation",
+    "Grams",
     "Latency",
     "Member",
     "ModuleDiff",

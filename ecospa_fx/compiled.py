@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from .copies import Copy, check_plan
 from .coupling import Coupling, Selection
 from .errors import CaptureError, NoCouplingError, ShrinkError
+from .optimizers import averages_of
 from .passes.confirm import experiments
 from .passes.names import join, named_tensors
 from .passes.regions import Analysis, Captures, choose, shared_outside
@@ -31,6 +32,9 @@ from .passes.shrink import prepare_tensors
 from .plan import Plan
 from .region import Region, apart, outside_inference
 from .shrinkable import original_class, own_forward_aside, swap_forward, swap_linears, unswap_forward
+
+if TYPE_CHECKING:
+    from .grams import Grams
 
 MODEL, REGION = "_ecospa_model", "_ecospa_region"  # keys in a module's __dict__
 
@@ -167,6 +171,7 @@ class CompiledModel:
         selection: Selection,
         optimizers: Iterable[Optimizer] = (),
         copies: Sequence[Copy] = (),
+        absorb: Grams | None = None,
     ) -> None:
         """Keep only the selected entries of each coupling, everywhere; see `ecospa_fx.shrink`."""
         self.follow_ties(model)
@@ -181,7 +186,11 @@ class CompiledModel:
         mine = named_tensors(model)
         tensors = [(name, t) for held in (mine, *(copy.tensors for copy in copies)) for name, t in held.items()]
         named = [(names.get(id(mine[name]), name), tensor) for name, tensor in tensors]
-        prepare_tensors(named, self.plan, after, optimizers).commit()
+        replaced: dict[int, Tensor] = {}
+        if absorb is not None:
+            held = [mine, *(copy.tensors for copy in copies), *averages_of(mine, optimizers)]
+            replaced = absorb.absorbed(self.plan, after, held)
+        prepare_tensors(named, self.plan, after, optimizers, replaced).commit()
         self._follow(after, programs)
         for (module, twin), theirs in zip(twins, twin_programs, strict=True):
             twin._follow(after.copy(), theirs)
