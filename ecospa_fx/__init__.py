@@ -17,6 +17,7 @@ from .latency import Latency
 from .optimizers import state_rule
 from .plan import Plan
 from .restore import restore
+from .rotation import Rotation, rotate
 from .shrinkable import ShrinkableLinear
 from .sparsifier import CoupledSparsifier
 from .summary import Summary, summary
@@ -37,6 +38,7 @@ __all__ = [
     "ModuleDiff",
     "Plan",
     "Refusal",
+    "Rotation",
     "ShrinkableLinear",
     "Summary",
     "Verification",
@@ -51,6 +53,7 @@ __all__ = [
     "plan",
     "restore",
     "resume",
+    "rotate",
     "save",
     "shrink",
     "state_rule",

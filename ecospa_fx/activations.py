@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from .api import regions_of
 from .coupling import Coupling
 from .observers import ignore, observe
-from .passes.axes import Atom, Expr, atoms_of
+from .passes.axes import Atom, Expr, atoms_of, size_of
 from .passes.discover import Found
 from .passes.inference import Inference
 from .passes.names import join
@@ -189,12 +189,12 @@ class ActivationScores:
         for found in region.discovery_of(program).couplings:
             coupling = offered.get(join(region.name, names.get(found.key, "")))
             if coupling is not None:
-                made = _attention_sites if self.attention else _product_sites
+                made = _attention_sites if self.attention else product_sites
                 sites += made(program.inference, found, coupling, kept)
         return [node for site in sites for node in site.nodes], sites
 
 
-def _product_sites(inference: Inference, found: Found, coupling: Coupling, kept: dict[Atom, Choice]) -> Iterator[Site]:
+def product_sites(inference: Inference, found: Found, coupling: Coupling, kept: dict[Atom, Choice]) -> Iterator[Site]:
     """Where an entry of `found` is summed over in a product."""
     context = found.context if coupling.context is not None else None
     numbers = Numbering(found.atom, context, kept)
@@ -207,6 +207,8 @@ def _product_sites(inference: Inference, found: Found, coupling: Coupling, kept:
             if len(dims) == 1 and operand.weighted:
                 other = [(d, set(atoms_of(e))) for d, e in enumerate(operand.exprs) if d != dims[0]]
                 beside = [d for d, atoms in other if context in atoms]
+                if any(type(size_of(operand.exprs[d])) is not int for d in beside):
+                    break  # heads folded into the batch: which is which is not written down
                 rows = _contexts(operand.exprs[beside[0]], context, kept) if beside and context is not None else None
                 sides.append(Side(operand.node, dims[0], beside[0] if beside else None, rows))
         if len(sides) != 2:

@@ -8,22 +8,26 @@ on, and is a sum, so that ranks add theirs up. No activation is kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from .api import regions_of
+from .activations import Site
+from .api import plan, regions_of
+from .coupling import Coupling
 from .errors import TargetError
+from .gathered import Gram, Meeting, Place, columns, meetings_in, over_ranks, reduced
 from .logs import logger
 from .observers import ignore, observe
 from .passes.absorb import Absorption, Moments, absorb
 from .passes.capture import Captured, storage_key
-from .passes.consumers import Consumer, Input, Key, consumers
+from .passes.consumers import Consumer, Key, consumers
 from .passes.inference import Inference
 from .passes.rewrite import Program
+from .passes.rotate import FAR, Part, Turn
 from .passes.shrink import steps_of
 from .plan import Plan
 from .region import Region
@@ -35,44 +39,12 @@ RIDGE = 1e-3
 """Share of the mean second moment; see docs/absorption.md for what others do."""
 
 
-@dataclass
-class _Gram:
-    """Moments of what some weights meet, and which positions of their dim these are of; None for all."""
-
-    moments: Moments
-    positions: Tensor | None
-    window: int
-    calls: int = 0
-
-    def follow(self, positions: Tensor | None) -> bool:
-        """Drop what has gone since; False where something is missing."""
-        if positions is None or (self.positions is not None and torch.equal(positions, self.positions)):
-            return positions is self.positions or positions is not None
-        then = torch.arange(len(self.moments.sums) // self.window) if self.positions is None else self.positions
-        left = torch.isin(then, positions)
-        if int(left.sum()) != len(positions):
-            return False
-        self.moments = self.moments.at(_columns(left.nonzero().flatten(), self.window))
-        self.positions = positions
-        return True
-
-
 @dataclass(frozen=True, eq=False)
 class _Known:
     """A weight that may absorb: how it is used, and under whose name lies the Gram matrix of what it meets."""
 
     consumer: Consumer
     gram: Key
-
-
-@dataclass(frozen=True, eq=False)
-class _Place:
-    """What is added to one Gram matrix at a call: the inputs of a weight, at the sizes they have there."""
-
-    gram: Key
-    inputs: tuple[Input, ...]
-    window: int
-    positions: Tensor | None
 
 
 class Grams:
@@ -109,7 +81,8 @@ class Grams:
         self.active = True
         self.refused: dict[Key, str] = {}
         self.left: dict[Key, float] = {}
-        self._grams: dict[Key, _Gram] = {}
+        self._grams: dict[Key, Gram] = {}
+        self._meetings: dict[str, Meeting] = {}
         self._graphs: dict[int, tuple[Inference, Mapping[Key, Consumer | str]]] = {}
         self._known: dict[Key, _Known] = {}
         self._regions = list(regions_of(model).values())
@@ -132,6 +105,7 @@ class Grams:
     def reset(self) -> None:
         """Forget what was gathered."""
         self._grams.clear()
+        self._meetings.clear()
 
     @property
     def absorbing(self) -> tuple[Key, ...]:
@@ -152,6 +126,8 @@ class Grams:
             found[f"counts {label}"] = torch.tensor([gram.moments.count, gram.window, gram.calls])
             if gram.positions is not None:
                 found[f"positions {label}"] = gram.positions
+        for name, met in self._meetings.items():
+            found |= {f"near {name}": met.near, f"far {name}": met.far, f"calls {name}": torch.tensor(met.calls)}
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -161,7 +137,11 @@ class Grams:
             name, _, dim = label.removesuffix("]").rpartition("[")
             count, window, calls = state[f"counts {label}"].tolist()
             moments = Moments(state[f"squares {label}"], state[f"sums {label}"], count)
-            self._grams[name, int(dim)] = _Gram(moments, state.get(f"positions {label}"), window, calls)
+            self._grams[name, int(dim)] = Gram(moments, state.get(f"positions {label}"), window, calls)
+        met = [name.removeprefix("near ") for name in state if name.startswith("near ")]
+        self._meetings = {
+            name: Meeting(state[f"near {name}"], state[f"far {name}"], int(state[f"calls {name}"])) for name in met
+        }
 
     # What an observer of regions does, see `ecospa_fx.observers`.
 
@@ -169,39 +149,78 @@ class Grams:
         """At every forward, or those that train."""
         return self.active and (not self.training or (torch.is_grad_enabled() and module.training))
 
-    def places(self, region: Region, program: Program) -> tuple[list[fx.Node], list[_Place]]:
+    def places(self, region: Region, program: Program) -> tuple[list[fx.Node], list[Place | Site]]:
         """What the weights of a region meet."""
         self._read(region)
         here = self._consumers(program.inference)
-        found: list[_Place] = []
+        found: list[Place | Site] = list(meetings_in(region, program))
         for key in dict.fromkeys(self._known[key].gram for key in self._offered(region) if key in self._known):
             consumer = here.get(_inside(region, key))
             if isinstance(consumer, Consumer):
-                found.append(_Place(key, consumer.inputs, consumer.window, region.compiled.plan.kept.get(key)))
-        return [each.node for place in found for each in place.inputs], found
+                found.append(Place(key, consumer.inputs, consumer.window, region.compiled.plan.kept.get(key)))
+        return [node for place in found for node in place.nodes], found
 
-    def see(self, known: list[_Place], values: Sequence[Tensor]) -> None:
+    def see(self, known: list[Place | Site], values: Sequence[Tensor]) -> None:
         """Add up what one call shows."""
         given = iter(values)
-        with torch.inference_mode(False), torch.no_grad():
-            for place in known:
-                self._add(place, [next(given) for _ in place.inputs])
-
-    def _add(self, place: _Place, values: Sequence[Tensor]) -> None:
-        gram = self._grams.get(place.gram)
-        most, skip = -(-self.rows // len(values)), gram.calls if gram is not None else 0
-        with torch.autocast(values[0].device.type, enabled=False):
-            rows = torch.cat([each.rows(v, most, skip) for each, v in zip(place.inputs, values, strict=True)])
-            rows = rows if rows.dtype == torch.float64 else rows.float()
-            moments = Moments(rows.T @ rows, rows.sum(0), len(rows))
-        if gram is None or not gram.follow(place.positions):
-            self._grams[place.gram] = _Gram(moments, place.positions, place.window, 1)
+        if not known:
             return
-        held = gram.moments
-        held.squares.add_(moments.squares)
-        held.sums.add_(moments.sums)
-        gram.moments = Moments(held.squares, held.sums, held.count + moments.count)
-        gram.calls += 1
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(values[0].device.type, enabled=False):
+            for place in known:
+                mine = [next(given) for _ in place.nodes]
+                if isinstance(place, Place):
+                    gram = self._grams.get(place.gram)
+                    here = Gram.seen(place, mine, self.rows, 0 if gram is None else gram.calls)
+                    if gram is not None and gram.follow(place.positions):
+                        gram.add(here)
+                    else:
+                        self._grams[place.gram] = here
+                else:
+                    held = self._meetings.get(place.coupling)
+                    there = Meeting.seen(place, mine, self.rows, 0 if held is None else held.calls)
+                    if held is not None and held.near.shape == there.near.shape:
+                        held.add(there)
+                    else:
+                        self._meetings[place.coupling] = there
+
+    def of_sides(self, coupling: Coupling, parts: Sequence[Part], near: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
+        """The Gram matrices of the two sides of a coupling, of what flows where that was seen, else of its weights.
+
+        Args:
+            coupling: one whose basis is free.
+            parts: where its sides lie.
+            near: those of the weights, `[contexts, d, d]`.
+            far: likewise.
+        """
+        held = self._meetings.get(coupling.name)
+        if held is not None and held.near.shape == near.shape:
+            near, far = over_ranks(held.near.to(near), held.far.to(far))
+            return near, far
+        seen = torch.zeros_like(near)
+        for part, known, gram in self._summing(parts):
+            if known is None or gram is None:
+                return near, far
+            gram.blocks(part, known.consumer.bias is not None, seen)  # what is constant a bias can hold
+        return (seen, far) if bool(seen.any()) else (near, far)
+
+    def turn(self, coupling: Coupling, parts: Sequence[Part], turn: Turn) -> None:
+        """Follow a change of basis."""
+        if coupling.name in self._meetings:
+            self._meetings[coupling.name].turn(turn)
+        done: set[int] = set()
+        for part, _, gram in self._summing(parts):
+            if gram is not None and id(gram) not in done:
+                done.add(id(gram))
+                gram.turn(part, turn)
+
+    def _summing(self, parts: Sequence[Part]) -> Iterator[tuple[Part, _Known | None, Gram | None]]:
+        """The weights that sum over a coupling, with the moments of what they meet at the sizes there are now."""
+        for part in parts:
+            if part.side == FAR:
+                known = self._known.get((part.parameter, part.dim))
+                gram = None if known is None else self._grams.get(known.gram)
+                positions = plan(self.model).kept.get((part.parameter, part.dim))
+                yield part, known, gram if gram is not None and gram.follow(positions) else None
 
     def _consumers(self, inference: Inference) -> Mapping[Key, Consumer | str]:
         known = self._graphs.get(id(inference))
@@ -278,7 +297,7 @@ class Grams:
         if gram is None or not gram.follow(positions):
             return None
         return absorb(
-            _reduced(gram.moments), _columns(steps, gram.window),
+            reduced(gram.moments), columns(steps, gram.window),
             constant=known.consumer.bias is not None, ridge=self.ridge,
         )  # fmt: skip
 
@@ -305,11 +324,6 @@ def _uses(captured: Captured, name: str) -> bool:
     )
 
 
-def _columns(entries: Tensor, window: int) -> Tensor:
-    """The columns of some entries, of which each has `window`."""
-    return (entries[:, None] * window + torch.arange(window)).flatten()
-
-
 def _plain(tensor: Tensor | None) -> bool:
     """Whether the values of a tensor are here, and all of them."""
     return type(tensor) in (Tensor, nn.Parameter) and tensor is not None and tensor.device.type != "meta"
@@ -320,14 +334,3 @@ def _set(made: dict[int, Tensor], tensors: Mapping[str, Tensor], tensor: Tensor,
     for each in tensors.values():
         if each is tensor or (storage_key(each) == storage_key(tensor) and each.shape == tensor.shape):
             made[id(each)] = value
-
-
-def _reduced(moments: Moments) -> Moments:
-    """The moments of all processes."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return moments
-    count = moments.sums.new_tensor([moments.count], dtype=torch.float64)
-    squares, sums = moments.squares.clone(), moments.sums.clone()
-    for tensor in (squares, sums, count):
-        torch.distributed.all_reduce(tensor)
-    return Moments(squares, sums, int(count))

@@ -126,7 +126,7 @@ def averages_of(parameters: Mapping[str, Tensor], optimizers: Iterable[Optimizer
     found = []
     for optimizer in optimizers:
         for each in layers(optimizer):
-            entry = _by_class(type(each), AVERAGES)
+            entry = by_class(type(each), AVERAGES)
             states = getattr(each, "state", {})
             held = {name: states[p][entry] for name, p in parameters.items() if entry in states.get(p, ())}
             found += [held] if held else []
@@ -296,10 +296,10 @@ def _beside_states(optimizer: Any, attributes_only: bool) -> Iterator[tuple[str,
 
 
 def _rule_of(cls: type) -> StateRule | None:
-    return _by_class(cls, _RULES)
+    return by_class(cls, _RULES)
 
 
-def _by_class(cls: type, table: Mapping[type | str, Value]) -> Value | None:
+def by_class(cls: type, table: Mapping[type | str, Value]) -> Value | None:
     """What a table says of a class, or of the nearest class that it derives from."""
     for base in cls.__mro__:
         for key in (base, f"{base.__module__}.{base.__qualname__}"):

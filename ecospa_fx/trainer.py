@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .api import check_optimizer, couplings, is_captured, regions_of, shrink
+from .api import check_optimizer, couplings, is_captured, shrink
+from .compensation import GATHERING, Compensation
 from .compiled import MODEL
 from .constraints import Constraints, Frozen, HeadDims
 from .copies import copies_of, listed
@@ -18,7 +19,6 @@ from .coupling import Coupling
 from .diff import ModuleDiff
 from .errors import EcoSpaError, OptimizerError, TargetError
 from .estimator import CoupledEstimator
-from .grams import Grams
 from .latency import Latency
 from .logs import logger
 from .optimizers import check_can_follow, several
@@ -41,9 +41,6 @@ PRESETS: dict[Preset, dict[str, float]] = {
     "finetune": {"top_k": 0.1, "theta": 0.95},
 }
 """Settings by the advice of the paper: from scratch its own; what is already trained loses less at a time."""
-
-GATHERING = 16
-"""Training steps before a shrink in which it is looked at what weights meet, where they are to absorb."""
 
 MOST_POSTPONED = 10
 """Sparsification steps in a row that wait for the loss to come down; the next one no longer does."""
@@ -96,6 +93,8 @@ class EcoSpaTrainer:
         also: copies of the model that shrink with it, such as averages of its weights; see `ecospa_fx.shrink`.
         absorb: what stays takes over what goes, by least squares on what the weights met in the last training steps
             before a shrink; see docs/absorption.md.
+        rotate: couplings between linear maps that are about to shrink first get the basis in which the entries that go
+            carry least; see `ecospa_fx.rotate`. What an optimizer cannot follow keeps its basis, and the log says so.
 
     Attributes:
         steps: training steps seen.
@@ -145,6 +144,7 @@ class EcoSpaTrainer:
         before_shrink: BeforeShrink | None = None,
         also: Any = (),
         absorb: bool = False,
+        rotate: bool = False,
     ) -> None:
         if MODEL not in model.__dict__:
             raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
@@ -186,8 +186,7 @@ class EcoSpaTrainer:
             elif gradients == "backward":
                 estimator.attach_backward()
         self._optimizer_steps = Steps(model, self.optimizers) if gradients == "step" else None
-        self._grams: Grams | None = None
-        self._absorb = absorb
+        self._compensation = Compensation(model, absorb, rotate)
         self._owed = False  # a sparsification step for which nothing had been read
         self._settings: dict[str, Any] = {
             "target": target, "cost": cost, "among": among, "top_k": top_k, "theta": theta, "constraints": constraints,
@@ -195,10 +194,9 @@ class EcoSpaTrainer:
         index = index_score if index_score == "norms" or self._index is None else self._index.score.name
         self._described: dict[str, Any] = {
             "score": self._estimator.score.name, "index_score": index, "decay": decay, "window": window, "seed": seed,
-            "spike": spike, "gradients": gradients, "absorb": absorb,
+            "spike": spike, "gradients": gradients, "absorb": absorb, "rotate": rotate,
         }  # fmt: skip
         self._sparsifier: CoupledSparsifier | None = None
-        self._look()
         if is_captured(model):
             self._ready()
 
@@ -233,22 +231,8 @@ class EcoSpaTrainer:
         self._owed = due and not read and any(estimator.empty for estimator in self._estimators())
         if due and not self._owed and not self._postpone():
             self.sparsify()
-        self._gather(amount)
-
-    def _look(self) -> None:
-        """Look at what weights meet as soon as the regions are known: those of a loaded model before its first call."""
-        if self._absorb and self._grams is None and not self.done and regions_of(self.model):
-            self._grams = Grams(self.model, training=True)
-
-    def _gather(self, amount: float) -> None:
-        """Look at what weights meet in the last steps before the next shrink; `amount` is what a step counts."""
-        if self._grams is None:
-            return
         now = self.now - self._waiting
-        active = not self.done and (self._owed or self.schedule.due(now, now + GATHERING * amount))
-        if active and not self._grams.active:
-            self._grams.reset()
-        self._grams.active = active
+        self._compensation.gather(not self.done and (self._owed or self.schedule.due(now, now + GATHERING * amount)))
 
     def _read(self) -> bool:
         """Read the gradients of this step, if nothing else does; whether it was taken at all."""
@@ -274,13 +258,15 @@ class EcoSpaTrainer:
         with self._index.at_once() if self._index is not None else nullcontext():
             keeps = sparsifier.decide(importance, self._due(sparsifier))
         if keeps:
+            keeps = self._compensation.prepared(keeps, self.optimizers, self.also)
             if self.before_shrink is not None:
                 self.before_shrink(self.model, keeps, self.optimizer)
             self._spikes.shrunk()
             removed = {coupling.name: coupling.size - keep.shape[-1] for coupling, keep in keeps.items()}
-            self.last_shrink = shrink(self.model, keeps, optimizer=self.optimizers, also=self.also, absorb=self._grams)
-            if self._grams is not None:
-                self._grams.reset()
+            self.last_shrink = shrink(
+                self.model, keeps, optimizer=self.optimizers, also=self.also, absorb=self._compensation.absorb
+            )
+            self._compensation.reset()
             scores = {coupling.name: value for coupling, value in importance.items()}
             self.history.append({"step": self.steps, "size": self.size, "removed": removed, "importance": scores})
         for estimator in self._estimators():
@@ -292,8 +278,7 @@ class EcoSpaTrainer:
                 estimator.detach()
             if self._optimizer_steps is not None:
                 self._optimizer_steps.detach()
-            if self._grams is not None:
-                self._grams.detach()
+            self._compensation.detach()
 
     @property
     def _latency(self) -> Latency | None:
@@ -315,7 +300,7 @@ class EcoSpaTrainer:
 
     def _ready(self) -> CoupledSparsifier:
         """The sparsifier, made once the couplings are known."""
-        self._look()
+        self._compensation.look()
         if self._sparsifier is None:
             settings = dict(self._settings)
             if self._estimator.score.reads == "attention":
@@ -418,8 +403,7 @@ class EcoSpaTrainer:
                 **self._described,
             },
             "scores": [estimator.state_dict() for estimator in self._estimators()],
-            "grams": {} if self._grams is None else self._grams.state_dict(),
-            "gathering": self._grams is not None and self._grams.active,
+            "compensation": self._compensation.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -435,10 +419,9 @@ class EcoSpaTrainer:
             estimator.load_state_dict(scores)
             if self.done:
                 estimator.detach()
-        self._look()
-        if self._grams is not None:
-            self._grams.load_state_dict(state["grams"])
-            self._grams.active = state["gathering"]
+        self._compensation.load_state_dict(state.get("compensation", {}))
+        if self.done:
+            self._compensation.detach()
 
 
 def _tokens(batch: Any) -> int | None:

@@ -67,9 +67,9 @@ class Input:
                 value = value.unsqueeze(-2)
                 kernel, dilation, padding, stride = [1, *kernel], [1, *dilation], [0, *padding], [1, *stride]
             per_image = _positions(value.shape[-2:], kernel, dilation, padding, stride)
-            value = _spaced(value, max(1, most // max(1, per_image)), skip)
+            value = spaced(value, max(1, most // max(1, per_image)), skip)
             found = functional.unfold(value, kernel, dilation, padding, stride).mT.flatten(0, 1)
-        return _spaced(found, most, skip)
+        return spaced(found, most, skip)
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,7 +315,7 @@ def _positions(space: Any, kernel: list[int], dilation: list[int], padding: list
     return count
 
 
-def _spaced(rows: Tensor, most: int, skip: int) -> Tensor:
+def spaced(rows: Tensor, most: int, skip: int) -> Tensor:
     """At most so many rows, evenly spaced."""
     stride = -(-len(rows) // most)
     return rows[skip % stride :: stride] if stride > 1 else rows

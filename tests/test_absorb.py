@@ -324,7 +324,7 @@ def test_a_trainer_absorbs_with_what_its_own_batches_show():
         assert trainer.done
         with torch.no_grad():
             losses[absorb_it] = float((model(x) - x.flip(-1)).square().mean())
-        assert trainer._grams is None or trainer._grams.empty
+        assert trainer._compensation.grams is None or trainer._compensation.grams.empty
     assert losses[True] < 0.5 * losses[False]
 
 
@@ -335,11 +335,11 @@ def test_a_trainer_looks_only_shortly_before_a_shrink():
     seen = []
     for _ in range(90):
         train(model, optimizer, trainer, x, 1)
-        seen.append(trainer._grams.active)
+        seen.append(trainer._compensation.grams.active)
     assert [i + 1 for i, active in enumerate(seen) if active] == [*range(24, 40), *range(64, 80)]
     resumed = ecospa_fx.EcoSpaTrainer(model, optimizer, target=0.2, interval=40, start=40, top_k=0.1, absorb=True)
     resumed.load_state_dict(trainer.state_dict())
-    assert resumed._grams.active is False
+    assert resumed._compensation.grams.active is False
 
 
 def test_activations_may_be_scored_at_the_same_time():
