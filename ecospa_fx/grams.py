@@ -32,8 +32,8 @@ from .passes.shrink import steps_of
 from .plan import Plan
 from .region import Region
 
-ROWS = 2048
-"""Positions read of one call at most: with that a matrix of 512 costs about as much as the product it belongs to."""
+ROWS = 1024
+"""Positions read of one call at most, or a quarter of the columns where that is more: 16 calls are 4 rows a column."""
 
 RIDGE = 1e-3
 """Share of the mean second moment; see docs/absorption.md for what others do."""
@@ -59,7 +59,8 @@ class Grams:
 
     Args:
         model: a compiled model that has been called.
-        rows: positions (tokens, pixels) that are read of one call at most, evenly spaced.
+        rows: positions (tokens, pixels) that are read of one call at most, evenly spaced; by default 1024, or a quarter
+            of what the weight sums over where that is more.
         ridge: how much the regression distrusts what it has seen: what is added to the diagonal of `X.T @ X`, as a
             share of its mean.
         training: look at forwards in training mode with gradients on only, not at every one.
@@ -72,8 +73,10 @@ class Grams:
         TargetError: `rows` or `ridge` is out of range.
     """
 
-    def __init__(self, model: nn.Module, *, rows: int = ROWS, ridge: float = RIDGE, training: bool = False) -> None:
-        if not isinstance(rows, int) or rows < 1:
+    def __init__(
+        self, model: nn.Module, *, rows: int | None = None, ridge: float = RIDGE, training: bool = False
+    ) -> None:
+        if rows is not None and (not isinstance(rows, int) or rows < 1):
             raise TargetError(f"rows={rows!r} is out of range; it is a whole number of positions, at least 1")
         if not isinstance(ridge, (int, float)) or not ridge >= 0:
             raise TargetError(f"ridge={ridge!r} is out of range; it is a share of the mean second moment, at least 0")
@@ -109,7 +112,8 @@ class Grams:
 
     @property
     def absorbing(self) -> tuple[Key, ...]:
-        """(parameter, dim) of the weights that can take over, of those whose region has been called."""
+        """(parameter, dim) of the weights that can take over."""
+        self._read_all()
         return tuple(self._known)
 
     @property
@@ -170,14 +174,15 @@ class Grams:
                 mine = [next(given) for _ in place.nodes]
                 if isinstance(place, Place):
                     gram = self._grams.get(place.gram)
-                    here = Gram.seen(place, mine, self.rows, 0 if gram is None else gram.calls)
+                    most = self.rows or max(ROWS, mine[0].shape[place.inputs[0].dim] * place.window // 4)
+                    here = Gram.seen(place, mine, most, 0 if gram is None else gram.calls)
                     if gram is not None and gram.follow(place.positions):
                         gram.add(here)
                     else:
                         self._grams[place.gram] = here
                 else:
                     held = self._meetings.get(place.coupling)
-                    there = Meeting.seen(place, mine, self.rows, 0 if held is None else held.calls)
+                    there = Meeting.seen(place, mine, self.rows or ROWS, 0 if held is None else held.calls)
                     if held is not None and held.near.shape == there.near.shape:
                         held.add(there)
                     else:
@@ -192,6 +197,7 @@ class Grams:
             near: those of the weights, `[contexts, d, d]`.
             far: likewise.
         """
+        self._read_all()
         held = self._meetings.get(coupling.name)
         if held is not None and held.near.shape == near.shape:
             near, far = over_ranks(held.near.to(near), held.far.to(far))
@@ -232,6 +238,11 @@ class Grams:
         """The dims of matrices that couplings of a region lie on."""
         return sorted({(m.parameter, m.dim) for c in region.couplings() for m in c.members if m.matrix})
 
+    def _read_all(self) -> None:
+        for region in self._regions:
+            if region.programs:
+                self._read(region)
+
     def _read(self, region: Region) -> None:
         """Find out which weights of a region may absorb: every graph of it must sum over the dim in the same way."""
         groups: dict[Any, Key] = {}
@@ -266,6 +277,7 @@ class Grams:
         Returns:
             `id` of a tensor in `held` -> its new value, for those that change.
         """
+        self._read_all()
         made: dict[int, Tensor] = {}
         solved: dict[tuple[Key, bool], Absorption | None] = {}
         self.left = {}
@@ -277,7 +289,7 @@ class Grams:
             if (known.gram, constant) not in solved:
                 solved[known.gram, constant] = self._solved(known, before.kept.get((name, dim)), steps)
             absorption = solved[known.gram, constant]
-            if absorption is None:
+            if absorption is None or not _plain(held[0].get(name)):
                 continue
             self.left[name, dim] = absorption.left
             bias = None if consumer.bias is None else name.removesuffix(consumer.parameter) + consumer.bias
@@ -307,7 +319,7 @@ class Grams:
             log.debug("%s[%d] takes over what goes, but %.1f%% of it", *key, 100 * share)
         for key in [*self.refused, *(key for key in self._known if key not in self.left)]:
             if key in after.kept and not torch.equal(after.kept[key], before.kept.get(key, after.kept[key][:0])):
-                reason = self.refused.get(key, "nothing was gathered of what it meets, or an inf or a NaN was")
+                reason = self.refused.get(key, "nothing was gathered of what it meets, or no numbers, or it is sharded")
                 log.info("nothing takes over in %s[%d]: %s", *key, reason)
 
 

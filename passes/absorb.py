@@ -59,13 +59,13 @@ class Absorption:
         kept, gone = self.kept.to(matrix.device), self.gone.to(matrix.device)
         added = matrix[:, gone].to(self.share) @ self.share
         made = matrix.clone()
-        made[:, kept] = (matrix[:, kept].to(added) + added).to(matrix.dtype)
+        made[:, kept] = (matrix[:, kept].to(added) + added).to(matrix)
         return made
 
     def bias(self, bias: Tensor, matrix: Tensor) -> Tensor:
         """The bias of the rows of `matrix` as it will be."""
         added = matrix[:, self.gone.to(matrix.device)].to(self.constant) @ self.constant
-        return (bias.to(added) + added).to(bias.dtype)
+        return (bias.to(added) + added).to(bias)
 
 
 def absorb(moments: Moments, kept: Tensor, *, constant: bool, ridge: float) -> Absorption | None:
@@ -81,6 +81,8 @@ def absorb(moments: Moments, kept: Tensor, *, constant: bool, ridge: float) -> A
     Returns:
         None where the moments hold an inf or a NaN.
     """
+    if moments.squares.device.type == "mps":  # it has no float64
+        moments = Moments(moments.squares.cpu(), moments.sums.cpu(), moments.count)
     squares, sums = moments.squares.double() / moments.count, moments.sums.double() / moments.count
     if not bool(squares.isfinite().all()) or not bool(sums.isfinite().all()):
         return None
