@@ -112,9 +112,7 @@ def numbers_in(model: nn.Module) -> frozenset[tuple[type, str]]:
     return frozenset(found)
 
 
-def held_integers(
-    root: nn.Module, reads: Reads, numbers: Set[tuple[type, str]] = frozenset()
-) -> dict[Attribute, int]:
+def held_integers(root: nn.Module, reads: Reads, numbers: Set[tuple[type, str]] = frozenset()) -> dict[Attribute, int]:
     """The integers above 1 that a forward read, or may have read in a tuple, list or object that it did.
 
     Args:

@@ -159,8 +159,8 @@ def configuration_for(model: nn.Module, compiled: CompiledModel) -> Any:
         return best
     first = sorted(wrong)[0]
     return (
-        f"a {type(config).__name__} cannot say what is left of this {kind}: `{first}` is {wanted[first]}, and no number "
-        "in it, for all layers or for one, makes it so; plain from_pretrained of transformers cannot load it, "
+        f"a {type(config).__name__} cannot say what is left of this {kind}: `{first}` is {wanted[first]}, and no "
+        "number in it, for all layers or for one, makes it so; plain from_pretrained of transformers cannot load it, "
         "ecospa_fx.from_pretrained can"
     )
 
@@ -168,7 +168,7 @@ def configuration_for(model: nn.Module, compiled: CompiledModel) -> Any:
 def _for_all(fields: Mapping[str, int], plan: Plan) -> Iterator[Any]:
     """Changes of one number for all layers."""
     for field, value in fields.items():
-        for new in sorted({n for n in _proportional(value, plan, plan.original_shapes)}):
+        for new in sorted(_proportional(value, plan, plan.original_shapes)):
 
             def change(config: Any, field: str = field, new: int = new) -> None:
                 setattr(config, field, new)

@@ -28,7 +28,7 @@ from ecospa_fx.attributes import Attribute, Values, fitted, held_integers, holdi
 from ecospa_fx.signature import TENSOR, Signature, below
 
 from .agree import TOLERANCE, Forward, forked_rng, relative_error
-from .axes import Atom, Expr, Product, Segments, product, segments, size_of
+from .axes import Atom, Expr, Product, product, segments, size_of
 from .capture import Captured
 from .discover import Discovery, Found
 from .inference import Inference
@@ -169,9 +169,7 @@ def _doubtful(trial: Trial, found: Found, kept: Kept, needed: Mapping[Attribute,
     return None
 
 
-def _described(
-    trial: Trial, found: Found, kept: Kept, needed: Mapping[Attribute, Expr]
-) -> dict[Attribute, Expr]:
+def _described(trial: Trial, found: Found, kept: Kept, needed: Mapping[Attribute, Expr]) -> dict[Attribute, Expr]:
     """Attributes beside those that must change in this call, and that another call may need: numbers of heads, say.
 
     Only where every axis of that many entries runs along the coupling, so that there is no other thing it could be,
@@ -209,9 +207,7 @@ def _candidates(
                 yield attribute, expr
 
 
-def _together(
-    trial: Trial, discovery: Discovery, following: Following, generator: torch.Generator
-) -> Following:
+def _together(trial: Trial, discovery: Discovery, following: Following, generator: torch.Generator) -> Following:
     """Leave out what fails beside others: all at once at other sizes, and where that fails one after another."""
     followed = [found for found in discovery.couplings if found.key in following.couplings]
     kept: dict[Atom, Choice] = {

@@ -126,12 +126,14 @@ def test_another_call_than_the_one_that_was_captured():
 
 
 def test_what_its_python_cannot_follow_is_refused_with_a_reason():
-    model, _, x = net(2)
+    model, _, _ = net(2)
     assert {c.kind for c in ecospa_fx.couplings(net(2, "graph")[0])} == {"heads", "ffn", "qk", "vo"}
     refused = [str(refusal) for refusal in ecospa_fx.explain(model).refusals if refusal.size == DIM]
     assert len(refused) == 4
     where = "layers.1.attention.qkv.weight[0], layers.1.attention.qkv.bias[0]"
-    assert any(text.startswith(f"{where} ({DIM}): its own Python fails in `attention` (Attention): ") for text in refused)
+    assert any(
+        text.startswith(f"{where} ({DIM}): its own Python fails in `attention` (Attention): ") for text in refused
+    )
     assert all(text.endswith("; execution='graph' can shrink it") for text in refused)
 
 
@@ -167,7 +169,9 @@ def test_nothing_to_follow():
     model, x = Fixed(), torch.randn(3, 4)
     with pytest.raises(errors.NoCouplingError) as caught:
         ecospa_fx.compile(model, example_inputs=(x,), execution="module")
-    assert str(caught.value).startswith("the Python of Fixed can follow none of its couplings, and it is left as it was")
+    assert str(caught.value).startswith(
+        "the Python of Fixed can follow none of its couplings, and it is left as it was"
+    )
     assert "shape '[-1, 8]' is invalid for input of size" in str(caught.value)
     assert type(model) is Fixed and not [key for key in model.__dict__ if "ecospa" in key]
     assert ecospa_fx.compile(model, example_inputs=(x,)) is model  # and graph execution still can
@@ -179,15 +183,15 @@ def test_one_that_waits_for_its_first_call():
     ecospa_fx.compile(model, execution="module")
     assert model(x).shape == (2, 7, 5)
     assert type(model) is Net and len(ecospa_fx.couplings(model)) == 4
-    with pytest.raises(errors.EcoSpaError, match="is compiled with execution='module'; ecospa_fx.restore"):
+    with pytest.raises(errors.EcoSpaError, match=r"is compiled with execution='module'; ecospa_fx.restore"):
         ecospa_fx.compile(model)
     with pytest.raises(errors.EcoSpaError, match="execution='eager' is none of 'graph', 'module'"):
         ecospa_fx.compile(Net(2), execution="eager")
 
 
 def test_a_shrink_that_fails_changes_no_integer(monkeypatch):
-    model, plain, x = net(2)
-    before = copy.deepcopy(model.layers[1].attention.__dict__["shape"]), model(x)
+    model, _, x = net(2)
+    before = model.layers[1].attention.shape, model(x)
 
     def fail(self):
         raise RuntimeError("no memory")
@@ -244,9 +248,9 @@ def test_saved_and_loaded_it_runs_and_shrinks_on(tmp_path):
     for each in (model, loaded):
         ecospa_fx.shrink(each, {"layers.0.attention.heads": torch.tensor([0]), "layers.1.ffn": torch.arange(3)})
     assert torch.equal(loaded(x), model(x))
-    with pytest.raises(errors.CheckpointError, match="`layers.0.attention.config.heads` was 4 when saved and is 3"):
-        other = Net(2).double()
-        other.layers[0].attention.config = Config(3)
+    other = Net(2).double()
+    other.layers[0].attention.config = Config(3)
+    with pytest.raises(errors.CheckpointError, match=r"`layers.0.attention.config.heads` was 4 when saved and is 3"):
         ecospa_fx.load(tmp_path / "run", lambda: other)
 
 
@@ -268,8 +272,9 @@ def test_training_to_a_target():
 
 def test_scores_that_look_into_graphs_are_refused():
     model, _, _ = net(2)
-    with pytest.raises(errors.EcoSpaError, match="execution='module'.*graph"):
-        ecospa_fx.EcoSpaTrainer(model, torch.optim.SGD(model.parameters(), 0.1), score="activation")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(errors.EcoSpaError, match=r"execution='module'.*graph"):
+        ecospa_fx.EcoSpaTrainer(model, optimizer, score="activation")
 
 
 def language_model(name):
@@ -293,7 +298,9 @@ def test_an_integer_that_may_be_two_things():
     model = ecospa_fx.compile(copy.deepcopy(plain), example_kwargs=call, execution="module")
     assert {c.kind for c in ecospa_fx.couplings(model)} == {"glu"}
     refused = [str(refusal) for refusal in ecospa_fx.explain(model).refusals]
-    assert sum("`self_attn.num_key_value_groups`, which is 2 and may be the size of this axis" in t for t in refused) == 4
+    assert (
+        sum("`self_attn.num_key_value_groups`, which is 2 and may be the size of this axis" in t for t in refused) == 4
+    )
     call["attention_mask"] = torch.ones_like(ids)
     call["attention_mask"][0, 0] = 0
     model = ecospa_fx.compile(copy.deepcopy(plain), example_kwargs=call, execution="module")
@@ -343,7 +350,8 @@ def test_an_attribute_knows_its_place():
     root.child = nn.Module()
     root.child.number = 7
     assert Attribute("child", "number").read(root) == 7
-    assert [str(a) for a in (Attribute("child", "number"), Attribute("", "sizes", 1), Attribute("", "inner", "heads"))] == [
+    places = Attribute("child", "number"), Attribute("", "sizes", 1), Attribute("", "inner", "heads")
+    assert [str(place) for place in places] == [
         "child.number", "sizes[1]", "inner.heads",
     ]  # fmt: skip
     Attribute("", "sizes", 1).write(root, 2)
@@ -351,7 +359,7 @@ def test_an_attribute_knows_its_place():
     shared = root.inner
     Attribute("", "inner", "heads").write(root, 2)
     assert (root.inner.heads, shared.heads) == (2, 3) and isinstance(root.inner, Config)
-    with pytest.raises(AttributeError, match="there is no child.size"):
+    with pytest.raises(AttributeError, match=r"there is no child\.size"):
         Attribute("child", "size").read(root)
 
 

@@ -39,9 +39,15 @@ def test_layers_of_unequal_sizes_come_back(tmp_path, execution):
         model(input_ids=ids, use_cache=False)
     shrink(model, lambda c, i: 1 + (i * 7) % (c.size - 1))
     why = ecospa_fx.save_pretrained(model, tmp_path, max_shard_size="20KB")
-    assert why is not None and (
-        "a LlamaConfig cannot say what is left of this LlamaForCausalLM" if execution == "module" else "runs as graphs"
-    ) in why
+    assert (
+        why is not None
+        and (
+            "a LlamaConfig cannot say what is left of this LlamaForCausalLM"
+            if execution == "module"
+            else "runs as graphs"
+        )
+        in why
+    )
     loaded = ecospa_fx.from_pretrained(tmp_path)
     assert type(loaded).__name__ == "LlamaForCausalLM" and ecospa_fx.plan(loaded) == ecospa_fx.plan(model)
     kwargs = {"input_ids": ids, "use_cache": False}
@@ -85,9 +91,9 @@ def test_errors(tmp_path):
     plain = ecospa_fx.compile(
         nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)), example_inputs=(torch.ones(1, 2),)
     )
-    with pytest.raises(errors.EcoSpaError, match="Sequential is no model of transformers.*use ecospa_fx.save"):
+    with pytest.raises(errors.EcoSpaError, match=r"Sequential is no model of transformers.*use ecospa_fx\.save"):
         ecospa_fx.save_pretrained(plain, tmp_path)
-    with pytest.raises(errors.CheckpointError, match="holds no ecospa_fx.json"):
+    with pytest.raises(errors.CheckpointError, match=r"holds no ecospa_fx\.json"):
         ecospa_fx.from_pretrained(tmp_path)
     model, _ = llama()
     shrink(model)
