@@ -127,7 +127,8 @@ class Meeting:
             beside = torch.zeros(len(squares), dtype=torch.long) if side.beside is None else side.beside
             total = squares.new_zeros(site.contexts, *squares.shape[1:])
             both.append(total.index_add_(0, beside.to(squares.device), squares))
-        return cls(*both, 1)
+        near, far = both
+        return cls(near, far, 1)
 
     def add(self, other: Meeting) -> None:
         """Add those of another call."""

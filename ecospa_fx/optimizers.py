@@ -173,8 +173,8 @@ class States:
     def held(self, parameter: Tensor) -> Iterator[tuple[dict[str, Any], str, Any]]:
         """What is held for one parameter: (state, entry, value)."""
         for optimizer in self._layers:
-            state = getattr(optimizer, "state", {}).get(parameter)
-            yield from ((state, entry, value) for entry, value in (state or {}).items())
+            state: dict[str, Any] = getattr(optimizer, "state", {}).get(parameter) or {}
+            yield from ((state, entry, value) for entry, value in state.items())
 
     def _like_its_parameter(self, number: int, entry: str, value: Any, parameter: Tensor) -> bool:
         """Whether a state tensor has its parameter's shape for a reason, not by chance.

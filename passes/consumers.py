@@ -62,10 +62,10 @@ class Input:
             found = value.movedim(self.dim, -1)
             found = found.reshape(-1, found.shape[-1])
         else:
-            kernel, dilation, padding, stride = (list(each) for each in self.window)
+            kernel, dilation, padding, stride = self.window
             if len(kernel) == 1:  # there is an `unfold` of images only
                 value = value.unsqueeze(-2)
-                kernel, dilation, padding, stride = [1, *kernel], [1, *dilation], [0, *padding], [1, *stride]
+                kernel, dilation, padding, stride = (1, *kernel), (1, *dilation), (0, *padding), (1, *stride)
             per_image = _positions(value.shape[-2:], kernel, dilation, padding, stride)
             value = spaced(value, max(1, most // max(1, per_image)), skip)
             found = functional.unfold(value, kernel, dilation, padding, stride).mT.flatten(0, 1)
@@ -267,7 +267,8 @@ def _einsum(node: fx.Node, weight: fx.Node) -> _Use | None:
 
 
 def _convolution(node: fx.Node, weight: fx.Node) -> _Use | None:
-    x, w, bias, stride, padding, dilation, groups = (*arguments(node), *_DEFAULTS[len(node.args) - 2 :])
+    given: tuple[Any, ...] = (*arguments(node), *_DEFAULTS[len(node.args) - 2 :])
+    x, w, bias, stride, padding, dilation, groups = given
     kernel = _shape(w)[2:]
     if w is not weight or groups != 1 or node.kwargs or len(_shape(x)) != len(_shape(w)):
         return None
@@ -284,7 +285,8 @@ _DEFAULTS = (None, 1, 0, 1, 1)
 
 def _transposed(node: fx.Node, weight: fx.Node) -> _Use | None:
     """Each position is spread over neighbours; what is summed over is the channels at the position alone."""
-    x, w, _, _, _, _, groups, _ = (*arguments(node), *(None, 1, 0, 0, 1, 1)[len(node.args) - 2 :])
+    given: tuple[Any, ...] = (*arguments(node), *(None, 1, 0, 0, 1)[len(node.args) - 2 :])
+    (x, w), groups = given[:2], given[6]
     if w is not weight or groups != 1 or node.kwargs or len(_shape(x)) != len(_shape(w)):
         return None
     return _Use(0, Input(x, 1))
@@ -307,10 +309,10 @@ def _per_dim(value: Any, count: int) -> tuple[int, ...]:
     return values * count if len(values) == 1 else values
 
 
-def _positions(space: Any, kernel: list[int], dilation: list[int], padding: list[int], stride: list[int]) -> int:
+def _positions(space: Any, *window: tuple[int, ...]) -> int:
     """How many windows there are in one image."""
     count = 1
-    for size, k, d, p, s in zip(space, kernel, dilation, padding, stride, strict=True):
+    for size, k, d, p, s in zip(space, *window, strict=True):
         count *= (int(size) + 2 * p - d * (k - 1) - 1) // s + 1
     return count
 

@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -353,3 +355,67 @@ def test_activations_may_be_scored_at_the_same_time():
         scores.append(trainer._estimator.importance())
     assert list(scores[0].values()) == list(scores[1].values())
     assert not trainer._estimator.empty
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(tmp_path):
+    """Saved while a trainer looks at what weights meet; heads rotate, a hidden layer absorbs."""
+
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.mlp = ZOO["attention"].build(), Mlp(width=10)
+
+        def forward(self, x):
+            return self.mlp(self.attention(x))
+
+    def made(saved=None):
+        torch.manual_seed(0)
+        model = ecospa_fx.compile(Small()) if saved is None else ecospa_fx.load(saved, Small)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        options = {"target": 0.4, "interval": 8, "start": 8, "top_k": 0.6, "absorb": True, "rotate": True}
+        return model, optimizer, ecospa_fx.EcoSpaTrainer(model, optimizer, **options)
+
+    batches = torch.randn(26, 4, 5, 10, generator=torch.Generator().manual_seed(1))
+    model, optimizer, trainer = made()
+    for number, x in enumerate(batches):
+        if number == 13:
+            assert trainer.history and not trainer._compensation.grams.empty
+            ecospa_fx.save(model, tmp_path / "run", optimizer=optimizer, trainer=trainer)
+        train(model, optimizer, trainer, x, 1)
+    assert len(trainer.history) > 2
+    twin, twin_optimizer, twin_trainer = made(tmp_path / "run")
+    ecospa_fx.resume(tmp_path / "run", twin, optimizer=twin_optimizer, trainer=twin_trainer)
+    for x in batches[13:]:
+        train(twin, twin_optimizer, twin_trainer, x, 1)
+    assert [h["removed"] for h in twin_trainer.history] == [h["removed"] for h in trainer.history]
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        for entry, value in optimizer.state[p].items():
+            assert torch.equal(value, twin_optimizer.state[q][entry]), (name, entry)
+
+
+def test_the_code_in_the_documentation_runs():
+    text = (Path(__file__).parent.parent / "docs" / "absorption.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    model, (x,) = built("transformer_block")
+    optimizer = torch.optim.AdamW(model.parameters())
+    coupling = next(c for c in ecospa_fx.couplings(model) if c.kind == "vo")
+    names = {"ecospa_fx": ecospa_fx, "torch": torch, "model": model, "optimizer": optimizer, "batches": [x]}
+    exec(first, names)
+    exec(second, names | {"coupling": coupling, "keep": torch.arange(2)})
+    assert same(coupling, model).size == 2
+
+
+def test_low_precision_is_added_up_in_float32():
+    torch.manual_seed(0)
+    model, x = Mlp(), torch.randn(512, 6)
+    ecospa_fx.compile(model, example_inputs=(x,))
+    with torch.autocast("cpu", torch.bfloat16):
+        grams = gathered(model, (x,), (x,))
+        hidden = torch.nn.functional.gelu(model.up(x)).float().detach()
+    squares = grams.state_dict()["squares down.weight[1]"]
+    assert squares.dtype == torch.float32
+    torch.testing.assert_close(squares, 2 * hidden.T @ hidden, rtol=1e-5, atol=1e-3)
+    model.bfloat16()
+    ecospa_fx.shrink(model, {"ffn": torch.arange(6)}, absorb=grams)
+    assert model.down.weight.dtype == torch.bfloat16 and grams.left

@@ -1,6 +1,6 @@
 """Shrinking a trained model in one stroke, with no training after: what absorption and rotation save.
 
-PYTHONPATH=bench python -m experiments.one_stroke [--archs gpt2 llama] [--steps 600] [--seed 0]
+PYTHONPATH=bench python -m experiments.one_stroke [--archs gpt2 llama] [--steps 700] [--seed 0]
 
 A small language model learns source text. Then a quarter, half or three quarters of the entries of one kind of coupling
 go, in each way that applies, chosen by the product of slice norms where nothing else is said:
@@ -22,6 +22,7 @@ import csv
 import time
 from datetime import date
 from itertools import islice
+from pathlib import Path
 
 import torch
 from machine import RESULTS, machine
@@ -50,11 +51,14 @@ BATCHES = 16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", nargs="+", default=["gpt2", "llama"])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/experiments"), help="trained weights; a second call goes on from there"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for arch in options.archs for row in strokes(arch, options.steps, options.seed)]
+    rows = [row for arch in options.archs for row in strokes(arch, options.steps, options.seed, options.runs)]
     about = {"steps": options.steps, "seed": options.seed, "machine": machine(), "date": date.today().isoformat()}
     with (RESULTS / "one_stroke.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *about])
@@ -63,10 +67,10 @@ def main() -> None:
     plot(rows)
 
 
-def strokes(arch: str, steps: int, seed: int) -> list[dict[str, object]]:
+def strokes(arch: str, steps: int, seed: int, runs: Path) -> list[dict[str, object]]:
     """Train a model and shrink copies of it; a row for each."""
     task = Text(None, arch=arch)
-    model = trained(task, steps, seed)
+    model = trained(task, steps, seed, runs / f"one_stroke_{arch}_{steps}_{seed}.pt")
     held_out = list(islice(validation_batches(task._corpus(), 16, task.batch_size, task.context), 16))
 
     @torch.no_grad()
@@ -97,10 +101,21 @@ def strokes(arch: str, steps: int, seed: int) -> list[dict[str, object]]:
     return rows
 
 
-def trained(task: Text, steps: int, seed: int) -> nn.Module:
-    """A model that has learned, compiled and in eval mode."""
+def trained(task: Text, steps: int, seed: int, file: Path) -> nn.Module:
+    """A model that has learned, compiled and in eval mode; its weights are kept in a file."""
     torch.manual_seed(seed)
-    model = task.model()
+    model, (first, _) = task.model(), next(task.batches(1, seed))
+    if file.exists():
+        model.load_state_dict(torch.load(file))
+    else:
+        train(model, task, steps, seed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), file)
+    return ecospa_fx.compile(model.eval(), example_inputs=(first,))
+
+
+def train(model: nn.Module, task: Text, steps: int, seed: int) -> None:
+    """All of a run at once."""
     optimizer = torch.optim.AdamW(model.parameters(), task.rate, (0.9, 0.95), weight_decay=0.01)
     for step, batch in enumerate(task.batches(steps, seed), 1):
         for group in optimizer.param_groups:
@@ -109,8 +124,6 @@ def trained(task: Text, steps: int, seed: int) -> nn.Module:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    model.eval()
-    return ecospa_fx.compile(model, example_inputs=(batch[0],))
 
 
 def stroke(model: nn.Module, kinds: tuple[str, ...], share: float, way: str, seen: dict[str, torch.Tensor]) -> bool:
