@@ -75,17 +75,21 @@ def _as_slice(graph: fx.Graph, node: fx.Node, constants: Mapping[str, Any]) -> N
     graph.erase_node(node)
 
 
+_AS_IT_IS = (aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.alias.default, aten.detach.default)
+
+
 def _constant(node: fx.Node, constants: Mapping[str, Any]) -> Tensor | None:
     """The row of numbers that `node` always is, if it is one."""
     while True:
         if any(node in written_arguments(user) for user in node.users):
             return None
-        if node.target not in (aten.lift_fresh_copy.default, aten.alias.default, aten.detach.default):
+        if node.target not in _AS_IT_IS:
             break
         node = arguments(node)[0]
     value = constants.get(node.name)
-    known = isinstance(value, Tensor) and not isinstance(value, FakeTensor) and not value.is_meta
-    return value if known and value.ndim == 1 and value.dtype in (torch.int32, torch.int64) else None
+    if not isinstance(value, Tensor) or isinstance(value, FakeTensor) or value.is_meta:
+        return None
+    return value if value.ndim == 1 and value.dtype in (torch.int32, torch.int64) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +127,7 @@ _SPLITS = (aten.view.default, aten.reshape.default, aten.unflatten.int)
 _REMOVABLE = (
     aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.unbind.int,
     aten.select.int, aten.slice.Tensor, aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.contiguous.default, aten.lift_fresh_copy.default, operator.getitem,
+    aten.contiguous.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, operator.getitem,
 )  # fmt: skip
 
 
@@ -193,7 +197,8 @@ def _pick(user: fx.Node, size: int) -> _Pick | None:
     if user.target is aten.select.int:
         i = arguments(user)[2]
         return _Pick(user, i % size, i % size + 1, True) if type(i) is int else None
-    start, stop, step = (*arguments(user)[2:], *[None, None, 1][max(0, len(user.args) - 2) :])
+    defaults: list[Any] = [None, None, 1]
+    start, stop, step = [*arguments(user)[2:], *defaults[max(0, len(user.args) - 2) :]]
     if user.kwargs or step != 1 or any(type(bound) is not int for bound in (start, stop) if bound is not None):
         return None
     start, stop, _ = slice(start, stop).indices(size)
