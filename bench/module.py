@@ -37,7 +37,7 @@ tolerate_missing_torchvision_ops()
 import ecospa_fx  # noqa: E402
 from ecospa_fx.passes.agree import relative_error  # noqa: E402
 from ecospa_fx.passes.names import named_tensors  # noqa: E402
-from ecospa_fx.region import unshrunk  # noqa: E402
+from ecospa_fx.stand_ins import unshrunk  # noqa: E402
 
 Call = dict[str, Any]
 

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from .api import regions_of
 from .coupling import Coupling
+from .numbering import Numbering
 from .observers import ignore, observe
 from .passes.axes import Atom, Expr, atoms_of, size_of
 from .passes.discover import Found
@@ -28,7 +29,7 @@ from .passes.inference import Inference
 from .passes.names import join
 from .passes.rewrite import Program
 from .passes.selection import Choice, index_of, mask_of, touched
-from .region import Numbering, Region
+from .region import Region
 
 _aten = torch.ops.aten
 _SOFTMAX = (_aten.softmax.int, _aten._softmax.default, _aten._safe_softmax.default)

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -87,7 +88,11 @@ def changes_in(listed: Iterable[Any], where: str) -> Changes:
     found: Changes = {}
     for item in listed:
         kinds = (str, str, (str, int, type(None)), int, int)
-        if type(item) is not list or len(item) != 5 or not all(map(isinstance, item, kinds)):
+        if (
+            type(item) is not list
+            or len(item) != 5
+            or not all(isinstance(part, kind) for part, kind in zip(item, kinds, strict=True))
+        ):
             raise CheckpointError(f"{where} has an attribute that is none: {item!s:.60}")
         attribute, original, now = Attribute(*item[:3]), item[3], item[4]
         if not 0 < now <= original:
@@ -139,7 +144,7 @@ def _integers(value: Any) -> Iterator[tuple[int | str | None, int]]:
             yield None, value
     elif type(value) in (tuple, list):
         yield from ((i, item) for i, item in enumerate(value) if type(item) is int and item > 1)
-    elif type(value).__new__ is object.__new__ and not isinstance(value, (Tensor, nn.Module)):
+    elif type(value).__new__ is object.__new__ and not isinstance(value, (Tensor, nn.Module)):  # type: ignore[comparison-overlap]
         fields = getattr(value, "__dict__", {})
         yield from ((name, item) for name, item in fields.items() if type(item) is int and item > 1 and name[:1] != "_")
 
@@ -190,12 +195,16 @@ def with_field(original: Any, field: str, value: int) -> Any:
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
         return _with_fields(copy.deepcopy(original, memo), fields)
 
-    body: dict[str, Any] = {name: property(lambda self, held=held: held) for name, held in fields.items()}
+    body: dict[str, Any] = {name: property(partial(_held, value=held)) for name, held in fields.items()}
     body |= {"__reduce_ex__": reduce_ex, "__deepcopy__": deepcopy, "_ecospa_fields": (original, fields)}
     made = type(cls.__name__, (cls,), {**body, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
-    view = object.__new__(made)
+    view: Any = object.__new__(made)
     object.__setattr__(view, "__dict__", original.__dict__)
     return view
+
+
+def _held(_: Any, value: int) -> int:
+    return value
 
 
 def _with_fields(original: Any, fields: Mapping[str, int]) -> Any:

@@ -36,8 +36,9 @@ from .passes.rewrite import Program, rewrite
 from .passes.selection import mask_of, narrowed, whole
 from .passes.shrink import prepare_tensors
 from .plan import Plan
-from .region import Region, apart, outside_inference
+from .region import Region, apart
 from .shrinkable import original_class, own_forward_aside, swap_forward, swap_linears, unswap_forward
+from .stand_ins import outside_inference
 
 if TYPE_CHECKING:
     from .grams import Grams

@@ -21,11 +21,12 @@ import torch
 from torch import nn
 
 from .compiled import MODEL, CompiledModel
+from .description import about_execution, check_about
 from .documents import parsed, written
 from .errors import CheckpointError, EcoSpaError
 from .passes.names import named_tensors
 from .plan import Plan
-from .rebuild import about_execution, attached, check_about
+from .rebuild import attached
 from .saves import write_text
 
 FILE, FORMAT = "ecospa_fx.json", 1
@@ -100,12 +101,13 @@ def from_pretrained(directory: str | os.PathLike[str], **options: Any) -> Any:
     attributes = check_about(about, str(path))
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        cls.__init__(self, config, *args, **kwargs)
+        super(made, self).__init__(config, *args, **kwargs)
         _resize(self, plan, str(path))
 
     # Weights are loaded into what the constructor makes, so that is where sizes must be those that are left.
     body = {"__init__": init, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    model = type(cls.__name__, (cls,), body).from_pretrained(source, **options)
+    made: Any = type(cls.__name__, (cls,), body)
+    model = made.from_pretrained(source, **options)
     model.__class__ = cls
     attached(model, about, plan, attributes)
     return model

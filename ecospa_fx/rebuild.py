@@ -10,17 +10,17 @@ config.json          where the model has a Hugging Face config
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .attributes import Changes, assigned, changes_in, fit
-from .compiled import EXECUTIONS, MODEL, CompiledModel
-from .configs import config_text, from_config, implementations
+from .attributes import Changes, assigned, fit
+from .compiled import MODEL, CompiledModel
+from .configs import config_text, from_config
+from .description import aliases_of, check_description, described
 from .errors import CheckpointError
-from .known import called_sizes
 from .packing import Packer, Unpacker, as_laid_out, laid_out
 from .passes.names import join, named_tensors
 from .passes.regions import shared_outside
@@ -65,7 +65,7 @@ def write_model(draft: Draft, model: nn.Module, compiled: CompiledModel) -> None
         CheckpointError: a tensor is none that can be saved (on the meta device, sharded, quantized).
     """
     held = named_tensors(model)
-    aliases, passing = _aliases(held), transient(model)
+    aliases, passing = aliases_of(held), transient(model)
     layouts: Layouts = {}
     files: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
     for name, tensor in held.items():
@@ -90,60 +90,6 @@ def write_model(draft: Draft, model: nn.Module, compiled: CompiledModel) -> None
     draft.document("model.json", {**described(model, compiled), "layouts": layouts, "extra": extra})
 
 
-def described(model: nn.Module, compiled: CompiledModel) -> dict[str, Any]:
-    """What is to be known of a compiled model beside its plan and its tensors."""
-    held = named_tensors(model)
-    return {
-        "class": type(model).__name__,
-        "torch": str(torch.__version__),
-        **about_execution(compiled),
-        "training": model.training,
-        "other_mode": [name for name, module in model.named_modules() if module.training != model.training],
-        "frozen": [name for name, p in held.items() if isinstance(p, nn.Parameter) and not p.requires_grad],
-        "aliases": _aliases(held),
-        "layouts": {},
-        "extra": {},
-        "implementations": implementations(model),
-    }
-
-
-def about_execution(compiled: CompiledModel) -> dict[str, Any]:
-    """How a model is run, and what is known of it, as plain values."""
-    return {
-        "regions": list(compiled.regions),
-        "how": compiled.how if isinstance(compiled.how, str) else list(compiled.how),
-        "experiments": compiled.experiments,
-        "execution": compiled.execution,
-        "attributes": [[*astuple(a), *values] for a, values in sorted(compiled.attributes.items(), key=str)],
-        "given_up": compiled.given_up,
-        "withheld": {name: marks for name, region in compiled.regions.items() if (marks := region.marks())},
-        "called": {name: sizes for name, region in compiled.regions.items() if (sizes := _first_sizes(region))},
-    }
-
-
-def check_about(about: Mapping[str, Any], where: str) -> Changes:
-    """Refuse what `about_execution` cannot have written; the attributes in it.
-
-    Raises:
-        CheckpointError: what is wrong.
-    """
-    kinds: dict[str, Any] = {
-        "regions": list, "how": (str, list), "experiments": bool, "execution": str, "attributes": list,
-        "given_up": dict, "withheld": dict, "called": dict,
-    }  # fmt: skip
-    for key, kind in kinds.items():
-        if not isinstance(about.get(key), kind):
-            raise CheckpointError(f"{where} has no `{key}`, or one of another kind")
-    if not all(isinstance(name, str) for name in about["regions"]):
-        raise CheckpointError(f"{where} has a `regions` that holds no names")
-    if about["execution"] not in EXECUTIONS:
-        raise CheckpointError(f"{where} has an `execution` that is none: {about['execution']!s:.40}")
-    for sizes in about["called"].values():
-        if not isinstance(sizes, list) or any(type(n) is not int or n < 0 for shape in sizes for n in shape):
-            raise CheckpointError(f"{where} has a `called` that holds no sizes")
-    return changes_in(about["attributes"], where)
-
-
 def read_model(save: Save) -> Saved:
     """Read what `write_model` wrote.
 
@@ -165,26 +111,6 @@ def read_model(save: Save) -> Saved:
         attributes,
         str(save.directory),
     )
-
-
-def check_description(about: Mapping[str, Any], where: str) -> Changes:
-    """Refuse what `described` would not have said; the attributes in it.
-
-    Raises:
-        CheckpointError: a field is missing, or of another kind.
-    """
-    kinds: dict[str, Any] = {
-        "class": str, "training": bool, "other_mode": list, "frozen": list, "aliases": dict, "layouts": dict,
-        "extra": dict, "implementations": dict,
-    }  # fmt: skip
-    for key, kind in kinds.items():
-        if not isinstance(about.get(key), kind):
-            raise CheckpointError(f"{where} has no `{key}`, or one of another kind")
-    names = {"other_mode": about["other_mode"], "frozen": about["frozen"], "aliases": about["aliases"].values()}
-    for key, held in names.items():
-        if not all(isinstance(name, str) for name in held):
-            raise CheckpointError(f"{where} has a `{key}` that holds no names")
-    return check_about(about, where)
 
 
 def rebuild(saved: Saved, factory: Callable[[], nn.Module] | None, device: torch.device | None) -> nn.Module:
@@ -240,23 +166,6 @@ def _own(name: str, tensor: Tensor, layouts: Mapping[str, Any], save: Save) -> T
         raise CheckpointError(f"{where} lays out `{name}` in a way it does not have: {error}") from error
 
 
-def _first_sizes(region: Region) -> list[list[int]] | None:
-    if region.called is None and region.programs:
-        return called_sizes(region.programs[-1].inference)
-    return region.called
-
-
-def _aliases(held: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names of tensors that are one with an earlier one, and its name."""
-    first: dict[Any, str] = {}
-    aliases = {}
-    for name, tensor in held.items():
-        key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
-        if tensor.numel() and first.setdefault(key, name) != name:
-            aliases[name] = first[key]
-    return aliases
-
-
 def transient(model: nn.Module) -> set[str]:
     """Names of the buffers that state_dict leaves out."""
     return {
@@ -308,11 +217,11 @@ def _check_fits(model: nn.Module, saved: Saved) -> None:
             raise CheckpointError(f"the saved model has a region `{name}`, this {kind} has none") from None
     for attribute, (original, _) in saved.attributes.items():
         try:
-            value = attribute.read(model)
+            holds = attribute.read(model)
         except AttributeError:
             raise CheckpointError(f"the saved model holds `{attribute}`, this {kind} does not") from None
-        if value != original:
-            raise CheckpointError(f"`{attribute}` was {original} when saved and is {value!s:.40} in this model")
+        if holds != original:
+            raise CheckpointError(f"`{attribute}` was {original} when saved and is {holds!s:.40} in this model")
     for path in saved.extra:
         if path not in dict(model.named_modules()):
             raise CheckpointError(f"the saved model has state of a module `{path}`, this {kind} has none")
@@ -341,7 +250,7 @@ def _lazy(model: nn.Module, name: str) -> bool:
 def _check_ties(held: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
     parameters = {name: p for name, p in held.items() if isinstance(p, nn.Parameter)}
     for name, of in aliases.items():
-        if name in parameters and of in parameters and _aliases({of: held[of], name: held[name]}) == {}:
+        if name in parameters and of in parameters and aliases_of({of: held[of], name: held[name]}) == {}:
             raise CheckpointError(
                 f"`{name}` and `{of}` are tied in the saved model and two tensors in this one; tie them in the factory"
             )

@@ -17,21 +17,23 @@ from .attributes import Attribute, fit, holding, numbers_in, unfit
 from .coupling import Coupling, Member, Refusal
 from .errors import CaptureError, EcoSpaError, PinnedAxisError
 from .logs import logger
-from .passes.axes import Atom, Expr, Segments, atoms_of, size_of
+from .numbering import Numbering, by_part
+from .passes.axes import Atom, size_of
 from .passes.capture import same_storage
 from .passes.confirm import experiments
 from .passes.discover import Discovery, Found, discover
 from .passes.follow import Following, follow
 from .passes.hooks import backward_hooked, calls_itself, inner_hooks
 from .passes.infer import infer
-from .passes.names import join, named_tensors, swapped
-from .passes.regions import Analysis, Call, analyse_once, shared_outside
+from .passes.names import join, swapped
+from .passes.regions import Analysis, analyse_once, shared_outside
 from .passes.replay import replay
 from .passes.rewrite import Program, rewrite
-from .passes.selection import Choice, Kept, Varied, entries, index_of, mask_of, narrowed, whole
+from .passes.selection import Choice, Kept, entries, mask_of, narrowed, whole
 from .plan import Plan
 from .shrinkable import original_class
 from .signature import Signature, call_key, training_flags
+from .stand_ins import StandIns, outside_inference
 from .why import Path, path_between
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ class Region:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: generated code is made anew from the plan, at the next call."""
-        none = {"programs": [], "discoveries": [], "routes": {}, "watcher": None, "following": None}
+        none: dict[str, Any] = {"programs": [], "discoveries": [], "routes": {}, "watcher": None, "following": None}
         return {**self.__dict__, **none}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
@@ -367,7 +369,7 @@ class Region:
             matrix = name in matrices
             of = join(self.name, name if matrix else _nearest(name, found.producers or matrices))
             left = mask_of(expr, kept)
-            for part, index in _by_part(expr, found.atom):
+            for part, index in by_part(expr, found.atom):
                 label = of if part is None else f"{of} part {part}"
                 numbers, contexts = now.read(expr, index, left)
                 members.append(Member(join(self.name, name), dim, numbers, matrix, label, part, contexts))
@@ -404,52 +406,6 @@ class Region:
         return any(captured.tensors[placeholder] == name for placeholder in captured.parameters)
 
 
-class Numbering:
-    """The entries of a coupling numbered as they are now, and so the contexts that it may differ by."""
-
-    def __init__(self, atom: Atom, context: Atom | None, kept: Kept) -> None:
-        choice = kept.get(atom, whole(atom))
-        self.size = entries(choice)
-        # An atom that differs by context has other numbers in each, also if it may not go on doing so.
-        self.context = choice.context if isinstance(choice, Varied) else context
-        masks = choice.mask if isinstance(choice, Varied) else choice[None]
-        self._numbers = masks.cumsum(1) - 1  # [contexts or 1, atom.size]
-        live = mask_of(self.context, kept) if self.context is not None else torch.ones(1, dtype=torch.bool)
-        self.contexts = int(live.sum()) if context is not None else 1
-        self._contexts = live.cumsum(0) - 1
-        self._offered = context is not None
-
-    def read(self, expr: Expr, index: Tensor, left: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The entry and the context of each position of `expr` that is left; -1 where `index` has none."""
-        owned = index >= 0
-        if self.context is None:
-            return torch.where(owned, self._numbers[0][index], -1)[left], None
-        context = index_of(expr, self.context)
-        row = context if len(self._numbers) > 1 else torch.zeros_like(context)
-        numbers = torch.where(owned, self._numbers[row, index], -1)[left]
-        return numbers, torch.where(owned, self._contexts[context], -1)[left] if self._offered else None
-
-    def in_first(self, index: Tensor, left: Tensor) -> Tensor:
-        """The entry of each position of an axis that carries no context, as in the first one: all have as many."""
-        return torch.where(index >= 0, self._numbers[0][index], -1)[left]
-
-
-def _by_part(expr: Expr, atom: Atom) -> Iterator[tuple[int | None, Tensor]]:
-    """The index of an axis per outermost segment that carries `atom`; the segment's number where there are several."""
-    index = index_of(expr, atom)
-    if not isinstance(expr, Segments):
-        yield None, index
-        return
-    start, carrying = 0, [i for i, part in enumerate(expr.parts) if atom in atoms_of(part)]
-    for i, part in enumerate(expr.parts):
-        stop = start + size_of(part)
-        if i in carrying:
-            here = torch.full_like(index, -1)
-            here[start:stop] = index[start:stop]
-            yield (i if len(carrying) > 1 else None), here
-        start = stop
-
-
 def _mark(found: Found, context: Atom | None) -> str:
     """What a coupling, or that it may differ by context, is known by: where it lies on the parameters."""
     where = found.key if context is None else (found.key, found.context_key)
@@ -464,61 +420,3 @@ def shared_prefix(a: str, b: str) -> int:
 def _nearest(name: str, matrices: Sequence[str]) -> str:
     """The matrix whose name shares the longest prefix with that of a bias."""
     return max(matrices, key=lambda matrix: shared_prefix(name, matrix))
-
-
-def outside_inference(call: Call) -> Call:
-    """The arguments of a call, those that inference mode has made as tensors that autograd takes."""
-    plain: Call = pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, call)
-    return plain
-
-
-class StandIns:
-    """What of a region has shrunk, at original sizes, for the capture of a new call.
-
-    A graph of that call is compared with eager as any other, and that takes values: zeros where entries are gone. They
-    exist for one comparison, with gradients, of one region: at most half of what the unshrunk region took in training
-    with Adam, and the shrunk one no longer takes.
-
-    A parameter that torch.func.functional_call has replaced by a tensor is stood in for by one again.
-    """
-
-    def __init__(self, module: nn.Module, region: str, plan: Plan) -> None:
-        self.region, self.plan = region, plan
-        self.parameters = dict(module.named_parameters(remove_duplicate=False))
-        self.named = {
-            name: tensor
-            for name, tensor in named_tensors(module).items()
-            if join(region, name) in plan.original_shapes
-            or (name in self.parameters and not isinstance(tensor, nn.Parameter))
-        }
-
-    def shapes(self) -> dict[str, Tensor]:
-        """Parameters of one entry each, repeated; buffers, which a forward may write into, as in `values`."""
-        return self._tied(expanded=True)
-
-    def values(self) -> dict[str, Tensor]:
-        """What is left, in its places among zeros."""
-        return self._tied(expanded=False)
-
-    def _tied(self, expanded: bool) -> dict[str, Tensor]:
-        """Weights that are one stay one."""
-        made: dict[int, Tensor] = {}
-        for name, tensor in self.named.items():
-            if id(tensor) in made:
-                continue
-            full, parameter = join(self.region, name), name in self.parameters
-            whole = tensor.detach()
-            if full in self.plan.original_shapes:
-                whole = whole.new_zeros(()).expand(self.plan.original_shapes[full])
-                if not (expanded and parameter):
-                    whole = unshrunk(tensor, self.plan, full)
-            made[id(tensor)] = nn.Parameter(whole, tensor.requires_grad) if parameter else whole
-        return {name: made[id(tensor)] for name, tensor in self.named.items()}
-
-
-def unshrunk(tensor: Tensor, plan: Plan, name: str) -> Tensor:
-    """`tensor` in its places among zeros at the shape it had before any shrink."""
-    whole = torch.zeros(plan.original_shapes[name], dtype=tensor.dtype, device=tensor.device)
-    index = [plan.kept.get((name, dim), torch.arange(size)).to(tensor.device) for dim, size in enumerate(whole.shape)]
-    whole[torch.meshgrid(*index, indexing="ij")] = tensor.detach()
-    return whole

@@ -17,8 +17,8 @@ from torch import nn
 from .attributes import fit, fitted
 from .compiled import MODEL, REGION, CompiledModel
 from .errors import EcoSpaError, NoInputsError, RestoreError
-from .passes.follow import difference, example_call, modes
 from .passes.record import traceless
+from .passes.trial import difference, example_call, modes
 from .region import Region
 from .shrinkable import ShrinkableLinear, original_class, unswap_forward
 

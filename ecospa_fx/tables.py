@@ -81,7 +81,10 @@ def _notes(explanation: Explanation) -> Iterator[tuple[str, list[tuple[str, list
         yield "Refused, and why", [refusal_lines(refusal, times) for refusal, times in folded]
     changing = [(fold, changes) for fold in fold_couplings(explanation.couplings) if (changes := _changes(fold))]
     if changing:
-        lines = [(f"{heading(fold.module)}.{fold.tail}: {', '.join(changes)}", []) for fold, changes in changing]
+        lines: list[tuple[str, list[str]]] = [
+            (f"{'.'.join(filter(None, (fold.module, fold.tail)))}: {', '.join(changes)}", [])
+            for fold, changes in changing
+        ]
         yield "Integers that change with it (execution='module')", lines
     if explanation.missing_rules:
         items: list[tuple[str, list[str]]] = [(f"{op}: {uses}", []) for op, uses in explanation.missing_rules.items()]

@@ -16,7 +16,8 @@ from .passes.names import join, named_tensors
 from .passes.record import record, traceless
 from .passes.selection import Choice, settled, whole
 from .passes.verify import Comparison, compare
-from .region import Region, unshrunk
+from .region import Region
+from .stand_ins import unshrunk
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from twin import run, sliced
 import ecospa_fx
 from ecospa_fx import errors
 from ecospa_fx.compiled import MODEL
-from ecospa_fx.region import MOST_PROGRAMS, StandIns
+from ecospa_fx.region import MOST_PROGRAMS
+from ecospa_fx.stand_ins import StandIns
 
 
 @before_and_after

@@ -1,6 +1,6 @@
 """Does it still look back? Associative recall, which nothing but attention solves, before and after.
 
-PYTHONPATH=bench python -m experiments.recall [--seeds 3] [--steps 3000] [--scale gpu]
+PYTHONPATH=bench python -m experiments.recall [--seeds 3] [--steps 1500] [--scale gpu]
 
 Two layers of GPT-2 learn to answer from 4 pairs of key and value that they have just been shown, and lose half of
 their parameters once they can (60-80% of the run). Accuracy of the answers, and of the same rule with pairing broken.
@@ -14,7 +14,7 @@ from .tasks import Recall
 
 
 def main() -> None:
-    options = arguments(__doc__, steps=3000)
+    options = arguments(__doc__, steps=1500)
     task = Recall(pairs=16, width=256) if options.scale == "gpu" else Recall(pairs=4, keys=16, values=16)
     variants = tuple(
         Variant(

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from ..api import compile
 from ..attributes import changes_in
 from ..compiled import MODEL, CompiledModel, Execution
+from ..description import check_description, described
 from ..errors import CheckpointError, EcoSpaError
 from ..logs import logger
 from ..packing import Packer, Unpacker
 from ..passes.names import named_tensors
 from ..plan import Plan
 from ..randomness import random_state
-from ..rebuild import Saved, check_description, described, rebuild, transient
-from ..region import unshrunk
+from ..rebuild import Saved, rebuild, transient
+from ..stand_ins import unshrunk
 from ..trainer import EcoSpaTrainer, tokens_of
 from ..training_state import Training, resume_training
 
@@ -98,7 +99,8 @@ class EcoSpaCallback(Callback):
     @property
     def state_key(self) -> str:
         """What the state is called in a checkpoint: one for each module that shrinks."""
-        return self._generate_state_key(module=self.module)
+        key: str = self._generate_state_key(module=self.module)
+        return key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compile the module, and let it meet weights of a checkpoint that has shrunk."""
