@@ -33,7 +33,6 @@ TARGETS = (0.5, 0.3)
 
 def main() -> None:
     options = arguments(__doc__, data=True, steps=480)
-    sizes = {"width": 512, "layers": 8, "context": 256, "batch_size": 32} if options.scale == "gpu" else {}
     texts = {"source text": None}
     if options.data is not None:
         texts["WikiText-2"] = options.data / "wikitext-2"
@@ -50,7 +49,7 @@ def main() -> None:
         for name, settings in WAYS.items()
     )
     jobs = [
-        Job(title, Text(source, **sizes), options.steps, seed, variants)
+        Job(title, Text.of(options.scale, source), options.steps, seed, variants)
         for seed in range(options.seeds)
         for title, source in texts.items()
     ]

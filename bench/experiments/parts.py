@@ -18,7 +18,6 @@ FROZEN = {"attention": ["*.mlp*"], "feed-forward": ["*.attn*"], "both": []}
 
 def main() -> None:
     options = arguments(__doc__, steps=480)
-    sizes = {"width": 512, "layers": 8, "context": 256, "batch_size": 32} if options.scale == "gpu" else {}
     variants = tuple(
         Variant(
             name, 0.25, 0.65, {"target": target, "frozen": frozen}, labels={"removed": f"{1 - target:.0%}"}
@@ -26,7 +25,7 @@ def main() -> None:
         for target in (0.9, 0.8, 0.7)
         for name, frozen in FROZEN.items()
     )  # fmt: skip
-    jobs = [Job("source text", Text(None, **sizes), options.steps, seed, variants) for seed in range(options.seeds)]
+    jobs = [Job("source text", Text.of(options.scale), options.steps, seed, variants) for seed in range(options.seeds)]
     report("parts", "GPT-2, what is taken from where", jobs, options, "removed", "variant")
 
 

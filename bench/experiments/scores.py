@@ -17,11 +17,10 @@ SCORES = ("gradient", "taylor", "taylor_squared", "magnitude", "adam", "activati
 
 def main() -> None:
     options = arguments(__doc__, steps=480)
-    sizes = {"width": 512, "layers": 8, "context": 256, "batch_size": 32} if options.scale == "gpu" else {}
     ways = {"norms": {}, "fisher, fisher": {"index_score": "fisher"}}
     ways |= {name: {"score": name, "index_score": name} for name in SCORES}
     variants = tuple(Variant(name, 0.25, 0.65, {"target": 0.3, **how}) for name, how in ways.items())
-    jobs = [Job("source text", Text(None, **sizes), options.steps, seed, variants) for seed in range(options.seeds)]
+    jobs = [Job("source text", Text.of(options.scale), options.steps, seed, variants) for seed in range(options.seeds)]
     report("scores", "GPT-2 to 30% of its size by score", jobs, options, "variant")
 
 

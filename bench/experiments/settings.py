@@ -19,7 +19,6 @@ THETAS = (0.7, 0.9, 0.95)
 
 def main() -> None:
     options = arguments(__doc__, steps=480)
-    sizes = {"width": 512, "layers": 8, "context": 256, "batch_size": 32} if options.scale == "gpu" else {}
     variants = tuple(
         Variant(
             f"{top_k:.0%}, {theta:.0%}", 0.25, None, {"target": 0.5, "top_k": top_k, "theta": theta},
@@ -28,7 +27,7 @@ def main() -> None:
         for top_k in SHARES
         for theta in THETAS
     )  # fmt: skip
-    jobs = [Job("source text", Text(None, **sizes), options.steps, seed, variants) for seed in range(options.seeds)]
+    jobs = [Job("source text", Text.of(options.scale), options.steps, seed, variants) for seed in range(options.seeds)]
     rows = report("settings", "GPT-2 to half its size by top_k and theta", jobs, options, "variant")
     done = [row for row in rows if row["variant"] == "dense" or row["done"]]
     show(

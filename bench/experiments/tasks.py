@@ -60,6 +60,11 @@ class Text:
     batch_size: int = 8
     rate: float = 2e-3
 
+    @classmethod
+    def of(cls, scale: str, source: Path | None = None) -> Text:
+        """The sizes that the experiments have in common, for a `"cpu"` or a `"gpu"`."""
+        return cls(source, width=512, layers=8, context=256, batch_size=32) if scale == "gpu" else cls(source)
+
     def model(self) -> nn.Module:
         return build_model(self._options())
 
