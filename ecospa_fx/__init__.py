@@ -14,6 +14,7 @@ from .estimator import CoupledEstimator
 from .explanation import Explanation, explain
 from .latency import Latency
 from .optimizers import state_rule
+from .outgoing import export
 from .plan import Plan
 from .restore import restore
 from .rewire import rewire
@@ -45,6 +46,7 @@ __all__ = [
     "diff",
     "errors",
     "explain",
+    "export",
     "load",
     "logs",
     "plan",
