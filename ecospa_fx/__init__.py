@@ -12,12 +12,15 @@ from .coupling import Coupling, Member, Refusal
 from .diff import ModuleDiff
 from .estimator import CoupledEstimator
 from .explanation import Explanation, explain
+from .grams import Grams
 from .latency import Latency
 from .optimizers import state_rule
 from .outgoing import export
 from .plan import Plan
+from .pretrained import from_pretrained, save_pretrained
 from .restore import restore
 from .rewire import rewire
+from .rotation import Rotation, rotate
 from .shrinkable import ShrinkableLinear
 from .sparsifier import CoupledSparsifier
 from .summary import Summary, summary
@@ -32,11 +35,13 @@ __all__ = [
     "Coupling",
     "EcoSpaTrainer",
     "Explanation",
+    "Grams",
     "Latency",
     "Member",
     "ModuleDiff",
     "Plan",
     "Refusal",
+    "Rotation",
     "ShrinkableLinear",
     "Summary",
     "Verification",
@@ -47,13 +52,16 @@ __all__ = [
     "errors",
     "explain",
     "export",
+    "from_pretrained",
     "load",
     "logs",
     "plan",
     "restore",
     "resume",
     "rewire",
+    "rotate",
     "save",
+    "save_pretrained",
     "shrink",
     "state_rule",
     "summary",

@@ -13,21 +13,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from .api import regions_of, state_of
+from .api import regions_of
 from .coupling import Coupling
-from .passes.axes import Atom, Expr, atoms_of
+from .observers import ignore, observe
+from .passes.axes import Atom, Expr, atoms_of, size_of
 from .passes.discover import Found
 from .passes.inference import Inference
 from .passes.names import join
 from .passes.rewrite import Program
 from .passes.selection import Choice, index_of, mask_of, touched
-from .passes.watch import Watched, watch
 from .region import Numbering, Region
 
 _aten = torch.ops.aten
@@ -91,15 +91,6 @@ class _Sum:
     count: int = 0
 
 
-@dataclass
-class _Seen:
-    """A program being watched."""
-
-    call: Watched
-    sites: list[Site]
-    places: list[list[int]] = field(default_factory=list)
-
-
 class ActivationScores:
     """Gathers a score of each entry of each coupling from forwards with gradients on.
 
@@ -112,14 +103,13 @@ class ActivationScores:
     def __init__(self, model: nn.Module, *, attention: bool = False) -> None:
         self.model, self.attention = model, attention
         self.sums: dict[str, _Sum] = {}
-        self._seen: dict[int, tuple[Program, _Seen]] = {}
         for region in regions_of(model).values():
-            region.watcher = self._watch
+            observe(region, self)
 
     def detach(self) -> None:
         """Stop watching."""
         for region in regions_of(self.model).values():
-            region.watcher = None
+            ignore(region, self)
 
     def reset(self) -> None:
         """Forget what was gathered."""
@@ -157,20 +147,16 @@ class ActivationScores:
             return mean if len(mean) == coupling.contexts else mean.expand(coupling.contexts, -1)
         return mean.sum(0)
 
-    def _watch(self, region: Region, program: Program, module: nn.Module, inputs: Sequence[Tensor]) -> Any:
-        if not torch.is_grad_enabled() or not module.training:
-            return program(module, inputs)
-        held = self._seen.get(id(program))
-        if held is None or held[0] is not program:
-            alive = {id(p) for r in state_of(self.model).regions.values() for p in r.programs}
-            self._seen = {key: value for key, value in self._seen.items() if key in alive}
-            self._seen[id(program)] = held = (program, self._prepared(region, program, module))
-        seen = held[1]
-        result, values = seen.call(module, inputs)
-        with torch.no_grad():
-            for site, places in zip(seen.sites, seen.places, strict=True):
-                self._add(site, [values[i] for i in places])
-        return result
+    def looks(self, module: nn.Module) -> bool:
+        """At forwards that train."""
+        return torch.is_grad_enabled() and module.training
+
+    @torch.no_grad()
+    def see(self, known: list[Site], values: Sequence[Tensor]) -> None:
+        """Add up what one call shows."""
+        given = iter(values)
+        for site in known:
+            self._add(site, [next(given) for _ in site.nodes])
 
     def _add(self, site: Site, values: list[Tensor]) -> None:
         score = _looking(site, values) if self.attention else _outer(site, values)
@@ -194,7 +180,8 @@ class ActivationScores:
             known.total += total
             known.count += 1
 
-    def _prepared(self, region: Region, program: Program, module: nn.Module) -> _Seen:
+    def places(self, region: Region, program: Program) -> tuple[list[fx.Node], list[Site]]:
+        """The nodes of all sites of a program, one after another."""
         kept = region.kept(program)
         names = {found.key: found.name for found in region.discoveries[-1].couplings}
         offered = {coupling.name: coupling for coupling in region.couplings()}
@@ -202,15 +189,12 @@ class ActivationScores:
         for found in region.discovery_of(program).couplings:
             coupling = offered.get(join(region.name, names.get(found.key, "")))
             if coupling is not None:
-                made = _attention_sites if self.attention else _product_sites
+                made = _attention_sites if self.attention else product_sites
                 sites += made(program.inference, found, coupling, kept)
-        nodes = list(dict.fromkeys(node for site in sites for node in site.nodes))
-        seen = _Seen(watch(program, kept, module, nodes), sites)
-        seen.places = [[nodes.index(node) for node in site.nodes] for site in sites]
-        return seen
+        return [node for site in sites for node in site.nodes], sites
 
 
-def _product_sites(inference: Inference, found: Found, coupling: Coupling, kept: dict[Atom, Choice]) -> Iterator[Site]:
+def product_sites(inference: Inference, found: Found, coupling: Coupling, kept: dict[Atom, Choice]) -> Iterator[Site]:
     """Where an entry of `found` is summed over in a product."""
     context = found.context if coupling.context is not None else None
     numbers = Numbering(found.atom, context, kept)
@@ -223,6 +207,8 @@ def _product_sites(inference: Inference, found: Found, coupling: Coupling, kept:
             if len(dims) == 1 and operand.weighted:
                 other = [(d, set(atoms_of(e))) for d, e in enumerate(operand.exprs) if d != dims[0]]
                 beside = [d for d, atoms in other if context in atoms]
+                if any(type(size_of(operand.exprs[d])) is not int for d in beside):
+                    break  # heads folded into the batch: which is which is not written down
                 rows = _contexts(operand.exprs[beside[0]], context, kept) if beside and context is not None else None
                 sides.append(Side(operand.node, dims[0], beside[0] if beside else None, rows))
         if len(sides) != 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
@@ -17,6 +17,9 @@ from .logs import logger
 from .optimizers import several
 from .plan import Plan
 from .region import Region
+
+if TYPE_CHECKING:
+    from .grams import Grams
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -63,7 +66,12 @@ def compile(
                 f"{type(model).__name__} is compiled with execution={known.execution!r}; ecospa_fx.restore(model) "
                 "undoes that"
             )
-        if known.execution == "module" and known.regions and not known.captured and (example_inputs is not None or example_kwargs is not None):
+        if (
+            known.execution == "module"
+            and known.regions
+            and not known.captured
+            and (example_inputs is not None or example_kwargs is not None)
+        ):
             known.capture_again(model, tuple(example_inputs or ()), dict(example_kwargs or {}))
         return model
     compiled = CompiledModel(regions, experiments, execution)
@@ -120,6 +128,7 @@ def shrink(
     *,
     optimizer: Optimizer | Iterable[Optimizer] = (),
     also: Any = (),
+    absorb: Grams | None = None,
 ) -> ModuleDiff:
     """Remove rows and columns by hand.
 
@@ -132,6 +141,8 @@ def shrink(
         optimizer: the optimizer, or several, that hold the parameters.
         also: copies of the model that shrink with it, such as averages of its weights: modules, objects that hold some
             (`torch.optim.swa_utils.AveragedModel`, timm's `ModelEma`), dicts of names and tensors; or one of these.
+        absorb: what was gathered of what weights meet. Where a weight sums over what goes, its entries that stay take
+            over by least squares, so that what it computes changes little; see docs/absorption.md.
 
     Returns:
         The sizes of every layer before and after; print it.
@@ -147,7 +158,7 @@ def shrink(
     for each in optimizers:
         check_optimizer(model, each)
     before, sizes = shapes_of(model), {coupling.name: coupling.size for coupling in compiled.couplings()}
-    compiled.shrink(model, selection, optimizers, copies_of(model, also))
+    compiled.shrink(model, selection, optimizers, copies_of(model, also), absorb)
     change = diff_of(model, before)
     log = logger("shrink")
     log.info("%s", change.headline())

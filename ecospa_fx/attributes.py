@@ -112,9 +112,7 @@ def numbers_in(model: nn.Module) -> frozenset[tuple[type, str]]:
     return frozenset(found)
 
 
-def held_integers(
-    root: nn.Module, reads: Reads, numbers: Set[tuple[type, str]] = frozenset()
-) -> dict[Attribute, int]:
+def held_integers(root: nn.Module, reads: Reads, numbers: Set[tuple[type, str]] = frozenset()) -> dict[Attribute, int]:
     """The integers above 1 that a forward read, or may have read in a tuple, list or object that it did.
 
     Args:
@@ -127,7 +125,7 @@ def held_integers(
     for path, names in reads.items():
         known = sizes_of_layer(modules[path]) if path in modules else {}
         for name in sorted(names - OWN - known.keys()):
-            if path not in modules or (type(modules[path]), name) in numbers or type(modules[path]) is nn.Linear:
+            if path not in modules or (type(modules[path]), name) in numbers or isinstance(modules[path], nn.Linear):
                 continue  # what an nn.Linear says of itself is read off its weight, see `ShrinkableLinear`
             if name in modules[path].__dict__:
                 for inside, value in _integers(modules[path].__dict__[name]):
@@ -141,7 +139,7 @@ def _integers(value: Any) -> Iterator[tuple[int | str | None, int]]:
             yield None, value
     elif type(value) in (tuple, list):
         yield from ((i, item) for i, item in enumerate(value) if type(item) is int and item > 1)
-    elif not isinstance(value, (type, Tensor, nn.Module)) and not callable(value):
+    elif type(value).__new__ is object.__new__ and not isinstance(value, (Tensor, nn.Module)):
         fields = getattr(value, "__dict__", {})
         yield from ((name, item) for name, item in fields.items() if type(item) is int and item > 1 and name[:1] != "_")
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,11 @@ from .attributes import Changes, assigned, fit, numbers_in
 from .copies import Copy, check_plan
 from .coupling import Coupling, Selection
 from .errors import CaptureError, EcoSpaError, NoCouplingError, ShrinkError
+from .optimizers import averages_of
 from .passes.confirm import experiments
 from .passes.names import join, named_tensors
-from .passes.regions import Analysis, Captures, choose, record, shared_outside
+from .passes.record import record
+from .passes.regions import Analysis, Captures, choose, shared_outside
 from .passes.replay import replay
 from .passes.rewrite import Program, rewrite
 from .passes.selection import mask_of, narrowed, whole
@@ -36,6 +38,9 @@ from .passes.shrink import prepare_tensors
 from .plan import Plan
 from .region import Region, apart, outside_inference
 from .shrinkable import original_class, own_forward_aside, swap_forward, swap_linears, unswap_forward
+
+if TYPE_CHECKING:
+    from .grams import Grams
 
 Execution: TypeAlias = Literal["graph", "module"]
 EXECUTIONS = get_args(Execution)
@@ -46,9 +51,7 @@ MODEL, REGION = "_ecospa_model", "_ecospa_region"  # keys in a module's __dict__
 class CompiledModel:
     """The state of a compiled model. `regions` is empty until the first call, unless inputs were given before."""
 
-    def __init__(
-        self, how: str | Sequence[str], experiments: bool = False, execution: Execution = "graph"
-    ) -> None:
+    def __init__(self, how: str | Sequence[str], experiments: bool = False, execution: Execution = "graph") -> None:
         if execution not in EXECUTIONS:
             raise EcoSpaError(f"execution={execution!r} is none of {', '.join(map(repr, EXECUTIONS))}")
         self.how, self.experiments, self.execution = how, experiments, execution
@@ -214,6 +217,7 @@ class CompiledModel:
         selection: Selection,
         optimizers: Iterable[Optimizer] = (),
         copies: Sequence[Copy] = (),
+        absorb: Grams | None = None,
     ) -> None:
         """Keep only the selected entries of each coupling, everywhere; see `ecospa_fx.shrink`."""
         self.follow_ties(model)
@@ -228,7 +232,11 @@ class CompiledModel:
         mine = named_tensors(model)
         tensors = [(name, t) for held in (mine, *(copy.tensors for copy in copies)) for name, t in held.items()]
         named = [(names.get(id(mine[name]), name), tensor) for name, tensor in tensors]
-        change = prepare_tensors(named, self.plan, after, optimizers)
+        replaced: dict[int, Tensor] = {}
+        if absorb is not None:
+            held = [mine, *(copy.tensors for copy in copies), *averages_of(mine, optimizers)]
+            replaced = absorb.absorbed(self.plan, after, held)
+        change = prepare_tensors(named, self.plan, after, optimizers, replaced)
         attributes = self._attributes_under(after)
         values = {attribute: now for attribute, (_, now) in attributes.items()}
         modules = [model, *(module for module, _ in twins)]

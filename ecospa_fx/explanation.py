@@ -13,7 +13,7 @@ import torch
 from rich.console import Group
 from torch import nn
 
-from .compiled import MODEL, CompiledModel
+from .compiled import MODEL, CompiledModel, Execution, find_followed
 from .coupling import Coupling, Refusal
 from .errors import NoCouplingError, NoInputsError
 from .fold import plural
@@ -21,7 +21,8 @@ from .known import Known, known_of
 from .passes.axes import Atom, atoms_of
 from .passes.confirm import experiments as allowed
 from .passes.nodes import place
-from .passes.regions import choose, traceless
+from .passes.record import traceless
+from .passes.regions import choose
 from .region import Region
 from .savings import Savings, savings_of
 from .shrinkable import original_class
@@ -168,6 +169,7 @@ def explain(
     example_kwargs: Mapping[str, Any] | None = None,
     regions: str | Sequence[str] = "auto",
     experiments: bool = False,
+    execution: Execution = "graph",
 ) -> Explanation:
     """What can shrink in a model, what cannot, and why. Changes nothing; works on the meta device.
 
@@ -179,6 +181,9 @@ def explain(
         example_kwargs: keyword arguments of that call.
         regions: as for `ecospa_fx.compile`.
         experiments: as for `ecospa_fx.compile`; on the meta device none can be verified, so none is used.
+        execution: as for `ecospa_fx.compile`, of a model that is not compiled. With `"module"` it says which integers
+            change with each coupling, and what only graphs can follow; that takes values, so it says of a model on the
+            meta device that it cannot be tried.
 
     Raises:
         NoInputsError: there are no inputs, and the model offers none (`dummy_inputs`, `example_input_array`).
@@ -200,7 +205,7 @@ def explain(
             found, given_up = choose(model, args, kwargs, regions)
     finally:
         model.__class__ = waiting
-    scratch = CompiledModel(regions)
+    scratch = CompiledModel(regions, experiments, execution)
     scratch.given_up = given_up
     seconds: Counter[str] = Counter()
     for name, analysis in found.items():
@@ -208,6 +213,8 @@ def explain(
         for each in (analysis, *analysis.others):
             region.remember(each)
             seconds.update(each.seconds)
+    if execution == "module":
+        find_followed(model, scratch.regions)
     return _explanation(model, scratch, dict(seconds))
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils._pytree as pytree
@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from .errors import OptimizerError
 
+Value = TypeVar("Value")
 Keep = Mapping[int, Tensor]
 State = Mapping[str, Any]
 StateRule = Callable[[State, Tensor, Keep], Mapping[str, Any]]
@@ -111,6 +112,27 @@ def factored(row: str, column: str, *entries: str) -> StateRule:
     return rule
 
 
+AVERAGES: dict[type | str, str] = {
+    torch.optim.ASGD: "ax",
+    "schedulefree.adamw_schedulefree.AdamWScheduleFree": "z",
+    "schedulefree.sgd_schedulefree.SGDScheduleFree": "z",
+    "schedulefree.radam_schedulefree.RAdamScheduleFree": "z",
+}
+"""Entries that are weights themselves and follow whatever a shrink does to these; all others are of gradients."""
+
+
+def averages_of(parameters: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> list[dict[str, Tensor]]:
+    """The weights that optimizers hold beside those of the model, by the names of the model's."""
+    found = []
+    for optimizer in optimizers:
+        for each in layers(optimizer):
+            entry = by_class(type(each), AVERAGES)
+            states = getattr(each, "state", {})
+            held = {name: states[p][entry] for name, p in parameters.items() if entry in states.get(p, ())}
+            found += [held] if held else []
+    return found
+
+
 class States:
     """What some optimizers hold, of which the state of one parameter after another follows a shrink.
 
@@ -147,6 +169,12 @@ class States:
                     yield state, entry, Cut(value)
                 else:
                     _check_number(optimizer, name, parameter, entry, value)
+
+    def held(self, parameter: Tensor) -> Iterator[tuple[dict[str, Any], str, Any]]:
+        """What is held for one parameter: (state, entry, value)."""
+        for optimizer in self._layers:
+            state: dict[str, Any] = getattr(optimizer, "state", {}).get(parameter) or {}
+            yield from ((state, entry, value) for entry, value in state.items())
 
     def _like_its_parameter(self, number: int, entry: str, value: Any, parameter: Tensor) -> bool:
         """Whether a state tensor has its parameter's shape for a reason, not by chance.
@@ -268,10 +296,15 @@ def _beside_states(optimizer: Any, attributes_only: bool) -> Iterator[tuple[str,
 
 
 def _rule_of(cls: type) -> StateRule | None:
+    return by_class(cls, _RULES)
+
+
+def by_class(cls: type, table: Mapping[type | str, Value]) -> Value | None:
+    """What a table says of a class, or of the nearest class that it derives from."""
     for base in cls.__mro__:
         for key in (base, f"{base.__module__}.{base.__qualname__}"):
-            if key in _RULES:
-                return _RULES[key]
+            if key in table:
+                return table[key]
     return None
 
 

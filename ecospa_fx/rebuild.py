@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .attributes import Changes, assigned, changes_in, fit
-from .compiled import MODEL, CompiledModel
+from .compiled import EXECUTIONS, MODEL, CompiledModel
 from .configs import config_text, from_config, implementations
 from .errors import CheckpointError
 from .known import called_sizes
@@ -96,22 +96,52 @@ def described(model: nn.Module, compiled: CompiledModel) -> dict[str, Any]:
     return {
         "class": type(model).__name__,
         "torch": str(torch.__version__),
+        **about_execution(compiled),
+        "training": model.training,
+        "other_mode": [name for name, module in model.named_modules() if module.training != model.training],
+        "frozen": [name for name, p in held.items() if isinstance(p, nn.Parameter) and not p.requires_grad],
+        "aliases": _aliases(held),
+        "layouts": {},
+        "extra": {},
+        "implementations": implementations(model),
+    }
+
+
+def about_execution(compiled: CompiledModel) -> dict[str, Any]:
+    """How a model is run, and what is known of it, as plain values."""
+    return {
         "regions": list(compiled.regions),
         "how": compiled.how if isinstance(compiled.how, str) else list(compiled.how),
         "experiments": compiled.experiments,
         "execution": compiled.execution,
         "attributes": [[*astuple(a), *values] for a, values in sorted(compiled.attributes.items(), key=str)],
         "given_up": compiled.given_up,
-        "training": model.training,
-        "other_mode": [name for name, module in model.named_modules() if module.training != model.training],
-        "frozen": [name for name, p in held.items() if isinstance(p, nn.Parameter) and not p.requires_grad],
-        "aliases": _aliases(held),
-        "layouts": {},
         "withheld": {name: marks for name, region in compiled.regions.items() if (marks := region.marks())},
         "called": {name: sizes for name, region in compiled.regions.items() if (sizes := _first_sizes(region))},
-        "extra": {},
-        "implementations": implementations(model),
     }
+
+
+def check_about(about: Mapping[str, Any], where: str) -> Changes:
+    """Refuse what `about_execution` cannot have written; the attributes in it.
+
+    Raises:
+        CheckpointError: what is wrong.
+    """
+    kinds: dict[str, Any] = {
+        "regions": list, "how": (str, list), "experiments": bool, "execution": str, "attributes": list,
+        "given_up": dict, "withheld": dict, "called": dict,
+    }  # fmt: skip
+    for key, kind in kinds.items():
+        if not isinstance(about.get(key), kind):
+            raise CheckpointError(f"{where} has no `{key}`, or one of another kind")
+    if not all(isinstance(name, str) for name in about["regions"]):
+        raise CheckpointError(f"{where} has a `regions` that holds no names")
+    if about["execution"] not in EXECUTIONS:
+        raise CheckpointError(f"{where} has an `execution` that is none: {about['execution']!s:.40}")
+    for sizes in about["called"].values():
+        if not isinstance(sizes, list) or any(type(n) is not int or n < 0 for shape in sizes for n in shape):
+            raise CheckpointError(f"{where} has a `called` that holds no sizes")
+    return changes_in(about["attributes"], where)
 
 
 def read_model(save: Save) -> Saved:
@@ -121,7 +151,7 @@ def read_model(save: Save) -> Saved:
         CheckpointError: files are missing, or not what they should be.
     """
     about = save.document("model.json")
-    check_description(about, str(save.directory / "model.json"))
+    attributes = check_description(about, str(save.directory / "model.json"))
     flat = save.tensors("model.safetensors")
     passing = save.tensors("buffers.safetensors") if "buffers.safetensors" in save.files else {}
     extra = save.tensors("extra.safetensors") if "extra.safetensors" in save.files else {}
@@ -132,32 +162,29 @@ def read_model(save: Save) -> Saved:
         frozenset(passing),
         Unpacker(extra, str(save.directory / "model.json")).unpack(about["extra"]),
         save.text("config.json") if "config.json" in save.files else None,
-        changes_in(about["attributes"], str(save.directory / "model.json")),
+        attributes,
         str(save.directory),
     )
 
 
-def check_description(about: Mapping[str, Any], where: str) -> None:
-    """Refuse what `described` would not have said.
+def check_description(about: Mapping[str, Any], where: str) -> Changes:
+    """Refuse what `described` would not have said; the attributes in it.
 
     Raises:
         CheckpointError: a field is missing, or of another kind.
     """
     kinds: dict[str, Any] = {
-        "class": str, "regions": list, "how": (str, list), "experiments": bool, "given_up": dict, "training": bool,
-        "other_mode": list, "frozen": list, "aliases": dict, "layouts": dict, "withheld": dict, "called": dict,
-        "extra": dict, "implementations": dict, "execution": str, "attributes": list,
+        "class": str, "training": bool, "other_mode": list, "frozen": list, "aliases": dict, "layouts": dict,
+        "extra": dict, "implementations": dict,
     }  # fmt: skip
     for key, kind in kinds.items():
         if not isinstance(about.get(key), kind):
             raise CheckpointError(f"{where} has no `{key}`, or one of another kind")
-    names = {**{key: about[key] for key in ("regions", "other_mode", "frozen")}, "aliases": about["aliases"].values()}
+    names = {"other_mode": about["other_mode"], "frozen": about["frozen"], "aliases": about["aliases"].values()}
     for key, held in names.items():
         if not all(isinstance(name, str) for name in held):
             raise CheckpointError(f"{where} has a `{key}` that holds no names")
-    for sizes in about["called"].values():
-        if not isinstance(sizes, list) or any(type(n) is not int or n < 0 for shape in sizes for n in shape):
-            raise CheckpointError(f"{where} has a `called` that holds no sizes")
+    return check_about(about, where)
 
 
 def rebuild(saved: Saved, factory: Callable[[], nn.Module] | None, device: torch.device | None) -> nn.Module:
@@ -182,8 +209,14 @@ def rebuild(saved: Saved, factory: Callable[[], nn.Module] | None, device: torch
     _fill(model, saved, device)
     for name, module in model.named_modules():
         module.training = about["training"] != (name in about["other_mode"])
+    attached(model, about, saved.plan, saved.attributes)
+    return model
+
+
+def attached(model: nn.Module, about: Mapping[str, Any], plan: Plan, attributes: Changes) -> None:
+    """Compile a model that has the sizes of a plan already, as it was when `about_execution` wrote it down."""
     compiled = CompiledModel(about["how"], about["experiments"], about["execution"])
-    compiled.plan, compiled.given_up, compiled.attributes = saved.plan, about["given_up"], saved.attributes
+    compiled.plan, compiled.given_up, compiled.attributes = plan, about["given_up"], attributes
     if about["regions"]:
         model.__dict__[MODEL] = compiled
         for name in about["regions"]:
@@ -192,12 +225,11 @@ def rebuild(saved: Saved, factory: Callable[[], nn.Module] | None, device: torch
             compiled.regions[name].called = about["called"].get(name)
         compiled.route(model)
         if compiled.execution == "module":
-            with assigned(model, {attribute: now for attribute, (_, now) in saved.attributes.items()}):
+            with assigned(model, {attribute: now for attribute, (_, now) in attributes.items()}):
                 fit(model)
             compiled.attach(model)
     else:
         compiled.attach(model)
-    return model
 
 
 def _own(name: str, tensor: Tensor, layouts: Mapping[str, Any], save: Save) -> Tensor:

@@ -276,8 +276,12 @@ class Region:
             return []
         # The first graph is the one names are taken from, so that they never change.
         kept = self.kept(self.programs[-1])
-        followed = (found for found in self.discoveries[-1].couplings if self._followed(found, kept))
-        return [self._view(found, kept) for found in followed]
+        return [self._view(found, kept) for found in self.offered()]
+
+    def offered(self) -> list[Found]:
+        """The couplings of the first graph that every signature met so far can follow, and that `couplings` shows."""
+        kept = self.kept(self.programs[-1])
+        return [found for found in self.discoveries[-1].couplings if self._followed(found, kept)]
 
     def _followed(self, found: Found, kept: Kept, context: Atom | None = None) -> bool:
         """Whether every graph can follow a coupling of the first one, or (`context`) one that differs by context."""

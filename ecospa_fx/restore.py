@@ -18,7 +18,7 @@ from .attributes import fit, fitted
 from .compiled import MODEL, REGION, CompiledModel
 from .errors import EcoSpaError, NoInputsError, RestoreError
 from .passes.follow import difference, example_call, modes
-from .passes.regions import traceless
+from .passes.record import traceless
 from .region import Region
 from .shrinkable import ShrinkableLinear, original_class, unswap_forward
 
@@ -87,8 +87,14 @@ def _try(region: Region, module: nn.Module) -> None:
     """Refuse a region whose own forward differs from its programs.
 
     Raises:
+        NoInputsError: it has not been called.
         RestoreError: it fails, or gives something else.
     """
+    if not region.programs:
+        raise NoInputsError(
+            f"{_named(region.name, module)} has shrunk and not been called since it was loaded, so that nothing can be "
+            "tried; pass example_inputs=(x,)"
+        )
     for program in region.programs:
         args, kwargs = example_call(program.captured.signature)
         with modes(module, program.captured.signature.training), traceless(module), torch.no_grad():

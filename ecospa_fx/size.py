@@ -72,7 +72,7 @@ class CostModel:
             program = region.programs[-1]
             self._now[region.name] = {atom: entries(choice) for atom, choice in region.kept(program).items()}
             self._symbols[region.name] = symbols_of(program.inference, region.called) if cost == "flops" else {}
-            for found in region.discoveries[-1].couplings:
+            for found in region.offered():
                 self._atoms[join(region.name, found.name)] = region.name, found.atom
             if cost == "flops":
                 for factor, exprs in flop_terms(program.inference):

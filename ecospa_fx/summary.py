@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .compiled import MODEL
 from .diff import words
-from .passes.regions import traceless
+from .passes.record import traceless
 from .plan import Plan
 from .savings import count, plain, size
 

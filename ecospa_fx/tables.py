@@ -79,6 +79,10 @@ def _notes(explanation: Explanation) -> Iterator[tuple[str, list[tuple[str, list
     if explanation.refusals:
         folded = fold_refusals(explanation.refusals)
         yield "Refused, and why", [refusal_lines(refusal, times) for refusal, times in folded]
+    changing = [(fold, changes) for fold in fold_couplings(explanation.couplings) if (changes := _changes(fold))]
+    if changing:
+        lines = [(f"{heading(fold.module)}.{fold.tail}: {', '.join(changes)}", []) for fold, changes in changing]
+        yield "Integers that change with it (execution='module')", lines
     if explanation.missing_rules:
         items: list[tuple[str, list[str]]] = [(f"{op}: {uses}", []) for op, uses in explanation.missing_rules.items()]
         yield "Ops without an axis rule (what they touch stays whole)", items
@@ -87,6 +91,13 @@ def _notes(explanation: Explanation) -> Iterator[tuple[str, list[tuple[str, list
         yield "Ops whose axis rule is an experiment's (verified, not proved)", tried
     if explanation.given_up:
         yield "Not captured", [(f"{name or 'the model'}: {why}", []) for name, why in explanation.given_up.items()]
+
+
+def _changes(fold: Fold) -> list[str]:
+    """The attributes that change with a sort of coupling, named from the module that its members share."""
+    first = fold.couplings[0]
+    prefix = f"{first.name.rpartition('.')[0]}."
+    return [change.removeprefix(prefix) for change in first.changes]
 
 
 def text_of(explanation: Explanation) -> str:
@@ -163,6 +174,7 @@ def coupling_document(coupling: Coupling) -> dict[str, Any]:
         "region": coupling.region,
         "context": getattr(coupling, "context", None),
         "contexts": getattr(coupling, "contexts", 1),
+        "changes": list(getattr(coupling, "changes", ())),
         "members": [{"parameter": m.parameter, "dim": m.dim, "part": m.part} for m in coupling.members],
     }
 

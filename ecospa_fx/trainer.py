@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .api import check_optimizer, couplings, is_captured, shrink
+from .compensation import GATHERING, Compensation
 from .compiled import MODEL
 from .constraints import Constraints, Frozen, HeadDims
 from .copies import copies_of, listed
@@ -90,6 +91,10 @@ class EcoSpaTrainer:
             or in `"backward"`, for optimizers that step there and free them at once. See `CoupledEstimator`.
         before_shrink: called with the model, what will be kept and the optimizer right before each shrink.
         also: copies of the model that shrink with it, such as averages of its weights; see `ecospa_fx.shrink`.
+        absorb: what stays takes over what goes, by least squares on what the weights met in the last training steps
+            before a shrink; see docs/absorption.md.
+        rotate: couplings between linear maps that are about to shrink first get the basis in which the entries that go
+            carry least; see `ecospa_fx.rotate`. What an optimizer cannot follow keeps its basis, and the log says so.
 
     Attributes:
         steps: training steps seen.
@@ -138,6 +143,8 @@ class EcoSpaTrainer:
         gradients: Gradients = "step",
         before_shrink: BeforeShrink | None = None,
         also: Any = (),
+        absorb: bool = False,
+        rotate: bool = False,
     ) -> None:
         if MODEL not in model.__dict__:
             raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
@@ -179,6 +186,7 @@ class EcoSpaTrainer:
             elif gradients == "backward":
                 estimator.attach_backward()
         self._optimizer_steps = Steps(model, self.optimizers) if gradients == "step" else None
+        self._compensation = Compensation(model, absorb, rotate)
         self._owed = False  # a sparsification step for which nothing had been read
         self._settings: dict[str, Any] = {
             "target": target, "cost": cost, "among": among, "top_k": top_k, "theta": theta, "constraints": constraints,
@@ -186,7 +194,7 @@ class EcoSpaTrainer:
         index = index_score if index_score == "norms" or self._index is None else self._index.score.name
         self._described: dict[str, Any] = {
             "score": self._estimator.score.name, "index_score": index, "decay": decay, "window": window, "seed": seed,
-            "spike": spike, "gradients": gradients,
+            "spike": spike, "gradients": gradients, "absorb": absorb, "rotate": rotate,
         }  # fmt: skip
         self._sparsifier: CoupledSparsifier | None = None
         if is_captured(model):
@@ -223,6 +231,8 @@ class EcoSpaTrainer:
         self._owed = due and not read and any(estimator.empty for estimator in self._estimators())
         if due and not self._owed and not self._postpone():
             self.sparsify()
+        now = self.now - self._waiting
+        self._compensation.gather(not self.done and (self._owed or self.schedule.due(now, now + GATHERING * amount)))
 
     def _read(self) -> bool:
         """Read the gradients of this step, if nothing else does; whether it was taken at all."""
@@ -248,11 +258,15 @@ class EcoSpaTrainer:
         with self._index.at_once() if self._index is not None else nullcontext():
             keeps = sparsifier.decide(importance, self._due(sparsifier))
         if keeps:
+            keeps = self._compensation.prepared(keeps, self.optimizers, self.also)
             if self.before_shrink is not None:
                 self.before_shrink(self.model, keeps, self.optimizer)
             self._spikes.shrunk()
             removed = {coupling.name: coupling.size - keep.shape[-1] for coupling, keep in keeps.items()}
-            self.last_shrink = shrink(self.model, keeps, optimizer=self.optimizers, also=self.also)
+            self.last_shrink = shrink(
+                self.model, keeps, optimizer=self.optimizers, also=self.also, absorb=self._compensation.absorb
+            )
+            self._compensation.reset()
             scores = {coupling.name: value for coupling, value in importance.items()}
             self.history.append({"step": self.steps, "size": self.size, "removed": removed, "importance": scores})
         for estimator in self._estimators():
@@ -264,6 +278,7 @@ class EcoSpaTrainer:
                 estimator.detach()
             if self._optimizer_steps is not None:
                 self._optimizer_steps.detach()
+            self._compensation.detach()
 
     @property
     def _latency(self) -> Latency | None:
@@ -285,6 +300,7 @@ class EcoSpaTrainer:
 
     def _ready(self) -> CoupledSparsifier:
         """The sparsifier, made once the couplings are known."""
+        self._compensation.look()
         if self._sparsifier is None:
             settings = dict(self._settings)
             if self._estimator.score.reads == "attention":
@@ -387,6 +403,7 @@ class EcoSpaTrainer:
                 **self._described,
             },
             "scores": [estimator.state_dict() for estimator in self._estimators()],
+            "compensation": self._compensation.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -402,6 +419,9 @@ class EcoSpaTrainer:
             estimator.load_state_dict(scores)
             if self.done:
                 estimator.detach()
+        self._compensation.load_state_dict(state.get("compensation", {}))
+        if self.done:
+            self._compensation.detach()
 
 
 def tokens_of(batch: Any) -> int | None:

@@ -13,7 +13,7 @@ from .api import state_of
 from .errors import VerificationError
 from .passes.axes import Atom
 from .passes.names import join, named_tensors
-from .passes.regions import record, traceless
+from .passes.record import record, traceless
 from .passes.selection import Choice, settled, whole
 from .passes.verify import Comparison, compare
 from .region import Region, unshrunk

@@ -22,9 +22,10 @@ dim to be dynamic.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate, chain
 from typing import Any, TypeAlias
 
 import sympy
@@ -55,6 +56,10 @@ class Product:
     """Row-major flattening of `factors`, the last one running fastest."""
 
     factors: tuple[Expr, ...]
+    atoms: tuple[Atom, ...] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "atoms", tuple(chain.from_iterable(map(atoms_of, self.factors))))
 
     def __repr__(self) -> str:
         return f"({' '.join(map(repr, self.factors))})"
@@ -65,9 +70,18 @@ class Segments:
     """Concatenation of `parts`."""
 
     parts: tuple[Expr, ...]
+    atoms: tuple[Atom, ...] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "atoms", tuple(chain.from_iterable(map(atoms_of, self.parts))))
 
     def __repr__(self) -> str:
         return f"[{' | '.join(map(repr, self.parts))}]"
+
+
+def atoms_of(expr: Expr) -> tuple[Atom, ...]:
+    """The atoms of `expr` from left to right, repeated where they repeat."""
+    return (expr,) if isinstance(expr, Atom) else expr.atoms
 
 
 UNIT = Product(())
@@ -79,20 +93,28 @@ def as_size(size: int | torch.SymInt | sympy.Expr) -> Size:
     if type(size) is int:
         return size
     expr = size.node.expr if isinstance(size, torch.SymInt) else size
-    if isinstance(expr, sympy.Expr) and expr.has(FloorDiv):
+    return _normal(expr) if isinstance(expr, sympy.Expr) else int(expr)
+
+
+@lru_cache(maxsize=1 << 14)  # a graph has few sizes, and asks for them at every node; sympy is slow
+def _normal(expr: sympy.Expr) -> Size:
+    if expr.has(FloorDiv):
         # torch divides without looking whether it comes out even: `(s*s) // s`, say.
         expr = expr.replace(FloorDiv, lambda a, b: FloorDiv(a, b) if (whole := quotient(a, b)) is None else whole)
-    if isinstance(expr, sympy.Expr) and expr.has(sympy.Add):
+    if expr.has(sympy.Add):
         expr = sympy.expand(expr)  # sums of products have many forms, which compare as different
-    return int(expr) if isinstance(expr, (int, sympy.Integer)) else expr
+    return int(expr) if isinstance(expr, sympy.Integer) else expr
 
 
 def quotient(size: Size, divisor: Size) -> Size | None:
     """`size / divisor` where that is provably a whole number, else None."""
     if type(size) is int and type(divisor) is int:
         return size // divisor if divisor and size % divisor == 0 else None
-    if size == divisor:
-        return 1
+    return 1 if size == divisor else _ratio(size, divisor)
+
+
+@lru_cache(maxsize=1 << 14)
+def _ratio(size: Size, divisor: Size) -> Size | None:
     ratio = size / sympy.sympify(divisor)
     if isinstance(size, sympy.Add):
         ratio = sympy.cancel(ratio)
@@ -123,19 +145,6 @@ def sized(expr: Expr, symbols: Mapping[Any, int]) -> Expr:
             return Product(tuple(sized(factor, symbols) for factor in expr.factors))
         case Segments():
             return Segments(tuple(sized(part, symbols) for part in expr.parts))
-
-
-def atoms_of(expr: Expr) -> Iterator[Atom]:
-    """The atoms of `expr` from left to right, repeated where they repeat."""
-    match expr:
-        case Atom():
-            yield expr
-        case Product():
-            for factor in expr.factors:
-                yield from atoms_of(factor)
-        case Segments():
-            for part in expr.parts:
-                yield from atoms_of(part)
 
 
 def product(*factors: Expr) -> Expr:
@@ -171,6 +180,8 @@ class Axes:
 
     def __init__(self) -> None:
         self._bound: dict[Atom, Expr] = {}
+        # By identity: (expr, its normal form), until the next atom is bound.
+        self._resolved: dict[int, tuple[Expr, Expr]] = {}
         self._serial = 0
 
     def fresh(self, size: Size) -> Expr:
@@ -182,17 +193,21 @@ class Axes:
 
     def resolve(self, expr: Expr) -> Expr:
         """`expr` in normal form over atoms that are not refined further."""
-        match expr:
-            case Atom():
-                if expr not in self._bound:
-                    return expr
-                # Chains of substitutions are shortened as they are read, so that reading stays cheap.
-                self._bound[expr] = resolved = self.resolve(self._bound[expr])
-                return resolved
-            case Product():
-                return product(*map(self.resolve, expr.factors))
-            case Segments():
-                return segments(*map(self.resolve, expr.parts))
+        if isinstance(expr, Atom):
+            if expr not in self._bound:
+                return expr
+            # Chains of substitutions are shortened as they are read, so that reading stays cheap.
+            self._bound[expr] = resolved = self.resolve(self._bound[expr])
+            return resolved
+        if id(expr) in self._resolved:
+            return self._resolved[id(expr)][1]
+        if isinstance(expr, Product):
+            resolved = product(*map(self.resolve, expr.factors))
+        else:
+            resolved = segments(*map(self.resolve, expr.parts))
+        self._resolved[id(expr)] = expr, resolved
+        self._resolved[id(resolved)] = resolved, resolved
+        return resolved
 
     def unify(self, a: Expr, b: Expr) -> None:
         """Record that `a` and `b` are the same axis, entry by entry.
@@ -298,6 +313,7 @@ class Axes:
         if atom in atoms_of(expr):
             raise Mismatch(f"{atom} would contain itself in {expr}")
         self._bound[atom] = expr
+        self._resolved.clear()
 
     def _take(self, factors: list[Expr], size: Size) -> Expr:
         """Remove the fastest-running `size` entries from the row-major `factors` and return them as one axis."""

@@ -268,7 +268,7 @@ def _collect(
             constants[node.name] = getattr(program.graph_module, node.target)
     fast_attention(graph)
     _clean(graph)
-    canonicalise(graph)
+    canonicalise(graph, constants)
     signature = Signature(
         spec,
         tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves),

@@ -25,11 +25,12 @@ from .inference import Exprs, Inference, Source
 
 def contexts(inference: Inference) -> dict[Atom, Atom]:
     """The context of every atom that may vary by one."""
-    carried: dict[Atom, list[Exprs]] = defaultdict(list)
+    carried: dict[Atom, dict[tuple[int, ...], Exprs]] = defaultdict(dict)
     nodes: dict[Atom, set[fx.Node]] = defaultdict(set)
     for node, exprs in _tensors(inference):
+        same = tuple(map(id, exprs))  # many tensors have the same axes; one of them is enough to look at
         for atom in {atom for expr in exprs for atom in atoms_of(expr)}:
-            carried[atom].append(exprs)
+            carried[atom][same] = exprs
             nodes[atom].add(node)
     sources: dict[Atom, list[Source]] = defaultdict(list)
     for source in inference.sources:
@@ -44,7 +45,7 @@ def contexts(inference: Inference) -> dict[Atom, Atom]:
     for atom, beside in _beside(inference).items():
         for context in sorted(beside, key=lambda other: (-other.size, other.serial)):
             if (
-                all(_varies(exprs, atom, context) for exprs in carried[atom])
+                all(_varies(exprs, atom, context) for exprs in carried[atom].values())
                 and all(_selectable(source, atom, context, inference) for source in sources[atom])
                 and not any(context in mixed[node] for node in nodes[atom])
             ):  # fmt: skip

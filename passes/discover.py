@@ -128,7 +128,7 @@ def _producers(roles: dict[Role, list[Fact]], matrices: set[str]) -> tuple[str, 
 def _occurrences(atom: Atom, axes: Iterable[Axis], names: Collection[str], inference: Inference) -> int:
     """How many times an atom lies on the axes of the named parameters."""
     exprs = (inference.parameters[name][dim] for name, dim in axes if name in names)
-    return sum(list(atoms_of(expr)).count(atom) for expr in exprs)
+    return sum(atoms_of(expr).count(atom) for expr in exprs)
 
 
 def _contractions(roles: dict[Role, list[Fact]], matrices: set[str]) -> int:

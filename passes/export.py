@@ -97,9 +97,12 @@ def export(
             ):
                 return torch.export.export(flat, tuple(t.detach() for t in tensors), **options)
         except Exception as error:
+            # Data may be sizes that went through a tensor, `torch.div(x.size(1), 8)`, which numbers are found out of.
+            # Where they are not, sizes are not what it is about.
+            about_data = isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error)
+            if about_data and first is not None:
+                break
             first = first or error
-            if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error):
-                break  # sizes of arguments are not what it is about
     reason = str(first).strip().split("\n")[0] or type(first).__name__
     raise CaptureError(
         f"torch.export cannot capture {described(region)} ({type(flat.region).__name__}): {reason}"

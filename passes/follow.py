@@ -28,7 +28,8 @@ from ecospa_fx.attributes import Attribute, Values, fitted, held_integers, holdi
 from ecospa_fx.signature import TENSOR, Signature, below
 
 from .agree import TOLERANCE, Forward, forked_rng, relative_error
-from .axes import Atom, Expr, Product, Segments, product, segments, size_of
+from .axes import Atom, Expr, Product, product, segments, size_of
+from .capture import Captured
 from .discover import Discovery, Found
 from .inference import Inference
 from .names import named_tensors, swapped
@@ -97,6 +98,10 @@ def follow(
             refused[found.key] = why
             continue
         needed |= _described(first, found, kept, needed)
+        doubtful = _doubtful(first, found, kept, needed)
+        if doubtful is not None:
+            refused[found.key] = doubtful
+            continue
         for trial, other in zip(trials[1:], each[1:], strict=True):
             if other is not None and why == "":
                 theirs: Kept = {other.atom: kept[found.atom]}
@@ -145,20 +150,35 @@ def _needed(
     return None, why
 
 
-def _described(
-    trial: Trial, found: Found, kept: Kept, needed: Mapping[Attribute, Expr]
-) -> dict[Attribute, Expr]:
+def _doubtful(trial: Trial, found: Found, kept: Kept, needed: Mapping[Attribute, Expr]) -> str | None:
+    """Why a coupling cannot be followed for certain: an integer may be its size and may be another, and no trial tells.
+
+    The forward reads it and does nothing with it in the calls that were captured; in another it may.
+    """
+    for attribute, value in trial.held.items():
+        meanings = trial.axes_of_size.get(value, [])
+        if attribute in needed or type(attribute.inside) is str or not _near(attribute, found):
+            continue
+        if not any(touched(expr, kept) for expr in meanings):
+            continue
+        if trial.is_idle(attribute):
+            return (
+                f"reads `{attribute}`, which is {value} and may be the size of this axis or of another, and which "
+                "makes no difference in the call that was captured (capture one in which it does, with a mask say)"
+            )
+    return None
+
+
+def _described(trial: Trial, found: Found, kept: Kept, needed: Mapping[Attribute, Expr]) -> dict[Attribute, Expr]:
     """Attributes beside those that must change in this call, and that another call may need: numbers of heads, say.
 
     Only where every axis of that many entries runs along the coupling, so that there is no other thing it could be,
     and the forward gives the same with it.
     """
     more: dict[Attribute, Expr] = {}
-    paths = {name.rpartition(".")[0] for name, _ in found.axes}
     for attribute, value in (trial.held | trial.unread).items():
         meanings = trial.axes_of_size.get(value, [])
-        near = any(path == attribute.module or path.startswith(f"{attribute.module}.") for path in paths)
-        if attribute in needed or attribute.inside is not None or not near or not meanings:
+        if attribute in needed or attribute.inside is not None or not _near(attribute, found) or not meanings:
             continue
         sizes = {int(count(expr, kept)) if touched(expr, kept) else None for expr in meanings}
         if len(sizes) > 1 or None in sizes:
@@ -167,6 +187,11 @@ def _described(
         if trial.difference(kept, {a: int(count(expr, kept)) for a, expr in tried.items()}) is None:
             more[attribute] = meanings[0]
     return more
+
+
+def _near(attribute: Attribute, found: Found) -> bool:
+    """Whether the module that holds it also holds weights of the coupling, itself or further down."""
+    return any(not attribute.module or name.startswith(f"{attribute.module}.") for name, _ in found.axes)
 
 
 def _candidates(
@@ -182,9 +207,7 @@ def _candidates(
                 yield attribute, expr
 
 
-def _together(
-    trial: Trial, discovery: Discovery, following: Following, generator: torch.Generator
-) -> Following:
+def _together(trial: Trial, discovery: Discovery, following: Following, generator: torch.Generator) -> Following:
     """Leave out what fails beside others: all at once at other sizes, and where that fails one after another."""
     followed = [found for found in discovery.couplings if found.key in following.couplings]
     kept: dict[Atom, Choice] = {
@@ -228,6 +251,7 @@ class Trial:
         self.unread: dict[Attribute, int] = {}
         self.axes_of_size = _axes_of_size(inference)
         self._shapes_tell = False
+        self._idle: dict[Attribute, bool] = {}
         tensors = named_tensors(module)
         if any(t.is_meta for t in tensors.values()):
             self.unable = "its Python can only be tried with values, and it is on the meta device"
@@ -235,7 +259,14 @@ class Trial:
         self.tensors = drawn(tensors)
         program = rewrite(inference, {}, module)
         with recorded_reads(module) as reads:
-            self.unable = self._compare(program, self.tensors, {})
+            try:
+                self.unable = self._compare(program, self.tensors, {})
+            except Exception:  # sizes that no argument tells apart depend on each other: those of the call, then
+                self.args, self.kwargs = example_call(inference.captured.signature, call_sizes(inference.captured))
+                try:
+                    self.unable = self._compare(program, self.tensors, {})
+                except Exception as error:
+                    self.unable = f"cannot be tried: its graph does not run on a made-up call ({error})"
         self.held = held_integers(module, reads, numbers)
         every = {path: set(child.__dict__) for path, child in module.named_modules()}
         self.unread = {
@@ -263,6 +294,13 @@ class Trial:
         if self._shapes_tell and (error := self._fails_on_shapes(small, values)) is not None:
             return error
         return self._compare(rewrite(self.inference, kept, self.module), small, values)
+
+    def is_idle(self, attribute: Attribute) -> bool:
+        """Whether it makes no difference to the call what an attribute holds."""
+        if attribute not in self._idle:
+            other = {attribute: self.held[attribute] + 1}
+            self._idle[attribute] = self.difference({}, other) is None
+        return self._idle[attribute]
 
     def _fails_on_shapes(self, tensors: Mapping[str, Tensor], values: Values) -> str | None:
         """Why the forward fails on the meta device, which takes no time."""
@@ -338,9 +376,9 @@ def own_forward(module: nn.Module, forward: Forward, args: Any, kwargs: Any) -> 
             return forward(module, *args, **kwargs)
         except Exception as error:
             path, failing = inside[-1] if inside else ("", module)
-            where = f"`{path}` ({type(failing).__name__})" if path else type(failing).__name__
+            where = f" in `{path}` ({type(failing).__name__})" if path else ""
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise Failed(f"fails in {where}: {lines[0]}") from error
+            raise Failed(f"fails{where}: {lines[0]}") from error
 
 
 @contextmanager
@@ -372,12 +410,29 @@ def modes(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
             child.training = flag
 
 
-def example_call(signature: Signature) -> tuple[Any, Any]:
-    """A small call of a signature, with random values."""
+def call_sizes(captured: Captured) -> dict[sympy.Symbol, int]:
+    """The dynamic sizes in the call that a graph was captured from."""
+    found = {}
+    for node in captured.graph.nodes:
+        value = node.meta.get("val") if node.op == "placeholder" else None
+        for size in value.shape if isinstance(value, Tensor) else ():
+            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                found[size.node.expr] = int(size.node.hint)
+    return found
+
+
+def example_call(signature: Signature, known: Mapping[sympy.Symbol, int] | None = None) -> tuple[Any, Any]:
+    """A small call of a signature, with random values.
+
+    Args:
+        signature: of the call.
+        known: dynamic sizes to use, in place of small ones.
+    """
     generator = torch.Generator().manual_seed(0)
-    sizes = {}
+    sizes = dict(known or {})
     for i, (symbol, (low, high)) in enumerate(sorted(signature.ranges.items(), key=lambda item: str(item[0]))):
-        sizes[symbol] = int(min(max(low, 3 + i), high))
+        if isinstance(symbol, sympy.Symbol):  # bounds of `4*s0` follow from those of `s0`
+            sizes.setdefault(symbol, int(min(max(low, 3 + i), high)))
     leaves: list[Any] = []
     tensors = iter(signature.tensors)
     for leaf in signature.leaves:

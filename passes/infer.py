@@ -36,13 +36,19 @@ from .solve import Solver
 from .taint import weighted_nodes
 
 
-def infer(captured: Captured, experiments: bool = False, distrusted: Collection[str] = ()) -> Inference:
+def infer(
+    captured: Captured,
+    experiments: bool = False,
+    distrusted: Collection[str] = (),
+    apart: Collection[fx.Node] = (),
+) -> Inference:
     """Infer the axes of `captured`.
 
     Args:
         captured: the graph.
         experiments: try ops that have no rule, see `passes.experiment`.
         distrusted: names of ops that are not to be tried.
+        apart: products of which it is not taken for known that what they sum over is one axis, see `passes.rotate`.
 
     Returns:
         An `Inference` with every expression in normal form.
@@ -50,20 +56,22 @@ def infer(captured: Captured, experiments: bool = False, distrusted: Collection[
     Raises:
         RuleError: a registered rule fails on an op.
     """
-    walk = _Walk(captured, experiments, distrusted)
+    walk = _Walk(captured, experiments, distrusted, apart)
     for node in captured.graph.nodes:
         walk.visit(node)
     return walk.finish()
 
 
 class _Walk:
-    def __init__(self, captured: Captured, experiments: bool, distrusted: Collection[str]) -> None:
+    def __init__(
+        self, captured: Captured, experiments: bool, distrusted: Collection[str], apart: Collection[fx.Node]
+    ) -> None:
         self.experiments, self.distrusted = experiments, distrusted
         self.captured = captured
         self.known = Inference(captured)
         self.axes = self.known.axes
         self.weighted = weighted_nodes(captured)
-        self.solver = Solver(self.known)
+        self.solver = Solver(self.known, apart)
 
     def visit(self, node: fx.Node) -> None:
         if node not in self.weighted:

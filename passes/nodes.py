@@ -14,9 +14,9 @@ aten = torch.ops.aten
 # Ops whose output is their first argument seen in another way, or a copy of it.
 VIEWS = {
     aten.view.default, aten.reshape.default, aten.transpose.int, aten.t.default, aten.permute.default, aten.to.dtype,
-    aten.unsqueeze.default, aten.squeeze.dim, aten.contiguous.default, aten.numpy_T.default, aten.alias.default,
-    aten.detach.default, aten.slice.Tensor, aten.flatten.using_ints, aten.to.dtype_layout, aten.clone.default,
-    aten.expand.default, aten._weight_norm.default,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.contiguous.default, aten.numpy_T.default, aten.mT.default,
+    aten.alias.default, aten.detach.default, aten.slice.Tensor, aten.flatten.using_ints, aten.to.dtype_layout,
+    aten.clone.default, aten.expand.default, aten._weight_norm.default,
 }  # fmt: skip
 
 # Ops that give parts of their first argument, as views of it.

@@ -1,13 +1,14 @@
 """Shrink: take from parameters, gradients and optimizer state what a plan no longer keeps. All of it, or nothing.
 
-prepare(model, before, after, optimizers)   every new tensor is made beside the old one
+prepare(model, before, after, optimizers)   every new tensor is made beside the old one, or beside what replaces it
 -> Change.commit()                          assignments only; the Parameter objects stay the same
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -73,9 +74,21 @@ def prepare(model: nn.Module, before: Plan, after: Plan, optimizers: Iterable[Op
 
 @torch.no_grad()
 def prepare_tensors(
-    named: Iterable[tuple[str, Tensor]], before: Plan, after: Plan, optimizers: Iterable[Optimizer] = ()
+    named: Iterable[tuple[str, Tensor]],
+    before: Plan,
+    after: Plan,
+    optimizers: Iterable[Optimizer] = (),
+    replaced: Mapping[int, Tensor] = MappingProxyType({}),
 ) -> Change:
     """As `prepare`, of tensors by their names in the plan; those of several models may be among them.
+
+    Args:
+        named: the tensors.
+        before: the plan now.
+        after: the plan to come.
+        optimizers: those that hold them.
+        replaced: `id` of a tensor, or of what an optimizer holds -> the values to take its entries from, in its shape;
+            see `passes.absorb`. Those that lose no entries are set to these as they are.
 
     Raises:
         OptimizerError: an optimizer holds state of a shrinking parameter that cannot follow.
@@ -87,18 +100,22 @@ def prepare_tensors(
     tensors: list[tuple[Tensor, int, int | None]] = []
     cuts: list[tuple[dict[str, Any], str, int]] = []
     states: list[tuple[dict[str, Any], str, Any]] = []
+    whole: list[tuple[Tensor, Tensor, Tensor | None]] = []
     seen: set[int] = set()
 
     def new(tensor: Tensor, steps: dict[int, Tensor]) -> int:
-        jobs.append((tensor, steps))
+        jobs.append((replaced.get(id(tensor), tensor), steps))
         return len(jobs) - 1
 
     for name, tensor in named:
-        if id(tensor) in seen or name not in after.original_shapes:
+        if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        steps = _steps(name, before, after)
+        steps = steps_of(name, before, after) if name in after.original_shapes else {}
         if not steps:
+            if id(tensor) in replaced:
+                whole.append((tensor, replaced[id(tensor)], tensor.grad))
+                states.extend((s, k, replaced[id(v)]) for s, k, v in held.held(tensor) if id(v) in replaced)
             continue
         key = (storage_key(tensor), tensor.shape)
         if key not in numbers:
@@ -111,7 +128,7 @@ def prepare_tensors(
                 states.append((state, entry, value))
     made = compacted(jobs)
     return Change(
-        [(tensor, made[data], None if grad is None else made[grad]) for tensor, data, grad in tensors],
+        [(tensor, made[data], None if grad is None else made[grad]) for tensor, data, grad in tensors] + whole,
         [(state, entry, made[value]) for state, entry, value in cuts] + states,
     )
 
@@ -123,7 +140,7 @@ def sliced(tensor: Tensor, steps: dict[int, Tensor]) -> Tensor:
     return tensor
 
 
-def _steps(name: str, before: Plan, after: Plan) -> dict[int, Tensor]:
+def steps_of(name: str, before: Plan, after: Plan) -> dict[int, Tensor]:
     """Per dim that loses entries, the positions among those there now that stay."""
     steps = {}
     for dim in range(len(after.original_shapes[name])):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import fx
@@ -15,8 +16,8 @@ from .rules import registry as r
 class Solver:
     """Carries out relations on the axes of one inference."""
 
-    def __init__(self, known: Inference) -> None:
-        self.known, self.axes = known, known.axes
+    def __init__(self, known: Inference, apart: Collection[fx.Node] = ()) -> None:
+        self.known, self.axes, self.apart = known, known.axes, apart
 
     def opaque(self, node: fx.Node, operands: tuple[r.Operand, ...], shapes: list[Any], reason: str) -> None:
         """Pin everything that goes into `node` and comes out of it."""
@@ -232,7 +233,7 @@ class Solver:
         def meet(letter: str, expr: Expr) -> None:
             if letter not in letters or letters[letter] == UNIT:
                 letters[letter] = expr
-            elif expr != UNIT:
+            elif expr != UNIT and (node not in self.apart or letter in out.letters or letter[0] == "."):
                 self._meet(letters[letter], expr, node)
 
         placed = [

@@ -64,3 +64,29 @@ def test_weights_meet_in_parts_without_autocast_which_stay_without() -> None:
         assert model(x).dtype == torch.bfloat16
     handle.remove()
     assert set(seen) == {torch.float32}
+
+
+class Chunked(nn.Module):
+    """Finds its number of chunks by a tensor, as Longformer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        chunks = torch.div(x.shape[1], 3, rounding_mode="trunc")
+        x = x.view(x.shape[0], chunks, 3, 4)
+        if x.shape[1] > 1:
+            x = x - x.mean(1, keepdim=True)
+        return self.down(self.up(x).relu())
+
+
+def test_sizes_that_go_through_a_tensor_are_specialised() -> None:
+    x = torch.randn(2, 6, 4)
+    captured = capture(Chunked(), (x,), {})
+    ((_, _, (batch, *others)),) = captured.signature.tensors
+    assert type(batch) is not int
+    assert others == [6, 4]
+    model = ecospa_fx.compile(Chunked(), example_inputs=(x,))
+    assert ecospa_fx.verify(model, example_inputs=(x,)).ok
+    assert model(torch.randn(5, 9, 4)).shape == (5, 3, 3, 4)

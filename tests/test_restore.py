@@ -87,7 +87,8 @@ def test_a_forward_that_cannot(regions):
     before = state(it.model)
     with pytest.raises(errors.RestoreError) as caught:
         ecospa_fx.restore(it.model)
-    assert str(caught.value).startswith("`layers.1` (Block) cannot run with the weights that are left: ")
+    where = {"blocks": "`layers.1` (Block) fails", "root": "the model (Net) fails in `layers.1` (Block)"}[regions]
+    assert str(caught.value).startswith(f"with the weights that are left, {where}: shape ")
     assert str(caught.value).endswith(
         "It holds a size of its own; keep the model compiled, or change that attribute in a class of yours"
     )
@@ -118,9 +119,9 @@ def test_a_forward_that_runs_and_gives_something_else():
         ecospa_fx.restore(model)
     message = str(caught.value)
     assert message.startswith(
-        "the model (Attention) runs with the weights that are left, but gives results that differ by"
+        "with the weights that are left, the model (Attention) runs, but gives results that differ by"
     )
-    assert message.endswith(": it derives something else from their sizes (a scale, a split). Keep the model compiled")
+    assert message.endswith(". It derives something else from their sizes (a scale, a split); keep the model compiled")
     assert_same_state(before, state(model))
 
 

@@ -174,6 +174,11 @@ BY_HAND: dict[str, list[Call]] = {
     "linalg_vector_norm": [Call(aten.linalg_vector_norm.default, (t(2, 3, 4), 2, [1], keep)) for keep in (True, False)],
     "mse_loss": [Call(aten.mse_loss.default, (t(3, 4), t(3, 4), reduction)) for reduction in (0, 1, 2)],
     "narrow": [Call(lambda x: (aten.narrow.default(x, 1, 1, 3), aten.narrow.default(x, -1, -2, 2)), (t(3, 6),))],
+    "mT": [Call(lambda x: x.mT, (t(2, 3, 4),))],
+    "mH": [Call(lambda x: x.mH, (t(2, 3, 4),))],
+    "adjoint": [Call(aten.adjoint.default, (t(2, 3, 4),))],
+    "swapdims": [Call(aten.swapdims.default, (t(2, 3, 4), 0, -1))],
+    "moveaxis": [Call(aten.moveaxis.int, (t(2, 3, 4), 0, -1))],
     "movedim": [Call(torch.movedim, (t(2, 3, 4), 0, -1)), Call(torch.movedim, (t(2, 3, 4), -1, 1))],
     "nll_loss": [Call(aten.nll_loss.default, (t(4, 3), classes(4)))],
     "nll_loss_nd": [Call(aten.nll_loss_nd.default, (t(4, 3), classes(4)))],
@@ -248,6 +253,7 @@ BY_HAND |= {
     "masked_scatter_": [
         Call(lambda x, m, v: x.clone().masked_scatter_(m, v), (t(3, 4), torch.arange(12).view(3, 4) % 2 == 0, t(6)))
     ],
+    "as_strided": [Call(lambda x: x.as_strided((3, 3, 2), (4, 1, 1)), (t(3, 4),))],
     "one_hot": [Call(lambda x: torch.nn.functional.one_hot((x > 0).long(), 3), (t(3, 4),))],
     "histc": [Call(lambda x: torch.histc(x, 4, -1.0, 1.0), (t(3, 4),))],
     "polar": [Call(lambda a, b: torch.view_as_real(torch.polar(a, b)), (t(3, 4), t(3, 4)))],
@@ -272,7 +278,8 @@ BY_HAND["einsum"] += [
     Call(lambda x, y: torch.einsum("b...i,io", x, y), (t(2, 3, 4), t(4, 5))),
 ]
 BY_HAND["squeeze"].append(Call(lambda x: torch.squeeze(x), (t(3, 1, 4),)))
-ONLY_BY_HAND = {"one_hot"}  # what is a class must stay one when an entry moves
+# What is a class must stay one when an entry moves; samples of as_strided read beyond the tensor that they are given.
+ONLY_BY_HAND = {"as_strided", "one_hot"}
 UNREACHED: dict[str, str] = {
     "_grouped_mm": "it takes no float64",
     "view": "canonicalise makes a reshape of it",

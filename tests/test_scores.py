@@ -283,3 +283,15 @@ def test_wrong_scores_are_refused():
     estimator = ecospa_fx.CoupledEstimator(model, lambda weight, gradient: gradient.sum())
     with pytest.raises(ecospa_fx.errors.TargetError, match=r"returned \(\) for `.*` of shape .*what each entry of the"):
         train(model, optimizer, x, 1, estimator)
+
+
+def test_heads_folded_into_the_batch_have_no_activation_of_their_own():
+    """Which of the folded rows is whose head is not written down; what is seen elsewhere still counts."""
+    from zoo import ZOO
+
+    torch.manual_seed(0)
+    model, x = ZOO["folded_attention"].build(), ZOO["folded_attention"].inputs(2, 3)
+    ecospa_fx.compile(model, example_inputs=x)
+    estimator = ecospa_fx.CoupledEstimator(model, "activation")
+    model(*x)
+    assert {c.kind for c in estimator.importance()} == {"vo", "heads"}

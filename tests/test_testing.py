@@ -14,6 +14,7 @@ import ecospa_fx
 from ecospa_fx.errors import NoCouplingError, NoInputsError, VerificationError
 from ecospa_fx.passes.rules import RULES
 from ecospa_fx.passes.rules.registry import Rule
+from ecospa_fx.passes.verify import _gradient_error
 from ecospa_fx.testing import assert_exact
 
 
@@ -78,3 +79,11 @@ def test_assert_exact_misses_no_region() -> None:
     assert str(error.value) == (
         "`b.ffn` was never compared: this call of the model does not run it. Call it in a way that does"
     )
+
+
+def test_a_small_gradient_is_noise_only_to_rounding_of_the_largest() -> None:
+    small, off = torch.full((3,), 1e-11, dtype=torch.float64), torch.full((3,), 1e-12, dtype=torch.float64)
+    assert _gradient_error(small, small + off, scale=1.0, tolerance=1e-10) == pytest.approx(0.1)
+    assert _gradient_error(small, small + off / 5, scale=1.0, tolerance=1e-10) < 3e-13
+    # Where a norm computes in float32 on the way, its rounding is what there is.
+    assert _gradient_error(small, small + off, scale=1.0, tolerance=1e-5) < 1e-11

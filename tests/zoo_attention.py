@@ -163,6 +163,45 @@ class fused_stacked_select(Fused):
 
 
 @specimen(
+    pair("qk", 4, "qkv[0]"), pair("vo", 4, "qkv[0] o.weight[1]"), pair("groups", 3, "qkv[0] o.weight[1]"),
+    inputs=floats(10),
+)  # fmt: skip
+class fused_multi_query(Fused):
+    """((h | k | v) e), as Falcon has it, taken apart by a slice and lists of one number"""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(self.D, (self.H + 2) * self.E)
+
+    def heads(self, x):
+        qkv = self.qkv(x).view(*x.shape[:2], self.H + 2, self.E)
+        return tuple(t.transpose(1, 2) for t in (qkv[..., :-2, :], qkv[..., [-2], :], qkv[..., [-1], :]))
+
+    def mix(self, q, k, v):
+        return ((q @ k.transpose(-2, -1)) * self.E**-0.5).softmax(-1) @ v
+
+
+@specimen(
+    pair("qk", 4, "qkv[0]"), pair("vo", 4, "qkv[0] o.weight[1]"),
+    pair("heads", 2, "qkv[0] o.weight[1]"), pair("groups", 3, "qkv[0] o.weight[1]"),
+    inputs=floats(10),
+)  # fmt: skip
+class fused_groups(Fused):
+    """(k (g | 1 | 1) e), as the larger Falcon has it: keys and values are repeated for the queries of their group"""
+
+    H, K = 6, 2
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(self.D, (self.H + 2 * self.K) * self.E)
+
+    def heads(self, x):
+        qkv = self.qkv(x).view(*x.shape[:2], self.K, self.H // self.K + 2, self.E)
+        q, k, v = qkv[..., :-2, :], qkv[..., [-2], :], qkv[..., [-1], :]
+        return tuple(t.expand(q.shape).flatten(2, 3).transpose(1, 2) for t in (q, k, v))
+
+
+@specimen(
     pair("qk", 4, "attn.in_proj_weight[0] attn.in_proj_bias[0]"),
     pair("vo", 4, "attn.in_proj_weight[0] attn.in_proj_bias[0] attn.out_proj.weight[1]"),
     pair("heads", 3, "attn.in_proj_weight[0] attn.in_proj_bias[0] attn.out_proj.weight[1]"),

@@ -78,6 +78,12 @@ def spread(values: Iterable[float]) -> str:
     return f"{statistics.mean(numbers):+.3f} ± {statistics.stdev(numbers):.3f}"
 
 
+def mean_of(values: Iterable[float]) -> str:
+    """Their mean; nothing where there are none: a dense run reaches no target."""
+    numbers = list(values)
+    return f"{statistics.mean(numbers):.3f}" if numbers else ""
+
+
 def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
     """Rows that agree in `keys`, in order of first appearance."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
@@ -102,7 +108,7 @@ def over_dense_table(rows: Sequence[Row], *keys: str, also: Sequence[str] = ()) 
             f"{statistics.mean(row['parameters'] for row in group) / first['parameters']:.3f}",
             f"{statistics.mean(row['loss'] for row in group):.3f}",
             spread(row["over_dense"] for row in group),
-            *(f"{statistics.mean(row[key] for row in group if row.get(key) is not None):.3f}" for key in also),
+            *(mean_of(row[key] for row in group if row.get(key) is not None) for key in also),
         )
     return table
 

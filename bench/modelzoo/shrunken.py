@@ -103,9 +103,9 @@ def _fields(default: Any, overrides: dict[str, Any]) -> dict[str, Any]:
     for name, value in defaults.items():
         if hasattr(value, "model_type") and hasattr(value, "to_dict"):
             nested = overrides.pop(name, {})
-            fields[name] = (
-                {**_fields(value, dict(nested)), "model_type": value.model_type} if isinstance(nested, dict) else nested
-            )
+            if isinstance(nested, dict) and "model_type" not in nested:  # another type is given whole
+                nested = {**_fields(value, dict(nested)), "model_type": value.model_type}
+            fields[name] = nested
     vocabulary = fields.get("vocab_size", defaults.get("vocab_size"))
     if isinstance(vocabulary, int):
         special = [name for name in defaults if name.endswith(("token_id", "token_index"))]

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import ecospa_fx
+from ecospa_fx.compiled import Execution
 
 from . import options as o
 from .console import CommandError, at_work, check_file, show, show_json, write
@@ -17,6 +18,7 @@ EPILOG = """\
 Examples:
   ecospa-fx explain hf/llama
   ecospa-fx explain timm/vit_tiny_patch16_224 --savings
+  ecospa-fx explain hf/gpt2 --execution module
   ecospa-fx explain hf/qwen3 --why-not layers.1.self_attn.q_proj
   ecospa-fx explain hf/llama --why layers.0.self_attn.q_proj,layers.0.self_attn.k_proj
   ecospa-fx explain my_model.py:make --input 2x16:long --json
@@ -30,6 +32,7 @@ def explain(
     savings: Annotated[bool, typer.Option("--savings", help="what each coupling can give")] = False,
     summary: Annotated[bool, typer.Option("--summary", help="the model layer by layer")] = False,
     regions: o.Regions = "auto",
+    execution: Annotated[Execution, typer.Option(help="for graphs, or for the model's own Python")] = "graph",
     full: o.Full = False,
     fields: o.Set = None,
     inputs: o.Inputs = None,
@@ -45,7 +48,7 @@ def explain(
         raise CommandError(f"--why {why}: name two weights with a comma between")
     with at_work(f"looking at {model}"):
         named = named_model(model, full=full, fields=fields, inputs=inputs, factory=factory)
-        explanation = ecospa_fx.explain(named.model, **named.call, regions=o.regions_of(regions))
+        explanation = ecospa_fx.explain(named.model, **named.call, regions=o.regions_of(regions), execution=execution)
     if out is not None:
         write(out, explanation.to_json() if as_json else explanation.to_markdown() if markdown else f"{explanation}\n")
     elif why is not None:

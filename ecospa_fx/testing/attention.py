@@ -83,6 +83,13 @@ def _projections(w: Writer, x: Value, heads: int, keys: int, e: int, ve: int) ->
         q = w.put(f"{layer(heads * e)}({x})")
         k, v = w.put_all(f"{layer(2 * heads * e)}({x}).reshape({b}, {s}, 2, {heads}, {e}).unbind(2)", 2)
         return split(q, heads, e), w.put(f"{k}.transpose(1, 2)"), w.put(f"{v}.transpose(1, 2)")
+    if way == 6 and e == ve and w.chance(0.5):
+        # The queries of a group, then its key and its value, in one tensor for all, taken apart by slices and lists.
+        group = heads // keys
+        y = w.put(f"{layer((heads + 2 * keys) * e)}({x}).view({b}, {s}, {keys}, {group + 2}, {e})")
+        spans = (f":{group}", w.rng.choice(("[-2]", f"{group}:-1")), w.rng.choice(("[-1]", f"[{group + 1}]", "-1:")))
+        q, k, v = (w.put(f"{y}[:, :, :, {span}].flatten(2, 3).transpose(1, 2)") for span in spans)
+        return q, k, v
     memory = w.pick(3, 3, lambda y: y.shape[0] == b) if w.chance(0.25) else x
     q = projected(w, x, heads * e)
     k, v = w.put(f"{layer(keys * e, memory.shape[-1])}({memory})"), projected(w, memory, keys * ve)

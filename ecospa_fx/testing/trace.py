@@ -42,7 +42,7 @@ def trace(module: nn.Module, args: tuple[Tensor, ...]) -> Captured:
     out_leaves, out_spec = pytree.tree_flatten(made)
     graph.output(tuple(recorder.nodes[out] for out in out_leaves))
     _clean(graph)
-    canonicalise(graph)
+    canonicalise(graph, recorder.constants)
     leaves, spec = pytree.tree_flatten((args, {}))
     signature = Signature(
         spec, tuple(TENSOR for _ in leaves), tuple((t.dtype, t.device, tuple(t.shape)) for t in args),

@@ -122,6 +122,12 @@ def by_count(*args: Any) -> Opaque:
     return Opaque(tuple(arg for arg in args if isinstance(arg, Operand)))
 
 
+@axis_rule(aten.as_strided.default)
+def as_strided(x: Operand, *_: Any) -> Opaque:
+    """Which entries are read depends on how they lie in memory, which is another after a shrink."""
+    return Opaque((x,))
+
+
 @axis_rule(aten.one_hot.default)
 def one_hot(x: Operand, *_: Any) -> str:
     """A class becomes a position."""

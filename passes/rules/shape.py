@@ -70,7 +70,7 @@ def unflattened(site: Site) -> None:
 axis_rule(aten.unflatten.int, follow=unflattened)(regrouped)
 
 
-@axis_rule(aten.transpose.int, aten.swapaxes.default)
+@axis_rule(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
 def transpose(x: Operand, a: int, b: int) -> Permuted:
     """Two dims change places."""
     order = list(range(x.ndim))
@@ -84,13 +84,19 @@ def reversed_dims(x: Operand) -> Permuted:
     return Permuted(x, tuple(reversed(range(x.ndim))))
 
 
+@axis_rule(aten.mT.default, aten.mH.default, aten.adjoint.default)
+def transposed(x: Operand) -> Permuted:
+    """The last two dims change places: `x.mT`."""
+    return transpose(x, -2, -1)
+
+
 @axis_rule(aten.permute.default)
 def permute(x: Operand, dims: list[int]) -> Permuted:
     """Dims in another order."""
     return Permuted(x, tuple(d % x.ndim for d in dims))
 
 
-@axis_rule(aten.movedim.int)
+@axis_rule(aten.movedim.int, aten.moveaxis.int)
 def movedim(x: Operand, source: int, destination: int) -> Permuted:
     """One dim moves to another place."""
     order = [d for d in range(x.ndim) if d != source % x.ndim]
