@@ -15,6 +15,7 @@ from .explanation import Explanation, explain
 from .grams import Grams
 from .latency import Latency
 from .optimizers import state_rule
+from .outgoing import export
 from .plan import Plan
 from .pretrained import from_pretrained, save_pretrained
 from .restore import restore
@@ -50,6 +51,7 @@ __all__ = [
     "diff",
     "errors",
     "explain",
+    "export",
     "from_pretrained",
     "load",
     "logs",
