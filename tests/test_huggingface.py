@@ -31,11 +31,16 @@ def trainer_of(out, **settings):
     return Trainer(GPT2LMHeadModel(config), args, train_dataset=Data(), callbacks=[callback]), callback
 
 
+@pytest.fixture(scope="module", params=["graph", "module"])
+def execution(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, execution):
     """A run that was never stopped."""
     out = tmp_path_factory.mktemp("whole")
-    trainer, callback = trainer_of(out)
+    trainer, callback = trainer_of(out, execution=execution)
     trainer.train()
     return trainer, callback.trainer, out
 
@@ -51,10 +56,10 @@ def test_it_shrinks_in_the_loop_and_says_so_in_the_logs(whole):
     assert all(state["exp_avg"].shape == p.shape for p, state in held.items())
 
 
-def test_a_resumed_run_is_to_the_bit_the_run_that_never_stopped(whole, tmp_path):
+def test_a_resumed_run_is_to_the_bit_the_run_that_never_stopped(whole, tmp_path, execution):
     trainer, eco, out = whole
     shutil.copytree(out / "checkpoint-8", tmp_path / "checkpoint-8")
-    again, callback = trainer_of(tmp_path)
+    again, callback = trainer_of(tmp_path, execution=execution)
     again.train(resume_from_checkpoint=True)
     assert callback.trainer.history == eco.history
     for (name, p), q in zip(trainer.model.named_parameters(), again.model.parameters(), strict=True):

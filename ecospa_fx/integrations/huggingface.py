@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..api import compile
 from ..checkpoint import resume, save
-from ..compiled import MODEL
+from ..compiled import MODEL, Execution
 from ..errors import CheckpointError
 from ..logs import logger
 from ..passes.names import named_tensors
@@ -40,13 +40,15 @@ class EcoSpaCallback(TrainerCallback):
     directory `ecospa_fx`, from which `ecospa_fx.load` makes the shrunk model again.
 
     Args:
+        execution: see `ecospa_fx.compile`; with `"module"` the model generates with a cache after training as before.
         settings: of `EcoSpaTrainer`; `interval`, `start` and `end` count the Trainer's optimizer steps.
 
     Attributes:
         trainer: the `EcoSpaTrainer`, once training has begun.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, execution: Execution = "graph", **settings: Any) -> None:
+        self.execution = execution
         self.settings = {"gradients": "optimizer", **settings}
         self.trainer: EcoSpaTrainer | None = None
         self._loss: float | None = None
@@ -54,7 +56,7 @@ class EcoSpaCallback(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Compile the model, and let it meet weights of a checkpoint that has shrunk."""
         model = given["model"]
-        compile(model)
+        compile(model, execution=self.execution)
         model.register_load_state_dict_pre_hook(_pass_over)
 
     def on_train_begin(
