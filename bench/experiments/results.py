@@ -192,5 +192,7 @@ def report(
         over_dense_table(rows, "title", *keys, **how),
     )
     heading = f"{title}, {options.steps} steps, {options.seeds} seeds"
-    dots(rows, RESULTS / f"{name}.png", "title", keys[-1], title=f"{heading}: final loss over dense")
+    for row in rows:
+        row["panel"] = " ".join([f"{row[key]} {key}" for key in keys[:-1] if key in row] or [row["title"]])
+    dots(rows, RESULTS / f"{name}.png", "panel", keys[-1], title=f"{heading}: final loss over dense")
     return rows
