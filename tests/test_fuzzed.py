@@ -47,3 +47,19 @@ def test_heads_that_run_faster_than_their_dims_are_no_context() -> None:
             return self.down(F.linear(x, swapped))
 
     exact(Model(), torch.randn(5, 2))
+
+
+def test_a_sum_over_what_has_been_normalised_is_rounding_and_no_error() -> None:
+    """It is zero whatever the weights are, and what rounding leaves of it has no digits in common."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8, bias=False), nn.Linear(8, 4, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.down(self.up(x).view(2, 5, 2, 4).transpose(1, 2).transpose(1, 2).flatten(-2))
+            normalised = (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True) + 1e-2).sqrt()
+            return normalised.sum(2)
+
+    exact(Model(), torch.randn(2, 5, 4))
