@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from .api import is_captured, regions_of, state_of
-from .passes.regions import traceless
+from .passes.record import traceless
 from .region import Region
 
 

@@ -98,7 +98,8 @@ class EcoSpaCallback(Callback):
     @property
     def state_key(self) -> str:
         """What the state is called in a checkpoint: one for each module that shrinks."""
-        return self._generate_state_key(module=self.module)
+        key: str = self._generate_state_key(module=self.module)
+        return key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compile the module, and let it meet weights of a checkpoint that has shrunk."""
