@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,7 +21,7 @@ from .coupling import Coupling
 from .errors import NoCouplingError
 from .grams import Grams
 from .logs import logger
-from .optimizers import by_class, layers, several
+from .optimizers import by_class, check_can_follow, layers, several
 from .passes.axes import atoms_of
 from .passes.capture import storage_key
 from .passes.discover import Found
@@ -96,12 +97,13 @@ def rotate(
 
     Raises:
         NoCouplingError: there is no such coupling.
-        OptimizerError: the optimizer holds none of the parameters.
+        OptimizerError: the optimizer holds none of the parameters, or is one that nothing can be carried through.
         ShrinkError: something in `also` is no copy of the model.
     """
     compiled, optimizers = state_of(model), several(optimizer)
     for each in optimizers:
         check_optimizer(model, each)
+        check_can_follow(each)
     copies = copies_of(model, also)
     known = {coupling.name: coupling for coupling in compiled.couplings()}
     wanted = list(known) if couplings is None else [c if isinstance(c, str) else c.name for c in couplings]
@@ -245,9 +247,9 @@ def _states(
         seen.add(id(state))
         rules = by_class(type(each), TURNS) or {}
         for entry, value in state.items():
-            if not isinstance(value, Tensor) or value.numel() < 2:
+            if all(not isinstance(leaf, Tensor) or leaf.numel() < 2 for leaf in pytree.tree_leaves(value)):
                 continue
-            if entry not in rules or value.shape != tensor.shape:
+            if entry not in rules or not isinstance(value, Tensor) or value.shape != tensor.shape:
                 return f"how `{entry}` of {type(each).__name__} follows a change of basis is not known"
             made.append((state, entry, _all(value, parts, turn, rules[entry])))
     return made

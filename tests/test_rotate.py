@@ -10,7 +10,7 @@ from torch import nn, optim
 from zoo import ZOO
 
 import ecospa_fx
-from ecospa_fx.errors import NoCouplingError
+from ecospa_fx.errors import NoCouplingError, OptimizerError
 from ecospa_fx.passes.rotate import balanced
 from ecospa_fx.rotation import TURNS
 
@@ -287,6 +287,13 @@ def test_float32_is_as_exact_as_float32_can_be():
     for _ in range(10):
         ecospa_fx.rotate(model)
     torch.testing.assert_close(model(*x), before, rtol=1e-5, atol=1e-6)
+
+
+def test_an_optimizer_that_nothing_can_be_carried_through_is_an_error():
+    model, _ = built("attention")
+    optimizer = optim.LBFGS(model.parameters())
+    with pytest.raises(OptimizerError, match="LBFGS keeps steps and gradient differences"):
+        ecospa_fx.rotate(model, optimizer=optimizer)
 
 
 def test_an_unknown_name_is_an_error():

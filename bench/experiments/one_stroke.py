@@ -146,6 +146,8 @@ def stroke(model: nn.Module, kinds: tuple[str, ...], share: float, way: str, see
         else:
             scores = index_scores(model, coupling, by_context=coupling.context is not None)
             keep[coupling] = scores.argsort(dim=-1, descending=True)[..., :count].sort(-1).values
+    if all(coupling.size == kept.shape[-1] for coupling, kept in keep.items()):
+        return False
     ecospa_fx.shrink(model, keep, absorb=grams if way in ("absorbed", "both") else None)
     return way not in ("absorbed", "both") or bool(grams.left)
 
