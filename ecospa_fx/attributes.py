@@ -87,12 +87,9 @@ def changes_in(listed: Iterable[Any], where: str) -> Changes:
     """
     found: Changes = {}
     for item in listed:
-        kinds = (str, str, (str, int, type(None)), int, int)
-        if (
-            type(item) is not list
-            or len(item) != 5
-            or not all(isinstance(part, kind) for part, kind in zip(item, kinds, strict=True))
-        ):
+        kinds: tuple[Any, ...] = (str, str, (str, int, type(None)), int, int)
+        fits = type(item) is list and len(item) == 5
+        if not fits or not all(isinstance(part, kind) for part, kind in zip(item, kinds, strict=True)):
             raise CheckpointError(f"{where} has an attribute that is none: {item!s:.60}")
         attribute, original, now = Attribute(*item[:3]), item[3], item[4]
         if not 0 < now <= original:

@@ -215,13 +215,13 @@ def _check_fits(model: nn.Module, saved: Saved) -> None:
             model.get_submodule(name)
         except AttributeError:
             raise CheckpointError(f"the saved model has a region `{name}`, this {kind} has none") from None
-    for attribute, (original, _) in saved.attributes.items():
+    for attribute, (held_before, _) in saved.attributes.items():
         try:
             holds = attribute.read(model)
         except AttributeError:
             raise CheckpointError(f"the saved model holds `{attribute}`, this {kind} does not") from None
-        if holds != original:
-            raise CheckpointError(f"`{attribute}` was {original} when saved and is {holds!s:.40} in this model")
+        if holds != held_before:
+            raise CheckpointError(f"`{attribute}` was {held_before} when saved and is {holds!s:.40} in this model")
     for path in saved.extra:
         if path not in dict(model.named_modules()):
             raise CheckpointError(f"the saved model has state of a module `{path}`, this {kind} has none")
