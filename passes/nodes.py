@@ -94,6 +94,15 @@ def memory_behind(node: fx.Node) -> Iterator[fx.Node]:
     """`node` and what it is a view of, back to where the memory was made."""
     while node.op == "call_function":
         yield node
-        if node.target not in VIEWS and node.target not in (aten.select.int, operator.getitem):
+        if not _shares_memory(node):
             break
         node = arguments(node)[0]
+
+
+def _shares_memory(node: fx.Node) -> bool:
+    """Whether what `node` gives may lie in the memory of its first argument: by its schema, whatever the op."""
+    if node.target in VIEWS or node.target in PARTS:
+        return True
+    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+    shared = any(result.alias_info is not None for result in returns)
+    return shared and bool(node.args) and isinstance(node.args[0], fx.Node)

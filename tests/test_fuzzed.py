@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ecospa_fx import errors
 from ecospa_fx.testing import assert_exact
 
 
@@ -63,3 +65,32 @@ def test_a_sum_over_what_has_been_normalised_is_rounding_and_no_error() -> None:
             return normalised.sum(2)
 
     exact(Model(), torch.randn(2, 5, 4))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda x: x.narrow(-1, 0, 3),
+        lambda x: x.unflatten(-1, (2, 3)).movedim(-2, 0)[0],
+        lambda x: x.swapaxes(0, -1)[:3].swapaxes(0, -1),
+        lambda x: x[..., :3],
+    ],
+    ids=["narrow", "movedim", "swapaxes", "slice"],
+)
+def test_what_is_written_into_a_part_is_in_the_whole(part) -> None:
+    """A copy of an input depends on weights once they are written into a part of it, however that part is taken."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 6), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            whole = x.clone()
+            written = part(whole).copy_(self.up(x)[..., :3])
+            return whole, self.down(written)
+
+    try:
+        exact(Model(), torch.randn(2, 4, 6))
+    except errors.NoCouplingError:
+        return
