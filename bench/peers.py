@@ -95,15 +95,10 @@ CASES = {
         "o", "wo", decoder_input_ids=TOKENS,
     ),
     "resnet18": image("resnet18"),
-    "densenet121": image("densenet121"),
     "mobilenetv3": image("mobilenetv3_small_050"),
     "regnety": image("regnety_002"),
     "convnext": image("convnext_atto", "mlp.fc2"),
     "vit": image("vit_tiny_patch16_224", "proj", "fc2", img_size=64, depth=3, embed_dim=64, num_heads=4),
-    "swin": image(
-        "swin_tiny_patch4_window7_224", "proj", "fc2", img_size=64, window_size=4, embed_dim=32, depths=(2, 2),
-        num_heads=(2, 4),
-    ),
     "mixer": Case(
         lambda: timm.models.mlp_mixer.MlpMixer(num_classes=10, img_size=64, num_blocks=3, embed_dim=64),
         {"x": torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)},
