@@ -6,7 +6,8 @@ Head `h` may keep other dims than head `g` where nothing ever brings a dim of `h
 
 - every parameter axis that carries the dims carries the heads too, row by row, `(h d)`;
 - so does every tensor on the way, in one of its dims, for all of its entries;
-- no op that sees the dims mixes heads (a softmax over heads, a roll along them);
+- no op that sees the dims mixes heads (a softmax over heads, a roll along them) or brings every head together with
+  every other, so that its result has heads along two dims;
 - a source without heads (rotary tables) meets the dims in a pointwise op only, where it can be gathered per head.
 
 Where several atoms would do, the one with the most entries is taken: it leaves the most freedom.
@@ -21,6 +22,7 @@ from torch import fx
 
 from .axes import UNIT, Atom, Expr, Product, Segments, atoms_of, size_of
 from .inference import Exprs, Inference, Source
+from .selection import on_diagonal
 
 
 def contexts(inference: Inference) -> dict[Atom, Atom]:
@@ -41,6 +43,14 @@ def contexts(inference: Inference) -> dict[Atom, Atom]:
     for fact in inference.facts:
         if fact.role == "pinned":
             mixed[fact.node].update(atoms_of(fact.expr))
+    crossed: dict[tuple[int, ...], set[Atom]] = {}
+    for node, outputs in inference.values.items():
+        for exprs in outputs:
+            same = tuple(map(id, exprs))
+            if same not in crossed:
+                crossed[same] = _along_two(exprs)
+            if crossed[same]:
+                mixed[node] |= crossed[same]
     found = {}
     for atom, beside in _beside(inference).items():
         for context in sorted(beside, key=lambda other: (-other.size, other.serial)):
@@ -70,6 +80,17 @@ def _selectable(source: Source, atom: Atom, context: Atom, inference: Inference)
     if len(places) != 1 or type(size_of(result[places[0]])) is not int:
         return False
     return -places[0] > len(source.exprs) or source.exprs[places[0]] == UNIT
+
+
+def _along_two(exprs: Exprs) -> set[Atom]:
+    """The atoms that run along two dims of a tensor, or twice along one."""
+    seen: set[Atom] = set()
+    twice: set[Atom] = set()
+    for expr in exprs:
+        here = set(atoms_of(expr))
+        twice |= (seen & here) | on_diagonal(expr)
+        seen |= here
+    return twice
 
 
 def covers(expr: Expr, context: Atom) -> bool:

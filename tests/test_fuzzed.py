@@ -94,3 +94,19 @@ def test_what_is_written_into_a_part_is_in_the_whole(part) -> None:
         exact(Model(), torch.randn(2, 4, 6))
     except errors.NoCouplingError:
         return
+
+
+def test_heads_that_meet_every_other_head_are_no_context() -> None:
+    """The same dim of two heads is multiplied here: had each head kept others of its dims, they would not match."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 6), nn.Linear(24, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            flat = self.up(x).reshape(2, 4, 24)
+            heads = flat.reshape(2, 4, 12, 2)
+            return self.down(flat), torch.einsum("absd,abtd->abst", heads, heads)
+
+    exact(Model(), torch.randn(2, 4, 4, 6))
