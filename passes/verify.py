@@ -145,7 +145,7 @@ def compare(
         torch.manual_seed(0)
         small_outputs = program.run(region, *small_inputs, *program.constants)[: captured.returned]
 
-    output_error = max((_output_error(a, b) for a, b in zip(outputs, small_outputs, strict=True)), default=0.0)
+    outputs_error = max((output_error(a, b) for a, b in zip(outputs, small_outputs, strict=True)), default=0.0)
     gradient_error, worst, tolerance = 0.0, "", _tolerance(inference)
     gradients = _gradients(outputs, [*whole.values(), *whole_inputs])
     small_gradients = _gradients(small_outputs, [*parameters.values(), *small_inputs])
@@ -162,7 +162,7 @@ def compare(
         if error > gradient_error:
             gradient_error, worst = error, name
     removed = sum(atom.size - entries(choice) for atom, choice in kept.items())
-    return Comparison(coupling, removed, output_error, gradient_error, worst, tolerance)
+    return Comparison(coupling, removed, outputs_error, gradient_error, worst, tolerance)
 
 
 def _tolerance(inference: Inference) -> float:
@@ -186,7 +186,7 @@ def _gradients(outputs: Sequence[Any], leaves: list[Tensor]) -> list[Tensor | No
     return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
 
-def _output_error(a: Tensor, b: Tensor) -> float:
+def output_error(a: Tensor, b: Tensor) -> float:
     """Largest difference relative to the largest entry; none where all that is left of both is rounding.
 
     A sum over what has been normalised is zero but for that, whatever the weights are.

@@ -28,7 +28,7 @@ from ecospa_fx.passes.nodes import argument_nodes, tensor_meta
 from ecospa_fx.passes.rewrite import rewrite
 from ecospa_fx.passes.selection import Choice, Kept, broadcast_mask, mask_of, settled, touched, whole
 from ecospa_fx.passes.shrink import sliced
-from ecospa_fx.passes.verify import compare
+from ecospa_fx.passes.verify import compare, output_error
 
 from .programs import Program
 from .trace import trace
@@ -121,7 +121,7 @@ def _checked(
 ) -> Failure | None:
     tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
     for a, b in zip(outputs, run(captured, tensors, args), strict=True):
-        if relative_error(a, b) > TOLERANCE:
+        if output_error(a, b) > TOLERANCE:
             return Failure("capture", "the graph differs from the program")
     inference = infer(captured)
     found = discover(inference).couplings
@@ -194,8 +194,8 @@ def _differs_from_zeroed(
     for i, (a, b) in enumerate(zip(expected, found, strict=True)):
         if not bool(a.isfinite().all()):
             return None
-        if relative_error(a, b) > TOLERANCE:
-            return f"output {i} by {relative_error(a, b):.1e}"
+        if output_error(a, b) > TOLERANCE:
+            return f"output {i} by {output_error(a, b):.1e}"
     scale = max((float(g.abs().max()) for g in gradients if g is not None and g.numel()), default=0.0)
     names = [*named, *(f"argument {i}" for i in range(len(args)))]
     for name, full, cut in zip(names, gradients, small_gradients, strict=True):
