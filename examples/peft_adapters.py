@@ -39,9 +39,14 @@ def main() -> None:
     ecospa_fx.compile(model)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
     trainer = ecospa_fx.EcoSpaTrainer(
-        model, optimizer, target=0.5, start=options.steps // 5, end=4 * options.steps // 5, interval=options.steps // 10,
+        model,
+        optimizer,
+        target=0.5,
+        start=options.steps // 5,
+        end=4 * options.steps // 5,
+        interval=options.steps // 10,
         frozen=["*_proj.ffn"],  # the ranks of the adapters, which PEFT takes to be one number
-    )  # fmt: skip
+    )
     sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]
     corpus = torch.tensor(list(b"".join(path.read_bytes() for path in sources)))
     for step in range(1, options.steps + 1):
