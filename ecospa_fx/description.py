@@ -13,8 +13,8 @@ from .attributes import Changes, changes_in
 from .compiled import EXECUTIONS, CompiledModel
 from .configs import implementations
 from .errors import CheckpointError
-from .known import called_sizes
 from .passes.names import named_tensors
+from .passes.sizes import called_sizes
 from .region import Region
 
 

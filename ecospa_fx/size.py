@@ -17,12 +17,12 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from .compiled import CompiledModel
-from .known import symbols_of
 from .passes.axes import Atom, Expr, Product, as_size, atoms_of
 from .passes.inference import Inference
 from .passes.names import join
 from .passes.nodes import op_name
 from .passes.selection import entries
+from .passes.sizes import symbols_of
 
 Cost = Literal["parameters", "flops", "bytes"]
 Symbols = Mapping[sympy.Symbol, int]

@@ -55,8 +55,13 @@ class Following:
 
     def values(self, kept: Kept) -> dict[Attribute, int]:
         """What each attribute must hold under a selection."""
-        counts = in_first_contexts(kept)
-        return {attribute: int(count(expr, counts)) for attribute, expr in self.sizes.items()}
+        return _sizes_under(self.sizes, kept)
+
+
+def _sizes_under(axes: Mapping[Attribute, Expr], kept: Kept) -> dict[Attribute, int]:
+    """What attributes must hold under a selection, which are the sizes of these axes."""
+    counts = in_first_contexts(kept)
+    return {attribute: int(count(expr, counts)) for attribute, expr in axes.items()}
 
 
 def follow(
@@ -97,8 +102,7 @@ def follow(
         for trial, other in zip(trials[1:], each[1:], strict=True):
             if other is not None and why == "":
                 theirs: Kept = {other.atom: kept[found.atom]}
-                values = {a: int(count(expr, kept)) for a, expr in needed.items()}
-                why = trial.difference(theirs, values) or ""
+                why = trial.difference(theirs, _sizes_under(needed, kept)) or ""
         if why:
             refused[found.key] = why
             continue
@@ -106,7 +110,7 @@ def follow(
         sizes.update(needed)
         if found.context is not None:
             apart = {found.atom: some(found.atom, found.context, 0.5, generator)}
-            if first.difference(apart, {a: int(count(e, in_first_contexts(apart))) for a, e in needed.items()}) is None:
+            if first.difference(apart, _sizes_under(needed, apart)) is None:
                 varied.add(found.key)
     following = Following(couplings, frozenset(varied), sizes, refused)
     return _together(first, programs[0][1], following, generator)
@@ -135,7 +139,7 @@ def _needed(
             tried += 1
             if tried > MOST_TRIALS:
                 return None, why
-            difference = trial.difference(kept, {a: int(count(expr, kept)) for a, expr in needed.items()})
+            difference = trial.difference(kept, _sizes_under(needed, kept))
             if difference is None:
                 return needed, ""
             why = why or difference
@@ -176,7 +180,7 @@ def _described(trial: Trial, found: Found, kept: Kept, needed: Mapping[Attribute
         if len(sizes) > 1 or None in sizes:
             continue
         tried = {**needed, **more, attribute: meanings[0]}
-        if trial.difference(kept, {a: int(count(expr, kept)) for a, expr in tried.items()}) is None:
+        if trial.difference(kept, _sizes_under(tried, kept)) is None:
             more[attribute] = meanings[0]
     return more
 
@@ -212,9 +216,8 @@ def _together(trial: Trial, discovery: Discovery, following: Following, generato
     couplings: dict[Any, tuple[Attribute, ...]] = {}
     for found in followed:
         more = {**left, found.atom: kept[found.atom]}
-        needed = {a for key in (*couplings, found.key) for a in following.couplings[key]}
-        values = {a: int(count(following.sizes[a], in_first_contexts(more))) for a in needed}
-        difference = trial.difference(more, values)
+        needed = {a: following.sizes[a] for key in (*couplings, found.key) for a in following.couplings[key]}
+        difference = trial.difference(more, _sizes_under(needed, more))
         if difference is None:
             left, couplings[found.key] = more, following.couplings[found.key]
         else:

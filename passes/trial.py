@@ -21,13 +21,13 @@ from ecospa_fx.signature import TENSOR, Signature, below
 
 from .agree import TOLERANCE, Forward, forked_rng, relative_error
 from .axes import Atom, Expr, Product, product, segments, size_of
-from .capture import Captured
 from .inference import Inference
 from .names import named_tensors, swapped
 from .rewrite import Program, rewrite
 from .selection import Kept, mask_of, touched
 from .sharing import recorded_reads
 from .shrink import sliced
+from .sizes import symbols_of
 
 
 class Trial:
@@ -61,7 +61,7 @@ class Trial:
             try:
                 self.unable = self._compare(program, self.tensors, {})
             except Exception:  # sizes that no argument tells apart depend on each other: those of the call, then
-                self.args, self.kwargs = example_call(inference.captured.signature, call_sizes(inference.captured))
+                self.args, self.kwargs = example_call(inference.captured.signature, symbols_of(inference))
                 try:
                     self.unable = self._compare(program, self.tensors, {})
                 except Exception as error:
@@ -207,17 +207,6 @@ def modes(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
     finally:
         for child, flag in before:
             child.training = flag
-
-
-def call_sizes(captured: Captured) -> dict[sympy.Symbol, int]:
-    """The dynamic sizes in the call that a graph was captured from."""
-    found: dict[Any, int] = {}
-    for node in captured.graph.nodes:
-        value = node.meta.get("val") if node.op == "placeholder" else None
-        for size in value.shape if isinstance(value, Tensor) else ():
-            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-                found[size.node.expr] = int(size.node.hint)
-    return found
 
 
 def example_call(signature: Signature, known: Mapping[sympy.Symbol, int] | None = None) -> tuple[Any, Any]:
