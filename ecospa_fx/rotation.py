@@ -26,7 +26,7 @@ from .passes.axes import atoms_of
 from .passes.capture import storage_key
 from .passes.discover import Found
 from .passes.names import join, named_tensors
-from .passes.rotate import FAR, NEAR, Part, Turn, balanced, gram_of, sides, turned
+from .passes.rotate import FAR, NEAR, Part, Turn, balanced, gram_of, settled, sides, turned
 from .passes.shrink import Change
 from .region import Region
 
@@ -73,6 +73,7 @@ def rotate(
     model: nn.Module,
     couplings: Iterable[Coupling | str] | None = None,
     *,
+    keep: Mapping[str, int] | None = None,
     grams: Grams | None = None,
     optimizer: Optimizer | Iterable[Optimizer] = (),
     also: Any = (),
@@ -88,6 +89,8 @@ def rotate(
     Args:
         model: a compiled model that has been called.
         couplings: which ones, or their names; all by default.
+        keep: coupling name -> how many entries will stay. These then come in coordinates near to those there were, not
+            ordered, for the sake of what optimizers know of them.
         grams: what was gathered of what flows; the product is then weighted by it, and it turns with the model.
         optimizer: the optimizer, or several, that hold the parameters; what they hold turns with them.
         also: copies of the model that turn with it, see `ecospa_fx.shrink`.
@@ -112,7 +115,9 @@ def rotate(
             raise NoCouplingError(f"the model has no coupling `{name}`; it has {', '.join(known)}")
     result, log = Rotation(), logger("shrink")
     for name in dict.fromkeys(wanted):
-        reason = _rotate(model, compiled, known[name], grams, optimizers, [copy.tensors for copy in copies], result)
+        reason = _rotate(
+            model, compiled, known[name], (keep or {}).get(name), grams, optimizers, [c.tensors for c in copies], result
+        )
         if reason is not None:
             result.refused[name] = reason
             log.info("%s keeps its basis: %s", name, reason)
@@ -123,16 +128,68 @@ def _rotate(
     model: nn.Module,
     compiled: CompiledModel,
     coupling: Coupling,
+    keep: int | None,
     grams: Grams | None,
     optimizers: Sequence[Optimizer],
     copies: Sequence[Mapping[str, Tensor]],
     result: Rotation,
 ) -> str | None:
     """Rotate one coupling, all of it or nothing; or say why not."""
+    found = free_basis(model, compiled, coupling, grams, optimizers)
+    if isinstance(found, str):
+        return found
+    parts, turn, tensors = found.parts, found.turn, named_tensors(model)
+    if keep is not None and keep < coupling.size:
+        turn = settled(turn, keep, found.scale)
+    change = Change()
+    for held in (tensors, *copies):
+        for tensor, mine in _by_tensor(held, parts):
+            grad = None if tensor.grad is None else _all(tensor.grad, mine, turn, "gradient")
+            change.tensors.append((tensor, _all(tensor, mine, turn, "update"), grad))
+    for tensor, mine in _by_tensor(tensors, parts):
+        held_states = _held(optimizers, tensor)
+        assert not isinstance(held_states, str), held_states  # `free_basis` has looked
+        change.states += [(state, entry, _all(value, mine, turn, how)) for state, entry, value, how in held_states]
+    change.commit()
+    if grams is not None:
+        grams.turn(coupling, parts, turn)
+    result.energy[coupling.name] = turn.energy.cpu()
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class FreeBasis:
+    """The basis that a coupling may be given.
+
+    Attributes:
+        parts: where its sides lie.
+        turn: the change of basis, and what each entry carries in it.
+        alone: `[contexts, d]`, the squares that each entry carries in the basis there is.
+        scale: `[contexts, d]`, the roots of the squares of their near side.
+    """
+
+    parts: list[Part]
+    turn: Turn
+    alone: Tensor
+    scale: Tensor
+
+
+def free_basis(
+    model: nn.Module,
+    compiled: CompiledModel,
+    coupling: Coupling,
+    grams: Grams | None,
+    optimizers: Sequence[Optimizer],
+) -> FreeBasis | str:
+    """The basis in which the entries of a coupling come in order of what they carry, or why it is not free."""
     parts = _parts(compiled, coupling)
     if isinstance(parts, str):
         return parts
     tensors = named_tensors(model)
+    for part in parts:
+        held = _held(optimizers, tensors[part.parameter])
+        if isinstance(held, str):
+            return f"`{part.parameter}`: {held}"
     for part in parts:
         weight = tensors[part.parameter]
         if type(weight) not in (Tensor, nn.Parameter) or weight.device.type == "meta":
@@ -144,22 +201,9 @@ def _rotate(
         near, far = grams.of_sides(coupling, parts, near, far)
     if not bool(near.isfinite().all()) or not bool(far.isfinite().all()):
         return "its weights hold an inf or a NaN"
-    turn = balanced(near, far)
-    change = Change()
-    for held in (tensors, *copies):
-        for tensor, mine in _by_tensor(held, parts):
-            grad = None if tensor.grad is None else _all(tensor.grad, mine, turn, "gradient")
-            change.tensors.append((tensor, _all(tensor, mine, turn, "update"), grad))
-    for tensor, mine in _by_tensor(tensors, parts):
-        states = _states(optimizers, tensor, mine, turn)
-        if isinstance(states, str):
-            return f"`{mine[0].parameter}`: {states}"
-        change.states += states
-    change.commit()
-    if grams is not None:
-        grams.turn(coupling, parts, turn)
-    result.energy[coupling.name] = turn.energy.cpu()
-    return None
+    alone = near.diagonal(dim1=-2, dim2=-1) * far.diagonal(dim1=-2, dim2=-1)
+    scale = near.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    return FreeBasis(parts, balanced(near, far), alone.cpu(), scale)
 
 
 def _by_tensor(tensors: Mapping[str, Tensor], parts: Sequence[Part]) -> Iterable[tuple[Tensor, list[Part]]]:
@@ -234,11 +278,9 @@ def _all(tensor: Tensor, parts: Sequence[Part], turn: Turn, how: Follows) -> Ten
     return tensor
 
 
-def _states(
-    optimizers: Sequence[Optimizer], tensor: Tensor, parts: Sequence[Part], turn: Turn
-) -> list[tuple[dict[str, Any], str, Tensor]] | str:
-    """What optimizers hold for a parameter in the new basis, or why some of it cannot follow."""
-    made: list[tuple[dict[str, Any], str, Tensor]] = []
+def _held(optimizers: Sequence[Optimizer], tensor: Tensor) -> list[tuple[dict[str, Any], str, Tensor, Follows]] | str:
+    """What optimizers hold for a parameter, and how it follows a change of basis; or why some of it cannot."""
+    made: list[tuple[dict[str, Any], str, Tensor, Follows]] = []
     seen: set[int] = set()
     for each in [layer for optimizer in optimizers for layer in reversed(list(layers(optimizer)))]:
         state = getattr(each, "state", {}).get(tensor)
@@ -251,5 +293,5 @@ def _states(
                 continue
             if entry not in rules or not isinstance(value, Tensor) or value.shape != tensor.shape:
                 return f"how `{entry}` of {type(each).__name__} follows a change of basis is not known"
-            made.append((state, entry, _all(value, parts, turn, rules[entry])))
+            made.append((state, entry, value, rules[entry]))
     return made

@@ -205,10 +205,8 @@ def balanced(near: Tensor, far: Tensor) -> Turn:
         far: `[contexts, d, d]`, likewise.
     """
     near, far = near.double(), far.double()
-    eye = torch.eye(near.shape[-1], dtype=torch.float64, device=near.device)
     scales = [g.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp(min=1e-300) for g in (near, far)]
-    # Directions that carry nothing have no basis of their own: they are told apart only beyond rounding.
-    root = torch.linalg.cholesky(near / scales[0] + 1e-10 * eye)
+    root = _root(near / scales[0])
     values, vectors = torch.linalg.eigh(root.mT @ (far / scales[1]) @ root)
     values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
     energy = values.sqrt()
@@ -218,6 +216,50 @@ def balanced(near: Tensor, far: Tensor) -> Turn:
     turn = ratio * (width[:, :, None] * torch.linalg.solve_triangular(root.mT, vectors, upper=True).mT)
     back = (vectors.mT @ root.mT) / width[:, :, None] / ratio
     return Turn(turn, back, energy * (scales[0] * scales[1])[:, :, 0].sqrt())
+
+
+def _root(gram: Tensor) -> Tensor:
+    """The Cholesky factor of Gram matrices of mean diagonal 1, and a little more on it.
+
+    Directions that carry nothing have no basis of their own: they are told apart only beyond rounding, which is larger
+    in moments that were added up in float32.
+    """
+    ridge = 1e-10
+    while True:
+        raised = gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        root, failed = torch.linalg.cholesky_ex(raised)
+        if not bool(failed.any()):
+            return root
+        ridge *= 10
+
+
+def settled(turn: Turn, keep: int, scale: Tensor) -> Turn:
+    """The same first `keep` entries' span, in coordinates near to those there were.
+
+    Of the old entries some span nearly the same. Each new entry is one of these, plus what it takes over of those that
+    will go; then what an optimizer knows of an entry goes on to be about that entry. These ones are found one by one,
+    as in a QR decomposition with column pivoting.
+
+    Args:
+        turn: from `balanced`.
+        keep: entries that will stay.
+        scale: `[contexts, d]`, how large the old entries are.
+    """
+    near, far = turn.near.clone(), turn.far.clone()
+    for context in range(len(near)):
+        span = near[context, :keep]
+        rest = span * scale[context].to(span)
+        chosen: list[int] = []
+        for _ in range(keep):
+            column = int(rest.norm(dim=0).argmax())
+            chosen.append(column)
+            direction = rest[:, column] / rest[:, column].norm().clamp(min=1e-300)
+            rest = rest - torch.outer(direction, direction @ rest)
+            rest[:, chosen] = 0
+        picked = span[:, sorted(chosen)]
+        near[context, :keep] = torch.linalg.solve(picked, span)
+        far[context, :keep] = picked.T @ far[context, :keep]
+    return Turn(near, far, turn.energy)
 
 
 def turned(tensor: Tensor, part: Part, by: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from zoo import ZOO
 
 import ecospa_fx
 from ecospa_fx.errors import NoCouplingError, OptimizerError
-from ecospa_fx.passes.rotate import balanced
+from ecospa_fx.passes.rotate import balanced, settled
 from ecospa_fx.rotation import TURNS
 
 ATTENTION = {"qk": "", "vo": ""}
@@ -100,11 +100,14 @@ def product(model, head, size):
     return model.o.weight[:, rows] @ torch.cat([model.v.weight[rows], model.v.bias[rows, None]], 1)
 
 
-def test_what_stays_is_the_best_that_so_few_can_do():
-    """Eckart and Young: no product of that rank is nearer, for any head."""
+@pytest.mark.parametrize("keep", [None, {"vo": 2}])
+def test_what_stays_is_the_best_that_so_few_can_do(keep):
+    """Eckart and Young: no product of that rank is nearer, for any head; in whatever coordinates."""
     model, _ = built("attention")
     before = [product(model, head, 4) for head in range(3)]
-    done = ecospa_fx.rotate(model, ["vo"])
+    done = ecospa_fx.rotate(model, ["vo"], keep=keep)
+    for head in range(3):
+        torch.testing.assert_close(product(model, head, 4), before[head])
     for head in range(3):
         singular = torch.linalg.svdvals(before[head])[:4]
         torch.testing.assert_close(done.energy["vo"][head], singular.detach())
@@ -112,6 +115,20 @@ def test_what_stays_is_the_best_that_so_few_can_do():
     for head in range(3):
         u, s, v = torch.linalg.svd(before[head], full_matrices=False)
         torch.testing.assert_close(product(model, head, 2), u[:, :2] * s[:2] @ v[:2])
+
+
+def test_coordinates_stay_near_to_those_there_were():
+    """Each entry that will stay is an old one, and what it takes over of those that will go; in order."""
+    torch.manual_seed(0)
+    near, far = torch.randn(2, 6, 9, dtype=torch.float64), torch.randn(2, 6, 7, dtype=torch.float64)
+    near[:, 5] *= 30  # large ones stay
+    grams = near @ near.mT, far @ far.mT
+    turn = settled(balanced(*grams), 3, grams[0].diagonal(dim1=-2, dim2=-1).sqrt())
+    for context in range(2):
+        old = [int(((row - 1).abs() < 1e-9).nonzero()[-1]) for row in turn.near[context, :3]]
+        assert old == sorted(set(old)) and 5 in old
+        torch.testing.assert_close(turn.near[context, :3, old], torch.eye(3, dtype=torch.float64))
+    torch.testing.assert_close(turn.far.mT @ turn.near, torch.eye(6, dtype=torch.float64).expand(2, 6, 6))
 
 
 def test_with_activations_scores_change_least():
