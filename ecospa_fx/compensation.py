@@ -28,30 +28,32 @@ class Compensation:
     """
 
     def __init__(self, model: nn.Module, absorb: bool, rotate: bool) -> None:
-        self.model, self._absorb, self._rotate = model, absorb, rotate
+        self.model, self.absorbs, self.rotates = model, absorb, rotate
+        self.steps = 0  # that were looked at
         self.grams: Grams | None = None
         self.look()
 
     def look(self) -> None:
         """Look as soon as the regions are known: those of a loaded model before its first call, not to miss it."""
-        if (self._absorb or self._rotate) and self.grams is None and regions_of(self.model):
+        if (self.absorbs or self.rotates) and self.grams is None and regions_of(self.model):
             self.grams = Grams(self.model, training=True)
 
     def gather(self, soon: bool) -> None:
         """Go on looking, or not: whether a shrink comes soon."""
         if self.grams is not None:
             if soon and not self.grams.active:
-                self.grams.reset()
+                self.reset()
             self.grams.active = soon
+            self.steps += soon
 
     def prepared(
         self, keeps: dict[Coupling, Tensor], optimizers: Sequence[Optimizer], also: Sequence[Any]
     ) -> dict[Coupling, Tensor]:
         """What to keep after a rotation: as many entries, the first ones, which carry most, where the basis is free."""
-        if not self._rotate:
+        if not self.rotates:
             return keeps
-        linear = [coupling for coupling in keeps if coupling.linear]
-        done = rotate(self.model, linear, grams=self.grams, optimizer=optimizers, also=also)
+        linear = {coupling.name: keep.shape[-1] for coupling, keep in keeps.items() if coupling.linear}
+        done = rotate(self.model, linear, keep=linear, grams=self.grams, optimizer=optimizers, also=also)
         return {
             coupling: torch.arange(keep.shape[-1]) if coupling.name in done.energy else keep
             for coupling, keep in keeps.items()
@@ -60,12 +62,20 @@ class Compensation:
     @property
     def absorb(self) -> Grams | None:
         """What `shrink` is to absorb with."""
-        return self.grams if self._absorb else None
+        return self.grams if self.absorbs else None
 
     def reset(self) -> None:
         """Forget what was seen."""
         if self.grams is not None:
             self.grams.reset()
+            self.steps = 0
+
+    @property
+    def positions(self) -> float | None:
+        """Positions (tokens, pixels) of a training step; None where nothing was seen."""
+        if self.grams is None or self.grams.empty or not self.steps:
+            return None
+        return self.grams.positions / self.steps
 
     def detach(self) -> None:
         """Look no more."""
@@ -73,13 +83,13 @@ class Compensation:
             self.grams.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen: `active`, and tensors by name."""
+        """What was seen: `active`, `steps`, and tensors by name."""
         held = self.grams
-        return {} if held is None else {"active": held.active, "tensors": held.state_dict()}
+        return {} if held is None else {"active": held.active, "steps": self.steps, "tensors": held.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self.look()
         if self.grams is not None and state:
             self.grams.load_state_dict(state["tensors"])
-            self.grams.active = state["active"]
+            self.grams.active, self.steps = state["active"], state.get("steps", 0)

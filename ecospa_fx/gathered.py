@@ -48,12 +48,14 @@ class Gram:
         positions: of which positions along the weight's dim; None for all.
         window: columns per entry, see `Consumer`.
         calls: calls that were added up.
+        total: positions of these calls, also those that were not read.
     """
 
     moments: Moments
     positions: Tensor | None
     window: int
     calls: int = 0
+    total: int = 0
 
     @classmethod
     def seen(cls, place: Place, values: Sequence[Tensor], most: int, calls: int) -> Gram:
@@ -61,7 +63,8 @@ class Gram:
         share = -(-most // len(values))
         rows = torch.cat([each.rows(value, share, calls) for each, value in zip(place.inputs, values, strict=True)])
         rows = _precise(rows)
-        return cls(Moments(rows.T @ rows, rows.sum(0), len(rows)), place.positions, place.window, 1)
+        total = max(each.positions(value) for each, value in zip(place.inputs, values, strict=True))
+        return cls(Moments(rows.T @ rows, rows.sum(0), len(rows)), place.positions, place.window, 1, total)
 
     def add(self, other: Gram) -> None:
         """Add those of another call."""
@@ -70,6 +73,7 @@ class Gram:
         mine.sums.add_(theirs.sums)
         self.moments = Moments(mine.squares, mine.sums, mine.count + theirs.count)
         self.calls += other.calls
+        self.total += other.total
 
     def follow(self, positions: Tensor | None) -> bool:
         """Drop what has gone since; False where something is missing."""

@@ -25,7 +25,9 @@ from .observers import ignore, observe
 from .passes.absorb import Absorption, Moments, absorb
 from .passes.capture import Captured, storage_key
 from .passes.consumers import Consumer, Key, consumers
+from .passes.eliminate import Summing
 from .passes.inference import Inference
+from .passes.names import named_tensors
 from .passes.rewrite import Program
 from .passes.rotate import FAR, Part, Turn
 from .passes.shrink import steps_of
@@ -121,13 +123,18 @@ class Grams:
         """Nothing has been gathered."""
         return not self._grams
 
+    @property
+    def positions(self) -> int:
+        """Positions (tokens, pixels) of the calls that were seen, where they are most."""
+        return max((gram.total for gram in self._grams.values()), default=0)
+
     def state_dict(self) -> dict[str, Tensor]:
         """What was gathered, by name."""
         found: dict[str, Tensor] = {}
         for (name, dim), gram in self._grams.items():
             label = f"{name}[{dim}]"
             found |= {f"squares {label}": gram.moments.squares, f"sums {label}": gram.moments.sums}
-            found[f"counts {label}"] = torch.tensor([gram.moments.count, gram.window, gram.calls])
+            found[f"counts {label}"] = torch.tensor([gram.moments.count, gram.window, gram.calls, gram.total])
             if gram.positions is not None:
                 found[f"positions {label}"] = gram.positions
         for name, met in self._meetings.items():
@@ -139,9 +146,9 @@ class Grams:
         self._grams = {}
         for label in [name.removeprefix("squares ") for name in state if name.startswith("squares ")]:
             name, _, dim = label.removesuffix("]").rpartition("[")
-            count, window, calls = state[f"counts {label}"].tolist()
+            count, window, calls, total = state[f"counts {label}"].tolist()
             moments = Moments(state[f"squares {label}"], state[f"sums {label}"], count)
-            self._grams[name, int(dim)] = Gram(moments, state.get(f"positions {label}"), window, calls)
+            self._grams[name, int(dim)] = Gram(moments, state.get(f"positions {label}"), window, calls, total)
         met = [name.removeprefix("near ") for name in state if name.startswith("near ")]
         self._meetings = {
             name: Meeting(state[f"near {name}"], state[f"far {name}"], int(state[f"calls {name}"])) for name in met
@@ -208,6 +215,26 @@ class Grams:
                 return near, far
             gram.blocks(part, known.consumer.bias is not None, seen)  # what is constant a bias can hold
         return (seen, far) if bool(seen.any()) else (near, far)
+
+    def summing(self, coupling: Coupling) -> list[Summing] | None:
+        """The weights that sum over a coupling, with the moments of what they meet; None unless all may take over."""
+        self._read_all()
+        tensors, found = named_tensors(self.model), []
+        for member in coupling.members:
+            key = member.parameter, member.dim
+            known = self._known.get(key)
+            if known is None:
+                if key in self.refused:
+                    return None
+                continue
+            gram, weight = self._grams.get(known.gram), tensors[member.parameter]
+            if gram is None or not gram.follow(plan(self.model).kept.get(key)) or not _plain(weight):
+                return None
+            unit = member.index if member.context is None else member.context * coupling.size + member.index
+            unit = torch.where(member.index >= 0, unit, -1).repeat_interleave(gram.window)
+            matrix = known.consumer.columns(weight.detach())
+            found.append(Summing(matrix, reduced(gram.moments), unit, known.consumer.bias is not None))
+        return found or None
 
     def turn(self, coupling: Coupling, parts: Sequence[Part], turn: Turn) -> None:
         """Follow a change of basis."""

@@ -78,7 +78,7 @@ class CoupledSparsifier:
         self.measure()
         sizes = self.sizes()
         units = self._units()
-        floor = sizes.total(_named(units, {unit: unit.sizes[0] for unit in units}))
+        floor = sizes.total(named_sizes(units, {unit: unit.sizes[0] for unit in units}))
         if self.target_size(sizes) < floor:
             base = sizes.original if among == "all" else sizes.prunable
             least = math.ceil(1000 * (1 - (sizes.original - floor) / base)) / 1000
@@ -143,7 +143,7 @@ class CoupledSparsifier:
         if not self._enough(keeps, sizes, at_most):
             keeps = self._by_theta(order, held, self._looser(order, held, sizes, at_most))
         keeps = self._stop_at_target(order, keeps, sizes)
-        left = sizes.total(_named(keeps, keeps))
+        left = sizes.total(named_sizes(keeps, keeps))
         stuck = left == sizes.total({}) if at_most is None else at_most <= self.target_size(sizes)
         if left > self.target_size(sizes) and stuck:
             # What is left to remove is less than what these couplings remove at a time: smaller ones may still fit.
@@ -159,7 +159,7 @@ class CoupledSparsifier:
         """Whether no coupling can lose another entry without passing the target."""
         sizes = self.sizes()
         smallest = (
-            sizes.total(_named([unit], {unit: unit.sizes[-2]})) for unit in self._units() if len(unit.sizes) > 1
+            sizes.total(named_sizes([unit], {unit: unit.sizes[-2]})) for unit in self._units() if len(unit.sizes) > 1
         )
         return sizes.total({}) <= self.target_size(sizes) or all(total < self.target_size(sizes) for total in smallest)
 
@@ -171,7 +171,7 @@ class CoupledSparsifier:
 
     def _enough(self, keeps: Mapping[Unit, int], sizes: CostModel | LatencyModel, at_most: int | None) -> bool:
         """Whether a step that keeps so much keeps up with the schedule, or at least removes something."""
-        now, after = sizes.total({}), sizes.total(_named(keeps, keeps))
+        now, after = sizes.total({}), sizes.total(named_sizes(keeps, keeps))
         return after <= at_most if at_most is not None else after < now
 
     def _by_theta(self, order: list[Unit], held: Mapping[Coupling, Tensor], theta: float) -> dict[Unit, int]:
@@ -214,7 +214,7 @@ class CoupledSparsifier:
             while low < high:
                 middle = (low + high) // 2
                 trial = {**taken, unit: unit.sizes[middle]}
-                if sizes.total(_named(trial, trial)) >= self.target_size(sizes):
+                if sizes.total(named_sizes(trial, trial)) >= self.target_size(sizes):
                     high = middle
                 else:
                     low = middle + 1
@@ -240,7 +240,7 @@ def _mean(values: Iterable[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def _named(units: Iterable[Unit], sizes: Mapping[Unit, int]) -> dict[str, int]:
+def named_sizes(units: Iterable[Unit], sizes: Mapping[Unit, int]) -> dict[str, int]:
     """Entries by coupling name, as `CostModel.total` takes them."""
     return {c.name: keep for unit in units for c, keep in unit.keeps(sizes[unit]).items()}
 

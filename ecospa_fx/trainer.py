@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from contextlib import nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .api import check_optimizer, couplings, is_captured, shrink
+from .api import check_optimizer, is_captured, shrink
 from .compensation import GATHERING, Compensation
 from .compiled import MODEL
 from .constraints import Constraints, Frozen, HeadDims
@@ -18,14 +16,15 @@ from .copies import copies_of, listed
 from .coupling import Coupling
 from .diff import ModuleDiff
 from .errors import EcoSpaError, OptimizerError, TargetError
-from .estimator import CoupledEstimator
+from .forecast import Forecast
 from .latency import Latency
 from .logs import logger
 from .optimizers import check_can_follow, several
+from .policies import Adaptive, Paper, Policy, check_adaptive
 from .schedule import Schedule, Shape, Unit
 from .scores import Function, Score
 from .size import Cost
-from .sparsifier import Among, CoupledSparsifier, Entries, check_settings
+from .sparsifier import Among, CoupledSparsifier, check_settings
 from .spikes import SpikeWatch
 from .steps import Steps
 
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
 Gradients = Literal["step", "optimizer", "backward"]
 Preset = Literal["pretrain", "finetune"]
+Policies = Literal["paper", "adaptive"]
 BeforeShrink = Callable[[nn.Module, Mapping[Coupling, Tensor], Any], None]
 
 PRESETS: dict[Preset, dict[str, float]] = {
@@ -64,6 +64,8 @@ class EcoSpaTrainer:
         cost: what that is a share of: `"parameters"`, `"flops"` of a forward, `"bytes"` of training (weights,
             gradients and optimizer state), or a `Latency`, the measured time of a forward.
         among: `"all"` of it, or what is `"prunable"`: on some coupling.
+        policy: `"paper"`, or `"adaptive"`: what goes where is decided by what the loss is expected to rise by, and
+            what stays takes over; `top_k`, `theta` and scores say nothing then. See docs/absorption.md.
         preset: `"pretrain"` or `"finetune"`: what `top_k` and `theta` are by default, 30% and 90% or 10% and 95%.
         top_k: share of the couplings that shrink at a sparsification step, the least important ones.
         theta: share of a coupling's score that is kept when it shrinks.
@@ -92,16 +94,19 @@ class EcoSpaTrainer:
         before_shrink: called with the model, what will be kept and the optimizer right before each shrink.
         also: copies of the model that shrink with it, such as averages of its weights; see `ecospa_fx.shrink`.
         absorb: what stays takes over what goes, by least squares on what the weights met in the last training steps
-            before a shrink; see docs/absorption.md.
+            before a shrink; see docs/absorption.md. By default with `policy="adaptive"` only.
         rotate: couplings between linear maps that are about to shrink first get the basis in which the entries that go
             carry least; see `ecospa_fx.rotate`. What an optimizer cannot follow keeps its basis, and the log says so.
+            By default as `absorb`.
 
     Attributes:
         steps: training steps seen.
         now: what has been seen in the unit of the schedule.
         done: the target is reached; nothing more will be removed.
         history: a dict per shrink: `step`, `size` (parameters left), `removed` (coupling name -> entries, in
-            each context), `importance` (coupling name -> what it scored).
+            each context), `importance` (coupling name -> what it scored), and of `"adaptive"` also `expected` (coupling
+            name -> what the loss was expected to rise by).
+        forecast: with `policy="adaptive"`, what each coupling was expected to cost at the last sparsification step.
         postponed: a dict per sparsification step that waited for the loss: `step`, `loss` (smoothed), `before`.
         last_shrink: sizes of every layer before and after the last shrink, once there was one.
         also: a list, to which a copy that is made later may be added.
@@ -120,6 +125,7 @@ class EcoSpaTrainer:
         target: float = 0.5,
         cost: Cost | Latency = "parameters",
         among: Among = "all",
+        policy: Policies = "paper",
         preset: Preset = "pretrain",
         top_k: float | None = None,
         theta: float | None = None,
@@ -143,14 +149,20 @@ class EcoSpaTrainer:
         gradients: Gradients = "step",
         before_shrink: BeforeShrink | None = None,
         also: Any = (),
-        absorb: bool = False,
-        rotate: bool = False,
+        absorb: bool | None = None,
+        rotate: bool | None = None,
     ) -> None:
         if MODEL not in model.__dict__:
             raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
-        for name, value, options in (("preset", preset, PRESETS), ("gradients", gradients, get_args(Gradients))):
+        for name, value, options in (
+            ("policy", policy, get_args(Policies)),
+            ("preset", preset, PRESETS),
+            ("gradients", gradients, get_args(Gradients)),
+        ):
             if value not in options:
                 raise TargetError(f"{name}={value!r} is none of {', '.join(map(repr, options))}")
+        if policy == "adaptive":
+            check_adaptive(end, shape, score, index_score, top_k=top_k, theta=theta, decay=decay, window=window)
         top_k = PRESETS[preset]["top_k"] if top_k is None else top_k
         theta = PRESETS[preset]["theta"] if theta is None else theta
         check_settings(target=target, top_k=top_k, theta=theta)
@@ -171,32 +183,34 @@ class EcoSpaTrainer:
         self.history: list[dict[str, Any]] = []
         self.postponed: list[dict[str, Any]] = []
         self.last_shrink: ModuleDiff | None = None
+        self.forecast: Forecast | None = None
         self._spikes = SpikeWatch(spike)
         self._waiting: float = 0  # what the schedule has been put off by
         self._in_a_row = 0
         self._from: int | None = None  # the cost when the first sparsification step came
-        scoring: dict[str, Any] = {"decay": decay, "window": window, "optimizer": optimizer, "seed": seed}
-        self._estimator = CoupledEstimator(model, score, **scoring)
-        self._index: CoupledEstimator | None = None
-        if index_score != "norms":
-            self._index = self._estimator if index_score == score else CoupledEstimator(model, index_score, **scoring)
-        for estimator in self._estimators():
-            if gradients == "optimizer":
-                estimator.attach(*self.optimizers)
-            elif gradients == "backward":
-                estimator.attach_backward()
         self._optimizer_steps = Steps(model, self.optimizers) if gradients == "step" else None
+        adaptive = policy == "adaptive"
+        absorb, rotate = (adaptive if each is None else each for each in (absorb, rotate))
         self._compensation = Compensation(model, absorb, rotate)
         self._owed = False  # a sparsification step for which nothing had been read
         self._settings: dict[str, Any] = {
             "target": target, "cost": cost, "among": among, "top_k": top_k, "theta": theta, "constraints": constraints,
         }  # fmt: skip
-        index = index_score if index_score == "norms" or self._index is None else self._index.score.name
+        scoring: dict[str, Any] = {"decay": decay, "window": window, "optimizer": optimizer, "seed": seed}
+        self.policy: Policy
+        if adaptive:
+            self.policy = Adaptive(model, self.optimizers, self._settings, self._compensation)
+        else:
+            self.policy = Paper(model, self.optimizers, self._settings, score, index_score, scoring)
+        for estimator in self.policy.estimators:
+            if gradients == "optimizer":
+                estimator.attach(*self.optimizers)
+            elif gradients == "backward":
+                estimator.attach_backward()
         self._described: dict[str, Any] = {
-            "score": self._estimator.score.name, "index_score": index, "decay": decay, "window": window, "seed": seed,
+            **self.policy.described, "decay": decay, "window": window, "seed": seed,
             "spike": spike, "gradients": gradients, "absorb": absorb, "rotate": rotate,
         }  # fmt: skip
-        self._sparsifier: CoupledSparsifier | None = None
         if is_captured(model):
             self._ready()
 
@@ -228,7 +242,7 @@ class EcoSpaTrainer:
         read = self._read()
         due = self.schedule.due(before - self._waiting, self.now - self._waiting) or self._owed
         # Where a gradient scaler has left out every step so far, the first one that is taken comes first.
-        self._owed = due and not read and any(estimator.empty for estimator in self._estimators())
+        self._owed = due and not read and any(estimator.empty for estimator in self.policy.estimators)
         if due and not self._owed and not self._postpone():
             self.sparsify()
         now = self.now - self._waiting
@@ -239,7 +253,7 @@ class EcoSpaTrainer:
         if self._optimizer_steps is None:
             return True
         readings = list(self._optimizer_steps.readings())
-        for estimator in self._estimators():
+        for estimator in self.policy.estimators:
             for number, reading in enumerate(readings):
                 estimator.accumulate(**reading._asdict(), new_step=number == 0)
         return bool(readings)
@@ -247,34 +261,39 @@ class EcoSpaTrainer:
     def sparsify(self) -> None:
         """Take a sparsification step now."""
         sparsifier = self._ready()
-        for estimator in self._estimators():
+        for estimator in self.policy.estimators:
             if estimator.empty:
                 seen = "gradient" if estimator.score.reads == "gradients" else "activation that could be seen"
                 raise OptimizerError(
                     f"no parameter of a coupling has a {seen}: call trainer.step() after backward() and before "
                     "zero_grad()" + ("" if seen == "gradient" else ", and train with model.train()")
                 )
-        importance = self._estimator.importance()
-        with self._index.at_once() if self._index is not None else nullcontext():
-            keeps = sparsifier.decide(importance, self._due(sparsifier))
-        if keeps:
-            keeps = self._compensation.prepared(keeps, self.optimizers, self.also)
+        decision = self.policy.decide(self._due(sparsifier))
+        self.forecast = decision.forecast
+        if decision.keeps:
+            keeps = self._compensation.prepared(decision.keeps, self.optimizers, self.also)
             if self.before_shrink is not None:
                 self.before_shrink(self.model, keeps, self.optimizer)
             self._spikes.shrunk()
             removed = {coupling.name: coupling.size - keep.shape[-1] for coupling, keep in keeps.items()}
+            entry: dict[str, Any] = {
+                "step": self.steps,
+                "removed": removed,
+                "importance": decision.importance,
+            }
+            if decision.forecast is not None:
+                entry["expected"] = decision.forecast.rises(removed)
             self.last_shrink = shrink(
                 self.model, keeps, optimizer=self.optimizers, also=self.also, absorb=self._compensation.absorb
             )
             self._compensation.reset()
-            scores = {coupling.name: value for coupling, value in importance.items()}
-            self.history.append({"step": self.steps, "size": self.size, "removed": removed, "importance": scores})
-        for estimator in self._estimators():
+            self.history.append(entry | {"size": self.size})
+        for estimator in self.policy.estimators:
             estimator.reset()
         sparsifier.measure()
         self.done = sparsifier.reached()
         if self.done:
-            for estimator in self._estimators():
+            for estimator in self.policy.estimators:
                 estimator.detach()
             if self._optimizer_steps is not None:
                 self._optimizer_steps.detach()
@@ -295,22 +314,10 @@ class EcoSpaTrainer:
         """Parameters of the model now."""
         return sum(p.numel() for p in self.model.parameters())
 
-    def _estimators(self) -> list[CoupledEstimator]:
-        return [self._estimator] if self._index in (None, self._estimator) else [self._estimator, self._index]
-
     def _ready(self) -> CoupledSparsifier:
         """The sparsifier, made once the couplings are known."""
         self._compensation.look()
-        if self._sparsifier is None:
-            settings = dict(self._settings)
-            if self._estimator.score.reads == "attention":
-                # It says nothing about the others.
-                others = [c for c in couplings(self.model) if c.kind not in ("heads", "groups")]
-                constraints = settings["constraints"]
-                settings["constraints"] = replace(constraints, frozen=[*constraints.frozen, *others])
-            entries: Entries | None = None if self._index is None else self._index.entries
-            self._sparsifier = CoupledSparsifier(self.model, **settings, optimizers=self.optimizers, entries=entries)
-        return self._sparsifier
+        return self.policy.ready()
 
     def _due(self, sparsifier: CoupledSparsifier) -> int | None:
         """What the model may cost after this step by the schedule."""
@@ -402,7 +409,7 @@ class EcoSpaTrainer:
                 **self.schedule.described(),
                 **self._described,
             },
-            "scores": [estimator.state_dict() for estimator in self._estimators()],
+            "scores": [estimator.state_dict() for estimator in self.policy.estimators],
             "compensation": self._compensation.state_dict(),
         }
 
@@ -415,7 +422,7 @@ class EcoSpaTrainer:
         self._spikes.load_state_dict(state["spikes"])
         if self._latency is not None:
             self._latency.points = [(int(flops), float(seconds)) for flops, seconds in state["latencies"]]
-        for estimator, scores in zip(self._estimators(), state["scores"], strict=True):
+        for estimator, scores in zip(self.policy.estimators, state["scores"], strict=True):
             estimator.load_state_dict(scores)
             if self.done:
                 estimator.detach()

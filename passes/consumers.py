@@ -50,6 +50,14 @@ class Input:
     dim: int
     window: tuple[tuple[int, ...], ...] | None = None
 
+    def positions(self, value: Tensor) -> int:
+        """How many rows there are."""
+        if self.window is None:
+            return value.numel() // max(1, value.shape[self.dim])
+        kernel, dilation, padding, stride = self.window
+        per_image = _positions(value.shape[-len(kernel) :], kernel, dilation, padding, stride)
+        return per_image * (value.shape[0] if value.ndim == len(kernel) + 2 else 1)
+
     def rows(self, value: Tensor, most: int, skip: int = 0) -> Tensor:
         """What the columns of the weight are multiplied with, position by position, `[positions, columns]`.
 

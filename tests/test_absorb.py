@@ -352,9 +352,9 @@ def test_activations_may_be_scored_at_the_same_time():
         optimizer = torch.optim.AdamW(each.parameters(), lr=1e-2)
         trainer = ecospa_fx.EcoSpaTrainer(each, optimizer, score="activation", interval=100, absorb=absorb_it)
         train(each, optimizer, trainer, x, 3)
-        scores.append(trainer._estimator.importance())
+        scores.append(trainer.policy.estimators[0].importance())
     assert list(scores[0].values()) == list(scores[1].values())
-    assert not trainer._estimator.empty
+    assert not trainer.policy.estimators[0].empty
 
 
 def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(tmp_path):

@@ -263,7 +263,7 @@ def test_the_index_score_decides_which_entries_go(index):
     trainer = ecospa_fx.EcoSpaTrainer(
         model, optimizer, target=0.6, interval=2, end=2, index_score=index, before_shrink=before_shrink
     )
-    own = trainer._index
+    own = trainer.policy.index
     for _ in range(2):
         (model(x) - x.flip(-1)).square().mean().backward()
         optimizer.step()

@@ -247,7 +247,7 @@ def test_a_gradient_scaler_changes_nothing_a_trainer_sees(gradients, fused, clip
             scaler.update()
             trainer.step()
             optimizer.zero_grad()
-        return {c.name: value for c, value in trainer._estimator.importance().items()}
+        return {c.name: value for c, value in trainer.policy.estimators[0].importance().items()}
 
     expected, found = run(False), run(True)
     assert expected.keys() == found.keys()

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 ROW = 18
 """Pixels per row of a heatmap."""
+POINTS = 60
+"""Of a curve."""
 
 
 def training_of(
@@ -42,7 +44,20 @@ def training_of(
         "sizes": list(sizes),
         "history": history,
         "original": original,
+        "forecast": _forecast(trainer),
     }
+
+
+def _forecast(trainer: EcoSpaTrainer) -> dict[str, Any] | None:
+    """What each kind of coupling was expected to cost at the last sparsification step, by the share of it that goes."""
+    if trainer.forecast is None:
+        return None
+    kinds = {}
+    for kind, rises in trainer.forecast.by_kind().items():
+        entries = len(rises) - 1
+        at = sorted({round(i * entries / POINTS) for i in range(POINTS + 1)})
+        kinds[kind] = [[i / entries, float(rises[i])] for i in at]
+    return {"in_nats": trainer.forecast.positions is not None, "kinds": kinds}
 
 
 def _size_at(step: int, history: Sequence[Mapping[str, Any]], whole: int | None) -> int | None:
@@ -79,7 +94,28 @@ def figures_of(training: Mapping[str, Any]) -> list[dict[str, Any]]:
         values = [[_log(entry["importance"].get(name, 0.0)) for entry in scored] for name in names]
         texts = [[f"{entry['importance'].get(name, 0.0):.3g}" for entry in scored] for name in names]
         figures.append(_heatmap("Importance of each coupling, powers of ten", at, names, values, texts, None))
+    if training.get("forecast"):
+        figures.append(_expected(training["forecast"]))
     return figures
+
+
+def _expected(forecast: Mapping[str, Any]) -> dict[str, Any]:
+    """How far each kind of coupling can go."""
+    traces = [
+        {
+            "type": "scatter", "mode": "lines+markers", "name": kind, "marker": {"size": 4},
+            "x": [share for share, rise in points if rise > 0], "y": [rise for _, rise in points if rise > 0],
+        }
+        for kind, points in forecast["kinds"].items()
+    ]  # fmt: skip
+    unit = "in the unit of the loss" if forecast["in_nats"] else "no unit"
+    layout = {
+        "height": 360,
+        "xaxis": {"title": {"text": "share of the entries that goes, the cheapest first"}, "tickformat": ".0%"},
+        "yaxis": {"title": {"text": f"expected rise, {unit}"}, "type": "log", "exponentformat": "power"},
+        "legend": {"orientation": "h", "y": 1.15},
+    }
+    return {"title": "How far each kind can go: expected rise of the loss", "traces": traces, "layout": layout}
 
 
 def _log(value: float) -> float | None:
