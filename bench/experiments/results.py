@@ -58,7 +58,7 @@ def run(name: str, jobs: Sequence[Job], options: argparse.Namespace) -> list[dic
     rows = run_all(jobs, options.runs / f"{name}.jsonl", options.workers)
     order = {job.title: place for place, job in enumerate(jobs)}
     rows.sort(key=lambda row: (order[row["title"]], row["seed"]))
-    columns = list(dict.fromkeys(key for row in rows for key in row if key != "curve"))
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("curve", "widths")))
     RESULTS.mkdir(exist_ok=True)
     about = {"steps": options.steps, "machine": machine(), "date": date.today().isoformat()}
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
@@ -66,7 +66,7 @@ def run(name: str, jobs: Sequence[Job], options: argparse.Namespace) -> list[dic
         writer.writeheader()
         for row in rows:
             told = {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()}
-            writer.writerow({key: value for key, value in told.items() if key != "curve"} | about)
+            writer.writerow({key: value for key, value in told.items() if key not in ("curve", "widths")} | about)
     return rows
 
 
@@ -160,7 +160,7 @@ def curves(rows: Sequence[Row], path: Path, panel: str, *, title: str) -> None:
         titles = {row["title"] for row in members}
         dense = [row for row in rows if row["variant"] == "dense" and row["title"] in titles]
         for (variant,), runs in grouped([*dense, *members], "variant").items():
-            steps = [step for step, _ in runs[0]["curve"]]
+            steps = [point[0] for point in runs[0]["curve"]]
             heights = [statistics.mean(run["curve"][place][1] for run in runs) for place in range(len(steps))]
             axis.plot(steps, heights, color=COLOURS.get(variant), label=variant, linewidth=1.8, marker=".")
         axis.set_title(str(name), fontsize=10)

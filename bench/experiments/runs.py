@@ -11,8 +11,9 @@ import copy
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -43,6 +44,9 @@ class Variant:
         pairing: False lets every matrix choose alone which slices go, as the paper's ablation does.
         shrinks: sparsification steps between `begin` and `end`.
         labels: more columns of its row.
+        around: a context manager that its run is in.
+        own: trains in a way of its own: `own(job, variant, training, batches, rows)` -> row, from the dense run at
+            `begin` and the rows there are; None for an `EcoSpaTrainer`.
     """
 
     name: str
@@ -52,32 +56,51 @@ class Variant:
     pairing: bool = True
     shrinks: int = 8
     labels: Mapping[str, Any] = field(default_factory=dict)
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    own: Callable[..., dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
 class Job:
-    """One seed of one task: a dense run and its branches."""
+    """One seed of one task: a dense run and its branches.
+
+    Attributes:
+        before: what the model has learned already, and in how many steps; None starts at random weights.
+    """
 
     title: str
     task: Task
     steps: int
     seed: int
     variants: tuple[Variant, ...]
+    before: tuple[Task, int] | None = None
 
 
 @dataclass
 class Training:
-    """A model in the middle of its training."""
+    """A model in the middle of its training.
+
+    Attributes:
+        seconds: of this process's processor that its steps took.
+        compute: parameters, added up over its steps.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    seconds: float = 0.0
+    compute: int = 0
+
+    @classmethod
+    def begun(cls, model: nn.Module, task: Task) -> Training:
+        """One that has taken no step."""
+        return cls(model, torch.optim.AdamW(model.parameters(), task.rate, (0.9, 0.95), weight_decay=0.01))
 
     def copy(self) -> Training:
         """A second one that goes on from here by itself."""
         model = copy.deepcopy(self.model)
         optimizer = type(self.optimizer)(model.parameters())  # its options are in the state
         optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
-        return Training(model, optimizer)
+        return Training(model, optimizer, self.seconds, self.compute)
 
 
 def run_all(jobs: Sequence[Job], out: Path, workers: int, console: Console | None = None) -> list[dict[str, Any]]:
@@ -119,21 +142,28 @@ def run_job(job: Job) -> list[dict[str, Any]]:
     torch.manual_seed(job.seed)
     model = job.task.model()
     first, _ = next(job.task.batches(1, job.seed))
+    if job.before is not None:
+        task, steps = job.before
+        earlier = Job(job.title, task, steps, job.seed, ())
+        train(earlier, Training.begun(model, task), list(task.batches(steps, job.seed)), 0, steps, [])
     ecospa_fx.compile(model, example_inputs=(first,))
-    training = Training(model, torch.optim.AdamW(model.parameters(), job.task.rate, (0.9, 0.95), weight_decay=0.01))
+    training = Training.begun(model, job.task)
     batches = list(job.task.batches(job.steps, job.seed))
     starts = sorted({round(variant.begin * job.steps) for variant in job.variants})
-    kept, curve, began, now = {}, [], time.perf_counter(), 0
+    kept, curve, now = {}, [], 0
     for stop in [*starts, job.steps]:
-        _train(job, training, batches, now, stop, curve)
+        train(job, training, batches, now, stop, curve)
         now = stop
         kept[stop] = training.copy()
-    dense = _row(job, training.model, "dense", {}, curve, time.perf_counter() - began)
+    dense = row_of(job, training, "dense", {}, curve)
     rows = [dense]
     for variant in job.variants:
-        rows.append(_branch(job, variant, kept[round(variant.begin * job.steps)].copy(), batches))
+        start = kept[round(variant.begin * job.steps)].copy()
+        own = variant.own
+        rows.append(own(job, variant, start, batches, rows) if own else _branch(job, variant, start, batches))
     for row in rows:
         row["over_dense"] = row["loss"] - dense["loss"]
+        row["compute"] /= training.compute
     return rows
 
 
@@ -150,16 +180,19 @@ def _branch(job: Job, variant: Variant, training: Training, batches: Sequence[An
         **variant.settings,
     )
     curve: list[Any] = []
-    began = time.perf_counter()
-    _train(job, training, batches, begin, job.steps, curve, trainer)
-    row = _row(job, training.model, variant.name, variant.labels, curve, time.perf_counter() - began)
+    with variant.around():
+        train(job, training, batches, begin, job.steps, curve, trainer)
+    row = row_of(job, training, variant.name, variant.labels, curve)
     row["done"] = trainer.done
     row["reached_at"] = begin + trainer.history[-1]["step"] if trainer.history else None
     row["shrinks"] = len(trainer.history)
+    expected = [sum(entry["expected"].values()) for entry in trainer.history if "expected" in entry]
+    row["expected"] = sum(expected) if expected else None
+    row["widths"] = {coupling.name: coupling.size for coupling in ecospa_fx.couplings(training.model)}
     return row
 
 
-def _train(
+def train(
     job: Job,
     training: Training,
     batches: Sequence[Any],
@@ -168,8 +201,10 @@ def _train(
     curve: list[Any],
     trainer: Any = None,
 ) -> None:
+    """Take the steps after `begin` up to `stop`; the curve gets (step, validation loss, seconds)."""
     every = max(1, job.steps // EVALUATIONS)
     for step in range(begin + 1, stop + 1):
+        began = time.process_time()
         for group in training.optimizer.param_groups:
             group["lr"] = job.task.rate * _rate(step, job.steps)
         training.model.train()
@@ -180,8 +215,11 @@ def _train(
         if trainer is not None:
             trainer.step()
         training.optimizer.zero_grad()
+        training.seconds += time.process_time() - began
+        training.compute += sum(p.numel() for p in training.model.parameters())
         if step % every == 0 and step < job.steps:
-            curve.append([step, round(_validated(job.task, training.model)["loss"], 5)])
+            held_out = _validated(job.task, training.model)["loss"]
+            curve.append([step, round(held_out, 5), round(training.seconds, 2)])
 
 
 @torch.no_grad()
@@ -190,15 +228,14 @@ def _validated(task: Task, model: nn.Module) -> dict[str, float]:
     return task.validate(model)
 
 
-def _row(
-    job: Job, model: nn.Module, name: str, labels: Mapping[str, Any], curve: list[Any], seconds: float
-) -> dict[str, Any]:
-    found = _validated(job.task, model)
-    curve.append([job.steps, round(found["loss"], 5)])
-    size = sum(p.numel() for p in model.parameters())
+def row_of(job: Job, training: Training, name: str, labels: Mapping[str, Any], curve: list[Any]) -> dict[str, Any]:
+    """What came of a run."""
+    found = _validated(job.task, training.model)
+    curve.append([job.steps, round(found["loss"], 5), round(training.seconds, 2)])
+    size = sum(p.numel() for p in training.model.parameters())
     return {
         "title": job.title, "variant": name, "seed": job.seed, **labels, **found,
-        "parameters": size, "seconds": round(seconds, 1), "curve": curve,
+        "parameters": size, "seconds": round(training.seconds, 1), "compute": training.compute, "curve": curve,
     }  # fmt: skip
 
 
