@@ -7,6 +7,7 @@ converter to another format does with rows and columns, and by which `cut_gguf` 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,6 +22,8 @@ from .passes.names import named_tensors
 from .plan import Plan
 from .pretrained import differing
 from .stand_ins import unshrunk
+
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def save_unshrunk(model: nn.Module, directory: str | os.PathLike[str], *, mark: bool = False, **options: Any) -> None:
@@ -66,8 +69,12 @@ def save_unshrunk(model: nn.Module, directory: str | os.PathLike[str], *, mark: 
     try:
         writable.save_pretrained(beside, state_dict=state, **options)
         target.mkdir(exist_ok=True)
-        for path in beside.iterdir():
-            os.replace(path, target / path.name)
+        made = {path.name for path in beside.iterdir()}
+        for name in made:
+            os.replace(beside / name, target / name)
+        for path in target.iterdir():  # of a save in more parts, or fewer: transformers might read these instead
+            if WEIGHTS.fullmatch(path.name) and path.name not in made:
+                path.unlink()
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

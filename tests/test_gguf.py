@@ -168,6 +168,13 @@ def test_unshrunk_is_what_transformers_loads_and_computes_the_same(tmp_path, exe
     assert plain.lm_head.weight is plain.model.embed_tokens.weight
     torch.testing.assert_close(logits(plain), logits(model))
     assert (tmp_path / "whole" / "tokenizer.json").exists()
+    assert len(list((tmp_path / "whole").glob("model-*.safetensors"))) > 1
+    for size in ("1GB", "20KB"):  # over a save in parts, and over one in one
+        with torch.no_grad():
+            model.model.norm.weight.mul_(2)
+        ecospa_fx.save_unshrunk(model, tmp_path / "whole", max_shard_size=size)
+        plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+        torch.testing.assert_close(logits(plain), logits(model))
     assert not list(tmp_path.glob(".whole*"))
 
 
