@@ -9,6 +9,7 @@ from .api import compile, couplings, diff, plan, shrink
 from .checkpoint import load, resume, save
 from .constraints import Constraints
 from .coupling import Coupling, Member, Refusal
+from .cut import Cut, cut_gguf
 from .diff import ModuleDiff
 from .estimator import CoupledEstimator
 from .explanation import Explanation, explain
@@ -25,6 +26,7 @@ from .shrinkable import ShrinkableLinear
 from .sparsifier import CoupledSparsifier
 from .summary import Summary, summary
 from .trainer import EcoSpaTrainer
+from .unshrunk import save_unshrunk
 from .verification import Verification, verify
 from .watch import Watch
 
@@ -33,6 +35,7 @@ __all__ = [
     "CoupledEstimator",
     "CoupledSparsifier",
     "Coupling",
+    "Cut",
     "EcoSpaTrainer",
     "Explanation",
     "Grams",
@@ -48,6 +51,7 @@ __all__ = [
     "Watch",
     "compile",
     "couplings",
+    "cut_gguf",
     "diff",
     "errors",
     "explain",
@@ -62,6 +66,7 @@ __all__ = [
     "rotate",
     "save",
     "save_pretrained",
+    "save_unshrunk",
     "shrink",
     "state_rule",
     "summary",

@@ -43,6 +43,10 @@ class RestoreError(EcoSpaError, RuntimeError):
     """A module whose own forward cannot run with the weights that are left, or gives something else with them."""
 
 
+class FormatError(EcoSpaError, ValueError):
+    """A file format that cannot hold what is left of a model, or a file in it that nothing can be made of."""
+
+
 class CheckpointError(EcoSpaError, ValueError):
     """A saved directory that is incomplete, altered, of another version, or of another model."""
 

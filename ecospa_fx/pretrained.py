@@ -147,14 +147,14 @@ def configuration_for(model: nn.Module, compiled: CompiledModel) -> Any:
     wanted = {name: tuple(t.shape) for name, t in named_tensors(model).items()}
     fields = {name: v for name, v in vars(config).items() if type(v) is int and v > 1 and not name.startswith("_")}
     best = copy.deepcopy(config)
-    wrong = _differing(model, best, wanted)
+    wrong = differing(model, best, wanted)
     for proposals in (_for_all(fields, compiled.plan), _per_layer(fields, compiled.plan)):
         for change in proposals:
             if not wrong:
                 return best
             trial = copy.deepcopy(best)
             change(trial)
-            now = _differing(model, trial, wanted)
+            now = differing(model, trial, wanted)
             if len(now) < len(wrong):
                 best, wrong = trial, now
     if not wrong:
@@ -211,7 +211,7 @@ def _proportional(value: int, plan: Plan, names: Any) -> set[int]:
     return found
 
 
-def _differing(model: nn.Module, config: Any, wanted: Shapes) -> set[str]:
+def differing(model: nn.Module, config: Any, wanted: Shapes) -> set[str]:
     """The names whose shapes differ in a model that is made from a configuration; all where none can be made."""
     cls: Any = type(model)
     try:

@@ -61,9 +61,10 @@ class StandIns:
         return {name: made[id(tensor)] for name, tensor in self.named.items()}
 
 
-def unshrunk(tensor: Tensor, plan: Plan, name: str) -> Tensor:
-    """`tensor` in its places among zeros at the shape it had before any shrink."""
-    whole = torch.zeros(plan.original_shapes[name], dtype=tensor.dtype, device=tensor.device)
+def unshrunk(tensor: Tensor, plan: Plan, name: str, fill: float = 0.0) -> Tensor:
+    """`tensor` in its places at the shape it had before any shrink, among zeros, or among `fill` if it is of floats."""
+    fill = fill if tensor.is_floating_point() else 0
+    whole = torch.full(plan.original_shapes[name], fill, dtype=tensor.dtype, device=tensor.device)
     index = [plan.kept.get((name, dim), torch.arange(size)).to(tensor.device) for dim, size in enumerate(whole.shape)]
     whole[torch.meshgrid(*index, indexing="ij")] = tensor.detach()
     return whole
