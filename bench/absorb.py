@@ -1,9 +1,9 @@
-"""What absorption and rotation cost on one core of a CPU, in training steps.
+"""What absorption, rotation and the adaptive policy cost on one core of a CPU, in training steps.
 
-PYTHONPATH=bench python bench/absorb.py [--width 768] [--layers 2] [--sequences 2] [--context 512] [--rounds 3]
+PYTHONPATH=bench python bench/absorb.py [--share 0.125] [--layers 12] [--width 768] [--sequences 2] [--context 512]
 
-A GPT-2 of the width of the 125 M one, with fewer of its equal blocks (all costs grow with their number alike) and a
-small vocabulary (which makes a step cheaper, not these). CPU seconds of the process, medians over rounds: other
+The 124 M GPT-2, of which a share of the entries of all FFNs, queries and keys, values and outputs goes at once: an
+eighth, as in a schedule of some shrinks; or give another. CPU seconds of the process, medians over rounds: other
 processes count for little in them. Steps are timed with and without looking at what weights meet, in turns.
 """
 
@@ -19,12 +19,17 @@ from torch.nn.functional import cross_entropy
 import ecospa_fx
 from ecospa_fx.compensation import GATHERING
 from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
+from ecospa_fx.forecast import forecast
+from ecospa_fx.policies import CARE
+from ecospa_fx.saliency import Saliency
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("width", 768), ("layers", 2), ("sequences", 2), ("context", 512), ("rounds", 3)):
+    defaults = {"width": 768, "layers": 12, "vocabulary": 50257, "sequences": 2, "context": 512, "rounds": 2}
+    for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--share", type=float, default=0.125)
     given = parser.parse_args()
     torch.set_num_threads(1)
     tolerate_missing_torchvision_ops()
@@ -33,35 +38,55 @@ def main() -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=256, n_positions=given.context, n_embd=given.width, n_layer=given.layers,
+            vocab_size=given.vocabulary, n_positions=given.context, n_embd=given.width, n_layer=given.layers,
             n_head=given.width // 64, use_cache=False,
         )
     )  # fmt: skip
-    tokens = torch.randint(256, (given.sequences, given.context))
+    tokens = torch.randint(given.vocabulary, (given.sequences, given.context))
     ecospa_fx.compile(model, example_inputs=(tokens,))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
-    def step() -> None:
+    saliency = Saliency(model)
+
+    def step(judge: bool = False) -> None:
         cross_entropy(model(tokens).logits.flatten(0, 1), tokens.flatten()).backward()
         optimizer.step()
+        if judge:
+            saliency.accumulate()
         optimizer.zero_grad()
 
     grams = ecospa_fx.Grams(model, training=True)
-    seconds: dict[str, list[float]] = {"step": [], "looking": []}
+    seconds: dict[str, list[float]] = {"step": [], "judging": [], "looking": []}
     for number in range(given.rounds + 1):
-        for name, grams.active in (("step", False), ("looking", True)):
-            taken = timed(step)
+        for name in seconds:
+            grams.active = name == "looking"
+            taken = timed(lambda name=name: step(judge=name == "judging"))
             if number:  # the first one generates code
                 seconds[name].append(taken)
     before = {name: statistics.median(values) for name, values in seconds.items()}
-    keep = {c.name: torch.arange(c.size - c.size // 2) for c in ecospa_fx.couplings(model) if c.kind != "heads"}
     linear = [c for c in ecospa_fx.couplings(model) if c.linear]
+    some = [c for c in ecospa_fx.couplings(model) if c.kind != "heads"]
+    keep = {c.name: torch.arange(c.size - round(given.share * c.size)) for c in some}
+    judged = timed(
+        lambda: forecast(
+            model,
+            some,
+            saliency,
+            grams=grams,
+            optimizers=[optimizer],
+            absorb=True,
+            rotate=True,
+            depth=min(1.0, CARE * given.share),
+        )
+    )
     plain, state = copy.deepcopy(model), optimizer.state_dict()
     other = torch.optim.AdamW(plain.parameters(), lr=1e-4)
     other.load_state_dict(copy.deepcopy(state))
     rows = {
         "step": before["step"],
         f"looking at {GATHERING} steps": GATHERING * (before["looking"] - before["step"]),
+        "judging a step": before["judging"] - before["step"],
+        "forecast": judged,
         "shrink": timed(lambda: ecospa_fx.shrink(plain, keep, optimizer=other)),
         "rotate": timed(lambda: ecospa_fx.rotate(model, linear, grams=grams, optimizer=optimizer)),
         "shrink, absorbing": timed(lambda: ecospa_fx.shrink(model, keep, optimizer=optimizer, absorb=grams)),

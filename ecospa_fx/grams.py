@@ -34,7 +34,7 @@ from .passes.shrink import steps_of
 from .plan import Plan
 from .region import Region
 
-ROWS = 1024
+ROWS = 512
 """Positions read of one call at most, or a quarter of the columns where that is more: 16 calls are 4 rows a column."""
 
 RIDGE = 1e-3
@@ -61,7 +61,7 @@ class Grams:
 
     Args:
         model: a compiled model that has been called.
-        rows: positions (tokens, pixels) that are read of one call at most, evenly spaced; by default 1024, or a quarter
+        rows: positions (tokens, pixels) that are read of one call at most, evenly spaced; by default 512, or a quarter
             of what the weight sums over where that is more.
         ridge: how much the regression distrusts what it has seen: what is added to the diagonal of `X.T @ X`, as a
             share of its mean.

@@ -11,7 +11,7 @@ entries go, and then does the same for all columns at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,10 @@ from .absorb import Moments
 
 CANDIDATES = 2
 """Times as many as are to go in a round."""
+LARGE = 1024
+"""Columns from which on float32 is good enough for an order; the ridge keeps the condition number low."""
+LAZY = 32
+"""Entries that go before matrices are brought up to date."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,23 +87,26 @@ def eliminate(
     done = 0
     while done < size:
         count = size - done
-        each = torch.stack([state.costs(left) for state in held]).sum(0).view(contexts, size)
+        each = torch.stack([state.costs() for state in held]).sum(0).view(contexts, size)
         ranked = torch.where(left, each, torch.inf).argsort(dim=-1, stable=True)[:, :count]
         if count <= max(1, at_least):  # each next to all that are left: a lower bound
             order[:, done:], cost[:, done:] = ranked, each.gather(-1, ranked)
             break
         goes = max(1, min(round(share * count), count - max(1, at_least)))
         candidates = torch.zeros_like(left).scatter_(1, ranked[:, : CANDIDATES * goes], True)
+        near = []
         for state in held:
             state.focus(candidates)
+            assert state.near is not None
+            near.append(state.near)
         for place in range(done, done + goes):
             for context in range(contexts):
-                each = torch.stack([state.focused() for state in held]).sum(0).view(contexts, size)[context]
-                entry = int(torch.where(candidates[context], each, torch.inf).argmin())
-                order[context, place], cost[context, place] = entry, each[entry]
+                now = torch.stack([part.costs() for part in near]).sum(0).view(contexts, size)[context]
+                entry = int(torch.where(candidates[context], now, torch.inf).argmin())
+                order[context, place], cost[context, place] = entry, now[entry]
                 candidates[context, entry] = left[context, entry] = False
-                for state in held:
-                    state.remove(context * size + entry)
+                for part in near:
+                    part.remove(context * size + entry)
         for state in held:
             state.drop(left)
         done += goes
@@ -110,10 +117,9 @@ def eliminate(
 class _State:
     """One weight as entries go: its columns that are left, and the inverse of their second moments."""
 
-    def __init__(self, matrix: Tensor, squares: Tensor, unit: Tensor, units: int, alone: Tensor) -> None:
-        self.matrix, self.squares, self.unit, self.units, self.alone = matrix, squares, unit, units, alone
-        self.inverse = squares
-        self.near = matrix, squares, unit
+    def __init__(self, matrix: Tensor, inverse: Tensor, unit: Tensor, units: int, alone: Tensor) -> None:
+        self.matrix, self.inverse, self.unit, self.units, self.alone = matrix, inverse, unit, units, alone
+        self.near: _Narrow | _Wide | None = None
 
     @classmethod
     def of(cls, given: Summing, units: int, ridge: float) -> _State | None:
@@ -122,68 +128,112 @@ class _State:
         matrix, unit = given.matrix.double().to(squares.device), given.unit.to(squares.device)
         if not bool(squares.isfinite().all() & sums.isfinite().all() & matrix.isfinite().all()):
             return None
-        alone = _blocks(matrix.T @ matrix, squares, unit, units)
+        alone = _over_units(matrix, squares, unit, units, lambda block: block)
         if given.constant:
             squares = squares - torch.outer(sums, sums)
         squares = squares.clone()
         squares.diagonal().add_(max(ridge, 1e-10) * max(float(squares.diagonal().mean()), 1e-300))
-        return cls(matrix, squares, unit, units, alone.cpu())
+        return cls(matrix, _inverse(squares), unit, units, alone.cpu())
 
-    def costs(self, left: Tensor) -> Tensor:
+    def costs(self) -> Tensor:
         """What each unit that is left costs alone, `[units]`."""
-        self.inverse = _inverse(self.squares)
-        return _costs(self.matrix.T @ self.matrix, self.inverse, self.unit, self.units).cpu()
+        return _over_units(self.matrix, self.inverse, self.unit, self.units, torch.linalg.inv).cpu()
 
     def focus(self, candidates: Tensor) -> None:
         """Look at the columns of some units alone."""
         mine = self._columns_of(candidates).nonzero().flatten()
-        weights = self.matrix[:, mine]
-        self.near = weights.T @ weights, self.inverse[mine][:, mine], self.unit[mine]
-
-    def focused(self) -> Tensor:
-        """What each candidate costs now, `[units]`."""
-        return _costs(*self.near, self.units).cpu()
-
-    def remove(self, unit: int) -> None:
-        """Let the other candidates take over what one of them did."""
-        weights, inverse, owner = self.near
-        gone, kept = (owner == unit).nonzero().flatten(), (owner != unit).nonzero().flatten()
-        share = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, kept])
-        across = weights[gone][:, kept]
-        added = share.T @ across
-        weights = weights[kept][:, kept] - added - added.T + share.T @ weights[gone][:, gone] @ share
-        self.near = weights, inverse[kept][:, kept] - inverse[kept][:, gone] @ share, owner[kept]
+        weights, unit = self.matrix[:, mine], self.unit[mine]
+        kind = _Narrow if len(unit.unique()) == len(unit) else _Wide
+        self.near = kind(weights.T @ weights, self.inverse[mine][:, mine], unit, self.units)
 
     def drop(self, left: Tensor) -> None:
         """Let the columns of all units that have gone be taken over."""
         stays = (self.unit < 0) | self._columns_of(left)
         gone, kept = (~stays).nonzero().flatten(), stays.nonzero().flatten()
-        share = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone][:, kept])
+        across = self.inverse[gone][:, kept]
+        share = torch.linalg.solve(self.inverse[gone][:, gone], across)
         self.matrix = self.matrix[:, kept] - self.matrix[:, gone] @ share
-        self.squares, self.unit = self.squares[kept][:, kept], self.unit[kept]
+        self.inverse = self.inverse[kept][:, kept] - across.T @ share
+        self.unit = self.unit[kept]
 
     def _columns_of(self, units: Tensor) -> Tensor:
         return (self.unit >= 0) & units.flatten().to(self.unit.device)[self.unit.clamp(min=0)]
 
 
-def _costs(weights: Tensor, inverse: Tensor, unit: Tensor, units: int) -> Tensor:
-    """`tr(W.T W inv(inverse))` over the columns of each unit, `[units]`."""
-    found = torch.zeros(units, dtype=torch.float64, device=weights.device)
-    for mine, columns in _columns(unit):
-        if columns.shape[1] == 1:
-            found[mine] = (weights.diagonal() / inverse.diagonal())[columns[:, 0]]
-        else:
+class _Wide:
+    """Candidates of several columns each: few, as heads are."""
+
+    def __init__(self, weights: Tensor, inverse: Tensor, unit: Tensor, units: int) -> None:
+        self.weights, self.inverse, self.unit, self.units = weights, inverse, unit, units
+
+    def costs(self) -> Tensor:
+        """What each candidate costs now, `[units]`."""
+        found = torch.zeros(self.units, dtype=torch.float64, device=self.weights.device)
+        for mine, columns in _columns(self.unit):
             rows, across = columns[:, :, None], columns[:, None, :]
-            found[mine] = (weights[rows, across] * torch.linalg.inv(inverse[rows, across])).sum((1, 2))
-    return found
+            found[mine] = (self.weights[rows, across] * torch.linalg.inv(self.inverse[rows, across])).sum((1, 2))
+        return found.cpu()
+
+    def remove(self, unit: int) -> None:
+        """Let the others take over what one did."""
+        gone, kept = (self.unit == unit).nonzero().flatten(), (self.unit != unit).nonzero().flatten()
+        share = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone][:, kept])
+        added = share.T @ self.weights[gone][:, kept]
+        self.weights = self.weights[kept][:, kept] - added - added.T + share.T @ self.weights[gone][:, gone] @ share
+        self.inverse = self.inverse[kept][:, kept] - self.inverse[kept][:, gone] @ share
+        self.unit = self.unit[kept]
 
 
-def _blocks(a: Tensor, b: Tensor, unit: Tensor, units: int) -> Tensor:
-    """Sum of `a * b` over the rows and columns of each unit, `[units]`."""
-    found = torch.zeros(units, dtype=torch.float64, device=a.device)
-    for columns, mine in _columns(unit):
-        blocks = a[mine[:, :, None], mine[:, None, :]] * b[mine[:, :, None], mine[:, None, :]]
-        found[columns] = blocks.sum((1, 2))
+class _Narrow:
+    """Candidates of one column each: many. The same as `_Wide`, but matrices are brought up to date now and then only.
+
+    In between they lack a few products of vectors, `weights -= r q.T + q r.T` and `inverse -= d r r.T`.
+    """
+
+    def __init__(self, weights: Tensor, inverse: Tensor, unit: Tensor, units: int) -> None:
+        self.weights, self.inverse, self.unit, self.units = weights, inverse, unit, units
+        self.diagonals = weights.diagonal().clone(), inverse.diagonal().clone()
+        self.place = torch.full((units,), -1).index_put_((unit.cpu(),), torch.arange(len(unit)))
+        self.r = self.q = weights.new_empty(0, len(unit))
+        self.d = weights.new_empty(0)
+
+    def costs(self) -> Tensor:
+        """What each candidate costs now, `[units]`."""
+        above, below = self.diagonals
+        found = above.new_zeros(self.units)
+        found[self.unit] = above.clamp(min=0) / below.clamp(min=1e-300)
+        return found.cpu()
+
+    def remove(self, unit: int) -> None:
+        """Let the others take over what one did."""
+        j = int(self.place[unit])
+        weights = self.weights[j] - self.r[:, j] @ self.q - self.q[:, j] @ self.r
+        inverse = self.inverse[j] - (self.d * self.r[:, j]) @ self.r
+        d = inverse[j]
+        r = inverse / d
+        q = weights - 0.5 * weights[j] * r
+        above, below = self.diagonals
+        above.sub_(2 * r * q)
+        below.sub_(d * r * r)
+        self.r, self.q, self.d = (
+            torch.cat([self.r, r[None]]),
+            torch.cat([self.q, q[None]]),
+            torch.cat([self.d, d[None]]),
+        )
+        if len(self.d) == LAZY:
+            both = self.r.T @ self.q
+            self.weights.sub_(both).sub_(both.T)
+            self.inverse.sub_((self.d[:, None] * self.r).T @ self.r)
+            self.r, self.q, self.d = self.r[:0], self.q[:0], self.d[:0]
+
+
+def _over_units(matrix: Tensor, squares: Tensor, unit: Tensor, units: int, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """`tr(W.T W of(squares))` over the columns of each unit, `[units]`, of a matrix W `[rows, columns]`."""
+    found = torch.zeros(units, dtype=torch.float64, device=matrix.device)
+    for mine, columns in _columns(unit):
+        weights = matrix.T[columns]  # [units, columns, rows]
+        blocks = of(squares[columns[:, :, None], columns[:, None, :]])
+        found[mine] = ((weights @ weights.mT) * blocks).sum((1, 2))
     return found
 
 
@@ -199,10 +249,13 @@ def _columns(unit: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _inverse(squares: Tensor) -> Tensor:
+    """The inverse, float64, by Cholesky: large ones in float32, in half the time; where that fails, with a ridge."""
+    if len(squares) > LARGE:
+        factor, failed = torch.linalg.cholesky_ex(squares.float())
+        if not int(failed):
+            return torch.cholesky_inverse(factor).double()
     factor, failed = torch.linalg.cholesky_ex(squares)
-    raised = squares
-    scale = float(squares.diagonal().mean())
-    ridge = 1e-10
+    scale, ridge = float(squares.diagonal().mean()), 1e-10
     while int(failed):
         raised = squares.clone()
         raised.diagonal().add_(ridge * scale)
