@@ -10,6 +10,7 @@ absorbed    what stays takes over what goes, by least squares on 16 training bat
 rotated     in the basis of the singular vectors of the two weights, the last ones go
 seen        likewise, of the activations in the same 16 batches: of their product
 both        that, and absorbed
+adaptive    that, and where how much goes is decided by what the loss is expected to rise by
 
 Validation loss over that of the whole model, in nats per byte. About five minutes per model on one core.
 """
@@ -23,6 +24,7 @@ import time
 from datetime import date
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from machine import RESULTS, machine
@@ -31,8 +33,14 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import ecospa_fx
+from ecospa_fx.adaptive import AdaptiveSparsifier
+from ecospa_fx.api import state_of
+from ecospa_fx.constraints import Constraints
 from ecospa_fx.demo.corpus import validation_batches
+from ecospa_fx.forecast import forecast
+from ecospa_fx.saliency import Saliency
 from ecospa_fx.scores import index_scores
+from ecospa_fx.size import CostModel
 
 from .runs import _rate
 from .tasks import Text
@@ -43,6 +51,7 @@ KINDS = {
 }  # fmt: skip
 WAYS = {
     "removed": "#7f7f7f", "absorbed": "#0072b2", "rotated": "#e69f00", "seen": "#cc79a7", "both": "#009e73",
+    "adaptive": "#000000",
 }  # fmt: skip
 SHARES = (0.25, 0.5, 0.75)
 BATCHES = 16
@@ -78,18 +87,26 @@ def strokes(arch: str, steps: int, seed: int, runs: Path) -> list[dict[str, obje
         return sum(task.loss(model, batch).item() for batch in held_out) / len(held_out)
 
     began = time.perf_counter()
-    with ecospa_fx.Grams(model) as grams, torch.no_grad():
-        for x, _ in task.batches(BATCHES, seed + 1):
-            model(x)
+    saliency = Saliency(model)
+    with ecospa_fx.Grams(model) as grams:
+        for batch in task.batches(BATCHES, seed + 1):
+            task.loss(model, batch).backward()
+            saliency.accumulate()
+            model.zero_grad()
     print(f"{arch}: gathered in {time.perf_counter() - began:.1f} s")
-    seen, whole, rows = grams.state_dict(), loss(model), []
+    seen, judged, whole, rows = grams.state_dict(), saliency.state_dict(), loss(model), []
     for name, kinds in KINDS.items():
         for share in SHARES:
             known: dict[str, float] = {}
             for way in WAYS:
                 smaller = copy.deepcopy(model)
                 began = time.perf_counter()
-                if not stroke(smaller, kinds, share, way, seen):
+                done = (
+                    adapt(smaller, kinds, share, seen, judged)
+                    if way == "adaptive"
+                    else stroke(smaller, kinds, share, way, seen)
+                )
+                if not done:
                     continue
                 seconds = time.perf_counter() - began
                 known[way] = loss(smaller) - whole
@@ -150,6 +167,30 @@ def stroke(model: nn.Module, kinds: tuple[str, ...], share: float, way: str, see
         return False
     ecospa_fx.shrink(model, keep, absorb=grams if way in ("absorbed", "both") else None)
     return way not in ("absorbed", "both") or bool(grams.left)
+
+
+def adapt(
+    model: nn.Module, kinds: tuple[str, ...], share: float, seen: dict[str, torch.Tensor], judged: dict[str, Any]
+) -> bool:
+    """Shrink as the adaptive policy does, to as many parameters; where there is one kind only, layers share it out."""
+    grams, saliency = ecospa_fx.Grams(model), Saliency(model)
+    grams.detach()
+    grams.load_state_dict(seen)
+    saliency.load_state_dict(judged)
+    found = [c for c in ecospa_fx.couplings(model) if c.kind in kinds]
+    rest = [c for c in ecospa_fx.couplings(model) if c.kind not in kinds]
+    even = {c.name: max(1, c.size - round(share * c.size)) for c in found}
+    if even == {c.name: c.size for c in found}:
+        return False
+    sizes = CostModel(model, state_of(model))
+    at_most = sizes.total(even)
+    sparsifier = AdaptiveSparsifier(model, target=at_most / sizes.original, constraints=Constraints(frozen=rest))
+    curves = forecast(model, found, saliency, grams=grams, absorb=True, rotate=True).curves
+    keep = sparsifier.plan(curves, at_most)
+    linear = {c.name: kept.shape[-1] for c, kept in keep.items() if c.linear}
+    ecospa_fx.rotate(model, linear, keep=linear, grams=grams)
+    ecospa_fx.shrink(model, keep, absorb=grams)
+    return True
 
 
 def plot(rows: list[dict[str, object]]) -> None:
