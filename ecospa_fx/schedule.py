@@ -17,7 +17,8 @@ class Schedule:
     """When to take a sparsification step, counted in steps, tokens or epochs of training.
 
     Attributes:
-        interval: from one sparsification step to the next.
+        interval: from one sparsification step to the next; where there is an end, stretched or squeezed a little so
+            that the last one falls on it.
         start: of the first one; the first comes an interval after 0 where this is 0.
         end: of the last one, by which the target is reached; None lets the rule of the paper run until it is.
         shape: what share of all that is to go has gone after a share t of the sparsification steps: `"linear"`, t;
@@ -86,11 +87,17 @@ class Schedule:
 
     @property
     def step(self) -> float:
-        """From one sparsification step to the next, also where `shrinks` says how many there are."""
-        if self.shrinks is None:
+        """From one sparsification step to the next, also where `shrinks` says how many there are.
+
+        Where there is an end, the last falls on it: one that came a few training steps after the one before would judge
+        by these few alone.
+        """
+        if self.end is None:
             return self.interval
-        assert self.end is not None
-        count = self.shrinks - 1 if self.start > 0 else self.shrinks
+        if self.shrinks is None:
+            count = round((self.end - self.start) / self.interval)
+        else:
+            count = self.shrinks - 1 if self.start > 0 else self.shrinks
         return (self.end - self.start) / max(1, count)
 
     def _taken(self, now: float) -> int:

@@ -69,7 +69,8 @@ class EcoSpaTrainer:
         preset: `"pretrain"` or `"finetune"`: what `top_k` and `theta` are by default, 30% and 90% or 10% and 95%.
         top_k: share of the couplings that shrink at a sparsification step, the least important ones.
         theta: share of a coupling's score that is kept when it shrinks.
-        interval: training steps between sparsification steps; or tokens or epochs, see `unit`.
+        interval: training steps between sparsification steps; or tokens or epochs, see `unit`. Where there is an end
+            it is stretched or squeezed a little, so that the last one falls on it.
         start: training step of the first one.
         end: training step by which the target is reached. Where the paper's rule is too slow for that, more couplings
             take part, then theta gives way. Without it the rule runs until the target is reached.

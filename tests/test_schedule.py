@@ -1,6 +1,7 @@
 """Schedules, targets and waiting for the loss."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -36,8 +37,16 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(shape):
     found = taken(Schedule(interval=4, start=4, end=22, shape=shape), 40)
-    assert [now for now, _ in found] == [4, 8, 12, 16, 20, 22]
-    assert [share for _, share in found] == pytest.approx([SHAPES[shape](i / 6) for i in range(1, 7)])
+    assert [now for now, _ in found] == [4, 9, 13, 18, 22]
+    assert [share for _, share in found] == pytest.approx([SHAPES[shape](i / 5) for i in range(1, 6)])
+
+
+@pytest.mark.parametrize("end", range(90, 111))
+def test_the_last_one_has_as_long_to_judge_as_the_others(end):
+    steps = [0, *(now for now, _ in taken(Schedule(interval=10, end=end), 200))]
+    assert steps[-1] == end
+    gaps = [b - a for a, b in pairwise(steps)]
+    assert max(gaps) - min(gaps) <= 1 and min(gaps) >= 9 and max(gaps) <= 11
 
 
 def test_one_shot_and_without_an_end():
