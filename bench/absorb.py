@@ -20,7 +20,6 @@ import ecospa_fx
 from ecospa_fx.compensation import GATHERING
 from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
 from ecospa_fx.forecast import forecast
-from ecospa_fx.policies import CARE
 from ecospa_fx.saliency import Saliency
 
 
@@ -76,7 +75,7 @@ def main() -> None:
             optimizers=[optimizer],
             absorb=True,
             rotate=True,
-            depth=min(1.0, CARE * given.share),
+            widths={c: len(keep[c.name]) for c in some},
         )
     )
     plain, state = copy.deepcopy(model), optimizer.state_dict()

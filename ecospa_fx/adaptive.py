@@ -1,4 +1,4 @@
-"""AdaptiveSparsifier: where to remove how much, by what the loss is expected to rise."""
+"""AdaptiveSparsifier: where to remove how much, by what the loss would rise by."""
 
 from __future__ import annotations
 
@@ -10,36 +10,40 @@ from torch import Tensor
 
 from .constraints import Unit
 from .coupling import Coupling
-from .forecast import Curve
 from .latency import LatencyModel
 from .size import CostModel
 from .sparsifier import CoupledSparsifier, named_sizes
 
 
 class AdaptiveSparsifier(CoupledSparsifier):
-    """Removes what the loss is expected to rise least by, for what it saves, over all couplings at once.
+    """Removes most where the loss would rise least by it, for what it saves, over all couplings at once.
 
-    The entries of every coupling come in the order of its `Curve`. One price, loss per unit of cost, is the same
-    everywhere: each coupling loses the entries that are cheaper than that, and the price is as low as the size that is
-    due allows. There is nothing to set: neither a share of couplings nor of scores.
+    How much goes from a coupling is decided by what its entries are worth alone, whatever could take over from them.
+    One price, loss per unit of cost, is the same everywhere: each coupling loses as many entries as are worth less than
+    that, and the price is as low as the size that is due allows. There is nothing to set: neither a share of couplings
+    nor of scores.
+
+    What can be replaced now costs nothing now. But a model that goes on training uses it, and would miss it: to decide
+    by what is left after compensation cost more in the end, in particular early (docs/absorption.md).
 
     Settings, attributes and errors are those of `CoupledSparsifier`.
     """
 
-    def plan(self, curves: Mapping[Coupling, Curve], at_most: int) -> dict[Coupling, Tensor]:
-        """What to keep of which couplings.
+    def widths(self, worth: Mapping[Coupling, Tensor], at_most: int) -> dict[Coupling, int]:
+        """How many entries of which couplings stay.
 
         Args:
-            curves: of every coupling, see `ecospa_fx.forecast`; one without stays as it is.
+            worth: `[size]`, what the loss would rise by with the cheapest entry of a coupling, the next, and so on; one
+                without stays as it is.
             at_most: what the model may cost after this step; the target, if it is below.
 
         Returns:
-            Coupling -> sorted LongTensor of the entries to keep, `[kept]` or `[contexts, kept]`, for those that shrink.
+            For those that shrink.
         """
         sizes = self.sizes()
         at_most = max(at_most, self.target_size(sizes))
-        units = [unit for unit in self._units() if all(c in curves for c in unit.couplings)]
-        prices = {unit: _prices(unit, curves, sizes) for unit in units}
+        units = [unit for unit in self._units() if all(c in worth for c in unit.couplings)]
+        prices = {unit: _prices(unit, worth, sizes) for unit in units}
         keeps = self._cheapest(units, prices, sizes, at_most)
         order = sorted(keeps, key=lambda unit: (_last(prices[unit], unit, keeps[unit]), unit.name))
         keeps = self._stop_at_target(order, keeps, sizes)
@@ -47,7 +51,7 @@ class AdaptiveSparsifier(CoupledSparsifier):
             order = sorted(units, key=lambda unit: (_next(prices[unit], unit, keeps), unit.name))
             keeps = self._fill(order, keeps, sizes, at_most)
         return {
-            coupling: curves[coupling].keep(keep)
+            coupling: keep
             for unit, size in keeps.items()
             for coupling, keep in unit.keeps(size).items()
             if keep < coupling.size
@@ -92,12 +96,12 @@ class AdaptiveSparsifier(CoupledSparsifier):
         return taken
 
 
-def _prices(unit: Unit, curves: Mapping[Coupling, Curve], sizes: CostModel | LatencyModel) -> list[float]:
+def _prices(unit: Unit, worth: Mapping[Coupling, Tensor], sizes: CostModel | LatencyModel) -> list[float]:
     """What each allowed size of a unit costs in loss for what it saves, from the largest down; it never falls.
 
     Steps that come cheaper after a dear one are taken together with it: the lower convex hull of loss over cost.
     """
-    rises = {c: curves[c].rises.tolist() for c in unit.couplings}
+    rises = {c: [0.0, *worth[c].cumsum(0).tolist()] for c in unit.couplings}
     (least, most), whole = (unit.sizes[0], unit.sizes[-1]), sizes.total({})
     saved = whole - sizes.total(named_sizes([unit], {unit: least}))
     each = saved / max(1, most - least)  # costs are linear in one width, as long as the others stay

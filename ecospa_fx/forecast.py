@@ -117,7 +117,7 @@ def forecast(
     absorb: bool = False,
     rotate: bool = False,
     by_context: bool = True,
-    depth: float = 1.0,
+    widths: Mapping[Coupling, int] | None = None,
     positions: float | None = None,
 ) -> Forecast:
     """A curve for each coupling.
@@ -131,21 +131,30 @@ def forecast(
         absorb: what stays will take over.
         rotate: another basis will be taken where it is free.
         by_context: entries of each context on their own.
-        depth: share of the entries to which the order is found with care; what lies beyond is expected to cost too
-            little.
+        widths: how many entries will stay; to there the order is found with care, and what lies beyond is expected to
+            cost too little. One by default.
         positions: over which the loss of a training step is a mean.
     """
     found: dict[Coupling, Curve] = {}
     for coupling in couplings:
-        alone = saliency.entries(coupling, by_context=by_context and coupling.context is not None)
-        alone = alone if alone.ndim == 2 else alone[None]
-        curve = None
+        alone, curve = _alone(coupling, saliency, by_context), None
         if rotate and coupling.linear:
-            curve = _rotated(model, coupling, grams, optimizers, float(alone.sum()))
+            curve = _rotated(model, coupling, grams, optimizers, alone)
         if curve is None and absorb and grams is not None:
-            curve = _absorbed(coupling, grams, alone, depth)
+            curve = _absorbed(coupling, grams, alone, 1 if widths is None else widths.get(coupling, coupling.size))
         found[coupling] = curve or _removed(alone)
     return Forecast(found, positions)
+
+
+def worth_of(coupling: Coupling, saliency: Saliency, *, by_context: bool = True) -> Tensor:
+    """What the loss would rise by with the cheapest entry, the next, and so on, were nothing to take over: `[size]`."""
+    return _removed(_alone(coupling, saliency, by_context)).cost
+
+
+def _alone(coupling: Coupling, saliency: Saliency, by_context: bool) -> Tensor:
+    """Saliency of the entries, `[contexts, size]`, in one row where all contexts lose the same."""
+    alone = saliency.entries(coupling, by_context=by_context and coupling.context is not None)
+    return alone if alone.ndim == 2 else alone[None]
 
 
 def _removed(alone: Tensor) -> Curve:
@@ -154,21 +163,21 @@ def _removed(alone: Tensor) -> Curve:
 
 
 def _rotated(
-    model: nn.Module, coupling: Coupling, grams: Grams | None, optimizers: Sequence[Optimizer], worth: float
+    model: nn.Module, coupling: Coupling, grams: Grams | None, optimizers: Sequence[Optimizer], alone: Tensor
 ) -> Curve | None:
     basis = free_basis(model, state_of(model), coupling, grams, optimizers)
     if isinstance(basis, str):
         return None
     carried = basis.turn.energy.square().cpu().flip(-1)
-    scale = worth / max(float(basis.alone.sum()), 1e-300)
-    return Curve("rotated", torch.arange(coupling.size).flip(0)[None], scale * carried.sum(0) / 2)
+    scale = float(alone.sum()) / max(float(basis.alone.sum()), 1e-300)
+    order = torch.arange(coupling.size).flip(0)[None]
+    return Curve("rotated", order, scale * carried.sum(0) / 2)
 
 
-def _absorbed(coupling: Coupling, grams: Grams, alone: Tensor, depth: float) -> Curve | None:
+def _absorbed(coupling: Coupling, grams: Grams, alone: Tensor, at_least: int) -> Curve | None:
     summing = grams.summing(coupling)
     if summing is None or (len(alone) == 1 and coupling.context is not None and coupling.contexts > 1):
         return None
-    at_least = coupling.size - round(depth * coupling.size)
     found = eliminate(summing, len(alone), coupling.size, ridge=grams.ridge, at_least=at_least)
     if found is None:
         return None

@@ -20,13 +20,10 @@ from .compensation import Compensation
 from .coupling import Coupling
 from .errors import TargetError
 from .estimator import CoupledEstimator
-from .forecast import Forecast, forecast
+from .forecast import Forecast, forecast, worth_of
 from .saliency import Saliency
 from .scores import Function, Score
 from .sparsifier import CoupledSparsifier, Entries
-
-CARE = 2.5
-"""The order in which entries go is found with care for so many times what is to go: some couplings lose more."""
 
 
 def check_adaptive(end: Any, shape: str, score: Any, index_score: Any, **others: Any) -> None:
@@ -175,16 +172,15 @@ class Adaptive:
     def decide(self, at_most: int | None) -> Decision:
         """What to keep, by one price for all couplings."""
         sparsifier = self.ready()
-        sizes = sparsifier.sizes()
         assert at_most is not None, "a schedule with an end says what is due"
         judged = [coupling for coupling in couplings(self.model) if self.saliency.judges(coupling)]
-        now = sizes.total({})
-        due = (now - at_most) / max(1, sizes.prunable - (sizes.original - now))
+        by_context = sparsifier.constraints.head_dims == "per_head"
+        worth = {coupling: worth_of(coupling, self.saliency, by_context=by_context) for coupling in judged}
+        widths = sparsifier.widths(worth, at_most)
         expected = forecast(
-            self.model, judged, self.saliency, grams=self.compensation.grams,
-            optimizers=self.optimizers, absorb=self.compensation.absorbs, rotate=self.compensation.rotates,
-            by_context=sparsifier.constraints.head_dims == "per_head", depth=min(1.0, CARE * due),
+            self.model, judged, self.saliency, grams=self.compensation.grams, optimizers=self.optimizers,
+            absorb=self.compensation.absorbs, rotate=self.compensation.rotates, by_context=by_context, widths=widths,
             positions=self.compensation.positions,
         )  # fmt: skip
-        keeps = sparsifier.plan(expected.curves, at_most)
+        keeps = {coupling: expected.curves[coupling].keep(width) for coupling, width in widths.items()}
         return Decision(keeps, {c.name: value for c, value in self.saliency.importance().items()}, expected)

@@ -10,7 +10,7 @@ from zoo import ZOO
 import ecospa_fx
 from ecospa_fx.adaptive import AdaptiveSparsifier, _slopes
 from ecospa_fx.errors import TargetError
-from ecospa_fx.forecast import forecast
+from ecospa_fx.forecast import forecast, worth_of
 from ecospa_fx.passes.absorb import Moments, absorb
 from ecospa_fx.passes.eliminate import Summing, eliminate
 from ecospa_fx.passes.names import named_tensors
@@ -172,14 +172,15 @@ def test_what_does_nothing_goes_first():
     saliency.accumulate()
     sparsifier = AdaptiveSparsifier(model, target=0.5)
     for size in (0.9, 0.8):
-        curves = forecast(model, ecospa_fx.couplings(model), saliency).curves
         whole = sparsifier.sizes().total({})
-        keeps = sparsifier.plan(curves, round(size * whole))
-        (coupling,) = keeps
+        worth = {coupling: worth_of(coupling, saliency) for coupling in ecospa_fx.couplings(model)}
+        widths = sparsifier.widths(worth, round(size * whole))
+        (coupling,) = widths
         assert coupling.name.startswith("b.")
-        left = sparsifier.sizes().total({coupling.name: len(keeps[coupling])})
+        left = sparsifier.sizes().total({coupling.name: widths[coupling]})
         assert size * whole - 17 <= left <= size * whole
-        gone = sorted(set(range(24)) - set(keeps[coupling].tolist()))
+        curve = forecast(model, [coupling], saliency, widths=widths).curves[coupling]
+        gone = sorted(set(range(24)) - set(curve.keep(widths[coupling]).tolist()))
         assert all(entry % 2 == 0 for entry in gone)
 
 

@@ -37,7 +37,7 @@ from ecospa_fx.adaptive import AdaptiveSparsifier
 from ecospa_fx.api import state_of
 from ecospa_fx.constraints import Constraints
 from ecospa_fx.demo.corpus import validation_batches
-from ecospa_fx.forecast import forecast
+from ecospa_fx.forecast import forecast, worth_of
 from ecospa_fx.saliency import Saliency
 from ecospa_fx.scores import index_scores
 from ecospa_fx.size import CostModel
@@ -185,8 +185,9 @@ def adapt(
     sizes = CostModel(model, state_of(model))
     at_most = sizes.total(even)
     sparsifier = AdaptiveSparsifier(model, target=at_most / sizes.original, constraints=Constraints(frozen=rest))
-    curves = forecast(model, found, saliency, grams=grams, absorb=True, rotate=True).curves
-    keep = sparsifier.plan(curves, at_most)
+    widths = sparsifier.widths({c: worth_of(c, saliency) for c in found}, at_most)
+    curves = forecast(model, found, saliency, grams=grams, absorb=True, rotate=True, widths=widths).curves
+    keep = {coupling: curves[coupling].keep(width) for coupling, width in widths.items()}
     linear = {c.name: kept.shape[-1] for c, kept in keep.items() if c.linear}
     ecospa_fx.rotate(model, linear, keep=linear, grams=grams)
     ecospa_fx.shrink(model, keep, absorb=grams)
