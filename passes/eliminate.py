@@ -176,12 +176,12 @@ class _Wide:
 
     def remove(self, unit: int) -> None:
         """Let the others take over what one did."""
-        gone, kept = (self.unit == unit).nonzero().flatten(), (self.unit != unit).nonzero().flatten()
-        share = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone][:, kept])
-        added = share.T @ self.weights[gone][:, kept]
-        self.weights = self.weights[kept][:, kept] - added - added.T + share.T @ self.weights[gone][:, gone] @ share
-        self.inverse = self.inverse[kept][:, kept] - self.inverse[kept][:, gone] @ share
-        self.unit = self.unit[kept]
+        gone = (self.unit == unit).nonzero().flatten()
+        share = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])
+        added = share.T @ (self.weights[gone] - 0.5 * self.weights[gone][:, gone] @ share)
+        self.weights.sub_(added).sub_(added.T)
+        self.inverse.sub_(self.inverse[:, gone] @ share)
+        self.unit[gone] = -1
 
 
 class _Narrow:

@@ -121,6 +121,12 @@ def test_contexts_lose_equally_many_and_wide_entries_go_whole():
         left = torch.linalg.inv(squares[mine][:, mine])
         alone = float((weight[:, mine].T @ weight[:, mine] * left).sum())
         assert float(wide.cost[0, place]) >= alone * (1 - 1e-9)
+    wide = eliminate([Summing(weight, moments, torch.arange(12) // 3, False)], 1, 4, ridge=0, at_least=1, share=0.5)
+    for count in (1, 2, 3):
+        kept = torch.isin(torch.arange(12) // 3, wide.order[0, count:]).nonzero().flatten()
+        made = absorb(moments, kept, constant=False, ridge=0).columns(weight)
+        left = float((x @ weight.T - x[:, kept] @ made[:, kept].T).square().sum()) / len(x)
+        assert float(wide.cost[0, :count].sum()) == pytest.approx(left, rel=1e-6)
     assert eliminate([Summing(weight, Moments(x.T @ x * torch.nan, x.sum(0), 9), heads, False)], 1, 3, ridge=0, at_least=1) is None  # fmt: skip # noqa: E501
 
 
