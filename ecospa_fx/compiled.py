@@ -35,6 +35,7 @@ from .passes.replay import replay
 from .passes.rewrite import Program, rewrite
 from .passes.selection import mask_of, narrowed, whole
 from .passes.shrink import prepare_tensors
+from .passes.stored import agree
 from .plan import Plan
 from .region import Region, apart
 from .shrinkable import original_class, own_forward_aside, swap_forward, swap_linears, unswap_forward
@@ -263,6 +264,7 @@ class CompiledModel:
                 if program not in made:
                     kept = replay(program.inference, plan)
                     made[program] = rewrite(program.inference, kept, model.get_submodule(name))
+            agree((program.inference, replay(program.inference, plan)) for program in region.programs if program.captured.carried.types)
         return {name: [made[program] for program in region.programs] for name, region in self.regions.items()}
 
     def _attributes_under(self, plan: Plan) -> Changes:

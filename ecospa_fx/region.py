@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .attributes import Attribute, fit, holding, numbers_in, unfit
+from .carried import Place, copies, flattened, own, parted
 from .coupling import Coupling, Member, Refusal
 from .errors import CaptureError, EcoSpaError, PinnedAxisError
 from .logs import logger
@@ -30,6 +31,7 @@ from .passes.regions import Analysis, analyse_once, shared_outside
 from .passes.replay import replay
 from .passes.rewrite import Program, rewrite
 from .passes.selection import Choice, Kept, entries, mask_of, narrowed, whole
+from .passes.stored import agree, expanded, keys_of, layout
 from .plan import Plan
 from .shrinkable import original_class
 from .signature import Signature, call_key, training_flags
@@ -68,7 +70,7 @@ class Region:
         self.shared_outside = shared_outside
         self.programs: list[Program] = []
         self.discoveries: list[Discovery] = []
-        self.routes: dict[Any, Signature] = {}  # calls seen before
+        self.routes: dict[Any, tuple[Signature, ...]] = {}  # calls seen before; several differ by what objects hold
         self.watcher: Watcher | None = None
         self.called: list[list[int]] | None = None  # sizes of the first call, where that was before a save
         self.withheld: frozenset[str] = frozenset()  # what calls met before a save could not follow
@@ -88,13 +90,13 @@ class Region:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call of the region."""
-        key, inputs = call_key(module, args, kwargs) or (None, [])
-        program = self._routed(key)
+        key, inputs, objects = call_key(module, args, kwargs) or (None, [], [])
+        program = self._routed(key, inputs, objects)
         if program is None:
-            leaves, spec = pytree.tree_flatten((args, kwargs))
+            leaves, objects = parted(flattened((args, kwargs))[0])
             inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             hooks = inner_hooks(module)
-            program = self._serving(module, leaves, spec, hooks)
+            program = self._serving(module, (args, kwargs), hooks)
             behind = [path for path in backward_hooked(module) if not calls_itself(module.get_submodule(path))]
             before = [path for path in hooks if not calls_itself(module.get_submodule(path))]
             if (behind or (before and program is None)) and not self.shrunk:
@@ -108,39 +110,74 @@ class Region:
                 )
             program = program or self.add(module, args, kwargs)
             self._remember_route(key, program)
+        if objects:
+            inputs = [*inputs, *(program.captured.carried.read(objects) or ()), *objects]
         return program(module, inputs) if self.watcher is None else self.watcher(self, program, module, inputs)
 
     def program_for(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Program, list[Tensor]]:
         """The program that serves a call, captured now if need be, and the tensors it takes."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        program = self._serving(module, leaves, spec, inner_hooks(module)) or self.add(module, args, kwargs)
-        return program, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        program = self._serving(module, (args, kwargs), inner_hooks(module)) or self.add(module, args, kwargs)
+        leaves, objects = parted(flattened((args, kwargs))[0])
+        whole = self._whole_objects(objects)
+        state = [place.find(whole) for place in program.captured.carried.state]
+        return program, [*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *state]
 
-    def _routed(self, key: Any) -> Program | None:
+    def _routed(self, key: Any, tensors: Sequence[Tensor], objects: Sequence[Any]) -> Program | None:
         """The program that served a call of the same key before."""
-        signature = self.routes.get(key) if key is not None else None
-        if signature is None:
-            return None
-        return next((program for program in self.programs if program.captured.signature is signature), None)
+        for signature in self.routes.get(key, ()) if key is not None else ():
+            for program in self.programs:
+                if program.captured.signature is signature:
+                    if not objects:
+                        return program
+                    # The key says nothing of sizes, nor of what is in the objects.
+                    state = program.captured.carried.read(objects)
+                    if state is not None and program.fits([*tensors, *state]):
+                        return program
+        return None
 
     def _remember_route(self, key: Any, program: Program) -> None:
         if key is not None:
             if len(self.routes) >= MOST_ROUTES:
                 self.routes.clear()
-            self.routes[key] = program.captured.signature
+            signature = program.captured.signature
+            known = self.routes.setdefault(key, ())
+            if not any(other is signature for other in known):
+                self.routes[key] = (signature, *known)
 
-    def _serving(
-        self, module: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, hooks: Mapping[str, int]
-    ) -> Program | None:
+    def _serving(self, module: nn.Module, call: Any, hooks: Mapping[str, int]) -> Program | None:
         training = training_flags(module)
         for program in self.programs:
             if not program.captured.serves(hooks, program.called):
                 continue
-            if program.captured.signature.mismatch(spec, leaves, training) is None:
+            if program.captured.mismatch(call, training, program.state) is None:
                 return program
         return None
+
+    def _whole_objects(self, objects: Sequence[Any]) -> list[Any]:
+        """Copies of objects that hold what programs have put there as it would be had nothing shrunk.
+
+        Raises:
+            EcoSpaError: what one holds is not what the region as it is now leaves in it.
+        """
+        known = {key: (exprs, program) for program in self.programs for key, exprs in keys_of(program.inference).items()}
+
+        def whole(place: Place, tensor: Tensor) -> Tensor:
+            exprs, program = known.get((type(objects[place.number]), place.path), ((), None))
+            mask = layout(exprs, self.kept(program)) if program is not None and len(exprs) == tensor.ndim else None
+            if mask is None:
+                return tensor.detach().clone()
+            try:
+                return expanded(tensor, mask)
+            except ValueError as error:
+                raise EcoSpaError(
+                    f"`{place}` of the {type(objects[place.number]).__name__} that `{self.name or 'the model'}` is called "
+                    f"with has {error}: it was filled by another model, or before this one shrank to what it is now. "
+                    "Start with an empty one"
+                ) from None
+
+        return copies(objects, whole)
 
     @property
     def shrunk(self) -> bool:
@@ -167,23 +204,32 @@ class Region:
                 "before inside a transform of torch.func, where nothing can be captured; call the model once with the "
                 "same arguments before"
             )
-        args, kwargs = outside_inference((args, kwargs))
+        leaves, spec = flattened(outside_inference((args, kwargs)))
+        leaves, objects = parted(leaves)
+        if objects:
+            whole = self._whole_objects(objects)
+            args, kwargs = pytree.tree_unflatten([own(leaf, whole) for leaf in leaves], spec)
+        else:
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+        difference = self._difference(module, args, kwargs)
         plan = self.compiled.plan
+        filled = {key for program in self.programs for key in keys_of(program.inference, stored=True)}
         stand_ins = StandIns(module, self.name, plan)
         with experiments(self.compiled.experiments), self._original_attributes(module, stand_ins):
             analysis = analyse_once(
                 module, self.name, (args, kwargs), self.shared_outside, self.compiled.captures,
                 forward=original_class(module).forward, originals=stand_ins if stand_ins.named else None,
+                filled=frozenset(filled),
             )  # fmt: skip
             if self.compiled.execution == "module" and self.following is None:
                 self.remember(analysis)
                 with swapped(module, stand_ins.values()):
                     self.follow(module, numbers_in(module))
                 self.programs, self.discoveries = [], []
-        difference = self._difference(module, args, kwargs)
         if self.programs:
             logger("recaptures").info("%s, graph %d: %s", self.name or "the model", len(self.programs) + 1, difference)
         kept = replay(analysis.inference, plan, difference)
+        agree([*((p.inference, self.kept(p)) for p in self.programs), (analysis.inference, kept)], difference)
         return self.install(analysis, module, kept)
 
     @contextmanager
@@ -267,10 +313,9 @@ class Region:
         self.compiled.forget_couplings()
 
     def _difference(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
         if not self.programs:
             return ""
-        return self.programs[0].captured.signature.mismatch(spec, leaves, training_flags(module)) or ""
+        return self.programs[0].captured.mismatch((args, kwargs), training_flags(module)) or ""
 
     def couplings(self) -> list[Coupling]:
         """The couplings that every signature met so far can follow, at their sizes now."""
@@ -310,7 +355,8 @@ class Region:
                 choice = narrowed(choice, keep, context, live)
             self.write(trial, {**kept, found.atom: choice})
             try:
-                replay(program.inference, trial)
+                theirs = replay(program.inference, trial)
+                agree([(self.programs[-1].inference, {**kept, found.atom: choice}), (program.inference, theirs)])
             except PinnedAxisError:
                 return False
         return True

@@ -6,6 +6,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from .carried import foreign
 from .passes.names import join, named_tensors
 from .passes.record import Call
 from .plan import Plan
@@ -13,7 +14,7 @@ from .plan import Plan
 
 def outside_inference(call: Call) -> Call:
     """The arguments of a call, those that inference mode has made as tensors that autograd takes."""
-    plain: Call = pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, call)
+    plain: Call = pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, call, is_leaf=foreign)
     return plain
 
 

@@ -20,7 +20,7 @@ import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import sympy
@@ -29,17 +29,22 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
+from ecospa_fx.carried import Carried, Held, Place, copies, flattened, own, parted
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.signature import TENSOR, Signature, autocast_now, training_flags
 
 from .agree import Forward, disagreement
-from .axes import as_size
+from .axes import Size, as_size
 from .canonicalise import canonicalise
+from .carry import Tracker
+from .edge import edge
 from .export import Flat, described, export, refuse_foreign
 from .fast_attention import fast_attention
 from .hooks import Point, inner_hooks, noted
 from .inline import inline
+from .live import mark_bodies
 from .names import named_tensors, swapped
+from .record import traceless
 
 aten = torch.ops.aten
 
@@ -64,6 +69,9 @@ class Captured:
         observed: calls of submodules whose tensors leave the graph after its results, for hooks that only look.
         out_spec: tree of the results.
         out_leaves: the leaves of that tree: `TENSOR` where there is a tensor, else the value itself.
+        carried: what it has to do with objects that it is called with, caches say.
+        strangers: the places of tensors in those that something else fills, at its own sizes.
+        filled: what was known of that, see `capture`.
     """
 
     region: str
@@ -80,6 +88,9 @@ class Captured:
     shared_outside: dict[str, str] = field(default_factory=dict)
     hooked: Mapping[str, int] = field(default_factory=dict)
     observed: tuple[Point, ...] = ()
+    carried: Carried = field(default_factory=Carried)
+    strangers: frozenset[Place] = frozenset()
+    filled: Set[tuple[type, tuple[Any, ...]]] = frozenset()
 
     def __post_init__(self) -> None:
         # At once, for torch.compile cannot trace what is cached behind a lock.
@@ -92,6 +103,31 @@ class Captured:
     def returned(self) -> int:
         """Number of tensors that the region itself returns."""
         return sum(leaf is TENSOR for leaf in self.out_leaves)
+
+    @property
+    def state(self) -> dict[str, Place]:
+        """The inputs that are tensors in objects of the call, and where they lie."""
+        places = self.carried.state
+        return dict(zip(self.inputs[len(self.inputs) - len(places) :], places, strict=True))
+
+    def mismatch(
+        self, call: Any, training: tuple[bool, ...], sizes: Sequence[tuple[Size, ...]] | None = None
+    ) -> str | None:
+        """Why a call, (arguments, keyword arguments), is none that the graph was made for; None where it is.
+
+        Args:
+            call: the call.
+            training: see `training_flags`.
+            sizes: of the tensors in its objects, where they have shrunk.
+        """
+        leaves, spec = flattened(call)
+        leaves, objects = parted(leaves)
+        if len(objects) != len(self.carried.types):
+            return "the arguments are structured differently"
+        state = self.carried.read(objects)
+        if state is None:
+            return f"what is in the {' and the '.join(cls.__name__ for cls in self.carried.types)} differs"
+        return self.signature.mismatch(spec, leaves, training, state, sizes)
 
     def serves(self, hooks: Mapping[str, int], called: Set[str]) -> bool:
         """Whether a graph does justice to the hooks that submodules have now, by number.
@@ -106,15 +142,15 @@ class Captured:
         others = {path: number for path, number in hooks.items() if path not in seen or path in self.hooked}
         return others == self.hooked
 
-    def result(self, tensors: Sequence[Tensor]) -> Any:
-        """The region's own result structure around the graph's output `tensors`."""
+    def result(self, tensors: Sequence[Tensor], objects: Sequence[Any] = ()) -> Any:
+        """The region's own result structure around the graph's output `tensors` and the `objects` of the call."""
         match self._plain_result:
             case "tensor":
                 return tensors[0]
             case "tuple":
                 return tuple(tensors)
         waiting = iter(tensors)
-        leaves = [next(waiting) if leaf is TENSOR else leaf for leaf in self.out_leaves]
+        leaves = [next(waiting) if leaf is TENSOR else own(leaf, objects) for leaf in self.out_leaves]
         return pytree.tree_unflatten(leaves, self.out_spec)
 
 
@@ -139,6 +175,7 @@ def capture(
     originals: Originals | None = None,
     check: bool = True,
     static: Set[tuple[int, int]] = frozenset(),
+    filled: Set[tuple[type, tuple[Any, ...]]] = frozenset(),
 ) -> Captured:
     """Capture `module` as called with `args` and `kwargs`.
 
@@ -151,6 +188,7 @@ def capture(
         originals: stand-ins at original sizes for parameters and buffers that have shrunk since.
         check: compare the graph with eager, outputs and gradients, once.
         static: dims, as (tensor argument, dim), to specialise; torch.export decides about the others.
+        filled: what other calls of the region put into objects, as (class of the object, path).
 
     Raises:
         CaptureError: torch.export fails, or the graph disagrees with eager.
@@ -171,11 +209,19 @@ def capture(
     )
     check = check and not on_meta
     hooks = inner_hooks(module)
+    state, written = _read_and_written(module, args, kwargs, region, forward, originals)
 
     def once(observe: Iterable[str]) -> Captured:
         # What is traced needs shapes only; what is compared with eager needs values.
         with at_original_sizes(module, originals.shapes() if originals else None):
-            captured = _captured(module, args, kwargs, region, forward, static, observe)
+            captured = _captured(module, args, kwargs, region, forward, static, observe, state)
+        captured.filled = filled
+        captured.strangers = frozenset(
+            place
+            for place in captured.carried.state
+            if place not in written and place not in captured.carried.stored
+            and (captured.carried.types[place.number], place.path) not in filled
+        )  # fmt: skip
         if check:
             with (
                 at_original_sizes(module, originals.values() if originals else None),
@@ -212,18 +258,69 @@ def _captured(
     forward: Forward,
     static: Set[tuple[int, int]],
     observe: Iterable[str],
+    state: tuple[Place, ...],
 ) -> Captured:
     """The region as a graph in which the hooks of the submodules `observe` have no part."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    flat = Flat(module, forward, leaves, spec, observe)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    program = export(flat, tensors, region, leaves, static)
+    leaves, spec = flattened((args, kwargs))
+    leaves, objects = parted(leaves)
+    flat = Flat(module, forward, leaves, spec, observe, objects)
+    given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    while True:
+        flat.state = state
+        tensors = [*given, *(place.find(objects) for place in state)]
+        program = export(flat, tensors, region, static)
+        more = tuple(place for place in flat.tracker.tensors if place not in state)
+        if not more:
+            break
+        state += more  # traced, it reads what it does not read otherwise
+    flat.carried = replace(flat.carried, state=state)
     results = [leaf for leaf in flat.out_leaves if leaf is not TENSOR]
     refuse_foreign(module, region, results, "returns", "call it so that it does not")
     for point in flat.points:
         values = [leaf for leaf in point.leaves if leaf is not TENSOR]
         refuse_foreign(module, region, values, f"has a hook on `{point.path}`, which takes", "remove the hook")
     return _collect(program, flat, module, region, leaves, spec, tensors)
+
+
+def _read_and_written(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    region: str,
+    forward: Forward,
+    originals: Originals | None,
+) -> tuple[tuple[Place, ...], frozenset[Place]]:
+    """Which tensors in the objects of a call a forward reads, and into which it writes.
+
+    Raises:
+        CaptureError: there are objects of which nothing can be known, or it does with them what no graph can do.
+    """
+    leaves, spec = flattened((args, kwargs))
+    leaves, objects = parted(leaves) if CARRYING.get() else (leaves, [])
+    refuse_foreign(module, region, leaves, "is called with", "pass None there")
+    if not objects:
+        return (), frozenset()
+    tracker = Tracker(marking=False)
+    shadows = tracker.shadows(copies(objects, lambda _, t: t.detach().clone()))
+    leaves = [shadows[leaf.number] if isinstance(leaf, Held) else leaf for leaf in leaves]
+    own_args, own_kwargs = pytree.tree_unflatten(leaves, spec)
+    names = " and a ".join(sorted({type(value).__name__ for value in objects}))
+    try:
+        with (
+            at_original_sizes(module, originals.values() if originals else None),
+            traceless(module),
+            torch.no_grad(),
+        ):
+            forward(module, *own_args, **own_kwargs)
+        tracker.carried()
+    except Exception as error:
+        line = str(error).strip().split("\n")[0]
+        raise CaptureError(
+            f"{described(region)} ({type(module).__name__}) is called with a {names}, and cannot be captured so: it "
+            f"{line if isinstance(error, CaptureError) else f'fails with {type(error).__name__}: {line}'}"
+        ) from error
+    written = {place for place, tensor in tracker.tensors.items() if tensor._version}
+    return tuple(tracker.tensors), frozenset(written)
 
 
 def _warn_of_hooks(captured: Captured, hooks: Mapping[str, int]) -> None:
@@ -249,6 +346,7 @@ def _collect(
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph, {}))
     inline(graph, program.graph_module)
+    mark_bodies(graph, len(flat.carried.stored), region)
     held: dict[str, str] = {}
     parameters: set[str] = set()
     constants: dict[str, Any] = {}
@@ -286,7 +384,7 @@ def _collect(
         signature=signature, sizes={name: named[name].shape for name in held.values()},
         out_spec=flat.out_spec, out_leaves=flat.out_leaves, same_storage=same_storage(module, held.values()),
         hooked={path: number for path, number in inner_hooks(module).items() if path not in flat.observe},
-        observed=tuple(flat.points),
+        observed=tuple(flat.points), carried=flat.carried,
     )  # fmt: skip
 
 
@@ -346,8 +444,12 @@ def _written_to(node: fx.Node) -> bool:
 
 def _pure(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
-        return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+        return node.target is not edge and not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
     return node.target is operator.getitem
+
+
+# Whether objects may be carried in and out; a region whose own Python runs needs no graph for such calls.
+CARRYING: contextvars.ContextVar[bool] = contextvars.ContextVar("carrying", default=True)
 
 
 class Originals(Protocol):

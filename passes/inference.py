@@ -7,6 +7,8 @@ from typing import Any, Literal, TypeAlias
 
 from torch import fx
 
+from ecospa_fx.carried import Place
+
 from .axes import UNIT, Atom, Axes, Expr
 from .capture import Captured
 from .rules import registry as r
@@ -54,6 +56,7 @@ class Inference:
         missing: ops met that have no rule, with the nodes where.
         contexts: atom -> the atom in each of whose entries it may keep other entries, see `passes.contexts`.
         experiments: ops met that have a rule by experiment only, with the nodes where.
+        stored: axis expressions of what objects hold after a call, or before one that does not change it.
     """
 
     captured: Captured
@@ -67,6 +70,7 @@ class Inference:
     missing: dict[str, list[fx.Node]] = field(default_factory=dict)
     contexts: dict[Atom, Atom] = field(default_factory=dict)
     experiments: dict[str, list[fx.Node]] = field(default_factory=dict)
+    stored: dict[Place, Exprs] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Inference:
         return self  # never changed once made

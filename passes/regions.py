@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ import sympy
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ecospa_fx.carried import flattened, parted
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.logs import logger
 from ecospa_fx.signature import autocast_now, training_flags
@@ -128,7 +129,9 @@ def _doubted(
     """Ops whose rule by experiment this region does not bear out."""
     named = named_tensors(module) | dict(originals.values() if originals else {})
     tensors = {name: tensor.detach() for name, tensor in named.items()}
-    inputs = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+    leaves, objects = parted(flattened(call)[0])
+    inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    inputs += [place.find(objects) for place in inference.captured.carried.state]
     return distrusted(inference, discovery, module, tensors, inputs)
 
 
@@ -267,9 +270,8 @@ def _analyse_all(
     module, outside = model.get_submodule(name), shared_outside(model, name, named)
     found = [analyse_once(module, name, calls[0], outside, captures)]
     for call in calls[1:]:
-        leaves, spec = pytree.tree_flatten(call)
         flags = training_flags(module)
-        if all(a.captured.signature.mismatch(spec, leaves, flags) is not None for a in found):
+        if all(a.captured.mismatch(call, flags) is not None for a in found):
             found.append(analyse_once(module, name, call, outside, captures))
     return replace(found[0], others=tuple(found[1:]))
 
@@ -283,6 +285,7 @@ def analyse_once(
     *,
     forward: Any = None,
     originals: Originals | None = None,
+    filled: Set[tuple[type, tuple[Any, ...]]] = frozenset(),
 ) -> Analysis:
     """`analyse`, unless an equal block has been captured for an equal call.
 
@@ -294,37 +297,43 @@ def analyse_once(
         captures: what has been captured so far; grows.
         forward: see `capture`.
         originals: see `capture`.
+        filled: see `capture`.
 
     Raises:
         CaptureError: it cannot be captured, or the graph disagrees with eager.
     """
     forward = forward or type(module).forward
     if outside:  # pinned for reasons of its own
-        return analyse(module, name, call, outside, forward=forward, originals=originals)
+        return analyse(module, name, call, outside, forward=forward, originals=originals, filled=filled)
     with at_original_sizes(module, originals.shapes() if originals else None):
         equal = [analysis for analysis, mark in captures if mark.fits(module)]
     for analysis in equal:
-        shared = _shared(analysis, module, name, call, forward, originals)
+        shared = _shared(analysis, module, name, call, forward, originals, filled)
         if shared is not None:
             return shared
     with recorded_reads(module) as reads:
-        analysis = analyse(module, name, call, outside, forward=forward, originals=originals)
+        analysis = analyse(module, name, call, outside, forward=forward, originals=originals, filled=filled)
     with at_original_sizes(module, originals.shapes() if originals else None):
         captures.append((analysis, fingerprint(module, reads)))
     return analysis
 
 
 def _shared(
-    analysis: Analysis, module: nn.Module, name: str, call: Call, forward: Any, originals: Originals | None
+    analysis: Analysis,
+    module: nn.Module,
+    name: str,
+    call: Call,
+    forward: Any,
+    originals: Originals | None,
+    filled: Set[tuple[type, tuple[Any, ...]]],
 ) -> Analysis | None:
     """The analysis of an equal block for this one, if it serves its call and agrees with its eager forward."""
     start = time.thread_time()
-    leaves, spec = pytree.tree_flatten(call)
     # A graph is made without autocast: it may serve any, once it has been compared under that.
     signature = replace(analysis.captured.signature, autocast=autocast_now())
-    if signature.mismatch(spec, leaves, training_flags(module)) is not None:
-        return None
     captured = replace(analysis.captured, region=name, signature=signature)
+    if captured.filled != filled or captured.mismatch(call, training_flags(module)) is not None:
+        return None
     on_meta = any(t.is_meta for t in (*pytree.tree_leaves(call), *module.parameters()) if isinstance(t, Tensor))
     if not on_meta:
         with at_original_sizes(module, originals.values() if originals else None):

@@ -20,7 +20,7 @@ def weighted_nodes(captured: Captured) -> set[fx.Node]:
         before = len(weighted)
         for node in captured.graph.nodes:
             if node.op == "placeholder":
-                if node.name in captured.parameters or (
+                if node.name in captured.parameters or _is_state(node, captured) or (
                     node.name in captured.tensors and _follows_parameters(node, weighted)
                 ):
                     weighted.add(node)
@@ -28,6 +28,11 @@ def weighted_nodes(captured: Captured) -> set[fx.Node]:
                 weighted.add(node)
                 weighted.update(made for value in written_arguments(node) for made in memory_behind(value))
     return weighted
+
+
+def _is_state(node: fx.Node, captured: Captured) -> bool:
+    """Whether a placeholder is what an object holds that was made of parameters in an earlier call."""
+    return node.name in captured.state and node.meta["val"].is_floating_point() and node.meta["val"].ndim > 0
 
 
 def _follows_parameters(buffer: fx.Node, weighted: set[fx.Node]) -> bool:

@@ -1,0 +1,379 @@
+"""Carry: what a forward reads of the objects it is given, and what it does to them.
+
+    Tracker.shadows(objects)   the same objects by class and content, which tell what happens to them
+    -> forward(shadows)
+    -> Tracker.carried()       what was read, changed and called
+
+A method that is called with tensors (`cache.update(keys, values, 3)`) is the object's own business: `edge` marks in the
+graph where tensors go into it and come out, so that what lies between can be left to the object when the graph runs.
+What it does is traced all the same, for its axes. Reads by the region's own code are what the graph depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MethodType
+from typing import Any, ClassVar
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from ecospa_fx.carried import ABSENT, PLAIN, Carried, Keys, Kind, Length, LiveCall, Place, Stored, foreign
+from ecospa_fx.errors import CaptureError
+from ecospa_fx.signature import TENSOR
+
+from .edge import END, edge
+
+
+class Tracker:
+    """Watches what one forward does with the objects it is given.
+
+    Attributes:
+        tensors: those of the objects that it read, as they were before, by place.
+        inside: how many methods of objects, called with tensors, it is in.
+    """
+
+    def __init__(self, marking: bool) -> None:
+        """`marking`: put edges into the graph that is being traced."""
+        self.marking = marking
+        self.tensors: dict[Place, Tensor] = {}
+        self.inside = 0
+        self._types: tuple[type, ...] = ()
+        self._reads: dict[tuple[Place, type | None], Any] = {}
+        self._outside: set[tuple[Place, type | None]] = set()  # read by the region's own code
+        self._written: dict[Place, Any] = {}  # by the region's own code
+        self._changed: set[Place] = set()
+        self._calls: list[LiveCall] = []
+        self._initial: dict[Place, Any] = {}
+        self._places: dict[int, Place] = {}
+        self._shadows: list[Any] = []
+        self._problem: str | None = None
+        self._classes: dict[type, type] = {}
+
+    def shadows(self, objects: Sequence[Any], given: Mapping[Place, Tensor] | None = None) -> list[Any]:
+        """Shadows of the objects of a call.
+
+        Args:
+            objects: what it was called with.
+            given: tensors to put in place of theirs.
+        """
+        self._types = tuple(map(type, objects))
+        memo: dict[int, Any] = {}
+        self._shadows = [self._shadow(value, Place(i), given or {}, memo) for i, value in enumerate(objects)]
+        return self._shadows
+
+    def _shadow(self, value: Any, place: Place, given: Mapping[Place, Tensor], memo: dict[int, Any]) -> Any:
+        if id(value) in memo and not isinstance(value, Tensor):
+            return memo[id(value)]
+        made: Any = value
+        if isinstance(value, Tensor):
+            made = given.get(place, value)
+        elif type(value) is tuple:
+            made = tuple(self._shadow(item, place.entry(i), given, memo) for i, item in enumerate(value))
+        elif type(value) in (list, dict) or foreign(value):
+            if type(value) is list:
+                made = memo[id(value)] = _List()
+                list.extend(made, (self._shadow(item, place.entry(i), given, memo) for i, item in enumerate(value)))
+            elif type(value) is dict:
+                made = memo[id(value)] = _Dict()
+                dict.update(made, {k: self._shadow(v, place.entry(k), given, memo) for k, v in value.items()})
+            else:
+                made = memo[id(value)] = object.__new__(self._class(type(value)))
+                for name, item in vars(value).items():
+                    made.__dict__[name] = self._shadow(item, place.attribute(name), given, memo)
+            if isinstance(made, (_List, _Dict)):
+                made.tracker = self
+            self._places[id(made)] = place
+        self._initial[place] = made
+        return made
+
+    def _class(self, cls: type) -> type:
+        if cls not in self._classes:
+            body = {"_ecospa_tracker": self, "__doc__": cls.__doc__, "__module__": cls.__module__,
+                    "__qualname__": cls.__qualname__}  # fmt: skip
+            self._classes[cls] = type(cls)(cls.__name__, (_Shadow, cls), body)
+        return self._classes[cls]
+
+    def number_of(self, value: Any) -> int | None:
+        """Which object of the call `value` is the shadow of."""
+        return next((i for i, shadow in enumerate(self._shadows) if shadow is value), None)
+
+    def refuse(self, what: str) -> None:
+        """End the capture."""
+        self._problem = self._problem or what
+        raise CaptureError(self._problem)
+
+    def read(self, owner: Any, place: Callable[[Place], Place], value: Any) -> None:
+        """Something was read of a shadow; `place` leads there from that."""
+        if id(owner) not in self._places:
+            return
+        here = place(self._places[id(owner)])
+        if here in self._changed:
+            if not self.inside and here not in self._written and not isinstance(value, Tensor) and _plain(value):
+                self.refuse(f"reads {self._named(here)} after a method has changed it")
+            return
+        if isinstance(value, Tensor):
+            self.tensors.setdefault(here, value)
+            return
+        if type(value) is tuple:
+            for i, item in enumerate(value):
+                self.read(owner, lambda at, i=i: place(at).entry(i), item)  # type: ignore[misc]
+            value = Length(len(value))
+        elif isinstance(value, (_List, _Dict)) or id(value) in self._places:
+            value = Kind(type(value).__bases__[-1])
+        elif not (_plain(value) or value is ABSENT or isinstance(value, (Length, Keys)) or callable(value)):
+            if not self.inside:
+                self.refuse(f"reads {self._named(here)}, a {type(value).__name__}, of which nothing is known")
+            return
+        key = (here, type(value) if isinstance(value, (Length, Keys, Kind)) else None)
+        self._reads.setdefault(key, value)
+        if not self.inside:
+            self._outside.add(key)
+
+    def write(self, owner: Any, place: Callable[[Place], Place], value: Any) -> None:
+        """Something is put into a shadow."""
+        if id(owner) not in self._places:
+            return
+        here = place(self._places[id(owner)])
+        self._changed.add(here)
+        if self.inside:
+            return
+        if not (isinstance(value, Tensor) or _plain(value)):
+            self.refuse(f"puts a {type(value).__name__} into {self._named(here)} itself, not by one of its methods")
+        if type(value) is int and (here, None) in self._outside and value != self._reads[here, None]:
+            self.refuse(f"counts in {self._named(here)} itself, not by one of its methods: no two calls would be alike")
+        self._written[here] = value
+
+    def restructure(self, owner: Any) -> None:
+        """Entries are put into a list or dict, or taken out of it."""
+        if id(owner) in self._places:
+            if not self.inside:
+                self.refuse(f"changes {self._named(self._places[id(owner)])} itself, not by one of its methods")
+            self._changed.add(self._places[id(owner)])
+
+    def _named(self, place: Place) -> str:
+        what = f"`{place}` of a" if place.path else "a"
+        return f"{what} {self._types[place.number].__name__}"
+
+    def call(self, owner: Any, method: Any, args: Any, kwargs: Any) -> Any:
+        """A method of a shadow is called."""
+        leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=foreign)
+        if self.inside or not any(isinstance(leaf, Tensor) for leaf in leaves) or id(owner) not in self._places:
+            return method(*args, **kwargs)
+        number, place = len(self._calls), self._places[id(owner)]
+        name = method.__name__
+        self._refuse_odd(leaves, place, f"calls `{name}` of {self._named(place)} with")
+        self._calls.append(LiveCall(place, name, (), spec, (), spec))
+        leaves = self._marked(leaves, number, out=False)
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        self.inside += 1
+        try:
+            result = method(*args, **kwargs)
+        finally:
+            self.inside -= 1
+        out_leaves, out_spec = pytree.tree_flatten(result, is_leaf=foreign)
+        self._refuse_odd(out_leaves, place, f"gets from `{name}` of {self._named(place)}")
+        out_leaves = self._marked(out_leaves, number, out=True)
+        if self.marking:
+            edge(next(leaf for leaf in leaves if isinstance(leaf, Tensor)), number, END, True)
+        self._calls[number] = LiveCall(place, name, _stood_in(leaves), spec, _stood_in(out_leaves), out_spec)
+        return pytree.tree_unflatten(out_leaves, out_spec)
+
+    def _refuse_odd(self, leaves: Sequence[Any], place: Place, does: str) -> None:
+        odd = [leaf for leaf in leaves if not (isinstance(leaf, Tensor) or _plain(leaf))]
+        if odd:
+            self.refuse(f"{does} a {type(odd[0]).__name__}, which is no constant")
+
+    def _marked(self, leaves: Sequence[Any], number: int, *, out: bool) -> list[Any]:
+        if not self.marking:
+            return list(leaves)
+        places = iter(range(len(leaves)))
+        return [edge(leaf, number, next(places), out) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def stored(self) -> list[tuple[Place, Tensor]]:
+        """The tensors in the objects that are others than they were."""
+        found: list[tuple[Place, Tensor]] = []
+        seen: set[int] = set()
+
+        def visit(value: Any, place: Place) -> None:
+            if isinstance(value, Tensor):
+                if self._initial.get(place) is not value:
+                    found.append((place, value))
+            elif isinstance(value, (list, tuple)):
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    for i, item in enumerate(list.__iter__(value) if isinstance(value, list) else value):
+                        visit(item, place.entry(i))
+            elif isinstance(value, dict):
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    for key, item in dict.items(value):
+                        visit(item, place.entry(key))
+            elif foreign(value) and id(value) not in seen:
+                seen.add(id(value))
+                for name, item in vars(value).items():
+                    visit(item, place.attribute(name))
+
+        for number, shadow in enumerate(self._shadows):
+            visit(shadow, Place(number))
+        return found
+
+    def carried(self, stored: Sequence[Place] = ()) -> Carried:
+        """What the forward has to do with the objects.
+
+        Args:
+            stored: the places of `stored()`.
+
+        Raises:
+            CaptureError: something that no graph can do, and that the forward took for no error.
+        """
+        if self._problem:
+            raise CaptureError(self._problem)
+        # What a method counts for itself is its own business; what the region's code reads must be as it was.
+        reads = tuple(
+            (key[0], value) for key, value in self._reads.items()
+            if key in self._outside or key[0] not in self._changed or type(value) is not int
+        )  # fmt: skip
+        effects = [
+            (place, Stored(list(stored).index(place)) if isinstance(value, Tensor) and stored else value)
+            for place, value in self._written.items()
+        ]
+        return Carried(self._types, reads, tuple(self.tensors), tuple(stored), tuple(effects), tuple(self._calls))
+
+
+def _stood_in(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, Tensor)):
+        return False
+    return value is None or isinstance(value, (PLAIN, type))
+
+
+class _Shadow:
+    """First base of the class of a shadow; its own class comes second."""
+
+    _ecospa_tracker: ClassVar[Tracker]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Classes may keep a list of those made from them, in which shadows have no place."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name[:2] == "__" or name == "_ecospa_tracker":
+            return super().__getattribute__(name)
+        tracker = type(self)._ecospa_tracker
+        try:
+            value = super().__getattribute__(name)
+        except AttributeError:
+            tracker.read(self, lambda at: at.attribute(name), ABSENT)
+            raise
+        if isinstance(value, MethodType) and value.__self__ is self:
+            return lambda *args, **kwargs: tracker.call(self, value, args, kwargs)
+        if name in self.__dict__:
+            tracker.read(self, lambda at: at.attribute(name), value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self.__dict__:
+            type(self)._ecospa_tracker.write(self, lambda at: at.attribute(name), value)
+
+    def __delattr__(self, name: str) -> None:
+        type(self)._ecospa_tracker.restructure(self)
+        super().__delattr__(name)
+
+
+def _restructuring(name: str) -> Any:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.tracker.restructure(self)
+        return getattr(super(type(self), self), name)(*args, **kwargs)
+
+    return method
+
+
+class _List(list):  # type: ignore[type-arg]
+    """A list in an object."""
+
+    tracker: Tracker
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, int):
+            return list(self)[index]
+        value = super().__getitem__(index)
+        self.tracker.read(self, lambda at: at.entry(int(index)), value)
+        return value
+
+    def __len__(self) -> int:
+        length = super().__len__()
+        self.tracker.read(self, lambda at: at, Length(length))
+        return length
+
+    def __bool__(self) -> bool:
+        return len(self) > 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for i in range(len(self)):
+            yield self[i]
+
+    def __contains__(self, value: Any) -> bool:
+        return any(item is value or item == value for item in self)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(index, value)
+        self.tracker.write(self, lambda at: at.entry(index), value)
+
+    append, extend, insert, pop, remove, clear, sort, reverse, __delitem__, __iadd__ = map(
+        _restructuring,
+        ("append", "extend", "insert", "pop", "remove", "clear", "sort", "reverse", "__delitem__", "__iadd__"),
+    )
+
+
+class _Dict(dict):  # type: ignore[type-arg]
+    """A dict in an object."""
+
+    tracker: Tracker
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        found = super().get(key, ABSENT)
+        self.tracker.read(self, lambda at: at.entry(key), found)
+        return default if found is ABSENT else found
+
+    def __getitem__(self, key: Any) -> Any:
+        self.tracker.read(self, lambda at: at.entry(key), super().get(key, ABSENT))
+        return super().__getitem__(key)
+
+    def __contains__(self, key: Any) -> bool:
+        return self.get(key, ABSENT) is not ABSENT
+
+    def _all(self) -> list[Any]:
+        keys = list(super().keys())
+        self.tracker.read(self, lambda at: at, Keys(tuple(keys)))
+        return keys
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+    def __bool__(self) -> bool:
+        return bool(self._all())
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._all())
+
+    def keys(self) -> Any:
+        return dict.fromkeys(self._all()).keys()
+
+    def values(self) -> Any:
+        return [self[key] for key in self._all()]
+
+    def items(self) -> Any:
+        return [(key, self[key]) for key in self._all()]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        self.tracker.write(self, lambda at: at.entry(key), value)
+
+    setdefault, update, pop, popitem, clear, __delitem__, __ior__ = map(
+        _restructuring, ("setdefault", "update", "pop", "popitem", "clear", "__delitem__", "__ior__")
+    )
