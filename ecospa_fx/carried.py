@@ -12,7 +12,7 @@ counters and memory and all, its own Python does.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
 from typing import Any
@@ -118,6 +118,8 @@ class LiveCall:
         spec: tree of these.
         out_leaves: of its result.
         out_spec: tree of these.
+        after: constants that the region's own code reads once the method has changed them.
+        late: places of tensors that it reads then.
     """
 
     place: Place
@@ -126,6 +128,8 @@ class LiveCall:
     spec: pytree.TreeSpec
     out_leaves: tuple[Any, ...]
     out_spec: pytree.TreeSpec
+    after: Mapping[Place, Any] = field(default_factory=dict)
+    late: tuple[Place, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

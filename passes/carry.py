@@ -12,6 +12,7 @@ What it does is traced all the same, for its axes. Reads by the region's own cod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MethodType
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ from ecospa_fx.carried import ABSENT, PLAIN, Carried, Keys, Kind, Length, LiveCa
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.signature import TENSOR
 
-from .edge import END, edge
+from .edge import END, LATE, edge
 
 
 class Tracker:
@@ -45,6 +46,8 @@ class Tracker:
         self._written: dict[Place, Any] = {}  # by the region's own code
         self._changed: set[Place] = set()
         self._calls: list[LiveCall] = []
+        self._late: dict[int, list[Place]] = {}  # likewise, tensors
+        self._after: dict[int, dict[Place, Any]] = {}  # what is read once a call has changed it
         self._initial: dict[Place, Any] = {}
         self._places: dict[int, Place] = {}
         self._shadows: list[Any] = []
@@ -104,21 +107,39 @@ class Tracker:
         self._problem = self._problem or what
         raise CaptureError(self._problem)
 
-    def read(self, owner: Any, place: Callable[[Place], Place], value: Any) -> None:
-        """Something was read of a shadow; `place` leads there from that."""
-        if id(owner) not in self._places:
-            return
+    def read(self, owner: Any, place: Callable[[Place], Place], value: Any) -> Any:
+        """Something was read of a shadow; `place` leads there from that. Gives what is read instead."""
+        if id(owner) in self._places:
+            here = place(self._places[id(owner)])
+            if isinstance(value, Tensor) and here in self._changed and not self.inside and here not in self._written:
+                return self._read_late(here, value)
+            self._read(owner, place, value)
+        return value
+
+    def _read_late(self, place: Place, value: Tensor) -> Tensor:
+        """A tensor that a method has put into its object is one more result of that."""
+        number = len(self._calls) - 1
+        if place.number != self._calls[number].place.number:
+            self.refuse(f"reads {self._named(place)} after a method of another object has changed it")
+        late = self._late.setdefault(number, [])
+        late.append(place)
+        return edge(value, number, LATE + len(late) - 1, True) if self.marking else value
+
+    def _read(self, owner: Any, place: Callable[[Place], Place], value: Any) -> None:
         here = place(self._places[id(owner)])
         if here in self._changed:
-            if not self.inside and here not in self._written and not isinstance(value, Tensor) and _plain(value):
-                self.refuse(f"reads {self._named(here)} after a method has changed it")
+            if not self.inside and here not in self._written and _plain(value):
+                last = self._calls[-1].place.number
+                if type(value) is int or here.number != last:
+                    self.refuse(f"reads {self._named(here)} after a method has changed it")
+                self._after.setdefault(len(self._calls) - 1, {})[here] = value
             return
         if isinstance(value, Tensor):
             self.tensors.setdefault(here, value)
             return
         if type(value) is tuple:
             for i, item in enumerate(value):
-                self.read(owner, lambda at, i=i: place(at).entry(i), item)  # type: ignore[misc]
+                self._read(owner, lambda at, i=i: place(at).entry(i), item)  # type: ignore[misc]
             value = Length(len(value))
         elif isinstance(value, (_List, _Dict)) or id(value) in self._places:
             value = Kind(type(value).__bases__[-1])
@@ -239,7 +260,8 @@ class Tracker:
             (place, Stored(list(stored).index(place)) if isinstance(value, Tensor) and stored else value)
             for place, value in self._written.items()
         ]
-        return Carried(self._types, reads, tuple(self.tensors), tuple(stored), tuple(effects), tuple(self._calls))
+        calls = [replace(call, after=self._after.get(number, {}), late=tuple(self._late.get(number, ()))) for number, call in enumerate(self._calls)]
+        return Carried(self._types, reads, tuple(self.tensors), tuple(stored), tuple(effects), tuple(calls))
 
 
 def _stood_in(leaves: Sequence[Any]) -> tuple[Any, ...]:
@@ -272,7 +294,7 @@ class _Shadow:
         if isinstance(value, MethodType) and value.__self__ is self:
             return lambda *args, **kwargs: tracker.call(self, value, args, kwargs)
         if name in self.__dict__:
-            tracker.read(self, lambda at: at.attribute(name), value)
+            return tracker.read(self, lambda at: at.attribute(name), value)
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -301,9 +323,7 @@ class _List(list):  # type: ignore[type-arg]
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, int):
             return list(self)[index]
-        value = super().__getitem__(index)
-        self.tracker.read(self, lambda at: at.entry(int(index)), value)
-        return value
+        return self.tracker.read(self, lambda at: at.entry(int(index)), super().__getitem__(index))
 
     def __len__(self) -> int:
         length = super().__len__()
@@ -336,13 +356,12 @@ class _Dict(dict):  # type: ignore[type-arg]
     tracker: Tracker
 
     def get(self, key: Any, default: Any = None) -> Any:
-        found = super().get(key, ABSENT)
-        self.tracker.read(self, lambda at: at.entry(key), found)
+        found = self.tracker.read(self, lambda at: at.entry(key), super().get(key, ABSENT))
         return default if found is ABSENT else found
 
     def __getitem__(self, key: Any) -> Any:
-        self.tracker.read(self, lambda at: at.entry(key), super().get(key, ABSENT))
-        return super().__getitem__(key)
+        found = self.tracker.read(self, lambda at: at.entry(key), super().get(key, ABSENT))
+        return super().__getitem__(key) if found is ABSENT else found
 
     def __contains__(self, key: Any) -> bool:
         return self.get(key, ABSENT) is not ABSENT

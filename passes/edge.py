@@ -18,4 +18,5 @@ _library.impl("edge", lambda x, call, place, out: x.clone(), "CompositeImplicitA
 edge: Any = torch.ops.ecospa_fx.edge.default
 torch.fx.node.has_side_effect(edge)  # one that nothing uses is an argument nevertheless
 
+LATE = 1 << 20  # places from here on are of what is read of an object when a method has returned
 END = -1  # the place that says where a method has returned, in case it returns no tensor

@@ -19,12 +19,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from ecospa_fx.carried import Carried, LiveCall, Stored
+from ecospa_fx.carried import Carried, LiveCall, Place, Stored
 from ecospa_fx.errors import CaptureError, EcoSpaError
 from ecospa_fx.signature import TENSOR
 
 from .axes import Size, as_size
-from .edge import END, edge
+from .edge import END, LATE, edge
 from .nodes import tensor_meta
 
 aten = torch.ops.aten
@@ -52,7 +52,7 @@ def mark_bodies(graph: fx.Graph, stored: int, region: str) -> None:
     for node in graph.nodes:
         if node.target is edge:
             _, number, place, out = node.args
-            inside = None if out and place == END else number
+            inside = None if out and (place == END or place >= LATE) else number
             node.meta[BODY] = number
         elif inside is not None:
             node.meta[BODY] = inside
@@ -63,8 +63,12 @@ def mark_bodies(graph: fx.Graph, stored: int, region: str) -> None:
             tensor_meta(used) and BODY in used.meta for used in node.all_input_nodes
         ):
             continue  # arithmetic on sizes, which is wherever it was first needed
-        for user in node.users:
+        written = _written(node)
+        for user in list(node.users):
             if BODY in user.meta:
+                continue
+            if written is not None and user.op != "output":
+                user.replace_input_with(node, written)  # memory that is there after the call, too
                 continue
             outputs = user.args[0] if user.op == "output" else ()
             if user.op == "output" and node not in outputs[: len(outputs) - stored]:  # type: ignore[index,arg-type,operator]
@@ -73,6 +77,15 @@ def mark_bodies(graph: fx.Graph, stored: int, region: str) -> None:
                 f"{f'region `{region}`' if region else 'the model'} uses what a method of an object that it was called "
                 f"with computed and did not return ({node.name}), which no graph can know"
             )
+
+
+def _written(node: fx.Node) -> fx.Node | None:
+    """The input that an op writes into, if this is all that it does and gives."""
+    while isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and node.args:
+        node = node.args[0]  # type: ignore[assignment]
+        if node.op == "placeholder":
+            return node
+    return None
 
 
 def go_live(
@@ -162,7 +175,7 @@ def _calling(call: LiveCall, expected: Sequence[Sequence[int | None]]) -> Callab
 
     Its code is written out, for it runs once for every token that is generated.
     """
-    scope: dict[str, Any] = {"differs": _differs, "call": call}
+    scope: dict[str, Any] = {"differs": _differs, "changed": _changed, "call": call}
     taking = [f"t{i}" for i in range(sum(leaf is TENSOR for leaf in call.leaves))]
     waiting = iter(taking)
 
@@ -190,10 +203,16 @@ def _calling(call: LiveCall, expected: Sequence[Sequence[int | None]]) -> Callab
     elif not plain:
         scope["taken"] = _taken
         body.append("result = taken(call, result)")
+    for place in call.late:
+        scope[found := f"place_{len(scope)}"] = Place(0, place.path)
+        body.append(f"result = (*result, {found}.find((held,)))")
     for i, shape in enumerate(sizes):
         checks = [f"result[{i}].size({dim}) != {size}" for dim, size in enumerate(shape) if size != -1]
         if checks:
             body.append(f"if {' or '.join(checks)}: differs(call, {i}, result[{i}], ({', '.join(map(str, shape))},))")
+    for place, value in call.after.items():
+        scope[found := f"place_{len(scope)}"] = Place(0, place.path)
+        body.append(f"if {found}.find((held,)) != {_held(scope, value)}: changed({found}, {_held(scope, value)})")
     body.append("return result")
     newline = "\n    "
     exec(f"def {call.method}({', '.join(['held', *taking, *names])}):{newline}{newline.join(body)}\n", scope)
@@ -217,6 +236,13 @@ def _taken(call: LiveCall, result: Any) -> tuple[Tensor, ...]:
             f"`{call.method}` returned something else than in the call that was captured; it cannot be called from a graph"
         )
     return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def _changed(place: Place, expected: Any) -> None:
+    raise EcoSpaError(
+        f"`{place}` of an object is not {expected!r} after the call of a method that made it so when it was captured: what "
+        "the object holds fits no graph. Start with an empty one"
+    )
 
 
 def _differs(call: LiveCall, number: int, found: Tensor, expected: tuple[int, ...]) -> None:

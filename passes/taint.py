@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from .capture import Captured
@@ -24,7 +25,8 @@ def weighted_nodes(captured: Captured) -> set[fx.Node]:
                     node.name in captured.tensors and _follows_parameters(node, weighted)
                 ):
                     weighted.add(node)
-            elif node.op != "get_attr" and direct(node):
+            # A size may be that of a tensor which depends on parameters; it does not.
+            elif node.op != "get_attr" and node.target is not torch.ops.aten.sym_size.int and direct(node):
                 weighted.add(node)
                 weighted.update(made for value in written_arguments(node) for made in memory_behind(value))
     return weighted
