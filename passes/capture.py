@@ -44,6 +44,7 @@ from .hooks import Point, inner_hooks, noted
 from .inline import inline
 from .live import mark_bodies
 from .names import named_tensors, swapped
+from .numbers import Numbers, numbers
 from .record import traceless
 
 aten = torch.ops.aten
@@ -72,6 +73,7 @@ class Captured:
         carried: what it has to do with objects that it is called with, caches say.
         strangers: the places of tensors in those that something else fills, at its own sizes.
         filled: what was known of that, see `capture`.
+        numbers: integers of the region that only say which part of an object is its own.
     """
 
     region: str
@@ -91,6 +93,7 @@ class Captured:
     carried: Carried = field(default_factory=Carried)
     strangers: frozenset[Place] = frozenset()
     filled: Set[tuple[type, tuple[Any, ...]]] = frozenset()
+    numbers: Numbers = field(default_factory=Numbers)
 
     def __post_init__(self) -> None:
         # At once, for torch.compile cannot trace what is cached behind a lock.
@@ -209,13 +212,14 @@ def capture(
     )
     check = check and not on_meta
     hooks = inner_hooks(module)
-    state, written = _read_and_written(module, args, kwargs, region, forward, originals)
+    state, written, own_numbers = _read_and_written(module, args, kwargs, region, forward, originals)
 
     def once(observe: Iterable[str]) -> Captured:
         # What is traced needs shapes only; what is compared with eager needs values.
         with at_original_sizes(module, originals.shapes() if originals else None):
             captured = _captured(module, args, kwargs, region, forward, static, observe, state)
         captured.filled = filled
+        captured.numbers = own_numbers
         captured.strangers = frozenset(
             place
             for place in captured.carried.state
@@ -289,8 +293,8 @@ def _read_and_written(
     region: str,
     forward: Forward,
     originals: Originals | None,
-) -> tuple[tuple[Place, ...], frozenset[Place]]:
-    """Which tensors in the objects of a call a forward reads, and into which it writes.
+) -> tuple[tuple[Place, ...], frozenset[Place], Numbers]:
+    """Which tensors in the objects of a call a forward reads, into which it writes, and by which numbers it finds them.
 
     Raises:
         CaptureError: there are objects of which nothing can be known, or it does with them what no graph can do.
@@ -299,11 +303,17 @@ def _read_and_written(
     leaves, objects = parted(leaves) if CARRYING.get() else (leaves, [])
     refuse_foreign(module, region, leaves, "is called with", "pass None there")
     if not objects:
-        return (), frozenset()
-    tracker = Tracker(marking=False)
-    shadows = tracker.shadows(copies(objects, lambda _, t: t.detach().clone()))
-    leaves = [shadows[leaf.number] if isinstance(leaf, Held) else leaf for leaf in leaves]
-    own_args, own_kwargs = pytree.tree_unflatten(leaves, spec)
+        return (), frozenset(), Numbers()
+
+    def run() -> Tracker:
+        tracker = Tracker(marking=False)
+        shadows = tracker.shadows(copies(objects, lambda _, t: t.detach().clone()))
+        called = [shadows[leaf.number] if isinstance(leaf, Held) else leaf for leaf in leaves]
+        own_args, own_kwargs = pytree.tree_unflatten(called, spec)
+        forward(module, *own_args, **own_kwargs)
+        tracker.carried()
+        return tracker
+
     names = " and a ".join(sorted({type(value).__name__ for value in objects}))
     try:
         with (
@@ -311,8 +321,8 @@ def _read_and_written(
             traceless(module),
             torch.no_grad(),
         ):
-            forward(module, *own_args, **own_kwargs)
-        tracker.carried()
+            tracker = run()
+            found = numbers(module, tracker, run)
     except Exception as error:
         line = str(error).strip().split("\n")[0]
         raise CaptureError(
@@ -320,7 +330,7 @@ def _read_and_written(
             f"{line if isinstance(error, CaptureError) else f'fails with {type(error).__name__}: {line}'}"
         ) from error
     written = {place for place, tensor in tracker.tensors.items() if tensor._version}
-    return tuple(tracker.tensors), frozenset(written)
+    return tuple(tracker.tensors), frozenset(written), found
 
 
 def _warn_of_hooks(captured: Captured, hooks: Mapping[str, int]) -> None:

@@ -25,6 +25,7 @@ from ecospa_fx.errors import CaptureError
 from ecospa_fx.signature import TENSOR
 
 from .edge import END, LATE, edge
+from .numbers import Number
 
 
 class Tracker:
@@ -46,6 +47,8 @@ class Tracker:
         self._written: dict[Place, Any] = {}  # by the region's own code
         self._changed: set[Place] = set()
         self._calls: list[LiveCall] = []
+        self._keys: dict[tuple[Place, Any], set[Any]] = {}  # what entries were looked up by: integers of modules, or None
+        self._passed: dict[tuple[int, int], Any] = {}
         self._late: dict[int, list[Place]] = {}  # likewise, tensors
         self._after: dict[int, dict[Place, Any]] = {}  # what is read once a call has changed it
         self._initial: dict[Place, Any] = {}
@@ -101,6 +104,28 @@ class Tracker:
     def number_of(self, value: Any) -> int | None:
         """Which object of the call `value` is the shadow of."""
         return next((i for i, shadow in enumerate(self._shadows) if shadow is value), None)
+
+    def key(self, owner: Any, key: Any) -> Any:
+        """The key that an entry of a list or dict is looked up by, where it may be a `Number`."""
+        if isinstance(key, Number):
+            key.inside = lambda: self.inside > 0
+        plain = key.value if isinstance(key, Number) else key
+        if id(owner) in self._places:
+            by = key.attribute if isinstance(key, Number) else None
+            self._keys.setdefault((self._places[id(owner)], plain), set()).add(by)
+        return plain
+
+    def integers(self) -> set[int]:
+        """The integers that entries were looked up by, or that methods were called with."""
+        leaves = [leaf for call in self._calls for leaf in call.leaves] + [key for _, key in self._keys]
+        return {leaf for leaf in leaves if type(leaf) is int}
+
+    def numbered(self) -> tuple[dict[tuple[Place, Any], frozenset[Any]] | None, dict[tuple[int, int], Any]]:
+        """Which of these were integers of modules, see `Numbers`; None where one was looked up both by these and not."""
+        by = {where: names for where, names in self._keys.items() if names != {None}}
+        if any(None in names for names in by.values()):
+            return None, {}
+        return {where: frozenset(names) for where, names in by.items()}, self._passed
 
     def refuse(self, what: str) -> None:
         """End the capture."""
@@ -186,6 +211,10 @@ class Tracker:
         name = method.__name__
         self._refuse_odd(leaves, place, f"calls `{name}` of {self._named(place)} with")
         self._calls.append(LiveCall(place, name, (), spec, (), spec))
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Number):
+                leaf.inside = lambda: self.inside > 0
+                self._passed[number, i] = leaf.attribute
         leaves = self._marked(leaves, number, out=False)
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         self.inside += 1
@@ -202,7 +231,7 @@ class Tracker:
         return pytree.tree_unflatten(out_leaves, out_spec)
 
     def _refuse_odd(self, leaves: Sequence[Any], place: Place, does: str) -> None:
-        odd = [leaf for leaf in leaves if not (isinstance(leaf, Tensor) or _plain(leaf))]
+        odd = [leaf for leaf in leaves if not (isinstance(leaf, (Tensor, Number)) or _plain(leaf))]
         if odd:
             self.refuse(f"{does} a {type(odd[0]).__name__}, which is no constant")
 
@@ -265,7 +294,8 @@ class Tracker:
 
 
 def _stood_in(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    plain = [leaf.value if isinstance(leaf, Number) else leaf for leaf in leaves]
+    return tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in plain)
 
 
 def _plain(value: Any) -> bool:
@@ -321,8 +351,9 @@ class _List(list):  # type: ignore[type-arg]
     tracker: Tracker
 
     def __getitem__(self, index: Any) -> Any:
-        if not isinstance(index, int):
+        if not isinstance(index, (int, Number)):
             return list(self)[index]
+        index = self.tracker.key(self, index)
         return self.tracker.read(self, lambda at: at.entry(int(index)), super().__getitem__(index))
 
     def __len__(self) -> int:
@@ -341,6 +372,7 @@ class _List(list):  # type: ignore[type-arg]
         return any(item is value or item == value for item in self)
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        index = self.tracker.key(self, index)
         super().__setitem__(index, value)
         self.tracker.write(self, lambda at: at.entry(index), value)
 
@@ -356,10 +388,12 @@ class _Dict(dict):  # type: ignore[type-arg]
     tracker: Tracker
 
     def get(self, key: Any, default: Any = None) -> Any:
+        key = self.tracker.key(self, key)
         found = self.tracker.read(self, lambda at: at.entry(key), super().get(key, ABSENT))
         return default if found is ABSENT else found
 
     def __getitem__(self, key: Any) -> Any:
+        key = self.tracker.key(self, key)
         found = self.tracker.read(self, lambda at: at.entry(key), super().get(key, ABSENT))
         return super().__getitem__(key) if found is ABSENT else found
 
@@ -390,6 +424,7 @@ class _Dict(dict):  # type: ignore[type-arg]
         return [(key, self[key]) for key in self._all()]
 
     def __setitem__(self, key: Any, value: Any) -> None:
+        key = self.tracker.key(self, key)
         super().__setitem__(key, value)
         self.tracker.write(self, lambda at: at.entry(key), value)
 

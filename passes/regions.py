@@ -22,7 +22,7 @@ import sympy
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ecospa_fx.carried import flattened, parted
+from ecospa_fx.carried import Place, flattened, parted
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.logs import logger
 from ecospa_fx.signature import autocast_now, training_flags
@@ -314,7 +314,7 @@ def analyse_once(
     with recorded_reads(module) as reads:
         analysis = analyse(module, name, call, outside, forward=forward, originals=originals, filled=filled)
     with at_original_sizes(module, originals.shapes() if originals else None):
-        captures.append((analysis, fingerprint(module, reads)))
+        captures.append((analysis, fingerprint(module, reads, analysis.captured.numbers.values)))
     return analysis
 
 
@@ -332,6 +332,14 @@ def _shared(
     # A graph is made without autocast: it may serve any, once it has been compared under that.
     signature = replace(analysis.captured.signature, autocast=autocast_now())
     captured = replace(analysis.captured, region=name, signature=signature)
+    numbers = captured.numbers
+    values = numbers.of(module)
+    if values is None:
+        return None
+    if values:
+        captured.carried = numbers.within(captured.carried, values)
+        captured.strangers = frozenset(numbers.put(place, values) for place in captured.strangers)
+        captured.filled = frozenset((cls, numbers.put(Place(0, path), values).path) for cls, path in captured.filled)
     if captured.filled != filled or captured.mismatch(call, training_flags(module)) is not None:
         return None
     on_meta = any(t.is_meta for t in (*pytree.tree_leaves(call), *module.parameters()) if isinstance(t, Tensor))
@@ -339,7 +347,8 @@ def _shared(
         with at_original_sizes(module, originals.values() if originals else None):
             if disagreement(captured, module, forward, *call) is not None:
                 return None
-    inference = replace(analysis.inference, captured=captured)
+    stored = {numbers.put(place, values): exprs for place, exprs in analysis.inference.stored.items()}
+    inference = replace(analysis.inference, captured=captured, stored=stored)
     checked = time.thread_time()
     discovery = discover(inference)
     if inference.experiments and _doubted(inference, discovery, module, call, None):

@@ -7,7 +7,7 @@ another block may use the graph if its classes and shapes and every one of *thos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -76,8 +76,8 @@ class Fingerprint:
 _ABSENT = object()
 
 
-def fingerprint(module: nn.Module, reads: Reads) -> Fingerprint:
-    """The fingerprint of a block whose forward read `reads`."""
+def fingerprint(module: nn.Module, reads: Reads, numbers: Collection[tuple[str, str]] = ()) -> Fingerprint:
+    """The fingerprint of a block whose forward read `reads`; `numbers` among them may be others in another block."""
     named = dict(module.named_modules(remove_duplicate=False))
     tensors = named_tensors(module).items()
     groups: dict[int, list[str]] = {}
@@ -91,7 +91,7 @@ def fingerprint(module: nn.Module, reads: Reads) -> Fingerprint:
             (path, name): named[path].__dict__[name]
             for path, names in reads.items()
             for name in names - OWN
-            if name in named[path].__dict__
+            if name in named[path].__dict__ and (path, name) not in numbers
         },
         ties=[names for names in groups.values() if len(names) > 1],
         hooked=any(child._forward_hooks or child._forward_pre_hooks for path, child in named.items() if path),
