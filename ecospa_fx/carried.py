@@ -285,7 +285,8 @@ def _reader(carried: Carried) -> Callable[[Sequence[Any]], list[Tensor] | None]:
                 unless(f"{local(place)} is not {wanted!r}")
             case _:
                 found, value = local(place), named(wanted)
-                unless(f"{found} is not {value} and (type({found}) is not {named(type(wanted))} or {found} != {value})")
+                other = f"type({found}) is not {named(type(wanted))} or {found} != {value}"
+                unless(other if type(wanted) in (int, str) else f"{found} is not {value} and ({other})")
     tensors = [local(place) for place in carried.state]
     for name in tensors:
         unless(f"not isinstance({name}, Tensor)")

@@ -27,6 +27,7 @@ from .copies import Copy, check_plan
 from .coupling import Coupling, Selection
 from .errors import CaptureError, EcoSpaError, NoCouplingError, ShrinkError
 from .optimizers import averages_of
+from .passes.capture import carrying
 from .passes.confirm import experiments
 from .passes.names import join, named_tensors
 from .passes.record import record
@@ -118,7 +119,7 @@ class CompiledModel:
         if waiting:
             unswap_forward(model)
         try:
-            with experiments(self.experiments):
+            with experiments(self.experiments), carrying(self.execution == "graph"):
                 found, self.given_up = choose(model, args, kwargs, self.how, self.captures)
             if not any(analysis.discovery.couplings for analysis in found.values()):
                 raise NoCouplingError(_nothing_found(model, found))

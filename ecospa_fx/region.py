@@ -20,7 +20,7 @@ from .errors import CaptureError, EcoSpaError, PinnedAxisError
 from .logs import logger
 from .numbering import Numbering, by_part
 from .passes.axes import Atom, size_of
-from .passes.capture import same_storage
+from .passes.capture import carrying, same_storage
 from .passes.confirm import experiments
 from .passes.discover import Discovery, Found, discover
 from .passes.follow import Following, follow
@@ -215,7 +215,8 @@ class Region:
         plan = self.compiled.plan
         filled = {key for program in self.programs for key in keys_of(program.inference, stored=True)}
         stand_ins = StandIns(module, self.name, plan)
-        with experiments(self.compiled.experiments), self._original_attributes(module, stand_ins):
+        graph = self.compiled.execution == "graph"
+        with experiments(self.compiled.experiments), carrying(graph), self._original_attributes(module, stand_ins):
             analysis = analyse_once(
                 module, self.name, (args, kwargs), self.shared_outside, self.compiled.captures,
                 forward=original_class(module).forward, originals=stand_ins if stand_ins.named else None,

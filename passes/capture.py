@@ -18,7 +18,7 @@ import contextvars
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -374,6 +374,7 @@ def _collect(
     for node in list(graph.nodes):
         if node.op == "get_attr":
             constants[node.name] = getattr(program.graph_module, node.target)
+    _settle(graph, inputs[len(inputs) - len(flat.state) :])
     fast_attention(graph)
     _clean(graph)
     canonicalise(graph, constants)
@@ -421,6 +422,19 @@ def storage_key(tensor: Tensor) -> Any:
     return tensor.untyped_storage()._cdata
 
 
+def _settle(graph: fx.Graph, names: Collection[str]) -> None:
+    """Sizes of inputs that were specialised become numbers: what objects hold may shrink, and would give others."""
+    for node in list(graph.nodes):
+        if node.target is not aten.sym_size.int or node.args[0].name not in names:
+            continue
+        size = as_size(node.args[0].meta["val"].shape[node.args[1]])
+        if type(size) is int:
+            for user in list(node.users):
+                swap = lambda arg, node=node, size=size: size if arg is node else arg  # noqa: E731
+                user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), swap)
+            graph.erase_node(node)
+
+
 def _clean(graph: fx.Graph) -> None:
     """Remove what guards and records but does not compute: it costs time and would fail after a shrink."""
     for node in reversed(graph.nodes):
@@ -460,6 +474,16 @@ def _pure(node: fx.Node) -> bool:
 
 # Whether objects may be carried in and out; a region whose own Python runs needs no graph for such calls.
 CARRYING: contextvars.ContextVar[bool] = contextvars.ContextVar("carrying", default=True)
+
+
+@contextmanager
+def carrying(allowed: bool) -> Iterator[None]:
+    """Let captures inside take calls with objects, or refuse them."""
+    token = CARRYING.set(allowed)
+    try:
+        yield
+    finally:
+        CARRYING.reset(token)
 
 
 class Originals(Protocol):

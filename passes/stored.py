@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from ecospa_fx.errors import PinnedAxisError
 
 from .axes import Expr, size_of
 from .names import join
-from .selection import Kept, broadcast_mask, touched
+from .selection import Kept, broadcast_mask, count, in_first_contexts, touched
 
 if TYPE_CHECKING:
     from .inference import Inference
@@ -26,8 +27,30 @@ if TYPE_CHECKING:
 Key = tuple[type, tuple[Any, ...]]  # the class of an object, and the way to something in it
 
 
-def layout(exprs: Sequence[Expr], kept: Kept) -> Tensor | None:
-    """Which entries of a tensor along `exprs` are left: a mask that broadcasts over it, None where all are."""
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Which entries of a tensor are left.
+
+    Attributes:
+        mask: of these; it broadcasts over the tensor at its original sizes.
+        sizes: what is left of each dim, None where all is.
+    """
+
+    mask: Tensor
+    sizes: tuple[int | None, ...]
+
+    def fits(self, shape: Sequence[int]) -> list[int]:
+        """The sizes that a tensor with as many entries as one of `shape` along other dims must have."""
+        return [size if left is None else left for size, left in zip(shape, self.sizes, strict=True)]
+
+    def over(self, tensor: Tensor) -> Tensor:
+        """The mask over a tensor at its original sizes, where dims that are whole are as in `tensor`."""
+        whole = [n if left is None else self.mask.size(d) for d, (n, left) in enumerate(zip(tensor.shape, self.sizes, strict=True))]
+        return self.mask.to(tensor.device).expand(whole)
+
+
+def layout(exprs: Sequence[Expr], kept: Kept) -> Layout | None:
+    """Which entries of a tensor along `exprs` are left, None where all are."""
     mask: Tensor | None = None
     for dim, expr in enumerate(exprs):
         if touched(expr, kept):
@@ -38,47 +61,26 @@ def layout(exprs: Sequence[Expr], kept: Kept) -> Tensor | None:
                 )
             here = broadcast_mask(exprs, dim, kept)
             mask = here if mask is None else mask & here
-    return mask
+    if mask is None:
+        return None
+    uniform = in_first_contexts(kept)
+    sizes = tuple(int(count(expr, uniform)) if touched(expr, kept) else None for expr in exprs)
+    return Layout(mask, sizes)
 
 
-def counts(mask: Tensor, shape: Sequence[int]) -> list[int]:
-    """The sizes of a tensor of sizes `shape`, of which a layout leaves this."""
-    return [
-        int(mask.any(dim=[d for d in range(mask.ndim) if d != dim]).sum()) if size > 1 and mask.size(dim) > 1 else size
-        for dim, size in enumerate(shape)
-    ] if not _varies(mask) else _varied_counts(mask, shape)  # fmt: skip
-
-
-def _varies(mask: Tensor) -> bool:
-    """Whether a mask keeps other entries along one dim in each entry of another."""
-    rank_one: Tensor = torch.ones([1] * mask.ndim, dtype=torch.bool)
-    for dim in range(mask.ndim):
-        rank_one = rank_one & mask.any(dim=[d for d in range(mask.ndim) if d != dim], keepdim=True)
-    return not torch.equal(rank_one.expand_as(mask), mask)
-
-
-def _varied_counts(mask: Tensor, shape: Sequence[int]) -> list[int]:
-    result = []
-    for dim, size in enumerate(shape):
-        along = mask.sum(dim)  # as many in every context, none where a context is gone
-        result.append(size if mask.size(dim) == 1 else int(along.max()))
-    return result
-
-
-def expanded(tensor: Tensor, mask: Tensor) -> Tensor:
+def expanded(tensor: Tensor, left: Layout) -> Tensor:
     """A tensor of which a layout is left in its places among zeros; raises a ValueError where it is not that."""
-    shape = [size if mask.size(dim) == 1 else mask.size(dim) for dim, size in enumerate(tensor.shape)]
-    if list(tensor.shape) != counts(mask, shape):
-        raise ValueError(f"sizes {tuple(tensor.shape)}, and {tuple(counts(mask, shape))} fit")
-    whole = tensor.new_zeros(shape)
-    whole[mask.to(tensor.device).expand(shape)] = tensor.detach().flatten()
+    if list(tensor.shape) != left.fits(tensor.shape):
+        raise ValueError(f"sizes {tuple(tensor.shape)}, and {tuple(left.fits(tensor.shape))} fit")
+    mask = left.over(tensor)
+    whole = tensor.new_zeros(mask.shape)
+    whole[mask] = tensor.detach().flatten()
     return whole
 
 
-def compressed(tensor: Tensor, mask: Tensor) -> Tensor:
+def compressed(tensor: Tensor, left: Layout) -> Tensor:
     """What a layout leaves of a tensor."""
-    shape = counts(mask, tensor.shape)
-    return tensor[mask.to(tensor.device).expand(tensor.shape)].reshape(shape)
+    return tensor[left.mask.to(tensor.device).expand(tensor.shape)].reshape(left.fits(tensor.shape))
 
 
 def keys_of(inference: Inference, stored: bool = False) -> dict[Key, Sequence[Expr]]:
@@ -97,12 +99,12 @@ def agree(graphs: Iterable[tuple[Inference, Kept]], difference: str = "") -> Non
     Raises:
         PinnedAxisError: it is not.
     """
-    seen: dict[Key, Tensor | None] = {}
+    seen: dict[Key, Layout | None] = {}
     for inference, kept in graphs:
         for key, exprs in keys_of(inference).items():
             mine = layout(exprs, kept)
             other = seen.setdefault(key, mine)
-            if (mine is None) != (other is None) or (mine is not None and not torch.equal(mine, other)):  # type: ignore[arg-type]
+            if (mine is None) != (other is None) or (mine and other and not torch.equal(mine.mask, other.mask)):
                 cls, path = key
                 why = f" The call differs from earlier ones: {difference}." if difference else ""
                 raise PinnedAxisError(
