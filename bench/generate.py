@@ -16,14 +16,11 @@ from __future__ import annotations
 import argparse
 import copy
 import re
-import statistics
 import time
 import traceback
-from pathlib import Path
 from typing import Any
 
 import torch
-from machine import RESULTS, write_csv
 from module import CAUSAL, PAIRS, build
 from torch import nn
 

@@ -27,8 +27,8 @@ from .copies import Copy, check_plan
 from .coupling import Coupling, Selection
 from .errors import CaptureError, EcoSpaError, NoCouplingError, ShrinkError
 from .optimizers import averages_of
-from .passes.capture import carrying
 from .passes.confirm import experiments
+from .passes.dry import carrying
 from .passes.names import join, named_tensors
 from .passes.record import record
 from .passes.regions import Analysis, Captures, choose, shared_outside
@@ -38,9 +38,9 @@ from .passes.selection import mask_of, narrowed, whole
 from .passes.shrink import prepare_tensors
 from .passes.stored import agree
 from .plan import Plan
-from .region import Region, apart
+from .region import Region
 from .shrinkable import original_class, own_forward_aside, swap_forward, swap_linears, unswap_forward
-from .stand_ins import outside_inference
+from .stand_ins import apart, outside_inference
 
 if TYPE_CHECKING:
     from .grams import Grams
@@ -265,7 +265,11 @@ class CompiledModel:
                 if program not in made:
                     kept = replay(program.inference, plan)
                     made[program] = rewrite(program.inference, kept, model.get_submodule(name))
-            agree((program.inference, replay(program.inference, plan)) for program in region.programs if program.captured.carried.types)
+            agree(
+                (program.inference, replay(program.inference, plan))
+                for program in region.programs
+                if program.captured.carried.types
+            )
         return {name: [made[program] for program in region.programs] for name, region in self.regions.items()}
 
     def _attributes_under(self, plan: Plan) -> Changes:

@@ -95,8 +95,8 @@ def _adder(region: Region) -> Callable[..., Any]:
         odd = next((leaf for leaf in leaves if foreign(leaf)), None)
         if odd is not None:
             raise CaptureError(
-                f"region `{region.name}` is called with a {type(odd).__name__} while the model is exported, in a way it has "
-                "not been called in before: export a call without one (of a cache, `use_cache=False` as a rule)"
+                f"region `{region.name}` is called with a {type(odd).__name__} while the model is exported, in a way "
+                "it has not been called in before: export a call without one (of a cache, `use_cache=False` as a rule)"
             )
         seen = [_Seen(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # what is traced dies with it
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,15 +14,16 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .attributes import Attribute, fit, holding, numbers_in, unfit
-from .carried import Place, copies, flattened, own, parted
+from .carried import flattened, own, parted
 from .coupling import Coupling, Member, Refusal
 from .errors import CaptureError, EcoSpaError, PinnedAxisError
 from .logs import logger
 from .numbering import Numbering, by_part
 from .passes.axes import Atom, size_of
-from .passes.capture import carrying, same_storage
+from .passes.capture import same_storage
 from .passes.confirm import experiments
 from .passes.discover import Discovery, Found, discover
+from .passes.dry import carrying
 from .passes.follow import Following, follow
 from .passes.hooks import backward_hooked, calls_itself, inner_hooks
 from .passes.infer import infer
@@ -31,11 +32,11 @@ from .passes.regions import Analysis, analyse_once, shared_outside
 from .passes.replay import replay
 from .passes.rewrite import Program, rewrite
 from .passes.selection import Choice, Kept, entries, mask_of, narrowed, whole
-from .passes.stored import agree, expanded, keys_of, layout
+from .passes.stored import agree, keys_of, whole_objects
 from .plan import Plan
 from .shrinkable import original_class
 from .signature import Signature, call_key, training_flags
-from .stand_ins import StandIns, outside_inference
+from .stand_ins import StandIns, apart, outside_inference
 from .why import Path, path_between
 
 if TYPE_CHECKING:
@@ -46,19 +47,6 @@ Watcher: TypeAlias = "Callable[[Region, Program, nn.Module, Sequence[Tensor]], A
 
 MOST_ROUTES = 1024  # calls remembered per region, one per combination of sizes
 MOST_PROGRAMS = 16  # per region: twice as many graphs as torch.compile allows before it gives up
-
-
-@contextmanager
-def apart() -> Iterator[None]:
-    """Capture in the middle of a forward: out of inference mode, and out of sight of whoever packs saved tensors.
-
-    What a graph keeps must serve training later; and activation checkpointing would run the forward again for the
-    gradients that a graph is compared by.
-    """
-    with torch.inference_mode(False), ExitStack() as stack:
-        if torch._C._functorch.peek_interpreter_stack() is None:  # its transforms know no such hooks
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
-        yield
 
 
 class Region:
@@ -156,28 +144,9 @@ class Region:
         return None
 
     def _whole_objects(self, objects: Sequence[Any]) -> list[Any]:
-        """Copies of objects that hold what programs have put there as it would be had nothing shrunk.
-
-        Raises:
-            EcoSpaError: what one holds is not what the region as it is now leaves in it.
-        """
-        known = {key: (exprs, program) for program in self.programs for key, exprs in keys_of(program.inference).items()}
-
-        def whole(place: Place, tensor: Tensor) -> Tensor:
-            exprs, program = known.get((type(objects[place.number]), place.path), ((), None))
-            mask = layout(exprs, self.kept(program)) if program is not None and len(exprs) == tensor.ndim else None
-            if mask is None:
-                return tensor.detach().clone()
-            try:
-                return expanded(tensor, mask)
-            except ValueError as error:
-                raise EcoSpaError(
-                    f"`{place}` of the {type(objects[place.number]).__name__} that `{self.name or 'the model'}` is called "
-                    f"with has {error}: it was filled by another model, or before this one shrank to what it is now. "
-                    "Start with an empty one"
-                ) from None
-
-        return copies(objects, whole)
+        """Copies of the objects of a call that hold what programs have put there as it would be had nothing shrunk."""
+        graphs = [(program.inference, self.kept(program)) for program in self.programs] if objects else []
+        return whole_objects(objects, graphs, self.name or "the model")
 
     @property
     def shrunk(self) -> bool:

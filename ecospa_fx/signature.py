@@ -113,7 +113,9 @@ class Signature:
         for i, (dtype, device, shape) in enumerate(wanted):
             if i >= called:
                 scope |= {f"dtype{i}": dtype, f"device{i}": device}
-                checks.append(f"t[{i}].dtype is dtype{i} and t[{i}].device == device{i} and t[{i}].ndim == {len(shape)}")
+                checks.append(
+                    f"t[{i}].dtype is dtype{i} and t[{i}].device == device{i} and t[{i}].ndim == {len(shape)}"
+                )
             lines.append(f"s{i} = t[{i}].shape")
             for dim, size in enumerate(shape):
                 if type(size) is int:

@@ -108,7 +108,9 @@ def _disagreement(
     def eager(inputs: list[Any]) -> list[Any]:
         given = dict(zip(places, own(inputs), strict=True))
         twins = copies(objects, lambda place, t: given[place] if place in given else t.detach().clone())
-        called = [twins[leaf.number] if isinstance(leaf, Held) else leaf for leaf in inputs[: len(leaves) - len(places)]]
+        called = [
+            twins[leaf.number] if isinstance(leaf, Held) else leaf for leaf in inputs[: len(leaves) - len(places)]
+        ]
         call_args, call_kwargs = pytree.tree_unflatten(called, spec)
         results, _ = flattened(forward(module, *call_args, **call_kwargs))
         return [*results, *(place.find(twins) for place in captured.carried.stored), *given.values()]

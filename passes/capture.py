@@ -3,7 +3,7 @@
     capture(module, args, kwargs)
       -> export           torch.export, behind a signature of tensors only; any dim that may be dynamic is
       -> fast_attention   causal masks and repeated keys become arguments
-      -> _clean           asserts and no-ops out, placeholders sorted by what they hold
+      -> clean            asserts and no-ops out, placeholders sorted by what they hold
       -> canonicalise     see there
       -> disagreement     the graph against eager, outputs and gradients, before it is trusted
 
@@ -16,12 +16,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-import operator
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import sympy
 import torch
@@ -29,23 +27,22 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
-from ecospa_fx.carried import Carried, Held, Place, copies, flattened, own, parted
+from ecospa_fx.carried import Carried, Place, flattened, own, parted
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.signature import TENSOR, Signature, autocast_now, training_flags
 
 from .agree import Forward, disagreement
 from .axes import Size, as_size
 from .canonicalise import canonicalise
-from .carry import Tracker
-from .edge import edge
+from .clean import clean, settle
+from .dry import Originals, at_original_sizes, read_and_written
 from .export import Flat, described, export, refuse_foreign
 from .fast_attention import fast_attention
 from .hooks import Point, inner_hooks, noted
 from .inline import inline
 from .live import mark_bodies
-from .names import named_tensors, swapped
-from .numbers import Numbers, numbers
-from .record import traceless
+from .names import named_tensors
+from .numbers import Numbers
 
 aten = torch.ops.aten
 
@@ -212,7 +209,7 @@ def capture(
     )
     check = check and not on_meta
     hooks = inner_hooks(module)
-    state, written, own_numbers = _read_and_written(module, args, kwargs, region, forward, originals)
+    state, written, own_numbers = read_and_written(module, args, kwargs, region, forward, originals)
 
     def once(observe: Iterable[str]) -> Captured:
         # What is traced needs shapes only; what is compared with eager needs values.
@@ -286,53 +283,6 @@ def _captured(
     return _collect(program, flat, module, region, leaves, spec, tensors)
 
 
-def _read_and_written(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    region: str,
-    forward: Forward,
-    originals: Originals | None,
-) -> tuple[tuple[Place, ...], frozenset[Place], Numbers]:
-    """Which tensors in the objects of a call a forward reads, into which it writes, and by which numbers it finds them.
-
-    Raises:
-        CaptureError: there are objects of which nothing can be known, or it does with them what no graph can do.
-    """
-    leaves, spec = flattened((args, kwargs))
-    leaves, objects = parted(leaves) if CARRYING.get() else (leaves, [])
-    refuse_foreign(module, region, leaves, "is called with", "pass None there")
-    if not objects:
-        return (), frozenset(), Numbers()
-
-    def run() -> Tracker:
-        tracker = Tracker(marking=False)
-        shadows = tracker.shadows(copies(objects, lambda _, t: t.detach().clone()))
-        called = [shadows[leaf.number] if isinstance(leaf, Held) else leaf for leaf in leaves]
-        own_args, own_kwargs = pytree.tree_unflatten(called, spec)
-        forward(module, *own_args, **own_kwargs)
-        tracker.carried()
-        return tracker
-
-    names = " and a ".join(sorted({type(value).__name__ for value in objects}))
-    try:
-        with (
-            at_original_sizes(module, originals.values() if originals else None),
-            traceless(module),
-            torch.no_grad(),
-        ):
-            tracker = run()
-            found = numbers(module, tracker, run)
-    except Exception as error:
-        line = str(error).strip().split("\n")[0]
-        raise CaptureError(
-            f"{described(region)} ({type(module).__name__}) is called with a {names}, and cannot be captured so: it "
-            f"{line if isinstance(error, CaptureError) else f'fails with {type(error).__name__}: {line}'}"
-        ) from error
-    written = {place for place, tensor in tracker.tensors.items() if tensor._version}
-    return tuple(tracker.tensors), frozenset(written), found
-
-
 def _warn_of_hooks(captured: Captured, hooks: Mapping[str, int]) -> None:
     names = sorted(name for name in captured.hooked if name in hooks)
     if names:
@@ -374,9 +324,9 @@ def _collect(
     for node in list(graph.nodes):
         if node.op == "get_attr":
             constants[node.name] = getattr(program.graph_module, node.target)
-    _settle(graph, inputs[len(inputs) - len(flat.state) :])
+    settle(graph, inputs[len(inputs) - len(flat.state) :])
     fast_attention(graph)
-    _clean(graph)
+    clean(graph)
     canonicalise(graph, constants)
     signature = Signature(
         spec,
@@ -420,89 +370,3 @@ def same_storage(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
 def storage_key(tensor: Tensor) -> Any:
     """Identity of the memory behind a tensor, also where there is none (meta)."""
     return tensor.untyped_storage()._cdata
-
-
-def _settle(graph: fx.Graph, names: Collection[str]) -> None:
-    """Sizes of inputs that were specialised become numbers: what objects hold may shrink, and would give others."""
-    for node in list(graph.nodes):
-        if node.target is not aten.sym_size.int or node.args[0].name not in names:
-            continue
-        size = as_size(node.args[0].meta["val"].shape[node.args[1]])
-        if type(size) is int:
-            for user in list(node.users):
-                swap = lambda arg, node=node, size=size: size if arg is node else arg  # noqa: E731
-                user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), swap)
-            graph.erase_node(node)
-
-
-def _clean(graph: fx.Graph) -> None:
-    """Remove what guards and records but does not compute: it costs time and would fail after a shrink."""
-    for node in reversed(graph.nodes):
-        name = str(node.target)
-        if name.startswith(("aten._assert", "aten.sym_constrain")) or node.target is torch._check:
-            graph.erase_node(node)
-    for node in list(graph.nodes):
-        # A view of the whole only costs a dispatch. A cast to what a tensor is already stays: under autocast it is one.
-        same = node.target is aten.alias.default or (node.target is aten.slice.Tensor and _whole(node))
-        if same and not _written_to(node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    for node in reversed(graph.nodes):
-        if not node.users and node.op == "call_function" and _pure(node):
-            graph.erase_node(node)
-
-
-def _whole(node: fx.Node) -> bool:
-    """Whether a slice takes all of its dim, whatever the size."""
-    start, end, step = (*node.args, *([None] * 4))[2:5]
-    return start in (0, None) and end in (None, torch.iinfo(torch.int64).max) and step in (1, None)
-
-
-def _written_to(node: fx.Node) -> bool:
-    """Whether an in-place op writes into this node's memory by name; then its identity matters."""
-    return any(
-        isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable and user.args[:1] == (node,)
-        for user in node.users
-    )
-
-
-def _pure(node: fx.Node) -> bool:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target is not edge and not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
-    return node.target is operator.getitem
-
-
-# Whether objects may be carried in and out; a region whose own Python runs needs no graph for such calls.
-CARRYING: contextvars.ContextVar[bool] = contextvars.ContextVar("carrying", default=True)
-
-
-@contextmanager
-def carrying(allowed: bool) -> Iterator[None]:
-    """Let captures inside take calls with objects, or refuse them."""
-    token = CARRYING.set(allowed)
-    try:
-        yield
-    finally:
-        CARRYING.reset(token)
-
-
-class Originals(Protocol):
-    """Stand-ins at original sizes for the parameters and buffers of a region that have shrunk, tied as they are."""
-
-    def shapes(self) -> dict[str, Tensor]:
-        """Without memory, to trace with."""
-        ...
-
-    def values(self) -> dict[str, Tensor]:
-        """What is left, in its places among zeros, to compute with."""
-        ...
-
-
-@contextmanager
-def at_original_sizes(module: nn.Module, originals: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """A module with stand-ins at original sizes for what has shrunk."""
-    if not originals:
-        yield
-        return
-    with swapped(module, originals):
-        yield

@@ -11,10 +11,9 @@ What it does is traced all the same, for its axes. Reads by the region's own cod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from types import MethodType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -26,6 +25,7 @@ from ecospa_fx.signature import TENSOR
 
 from .edge import END, LATE, edge
 from .numbers import Number
+from .shadows import Shadow, ShadowDict, ShadowList
 
 
 class Tracker:
@@ -47,7 +47,9 @@ class Tracker:
         self._written: dict[Place, Any] = {}  # by the region's own code
         self._changed: set[Place] = set()
         self._calls: list[LiveCall] = []
-        self._keys: dict[tuple[Place, Any], set[Any]] = {}  # what entries were looked up by: integers of modules, or None
+        self._keys: dict[
+            tuple[Place, Any], set[Any]
+        ] = {}  # what entries were looked up by: integers of modules, or None
         self._passed: dict[tuple[int, int], Any] = {}
         self._late: dict[int, list[Place]] = {}  # likewise, tensors
         self._after: dict[int, dict[Place, Any]] = {}  # what is read once a call has changed it
@@ -79,16 +81,16 @@ class Tracker:
             made = tuple(self._shadow(item, place.entry(i), given, memo) for i, item in enumerate(value))
         elif type(value) in (list, dict) or foreign(value):
             if type(value) is list:
-                made = memo[id(value)] = _List()
+                made = memo[id(value)] = ShadowList()
                 list.extend(made, (self._shadow(item, place.entry(i), given, memo) for i, item in enumerate(value)))
             elif type(value) is dict:
-                made = memo[id(value)] = _Dict()
+                made = memo[id(value)] = ShadowDict()
                 dict.update(made, {k: self._shadow(v, place.entry(k), given, memo) for k, v in value.items()})
             else:
                 made = memo[id(value)] = object.__new__(self._class(type(value)))
                 for name, item in vars(value).items():
                     made.__dict__[name] = self._shadow(item, place.attribute(name), given, memo)
-            if isinstance(made, (_List, _Dict)):
+            if isinstance(made, (ShadowList, ShadowDict)):
                 made.tracker = self
             self._places[id(made)] = place
         self._initial[place] = made
@@ -98,7 +100,7 @@ class Tracker:
         if cls not in self._classes:
             body = {"_ecospa_tracker": self, "__doc__": cls.__doc__, "__module__": cls.__module__,
                     "__qualname__": cls.__qualname__}  # fmt: skip
-            self._classes[cls] = type(cls)(cls.__name__, (_Shadow, cls), body)
+            self._classes[cls] = type(cls)(cls.__name__, (Shadow, cls), body)
         return self._classes[cls]
 
     def number_of(self, value: Any) -> int | None:
@@ -121,7 +123,7 @@ class Tracker:
         return {leaf for leaf in leaves if type(leaf) is int}
 
     def numbered(self) -> tuple[dict[tuple[Place, Any], frozenset[Any]] | None, dict[tuple[int, int], Any]]:
-        """Which of these were integers of modules, see `Numbers`; None where one was looked up both by these and not."""
+        """Which of these were integers of modules, see `Numbers`; None where one was looked up both ways."""
         by = {where: names for where, names in self._keys.items() if names != {None}}
         if any(None in names for names in by.values()):
             return None, {}
@@ -166,7 +168,7 @@ class Tracker:
             for i, item in enumerate(value):
                 self._read(owner, lambda at, i=i: place(at).entry(i), item)  # type: ignore[misc]
             value = Length(len(value))
-        elif isinstance(value, (_List, _Dict)) or id(value) in self._places:
+        elif isinstance(value, (ShadowList, ShadowDict)) or id(value) in self._places:
             value = Kind(type(value).__bases__[-1])
         elif not (_plain(value) or value is ABSENT or isinstance(value, (Length, Keys)) or callable(value)):
             if not self.inside:
@@ -289,7 +291,10 @@ class Tracker:
             (place, Stored(list(stored).index(place)) if isinstance(value, Tensor) and stored else value)
             for place, value in self._written.items()
         ]
-        calls = [replace(call, after=self._after.get(number, {}), late=tuple(self._late.get(number, ()))) for number, call in enumerate(self._calls)]
+        calls = [
+            replace(call, after=self._after.get(number, {}), late=tuple(self._late.get(number, ())))
+            for number, call in enumerate(self._calls)
+        ]
         return Carried(self._types, reads, tuple(self.tensors), tuple(stored), tuple(effects), tuple(calls))
 
 
@@ -302,132 +307,3 @@ def _plain(value: Any) -> bool:
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, Tensor)):
         return False
     return value is None or isinstance(value, (PLAIN, type))
-
-
-class _Shadow:
-    """First base of the class of a shadow; its own class comes second."""
-
-    _ecospa_tracker: ClassVar[Tracker]
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Classes may keep a list of those made from them, in which shadows have no place."""
-
-    def __getattribute__(self, name: str) -> Any:
-        if name[:2] == "__" or name == "_ecospa_tracker":
-            return super().__getattribute__(name)
-        tracker = type(self)._ecospa_tracker
-        try:
-            value = super().__getattribute__(name)
-        except AttributeError:
-            tracker.read(self, lambda at: at.attribute(name), ABSENT)
-            raise
-        if isinstance(value, MethodType) and value.__self__ is self:
-            return lambda *args, **kwargs: tracker.call(self, value, args, kwargs)
-        if name in self.__dict__:
-            return tracker.read(self, lambda at: at.attribute(name), value)
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in self.__dict__:
-            type(self)._ecospa_tracker.write(self, lambda at: at.attribute(name), value)
-
-    def __delattr__(self, name: str) -> None:
-        type(self)._ecospa_tracker.restructure(self)
-        super().__delattr__(name)
-
-
-def _restructuring(name: str) -> Any:
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.tracker.restructure(self)
-        return getattr(super(type(self), self), name)(*args, **kwargs)
-
-    return method
-
-
-class _List(list):  # type: ignore[type-arg]
-    """A list in an object."""
-
-    tracker: Tracker
-
-    def __getitem__(self, index: Any) -> Any:
-        if not isinstance(index, (int, Number)):
-            return list(self)[index]
-        index = self.tracker.key(self, index)
-        return self.tracker.read(self, lambda at: at.entry(int(index)), super().__getitem__(index))
-
-    def __len__(self) -> int:
-        length = super().__len__()
-        self.tracker.read(self, lambda at: at, Length(length))
-        return length
-
-    def __bool__(self) -> bool:
-        return len(self) > 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for i in range(len(self)):
-            yield self[i]
-
-    def __contains__(self, value: Any) -> bool:
-        return any(item is value or item == value for item in self)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        index = self.tracker.key(self, index)
-        super().__setitem__(index, value)
-        self.tracker.write(self, lambda at: at.entry(index), value)
-
-    append, extend, insert, pop, remove, clear, sort, reverse, __delitem__, __iadd__ = map(
-        _restructuring,
-        ("append", "extend", "insert", "pop", "remove", "clear", "sort", "reverse", "__delitem__", "__iadd__"),
-    )
-
-
-class _Dict(dict):  # type: ignore[type-arg]
-    """A dict in an object."""
-
-    tracker: Tracker
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        key = self.tracker.key(self, key)
-        found = self.tracker.read(self, lambda at: at.entry(key), super().get(key, ABSENT))
-        return default if found is ABSENT else found
-
-    def __getitem__(self, key: Any) -> Any:
-        key = self.tracker.key(self, key)
-        found = self.tracker.read(self, lambda at: at.entry(key), super().get(key, ABSENT))
-        return super().__getitem__(key) if found is ABSENT else found
-
-    def __contains__(self, key: Any) -> bool:
-        return self.get(key, ABSENT) is not ABSENT
-
-    def _all(self) -> list[Any]:
-        keys = list(super().keys())
-        self.tracker.read(self, lambda at: at, Keys(tuple(keys)))
-        return keys
-
-    def __len__(self) -> int:
-        return len(self._all())
-
-    def __bool__(self) -> bool:
-        return bool(self._all())
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._all())
-
-    def keys(self) -> Any:
-        return dict.fromkeys(self._all()).keys()
-
-    def values(self) -> Any:
-        return [self[key] for key in self._all()]
-
-    def items(self) -> Any:
-        return [(key, self[key]) for key in self._all()]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        key = self.tracker.key(self, key)
-        super().__setitem__(key, value)
-        self.tracker.write(self, lambda at: at.entry(key), value)
-
-    setdefault, update, pop, popitem, clear, __delitem__, __ior__ = map(
-        _restructuring, ("setdefault", "update", "pop", "popitem", "clear", "__delitem__", "__ior__")
-    )

@@ -31,6 +31,7 @@ from .hooks import Point, points
 # cut from padded images hundreds, each about sizes in longer expressions than the last: that took hours.
 GUARDS = 32
 
+
 class Flat(nn.Module):
     """A region behind tensor arguments only, so that any call structure can be exported with dynamic shapes.
 

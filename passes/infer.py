@@ -99,26 +99,26 @@ class _Walk:
         held: list[Any] = list(output.args[0])  # type: ignore[arg-type]
         after = dict(zip(carried.stored, held[len(held) - len(carried.stored) :], strict=True))
         before = {node.name: node for node in self.weighted if node.op == "placeholder"}
-        for name, place in self.captured.state.items():
+        for name, at in self.captured.state.items():
             if name not in before:
                 continue
             (exprs,) = self.known.values[before[name]]
-            if place in after and after[place] in self.weighted:
-                (others,) = self.known.values[after[place]]
+            if at in after and after[at] in self.weighted:
+                (others,) = self.known.values[after[at]]
                 for a, b in zip(exprs, others, strict=True) if len(exprs) == len(others) else ():
-                    self._same(a, b, output, place)
-            if place in self.captured.strangers or (place in after and after[place] not in self.weighted):
-                of = carried.types[place.number].__name__
+                    self._same(a, b, output, at)
+            if at in self.captured.strangers or (at in after and after[at] not in self.weighted):
+                of = carried.types[at.number].__name__
                 for expr in exprs:
-                    self.known.pin(expr, before[name], f"it meets `{place}` of a {of}, which something else fills")
-        for place, node in after.items():
+                    self.known.pin(expr, before[name], f"it meets `{at}` of a {of}, which something else fills")
+        for at, node in after.items():
             if node in self.weighted:
-                self.known.stored[place] = self.known.values[node][0]
-        for name, place in self.captured.state.items():
+                self.known.stored[at] = self.known.values[node][0]
+        for name, at in self.captured.state.items():
             if name in before:
-                self.known.stored.setdefault(place, self.known.values[before[name]][0])
+                self.known.stored.setdefault(at, self.known.values[before[name]][0])
 
-    def _same(self, a: Expr, b: Expr, output: fx.Node, place: Place) -> None:
+    def _same(self, a: Expr, b: Expr, output: fx.Node, at: Place) -> None:
         """One dim of a tensor in an object before and after a call. One that grows belongs to no parameter."""
         try:
             if size_of(a) == size_of(b):
@@ -127,7 +127,7 @@ class _Walk:
         except Mismatch:
             pass
         for expr in (a, b):
-            self.known.pin(expr, output, f"it is a dim of `{place}`, which has other sizes before and after a call")
+            self.known.pin(expr, output, f"it is a dim of `{at}`, which has other sizes before and after a call")
 
     def finish(self) -> Inference:
         known = self.known

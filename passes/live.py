@@ -129,9 +129,14 @@ def go_live(
             kept = len(results) - len(carried.stored)  # type: ignore[arg-type]
             effects = [results[kept + v.number] for _, v in carried.effects if isinstance(v, Stored)]  # type: ignore[index,operator]
             node.args = ((*results[:kept], *effects),)  # type: ignore[index]
-        elif node.op == "call_function" and not node.users and node not in calls:
-            if node not in before or BODY in before[node].meta:
-                graph.erase_node(node)
+        elif _is_rest(node, before) and node not in calls:
+            graph.erase_node(node)
+
+
+def _is_rest(node: fx.Node, before: Mapping[fx.Node, fx.Node]) -> bool:
+    """Whether a node of the copy is of no use now: of what a method was traced as, or made to follow that."""
+    unused = node.op == "call_function" and not node.users
+    return unused and (node not in before or BODY in before[node].meta)
 
 
 def pass_edges(graph: fx.Graph) -> None:
@@ -233,21 +238,22 @@ def _taken(call: LiveCall, result: Any) -> tuple[Tensor, ...]:
     constants = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
     if spec != call.out_spec or constants != [leaf for leaf in call.out_leaves if leaf is not TENSOR]:
         raise EcoSpaError(
-            f"`{call.method}` returned something else than in the call that was captured; it cannot be called from a graph"
+            f"`{call.method}` returned something else than in the call that was captured: what the object holds fits "
+            "no graph. Start with an empty one"
         )
     return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def _changed(place: Place, expected: Any) -> None:
     raise EcoSpaError(
-        f"`{place}` of an object is not {expected!r} after the call of a method that made it so when it was captured: what "
-        "the object holds fits no graph. Start with an empty one"
+        f"`{place}` of an object is not {expected!r} after a method that made it so when it was captured: what the "
+        "object holds fits no graph. Start with an empty one"
     )
 
 
 def _differs(call: LiveCall, number: int, found: Tensor, expected: tuple[int, ...]) -> None:
     sizes = tuple(size if wanted == -1 else wanted for size, wanted in zip(found.shape, expected, strict=True))
     raise EcoSpaError(
-        f"result {number} of `{call.method}` has sizes {tuple(found.shape)} and was {sizes} when such a call was captured: "
-        "what the object holds fits no graph. Start with an empty one"
+        f"result {number} of `{call.method}` has sizes {tuple(found.shape)}, where {sizes} were expected: what the "
+        "object holds fits no graph. Start with an empty one"
     )

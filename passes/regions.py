@@ -29,10 +29,11 @@ from ecospa_fx.signature import autocast_now, training_flags
 
 from .agree import disagreement
 from .axes import atoms_of, size_of
-from .capture import Captured, Originals, at_original_sizes, capture, storage_key
+from .capture import Captured, capture, storage_key
 from .confirm import EXPERIMENTS, distrusted
 from .descend import Search
 from .discover import Discovery, discover
+from .dry import Originals, at_original_sizes
 from .infer import infer
 from .inference import Inference
 from .names import named_tensors

@@ -88,7 +88,7 @@ class Program:
         return captured.result(tensors[: captured.returned], objects)
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the sizes of a call are ones that the program serves: those of its tensors and of what objects hold."""
+        """Whether the sizes of a call, of its tensors and of what objects hold, are such as the program serves."""
         if self.check is None:
             self.check = self.captured.signature.checker(self.state)
         return self.check(tensors)
@@ -223,9 +223,7 @@ def _sizes_now(inference: Inference, kept: Kept) -> Callable[[fx.Node], Sequence
     return sizes
 
 
-def _copy(
-    captured: Captured, live: bool
-) -> tuple[fx.Graph, dict[fx.Node, fx.Node], list[fx.Node], dict[fx.Node, Any]]:
+def _copy(captured: Captured, live: bool) -> tuple[fx.Graph, dict[fx.Node, fx.Node], list[fx.Node], dict[fx.Node, Any]]:
     """The captured graph as a new one that takes inputs, objects, then constants; and which node became which."""
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}

@@ -1,9 +1,9 @@
 """Stored: what objects hold between calls, keys and values as a rule, at the sizes that a plan leaves.
 
-    layout(exprs, kept)   which entries of a tensor are there
-    -> compressed         a tensor at its original sizes to these
-    -> expanded           and back, zeros where entries are gone
-    agree(...)            every graph of a region takes what another leaves as it is
+layout(exprs, kept)   which entries of a tensor are there
+-> compressed         a tensor at its original sizes to these
+-> expanded           and back, zeros where entries are gone
+agree(...)            every graph of a region takes what another leaves as it is
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ecospa_fx.errors import PinnedAxisError
+from ecospa_fx.carried import Place, copies
+from ecospa_fx.errors import EcoSpaError, PinnedAxisError
 
 from .axes import Expr, size_of
-from .names import join
 from .selection import Kept, broadcast_mask, count, in_first_contexts, touched
 
 if TYPE_CHECKING:
@@ -45,7 +45,10 @@ class Layout:
 
     def over(self, tensor: Tensor) -> Tensor:
         """The mask over a tensor at its original sizes, where dims that are whole are as in `tensor`."""
-        whole = [n if left is None else self.mask.size(d) for d, (n, left) in enumerate(zip(tensor.shape, self.sizes, strict=True))]
+        whole = [
+            n if left is None else self.mask.size(d)
+            for d, (n, left) in enumerate(zip(tensor.shape, self.sizes, strict=True))
+        ]
         return self.mask.to(tensor.device).expand(whole)
 
 
@@ -69,9 +72,7 @@ def layout(exprs: Sequence[Expr], kept: Kept) -> Layout | None:
 
 
 def expanded(tensor: Tensor, left: Layout) -> Tensor:
-    """A tensor of which a layout is left in its places among zeros; raises a ValueError where it is not that."""
-    if list(tensor.shape) != left.fits(tensor.shape):
-        raise ValueError(f"sizes {tuple(tensor.shape)}, and {tuple(left.fits(tensor.shape))} fit")
+    """A tensor of which a layout is left in its places among zeros."""
     mask = left.over(tensor)
     whole = tensor.new_zeros(mask.shape)
     whole[mask] = tensor.detach().flatten()
@@ -108,7 +109,37 @@ def agree(graphs: Iterable[tuple[Inference, Kept]], difference: str = "") -> Non
                 cls, path = key
                 why = f" The call differs from earlier ones: {difference}." if difference else ""
                 raise PinnedAxisError(
-                    f"`{join(inference.captured.region, ''.join(map(str, path)).removeprefix('.'))}` of a {cls.__name__} "
-                    f"is filled by one call and read by another that would need other entries of it.{why} Call the model "
-                    "as before"
+                    f"`{Place(0, path)}` of a {cls.__name__} is filled by one call of `{inference.captured.region}` "
+                    f"and read by another that would need other entries of it.{why} Call the model as before"
                 )
+
+
+def whole_objects(objects: Sequence[Any], graphs: Iterable[tuple[Inference, Kept]], who: str) -> list[Any]:
+    """Copies of the objects of a call that hold what graphs have put there as it would be had nothing shrunk.
+
+    Args:
+        objects: they.
+        graphs: of the region that is called, and what they keep.
+        who: the region, for the message.
+
+    Raises:
+        EcoSpaError: what one holds is not what the region as it is now leaves in it.
+    """
+    known = {key: layout(exprs, kept) for inference, kept in graphs for key, exprs in keys_of(inference).items()}
+
+    def whole(place: Place, tensor: Tensor) -> Tensor:
+        left = known.get((type(objects[place.number]), place.path))
+        if left is None:
+            return tensor.detach().clone()
+        if tensor.ndim == len(left.sizes) and list(tensor.shape) == left.fits(tensor.shape):
+            return expanded(tensor, left)
+        fit = (
+            f"{tuple(left.fits(tensor.shape))} fit" if tensor.ndim == len(left.sizes) else f"{len(left.sizes)} dims fit"
+        )
+        raise EcoSpaError(
+            f"`{place}` of the {type(objects[place.number]).__name__} that `{who}` is called with has sizes "
+            f"{tuple(tensor.shape)}, and {fit}: it was filled by another model, or before this one shrank to what it "
+            "is now. Start with an empty one"
+        )
+
+    return copies(objects, whole)

@@ -21,8 +21,10 @@ def weighted_nodes(captured: Captured) -> set[fx.Node]:
         before = len(weighted)
         for node in captured.graph.nodes:
             if node.op == "placeholder":
-                if node.name in captured.parameters or _is_state(node, captured) or (
-                    node.name in captured.tensors and _follows_parameters(node, weighted)
+                if (
+                    node.name in captured.parameters
+                    or _is_state(node, captured)
+                    or (node.name in captured.tensors and _follows_parameters(node, weighted))
                 ):
                     weighted.add(node)
             # A size may be that of a tensor which depends on parameters; it does not.

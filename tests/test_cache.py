@@ -297,7 +297,9 @@ def test_what_something_else_fills_stays_whole():
             seen = nn.functional.scaled_dot_product_attention(q, cache.layers[0].keys, cache.layers[0].values)
             return x + own.o(seen.transpose(1, 2).flatten(2))
 
-    model = ecospa_fx.compile(made(Borrowing), example_inputs=(x := sequence(), Cache()), regions=["blocks.0", "blocks.1"])
+    model = ecospa_fx.compile(
+        made(Borrowing), example_inputs=(x := sequence(), Cache()), regions=["blocks.0", "blocks.1"]
+    )
     refused = [str(refusal) for refusal in ecospa_fx.explain(model).refusals]
     assert any("it meets `layers[0].keys` of a Cache, which something else fills" in text for text in refused)
     assert {c.region for c in ecospa_fx.couplings(model)} == {"blocks.0"}
@@ -333,7 +335,10 @@ class Appending(Block):
 @pytest.mark.parametrize(
     ("block", "why"),
     [
-        (Counting, "counts in `layers[0].length` of a Cache itself, not by one of its methods: no two calls would be alike"),
+        (
+            Counting,
+            "counts in `layers[0].length` of a Cache itself, not by one of its methods: no two calls would be alike",
+        ),
         (Appending, "changes `layers` of a Cache itself, not by one of its methods"),
     ],
 )
@@ -342,7 +347,8 @@ def test_what_no_graph_can_do_to_an_object(block, why):
     with pytest.raises(errors.CaptureError) as caught:
         model.blocks[0](sequence(), None, cache)
     assert str(caught.value) == (
-        f"region `blocks.0` ({block.__name__}) is called with a Cache, and cannot be captured so: it {why}"
+        f"region `blocks.0` ({block.__name__}) is called with a Cache, and cannot be captured so: it {why}. "
+        "Call it without one (of a cache, `use_cache=False` as a rule)"
     )
     assert cache.layers[0].length == 0 and len(cache.layers) == 2
 
