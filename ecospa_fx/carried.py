@@ -24,6 +24,7 @@ from torch import Tensor, nn
 PLAIN = (Tensor, int, float, bool, str, slice, Enum, torch.dtype, torch.device, torch.memory_format, torch.layout)
 _CODE = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType)
 _HEAP = 1 << 9  # the flag of classes made in Python
+_NEW: Any = object.__new__
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def foreign(value: Any) -> bool:
     # A class registered with torch's pytrees is taken apart like a tuple where it is plain data.
     if is_dataclass(cls) and cls in pytree.SUPPORTED_NODES:
         return False
-    return bool(hasattr(value, "__dict__") and cls.__flags__ & _HEAP and cls.__new__ is object.__new__)
+    return bool(hasattr(value, "__dict__") and cls.__flags__ & _HEAP and cls.__new__ is _NEW)
 
 
 def flattened(call: Any) -> tuple[list[Any], pytree.TreeSpec]:

@@ -34,7 +34,7 @@ BODY = "ecospa_live"  # in the meta of a node: the number of the call that it be
 def edges(graph: fx.Graph, number: int, *, out: bool) -> dict[int, fx.Node]:
     """The edges into or out of a call, by place among its leaves."""
     nodes = [node for node in graph.nodes if node.target is edge and node.args[1] == number and node.args[3] is out]
-    return {node.args[2]: node for node in nodes}  # type: ignore[misc]
+    return {node.args[2]: node for node in nodes}
 
 
 def mark_bodies(graph: fx.Graph, stored: int, region: str) -> None:
@@ -71,7 +71,7 @@ def mark_bodies(graph: fx.Graph, stored: int, region: str) -> None:
                 user.replace_input_with(node, written)  # memory that is there after the call, too
                 continue
             outputs = user.args[0] if user.op == "output" else ()
-            if user.op == "output" and node not in outputs[: len(outputs) - stored]:  # type: ignore[index,arg-type,operator]
+            if user.op == "output" and node not in outputs[: len(outputs) - stored]:
                 continue
             raise CaptureError(
                 f"{f'region `{region}`' if region else 'the model'} uses what a method of an object that it was called "
@@ -126,9 +126,9 @@ def go_live(
     for node in reversed(graph.nodes):
         if node.op == "output":
             results = node.args[0]
-            kept = len(results) - len(carried.stored)  # type: ignore[arg-type]
-            effects = [results[kept + v.number] for _, v in carried.effects if isinstance(v, Stored)]  # type: ignore[index,operator]
-            node.args = ((*results[:kept], *effects),)  # type: ignore[index]
+            kept = len(results) - len(carried.stored)
+            effects = [results[kept + v.number] for _, v in carried.effects if isinstance(v, Stored)]
+            node.args = ((*results[:kept], *effects),)
         elif _is_rest(node, before) and node not in calls:
             graph.erase_node(node)
 
