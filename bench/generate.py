@@ -16,11 +16,13 @@ from __future__ import annotations
 import argparse
 import copy
 import re
+import statistics
 import time
 import traceback
 from typing import Any
 
 import torch
+from machine import write_csv
 from module import CAUSAL, PAIRS, build
 from torch import nn
 
@@ -109,19 +111,80 @@ def measure(name: str) -> dict[str, Any]:
     return row
 
 
+def seconds(model: nn.Module, ids: torch.Tensor) -> float:
+    """Of one token of `TIMED`, in the whole loop of `generate`."""
+    start = time.perf_counter()
+    model.generate(  # type: ignore[operator]
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=TIMED, min_new_tokens=TIMED, do_sample=False
+    )
+    return (time.perf_counter() - start) / TIMED
+
+
+def timed(hidden: int, layers: int, rounds: int) -> list[dict[str, Any]]:
+    """Rows about a LLaMA: per token, over what the original takes in the same round."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=layers, num_attention_heads=8,
+        num_key_value_heads=4, vocab_size=1000, bos_token_id=1, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    plain = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(3, 900, (1, 32))
+    call = {"input_ids": ids.expand(2, -1), "use_cache": False}
+    models: dict[str, nn.Module] = {"original": plain}
+    module = ecospa_fx.compile(copy.deepcopy(plain), example_kwargs=call, execution="module")
+    followed = {coupling.name: keep for coupling, keep in halves(module).items()}
+    models["module, halved"] = module
+    for name, keep in (("graph", {}), ("graph, halved as module", followed), ("graph, halved", None)):
+        models[name] = graph = ecospa_fx.compile(copy.deepcopy(plain), example_kwargs=call)
+        if keep is None or keep:
+            ecospa_fx.shrink(graph, halves(graph) if keep is None else keep)
+    ecospa_fx.shrink(module, followed)
+    rows = []
+    for name, model in models.items():
+        start = time.perf_counter()
+        seconds(model, ids[:, :4])
+        rows.append({"model": f"{hidden} x {layers}", "measure": f"first {TIMED} tokens, {name}", "unit": "s",
+                     "median": round(time.perf_counter() - start, 2), "low": "", "high": "", "rounds": 1})  # fmt: skip
+        seconds(model, ids)
+    found: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds):
+        for name, model in models.items():
+            found[name].append(seconds(model, ids))
+    own = statistics.median(found["original"])
+    for name, each in found.items():
+        ratios = sorted(a / b for a, b in zip(each, found["original"], strict=True))
+        quarter = len(ratios) // 4
+        shown = [1e3 * own] if name == "original" else ratios
+        rows.append({"model": f"{hidden} x {layers}", "measure": f"a token, {name}",
+                     "unit": "ms" if name == "original" else "of the original",
+                     "median": round(statistics.median(shown), 3), "low": round(ratios[quarter], 3),
+                     "high": round(ratios[-1 - quarter], 3), "rounds": rounds})  # fmt: skip
+    return rows
+
+
 VERBOSE = False
+TIMED = 24  # tokens
 
 
 def main() -> None:
     """Measure and print rows as they come."""
     global VERBOSE
-    parser = argparse.ArgumentParser()
-    parser.add_argument("patterns", nargs="*")
-    parser.add_argument("--verbose", action="store_true")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("patterns", nargs="*", metavar="PATTERN")
+    parser.add_argument("--verbose", action="store_true", help="print where a model fails")
+    parser.add_argument("--time", action="store_true", help="seconds per token instead")
     given = parser.parse_args()
     VERBOSE = given.verbose
     torch.set_num_threads(1)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if given.time:
+        for hidden, layers, rounds in ((64, 2, 12), (256, 8, 12), (1024, 8, 8)):
+            rows += timed(hidden, layers, rounds)
+            print(*rows[-10:], sep="\n", flush=True)
+        write_csv("generate_time", rows)
+        return
     for name in [*(f"causal/{kind}" for kind in CAUSAL), *(f"pair/{kind}" for kind in PAIRS)]:
         if given.patterns and not any(re.fullmatch(pattern, name) for pattern in given.patterns):
             continue
@@ -132,7 +195,11 @@ def main() -> None:
             if VERBOSE:
                 traceback.print_exc()
         print(rows[-1], flush=True)
+    if not given.patterns:
+        write_csv("generate", [{key: row.get(key, "") for key in COLUMNS} for row in rows])
 
+
+COLUMNS = ("name", "regions", "kinds", *WAYS, "graphs", "seconds")
 
 if __name__ == "__main__":
     main()
