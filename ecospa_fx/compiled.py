@@ -103,7 +103,7 @@ class CompiledModel:
         if not self.captured:
             with own_forward_aside(model):
                 if self.regions and self.execution == "module":
-                    if not torch.is_grad_enabled():  # to generate, say, with caches that no graph can hold
+                    if not torch.is_grad_enabled():  # to generate, say, which needs none
                         return original_class(model).forward(model, *args, **kwargs)
                     self.capture_again(model, args, kwargs)
                 else:
