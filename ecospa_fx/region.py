@@ -20,7 +20,7 @@ from .errors import CaptureError, EcoSpaError, PinnedAxisError
 from .logs import logger
 from .numbering import Numbering, by_part
 from .passes.axes import Atom, size_of
-from .passes.capture import same_storage
+from .passes.capture import Captured, same_storage
 from .passes.confirm import experiments
 from .passes.discover import Discovery, Found, discover
 from .passes.dry import carrying
@@ -32,6 +32,7 @@ from .passes.regions import Analysis, analyse_once, shared_outside
 from .passes.replay import replay
 from .passes.rewrite import Program, rewrite
 from .passes.selection import Choice, Kept, entries, mask_of, narrowed, whole
+from .passes.sharing import ABSENT
 from .passes.stored import agree, keys_of, whole_objects
 from .plan import Plan
 from .shrinkable import original_class
@@ -59,6 +60,8 @@ class Region:
         self.programs: list[Program] = []
         self.discoveries: list[Discovery] = []
         self.routes: dict[Any, tuple[Signature, ...]] = {}  # calls seen before; several differ by what objects hold
+        # Per graph the attributes that it depends on, where the live region holds them.
+        self.settings: dict[int, tuple[Captured, list[tuple[dict[str, Any], str, Any, Any]]]] = {}
         self.watcher: Watcher | None = None
         self.called: list[list[int]] | None = None  # sizes of the first call, where that was before a save
         self.withheld: frozenset[str] = frozenset()  # what calls met before a save could not follow
@@ -66,20 +69,21 @@ class Region:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: generated code is made anew from the plan, at the next call."""
-        none: dict[str, Any] = {"programs": [], "discoveries": [], "routes": {}, "watcher": None, "following": None}
+        none: dict[str, Any] = {"programs": [], "discoveries": [], "routes": {}, "settings": {}, "watcher": None}
+        none |= {"following": None}
         return {**self.__dict__, **none}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
         """For copies of the model, which run at once: programs hold no module and are shared."""
         memo[id(self)] = twin = object.__new__(type(self))
-        fresh: dict[str, Any] = {"routes": {}, "watcher": None}
+        fresh: dict[str, Any] = {"routes": {}, "settings": {}, "watcher": None}
         twin.__dict__ |= {key: copy.deepcopy(value, memo) for key, value in (self.__dict__ | fresh).items()}
         return twin
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call of the region."""
         key, inputs, objects = call_key(module, args, kwargs) or (None, [], [])
-        program = self._routed(key, inputs, objects)
+        program = self._routed(module, key, inputs, objects)
         if program is None:
             leaves, objects = parted(flattened((args, kwargs))[0])
             inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -112,11 +116,11 @@ class Region:
         state = [place.find(whole) for place in program.captured.carried.state]
         return program, [*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *state]
 
-    def _routed(self, key: Any, tensors: Sequence[Tensor], objects: Sequence[Any]) -> Program | None:
+    def _routed(self, module: nn.Module, key: Any, tensors: Sequence[Tensor], objects: Sequence[Any]) -> Program | None:
         """The program that served a call of the same key before."""
         for signature in self.routes.get(key, ()) if key is not None else ():
             for program in self.programs:
-                if program.captured.signature is signature:
+                if program.captured.signature is signature and self._unset(module, program) is None:
                     if not objects:
                         return program
                     # The key says nothing of sizes, nor of what is in the objects.
@@ -139,8 +143,28 @@ class Region:
         for program in self.programs:
             if not program.captured.serves(hooks, program.called):
                 continue
-            if program.captured.mismatch(call, training, program.state) is None:
+            if (
+                self._unset(module, program) is None
+                and program.captured.mismatch(call, training, program.state) is None
+            ):
                 return program
+        return None
+
+    def _unset(self, module: nn.Module, program: Program) -> str | None:
+        """Which constant that the graph was captured with is another now; None where none is."""
+        captured = program.captured
+        held = self.settings.get(id(captured))
+        if held is None or held[0] is not captured:
+            named = dict(module.named_modules(remove_duplicate=False))
+            places = [
+                (named[path].__dict__, name, getattr(type(named[path]), name, ABSENT), value)
+                for (path, name), value in captured.settings.items()
+            ]
+            self.settings[id(captured)] = held = (captured, places)
+        for (attributes, name, other, value), where in zip(held[1], captured.settings, strict=True):
+            now = attributes.get(name, other)
+            if now is not value and (type(now) is not type(value) or now != value):
+                return f"`{'.'.join(part for part in where if part)}` is {now!r} and was {value!r}"
         return None
 
     def _whole_objects(self, objects: Sequence[Any]) -> list[Any]:
@@ -285,6 +309,9 @@ class Region:
     def _difference(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         if not self.programs:
             return ""
+        unset = self._unset(module, self.programs[0])
+        if unset is not None:
+            return unset
         return self.programs[0].captured.mismatch((args, kwargs), training_flags(module)) or ""
 
     def couplings(self) -> list[Coupling]:

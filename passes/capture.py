@@ -71,6 +71,7 @@ class Captured:
         strangers: the places of tensors in those that something else fills, at its own sizes.
         filled: what was known of that, see `capture`.
         numbers: integers of the region that only say which part of an object is its own.
+        settings: (submodule, attribute) -> a constant that the forward read of it, and does not change itself.
     """
 
     region: str
@@ -91,6 +92,7 @@ class Captured:
     strangers: frozenset[Place] = frozenset()
     filled: Set[tuple[type, tuple[Any, ...]]] = frozenset()
     numbers: Numbers = field(default_factory=Numbers)
+    settings: Mapping[tuple[str, str], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # At once, for torch.compile cannot trace what is cached behind a lock.

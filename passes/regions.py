@@ -39,7 +39,7 @@ from .inference import Inference
 from .names import named_tensors
 from .record import Call as Call
 from .record import record_all
-from .sharing import Fingerprint, fingerprint, recorded_reads
+from .sharing import OWN, Fingerprint, Reads, fingerprint, recorded_reads, settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +176,7 @@ def choose(
     """
     captures = [] if captures is None else captures
     if how == "root":
-        return {"": analyse(model, "", (args, kwargs))}, {}
+        return {"": _analyse_watched(model, "", (args, kwargs), {}, forward=type(model).forward)[0]}, {}
     if not isinstance(how, str):
         return _named(model, args, kwargs, how, captures), {}
     if how not in ("auto", "blocks"):
@@ -194,7 +194,8 @@ def choose(
         return search.found, uncalled
     if how == "auto" or not blocks:
         try:
-            return {"": analyse(model, "", (args, kwargs))}, search.failed
+            root, _ = _analyse_watched(model, "", (args, kwargs), {}, forward=type(model).forward)
+            return {"": root}, search.failed
         except CaptureError as error:
             if not any(True for _ in model.children()):
                 raise
@@ -304,19 +305,36 @@ def analyse_once(
         CaptureError: it cannot be captured, or the graph disagrees with eager.
     """
     forward = forward or type(module).forward
+    options: dict[str, Any] = {"forward": forward, "originals": originals, "filled": filled}
     if outside:  # pinned for reasons of its own
-        return analyse(module, name, call, outside, forward=forward, originals=originals, filled=filled)
+        return _analyse_watched(module, name, call, outside, **options)[0]
     with at_original_sizes(module, originals.shapes() if originals else None):
         equal = [analysis for analysis, mark in captures if mark.fits(module)]
     for analysis in equal:
         shared = _shared(analysis, module, name, call, forward, originals, filled)
         if shared is not None:
             return shared
-    with recorded_reads(module) as reads:
-        analysis = analyse(module, name, call, outside, forward=forward, originals=originals, filled=filled)
+    analysis, reads = _analyse_watched(module, name, call, outside, **options)
     with at_original_sizes(module, originals.shapes() if originals else None):
         captures.append((analysis, fingerprint(module, reads, analysis.captured.numbers.values)))
     return analysis
+
+
+def _analyse_watched(
+    module: nn.Module, name: str, call: Call, outside: dict[str, str], **options: Any
+) -> tuple[Analysis, Reads]:
+    """`analyse`, and what of the region's attributes was read; of constants among them the graph knows the values."""
+    every = {(path, name) for path, child in module.named_modules() for name in vars(child)}
+    before = settings(module, every)
+    with recorded_reads(module) as reads:
+        analysis = analyse(module, name, call, outside, **options)
+    made = {(path, name) for path, child in module.named_modules() for name in vars(child)} - every
+    read = {(path, name) for path, names in reads.items() for name in names - OWN}
+    # What a forward changes itself (a counter) is no setting.
+    analysis.captured.settings = {
+        where: value for where, value in settings(module, read - made).items() if before.get(where, value) == value
+    }
+    return analysis, reads
 
 
 def _shared(
@@ -338,6 +356,7 @@ def _shared(
     if values is None:
         return None
     if values:
+        captured.settings = settings(module, captured.settings)
         captured.carried = numbers.within(captured.carried, values)
         captured.strangers = frozenset(numbers.put(place, values) for place in captured.strangers)
         captured.filled = frozenset((cls, numbers.put(Place(0, path), values).path) for cls, path in captured.filled)
