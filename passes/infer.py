@@ -18,6 +18,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -222,6 +223,8 @@ class _Walk:
                 )
             self.known.values[node] = tuple(outputs)
         except Mismatch as mismatch:
+            for size in (size for operand in operands for size in operand.shape if isinstance(size, sympy.Expr)):
+                self.known.unsolved |= size.free_symbols
             self.solver.opaque(node, operands, shapes, f"{op_name(node)}: {mismatch}")
 
     def _differ(self, expr: Expr, size: Size, node: fx.Node) -> bool:

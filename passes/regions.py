@@ -92,7 +92,7 @@ def analyse(
         inference = infer(captured, EXPERIMENTS.get())
         seconds["export"] += captured_at - start
         seconds["infer"] += time.thread_time() - captured_at
-        cutting = _dims_that_cut_parameters(inference)
+        cutting = _dims_that_cut_parameters(inference) | _dims_of_windows(inference)
         if not cutting - static:
             break
         static |= cutting
@@ -149,6 +149,22 @@ def _dims_that_cut_parameters(inference: Inference) -> frozenset[tuple[int, int]
         for i, (_, _, shape) in enumerate(inference.captured.signature.tensors)
         for dim, size in enumerate(shape)
         if isinstance(size, sympy.Expr) and size.free_symbols & symbols
+    )
+
+
+def _dims_of_windows(inference: Inference) -> frozenset[tuple[int, int]]:
+    """Dynamic dims of what objects hold that no rule could make sense of: the window of a convolution, say.
+
+    That is a property of the object and is specialised. One that an argument has too, the batch, is not.
+    """
+    tensors = inference.captured.signature.tensors
+    called = len(tensors) - len(inference.captured.state)
+    given = {size for _, _, shape in tensors[:called] for size in shape}
+    return frozenset(
+        (called + i, dim)
+        for i, (_, _, shape) in enumerate(tensors[called:])
+        for dim, size in enumerate(shape)
+        if isinstance(size, sympy.Symbol) and size in inference.unsolved and size not in given
     )
 
 
