@@ -152,6 +152,8 @@ class Region:
 
     def _unset(self, module: nn.Module, program: Program) -> str | None:
         """Which constant that the graph was captured with is another now; None where none is."""
+        if len(self.programs) == 1 and torch.compiler.is_compiling():
+            return None  # what is looked up in a traced forward is traced, and made again for it
         captured = program.captured
         held = self.settings.get(id(captured))
         if held is None or held[0] is not captured:
@@ -267,6 +269,7 @@ class Region:
         """Add the program of an analysis."""
         program = rewrite(analysis.inference, kept, module)
         self.remember(analysis, program)
+        self._unset(module, program)  # what it looks at is found out now: torch.compile would trace that
         return program
 
     def tied_anew(self, model: nn.Module) -> tuple[list[Program], list[Discovery]] | None:
