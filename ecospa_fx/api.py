@@ -48,7 +48,7 @@ def compile(
         experiments: let an op that no axis rule is known for have one by experiment, where shrinking by it has been
             verified on this call. Evidence and not proof, so off unless asked for; `explain` names these ops.
         execution: `"graph"` runs generated code and offers every coupling. `"module"` runs the model's own Python, so
-            that caches, `generate()` and checkpointing are its own, and offers what that can follow: each coupling is
+            that checkpointing and whatever else it does are its own, and offers what that can follow: each coupling is
             tried at other sizes, and integers such as a number of heads that must change with it are found and kept
             up to date.
 

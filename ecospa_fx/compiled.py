@@ -28,6 +28,7 @@ from .coupling import Coupling, Selection
 from .errors import CaptureError, EcoSpaError, NoCouplingError, ShrinkError
 from .optimizers import averages_of
 from .passes.confirm import experiments
+from .passes.dry import carrying
 from .passes.names import join, named_tensors
 from .passes.record import record
 from .passes.regions import Analysis, Captures, choose, shared_outside
@@ -35,10 +36,11 @@ from .passes.replay import replay
 from .passes.rewrite import Program, rewrite
 from .passes.selection import mask_of, narrowed, whole
 from .passes.shrink import prepare_tensors
+from .passes.stored import agree
 from .plan import Plan
-from .region import Region, apart
+from .region import Region
 from .shrinkable import original_class, own_forward_aside, swap_forward, swap_linears, unswap_forward
-from .stand_ins import outside_inference
+from .stand_ins import apart, outside_inference
 
 if TYPE_CHECKING:
     from .grams import Grams
@@ -101,7 +103,7 @@ class CompiledModel:
         if not self.captured:
             with own_forward_aside(model):
                 if self.regions and self.execution == "module":
-                    if not torch.is_grad_enabled():  # to generate, say, with caches that no graph can hold
+                    if not torch.is_grad_enabled():  # to generate, say, which needs none
                         return original_class(model).forward(model, *args, **kwargs)
                     self.capture_again(model, args, kwargs)
                 else:
@@ -117,7 +119,7 @@ class CompiledModel:
         if waiting:
             unswap_forward(model)
         try:
-            with experiments(self.experiments):
+            with experiments(self.experiments), carrying(self.execution == "graph"):
                 found, self.given_up = choose(model, args, kwargs, self.how, self.captures)
             if not any(analysis.discovery.couplings for analysis in found.values()):
                 raise NoCouplingError(_nothing_found(model, found))
@@ -263,6 +265,11 @@ class CompiledModel:
                 if program not in made:
                     kept = replay(program.inference, plan)
                     made[program] = rewrite(program.inference, kept, model.get_submodule(name))
+            agree(
+                (program.inference, replay(program.inference, plan))
+                for program in region.programs
+                if program.captured.carried.types
+            )
         return {name: [made[program] for program in region.programs] for name, region in self.regions.items()}
 
     def _attributes_under(self, plan: Plan) -> Changes:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from .api import is_captured, regions_of, state_of
+from .carried import flattened, foreign
+from .errors import CaptureError
 from .passes.record import traceless
 from .region import Region
 
@@ -89,7 +91,13 @@ def _meeting(model: nn.Module) -> Iterator[None]:
 
 def _adder(region: Region) -> Callable[..., Any]:
     def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        leaves, spec = flattened((args, kwargs))
+        odd = next((leaf for leaf in leaves if foreign(leaf)), None)
+        if odd is not None:
+            raise CaptureError(
+                f"region `{region.name}` is called with a {type(odd).__name__} while the model is exported, in a way "
+                "it has not been called in before: export a call without one (of a cache, `use_cache=False` as a rule)"
+            )
         seen = [_Seen(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # what is traced dies with it
 
         def meet() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,14 +14,16 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .attributes import Attribute, fit, holding, numbers_in, unfit
+from .carried import flattened, own, parted
 from .coupling import Coupling, Member, Refusal
 from .errors import CaptureError, EcoSpaError, PinnedAxisError
 from .logs import logger
 from .numbering import Numbering, by_part
 from .passes.axes import Atom, size_of
-from .passes.capture import same_storage
+from .passes.capture import Captured, same_storage
 from .passes.confirm import experiments
 from .passes.discover import Discovery, Found, discover
+from .passes.dry import carrying
 from .passes.follow import Following, follow
 from .passes.hooks import backward_hooked, calls_itself, inner_hooks
 from .passes.infer import infer
@@ -30,10 +32,12 @@ from .passes.regions import Analysis, analyse_once, shared_outside
 from .passes.replay import replay
 from .passes.rewrite import Program, rewrite
 from .passes.selection import Choice, Kept, entries, mask_of, narrowed, whole
+from .passes.sharing import ABSENT
+from .passes.stored import agree, keys_of, whole_objects
 from .plan import Plan
 from .shrinkable import original_class
 from .signature import Signature, call_key, training_flags
-from .stand_ins import StandIns, outside_inference
+from .stand_ins import StandIns, apart, outside_inference
 from .why import Path, path_between
 
 if TYPE_CHECKING:
@@ -46,19 +50,6 @@ MOST_ROUTES = 1024  # calls remembered per region, one per combination of sizes
 MOST_PROGRAMS = 16  # per region: twice as many graphs as torch.compile allows before it gives up
 
 
-@contextmanager
-def apart() -> Iterator[None]:
-    """Capture in the middle of a forward: out of inference mode, and out of sight of whoever packs saved tensors.
-
-    What a graph keeps must serve training later; and activation checkpointing would run the forward again for the
-    gradients that a graph is compared by.
-    """
-    with torch.inference_mode(False), ExitStack() as stack:
-        if torch._C._functorch.peek_interpreter_stack() is None:  # its transforms know no such hooks
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
-        yield
-
-
 class Region:
     """One captured submodule: routes each call to the program of its signature."""
 
@@ -68,7 +59,9 @@ class Region:
         self.shared_outside = shared_outside
         self.programs: list[Program] = []
         self.discoveries: list[Discovery] = []
-        self.routes: dict[Any, Signature] = {}  # calls seen before
+        self.routes: dict[Any, tuple[Signature, ...]] = {}  # calls seen before; several differ by what objects hold
+        # Per graph the attributes that it depends on, where the live region holds them.
+        self.settings: dict[int, tuple[Captured, list[tuple[dict[str, Any], str, Any, Any]]]] = {}
         self.watcher: Watcher | None = None
         self.called: list[list[int]] | None = None  # sizes of the first call, where that was before a save
         self.withheld: frozenset[str] = frozenset()  # what calls met before a save could not follow
@@ -76,25 +69,26 @@ class Region:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: generated code is made anew from the plan, at the next call."""
-        none: dict[str, Any] = {"programs": [], "discoveries": [], "routes": {}, "watcher": None, "following": None}
+        none: dict[str, Any] = {"programs": [], "discoveries": [], "routes": {}, "settings": {}, "watcher": None}
+        none |= {"following": None}
         return {**self.__dict__, **none}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
         """For copies of the model, which run at once: programs hold no module and are shared."""
         memo[id(self)] = twin = object.__new__(type(self))
-        fresh: dict[str, Any] = {"routes": {}, "watcher": None}
+        fresh: dict[str, Any] = {"routes": {}, "settings": {}, "watcher": None}
         twin.__dict__ |= {key: copy.deepcopy(value, memo) for key, value in (self.__dict__ | fresh).items()}
         return twin
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call of the region."""
-        key, inputs = call_key(module, args, kwargs) or (None, [])
-        program = self._routed(key)
+        key, inputs, objects = call_key(module, args, kwargs) or (None, [], [])
+        program = self._routed(module, key, inputs, objects)
         if program is None:
-            leaves, spec = pytree.tree_flatten((args, kwargs))
+            leaves, objects = parted(flattened((args, kwargs))[0])
             inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             hooks = inner_hooks(module)
-            program = self._serving(module, leaves, spec, hooks)
+            program = self._serving(module, (args, kwargs), hooks)
             behind = [path for path in backward_hooked(module) if not calls_itself(module.get_submodule(path))]
             before = [path for path in hooks if not calls_itself(module.get_submodule(path))]
             if (behind or (before and program is None)) and not self.shrunk:
@@ -108,39 +102,77 @@ class Region:
                 )
             program = program or self.add(module, args, kwargs)
             self._remember_route(key, program)
+        if objects:
+            inputs = [*inputs, *(program.captured.carried.read(objects) or ()), *objects]
         return program(module, inputs) if self.watcher is None else self.watcher(self, program, module, inputs)
 
     def program_for(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Program, list[Tensor]]:
         """The program that serves a call, captured now if need be, and the tensors it takes."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        program = self._serving(module, leaves, spec, inner_hooks(module)) or self.add(module, args, kwargs)
-        return program, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        program = self._serving(module, (args, kwargs), inner_hooks(module)) or self.add(module, args, kwargs)
+        leaves, objects = parted(flattened((args, kwargs))[0])
+        whole = self._whole_objects(objects)
+        state = [place.find(whole) for place in program.captured.carried.state]
+        return program, [*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *state]
 
-    def _routed(self, key: Any) -> Program | None:
+    def _routed(self, module: nn.Module, key: Any, tensors: Sequence[Tensor], objects: Sequence[Any]) -> Program | None:
         """The program that served a call of the same key before."""
-        signature = self.routes.get(key) if key is not None else None
-        if signature is None:
-            return None
-        return next((program for program in self.programs if program.captured.signature is signature), None)
+        for signature in self.routes.get(key, ()) if key is not None else ():
+            for program in self.programs:
+                if program.captured.signature is signature and self._unset(module, program) is None:
+                    if not objects:
+                        return program
+                    # The key says nothing of sizes, nor of what is in the objects.
+                    state = program.captured.carried.read(objects)
+                    if state is not None and program.fits([*tensors, *state]):
+                        return program
+        return None
 
     def _remember_route(self, key: Any, program: Program) -> None:
         if key is not None:
             if len(self.routes) >= MOST_ROUTES:
                 self.routes.clear()
-            self.routes[key] = program.captured.signature
+            signature = program.captured.signature
+            known = self.routes.setdefault(key, ())
+            if not any(other is signature for other in known):
+                self.routes[key] = (signature, *known)
 
-    def _serving(
-        self, module: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, hooks: Mapping[str, int]
-    ) -> Program | None:
+    def _serving(self, module: nn.Module, call: Any, hooks: Mapping[str, int]) -> Program | None:
         training = training_flags(module)
         for program in self.programs:
             if not program.captured.serves(hooks, program.called):
                 continue
-            if program.captured.signature.mismatch(spec, leaves, training) is None:
+            if (
+                self._unset(module, program) is None
+                and program.captured.mismatch(call, training, program.state) is None
+            ):
                 return program
         return None
+
+    def _unset(self, module: nn.Module, program: Program) -> str | None:
+        """Which constant that the graph was captured with is another now; None where none is."""
+        if len(self.programs) == 1 and torch.compiler.is_compiling():
+            return None  # what is looked up in a traced forward is traced, and made again for it
+        captured = program.captured
+        held = self.settings.get(id(captured))
+        if held is None or held[0] is not captured:
+            named = dict(module.named_modules(remove_duplicate=False))
+            places = [
+                (named[path].__dict__, name, getattr(type(named[path]), name, ABSENT), value)
+                for (path, name), value in captured.settings.items()
+            ]
+            self.settings[id(captured)] = held = (captured, places)
+        for (attributes, name, other, value), where in zip(held[1], captured.settings, strict=True):
+            now = attributes.get(name, other)
+            if now is not value and (type(now) is not type(value) or now != value):
+                return f"`{'.'.join(part for part in where if part)}` is {now!r} and was {value!r}"
+        return None
+
+    def _whole_objects(self, objects: Sequence[Any]) -> list[Any]:
+        """Copies of the objects of a call that hold what programs have put there as it would be had nothing shrunk."""
+        graphs = [(program.inference, self.kept(program)) for program in self.programs] if objects else []
+        return whole_objects(objects, graphs, self.name or "the model")
 
     @property
     def shrunk(self) -> bool:
@@ -167,23 +199,33 @@ class Region:
                 "before inside a transform of torch.func, where nothing can be captured; call the model once with the "
                 "same arguments before"
             )
-        args, kwargs = outside_inference((args, kwargs))
+        leaves, spec = flattened(outside_inference((args, kwargs)))
+        leaves, objects = parted(leaves)
+        if objects:
+            whole = self._whole_objects(objects)
+            args, kwargs = pytree.tree_unflatten([own(leaf, whole) for leaf in leaves], spec)
+        else:
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+        difference = self._difference(module, args, kwargs)
         plan = self.compiled.plan
+        filled = {key for program in self.programs for key in keys_of(program.inference, stored=True)}
         stand_ins = StandIns(module, self.name, plan)
-        with experiments(self.compiled.experiments), self._original_attributes(module, stand_ins):
+        graph = self.compiled.execution == "graph"
+        with experiments(self.compiled.experiments), carrying(graph), self._original_attributes(module, stand_ins):
             analysis = analyse_once(
                 module, self.name, (args, kwargs), self.shared_outside, self.compiled.captures,
                 forward=original_class(module).forward, originals=stand_ins if stand_ins.named else None,
+                filled=frozenset(filled),
             )  # fmt: skip
             if self.compiled.execution == "module" and self.following is None:
                 self.remember(analysis)
                 with swapped(module, stand_ins.values()):
                     self.follow(module, numbers_in(module))
                 self.programs, self.discoveries = [], []
-        difference = self._difference(module, args, kwargs)
         if self.programs:
             logger("recaptures").info("%s, graph %d: %s", self.name or "the model", len(self.programs) + 1, difference)
         kept = replay(analysis.inference, plan, difference)
+        agree([*((p.inference, self.kept(p)) for p in self.programs), (analysis.inference, kept)], difference)
         return self.install(analysis, module, kept)
 
     @contextmanager
@@ -227,6 +269,7 @@ class Region:
         """Add the program of an analysis."""
         program = rewrite(analysis.inference, kept, module)
         self.remember(analysis, program)
+        self._unset(module, program)  # what it looks at is found out now: torch.compile would trace that
         return program
 
     def tied_anew(self, model: nn.Module) -> tuple[list[Program], list[Discovery]] | None:
@@ -267,10 +310,12 @@ class Region:
         self.compiled.forget_couplings()
 
     def _difference(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
         if not self.programs:
             return ""
-        return self.programs[0].captured.signature.mismatch(spec, leaves, training_flags(module)) or ""
+        unset = self._unset(module, self.programs[0])
+        if unset is not None:
+            return unset
+        return self.programs[0].captured.mismatch((args, kwargs), training_flags(module)) or ""
 
     def couplings(self) -> list[Coupling]:
         """The couplings that every signature met so far can follow, at their sizes now."""
@@ -310,7 +355,8 @@ class Region:
                 choice = narrowed(choice, keep, context, live)
             self.write(trial, {**kept, found.atom: choice})
             try:
-                replay(program.inference, trial)
+                theirs = replay(program.inference, trial)
+                agree([(self.programs[-1].inference, {**kept, found.atom: choice}), (program.inference, theirs)])
             except PinnedAxisError:
                 return False
         return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from .carried import Held, foreign
 from .passes.axes import Size
 
 AUTOCAST = ("cpu", "cuda")  # kinds of devices that autocast is looked at for
@@ -39,24 +40,47 @@ class Signature:
     ranges: Mapping[sympy.Symbol, tuple[float, float]]
     autocast: Autocast
 
-    def mismatch(self, spec: pytree.TreeSpec, leaves: Sequence[Any], training: tuple[bool, ...]) -> str | None:
-        """Why a call does not fit, or None where it does."""
+    def mismatch(
+        self,
+        spec: pytree.TreeSpec,
+        leaves: Sequence[Any],
+        training: tuple[bool, ...],
+        state: Sequence[Tensor] = (),
+        sizes: Sequence[tuple[Size, ...]] | None = None,
+    ) -> str | None:
+        """Why a call does not fit, or None where it does.
+
+        Args:
+            spec: tree of its arguments.
+            leaves: of that tree.
+            training: see `training_flags`.
+            state: tensors in objects among the leaves, which follow those of the call.
+            sizes: of these, where they are no longer what they were when the call was captured.
+        """
         if training != self.training:
             return "train and eval mode differ"
         if autocast_now() != self.autocast:
             return "autocast is another"
         if spec != self.spec:
             return "the arguments are structured differently"
-        tensors = iter(self.tensors)
-        sizes: dict[Any, int] = {}
         for mine, given in zip(self.leaves, leaves, strict=True):
             if isinstance(given, Tensor) != (mine is TENSOR):
                 return "a tensor argument became a constant or the reverse"
-            if mine is not TENSOR:
-                if not _same_constant(mine, given):
-                    return f"the constant argument {given!r} was {mine!r}"
-                continue
-            dtype, device, shape = next(tensors)
+            if mine is not TENSOR and not _same_constant(mine, given):
+                return f"the constant argument {given!r} was {mine!r}"
+        return self._sizes_differ([*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *state], self.now(sizes))
+
+    def now(self, state: Sequence[tuple[Size, ...]] | None = None) -> list[tuple[torch.dtype, torch.device, Any]]:
+        """`tensors`, with other sizes of those in objects."""
+        if not state:
+            return list(self.tensors)
+        called = len(self.tensors) - len(state)
+        held = zip(self.tensors[called:], state, strict=True)
+        return [*self.tensors[:called], *((dtype, device, sizes) for (dtype, device, _), sizes in held)]
+
+    def _sizes_differ(self, tensors: Sequence[Tensor], wanted: Sequence[tuple[Any, Any, Any]]) -> str | None:
+        sizes: dict[Any, int] = {}
+        for given, (dtype, device, shape) in zip(tensors, wanted, strict=True):
             if given.dtype != dtype or given.device != device or given.ndim != len(shape):
                 return f"a tensor is {given.dtype} {tuple(given.shape)} on {given.device}, was {dtype} on {device}"
             for size, now in zip(shape, given.shape, strict=True):
@@ -69,13 +93,53 @@ class Signature:
             low, high = self.ranges.get(symbol, (0, math.inf))
             if not low <= now <= high:
                 return f"a dim of {now} lies outside {low} to {high}"
-        tensors = iter(self.tensors)
-        for given in leaves:
-            if isinstance(given, Tensor):
-                for size, now in zip(next(tensors)[2], given.shape, strict=True):
-                    if isinstance(size, sympy.Expr) and not size.is_Symbol and size.subs(sizes) != now:
-                        return f"a dim of {now} was {size}"
+        for given, (_, _, shape) in zip(tensors, wanted, strict=True):
+            for size, now in zip(shape, given.shape, strict=True):
+                if isinstance(size, sympy.Expr) and not size.is_Symbol and size.subs(sizes) != now:
+                    return f"a dim of {now} was {size}"
         return None
+
+    def checker(self, state: Sequence[tuple[Size, ...]]) -> Callable[[Sequence[Tensor]], bool]:
+        """What `mismatch` looks at in tensors, of which dtypes, devices and numbers of dims are known to fit, as code.
+
+        For calls whose sizes are others each time; `state` as `sizes` there, and of these all is looked at.
+        """
+        wanted = self.now(state)
+        called = len(wanted) - len(state)
+        scope: dict[str, Any] = {}
+        lines: list[str] = []
+        checks: list[str] = []
+        bound: dict[Any, str] = {}
+        for i, (dtype, device, shape) in enumerate(wanted):
+            if i >= called:
+                scope |= {f"dtype{i}": dtype, f"device{i}": device}
+                checks.append(
+                    f"t[{i}].dtype is dtype{i} and t[{i}].device == device{i} and t[{i}].ndim == {len(shape)}"
+                )
+            lines.append(f"s{i} = t[{i}].shape")
+            for dim, size in enumerate(shape):
+                if type(size) is int:
+                    checks.append(f"s{i}[{dim}] == {size}")
+                elif isinstance(size, sympy.Symbol) and size not in bound:
+                    bound[size] = f"s{i}[{dim}]"
+                    low, high = self.ranges.get(size, (0, math.inf))
+                    checks.append(f"{int(low)} <= s{i}[{dim}]" + (f" <= {int(high)}" if math.isfinite(high) else ""))
+                elif isinstance(size, sympy.Symbol):
+                    checks.append(f"s{i}[{dim}] == {bound[size]}")
+        for i, (_, _, shape) in enumerate(wanted):
+            for dim, size in enumerate(shape):
+                if isinstance(size, sympy.Expr) and not size.is_Symbol:
+                    names = {symbol: sympy.Symbol(f"n{j}") for j, symbol in enumerate(sorted(bound, key=str))}
+                    scope[f"size{i}_{dim}"] = sympy.lambdify(list(names.values()), size.subs(names), "math")
+                    values = ", ".join(bound[symbol] for symbol in names)
+                    checks.append(f"s{i}[{dim}] == size{i}_{dim}({values})")
+        ndims = [line for i, line in enumerate(checks) if " is dtype" in line]
+        rest = [line for line in checks if " is dtype" not in line]
+        body = [f"if not ({' and '.join(ndims) or True}): return False", *lines, f"return {' and '.join(rest) or True}"]
+        newline = "\n    "
+        exec(f"def fits(t):{newline}{newline.join(body)}\n", scope)
+        fits: Callable[[Sequence[Tensor]], bool] = scope["fits"]
+        return fits
 
     def dynamic_sizes(self, inputs: Sequence[Tensor]) -> dict[sympy.Symbol, int]:
         """The sizes that a call with these tensors gives to the dynamic dims."""
@@ -125,11 +189,17 @@ def _state(module: nn.Module) -> tuple[Hashable, ...]:
     return tuple(state)
 
 
-def call_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashable, list[Tensor]] | None:
-    """A key that equal calls share, for a look-up that is cheaper than `Signature.mismatch`, and the tensors in it.
+def call_key(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Hashable, list[Tensor], list[Any]] | None:
+    """A key that equal calls share, for a look-up that is cheaper than `Signature.mismatch`, and what is in it.
 
-    All that `Signature.mismatch` looks at must be in it. None where it cannot tell: where there are arguments of
-    unknown types, or sizes that are not plain numbers.
+    All that `Signature.mismatch` looks at must be in it, but for sizes where there are objects, see `carried.foreign`:
+    with a cache they are others at each call. None where it cannot tell: where there are arguments of unknown types, or
+    sizes that are not plain numbers.
+
+    Returns:
+        The key, the tensors, and the objects, each once.
     """
     if torch.compiler.is_compiling():
         return None  # a traced look-up by sizes would make every size a constant
@@ -137,20 +207,22 @@ def call_key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if torch._C._is_any_autocast_enabled():
         key.append(autocast_now())
     tensors: list[Tensor] = []
-    if not (_describe(args, key, tensors) and _describe(kwargs, key, tensors)):
+    objects: list[Any] = []
+    if not (_describe(args, key, tensors, objects) and _describe(kwargs, key, tensors, objects)):
         return None
+    key += [t.ndim for t in tensors] if objects else [t.shape for t in tensors]
     made = tuple(key)
     try:
         hash(made)
     except TypeError:  # a symbolic size
         return None
-    return made, tensors
+    return made, tensors, objects
 
 
-def _describe(value: Any, key: list[Any], tensors: list[Tensor]) -> bool:
-    """Append all that `Signature.mismatch` looks at; False where `value` may hold more than that."""
+def _describe(value: Any, key: list[Any], tensors: list[Tensor], objects: list[Any]) -> bool:
+    """Append all that `Signature.mismatch` looks at, but for sizes; False where `value` may hold more than that."""
     if isinstance(value, Tensor):
-        key += (value.dtype, value.device, value.shape)
+        key += (value.dtype, value.device)
         tensors.append(value)
         return True
     kind = type(value)
@@ -162,6 +234,12 @@ def _describe(value: Any, key: list[Any], tensors: list[Tensor]) -> bool:
     elif kind is dict:
         key += (kind, tuple(value))
         value = value.values()
+    elif foreign(value):
+        number = next((i for i, other in enumerate(objects) if other is value), len(objects))
+        if number == len(objects):
+            objects.append(value)
+        key += (kind, Held(number))
+        return True
     else:
         return False
-    return all(_describe(item, key, tensors) for item in value)
+    return all(_describe(item, key, tensors, objects) for item in value)

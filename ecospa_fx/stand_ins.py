@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from .carried import foreign
 from .passes.names import join, named_tensors
 from .passes.record import Call
 from .plan import Plan
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """Capture in the middle of a forward: out of inference mode, and out of sight of whoever packs saved tensors.
+
+    What a graph keeps must serve training later; and activation checkpointing would run the forward again for the
+    gradients that a graph is compared by.
+    """
+    with torch.inference_mode(False), ExitStack() as stack:
+        if torch._C._functorch.peek_interpreter_stack() is None:  # its transforms know no such hooks
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
+        yield
+
+
 def outside_inference(call: Call) -> Call:
     """The arguments of a call, those that inference mode has made as tensors that autograd takes."""
-    plain: Call = pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, call)
+    plain: Call = pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, call, is_leaf=foreign)
     return plain
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from ecospa_fx.carried import Held, copies, flattened, parted
 from ecospa_fx.signature import AUTOCAST, autocast_now
 
 from .names import named_tensors, swapped
@@ -35,7 +36,8 @@ def run(captured: Captured, tensors: Mapping[str, Tensor], inputs: Sequence[Tens
         interpreter: `interpreter=` a subclass of `fx.Interpreter` to run it with.
 
     Returns:
-        The output tensors of the region, without those that the graph gives to hooks.
+        The output tensors of the region, without those that the graph gives to hooks; then, if `stored=True` is among
+        `interpreter`, what objects hold.
     """
     make = interpreter.get("interpreter", fx.Interpreter)
     values = {name: tensors[held] for name, held in captured.tensors.items()} | dict(
@@ -48,7 +50,8 @@ def run(captured: Captured, tensors: Mapping[str, Tensor], inputs: Sequence[Tens
             setattr(root, node.target, constants[node.name])
     order = [node.name for node in captured.graph.nodes if node.op == "placeholder"]
     outputs = make(root, graph=captured.graph).run(*(values.get(name, constants.get(name)) for name in order))
-    return outputs[: captured.returned]
+    stored = outputs[len(outputs) - len(captured.carried.stored) :] if interpreter.get("stored") else ()
+    return (*outputs[: captured.returned], *stored)
 
 
 def disagreement(
@@ -80,7 +83,10 @@ def _disagreement(
     tolerance: float = 0.0,
 ) -> str | None:
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, spec = flattened((args, kwargs))
+    leaves, objects = parted(leaves)
+    places = captured.carried.state
+    leaves += [place.find(objects) for place in places]
     buffers = dict(module.named_buffers())
 
     def results(call: Callable[[list[Any]], Sequence[Any]]) -> tuple[list[Tensor], list[Tensor | None], list[str]]:
@@ -100,13 +106,25 @@ def _disagreement(
         return outputs, grads, list(wanted)
 
     def eager(inputs: list[Any]) -> list[Any]:
-        call_args, call_kwargs = pytree.tree_unflatten(inputs, spec)
-        return pytree.tree_leaves(forward(module, *call_args, **call_kwargs))
+        given = dict(zip(places, own(inputs), strict=True))
+        twins = copies(objects, lambda place, t: given[place] if place in given else t.detach().clone())
+        called = [
+            twins[leaf.number] if isinstance(leaf, Held) else leaf for leaf in inputs[: len(leaves) - len(places)]
+        ]
+        call_args, call_kwargs = pytree.tree_unflatten(called, spec)
+        results, _ = flattened(forward(module, *call_args, **call_kwargs))
+        return [*results, *(place.find(twins) for place in captured.carried.stored), *given.values()]
 
     def graph(inputs: list[Any]) -> Sequence[Any]:
         named = named_tensors(module)
-        outputs: Sequence[Any] = run(captured, named, [leaf for leaf in inputs if isinstance(leaf, Tensor)])
-        return outputs
+        state = own(inputs)
+        called = [leaf for leaf in inputs[: len(leaves) - len(places)] if isinstance(leaf, Tensor)]
+        outputs: Sequence[Any] = run(captured, named, [*called, *state], stored=True)
+        return [*outputs, *state]
+
+    def own(inputs: list[Any]) -> list[Tensor]:
+        # A forward may write into them.
+        return [tensor.clone() for tensor in inputs[len(leaves) - len(places) :]]
 
     try:
         outs, grads, names = results(eager)

@@ -30,7 +30,7 @@ from typing import Any, TypeAlias
 
 import sympy
 import torch
-from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import FloorDiv, Max
 
 Size: TypeAlias = Any  # int | sympy.Expr; sympy is untyped
 Expr: TypeAlias = "Atom | Product | Segments"
@@ -101,9 +101,18 @@ def _normal(expr: sympy.Expr) -> Size:
     if expr.has(FloorDiv):
         # torch divides without looking whether it comes out even: `(s*s) // s`, say.
         expr = expr.replace(FloorDiv, lambda a, b: FloorDiv(a, b) if (whole := quotient(a, b)) is None else whole)
+    if expr.has(Max):
+        # `max(0, -s - 1)`, which torch leaves as it is, although sizes are positive.
+        expr = expr.replace(Max, _largest)
     if expr.has(sympy.Add):
         expr = sympy.expand(expr)  # sums of products have many forms, which compare as different
     return int(expr) if isinstance(expr, sympy.Integer) else expr
+
+
+def _largest(*args: sympy.Expr) -> sympy.Expr:
+    """The largest of some sizes, without those that are provably no larger than another."""
+    left = [a for i, a in enumerate(args) if not any((b - a).is_nonnegative for j, b in enumerate(args) if j != i)]
+    return left[0] if len(left) == 1 else Max(*args)
 
 
 def quotient(size: Size, divisor: Size) -> Size | None:

@@ -3,7 +3,7 @@
     capture(module, args, kwargs)
       -> export           torch.export, behind a signature of tensors only; any dim that may be dynamic is
       -> fast_attention   causal masks and repeated keys become arguments
-      -> _clean           asserts and no-ops out, placeholders sorted by what they hold
+      -> clean            asserts and no-ops out, placeholders sorted by what they hold
       -> canonicalise     see there
       -> disagreement     the graph against eager, outputs and gradients, before it is trusted
 
@@ -16,12 +16,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-import operator
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import sympy
 import torch
@@ -29,17 +27,22 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
+from ecospa_fx.carried import Carried, Place, flattened, own, parted
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.signature import TENSOR, Signature, autocast_now, training_flags
 
 from .agree import Forward, disagreement
-from .axes import as_size
+from .axes import Size, as_size
 from .canonicalise import canonicalise
+from .clean import clean, settle
+from .dry import Originals, at_original_sizes, read_and_written
 from .export import Flat, described, export, refuse_foreign
 from .fast_attention import fast_attention
 from .hooks import Point, inner_hooks, noted
 from .inline import inline
-from .names import named_tensors, swapped
+from .live import mark_bodies
+from .names import named_tensors
+from .numbers import Numbers
 
 aten = torch.ops.aten
 
@@ -64,6 +67,11 @@ class Captured:
         observed: calls of submodules whose tensors leave the graph after its results, for hooks that only look.
         out_spec: tree of the results.
         out_leaves: the leaves of that tree: `TENSOR` where there is a tensor, else the value itself.
+        carried: what it has to do with objects that it is called with, caches say.
+        strangers: the places of tensors in those that something else fills, at its own sizes.
+        filled: what was known of that, see `capture`.
+        numbers: integers of the region that only say which part of an object is its own.
+        settings: (submodule, attribute) -> a constant that the forward read of it, and does not change itself.
     """
 
     region: str
@@ -80,6 +88,11 @@ class Captured:
     shared_outside: dict[str, str] = field(default_factory=dict)
     hooked: Mapping[str, int] = field(default_factory=dict)
     observed: tuple[Point, ...] = ()
+    carried: Carried = field(default_factory=Carried)
+    strangers: frozenset[Place] = frozenset()
+    filled: Set[tuple[type, tuple[Any, ...]]] = frozenset()
+    numbers: Numbers = field(default_factory=Numbers)
+    settings: Mapping[tuple[str, str], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # At once, for torch.compile cannot trace what is cached behind a lock.
@@ -92,6 +105,31 @@ class Captured:
     def returned(self) -> int:
         """Number of tensors that the region itself returns."""
         return sum(leaf is TENSOR for leaf in self.out_leaves)
+
+    @property
+    def state(self) -> dict[str, Place]:
+        """The inputs that are tensors in objects of the call, and where they lie."""
+        places = self.carried.state
+        return dict(zip(self.inputs[len(self.inputs) - len(places) :], places, strict=True))
+
+    def mismatch(
+        self, call: Any, training: tuple[bool, ...], sizes: Sequence[tuple[Size, ...]] | None = None
+    ) -> str | None:
+        """Why a call, (arguments, keyword arguments), is none that the graph was made for; None where it is.
+
+        Args:
+            call: the call.
+            training: see `training_flags`.
+            sizes: of the tensors in its objects, where they have shrunk.
+        """
+        leaves, spec = flattened(call)
+        leaves, objects = parted(leaves)
+        if len(objects) != len(self.carried.types):
+            return "the arguments are structured differently"
+        state = self.carried.read(objects)
+        if state is None:
+            return f"what is in the {' and the '.join(cls.__name__ for cls in self.carried.types)} differs"
+        return self.signature.mismatch(spec, leaves, training, state, sizes)
 
     def serves(self, hooks: Mapping[str, int], called: Set[str]) -> bool:
         """Whether a graph does justice to the hooks that submodules have now, by number.
@@ -106,15 +144,15 @@ class Captured:
         others = {path: number for path, number in hooks.items() if path not in seen or path in self.hooked}
         return others == self.hooked
 
-    def result(self, tensors: Sequence[Tensor]) -> Any:
-        """The region's own result structure around the graph's output `tensors`."""
+    def result(self, tensors: Sequence[Tensor], objects: Sequence[Any] = ()) -> Any:
+        """The region's own result structure around the graph's output `tensors` and the `objects` of the call."""
         match self._plain_result:
             case "tensor":
                 return tensors[0]
             case "tuple":
                 return tuple(tensors)
         waiting = iter(tensors)
-        leaves = [next(waiting) if leaf is TENSOR else leaf for leaf in self.out_leaves]
+        leaves = [next(waiting) if leaf is TENSOR else own(leaf, objects) for leaf in self.out_leaves]
         return pytree.tree_unflatten(leaves, self.out_spec)
 
 
@@ -139,6 +177,7 @@ def capture(
     originals: Originals | None = None,
     check: bool = True,
     static: Set[tuple[int, int]] = frozenset(),
+    filled: Set[tuple[type, tuple[Any, ...]]] = frozenset(),
 ) -> Captured:
     """Capture `module` as called with `args` and `kwargs`.
 
@@ -151,6 +190,7 @@ def capture(
         originals: stand-ins at original sizes for parameters and buffers that have shrunk since.
         check: compare the graph with eager, outputs and gradients, once.
         static: dims, as (tensor argument, dim), to specialise; torch.export decides about the others.
+        filled: what other calls of the region put into objects, as (class of the object, path).
 
     Raises:
         CaptureError: torch.export fails, or the graph disagrees with eager.
@@ -171,11 +211,20 @@ def capture(
     )
     check = check and not on_meta
     hooks = inner_hooks(module)
+    state, written, own_numbers = read_and_written(module, args, kwargs, region, forward, originals)
 
     def once(observe: Iterable[str]) -> Captured:
         # What is traced needs shapes only; what is compared with eager needs values.
         with at_original_sizes(module, originals.shapes() if originals else None):
-            captured = _captured(module, args, kwargs, region, forward, static, observe)
+            captured = _captured(module, args, kwargs, region, forward, static, observe, state)
+        captured.filled = filled
+        captured.numbers = own_numbers
+        captured.strangers = frozenset(
+            place
+            for place in captured.carried.state
+            if place not in written and place not in captured.carried.stored
+            and (captured.carried.types[place.number], place.path) not in filled
+        )  # fmt: skip
         if check:
             with (
                 at_original_sizes(module, originals.values() if originals else None),
@@ -212,12 +261,22 @@ def _captured(
     forward: Forward,
     static: Set[tuple[int, int]],
     observe: Iterable[str],
+    state: tuple[Place, ...],
 ) -> Captured:
     """The region as a graph in which the hooks of the submodules `observe` have no part."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    flat = Flat(module, forward, leaves, spec, observe)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    program = export(flat, tensors, region, leaves, static)
+    leaves, spec = flattened((args, kwargs))
+    leaves, objects = parted(leaves)
+    flat = Flat(module, forward, leaves, spec, observe, objects)
+    given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    while True:
+        flat.state = state
+        tensors = [*given, *(place.find(objects) for place in state)]
+        program = export(flat, tensors, region, static)
+        more = tuple(place for place in flat.tracker.tensors if place not in state)
+        if not more:
+            break
+        state += more  # traced, it reads what it does not read otherwise
+    flat.carried = replace(flat.carried, state=state)
     results = [leaf for leaf in flat.out_leaves if leaf is not TENSOR]
     refuse_foreign(module, region, results, "returns", "call it so that it does not")
     for point in flat.points:
@@ -249,6 +308,7 @@ def _collect(
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph, {}))
     inline(graph, program.graph_module)
+    mark_bodies(graph, len(flat.carried.stored), region)
     held: dict[str, str] = {}
     parameters: set[str] = set()
     constants: dict[str, Any] = {}
@@ -266,8 +326,9 @@ def _collect(
     for node in list(graph.nodes):
         if node.op == "get_attr":
             constants[node.name] = getattr(program.graph_module, node.target)
+    settle(graph, inputs[len(inputs) - len(flat.state) :])
     fast_attention(graph)
-    _clean(graph)
+    clean(graph)
     canonicalise(graph, constants)
     signature = Signature(
         spec,
@@ -286,7 +347,7 @@ def _collect(
         signature=signature, sizes={name: named[name].shape for name in held.values()},
         out_spec=flat.out_spec, out_leaves=flat.out_leaves, same_storage=same_storage(module, held.values()),
         hooked={path: number for path, number in inner_hooks(module).items() if path not in flat.observe},
-        observed=tuple(flat.points),
+        observed=tuple(flat.points), carried=flat.carried,
     )  # fmt: skip
 
 
@@ -311,62 +372,3 @@ def same_storage(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
 def storage_key(tensor: Tensor) -> Any:
     """Identity of the memory behind a tensor, also where there is none (meta)."""
     return tensor.untyped_storage()._cdata
-
-
-def _clean(graph: fx.Graph) -> None:
-    """Remove what guards and records but does not compute: it costs time and would fail after a shrink."""
-    for node in reversed(graph.nodes):
-        name = str(node.target)
-        if name.startswith(("aten._assert", "aten.sym_constrain")) or node.target is torch._check:
-            graph.erase_node(node)
-    for node in list(graph.nodes):
-        # A view of the whole only costs a dispatch. A cast to what a tensor is already stays: under autocast it is one.
-        same = node.target is aten.alias.default or (node.target is aten.slice.Tensor and _whole(node))
-        if same and not _written_to(node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    for node in reversed(graph.nodes):
-        if not node.users and node.op == "call_function" and _pure(node):
-            graph.erase_node(node)
-
-
-def _whole(node: fx.Node) -> bool:
-    """Whether a slice takes all of its dim, whatever the size."""
-    start, end, step = (*node.args, *([None] * 4))[2:5]
-    return start in (0, None) and end in (None, torch.iinfo(torch.int64).max) and step in (1, None)
-
-
-def _written_to(node: fx.Node) -> bool:
-    """Whether an in-place op writes into this node's memory by name; then its identity matters."""
-    return any(
-        isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable and user.args[:1] == (node,)
-        for user in node.users
-    )
-
-
-def _pure(node: fx.Node) -> bool:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
-    return node.target is operator.getitem
-
-
-class Originals(Protocol):
-    """Stand-ins at original sizes for the parameters and buffers of a region that have shrunk, tied as they are."""
-
-    def shapes(self) -> dict[str, Tensor]:
-        """Without memory, to trace with."""
-        ...
-
-    def values(self) -> dict[str, Tensor]:
-        """What is left, in its places among zeros, to compute with."""
-        ...
-
-
-@contextmanager
-def at_original_sizes(module: nn.Module, originals: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """A module with stand-ins at original sizes for what has shrunk."""
-    if not originals:
-        yield
-        return
-    with swapped(module, originals):
-        yield

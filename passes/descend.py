@@ -3,8 +3,8 @@
     Search.attempt(name)      capture one submodule as it was called; else say why not
     -> Search.below(name)     the nearest submodules below that are called, largest first; where one fails, below that
 
-A branch on the value of a tensor, or a cache among the arguments, keeps a module from being one graph. The attention
-and the MLP inside it are graphs all the same: the module's own Python runs around them.
+A branch on the value of a tensor, or an object in the results that no graph can make, keeps a module from being one
+graph. The attention and the MLP inside it are graphs all the same: the module's own Python runs around them.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager, redirect_stderr
-from enum import Enum
 from typing import Any
 
 import torch
@@ -19,10 +18,12 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from ecospa_fx.carried import PLAIN, Held, Place, foreign
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.signature import TENSOR
 
 from .agree import Forward
+from .carry import Tracker
 from .hooks import Point, points
 
 # Questions about a dynamic dim (is it even? larger than 3?) that torch.export may settle by a guard; at one more it
@@ -30,40 +31,66 @@ from .hooks import Point, points
 # cut from padded images hundreds, each about sizes in longer expressions than the last: that took hours.
 GUARDS = 32
 
-PLAIN = (Tensor, int, float, bool, str, slice, Enum, torch.dtype, torch.device, torch.memory_format, torch.layout)
-
 
 class Flat(nn.Module):
-    """A region behind tensor arguments only, so that any call structure can be exported with dynamic shapes."""
+    """A region behind tensor arguments only, so that any call structure can be exported with dynamic shapes.
+
+    Attributes:
+        tracker: watched what the forward that ran last did with the objects of the call. (Not set before: torch.export
+            puts attributes back that change.)
+        carried: that.
+        state: the places in them of the tensors that come after those of the call.
+    """
 
     def __init__(
-        self, region: nn.Module, forward: Forward, leaves: list[Any], spec: pytree.TreeSpec, observe: Iterable[str]
+        self,
+        region: nn.Module,
+        forward: Forward,
+        leaves: list[Any],
+        spec: pytree.TreeSpec,
+        observe: Iterable[str],
+        objects: list[Any],
     ) -> None:
         super().__init__()
         self.region = region
         self.training = region.training
         self.own_forward, self.leaves, self.spec, self.observe = forward, leaves, spec, observe
+        self.objects = objects
+        self.state: tuple[Place, ...] = ()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """What the region returns, and what hooks that look are to get; what else it returns is kept aside."""
+        """What the region returns, what hooks that look are to get, and what objects hold then.
+
+        What else it returns is kept aside.
+        """
         waiting = iter(tensors)
         leaves = [next(waiting) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        self.tracker = Tracker(torch.compiler.is_exporting())
+        shadows = self.tracker.shadows(self.objects, dict(zip(self.state, waiting, strict=True)))
+        leaves = [shadows[leaf.number] if isinstance(leaf, Held) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         with points(self.region, self.observe) as seen:
-            out_leaves, self.out_spec = pytree.tree_flatten(self.own_forward(self.region, *args, **kwargs))
+            out_leaves, self.out_spec = self._flattened(self.own_forward(self.region, *args, **kwargs))
         self.out_leaves = [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in out_leaves]
         results = [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
         self.points = []
         for path, call in seen:
-            call_leaves, call_spec = pytree.tree_flatten(call)
+            call_leaves, call_spec = self._flattened(call)
             stands_in = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in call_leaves)
             self.points.append(Point(path, stands_in, call_spec))
             results += [leaf for leaf in call_leaves if isinstance(leaf, Tensor)]
-        return tuple(results)
+        stored = self.tracker.stored()
+        self.carried = self.tracker.carried([place for place, _ in stored])
+        return (*results, *(tensor for _, tensor in stored))
+
+    def _flattened(self, value: Any) -> tuple[list[Any], pytree.TreeSpec]:
+        leaves, spec = pytree.tree_flatten(value, is_leaf=foreign)
+        numbers = [self.tracker.number_of(leaf) for leaf in leaves]
+        return [leaf if n is None else Held(n) for leaf, n in zip(leaves, numbers, strict=True)], spec
 
 
 def export(
-    flat: Flat, tensors: list[Tensor], region: str, leaves: list[Any], static: Set[tuple[int, int]]
+    flat: Flat, tensors: list[Tensor], region: str, static: Set[tuple[int, int]]
 ) -> torch.export.ExportedProgram:
     """The graph of a region as torch.export gives it.
 
@@ -71,13 +98,11 @@ def export(
         flat: the region.
         tensors: what it is called with.
         region: its name, for messages.
-        leaves: the tensors and constants of the call in its own order.
         static: dims to specialise, as (tensor, dim).
 
     Raises:
         CaptureError: torch.export fails.
     """
-    refuse_foreign(flat.region, region, leaves, "is called with", "pass None there")
     dims = {(i, dim) for i, t in enumerate(tensors) for dim, size in enumerate(t.shape) if size > 1}
     # Arithmetic on dynamic sizes may be more than torch.export can solve: then all but the first dims are specialised.
     # What it can solve may take it hours (padding to windows, stage after stage); see `GUARDS`.
@@ -111,10 +136,10 @@ def export(
 
 def refuse_foreign(module: nn.Module, region: str, leaves: Iterable[Any], does: str, way_out: str) -> None:
     """Refuse objects at the border of a region that may hold tensors, or change: a graph would keep them for ever."""
-    foreign = sorted({type(leaf).__name__ for leaf in leaves if leaf is not None and not isinstance(leaf, PLAIN)})
-    if foreign:
+    odd = sorted({type(leaf).__name__ for leaf in leaves if leaf is not None and not isinstance(leaf, (*PLAIN, Held))})
+    if odd:
         raise CaptureError(
-            f"{described(region)} ({type(module).__name__}) {does} a {', a '.join(foreign)}, which cannot go in or out "
+            f"{described(region)} ({type(module).__name__}) {does} a {', a '.join(odd)}, which cannot go in or out "
             f"of a graph: {way_out}, or turn the option off that makes it (of a cache, `use_cache=False` as a rule)"
         )
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ecospa_fx.carried import own
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.signature import TENSOR
 
@@ -122,7 +123,9 @@ def _other_hooks(module: nn.Module, paths: Iterable[str], other: Callable[..., A
             child.__dict__[kind] = hooks
 
 
-def fire(module: nn.Module, at: Sequence[Point], tensors: Sequence[Tensor], region: str) -> None:
+def fire(
+    module: nn.Module, at: Sequence[Point], tensors: Sequence[Tensor], region: str, objects: Sequence[Any] = ()
+) -> None:
     """Call the hooks that submodules have now with what the points of a graph gave.
 
     Raises:
@@ -130,7 +133,7 @@ def fire(module: nn.Module, at: Sequence[Point], tensors: Sequence[Tensor], regi
     """
     waiting = iter(tensors)
     for point in at:
-        leaves = [next(waiting) if leaf is TENSOR else leaf for leaf in point.leaves]
+        leaves = [next(waiting) if leaf is TENSOR else own(leaf, objects) for leaf in point.leaves]
         args, kwargs, result = pytree.tree_unflatten(leaves, point.spec)
         child = module.get_submodule(point.path)
         returned = [

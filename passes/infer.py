@@ -18,9 +18,11 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
+from ecospa_fx.carried import Place
 from ecospa_fx.errors import RuleError
 
 from .axes import Expr, Mismatch, Size, as_size, size_of
@@ -76,17 +78,57 @@ class _Walk:
     def visit(self, node: fx.Node) -> None:
         if node not in self.weighted:
             return
-        if node.op == "placeholder":
+        if node.op == "placeholder" and node.name in self.captured.state:
+            self.known.values[node] = (tuple(self.axes.fresh(size) for size in _shape(node.meta["val"])),)
+        elif node.op == "placeholder":
             self._enter(node)
         elif node.op == "output":
             # Those after what the region returns go to hooks, which look at what is there.
-            for i, operand in enumerate(self._operands(node)[: self.captured.returned]):
+            operands = self._operands(node)
+            for i, operand in enumerate(operands[: self.captured.returned]):
                 for expr in operand.exprs:
                     self.known.pin(expr, node, f"it leaves the region as output {i}")
+            self._store(node)
         elif node.op == "call_function" and tensor_meta(node):
             self._call(node)
         elif node.op == "call_function" and isinstance(node.meta.get("val"), (tuple, list)):
             self._several(node)
+
+    def _store(self, output: fx.Node) -> None:
+        """What objects hold after a call lies along the axes of what they held before it."""
+        carried = self.captured.carried
+        held: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+        after = dict(zip(carried.stored, held[len(held) - len(carried.stored) :], strict=True))
+        before = {node.name: node for node in self.weighted if node.op == "placeholder"}
+        for name, at in self.captured.state.items():
+            if name not in before:
+                continue
+            (exprs,) = self.known.values[before[name]]
+            if at in after and after[at] in self.weighted:
+                (others,) = self.known.values[after[at]]
+                for a, b in zip(exprs, others, strict=True) if len(exprs) == len(others) else ():
+                    self._same(a, b, output, at)
+            if at in self.captured.strangers or (at in after and after[at] not in self.weighted):
+                of = carried.types[at.number].__name__
+                for expr in exprs:
+                    self.known.pin(expr, before[name], f"it meets `{at}` of a {of}, which something else fills")
+        for at, node in after.items():
+            if node in self.weighted:
+                self.known.stored[at] = self.known.values[node][0]
+        for name, at in self.captured.state.items():
+            if name in before:
+                self.known.stored.setdefault(at, self.known.values[before[name]][0])
+
+    def _same(self, a: Expr, b: Expr, output: fx.Node, at: Place) -> None:
+        """One dim of a tensor in an object before and after a call. One that grows belongs to no parameter."""
+        try:
+            if size_of(a) == size_of(b):
+                self.axes.unify(a, b)
+                return
+        except Mismatch:
+            pass
+        for expr in (a, b):
+            self.known.pin(expr, output, f"it is a dim of `{at}`, which has other sizes before and after a call")
 
     def finish(self) -> Inference:
         known = self.known
@@ -101,6 +143,7 @@ class _Walk:
         known.values = {
             node: tuple(known.resolve(exprs) for exprs in outputs) for node, outputs in known.values.items()
         }
+        known.stored = {place: known.resolve(exprs) for place, exprs in known.stored.items()}
         known.parameters = {name: known.resolve(exprs) for name, exprs in known.parameters.items()}
         known.made = {node: known.resolve(exprs) for node, exprs in known.made.items()}
         known.sources = [replace(s, exprs=known.resolve(s.exprs)) for s in known.sources]
@@ -180,6 +223,8 @@ class _Walk:
                 )
             self.known.values[node] = tuple(outputs)
         except Mismatch as mismatch:
+            for size in (size for operand in operands for size in operand.shape if isinstance(size, sympy.Expr)):
+                self.known.unsolved |= size.free_symbols
             self.solver.opaque(node, operands, shapes, f"{op_name(node)}: {mismatch}")
 
     def _differ(self, expr: Expr, size: Size, node: fx.Node) -> bool:

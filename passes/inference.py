@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+import sympy
 from torch import fx
+
+from ecospa_fx.carried import Place
 
 from .axes import UNIT, Atom, Axes, Expr
 from .capture import Captured
@@ -54,6 +57,8 @@ class Inference:
         missing: ops met that have no rule, with the nodes where.
         contexts: atom -> the atom in each of whose entries it may keep other entries, see `passes.contexts`.
         experiments: ops met that have a rule by experiment only, with the nodes where.
+        stored: axis expressions of what objects hold after a call, or before one that does not change it.
+        unsolved: dynamic sizes of operands whose axes did not fit the rule of an op.
     """
 
     captured: Captured
@@ -67,6 +72,8 @@ class Inference:
     missing: dict[str, list[fx.Node]] = field(default_factory=dict)
     contexts: dict[Atom, Atom] = field(default_factory=dict)
     experiments: dict[str, list[fx.Node]] = field(default_factory=dict)
+    stored: dict[Place, Exprs] = field(default_factory=dict)
+    unsolved: set[sympy.Symbol] = field(default_factory=set)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Inference:
         return self  # never changed once made

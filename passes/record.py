@@ -15,10 +15,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
+from ecospa_fx.carried import PLAIN, copies, flattened, foreign, own, parted
 from ecospa_fx.signature import call_key
 
 from .agree import forked_rng
-from .export import PLAIN
 from .names import named_tensors, swapped
 from .strays import Strays
 
@@ -43,6 +43,7 @@ def record_all(
     """
     calls: dict[str, list[Call]] = {}
     seen: set[Any] = set()
+    kept: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def hook_for(name: str) -> Any:
         def hook(module: nn.Module, hook_args: Any, hook_kwargs: Any) -> None:
@@ -50,7 +51,7 @@ def record_all(
             key = (name, known[0] if known else None)
             if key not in seen:
                 seen.add(key)
-                calls.setdefault(name, []).append(pytree.tree_map_only(Tensor, _plain, (hook_args, hook_kwargs)))
+                calls.setdefault(name, []).append(_still((hook_args, hook_kwargs), kept))
 
         return hook
 
@@ -59,8 +60,8 @@ def record_all(
     ]
     try:
         with traceless(model), _computable(model) as fake, torch.no_grad(), uncached_autocast():
-            own = pytree.tree_map(_own, (args, kwargs))
-            own_args, own_kwargs = pytree.tree_map_only(Tensor, fake, own)
+            mine = pytree.tree_map(_own, (args, kwargs), is_leaf=foreign)
+            own_args, own_kwargs = pytree.tree_map_only(Tensor, fake, mine, is_leaf=foreign)
             if strays is None:
                 model(*own_args, **own_kwargs)
             else:
@@ -83,6 +84,27 @@ def _own(leaf: Any) -> Any:
         return copy.deepcopy(leaf)
     except Exception:
         return leaf
+
+
+def _still(call: Call, kept: dict[Any, tuple[Tensor, Tensor]]) -> Call:
+    """A call as it is now: objects change while the forward goes on, and tensors in them may be written into.
+
+    `kept` holds copies of these, so that what many blocks are called with is copied once for each that changes it.
+    """
+    leaves, spec = flattened(call)
+    leaves, objects = parted(leaves)
+
+    def copied(_: Any, tensor: Tensor) -> Tensor:
+        key = (id(tensor), tensor._version)
+        if key not in kept:
+            kept[key] = (tensor, _plain(tensor) if isinstance(tensor, FakeTensor) else tensor.detach().clone())
+        return kept[key][1]
+
+    twins = copies(objects, copied)
+    made: Call = pytree.tree_unflatten(
+        [_plain(leaf) if isinstance(leaf, Tensor) else own(leaf, twins) for leaf in leaves], spec
+    )
+    return made
 
 
 def _plain(tensor: Tensor) -> Tensor:

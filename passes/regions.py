@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,22 +22,24 @@ import sympy
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ecospa_fx.carried import Place, flattened, parted
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.logs import logger
 from ecospa_fx.signature import autocast_now, training_flags
 
 from .agree import disagreement
 from .axes import atoms_of, size_of
-from .capture import Captured, Originals, at_original_sizes, capture, storage_key
+from .capture import Captured, capture, storage_key
 from .confirm import EXPERIMENTS, distrusted
 from .descend import Search
 from .discover import Discovery, discover
+from .dry import Originals, at_original_sizes
 from .infer import infer
 from .inference import Inference
 from .names import named_tensors
 from .record import Call as Call
 from .record import record_all
-from .sharing import Fingerprint, fingerprint, recorded_reads
+from .sharing import OWN, Fingerprint, Reads, fingerprint, recorded_reads, settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +92,7 @@ def analyse(
         inference = infer(captured, EXPERIMENTS.get())
         seconds["export"] += captured_at - start
         seconds["infer"] += time.thread_time() - captured_at
-        cutting = _dims_that_cut_parameters(inference)
+        cutting = _dims_that_cut_parameters(inference) | _dims_of_windows(inference)
         if not cutting - static:
             break
         static |= cutting
@@ -128,7 +130,9 @@ def _doubted(
     """Ops whose rule by experiment this region does not bear out."""
     named = named_tensors(module) | dict(originals.values() if originals else {})
     tensors = {name: tensor.detach() for name, tensor in named.items()}
-    inputs = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+    leaves, objects = parted(flattened(call)[0])
+    inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    inputs += [place.find(objects) for place in inference.captured.carried.state]
     return distrusted(inference, discovery, module, tensors, inputs)
 
 
@@ -145,6 +149,22 @@ def _dims_that_cut_parameters(inference: Inference) -> frozenset[tuple[int, int]
         for i, (_, _, shape) in enumerate(inference.captured.signature.tensors)
         for dim, size in enumerate(shape)
         if isinstance(size, sympy.Expr) and size.free_symbols & symbols
+    )
+
+
+def _dims_of_windows(inference: Inference) -> frozenset[tuple[int, int]]:
+    """Dynamic dims of what objects hold that no rule could make sense of: the window of a convolution, say.
+
+    That is a property of the object and is specialised. One that an argument has too, the batch, is not.
+    """
+    tensors = inference.captured.signature.tensors
+    called = len(tensors) - len(inference.captured.state)
+    given = {size for _, _, shape in tensors[:called] for size in shape}
+    return frozenset(
+        (called + i, dim)
+        for i, (_, _, shape) in enumerate(tensors[called:])
+        for dim, size in enumerate(shape)
+        if isinstance(size, sympy.Symbol) and size in inference.unsolved and size not in given
     )
 
 
@@ -172,7 +192,7 @@ def choose(
     """
     captures = [] if captures is None else captures
     if how == "root":
-        return {"": analyse(model, "", (args, kwargs))}, {}
+        return {"": _analyse_watched(model, "", (args, kwargs), {}, forward=type(model).forward)[0]}, {}
     if not isinstance(how, str):
         return _named(model, args, kwargs, how, captures), {}
     if how not in ("auto", "blocks"):
@@ -190,7 +210,8 @@ def choose(
         return search.found, uncalled
     if how == "auto" or not blocks:
         try:
-            return {"": analyse(model, "", (args, kwargs))}, search.failed
+            root, _ = _analyse_watched(model, "", (args, kwargs), {}, forward=type(model).forward)
+            return {"": root}, search.failed
         except CaptureError as error:
             if not any(True for _ in model.children()):
                 raise
@@ -267,9 +288,8 @@ def _analyse_all(
     module, outside = model.get_submodule(name), shared_outside(model, name, named)
     found = [analyse_once(module, name, calls[0], outside, captures)]
     for call in calls[1:]:
-        leaves, spec = pytree.tree_flatten(call)
         flags = training_flags(module)
-        if all(a.captured.signature.mismatch(spec, leaves, flags) is not None for a in found):
+        if all(a.captured.mismatch(call, flags) is not None for a in found):
             found.append(analyse_once(module, name, call, outside, captures))
     return replace(found[0], others=tuple(found[1:]))
 
@@ -283,6 +303,7 @@ def analyse_once(
     *,
     forward: Any = None,
     originals: Originals | None = None,
+    filled: Set[tuple[type, tuple[Any, ...]]] = frozenset(),
 ) -> Analysis:
     """`analyse`, unless an equal block has been captured for an equal call.
 
@@ -294,43 +315,76 @@ def analyse_once(
         captures: what has been captured so far; grows.
         forward: see `capture`.
         originals: see `capture`.
+        filled: see `capture`.
 
     Raises:
         CaptureError: it cannot be captured, or the graph disagrees with eager.
     """
     forward = forward or type(module).forward
+    options: dict[str, Any] = {"forward": forward, "originals": originals, "filled": filled}
     if outside:  # pinned for reasons of its own
-        return analyse(module, name, call, outside, forward=forward, originals=originals)
+        return _analyse_watched(module, name, call, outside, **options)[0]
     with at_original_sizes(module, originals.shapes() if originals else None):
         equal = [analysis for analysis, mark in captures if mark.fits(module)]
     for analysis in equal:
-        shared = _shared(analysis, module, name, call, forward, originals)
+        shared = _shared(analysis, module, name, call, forward, originals, filled)
         if shared is not None:
             return shared
-    with recorded_reads(module) as reads:
-        analysis = analyse(module, name, call, outside, forward=forward, originals=originals)
+    analysis, reads = _analyse_watched(module, name, call, outside, **options)
     with at_original_sizes(module, originals.shapes() if originals else None):
-        captures.append((analysis, fingerprint(module, reads)))
+        captures.append((analysis, fingerprint(module, reads, analysis.captured.numbers.values)))
     return analysis
 
 
+def _analyse_watched(
+    module: nn.Module, name: str, call: Call, outside: dict[str, str], **options: Any
+) -> tuple[Analysis, Reads]:
+    """`analyse`, and what of the region's attributes was read; of constants among them the graph knows the values."""
+    every = {(path, name) for path, child in module.named_modules() for name in vars(child)}
+    before = settings(module, every)
+    with recorded_reads(module) as reads:
+        analysis = analyse(module, name, call, outside, **options)
+    made = {(path, name) for path, child in module.named_modules() for name in vars(child)} - every
+    read = {(path, name) for path, names in reads.items() for name in names - OWN}
+    # What a forward changes itself (a counter) is no setting.
+    analysis.captured.settings = {
+        where: value for where, value in settings(module, read - made).items() if before.get(where, value) == value
+    }
+    return analysis, reads
+
+
 def _shared(
-    analysis: Analysis, module: nn.Module, name: str, call: Call, forward: Any, originals: Originals | None
+    analysis: Analysis,
+    module: nn.Module,
+    name: str,
+    call: Call,
+    forward: Any,
+    originals: Originals | None,
+    filled: Set[tuple[type, tuple[Any, ...]]],
 ) -> Analysis | None:
     """The analysis of an equal block for this one, if it serves its call and agrees with its eager forward."""
     start = time.thread_time()
-    leaves, spec = pytree.tree_flatten(call)
     # A graph is made without autocast: it may serve any, once it has been compared under that.
     signature = replace(analysis.captured.signature, autocast=autocast_now())
-    if signature.mismatch(spec, leaves, training_flags(module)) is not None:
-        return None
     captured = replace(analysis.captured, region=name, signature=signature)
+    numbers = captured.numbers
+    values = numbers.of(module)
+    if values is None:
+        return None
+    if values:
+        captured.settings = settings(module, captured.settings)
+        captured.carried = numbers.within(captured.carried, values)
+        captured.strangers = frozenset(numbers.put(place, values) for place in captured.strangers)
+        captured.filled = frozenset((cls, numbers.put(Place(0, path), values).path) for cls, path in captured.filled)
+    if captured.filled != filled or captured.mismatch(call, training_flags(module)) is not None:
+        return None
     on_meta = any(t.is_meta for t in (*pytree.tree_leaves(call), *module.parameters()) if isinstance(t, Tensor))
     if not on_meta:
         with at_original_sizes(module, originals.values() if originals else None):
             if disagreement(captured, module, forward, *call) is not None:
                 return None
-    inference = replace(analysis.inference, captured=captured)
+    stored = {numbers.put(place, values): exprs for place, exprs in analysis.inference.stored.items()}
+    inference = replace(analysis.inference, captured=captured, stored=stored)
     checked = time.thread_time()
     discovery = discover(inference)
     if inference.experiments and _doubted(inference, discovery, module, call, None):

@@ -13,7 +13,7 @@ Always starts from the captured graph at original sizes, so shrinking twice is s
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,15 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
+from ecospa_fx.carried import Stored
 from ecospa_fx.errors import RuleError
 
-from .axes import Expr, size_of
+from .axes import Expr, Size, as_size, size_of
 from .capture import Captured
 from .generate import generate
 from .hooks import calls_itself, fire
 from .inference import Inference
+from .live import go_live, pass_edges
 from .nodes import op_name, place
 from .rules import rule_for
 from .rules.registry import Operand
@@ -44,10 +46,12 @@ class Program:
     Attributes:
         captured: the graph it was made from, at original sizes.
         inference: the axes of that graph.
-        run: `run(region, *inputs, *constants)` returns the output tensors.
+        run: `run(region, *inputs, *objects, *constants)` returns the output tensors.
         constants: lifted tensors, subgraphs and index tensors that `run` takes.
         source: the generated code, to read.
         called: submodules that the code calls as they are.
+        state: sizes of the tensors in objects of the call that it takes.
+        check: see `fits`; made when it is first needed.
     """
 
     captured: Captured
@@ -56,21 +60,38 @@ class Program:
     constants: tuple[Any, ...]
     source: str
     called: frozenset[str] = frozenset()
+    state: tuple[tuple[Size, ...], ...] = ()
+    check: Callable[[Sequence[Tensor]], bool] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         return self  # holds no module: it runs on whichever region calls it
 
-    def __call__(self, region: nn.Module, inputs: Sequence[Tensor]) -> Any:
-        """Run one call and give its results the structure that the region's own forward gives them."""
-        return self.returned(region, self.run(region, *inputs, *self.constants))
+    def __call__(self, region: nn.Module, inputs: Sequence[Any]) -> Any:
+        """Run one call and give its results the structure that the region's own forward gives them.
 
-    def returned(self, region: nn.Module, tensors: Any) -> Any:
+        Args:
+            region: the live region.
+            inputs: the tensors of the call, those in its objects, and these.
+        """
+        return self.returned(region, inputs, self.run(region, *inputs, *self.constants))
+
+    def returned(self, region: nn.Module, inputs: Sequence[Any], tensors: Any) -> Any:
         """What the region returns where the code returned `tensors`; those that hooks look at go to them."""
         captured = self.captured
+        objects: Sequence[Any] = inputs[len(captured.inputs) :]
+        if captured.carried.effects:
+            waiting = iter(tensors[len(tensors) - sum(isinstance(v, Stored) for _, v in captured.carried.effects) :])
+            for place, value in captured.carried.effects:
+                place.put(objects, next(waiting) if isinstance(value, Stored) else value)
         if captured.observed:
-            fire(region, captured.observed, tensors[captured.returned :], captured.region)
-            tensors = tensors[: captured.returned]
-        return captured.result(tensors)
+            fire(region, captured.observed, tensors[captured.returned :], captured.region, objects)
+        return captured.result(tensors[: captured.returned], objects)
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the sizes of a call, of its tensors and of what objects hold, are such as the program serves."""
+        if self.check is None:
+            self.check = self.captured.signature.checker(self.state)
+        return self.check(tensors)
 
 
 class Site:
@@ -141,7 +162,9 @@ class Site:
         self._node.kwargs = {a.name: self.args[a.name] for a in schema if a.kwarg_only and a.name in self.args}
 
 
-def rewrite(inference: Inference, kept: Kept, region: nn.Module, watched: Sequence[fx.Node] = ()) -> Program:
+def rewrite(
+    inference: Inference, kept: Kept, region: nn.Module, watched: Sequence[fx.Node] = (), live: bool = True
+) -> Program:
     """The program of a region under a selection.
 
     Args:
@@ -149,12 +172,13 @@ def rewrite(inference: Inference, kept: Kept, region: nn.Module, watched: Sequen
         kept: what stays of each atom.
         region: the live region; only the types of its modules are looked at.
         watched: nodes of the captured graph whose values `run` returns after the outputs.
+        live: methods of objects are called, not computed as they were traced; `run` takes the objects then.
 
     Raises:
         RuleError: the `follow` of a rule fails.
     """
     captured = inference.captured
-    graph, new, constants = _copy(captured)
+    graph, new, objects, constants = _copy(captured, live)
     constants |= select_sources(graph, inference, kept, new)
     for original, node in new.items():
         rule = rule_for(original.target)
@@ -172,23 +196,42 @@ def rewrite(inference: Inference, kept: Kept, region: nn.Module, watched: Sequen
                 f"rule failed with {type(error).__name__}: {error}; this is a bug in the rule, nothing was changed"
             ) from error
         site.apply()
+    sizes = _sizes_now(inference, kept)
+    if live:
+        go_live(captured.carried, graph, new, objects, sizes)
+    else:
+        pass_edges(graph)
     if watched:
         output = next(node for node in reversed(graph.nodes) if node.op == "output")
         output.args = ((*output.args[0], *(new[node] for node in watched)),)
     _bind(captured, region, graph, new)
     run, source = generate(graph)
     called = frozenset(node.target for node in graph.nodes if node.op == "call_module")
-    return Program(captured, inference, run, tuple(constants.values()), source, called)
+    by_name = {node.name: node for node in captured.graph.nodes if node.op == "placeholder"}
+    state = tuple(tuple(sizes(by_name[name])) for name in captured.state)
+    return Program(captured, inference, run, tuple(constants.values()), source, called, state)
 
 
-def _copy(captured: Captured) -> tuple[fx.Graph, dict[fx.Node, fx.Node], dict[fx.Node, Any]]:
-    """The captured graph as a new one that takes inputs, then constants; and which node became which."""
+def _sizes_now(inference: Inference, kept: Kept) -> Callable[[fx.Node], Sequence[Size]]:
+    uniform = in_first_contexts(kept)
+
+    def sizes(node: fx.Node) -> Sequence[Size]:
+        if node in inference.values:
+            return [count(expr, uniform) for expr in inference.values[node][0]]
+        return [as_size(size) for size in node.meta["val"].shape]
+
+    return sizes
+
+
+def _copy(captured: Captured, live: bool) -> tuple[fx.Graph, dict[fx.Node, fx.Node], list[fx.Node], dict[fx.Node, Any]]:
+    """The captured graph as a new one that takes inputs, objects, then constants; and which node became which."""
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     constants: dict[fx.Node, Any] = {}
     by_name = {node.name: node for node in captured.graph.nodes if node.op in ("placeholder", "get_attr")}
     for name in captured.inputs:
         new[by_name[name]] = graph.placeholder(name)
+    objects = [graph.placeholder(f"held_{i}") for i in range(len(captured.carried.types) if live else 0)]
     for name, value in captured.constants.items():
         new[by_name[name]] = node = graph.placeholder(name)
         constants[node] = value
@@ -198,7 +241,7 @@ def _copy(captured: Captured) -> tuple[fx.Graph, dict[fx.Node, fx.Node], dict[fx
     for node in captured.graph.nodes:
         if node not in new and node.op not in ("placeholder", "get_attr"):
             new[node] = graph.node_copy(node, new.__getitem__)
-    return graph, new, constants
+    return graph, new, objects, constants
 
 
 def _bind(captured: Captured, region: nn.Module, graph: fx.Graph, new: dict[fx.Node, fx.Node]) -> None:

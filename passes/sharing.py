@@ -7,7 +7,7 @@ another block may use the graph if its classes and shapes and every one of *thos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,15 +69,56 @@ class Fingerprint:
             return False  # hooks may do anything
         submodules = dict(module.named_modules(remove_duplicate=False))
         return all(
-            _same(value, submodules[path].__dict__.get(name, _ABSENT)) for (path, name), value in self.read.items()
+            _same(value, submodules[path].__dict__.get(name, ABSENT)) for (path, name), value in self.read.items()
         )
 
 
-_ABSENT = object()
+class _Absent:
+    def __repr__(self) -> str:
+        return "not there"
 
 
-def fingerprint(module: nn.Module, reads: Reads) -> Fingerprint:
-    """The fingerprint of a block whose forward read `reads`."""
+ABSENT = _Absent()
+
+Settings = dict[tuple[str, str], Any]  # (submodule path, attribute) -> a constant that forward read
+
+_CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device)
+_MOST_ENTRIES = 64  # of a list or dict of constants that is compared at every call
+
+
+def frozen(value: Any) -> Any:
+    """A value that later changes of what it was read from do not reach: lists and dicts are copied, one level deep."""
+    return value.copy() if type(value) in (list, dict, set) else value
+
+
+def is_setting(value: Any) -> bool:
+    """Whether a value is a constant, or a small container of constants, and can be compared at every call."""
+    if value is None or isinstance(value, _CONSTANTS):
+        return True
+    if type(value) in (list, tuple, set, frozenset, dict):
+        parts = [*value, *value.values()] if type(value) is dict else value
+        return len(parts) <= _MOST_ENTRIES and all(part is None or isinstance(part, _CONSTANTS) for part in parts)
+    return False
+
+
+def settings(module: nn.Module, names: Iterable[tuple[str, str]]) -> Settings:
+    """Those attributes of a module and its submodules that are constants, as they are now.
+
+    One that an instance does not have is that of its class, and `ABSENT` where that has none.
+    """
+    named = dict(module.named_modules(remove_duplicate=False))
+    found: Settings = {}
+    for path, name in names:
+        child = named[path]
+        value = child.__dict__.get(name, getattr(type(child), name, ABSENT))
+        held = any(name in child.__dict__.get(kind, ()) for kind in ("_parameters", "_buffers", "_modules"))
+        if is_setting(value) or (value is ABSENT and not held):
+            found[path, name] = frozen(value)
+    return found
+
+
+def fingerprint(module: nn.Module, reads: Reads, numbers: Collection[tuple[str, str]] = ()) -> Fingerprint:
+    """The fingerprint of a block whose forward read `reads`; `numbers` among them may be others in another block."""
     named = dict(module.named_modules(remove_duplicate=False))
     tensors = named_tensors(module).items()
     groups: dict[int, list[str]] = {}
@@ -88,10 +129,10 @@ def fingerprint(module: nn.Module, reads: Reads) -> Fingerprint:
         tensors={name: (type(t), t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors},
         # What is read and not in the instance is the class's own, or one that nn.Module looks up itself.
         read={
-            (path, name): named[path].__dict__[name]
+            (path, name): frozen(named[path].__dict__[name])
             for path, names in reads.items()
             for name in names - OWN
-            if name in named[path].__dict__
+            if name in named[path].__dict__ and (path, name) not in numbers
         },
         ties=[names for names in groups.values() if len(names) > 1],
         hooked=any(child._forward_hooks or child._forward_pre_hooks for path, child in named.items() if path),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from .capture import Captured
@@ -20,14 +21,22 @@ def weighted_nodes(captured: Captured) -> set[fx.Node]:
         before = len(weighted)
         for node in captured.graph.nodes:
             if node.op == "placeholder":
-                if node.name in captured.parameters or (
-                    node.name in captured.tensors and _follows_parameters(node, weighted)
+                if (
+                    node.name in captured.parameters
+                    or _is_state(node, captured)
+                    or (node.name in captured.tensors and _follows_parameters(node, weighted))
                 ):
                     weighted.add(node)
-            elif node.op != "get_attr" and direct(node):
+            # A size may be that of a tensor which depends on parameters; it does not.
+            elif node.op != "get_attr" and node.target is not torch.ops.aten.sym_size.int and direct(node):
                 weighted.add(node)
                 weighted.update(made for value in written_arguments(node) for made in memory_behind(value))
     return weighted
+
+
+def _is_state(node: fx.Node, captured: Captured) -> bool:
+    """Whether a placeholder is what an object holds that was made of parameters in an earlier call."""
+    return node.name in captured.state and node.meta["val"].is_floating_point() and node.meta["val"].ndim > 0
 
 
 def _follows_parameters(buffer: fx.Node, weighted: set[fx.Node]) -> bool:

@@ -22,6 +22,7 @@ from .nodes import argument_nodes, tensor_meta
 from .rewrite import rewrite
 from .selection import Kept, broadcast_mask, entries, mask_of, touched
 from .shrink import sliced
+from .stored import compressed, layout
 
 # Relative error up to which shrunk and masked count as equal; sums in another order account for it.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -115,7 +116,7 @@ def compare(
         kept: the selection.
         region: the live region, whose module types matter and whose parameters do not.
         tensors: parameters and buffers at original sizes, by name in the region.
-        inputs: the tensor leaves of a call.
+        inputs: the tensors of a call, and those in its objects, at original sizes.
         coupling: what the comparison is called.
     """
     captured = inference.captured
@@ -132,14 +133,24 @@ def compare(
     }
 
     whole = {name: fresh_leaf(t) if name in trained else t.clone() for name, t in tensors.items()}
-    whole_inputs = [fresh_leaf(t) for t in inputs]
+    called = len(inputs) - len(captured.state)
+    whole_inputs = [*(fresh_leaf(t) for t in inputs[:called]), *(t.detach().clone() for t in inputs[called:])]
+    by_name = {node.name: node for node in captured.graph.nodes if node.op == "placeholder"}
+    layouts = [
+        layout(inference.values[by_name[name]][0], kept) if by_name[name] in inference.values else None
+        for name in captured.state
+    ]
+    held = [
+        t.detach().clone() if mask is None else compressed(t.detach(), mask)
+        for t, mask in zip(inputs[called:], layouts, strict=True)
+    ]
     with forked_rng(region):
         torch.manual_seed(0)
         outputs = run(captured, whole, whole_inputs, interpreter=Here)
 
     small = {name: sliced(t, steps.get(name, {})).clone() for name, t in tensors.items()}
-    small_inputs = [fresh_leaf(t) for t in inputs]
-    program = rewrite(inference, kept, region)
+    small_inputs = [*(fresh_leaf(t) for t in inputs[:called]), *held]
+    program = rewrite(inference, kept, region, live=False)
     parameters = {name: nn.Parameter(t) if name in trained else t for name, t in small.items()}
     with forked_rng(region), swapped(region, parameters):
         torch.manual_seed(0)

@@ -32,9 +32,9 @@ def watch(program: Program, kept: Kept, region: nn.Module, nodes: Sequence[fx.No
     """
     seeing = rewrite(program.inference, kept, region, watched=nodes)
 
-    def call(module: nn.Module, inputs: Sequence[Tensor]) -> tuple[Any, tuple[Tensor, ...]]:
+    def call(module: nn.Module, inputs: Sequence[Any]) -> tuple[Any, tuple[Tensor, ...]]:
         tensors = seeing.run(module, *inputs, *seeing.constants)
         count = len(tensors) - len(nodes)
-        return seeing.returned(module, tensors[:count]), tuple(value.detach() for value in tensors[count:])
+        return seeing.returned(module, inputs, tensors[:count]), tuple(value.detach() for value in tensors[count:])
 
     return call

@@ -10,6 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import ecospa_fx
 from ecospa_fx.errors import EcoSpaError
+from ecospa_fx.passes.names import named_tensors
+from ecospa_fx.stand_ins import unshrunk
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 TOKENS = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -160,3 +162,43 @@ def test_what_cannot_be_rewired_is_refused_and_the_model_is_as_before():
         assert torch.equal(model(input_ids=TOKENS).logits, logits) and ecospa_fx.plan(model) == plan
     with pytest.raises(EcoSpaError, match="is not compiled"):
         ecospa_fx.rewire(llama(), lambda m: m)
+
+
+@pytest.mark.parametrize("shrunk", [False, True])
+def test_adapters_that_are_switched_in_graph_execution(shrunk):
+    plain = adapted()
+    plain.add_adapter("other", LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=LLAMA))
+    plain = plain.double().eval()
+    model = ecospa_fx.compile(copy.deepcopy(plain), **CALL)
+    if shrunk:
+        ecospa_fx.shrink(model, {c: torch.arange(0, c.size, 2) for c in ecospa_fx.couplings(model) if c.kind != "ffn"})
+        plan, held = ecospa_fx.plan(model), named_tensors(model)
+        with torch.no_grad():
+            for name, tensor in named_tensors(plain).items():
+                value = held[name].detach()
+                tensor.copy_(unshrunk(value, plan, name) if name in plan.original_shapes else value)
+
+    def same():
+        with torch.no_grad():
+            a, b = (each(input_ids=TOKENS).logits for each in (model, plain))
+        torch.testing.assert_close(a, b)
+        return a
+
+    on = same()
+    with model.disable_adapter(), plain.disable_adapter():
+        off = same()
+    assert not torch.allclose(on, off)
+    torch.testing.assert_close(same(), on)
+    regions = model.__dict__["_ecospa_model"].regions.values()
+    assert {len(region.programs) for region in regions} == {2}  # the first is met again
+    if not shrunk:
+        for each in (model, plain):
+            each.set_adapter("other")
+        other = same()
+        assert not torch.allclose(on, other)
+        for each in (model, plain):
+            each.merge_adapter()
+        torch.testing.assert_close(same(), other)
+        for each in (model, plain):
+            each.unmerge_adapter()
+        torch.testing.assert_close(same(), other)

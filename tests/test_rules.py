@@ -219,6 +219,7 @@ BY_HAND |= {
             (t(2, 3, 4), t(1, 2, 5), t(15, 4), t(15, 5)),
         )
     ],
+    "edge": [Call(torch.ops.ecospa_fx.edge, (t(3, 4), 0, -1, True))],
     "grouped_mm_fallback": [Call(torch.ops.transformers.grouped_mm_fallback, (t(6, 4), t(3, 4, 5), offsets()))],
     "im2col": [Call(aten.im2col.default, (t(2, 3, 4, 5), [2, 2], [1, 1], [0, 0], [1, 1]))],
     "index_put": [

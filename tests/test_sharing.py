@@ -1,5 +1,7 @@
 """Equal blocks are captured once, and only equal ones."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -121,3 +123,50 @@ def test_a_constant_argument_is_not_mistaken_for_another():
     plain = model(x, None)
     assert torch.equal(model(x, "none"), 2 * plain)
     assert torch.equal(model(x, None), plain)
+
+
+class Flagged(nn.Module):
+    """Reads plain attributes of its own, counts, and keeps the names of what is on in a list."""
+
+    doubled = False
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6)
+        self.slope, self.on, self.calls = 0.0, ["relu"], 0
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.up(x)
+        x = nn.functional.leaky_relu(x, self.slope) if "relu" in self.on else x
+        return self.down(x) * (2 if self.doubled else 1)
+
+
+@pytest.mark.parametrize("how", ["root", "blocks"])
+@pytest.mark.parametrize("shrunk", [False, True])
+def test_attributes_that_change_after_capture_are_seen(how, shrunk):
+    torch.manual_seed(0)
+    plain = Flagged() if how == "root" else nn.Sequential(Flagged(), Flagged())
+    x = torch.randn(3, 6)
+    model = ecospa_fx.compile(copy.deepcopy(plain), example_inputs=(x,), regions=how)
+    if shrunk:
+        keep = {c: torch.arange(0, c.size, 2) for c in ecospa_fx.couplings(model)}
+        ecospa_fx.shrink(model, keep)
+        with torch.no_grad():
+            for layer in plain.modules():
+                if isinstance(layer, Flagged):
+                    layer.down.weight[:, 1::2] = 0
+    programs = [region.programs for region in model.__dict__[MODEL].regions.values()]
+    one, twin = (next(m for m in each.modules() if isinstance(m, Flagged)) for each in (model, plain))
+    for change in (
+        lambda m: None, lambda m: setattr(m, "slope", 0.5), lambda m: m.on.clear(),
+        lambda m: setattr(m, "doubled", True), lambda m: m.on.append("relu"),
+    ):  # fmt: skip
+        change(one), change(twin)
+        torch.testing.assert_close(model(x), plain(x))
+    graphs = len(programs[0])
+    assert graphs == 5 and all(len(other) == 1 for other in programs[1:])
+    one.doubled = twin.doubled = False
+    one.slope = twin.slope = 0.0
+    torch.testing.assert_close(model(x), plain(x))
+    assert len(programs[0]) == graphs  # it was that at first

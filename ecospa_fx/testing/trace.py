@@ -18,7 +18,8 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ecospa_fx.passes.canonicalise import canonicalise
-from ecospa_fx.passes.capture import Captured, _clean, storage_key
+from ecospa_fx.passes.capture import Captured, storage_key
+from ecospa_fx.passes.clean import clean
 from ecospa_fx.signature import TENSOR, Signature, autocast_now, training_flags
 
 
@@ -41,7 +42,7 @@ def trace(module: nn.Module, args: tuple[Tensor, ...]) -> Captured:
         made = module(*args)
     out_leaves, out_spec = pytree.tree_flatten(made)
     graph.output(tuple(recorder.nodes[out] for out in out_leaves))
-    _clean(graph)
+    clean(graph)
     canonicalise(graph, recorder.constants)
     leaves, spec = pytree.tree_flatten((args, {}))
     signature = Signature(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..edge import edge
 from .registry import Carried, Operand, Pointwise, axis_rule
 
 aten = torch.ops.aten
@@ -66,6 +67,7 @@ axis_rule(
     aten.to, aten._to_copy, aten.type_as, aten.clone, aten.contiguous, aten.alias, aten.detach, aten.detach_,
     aten.lift_fresh_copy, aten.positive, aten.real, aten.imag,
 )(copied)  # fmt: skip
+axis_rule(edge)(copied)
 axis_rule(aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like)(
     shaped_like
 )
