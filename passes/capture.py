@@ -200,12 +200,7 @@ def capture(
             f"{described(region)} is called in a way it has not been called in before while the model is being "
             "exported; call the model once with the same arguments before exporting it"
         )
-    if forward is None and "forward" in module.__dict__:
-        raise CaptureError(
-            f"{described(region)} has a forward on the instance, which its class does not know of: compile the model "
-            "before whatever put it there (accelerate's prepare, a wrapper)"
-        )
-    forward = forward or type(module).forward
+    forward = forward or class_forward(module, region)
     on_meta = any(
         t.is_meta for t in (*pytree.tree_leaves((args, kwargs)), *module.parameters()) if isinstance(t, Tensor)
     )
@@ -247,6 +242,20 @@ def capture(
     captured = trial.run(once, ())
     _warn_of_hooks(captured, hooks)
     return captured
+
+
+def class_forward(module: nn.Module, region: str) -> Forward:
+    """The forward of a module's class.
+
+    Raises:
+        CaptureError: its calls go elsewhere.
+    """
+    if "forward" in module.__dict__:
+        raise CaptureError(
+            f"{described(region)} has a forward on the instance, which its class does not know of: compile the model "
+            "before whatever put it there (accelerate's prepare, a wrapper)"
+        )
+    return type(module).forward
 
 
 class _HookChanges(Exception):

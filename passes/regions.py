@@ -29,7 +29,7 @@ from ecospa_fx.signature import autocast_now, training_flags
 
 from .agree import disagreement
 from .axes import atoms_of, size_of
-from .capture import Captured, capture, storage_key
+from .capture import Captured, capture, class_forward, storage_key
 from .confirm import EXPERIMENTS, distrusted
 from .descend import Search
 from .discover import Discovery, discover
@@ -192,7 +192,7 @@ def choose(
     """
     captures = [] if captures is None else captures
     if how == "root":
-        return {"": _analyse_watched(model, "", (args, kwargs), {}, forward=type(model).forward)[0]}, {}
+        return {"": _analyse_watched(model, "", (args, kwargs), {}, forward=class_forward(model, ""))[0]}, {}
     if not isinstance(how, str):
         return _named(model, args, kwargs, how, captures), {}
     if how not in ("auto", "blocks"):
@@ -210,7 +210,7 @@ def choose(
         return search.found, uncalled
     if how == "auto" or not blocks:
         try:
-            root, _ = _analyse_watched(model, "", (args, kwargs), {}, forward=type(model).forward)
+            root, _ = _analyse_watched(model, "", (args, kwargs), {}, forward=class_forward(model, ""))
             return {"": root}, search.failed
         except CaptureError as error:
             if not any(True for _ in model.children()):

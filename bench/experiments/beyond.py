@@ -12,7 +12,8 @@ uncoupled    the paper's sizes, every matrix chooses alone
 compensated  the paper's choice of couplings and sizes, with absorb=True, rotate=True
 ordered      early only: that, but what stays after a rotation is left in the basis of singular vectors
 adaptive     policy="adaptive"
-small        a model of the final size, its entries drawn at random, from scratch for as many parameters x steps
+small        a model of the final size, its entries drawn at random, from scratch for as many parameters x steps;
+             that is, with more data; or for as many steps, "as long", with less compute
 
 Torch-Pruning removes nothing from a GPT-2, so it meets paper and adaptive on an OPT of the same size, late, if it is
 installed: group magnitudes, its bottleneck setting (peers.py), the optimizer begun anew, all of it at the first shrink
@@ -24,7 +25,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,7 +45,8 @@ WHEN = {"early": (0.25, 0.65), "late": (0.7, 0.9), "fine-tuning": (0.2, 0.7)}
 SHRINKS = 5
 COLOURS = {
     "dense": "#7f7f7f", "paper": "#0072b2", "random": "#e69f00", "uncoupled": "#d55e00", "compensated": "#56b4e9",
-    "ordered": "#f0e442", "adaptive": "#009e73", "small": "#000000", "Torch-Pruning": "#cc79a7",
+    "ordered": "#f0e442", "adaptive": "#009e73", "small": "#000000",
+    "small, as long": "#999933", "Torch-Pruning": "#cc79a7",
 }  # fmt: skip
 
 
@@ -63,18 +65,29 @@ def small(
     job: Job, variant: Variant, start: Training, batches: Sequence[Any], rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """A model of the final size from the start, trained for the compute that the adaptive run took."""
-    labels, target = variant.labels, variant.settings["target"]
-    (other,) = (row for row in rows if row["variant"] == "adaptive" and labels.items() <= row.items())
+    (other,) = (row for row in rows if row["variant"] == "adaptive" and variant.labels.items() <= row.items())
+    return _small(job, variant, lambda size: round(other["compute"] / size))
+
+
+def small_as_long(
+    job: Job, variant: Variant, start: Training, batches: Sequence[Any], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """A model of the final size from the start, for as many steps as the others."""
+    return _small(job, variant, lambda size: job.steps)
+
+
+def _small(job: Job, variant: Variant, steps_of: Callable[[int], int]) -> dict[str, Any]:
     torch.manual_seed(job.seed)
     model, (first, _) = job.task.model(), next(job.task.batches(1, job.seed))
     ecospa_fx.compile(model, example_inputs=(first,))
+    target = variant.settings["target"]
     keep = {c: torch.arange(max(1, round(target * c.size))) for c in ecospa_fx.couplings(model) if c.kind != "heads"}
     ecospa_fx.shrink(model, keep)  # random weights: any entries are random ones
-    steps = round(other["compute"] / sum(p.numel() for p in model.parameters()))
+    steps = steps_of(sum(p.numel() for p in model.parameters()))
     training, curve = Training.begun(model, job.task), []
     longer = Job(job.title, job.task, steps, job.seed, ())
     train(longer, training, list(job.task.batches(steps, job.seed)), 0, steps, curve)
-    return row_of(longer, training, variant.name, labels, curve)
+    return row_of(longer, training, variant.name, variant.labels, curve)
 
 
 def torch_pruning(
@@ -119,6 +132,8 @@ def variants(when: str) -> tuple[Variant, ...]:
         ways["adaptive"] = {"settings": base | {"policy": "adaptive"}}
         if target == 0.4 and when != "fine-tuning":
             ways["small"] = {"settings": base, "own": small}
+            if when == "late":
+                ways["small, as long"] = {"settings": base, "own": small_as_long}
         for name, way in ways.items():
             found.append(Variant(name, *WHEN[when], shrinks=SHRINKS, labels=labels, **way))
     return tuple(found)
