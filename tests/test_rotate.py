@@ -25,6 +25,8 @@ EXPECTED = {  # kind -> why not; nothing where it turns
     "attention_folded_heads_first": ATTENTION,
     "fused_segments": ATTENTION,
     "fused_split": ATTENTION,
+    "fused_groups": ATTENTION,
+    "fused_multi_query": ATTENTION,
     "fused_per_head": ATTENTION,
     "fused_stacked": ATTENTION,
     "fused_stacked_select": ATTENTION,

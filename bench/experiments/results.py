@@ -20,7 +20,7 @@ from .runs import Job, run_all
 
 COLOURS = {
     "dense": "#7f7f7f", "coupled": "#0072b2", "uncoupled": "#d55e00", "magnitude": "#009e73",
-    "activation": "#cc79a7", "random": "#e69f00",
+    "activation": "#cc79a7", "random": "#e69f00", "compensated": "#56b4e9", "adaptive": "#009e73",
 }  # fmt: skip
 """Told apart with colour-blind eyes as well (Okabe and Ito)."""
 
