@@ -227,6 +227,7 @@ def _root(gram: Tensor) -> Tensor:
     ridge = 1e-10
     while True:
         raised = gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        root: Tensor
         root, failed = torch.linalg.cholesky_ex(raised)
         if not bool(failed.any()):
             return root
