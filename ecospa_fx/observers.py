@@ -83,7 +83,7 @@ def observe(region: Region, observer: Observer) -> None:
     if region.compiled.execution == "module":
         raise EcoSpaError(
             "scores of activations, and Gram matrices, are read off the graphs that run, and with execution='module' "
-            "the model's own Python runs; use another score, or execution='graph'"
+            "the model's own Python runs; use another score, absorb=False and rotate=False, or execution='graph'"
         )
     if not isinstance(region.watcher, Observers):
         region.watcher = Observers()
