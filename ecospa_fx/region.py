@@ -191,7 +191,8 @@ class Region:
             raise EcoSpaError(
                 f"region `{self.name}` has been called in {MOST_PROGRAMS} different ways, each with its own graph; "
                 f"this call differs from the last: {self._difference(module, args, kwargs)}. Call it in fewer ways "
-                "(pad to common lengths, pass the same arguments)"
+                "(pad to common lengths, pass the same arguments; a number that changes from call to call goes into a "
+                "tensor, an argument or a buffer, whose values are no part of a graph)"
             )
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise CaptureError(
