@@ -57,9 +57,9 @@ class Saliency(CoupledEstimator):
         return found if by_context else found.sum(0)
 
     def judges(self, coupling: Coupling) -> bool:
-        """Whether gradients have said anything about it: not where what its entries are multiplied by is frozen."""
+        """Whether gradients have said anything about it: not where they are no numbers, or its weights are frozen."""
         held = self.sums.get((coupling.name, 0))
-        return held is not None and held.numel() == coupling.contexts * coupling.size
+        return held is not None and held.numel() == coupling.contexts * coupling.size and bool(held.isfinite().all())
 
     def _add(
         self,

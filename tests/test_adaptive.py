@@ -229,6 +229,19 @@ def test_what_learns_nothing_stays_whole():
     assert trainer.done
 
 
+def test_what_has_no_finite_gradient_stays_whole():
+    model, x = two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, policy="adaptive", target=0.8, interval=2, end=4)
+    for _ in range(4):
+        (model(x) - x.flip(-1)).square().mean().backward()
+        optimizer.step()
+        model.a[2].weight.grad[0, 0] = torch.nan
+        trainer.step()
+        optimizer.zero_grad()
+    assert {c.name.split(".")[0]: c.size < 24 for c in ecospa_fx.couplings(model)} == {"a": False, "b": True}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
