@@ -19,3 +19,8 @@ from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops  # 
 
 tolerate_missing_torchvision_ops()
 torch.set_num_threads(1)
+
+
+def pytest_runtest_setup() -> None:
+    """Whatever a test before this one has set (Lightning does): more threads add up in another order."""
+    torch.set_num_threads(1)
