@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import OptimizerError
-from .kernels import add_slice_sums
+from .kernels import add_slice_sums, add_slice_sums_now
 
 Key = tuple[str, int]
 
@@ -96,9 +96,10 @@ class SliceSums:
         calls = self._calls.get((names, placed))
         if calls is None:
             calls = self._calls[names, placed] = self._plan(names, gradients)
+        add = add_slice_sums if torch.compiler.is_compiling() else add_slice_sums_now
         for home, call in calls:
             device = home[0]
-            add_slice_sums(
+            add(
                 self._flat[home],
                 [_local(gradients[name]) for name in call.names],
                 [_local(weights[name]) for name in call.names] if weights is not None and self.weighted else [],

@@ -2,6 +2,14 @@
 
 from .adamw import adamw_slice_sums
 from .compact import compact, compacted
-from .slice_sums import add_slice_sums, slice_sums, slice_sums_ref
+from .slice_sums import add_slice_sums, add_slice_sums_now, slice_sums, slice_sums_ref
 
-__all__ = ["adamw_slice_sums", "add_slice_sums", "compact", "compacted", "slice_sums", "slice_sums_ref"]
+__all__ = [
+    "adamw_slice_sums",
+    "add_slice_sums",
+    "add_slice_sums_now",
+    "compact",
+    "compacted",
+    "slice_sums",
+    "slice_sums_ref",
+]

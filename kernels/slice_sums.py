@@ -376,6 +376,22 @@ def add_slice_sums(
         scale: one number by which `x` is divided first, on the device: the scale of a gradient scaler.
         found_inf: one number on the device; unless it is 0, `out` stays as it is.
     """
+    add_slice_sums_now(out, x, weights, tensors, dims, offsets, decay, gain, scale, found_inf)
+
+
+def add_slice_sums_now(
+    out: Tensor,
+    x: list[Tensor],
+    weights: list[Tensor],
+    tensors: list[int],
+    dims: list[int],
+    offsets: list[int],
+    decay: float = 1.0,
+    gain: float = 1.0,
+    scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """`add_slice_sums` as a plain function, for where nothing is traced: no time in the dispatcher."""
     way = add_slice_sums_triton if compiled_for(out.device) else add_slice_sums_ref
     way(out, x, weights, tensors, dims, offsets, decay, gain, scale, found_inf)
 
