@@ -55,7 +55,7 @@ class Curve:
     @property
     def rises(self) -> Tensor:
         """The expected rise of the loss once so many are gone: float64 `[size + 1]`."""
-        return torch.cat([self.cost.new_zeros(1), self.cost.cumsum(0)])
+        return _running(self.cost)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ class Forecast:
             costs.setdefault(coupling.kind, []).append(curve.cost)
         unit = 1.0 if self.positions is None else self.positions
         merged = {kind: torch.cat(found).sort().values for kind, found in costs.items()}
-        return {kind: unit * torch.cat([cost.new_zeros(1), cost.cumsum(0)]) for kind, cost in merged.items()}
+        return {kind: unit * _running(cost) for kind, cost in merged.items()}
 
     def __rich__(self) -> Table:
         table = Table(box=None, pad_edge=False, show_edge=False)
@@ -149,6 +149,10 @@ def forecast(
 def worth_of(coupling: Coupling, saliency: Saliency, *, by_context: bool = True) -> Tensor:
     """What the loss would rise by with the cheapest entry, the next, and so on, were nothing to take over: `[size]`."""
     return _removed(_alone(coupling, saliency, by_context)).cost
+
+
+def _running(cost: Tensor) -> Tensor:
+    return torch.cat([cost.new_zeros(1), cost.cumsum(0)])
 
 
 def _alone(coupling: Coupling, saliency: Saliency, by_context: bool) -> Tensor:

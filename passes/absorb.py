@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .cholesky import factor
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
@@ -101,14 +103,7 @@ def absorb(moments: Moments, kept: Tensor, *, constant: bool, ridge: float) -> A
 
 
 def _solved(among: Tensor, across: Tensor, ridge: float) -> Tensor:
-    """`(among + ridge) ** -1 @ across`, by Cholesky; where that fails for rounding, with a larger ridge."""
-    scale = float(among.diagonal().mean())
-    if not scale > 0:
+    """`(among + ridge) ** -1 @ across`."""
+    if not float(among.diagonal().mean()) > 0:
         return torch.zeros_like(across)
-    while True:
-        raised = among.clone()
-        raised.diagonal().add_(ridge * scale)
-        factor, failed = torch.linalg.cholesky_ex(raised)
-        if not int(failed):
-            return torch.cholesky_solve(across, factor)
-        ridge = max(10 * ridge, 1e-14)
+    return torch.cholesky_solve(across, factor(among, ridge))

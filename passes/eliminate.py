@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .absorb import Moments
+from .cholesky import factor
 
 CANDIDATES = 2
 """Times as many as are to go in a round."""
@@ -94,11 +95,7 @@ def eliminate(
             break
         goes = max(1, min(round(share * count), count - max(1, at_least)))
         candidates = torch.zeros_like(left).scatter_(1, ranked[:, : CANDIDATES * goes], True)
-        near = []
-        for state in held:
-            state.focus(candidates)
-            assert state.near is not None
-            near.append(state.near)
+        near = [state.focus(candidates) for state in held]
         for place in range(done, done + goes):
             for context in range(contexts):
                 now = torch.stack([part.costs() for part in near]).sum(0).view(contexts, size)[context]
@@ -119,7 +116,6 @@ class _State:
 
     def __init__(self, matrix: Tensor, inverse: Tensor, unit: Tensor, units: int, alone: Tensor) -> None:
         self.matrix, self.inverse, self.unit, self.units, self.alone = matrix, inverse, unit, units, alone
-        self.near: _Narrow | _Wide | None = None
 
     @classmethod
     def of(cls, given: Summing, units: int, ridge: float) -> _State | None:
@@ -139,12 +135,12 @@ class _State:
         """What each unit that is left costs alone, `[units]`."""
         return _over_units(self.matrix, self.inverse, self.unit, self.units, torch.linalg.inv).cpu()
 
-    def focus(self, candidates: Tensor) -> None:
-        """Look at the columns of some units alone."""
+    def focus(self, candidates: Tensor) -> _Narrow | _Wide:
+        """The columns of some units alone."""
         mine = self._columns_of(candidates).nonzero().flatten()
         weights, unit = self.matrix[:, mine], self.unit[mine]
         kind = _Narrow if len(unit.unique()) == len(unit) else _Wide
-        self.near = kind(weights.T @ weights, self.inverse[mine][:, mine], unit, self.units)
+        return kind(weights.T @ weights, self.inverse[mine][:, mine], unit, self.units)
 
     def drop(self, left: Tensor) -> None:
         """Let the columns of all units that have gone be taken over."""
@@ -251,14 +247,7 @@ def _columns(unit: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 def _inverse(squares: Tensor) -> Tensor:
     """The inverse, float64, by Cholesky: large ones in float32, in half the time; where that fails, with a ridge."""
     if len(squares) > LARGE:
-        factor, failed = torch.linalg.cholesky_ex(squares.float())
+        lower, failed = torch.linalg.cholesky_ex(squares.float())
         if not int(failed):
-            return torch.cholesky_inverse(factor).double()
-    factor, failed = torch.linalg.cholesky_ex(squares)
-    scale, ridge = float(squares.diagonal().mean()), 1e-10
-    while int(failed):
-        raised = squares.clone()
-        raised.diagonal().add_(ridge * scale)
-        factor, failed = torch.linalg.cholesky_ex(raised)
-        ridge *= 10
-    return torch.cholesky_inverse(factor)
+            return torch.cholesky_inverse(lower).double()
+    return torch.cholesky_inverse(factor(squares, 0.0, 1e-10))

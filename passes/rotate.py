@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from .axes import Atom, atoms_of
+from .cholesky import factor
 from .consumers import Consumer, Key, consumers
 from .discover import Found
 from .infer import infer
@@ -206,7 +207,8 @@ def balanced(near: Tensor, far: Tensor) -> Turn:
     """
     near, far = near.double(), far.double()
     scales = [g.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp(min=1e-300) for g in (near, far)]
-    root = _root(near / scales[0])
+    # Directions that carry nothing have no basis of their own: they are told apart only beyond rounding.
+    root = factor(near / scales[0], 1e-10)
     values, vectors = torch.linalg.eigh(root.mT @ (far / scales[1]) @ root)
     values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
     energy = values.sqrt()
@@ -216,22 +218,6 @@ def balanced(near: Tensor, far: Tensor) -> Turn:
     turn = ratio * (width[:, :, None] * torch.linalg.solve_triangular(root.mT, vectors, upper=True).mT)
     back = (vectors.mT @ root.mT) / width[:, :, None] / ratio
     return Turn(turn, back, energy * (scales[0] * scales[1])[:, :, 0].sqrt())
-
-
-def _root(gram: Tensor) -> Tensor:
-    """The Cholesky factor of Gram matrices of mean diagonal 1, and a little more on it.
-
-    Directions that carry nothing have no basis of their own: they are told apart only beyond rounding, which is larger
-    in moments that were added up in float32.
-    """
-    ridge = 1e-10
-    while True:
-        raised = gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        root: Tensor
-        root, failed = torch.linalg.cholesky_ex(raised)
-        if not bool(failed.any()):
-            return root
-        ridge *= 10
 
 
 def settled(turn: Turn, keep: int, scale: Tensor) -> Turn:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from test_absorb import built
 from torch import nn
 from zoo import ZOO
 
@@ -18,15 +19,6 @@ from ecospa_fx.report.training import figures_of, training_of
 from ecospa_fx.saliency import Saliency
 
 QUICK = ("attention", "grouped_sdpa", "rotary_attention", "glu", "conv_norm_conv", "residual_stream", "recurrent")
-
-
-def built(name):
-    torch.manual_seed(0)
-    specimen = ZOO[name]
-    model = specimen.build().double().eval()
-    x = tuple(t.double() if t.is_floating_point() else t for t in specimen.inputs(4, 5))
-    ecospa_fx.compile(model, example_inputs=x)
-    return model, x
 
 
 def loss_of(model, x):
