@@ -346,8 +346,7 @@ def _launch(
     )
 
 
-@torch.library.custom_op("ecospa_fx::add_slice_sums", mutates_args=("out",))
-def add_slice_sums(
+def add_slice_sums_now(
     out: Tensor,
     x: list[Tensor],
     weights: list[Tensor],
@@ -376,24 +375,12 @@ def add_slice_sums(
         scale: one number by which `x` is divided first, on the device: the scale of a gradient scaler.
         found_inf: one number on the device; unless it is 0, `out` stays as it is.
     """
-    add_slice_sums_now(out, x, weights, tensors, dims, offsets, decay, gain, scale, found_inf)
-
-
-def add_slice_sums_now(
-    out: Tensor,
-    x: list[Tensor],
-    weights: list[Tensor],
-    tensors: list[int],
-    dims: list[int],
-    offsets: list[int],
-    decay: float = 1.0,
-    gain: float = 1.0,
-    scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    """`add_slice_sums` as a plain function, for where nothing is traced: no time in the dispatcher."""
     way = add_slice_sums_triton if compiled_for(out.device) else add_slice_sums_ref
     way(out, x, weights, tensors, dims, offsets, decay, gain, scale, found_inf)
+
+
+# For where it is traced. Else the plain function does without the time that the dispatcher takes.
+add_slice_sums = torch.library.custom_op("ecospa_fx::add_slice_sums", mutates_args=("out",))(add_slice_sums_now)
 
 
 def slice_sums(x: list[Tensor], dims: list[int]) -> list[Tensor]:
