@@ -17,10 +17,10 @@ from machine import write_csv
 from torch.nn.functional import cross_entropy
 
 import ecospa_fx
-from ecospa_fx.compensation import GATHERING
+from ecospa_fx.compensate.compensation import GATHERING
+from ecospa_fx.compensate.forecast import forecast
 from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
-from ecospa_fx.forecast import forecast
-from ecospa_fx.saliency import Saliency
+from ecospa_fx.score.saliency import Saliency
 
 
 def main() -> None:

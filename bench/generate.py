@@ -27,9 +27,9 @@ from module import CAUSAL, PAIRS, build
 from torch import nn
 
 import ecospa_fx
-from ecospa_fx.compiled import MODEL
-from ecospa_fx.passes.names import named_tensors
-from ecospa_fx.stand_ins import unshrunk
+from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.model.full_size import unshrunk
+from ecospa_fx.passes.graph.tensors import named_tensors
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},

@@ -35,9 +35,9 @@ from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
 tolerate_missing_torchvision_ops()
 
 import ecospa_fx  # noqa: E402
-from ecospa_fx.passes.agree import relative_error  # noqa: E402
-from ecospa_fx.passes.names import named_tensors  # noqa: E402
-from ecospa_fx.stand_ins import unshrunk  # noqa: E402
+from ecospa_fx.model.full_size import unshrunk  # noqa: E402
+from ecospa_fx.passes.capture.compare_eager import relative_error  # noqa: E402
+from ecospa_fx.passes.graph.tensors import named_tensors  # noqa: E402
 
 Call = dict[str, Any]
 

@@ -46,7 +46,7 @@ from rich.table import Table  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import ecospa_fx  # noqa: E402
-from ecospa_fx.passes.names import named_tensors  # noqa: E402
+from ecospa_fx.passes.graph.tensors import named_tensors  # noqa: E402
 
 EXACT = 1e-8  # of the largest output; both compute in float64
 PATIENCE = 10.0  # seconds of computing per attempt

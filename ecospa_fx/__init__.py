@@ -4,31 +4,35 @@
 >>> trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, target=0.5)
 """
 
+from ecospa_fx.checkpoint.save_load import load, resume, save
+from ecospa_fx.compensate.grams import Grams
+from ecospa_fx.compensate.rotation import Rotation, rotate
+from ecospa_fx.couple.constraints import Constraints
+from ecospa_fx.couple.coupling import Coupling, Member
+from ecospa_fx.model.class_swap import ShrinkableLinear
+from ecospa_fx.model.diff import ModuleDiff
+from ecospa_fx.model.lookup import couplings, plan
+from ecospa_fx.model.optimizer_state import state_rule
+from ecospa_fx.model.restore import restore
+from ecospa_fx.model.rewire import rewire
+from ecospa_fx.model.shrinking import shrink
+from ecospa_fx.out.export import export
+from ecospa_fx.out.gguf.cut import Cut, cut_gguf
+from ecospa_fx.out.hf_full_size import save_unshrunk
+from ecospa_fx.out.hf_pretrained import from_pretrained, save_pretrained
+from ecospa_fx.passes.find.discover import Refusal
+from ecospa_fx.score.estimator import CoupledEstimator
+from ecospa_fx.see.explanation import Explanation, explain
+from ecospa_fx.see.summary import Summary, summary
+from ecospa_fx.see.verification import Verification, verify
+from ecospa_fx.see.watch import Watch
+from ecospa_fx.train.latency import Latency
+from ecospa_fx.train.sparsifier import CoupledSparsifier
+from ecospa_fx.train.trainer import EcoSpaTrainer
+
 from . import errors, logs
-from .api import compile, couplings, diff, plan, shrink
-from .checkpoint import load, resume, save
-from .constraints import Constraints
-from .coupling import Coupling, Member, Refusal
-from .cut import Cut, cut_gguf
-from .diff import ModuleDiff
-from .estimator import CoupledEstimator
-from .explanation import Explanation, explain
-from .grams import Grams
-from .latency import Latency
-from .optimizers import state_rule
-from .outgoing import export
+from .api import compile, diff
 from .plan import Plan
-from .pretrained import from_pretrained, save_pretrained
-from .restore import restore
-from .rewire import rewire
-from .rotation import Rotation, rotate
-from .shrinkable import ShrinkableLinear
-from .sparsifier import CoupledSparsifier
-from .summary import Summary, summary
-from .trainer import EcoSpaTrainer
-from .unshrunk import save_unshrunk
-from .verification import Verification, verify
-from .watch import Watch
 
 __all__ = [
     "Constraints",

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .documents import parsed
 from .errors import CheckpointError
+from .json_text import parsed
 
 FORMAT = 1
 MOST = 2**63 - 1  # entries of a tensor

@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 
 # transformers looks for a package `kernels`; the folder of that name must not be it, or its ops are registered twice.
-ROOT = Path(__file__).parent.parent
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
+TESTS = Path(__file__).parent
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != TESTS.parent]
+# Tests of one room use models and helpers of another, and those in `shared`.
+sys.path += [str(room) for room in sorted(TESTS.iterdir()) if room.is_dir() and room.name != "__pycache__"]
 
 if not torch.cuda.is_available():
     # Read when Triton is imported: the same kernel tests run compiled on a GPU and interpreted without one.

@@ -30,16 +30,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from machine import RESULTS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
 import ecospa_fx
-from ecospa_fx import compensation
-
-from .results import RESULTS, Row, arguments, difference, dots, grouped, over_dense_table, run, show
-from .runs import Job, Training, Variant, row_of, train
-from .tasks import Text
+from ecospa_fx.compensate import compensation
+from experiments.results import Row, arguments, difference, dots, grouped, over_dense_table, run, show
+from experiments.runs import Job, Training, Variant, row_of, train
+from experiments.tasks import Text
 
 WHEN = {"early": (0.25, 0.65), "late": (0.7, 0.9), "fine-tuning": (0.2, 0.7)}
 SHRINKS = 5

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import math
 
-from .results import RESULTS, arguments, curves, difference, dots, grouped, over_dense_table, run, show
-from .runs import Job, Variant
-from .tasks import Text
+from machine import RESULTS
+
+from experiments.results import arguments, curves, difference, dots, grouped, over_dense_table, run, show
+from experiments.runs import Job, Variant
+from experiments.tasks import Text
 
 WAYS: dict[str, dict[str, object]] = {
     "coupled": {},

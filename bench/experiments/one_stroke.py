@@ -33,17 +33,16 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import ecospa_fx
-from ecospa_fx.adaptive import AdaptiveSparsifier
-from ecospa_fx.api import state_of
-from ecospa_fx.constraints import Constraints
+from ecospa_fx.compensate.forecast import forecast, worth_of
+from ecospa_fx.couple.constraints import Constraints
 from ecospa_fx.demo.corpus import validation_batches
-from ecospa_fx.forecast import forecast, worth_of
-from ecospa_fx.saliency import Saliency
-from ecospa_fx.scores import index_scores
-from ecospa_fx.size import CostModel
-
-from .runs import _rate
-from .tasks import Text
+from ecospa_fx.model.cost import CostModel
+from ecospa_fx.model.lookup import state_of
+from ecospa_fx.score.saliency import Saliency
+from ecospa_fx.score.scores import index_scores
+from ecospa_fx.train.adaptive import AdaptiveSparsifier
+from experiments.runs import _rate
+from experiments.tasks import Text
 
 KINDS = {
     "FFN": ("ffn", "glu"), "heads": ("heads",), "Q/K": ("qk",), "V/O": ("vo",),

@@ -8,9 +8,9 @@ third of a block, so that more than that cannot be taken from it alone.
 
 from __future__ import annotations
 
-from .results import arguments, report
-from .runs import Job, Variant
-from .tasks import Text
+from experiments.results import arguments, report
+from experiments.runs import Job, Variant
+from experiments.tasks import Text
 
 FROZEN = {"attention": ["*.mlp*"], "feed-forward": ["*.attn*"], "both": []}
 """What stays whole, by names in GPT-2."""

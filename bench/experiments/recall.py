@@ -8,9 +8,9 @@ their parameters once they can (60-80% of the run). Accuracy of the answers, and
 
 from __future__ import annotations
 
-from .results import arguments, report
-from .runs import Job, Variant
-from .tasks import Recall
+from experiments.results import arguments, report
+from experiments.runs import Job, Variant
+from experiments.tasks import Recall
 
 
 def main() -> None:

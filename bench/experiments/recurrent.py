@@ -8,9 +8,9 @@ at random, and with the pairing broken. On a CPU both run their recurrence step 
 
 from __future__ import annotations
 
-from .results import arguments, report
-from .runs import Job, Variant
-from .tasks import Text
+from experiments.results import arguments, report
+from experiments.runs import Job, Variant
+from experiments.tasks import Text
 
 
 def main() -> None:

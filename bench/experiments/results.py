@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from .runs import Job, run_all
+from experiments.runs import Job, run_all
 
 COLOURS = {
     "dense": "#7f7f7f", "coupled": "#0072b2", "uncoupled": "#d55e00", "magnitude": "#009e73",

@@ -25,8 +25,7 @@ from torch import nn
 
 import ecospa_fx
 from ecospa_fx.demo.ablation import break_pairing
-
-from .tasks import Task
+from experiments.tasks import Task
 
 EVALUATIONS = 10
 """Validation losses along a run."""

@@ -8,9 +8,9 @@ Fisher importance, entries by the product of their slice norms; `fisher, fisher`
 
 from __future__ import annotations
 
-from .results import arguments, report
-from .runs import Job, Variant
-from .tasks import Text
+from experiments.results import arguments, report
+from experiments.runs import Job, Variant
+from experiments.tasks import Text
 
 SCORES = ("gradient", "taylor", "taylor_squared", "magnitude", "adam", "activation", "random")
 

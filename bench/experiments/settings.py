@@ -9,9 +9,9 @@ The target comes when the rule gets there, so that a strict pair may not reach i
 
 from __future__ import annotations
 
-from .results import arguments, over_dense_table, report, show
-from .runs import Job, Variant
-from .tasks import Text
+from experiments.results import arguments, over_dense_table, report, show
+from experiments.runs import Job, Variant
+from experiments.tasks import Text
 
 SHARES = (0.1, 0.3, 0.5)
 THETAS = (0.7, 0.9, 0.95)

@@ -5,9 +5,9 @@ PYTHONPATH=bench python -m experiments.vision --data DIR [--seeds 3] [--steps 90
 
 from __future__ import annotations
 
-from .results import arguments, report
-from .runs import Job, Variant
-from .tasks import Images
+from experiments.results import arguments, report
+from experiments.runs import Job, Variant
+from experiments.tasks import Images
 
 
 def main() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from .calls import BATCH, calls
-from .measure import Built
-from .overrides import CALLS, CLASSES, CONFIGS, TIMM
-from .shrunken import small_config
-from .used import USED
+from modelzoo.calls import BATCH, calls
+from modelzoo.measure import Built
+from modelzoo.overrides import CALLS, CLASSES, CONFIGS, TIMM
+from modelzoo.shrunken import small_config
+from modelzoo.used import USED
 
 SIDES = (64, 96, 128, 160, 192, 224, 256, 288, 320)  # of images, the first that a model takes
 

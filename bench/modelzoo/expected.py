@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ecospa_fx.passes.axes import Atom, Expr, atoms_of
-from ecospa_fx.passes.inference import Inference
-from ecospa_fx.passes.nodes import reason_text
-from ecospa_fx.passes.regions import Analysis
+from ecospa_fx.passes.axes.algebra import Atom, Expr, atoms_of
+from ecospa_fx.passes.find.analyse import Analysis
+from ecospa_fx.passes.graph.nodes import reason_text
+from ecospa_fx.passes.ir.axis_facts import Inference
 
 aten = torch.ops.aten
 

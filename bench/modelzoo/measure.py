@@ -11,14 +11,14 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ecospa_fx.compiled import MODEL, CompiledModel
 from ecospa_fx.errors import CaptureError
-from ecospa_fx.passes.regions import Analysis, choose
-from ecospa_fx.passes.verify import Comparison
-from ecospa_fx.region import Region
-from ecospa_fx.verification import comparisons
-
-from .expected import PARTS, tally
+from ecospa_fx.model.compiled import MODEL, CompiledModel
+from ecospa_fx.model.region import Region
+from ecospa_fx.passes.find.analyse import Analysis
+from ecospa_fx.passes.find.regions import choose
+from ecospa_fx.passes.rewrite.verify import Comparison
+from ecospa_fx.see.verification import comparisons
+from modelzoo.expected import PARTS, tally
 
 KINDS = ("qk", "vo", "heads", "groups", "ffn", "glu", "conv", "residual")
 COLUMNS = (

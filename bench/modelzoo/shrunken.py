@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .calls import field
+from modelzoo.calls import field
 
 VOCABULARY = 128
 HIDDEN, HEADS, KEY_HEADS, HEAD_DIM, FFN, LAYERS, POSITIONS = 32, 4, 2, 8, 64, 2, 64

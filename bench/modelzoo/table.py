@@ -14,9 +14,9 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
 
-from .expected import PARTS
-from .measure import COLUMNS, Row
-from .used import USED
+from modelzoo.expected import PARTS
+from modelzoo.measure import COLUMNS, Row
+from modelzoo.used import USED
 
 LIBRARIES = ("timm", "transformers")
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from .build import build
-from .measure import Row, measure
+from modelzoo.build import build
+from modelzoo.measure import Row, measure
 
 
 def measure_all(names: Iterable[str], jobs: int, seconds: float, memory: int) -> Iterator[Row]:

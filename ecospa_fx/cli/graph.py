@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import ecospa_fx
-from ecospa_fx import graphs
+from ecospa_fx.see import graphs
 
 from . import options as o
 from .console import at_work, check_file, show_json, write

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 import ecospa_fx
+from ecospa_fx.checkpoint.directory import MANIFEST, saved_files
 from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
 from ecospa_fx.errors import EcoSpaError
-from ecospa_fx.explanation import example_call
-from ecospa_fx.saves import MANIFEST, saved_files
+from ecospa_fx.see.explanation import example_call
 
 from .console import FAILED, CommandError
 from .small import call_of, small_config

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 import ecospa_fx
-from ecospa_fx.compiled import MODEL
-from ecospa_fx.constraints import Constraints
-from ecospa_fx.estimator import CoupledEstimator
-from ecospa_fx.sparsifier import CoupledSparsifier
+from ecospa_fx.couple.constraints import Constraints
+from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.score.estimator import CoupledEstimator
+from ecospa_fx.train.sparsifier import CoupledSparsifier
 
 from . import options as o
 from .console import FAILED, CommandError, at_work, check_directory, show, show_json

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import ecospa_fx
-from ecospa_fx.compiled import MODEL
 from ecospa_fx.errors import EcoSpaError
-from ecospa_fx.report.training import training_of
+from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.see.report.training import training_of
 
 from . import options as o
 from .console import FAILED, CommandError, at_work, check_directory, show, show_json, write

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 import ecospa_fx
-from ecospa_fx.compiled import MODEL
+from ecospa_fx.model.compiled import MODEL
 
 from . import options as o
 from .console import FAILED, CommandError, at_work, check_file, show, show_json, write

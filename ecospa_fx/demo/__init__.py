@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ecospa_fx.demo.options import options_from
+from .options import options_from
 
 
 def run(args: argparse.Namespace) -> int:
@@ -18,6 +18,6 @@ def run(args: argparse.Namespace) -> int:
     """
     options = options_from(args)
     # Late, so that --help and a wrong option are answered before models and plots are imported.
-    from ecospa_fx.demo.experiment import run_experiment
+    from .experiment import run_experiment
 
     return run_experiment(options)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ecospa_fx.demo.options import OptionError
+from .options import OptionError
 
 LIMIT = 4_000_000
 """Most bytes read: several times what the demo trains on, and read in a moment."""

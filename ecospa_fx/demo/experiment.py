@@ -11,15 +11,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import ecospa_fx
-from ecospa_fx.demo.ablation import break_pairing
-from ecospa_fx.demo.corpus import Corpus, read_corpus, validation_batches
-from ecospa_fx.demo.options import Options
-from ecospa_fx.demo.plot import save_plot
-from ecospa_fx.demo.reload import reload_in_new_process, save_check
-from ecospa_fx.demo.report import rows_of, table_of, write_results
-from ecospa_fx.demo.timing import step_time_ratios
-from ecospa_fx.demo.train import Run, start_run, train
-from ecospa_fx.watch import importance_range
+from ecospa_fx.see.watch import importance_range
+
+from .ablation import break_pairing
+from .corpus import Corpus, read_corpus, validation_batches
+from .options import Options
+from .plot import save_plot
+from .reload import reload_in_new_process, save_check
+from .report import rows_of, table_of, write_results
+from .timing import step_time_ratios
+from .train import Run, start_run, train
 
 RECENT = 20
 """Steps over which the progress line averages."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ecospa_fx.demo.options import HEAD_DIM, OptionError, Options
-from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
+from .options import HEAD_DIM, OptionError, Options
+from .torchvision_cure import tolerate_missing_torchvision_ops
 
 VOCABULARY = 256
 """Text is read as bytes."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ecospa_fx.demo.train import Run
+from .train import Run
 
 COLOURS = {"dense": "#b0b0b0", "EcoSpa": "#0072b2", "uncoupled": "#d55e00"}
 """Told apart with colour-blind eyes as well (Okabe and Ito)."""

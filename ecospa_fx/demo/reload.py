@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ecospa_fx
-from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
+
+from .torchvision_cure import tolerate_missing_torchvision_ops
 
 QUESTION = "reload_check.safetensors"
 """Token ids and the logits that the model gave for them before it was saved."""

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from ecospa_fx.demo.corpus import Corpus
-from ecospa_fx.demo.options import Options
-from ecospa_fx.demo.timing import Ratio
-from ecospa_fx.demo.train import Run
+from .corpus import Corpus
+from .options import Options
+from .timing import Ratio
+from .train import Run
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ecospa_fx.demo.corpus import Corpus, training_batches
-from ecospa_fx.demo.options import Options
-from ecospa_fx.demo.train import Run, training_step
+from .corpus import Corpus, training_batches
+from .options import Options
+from .train import Run, training_step
 
 WARMUP_ROUNDS = 3
 ROUNDS = 30

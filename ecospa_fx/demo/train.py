@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import ecospa_fx
-from ecospa_fx.demo.corpus import Corpus, training_batches, validation_batches
-from ecospa_fx.demo.models import build_model
-from ecospa_fx.demo.options import Options
+
+from .corpus import Corpus, training_batches, validation_batches
+from .models import build_model
+from .options import Options
 
 PEAK_RATE = 2e-3
 WARMUP = 0.05

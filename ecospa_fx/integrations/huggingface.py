@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..api import compile
-from ..checkpoint import resume, save
-from ..compiled import MODEL, Execution
-from ..errors import CheckpointError
-from ..logs import logger
-from ..passes.names import named_tensors
-from ..rebuild import read_model, rebuild
-from ..saves import reading
-from ..trainer import EcoSpaTrainer
+from ecospa_fx.api import compile
+from ecospa_fx.checkpoint.directory import reading
+from ecospa_fx.checkpoint.rebuild import read_model, rebuild
+from ecospa_fx.checkpoint.save_load import resume, save
+from ecospa_fx.errors import CheckpointError
+from ecospa_fx.logs import logger
+from ecospa_fx.model.compiled import MODEL, Execution
+from ecospa_fx.passes.graph.tensors import named_tensors
+from ecospa_fx.train.trainer import EcoSpaTrainer
 
 DIRECTORY = "ecospa_fx"
 """What is saved of a checkpoint's model lies there inside it; `ecospa_fx.load` reads it."""

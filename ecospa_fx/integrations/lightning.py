@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..api import compile
-from ..attributes import changes_in
-from ..compiled import MODEL, CompiledModel, Execution
-from ..description import check_description, described
-from ..errors import CheckpointError, EcoSpaError
-from ..logs import logger
-from ..packing import Packer, Unpacker
-from ..passes.names import named_tensors
-from ..plan import Plan
-from ..randomness import random_state
-from ..rebuild import Saved, rebuild, transient
-from ..stand_ins import unshrunk
-from ..trainer import EcoSpaTrainer, tokens_of
-from ..training_state import Training, resume_training
+from ecospa_fx.api import compile
+from ecospa_fx.checkpoint.metadata import check_description, described
+from ecospa_fx.checkpoint.packing import Packer, Unpacker
+from ecospa_fx.checkpoint.rebuild import Saved, rebuild, transient
+from ecospa_fx.checkpoint.rng_state import random_state
+from ecospa_fx.checkpoint.training_state import Training, resume_training
+from ecospa_fx.errors import CheckpointError, EcoSpaError
+from ecospa_fx.logs import logger
+from ecospa_fx.model.compiled import MODEL, CompiledModel, Execution
+from ecospa_fx.model.full_size import unshrunk
+from ecospa_fx.passes.follow.attributes import changes_in
+from ecospa_fx.passes.graph.tensors import named_tensors
+from ecospa_fx.plan import Plan
+from ecospa_fx.train.trainer import EcoSpaTrainer, tokens_of
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -1,8 +1,8 @@
 """check: is everything that is found in one random program exact?
 
-Two judges. Masking in the captured graph (`passes.verify`) is the definition. The second knows no graph: the program's
-own Python, with the rows and columns that a shrink takes away set to zero. It judges wherever zero weights make zero
-contributions, which is looked up in the values that the graph computes.
+Two judges. Masking in the captured graph (`passes.rewrite.verify`) is the definition. The second knows no graph: the
+program's own Python, with the rows and columns that a shrink takes away set to zero. It judges wherever zero weights
+make zero contributions, which is looked up in the values that the graph computes.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from ecospa_fx.errors import EcoSpaError
-from ecospa_fx.passes.agree import forked_rng, relative_error, run
-from ecospa_fx.passes.capture import Captured
-from ecospa_fx.passes.discover import Found, discover
-from ecospa_fx.passes.infer import infer
-from ecospa_fx.passes.inference import Inference
-from ecospa_fx.passes.names import named_tensors, swapped
-from ecospa_fx.passes.nodes import argument_nodes, tensor_meta
-from ecospa_fx.passes.rewrite import rewrite
-from ecospa_fx.passes.selection import Choice, Kept, broadcast_mask, mask_of, settled, touched, whole
-from ecospa_fx.passes.shrink import sliced
-from ecospa_fx.passes.verify import compare, output_error
+from ecospa_fx.passes.axes.selection import Choice, Kept, broadcast_mask, mask_of, settled, touched, whole
+from ecospa_fx.passes.capture.compare_eager import relative_error, run
+from ecospa_fx.passes.find.discover import Found, discover
+from ecospa_fx.passes.graph.isolate import forked_rng
+from ecospa_fx.passes.graph.nodes import argument_nodes, tensor_meta
+from ecospa_fx.passes.graph.tensors import named_tensors, sliced, swapped
+from ecospa_fx.passes.infer.infer import infer
+from ecospa_fx.passes.ir.axis_facts import Inference
+from ecospa_fx.passes.ir.captured import Captured
+from ecospa_fx.passes.rewrite.rewrite import rewrite
+from ecospa_fx.passes.rewrite.verify import compare, output_error
 
 from .programs import Program
 from .trace import trace

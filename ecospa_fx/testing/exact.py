@@ -10,10 +10,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ecospa_fx.api import compile, couplings
+from ecospa_fx.api import compile
 from ecospa_fx.errors import VerificationError
-from ecospa_fx.explanation import example_call
-from ecospa_fx.verification import Verification, verify
+from ecospa_fx.model.lookup import couplings
+from ecospa_fx.see.explanation import example_call
+from ecospa_fx.see.verification import Verification, verify
 
 
 def assert_exact(

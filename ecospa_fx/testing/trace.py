@@ -17,10 +17,12 @@ from torch._dispatch.python import enable_pre_dispatch, enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ecospa_fx.passes.canonicalise import canonicalise
-from ecospa_fx.passes.capture import Captured, storage_key
-from ecospa_fx.passes.clean import clean
-from ecospa_fx.signature import TENSOR, Signature, autocast_now, training_flags
+from ecospa_fx.passes.graph.canonicalise import canonicalise
+from ecospa_fx.passes.graph.clean import clean
+from ecospa_fx.passes.graph.tensors import storage_key
+from ecospa_fx.passes.ir.captured import Captured
+from ecospa_fx.passes.ir.signature import Signature, autocast_now, training_flags
+from ecospa_fx.passes.ir.state_access import TENSOR
 
 
 def trace(module: nn.Module, args: tuple[Tensor, ...]) -> Captured:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .registry import Opaque, Operand, Pattern, axis_rule
+from ecospa_fx.passes.ir.relations import Opaque, Operand, Pattern
+
+from .registry import axis_rule
 
 if TYPE_CHECKING:
-    from ..rewrite import Site
+    from ecospa_fx.passes.ir.op_site import Site
 
 aten = torch.ops.aten
 

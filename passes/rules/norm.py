@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .registry import Carried, Operand, Pattern, axis_rule
+from ecospa_fx.passes.ir.relations import Carried, Operand, Pattern
+
+from .registry import axis_rule
 
 if TYPE_CHECKING:
-    from ..rewrite import Site
+    from ecospa_fx.passes.ir.op_site import Site
 
 aten = torch.ops.aten
 

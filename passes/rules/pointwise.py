@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-from ..edge import edge
-from .registry import Carried, Operand, Pointwise, axis_rule
+from ecospa_fx.passes.graph.boundary_op import edge
+from ecospa_fx.passes.ir.relations import Carried, Operand, Pointwise
+
+from .registry import axis_rule
 
 aten = torch.ops.aten
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from .registry import Opaque, Operand, axis_rule
+from ecospa_fx.passes.ir.relations import Opaque, Operand
+
+from .registry import axis_rule
 
 aten = torch.ops.aten
 

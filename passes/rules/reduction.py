@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from .registry import Carried, Opaque, Operand, Pattern, Pointwise, axis_rule
+from ecospa_fx.passes.ir.relations import Carried, Opaque, Operand, Pattern, Pointwise
+
+from .registry import axis_rule
 
 aten = torch.ops.aten
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..axes import as_size
-from .registry import (
+from ecospa_fx.passes.axes.algebra import as_size
+from ecospa_fx.passes.ir.relations import (
     Carried,
     Expanded,
     Halved,
@@ -20,11 +20,12 @@ from .registry import (
     Repeated,
     Sliced,
     Stacked,
-    axis_rule,
 )
 
+from .registry import axis_rule
+
 if TYPE_CHECKING:
-    from ..rewrite import Site
+    from ecospa_fx.passes.ir.op_site import Site
 
 aten = torch.ops.aten
 

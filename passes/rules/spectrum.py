@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from .registry import Carried, Operand, Pattern, axis_rule
+from ecospa_fx.passes.ir.relations import Carried, Operand, Pattern
+
+from .registry import axis_rule
 
 aten = torch.ops.aten
 

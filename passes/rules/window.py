@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from .registry import Operand, Pattern, axis_rule
+from ecospa_fx.passes.ir.relations import Operand, Pattern
+
+from .registry import axis_rule
 
 aten = torch.ops.aten
 

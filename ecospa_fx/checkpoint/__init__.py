@@ -1,0 +1,1 @@
+"""Checkpoint: models, plans and training runs on disk, whole at every moment."""

@@ -1,0 +1,283 @@
+"""Saves: a directory that holds one whole save at every moment, whatever is killed and whenever.
+
+run/checkpoint.json      which save counts, the format, and size and hash of each of its files
+run/save-7/...           its files, never written to again
+
+write save-8/ -> fsync each file and the directory -> rename the new checkpoint.json over the old -> delete save-7/
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ecospa_fx.errors import CheckpointError
+from ecospa_fx.json_text import parsed, written
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+FORMAT = 2
+MANIFEST = "checkpoint.json"
+LARGEST_MANIFEST = 2**20  # bytes
+NAME = re.compile(r"save-(\d{1,18})")
+
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True)
+class Save:
+    """A whole save, found to be the one that was written.
+
+    Attributes:
+        directory: the directory with its files.
+        files: their names, and the hash of each.
+    """
+
+    directory: Path
+    files: Mapping[str, str]
+
+    @property
+    def digest(self) -> str | None:
+        """What tells the weights of one save from those of another."""
+        return self.files.get("model.safetensors")
+
+    def text(self, name: str) -> str:
+        """The text of a file.
+
+        Raises:
+            CheckpointError: it is not part of the save, or no text.
+        """
+        if name not in self.files:
+            raise CheckpointError(f"{self.directory} holds no {name}")
+        try:
+            return (self.directory / name).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{self.directory / name} cannot be read: {error}") from error
+
+    def document(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file.
+
+        Raises:
+            CheckpointError: it is not part of the save, or holds none.
+        """
+        document = parsed(self.text(name), str(self.directory / name))
+        if not isinstance(document, dict):
+            raise CheckpointError(f"{self.directory / name} cannot be read: it holds no object")
+        return document
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors in a safetensors file. They lie in the file as yet: copy those that stay.
+
+        Raises:
+            CheckpointError: it is not part of the save, or claims to hold what it does not.
+        """
+        if name not in self.files:
+            raise CheckpointError(f"{self.directory} holds no {name}")
+        try:
+            with safe_open(self.directory / name, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{self.directory / name} cannot be read: {error}") from error
+
+
+class Draft:
+    """A save while it is written."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.files: dict[str, dict[str, Any]] = {}
+
+    def document(self, name: str, value: Any) -> None:
+        """Write a JSON file."""
+        self.text(name, written(value))
+
+    def text(self, name: str, text: str) -> None:
+        """Write a text file."""
+        write_text(self.directory / name, text)
+        self._close(name)
+
+    def tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write a safetensors file.
+
+        Raises:
+            CheckpointError: it cannot be written (a full disk).
+        """
+        try:
+            save_file(dict(tensors), self.directory / name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.directory / name} cannot be written: {error}") from error
+        self._close(name)
+
+    def _close(self, name: str) -> None:
+        path = self.directory / name
+        synced(path)
+        self.files[name] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
+
+
+@contextmanager
+def saving(directory: Path) -> Iterator[Draft]:
+    """A new save, which counts once all inside has been written, and is as if never begun if that fails.
+
+    Raises:
+        CheckpointError: another process is saving to the directory.
+    """
+    fresh = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        synced(directory.parent)
+    with _alone(directory):
+        draft = Draft(directory / f"save-{1 + max(_numbers(directory), default=0)}")
+        draft.directory.mkdir()
+        try:
+            yield draft
+            synced(draft.directory)
+            synced(directory)
+            document = {"format": FORMAT, "save": draft.directory.name, "files": draft.files}
+            write_text(directory / f"{MANIFEST}.new", written(document))
+            synced(directory / f"{MANIFEST}.new")
+            os.replace(directory / f"{MANIFEST}.new", directory / MANIFEST)
+        except BaseException:
+            if not _counts(draft.directory):  # an interrupt may come right after the renaming
+                shutil.rmtree(draft.directory, ignore_errors=True)
+            raise
+        synced(directory)
+        for number in _numbers(directory):
+            if directory / f"save-{number}" != draft.directory:
+                shutil.rmtree(directory / f"save-{number}", ignore_errors=True)
+
+
+def reading(directory: Path, read: Callable[[Save], Read]) -> Read:
+    """What `read` makes of the save that counts. If a new one comes meanwhile and the old one goes, it starts again.
+
+    Raises:
+        CheckpointError: there is none, or it is not whole, or not the one that was written.
+    """
+    while True:
+        before = _manifest(directory)
+        try:
+            return read(_checked(directory, before))
+        except (CheckpointError, OSError) as error:
+            if _manifest(directory) != before:
+                continue
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{directory} cannot be read: {error}") from error
+
+
+def saved_files(directory: Path) -> Path:
+    """Where the files of the save lie that counts, not looked at any further.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    return directory / str(_document(directory, _manifest(directory))["save"])
+
+
+def _manifest(directory: Path) -> bytes:
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{directory} is no saved model: it has no {MANIFEST}")
+    with path.open("rb") as file:
+        content = file.read(LARGEST_MANIFEST + 1)
+    if len(content) > LARGEST_MANIFEST:
+        raise CheckpointError(f"{path} is larger than {LARGEST_MANIFEST} bytes: no save has such a one")
+    return content
+
+
+def _document(directory: Path, manifest: bytes) -> dict[str, Any]:
+    path = directory / MANIFEST
+    try:
+        document = parsed(manifest.decode(), str(path))
+        version, name, files = document["format"], document.get("save"), document.get("files")
+    except (UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    if version != FORMAT:
+        raise CheckpointError(f"{path} has format {version!r}; this version of ecospa_fx reads {FORMAT}")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise CheckpointError(f"{path} names no save: {name!r} is not `save-` and a number")
+    if not isinstance(files, dict) or not all(isinstance(file, dict) for file in files.values()):
+        raise CheckpointError(f"{path} lists no files")
+    return {"save": name, "files": files}
+
+
+def _checked(directory: Path, manifest: bytes) -> Save:
+    document = _document(directory, manifest)
+    save = directory / document["save"]
+    for name, file in document["files"].items():
+        if Path(name).name != name or name == ".." or "\\" in name or "\0" in name:
+            raise CheckpointError(f"{directory / MANIFEST} names a file outside its directory: {name!r}")
+        path = save / name
+        if not path.is_file():
+            raise CheckpointError(f"{save} is incomplete: {name} is missing")
+        size = path.stat().st_size
+        if size != file.get("bytes"):
+            raise CheckpointError(
+                f"{path} is not the file that was saved: it has {size} bytes and had {file.get('bytes')!s:.40}"
+            )
+        if _hash(path) != file.get("sha256"):
+            raise CheckpointError(f"{path} is not the file that was saved: it has been changed since")
+    return Save(save, {name: file["sha256"] for name, file in document["files"].items()})
+
+
+def _counts(save: Path) -> bool:
+    try:
+        return saved_files(save.parent) == save
+    except CheckpointError:
+        return False
+
+
+def _numbers(directory: Path) -> list[int]:
+    found = (NAME.fullmatch(path.name) for path in directory.iterdir())
+    return [int(match.group(1)) for match in found if match]
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Keeps other processes (every rank of a distributed run, say) from saving to the same directory meanwhile."""
+    if fcntl is None:
+        yield
+        return
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"another process is saving to {directory}; save from one process only") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file."""
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+
+
+def synced(path: Path) -> None:
+    """Return once a file, or what a directory lists, is on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no directories
+        return
+    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,233 @@
+"""Packing: nested state (of optimizers, schedules, generators) as JSON and tensors, and back to the very same values.
+
+JSON has no tuples, no infinity and no tensors, so these are written as an object with one key that begins with `$`:
+
+{"$tensor": "exp_avg"}       a tensor under that name in the safetensors file
+{"$tuple": [1, 2]}           a tuple; likewise $set, $size, $deque, $ordered, $counter, $dict
+{"$float": "inf"}            what JSON has no number for
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ecospa_fx.errors import CheckpointError
+
+PLAIN = (type(None), bool, int, str)
+NUMBERS = "biuf"  # kinds of numpy dtypes: bool, whole, unsigned, floating
+SAVABLE = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+    torch.bool,
+}  # fmt: skip
+
+
+class Packer:
+    """Packs values; the tensors that it meets come together in `tensors`, one that it meets twice once."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._first: dict[Any, tuple[str, Tensor]] = {}  # tensors are held on to: addresses must not be used again
+
+    def pack(self, value: Any, where: str) -> Any:
+        """A value as JSON.
+
+        Args:
+            value: nested containers of numbers, strings, tensors and arrays.
+            where: what it is called: in errors, and the name of a tensor.
+
+        Raises:
+            CheckpointError: something in it is of another type.
+        """
+        kind = type(value)
+        if kind in PLAIN:
+            return value
+        if kind is float:
+            return value if math.isfinite(value) else {"$float": repr(value)}
+        if kind is list:
+            return self._each(value, where)
+        if kind is dict and all(type(key) is str and not key.startswith("$") for key in value):
+            return {key: self.pack(entry, f"{where}/{key}") for key, entry in value.items()}
+        if kind in _MAPPINGS:
+            return {_MAPPINGS[kind]: [[self.pack(k, where), self.pack(v, f"{where}/{k}")] for k, v in value.items()]}
+        if kind in _SEQUENCES:
+            return {_SEQUENCES[kind]: self._each(value, where)}
+        if kind is deque:
+            return {"$deque": [value.maxlen, *self._each(value, where)]}
+        if kind is complex:
+            return {"$complex": [self.pack(part, where) for part in (value.real, value.imag)]}
+        if kind is bytes:
+            return {"$bytes": base64.b64encode(value).decode()}
+        if kind in (torch.dtype, torch.device):
+            return {f"${kind.__name__}": str(value).removeprefix("torch.")}
+        if isinstance(value, (np.generic, np.ndarray)) and value.dtype.kind in NUMBERS and value.dtype.itemsize <= 8:
+            if isinstance(value, np.generic):
+                return {"$scalar": [value.dtype.str, self.pack(value.item(), where)]}
+            native = np.array(value, dtype=value.dtype.newbyteorder("="))
+            return {"$array": [value.dtype.str, self._tensor(torch.from_numpy(native), where)]}
+        if isinstance(value, Tensor):
+            return self._tensor(value, where)
+        raise CheckpointError(
+            f"`{where}` is a {kind.__module__}.{kind.__qualname__}, which cannot be saved without pickle; numbers, "
+            "strings, tensors and lists, tuples, sets and dicts of them can"
+        )
+
+    def _each(self, values: Iterable[Any], where: str) -> list[Any]:
+        return [self.pack(entry, f"{where}/{i}") for i, entry in enumerate(values)]
+
+    def _tensor(self, tensor: Tensor, where: str) -> dict[str, Any]:
+        flat, layout = laid_out(tensor, where)
+        key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if key not in self._first:
+            while where in self.tensors:
+                where += "'"
+            self.tensors[where], self._first[key] = flat, (where, tensor)
+        name, _ = self._first[key]
+        return {"$tensor": name, **layout}
+
+
+class Unpacker:
+    """Gives back what a `Packer` packed.
+
+    Args:
+        tensors: those that belong to the document.
+        what: what the document is, for errors.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], what: str) -> None:
+        self.tensors, self.what = tensors, what
+        self._made: dict[str, Tensor] = {}
+
+    def unpack(self, value: Any) -> Any:
+        """The value that was packed.
+
+        Raises:
+            CheckpointError: it is none that a `Packer` writes.
+        """
+        try:
+            return self._unpacked(value)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(f"{self.what} cannot be read: {type(error).__name__}: {error}") from error
+
+    def _unpacked(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._unpacked(entry) for entry in value]
+        if not isinstance(value, dict):
+            return value
+        if not _is_tag(value):
+            return {key: self._unpacked(entry) for key, entry in value.items()}
+        tag = next(iter(value))
+        held = value[tag]
+        if tag == "$tensor":
+            return self._tensor(held, value)
+        if tag in _READ:
+            return _READ[tag](self._unpacked(held))
+        raise CheckpointError(f"{self.what} holds `{tag}`, which this version of ecospa_fx does not know")
+
+    def _tensor(self, name: str, layout: Mapping[str, Any]) -> Tensor:
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.what} names a tensor `{name}`, which is not in the file beside it")
+        if name not in self._made:
+            self._made[name] = as_laid_out(self.tensors[name], layout)
+        return self._made[name]
+
+
+def laid_out(tensor: Tensor, where: str) -> tuple[Tensor, dict[str, Any]]:
+    """A tensor as safetensors takes it, on the CPU in rows, and what is lost by that.
+
+    The order of its dims in memory (channels last, say) matters to the last bit of what is computed with it.
+
+    Returns:
+        The tensor, and `order` (dims, the outermost first, where not in order) and `complex` if that applies.
+
+    Raises:
+        CheckpointError: it is no plain tensor with values.
+    """
+    why = None
+    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+        why = f"is a {type(tensor).__name__}; gather it into a plain tensor first"
+    elif tensor.is_meta:
+        why = "is on the meta device and has no values"
+    elif tensor.layout != torch.strided or tensor.is_quantized:
+        why = f"is {'quantized' if tensor.is_quantized else tensor.layout}, which safetensors cannot hold"
+    elif tensor.dtype not in SAVABLE and not tensor.is_complex():
+        why = f"is {tensor.dtype}, which safetensors cannot hold"
+    if why is not None:
+        raise CheckpointError(f"`{where}` {why}")
+    flat, layout = tensor.detach().resolve_neg(), dict[str, Any]()
+    if flat.is_complex():
+        flat, layout["complex"] = torch.view_as_real(flat.resolve_conj()), True
+    # Where strides are equal, a dim of one entry lies inside the one that has several.
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda dim: (-strides[dim], tensor.shape[dim] == 1))
+    if order != list(range(tensor.ndim)) and tensor.permute(order).is_contiguous():
+        layout["order"] = order
+    flat = flat.cpu().contiguous()
+    # A view would be written as all that it is a view of, or refused.
+    return (flat if flat.untyped_storage().nbytes() == flat.nbytes else flat.clone()), layout
+
+
+def as_laid_out(tensor: Tensor, layout: Mapping[str, Any]) -> Tensor:
+    """A tensor of a safetensors file as it was, in memory of its own."""
+    flat = torch.view_as_complex(tensor) if layout.get("complex") else tensor
+    if "order" not in layout:
+        return flat.clone(memory_format=torch.contiguous_format)
+    order = list(layout["order"])
+    back = [order.index(dim) for dim in range(flat.ndim)]
+    return flat.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
+
+
+def _is_tag(value: Mapping[str, Any]) -> bool:
+    first = next(iter(value), "")
+    return isinstance(first, str) and first.startswith("$")
+
+
+def _number(text: str) -> float:
+    if text not in ("inf", "-inf", "nan"):
+        raise ValueError(f"{text!r} is none of inf, -inf, nan")
+    return float(text)
+
+
+def _numeric(dtype: str) -> np.dtype[Any]:
+    made = np.dtype(dtype)
+    if made.kind not in NUMBERS:
+        raise ValueError(f"{dtype!r} is no dtype of numbers")
+    return made
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"torch has no dtype {name!r}")
+    return dtype
+
+
+_MAPPINGS: dict[type, str] = {dict: "$dict", OrderedDict: "$ordered", Counter: "$counter"}
+_SEQUENCES: dict[type, str] = {tuple: "$tuple", set: "$set", frozenset: "$frozenset", torch.Size: "$size"}
+_READ: dict[str, Any] = {
+    "$float": _number,
+    "$dict": dict,
+    "$ordered": OrderedDict,
+    "$counter": lambda pairs: Counter(dict(pairs)),
+    "$tuple": tuple,
+    "$set": set,
+    "$frozenset": frozenset,
+    "$size": torch.Size,
+    "$deque": lambda held: deque(held[1:], held[0]),
+    "$complex": lambda parts: complex(*parts),
+    "$bytes": lambda text: base64.b64decode(text, validate=True),
+    "$dtype": _dtype,
+    "$device": torch.device,
+    "$scalar": lambda held: _numeric(held[0]).type(held[1]),
+    "$array": lambda held: held[1].numpy().astype(_numeric(held[0]), copy=False),
+}

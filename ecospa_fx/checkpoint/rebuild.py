@@ -1,0 +1,316 @@
+"""Rebuild: a model written down file by file, and made again from its factory and those files.
+
+model.safetensors    parameters and buffers, as in its state_dict
+buffers.safetensors  buffers that state_dict leaves out
+plan.json            what is left of the original model
+model.json           the rest: regions, modes, what is tied, frozen, laid out in another order in memory
+config.json          where the model has a Hugging Face config
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecospa_fx.errors import CheckpointError
+from ecospa_fx.model.compiled import MODEL, CompiledModel
+from ecospa_fx.model.region import Region
+from ecospa_fx.model.restore import restore
+from ecospa_fx.passes.find.analyse import shared_outside
+from ecospa_fx.passes.follow.attributes import Changes, assigned, fit
+from ecospa_fx.passes.graph.tensors import join, named_tensors
+from ecospa_fx.plan import Plan
+
+from .directory import Draft, Save
+from .hf_config import config_text, from_config
+from .metadata import aliases_of, check_description, described
+from .packing import Packer, Unpacker, as_laid_out, laid_out
+from .rng_state import undrawn
+
+Layouts = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """All that a save says of a model, read and not yet believed to fit any.
+
+    Attributes:
+        about: the object in model.json.
+        plan: what is left.
+        tensors: parameters and buffers by name, tied ones once, in memory of their own.
+        passing: names of those that state_dict leaves out.
+        extra: what modules save of their own (`get_extra_state`), by module.
+        config: the text of config.json, where there is one.
+        attributes: integers that modules hold and that have changed with sizes: what they were, and are.
+        where: the directory, for errors.
+    """
+
+    about: dict[str, Any]
+    plan: Plan
+    tensors: dict[str, Tensor]
+    passing: frozenset[str]
+    extra: dict[str, Any]
+    config: str | None
+    attributes: Changes
+    where: str
+
+
+def write_model(draft: Draft, model: nn.Module, compiled: CompiledModel) -> None:
+    """Write what it takes to make the model again.
+
+    Raises:
+        CheckpointError: a tensor is none that can be saved (on the meta device, sharded, quantized).
+    """
+    held = named_tensors(model)
+    aliases, passing = aliases_of(held), transient(model)
+    layouts: Layouts = {}
+    files: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
+    for name, tensor in held.items():
+        if name not in aliases:
+            files[name in passing][name], layout = laid_out(tensor, name)
+            layouts |= {name: layout} if layout else {}
+    draft.tensors("model.safetensors", files[False])
+    if files[True]:
+        draft.tensors("buffers.safetensors", files[True])
+    draft.text("plan.json", compiled.plan.to_json())
+    packer = Packer()
+    extra = {
+        name: packer.pack(module.get_extra_state(), name or "model")
+        for name, module in model.named_modules()
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    }
+    if packer.tensors:
+        draft.tensors("extra.safetensors", packer.tensors)
+    config = config_text(model)
+    if config is not None:
+        draft.text("config.json", config)
+    draft.document("model.json", {**described(model, compiled), "layouts": layouts, "extra": extra})
+
+
+def read_model(save: Save) -> Saved:
+    """Read what `write_model` wrote.
+
+    Raises:
+        CheckpointError: files are missing, or not what they should be.
+    """
+    about = save.document("model.json")
+    attributes = check_description(about, str(save.directory / "model.json"))
+    flat = save.tensors("model.safetensors")
+    passing = save.tensors("buffers.safetensors") if "buffers.safetensors" in save.files else {}
+    extra = save.tensors("extra.safetensors") if "extra.safetensors" in save.files else {}
+    return Saved(
+        about,
+        Plan.from_json(save.text("plan.json")),
+        {name: _own(name, tensor, about["layouts"], save) for name, tensor in (flat | passing).items()},
+        frozenset(passing),
+        Unpacker(extra, str(save.directory / "model.json")).unpack(about["extra"]),
+        save.text("config.json") if "config.json" in save.files else None,
+        attributes,
+        str(save.directory),
+    )
+
+
+def rebuild(saved: Saved, factory: Callable[[], nn.Module] | None, device: torch.device | None) -> nn.Module:
+    """The model again, compiled. A model that does not fit is left as the factory made it.
+
+    Raises:
+        CheckpointError: the factory makes another model than the saved one, or there is none and no config.
+    """
+    about = saved.about
+    with undrawn():
+        if factory is not None:
+            model = factory()
+        else:
+            model = from_config(about["class"], saved.config, about["implementations"], saved.where)
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"the factory made a {type(model).__name__}; it must make the original model")
+    if MODEL in model.__dict__ and model.__dict__[MODEL].plan.original_shapes:
+        raise CheckpointError("the factory made a model that has shrunk already; it must make the original one")
+    _check_fits(model, saved)
+    if MODEL in model.__dict__:
+        restore(model)
+    _fill(model, saved, device)
+    for name, module in model.named_modules():
+        module.training = about["training"] != (name in about["other_mode"])
+    attached(model, about, saved.plan, saved.attributes)
+    return model
+
+
+def attached(model: nn.Module, about: Mapping[str, Any], plan: Plan, attributes: Changes) -> None:
+    """Compile a model that has the sizes of a plan already, as it was when `about_execution` wrote it down."""
+    compiled = CompiledModel(about["how"], about["experiments"], about["execution"])
+    compiled.plan, compiled.given_up, compiled.attributes = plan, about["given_up"], attributes
+    if about["regions"]:
+        model.__dict__[MODEL] = compiled
+        for name in about["regions"]:
+            compiled.regions[name] = Region(name, compiled, shared_outside(model, name))
+            compiled.regions[name].withheld = frozenset(map(str, about["withheld"].get(name) or ()))
+            compiled.regions[name].called = about["called"].get(name)
+        compiled.route(model)
+        if compiled.execution == "module":
+            with assigned(model, {attribute: now for attribute, (_, now) in attributes.items()}):
+                fit(model)
+            compiled.attach(model)
+    else:
+        compiled.attach(model)
+
+
+def _own(name: str, tensor: Tensor, layouts: Mapping[str, Any], save: Save) -> Tensor:
+    try:
+        return as_laid_out(tensor, layouts.get(name, {}))
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        where = save.directory / "model.json"
+        raise CheckpointError(f"{where} lays out `{name}` in a way it does not have: {error}") from error
+
+
+def transient(model: nn.Module) -> set[str]:
+    """Names of the buffers that state_dict leaves out."""
+    return {
+        join(prefix, name)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
+
+
+def _check_fits(model: nn.Module, saved: Saved) -> None:
+    """Refuse a model that is not the one that was saved.
+
+    Raises:
+        CheckpointError: what differs, with both values.
+    """
+    about, plan, aliases = saved.about, saved.plan, saved.about["aliases"]
+    held, passing, kind = named_tensors(model), transient(model), type(model).__name__
+    for alias, name in aliases.items():
+        if alias in saved.tensors or name not in saved.tensors:
+            raise CheckpointError(f"`{alias}` is saved as `{name}`, which is not there")
+    names = {
+        **dict.fromkeys(name for name in held if name in saved.tensors or name in aliases),
+        **saved.tensors,
+        **aliases,
+    }
+    odd = [name for name in names if name not in held and not (name in saved.passing and _lazy(model, name))]
+    odd += [name for name in held if name not in names and name not in passing]
+    if odd:
+        where = "this model" if odd[0] in held else "the saved one"
+        raise CheckpointError(
+            f"the saved model is not a {kind} like this one: {len(odd)} names are in one of them only, "
+            f"{', '.join(odd[:3])} in {where}"
+        )
+    for name in plan.original_shapes:
+        if name not in names:
+            raise CheckpointError(f"the plan shrinks `{name}`, which is not saved")
+    for name in names:
+        given = tuple(saved.tensors[aliases.get(name, name)].shape)
+        if name in plan.original_shapes and plan.shape(name) != given:
+            raise CheckpointError(f"`{name}` is saved as {given}, but the plan leaves {plan.shape(name)} of it")
+        original = plan.original_shapes.get(name, given)
+        if name in held and name not in passing and tuple(held[name].shape) != original:
+            raise CheckpointError(f"`{name}` was {original} when saved and is {tuple(held[name].shape)} in this model")
+    _check_ties(held, aliases)
+    for name in about["regions"]:
+        try:
+            model.get_submodule(name)
+        except AttributeError:
+            raise CheckpointError(f"the saved model has a region `{name}`, this {kind} has none") from None
+    for attribute, (held_before, _) in saved.attributes.items():
+        try:
+            holds = attribute.read(model)
+        except AttributeError:
+            raise CheckpointError(f"the saved model holds `{attribute}`, this {kind} does not") from None
+        if holds != held_before:
+            raise CheckpointError(f"`{attribute}` was {held_before} when saved and is {holds!s:.40} in this model")
+    for path in saved.extra:
+        if path not in dict(model.named_modules()):
+            raise CheckpointError(f"the saved model has state of a module `{path}`, this {kind} has none")
+    for path, module in model.named_modules():
+        for attribute, value in module.__dict__.items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise CheckpointError(
+                    f"`{join(path, attribute)}` is on the meta device, and neither a parameter nor a buffer, so that "
+                    "it was not saved; make it a buffer, or let the factory make the model on a real device"
+                )
+    lost = [name for name in sorted(passing - set(names)) if name in held and held[name].is_meta]
+    if lost:
+        raise CheckpointError(f"the buffer `{lost[0]}` is on the meta device and was not saved; make it on a real one")
+
+
+def _lazy(model: nn.Module, name: str) -> bool:
+    """Whether a name that the model does not have may be a buffer that only a forward makes."""
+    path, _, attribute = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return False
+    return attribute in module._buffers or not hasattr(module, attribute)
+
+
+def _check_ties(held: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
+    parameters = {name: p for name, p in held.items() if isinstance(p, nn.Parameter)}
+    for name, of in aliases.items():
+        if name in parameters and of in parameters and aliases_of({of: held[of], name: held[name]}) == {}:
+            raise CheckpointError(
+                f"`{name}` and `{of}` are tied in the saved model and two tensors in this one; tie them in the factory"
+            )
+    first: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        of = first.setdefault(id(parameter), name)
+        if aliases.get(name, name) != aliases.get(of, of):
+            raise CheckpointError(
+                f"`{name}` and `{of}` are two tensors in the saved model and tied in this one; untie them in the "
+                "factory"
+            )
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, saved: Saved, device: torch.device | None) -> None:
+    """Put the saved tensors in place. Every parameter stays the object it is, on the meta device too."""
+    held, aliases, done = named_tensors(model), saved.about["aliases"], set[int]()
+    placed: dict[tuple[str, torch.device], Tensor] = {}
+    for name in (*saved.tensors, *aliases):
+        source = aliases.get(name, name)
+        if name not in held:
+            path, _, attribute = name.rpartition(".")
+            value = saved.tensors[source].to(device or torch.device("cpu"))
+            model.get_submodule(path).register_buffer(attribute, value, persistent=False)
+            continue
+        tensor = held[name]
+        if id(tensor) in done:
+            continue
+        done.add(id(tensor))
+        home = device or (torch.device("cpu") if tensor.is_meta else tensor.device)
+        if (source, home) not in placed:
+            placed[source, home] = saved.tensors[source].to(home)
+        value = placed[source, home]
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(False)  # as yet: its dtype may not allow it
+        if tensor.is_meta or value.is_meta:
+            _swap(tensor, value)
+        elif _is_part(tensor) and _alike(tensor, value):
+            tensor.data.copy_(value)
+        else:
+            tensor.grad = None
+            tensor.data = value
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(name not in saved.about["frozen"])
+    for path, state in saved.extra.items():
+        model.get_submodule(path).set_extra_state(state)
+
+
+def _swap(tensor: Tensor, value: Tensor) -> None:
+    """Make a tensor the one with that value wherever it is referred to: none without memory can be given some."""
+    new = nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value.view_as(value)
+    new.__dict__.update(tensor.__dict__)
+    torch.utils.swap_tensors(tensor, new)
+
+
+def _is_part(tensor: Tensor) -> bool:
+    """Whether it lies in memory with others, as the weights of recurrent layers on a GPU do."""
+    return tensor.untyped_storage().nbytes() > tensor.nbytes
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)

@@ -1,0 +1,329 @@
+"""Training state: what optimizers, schedules, scalers and generators hold, written down and taken up again.
+
+optimizer.json   state by parameter name      scheduler.json   scaler.json   trainer.json   random.json   also.json
+
+Each has its tensors beside it, in a safetensors file of the same name. See packing.py for how values are written.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ecospa_fx.errors import CheckpointError, EcoSpaError
+from ecospa_fx.model.lookup import check_optimizer
+
+from .directory import Draft, Save
+from .packing import Packer, Unpacker
+from .rng_state import random_state, set_random_state
+
+PARTS = ("optimizer", "scheduler", "scaler", "trainer", "also", "random")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training loop holds beside the model.
+
+    Attributes:
+        optimizer: the optimizers.
+        scheduler: learning-rate schedulers.
+        scaler: a gradient scaler.
+        trainer: an `EcoSpaTrainer`.
+        also: anything else by name: what has `state_dict` and `load_state_dict`, and generators of random numbers.
+    """
+
+    optimizer: Sequence[Optimizer] = ()
+    scheduler: Sequence[Any] = ()
+    scaler: Any = None
+    trainer: Any = None
+    also: Mapping[str, Any] = field(default_factory=dict)
+
+    def stateful(self, part: str) -> dict[str, Any]:
+        """The things of one part by what they are called in errors."""
+        held = getattr(self, part)
+        if isinstance(held, Mapping):
+            return {f"{part}[{name!r}]": thing for name, thing in held.items()}
+        if part in ("scaler", "trainer"):
+            return {} if held is None else {part: held}
+        return {part if len(held) == 1 else f"{part}[{i}]": thing for i, thing in enumerate(held)}
+
+
+def listed(given: Any) -> tuple[Any, ...]:
+    """One thing, several or none, as several."""
+    if given is None:
+        return ()
+    several = isinstance(given, Iterable) and not hasattr(given, "state_dict")
+    return tuple(given) if several else (given,)
+
+
+def named(given: Any) -> Mapping[str, Any]:
+    """Things by name; those of a list by their place."""
+    return given if isinstance(given, Mapping) else {str(i): thing for i, thing in enumerate(listed(given))}
+
+
+def write_training(draft: Draft, model: nn.Module, training: Training) -> None:
+    """Write what it takes to go on training.
+
+    Raises:
+        CheckpointError: some state is of a type that only pickle could save.
+        OptimizerError: an optimizer holds none of the model's parameters.
+    """
+    for part in PARTS:
+        packer = Packer()
+        if part == "random":
+            document = {"random": packer.pack(random_state(), "random")}
+        elif part == "optimizer":
+            document = {n: _of_optimizer(model, o, n, packer) for n, o in training.stateful(part).items()}
+        else:
+            document = {
+                name: {"class": type(thing).__name__, "state": packer.pack(_state_of(thing, name), name)}
+                for name, thing in training.stateful(part).items()
+            }
+        if document:
+            draft.document(f"{part}.json", document)
+            if packer.tensors:
+                draft.tensors(f"{part}.safetensors", packer.tensors)
+
+
+def read_training(save: Save, training: Training, rng: bool) -> dict[str, dict[str, Any]]:
+    """What is saved of the things of a training loop: part -> their names -> class and state.
+
+    Raises:
+        CheckpointError: the save does not hold some of it, or more.
+    """
+    read = {}
+    for part in PARTS:
+        wanted = [part] if part == "random" else list(training.stateful(part))
+        if not wanted or (part == "random" and not rng):
+            continue
+        if f"{part}.json" not in save.files:
+            raise CheckpointError(f"{save.directory.parent} holds no {part} state; it was saved without {part}=")
+        document = save.document(f"{part}.json")
+        if part != "also" and wanted != list(document):
+            raise CheckpointError(
+                f"{save.directory.parent} holds the state of {_count(part, len(document))}, and {len(wanted)} is to go "
+                "on with it; pass as many as were saved, in the same order"
+            )
+        for name in wanted:
+            if name not in document:
+                raise CheckpointError(
+                    f"{save.directory.parent} holds no state of {name}, only of {', '.join(document)}"
+                )
+        file = f"{part}.safetensors"
+        tensors = save.tensors(file) if file in save.files else {}
+        unpacker = Unpacker(tensors, str(save.directory / f"{part}.json"))
+        read[part] = {name: unpacker.unpack(document[name]) for name in wanted}
+    return read
+
+
+def resume_training(model: nn.Module, training: Training, saved: Mapping[str, Mapping[str, Any]], where: str) -> None:
+    """Give everything the state it was saved with, or, if some of it does not take its state, nothing.
+
+    Raises:
+        CheckpointError: the state is that of other things.
+        OptimizerError: an optimizer holds none of the model's parameters.
+    """
+    done: list[Callable[[], None]] = []
+    for name, apply, undo in _steps(model, training, saved, where):
+        done.append(undo)
+        try:
+            apply()
+        except BaseException as error:
+            for back in reversed(done):
+                with suppress(Exception):  # what takes no state at all has not changed either
+                    back()
+            if isinstance(error, CheckpointError) or not isinstance(error, Exception):
+                raise
+            problem = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{name} does not take the state in {where}: {problem}") from error
+
+
+def _steps(
+    model: nn.Module, training: Training, saved: Mapping[str, Mapping[str, Any]], where: str
+) -> list[tuple[str, Callable[[], None], Callable[[], None]]]:
+    """What to do: for what, how, and how to undo it."""
+    steps: list[tuple[str, Callable[[], None], Callable[[], None]]] = []
+    for part in PARTS[:-1]:
+        for name, thing in training.stateful(part).items():
+            state = saved[part][name]
+            _check_class(thing, state, name, where)
+            try:
+                if part == "optimizer":
+                    steps.append((name, *_into_optimizer(model, thing, state, where)))
+                    continue
+                if part == "trainer":
+                    _check_settings(thing, state["state"])
+                before = copy.deepcopy(_state_of(thing, name))
+                steps.append((name, partial(_set, thing, state["state"]), partial(_set, thing, before)))
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                if isinstance(error, EcoSpaError):
+                    raise
+                raise CheckpointError(f"what {where} holds for {name} is no state: {error}") from error
+    if "random" in saved:
+        now, then = random_state(), saved["random"]["random"]
+        steps.append(("random", partial(set_random_state, then), partial(set_random_state, now)))
+    return steps
+
+
+def _count(part: str, number: int) -> str:
+    return f"{number} {part}{'' if number == 1 else 's'}"
+
+
+def _state_of(thing: Any, name: str) -> Any:
+    if isinstance(thing, torch.Generator):
+        return thing.get_state()
+    if isinstance(thing, np.random.Generator):
+        return thing.bit_generator.state
+    if isinstance(thing, random.Random):
+        return thing.getstate()
+    if not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
+        raise CheckpointError(f"{name} is a {type(thing).__name__}, which has no state_dict and load_state_dict")
+    state = thing.state_dict()
+    return dict(state) if isinstance(thing, nn.Module) else state
+
+
+def _set(thing: Any, state: Any) -> None:
+    if isinstance(thing, torch.Generator):
+        thing.set_state(state)
+    elif isinstance(thing, np.random.Generator):
+        thing.bit_generator.state = state
+    elif isinstance(thing, random.Random):
+        thing.setstate(state)
+    else:
+        thing.load_state_dict(state)
+
+
+def _check_class(thing: Any, state: Any, name: str, where: str) -> None:
+    if not isinstance(state, dict) or "class" not in state:
+        raise CheckpointError(f"{where} does not say what the state of {name} is of")
+    if state["class"] != type(thing).__name__:
+        raise CheckpointError(f"{where} holds state of {state['class']}, not of {type(thing).__name__}")
+
+
+def _check_settings(trainer: Any, state: Mapping[str, Any]) -> None:
+    """A schedule with other settings is another schedule.
+
+    Raises:
+        CheckpointError: a setting differs.
+    """
+    mine, saved = trainer.state_dict().get("settings", {}), state.get("settings", {})
+    for key in sorted({*mine, *saved}):
+        a, b = mine.get(key), saved.get(key)
+        if (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
+            raise CheckpointError(
+                f"the trainer has {key}={a!r} and the saved one {key}={b!r}; make it with the same settings, or leave "
+                "trainer= out to begin a new schedule"
+            )
+
+
+def _of_optimizer(model: nn.Module, optimizer: Optimizer, where: str, packer: Packer) -> dict[str, Any]:
+    """The state_dict of an optimizer, by parameter name."""
+    check_optimizer(model, optimizer)
+    state = optimizer.state_dict()
+    names = _names(model, optimizer)
+    of = dict(zip((i for group in state["param_groups"] for i in group["params"]), names, strict=True))
+    shapes = {n: list(p.shape) for n, p in zip(names, _parameters(optimizer), strict=True)}
+    return {
+        "class": type(optimizer).__name__,
+        "shapes": shapes,
+        "groups": [
+            {
+                "parameters": [of[i] for i in group["params"]],
+                "options": packer.pack({k: v for k, v in group.items() if k != "params"}, f"{where}/groups/{n}"),
+            }
+            for n, group in enumerate(state["param_groups"])
+        ],
+        "state": {of[i]: packer.pack(held, f"{where}/{of[i]}") for i, held in state["state"].items() if i in of},
+        "more": packer.pack({k: v for k, v in state["state"].items() if k not in of}, f"{where}/more"),
+        "rest": packer.pack({k: v for k, v in state.items() if k not in ("state", "param_groups")}, f"{where}/rest"),
+    }
+
+
+def _into_optimizer(
+    model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any], where: str
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """How to give an optimizer its state, once it is clear that it is the right one, and how to undo that."""
+    check_optimizer(model, optimizer)
+    names, parameters = _names(model, optimizer), _parameters(optimizer)
+    groups = [group["parameters"] for group in saved["groups"]]
+    each = iter(names)
+    here = [[next(each) for _ in group["params"]] for group in optimizer.param_groups]
+    if here != groups:
+        sizes = [len(group) for group in here], [len(group) for group in groups]
+        raise CheckpointError(
+            f"the optimizer groups parameters in another way than the saved one: {len(here)} groups of {sizes[0]} "
+            f"parameters, saved {sizes[1]}{_first_difference(here, groups) if sizes[0] == sizes[1] else ''}"
+        )
+    for name, parameter in zip(names, parameters, strict=True):
+        if list(parameter.shape) != saved["shapes"].get(name):
+            raise CheckpointError(
+                f"{where} holds optimizer state of `{name}` at {tuple(saved['shapes'].get(name) or ())}, and it is "
+                f"{tuple(parameter.shape)} here; load the model from the same save"
+            )
+    index = {name: i for i, name in enumerate(names)}
+    for name in saved["state"]:
+        if name not in index:
+            raise CheckpointError(f"{where} holds optimizer state of `{name}`, which this optimizer does not have")
+    numbers = [[index[name] for name in group] for group in groups]
+    exact = {index[name]: held for name, held in saved["state"].items()}
+    state = {
+        **saved["rest"],
+        "state": {**exact, **saved["more"]},
+        "param_groups": [
+            {**{k: _like(v, mine.get(k)) for k, v in group["options"].items()}, "params": params}
+            for group, mine, params in zip(saved["groups"], optimizer.param_groups, numbers, strict=True)
+        ],
+    }
+    before = {"state": optimizer.state, "param_groups": optimizer.param_groups}
+
+    def apply() -> None:
+        optimizer.load_state_dict(state)
+        if type(optimizer).load_state_dict is Optimizer.load_state_dict:
+            # It casts state to the dtype of the parameter, whatever it was before.
+            for i, held in exact.items():
+                placed = optimizer.state[parameters[i]]
+                for key, value in held.items():
+                    placed[key] = _like(value, placed.get(key))
+
+    return apply, lambda: optimizer.__dict__.update(before)
+
+
+def _like(value: Any, placed: Any) -> Any:
+    """A value to the last bit, its tensors on the devices where something else has put them."""
+    if isinstance(value, Tensor):
+        return value.to(placed.device) if isinstance(placed, Tensor) else value
+    if isinstance(value, dict) and isinstance(placed, dict):
+        return {key: _like(entry, placed.get(key)) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)) and isinstance(placed, (list, tuple)) and len(value) == len(placed):
+        return type(value)(_like(a, b) for a, b in zip(value, placed, strict=True))
+    return value
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
+    """The names of an optimizer's parameters; those that are none of the model's by their place."""
+    known = {id(p): name for name, p in model.named_parameters()}
+    return [
+        known.get(id(p), f"[{i}][{j}]")
+        for i, group in enumerate(optimizer.param_groups)
+        for j, p in enumerate(group["params"])
+    ]
+
+
+def _first_difference(here: list[list[str]], saved: list[list[str]]) -> str:
+    pairs = ((a, b) for mine, theirs in zip(here, saved, strict=True) for a, b in zip(mine, theirs, strict=True))
+    a, b = next((a, b) for a, b in pairs if a != b)
+    return f"; the first that differs is `{a}`, saved `{b}`"

@@ -1,0 +1,1 @@
+"""Compensate: what the entries that stay take over of those that go."""

@@ -1,0 +1,189 @@
+"""What `Grams` gathers: second moments of what a weight meets, and of the two sides of a product of activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from ecospa_fx.model.region import Region
+from ecospa_fx.passes.graph.tensors import join
+from ecospa_fx.passes.rewrite.program import Program
+from ecospa_fx.passes.transform.absorb import Moments
+from ecospa_fx.passes.transform.consumers import Input, Key, spaced
+from ecospa_fx.passes.transform.rotate import Part, Turn, turned
+from ecospa_fx.score.products import Site, product_sites
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """What is added to one Gram matrix at a call.
+
+    Attributes:
+        gram: of which weight.
+        inputs: what that meets, in the graph that runs.
+        window: columns per entry, see `Consumer`.
+        positions: the original positions along its dim that are left; None for all.
+    """
+
+    gram: Key
+    inputs: tuple[Input, ...]
+    window: int
+    positions: Tensor | None
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """What must be watched."""
+        return tuple(each.node for each in self.inputs)
+
+
+@dataclass
+class Gram:
+    """Moments of what some weights meet.
+
+    Attributes:
+        moments: the sums.
+        positions: of which positions along the weight's dim; None for all.
+        window: columns per entry, see `Consumer`.
+        calls: calls that were added up.
+        total: positions of these calls, also those that were not read.
+    """
+
+    moments: Moments
+    positions: Tensor | None
+    window: int
+    calls: int = 0
+    total: int = 0
+
+    @classmethod
+    def seen(cls, place: Place, values: Sequence[Tensor], most: int, calls: int) -> Gram:
+        """The moments of one call, of `most` positions at most, which are others from call to call."""
+        share = -(-most // len(values))
+        rows = torch.cat([each.rows(value, share, calls) for each, value in zip(place.inputs, values, strict=True)])
+        rows = _precise(rows)
+        total = max(each.positions(value) for each, value in zip(place.inputs, values, strict=True))
+        return cls(Moments(rows.T @ rows, rows.sum(0), len(rows)), place.positions, place.window, 1, total)
+
+    def add(self, other: Gram) -> None:
+        """Add those of another call."""
+        mine, theirs = self.moments, other.moments
+        mine.squares.add_(theirs.squares)
+        mine.sums.add_(theirs.sums)
+        self.moments = Moments(mine.squares, mine.sums, mine.count + theirs.count)
+        self.calls += other.calls
+        self.total += other.total
+
+    def follow(self, positions: Tensor | None) -> bool:
+        """Drop what has gone since; False where something is missing."""
+        if positions is None or (self.positions is not None and torch.equal(positions, self.positions)):
+            return positions is self.positions or positions is not None
+        then = torch.arange(len(self.moments.sums) // self.window) if self.positions is None else self.positions
+        left = torch.isin(then, positions)
+        if int(left.sum()) != len(positions):
+            return False
+        self.moments = self.moments.at(columns(left.nonzero().flatten(), self.window))
+        self.positions = positions
+        return True
+
+    def blocks(self, part: Part, centred: bool, into: Tensor) -> None:
+        """Add those of each block alone to `into`, `[contexts, d, d]`, per position; less the mean, where `centred`."""
+        moments = reduced(self.moments)
+        squares = moments.squares.double() / moments.count
+        if centred:
+            squares = squares - torch.outer(moments.sums, moments.sums).double() / moments.count**2
+        order = part.order.to(squares.device)
+        blocks = squares[order[:, None, :], order[None, :, :]].permute(2, 0, 1)
+        into.index_add_(0, part.context.to(into.device), blocks.to(into))
+
+    def turn(self, part: Part, turn: Turn) -> None:
+        """Follow a change of basis of what the weight meets."""
+        squares, sums = self.moments.squares, self.moments.sums
+        for dim in (0, 1):
+            squares = turned(squares, replace(part, dim=dim), turn.near)
+        self.moments = Moments(squares, turned(sums, replace(part, dim=0), turn.near), self.moments.count)
+
+
+@dataclass
+class Meeting:
+    """Moments of two activations that are multiplied and summed along a coupling, queries and keys say.
+
+    Attributes:
+        near: `[contexts, d, d]`, sums over calls of the mean outer products of the one.
+        far: of the other.
+        calls: calls that were added up.
+    """
+
+    near: Tensor
+    far: Tensor
+    calls: int = 0
+
+    @classmethod
+    def seen(cls, site: Site, values: Sequence[Tensor], most: int, calls: int) -> Meeting:
+        """The moments of one call, of `most` positions at most, which are others from call to call."""
+        both = []
+        for side, value in zip(site.sides, values, strict=True):
+            rows = _precise(value).movedim(side.dim, -1)
+            rows = rows[None] if side.along is None else rows.movedim(side.along - (side.along > side.dim), 0)
+            rows = spaced(rows.flatten(1, -2).transpose(0, 1), most, calls)
+            squares = torch.einsum("tci,tcj->cij", rows, rows) / len(rows)
+            beside = torch.zeros(len(squares), dtype=torch.long) if side.beside is None else side.beside
+            total = squares.new_zeros(site.contexts, *squares.shape[1:])
+            both.append(total.index_add_(0, beside.to(squares.device), squares))
+        near, far = both
+        return cls(near, far, 1)
+
+    def add(self, other: Meeting) -> None:
+        """Add those of another call."""
+        self.near.add_(other.near)
+        self.far.add_(other.far)
+        self.calls += other.calls
+
+    def turn(self, turn: Turn) -> None:
+        """Follow a change of basis."""
+        self.near = (turn.near @ self.near.double() @ turn.near.mT).to(self.near)
+        self.far = (turn.far @ self.far.double() @ turn.far.mT).to(self.far)
+
+
+def meetings_in(region: Region, program: Program) -> Iterator[Site]:
+    """Where two activations are multiplied and summed along a coupling that has a dim of its own there."""
+    names = {found.key: found.name for found in region.discoveries[-1].couplings}
+    offered = {coupling.name: coupling for coupling in region.couplings()}
+    kept = region.kept(program)
+    weights = {o.node for each in program.inference.operands.values() for o in each if o.parameter is not None}
+    for found in region.discovery_of(program).couplings:
+        coupling = offered.get(join(region.name, names.get(found.key, "")))
+        if coupling is None or not coupling.linear:
+            continue
+        for site in product_sites(program.inference, found, coupling, kept):
+            met = all(side.node not in weights for side in site.sides)
+            told_apart = coupling.contexts == 1 or all(side.along is not None for side in site.sides)
+            if met and told_apart and len(site.entry) == coupling.size and site.context is None:
+                yield site
+
+
+def columns(entries: Tensor, window: int) -> Tensor:
+    """The columns of some entries, of which each has `window`."""
+    return (entries[:, None] * window + torch.arange(window)).flatten()
+
+
+def reduced(moments: Moments) -> Moments:
+    """The moments of all processes."""
+    count = torch.tensor([moments.count], dtype=torch.float64, device=moments.sums.device)
+    squares, sums, counts = over_ranks(moments.squares, moments.sums, count)
+    return Moments(squares, sums, int(counts))
+
+
+def over_ranks(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors added up over all processes, where there are several."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tensors
+    sums = tuple(tensor.clone() for tensor in tensors)
+    for each in sums:
+        torch.distributed.all_reduce(each)
+    return sums
+
+
+def _precise(rows: Tensor) -> Tensor:
+    return rows if rows.dtype == torch.float64 else rows.float()

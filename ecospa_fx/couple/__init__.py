@@ -1,0 +1,1 @@
+"""Couple: couplings as people and policies see them: members, positions, constraints, reasons."""

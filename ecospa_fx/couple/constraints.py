@@ -1,0 +1,168 @@
+"""Constraints: which sizes couplings may shrink to, and which must not shrink at all."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from math import gcd
+from typing import Literal, TypeAlias, get_args
+
+from torch import nn
+
+from ecospa_fx.errors import TargetError
+
+from .coupling import Coupling
+
+HeadDims = Literal["per_head", "per_layer", "off"]
+Frozen: TypeAlias = "str | nn.Module | Coupling"
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What a shrink must respect.
+
+    Attributes:
+        min_keep: entries that every coupling keeps.
+        round_to: widths come out as multiples of it (8 or 64 for tensor cores), those of heads and query groups aside,
+            which are numbers of heads. A rotary pair is two rows wide, so that 8 means 4 pairs. A coupling narrower
+            than it stays whole.
+        head_dims: what is kept inside heads: `"per_head"`, other dims in each where that is exact, as many in each;
+            `"per_layer"`, the same dims in every head of a layer; `"off"`, all.
+        equal_head_dims: the dims of queries and keys stay as many as those of values, as FlashAttention-2 wants it.
+            Where that cannot be done (the one may shrink and the other may not) both stay whole.
+        frozen: what stays whole: patterns of coupling or parameter names (`"*.layers.0.*"`), modules, couplings.
+    """
+
+    min_keep: int = 1
+    round_to: int = 1
+    head_dims: HeadDims = "per_head"
+    equal_head_dims: bool = False
+    frozen: Sequence[Frozen] = ()
+
+    def __post_init__(self) -> None:
+        for name, value in (("min_keep", self.min_keep), ("round_to", self.round_to)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise TargetError(f"{name}={value!r} is out of range; it is a whole number, at least 1")
+        if self.head_dims not in get_args(HeadDims):
+            raise TargetError(f"head_dims={self.head_dims!r} is none of {', '.join(map(repr, get_args(HeadDims)))}")
+        if isinstance(self.frozen, str):
+            raise TargetError(f"frozen={self.frozen!r} is one string; pass a list of them")
+
+    def described(self) -> dict[str, object]:
+        """As plain values, to be written down."""
+        frozen = [
+            e if isinstance(e, str) else e.name if isinstance(e, Coupling) else type(e).__name__ for e in self.frozen
+        ]
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"frozen": frozen}
+
+    def units(self, model: nn.Module, couplings: Sequence[Coupling]) -> tuple[list[Unit], dict[str, str]]:
+        """What may shrink, as units that shrink together, and what stays whole, with the reason.
+
+        Raises:
+            TargetError: an entry of `frozen` names nothing.
+        """
+        whole = self._frozen(model, couplings)
+        if self.head_dims == "off":
+            whole |= {c.name: 'head_dims="off"' for c in couplings if _inside_heads(c)}
+        groups: dict[str, list[Coupling]] = {}
+        if self.equal_head_dims:
+            for coupling in couplings:
+                if coupling.kind in ("qk", "vo"):
+                    groups.setdefault(coupling.attention or coupling.name, []).append(coupling)
+            for group in groups.values():
+                if not _can_be_equal(group) or any(c.name in whole for c in group):
+                    reason = "equal_head_dims: its queries and keys cannot shrink in step with its values"
+                    whole |= {c.name: reason for c in group if c.name not in whole}
+        paired = {c.name: group for group in groups.values() for c in group}
+        units = []
+        for coupling in couplings:
+            group = paired.get(coupling.name, [coupling])
+            if coupling.name not in whole and coupling is group[0]:
+                units.append(Unit(tuple(sorted(group, key=lambda c: -c.width)), self._sizes(group)))
+        return units, whole
+
+    def _sizes(self, group: Sequence[Coupling]) -> tuple[int, ...]:
+        """The numbers of entries that the widest-stepping coupling of a group may be left with, ascending."""
+        leader = max(group, key=lambda c: c.width)
+        step = 1
+        if leader.kind not in ("heads", "groups"):
+            step = self.round_to // gcd(self.round_to, leader.width)
+        return (*(size for size in range(step, leader.size, step) if size >= self.min_keep), leader.size)
+
+    def _frozen(self, model: nn.Module, couplings: Sequence[Coupling]) -> dict[str, str]:
+        """Names of the couplings that `frozen` keeps whole. What it names may well have none; it must be there."""
+        whole: dict[str, str] = {}
+        parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+        for entry in self.frozen:
+            if isinstance(entry, str):
+                what, hit = f"`{entry}`", [c for c in couplings if _matches(entry, c)]
+                there = bool(hit) or any(_names(entry, name) for name in parameters)
+            elif isinstance(entry, Coupling):
+                what, hit = f"`{entry.name}`", [c for c in couplings if c == entry]
+                there = bool(hit)
+            elif isinstance(entry, nn.Module):
+                what, mine = f"this {type(entry).__name__}", {id(p) for p in entry.parameters()}
+                hit = [c for c in couplings if any(parameters[m.parameter] in mine for m in c.members)]
+                there = any(entry is module for module in model.modules())
+            else:
+                raise TargetError(f"frozen holds {entry!r}; it takes name patterns, modules and couplings")
+            if not there:
+                raise TargetError(
+                    f"frozen: nothing in this {type(model).__name__} matches {what}; ecospa_fx.couplings(model) and "
+                    "model.named_parameters() list the names"
+                )
+            whole |= {c.name: f"frozen by {what}" for c in hit}
+        return whole
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """Couplings that shrink together, so that their widths stay equal; as a rule just one.
+
+    Attributes:
+        couplings: the one with the widest entries first.
+        sizes: numbers of entries that the first one may be left with, ascending; the last is its size now.
+    """
+
+    couplings: tuple[Coupling, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """That of its first coupling."""
+        return self.couplings[0].name
+
+    def keeps(self, size: int) -> dict[Coupling, int]:
+        """Entries of each coupling where the first one has `size`."""
+        first = self.couplings[0]
+        return {c: size * first.width // c.width for c in self.couplings}
+
+    def rounded(self, size: int) -> int:
+        """The least allowed size that is not below `size`."""
+        return next(allowed for allowed in self.sizes if allowed >= min(size, self.sizes[-1]))
+
+    def size_for(self, coupling: Coupling, keep: int) -> int:
+        """The least size of the first coupling at which `coupling` keeps `keep` entries."""
+        return -(-keep * coupling.width // self.couplings[0].width)
+
+
+def _inside_heads(coupling: Coupling) -> bool:
+    return coupling.kind in ("qk", "vo")
+
+
+def _can_be_equal(group: Sequence[Coupling]) -> bool:
+    """One of each kind, equally wide now, in whole entries of each other."""
+    if sorted(c.kind for c in group) != ["qk", "vo"]:
+        return False
+    a, b = sorted(group, key=lambda c: -c.width)
+    return a.size * a.width == b.size * b.width and a.width % b.width == 0
+
+
+def _matches(pattern: str, coupling: Coupling) -> bool:
+    return any(_names(pattern, name) for name in (coupling.name, *(m.parameter for m in coupling.members)))
+
+
+def _names(pattern: str, name: str) -> bool:
+    """Whether a pattern names something, or a module above it."""
+    return fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")

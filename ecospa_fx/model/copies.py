@@ -1,0 +1,128 @@
+"""Copies of a model that shrink alongside it: weights averaged over training, whoever averages them.
+
+also= -> modules with tensors of the same names, wherever they are held; dicts of names and tensors
+      -> Copy: which of its tensors is which of the model's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ecospa_fx.errors import ShrinkError
+from ecospa_fx.passes.graph.tensors import named_tensors
+from ecospa_fx.plan import Plan
+
+from .class_swap import ShrinkableLinear, original_class
+
+
+@dataclass(frozen=True, eq=False)
+class Copy:
+    """A copy of a model.
+
+    Attributes:
+        tensors: its tensors by their names in the model; tied ones under each name.
+        module: what runs with them, if anything does.
+        kind: what was given, in a word.
+    """
+
+    tensors: Mapping[str, Tensor]
+    module: nn.Module | None
+    kind: str
+
+
+def copies_of(model: nn.Module, also: Any) -> list[Copy]:
+    """The copies of `model` in what a user names.
+
+    Args:
+        model: the model that shrinks.
+        also: modules, objects that hold some (`torch.optim.swa_utils.AveragedModel`, timm's `ModelEma`), dicts of
+            names and tensors; or one of these.
+
+    Raises:
+        ShrinkError: one of them holds no copy, or is no copy any more.
+    """
+    mine = named_tensors(model)
+    found = [copy for each in listed(also) for copy in _copies_in(each, model, mine)]
+    for copy in found:
+        for name, tensor in copy.tensors.items():
+            if tensor.shape != mine[name].shape:
+                raise ShrinkError(
+                    f"`{name}` is {tuple(tensor.shape)} in the {copy.kind} in also= and {tuple(mine[name].shape)} in "
+                    "the model: it has missed a shrink, or is no copy of this model. Name it in also= at every shrink, "
+                    "or copy the model anew"
+                )
+    return found
+
+
+def check_plan(copy: Copy, theirs: Plan, plan: Plan) -> None:
+    """Refuse a copy that has shrunk to the same sizes, but not by the same entries.
+
+    Raises:
+        ShrinkError: it has.
+    """
+    if theirs != plan:
+        raise ShrinkError(
+            f"the {copy.kind} in also= keeps other rows and columns than the model: they have not shrunk together. "
+            "Name it in also= at every shrink, or copy the model anew"
+        )
+
+
+def listed(also: Any) -> Iterable[Any]:
+    """What `also=` names, where it may be one thing or several."""
+    if isinstance(also, (nn.Module, Mapping)) or not isinstance(also, Iterable):
+        return [also]
+    return also
+
+
+def _copies_in(given: Any, model: nn.Module, mine: Mapping[str, Tensor]) -> list[Copy]:
+    kind = type(given).__name__
+    held = list(_held(given))
+    modules = [module for each in held if isinstance(each, nn.Module) for module in _alike(each, model, mine)]
+    if any(module is model for module in modules):
+        raise ShrinkError(f"the {kind} in also= holds this {type(model).__name__} itself, not a copy of it")
+    found = [Copy(named_tensors(module), module, kind) for module in modules]
+    for each in held:
+        if isinstance(each, Mapping):
+            named = {name: each[name] for name in mine if isinstance(each.get(name), Tensor)}
+            found += [Copy(named, None, kind)] if named else []
+    if not found:
+        raise ShrinkError(
+            f"the {kind} in also= holds no copy of this {type(model).__name__}: neither a module of its classes with "
+            "tensors of the same names, nor a dict of such names and tensors. Pass what holds one"
+        )
+    return found
+
+
+def _held(given: Any) -> Iterator[Any]:
+    """What is given, or what lies in its attributes where it is no module or dict itself."""
+    if isinstance(given, (nn.Module, Mapping)):
+        yield given
+    else:
+        yield from (
+            value for value in getattr(given, "__dict__", {}).values() if isinstance(value, (nn.Module, Mapping))
+        )
+
+
+def _alike(root: nn.Module, model: nn.Module, mine: Mapping[str, Tensor]) -> list[nn.Module]:
+    """The outermost modules under `root` of the model's classes, with tensors of the same names."""
+    classes = _classes(model)
+    found: list[nn.Module] = []
+    queue = [root]
+    while queue:
+        module = queue.pop(0)
+        same = original_class(module) is original_class(model) and named_tensors(module).keys() == mine.keys()
+        if same and _classes(module) == classes:
+            found.append(module)
+        else:
+            queue.extend(module.children())
+    return found
+
+
+def _classes(model: nn.Module) -> list[type[nn.Module]]:
+    """The classes of all modules, as they were before any of ours."""
+    found = [original_class(module) for module in model.modules()]
+    return [nn.Linear if cls is ShrinkableLinear else cls for cls in found]

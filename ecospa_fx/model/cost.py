@@ -1,0 +1,171 @@
+"""CostModel: parameters, FLOPs or bytes of a model as a function of the widths of its couplings. Exact; no tensors.
+
+Every cost is a sum of terms, and every term a number times a product of axes: the entries of a weight, twice the
+products of a matrix multiplication. So the cost of other widths is a few multiplications.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch.optim import Optimizer
+
+from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, as_size, atoms_of
+from ecospa_fx.passes.axes.selection import entries
+from ecospa_fx.passes.graph.nodes import op_name
+from ecospa_fx.passes.graph.tensors import join
+from ecospa_fx.passes.infer.sizes import symbols_of
+from ecospa_fx.passes.ir.axis_facts import Inference
+
+from .compiled import CompiledModel
+
+Cost = Literal["parameters", "flops", "bytes"]
+Symbols = Mapping[sympy.Symbol, int]
+
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """A product: `factor`, times the entries along each of `exprs`, in one region."""
+
+    region: str
+    factor: float
+    exprs: tuple[Expr, ...]
+
+
+class CostModel:
+    """What a compiled model costs at any widths of its couplings.
+
+    Args:
+        model: the model.
+        compiled: its state.
+        cost: `"parameters"`, tied ones once; `"flops"` of a forward of the captured regions as they were called:
+            products of matrices and convolutions; or `"bytes"` of training: weights, gradients, and what the optimizer
+            holds of each.
+        optimizers: for `"bytes"`; what they have not made yet does not count.
+
+    Attributes:
+        sizes: coupling name -> entries now.
+        original: the cost before any shrink.
+        prunable: the part of it that some coupling has a share in.
+    """
+
+    def __init__(
+        self, model: nn.Module, compiled: CompiledModel, cost: Cost = "parameters", optimizers: Sequence[Optimizer] = ()
+    ) -> None:
+        # Equal blocks share a graph and so its atoms: an atom is one coupling per region.
+        self._atoms: dict[str, tuple[str, Atom]] = {}
+        self._now: dict[str, dict[Atom, int]] = {}
+        self._symbols: dict[str, Symbols] = {}
+        self._terms: list[Term] = []
+        self._users: dict[tuple[str, Atom], list[int]] = {}
+        weights = _weights(model, cost, optimizers)
+        for region in compiled.regions.values():
+            if not region.programs:
+                continue
+            program = region.programs[-1]
+            self._now[region.name] = {atom: entries(choice) for atom, choice in region.kept(program).items()}
+            self._symbols[region.name] = symbols_of(program.inference, region.called) if cost == "flops" else {}
+            for found in region.offered():
+                self._atoms[join(region.name, found.name)] = region.name, found.atom
+            if cost == "flops":
+                for factor, exprs in flop_terms(program.inference):
+                    self._add(Term(region.name, factor, exprs))
+                continue
+            for name, exprs in program.inference.parameters.items():
+                if join(region.name, name) in weights:
+                    self._add(Term(region.name, weights.pop(join(region.name, name))[1], exprs))
+        self._rest = sum(numel * each for numel, each in weights.values()) if cost != "flops" else 0
+        self._values = [self._value(term, self._now[term.region]) for term in self._terms]
+        self.sizes = {
+            name: self._count(atom, region, self._now[region]) for name, (region, atom) in self._atoms.items()
+        }
+        originals = [self._value(term, {}) for term in self._terms]
+        shared = {i for key in self._atoms.values() for i in self._users.get(key, ())}
+        self.original = round(self._rest + sum(originals))
+        self.prunable = round(sum(originals[i] for i in shared))
+
+    def total(self, sizes: Mapping[str, int]) -> int:
+        """The cost of the whole model with couplings at `sizes`; those not named stay as they are."""
+        changed = {self._atoms[name]: size for name, size in sizes.items() if size != self.sizes[name]}
+        counts = {region: dict(self._now[region]) for region, _ in changed}
+        for (region, atom), size in changed.items():
+            counts[region][atom] = size
+        total = self._rest + sum(self._values)
+        for i in {i for key in changed for i in self._users.get(key, ())}:
+            total += self._value(self._terms[i], counts[self._terms[i].region]) - self._values[i]
+        return round(total)
+
+    def _add(self, term: Term) -> None:
+        for atom in {atom for expr in term.exprs for atom in atoms_of(expr)}:
+            self._users.setdefault((term.region, atom), []).append(len(self._terms))
+        self._terms.append(term)
+
+    def _value(self, term: Term, counts: Mapping[Atom, int]) -> float:
+        return term.factor * prod(self._count(expr, term.region, counts) for expr in term.exprs)
+
+    def _count(self, expr: Expr, region: str, counts: Mapping[Atom, int]) -> int:
+        match expr:
+            case Atom():
+                size = counts.get(expr, expr.size)
+                known = self._symbols[region]
+                return size if type(size) is int else int(as_size(sympy.sympify(size).subs(known)))
+            case Product():
+                return prod(self._count(factor, region, counts) for factor in expr.factors)
+            case _:
+                return sum(self._count(part, region, counts) for part in expr.parts)
+
+
+def flop_terms(inference: Inference) -> Iterator[tuple[float, tuple[Expr, ...]]]:
+    """The FLOPs of one forward of a graph as products: of matrices, convolutions and attention."""
+    for node, summed in _products(inference).items():
+        yield from _node_terms(inference, node, summed)
+
+
+def _products(inference: Inference) -> dict[fx.Node, tuple[Expr, ...]]:
+    """The nodes that multiply, with the axes they sum over."""
+    summed: dict[fx.Node, dict[Expr, None]] = {}
+    for fact in inference.facts:
+        if fact.role == "contracted" and len(fact.operands) > 1:
+            summed.setdefault(fact.node, {})[fact.expr] = None
+    nodes = [n for n in inference.operands if n in summed or n.target is _ATTENTION or _convolves(n)]
+    return {node: tuple(summed.get(node, ())) for node in nodes}
+
+
+def _node_terms(
+    inference: Inference, node: fx.Node, summed: tuple[Expr, ...]
+) -> Iterator[tuple[float, tuple[Expr, ...]]]:
+    out = inference.values[node][0]
+    if node.target is _ATTENTION:  # two products: scores, and scores with values
+        q, k, v = (operand.exprs for operand in inference.operands[node][:3])
+        yield 2, (*q[:-1], k[-2], q[-1])
+        yield 2, (*q[:-1], k[-2], v[-1])
+    elif _convolves(node):
+        yield 2, (*out, *inference.operands[node][1].exprs[1:])
+    else:
+        yield 2, (*out, *summed)
+
+
+def _convolves(node: fx.Node) -> bool:
+    return op_name(node).startswith("aten.conv")
+
+
+def _weights(model: nn.Module, cost: Cost, optimizers: Sequence[Optimizer]) -> dict[str, tuple[int, float]]:
+    """Parameter, a tied one once under its first name -> (entries, cost of each entry)."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        each = 1.0
+        if cost == "bytes":
+            held = [value for o in optimizers for value in o.state.get(parameter, {}).values()]
+            states = sum(v.numel() * v.element_size() for v in held if isinstance(v, Tensor) and v.numel() > 1)
+            each = parameter.element_size() * (2 if parameter.requires_grad else 1)
+            each += states / max(1, parameter.numel())
+        found[name] = (parameter.numel(), each)
+    return found

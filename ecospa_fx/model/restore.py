@@ -1,0 +1,114 @@
+"""restore: a plain module again, with the weights it has now, where its own forward can run them.
+
+restore(model)
+  -> fitted      layers of torch.nn are told the sizes of their weights, for a trial
+  -> _try        the region's own forward against its generated code, in every call signature met so far
+  -> plain       original classes, nothing of ours left in the model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ecospa_fx.errors import EcoSpaError, NoInputsError, RestoreError
+from ecospa_fx.passes.follow.attributes import fit, fitted
+from ecospa_fx.passes.follow.trial import difference, example_call, modes
+from ecospa_fx.passes.graph.isolate import traceless
+
+from .class_swap import ShrinkableLinear, original_class, unswap_forward
+from .compiled import MODEL, REGION, CompiledModel
+from .region import Region
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def restore(
+    model: Module,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Module:
+    """Undo `compile`: the same object as a plain module of its original classes, with the weights it has now.
+
+    Where something has shrunk, the model's own Python must be able to run at the sizes that are left: many a forward
+    reads them off its weights, others hold a size in an attribute (a number of heads, a split). That is tried, region
+    by region, with every call signature met so far, and compared with what the compiled model gives.
+
+    >>> plain = ecospa_fx.restore(model)
+
+    Args:
+        model: a compiled model.
+        example_inputs: positional arguments of a call, to try too.
+        example_kwargs: keyword arguments of that call.
+
+    Returns:
+        `model`.
+
+    Raises:
+        EcoSpaError: it is not compiled.
+        NoInputsError: it has shrunk, was loaded and not called since, and no inputs are given.
+        RestoreError: a module cannot run with its weights, or gives something else; nothing was changed.
+    """
+    compiled: CompiledModel | None = model.__dict__.get(MODEL)
+    if compiled is None:
+        raise EcoSpaError(f"{type(model).__name__} is not compiled; there is nothing to restore")
+    if compiled.plan.original_shapes:
+        if example_inputs is not None or example_kwargs is not None:
+            with traceless(model), torch.no_grad():
+                model(*(example_inputs or ()), **(example_kwargs or {}))  # captures what has not been called so far
+        with fitted(model):
+            for name, region in compiled.regions.items():
+                if any(True for _ in compiled.plan.under(name)):
+                    _try(region, model.get_submodule(name))
+    fit(model)
+    for name in compiled.regions:
+        plain(model.get_submodule(name))
+    plain(model)
+    return model
+
+
+def plain(module: nn.Module) -> None:
+    """Give a module, and the linear layers in it, their original classes, and take away what is ours."""
+    child: nn.Module
+    for child in module.modules():
+        if type(child) is ShrinkableLinear:
+            sizes = child.in_features, child.out_features
+            child.__class__ = nn.Linear  # type: ignore[assignment]
+            child.in_features, child.out_features = sizes
+    unswap_forward(module)
+    for key in (MODEL, REGION):
+        module.__dict__.pop(key, None)
+
+
+def _try(region: Region, module: nn.Module) -> None:
+    """Refuse a region whose own forward differs from its programs.
+
+    Raises:
+        NoInputsError: it has not been called.
+        RestoreError: it fails, or gives something else.
+    """
+    if not region.programs:
+        raise NoInputsError(
+            f"{_named(region.name, module)} has shrunk and not been called since it was loaded, so that nothing can be "
+            "tried; pass example_inputs=(x,)"
+        )
+    for program in region.programs:
+        args, kwargs = example_call(program.captured.signature)
+        with modes(module, program.captured.signature.training), traceless(module), torch.no_grad():
+            why = difference(module, program, original_class(module).forward, args, kwargs)
+        if why is None:
+            continue
+        way = (
+            "It holds a size of its own; keep the model compiled, or change that attribute in a class of yours"
+            if why.startswith("fails")
+            else "It derives something else from their sizes (a scale, a split); keep the model compiled"
+        )
+        raise RestoreError(f"with the weights that are left, {_named(region.name, module)} {why}. {way}")
+
+
+def _named(name: str, module: nn.Module) -> str:
+    return f"`{name}` ({type(module).__name__})" if name else f"the model ({type(module).__name__})"

@@ -1,0 +1,107 @@
+"""rewire: change what a compiled model is made of (merge adapters into it, unwrap it), and keep what has shrunk.
+
+rewire(model, change)
+  -> plain        original classes, for `change` to find what it expects
+  -> change       whatever makes modules new ones
+  -> _moved       the plan by the names that the same tensors have now; regions by the names of the same modules
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import nn
+
+from ecospa_fx.errors import EcoSpaError
+from ecospa_fx.passes.find.analyse import shared_outside
+from ecospa_fx.passes.graph.tensors import named_tensors
+from ecospa_fx.plan import Plan
+
+from .compiled import MODEL, CompiledModel
+from .lookup import plan
+from .region import Region
+from .restore import plain
+
+
+def rewire(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Let a function change the modules of a compiled model, and go on with the result as compiled and shrunk.
+
+    For adapters, say, that are merged into the weights they adapt, after both have shrunk:
+
+    >>> merged = ecospa_fx.rewire(model, lambda m: m.merge_and_unload())
+
+    What has shrunk is known by its Parameters, whatever they are called afterwards. What the graphs did is forgotten:
+    the next call captures the regions anew. Make optimizers and trainers anew as well.
+
+    Args:
+        model: a compiled model.
+        change: takes it, with its modules of their original classes, and returns the model that it has become. The
+            regions (`ecospa_fx.explain` lists them) must still be in it, and what has shrunk be the same Parameters.
+
+    Returns:
+        What `change` returned, compiled.
+
+    Raises:
+        EcoSpaError: the model is not compiled; `change` returned no model, or one without some region.
+    """
+    before = plan(model)  # refuses what is not compiled
+    compiled: CompiledModel = model.__dict__[MODEL]
+    tensors = {id(tensor): name for name, tensor in reversed(named_tensors(model).items())}
+    modules = {module: name for name, module in model.named_modules()}
+    for name in compiled.regions:
+        plain(model.get_submodule(name))
+    plain(model)
+    try:
+        result = change(model)
+        moved = _moved(compiled, result, before, tensors, modules)
+    except BaseException:
+        _put_back(model, compiled)
+        raise
+    if moved.regions:
+        result.__dict__[MODEL] = moved
+        moved.route(result)
+    if not moved.regions or moved.execution == "module":
+        moved.attach(result)
+    return result
+
+
+def _moved(
+    compiled: CompiledModel, result: nn.Module, before: Plan, tensors: dict[int, str], modules: dict[nn.Module, str]
+) -> CompiledModel:
+    """The state of the model that `change` made."""
+    if not isinstance(result, nn.Module):
+        raise EcoSpaError(f"change returned a {type(result).__name__}; it returns the model that it has made")
+    paths = {modules[module]: path for path, module in result.named_modules() if module in modules}
+    for name in compiled.regions:
+        if name not in paths:
+            what = f"`{name}`" if name else "all of the model"
+            raise EcoSpaError(
+                f"{what} ran as one graph and is not in the {type(result).__name__} that change returned: compile what "
+                "stays (the model inside a wrapper), with regions= if need be"
+            )
+    moved = CompiledModel(compiled.how, compiled.experiments, compiled.execution)
+    for name, tensor in named_tensors(result).items():
+        was = tensors.get(id(tensor))
+        if was in before.original_shapes:
+            moved.plan.original_shapes[name] = before.original_shapes[was]
+            for dim in range(tensor.ndim):
+                if (was, dim) in before.kept:
+                    moved.plan.kept[name, dim] = before.kept[was, dim]
+    moved.attributes = {
+        replace(attribute, module=paths[attribute.module]): values
+        for attribute, values in compiled.attributes.items()
+        if attribute.module in paths
+    }
+    for name, region in compiled.regions.items():
+        moved.regions[paths[name]] = fresh = Region(paths[name], moved, shared_outside(result, paths[name]))
+        fresh.called, fresh.withheld = region.called, frozenset(region.marks())
+    return moved
+
+
+def _put_back(model: nn.Module, compiled: CompiledModel) -> None:
+    if compiled.regions:
+        model.__dict__[MODEL] = compiled
+        compiled.route(model)
+    if not compiled.regions or compiled.execution == "module":
+        compiled.attach(model)

@@ -1,0 +1,66 @@
+"""Shrink: remove rows and columns of a compiled model by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ecospa_fx.couple.coupling import Selection
+from ecospa_fx.logs import logger
+
+from .copies import copies_of
+from .diff import ModuleDiff, diff_of, shapes_of
+from .lookup import check_optimizer, state_of
+from .optimizer_state import several
+
+if TYPE_CHECKING:
+    from ecospa_fx.compensate.grams import Grams
+
+
+def shrink(
+    model: nn.Module,
+    selection: Selection,
+    *,
+    optimizer: Optimizer | Iterable[Optimizer] = (),
+    also: Any = (),
+    absorb: Grams | None = None,
+) -> ModuleDiff:
+    """Remove rows and columns by hand.
+
+    Parameters stay the same objects; their gradients and the state of `optimizer` are sliced with them. Either all of
+    it happens or nothing.
+
+    Args:
+        model: a compiled model.
+        selection: coupling (or its name) -> sorted LongTensor of the entries to keep, in `0..coupling.size - 1`.
+        optimizer: the optimizer, or several, that hold the parameters.
+        also: copies of the model that shrink with it, such as averages of its weights: modules, objects that hold some
+            (`torch.optim.swa_utils.AveragedModel`, timm's `ModelEma`), dicts of names and tensors; or one of these.
+        absorb: what was gathered of what weights meet. Where a weight sums over what goes, its entries that stay take
+            over by least squares, so that what it computes changes little; see docs/absorption.md.
+
+    Returns:
+        The sizes of every layer before and after; print it.
+
+    Raises:
+        ShrinkError: a selection is empty, out of range or not increasing, or something in `also` is no copy.
+        NoCouplingError: there is no such coupling.
+        OptimizerError: the optimizer holds none of the parameters, or state that cannot follow.
+        PinnedAxisError: another call signature of the model needs an axis whole.
+    """
+    compiled = state_of(model)
+    optimizers = several(optimizer)
+    for each in optimizers:
+        check_optimizer(model, each)
+    before, sizes = shapes_of(model), {coupling.name: coupling.size for coupling in compiled.couplings()}
+    compiled.shrink(model, selection, optimizers, copies_of(model, also), absorb)
+    change = diff_of(model, before)
+    log = logger("shrink")
+    log.info("%s", change.headline())
+    for coupling in compiled.couplings():
+        if coupling.size != sizes[coupling.name]:
+            log.debug("%s: %d -> %d", coupling.name, sizes[coupling.name], coupling.size)
+    return change

@@ -1,0 +1,146 @@
+"""Shrink: take from parameters, gradients and optimizer state what a plan no longer keeps. All of it, or nothing.
+
+prepare(model, before, after, optimizers)   every new tensor is made beside the old one, or beside what replaces it
+-> Change.commit()                          assignments only; the Parameter objects stay the same
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ecospa_fx.kernels import compacted
+from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
+from ecospa_fx.plan import Plan
+
+from .optimizer_state import Cut, States
+
+
+@dataclass(eq=False)
+class Change:
+    """New tensors for a model and its optimizers, ready to be put in place.
+
+    Attributes:
+        tensors: (parameter or buffer, its new data, its new gradient).
+        states: (an optimizer's state of one parameter, key, new value).
+    """
+
+    tensors: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
+    states: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+
+    def commit(self) -> None:
+        """Put every new tensor in place; whatever fails, all are as before."""
+        undo = [(tensor, tensor.data, tensor.grad) for tensor, _, _ in self.tensors]
+        undo_states = [(state, key, state[key]) for state, key, _ in self.states]
+        try:
+            for tensor, data, grad in self.tensors:
+                _assign(tensor, data, grad)
+            for state, key, value in self.states:
+                state[key] = value
+        except BaseException:
+            for tensor, data, grad in undo:
+                _assign(tensor, data, grad)
+            for state, key, value in undo_states:
+                state[key] = value
+            raise
+
+
+def _assign(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    # A gradient must have its parameter's shape at every moment.
+    tensor.grad = None
+    if tensor.requires_grad:
+        # A graph that is still alive (a loss someone holds) keeps the parameter's gradient accumulator, which knows the
+        # old shape. torch makes a new one when the dtype changes, so it does change for a moment.
+        tensor.data = data.new_empty(0, dtype=torch.float16 if data.dtype != torch.float16 else torch.float32)
+    tensor.data = data
+    tensor.grad = grad
+
+
+def prepare(model: nn.Module, before: Plan, after: Plan, optimizers: Iterable[Optimizer] = ()) -> Change:
+    """The tensors of `model` and `optimizers` under the plan `after`, which keeps a part of what `before` keeps.
+
+    Raises:
+        OptimizerError: an optimizer holds state of a shrinking parameter that cannot follow.
+    """
+    return prepare_tensors(named_tensors(model).items(), before, after, optimizers)
+
+
+@torch.no_grad()
+def prepare_tensors(
+    named: Iterable[tuple[str, Tensor]],
+    before: Plan,
+    after: Plan,
+    optimizers: Iterable[Optimizer] = (),
+    replaced: Mapping[int, Tensor] = MappingProxyType({}),
+) -> Change:
+    """As `prepare`, of tensors by their names in the plan; those of several models may be among them.
+
+    Args:
+        named: the tensors.
+        before: the plan now.
+        after: the plan to come.
+        optimizers: those that hold them.
+        replaced: `id` of a tensor, or of what an optimizer holds -> the values to take its entries from, in its shape;
+            see `passes.transform.absorb`. Those that lose no entries are set to these as they are.
+
+    Raises:
+        OptimizerError: an optimizer holds state of a shrinking parameter that cannot follow.
+    """
+    held = States(optimizers)
+    # What each new tensor is made of. Tensors that share storage go on sharing it.
+    jobs: list[tuple[Tensor, dict[int, Tensor]]] = []
+    numbers: dict[Any, int] = {}
+    tensors: list[tuple[Tensor, int, int | None]] = []
+    cuts: list[tuple[dict[str, Any], str, int]] = []
+    states: list[tuple[dict[str, Any], str, Any]] = []
+    whole: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    seen: set[int] = set()
+
+    def new(tensor: Tensor, steps: dict[int, Tensor]) -> int:
+        jobs.append((replaced.get(id(tensor), tensor), steps))
+        return len(jobs) - 1
+
+    for name, tensor in named:
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        steps = steps_of(name, before, after) if name in after.original_shapes else {}
+        if not steps:
+            if id(tensor) in replaced:
+                whole.append((tensor, replaced[id(tensor)], tensor.grad))
+                states.extend((s, k, replaced[id(v)]) for s, k, v in held.held(tensor) if id(v) in replaced)
+            continue
+        key = (storage_key(tensor), tensor.shape)
+        if key not in numbers:
+            numbers[key] = new(tensor, steps)
+        tensors.append((tensor, numbers[key], None if tensor.grad is None else new(tensor.grad, steps)))
+        for state, entry, value in held.shrunk(name, tensor, steps):
+            if isinstance(value, Cut):
+                cuts.append((state, entry, new(value.value, steps)))
+            else:
+                states.append((state, entry, value))
+    made = compacted(jobs)
+    return Change(
+        [(tensor, made[data], None if grad is None else made[grad]) for tensor, data, grad in tensors] + whole,
+        [(state, entry, made[value]) for state, entry, value in cuts] + states,
+    )
+
+
+def steps_of(name: str, before: Plan, after: Plan) -> dict[int, Tensor]:
+    """Per dim that loses entries, the positions among those there now that stay."""
+    steps = {}
+    for dim in range(len(after.original_shapes[name])):
+        if (name, dim) not in after.kept:
+            continue
+        mask = after.mask(name, dim)
+        if name in before.original_shapes:
+            mask = mask[before.mask(name, dim)]
+        if not mask.all():
+            steps[dim] = mask.nonzero().flatten()
+    return steps

@@ -1,0 +1,1 @@
+"""Out: models as other programs read them."""

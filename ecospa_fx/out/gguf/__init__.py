@@ -1,0 +1,1 @@
+"""GGUF: files of llama.cpp at the sizes that are left."""

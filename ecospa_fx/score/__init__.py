@@ -1,0 +1,1 @@
+"""Score: how important each entry of each coupling is."""

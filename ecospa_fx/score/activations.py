@@ -1,0 +1,233 @@
+"""ActivationScores: what flows through a coupling, gathered while the model runs.
+
+    ActivationScores(model, measure) -> a watcher per region -> sums per coupling and entry -> entries(coupling)
+
+Where products are contracted along a coupling, one entry of it adds an outer product to the result. The norm of that
+outer product is the product of the norms of its two sides: for a weight that means |w| times |x|, as in Wanda
+(Sun et al. 2023, arXiv 2306.11695), summed over the weights of a row or column, and for the scores of an attention the
+norm of a query dim times that of its key dim. Nothing is known of what flows through a coupling of which no contraction
+is seen; `entries` gives None for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.couple.coupling_index import Numbering
+from ecospa_fx.model.lookup import regions_of
+from ecospa_fx.model.observers import ignore, observe
+from ecospa_fx.model.region import Region
+from ecospa_fx.passes.axes.algebra import Atom, atoms_of
+from ecospa_fx.passes.axes.selection import Choice, index_of, mask_of, touched
+from ecospa_fx.passes.find.discover import Found
+from ecospa_fx.passes.graph.tensors import join
+from ecospa_fx.passes.ir.axis_facts import Inference
+from ecospa_fx.passes.rewrite.program import Program
+
+from .products import Side, Site, product_sites
+
+_aten = torch.ops.aten
+
+
+_SOFTMAX = (_aten.softmax.int, _aten._softmax.default, _aten._safe_softmax.default)
+
+
+@dataclass
+class _Sum:
+    """Of one coupling: sums `[contexts, size]` and what they are divided by."""
+
+    total: Tensor
+    count: int = 0
+
+
+class ActivationScores:
+    """Gathers a score of each entry of each coupling from forwards with gradients on.
+
+    Args:
+        model: a compiled model that has been called.
+        attention: score heads by their attention rather than entries by their activations: 1 less the entropy of where
+            a head looks, as a share of the largest there can be, so that 0 is a head that looks everywhere alike.
+    """
+
+    def __init__(self, model: nn.Module, *, attention: bool = False) -> None:
+        self.model, self.attention = model, attention
+        self.sums: dict[str, _Sum] = {}
+        for region in regions_of(model).values():
+            observe(region, self)
+
+    def detach(self) -> None:
+        """Stop watching."""
+        for region in regions_of(self.model).values():
+            ignore(region, self)
+
+    def reset(self) -> None:
+        """Forget what was gathered."""
+        self.sums.clear()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was gathered: the sums of each coupling, and what they are divided by."""
+        found: dict[str, Tensor] = {}
+        for name, each in self.sums.items():
+            found |= {f"flow {name}": each.total, f"flow count {name}": torch.tensor(each.count)}
+        return found
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken."""
+        counts = {
+            name.removeprefix("flow count "): int(n) for name, n in state.items() if name.startswith("flow count ")
+        }
+        self.sums = {name: _Sum(state[f"flow {name}"], count) for name, count in counts.items()}
+
+    def entries(self, coupling: Coupling, *, by_context: bool = False) -> Tensor | None:
+        """Score of each entry, float64 `[size]` or `[contexts, size]`; None where nothing was seen of the coupling.
+
+        Where the model runs in several processes, each of them must call it: what they saw is averaged.
+        """
+        found = self.sums.get(coupling.name)
+        if found is None or found.total.shape[1] != coupling.size:
+            return None
+        total, count = found.total.cpu(), float(found.count)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            both = torch.cat([total.flatten(), total.new_tensor([count])]).to(found.total.device)
+            torch.distributed.all_reduce(both)
+            total, count = both[:-1].view_as(total).cpu(), float(both[-1])
+        mean = total / count
+        if by_context:
+            return mean if len(mean) == coupling.contexts else mean.expand(coupling.contexts, -1)
+        return mean.sum(0)
+
+    def looks(self, module: nn.Module) -> bool:
+        """At forwards that train."""
+        return torch.is_grad_enabled() and module.training
+
+    @torch.no_grad()
+    def see(self, known: list[Site], values: Sequence[Tensor]) -> None:
+        """Add up what one call shows."""
+        given = iter(values)
+        for site in known:
+            self._add(site, [next(given) for _ in site.nodes])
+
+    def _add(self, site: Site, values: list[Tensor]) -> None:
+        score = _looking(site, values) if self.attention else _outer(site, values)
+        total = score.new_zeros(site.contexts * site.size)
+        owned = site.entry >= 0
+        place = site.entry
+        if site.context is not None:
+            place = site.context * site.size + site.entry
+        # [contexts beside, positions] -> [contexts, entries]
+        place = place[owned].to(score.device)
+        if len(score) > 1:
+            total = total.view(site.contexts, -1).index_add_(1, place, score[:, owned.to(score.device)])
+        else:
+            total = total.index_add_(0, place, score[0, owned.to(score.device)]).view(site.contexts, -1)
+        if self.attention:  # several positions of an entry are several heads: their mean
+            total /= max(1, int(owned.sum()) // (site.contexts * site.size))
+        known = self.sums.get(site.coupling)
+        if known is None or known.total.shape != total.shape:
+            self.sums[site.coupling] = _Sum(total, 1)
+        else:
+            known.total += total
+            known.count += 1
+
+    def places(self, region: Region, program: Program) -> tuple[list[fx.Node], list[Site]]:
+        """The nodes of all sites of a program, one after another."""
+        kept = region.kept(program)
+        names = {found.key: found.name for found in region.discoveries[-1].couplings}
+        offered = {coupling.name: coupling for coupling in region.couplings()}
+        sites: list[Site] = []
+        for found in region.discovery_of(program).couplings:
+            coupling = offered.get(join(region.name, names.get(found.key, "")))
+            if coupling is not None:
+                made = _attention_sites if self.attention else product_sites
+                sites += made(program.inference, found, coupling, kept)
+        return [node for site in sites for node in site.nodes], sites
+
+
+def _outer(site: Site, values: list[Tensor]) -> Tensor:
+    """Norms of the outer products that the positions of a contraction add, `[contexts beside or 1, positions]`."""
+    result: Tensor | None = None
+    for side, value in zip(site.sides, values, strict=True):
+        squares = value.double().square() if value.dtype == torch.float64 else value.float().square()
+        rows = squares.movedim(side.dim, -1)
+        if side.beside is None or side.along is None:
+            rows = rows.reshape(1, -1, rows.shape[-1]).mean(1)
+        else:
+            along = side.along - (side.along > side.dim)
+            rows = rows.movedim(along, 0).flatten(1, -2).mean(1)
+            beside = side.beside.to(rows.device)
+            rows = rows.new_zeros(site.contexts, rows.shape[1]).index_add_(0, beside, rows)
+        result = rows if result is None else result * rows
+    assert result is not None
+    return result.sqrt().double()
+
+
+def _attention_sites(
+    inference: Inference, found: Found, coupling: Coupling, kept: dict[Atom, Choice]
+) -> Iterator[Site]:
+    """Where the heads of `found` look: attention as one op, or softmax on its own."""
+    if found.kind not in ("heads", "groups"):
+        return
+    context = found.context if coupling.context is not None else None
+    numbers = Numbering(found.atom, context, kept)
+    for node, operands in inference.operands.items():
+        fused = node.target is _aten.scaled_dot_product_attention.default
+        if not fused and node.target not in _SOFTMAX:
+            continue
+        exprs = operands[0].exprs if fused else inference.values[node][0]
+        dims = [dim for dim, expr in enumerate(exprs[:-2]) if found.atom in atoms_of(expr)]
+        if len(dims) != 1 or (not fused and node.args[1] not in (-1, len(exprs) - 1)):
+            continue
+        (dim,) = dims
+        entry, on = numbers.read(exprs[dim], index_of(exprs[dim], found.atom), mask_of(exprs[dim], kept))
+        if context is not None and context not in atoms_of(exprs[dim]):
+            continue
+        common: dict[str, Any] = {"entry": entry, "size": coupling.size, "contexts": coupling.contexts, "context": on}
+        if not fused:
+            yield Site(coupling.name, (Side(node, dim),), **common)
+            continue
+        sides = tuple(Side(operand.node, dim) for operand in operands[:2])
+        given: dict[str, Any] = dict(zip(("mask", "dropout", "causal"), node.args[3:6], strict=False)) | node.kwargs
+        mask = given.get("attn_mask", given.get("mask"))
+        rows = tuple(mask_of(expr, kept).nonzero().flatten() if touched(expr, kept) else None for expr in exprs[:-2])
+        yield Site(
+            coupling.name, sides, **common, mask=mask if isinstance(mask, fx.Node) else None, mask_rows=rows,
+            scale=given.get("scale"), causal=bool(given.get("is_causal", given.get("causal", False))),
+        )  # fmt: skip
+
+
+def _looking(site: Site, values: list[Tensor]) -> Tensor:
+    """1 less the share of the largest entropy in where each head looks, `[1, positions]`."""
+    shares = values[0] if len(site.sides) == 1 else _shares(site, values)
+    shares = shares.double()
+    seen = (shares > 0).sum(-1)
+    entropy = -torch.xlogy(shares, shares).sum(-1)
+    focus = 1.0 - entropy / seen.clamp(min=2).double().log()
+    told = (seen > 1).double()  # a query that sees one key only has no choice
+    rows = (focus * told).movedim(site.sides[0].dim, 0).flatten(1)
+    weights = told.movedim(site.sides[0].dim, 0).flatten(1).sum(1).clamp(min=1)
+    return (rows.sum(1) / weights)[None]
+
+
+def _shares(site: Site, values: list[Tensor]) -> Tensor:
+    """The attention that a fused op does not show."""
+    q, k = values[0].float(), values[1].float()
+    if k.ndim > 2 and k.shape[-3] != q.shape[-3]:
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)  # grouped queries
+    logits = q @ k.mT * (site.scale if site.scale is not None else 1 / math.sqrt(q.shape[-1]))
+    if site.causal:
+        ahead = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
+        logits = logits.masked_fill(ahead, -math.inf)
+    if len(values) > 2:
+        mask = values[2]
+        for dim, rows in enumerate(reversed(site.mask_rows), start=3):
+            if rows is not None and mask.ndim >= dim and mask.shape[-dim] not in (1, logits.shape[-dim]):
+                mask = mask.index_select(mask.ndim - dim, rows.to(mask.device))
+        logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(-1).nan_to_num(0.0)

@@ -1,0 +1,108 @@
+"""Products: where in a region's graph a coupling is contracted, and how its operands are read there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.couple.coupling_index import Numbering
+from ecospa_fx.passes.axes.algebra import Atom, Expr, atoms_of, size_of
+from ecospa_fx.passes.axes.selection import Choice, index_of, mask_of
+from ecospa_fx.passes.find.discover import Found
+from ecospa_fx.passes.ir.axis_facts import Inference
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One factor of a product.
+
+    Attributes:
+        node: what makes it.
+        dim: its dim along the coupling.
+        along: its dim along the contexts, where that is another one.
+        beside: LongTensor, the context at each position of that.
+    """
+
+    node: fx.Node
+    dim: int
+    along: int | None = None
+    beside: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place in a graph that says something about the entries of a coupling.
+
+    Attributes:
+        coupling: its name.
+        sides: the factors of a product, or what an attention is made of.
+        entry: LongTensor `[positions]`, the entry of the coupling at each position of a side's `dim`, -1 for none.
+        context: LongTensor `[positions]`, likewise its context, where that lies on the same dim.
+        contexts: how many there are; 1 where none are told apart.
+        scale: factor on the logits of an attention.
+        causal: whether an attention looks back only.
+        mask: the node of its mask.
+    """
+
+    coupling: str
+    sides: tuple[Side, ...]
+    entry: Tensor
+    size: int
+    contexts: int = 1
+    context: Tensor | None = None
+    scale: float | None = None
+    causal: bool = False
+    mask: fx.Node | None = None
+    mask_rows: tuple[Tensor | None, ...] = ()
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """What must be watched."""
+        return (*(side.node for side in self.sides), *((self.mask,) if self.mask is not None else ()))
+
+
+def product_sites(inference: Inference, found: Found, coupling: Coupling, kept: dict[Atom, Choice]) -> Iterator[Site]:
+    """Where an entry of `found` is summed over in a product."""
+    context = found.context if coupling.context is not None else None
+    numbers = Numbering(found.atom, context, kept)
+    for fact in inference.facts:
+        if fact.role != "contracted" or found.atom not in atoms_of(fact.expr) or len(fact.operands) < 2:
+            continue
+        sides = []
+        for operand in inference.operands[fact.node]:
+            dims = [dim for dim, expr in enumerate(operand.exprs) if expr == fact.expr]
+            if len(dims) == 1 and operand.weighted:
+                other = [(d, set(atoms_of(e))) for d, e in enumerate(operand.exprs) if d != dims[0]]
+                beside = [d for d, atoms in other if context in atoms]
+                if any(type(size_of(operand.exprs[d])) is not int for d in beside):
+                    break  # heads folded into the batch: which is which is not written down
+                rows = _contexts(operand.exprs[beside[0]], context, kept) if beside and context is not None else None
+                sides.append(Side(operand.node, dims[0], beside[0] if beside else None, rows))
+        if len(sides) != 2:
+            continue
+        left = mask_of(fact.expr, _along(kept, fact.expr))
+        index = index_of(fact.expr, found.atom)
+        if context is None or context in atoms_of(fact.expr):
+            entry, on = numbers.read(fact.expr, index, left)
+            yield Site(coupling.name, tuple(sides), entry, coupling.size, coupling.contexts, on)
+        elif all(side.along is not None for side in sides):  # every context has a row of its own
+            entry = numbers.in_first(index, left)
+            yield Site(coupling.name, tuple(sides), entry, coupling.size, coupling.contexts)
+
+
+def _along(kept: dict[Atom, Choice], expr: Expr) -> dict[Atom, Choice]:
+    """The selection as `expr` alone can be read under it: what differs by a context elsewhere is as in the first."""
+    own = set(atoms_of(expr))
+    return {
+        atom: choice if isinstance(choice, Tensor) or choice.context in own else choice.mask[0]
+        for atom, choice in kept.items()
+    }
+
+
+def _contexts(expr: Expr, context: Atom, kept: dict[Atom, Choice]) -> Tensor:
+    """The context, numbered as they are now, at each position of an axis that carries it."""
+    live = mask_of(context, kept)
+    return (live.cumsum(0) - 1)[index_of(expr, context)[mask_of(expr, _along(kept, expr))]]

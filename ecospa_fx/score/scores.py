@@ -1,0 +1,112 @@
+"""Scores: how much a weight matters, as one function each.
+
+A score says what one entry of a weight is worth from the weight and its gradient, elementwise. Sums over rows and
+columns, over steps and over the matrices of a coupling are made of it by `CoupledEstimator`.
+
+    ecospa_fx.EcoSpaTrainer(model, optimizer, score="taylor")
+    ecospa_fx.EcoSpaTrainer(model, optimizer, score=lambda weight, gradient: (weight * gradient).abs())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.errors import TargetError
+from ecospa_fx.kernels import slice_sums
+
+Function: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+Reads = Literal["gradients", "weights", "optimizer", "activations", "attention", "nothing"]
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """What a weight is worth.
+
+    Attributes:
+        name: how it is called.
+        reads: what it is made of. `"gradients"` (with the weights) are accumulated over steps, `"activations"` and
+            `"attention"` over forwards; the others are read when a decision is due.
+        of: `of(weight, gradient)` -> worth of each entry, not negative, in the weight's shape. Of a score that reads
+            the optimizer, `gradient` is the root of Adam's second moment.
+        meaning: in a line.
+    """
+
+    name: str
+    reads: Reads
+    of: Function | None
+    meaning: str
+
+    @property
+    def accumulates(self) -> bool:
+        """It gathers over training steps."""
+        return self.reads in ("gradients", "activations", "attention")
+
+
+SCORES = {
+    score.name: score
+    for score in (
+        Score("fisher", "gradients", lambda w, g: g.square(), "squared gradient, the diagonal of the empirical Fisher"),
+        Score("gradient", "gradients", lambda w, g: g.abs(), "absolute gradient"),
+        Score("taylor", "gradients", lambda w, g: (w * g).abs(), "what the loss changes by without it, to first order"),
+        Score("taylor_squared", "gradients", lambda w, g: (w * g).square(), "that, squared (Molchanov et al. 2019)"),
+        Score("magnitude", "weights", lambda w, g: w.square(), "squared weight"),
+        Score("adam", "optimizer", lambda w, g: g.square(), "Adam's second moment, as the optimizer holds it"),
+        Score("activation", "activations", None, "norm of the products it takes part in (as Wanda, Sun et al. 2023)"),
+        Score("attention_entropy", "attention", None, "how far a head's attention is from looking everywhere alike"),
+        Score("random", "nothing", None, "nothing: a control"),
+    )
+}
+"""Every score that has a name."""
+
+
+def score_named(score: str | Function | Score, option: str = "score") -> Score:
+    """The score that a name or a function stands for.
+
+    Raises:
+        TargetError: no score has the name.
+    """
+    if isinstance(score, Score):
+        return score
+    if callable(score):
+        return Score(getattr(score, "__name__", type(score).__name__), "gradients", score, "your own")
+    if score not in SCORES:
+        raise TargetError(
+            f"{option}={score!r} is none of {', '.join(map(repr, SCORES))}, nor a function of a weight and its gradient"
+        )
+    return SCORES[score]
+
+
+@torch.no_grad()
+def index_scores(model: nn.Module, coupling: Coupling, *, by_context: bool = False) -> Tensor:
+    """Score of each entry of a coupling: the product over its matrices of the norms of that entry's slices.
+
+    A bias counts in the row of the matrix it belongs to. (arXiv 2511.11641, coupled sparsification.)
+
+    Args:
+        model: a compiled model.
+        coupling: one of its couplings.
+        by_context: score the entries of each context (the dims of each head) on their own.
+
+    Returns:
+        float64 `[coupling.size]`, or `[coupling.contexts, coupling.size]`.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    rows = coupling.contexts if by_context else 1
+    squares: dict[str, Tensor] = {}
+    weights: list[Tensor] = [parameters[member.parameter] for member in coupling.members]
+    sums_of = slice_sums(weights, [member.dim for member in coupling.members])
+    for member, sums in zip(coupling.members, sums_of, strict=True):
+        owned = member.index >= 0
+        place = member.index[owned]
+        if by_context and member.context is not None:
+            place = member.context[owned] * coupling.size + place
+        score = squares.setdefault(member.of, torch.zeros(rows * coupling.size, dtype=torch.float64))
+        score.index_add_(0, place, sums.double().cpu()[owned])
+    product = torch.stack([score.sqrt() for score in squares.values()]).prod(0)
+    return product.view(rows, -1) if by_context else product

@@ -1,0 +1,217 @@
+"""SliceSums: where the sums of every scored row and column lie, and how they get there.
+
+{(parameter, dim)} -> one flat vector per device -> add(gradients): one launch -> views per (parameter, dim)
+
+Where parameters are sharded, each rank adds what it holds at its place in the whole; `reduced` adds up the ranks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ecospa_fx.errors import OptimizerError
+from ecospa_fx.kernels import add_slice_sums, add_slice_sums_now
+
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Arguments of one kernel call: parameter names in order, then targets as `add_slice_sums` takes them."""
+
+    names: tuple[str, ...]
+    tensors: list[int]
+    dims: list[int]
+    offsets: list[int]
+
+
+class SliceSums:
+    """Sums over training steps of the squares of each slice of many tensors, in memory that stays where it is.
+
+    Args:
+        parameters: the tensors whose gradients will be added.
+        dims: which of their dims are scored.
+        weighted: keep the sums of `(w * g)²` too.
+
+    Attributes:
+        views: (parameter, dim) -> its sums `[parameter.shape[dim]]`, of `(w * g)²` if weighted.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], dims: Mapping[str, Iterable[int]], *, weighted: bool = False
+    ) -> None:
+        self.weighted = weighted
+        self.dims = {name: tuple(sorted(along)) for name, along in dims.items()}
+        self._home: dict[str, tuple[torch.device, torch.dtype]] = {}
+        self._begin: dict[Key, int] = {}
+        widths: dict[tuple[torch.device, torch.dtype], int] = {}
+        for name, along in self.dims.items():
+            parameter = parameters[name]
+            home = (parameter.device, torch.promote_types(parameter.dtype, torch.float32))
+            self._home[name] = home
+            for dim in along:
+                self._begin[name, dim] = widths.get(home, 0)
+                widths[home] = self._begin[name, dim] + parameter.shape[dim]
+        self._sizes = {(name, dim): parameters[name].shape[dim] for name, dim in self._begin}
+        self._flat = {
+            home: torch.zeros(1 + weighted, width, dtype=home[1], device=home[0]) for home, width in widths.items()
+        }
+        self._calls: dict[Any, list[tuple[tuple[torch.device, torch.dtype], _Call]]] = {}
+        self._sharded: dict[tuple[Any, int], set[Key]] = {}  # (mesh, its dim) -> what it shards
+        self.views = self._views(self._flat)
+
+    @torch.no_grad()
+    def add(
+        self,
+        gradients: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor] | None = None,
+        *,
+        decay: float = 1.0,
+        gain: float = 1.0,
+        scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Add gradients: `sums = decay * sums + gain * squares`. No synchronisation, no memory taken on a GPU.
+
+        Args:
+            gradients: by parameter name; what is missing or not scored is left out.
+            weights: the parameters, where weighted.
+            decay: factor on the sums.
+            gain: factor on what is added.
+            scale: what gradients are multiplied by (a gradient scaler's scale) and are divided by here.
+            found_inf: unless it is 0, nothing happens.
+
+        Raises:
+            OptimizerError: a gradient is a DTensor whose local part cannot be placed in the whole.
+        """
+        names = tuple([name for name in gradients if name in self._home])
+        held: dict[str, Any] = dict(gradients)
+        placed = tuple([(name, held[name].placements) for name in names if _is_dtensor(held[name])])
+        calls = self._calls.get((names, placed))
+        if calls is None:
+            calls = self._calls[names, placed] = self._plan(names, gradients)
+        add = add_slice_sums if torch.compiler.is_compiling() else add_slice_sums_now
+        for home, call in calls:
+            device = home[0]
+            add(
+                self._flat[home],
+                [_local(gradients[name]) for name in call.names],
+                [_local(weights[name]) for name in call.names] if weights is not None and self.weighted else [],
+                call.tensors,
+                call.dims,
+                call.offsets,
+                decay,
+                gain,
+                None if scale is None else scale.to(device, non_blocking=True),
+                None if found_inf is None else found_inf.to(device, non_blocking=True),
+            )
+
+    def zero(self) -> None:
+        """Forget what was added, in place."""
+        for flat in self._flat.values():
+            flat.zero_()
+
+    def reduced(self) -> dict[Key, Tensor]:
+        """The sums on the CPU, added up over the ranks that hold parts of a parameter.
+
+        One all-reduce of the whole vector for each dim of a device mesh along which anything is sharded. Every rank of
+        the mesh must take part. What a mesh replicates counts once.
+        """
+        flats = {}
+        for home, flat in self._flat.items():
+            whole = flat
+            for (mesh, mesh_dim), keys in self._sharded.items():
+                whole = whole.clone() if whole is flat else whole
+                if mesh.get_local_rank(mesh_dim) != 0:
+                    for key, begin in self._begin.items():
+                        if self._home[key[0]] == home and key not in keys:
+                            whole[:, begin : begin + self._sizes[key]] = 0
+                torch.distributed.all_reduce(whole, group=mesh.get_group(mesh_dim))
+            flats[home] = whole.cpu()
+        return self._views(flats)
+
+    def _views(self, flats: Mapping[tuple[torch.device, torch.dtype], Tensor]) -> dict[Key, Tensor]:
+        plane = int(self.weighted)
+        return {
+            key: flats[self._home[key[0]]][plane, begin : begin + self._sizes[key]]
+            for key, begin in self._begin.items()
+        }
+
+    def _plan(
+        self, names: tuple[str, ...], gradients: Mapping[str, Tensor]
+    ) -> list[tuple[tuple[torch.device, torch.dtype], _Call]]:
+        calls: dict[tuple[torch.device, torch.dtype], _Call] = {}
+        for name in names:
+            call = calls.setdefault(self._home[name], _Call((), [], [], []))
+            first = self._first(name, gradients[name])
+            for dim in self.dims[name]:
+                call.tensors.append(len(call.names))
+                call.dims.append(dim)
+                call.offsets.append(self._begin[name, dim] + first[dim])
+            calls[self._home[name]] = _Call((*call.names, name), call.tensors, call.dims, call.offsets)
+        return list(calls.items())
+
+    def _first(self, name: str, gradient: Any) -> tuple[int, ...]:
+        """Where in the whole parameter the local part of a gradient begins."""
+        if not _is_dtensor(gradient):
+            return (0,) * int(gradient.ndim)
+        from torch.distributed.tensor import Replicate, Shard
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        mesh, placements = gradient.device_mesh, gradient.placements
+        for mesh_dim, placement in enumerate(placements):
+            if type(placement) not in (Shard, Replicate):
+                raise OptimizerError(
+                    f"the gradient of `{name}` is placed {type(placement).__name__} along dim {mesh_dim} of its device "
+                    "mesh, and only Shard and Replicate tell which slices a rank holds; redistribute it before the "
+                    "optimizer's step"
+                )
+            if type(placement) is Shard:
+                keys = {(name, dim) for dim in self.dims[name]}
+                self._sharded.setdefault((mesh, mesh_dim), set()).update(keys)
+        _, first = compute_local_shape_and_global_offset(gradient.shape, mesh, placements)
+        return tuple(first)
+
+
+class Window:
+    """The sums that each of the last so many steps has added, so that they can be taken out again.
+
+    Args:
+        length: how many.
+
+    Attributes:
+        steps: what each added, the oldest first.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.steps: deque[dict[Key, Tensor]] = deque(maxlen=length)
+
+    def add(self, added: Mapping[Key, Tensor], new_step: bool, found_inf: Tensor | None) -> None:
+        """Keep what has been added, unless the step was left out, for which a GPU must be waited for."""
+        if found_inf is not None and bool(found_inf):
+            return
+        if new_step or not self.steps:
+            self.steps.append({})
+        self.steps[-1].update({key: sums.clone() for key, sums in added.items()})
+
+    def sum(self, key: Key, like: Tensor) -> Tensor:
+        """What they come to."""
+        return sum((step[key] for step in self.steps if key in step), torch.zeros_like(like))
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
+
+
+def _local(tensor: Any) -> Tensor:
+    """What this rank holds of a tensor, strided."""
+    local: Tensor = tensor.detach()
+    if _is_dtensor(tensor):
+        local = local.to_local()  # type: ignore[attr-defined]
+    return local if local.layout == torch.strided else local.to_dense()

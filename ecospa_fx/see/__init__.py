@@ -1,0 +1,1 @@
+"""See: findings, tables, graphs and reports that people read."""

@@ -1,0 +1,65 @@
+"""The page: template, style, script and what was found, in one file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ecospa_fx.errors import EcoSpaError
+
+from .document import document_of
+from .training import figures_of
+
+if TYPE_CHECKING:
+    from ecospa_fx.see.explanation import Explanation
+
+
+def write_report(
+    explanation: Explanation, path: str | os.PathLike[str], training: Mapping[str, Any] | None = None
+) -> None:
+    """Write the report of an explanation. With a training run it carries plotly.js, which is 4.8 MB.
+
+    Raises:
+        EcoSpaError: jinja2, or plotly where there are curves to draw, is not installed.
+    """
+    try:
+        import jinja2
+    except ModuleNotFoundError:
+        raise EcoSpaError("a report needs jinja2: pip install 'ecospa-fx[report]'") from None
+    document = document_of(explanation)
+    plotly = ""
+    if training is not None:
+        document["figures"] = figures_of(training)
+        plotly = _plotly()
+    here = files(__package__)
+    # Undefined names are mistakes, and everything that comes from a model is escaped.
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string((here / "page.html.j2").read_text(encoding="utf-8"))
+    page = template.render(
+        title=document["title"],
+        style=(here / "report.css").read_text(encoding="utf-8"),
+        script=(here / "report.js").read_text(encoding="utf-8"),
+        document=_inside_script(document),
+        plotly=plotly,
+        curves=training is not None,
+    )
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def _inside_script(document: Any) -> str:
+    """JSON that nothing in it can end the script element around."""
+    text = json.dumps(document, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _plotly() -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ModuleNotFoundError:
+        raise EcoSpaError("curves in a report need plotly: pip install 'ecospa-fx[report]'") from None
+    script: str = get_plotlyjs()
+    return script

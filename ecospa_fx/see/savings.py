@@ -1,0 +1,182 @@
+"""Savings: what each coupling can give, in parameters, bytes and FLOPs. Arithmetic on axes; no tensor is touched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from math import prod
+
+from rich.table import Table
+
+from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.model.cost import flop_terms
+from ecospa_fx.passes.axes.algebra import Atom, atoms_of
+from ecospa_fx.passes.graph.tensors import join
+from ecospa_fx.text import count, plain, size
+
+from .fold import fold_couplings, heading
+from .snapshot import Known, KnownRegion
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What removing entries of one coupling saves.
+
+    Attributes:
+        coupling: its name.
+        entries: how many can go: all but one.
+        parameters: per entry removed.
+        bytes: of weights, per entry removed. Gradients and AdamW's two moments make it four times as much in training.
+        flops: per entry removed, in one forward of the call that was captured; a backward takes about twice as many.
+        most_parameters: with all but one removed.
+        most_bytes: with all but one removed.
+        most_flops: with all but one removed.
+    """
+
+    coupling: str
+    entries: int
+    parameters: int
+    bytes: int
+    flops: int
+    most_parameters: int
+    most_bytes: int
+    most_flops: int
+
+
+@dataclass(frozen=True, eq=False)
+class Savings:
+    """What each coupling can give. Entries that two couplings share (a head's dims) count in both: they do not add up.
+
+    Attributes:
+        by_coupling: by name.
+        parameters: of the model now.
+        bytes: of its parameters.
+        flops: of one forward of the captured regions, as they were called: products of matrices and convolutions.
+        couplings: the couplings it is about.
+    """
+
+    by_coupling: dict[str, Saving]
+    parameters: int
+    bytes: int
+    flops: int
+    couplings: tuple[Coupling, ...]
+
+    def __getitem__(self, coupling: Coupling | str) -> Saving:
+        return self.by_coupling[coupling if isinstance(coupling, str) else coupling.name]
+
+    def __iter__(self) -> Iterator[Saving]:
+        return iter(self.by_coupling.values())
+
+    def __len__(self) -> int:
+        return len(self.by_coupling)
+
+    def __repr__(self) -> str:
+        return f"<Savings of {len(self)} couplings in {self.parameters:,} parameters>"
+
+    def __rich__(self) -> Table:
+        table = Table(box=None, pad_edge=False, show_edge=False)
+        table.add_column("coupling", overflow="fold")
+        table.add_column("times", justify="right")
+        for name in ("an entry:\nparameters", "\nFLOPs", "all but one:\nparameters", "\nshare", "\nFLOPs"):
+            table.add_column(name, justify="right", no_wrap=True)
+        last = None
+        for fold in fold_couplings(self.couplings):
+            if fold.module != last:
+                last = fold.module
+                table.add_row(heading(fold.module))
+            saving = self[fold.couplings[0]]
+            times = len(fold.couplings)
+            table.add_row(
+                f"  {fold.tail}",
+                str(times),
+                count(saving.parameters),
+                count(saving.flops),
+                count(times * saving.most_parameters),
+                f"{times * saving.most_parameters / max(1, self.parameters):.1%}",
+                count(times * saving.most_flops),
+            )
+        return table
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.parameters:,} parameters, {size(self.bytes)}; {count(self.flops)} FLOPs in one forward of the "
+            f"{'regions' if self.by_coupling else 'model'}"
+        )
+        return f"{head}\n\n{plain(self.__rich__())}"
+
+    def to_json(self) -> str:
+        """All of it as JSON."""
+        document = {
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "flops": self.flops,
+            "by_coupling": {name: asdict(saving) for name, saving in self.by_coupling.items()},
+        }
+        return json.dumps(document, indent=1)
+
+
+def savings_of(known: Known, couplings: tuple[Coupling, ...]) -> Savings:
+    """What each of `couplings` can give."""
+    offered = {coupling.name: coupling for coupling in couplings}
+    by_coupling: dict[str, Saving] = {}
+    flops = 0
+    shared: dict[tuple[int, str], Saving] = {}  # blocks that are equal, and whole, share their inference
+    totals: dict[int, int] = {}
+    for region in known.regions.values():
+        key = id(region.inference.facts)
+        costs = _Costs(known, region)
+        if region.sizes:
+            flops += costs.flops(region.sizes)
+        else:
+            totals[key] = totals.get(key) or costs.flops({})
+            flops += totals[key]
+        for name, atom in region.couplings():
+            if name not in offered:
+                continue
+            mark = key, name.removeprefix(f"{region.name}.")
+            if region.sizes:
+                by_coupling[name] = costs.saving(name, atom, offered[name].size)
+                continue
+            if mark not in shared:
+                shared[mark] = costs.saving(name, atom, offered[name].size)
+            by_coupling[name] = replace(shared[mark], coupling=name)
+    weights = sum(prod(shape) * width for name, (shape, width) in known.tensors.items() if name not in known.ties)
+    return Savings(by_coupling, known.parameters, weights, flops, couplings)
+
+
+class _Costs:
+    """Parameters, bytes and FLOPs of one region as functions of the sizes of its atoms."""
+
+    def __init__(self, known: Known, region: KnownRegion) -> None:
+        self.known, self.region = known, region
+        self.terms = list(flop_terms(region.inference))
+
+    def saving(self, name: str, atom: Atom, now: int) -> Saving:
+        entries = max(0, now - 1)
+        one = self._saved(atom, now, max(1, now - 1))
+        most = self._saved(atom, now, 1)
+        return Saving(name, entries, *one, *most)
+
+    def _saved(self, atom: Atom, now: int, then: int) -> tuple[int, int, int]:
+        before = {**self.region.sizes, atom: now}
+        after = {**self.region.sizes, atom: then}
+        parameters = weights = 0
+        for name, exprs in self.region.inference.parameters.items():
+            full = join(self.region.name, name)
+            if full not in self.known.tensors or full in self.known.ties:
+                continue
+            if any(atom in atoms_of(expr) for expr in exprs):
+                gone = prod(self.region.count(e, before) for e in exprs)
+                gone -= prod(self.region.count(e, after) for e in exprs)
+                parameters += gone
+                weights += gone * self.known.tensors[full][1]
+        return parameters, weights, self.flops(before, atom) - self.flops(after, atom)
+
+    def flops(self, sizes: Mapping[Atom, int], only: Atom | None = None) -> int:
+        """FLOPs of the region with atoms at `sizes`, of the products that `only` is in alone if it is given."""
+        total = 0.0
+        for factor, exprs in self.terms:
+            if only is None or any(only in atoms_of(expr) for expr in exprs):
+                total += factor * prod(self.region.count(expr, sizes) for expr in exprs)
+        return round(total)

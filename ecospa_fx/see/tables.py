@@ -1,0 +1,195 @@
+"""What an explanation says, as text for 80 columns, as rich tables, Markdown and JSON."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.passes.find.discover import Refusal
+from ecospa_fx.text import plain, plural
+
+from .fold import Fold, fold_couplings, fold_refusals, heading
+
+if TYPE_CHECKING:
+    from .explanation import Explanation
+
+MOST_MEMBERS, MOST_REASONS = 6, 3
+WIDTH = 80
+
+
+def title(explanation: Explanation) -> str:
+    """The first line."""
+    regions = explanation.regions
+    where = "the whole model" if regions == ("",) else plural(len(regions), "region")
+    return f"{explanation.model}: {plural(len(explanation.couplings), 'coupling')} in {where}"
+
+
+def couplings_table(couplings: tuple[Coupling, ...]) -> Table:
+    """A row per sort of coupling, under the module that its members share."""
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    table.add_column("coupling", overflow="fold", style="bold")
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("times", justify="right")
+    table.add_column("between")
+    table.add_column("members", overflow="fold", ratio=1)
+    for fold in fold_couplings(couplings):
+        between = "linear" if fold.couplings[0].linear else "pointwise"
+        members = Text(" ".join(word.replace(" ", "\u00a0") for word in fold.members))
+        table.add_row(Text(fold.tail), size_of(fold.couplings[0]), str(len(fold.couplings)), between, members)
+    return table
+
+
+def size_of(coupling: Coupling) -> str:
+    """Entries now, of how many; `16 x 8` where each of eight contexts (heads) may keep others."""
+    size = str(coupling.size)
+    if coupling.size != coupling.original_size:
+        size += f" of {coupling.original_size}"
+    contexts = getattr(coupling, "contexts", 1)
+    return f"{size} x {contexts}" if contexts > 1 else size
+
+
+def by_module(couplings: tuple[Coupling, ...]) -> Iterator[tuple[str, tuple[Coupling, ...]]]:
+    """Couplings by the module they are named after, equal modules of repeated blocks together."""
+    grouped: dict[str, list[Fold]] = {}
+    for fold in fold_couplings(couplings):
+        grouped.setdefault(fold.module, []).append(fold)
+    for module, folds in grouped.items():
+        yield heading(module), tuple(c for fold in folds for c in fold.couplings)
+
+
+def refusal_lines(refusal: Refusal, times: int) -> tuple[str, list[str]]:
+    """The weights that meet, and a line per reason."""
+    more = len(refusal.members) - MOST_MEMBERS
+    again = f", {times} times" if times > 1 else ""
+    head = ", ".join(refusal.members[:MOST_MEMBERS]) + (f" and {more} more" if more > 0 else "")
+    reasons = list(refusal.reasons[:MOST_REASONS])
+    if len(refusal.reasons) > MOST_REASONS:
+        reasons.append(f"and {len(refusal.reasons) - MOST_REASONS} more")
+    return f"{head} (size {refusal.size}{again})", reasons
+
+
+def _notes(explanation: Explanation) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
+    """The sections below the couplings: a heading, and items with lines of their own."""
+    if explanation.refusals:
+        folded = fold_refusals(explanation.refusals)
+        yield "Refused, and why", [refusal_lines(refusal, times) for refusal, times in folded]
+    changing = [(fold, changes) for fold in fold_couplings(explanation.couplings) if (changes := _changes(fold))]
+    if changing:
+        lines: list[tuple[str, list[str]]] = [
+            (f"{'.'.join(filter(None, (fold.module, fold.tail)))}: {', '.join(changes)}", [])
+            for fold, changes in changing
+        ]
+        yield "Integers that change with it (execution='module')", lines
+    if explanation.missing_rules:
+        items: list[tuple[str, list[str]]] = [(f"{op}: {uses}", []) for op, uses in explanation.missing_rules.items()]
+        yield "Ops without an axis rule (what they touch stays whole)", items
+    if explanation.experiments:
+        tried: list[tuple[str, list[str]]] = [(f"{op}: {uses}", []) for op, uses in explanation.experiments.items()]
+        yield "Ops whose axis rule is an experiment's (verified, not proved)", tried
+    if explanation.given_up:
+        yield "Not captured", [(f"{name or 'the model'}: {why}", []) for name, why in explanation.given_up.items()]
+
+
+def _changes(fold: Fold) -> list[str]:
+    """The attributes that change with a sort of coupling, named from the module that its members share."""
+    first = fold.couplings[0]
+    prefix = f"{first.name.rpartition('.')[0]}."
+    return [change.removeprefix(prefix) for change in first.changes]
+
+
+def text_of(explanation: Explanation) -> str:
+    """All of it for a terminal of 80 columns."""
+    parts = [title(explanation)]
+    for module, couplings in by_module(explanation.couplings):
+        parts.append(f"{module}\n{textwrap.indent(plain(couplings_table(couplings), WIDTH - 2), '  ')}")
+    for name, items in _notes(explanation):
+        lines = [f"{name}:"]
+        for item, details in items:
+            lines.append(_wrapped(item, "  ", "    "))
+            lines += [_wrapped(detail, "    - ", "      ") for detail in details]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def rich_of(explanation: Explanation) -> Group:
+    """All of it for a terminal of any width, in colour."""
+    parts: list[Any] = [Text(title(explanation), style="bold")]
+    for module, couplings in by_module(explanation.couplings):
+        parts += [Text(), Text(module, style="cyan"), Padding(couplings_table(couplings), (0, 0, 0, 2))]
+    for name, items in _notes(explanation):
+        parts += [Text(), Text(f"{name}:", style="bold")]
+        for item, details in items:
+            parts.append(Padding(Text(item), (0, 0, 0, 2)))
+            parts += [Padding(Text(f"- {detail}", style="yellow"), (0, 0, 0, 4)) for detail in details]
+    return Group(*parts)
+
+
+def markdown_of(explanation: Explanation) -> str:
+    """All of it as Markdown."""
+    parts = [f"## {title(explanation)}"]
+    for module, couplings in by_module(explanation.couplings):
+        rows = ["| coupling | size | times | between | members |", "|---|---:|---:|---|---|"]
+        for fold in fold_couplings(couplings):
+            between = "linear" if fold.couplings[0].linear else "pointwise"
+            members = ", ".join(f"`{member}`" for member in fold.members)
+            cells = fold.tail, size_of(fold.couplings[0]), str(len(fold.couplings)), between, members
+            rows.append(f"| {' | '.join(cells)} |")
+        parts.append(f"### `{module}`\n\n" + "\n".join(rows))
+    for name, items in _notes(explanation):
+        lines = []
+        for item, details in items:
+            lines += [f"- {item}", *(f"  - {detail}" for detail in details)]
+        parts.append(f"### {name}\n\n" + "\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def document_of(explanation: Explanation) -> dict[str, Any]:
+    """All of it as plain values."""
+    return {
+        "model": explanation.model,
+        "regions": list(explanation.regions),
+        "couplings": [coupling_document(coupling) for coupling in explanation.couplings],
+        "refusals": [
+            {"members": list(r.members), "size": r.size, "reasons": list(r.reasons), "region": r.region}
+            for r in explanation.refusals
+        ],
+        "missing_rules": explanation.missing_rules,
+        "experiments": explanation.experiments,
+        "given_up": explanation.given_up,
+        "seconds": explanation.seconds,
+    }
+
+
+def coupling_document(coupling: Coupling) -> dict[str, Any]:
+    """A coupling as plain values; the index of its members is left out."""
+    return {
+        "name": coupling.name,
+        "kind": coupling.kind,
+        "size": coupling.size,
+        "original_size": coupling.original_size,
+        "linear": coupling.linear,
+        "region": coupling.region,
+        "context": getattr(coupling, "context", None),
+        "contexts": getattr(coupling, "contexts", 1),
+        "changes": list(getattr(coupling, "changes", ())),
+        "members": [{"parameter": m.parameter, "dim": m.dim, "part": m.part} for m in coupling.members],
+    }
+
+
+def json_of(explanation: Explanation) -> str:
+    """All of it as JSON."""
+    return json.dumps(document_of(explanation), indent=1)
+
+
+def _wrapped(text: str, first: str, rest: str) -> str:
+    return textwrap.fill(
+        text, WIDTH, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )

@@ -1,0 +1,152 @@
+"""verify: the numeric proof that removal equals masking, coupling by coupling and all together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecospa_fx.errors import VerificationError
+from ecospa_fx.model.full_size import unshrunk
+from ecospa_fx.model.lookup import state_of
+from ecospa_fx.model.region import Region
+from ecospa_fx.passes.axes.algebra import Atom
+from ecospa_fx.passes.axes.selection import Choice, settled, whole
+from ecospa_fx.passes.capture.record import record
+from ecospa_fx.passes.graph.isolate import traceless
+from ecospa_fx.passes.graph.tensors import join, named_tensors
+from ecospa_fx.passes.rewrite.verify import Comparison, compare
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Result of `verify`.
+
+    Attributes:
+        by_coupling: a comparison per coupling alone, and `all of <region>` per region for all together.
+    """
+
+    by_coupling: dict[str, Comparison]
+
+    @property
+    def ok(self) -> bool:
+        """Every comparison is within tolerance."""
+        return all(comparison.ok for comparison in self.by_coupling.values())
+
+    @property
+    def worst(self) -> Comparison:
+        """The comparison with the largest error."""
+        return max(self.by_coupling.values(), key=lambda c: max(c.output_error, c.gradient_error))
+
+    def __str__(self) -> str:
+        verdict = "exact" if self.ok else "NOT exact"
+        worst = self.worst
+        return (
+            f"{verdict}: {len(self.by_coupling)} comparisons of shrunk with masked, worst {worst.coupling}: output "
+            f"{worst.output_error:.1e}, gradient {worst.gradient_error:.1e} (tolerance {worst.tolerance:.0e})"
+        )
+
+    def raise_if_failed(self) -> None:
+        """Raise where any comparison failed.
+
+        Raises:
+            VerificationError: with every coupling that failed.
+        """
+        failed = [c for c in self.by_coupling.values() if not c.ok]
+        if failed:
+            raise VerificationError(
+                "; ".join(
+                    f"`{c.coupling}` with {c.removed} entries removed differs from masking: output "
+                    f"{c.output_error:.1e}, gradient {c.gradient_error:.1e} of {c.worst_gradient or 'nothing'}"
+                    for c in failed
+                )
+            )
+
+
+def verify(
+    model: nn.Module,
+    *,
+    example_inputs: Sequence[Any] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Verification:
+    """Check numerically that shrinking equals masking, for each coupling alone and for all of a region together.
+
+    Works on a copy of every tensor, at original sizes and in eval mode; the model is left as it is. About half of each
+    coupling is removed, at random, and another half in each context (head) where it may differ.
+
+    Args:
+        model: a compiled model.
+        example_inputs: positional arguments of a call.
+        example_kwargs: keyword arguments of a call.
+        seed: of the random selections, and of stand-ins for entries that are gone already.
+
+    Raises:
+        NoInputsError: the model has not been called yet and no inputs are given.
+    """
+    args, kwargs = tuple(example_inputs), dict(example_kwargs or {})
+    modes = {module: module.training for module in model.modules()}
+    try:
+        # Dropout would draw other masks at other sizes; entry by entry it is the same in both modes.
+        model.eval()
+        if args or kwargs:
+            with traceless(model), torch.no_grad():
+                model(*args, **kwargs)  # captures what has not been called so far
+        found = sorted(comparisons(model, args, kwargs, seed), key=lambda c: c.coupling.startswith("all of "))
+        return Verification({c.coupling: c for c in found})
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def comparisons(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 0) -> Iterator[Comparison]:
+    """One comparison after another, for those who cannot wait for all: a region's couplings together, then each alone.
+
+    Args:
+        model: a compiled model, in eval mode.
+        args: positional arguments of a call.
+        kwargs: keyword arguments of it.
+        seed: as for `verify`.
+    """
+    compiled = state_of(model)
+    generator = torch.Generator().manual_seed(seed)
+    calls = record(model, args, kwargs, set(compiled.regions))
+    for name, region in compiled.regions.items():
+        if name not in calls:
+            continue
+        module = model.get_submodule(name)
+        program, inputs = region.program_for(module, *calls[name])
+        tensors = _originals(region, module, generator)
+        inference = program.inference
+        known = {f.key: f for f in region.discovery_of(program).couplings}
+        found = [known[f.key] for f in region.discoveries[-1].couplings if f.key in known]
+        kept = {coupling.atom: _half(coupling.atom, coupling.context, generator) for coupling in found}
+        yield compare(inference, kept, module, tensors, inputs, f"all of {name or 'the model'}")
+        for coupling in found:
+            alone = {coupling.atom: kept[coupling.atom]}
+            yield compare(inference, alone, module, tensors, inputs, join(name, coupling.name))
+
+
+def _half(atom: Atom, context: Atom | None, generator: torch.Generator) -> Choice:
+    """A random half of the entries of `atom`; another one in each entry of its context, where it has one."""
+    rows = torch.stack([torch.randperm(atom.size, generator=generator) for _ in range(context.size if context else 1)])
+    masks = rows < max(1, atom.size // 2)
+    return masks[0] if context is None else settled(context, masks, whole(context))
+
+
+def _originals(region: Region, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Every parameter and buffer of a region at its original size, what is gone filled with noise."""
+    plan = region.compiled.plan
+    tensors = {}
+    for name, tensor in named_tensors(module).items():
+        full = join(region.name, name)
+        if full in plan.original_shapes:
+            whole = unshrunk(tensor, plan, full).detach()
+            gone = ~unshrunk(torch.ones_like(tensor), plan, full).bool()
+            noise = torch.randn(whole.shape, generator=generator).to(whole) * tensor.detach().abs().mean()
+            tensor = torch.where(gone, noise.abs(), whole)
+        tensors[name] = tensor.detach()
+    return tensors

@@ -1,0 +1,233 @@
+"""Watch: how a model shrinks while it trains, to look at and to keep.
+
+trainer, losses -> Watch -> progress (rich) | a table | JSON lines | TensorBoard | a plot of widths
+                         -> signs that it goes wrong, as warnings
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from ecospa_fx.errors import EcoSpaError
+from ecospa_fx.logs import logger
+from ecospa_fx.model.lookup import couplings
+from ecospa_fx.text import plain
+from ecospa_fx.train.loss_spikes import SpikeWatch
+
+from .symptoms import Sign, collapses, odd_widths, spike
+
+if TYPE_CHECKING:
+    from ecospa_fx.train.trainer import EcoSpaTrainer
+
+AROUND = 10
+"""Steps before and after a shrink whose mean loss the table shows."""
+
+MULTIPLE = 8
+"""Entries that widths on a GPU should be multiples of."""
+
+
+class Watch:
+    """Shows how a model shrinks while it trains, writes it down, and warns when it goes wrong.
+
+    >>> with ecospa_fx.Watch(trainer, steps=len(loader), lines="run.jsonl") as watch:
+    ...     for batch in loader:
+    ...         loss = model(**batch).loss
+    ...         ...
+    ...         trainer.step(loss=loss)
+    ...         watch.step(loss)
+    >>> print(watch)
+
+    What it warns of: a loss that stays up after a shrink, a layer that is all but gone, and, where the model is on a
+    GPU, widths that will run no faster. Warnings go to the log `shrink` and are kept in `signs`.
+
+    Args:
+        trainer: of the run.
+        steps: how many there will be, for a progress bar; None shows none. It is shown in a terminal only.
+        lines: a file to which each step, shrink, wait and sign is appended as one line of JSON.
+        tensorboard: a directory, or a `SummaryWriter`: loss, size, importance and width of each coupling.
+        multiple: of which widths should be multiples; None means of 8 where the model is on a GPU, of nothing else.
+
+    Attributes:
+        losses: of each step.
+        sizes: parameters after each step.
+        signs: what was warned of.
+
+    Raises:
+        EcoSpaError: TensorBoard is not there, or the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        trainer: EcoSpaTrainer,
+        *,
+        steps: int | None = None,
+        lines: str | os.PathLike[str] | None = None,
+        tensorboard: Any = None,
+        multiple: int | None = None,
+    ) -> None:
+        self.trainer, self.multiple = trainer, multiple
+        self.losses: list[float] = []
+        self.sizes: list[int] = []
+        self.signs: list[Sign] = []
+        self._first = trainer.steps
+        self._seen = len(trainer.history), len(trainer.postponed)
+        self._whole = trainer.size
+        self._spikes, self._said_spike = SpikeWatch(), True
+        self._writer = tensorboard if hasattr(tensorboard, "add_scalar") else _writer(tensorboard)
+        self._own_writer = self._writer is not tensorboard
+        self._lines = None if lines is None else Path(lines)
+        self._write()  # nothing, to see whether it can
+        self._progress: Progress | None = None
+        if steps is not None:
+            self._progress, self._task = _bar(steps)
+
+    def __enter__(self) -> Watch:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close what it has opened."""
+        if self._progress is not None:
+            self._progress.stop()
+        if self._writer is not None and self._own_writer:
+            self._writer.close()
+            self._writer = None
+
+    def step(self, loss: Tensor | float) -> None:
+        """Take up a training step; call it after `trainer.step()`.
+
+        Args:
+            loss: of the step. Where it is a tensor it is read at once, which a GPU waits for.
+        """
+        value = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+        trainer, step, size = self.trainer, self.trainer.steps, self.trainer.size
+        self.losses.append(value)
+        self.sizes.append(size)
+        self._spikes.see(value)
+        self._write({"step": step, "loss": value if math.isfinite(value) else str(value), "size": size})
+        self._scalars(step, {"loss": value, "size": size, "share": size / self._whole})
+        shrinks, waits = self._seen
+        for entry in trainer.postponed[waits:]:
+            self._write({"event": "wait", **entry})
+        for entry in trainer.history[shrinks:]:
+            self._shrunk(entry)
+        self._seen = len(trainer.history), len(trainer.postponed)
+        if not self._said_spike:
+            told = trainer.hears_the_loss
+            self._say(spike(self._spikes, step, trainer.history[-1]["step"], told))
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step - self._first, shown=self._shown(value, size))
+
+    def _shrunk(self, entry: dict[str, Any]) -> None:
+        step, found = entry["step"], couplings(self.trainer.model)
+        self._spikes.shrunk()
+        self._said_spike = False
+        widths = {coupling.name: coupling.size for coupling in found}
+        self._write({"event": "shrink", **entry, "widths": widths})
+        self._scalars(step, {f"width/{name}": size for name, size in widths.items()})
+        self._scalars(step, {f"importance/{name}": value for name, value in entry["importance"].items()})
+        for sign in collapses(found, step, {sign.about for sign in self.signs if sign.kind == "collapse"}):
+            self._say(sign)
+        multiple = self.multiple
+        if multiple is None and any(p.device.type != "cpu" for p in self.trainer.model.parameters()):
+            multiple = MULTIPLE
+        if multiple is not None and not any(sign.kind == "width" for sign in self.signs):
+            self._say(odd_widths(self.trainer.model, found, step, multiple))
+
+    def _say(self, sign: Sign | None) -> None:
+        if sign is None:
+            return
+        self._said_spike = self._said_spike or sign.kind == "spike"
+        self.signs.append(sign)
+        self._write({"event": "sign", "step": sign.step, "kind": sign.kind, "about": sign.about, "text": sign.text})
+        logger("shrink").warning("%s", sign)
+
+    def _write(self, record: dict[str, Any] | None = None) -> None:
+        if self._lines is None:
+            return
+        try:
+            with self._lines.open("a") as file:  # closed at once: what is written stays, whatever is killed
+                file.write("" if record is None else json.dumps(record) + "\n")
+        except OSError as error:
+            raise EcoSpaError(f"lines={str(self._lines)!r} cannot be written: {error.strerror or error}") from error
+
+    def _scalars(self, step: int, values: dict[str, float]) -> None:
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def _shown(self, loss: float, size: int) -> str:
+        return f"loss {loss:.3f}  size x {size / self._whole:.2f}{importance_range(self.trainer)}"
+
+    def table(self) -> Table:
+        """The shrinks so far: size, what went, and the loss around each."""
+        title = f"{self._whole:,} -> {self.trainer.size:,} parameters (x {self.trainer.size / self._whole:.3f})"
+        table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+        for column in ("step", "parameters", "share", "couplings", "entries", "loss before", "after"):
+            table.add_column(column, justify="right")
+        for entry in self.trainer.history:
+            at = entry["step"] - self._first
+            before, after = self.losses[max(0, at - AROUND) : at], self.losses[at : at + AROUND]
+            table.add_row(
+                str(entry["step"]), f"{entry['size']:,}", f"x {entry['size'] / self._whole:.3f}",
+                str(len(entry["removed"])), str(sum(entry["removed"].values())), _mean(before), _mean(after),
+            )  # fmt: skip
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    def __str__(self) -> str:
+        return "\n".join([plain(self.table()), *(f"! {sign}" for sign in self.signs)])
+
+    def report(self) -> dict[str, Any]:
+        """What `Explanation.report(training=...)` and `save_widths` take."""
+        from ecospa_fx.see.report.training import training_of
+
+        return training_of(self.trainer, self.losses, sizes=self.sizes)
+
+
+def importance_range(trainer: EcoSpaTrainer) -> str:
+    """What the least and the most important coupling scored at the last shrink, as a progress display shows it."""
+    scored = [entry["importance"].values() for entry in trainer.history[-1:] if entry["importance"]]
+    return f"  importance {min(scored[0]):.0e} to {max(scored[0]):.0e}" if scored else ""
+
+
+def _mean(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.4g}" if values else ""
+
+
+def _bar(steps: int) -> tuple[Progress, TaskID]:
+    console = Console(stderr=True)
+    progress = Progress(
+        BarColumn(bar_width=14), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    return progress, progress.add_task("training", total=steps, shown="")
+
+
+def _writer(directory: Any) -> Any:
+    if directory is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise EcoSpaError("tensorboard= needs TensorBoard; pip install tensorboard") from None
+    return SummaryWriter(str(directory))

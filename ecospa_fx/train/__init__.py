@@ -1,0 +1,1 @@
+"""Train: when, where and how much to shrink while a model trains."""

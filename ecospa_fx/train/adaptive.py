@@ -1,0 +1,143 @@
+"""AdaptiveSparsifier: where to remove how much, by what the loss would rise by."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from itertools import pairwise
+
+from torch import Tensor
+
+from ecospa_fx.couple.constraints import Unit
+from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.model.cost import CostModel
+
+from .latency import LatencyModel
+from .sparsifier import CoupledSparsifier, named_sizes
+
+
+class AdaptiveSparsifier(CoupledSparsifier):
+    """Removes most where the loss would rise least by it, for what it saves, over all couplings at once.
+
+    How much goes from a coupling is decided by what its entries are worth alone, whatever could take over from them.
+    One price, loss per unit of cost, is the same everywhere: each coupling loses as many entries as are worth less than
+    that, and the price is as low as the size that is due allows. There is nothing to set: neither a share of couplings
+    nor of scores.
+
+    What can be replaced now costs nothing now. But a model that goes on training uses it, and would miss it: to decide
+    by what is left after compensation cost more in the end, in particular early (docs/absorption.md).
+
+    Settings, attributes and errors are those of `CoupledSparsifier`.
+    """
+
+    def widths(self, worth: Mapping[Coupling, Tensor], at_most: int) -> dict[Coupling, int]:
+        """How many entries of which couplings stay.
+
+        Args:
+            worth: `[size]`, what the loss would rise by with the cheapest entry of a coupling, the next, and so on; one
+                without stays as it is.
+            at_most: what the model may cost after this step; the target, if it is below.
+
+        Returns:
+            For those that shrink.
+        """
+        sizes = self.sizes()
+        at_most = max(at_most, self.target_size(sizes))
+        units = [unit for unit in self._units() if all(c in worth for c in unit.couplings)]
+        prices = {unit: _prices(unit, worth, sizes) for unit in units}
+        keeps = self._cheapest(units, prices, sizes, at_most)
+        order = sorted(keeps, key=lambda unit: (_last(prices[unit], unit, keeps[unit]), unit.name))
+        keeps = self._stop_at_target(order, keeps, sizes)
+        if sizes.total(named_sizes(keeps, keeps)) > at_most:  # whole entries left a little over: the next cheapest ones
+            order = sorted(units, key=lambda unit: (_next(prices[unit], unit, keeps), unit.name))
+            keeps = self._fill(order, keeps, sizes, at_most)
+        return {
+            coupling: keep
+            for unit, size in keeps.items()
+            for coupling, keep in unit.keeps(size).items()
+            if keep < coupling.size
+        }
+
+    def _cheapest(
+        self, units: list[Unit], prices: Mapping[Unit, list[float]], sizes: CostModel | LatencyModel, at_most: int
+    ) -> dict[Unit, int]:
+        """The size of each unit once the cheapest steps are taken, as many as it needs, or all there are."""
+        steps = sorted((price, place, number) for number, unit in enumerate(units)
+                       for place, price in enumerate(prices[unit]))  # fmt: skip
+
+        def after(count: int) -> dict[Unit, int]:
+            taken = Counter(number for _, _, number in steps[:count])  # the steps of one unit come in order
+            return {units[number]: units[number].sizes[-1 - gone] for number, gone in taken.items()}
+
+        low, high = 0, len(steps)
+        while low < high:
+            middle = (low + high) // 2
+            keeps = after(middle)
+            if sizes.total(named_sizes(keeps, keeps)) <= at_most:
+                high = middle
+            else:
+                low = middle + 1
+        return after(low)
+
+    def _fill(
+        self, order: list[Unit], keeps: Mapping[Unit, int], sizes: CostModel | LatencyModel, at_most: int
+    ) -> dict[Unit, int]:
+        """One more allowed size down, unit by unit, until enough has gone, where that does not pass the target."""
+        taken = dict(keeps)
+        for unit in order:
+            now = unit.sizes.index(taken.get(unit, unit.sizes[-1]))
+            if now == 0:
+                continue
+            trial = {**taken, unit: unit.sizes[now - 1]}
+            total = sizes.total(named_sizes(trial, trial))
+            if total >= self.target_size(sizes):
+                taken = trial
+                if total <= at_most:
+                    break
+        return taken
+
+
+def _prices(unit: Unit, worth: Mapping[Coupling, Tensor], sizes: CostModel | LatencyModel) -> list[float]:
+    """What each allowed size of a unit costs in loss for what it saves, from the largest down; it never falls.
+
+    Steps that come cheaper after a dear one are taken together with it: the lower convex hull of loss over cost.
+    """
+    rises = {c: [0.0, *worth[c].cumsum(0).tolist()] for c in unit.couplings}
+    (least, most), whole = (unit.sizes[0], unit.sizes[-1]), sizes.total({})
+    saved = whole - sizes.total(named_sizes([unit], {unit: least}))
+    each = saved / max(1, most - least)  # costs are linear in one width, as long as the others stay
+    points = []
+    for size in reversed(unit.sizes):
+        rise = sum(rises[c][c.size - keep] for c, keep in unit.keeps(size).items())
+        points.append((each * (most - size), rise))
+    return _slopes(points)
+
+
+def _slopes(points: list[tuple[float, float]]) -> list[float]:
+    """Slopes of the lower convex hull over `(saved, rise)`, one for each step between two points."""
+    hull: list[int] = []
+    for i, (x, y) in enumerate(points):
+        while len(hull) > 1:
+            (x1, y1), (x2, y2) = points[hull[-2]], points[hull[-1]]
+            if (y2 - y1) * (x - x1) >= (y - y1) * (x2 - x1):
+                hull.pop()
+            else:
+                break
+        hull.append(i)
+    slopes = []
+    for a, b in pairwise(hull):
+        (x1, y1), (x2, y2) = points[a], points[b]
+        slopes += [(y2 - y1) / max(x2 - x1, 1e-9)] * (b - a)
+    return slopes
+
+
+def _last(prices: list[float], unit: Unit, size: int) -> float:
+    """The price of the last step to a size."""
+    gone = len(unit.sizes) - 1 - unit.sizes.index(size)
+    return prices[gone - 1] if gone else 0.0
+
+
+def _next(prices: list[float], unit: Unit, keeps: Mapping[Unit, int]) -> float:
+    """The price of the step after those taken."""
+    gone = len(unit.sizes) - 1 - unit.sizes.index(keeps.get(unit, unit.sizes[-1]))
+    return prices[gone] if gone < len(prices) else float("inf")

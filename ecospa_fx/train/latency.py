@@ -1,0 +1,126 @@
+"""Latency: the measured time of a forward as what a target is a share of.
+
+    Latency(inputs) -> a few copies at smaller widths, timed -> seconds by FLOPs -> corrected at each shrink
+
+FLOPs are known for any widths, seconds only where they were measured; between measurements the curve is straight. The
+model itself is timed before every decision, so that what the curve says where it matters is what was measured there.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ecospa_fx.errors import TargetError
+from ecospa_fx.model.cost import CostModel
+from ecospa_fx.model.lookup import couplings
+from ecospa_fx.model.shrinking import shrink
+
+WIDTHS = (0.7, 0.4, 0.15)
+"""Shares of the entries that the copies keep which the first curve is measured on."""
+
+NANO = 1e9
+
+
+class Latency:
+    """Seconds of a forward, as a cost: `EcoSpaTrainer(model, optimizer, cost=Latency((x,)), target=0.6)`.
+
+    Args:
+        inputs: positional arguments of the call to time.
+        kwargs: keyword arguments of it.
+        repeats: calls of which the median counts.
+        measure: in place of all that: `measure(model)` -> seconds, or anything else that should come down.
+
+    Attributes:
+        points: (FLOPs, seconds) of every measurement, ascending; of the same FLOPs the last one counts.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        repeats: int = 20,
+        measure: Callable[[nn.Module], float] | None = None,
+    ) -> None:
+        if measure is None and not inputs and not kwargs:
+            raise TargetError("Latency() has nothing to time; pass the inputs of a call, or measure=")
+        if not isinstance(repeats, int) or repeats < 1:
+            raise TargetError(f"repeats={repeats!r} is out of range; it is a whole number of calls, at least 1")
+        self.inputs, self.kwargs, self.repeats = tuple(inputs), dict(kwargs or {}), repeats
+        self.measure = measure or self._timed
+        self.points: list[tuple[int, float]] = []
+
+    def observe(self, model: nn.Module, flops: CostModel) -> None:
+        """Measure the model as it is; the first time also copies of it at smaller widths."""
+        if not self.points:
+            for share in WIDTHS:
+                smaller = copy.deepcopy(model)
+                keeps = {c: torch.arange(max(1, math.ceil(share * c.size))) for c in couplings(smaller)}
+                shrink(smaller, keeps)
+                # Equal blocks in the copy have the names that they have in the model.
+                self._add(flops.total({c.name: len(keep) for c, keep in keeps.items()}), self.measure(smaller))
+        self._add(flops.total({}), self.measure(model))
+
+    def seconds(self, flops: float) -> float:
+        """Seconds at so many FLOPs: between measurements on a straight line, beyond them on the last one."""
+        if len(self.points) == 1:
+            return self.points[0][1] * flops / max(1, self.points[0][0])
+        # Noise may not make a smaller model slower: a search for the width would go astray.
+        xs, ys, highest = [x for x, _ in self.points], [], 0.0
+        for _, y in self.points:
+            highest = max(highest, y)
+            ys.append(highest)
+        i = min(max(1, bisect_left(xs, flops)), len(xs) - 1)
+        slope = (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1])
+        return max(0.0, ys[i - 1] + slope * (flops - xs[i - 1]))
+
+    def _add(self, flops: int, seconds: float) -> None:
+        self.points = sorted([point for point in self.points if point[0] != flops] + [(flops, seconds)])
+
+    @torch.no_grad()
+    def _timed(self, model: nn.Module) -> float:
+        training, seconds = model.training, []
+        model.eval()
+        try:
+            for i in range(self.repeats + 3):
+                _wait(model)
+                begun = time.perf_counter()
+                model(*self.inputs, **self.kwargs)
+                _wait(model)
+                if i >= 3:  # the first calls capture, allocate and tune
+                    seconds.append(time.perf_counter() - begun)
+        finally:
+            model.train(training)
+        return statistics.median(seconds)
+
+
+class LatencyModel:
+    """What `CostModel` is, in nanoseconds that were measured."""
+
+    def __init__(self, flops: CostModel, latency: Latency) -> None:
+        self.flops, self.latency = flops, latency
+        self.sizes = flops.sizes
+        self.original = self._nano(flops.original)
+        self.prunable = self.original - self._nano(flops.original - flops.prunable)
+
+    def total(self, sizes: Mapping[str, int]) -> int:
+        """Nanoseconds of a forward with couplings at `sizes`; those not named stay as they are."""
+        return self._nano(self.flops.total(sizes))
+
+    def _nano(self, flops: int) -> int:
+        return round(NANO * self.latency.seconds(flops))
+
+
+def _wait(model: nn.Module) -> None:
+    parameter = next(model.parameters(), None)
+    if parameter is not None and parameter.is_cuda:
+        torch.cuda.synchronize(parameter.device)

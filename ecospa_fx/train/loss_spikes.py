@@ -1,0 +1,58 @@
+"""SpikeWatch: sees that the loss has not got over a shrink, so that the next one can wait."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ecospa_fx.errors import TargetError
+
+FADE = 0.9
+"""Share of the smoothed loss that a step leaves as it was: it follows over some ten steps."""
+
+
+class SpikeWatch:
+    """Follows the loss and compares it with what it was before the last shrink.
+
+    Args:
+        allowed: how far above that it may be, as a share, when the next shrink is due; 0.1 is 10%.
+
+    Attributes:
+        level: the smoothed loss now; None before the first one.
+        before: what it was right before the last shrink; None before the first.
+    """
+
+    def __init__(self, allowed: float = 0.1) -> None:
+        if not isinstance(allowed, (int, float)) or not allowed > 0:
+            raise TargetError(f"spike={allowed!r} is out of range; it is a share above 0: 0.1 allows 10% more loss")
+        self.allowed = allowed
+        self.level: float | None = None
+        self.before: float | None = None
+
+    def see(self, loss: float) -> None:
+        """Take up the loss of a step."""
+        if self.level is None or not math.isfinite(self.level):
+            self.level = loss
+        else:
+            self.level = FADE * self.level + (1 - FADE) * loss
+
+    def shrunk(self) -> None:
+        """A shrink comes now."""
+        self.before = self.level
+
+    @property
+    def spiking(self) -> bool:
+        """Whether the loss is still above what the last shrink may cost."""
+        if self.level is None:
+            return False
+        if not math.isfinite(self.level):
+            return True
+        return self.before is not None and self.level - self.before > self.allowed * abs(self.before)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {"level": self.level, "before": self.before}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.level, self.before = state["level"], state["before"]

@@ -1,0 +1,257 @@
+"""CoupledSparsifier: which entries of which couplings go at a sparsification step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Literal, Protocol, get_args
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ecospa_fx.couple.constraints import Constraints, Unit
+from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.errors import TargetError
+from ecospa_fx.model.cost import Cost, CostModel
+from ecospa_fx.model.lookup import couplings, state_of
+from ecospa_fx.score.scores import index_scores
+
+from .latency import Latency, LatencyModel
+
+Among = Literal["all", "prunable"]
+
+
+class Entries(Protocol):
+    """Says what each entry of a coupling is worth."""
+
+    def __call__(self, coupling: Coupling, *, by_context: bool = False) -> Tensor:
+        """Float64 `[size]`, or `[contexts, size]`."""
+
+
+class CoupledSparsifier:
+    """The rule of the paper (arXiv 2511.11641): the least important couplings lose their weakest aligned slices.
+
+    At a step the `top_k` share of couplings with the least importance is taken. In each, entries are kept from the
+    strongest down until they hold `theta` of the total score; the rest goes. Nothing goes past the target. Where heads
+    may keep other dims each keeps its own strongest, as many in each head, and `theta` is of the score of all.
+
+    Args:
+        model: a compiled model that has been called.
+        target: share of the model's original cost that remains.
+        top_k: share of the couplings that shrink at a step.
+        theta: share of a coupling's score that is kept.
+        constraints: which sizes are allowed, and what must stay whole.
+        cost: what `target` is a share of: `"parameters"`, `"flops"` or `"bytes"`, see `CostModel`; or a `Latency`.
+        among: `"all"`, or `"prunable"`: the share is of what lies on some coupling; embeddings, say, do not count.
+        optimizers: whose state counts in `"bytes"`.
+        entries: `entries(coupling, by_context=...)` -> score of each entry, as `index_scores`, which it is by default,
+            and `CoupledEstimator.entries` give it.
+
+    Attributes:
+        whole: names of the couplings that may not shrink -> why.
+
+    Raises:
+        TargetError: a setting is out of range, or the target is below what can be reached.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        target: float = 0.5,
+        top_k: float = 0.3,
+        theta: float = 0.9,
+        constraints: Constraints | None = None,
+        cost: Cost | Latency = "parameters",
+        among: Among = "all",
+        optimizers: Sequence[Optimizer] = (),
+        entries: Entries | None = None,
+    ) -> None:
+        check_settings(target=target, top_k=top_k, theta=theta)
+        for name, value, options in (("cost", cost, get_args(Cost)), ("among", among, get_args(Among))):
+            if value not in options and not isinstance(value, Latency):
+                raise TargetError(f"{name}={value!r} is none of {', '.join(map(repr, options))}")
+        self.model, self.target, self.top_k, self.theta = model, target, top_k, theta
+        self.cost, self.among, self.optimizers = cost, among, tuple(optimizers)
+        self.constraints = constraints or Constraints()
+        self.entries: Entries = entries or partial(index_scores, model)
+        self.measure()
+        sizes = self.sizes()
+        units = self._units()
+        floor = sizes.total(named_sizes(units, {unit: unit.sizes[0] for unit in units}))
+        if self.target_size(sizes) < floor:
+            base = sizes.original if among == "all" else sizes.prunable
+            least = math.ceil(1000 * (1 - (sizes.original - floor) / base)) / 1000
+            limits = [f"min_keep={self.constraints.min_keep}"]
+            limits += [f"round_to={self.constraints.round_to}"] if self.constraints.round_to > 1 else []
+            limits += [f"{len(self.whole)} couplings that stay whole"] if self.whole else []
+            of = f"{sizes.original:,} {'ns' if isinstance(cost, Latency) else cost}"
+            of = of if among == "all" else f"the {base:,} prunable ones of {of}"
+            raise TargetError(
+                f"target={target:g} of {of} is {self.target_size(sizes):,}, but the couplings reach "
+                f"down to {floor:,} only; the smallest reachable target is {least:g} with "
+                f"{', '.join(limits)}"
+            )
+
+    def sizes(self) -> CostModel | LatencyModel:
+        """What the model costs now, and would at other widths."""
+        if isinstance(self.cost, Latency):
+            return LatencyModel(self._flops(), self.cost)
+        return CostModel(self.model, state_of(self.model), self.cost, self.optimizers)
+
+    def _flops(self) -> CostModel:
+        return CostModel(self.model, state_of(self.model), "flops")
+
+    def measure(self) -> None:
+        """Take up what the model costs as it is now, where only a measurement can tell."""
+        if isinstance(self.cost, Latency):
+            self.cost.observe(self.model, self._flops())
+
+    def target_size(self, sizes: CostModel | LatencyModel) -> int:
+        """The cost that may remain."""
+        whole = 0 if self.among == "all" else sizes.original - sizes.prunable
+        return whole + math.ceil(self.target * (sizes.original - whole))
+
+    def _units(self) -> list[Unit]:
+        units, self.whole = self.constraints.units(self.model, couplings(self.model))
+        return units
+
+    def decide(self, importance: Mapping[Coupling, float], at_most: int | None = None) -> dict[Coupling, Tensor]:
+        """What to keep of which couplings.
+
+        Args:
+            importance: of every coupling, see `CoupledEstimator`; one without stays as it is.
+            at_most: what the model may cost after this step, where a schedule must keep up. Where the paper's rule
+                leaves more, more couplings take part, then theta gives way. Without it, they do so where the rule
+                would remove nothing at all, as it does in small couplings whose entries are about equal.
+
+        Returns:
+            Coupling -> sorted LongTensor of the entries to keep, `[kept]` or `[contexts, kept]`, for those that shrink;
+            what `ecospa_fx.shrink` takes.
+        """
+        sizes = self.sizes()
+        judged = [unit for unit in self._units() if all(c in importance for c in unit.couplings)]
+        order = sorted(judged, key=lambda unit: (_mean(importance[c] for c in unit.couplings), unit.name))
+        scores = {c: self._scores(c) for unit in order for c in unit.couplings}
+        # Score held by the strongest entry, by the two strongest, and so on, in every context.
+        held = {c: score.sort(dim=-1, descending=True).values.sum(0).cumsum(0) for c, score in scores.items()}
+        count = max(1, math.ceil(self.top_k * len(order)))
+        keeps = self._by_theta(order[:count], held, self.theta)
+        while count < len(order) and not self._enough(keeps, sizes, at_most):
+            keeps |= self._by_theta(order[count : count + 1], held, self.theta)
+            count += 1
+        if not self._enough(keeps, sizes, at_most):
+            keeps = self._by_theta(order, held, self._looser(order, held, sizes, at_most))
+        keeps = self._stop_at_target(order, keeps, sizes)
+        left = sizes.total(named_sizes(keeps, keeps))
+        stuck = left == sizes.total({}) if at_most is None else at_most <= self.target_size(sizes)
+        if left > self.target_size(sizes) and stuck:
+            # What is left to remove is less than what these couplings remove at a time: smaller ones may still fit.
+            keeps = self._stop_at_target(order, {unit: unit.sizes[0] for unit in order}, sizes, keeps)
+        return {
+            coupling: _strongest(scores[coupling], keep)
+            for unit, size in keeps.items()
+            for coupling, keep in unit.keeps(size).items()
+            if keep < coupling.size
+        }
+
+    def reached(self) -> bool:
+        """Whether no coupling can lose another entry without passing the target."""
+        sizes = self.sizes()
+        smallest = (
+            sizes.total(named_sizes([unit], {unit: unit.sizes[-2]})) for unit in self._units() if len(unit.sizes) > 1
+        )
+        return sizes.total({}) <= self.target_size(sizes) or all(total < self.target_size(sizes) for total in smallest)
+
+    def _scores(self, coupling: Coupling) -> Tensor:
+        """Scores `[contexts, size]` of the entries, one row where all contexts keep the same."""
+        by_context = coupling.context is not None and self.constraints.head_dims == "per_head"
+        scores = self.entries(coupling, by_context=by_context)
+        return scores if by_context else scores[None]
+
+    def _enough(self, keeps: Mapping[Unit, int], sizes: CostModel | LatencyModel, at_most: int | None) -> bool:
+        """Whether a step that keeps so much keeps up with the schedule, or at least removes something."""
+        now, after = sizes.total({}), sizes.total(named_sizes(keeps, keeps))
+        return after <= at_most if at_most is not None else after < now
+
+    def _by_theta(self, order: list[Unit], held: Mapping[Coupling, Tensor], theta: float) -> dict[Unit, int]:
+        """The least allowed size of each unit at which every coupling of it holds `theta` of its score."""
+        return {
+            unit: unit.rounded(max(unit.size_for(c, _entries_holding(theta, held[c])) for c in unit.couplings))
+            for unit in order
+        }
+
+    def _looser(
+        self, order: list[Unit], held: Mapping[Coupling, Tensor], sizes: CostModel | LatencyModel, at_most: int | None
+    ) -> float:
+        """The largest theta at which all couplings together remove enough."""
+        low, high = 0.0, self.theta
+        for _ in range(30):
+            middle = (low + high) / 2
+            if self._enough(self._by_theta(order, held, middle), sizes, at_most):
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _stop_at_target(
+        self,
+        order: list[Unit],
+        keeps: Mapping[Unit, int],
+        sizes: CostModel | LatencyModel,
+        already: Mapping[Unit, int] | None = None,
+    ) -> dict[Unit, int]:
+        """Apply `keeps` from the least important coupling on, as far as the target allows.
+
+        Where one would pass the target it gives as many entries as still fit, and the next ones try for the rest.
+        """
+        taken = dict(already or {})
+        for unit in order:
+            if unit not in keeps:
+                continue
+            # Positions among the allowed sizes: the fewest wished for, and what is surely allowed.
+            low, high = unit.sizes.index(keeps[unit]), unit.sizes.index(taken.get(unit, unit.sizes[-1]))
+            while low < high:
+                middle = (low + high) // 2
+                trial = {**taken, unit: unit.sizes[middle]}
+                if sizes.total(named_sizes(trial, trial)) >= self.target_size(sizes):
+                    high = middle
+                else:
+                    low = middle + 1
+            taken[unit] = unit.sizes[high]
+        return taken
+
+
+def _strongest(scores: Tensor, keep: int) -> Tensor:
+    """Positions of the strongest entries of each row, sorted; without the row dim where there is just one."""
+    positions = scores.argsort(dim=-1, descending=True, stable=True)[:, :keep].sort(dim=-1).values
+    return positions[0] if len(positions) == 1 else positions
+
+
+def _entries_holding(theta: float, held: Tensor) -> int:
+    """The size of the smallest set of entries that holds `theta` of the total score, from the running sums `held`."""
+    if not float(held[-1]) > 0:
+        return len(held)
+    return int((held < theta * held[-1] * (1 - 1e-12)).sum()) + 1
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+def named_sizes(units: Iterable[Unit], sizes: Mapping[Unit, int]) -> dict[str, int]:
+    """Entries by coupling name, as `CostModel.total` takes them."""
+    return {c.name: keep for unit in units for c, keep in unit.keeps(sizes[unit]).items()}
+
+
+def check_settings(*, target: float, top_k: float, theta: float) -> None:
+    """Refuse settings out of range.
+
+    Raises:
+        TargetError: naming the setting, its value and the range.
+    """
+    for name, value in (("target", target), ("top_k", top_k), ("theta", theta)):
+        if not isinstance(value, (int, float)) or not 0 < value <= 1:
+            raise TargetError(f"{name}={value!r} is out of range; it is a share, above 0 and at most 1")

@@ -1,0 +1,259 @@
+"""Selection: what keeping some entries of some atoms means for any axis.
+
+Everything that a shrink changes follows from one boolean mask per atom: the mask of an axis is read off its
+expression, new sizes are counts, new slice and split bounds are prefix sums, parameters are index-selected.
+
+An atom may keep other entries in each entry of another atom, its *context* (other dims in each head): then its mask has
+a row per context, and every row keeps the same number of entries, so that tensors stay dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from .algebra import Atom, Expr, Product, Segments, Size, as_size, atoms_of, product, size_of
+
+
+@dataclass(frozen=True, eq=False)
+class Varied:
+    """A selection that differs by context.
+
+    Attributes:
+        context: the atom by whose entries it differs.
+        mask: bool `[context.size, atom.size]`, with as many entries in one row as in another.
+    """
+
+    context: Atom
+    mask: Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of entries that stay in each context."""
+        return int(self.mask[0].sum())
+
+
+Choice: TypeAlias = "Tensor | Varied"  # bool mask `[atom.size]`, the same in every context, or one per context
+Kept: TypeAlias = Mapping[Atom, Choice]  # an atom that is absent keeps every entry
+
+
+def touched(expr: Expr, kept: Kept) -> bool:
+    """Whether `expr` loses any entry under `kept`."""
+    return any(atom in kept for atom in atoms_of(expr))
+
+
+def mask_of(expr: Expr, kept: Kept) -> Tensor:
+    """The bool mask `[size]` of the entries of `expr` that stay.
+
+    `expr` must have a known size, and the context of every atom that has one beside it.
+    """
+    mask = _uniform_mask(expr, kept)
+    for atom in set(atoms_of(expr)):
+        choice = kept.get(atom)
+        if isinstance(choice, Varied):
+            index, context = index_of(expr, atom), index_of(expr, choice.context)
+            owned = index >= 0
+            if bool((context[owned] < 0).any()):
+                raise ValueError(f"{atom} differs by {choice.context}, which {expr} does not carry")
+            mask[owned] &= choice.mask[context[owned], index[owned]]
+    return mask
+
+
+def _uniform_mask(expr: Expr, kept: Kept) -> Tensor:
+    """`mask_of` as far as it does not differ by context."""
+    match expr:
+        case Atom():
+            choice = kept.get(expr)
+            return choice.clone() if isinstance(choice, Tensor) else torch.ones(expr.size, dtype=torch.bool)
+        case Product():
+            mask = torch.ones(1, dtype=torch.bool)
+            for factor in expr.factors:
+                mask = (mask[:, None] & _uniform_mask(factor, kept)[None, :]).flatten()
+            return mask
+        case Segments():
+            return torch.cat([torch.ones(0, dtype=torch.bool), *(_uniform_mask(part, kept) for part in expr.parts)])
+
+
+def broadcast_mask(exprs: Sequence[Expr], dim: int, kept: Kept) -> Tensor:
+    """The mask of one dim of a tensor with axes `exprs`, in a shape that broadcasts over the tensor.
+
+    Where the dim varies by a context that another dim carries, the mask has both.
+    """
+    shape = [1] * len(exprs)
+    expr = exprs[dim]
+    contexts = {c.context for a in atoms_of(expr) if isinstance(c := kept.get(a), Varied)} - set(atoms_of(expr))
+    if not contexts:
+        shape[dim] = size_of(expr)
+        return mask_of(expr, kept).view(shape)
+    (context,) = contexts
+    along = next(d for d, other in enumerate(exprs) if context in atoms_of(other))
+    rows = [mask_of(expr, in_context(kept, context, entry)) for entry in index_of(exprs[along], context).tolist()]
+    shape[dim], shape[along] = size_of(expr), len(rows)
+    mask = torch.stack(rows)
+    return (mask if along < dim else mask.T).reshape(shape)
+
+
+def in_context(kept: Kept, context: Atom, entry: int) -> dict[Atom, Choice]:
+    """The selection as it is in one entry of `context`."""
+    return {
+        atom: choice.mask[entry] if isinstance(choice, Varied) and choice.context is context else choice
+        for atom, choice in kept.items()
+    }
+
+
+def in_first_contexts(kept: Kept) -> dict[Atom, Tensor]:
+    """The masks of the first context stand for all, where only numbers of entries matter."""
+    return {atom: choice.mask[0] if isinstance(choice, Varied) else choice for atom, choice in kept.items()}
+
+
+def entries(choice: Choice) -> int:
+    """Number of entries that a choice keeps (in each context)."""
+    return choice.count if isinstance(choice, Varied) else int(choice.sum())
+
+
+def whole(atom: Atom) -> Tensor:
+    """The choice that keeps all of an atom."""
+    return torch.ones(atom.size, dtype=torch.bool)
+
+
+def narrowed(choice: Choice, keep: Tensor, context: Atom | None = None, live: Tensor | None = None) -> Choice:
+    """What is left of `choice` when of its entries only those at the positions `keep` stay.
+
+    Args:
+        choice: what is kept now.
+        keep: LongTensor `[kept]`, or `[contexts that are left, kept]` where it differs by context.
+        context: the atom by which `keep` differs.
+        live: bool mask `[context.size]` of the contexts that are left.
+    """
+    if keep.ndim == 1 and not isinstance(choice, Varied):
+        return _at(choice, keep)
+    context = choice.context if isinstance(choice, Varied) else context
+    assert context is not None
+    live = whole(context) if live is None else live
+    rows = choice.mask if isinstance(choice, Varied) else choice.expand(context.size, -1)
+    positions = keep.expand(int(live.sum()), -1)
+    masks = rows.clone()
+    for row, chosen in zip(live.nonzero().flatten().tolist(), positions, strict=True):
+        masks[row] = _at(rows[row], chosen)
+    return settled(context, masks, live)
+
+
+def _at(mask: Tensor, positions: Tensor) -> Tensor:
+    """Of the entries that `mask` keeps only those at `positions`."""
+    chosen = torch.zeros_like(mask)
+    chosen[mask.nonzero().flatten()[positions]] = True
+    return chosen
+
+
+def settled(context: Atom, masks: Tensor, live: Tensor) -> Choice:
+    """A choice from one mask per context; contexts that are gone follow the first one that is left."""
+    first = masks[live][0]
+    masks = torch.where(live[:, None], masks, first)
+    return first if bool((masks == first).all()) else Varied(context, masks)
+
+
+def count(expr: Expr, kept: Kept) -> Size:
+    """Number of entries of `expr` that stay."""
+    match expr:
+        case Atom():
+            return entries(kept[expr]) if expr in kept else expr.size
+        case Product():
+            size: Size = 1
+            for factor in expr.factors:
+                size = size * count(factor, kept)
+            return as_size(size)
+        case Segments():
+            return as_size(sum(count(part, kept) for part in expr.parts))
+
+
+def index_of(expr: Expr, atom: Atom) -> Tensor:
+    """For each entry of `expr` the entry of `atom` it belongs to, or -1: a LongTensor `[size]`."""
+    match expr:
+        case Atom():
+            return torch.arange(expr.size) if expr is atom else torch.full((expr.size,), -1)
+        case Product():
+            index = torch.full((1,), -1)
+            for factor in expr.factors:
+                # A product with the atom in two factors would be a diagonal; `on_diagonal` refuses those.
+                index = torch.maximum(index[:, None], index_of(factor, atom)[None, :]).flatten()
+            return index
+        case Segments():
+            return torch.cat([torch.zeros(0, dtype=torch.long), *(index_of(part, atom) for part in expr.parts)])
+
+
+def placed(expr: Expr, atom: Atom) -> tuple[tuple[int, int], ...]:
+    """Where `atom` lies along `expr`: (offset, stride) per occurrence, which with its size says what it owns."""
+    match expr:
+        case Atom():
+            return ((0, 1),) if expr is atom else ()
+        case Product():
+            found: list[tuple[int, int]] = []
+            inner = 1
+            for factor in reversed(expr.factors):
+                found += [(offset * inner, stride * inner) for offset, stride in placed(factor, atom)]
+                inner *= size_of(factor)
+            return tuple(found)
+        case Segments():
+            found, start = [], 0
+            for part in expr.parts:
+                found += [(start + offset, stride) for offset, stride in placed(part, atom)]
+                start += size_of(part)
+            return tuple(found)
+
+
+def on_diagonal(expr: Expr) -> set[Atom]:
+    """Atoms that occur in two factors of one product: one entry of the axis then belongs to two of theirs."""
+    match expr:
+        case Atom():
+            return set()
+        case Product():
+            seen: set[Atom] = set()
+            twice: set[Atom] = set()
+            for factor in expr.factors:
+                atoms = set(atoms_of(factor))
+                twice |= (seen & atoms) | on_diagonal(factor)
+                seen |= atoms
+            return twice
+        case Segments():
+            return set().union(*map(on_diagonal, expr.parts))
+
+
+def static_end(expr: Expr) -> tuple[bool, Expr] | None:
+    """The factors of known size at one end of a product with dynamic ones, heads folded into a batch say.
+
+    Returns:
+        Whether that is the end that runs fastest, and the factors; None where there are others of known size.
+    """
+    if not isinstance(expr, Product):
+        return None
+    known = [all(type(atom.size) is int for atom in atoms_of(factor)) for factor in expr.factors]
+    number = sum(known)
+    for fastest, part in ((True, expr.factors[len(known) - number :]), (False, expr.factors[:number])):
+        rest = expr.factors[: len(known) - number] if fastest else expr.factors[number:]
+        if number and not any(type(atom.size) is int for factor in rest for atom in atoms_of(factor)):
+            return fastest, product(*part)
+    return None
+
+
+def project(expr: Expr, mask: Tensor, contexts: Mapping[Atom, Atom]) -> dict[Atom, Tensor]:
+    """The smallest masks of the atoms of `expr` whose selection covers `mask` `[size]`.
+
+    The inverse of `mask_of` wherever there is one; compare `mask_of` of it with `mask` to know. An atom that has one of
+    `contexts` gets a mask `[context.size, atom.size]`.
+    """
+    kept = {}
+    for atom in set(atoms_of(expr)):
+        index = index_of(expr, atom)
+        there = mask & (index >= 0)
+        if atom in contexts:
+            context = contexts[atom]
+            kept[atom] = torch.zeros(context.size, atom.size, dtype=torch.bool)
+            kept[atom][index_of(expr, context)[there], index[there]] = True
+        else:
+            kept[atom] = torch.zeros(atom.size, dtype=torch.bool)
+            kept[atom][index[there]] = True
+    return kept

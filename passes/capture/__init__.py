@@ -1,0 +1,1 @@
+"""Capture: a region of a model as a graph of ATen ops, compared with eager."""

@@ -1,0 +1,183 @@
+"""Agree: a captured graph against the eager region it came from, outputs and gradients, before it is trusted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from ecospa_fx.passes.graph.isolate import forked_rng, fresh_leaf
+from ecospa_fx.passes.graph.tensors import named_tensors, swapped
+from ecospa_fx.passes.ir.captured import Forward
+from ecospa_fx.passes.ir.signature import AUTOCAST, autocast_now
+from ecospa_fx.passes.ir.state_access import Held, copies, flattened, parted
+
+if TYPE_CHECKING:
+    from ecospa_fx.passes.ir.captured import Captured
+
+
+# Relative error up to which a captured graph counts as equal to eager, by dtype. Most graphs are bit-identical; fused
+# kernels in another order account for the rest.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def run(captured: Captured, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor], **interpreter: Any) -> Any:
+    """Interpret the graph at original sizes. Slow; for checks.
+
+    Args:
+        captured: the graph.
+        tensors: a tensor per parameter and buffer name.
+        inputs: the tensor leaves of a call.
+        interpreter: `interpreter=` a subclass of `fx.Interpreter` to run it with.
+
+    Returns:
+        The output tensors of the region, without those that the graph gives to hooks; then, if `stored=True` is among
+        `interpreter`, what objects hold.
+    """
+    make = interpreter.get("interpreter", fx.Interpreter)
+    values = {name: tensors[held] for name, held in captured.tensors.items()} | dict(
+        zip(captured.inputs, inputs, strict=True)
+    )
+    constants = captured.constants
+    root = nn.Module()
+    for node in captured.graph.nodes:
+        if node.op == "get_attr":
+            setattr(root, node.target, constants[node.name])
+    order = [node.name for node in captured.graph.nodes if node.op == "placeholder"]
+    outputs = make(root, graph=captured.graph).run(*(values.get(name, constants.get(name)) for name in order))
+    stored = outputs[len(outputs) - len(captured.carried.stored) :] if interpreter.get("stored") else ()
+    return (*outputs[: captured.returned], *stored)
+
+
+def disagreement(
+    captured: Captured, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    """Where the graph differs from eager on this call, outputs or gradients; None where they agree.
+
+    Graphs are made without autocast. Under autocast they are compared twice, exactly and as they are called, for
+    Python may look at it too. Buffers that a forward updates (running statistics) and the random state are left as
+    they were.
+    """
+    dtypes = [dtype for dtype in autocast_now() if dtype is not None]
+    with contextlib.ExitStack() as off:
+        for kind in AUTOCAST:
+            off.enter_context(torch.autocast(kind, enabled=False))
+        error = _disagreement(captured, module, forward, args, kwargs)
+    if error is None and dtypes:
+        error = _disagreement(captured, module, forward, args, kwargs, max(TOLERANCE[dtype] for dtype in dtypes))
+        error = error and f"{error} under autocast"
+    return error
+
+
+def _disagreement(
+    captured: Captured,
+    module: nn.Module,
+    forward: Forward,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tolerance: float = 0.0,
+) -> str | None:
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    leaves, spec = flattened((args, kwargs))
+    leaves, objects = parted(leaves)
+    places = captured.carried.state
+    leaves += [place.find(objects) for place in places]
+    buffers = dict(module.named_buffers())
+
+    def results(call: Callable[[list[Any]], Sequence[Any]]) -> tuple[list[Tensor], list[Tensor | None], list[str]]:
+        inputs = [fresh_leaf(leaf) for leaf in leaves]
+        wanted = {f"argument {i}": leaf for i, leaf in enumerate(inputs) if _differentiable(leaf)}
+        wanted |= {f"`{name}`": p for name, p in parameters.items()}
+        with forked_rng(module), torch.enable_grad():
+            torch.manual_seed(0)
+            with swapped(module, {n: b.detach().clone() for n, b in buffers.items()}):
+                outputs = [out for out in call(inputs) if isinstance(out, Tensor)]
+            floating = [out for out in outputs if out.requires_grad and out.is_floating_point()]
+            grads: list[Tensor | None] = [None] * len(wanted)
+            if floating and wanted:
+                torch.manual_seed(1)
+                loss: Any = sum((out * torch.randn_like(out)).sum() for out in floating)
+                grads = list(torch.autograd.grad(loss, list(wanted.values()), allow_unused=True))
+        return outputs, grads, list(wanted)
+
+    def eager(inputs: list[Any]) -> list[Any]:
+        given = dict(zip(places, own(inputs), strict=True))
+        twins = copies(objects, lambda place, t: given[place] if place in given else t.detach().clone())
+        called = [
+            twins[leaf.number] if isinstance(leaf, Held) else leaf for leaf in inputs[: len(leaves) - len(places)]
+        ]
+        call_args, call_kwargs = pytree.tree_unflatten(called, spec)
+        results, _ = flattened(forward(module, *call_args, **call_kwargs))
+        return [*results, *(place.find(twins) for place in captured.carried.stored), *given.values()]
+
+    def graph(inputs: list[Any]) -> Sequence[Any]:
+        named = named_tensors(module)
+        state = own(inputs)
+        called = [leaf for leaf in inputs[: len(leaves) - len(places)] if isinstance(leaf, Tensor)]
+        outputs: Sequence[Any] = run(captured, named, [*called, *state], stored=True)
+        return [*outputs, *state]
+
+    def own(inputs: list[Any]) -> list[Tensor]:
+        # A forward may write into them.
+        return [tensor.clone() for tensor in inputs[len(leaves) - len(places) :]]
+
+    try:
+        outs, grads, names = results(eager)
+        graph_outs, graph_grads, _ = results(graph)
+    except RuntimeError as error:
+        return f"its graph does not run: {str(error).splitlines()[0]}"
+    if len(outs) != len(graph_outs):
+        return f"the graph gives {len(graph_outs)} tensors, eager {len(outs)}"
+    for i, (out, graph_out) in enumerate(zip(outs, graph_outs, strict=True)):
+        if not _close(out, graph_out, tolerance):
+            return f"output {i} of the graph differs from eager by {relative_error(out, graph_out):.1e}"
+    largest = max(
+        (float(grad.detach().abs().max()) for grad in grads if grad is not None and grad.numel()), default=0.0
+    )
+    for name, a, b in zip(names, grads, graph_grads, strict=True):
+        if (a is None) != (b is None):
+            missing = "the graph" if b is None else "eager"
+            if not _negligible(a if a is not None else b):
+                return f"the gradient of {name} is missing in {missing}"
+        elif a is not None and b is not None and not _close(a, b, tolerance, largest):
+            return f"the gradient of {name} differs from eager by {relative_error(a, b):.1e}"
+    return None
+
+
+def _differentiable(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _negligible(gradient: Tensor | None) -> bool:
+    return gradient is None or not bool(gradient.any())
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """Largest difference relative to the largest entry; NaN and inf agree where both have them."""
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.numel():
+        return 0.0
+    a, b = a.detach(), b.detach()
+    same = (a == b) | ((a != a) & (b != b))
+    if bool(same.all()):
+        return 0.0
+    if not (a.is_floating_point() or a.is_complex()):
+        return float("inf")
+    finite = torch.where(same, torch.zeros_like(a), a - b).abs().max()
+    scale = torch.where(torch.isfinite(a), a, torch.zeros_like(a)).abs().max()
+    return float(finite / scale.clamp_min(torch.finfo(a.dtype).tiny))
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float, largest: float = 0.0) -> bool:
+    """Equal to rounding; what is no more than rounding of `largest` compares as noise against noise."""
+    if a.shape == b.shape and a.is_floating_point() and a.numel():
+        noise = max(100 * torch.finfo(a.dtype).eps, tolerance / 10) * largest
+        size, difference = float(a.detach().abs().max()), float((a - b).detach().abs().max())
+        if size < max(1e-12, noise) and difference < max(1e-9, noise):
+            return True
+    return relative_error(a, b) <= max(tolerance, TOLERANCE.get(a.dtype, 0.0))

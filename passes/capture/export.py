@@ -1,0 +1,165 @@
+"""Export: one region through torch.export, behind a signature of tensors only, with as many dynamic dims as it takes.
+
+Objects that may hold tensors, or change, are refused at the border of a region.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Set
+from contextlib import contextmanager, redirect_stderr
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.fx.experimental import _config as symbolic_shapes
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from ecospa_fx.errors import CaptureError
+from ecospa_fx.passes.ir.captured import Forward, Point, described
+from ecospa_fx.passes.ir.state_access import PLAIN, TENSOR, Held, Place, foreign
+from ecospa_fx.passes.objects.tracker import Tracker
+
+from .hooks import points
+
+# Questions about a dynamic dim (is it even? larger than 3?) that torch.export may settle by a guard; at one more it
+# specialises the dim. Most models ask fewer than 5 of any dim, strided convolutions over audio up to 30, and windows
+# cut from padded images hundreds, each about sizes in longer expressions than the last: that took hours.
+GUARDS = 32
+
+
+class Flat(nn.Module):
+    """A region behind tensor arguments only, so that any call structure can be exported with dynamic shapes.
+
+    Attributes:
+        tracker: watched what the forward that ran last did with the objects of the call. (Not set before: torch.export
+            puts attributes back that change.)
+        carried: that.
+        state: the places in them of the tensors that come after those of the call.
+    """
+
+    def __init__(
+        self,
+        region: nn.Module,
+        forward: Forward,
+        leaves: list[Any],
+        spec: pytree.TreeSpec,
+        observe: Iterable[str],
+        objects: list[Any],
+    ) -> None:
+        super().__init__()
+        self.region = region
+        self.training = region.training
+        self.own_forward, self.leaves, self.spec, self.observe = forward, leaves, spec, observe
+        self.objects = objects
+        self.state: tuple[Place, ...] = ()
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """What the region returns, what hooks that look are to get, and what objects hold then.
+
+        What else it returns is kept aside.
+        """
+        waiting = iter(tensors)
+        leaves = [next(waiting) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        self.tracker = Tracker(torch.compiler.is_exporting())
+        shadows = self.tracker.shadows(self.objects, dict(zip(self.state, waiting, strict=True)))
+        leaves = [shadows[leaf.number] if isinstance(leaf, Held) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        with points(self.region, self.observe) as seen:
+            out_leaves, self.out_spec = self._flattened(self.own_forward(self.region, *args, **kwargs))
+        self.out_leaves = [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in out_leaves]
+        results = [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
+        self.points = []
+        for path, call in seen:
+            call_leaves, call_spec = self._flattened(call)
+            stands_in = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in call_leaves)
+            self.points.append(Point(path, stands_in, call_spec))
+            results += [leaf for leaf in call_leaves if isinstance(leaf, Tensor)]
+        stored = self.tracker.stored()
+        self.carried = self.tracker.carried([place for place, _ in stored])
+        return (*results, *(tensor for _, tensor in stored))
+
+    def _flattened(self, value: Any) -> tuple[list[Any], pytree.TreeSpec]:
+        leaves, spec = pytree.tree_flatten(value, is_leaf=foreign)
+        numbers = [self.tracker.number_of(leaf) for leaf in leaves]
+        return [leaf if n is None else Held(n) for leaf, n in zip(leaves, numbers, strict=True)], spec
+
+
+def export(
+    flat: Flat, tensors: list[Tensor], region: str, static: Set[tuple[int, int]]
+) -> torch.export.ExportedProgram:
+    """The graph of a region as torch.export gives it.
+
+    Args:
+        flat: the region.
+        tensors: what it is called with.
+        region: its name, for messages.
+        static: dims to specialise, as (tensor, dim).
+
+    Raises:
+        CaptureError: torch.export fails.
+    """
+    dims = {(i, dim) for i, t in enumerate(tensors) for dim, size in enumerate(t.shape) if size > 1}
+    # Arithmetic on dynamic sizes may be more than torch.export can solve: then all but the first dims are specialised.
+    # What it can solve may take it hours (padding to windows, stage after stage); see `GUARDS`.
+    attempts = [dims - static, {(i, dim) for i, dim in dims - static if dim == 0}, set()]
+    first: Exception | None = None
+    for dynamic in (each for n, each in enumerate(attempts) if each not in attempts[:n]):
+        shapes = tuple(
+            {dim: torch.export.Dim.AUTO for dim in range(t.ndim) if (i, dim) in dynamic} for i, t in enumerate(tensors)
+        )
+        options: dict[str, Any] = {"dynamic_shapes": (shapes,) if tensors else None, "strict": False}
+        try:
+            with (
+                _quiet(),
+                symbolic_shapes.patch(symbol_guard_limit_before_specialize=GUARDS),  # type: ignore[attr-defined]
+                torch.autocast("cpu", enabled=False),
+                torch.autocast("cuda", enabled=False),
+            ):
+                return torch.export.export(flat, tuple(t.detach() for t in tensors), **options)
+        except Exception as error:
+            # Data may be sizes that went through a tensor, `torch.div(x.size(1), 8)`, which numbers are found out of.
+            # Where they are not, sizes are not what it is about.
+            about_data = isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error)
+            if about_data and first is not None:
+                break
+            first = first or error
+    reason = str(first).strip().split("\n")[0] or type(first).__name__
+    raise CaptureError(
+        f"torch.export cannot capture {described(region)} ({type(flat.region).__name__}): {reason}"
+    ) from first
+
+
+def refuse_foreign(module: nn.Module, region: str, leaves: Iterable[Any], does: str, way_out: str) -> None:
+    """Refuse objects at the border of a region that may hold tensors, or change: a graph would keep them for ever."""
+    odd = sorted({type(leaf).__name__ for leaf in leaves if leaf is not None and not isinstance(leaf, (*PLAIN, Held))})
+    if odd:
+        raise CaptureError(
+            f"{described(region)} ({type(module).__name__}) {does} a {', a '.join(odd)}, which cannot go in or out "
+            f"of a graph: {way_out}, or turn the option off that makes it (of a cache, `use_cache=False` as a rule)"
+        )
+
+
+_CHATTY = ("torch._export.non_strict_utils", "torch.export", "torch.fx", "torch._subclasses.fake_tensor")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export logs dims it specialises, which the signature says, and failures, which exceptions say.
+
+    Of those it prints the graph so far, too, whatever the level.
+    """
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

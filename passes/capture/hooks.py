@@ -1,0 +1,136 @@
+"""Hooks on modules inside a region, which its graph does not call.
+
+A hook that only looks is left out of the graph. Where it sits on an nn.Linear, the generated code calls the module and
+with it the hook; elsewhere what the module took and gave leaves the graph beside its results, and the hook is called
+with that. A hook that changes something, or whose work the region itself uses, is captured as a part of the graph.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ecospa_fx.errors import EcoSpaError
+from ecospa_fx.passes.ir.captured import Point
+from ecospa_fx.passes.ir.state_access import TENSOR, own
+
+
+def inner_hooks(module: nn.Module) -> dict[str, int]:
+    """Number of forward hooks and pre-hooks on each submodule that has any."""
+    if not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules()):
+        return {}
+    return {
+        path: len(child._forward_hooks) + len(child._forward_pre_hooks)
+        for path, child in module.named_modules()
+        if path and (child._forward_hooks or child._forward_pre_hooks)
+    }
+
+
+def backward_hooked(module: nn.Module) -> list[str]:
+    """Submodules with hooks on their backward."""
+    if not any(child._backward_hooks or child._backward_pre_hooks for child in module.modules()):
+        return []
+    return [
+        path
+        for path, child in module.named_modules()
+        if path and (child._backward_hooks or child._backward_pre_hooks)
+    ]  # fmt: skip
+
+
+def calls_itself(module: nn.Module) -> bool:
+    """Whether generated code calls a module, hooks and all, instead of computing what it computes."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+@contextmanager
+def points(module: nn.Module, paths: Iterable[str]) -> Iterator[list[tuple[str, Any]]]:
+    """Record calls of submodules, as (path, (arguments, keyword arguments, result)), without their own hooks."""
+    seen: list[tuple[str, Any]] = []
+
+    def recording(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+            seen.append((path, (args, kwargs, result)))
+
+        return hook
+
+    paths = list(paths)
+    with _other_hooks(module, paths, lambda _path, _hook: None):
+        handles = [
+            module.get_submodule(path).register_forward_hook(recording(path), with_kwargs=True)
+            for path in paths
+            if not calls_itself(module.get_submodule(path))
+        ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def noted(module: nn.Module, paths: Iterable[str]) -> Iterator[set[str]]:
+    """Run hooks as ever, and note the submodules where one of them returned something: it changes values."""
+    changed: set[str] = set()
+
+    def noting(path: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            result = hook(*args)
+            if result is not None:
+                changed.add(path)
+            return result
+
+        return call
+
+    with _other_hooks(module, paths, noting):
+        yield changed
+
+
+@contextmanager
+def _other_hooks(module: nn.Module, paths: Iterable[str], other: Callable[..., Any]) -> Iterator[None]:
+    """Put other hooks in place of those on submodules; where `other` gives None, none."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    children = [(path, module.get_submodule(path)) for path in paths]
+    saved = [(child, kind, child.__dict__[kind]) for _, child in children for kind in kinds]
+    try:
+        for path, child in children:
+            for kind in kinds:
+                hooks = {key: other(path, hook) for key, hook in child.__dict__[kind].items()}
+                child.__dict__[kind] = OrderedDict((key, hook) for key, hook in hooks.items() if hook is not None)
+        yield
+    finally:
+        for child, kind, hooks in saved:
+            child.__dict__[kind] = hooks
+
+
+def fire(
+    module: nn.Module, at: Sequence[Point], tensors: Sequence[Tensor], region: str, objects: Sequence[Any] = ()
+) -> None:
+    """Call the hooks that submodules have now with what the points of a graph gave.
+
+    Raises:
+        EcoSpaError: a hook returned something, which would have to go back into the graph.
+    """
+    waiting = iter(tensors)
+    for point in at:
+        leaves = [next(waiting) if leaf is TENSOR else own(leaf, objects) for leaf in point.leaves]
+        args, kwargs, result = pytree.tree_unflatten(leaves, point.spec)
+        child = module.get_submodule(point.path)
+        returned = [
+            hook(child, args, kwargs) if key in child._forward_pre_hooks_with_kwargs else hook(child, args)
+            for key, hook in list(child._forward_pre_hooks.items())
+        ] + [
+            hook(child, args, kwargs, result) if key in child._forward_hooks_with_kwargs else hook(child, args, result)
+            for key, hook in list(child._forward_hooks.items())
+        ]
+        if any(value is not None for value in returned):
+            where = f"{region}.{point.path}" if region else point.path
+            raise EcoSpaError(
+                f"a forward hook on `{where}` changes what goes through it, but `{region or 'the model'}` has shrunk "
+                "and runs as one graph, whose values a hook can only look at. Register it before the first call, or "
+                "put it on an nn.Linear"
+            )

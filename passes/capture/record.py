@@ -1,0 +1,126 @@
+"""Record: what submodules are called with in one forward of a model, which leaves no trace.
+
+record(model, args, kwargs, names) -> a call per submodule that is called
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+
+from ecospa_fx.passes.graph.isolate import traceless, uncached_autocast
+from ecospa_fx.passes.graph.tensors import named_tensors, swapped
+from ecospa_fx.passes.ir.captured import Call
+from ecospa_fx.passes.ir.signature import call_key
+from ecospa_fx.passes.ir.state_access import PLAIN, copies, flattened, foreign, own, parted
+
+from .outside_uses import Strays
+
+
+def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: set[str]) -> dict[str, Call]:
+    """What each named submodule is called with first in one forward of the model, which leaves no trace."""
+    return {name: calls[0] for name, calls in record_all(model, args, kwargs, names).items()}
+
+
+def record_all(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: set[str],
+    strays: dict[str, str] | None = None,
+) -> dict[str, list[Call]]:
+    """What each named submodule is called with in one forward of the model, calls that look different apart.
+
+    `strays` gets, by submodule, what of it is used while it does not run.
+    """
+    calls: dict[str, list[Call]] = {}
+    seen: set[Any] = set()
+    kept: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def hook_for(name: str) -> Any:
+        def hook(module: nn.Module, hook_args: Any, hook_kwargs: Any) -> None:
+            known = call_key(module, hook_args, hook_kwargs)
+            key = (name, known[0] if known else None)
+            if key not in seen:
+                seen.add(key)
+                calls.setdefault(name, []).append(_still((hook_args, hook_kwargs), kept))
+
+        return hook
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in sorted(names)
+    ]
+    try:
+        with traceless(model), _computable(model) as fake, torch.no_grad(), uncached_autocast():
+            mine = pytree.tree_map(_own, (args, kwargs), is_leaf=foreign)
+            own_args, own_kwargs = pytree.tree_map_only(Tensor, fake, mine, is_leaf=foreign)
+            if strays is None:
+                model(*own_args, **own_kwargs)
+            else:
+                with Strays(model, names) as watch:
+                    handles += watch.hooked()
+                    model(*own_args, **own_kwargs)
+                strays |= watch.found
+    finally:
+        for handle in handles:
+            handle.remove()
+    # In the order of the model, not of the calls, so that names come out the same for every input.
+    return {name: calls[name] for name, _ in model.named_modules() if name in calls}
+
+
+def _own(leaf: Any) -> Any:
+    """An argument that a forward may change without anyone noticing: a copy, of a cache say, where there can be one."""
+    if isinstance(leaf, (Tensor, *PLAIN)):
+        return leaf
+    try:
+        return copy.deepcopy(leaf)
+    except Exception:
+        return leaf
+
+
+def _still(call: Call, kept: dict[Any, tuple[Tensor, Tensor]]) -> Call:
+    """A call as it is now: objects change while the forward goes on, and tensors in them may be written into.
+
+    `kept` holds copies of these, so that what many blocks are called with is copied once for each that changes it.
+    """
+    leaves, spec = flattened(call)
+    leaves, objects = parted(leaves)
+
+    def copied(_: Any, tensor: Tensor) -> Tensor:
+        key = (id(tensor), tensor._version)
+        if key not in kept:
+            kept[key] = (tensor, _plain(tensor) if isinstance(tensor, FakeTensor) else tensor.detach().clone())
+        return kept[key][1]
+
+    twins = copies(objects, copied)
+    made: Call = pytree.tree_unflatten(
+        [_plain(leaf) if isinstance(leaf, Tensor) else own(leaf, twins) for leaf in leaves], spec
+    )
+    return made
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A recorded tensor without its history; a fake one as a plain meta tensor."""
+    if isinstance(tensor, FakeTensor):
+        with unset_fake_temporarily():
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return tensor.detach()
+
+
+@contextmanager
+def _computable(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A model on the meta device runs on fake tensors, which code that looks at values knows how to skip."""
+    if not any(p.is_meta for p in model.parameters()):
+        yield lambda tensor: tensor
+        return
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    named = named_tensors(model).items()
+    with swapped(model, {name: mode.from_tensor(t) for name, t in named}), mode:
+        yield mode.from_tensor

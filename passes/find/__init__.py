@@ -1,0 +1,1 @@
+"""Find: which submodules to capture, and which of their axes are couplings."""

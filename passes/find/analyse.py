@@ -1,0 +1,270 @@
+"""Analyse: capture one region as it was called, infer its axes and discover its couplings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ecospa_fx.logs import logger
+from ecospa_fx.passes.axes.algebra import atoms_of, size_of
+from ecospa_fx.passes.capture.capture import capture
+from ecospa_fx.passes.capture.compare_eager import disagreement
+from ecospa_fx.passes.graph.tensors import at_original_sizes, named_tensors, storage_key
+from ecospa_fx.passes.infer.infer import infer
+from ecospa_fx.passes.ir.axis_facts import Inference
+from ecospa_fx.passes.ir.captured import Call as Call
+from ecospa_fx.passes.ir.captured import Captured, Originals
+from ecospa_fx.passes.ir.signature import autocast_now, training_flags
+from ecospa_fx.passes.ir.state_access import Place, flattened, parted
+
+from .confirm import EXPERIMENTS, distrusted
+from .discover import Discovery, discover
+from .fingerprint import OWN, Fingerprint, Reads, fingerprint, recorded_reads, settings
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """One region, analysed for one call signature.
+
+    Attributes:
+        name: of the region in the model.
+        captured: its graph.
+        inference: the axes of that.
+        discovery: what can shrink.
+        seconds: of computing per pass, other work on the machine aside; none for a graph that an equal block was
+            captured for.
+        others: of the same region for its other calls in the same forward, which this graph does not serve.
+    """
+
+    name: str
+    captured: Captured
+    inference: Inference
+    discovery: Discovery
+    seconds: dict[str, float]
+    others: tuple[Analysis, ...] = ()
+
+
+Captures = list[tuple[Analysis, Fingerprint]]
+
+
+def analyse(
+    module: nn.Module, name: str, call: Call, shared_outside: dict[str, str] | None = None, **options: Any
+) -> Analysis:
+    """Capture one region as it was called, infer its axes and discover its couplings.
+
+    Args:
+        module: the region.
+        name: its name in the model.
+        call: positional and keyword arguments.
+        shared_outside: see `Captured`.
+        options: further arguments of `capture`.
+
+    Raises:
+        CaptureError: it cannot be captured, or the graph disagrees with eager.
+    """
+    seconds = {"export": 0.0, "infer": 0.0, "discover": 0.0}
+    static: frozenset[tuple[int, int]] = frozenset()
+    while True:
+        start = time.thread_time()
+        captured = capture(module, *call, region=name, static=static, **options)
+        captured.shared_outside.update(shared_outside or {})
+        captured_at = time.thread_time()
+        inference = infer(captured, EXPERIMENTS.get())
+        seconds["export"] += captured_at - start
+        seconds["infer"] += time.thread_time() - captured_at
+        cutting = _dims_that_cut_parameters(inference) | _dims_of_windows(inference)
+        if not cutting - static:
+            break
+        static |= cutting
+    start = time.thread_time()
+    discovery = discover(inference)
+    seconds["discover"] = time.thread_time() - start
+    doubted: set[str] = set()
+    while inference.experiments and (more := _doubted(inference, discovery, module, call, options.get("originals"))):
+        doubted |= more
+        inference = infer(captured, True, doubted)
+        discovery = discover(inference)
+    _log(name or "the model", captured, inference, discovery, seconds)
+    return Analysis(name, captured, inference, discovery, seconds)
+
+
+def _log(name: str, captured: Captured, inference: Inference, discovery: Discovery, seconds: dict[str, float]) -> None:
+    logger("capture").info("%s: %d nodes in %.2f s", name, len(captured.graph.nodes), seconds["export"])
+    logger("capture").debug("%s: %s", name, captured.signature.tensors)
+    missing = ", ".join(sorted(inference.missing)) or "none"
+    axes = len(inference.values)
+    logger("axes").info(
+        "%s: axes of %d values in %.3f s, ops without a rule: %s", name, axes, seconds["infer"], missing
+    )
+    for parameter, exprs in inference.parameters.items():
+        logger("axes").debug("%s: %s%s", name, parameter, list(exprs))
+    found = ", ".join(f"{c.name} ({c.atom.size})" for c in discovery.couplings) or "none"
+    logger("discover").info("%s: couplings %s; %d refused", name, found, len(discovery.refusals))
+    for refusal in discovery.refusals:
+        logger("discover").debug("%s: refused %s", name, refusal)
+
+
+def _doubted(
+    inference: Inference, discovery: Discovery, module: nn.Module, call: Call, originals: Originals | None
+) -> set[str]:
+    """Ops whose rule by experiment this region does not bear out."""
+    named = named_tensors(module) | dict(originals.values() if originals else {})
+    tensors = {name: tensor.detach() for name, tensor in named.items()}
+    leaves, objects = parted(flattened(call)[0])
+    inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    inputs += [place.find(objects) for place in inference.captured.carried.state]
+    return distrusted(inference, discovery, module, tensors, inputs)
+
+
+def _dims_that_cut_parameters(inference: Inference) -> frozenset[tuple[int, int]]:
+    """Dynamic dims of inputs, as (input, dim), whose size divides the axis of a parameter.
+
+    A table of rotary angles has half a head's entries along its last dim, say. As a dynamic dim that would leave the
+    parts of the head with unknown sizes; such a dim is a property of the model and is specialised.
+    """
+    sizes = [size_of(atom) for exprs in inference.parameters.values() for expr in exprs for atom in atoms_of(expr)]
+    symbols = {symbol for size in sizes if isinstance(size, sympy.Expr) for symbol in size.free_symbols}
+    return frozenset(
+        (i, dim)
+        for i, (_, _, shape) in enumerate(inference.captured.signature.tensors)
+        for dim, size in enumerate(shape)
+        if isinstance(size, sympy.Expr) and size.free_symbols & symbols
+    )
+
+
+def _dims_of_windows(inference: Inference) -> frozenset[tuple[int, int]]:
+    """Dynamic dims of what objects hold that no rule could make sense of: the window of a convolution, say.
+
+    That is a property of the object and is specialised. One that an argument has too, the batch, is not.
+    """
+    tensors = inference.captured.signature.tensors
+    called = len(tensors) - len(inference.captured.state)
+    given = {size for _, _, shape in tensors[:called] for size in shape}
+    return frozenset(
+        (called + i, dim)
+        for i, (_, _, shape) in enumerate(tensors[called:])
+        for dim, size in enumerate(shape)
+        if isinstance(size, sympy.Symbol) and size in inference.unsolved and size not in given
+    )
+
+
+def analyse_once(
+    module: nn.Module,
+    name: str,
+    call: Call,
+    outside: dict[str, str],
+    captures: Captures,
+    *,
+    forward: Any = None,
+    originals: Originals | None = None,
+    filled: Set[tuple[type, tuple[Any, ...]]] = frozenset(),
+) -> Analysis:
+    """`analyse`, unless an equal block has been captured for an equal call.
+
+    Args:
+        module: the region.
+        name: its name in the model.
+        call: positional and keyword arguments.
+        outside: see `Captured.shared_outside`.
+        captures: what has been captured so far; grows.
+        forward: see `capture`.
+        originals: see `capture`.
+        filled: see `capture`.
+
+    Raises:
+        CaptureError: it cannot be captured, or the graph disagrees with eager.
+    """
+    forward = forward or type(module).forward
+    options: dict[str, Any] = {"forward": forward, "originals": originals, "filled": filled}
+    if outside:  # pinned for reasons of its own
+        return _analyse_watched(module, name, call, outside, **options)[0]
+    with at_original_sizes(module, originals.shapes() if originals else None):
+        equal = [analysis for analysis, mark in captures if mark.fits(module)]
+    for analysis in equal:
+        shared = _shared(analysis, module, name, call, forward, originals, filled)
+        if shared is not None:
+            return shared
+    analysis, reads = _analyse_watched(module, name, call, outside, **options)
+    with at_original_sizes(module, originals.shapes() if originals else None):
+        captures.append((analysis, fingerprint(module, reads, analysis.captured.numbers.values)))
+    return analysis
+
+
+def _analyse_watched(
+    module: nn.Module, name: str, call: Call, outside: dict[str, str], **options: Any
+) -> tuple[Analysis, Reads]:
+    """`analyse`, and what of the region's attributes was read; of constants among them the graph knows the values."""
+    every = {(path, name) for path, child in module.named_modules() for name in vars(child)}
+    before = settings(module, every)
+    with recorded_reads(module) as reads:
+        analysis = analyse(module, name, call, outside, **options)
+    made = {(path, name) for path, child in module.named_modules() for name in vars(child)} - every
+    read = {(path, name) for path, names in reads.items() for name in names - OWN}
+    # What a forward changes itself (a counter) is no setting.
+    analysis.captured.settings = {
+        where: value for where, value in settings(module, read - made).items() if before.get(where, value) == value
+    }
+    return analysis, reads
+
+
+def _shared(
+    analysis: Analysis,
+    module: nn.Module,
+    name: str,
+    call: Call,
+    forward: Any,
+    originals: Originals | None,
+    filled: Set[tuple[type, tuple[Any, ...]]],
+) -> Analysis | None:
+    """The analysis of an equal block for this one, if it serves its call and agrees with its eager forward."""
+    start = time.thread_time()
+    # A graph is made without autocast: it may serve any, once it has been compared under that.
+    signature = replace(analysis.captured.signature, autocast=autocast_now())
+    captured = replace(analysis.captured, region=name, signature=signature)
+    numbers = captured.numbers
+    values = numbers.of(module)
+    if values is None:
+        return None
+    if values:
+        captured.settings = settings(module, captured.settings)
+        captured.carried = numbers.within(captured.carried, values)
+        captured.strangers = frozenset(numbers.put(place, values) for place in captured.strangers)
+        captured.filled = frozenset((cls, numbers.put(Place(0, path), values).path) for cls, path in captured.filled)
+    if captured.filled != filled or captured.mismatch(call, training_flags(module)) is not None:
+        return None
+    on_meta = any(t.is_meta for t in (*pytree.tree_leaves(call), *module.parameters()) if isinstance(t, Tensor))
+    if not on_meta:
+        with at_original_sizes(module, originals.values() if originals else None):
+            if disagreement(captured, module, forward, *call) is not None:
+                return None
+    stored = {numbers.put(place, values): exprs for place, exprs in analysis.inference.stored.items()}
+    inference = replace(analysis.inference, captured=captured, stored=stored)
+    checked = time.thread_time()
+    discovery = discover(inference)
+    if inference.experiments and _doubted(inference, discovery, module, call, None):
+        return None
+    seconds = {"export": checked - start, "infer": 0.0, "discover": time.thread_time() - checked}
+    return Analysis(name, captured, inference, discovery, seconds)
+
+
+def shared_outside(model: nn.Module, region: str, named: Mapping[str, Tensor] | None = None) -> dict[str, str]:
+    """Parameters and buffers of a region whose storage something outside it uses too.
+
+    `named` holds the tensors of the model: to look them up for every block anew takes long in a deep one.
+    """
+    if not region:
+        return {}
+    inside: dict[Any, list[str]] = {}
+    outside: dict[Any, str] = {}
+    for name, tensor in (named_tensors(model) if named is None else named).items():
+        if name.startswith(f"{region}."):
+            inside.setdefault(storage_key(tensor), []).append(name.removeprefix(f"{region}."))
+        else:
+            outside.setdefault(storage_key(tensor), name)
+    return {name: f"as `{outside[key]}`" for key, names in inside.items() if key in outside for name in names}

@@ -1,0 +1,247 @@
+"""Discover: which axes of a region can shrink, of what kind they are, and why the others cannot.
+
+    discover(inference) -> couplings, refusals
+
+An atom along which weights meet at least twice and that is *produced* by one of them (free in its contraction, so that
+weights really meet) is a coupling, unless something pins it; then it is a refusal with the reasons. Kinds are read off
+the facts about the atom, never off names.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Literal
+
+from torch import fx
+
+from ecospa_fx.passes.axes.algebra import Atom, atoms_of, size_of
+from ecospa_fx.passes.axes.selection import placed
+from ecospa_fx.passes.graph.nodes import op_name, reason_text
+from ecospa_fx.passes.graph.tensors import join
+from ecospa_fx.passes.ir import relations as r
+from ecospa_fx.passes.ir.axis_facts import Fact, Inference, Role
+
+Kind = Literal["qk", "vo", "ffn", "glu", "heads", "groups", "conv", "residual"]
+
+
+Axis = tuple[str, int]  # (parameter name in the region, dim)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A coupling of one captured graph, at original sizes.
+
+    Attributes:
+        key: where it lies on which parameter axes, the same in every graph of the region.
+        axes: the parameter axes it lies on, a tied parameter under its first name only.
+        name: unique in the region.
+        atom: what is selected.
+        kind: see `ecospa_fx.Coupling`.
+        linear: nothing between the weights is nonlinear or scales entries apart.
+        producers: parameters in whose contraction the atom is free.
+        context: the atom in each of whose entries other entries may be kept, if there is one.
+        context_key: where that lies on the same parameter axes.
+        attention: name of the op that makes the scores of the attention that a `qk` or `vo` coupling is part of.
+    """
+
+    key: tuple[object, ...]
+    axes: tuple[Axis, ...]
+    name: str
+    atom: Atom
+    kind: Kind
+    linear: bool
+    producers: tuple[str, ...]
+    context: Atom | None = None
+    context_key: tuple[object, ...] = ()
+    attention: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Discovery:
+    """What was found in one captured graph."""
+
+    couplings: tuple[Found, ...]
+    refusals: tuple[Refusal, ...]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Discovery:
+        return self  # its atoms are compared by identity
+
+
+def discover(inference: Inference) -> Discovery:
+    """Find the couplings of a captured graph and the axes that might have been some."""
+    axes: dict[Atom, list[Axis]] = defaultdict(list)
+    for name, exprs in inference.parameters.items():
+        if name in inference.captured.same_storage:
+            continue
+        for dim, expr in enumerate(exprs):
+            for atom in dict.fromkeys(atoms_of(expr)):
+                axes[atom].append((name, dim))
+    facts: dict[Atom, list[Fact]] = defaultdict(list)
+    for fact in inference.facts:
+        for atom in dict.fromkeys(atoms_of(fact.expr)):
+            facts[atom].append(fact)
+    region = inference.captured.region
+    scores = {fact.node for fact in inference.facts if fact.role == "contracted" and _meets_another(fact)}
+    found, refusals = [], []
+    taken: set[str] = set()
+    for atom, key in axes.items():
+        roles = _by_role(facts[atom])
+        matrices = {name for name, _ in key if len(inference.parameters[name]) > 1}
+        producers = _producers(roles, matrices)
+        # A fused projection holds several matrices in one parameter, end to end; a tied one is several matrices itself.
+        meetings = max(_occurrences(atom, key, matrices, inference), _contractions(roles, matrices))
+        if type(size_of(atom)) is not int or meetings < 2 or not producers:
+            continue
+        if roles["pinned"]:
+            reasons = dict.fromkeys(reason_text(fact.reason, fact.node, region) for fact in roles["pinned"])
+            members = tuple(f"{join(region, name)}[{dim}]" for name, dim in key)
+            refusals.append(Refusal(members, atom.size, tuple(reasons), region))
+            continue
+        kind = _kind(atom, roles, inference, matrices)
+        name = _name(kind, sorted(matrices), taken)
+        linear = not (roles["nonlinear"] or roles["gate"]) and kind not in ("heads", "groups")
+        context = inference.contexts.get(atom)
+        found.append(
+            Found(
+                (atom.size, *_where(atom, key, inference)), tuple(key), name, atom, kind, linear, producers, context,
+                _where(context, key, inference) if context is not None else (),
+                _attention(roles, inference, scores) if kind in ("qk", "vo") else None,
+            )
+        )  # fmt: skip
+    return Discovery(tuple(found), tuple(refusals))
+
+
+def _by_role(facts: list[Fact]) -> dict[Role, list[Fact]]:
+    roles: dict[Role, list[Fact]] = defaultdict(list)
+    for fact in facts:
+        roles[fact.role].append(fact)
+    return roles
+
+
+def _producers(roles: dict[Role, list[Fact]], matrices: set[str]) -> tuple[str, ...]:
+    """The matrices that bring the atom into a contraction and leave it free."""
+    names = (operand.parameter for fact in roles["free"] for operand in fact.operands)
+    return tuple(dict.fromkeys(name for name in names if name in matrices))
+
+
+def _occurrences(atom: Atom, axes: Iterable[Axis], names: Collection[str], inference: Inference) -> int:
+    """How many times an atom lies on the axes of the named parameters."""
+    exprs = (inference.parameters[name][dim] for name, dim in axes if name in names)
+    return sum(atoms_of(expr).count(atom) for expr in exprs)
+
+
+def _contractions(roles: dict[Role, list[Fact]], matrices: set[str]) -> int:
+    """In how many contractions the atom is that of a matrix."""
+    facts = (*roles["free"], *roles["contracted"])
+    return len({fact.node for fact in facts if any(operand.parameter in matrices for operand in fact.operands)})
+
+
+def _kind(atom: Atom, roles: dict[Role, list[Fact]], inference: Inference, matrices: set[str]) -> Kind:
+    activations = {role: [fact for fact in roles[role] if _of_activations(fact)] for role in ("batch", "free")}
+    if any(_meets_another(fact) for fact in roles["contracted"]):
+        return "qk"
+    if any(len(fact.operands) > 1 for fact in activations["batch"]):
+        return "groups" if roles["expanded"] else "heads"
+    # Free in a product of two activations: attention weights times values, or query heads over one key head.
+    if any(len(inference.operands.get(fact.node, ())) > 1 and _between_activations(fact, inference)
+           for fact in activations["free"]):  # fmt: skip
+        return "groups" if _grouped(activations["free"], inference) else "vo"
+    if any(op_name(fact.node).startswith("aten.conv") for facts in roles.values() for fact in facts):
+        return "conv"
+    produced = _producers(roles, matrices)
+    axes = [(name, dim) for name in produced for dim in range(len(inference.parameters[name]))]
+    if _occurrences(atom, axes, produced, inference) > 1:
+        if roles["gate"]:
+            return "glu"
+        if roles["merge"]:
+            return "residual"
+    return "ffn"
+
+
+def _of_activations(fact: Fact) -> bool:
+    return all(o.weighted and o.parameter is None for o in fact.operands)
+
+
+def _meets_another(fact: Fact) -> bool:
+    """Whether the axis is that of two activations, as in a score."""
+    return len(fact.operands) > 1 and _of_activations(fact)
+
+
+def _attention(roles: dict[Role, list[Fact]], inference: Inference, scores: set[fx.Node]) -> str | None:
+    """The op that makes the scores: where `qk` is contracted, on the way to where `vo` goes through."""
+    waiting = [fact.node for fact in roles["contracted"] if _meets_another(fact)]
+    for fact in roles["free"]:
+        if _of_activations(fact) and _between_activations(fact, inference):
+            # From the attention weights back; the values come another way.
+            weights = [o.node for o in inference.operands[fact.node] if o.weighted and fact.expr not in o.exprs]
+            waiting += [fact.node] if fact.node in scores and len(inference.operands[fact.node]) > 2 else weights
+    seen: set[fx.Node] = set()
+    while waiting:
+        node = waiting.pop(0)
+        if node in scores:
+            return node.name
+        seen.add(node)
+        waiting += [arg for arg in node.all_input_nodes if arg in inference.values and arg not in seen]
+    return None
+
+
+def _where(atom: Atom, axes: Iterable[Axis], inference: Inference) -> tuple[tuple[object, ...], ...]:
+    return tuple((name, dim, placed(inference.parameters[name][dim], atom)) for name, dim in axes)
+
+
+def _between_activations(fact: Fact, inference: Inference) -> bool:
+    """Whether it is free in a product that is summed over an axis of two activations."""
+
+    def activations(operands: Iterable[r.Operand]) -> int:
+        return sum(o.weighted and o.parameter is None for o in operands)
+
+    return activations(inference.operands[fact.node]) > 1 and any(
+        other.node is fact.node and other.role == "contracted" and activations(other.operands) > 1
+        for other in inference.facts
+    )
+
+
+def _grouped(facts: list[Fact], inference: Inference) -> bool:
+    """Free in the score already, where values have no part: an axis of queries only."""
+    for fact in facts:
+        operands = inference.operands[fact.node]
+        if len(operands) > 2 and operands[0].node in [operand.node for operand in fact.operands]:
+            return True
+    return False
+
+
+def _name(kind: Kind, matrices: list[str], taken: set[str]) -> str:
+    """The module that all matrices share, then the kind, then a number where that is not unique."""
+    modules = [name.split(".")[:-1] for name in matrices]
+    shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))]
+    if len(matrices) == 1 and matrices[0].endswith(".weight"):
+        shared = shared[:-1]  # the layer that holds a fused projection is no more than its weight
+    name = base = ".".join([*shared, kind])
+    number = 2
+    while name in taken:
+        name, number = f"{base}{number}", number + 1
+    taken.add(name)
+    return name
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Weights that meet along an axis which cannot shrink, and why not.
+
+    Attributes:
+        members: `parameter[dim]` of each weight that runs along the axis.
+        size: entries of the axis.
+        reasons: what needs the axis whole, where; one sentence each.
+        region: name of the region it was found in.
+    """
+
+    members: tuple[str, ...]
+    size: int
+    reasons: tuple[str, ...]
+    region: str
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.members)} ({self.size}): {'; '.join(self.reasons)}"

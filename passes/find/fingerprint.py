@@ -1,0 +1,152 @@
+"""Sharing: equal blocks are captured once.
+
+Blocks may look equal and differ in a plain attribute (a sliding window or none, another rotary base), or differ in one
+that does not matter (their number). So while a block is captured, the attributes that its forward reads are recorded;
+another block may use the graph if its classes and shapes and every one of *those* attributes are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ecospa_fx.passes.graph.tensors import named_tensors
+
+Reads = dict[str, set[str]]  # submodule path -> names of the instance attributes that forward read
+
+# What every module has: its tensors, children, hooks and training flag are compared on their own.
+OWN = frozenset(vars(nn.Module()))
+
+
+@contextmanager
+def recorded_reads(module: nn.Module) -> Iterator[Reads]:
+    """Record which instance attributes of a module and its submodules are read inside the block."""
+    reads: Reads = {}
+    classes = [(child, type(child)) for child in module.modules()]
+    try:
+        for path, child in module.named_modules():
+            _watch(child, reads.setdefault(path, set()))
+        yield reads
+    finally:
+        for child, cls in classes:
+            child.__class__ = cls
+
+
+def _watch(module: nn.Module, names: set[str]) -> None:
+    cls = type(module)
+
+    def getattribute(self: nn.Module, name: str) -> Any:
+        if name[:2] != "__":
+            names.add(name)
+        return cls.__getattribute__(self, name)
+
+    watched = type(cls.__name__, (cls,), {"__getattribute__": getattribute, "__doc__": cls.__doc__})
+    watched.__module__, watched.__qualname__ = cls.__module__, cls.__qualname__
+    module.__class__ = watched
+
+
+@dataclass(frozen=True, eq=False)
+class Fingerprint:
+    """All of a block that its captured graph depends on, apart from the call: see the module docstring."""
+
+    modules: dict[str, type]
+    tensors: dict[str, tuple[Any, ...]]
+    read: dict[tuple[str, str], Any]
+    ties: list[list[str]]
+    hooked: bool
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether a graph captured from the block is one of `module` too."""
+        other = fingerprint(module, {})
+        if (self.modules, self.tensors, self.ties) != (other.modules, other.tensors, other.ties):
+            return False
+        if self.hooked or other.hooked:
+            return False  # hooks may do anything
+        submodules = dict(module.named_modules(remove_duplicate=False))
+        return all(
+            _same(value, submodules[path].__dict__.get(name, ABSENT)) for (path, name), value in self.read.items()
+        )
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "not there"
+
+
+ABSENT = _Absent()
+
+Settings = dict[tuple[str, str], Any]  # (submodule path, attribute) -> a constant that forward read
+
+_CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device)
+_MOST_ENTRIES = 64  # of a list or dict of constants that is compared at every call
+
+
+def frozen(value: Any) -> Any:
+    """A value that later changes of what it was read from do not reach: lists and dicts are copied, one level deep."""
+    return value.copy() if type(value) in (list, dict, set) else value
+
+
+def is_setting(value: Any) -> bool:
+    """Whether a value is a constant, or a small container of constants, and can be compared at every call."""
+    if value is None or isinstance(value, _CONSTANTS):
+        return True
+    if type(value) in (list, tuple, set, frozenset, dict):
+        parts = [*value, *value.values()] if type(value) is dict else value
+        return len(parts) <= _MOST_ENTRIES and all(part is None or isinstance(part, _CONSTANTS) for part in parts)
+    return False
+
+
+def settings(module: nn.Module, names: Iterable[tuple[str, str]]) -> Settings:
+    """Those attributes of a module and its submodules that are constants, as they are now.
+
+    One that an instance does not have is that of its class, and `ABSENT` where that has none.
+    """
+    named = dict(module.named_modules(remove_duplicate=False))
+    found: Settings = {}
+    for path, name in names:
+        child = named[path]
+        value = child.__dict__.get(name, getattr(type(child), name, ABSENT))
+        held = any(name in child.__dict__.get(kind, ()) for kind in ("_parameters", "_buffers", "_modules"))
+        if is_setting(value) or (value is ABSENT and not held):
+            found[path, name] = frozen(value)
+    return found
+
+
+def fingerprint(module: nn.Module, reads: Reads, numbers: Collection[tuple[str, str]] = ()) -> Fingerprint:
+    """The fingerprint of a block whose forward read `reads`; `numbers` among them may be others in another block."""
+    named = dict(module.named_modules(remove_duplicate=False))
+    tensors = named_tensors(module).items()
+    groups: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return Fingerprint(
+        modules={path: type(child) for path, child in named.items()},
+        tensors={name: (type(t), t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors},
+        # What is read and not in the instance is the class's own, or one that nn.Module looks up itself.
+        read={
+            (path, name): frozen(named[path].__dict__[name])
+            for path, names in reads.items()
+            for name in names - OWN
+            if name in named[path].__dict__ and (path, name) not in numbers
+        },
+        ties=[names for names in groups.values() if len(names) > 1],
+        hooked=any(child._forward_hooks or child._forward_pre_hooks for path, child in named.items() if path),
+    )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal for certain. Objects of other types than these are equal only to themselves."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return isinstance(a, (bool, int, float, str, torch.dtype, torch.device)) and bool(a == b)

@@ -1,0 +1,168 @@
+"""Regions: which submodules of a model to capture.
+
+    choose(model, args, kwargs, how)
+      -> record_all     one forward, to see what each candidate is called with
+      -> analyse        capture, infer, discover, one region at a time
+      -> descend        where that fails, the submodules below
+
+By default the repeated blocks (the children of ModuleLists and Sequentials), where couplings close inside every one of
+them; else the root; and where the root cannot be captured, what is largest below it. Around regions the model's own
+Python keeps running: loops, caches, checkpointing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ecospa_fx.errors import CaptureError
+from ecospa_fx.passes.capture.capture import class_forward
+from ecospa_fx.passes.capture.record import record_all
+from ecospa_fx.passes.graph.tensors import named_tensors
+from ecospa_fx.passes.ir.captured import Call as Call
+from ecospa_fx.passes.ir.signature import training_flags
+
+from .analyse import Analysis, Captures, _analyse_watched, analyse_once, shared_outside
+from .search import Search
+
+
+def choose(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    how: str | Sequence[str] = "auto",
+    captures: Captures | None = None,
+) -> tuple[dict[str, Analysis], dict[str, str]]:
+    """The regions of a model, analysed.
+
+    Args:
+        model: the model; left as it is.
+        args: positional arguments of a call.
+        kwargs: keyword arguments of a call.
+        how: `"auto"`, `"blocks"`, `"root"`, or names of submodules.
+        captures: gets what was captured of blocks, for equal ones to share.
+
+    Returns:
+        The regions by name, and for each that was tried and given up, why.
+
+    Raises:
+        CaptureError: nothing can be captured.
+    """
+    captures = [] if captures is None else captures
+    if how == "root":
+        return {"": _analyse_watched(model, "", (args, kwargs), {}, forward=class_forward(model, ""))[0]}, {}
+    if not isinstance(how, str):
+        return _named(model, args, kwargs, how, captures), {}
+    if how not in ("auto", "blocks"):
+        raise CaptureError(f"regions={how!r} is none of 'auto', 'blocks', 'root' or a list of submodule names")
+    candidates = set(_candidates(model))
+    strays: dict[str, str] = {}
+    calls = record_all(model, args, kwargs, candidates, strays) if candidates else {}
+    named = named_tensors(model)
+    search = Search(model, lambda name: _analyse_all(model, name, calls[name], captures, named, strays))
+    blocks = [name for name in calls if not any(name.startswith(f"{other}.") for other in calls)]
+    for name in blocks:
+        search.attempt(name)
+    uncalled = {name: _UNCALLED for name in candidates - calls.keys() if _is_callable(model.get_submodule(name))}
+    if blocks and len(search.coupled()) == len(blocks):
+        return search.found, uncalled
+    if how == "auto" or not blocks:
+        try:
+            root, _ = _analyse_watched(model, "", (args, kwargs), {}, forward=class_forward(model, ""))
+            return {"": root}, search.failed
+        except CaptureError as error:
+            if not any(True for _ in model.children()):
+                raise
+            search.failed[""] = str(error)
+            search.found = search.coupled()
+    whole = set(search.found)
+    try:
+        names = {name for name, _ in model.named_modules()} - {""} - candidates
+        calls |= record_all(model, args, kwargs, names, strays)
+    except Exception as error:  # the call itself is at fault
+        raise CaptureError(_nothing_captured(search.failed)) from error
+    for name in [""] if "" in search.failed else list(search.failed):
+        search.below(name, calls)
+    search.found = {name: a for name, a in search.found.items() if name in whole or a.discovery.couplings}
+    if not search.found:
+        raise CaptureError(_nothing_captured(search.failed))
+    found = {name: search.found[name] for name, _ in model.named_modules() if name in search.found}
+    return found, search.failed | uncalled
+
+
+_UNCALLED = "it is not called in this forward of the model, so what it computes is unknown; it stays whole"
+
+
+def _is_callable(module: nn.Module) -> bool:
+    """Whether a module is one to call, not a container of others."""
+    return type(module).forward is not nn.Module.forward
+
+
+def _nothing_captured(failed: Mapping[str, str]) -> str:
+    inner = [why for name, why in failed.items() if name]
+    return (
+        f"{failed['']}. Nor can what is inside be: {inner[0]}"
+        if "" in failed and inner
+        else next(iter(failed.values()))
+    )
+
+
+def _named(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], captures: Captures
+) -> dict[str, Analysis]:
+    """The regions that someone asked for by name."""
+    unknown = sorted(set(names) - {name for name, _ in model.named_modules()})
+    if unknown:
+        raise CaptureError(
+            f"regions: {type(model).__name__} has no submodule `{unknown[0]}`; see model.named_modules()"
+        )
+    for name in names:
+        inside = next((other for other in names if other != name and (not name or other.startswith(f"{name}."))), None)
+        if inside is not None:
+            raise CaptureError(
+                f"regions: `{inside}` lies inside {f'`{name}`' if name else 'the model'}, whose graph has no call of "
+                "it left; name one of them"
+            )
+    strays: dict[str, str] = {}
+    calls = record_all(model, args, kwargs, set(names), strays)
+    missing = [name for name in names if name not in calls]
+    if missing:
+        raise CaptureError(f"regions: `{missing[0]}` is not called in a forward of the model; name another")
+    named = named_tensors(model)
+    return {name: _analyse_all(model, name, calls[name], captures, named, strays) for name in names}
+
+
+def _analyse_all(
+    model: nn.Module,
+    name: str,
+    calls: Sequence[Call],
+    captures: Captures,
+    named: Mapping[str, Tensor],
+    strays: Mapping[str, str],
+) -> Analysis:
+    """One region in every way that a forward calls it."""
+    if name in strays:
+        raise CaptureError(f"region `{name}` is no region of its own: {strays[name]}")
+    module, outside = model.get_submodule(name), shared_outside(model, name, named)
+    found = [analyse_once(module, name, calls[0], outside, captures)]
+    for call in calls[1:]:
+        flags = training_flags(module)
+        if all(a.captured.mismatch(call, flags) is not None for a in found):
+            found.append(analyse_once(module, name, call, outside, captures))
+    return replace(found[0], others=tuple(found[1:]))
+
+
+def _candidates(model: nn.Module) -> Iterator[str]:
+    """Children of containers in which a class repeats, with weights enough to be coupled among themselves."""
+    for name, container in model.named_modules():
+        if not isinstance(container, (nn.ModuleList, nn.Sequential)):
+            continue
+        classes = Counter(type(child) for child in container)
+        for key, child in container.named_children():
+            matrices = sum(p.ndim > 1 for p in child.parameters())
+            if classes[type(child)] > 1 and matrices > 1:
+                yield f"{name}.{key}" if name else key

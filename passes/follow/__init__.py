@@ -1,0 +1,1 @@
+"""Follow: which couplings the model's own Python can follow, with which integers changed."""

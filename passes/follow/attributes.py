@@ -1,0 +1,266 @@
+"""Attributes: integers that modules hold beside their weights, and that may be sizes of these.
+
+A forward views by `self.num_heads` and splits by `self.split_size`. Where weights shrink and that forward goes on
+running, such integers must follow. Layers of torch.nn are known (`sizes_of_layer`); everything else is found among the
+integers that a forward was seen to read (`held_integers`), and what each of them means is found by trial
+(`passes/follow/follow.py`). Never by its name.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ecospa_fx.errors import CheckpointError
+from ecospa_fx.passes.find.fingerprint import OWN, Reads
+
+
+@dataclass(frozen=True, order=True)
+class Attribute:
+    """Where a module holds an integer.
+
+    Attributes:
+        module: the module, by its path from the region or the model that is spoken of.
+        name: the instance attribute.
+        inside: what of it, where it is not the integer itself: the position in a tuple or list, or the field of an
+            object (a configuration).
+    """
+
+    module: str
+    name: str
+    inside: int | str | None = None
+
+    def __str__(self) -> str:
+        path = ".".join(filter(None, (self.module, self.name)))
+        if self.inside is None:
+            return path
+        return f"{path}[{self.inside}]" if type(self.inside) is int else f"{path}.{self.inside}"
+
+    def within(self, region: str) -> Attribute:
+        """The attribute of a region as one of the model."""
+        return Attribute(".".join(filter(None, (region, self.module))), self.name, self.inside)
+
+    def read(self, root: nn.Module) -> Any:
+        """What it holds now.
+
+        Raises:
+            AttributeError: there is no such attribute.
+        """
+        try:
+            value = root.get_submodule(self.module).__dict__[self.name]
+            if self.inside is None:
+                return value
+            return value[self.inside] if type(self.inside) is int else getattr(value, str(self.inside))
+        except (KeyError, IndexError, TypeError) as error:
+            raise AttributeError(f"there is no {self}") from error
+
+    def write(self, root: nn.Module, value: int) -> None:
+        """Make it hold another integer. What others may hold too is not written into: the module gets its own."""
+        module = root.get_submodule(self.module)
+        if self.inside is None:
+            module.__dict__[self.name] = value
+            return
+        held = module.__dict__[self.name]
+        if type(self.inside) is int:
+            items = list(held)
+            items[self.inside] = value
+            module.__dict__[self.name] = type(held)(items)
+        else:
+            module.__dict__[self.name] = with_field(held, str(self.inside), value)
+
+
+Values = Mapping[Attribute, int]
+Changes = dict[Attribute, tuple[int, int]]  # what an attribute held before any shrink, and holds now
+
+
+def changes_in(listed: Iterable[Any], where: str) -> Changes:
+    """Read `[module, name, inside, original, now]` lists of a save.
+
+    Raises:
+        CheckpointError: they are none.
+    """
+    found: Changes = {}
+    for item in listed:
+        kinds: tuple[Any, ...] = (str, str, (str, int, type(None)), int, int)
+        fits = type(item) is list and len(item) == 5
+        if not fits or not all(isinstance(part, kind) for part, kind in zip(item, kinds, strict=True)):
+            raise CheckpointError(f"{where} has an attribute that is none: {item!s:.60}")
+        attribute, original, now = Attribute(*item[:3]), item[3], item[4]
+        if not 0 < now <= original:
+            raise CheckpointError(f"{where} lets `{attribute}` go from {original} to {now}, which is no shrinking")
+        found[attribute] = (original, now)
+    return found
+
+
+def numbers_in(model: nn.Module) -> frozenset[tuple[type, str]]:
+    """Attributes, as (class, name), that tell modules with weights of equal shapes apart: numbers of layers, say.
+
+    They are no sizes of those weights, whatever they happen to equal.
+    """
+    seen: dict[tuple[Any, ...], int] = {}
+    found = set()
+    for module in model.modules():
+        shapes = tuple((name, p.shape) for name, p in module.named_parameters())
+        for name, value in module.__dict__.items():
+            key = (type(module), name)
+            if type(value) is int and seen.setdefault((*key, shapes), value) != value:
+                found.add(key)
+    return frozenset(found)
+
+
+def held_integers(root: nn.Module, reads: Reads, numbers: Set[tuple[type, str]] = frozenset()) -> dict[Attribute, int]:
+    """The integers above 1 that a forward read, or may have read in a tuple, list or object that it did.
+
+    Args:
+        root: the module that the paths in `reads` begin at.
+        reads: the attributes that were read.
+        numbers: those that are no sizes, see `numbers_in`.
+    """
+    found: dict[Attribute, int] = {}
+    modules = dict(root.named_modules())
+    for path, names in reads.items():
+        known = sizes_of_layer(modules[path]) if path in modules else {}
+        for name in sorted(names - OWN - known.keys()):
+            if path not in modules or (type(modules[path]), name) in numbers or isinstance(modules[path], nn.Linear):
+                continue  # what an nn.Linear says of itself is read off its weight, see `ShrinkableLinear`
+            if name in modules[path].__dict__:
+                for inside, value in _integers(modules[path].__dict__[name]):
+                    found[Attribute(path, name, inside)] = value
+    return found
+
+
+def _integers(value: Any) -> Iterator[tuple[int | str | None, int]]:
+    if type(value) is int:
+        if value > 1:
+            yield None, value
+    elif type(value) in (tuple, list):
+        yield from ((i, item) for i, item in enumerate(value) if type(item) is int and item > 1)
+    elif type(value).__new__ is object.__new__ and not isinstance(value, (Tensor, nn.Module)):  # type: ignore[comparison-overlap]
+        fields = getattr(value, "__dict__", {})
+        yield from ((name, item) for name, item in fields.items() if type(item) is int and item > 1 and name[:1] != "_")
+
+
+@contextmanager
+def holding(root: nn.Module, values: Values) -> Iterator[None]:
+    """A module whose attributes hold other integers for a while; then what they held before, the same objects."""
+    places = {(a.module, a.name): root.get_submodule(a.module).__dict__[a.name] for a in values}
+    try:
+        for attribute, value in values.items():
+            attribute.write(root, value)
+        yield
+    finally:
+        for (path, name), held in places.items():
+            root.get_submodule(path).__dict__[name] = held
+
+
+@contextmanager
+def assigned(root: nn.Module, values: Values) -> Iterator[None]:
+    """Make attributes hold integers, for good unless what is done inside fails."""
+    places = {(a.module, a.name): root.get_submodule(a.module).__dict__ for a in values}
+    before = [(held, name, held[name]) for (_, name), held in places.items()]
+    try:
+        for attribute, value in values.items():
+            if attribute.read(root) != value:
+                attribute.write(root, value)
+        yield
+    except BaseException:
+        for held, name, value in before:
+            held[name] = value
+        raise
+
+
+def with_field(original: Any, field: str, value: int) -> Any:
+    """An object that is like `original`, also when that changes, except for one field.
+
+    A configuration is one object that all layers hold. A layer that has shrunk needs a number of heads of its own, and
+    shall still see whatever else of it is set later (the attention implementation, say). So the two share their fields.
+    """
+    cls, fields = type(original), {field: value}
+    if (overridden := cls.__dict__.get("_ecospa_fields")) is not None:
+        original, fields = overridden[0], {**overridden[1], **fields}
+        cls = type(original)
+
+    def reduce_ex(self: Any, protocol: Any) -> Any:
+        return _with_fields, (original, fields)
+
+    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+        return _with_fields(copy.deepcopy(original, memo), fields)
+
+    body: dict[str, Any] = {name: property(partial(_held, value=held)) for name, held in fields.items()}
+    body |= {"__reduce_ex__": reduce_ex, "__deepcopy__": deepcopy, "_ecospa_fields": (original, fields)}
+    made = type(cls.__name__, (cls,), {**body, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    view: Any = object.__new__(made)
+    object.__setattr__(view, "__dict__", original.__dict__)
+    return view
+
+
+def _held(_: Any, value: int) -> int:
+    return value
+
+
+def _with_fields(original: Any, fields: Mapping[str, int]) -> Any:
+    for field, value in fields.items():
+        original = with_field(original, field, value)
+    return original
+
+
+def sizes_of_layer(module: nn.Module) -> dict[str, Any]:
+    """The attributes in which layers of torch.nn keep the sizes of their own weights, as these are now."""
+    weight: Any = getattr(module, "weight", None)
+    match module:
+        case nn.modules.conv._ConvTransposeNd():
+            return {"in_channels": weight.shape[0], "out_channels": weight.shape[1] * module.groups}
+        case nn.modules.conv._ConvNd():
+            if module.groups > 1 and module.groups == module.in_channels:  # depthwise: a group per channel
+                out_in_group = module.out_channels // module.groups
+                groups = weight.shape[0] // out_in_group
+                return {"groups": groups, "in_channels": groups, "out_channels": weight.shape[0]}
+            return {"in_channels": weight.shape[1] * module.groups, "out_channels": weight.shape[0]}
+        case nn.modules.batchnorm._NormBase():
+            held = weight if weight is not None else module.running_mean
+            return {} if held is None else {"num_features": held.shape[0]}
+        case nn.GroupNorm() if weight is not None:
+            return {"num_channels": weight.shape[0]}
+        case nn.LayerNorm() | nn.RMSNorm() if weight is not None:
+            return {"normalized_shape": tuple(weight.shape)}
+        case nn.Embedding() | nn.EmbeddingBag():
+            return {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]}
+        case nn.PReLU():
+            return {"num_parameters": weight.shape[0]}
+    return {}
+
+
+Fitted = list[tuple[nn.Module, str, Any]]  # a layer, an attribute of it, what was there
+
+
+def fit(model: nn.Module) -> Fitted:
+    """Tell every layer of torch.nn the sizes of its weights; returns what was there."""
+    before: Fitted = []
+    for child in model.modules():
+        for attribute, size in sizes_of_layer(child).items():
+            if getattr(child, attribute) != size:
+                before.append((child, attribute, getattr(child, attribute)))
+                setattr(child, attribute, size)
+    return before
+
+
+def unfit(before: Iterable[tuple[nn.Module, str, Any]]) -> None:
+    """Undo `fit`."""
+    for child, attribute, size in before:
+        setattr(child, attribute, size)
+
+
+@contextmanager
+def fitted(model: nn.Module) -> Iterator[None]:
+    """`fit`, for the time inside."""
+    before = fit(model)
+    try:
+        yield
+    finally:
+        unfit(before)

@@ -1,0 +1,290 @@
+"""Trial: a call of a region, run by its own Python with smaller weights, against the program at the same sizes.
+
+The weights are drawn at random, the call is made up: small, of the signature that was captured. What runs on the meta
+device, which takes no time, is compared in values.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, product, segments, size_of
+from ecospa_fx.passes.axes.selection import Kept, mask_of, touched
+from ecospa_fx.passes.capture.compare_eager import TOLERANCE, relative_error
+from ecospa_fx.passes.find.fingerprint import recorded_reads
+from ecospa_fx.passes.graph.isolate import forked_rng
+from ecospa_fx.passes.graph.tensors import named_tensors, sliced, swapped
+from ecospa_fx.passes.infer.sizes import symbols_of
+from ecospa_fx.passes.ir.axis_facts import Inference
+from ecospa_fx.passes.ir.captured import Forward
+from ecospa_fx.passes.ir.signature import Signature, below
+from ecospa_fx.passes.ir.state_access import TENSOR
+from ecospa_fx.passes.rewrite.program import Program
+from ecospa_fx.passes.rewrite.rewrite import rewrite
+
+from .attributes import Attribute, Values, fitted, held_integers, holding
+
+
+class Trial:
+    """One call of a region, to be run by its own Python at other sizes.
+
+    Attributes:
+        unable: why nothing can be tried, or None.
+        held: the integers that the call read, and that may be sizes.
+        unread: those that modules hold beside them.
+        axes_of_size: number of entries -> axes, and parts of axes, that have as many.
+    """
+
+    def __init__(
+        self, module: nn.Module, inference: Inference, forward: Forward, numbers: Set[tuple[type, str]] = frozenset()
+    ) -> None:
+        self.module, self.inference, self.forward = module, inference, forward
+        self.args, self.kwargs = example_call(inference.captured.signature)
+        self.unable: str | None = None
+        self.held: dict[Attribute, int] = {}
+        self.unread: dict[Attribute, int] = {}
+        self.axes_of_size = _axes_of_size(inference)
+        self._shapes_tell = False
+        self._idle: dict[Attribute, bool] = {}
+        tensors = named_tensors(module)
+        if any(t.is_meta for t in tensors.values()):
+            self.unable = "its Python can only be tried with values, and it is on the meta device"
+            return
+        self.tensors = drawn(tensors)
+        program = rewrite(inference, {}, module)
+        with recorded_reads(module) as reads:
+            try:
+                self.unable = self._compare(program, self.tensors, {})
+            except Exception:  # sizes that no argument tells apart depend on each other: those of the call, then
+                self.args, self.kwargs = example_call(inference.captured.signature, symbols_of(inference))
+                try:
+                    self.unable = self._compare(program, self.tensors, {})
+                except Exception as error:
+                    self.unable = f"cannot be tried: its graph does not run on a made-up call ({error})"
+        self.held = held_integers(module, reads, numbers)
+        every = {path: set(child.__dict__) for path, child in module.named_modules()}
+        self.unread = {
+            attribute: value
+            for attribute, value in held_integers(module, every, numbers).items()
+            if attribute not in self.held and attribute.inside is None
+        }
+        self._shapes_tell = self._fails_on_shapes(self.tensors, {}) is None
+
+    def difference(self, kept: Kept, values: Values) -> str | None:
+        """How the forward with the weights that `kept` leaves, and attributes at `values`, differs from the program.
+
+        None where it gives the same.
+        """
+        parameters = self.inference.parameters
+        small = {
+            name: sliced(
+                t,
+                {d: mask_of(e, kept).nonzero().flatten() for d, e in enumerate(parameters[name]) if touched(e, kept)}
+                if name in parameters
+                else {},
+            )
+            for name, t in self.tensors.items()
+        }
+        if self._shapes_tell and (error := self._fails_on_shapes(small, values)) is not None:
+            return error
+        return self._compare(rewrite(self.inference, kept, self.module), small, values)
+
+    def is_idle(self, attribute: Attribute) -> bool:
+        """Whether it makes no difference to the call what an attribute holds."""
+        if attribute not in self._idle:
+            other = {attribute: self.held[attribute] + 1}
+            self._idle[attribute] = self.difference({}, other) is None
+        return self._idle[attribute]
+
+    def _fails_on_shapes(self, tensors: Mapping[str, Tensor], values: Values) -> str | None:
+        """Why the forward fails on the meta device, which takes no time."""
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (self.args, self.kwargs))
+        shapes = {name: t.to("meta") for name, t in tensors.items()}
+        try:
+            with self._ready(shapes, values):
+                own_forward(self.module, self.forward, args, kwargs)
+        except Failed as failed:
+            return str(failed)
+        return None
+
+    def _compare(self, program: Program, tensors: Mapping[str, Tensor], values: Values) -> str | None:
+        with self._ready(tensors, values):
+            return difference(self.module, program, self.forward, self.args, self.kwargs)
+
+    @contextmanager
+    def _ready(self, tensors: Mapping[str, Tensor], values: Values) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(modes(self.module, self.inference.captured.signature.training))
+            held = named_tensors(self.module)
+            mine = {
+                name: nn.Parameter(t, requires_grad=False) if isinstance(held[name], nn.Parameter) else t
+                for name, t in tensors.items()
+            }
+            stack.enter_context(swapped(self.module, mine))
+            stack.enter_context(fitted(self.module))
+            stack.enter_context(holding(self.module, values))
+            yield
+
+
+class Failed(Exception):
+    """A forward fails; what it says is where, and why."""
+
+
+def difference(module: nn.Module, program: Program, forward: Forward, args: Any, kwargs: Any) -> str | None:
+    """How a region's own forward differs from its program, on one call with the weights it has now; None if not at all.
+
+    Raises nothing: where the forward fails, that is the difference.
+    """
+    inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    with forked_rng(module):
+        torch.manual_seed(0)
+        expected = program.run(module, *(t.clone() for t in inputs), *program.constants)
+    with forked_rng(module):
+        torch.manual_seed(0)
+        try:
+            found = own_forward(module, forward, args, kwargs)
+        except Failed as failed:
+            return str(failed)
+    tensors = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+    for mine, theirs in zip(tensors, expected[: program.captured.returned], strict=True):
+        if mine.shape != theirs.shape:
+            return f"runs, but gives a result of {tuple(mine.shape)} and not of {tuple(theirs.shape)}"
+        if mine.is_meta:
+            continue
+        error = relative_error(theirs, mine)
+        if not error <= TOLERANCE.get(mine.dtype, 0.0):
+            return f"runs, but gives results that differ by {error:.1e}"
+    return None
+
+
+def own_forward(module: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Any:
+    """Run a region's own forward.
+
+    Raises:
+        Failed: it fails.
+    """
+    inside: list[tuple[str, nn.Module]] = []
+    with _following(module, inside):
+        try:
+            return forward(module, *args, **kwargs)
+        except Exception as error:
+            path, failing = inside[-1] if inside else ("", module)
+            where = f" in `{path}` ({type(failing).__name__})" if path else ""
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise Failed(f"fails{where}: {lines[0]}") from error
+
+
+@contextmanager
+def _following(module: nn.Module, inside: list[tuple[str, nn.Module]]) -> Iterator[None]:
+    """Keep in `inside` the calls of submodules that have begun and not ended, for messages."""
+    handles = []
+    for path, child in module.named_modules():
+        if path:
+            entering = lambda _, __, here=(path, child): inside.append(here)  # noqa: E731
+            handles.append(child.register_forward_pre_hook(entering))
+            handles.append(child.register_forward_hook(lambda *_: inside.pop() and None))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def modes(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
+    """A region in the modes that a graph was captured in."""
+    before = [(child, child.training) for child in module.modules()]
+    try:
+        for child, flag in zip(below(module), training, strict=True):
+            child.training = flag
+        yield
+    finally:
+        for child, flag in before:
+            child.training = flag
+
+
+def example_call(signature: Signature, known: Mapping[sympy.Symbol, int] | None = None) -> tuple[Any, Any]:
+    """A small call of a signature, with random values.
+
+    Args:
+        signature: of the call.
+        known: dynamic sizes to use, in place of small ones.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sizes = dict(known or {})
+    for i, (symbol, (low, high)) in enumerate(sorted(signature.ranges.items(), key=lambda item: str(item[0]))):
+        if isinstance(symbol, sympy.Symbol):  # bounds of `4*s0` follow from those of `s0`
+            sizes.setdefault(symbol, int(min(max(low, 3 + i), high)))
+    leaves: list[Any] = []
+    tensors = iter(signature.tensors)
+    for leaf in signature.leaves:
+        if leaf is not TENSOR:
+            leaves.append(leaf)
+            continue
+        dtype, device, shape = next(tensors)
+        size = [int(n.subs(sizes)) if isinstance(n, sympy.Expr) else int(n) for n in shape]
+        if dtype.is_floating_point or dtype.is_complex:
+            value = torch.randn(size, generator=generator)
+        elif dtype == torch.bool:
+            value = torch.ones(size)
+        else:  # positions and words: such as any table has
+            value = torch.randint(2, size, generator=generator)
+        leaves.append(value.to(device, dtype))
+    args, kwargs = pytree.tree_unflatten(leaves, signature.spec)
+    return args, kwargs
+
+
+def drawn(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights for a trial. Those of a model that has just been made are so small that every score is the same.
+
+    Matrices are drawn such that what goes through them keeps its size; vectors and buffers are moved a little.
+    """
+    generator = torch.Generator().manual_seed(1)
+    made: dict[int, Tensor] = {}
+    for tensor in tensors.values():
+        if id(tensor) in made:
+            continue
+        value = tensor.detach()
+        if value.is_floating_point() and isinstance(tensor, nn.Parameter):
+            noise = torch.randn(value.shape, generator=generator).to(value)
+            value = noise / max(1, value.numel() // max(value.shape)) ** 0.5 if value.ndim > 1 else value + noise / 5
+        made[id(tensor)] = value.clone()
+    return {name: made[id(tensor)] for name, tensor in tensors.items()}
+
+
+def _axes_of_size(inference: Inference) -> dict[int, list[Expr]]:
+    """Axes of a graph, and runs of their factors and parts, by their number of entries."""
+    found: dict[Expr, None] = {}
+    exprs = [expr for axes in inference.parameters.values() for expr in axes]
+    exprs += [expr for outputs in inference.values.values() for axes in outputs for expr in axes]
+    for expr in dict.fromkeys(exprs):
+        for part in _parts(expr):
+            found.setdefault(part)
+    by_size: dict[int, list[Expr]] = {}
+    for expr in found:
+        size = size_of(expr)
+        if type(size) is int and size > 1:
+            by_size.setdefault(size, []).append(expr)
+    return by_size
+
+
+def _parts(expr: Expr) -> Iterator[Expr]:
+    yield expr
+    if isinstance(expr, Atom):
+        return
+    items = expr.factors if isinstance(expr, Product) else expr.parts
+    join = product if isinstance(expr, Product) else segments
+    for start, stop in itertools.combinations(range(len(items) + 1), 2):
+        if stop - start == 1:
+            yield from _parts(items[start])
+        elif stop - start < len(items) <= 16:
+            yield join(*items[start:stop])

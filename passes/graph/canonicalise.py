@@ -1,0 +1,260 @@
+"""Canonicalise: write what means the same in the same way, before axes are inferred.
+
+    canonicalise(graph, constants)
+      -> view becomes reshape, which needs no particular layout in memory
+      -> _as_slice    x[..., [-2], :] with constants   becomes   a slice, copied
+      -> _unstack     view(x, .., n, h, d), permute, unbind   becomes   split x in n, unflatten each, permute each
+
+What a kernel lays out so that a view of it works, another lays out in another way: attention chooses its kernel by the
+sizes, which a shrink changes. And `x.contiguous()` leaves no trace in a graph where `x` happened to be.
+
+A stacked projection keeps its n parts in one tensor until they are picked apart, so the parts would share their axes:
+what is removed from the queries would have to go from the values too. Cut apart first, they are axes of their own. The
+entries, their order in memory and the one matrix product that made them stay the same. Parts may be several entries
+wide, too: all heads of the queries, then one of the keys, then one of the values.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ecospa_fx.passes.axes.algebra import as_size
+
+from .nodes import arguments, written_arguments
+
+aten = torch.ops.aten
+
+
+def canonicalise(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
+    """Rewrite `graph` in place; every node keeps or gets its `meta["val"]`.
+
+    Args:
+        graph: an ATen graph.
+        constants: the tensors that are part of it, by name of the node that stands for them.
+    """
+    for node in list(graph.nodes):
+        if node.target is aten.index.Tensor:
+            _as_slice(graph, node, constants)
+    for node in list(graph.nodes):
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+        if node.target in _SPLITS:
+            stack = _stack(node)
+            if stack is not None:
+                _unstack(graph, stack)
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and not node.users and node.target in _REMOVABLE:
+            graph.erase_node(node)
+
+
+def _as_slice(graph: fx.Graph, node: fx.Node, constants: Mapping[str, Any]) -> None:
+    """An index by constants that are consecutive; copied, as an index is: someone may write into the result."""
+    x, indices = arguments(node)
+    chosen = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if len(chosen) != 1:
+        return
+    dim, index = chosen[0]
+    values, size = _constant(index, constants), _shape(x)[dim]
+    if values is None or type(size) is not int or not 0 < values.numel() <= size:
+        return
+    places = [value % size for value in values.tolist()]
+    if places != list(range(places[0], places[0] + len(places))):
+        return
+    with graph.inserting_before(node):
+        part = _call(graph, aten.slice.Tensor, (x, dim, places[0], places[0] + len(places)), node)
+        copy = _call(graph, aten.clone.default, (part,), node)
+    node.replace_all_uses_with(copy)
+    graph.erase_node(node)
+
+
+_AS_IT_IS = (aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.alias.default, aten.detach.default)
+
+
+def _constant(node: fx.Node, constants: Mapping[str, Any]) -> Tensor | None:
+    """The row of numbers that `node` always is, if it is one."""
+    while True:
+        if any(node in written_arguments(user) for user in node.users):
+            return None
+        if node.target not in _AS_IT_IS:
+            break
+        node = arguments(node)[0]
+    value = constants.get(node.name)
+    if not isinstance(value, Tensor) or isinstance(value, FakeTensor) or value.is_meta:
+        return None
+    return value if value.ndim == 1 and value.dtype in (torch.int32, torch.int64) else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Pick:
+    """What `node` picks of a stack: entries `start` to `stop`; `one`: a single one, without the dim for it."""
+
+    node: fx.Node
+    start: int
+    stop: int
+    one: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """A view that stacks `parts` tensors along its dim `at`, and where they are picked apart again.
+
+    Attributes:
+        view: the view node; its last `view.ndim - lead` dims come from the last dim of its argument.
+        lead: dims that the view leaves as they are.
+        at: the dim of the view that numbers the parts.
+        order: dim `i` of the picked-apart tensor, counting `at`, is dim `order[i]` of the view.
+        packed: a copy in memory order lies between; what follows may rely on it.
+        picks: where they are picked apart.
+    """
+
+    view: fx.Node
+    lead: int
+    at: int
+    order: tuple[int, ...]
+    packed: bool
+    picks: tuple[_Pick, ...]
+
+
+_SPLITS = (aten.view.default, aten.reshape.default, aten.unflatten.int)
+_REMOVABLE = (
+    aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.unbind.int,
+    aten.select.int, aten.slice.Tensor, aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.contiguous.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, operator.getitem,
+)  # fmt: skip
+
+
+def _stack(view: fx.Node) -> _Stack | None:
+    before, after = _shape(arguments(view)[0]), _shape(view)
+    lead = len(before) - 1
+    if len(after) < lead + 2 or before[:lead] != after[:lead] or not all(type(n) is int for n in after[lead:]):
+        return None
+    node, packed = view, False
+    order: list[int | None] = list(range(len(after)))  # None: a dim of one entry that came in between
+    while len(node.users) == 1:
+        (user,) = node.users
+        if not _moves(user, order):
+            break
+        packed |= user.target is aten.contiguous.default
+        node = user
+    picked = _picks(node)
+    if picked is None:
+        return None
+    dim, picks = picked
+    at = order[dim % len(order)]
+    # One part, or parts of single entries, have nothing to come apart.
+    whole = all(pick.stop - pick.start == after[at] for pick in picks) if at is not None else True
+    if at is None or whole or None in order or at < lead or after[at] < 2 or prod(after[at + 1 :]) == 1:
+        return None
+    return _Stack(view, lead, at, tuple(d for d in order if d is not None), packed, picks)
+
+
+def _moves(node: fx.Node, order: list[int | None]) -> bool:
+    """Whether `node` only moves dims about; if so, `order` follows it."""
+    match node.target:
+        case aten.permute.default:
+            order[:] = [order[d] for d in arguments(node)[1]]
+        case aten.transpose.int:
+            a, b = arguments(node)[1:]
+            order[a], order[b] = order[b], order[a]
+        case aten.unsqueeze.default:
+            order.insert(arguments(node)[1] % (len(order) + 1), None)
+        case aten.squeeze.dim if order[arguments(node)[1]] is None:
+            order.pop(arguments(node)[1])
+        case aten.contiguous.default:
+            pass
+        case _:
+            return False
+    return True
+
+
+def _picks(node: fx.Node) -> tuple[int, tuple[_Pick, ...]] | None:
+    """The dim along which all users of `node` pick entries by position, and what each picks."""
+    users = list(node.users)
+    if len(users) == 1 and users[0].target is aten.unbind.int:
+        numbers = [(item, arguments(item)[1]) for item in users[0].users]
+        return (*arguments(users[0]), 0)[1], tuple(_Pick(item, i, i + 1, True) for item, i in numbers)
+    if not users or not all(user.target in (aten.select.int, aten.slice.Tensor) for user in users):
+        return None
+    ndim = len(_shape(node))
+    dims = {(*arguments(user), 0)[1] % ndim for user in users}
+    size = _shape(node)[min(dims)]
+    if len(dims) != 1 or type(size) is not int:
+        return None
+    picks = [_pick(user, size) for user in users]
+    return (min(dims), tuple(picks)) if all(picks) and _apart(picks) else None  # type: ignore[arg-type]
+
+
+def _pick(user: fx.Node, size: int) -> _Pick | None:
+    """What a select or a slice picks of `size` entries, where numbers say so."""
+    if user.target is aten.select.int:
+        i = arguments(user)[2]
+        return _Pick(user, i % size, i % size + 1, True) if type(i) is int else None
+    defaults: list[Any] = [None, None, 1]
+    start, stop, step = [*arguments(user)[2:], *defaults[max(0, len(user.args) - 2) :]]
+    if user.kwargs or step != 1 or any(type(bound) is not int for bound in (start, stop) if bound is not None):
+        return None
+    start, stop, _ = slice(start, stop).indices(size)
+    return _Pick(user, start, stop, False) if start < stop else None
+
+
+def _apart(picks: Sequence[_Pick]) -> bool:
+    """Whether picks of entries have none in common, or all."""
+    spans = sorted({(pick.start, pick.stop) for pick in picks})
+    return all(stop <= start for (_, stop), (start, _) in pairwise(spans))
+
+
+def _pieces(spans: set[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+    """All of `size` entries, cut where one of the `spans` starts or stops."""
+    yield from pairwise(sorted({0, size, *(bound for span in spans for bound in span)}))
+
+
+def _unstack(graph: fx.Graph, stack: _Stack) -> None:
+    view, at, lead = stack.view, stack.at, stack.lead
+    sizes = _shape(view)
+    parts, rows = sizes[at], prod(sizes[at + 1 :])
+    pieces = list(_pieces({(pick.start, pick.stop) for pick in stack.picks}, parts))
+    with graph.inserting_before(view):
+        base = arguments(view)[0]
+        if at > lead:
+            base = _call(graph, aten.unflatten.int, (base, -1, [*sizes[lead:at], parts * rows]), view)
+        widths = [rows * (stop - start) for start, stop in pieces]
+        split = _call(graph, aten.split_with_sizes.default, (base, widths, base.meta["val"].ndim - 1), view)
+        made: dict[tuple[int, int, bool], fx.Node] = {}
+        for pick in stack.picks:
+            key = pick.start, pick.stop, pick.one
+            if key in made:
+                continue
+            part = _call(graph, operator.getitem, (split, pieces.index(key[:2])), view)
+            inner = [*([] if pick.one else [pick.stop - pick.start]), *sizes[at + 1 :]]
+            if len(inner) > 1:
+                part = _call(graph, aten.unflatten.int, (part, -1, inner), view)
+            order = [d - (pick.one and d > at) for d in stack.order if not (pick.one and d == at)]
+            if order != sorted(order):
+                part = _call(graph, aten.permute.default, (part, order), view)
+            made[key] = _call(graph, aten.contiguous.default, (part,), view) if stack.packed else part
+    for pick in stack.picks:
+        pick.node.replace_all_uses_with(made[pick.start, pick.stop, pick.one])
+
+
+def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], origin: fx.Node) -> fx.Node:
+    """A new node that says where it comes from and what it makes."""
+    node = graph.call_function(target, args)
+    node.meta = {key: value for key, value in origin.meta.items() if key in ("nn_module_stack", "stack_trace")}
+    values = fx.node.map_arg(args, lambda arg: arg.meta["val"])
+    mode = origin.meta["val"].fake_mode
+    with mode:
+        node.meta["val"] = target(*values)
+    return node
+
+
+def _shape(node: fx.Node) -> Sequence[Any]:
+    return tuple(map(as_size, node.meta["val"].shape))

@@ -1,0 +1,294 @@
+"""Entries: what each entry of a tensor that depends on sizes alone is, as a formula of its index.
+
+    Entries(graph).at(node, index) -> an affine integer | a condition | Choice(condition, number, number) | None
+
+A mask is often built from aranges and comparisons, dozens of ops of it. Its value at a few sizes proves nothing: a
+window of 4096 looks causal up to there. Its entry at `(b, h, q, k)`, for symbols q and k, does: if that comes out as
+`q - k >= 0`, then for every size. What no formula is known for is None, and so is all that depends on it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+from torch import fx
+
+from ecospa_fx.passes.axes.algebra import as_size
+
+from .nodes import arguments, memory_behind, written_arguments
+
+aten = torch.ops.aten
+Index = tuple[Any, ...]  # one integer expression per dim
+true, false = sympy.true, sympy.false
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`a` where `condition` holds, else `b`; both plain numbers."""
+
+    condition: Any
+    a: float
+    b: float
+
+
+class Entries:
+    """Formulas of the entries of one graph.
+
+    Attributes:
+        sizes: index symbol -> size of the dim it runs along, for what `at` is asked about.
+    """
+
+    def __init__(self, graph: fx.Graph, sizes: Mapping[sympy.Symbol, Any]) -> None:
+        self.sizes = dict(sizes)
+        self.written = {made for node in graph.nodes for arg in written_arguments(node) for made in memory_behind(arg)}
+        self.known: dict[tuple[fx.Node, Index], Any] = {}
+
+    def at(self, node: Any, index: Index) -> Any:
+        """The entry of `node` at `index`, or None where that is not known."""
+        if not isinstance(node, fx.Node):
+            return node if isinstance(node, (int, float)) else None
+        key = (node, index)
+        if key not in self.known:
+            self.known[key] = None  # for the walk below, which never comes back here in a graph without cycles
+            self.known[key] = self._entry(node, index)
+        return self.known[key]
+
+    def nonnegative(self, expr: Any) -> Any:
+        """The condition `expr >= 0`: true or false where the ranges of index and sizes decide it, else a symbol."""
+        expr = sympy.expand(expr)
+        if self._least(expr) >= 0:
+            return true
+        if self._least(-expr - 1) >= 0:
+            return false
+        # For integers, not(e >= 0) is -e - 1 >= 0: of the two the one with a positive leading term stands for both.
+        terms = expr.as_ordered_terms()
+        leading = next((t for t in terms if t.free_symbols), sympy.Integer(1))
+        if leading.as_coeff_Mul()[0] < 0:
+            return sympy.Not(sympy.Symbol(f"{sympy.expand(-expr - 1)} >= 0"))
+        return sympy.Symbol(f"{expr} >= 0")
+
+    def _least(self, expr: Any) -> float:
+        """A lower bound of an affine expression: an index is at least 0 and less than its size, a size at least 0."""
+        for symbol, size in self.sizes.items():
+            coefficient = expr.coeff(symbol)
+            if coefficient.is_number and expr.has(symbol):
+                expr = sympy.expand(expr.subs(symbol, 0 if coefficient > 0 else size - 1))
+        least = 0.0
+        for term in expr.as_ordered_terms():
+            coefficient, rest = term.as_coeff_Mul()
+            if not rest.free_symbols:
+                least += float(term)
+            elif coefficient < 0 or not rest.is_nonnegative:
+                return float("-inf")
+        return least
+
+    def _entry(self, node: fx.Node, index: Index) -> Any:
+        if node.op != "call_function" or node in self.written:
+            return None
+        args, kwargs = arguments(node), node.kwargs
+        match node.target:
+            case aten.arange.default:
+                return index[0] if _whole(node) else None
+            case aten.arange.start:
+                return _number(args[0]) + index[0] if _whole(node) else None
+            case t if t in _FILLED:
+                fill: Any = _FILLED[t]
+                value = fill(args)
+                if not isinstance(value, (bool, int, float)):
+                    return None
+                return sympy.sympify(bool(value)) if _dtype(node) is torch.bool else value
+            case t if t in _SAME:
+                return self._cast(self.at(args[0], index), node)
+            case aten.unsqueeze.default:
+                dim = args[1] % len(index)
+                return self.at(args[0], index[:dim] + index[dim + 1 :])
+            case aten.squeeze.dim:
+                dim = args[1] % (len(index) + 1)
+                return self.at(args[0], (*index[:dim], 0, *index[dim:])) if _shape(args[0])[dim] == 1 else None
+            case aten.expand.default:
+                return self._broadcast(args[0], index)
+            case aten.transpose.int:
+                order = list(range(len(index)))
+                order[args[1]], order[args[2]] = order[args[2]], order[args[1]]
+                return self.at(args[0], tuple(index[i] for i in order))
+            case aten.permute.default:
+                at = {d % len(index): i for d, i in zip(args[1], index, strict=True)}
+                return self.at(args[0], tuple(at[d] for d in range(len(index))))
+            case aten.select.int if type(args[2]) is int and args[2] >= 0:
+                dim = args[1] % (len(index) + 1)
+                return self.at(args[0], (*index[:dim], args[2], *index[dim:]))
+            case aten.slice.Tensor:
+                rest: tuple[Any, ...] = (0, None, None, 1)[len(args) - 1 :]
+                dim, start, _, step = (*args[1:], *rest)
+                dim, start = dim % len(index), start or 0
+                if type(start) is not int or start < 0 or type(step) is not int:
+                    return None
+                return self.at(args[0], (*index[:dim], start + step * index[dim], *index[dim + 1 :]))
+            case aten.index.Tensor:
+                return self._indexed(args[0], args[1], index)
+            case aten.cumsum.default:
+                # Of what does not change along the dim.
+                dim = args[1] % len(index)
+                value = self.at(args[0], (*index[:dim], _along, *index[dim + 1 :]))
+                value = {true: 1, false: 0}.get(value, value)
+                return None if not _is_integer(value) or sympy.sympify(value).has(_along) else value * (index[dim] + 1)
+            case aten.diff.default:
+                return self._differences(node, index)
+            case aten.where.self:
+                return self._where(self._broadcast(args[0], index), *(self._broadcast(a, index) for a in args[1:]))
+            case aten.where.ScalarOther | aten.where.Scalar | aten.where.ScalarSelf:
+                return self._where(self._broadcast(args[0], index), *(self._broadcast(a, index) for a in args[1:]))
+            case aten.masked_fill.Scalar | aten.masked_fill.Tensor:
+                return self._where(
+                    self._broadcast(args[1], index), self.at(args[2], ()), self._broadcast(args[0], index)
+                )
+            case aten.tril.default | aten.triu.default:
+                below = index[-2] - index[-1] + (*args, 0)[1]
+                kept = self.nonnegative(below if node.target is aten.tril.default else -below)
+                if _dtype(node) is torch.bool:
+                    value = self.at(args[0], index)
+                    return None if value is None else sympy.And(kept, value)
+                return self._where(kept, self.at(args[0], index), 0)
+            case t if t in _COMPARED | _JOINED | _ADDED and not kwargs:
+                a, b = (self._broadcast(arg, index) for arg in args)
+                return None if a is None or b is None else self._binary(t, a, b)
+            case aten.logical_not.default | aten.bitwise_not.default if _dtype(node) is torch.bool:
+                value = self._cast(self.at(args[0], index), node)
+                return None if value is None else sympy.Not(value)
+            case _:
+                return None
+
+    def _broadcast(self, node: Any, index: Index) -> Any:
+        """The entry of an operand that broadcasts to what `index` is of."""
+        if not isinstance(node, fx.Node):
+            return node if isinstance(node, (bool, int, float)) else None
+        val = node.meta.get("val")
+        if not isinstance(val, torch.Tensor):
+            return as_size(val) if isinstance(val, (int, torch.SymInt)) else None
+        shape = _shape(node)
+        if len(shape) > len(index):
+            return None
+        last = index[len(index) - len(shape) :]
+        return self.at(node, tuple(0 if size == 1 else i for size, i in zip(shape, last, strict=True)))
+
+    def _indexed(self, x: fx.Node, given: Sequence[Any], index: Index) -> Any:
+        """Each dim of `x` looked up by a tensor, all of which broadcast."""
+        if len(given) != len(_shape(x)) or any(t is None or _dtype(t) is torch.bool for t in given):
+            return None
+        places = [self._broadcast(t, index) for t in given]
+        if not all(_is_integer(place) and self.nonnegative(place) == true for place in places):
+            return None  # a negative place counts from the end
+        return self.at(x, tuple(places))
+
+    def _differences(self, node: fx.Node, index: Index) -> Any:
+        """Between neighbours, where these are all the same; the first one is to `prepend`."""
+        rest: tuple[Any, ...] = (None, 1, -1, None, None)[len(node.args) :]
+        x, n, dim, prepend, append = (*arguments(node), *rest)
+        if n != 1 or append is not None or node.kwargs:
+            return None
+        dim %= len(index)
+
+        def put(place: Any) -> Index:
+            return (*index[:dim], place, *index[dim + 1 :])
+
+        a, b = self.at(x, put(_along + 1)), self.at(x, put(_along))
+        pairs = [(a, b)]
+        if prepend is not None:
+            if _shape(prepend)[dim] != 1:
+                return None
+            pairs.append((self.at(x, put(0)), self.at(prepend, put(0))))
+        if not all(_is_integer(value) for pair in pairs for value in pair):
+            return None
+        steps = {sympy.expand(a - b) for a, b in pairs}
+        (step, *more) = steps
+        return None if more or not step.is_number else step
+
+    def _binary(self, target: Any, a: Any, b: Any) -> Any:
+        if target in _JOINED:
+            both = _is_condition(a) and _is_condition(b)
+            return _JOINED[target](a, b) if both else None
+        if not (_is_integer(a) and _is_integer(b)):
+            return None
+        return _ADDED[target](a, b) if target in _ADDED else _COMPARED[target](self.nonnegative, a, b)
+
+    def _cast(self, value: Any, node: fx.Node) -> Any:
+        """A value under the dtype of `node`, where that says the same."""
+        if _dtype(node) is torch.bool:
+            return sympy.sympify(value) if _is_condition(value) else None
+        if _is_condition(value):
+            return Choice(value, 1, 0)
+        return value if not _dtype(node).is_floating_point or isinstance(value, (Choice, int, float)) else None
+
+    def _where(self, condition: Any, a: Any, b: Any) -> Any:
+        if not _is_condition(condition):
+            return None
+        if condition in (true, false):
+            return a if condition == true else b
+        if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+            return Choice(condition, float(a), float(b))
+        return None
+
+
+_along = sympy.Symbol("_along", integer=True)  # an index that a formula must not depend on
+_FILLED = {
+    aten.full.default: lambda args: args[1],
+    aten.full_like.default: lambda args: args[1],
+    aten.new_full.default: lambda args: args[2],
+    aten.scalar_tensor.default: lambda args: args[0],
+    **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), lambda _: 1),
+    **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), lambda _: 0),
+}
+_SAME = {
+    aten.alias.default, aten.clone.default, aten.contiguous.default, aten.to.dtype, aten.to.dtype_layout,
+    aten.to.device, aten.detach.default, aten._to_copy.default, aten.lift_fresh_copy.default,
+}  # fmt: skip
+_JOINED: dict[Any, Any] = {
+    **dict.fromkeys((aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor), sympy.And),
+    **dict.fromkeys((aten.logical_or.default, aten.bitwise_or.Tensor, aten.__or__.Tensor), sympy.Or),
+}
+_ADDED: dict[Any, Any] = {
+    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), operator.add),
+    **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), operator.sub),
+}
+_COMPARED: dict[Any, Any] = {
+    **dict.fromkeys((aten.ge.Tensor, aten.ge.Scalar), lambda holds, a, b: holds(a - b)),
+    **dict.fromkeys((aten.le.Tensor, aten.le.Scalar), lambda holds, a, b: holds(b - a)),
+    **dict.fromkeys((aten.gt.Tensor, aten.gt.Scalar), lambda holds, a, b: holds(a - b - 1)),
+    **dict.fromkeys((aten.lt.Tensor, aten.lt.Scalar), lambda holds, a, b: holds(b - a - 1)),
+    **dict.fromkeys((aten.eq.Tensor, aten.eq.Scalar), lambda holds, a, b: sympy.And(holds(a - b), holds(b - a))),
+    **dict.fromkeys(
+        (aten.ne.Tensor, aten.ne.Scalar), lambda holds, a, b: sympy.Not(sympy.And(holds(a - b), holds(b - a)))
+    ),
+}
+
+
+def _is_integer(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, sympy.Expr) and value.is_integer is True)
+
+
+def _is_condition(value: Any) -> bool:
+    # A sympy symbol may be either; those of integers say so.
+    return isinstance(value, (bool, Boolean)) and not getattr(value, "is_integer", None)
+
+
+def _number(arg: Any) -> Any:
+    return as_size(arg.meta["val"]) if isinstance(arg, fx.Node) else arg
+
+
+def _whole(node: fx.Node) -> bool:
+    return not _dtype(node).is_floating_point and all(not isinstance(arg, float) for arg in node.args)
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    return tuple(map(as_size, node.meta["val"].shape))

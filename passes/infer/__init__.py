@@ -1,0 +1,1 @@
+"""Infer: an axis expression for every dim of every value."""

@@ -1,0 +1,296 @@
+"""Experiment: what an op without a rule does to axes, read off what it does to small random tensors.
+
+    tried(node, operands) -> Tried | None
+      -> _Trial            the op at sizes of our choice, in eager, on the CPU
+      -> _tied_dims        which dims of the operands can only change their size together: one axis
+      -> _carriers         the dim of each output that has the size of that axis, whatever size that is
+      -> _selects          perturbing one entry moves that entry of the outputs and no other, bit for bit;
+                           selecting entries before the op is selecting them after it
+
+An experiment is evidence, not proof, so it decides as little as possible: an axis either passes through the op entry by
+entry, or it stays whole. Never that an axis is summed over, never an op with state, chance, memory that it shares or
+writes to, or numbers that are no floats. What it finds must hold at the sizes of the model too, not only at small ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from ecospa_fx.passes.graph.nodes import tensor_meta
+from ecospa_fx.passes.ir.relations import Operand, Tried
+
+Dim: TypeAlias = tuple[int, int]  # (number of the operand, dim)
+Shapes: TypeAlias = tuple[tuple[int, ...], ...]
+
+MOST_ENTRIES = 2**22  # of an operand at the sizes of the model; an op on larger ones is not tried
+SIZES = (7, 11, 5, 13, 3, 17, 19, 23)  # no two axes get the same, so that none is taken for another
+SCALES = (1.0, 1e-2, 1e2)  # of the random entries
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+_FOUND: dict[Any, tuple[tuple[tuple[int, ...], ...], tuple[tuple[int | None, ...], ...]] | None] = {}
+
+
+def tried(node: fx.Node, operands: tuple[Operand, ...]) -> Tried | None:
+    """What experiments say about the op of `node`, or None where they cannot or must not say anything."""
+    if not _may_be_tried(node):
+        return None
+    constants = fx.node.map_arg((node.args, node.kwargs), lambda arg: _TENSOR)
+    shapes = _numbers([operand.shape for operand in operands])
+    dtypes = tuple(tensor_meta(operand.node)[0].dtype for operand in operands)
+    if shapes is None or any(math.prod(shape) > MOST_ENTRIES for shape in shapes):
+        return None
+    key = (node.target, repr(constants), shapes, dtypes)
+    if key not in _FOUND:
+        trial = _Trial(node.target, constants, dtypes)
+        with torch.random.fork_rng(devices=()), torch.no_grad():
+            torch.manual_seed(0)
+            _FOUND[key] = _investigate(trial, shapes)
+    found = _FOUND[key]
+    return None if found is None else Tried(operands, *found)
+
+
+class _Placeholder:
+    def __repr__(self) -> str:
+        return "tensor"
+
+
+_TENSOR: Any = _Placeholder()  # stands for a tensor among the arguments of an op
+
+_UNTRIED = ("nondeterministic_seeded", "data_dependent_output", "dynamic_output_shape", "inplace_view")
+
+
+def _may_be_tried(node: fx.Node) -> bool:
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload) or op._schema.is_mutable:
+        return False
+    if any(getattr(torch.Tag, name) in op.tags for name in _UNTRIED):
+        return False
+    if any(result.alias_info is not None for result in op._schema.returns):
+        return False  # what is written into its result would be written into its operand
+    results, taken = tensor_meta(node), node.all_input_nodes
+    floating = [meta for source in taken for meta in (tensor_meta(source) or (None,))]
+    return bool(results) and all(meta is not None and meta.is_floating_point() for meta in (*results, *floating))
+
+
+def _numbers(shapes: Sequence[tuple[Any, ...]]) -> Shapes | None:
+    """Shapes with small numbers for dynamic sizes."""
+    symbols = sorted(
+        {s for shape in shapes for size in shape if isinstance(size, sympy.Expr) for s in size.free_symbols}, key=str
+    )
+    if len(symbols) > 3:
+        return None
+    values = dict(zip(symbols, (6, 10, 4), strict=False))
+    return tuple(
+        tuple(int(size.subs(values)) if isinstance(size, sympy.Expr) else size for size in shape) for shape in shapes
+    )
+
+
+class _Trial:
+    """An op with its constant arguments, to be run on tensors of any shape."""
+
+    def __init__(self, op: Any, constants: Any, dtypes: tuple[torch.dtype, ...]) -> None:
+        self.op, self.constants = op, constants
+        self.dtypes = tuple(dtype if dtype in TOLERANCE else torch.float32 for dtype in dtypes)
+
+    def draw(self, shapes: Shapes, scale: float = 1.0) -> list[Tensor]:
+        """Random operands, some entries of which are exactly zero."""
+        drawn = [torch.randn(shape, dtype=dtype) * scale for shape, dtype in zip(shapes, self.dtypes, strict=True)]
+        return [x * (torch.rand(x.shape) > 0.1) for x in drawn]
+
+    def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        """The outputs, or None where the op refuses these operands."""
+        waiting = iter(tensors)
+        args, kwargs = _filled(self.constants, waiting)
+        try:
+            made = self.op(*args, **kwargs)
+        except (RuntimeError, ValueError, IndexError, NotImplementedError):
+            return None
+        outputs = (made,) if isinstance(made, Tensor) else tuple(made)
+        return outputs if all(isinstance(out, Tensor) for out in outputs) else None
+
+
+def _filled(value: Any, waiting: Iterator[Tensor]) -> Any:
+    if value is _TENSOR:
+        return next(waiting)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_filled(item, waiting) for item in value])
+    if isinstance(value, dict):
+        return {key: _filled(item, waiting) for key, item in value.items()}
+    return value
+
+
+def _investigate(
+    trial: _Trial, shapes: Shapes
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int | None, ...], ...]] | None:
+    """The number of the axis of each dim of each operand, and of each output where one carries it."""
+    operands = trial.draw(shapes)
+    first, second = trial(operands), trial(operands)
+    if first is None or second is None or not all(map(_same, first, second)):
+        return None
+    axes = _tied_dims(trial, shapes)
+    if axes is None:
+        return None
+    free = [axis for axis in axes if len(axis[1]) > 0 and axis[0]]
+    if not free:
+        return None
+    assignments = [
+        _resized(shapes, {dims: SIZES[(i + turn) % len(SIZES)] for i, (_, dims) in enumerate(free)})
+        for turn in range(3)
+    ]
+    if len(free) > len(SIZES):
+        return None
+    outputs = [trial(trial.draw(assignment)) for assignment in assignments]
+    if any(out is None for out in outputs):
+        return None
+    letters = {dim: number for number, (_, dims) in enumerate(axes) for dim in dims}
+    carried: dict[int, tuple[int, ...]] = {}
+    for number, (movable, dims) in enumerate(axes):
+        places = _carriers(dims, assignments, outputs, shapes, first) if movable else None
+        at_every_size = places is not None and all(
+            _selects(trial, sizes, dims, places) for sizes in (*assignments, shapes)
+        )
+        if places is not None and at_every_size:
+            carried[number] = places
+    if not carried:
+        return None
+    numbers = tuple(tuple(letters[i, d] for d in range(len(shape))) for i, shape in enumerate(shapes))
+    results = tuple(
+        tuple(next((n for n, places in carried.items() if places[k] == d), None) for d in range(out.ndim))
+        for k, out in enumerate(first)
+    )
+    return numbers, results
+
+
+def _tied_dims(trial: _Trial, shapes: Shapes) -> list[tuple[bool, tuple[Dim, ...]]] | None:
+    """The dims of the operands in groups that change their size together, and whether they can change it at all.
+
+    Dims of other sizes cannot be one axis. Of equal ones, the fewest that can be changed by themselves are.
+    """
+    by_size: dict[int, list[Dim]] = {}
+    groups: list[tuple[bool, tuple[Dim, ...]]] = []
+    for i, shape in enumerate(shapes):
+        for d, size in enumerate(shape):
+            if size > 1:
+                by_size.setdefault(size, []).append((i, d))
+            else:
+                groups.append((False, ((i, d),)))  # it may stand for an axis along which it repeats
+    for size, dims in by_size.items():
+        left = list(dims)
+        while left:
+            group = next((g for g in _subsets(left) if _changes(trial, shapes, g, size + 1)), None)
+            movable = group is not None
+            group = group or (left[0],)
+            if movable and any(_changes(trial, shapes, part, size + 1) for part in _proper(group)):
+                return None
+            groups.append((movable, group))
+            left = [dim for dim in left if dim not in group]
+    return groups
+
+
+def _subsets(dims: list[Dim]) -> Iterator[tuple[Dim, ...]]:
+    """The subsets with the first of `dims`, small ones first; of many dims not all."""
+    for count in (*range(min(3, len(dims))), *([len(dims) - 1] if len(dims) > 3 else [])):
+        for others in itertools.combinations(dims[1:], count):
+            yield (dims[0], *others)
+
+
+def _proper(group: tuple[Dim, ...]) -> Iterator[tuple[Dim, ...]]:
+    for count in range(1, len(group)):
+        yield from itertools.combinations(group, count)
+
+
+def _changes(trial: _Trial, shapes: Shapes, dims: tuple[Dim, ...], size: int) -> bool:
+    """Whether the op takes these dims, and these alone, at another size."""
+    return trial(trial.draw(_resized(shapes, {dims: size}))) is not None
+
+
+def _resized(shapes: Shapes, sizes: Mapping[tuple[Dim, ...], int]) -> Shapes:
+    new = [list(shape) for shape in shapes]
+    for dims, size in sizes.items():
+        for i, d in dims:
+            new[i][d] = size
+    return tuple(map(tuple, new))
+
+
+def _carriers(
+    dims: tuple[Dim, ...],
+    assignments: Sequence[Shapes],
+    outputs: Sequence[tuple[Tensor, ...] | None],
+    shapes: Shapes,
+    first: tuple[Tensor, ...],
+) -> tuple[int, ...] | None:
+    """The dim of each output that has the size of an axis under every assignment; None unless each has just one."""
+    i, d = dims[0]
+    places = []
+    for k, out in enumerate(first):
+        found = [
+            dim
+            for dim in range(out.ndim)
+            if out.shape[dim] == shapes[i][d]
+            and all(
+                made is not None and made[k].shape[dim] == a[i][d] for a, made in zip(assignments, outputs, strict=True)
+            )
+        ]
+        if len(found) != 1:
+            return None
+        places.append(found[0])
+    return tuple(places)
+
+
+def _selects(trial: _Trial, shapes: Shapes, dims: tuple[Dim, ...], places: tuple[int, ...]) -> bool:
+    """Whether entries along an axis pass through the op one by one."""
+    i, d = dims[0]
+    size = shapes[i][d]
+    informative = False
+    for scale in SCALES:
+        operands = trial.draw(shapes, scale)
+        before = trial(operands)
+        if before is None:
+            return False
+        informative |= all(bool(out.isfinite().float().mean() > 0.5) for out in before)
+        for entry in {0, size - 1, int(torch.randint(size, ()))}:
+            after = trial(_perturbed(operands, dims, entry, scale))
+            others = torch.tensor([j for j in range(size) if j != entry])
+            if after is None or not all(
+                _same(a.index_select(at, others), b.index_select(at, others))
+                for a, b, at in zip(before, after, places, strict=True)
+            ):
+                return False
+        for amount in {1, size // 2, size - 1} - {0}:
+            keep = torch.randperm(size)[:amount].sort().values
+            small = [
+                x.index_select(next(dim for j, dim in dims if j == k), keep) if any(j == k for j, _ in dims) else x
+                for k, x in enumerate(operands)
+            ]
+            if len({j for j, _ in dims}) != len(dims):
+                return False  # twice along one operand: a diagonal
+            made = trial(small)
+            if made is None or not all(
+                _close(a.index_select(at, keep), b) for a, b, at in zip(before, made, places, strict=True)
+            ):
+                return False
+    return informative
+
+
+def _perturbed(operands: Sequence[Tensor], dims: tuple[Dim, ...], entry: int, scale: float) -> list[Tensor]:
+    changed = [x.clone() for x in operands]
+    for i, d in dims:
+        row = changed[i].select(d, entry)
+        row.copy_(torch.randn(row.shape, dtype=row.dtype) * 10 * scale)
+    return changed
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    tolerance = TOLERANCE.get(a.dtype, 0.0)
+    return a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)

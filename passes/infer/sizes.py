@@ -1,0 +1,51 @@
+"""Sizes: what the dynamic sizes of a graph were in the call that it was captured from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import sympy
+
+from ecospa_fx.passes.graph.nodes import tensor_meta
+from ecospa_fx.passes.ir.axis_facts import Inference
+
+
+def symbols_of(inference: Inference, called: Sequence[Sequence[int]] | None = None) -> dict[sympy.Symbol, int]:
+    """What each dynamic size of a graph was in the call that it was captured from.
+
+    Args:
+        inference: of the graph.
+        called: what `called_sizes` gave for the same graph in an earlier process, to be read in place of that.
+    """
+    shapes = list(_dynamic_shapes(inference))
+    here = [[_hint(size) for size in shape] for shape in shapes]
+    if called is not None and list(map(len, called)) == list(map(len, here)):
+        here = [list(sizes) for sizes in called]
+    return {
+        size.node.expr: hint
+        for shape, hints in zip(shapes, here, strict=True)
+        for size, hint in zip(shape, hints, strict=True)
+        if _is_symbol(size)
+    }
+
+
+def called_sizes(inference: Inference) -> list[list[int]]:
+    """The shapes that a graph was called with when it was captured, of those inputs that may have others."""
+    return [[_hint(size) for size in shape] for shape in _dynamic_shapes(inference)]
+
+
+def _dynamic_shapes(inference: Inference) -> Iterator[Sequence[Any]]:
+    for node in inference.captured.graph.nodes:
+        if node.op == "placeholder":
+            for meta in tensor_meta(node):
+                if any(map(_is_symbol, meta.shape)):
+                    yield meta.shape
+
+
+def _is_symbol(size: Any) -> bool:
+    return isinstance(getattr(getattr(size, "node", None), "expr", None), sympy.Symbol)
+
+
+def _hint(size: Any) -> int:
+    return int(size.node.hint) if hasattr(size, "node") else int(size)

@@ -1,0 +1,47 @@
+"""Taint: which values of a graph depend on a parameter. Only ops on those need an axis rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ecospa_fx.passes.graph.nodes import memory_behind, written_arguments
+from ecospa_fx.passes.ir.captured import Captured
+
+
+def weighted_nodes(captured: Captured) -> set[fx.Node]:
+    """The nodes that depend on a parameter, through data flow or through a write into memory they are a view of."""
+    weighted: set[fx.Node] = set()
+
+    def direct(node: fx.Node) -> bool:
+        return any(arg in weighted for arg in node.all_input_nodes)
+
+    before = -1
+    while before != len(weighted):
+        before = len(weighted)
+        for node in captured.graph.nodes:
+            if node.op == "placeholder":
+                if (
+                    node.name in captured.parameters
+                    or _is_state(node, captured)
+                    or (node.name in captured.tensors and _follows_parameters(node, weighted))
+                ):
+                    weighted.add(node)
+            # A size may be that of a tensor which depends on parameters; it does not.
+            elif node.op != "get_attr" and node.target is not torch.ops.aten.sym_size.int and direct(node):
+                weighted.add(node)
+                weighted.update(made for value in written_arguments(node) for made in memory_behind(value))
+    return weighted
+
+
+def _is_state(node: fx.Node, captured: Captured) -> bool:
+    """Whether a placeholder is what an object holds that was made of parameters in an earlier call."""
+    return node.name in captured.state and node.meta["val"].is_floating_point() and node.meta["val"].ndim > 0
+
+
+def _follows_parameters(buffer: fx.Node, weighted: set[fx.Node]) -> bool:
+    """Whether a buffer is used like a parameter (a batch norm's statistics) and so shrinks with them."""
+    val = buffer.meta["val"]
+    return bool(
+        val.is_floating_point() and val.ndim and buffer.users and all(user in weighted for user in buffer.users)
+    )

@@ -1,0 +1,1 @@
+"""IR: the data that passes hand to each other."""

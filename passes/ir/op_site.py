@@ -1,0 +1,83 @@
+"""Op site: one op of a program whose arguments a rule rewrites for new sizes."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import sympy
+from torch import fx
+
+from ecospa_fx.passes.axes.algebra import Expr, size_of
+from ecospa_fx.passes.axes.selection import Kept, count, in_first_contexts, mask_of, touched
+
+from .axis_facts import Inference
+from .relations import Operand
+
+
+class Site:
+    """One op whose arguments a rule's `follow` may rewrite for the new sizes.
+
+    Attributes:
+        target: the op; assign to make it another.
+        args: every argument by its name in the op's schema, defaults filled in; assign to change one.
+        operands: the tensor arguments with their axes at original sizes.
+        outputs: axes of each output.
+        made: axes that the op made itself by repeating.
+    """
+
+    def __init__(self, node: fx.Node, original: fx.Node, inference: Inference, kept: Kept) -> None:
+        target: Any = node.target
+        self.target = target
+        self.operands: tuple[Operand, ...] = inference.operands[original]
+        self.outputs = inference.values[original]
+        self.made = inference.made.get(original, ())
+        self._node, self._kept = node, in_first_contexts(kept)  # sizes and bounds are the same in every one
+        arguments = target._schema.arguments
+        self.args = {a.name: a.default_value for a in arguments} | dict(node.kwargs)
+        self.args |= {a.name: value for a, value in zip(arguments, node.args, strict=False)}
+
+    def touched(self, expr: Expr) -> bool:
+        """Whether `expr` has lost entries."""
+        return touched(expr, self._kept)
+
+    def count(self, expr: Expr) -> int:
+        """Number of entries of `expr` that stay."""
+        return int(count(expr, self._kept))
+
+    def kept_before(self, expr: Expr, bound: int) -> int:
+        """Number of entries of `expr` that stay before position `bound`, read as Python reads slice bounds."""
+        return int(mask_of(expr, self._kept)[:bound].sum()) if bound < size_of(expr) else bound
+
+    def resized(self, size: Any, expr: Expr) -> Any:
+        """`size`, an int or a node that computes one, scaled from the original extent of `expr` to what stays."""
+        if isinstance(size, int):
+            return size if size == -1 else self.count(expr)
+        # A dynamic factor times static ones: the ratio of the static ones is exact.
+        ratio = sympy.sympify(count(expr, self._kept)) / size_of(expr)
+        with self._node.graph.inserting_before(self._node):
+            scaled = self._node.graph.call_function(operator.mul, (size, int(ratio.p)))
+            return self._node.graph.call_function(operator.floordiv, (scaled, int(ratio.q)))
+
+    def resize_output(self, *names: str) -> None:
+        """Rewrite the argument that lists the sizes of the output, under whichever of `names` the op has it."""
+        name = next(name for name in names if name in self.args)
+        # `expand` may name more dims than the operand has, never fewer than the output.
+        self.args[name] = [
+            self.resized(size, expr) if self.touched(expr) else size
+            for size, expr in zip(self.args[name], self.outputs[0], strict=True)
+        ]
+
+    def repeats(self) -> Any:
+        """The numbers of copies that stay, as `repeat` (a list) or `repeat_interleave` (one int) takes them."""
+        given = self.args["repeats"]
+        if isinstance(given, (list, tuple)):
+            return [self.count(m) if self.touched(m) else n for n, m in zip(given, self.made, strict=True)]
+        return next(self.count(copy) for copy in self.made if self.touched(copy))
+
+    def apply(self) -> None:
+        """Write the arguments back into the node."""
+        self._node.target = self.target
+        schema = self.target._schema.arguments
+        self._node.args = tuple(self.args[a.name] for a in schema if not a.kwarg_only and a.name in self.args)
+        self._node.kwargs = {a.name: self.args[a.name] for a in schema if a.kwarg_only and a.name in self.args}

@@ -1,0 +1,247 @@
+"""Signature: what a call of a region must look like for a captured graph to serve it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ecospa_fx.passes.axes.algebra import Size
+
+from .state_access import TENSOR, Held, foreign
+
+AUTOCAST = ("cpu", "cuda")  # kinds of devices that autocast is looked at for
+
+
+Autocast = tuple[torch.dtype | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Signature:
+    """What a call must look like for a captured graph to serve it.
+
+    Attributes:
+        spec: tree of the arguments.
+        leaves: the leaves of that tree: `TENSOR` where there is a tensor, else the value itself.
+        tensors: (dtype, device, sizes) of each tensor, a size being an int where it was specialised.
+        training: the training flag of each module of the region.
+        ranges: least and largest size of each dynamic dim.
+        autocast: the dtypes that autocast casts to, under which the graph has been compared with eager.
+    """
+
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+    tensors: tuple[tuple[torch.dtype, torch.device, tuple[Size, ...]], ...]
+    training: tuple[bool, ...]
+    ranges: Mapping[sympy.Symbol, tuple[float, float]]
+    autocast: Autocast
+
+    def mismatch(
+        self,
+        spec: pytree.TreeSpec,
+        leaves: Sequence[Any],
+        training: tuple[bool, ...],
+        state: Sequence[Tensor] = (),
+        sizes: Sequence[tuple[Size, ...]] | None = None,
+    ) -> str | None:
+        """Why a call does not fit, or None where it does.
+
+        Args:
+            spec: tree of its arguments.
+            leaves: of that tree.
+            training: see `training_flags`.
+            state: tensors in objects among the leaves, which follow those of the call.
+            sizes: of these, where they are no longer what they were when the call was captured.
+        """
+        if training != self.training:
+            return "train and eval mode differ"
+        if autocast_now() != self.autocast:
+            return "autocast is another"
+        if spec != self.spec:
+            return "the arguments are structured differently"
+        for mine, given in zip(self.leaves, leaves, strict=True):
+            if isinstance(given, Tensor) != (mine is TENSOR):
+                return "a tensor argument became a constant or the reverse"
+            if mine is not TENSOR and not _same_constant(mine, given):
+                return f"the constant argument {given!r} was {mine!r}"
+        return self._sizes_differ([*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *state], self.now(sizes))
+
+    def now(self, state: Sequence[tuple[Size, ...]] | None = None) -> list[tuple[torch.dtype, torch.device, Any]]:
+        """`tensors`, with other sizes of those in objects."""
+        if not state:
+            return list(self.tensors)
+        called = len(self.tensors) - len(state)
+        held = zip(self.tensors[called:], state, strict=True)
+        return [*self.tensors[:called], *((dtype, device, sizes) for (dtype, device, _), sizes in held)]
+
+    def _sizes_differ(self, tensors: Sequence[Tensor], wanted: Sequence[tuple[Any, Any, Any]]) -> str | None:
+        sizes: dict[Any, int] = {}
+        for given, (dtype, device, shape) in zip(tensors, wanted, strict=True):
+            if given.dtype != dtype or given.device != device or given.ndim != len(shape):
+                return f"a tensor is {given.dtype} {tuple(given.shape)} on {given.device}, was {dtype} on {device}"
+            for size, now in zip(shape, given.shape, strict=True):
+                if type(size) is int:
+                    if size != now:
+                        return f"a dim of {now} was specialised to {size}"
+                elif isinstance(size, sympy.Symbol) and sizes.setdefault(size, now) != now:
+                    return f"dims that were equal are {sizes[size]} and {now}"
+        for symbol, now in sizes.items():
+            low, high = self.ranges.get(symbol, (0, math.inf))
+            if not low <= now <= high:
+                return f"a dim of {now} lies outside {low} to {high}"
+        for given, (_, _, shape) in zip(tensors, wanted, strict=True):
+            for size, now in zip(shape, given.shape, strict=True):
+                if isinstance(size, sympy.Expr) and not size.is_Symbol and size.subs(sizes) != now:
+                    return f"a dim of {now} was {size}"
+        return None
+
+    def checker(self, state: Sequence[tuple[Size, ...]]) -> Callable[[Sequence[Tensor]], bool]:
+        """What `mismatch` looks at in tensors, of which dtypes, devices and numbers of dims are known to fit, as code.
+
+        For calls whose sizes are others each time; `state` as `sizes` there, and of these all is looked at.
+        """
+        wanted = self.now(state)
+        called = len(wanted) - len(state)
+        scope: dict[str, Any] = {}
+        lines: list[str] = []
+        checks: list[str] = []
+        bound: dict[Any, str] = {}
+        for i, (dtype, device, shape) in enumerate(wanted):
+            if i >= called:
+                scope |= {f"dtype{i}": dtype, f"device{i}": device}
+                checks.append(
+                    f"t[{i}].dtype is dtype{i} and t[{i}].device == device{i} and t[{i}].ndim == {len(shape)}"
+                )
+            lines.append(f"s{i} = t[{i}].shape")
+            for dim, size in enumerate(shape):
+                if type(size) is int:
+                    checks.append(f"s{i}[{dim}] == {size}")
+                elif isinstance(size, sympy.Symbol) and size not in bound:
+                    bound[size] = f"s{i}[{dim}]"
+                    low, high = self.ranges.get(size, (0, math.inf))
+                    checks.append(f"{int(low)} <= s{i}[{dim}]" + (f" <= {int(high)}" if math.isfinite(high) else ""))
+                elif isinstance(size, sympy.Symbol):
+                    checks.append(f"s{i}[{dim}] == {bound[size]}")
+        for i, (_, _, shape) in enumerate(wanted):
+            for dim, size in enumerate(shape):
+                if isinstance(size, sympy.Expr) and not size.is_Symbol:
+                    names = {symbol: sympy.Symbol(f"n{j}") for j, symbol in enumerate(sorted(bound, key=str))}
+                    scope[f"size{i}_{dim}"] = sympy.lambdify(list(names.values()), size.subs(names), "math")
+                    values = ", ".join(bound[symbol] for symbol in names)
+                    checks.append(f"s{i}[{dim}] == size{i}_{dim}({values})")
+        ndims = [line for i, line in enumerate(checks) if " is dtype" in line]
+        rest = [line for line in checks if " is dtype" not in line]
+        body = [f"if not ({' and '.join(ndims) or True}): return False", *lines, f"return {' and '.join(rest) or True}"]
+        newline = "\n    "
+        exec(f"def fits(t):{newline}{newline.join(body)}\n", scope)
+        fits: Callable[[Sequence[Tensor]], bool] = scope["fits"]
+        return fits
+
+    def dynamic_sizes(self, inputs: Sequence[Tensor]) -> dict[sympy.Symbol, int]:
+        """The sizes that a call with these tensors gives to the dynamic dims."""
+        return {
+            size: now
+            for given, (_, _, shape) in zip(inputs, self.tensors, strict=True)
+            for size, now in zip(shape, given.shape, strict=True)
+            if isinstance(size, sympy.Symbol)
+        }
+
+
+def _same_constant(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and bool(a == b))
+
+
+def autocast_now() -> Autocast:
+    """The dtype that autocast casts to on each kind of device, None where it is off."""
+    return tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in AUTOCAST)
+
+
+def training_flags(module: nn.Module) -> tuple[bool, ...]:
+    """The training flag of every module of a region: train and eval are two signatures, and so is a frozen norm."""
+    # Asked at every call, so not by way of `nn.Module.modules`, whose generators cost as much as a small layer.
+    return tuple(child.training for child in below(module))
+
+
+def below(module: nn.Module) -> list[nn.Module]:
+    """A module and all in it, in the order of `training_flags`."""
+    found, waiting, seen = [], [module], {id(module)}
+    while waiting:
+        found.append(child := waiting.pop())
+        for grandchild in child._modules.values():
+            if grandchild is not None and id(grandchild) not in seen:
+                seen.add(id(grandchild))
+                waiting.append(grandchild)
+    return found
+
+
+def _state(module: nn.Module) -> tuple[Hashable, ...]:
+    """`training_flags`, and how many hooks of each kind the submodules have, where they have any."""
+    modules = below(module)
+    state: list[Hashable] = [child.training for child in modules]
+    for i, child in enumerate(modules[1:]):
+        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
+            kinds = child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks
+            state.append((i, *map(len, kinds)))
+    return tuple(state)
+
+
+def call_key(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Hashable, list[Tensor], list[Any]] | None:
+    """A key that equal calls share, for a look-up that is cheaper than `Signature.mismatch`, and what is in it.
+
+    All that `Signature.mismatch` looks at must be in it, but for sizes where there are objects, see `carried.foreign`:
+    with a cache they are others at each call. None where it cannot tell: where there are arguments of unknown types, or
+    sizes that are not plain numbers.
+
+    Returns:
+        The key, the tensors, and the objects, each once.
+    """
+    if torch.compiler.is_compiling():
+        return None  # a traced look-up by sizes would make every size a constant
+    key: list[Any] = [_state(module)]
+    if torch._C._is_any_autocast_enabled():
+        key.append(autocast_now())
+    tensors: list[Tensor] = []
+    objects: list[Any] = []
+    if not (_describe(args, key, tensors, objects) and _describe(kwargs, key, tensors, objects)):
+        return None
+    key += [t.ndim for t in tensors] if objects else [t.shape for t in tensors]
+    made = tuple(key)
+    try:
+        hash(made)
+    except TypeError:  # a symbolic size
+        return None
+    return made, tensors, objects
+
+
+def _describe(value: Any, key: list[Any], tensors: list[Tensor], objects: list[Any]) -> bool:
+    """Append all that `Signature.mismatch` looks at, but for sizes; False where `value` may hold more than that."""
+    if isinstance(value, Tensor):
+        key += (value.dtype, value.device)
+        tensors.append(value)
+        return True
+    kind = type(value)
+    if value is None or kind in (bool, int, float, str):
+        key += (kind, value)
+        return True
+    if kind in (tuple, list):
+        key += (kind, len(value))
+    elif kind is dict:
+        key += (kind, tuple(value))
+        value = value.values()
+    elif foreign(value):
+        number = next((i for i, other in enumerate(objects) if other is value), len(objects))
+        if number == len(objects):
+            objects.append(value)
+        key += (kind, Held(number))
+        return True
+    else:
+        return False
+    return all(_describe(item, key, tensors, objects) for item in value)

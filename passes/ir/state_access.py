@@ -1,0 +1,381 @@
+"""Carried: objects that a call hands in and that a forward changes, a cache of keys and values as a rule.
+
+No graph holds such an object. What a graph decides by is looked up in it at every call (`Carried.read`), tensors in it
+are inputs, and calls of its methods with tensors stay calls, of the object that the caller passed: what these do to it,
+counters and memory and all, its own Python does.
+
+    Held      an object among the leaves of a call
+    Place     where something lies in one: `layers[0].keys`
+    Carried   all that a graph has to do with the objects of its calls
+"""
+
+from __future__ import annotations
+
+import operator
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+Attribute = tuple[str, str]  # path of a submodule, name of an attribute of it
+
+
+OPERATORS = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+
+
+TENSOR = object()  # stands for a tensor among the leaves of arguments and results
+
+
+PLAIN = (Tensor, int, float, bool, str, slice, Enum, torch.dtype, torch.device, torch.memory_format, torch.layout)
+
+
+_CODE = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType)
+
+
+_HEAP = 1 << 9  # the flag of classes made in Python
+
+
+_NEW: Any = object.__new__
+
+
+@dataclass(frozen=True)
+class Held:
+    """Stands for an object among the leaves of arguments and results, by its number."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step into an object: an attribute, or an entry of a list or a dict."""
+
+    key: Any
+    entry: bool = False
+
+    def __str__(self) -> str:
+        return f"[{self.key!r}]" if self.entry else f".{self.key}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something lies: in which object of a call, and how to get there."""
+
+    number: int
+    path: tuple[Step, ...] = ()
+
+    def attribute(self, name: str) -> Place:
+        """An attribute of what lies here."""
+        return Place(self.number, (*self.path, Step(name)))
+
+    def entry(self, key: Any) -> Place:
+        """An entry of the list or dict that lies here."""
+        return Place(self.number, (*self.path, Step(key, entry=True)))
+
+    def find(self, objects: Sequence[Any]) -> Any:
+        """What lies here."""
+        found = objects[self.number]
+        for step in self.path:
+            found = found[step.key] if step.entry else getattr(found, step.key)
+        return found
+
+    def put(self, objects: Sequence[Any], value: Any) -> None:
+        """Put `value` here."""
+        owner, last = Place(self.number, self.path[:-1]).find(objects), self.path[-1]
+        if last.entry:
+            owner[last.key] = value
+        else:
+            setattr(owner, last.key, value)
+
+    def __str__(self) -> str:
+        return "".join(map(str, self.path)).removeprefix(".")
+
+
+@dataclass(frozen=True)
+class Length:
+    """What is read of a list: how many entries it has."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What is read of a dict: its keys, in order."""
+
+    keys: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is read of an object on the way to something in it: its class."""
+
+    cls: type
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+ABSENT = _Absent()  # what is read where there is no such attribute or entry
+
+
+@dataclass(frozen=True, eq=False)
+class LiveCall:
+    """A call of a method of an object, with tensors, that is no part of a graph.
+
+    Attributes:
+        place: of what has the method.
+        method: its name.
+        leaves: of its arguments, `TENSOR` where there is a tensor.
+        spec: tree of these.
+        out_leaves: of its result.
+        out_spec: tree of these.
+        after: constants that the region's own code reads once the method has changed them.
+        late: places of tensors that it reads then.
+    """
+
+    place: Place
+    method: str
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    out_leaves: tuple[Any, ...]
+    out_spec: pytree.TreeSpec
+    after: Mapping[Place, Any] = field(default_factory=dict)
+    late: tuple[Place, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """What a graph has to do with the objects of its calls.
+
+    Attributes:
+        types: their classes.
+        reads: what it decides by: a place, and a constant, `Length`, `Keys`, `Kind` or `ABSENT`.
+        state: places of the tensors that it takes, in the order of its inputs, after the tensors of the call.
+        stored: places of the tensors that are others afterwards, in the order of its outputs, which are the last.
+        effects: what the region's own code puts into an object: a place, and a constant or the number of an output
+            among the stored ones.
+        calls: of methods, by number.
+    """
+
+    types: tuple[type, ...] = ()
+    reads: tuple[tuple[Place, Any], ...] = ()
+    state: tuple[Place, ...] = ()
+    stored: tuple[Place, ...] = ()
+    effects: tuple[tuple[Place, Any], ...] = ()
+    calls: tuple[LiveCall, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "read", _reader(self))
+
+    read: Callable[[Sequence[Any]], list[Tensor] | None] = field(init=False, repr=False)  # the state; None: another
+
+
+@dataclass(frozen=True)
+class Stored:
+    """In `Carried.effects`: the value is a tensor, this one of the stored."""
+
+    number: int
+
+
+def foreign(value: Any) -> bool:
+    """Whether `value` is an object that may hold tensors and change: no constant, container or module."""
+    if value is None or isinstance(value, (*PLAIN, nn.Module, *_CODE, BaseException, tuple, list, dict, set)):
+        return False
+    cls = type(value)
+    # A class registered with torch's pytrees is taken apart like a tuple where it is plain data.
+    if is_dataclass(cls) and cls in pytree.SUPPORTED_NODES:
+        return False
+    return bool(hasattr(value, "__dict__") and cls.__flags__ & _HEAP and cls.__new__ is _NEW)
+
+
+def flattened(call: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """The leaves of a call, whole objects among them, and its tree.
+
+    Objects that are registered with torch's pytrees would be taken apart and not be the same afterwards.
+    """
+    return pytree.tree_flatten(call, is_leaf=foreign)
+
+
+def parted(leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Leaves with a `Held` for every object, and the objects, each once."""
+    objects: list[Any] = []
+    plain: list[Any] = []
+    for leaf in leaves:
+        if foreign(leaf):
+            number = next((i for i, other in enumerate(objects) if other is leaf), len(objects))
+            if number == len(objects):
+                objects.append(leaf)
+            leaf = Held(number)
+        plain.append(leaf)
+    return plain, objects
+
+
+def own(leaf: Any, objects: Sequence[Any]) -> Any:
+    """A leaf, or the object that it stands for."""
+    return objects[leaf.number] if isinstance(leaf, Held) else leaf
+
+
+def copied(value: Any, tensor: Callable[[Place, Tensor], Tensor], place: Place, memo: dict[int, Any]) -> Any:
+    """An object like another of the same class, with other tensors; constants and what is unknown are the same.
+
+    Args:
+        value: the object.
+        tensor: what to put in place of a tensor.
+        place: of `value`.
+        memo: id -> copy, of what has been met.
+    """
+    if isinstance(value, Tensor):
+        return tensor(place, value)
+    if id(value) in memo:
+        return memo[id(value)]
+    if type(value) is tuple:
+        return tuple(copied(item, tensor, place.entry(i), memo) for i, item in enumerate(value))
+    if type(value) is list:
+        memo[id(value)] = made = []
+        made += [copied(item, tensor, place.entry(i), memo) for i, item in enumerate(value)]
+        return made
+    if type(value) is dict:
+        memo[id(value)] = mapping = {}
+        mapping.update({key: copied(item, tensor, place.entry(key), memo) for key, item in value.items()})
+        return mapping
+    if foreign(value):
+        memo[id(value)] = twin = object.__new__(type(value))
+        for name, item in vars(value).items():
+            twin.__dict__[name] = copied(item, tensor, place.attribute(name), memo)
+        return twin
+    return value
+
+
+def copies(objects: Sequence[Any], tensor: Callable[[Place, Tensor], Tensor]) -> list[Any]:
+    """Copies of the objects of a call, see `copied`; what they share their copies share."""
+    memo: dict[int, Any] = {}
+    return [copied(value, tensor, Place(number), memo) for number, value in enumerate(objects)]
+
+
+def _reader(carried: Carried) -> Callable[[Sequence[Any]], list[Tensor] | None]:
+    """`Carried.read` as code, for it runs at every call: the tensors of the state, None where a constant is another."""
+    scope: dict[str, Any] = {"Tensor": Tensor}
+    lines: list[str] = []
+    names: dict[Place, str] = {}
+
+    def named(value: Any) -> str:
+        if value is None or type(value) in (bool, int, str):
+            return repr(value)
+        scope[name := f"c{len(scope)}"] = value
+        return name
+
+    def local(place: Place) -> str:
+        if place not in names:
+            if not place.path:
+                names[place] = f"objects[{place.number}]"
+                return names[place]
+            owner, step = local(Place(place.number, place.path[:-1])), place.path[-1]
+            plain = not step.entry and step.key.isidentifier()
+            found = f".{step.key}" if plain else f"[{named(step.key)}]" if step.entry else ""
+            names[place] = name = f"v{len(names)}"
+            lines.append(f"{name} = {owner}{found}" if found else f"{name} = getattr({owner}, {step.key!r})")
+        return names[place]
+
+    def unless(condition: str) -> None:
+        lines.append(f"if {condition}: return None")
+
+    for number, cls in enumerate(carried.types):
+        unless(f"type(objects[{number}]) is not {named(cls)}")
+    for place, wanted in carried.reads:
+        match wanted:
+            case _Absent():
+                owner, step = local(Place(place.number, place.path[:-1])), place.path[-1]
+                unless(f"{named(step.key)} in {owner}" if step.entry else f"hasattr({owner}, {step.key!r})")
+            case Length(length):
+                unless(f"len({local(place)}) != {length}")
+            case Keys(keys):
+                unless(f"tuple({local(place)}) != {named(keys)}")
+            case Kind(cls):
+                unless(f"type({local(place)}) is not {named(cls)}")
+            case None | True | False:
+                unless(f"{local(place)} is not {wanted!r}")
+            case _:
+                found, value = local(place), named(wanted)
+                other = f"type({found}) is not {named(type(wanted))} or {found} != {value}"
+                unless(other if type(wanted) in (int, str) else f"{found} is not {value} and ({other})")
+    tensors = [local(place) for place in carried.state]
+    for name in tensors:
+        unless(f"not isinstance({name}, Tensor)")
+    body = "\n        ".join([*lines, f"return [{', '.join(tensors)}]"])
+    source = (
+        f"def read(objects):\n    try:\n        {body}\n"
+        "    except (AttributeError, KeyError, IndexError, TypeError):\n        return None\n"
+    )
+    exec(source, scope)
+    read: Callable[[Sequence[Any]], list[Tensor] | None] = scope["read"]
+    return read
+
+
+@dataclass(frozen=True, eq=False)
+class Numbers:
+    """The integers of a region that only say which part of an object is its own.
+
+    Attributes:
+        values: what they were.
+        compared: what they were compared with, and how that came out.
+        entries: the list or dict and the key in it -> the integers that were that key.
+        leaves: number of a method's call and of a leaf of its arguments -> the integer that was passed.
+    """
+
+    values: Mapping[Attribute, int] = field(default_factory=dict)
+    compared: Sequence[tuple[Attribute, str, int, bool]] = ()
+    entries: Mapping[tuple[Place, Any], frozenset[Attribute]] = field(default_factory=dict)
+    leaves: Mapping[tuple[int, int], Attribute] = field(default_factory=dict)
+
+    def of(self, module: nn.Module) -> dict[Attribute, int] | None:
+        """What they are in another module; None where what was captured cannot be right for it."""
+        found: dict[Attribute, int] = {}
+        named = dict(module.named_modules(remove_duplicate=False))
+        for path, name in self.values:
+            value = named[path].__dict__.get(name) if path in named else None
+            if type(value) is not int:
+                return None
+            found[path, name] = value
+        if any(OPERATORS[op](found[attribute], other) != result for attribute, op, other, result in self.compared):
+            return None
+        if any(len({found[attribute] for attribute in attributes}) > 1 for attributes in self.entries.values()):
+            return None
+        return found
+
+    def put(self, place: Place, values: Mapping[Attribute, int]) -> Place:
+        """A place with other numbers on the way."""
+        path: list[Step] = []
+        for i, step in enumerate(place.path):
+            attributes = self.entries.get((Place(place.number, place.path[:i]), step.key)) if step.entry else None
+            path.append(Step(values[next(iter(attributes))], entry=True) if attributes else step)
+        return Place(place.number, tuple(path))
+
+    def within(self, carried: Carried, values: Mapping[Attribute, int]) -> Carried:
+        """What a graph has to do with objects, for a module with other numbers."""
+
+        def put(place: Place) -> Place:
+            return self.put(place, values)
+
+        calls = []
+        for number, call in enumerate(carried.calls):
+            leaves = [
+                values[self.leaves[number, i]] if (number, i) in self.leaves else leaf
+                for i, leaf in enumerate(call.leaves)
+            ]
+            after = {put(place): value for place, value in call.after.items()}
+            late = tuple(map(put, call.late))
+            calls.append(replace(call, place=put(call.place), leaves=tuple(leaves), after=after, late=late))
+        return Carried(
+            carried.types,
+            tuple((put(place), value) for place, value in carried.reads),
+            tuple(map(put, carried.state)),
+            tuple(map(put, carried.stored)),
+            tuple((put(place), value) for place, value in carried.effects),
+            tuple(calls),
+        )

@@ -1,0 +1,257 @@
+"""Live: what methods of objects do is left to the objects that a call hands in.
+
+    mark_bodies(graph)   says which nodes lie between the edges of a method's call, see `passes.objects.tracker`
+    go_live(...)         puts the call in their place, where a program is made
+
+The nodes in between stay in the captured graph: they say what the method does to axes, and what is compared with eager
+and with masking. A program has the call instead, so that counters, growing and fixed memory, sliding windows, beams and
+whatever else an object knows are its own business, at the sizes there are.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from ecospa_fx.errors import CaptureError, EcoSpaError
+from ecospa_fx.passes.axes.algebra import Size, as_size
+from ecospa_fx.passes.graph.boundary_op import END, LATE, edge
+from ecospa_fx.passes.graph.nodes import tensor_meta
+from ecospa_fx.passes.ir.state_access import TENSOR, Carried, LiveCall, Place, Stored
+
+aten = torch.ops.aten
+BODY = "ecospa_live"  # in the meta of a node: the number of the call that it belongs to
+
+
+def edges(graph: fx.Graph, number: int, *, out: bool) -> dict[int, fx.Node]:
+    """The edges into or out of a call, by place among its leaves."""
+    nodes = [node for node in graph.nodes if node.target is edge and node.args[1] == number and node.args[3] is out]
+    return {node.args[2]: node for node in nodes}
+
+
+def mark_bodies(graph: fx.Graph, stored: int, region: str) -> None:
+    """Mark the nodes between the edges of each call.
+
+    Args:
+        graph: as it was traced.
+        stored: how many of its last outputs are what objects hold.
+        region: its name, for messages.
+
+    Raises:
+        CaptureError: something outside uses what a method has computed and not returned.
+    """
+    inside: int | None = None
+    for node in graph.nodes:
+        if node.target is edge:
+            _, number, place, out = node.args
+            inside = None if out and (place == END or place >= LATE) else number
+            node.meta[BODY] = number
+        elif inside is not None:
+            node.meta[BODY] = inside
+    for node in graph.nodes:
+        if node.target is edge or BODY not in node.meta:
+            continue
+        if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat, int)) and not any(
+            tensor_meta(used) and BODY in used.meta for used in node.all_input_nodes
+        ):
+            continue  # arithmetic on sizes, which is wherever it was first needed
+        written = _written(node)
+        for user in list(node.users):
+            if BODY in user.meta:
+                continue
+            if written is not None and user.op != "output":
+                user.replace_input_with(node, written)  # memory that is there after the call, too
+                continue
+            outputs = user.args[0] if user.op == "output" else ()
+            if user.op == "output" and node not in outputs[: len(outputs) - stored]:
+                continue
+            raise CaptureError(
+                f"{f'region `{region}`' if region else 'the model'} uses what a method of an object that it was called "
+                f"with computed and did not return ({node.name}), which no graph can know"
+            )
+
+
+def _written(node: fx.Node) -> fx.Node | None:
+    """The input that an op writes into, if this is all that it does and gives."""
+    while isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and node.args:
+        node = node.args[0]  # type: ignore[assignment]
+        if node.op == "placeholder":
+            return node
+    return None
+
+
+def go_live(
+    carried: Carried,
+    graph: fx.Graph,
+    new: Mapping[fx.Node, fx.Node],
+    objects: Sequence[fx.Node],
+    sizes: Callable[[fx.Node], Sequence[Size]],
+) -> None:
+    """Put calls of methods in the place of what they were traced as.
+
+    Args:
+        carried: what the captured graph has to do with objects.
+        graph: the copy of it, at the sizes of now.
+        new: node of the captured graph -> node of the copy.
+        objects: the placeholders for the objects.
+        sizes: of the tensor that a node of the captured graph makes, as they are now.
+    """
+    before = {node: old for old, node in new.items()}
+    calls = set()
+    for number, call in enumerate(carried.calls):
+        into, out = edges(graph, number, out=False), edges(graph, number, out=True)
+        last = next(iter(out.values()))
+        end = out.pop(END)
+        with graph.inserting_before(last):
+            given = [node.args[0] for _, node in sorted(into.items())]
+            expected = [sizes(before[node]) for _, node in sorted(out.items())]
+            wanted = [[_as_node(size, graph, new) for size in shape] for shape in expected]
+            live = graph.call_function(
+                _calling(call, [[None if isinstance(n, fx.Node) else n for n in shape] for shape in wanted]),
+                (objects[call.place.number], *given, *(n for shape in wanted for n in shape if isinstance(n, fx.Node))),
+            )
+            calls.add(live)
+            for i, (_, node) in enumerate(sorted(out.items())):
+                item = graph.call_function(operator.getitem, (live, i))
+                node.replace_all_uses_with(item)
+        graph.erase_node(end)
+    for node in reversed(graph.nodes):
+        if node.op == "output":
+            results = node.args[0]
+            kept = len(results) - len(carried.stored)
+            effects = [results[kept + v.number] for _, v in carried.effects if isinstance(v, Stored)]
+            node.args = ((*results[:kept], *effects),)
+        elif _is_rest(node, before) and node not in calls:
+            graph.erase_node(node)
+
+
+def _is_rest(node: fx.Node, before: Mapping[fx.Node, fx.Node]) -> bool:
+    """Whether a node of the copy is of no use now: of what a method was traced as, or made to follow that."""
+    unused = node.op == "call_function" and not node.users
+    return unused and (node not in before or BODY in before[node].meta)
+
+
+def pass_edges(graph: fx.Graph) -> None:
+    """Take the edges out of a graph whose calls stay what they were traced as."""
+    for node in list(graph.nodes):
+        if node.target is edge:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _as_node(size: Size, graph: fx.Graph, new: Mapping[fx.Node, fx.Node]) -> Any:
+    """A size as a number or as a node that computes it from those of inputs; -1 where that takes more than sums."""
+    if not isinstance(size, sympy.Expr):
+        return int(size)
+    match size:
+        case sympy.Integer():
+            return int(size)
+        case sympy.Symbol():
+            for old, node in new.items():
+                if old.op == "placeholder" and isinstance(old.meta.get("val"), Tensor):
+                    for dim, found in enumerate(old.meta["val"].shape):
+                        if as_size(found) == size:
+                            return graph.call_function(aten.sym_size.int, (node, dim))
+        case sympy.Add() | sympy.Mul():
+            parts = [_as_node(part, graph, new) for part in size.args]
+            if not any(type(part) is int and part == -1 and part != size.args[i] for i, part in enumerate(parts)):
+                combine = operator.add if isinstance(size, sympy.Add) else operator.mul
+                whole = parts[0]
+                for part in parts[1:]:
+                    whole = graph.call_function(combine, (whole, part))
+                return whole
+    return -1
+
+
+def _calling(call: LiveCall, expected: Sequence[Sequence[int | None]]) -> Callable[..., Any]:
+    """A function that calls a method of an object and gives the tensors that it returns.
+
+    Args:
+        call: which.
+        expected: the sizes of these, -1 for any and None where they are given at the call, after the tensors.
+
+    Its code is written out, for it runs once for every token that is generated.
+    """
+    scope: dict[str, Any] = {"differs": _differs, "changed": _changed, "call": call}
+    taking = [f"t{i}" for i in range(sum(leaf is TENSOR for leaf in call.leaves))]
+    waiting = iter(taking)
+
+    def text(value: Any) -> str:
+        if value is TENSOR:
+            return next(waiting)
+        if type(value) in (list, tuple):
+            inside = "".join(f"{text(item)}, " for item in value)
+            return f"[{inside}]" if type(value) is list else f"({inside})"
+        if type(value) is dict:
+            return "{" + "".join(f"{_held(scope, key)}: {text(item)}, " for key, item in value.items()) + "}"
+        return _held(scope, value)
+
+    args, kwargs = pytree.tree_unflatten(list(call.leaves), call.spec)
+    given = [text(arg) for arg in args]
+    given += [f"{name}={text(value)}" for name, value in kwargs.items()]
+    at = "".join(f"[{_held(scope, s.key)}]" if s.entry else f".{s.key}" for s in call.place.path)
+    numbers = iter(range(sum(n is None for shape in expected for n in shape)))
+    sizes = [[f"n{next(numbers)}" if n is None else n for n in shape] for shape in expected]
+    names = [f"n{i}" for i in range(sum(n is None for shape in expected for n in shape))]
+    body = [f"result = held{at}.{call.method}({', '.join(given)})"]
+    plain = call.out_spec == pytree.tree_structure(tuple(call.out_leaves)) and all(x is TENSOR for x in call.out_leaves)
+    if call.out_leaves == (TENSOR,) and call.out_spec == pytree.tree_structure(TENSOR):
+        body.append("result = (result,)")
+    elif not plain:
+        scope["taken"] = _taken
+        body.append("result = taken(call, result)")
+    for place in call.late:
+        scope[found := f"place_{len(scope)}"] = Place(0, place.path)
+        body.append(f"result = (*result, {found}.find((held,)))")
+    for i, shape in enumerate(sizes):
+        checks = [f"result[{i}].size({dim}) != {size}" for dim, size in enumerate(shape) if size != -1]
+        if checks:
+            body.append(f"if {' or '.join(checks)}: differs(call, {i}, result[{i}], ({', '.join(map(str, shape))},))")
+    for place, value in call.after.items():
+        scope[found := f"place_{len(scope)}"] = Place(0, place.path)
+        body.append(f"if {found}.find((held,)) != {_held(scope, value)}: changed({found}, {_held(scope, value)})")
+    body.append("return result")
+    newline = "\n    "
+    exec(f"def {call.method}({', '.join(['held', *taking, *names])}):{newline}{newline.join(body)}\n", scope)
+    made: Callable[..., Any] = scope[call.method]
+    return made
+
+
+def _held(scope: dict[str, Any], value: Any) -> str:
+    if value is None or type(value) in (bool, int, str):
+        return repr(value)
+    scope[name := f"held_{len(scope)}"] = value
+    return name
+
+
+def _taken(call: LiveCall, result: Any) -> tuple[Tensor, ...]:
+    """The tensors in what a method has returned, where that is not just a tuple of tensors."""
+    leaves, spec = pytree.tree_flatten(result)
+    constants = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+    if spec != call.out_spec or constants != [leaf for leaf in call.out_leaves if leaf is not TENSOR]:
+        raise EcoSpaError(
+            f"`{call.method}` returned something else than in the call that was captured: what the object holds fits "
+            "no graph. Start with an empty one"
+        )
+    return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def _changed(place: Place, expected: Any) -> None:
+    raise EcoSpaError(
+        f"`{place}` of an object is not {expected!r} after a method that made it so when it was captured: what the "
+        "object holds fits no graph. Start with an empty one"
+    )
+
+
+def _differs(call: LiveCall, number: int, found: Tensor, expected: tuple[int, ...]) -> None:
+    sizes = tuple(size if wanted == -1 else wanted for size, wanted in zip(found.shape, expected, strict=True))
+    raise EcoSpaError(
+        f"result {number} of `{call.method}` has sizes {tuple(found.shape)}, where {sizes} were expected: what the "
+        "object holds fits no graph. Start with an empty one"
+    )

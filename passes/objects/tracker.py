@@ -1,0 +1,320 @@
+"""Carry: what a forward reads of the objects it is given, and what it does to them.
+
+    Tracker.shadows(objects)   the same objects by class and content, which tell what happens to them
+    -> forward(shadows)
+    -> Tracker.carried()       what was read, changed and called
+
+A method that is called with tensors (`cache.update(keys, values, 3)`) is the object's own business: `edge` marks in the
+graph where tensors go into it and come out, so that what lies between can be left to the object when the graph runs.
+What it does is traced all the same, for its axes. Reads by the region's own code are what the graph depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from ecospa_fx.errors import CaptureError
+from ecospa_fx.passes.graph.boundary_op import END, LATE, edge
+from ecospa_fx.passes.ir.state_access import (
+    ABSENT,
+    PLAIN,
+    TENSOR,
+    Carried,
+    Keys,
+    Kind,
+    Length,
+    LiveCall,
+    Place,
+    Stored,
+    foreign,
+)
+
+from .number import Number
+from .proxies import Shadow, ShadowDict, ShadowList
+
+
+class Tracker:
+    """Watches what one forward does with the objects it is given.
+
+    Attributes:
+        tensors: those of the objects that it read, as they were before, by place.
+        inside: how many methods of objects, called with tensors, it is in.
+    """
+
+    def __init__(self, marking: bool) -> None:
+        """`marking`: put edges into the graph that is being traced."""
+        self.marking = marking
+        self.tensors: dict[Place, Tensor] = {}
+        self.inside = 0
+        self._types: tuple[type, ...] = ()
+        self._reads: dict[tuple[Place, type | None], Any] = {}
+        self._outside: set[tuple[Place, type | None]] = set()  # read by the region's own code
+        self._written: dict[Place, Any] = {}  # by the region's own code
+        self._changed: set[Place] = set()
+        self._calls: list[LiveCall] = []
+        self._keys: dict[
+            tuple[Place, Any], set[Any]
+        ] = {}  # what entries were looked up by: integers of modules, or None
+        self._passed: dict[tuple[int, int], Any] = {}
+        self._late: dict[int, list[Place]] = {}  # likewise, tensors
+        self._after: dict[int, dict[Place, Any]] = {}  # what is read once a call has changed it
+        self._initial: dict[Place, Any] = {}
+        self._places: dict[int, Place] = {}
+        self._shadows: list[Any] = []
+        self._problem: str | None = None
+        self._classes: dict[type, type] = {}
+
+    def shadows(self, objects: Sequence[Any], given: Mapping[Place, Tensor] | None = None) -> list[Any]:
+        """Shadows of the objects of a call.
+
+        Args:
+            objects: what it was called with.
+            given: tensors to put in place of theirs.
+        """
+        self._types = tuple(map(type, objects))
+        memo: dict[int, Any] = {}
+        self._shadows = [self._shadow(value, Place(i), given or {}, memo) for i, value in enumerate(objects)]
+        return self._shadows
+
+    def _shadow(self, value: Any, place: Place, given: Mapping[Place, Tensor], memo: dict[int, Any]) -> Any:
+        if id(value) in memo and not isinstance(value, Tensor):
+            return memo[id(value)]
+        made: Any = value
+        if isinstance(value, Tensor):
+            made = given.get(place, value)
+        elif type(value) is tuple:
+            made = tuple(self._shadow(item, place.entry(i), given, memo) for i, item in enumerate(value))
+        elif type(value) in (list, dict) or foreign(value):
+            if type(value) is list:
+                made = memo[id(value)] = ShadowList()
+                list.extend(made, (self._shadow(item, place.entry(i), given, memo) for i, item in enumerate(value)))
+            elif type(value) is dict:
+                made = memo[id(value)] = ShadowDict()
+                dict.update(made, {k: self._shadow(v, place.entry(k), given, memo) for k, v in value.items()})
+            else:
+                made = memo[id(value)] = object.__new__(self._class(type(value)))
+                for name, item in vars(value).items():
+                    made.__dict__[name] = self._shadow(item, place.attribute(name), given, memo)
+            if isinstance(made, (ShadowList, ShadowDict)):
+                made.tracker = self
+            self._places[id(made)] = place
+        self._initial[place] = made
+        return made
+
+    def _class(self, cls: type) -> type:
+        if cls not in self._classes:
+            body = {"_ecospa_tracker": self, "__doc__": cls.__doc__, "__module__": cls.__module__,
+                    "__qualname__": cls.__qualname__}  # fmt: skip
+            self._classes[cls] = type(cls)(cls.__name__, (Shadow, cls), body)
+        return self._classes[cls]
+
+    def number_of(self, value: Any) -> int | None:
+        """Which object of the call `value` is the shadow of."""
+        return next((i for i, shadow in enumerate(self._shadows) if shadow is value), None)
+
+    def key(self, owner: Any, key: Any) -> Any:
+        """The key that an entry of a list or dict is looked up by, where it may be a `Number`."""
+        if isinstance(key, Number):
+            key.inside = lambda: self.inside > 0
+        plain = key.value if isinstance(key, Number) else key
+        if id(owner) in self._places:
+            by = key.attribute if isinstance(key, Number) else None
+            self._keys.setdefault((self._places[id(owner)], plain), set()).add(by)
+        return plain
+
+    def integers(self) -> set[int]:
+        """The integers that entries were looked up by, or that methods were called with."""
+        leaves = [leaf for call in self._calls for leaf in call.leaves] + [key for _, key in self._keys]
+        return {leaf for leaf in leaves if type(leaf) is int}
+
+    def numbered(self) -> tuple[dict[tuple[Place, Any], frozenset[Any]] | None, dict[tuple[int, int], Any]]:
+        """Which of these were integers of modules, see `Numbers`; None where one was looked up both ways."""
+        by = {where: names for where, names in self._keys.items() if names != {None}}
+        if any(None in names for names in by.values()):
+            return None, {}
+        return {where: frozenset(names) for where, names in by.items()}, self._passed
+
+    def refuse(self, what: str) -> None:
+        """End the capture."""
+        self._problem = self._problem or what
+        raise CaptureError(self._problem)
+
+    def read(self, owner: Any, place: Callable[[Place], Place], value: Any) -> Any:
+        """Something was read of a shadow; `place` leads there from that. Gives what is read instead."""
+        if id(owner) in self._places:
+            here = place(self._places[id(owner)])
+            if isinstance(value, Tensor) and here in self._changed and not self.inside and here not in self._written:
+                return self._read_late(here, value)
+            self._read(owner, place, value)
+        return value
+
+    def _read_late(self, place: Place, value: Tensor) -> Tensor:
+        """A tensor that a method has put into its object is one more result of that."""
+        number = len(self._calls) - 1
+        if place.number != self._calls[number].place.number:
+            self.refuse(f"reads {self._named(place)} after a method of another object has changed it")
+        late = self._late.setdefault(number, [])
+        late.append(place)
+        return edge(value, number, LATE + len(late) - 1, True) if self.marking else value
+
+    def _read(self, owner: Any, place: Callable[[Place], Place], value: Any) -> None:
+        here = place(self._places[id(owner)])
+        if here in self._changed:
+            if not self.inside and here not in self._written and _plain(value):
+                last = self._calls[-1].place.number
+                if type(value) is int or here.number != last:
+                    self.refuse(f"reads {self._named(here)} after a method has changed it")
+                self._after.setdefault(len(self._calls) - 1, {})[here] = value
+            return
+        if isinstance(value, Tensor):
+            self.tensors.setdefault(here, value)
+            return
+        if type(value) is tuple:
+            for i, item in enumerate(value):
+                self._read(owner, lambda at, i=i: place(at).entry(i), item)  # type: ignore[misc]
+            value = Length(len(value))
+        elif isinstance(value, (ShadowList, ShadowDict)) or id(value) in self._places:
+            value = Kind(type(value).__bases__[-1])
+        elif not (_plain(value) or value is ABSENT or isinstance(value, (Length, Keys)) or callable(value)):
+            if not self.inside:
+                self.refuse(f"reads {self._named(here)}, a {type(value).__name__}, of which nothing is known")
+            return
+        key = (here, type(value) if isinstance(value, (Length, Keys, Kind)) else None)
+        self._reads.setdefault(key, value)
+        if not self.inside:
+            self._outside.add(key)
+
+    def write(self, owner: Any, place: Callable[[Place], Place], value: Any) -> None:
+        """Something is put into a shadow."""
+        if id(owner) not in self._places:
+            return
+        here = place(self._places[id(owner)])
+        self._changed.add(here)
+        if self.inside:
+            return
+        if not (isinstance(value, Tensor) or _plain(value)):
+            self.refuse(f"puts a {type(value).__name__} into {self._named(here)} itself, not by one of its methods")
+        if type(value) is int and (here, None) in self._outside and value != self._reads[here, None]:
+            self.refuse(f"counts in {self._named(here)} itself, not by one of its methods: no two calls would be alike")
+        self._written[here] = value
+
+    def restructure(self, owner: Any) -> None:
+        """Entries are put into a list or dict, or taken out of it."""
+        if id(owner) in self._places:
+            if not self.inside:
+                self.refuse(f"changes {self._named(self._places[id(owner)])} itself, not by one of its methods")
+            self._changed.add(self._places[id(owner)])
+
+    def _named(self, place: Place) -> str:
+        what = f"`{place}` of a" if place.path else "a"
+        return f"{what} {self._types[place.number].__name__}"
+
+    def call(self, owner: Any, method: Any, args: Any, kwargs: Any) -> Any:
+        """A method of a shadow is called."""
+        leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=foreign)
+        if self.inside or not any(isinstance(leaf, Tensor) for leaf in leaves) or id(owner) not in self._places:
+            return method(*args, **kwargs)
+        number, place = len(self._calls), self._places[id(owner)]
+        name = method.__name__
+        self._refuse_odd(leaves, place, f"calls `{name}` of {self._named(place)} with")
+        self._calls.append(LiveCall(place, name, (), spec, (), spec))
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Number):
+                leaf.inside = lambda: self.inside > 0
+                self._passed[number, i] = leaf.attribute
+        leaves = self._marked(leaves, number, out=False)
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        self.inside += 1
+        try:
+            result = method(*args, **kwargs)
+        finally:
+            self.inside -= 1
+        out_leaves, out_spec = pytree.tree_flatten(result, is_leaf=foreign)
+        self._refuse_odd(out_leaves, place, f"gets from `{name}` of {self._named(place)}")
+        out_leaves = self._marked(out_leaves, number, out=True)
+        if self.marking:
+            edge(next(leaf for leaf in leaves if isinstance(leaf, Tensor)), number, END, True)
+        self._calls[number] = LiveCall(place, name, _stood_in(leaves), spec, _stood_in(out_leaves), out_spec)
+        return pytree.tree_unflatten(out_leaves, out_spec)
+
+    def _refuse_odd(self, leaves: Sequence[Any], place: Place, does: str) -> None:
+        odd = [leaf for leaf in leaves if not (isinstance(leaf, (Tensor, Number)) or _plain(leaf))]
+        if odd:
+            self.refuse(f"{does} a {type(odd[0]).__name__}, which is no constant")
+
+    def _marked(self, leaves: Sequence[Any], number: int, *, out: bool) -> list[Any]:
+        if not self.marking:
+            return list(leaves)
+        places = iter(range(len(leaves)))
+        return [edge(leaf, number, next(places), out) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def stored(self) -> list[tuple[Place, Tensor]]:
+        """The tensors in the objects that are others than they were."""
+        found: list[tuple[Place, Tensor]] = []
+        seen: set[int] = set()
+
+        def visit(value: Any, place: Place) -> None:
+            if isinstance(value, Tensor):
+                if self._initial.get(place) is not value:
+                    found.append((place, value))
+            elif isinstance(value, (list, tuple)):
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    for i, item in enumerate(list.__iter__(value) if isinstance(value, list) else value):
+                        visit(item, place.entry(i))
+            elif isinstance(value, dict):
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    for key, item in dict.items(value):
+                        visit(item, place.entry(key))
+            elif foreign(value) and id(value) not in seen:
+                seen.add(id(value))
+                for name, item in vars(value).items():
+                    visit(item, place.attribute(name))
+
+        for number, shadow in enumerate(self._shadows):
+            visit(shadow, Place(number))
+        return found
+
+    def carried(self, stored: Sequence[Place] = ()) -> Carried:
+        """What the forward has to do with the objects.
+
+        Args:
+            stored: the places of `stored()`.
+
+        Raises:
+            CaptureError: something that no graph can do, and that the forward took for no error.
+        """
+        if self._problem:
+            raise CaptureError(self._problem)
+        # What a method counts for itself is its own business; what the region's code reads must be as it was.
+        reads = tuple(
+            (key[0], value) for key, value in self._reads.items()
+            if key in self._outside or key[0] not in self._changed or type(value) is not int
+        )  # fmt: skip
+        effects = [
+            (place, Stored(list(stored).index(place)) if isinstance(value, Tensor) and stored else value)
+            for place, value in self._written.items()
+        ]
+        calls = [
+            replace(call, after=self._after.get(number, {}), late=tuple(self._late.get(number, ())))
+            for number, call in enumerate(self._calls)
+        ]
+        return Carried(self._types, reads, tuple(self.tensors), tuple(stored), tuple(effects), tuple(calls))
+
+
+def _stood_in(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    plain = [leaf.value if isinstance(leaf, Number) else leaf for leaf in leaves]
+    return tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in plain)
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, Tensor)):
+        return False
+    return value is None or isinstance(value, (PLAIN, type))

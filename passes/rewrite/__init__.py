@@ -1,0 +1,1 @@
+"""Rewrite: generated code at the sizes that a plan leaves, and its proof against masking."""

@@ -1,0 +1,197 @@
+"""Generate: Python code that runs a graph on a live region, as fast as the region's own code would.
+
+    generate(graph) -> a function `forward(self, *placeholders)`, its source
+
+What a small model spends its time on is Python, so this writes what a person would: `torch.add(x, y)` and not
+`torch.ops.aten.add.Tensor(x, y)`, whose look-up and boxing cost more than the sum; submodules are looked up once per
+call, and names dropped after their last use, so that memory is freed as in eager.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import keyword
+import linecache
+import math
+import operator
+from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import fx
+
+from ecospa_fx.passes.graph.nodes import arguments
+
+aten = torch.ops.aten
+
+# Operators that torch offers in Python under the same name, with the arguments of their schema in the same order.
+_FUNCTIONS = {
+    "abs", "add", "addmm", "all", "any", "argmax", "argmin", "avg_pool1d", "baddbmm", "batch_norm",
+    "bitwise_and", "bitwise_not", "bitwise_or", "bmm", "cat", "ceil", "clamp", "clamp_max", "clamp_min",
+    "clone", "conv1d", "conv2d", "conv3d", "cos", "cumsum", "div", "dropout", "embedding", "eq", "erf", "exp",
+    "exp2", "expm1", "flatten", "flip", "floor", "floor_divide", "gather", "ge", "group_norm", "gt",
+    "index_select", "isinf", "isnan", "layer_norm", "le", "log", "log1p", "log_softmax", "logical_and",
+    "logical_not", "logical_or", "lt", "masked_fill", "matmul", "maximum", "mean", "minimum", "mm", "mul",
+    "narrow", "ne", "neg", "permute", "pow", "reciprocal", "relu", "remainder", "repeat_interleave", "reshape",
+    "roll", "rsqrt", "rsub", "select", "sigmoid", "sign", "sin", "softmax", "split_with_sizes", "sqrt",
+    "square", "squeeze", "stack", "sub", "sum", "tanh", "topk", "transpose", "tril", "triu", "unbind",
+    "unsqueeze", "var", "where", "zeros_like",
+}  # fmt: skip
+_NN_FUNCTIONS = {"gelu", "linear", "scaled_dot_product_attention", "silu"}  # torch._C._nn holds these
+_METHODS = {"contiguous", "expand", "repeat", "to", "type_as", "view"}
+
+
+def generate(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
+    """Python code for `graph`.
+
+    Args:
+        graph: `get_attr` nodes name tensors, and `call_module` nodes submodules, of the region that it will run on.
+
+    Returns:
+        `forward(region, *placeholders)`, and its source.
+    """
+    source, scope = _Source(graph).written()
+    exec(_compiled(source), scope)
+    return scope["forward"], source
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(source: str) -> CodeType:
+    """Equal blocks at equal sizes have equal code, which is compiled once."""
+    name = f"<ecospa_fx {hashlib.sha1(source.encode()).hexdigest()[:8]}>"
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)  # tracebacks show its lines
+    return compile(source, name, "exec")
+
+
+class _Source:
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.scope: dict[str, Any] = {"torch": torch}
+        self.globals: dict[Any, str] = {}  # what a global stands for -> its name
+        self.modules: dict[str, str] = {"": "self"}  # path of a submodule -> the local it is in
+        self.taken = {"self", "torch", *keyword.kwlist}
+        self.names: dict[fx.Node, str] = {node: self._free(node.name) for node in graph.nodes}
+        self.lines: list[str] = []
+
+    def written(self) -> tuple[str, dict[str, Any]]:
+        """The source, and the globals that it needs."""
+        held = {node for node in self.graph.nodes if node.op == "get_attr"}
+        last = _last_uses(self.graph)
+        for node in self.graph.nodes:
+            if node.op == "placeholder" or node in held:
+                continue
+            for used in node.all_input_nodes:
+                if used in held:
+                    self._line(f"{self.names[used]} = {self._attribute(used.target)}")
+                    held.discard(used)
+            dropped = [self.names[used] for used in last.get(node, ())]
+            done = f";  {' = '.join(dropped)} = None" if dropped and node.op != "output" else ""
+            self._line(self._statement(node) + done)
+        names = ["self", *(self.names[node] for node in self.graph.nodes if node.op == "placeholder")]
+        return "\n".join([f"def forward({', '.join(names)}):", *self.lines, ""]), self.scope
+
+    def _line(self, line: str) -> None:
+        self.lines.append(f"    {line}")
+
+    def _statement(self, node: fx.Node) -> str:
+        if node.op == "output":
+            return f"return {self._text(node.args[0])}"
+        return f"{self.names[node]} = {self._value(node)}"
+
+    def _value(self, node: fx.Node) -> str:
+        given = [self._text(arg) for arg in node.args]
+        named = [f"{key}={self._text(value)}" for key, value in node.kwargs.items()]
+        if node.op == "call_module":
+            return f"{self._module(str(node.target))}({', '.join(given + named)})"
+        target: Any = node.target
+        if target is operator.getitem:
+            return f"{given[0]}[{given[1]}]"
+        if target is aten.sym_size.int:
+            return f"{given[0]}.size({given[1]})"
+        if target is aten.slice.Tensor and not named:
+            return f"{given[0]}[{self._slice(node)}]"
+        if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
+            op = target._opname
+            if op in _FUNCTIONS:
+                return f"torch.{op}({', '.join(given + named)})"
+            if op in _NN_FUNCTIONS:
+                return f"{self._global(getattr(torch._C._nn, op), 'nn_' + op)}({', '.join(given + named)})"
+            # `to` takes a memory format by name only.
+            plain = "layout" not in node.kwargs and not any(isinstance(arg, torch.memory_format) for arg in node.args)
+            if op in _METHODS and plain:
+                return f"{given[0]}.{op}({', '.join(given[1:] + named)})"
+        label = "_".join(str(target).split(".")) if isinstance(target, torch._ops.OpOverload) else target.__name__
+        return f"{self._global(target, label)}({', '.join(given + named)})"
+
+    def _slice(self, node: fx.Node) -> str:
+        rest: tuple[Any, ...] = (0, None, None, 1)[len(node.args) - 1 :]
+        dim, start, stop, step = (*arguments(node)[1:], *rest)
+        bounds = [bound if isinstance(bound, fx.Node) else None if bound == default else bound
+                  for bound, default in ((start, 0), (stop, torch.iinfo(torch.int64).max), (step, 1))]  # fmt: skip
+        texts = ["" if bound is None else self._text(bound) for bound in bounds]
+        cut = f"{texts[0]}:{texts[1]}" + (f":{texts[2]}" if texts[2] else "")
+        return ", ".join([":"] * dim + [cut] if dim >= 0 else ["...", cut] + [":"] * (-dim - 1))
+
+    def _text(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return self.names[value]
+        if type(value) in (list, fx.immutable_collections.immutable_list):
+            return f"[{', '.join(map(self._text, value))}]"
+        if type(value) is tuple:
+            return f"({', '.join(map(self._text, value))}{',' if len(value) == 1 else ''})"
+        if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
+            return repr(value)
+        if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+            return str(value)
+        return self._global(value, type(value).__name__)
+
+    def _global(self, value: Any, label: str) -> str:
+        key = value if isinstance(value, (torch.device, float)) else id(value)
+        if key not in self.globals:
+            self.globals[key] = name = self._free(label)
+            self.scope[name] = value
+        return self.globals[key]
+
+    def _attribute(self, path: str) -> str:
+        module, _, name = path.rpartition(".")
+        owner = self._module(module)
+        plain = name.isidentifier() and not keyword.iskeyword(name)
+        return f"{owner}.{name}" if plain else f"getattr({owner}, {name!r})"
+
+    def _module(self, path: str) -> str:
+        """The local that holds a submodule. `_modules` would be faster to look in, but wrappers may lie between."""
+        if path not in self.modules:
+            found = self._attribute(path)
+            self.modules[path] = local = self._free(path)
+            self._line(f"{local} = {found}")
+        return self.modules[path]
+
+    def _free(self, label: str) -> str:
+        """A name that nothing has."""
+        base = name = "".join(c if c.isalnum() or c == "_" else "_" for c in label)
+        if not name.isidentifier():
+            base = name = f"_{name}"
+        number = 1
+        while name in self.taken:
+            name, number = f"{base}_{number}", number + 1
+        self.taken.add(name)
+        return name
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each node, the values that nothing after it uses; arguments stay, as their caller holds them anyway."""
+    last: dict[fx.Node, list[fx.Node]] = {}
+    seen: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        for used in _once(node.all_input_nodes):
+            if used not in seen:
+                seen.add(used)
+                if used.op != "placeholder":
+                    last.setdefault(node, []).append(used)
+    return last
+
+
+def _once(nodes: list[fx.Node]) -> Iterator[fx.Node]:
+    yield from dict.fromkeys(nodes)

@@ -1,0 +1,70 @@
+"""Program: the forward of a region as generated code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ecospa_fx.passes.axes.algebra import Size
+from ecospa_fx.passes.capture.hooks import fire
+from ecospa_fx.passes.ir.axis_facts import Inference
+from ecospa_fx.passes.ir.captured import Captured
+from ecospa_fx.passes.ir.state_access import Stored
+
+
+@dataclass(eq=False)
+class Program:
+    """A region's forward as generated code.
+
+    Attributes:
+        captured: the graph it was made from, at original sizes.
+        inference: the axes of that graph.
+        run: `run(region, *inputs, *objects, *constants)` returns the output tensors.
+        constants: lifted tensors, subgraphs and index tensors that `run` takes.
+        source: the generated code, to read.
+        called: submodules that the code calls as they are.
+        state: sizes of the tensors in objects of the call that it takes.
+        check: see `fits`; made when it is first needed.
+    """
+
+    captured: Captured
+    inference: Inference
+    run: Any
+    constants: tuple[Any, ...]
+    source: str
+    called: frozenset[str] = frozenset()
+    state: tuple[tuple[Size, ...], ...] = ()
+    check: Callable[[Sequence[Tensor]], bool] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        return self  # holds no module: it runs on whichever region calls it
+
+    def __call__(self, region: nn.Module, inputs: Sequence[Any]) -> Any:
+        """Run one call and give its results the structure that the region's own forward gives them.
+
+        Args:
+            region: the live region.
+            inputs: the tensors of the call, those in its objects, and these.
+        """
+        return self.returned(region, inputs, self.run(region, *inputs, *self.constants))
+
+    def returned(self, region: nn.Module, inputs: Sequence[Any], tensors: Any) -> Any:
+        """What the region returns where the code returned `tensors`; those that hooks look at go to them."""
+        captured = self.captured
+        objects: Sequence[Any] = inputs[len(captured.inputs) :]
+        if captured.carried.effects:
+            waiting = iter(tensors[len(tensors) - sum(isinstance(v, Stored) for _, v in captured.carried.effects) :])
+            for place, value in captured.carried.effects:
+                place.put(objects, next(waiting) if isinstance(value, Stored) else value)
+        if captured.observed:
+            fire(region, captured.observed, tensors[captured.returned :], captured.region, objects)
+        return captured.result(tensors[: captured.returned], objects)
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the sizes of a call, of its tensors and of what objects hold, are such as the program serves."""
+        if self.check is None:
+            self.check = self.captured.signature.checker(self.state)
+        return self.check(tensors)

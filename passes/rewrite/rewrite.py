@@ -1,0 +1,140 @@
+"""Rewrite: the graph of a region at the sizes that a plan leaves.
+
+    rewrite(inference, kept, region)
+      -> _copy        the captured graph, with inputs and constants as arguments
+      -> sources      see there: they are index-selected where they are used
+      -> follow       sizes held as arguments become counts, bounds become prefix sums (one `follow` per rule)
+      -> _bind        parameters are read from the live region; its nn.Linears are called as modules
+      -> Program      Python code that runs with the region as `self`
+
+Always starts from the captured graph at original sizes, so shrinking twice is shrinking once by the composition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ecospa_fx.errors import RuleError
+from ecospa_fx.passes.axes.algebra import Size, as_size
+from ecospa_fx.passes.axes.selection import Kept, count, in_first_contexts, touched
+from ecospa_fx.passes.capture.hooks import calls_itself
+from ecospa_fx.passes.graph.nodes import op_name, place
+from ecospa_fx.passes.ir.axis_facts import Inference
+from ecospa_fx.passes.ir.captured import Captured
+from ecospa_fx.passes.ir.op_site import Site
+from ecospa_fx.passes.objects.live_calls import go_live, pass_edges
+from ecospa_fx.passes.rules import rule_for
+
+from .generate import generate
+from .program import Program
+from .sources import select_sources
+
+aten = torch.ops.aten
+
+
+def rewrite(
+    inference: Inference, kept: Kept, region: nn.Module, watched: Sequence[fx.Node] = (), live: bool = True
+) -> Program:
+    """The program of a region under a selection.
+
+    Args:
+        inference: axes of the captured graph.
+        kept: what stays of each atom.
+        region: the live region; only the types of its modules are looked at.
+        watched: nodes of the captured graph whose values `run` returns after the outputs.
+        live: methods of objects are called, not computed as they were traced; `run` takes the objects then.
+
+    Raises:
+        RuleError: the `follow` of a rule fails.
+    """
+    captured = inference.captured
+    graph, new, objects, constants = _copy(captured, live)
+    constants |= select_sources(graph, inference, kept, new)
+    for original, node in new.items():
+        rule = rule_for(original.target)
+        if rule is None or rule.follow is None or original not in inference.operands:
+            continue
+        axes = (*inference.values[original], *(o.exprs for o in inference.operands[original]))
+        if not any(touched(expr, kept) for exprs in (*axes, inference.made.get(original, ())) for expr in exprs):
+            continue
+        site = Site(node, original, inference, kept)
+        try:
+            rule.follow(site)
+        except Exception as error:
+            raise RuleError(
+                f"the sizes of {op_name(original)} ({place(original, captured.region)}) cannot follow a shrink: its "
+                f"rule failed with {type(error).__name__}: {error}; this is a bug in the rule, nothing was changed"
+            ) from error
+        site.apply()
+    sizes = _sizes_now(inference, kept)
+    if live:
+        go_live(captured.carried, graph, new, objects, sizes)
+    else:
+        pass_edges(graph)
+    if watched:
+        output = next(node for node in reversed(graph.nodes) if node.op == "output")
+        output.args = ((*output.args[0], *(new[node] for node in watched)),)
+    _bind(captured, region, graph, new)
+    run, source = generate(graph)
+    called = frozenset(node.target for node in graph.nodes if node.op == "call_module")
+    by_name = {node.name: node for node in captured.graph.nodes if node.op == "placeholder"}
+    state = tuple(tuple(sizes(by_name[name])) for name in captured.state)
+    return Program(captured, inference, run, tuple(constants.values()), source, called, state)
+
+
+def _sizes_now(inference: Inference, kept: Kept) -> Callable[[fx.Node], Sequence[Size]]:
+    uniform = in_first_contexts(kept)
+
+    def sizes(node: fx.Node) -> Sequence[Size]:
+        if node in inference.values:
+            return [count(expr, uniform) for expr in inference.values[node][0]]
+        return [as_size(size) for size in node.meta["val"].shape]
+
+    return sizes
+
+
+def _copy(captured: Captured, live: bool) -> tuple[fx.Graph, dict[fx.Node, fx.Node], list[fx.Node], dict[fx.Node, Any]]:
+    """The captured graph as a new one that takes inputs, objects, then constants; and which node became which."""
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    constants: dict[fx.Node, Any] = {}
+    by_name = {node.name: node for node in captured.graph.nodes if node.op in ("placeholder", "get_attr")}
+    for name in captured.inputs:
+        new[by_name[name]] = graph.placeholder(name)
+    objects = [graph.placeholder(f"held_{i}") for i in range(len(captured.carried.types) if live else 0)]
+    for name, value in captured.constants.items():
+        new[by_name[name]] = node = graph.placeholder(name)
+        constants[node] = value
+    for name, held in captured.tensors.items():
+        if by_name[name].users:
+            new[by_name[name]] = graph.get_attr(held)
+    for node in captured.graph.nodes:
+        if node not in new and node.op not in ("placeholder", "get_attr"):
+            new[node] = graph.node_copy(node, new.__getitem__)
+    return graph, new, objects, constants
+
+
+def _bind(captured: Captured, region: nn.Module, graph: fx.Graph, new: dict[fx.Node, fx.Node]) -> None:
+    """Call the region's own nn.Linears, so that hooks and wrappers put on them later work too; drop what is unused."""
+    for node in list(graph.nodes):
+        if node.target is not aten.linear.default:
+            continue
+        weight, bias = node.args[1], (*node.args, None)[2]
+        if weight.op != "get_attr" or (bias is not None and bias.op != "get_attr"):
+            continue
+        path = weight.target.rpartition(".")[0]
+        module = region.get_submodule(path)
+        own = (f"{path}.weight", f"{path}.bias" if getattr(module, "bias", None) is not None else None)
+        free = path not in captured.hooked  # else its hooks would run twice
+        if free and calls_itself(module) and own == (weight.target, bias.target if bias else None):
+            with graph.inserting_before(node):
+                call = graph.call_module(path, (node.args[0],))
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)
+    for node in reversed(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)

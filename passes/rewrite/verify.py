@@ -1,0 +1,231 @@
+"""Verify: a shrunk region equals the masked one, outputs and gradients, numerically.
+
+Masking is the definition of removal: at every contraction over an axis, the removed entries count as zero. `Masked`
+runs the captured graph at original sizes so; the rewritten program must agree with it to rounding.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ecospa_fx.passes.axes.algebra import atoms_of, sized
+from ecospa_fx.passes.axes.selection import Kept, broadcast_mask, entries, mask_of, touched
+from ecospa_fx.passes.capture.compare_eager import relative_error, run
+from ecospa_fx.passes.graph.isolate import forked_rng, fresh_leaf
+from ecospa_fx.passes.graph.nodes import argument_nodes, tensor_meta
+from ecospa_fx.passes.graph.tensors import sliced, swapped
+from ecospa_fx.passes.ir.axis_facts import Inference
+
+from .rewrite import rewrite
+from .stored import compressed, layout
+
+# Relative error up to which shrunk and masked count as equal; sums in another order account for it.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Difference of a gradient, relative to the largest entry of all, up to which it is rounding: 1024 roundings in float64
+# (hundreds are left of gradients that are zero, deep below a group norm with one entry per group), 64 in float32.
+NOISE = {torch.float64: 2.3e-13, torch.float32: 7.6e-6, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+class Masked(fx.Interpreter):
+    """Runs a captured graph with every contraction over a selected axis masked.
+
+    Attributes:
+        masks: node -> (which of its node arguments, mask that broadcasts over it) to multiply in.
+    """
+
+    masks: dict[str, list[tuple[int, Tensor]]]
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node on masked arguments."""
+        if n.name not in self.masks:
+            return super().run_node(n)
+        masks = self.masks[n.name]
+        position = iter(range(len(argument_nodes(n))))
+
+        def value(arg: fx.Node) -> Any:
+            here = next(position)
+            result = self.env[arg]
+            for occurrence, mask in masks:
+                if occurrence == here:
+                    result = result.masked_fill(~mask.to(result.device), 0)
+            return result
+
+        args, kwargs = fx.node.map_arg((n.args, n.kwargs), value)
+        return getattr(self, n.op)(n.target, args, kwargs)
+
+
+def contraction_masks(
+    inference: Inference, kept: Kept, inputs: Sequence[Tensor]
+) -> dict[str, list[tuple[int, Tensor]]]:
+    """Where to multiply masks in so that removed entries count as zero in every contraction of a call with `inputs`."""
+    sizes = inference.captured.signature.dynamic_sizes(inputs)
+    masks: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
+    for fact in inference.facts:
+        if fact.role != "contracted" or not touched(fact.expr, kept):
+            continue
+        # One operand is enough: the other's entries are multiplied by zero.
+        node = fact.node
+        occurrences = [i for i, arg in enumerate(argument_nodes(node)) if tensor_meta(arg)]
+        for occurrence, operand in zip(occurrences, inference.operands[node], strict=True):
+            # A grouped convolution contracts a factor of a dim: the mask is that of the dim under these atoms alone.
+            atoms = set(atoms_of(fact.expr))
+            alone = {atom: kept[atom] for atom in atoms if atom in kept}
+            dims = [dim for dim, expr in enumerate(operand.exprs) if atoms <= set(atoms_of(expr))]
+            if dims and operand.node in [o.node for o in fact.operands]:
+                # Other dims along the same axis lose these entries anyway.
+                axes = [sized(expr, sizes) for expr in operand.exprs]
+                masks[node.name].extend((occurrence, broadcast_mask(axes, dim, alone)) for dim in dims)
+                break
+    return masks
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Shrunk against masked, one selection. Errors are relative to the largest entry."""
+
+    coupling: str
+    removed: int
+    output_error: float
+    gradient_error: float
+    worst_gradient: str
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Both errors are within tolerance."""
+        return max(self.output_error, self.gradient_error) <= self.tolerance
+
+
+def compare(
+    inference: Inference,
+    kept: Kept,
+    region: nn.Module,
+    tensors: Mapping[str, Tensor],
+    inputs: Sequence[Tensor],
+    coupling: str,
+) -> Comparison:
+    """Run one call masked and shrunk.
+
+    Args:
+        inference: axes of the captured graph.
+        kept: the selection.
+        region: the live region, whose module types matter and whose parameters do not.
+        tensors: parameters and buffers at original sizes, by name in the region.
+        inputs: the tensors of a call, and those in its objects, at original sizes.
+        coupling: what the comparison is called.
+    """
+    captured = inference.captured
+
+    class Here(Masked):
+        masks = contraction_masks(inference, kept, inputs)
+
+    floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
+    # A buffer stays one: torch refuses gradients of running statistics.
+    trained = {captured.tensors[name] for name in captured.parameters} & floating.keys()
+    steps = {
+        name: {dim: mask_of(expr, kept).nonzero().flatten() for dim, expr in enumerate(exprs) if touched(expr, kept)}
+        for name, exprs in inference.parameters.items()
+    }
+
+    whole = {name: fresh_leaf(t) if name in trained else t.clone() for name, t in tensors.items()}
+    called = len(inputs) - len(captured.state)
+    whole_inputs = [*(fresh_leaf(t) for t in inputs[:called]), *(t.detach().clone() for t in inputs[called:])]
+    by_name = {node.name: node for node in captured.graph.nodes if node.op == "placeholder"}
+    layouts = [
+        layout(inference.values[by_name[name]][0], kept) if by_name[name] in inference.values else None
+        for name in captured.state
+    ]
+    held = [
+        t.detach().clone() if mask is None else compressed(t.detach(), mask)
+        for t, mask in zip(inputs[called:], layouts, strict=True)
+    ]
+    with forked_rng(region):
+        torch.manual_seed(0)
+        outputs = run(captured, whole, whole_inputs, interpreter=Here)
+
+    small = {name: sliced(t, steps.get(name, {})).clone() for name, t in tensors.items()}
+    small_inputs = [*(fresh_leaf(t) for t in inputs[:called]), *held]
+    program = rewrite(inference, kept, region, live=False)
+    parameters = {name: nn.Parameter(t) if name in trained else t for name, t in small.items()}
+    with forked_rng(region), swapped(region, parameters):
+        torch.manual_seed(0)
+        small_outputs = program.run(region, *small_inputs, *program.constants)[: captured.returned]
+
+    outputs_error = max((output_error(a, b) for a, b in zip(outputs, small_outputs, strict=True)), default=0.0)
+    gradient_error, worst, tolerance = 0.0, "", _tolerance(inference)
+    gradients = _gradients(outputs, [*whole.values(), *whole_inputs])
+    small_gradients = _gradients(small_outputs, [*parameters.values(), *small_inputs])
+    names = [*whole, *(f"argument {i}" for i in range(len(inputs)))]
+    scale = max((float(g.abs().max()) for g in gradients if g is not None and g.numel()), default=0.0)
+    for name, a, b in zip(names, gradients, small_gradients, strict=True):
+        if a is not None:
+            expected = sliced(a, steps.get(name, {}))
+        elif b is not None:
+            expected = torch.zeros_like(b)
+        else:
+            continue
+        error = _gradient_error(expected, torch.zeros_like(expected) if b is None else b, scale, tolerance)
+        if error > gradient_error:
+            gradient_error, worst = error, name
+    removed = sum(atom.size - entries(choice) for atom, choice in kept.items())
+    return Comparison(coupling, removed, outputs_error, gradient_error, worst, tolerance)
+
+
+def _tolerance(inference: Inference) -> float:
+    """That of the least precise numbers on the way: a norm may compute in float32 whatever it is given."""
+    dtypes = {meta.dtype for node in inference.values for meta in tensor_meta(node)}
+    return max((TOLERANCE[dtype] for dtype in dtypes & TOLERANCE.keys()), default=1e-5)
+
+
+def _gradients(outputs: Sequence[Any], leaves: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of a fixed random projection of the outputs."""
+    generator = torch.Generator().manual_seed(1)
+    terms = [
+        (out * torch.randn(out.shape, generator=generator).to(out)).sum()
+        for out in outputs
+        if isinstance(out, Tensor) and out.requires_grad
+    ]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    if not terms or not wanted:
+        return [None] * len(leaves)
+    found = iter(torch.autograd.grad(sum(terms[1:], terms[0]), wanted, allow_unused=True))
+    return [next(found) if leaf.requires_grad else None for leaf in leaves]
+
+
+def output_error(a: Tensor, b: Tensor) -> float:
+    """Largest difference relative to the largest entry; none where all that is left of both is rounding.
+
+    A sum over what has been normalised is zero but for that, whatever the weights are.
+    """
+    if a.shape == b.shape and a.is_floating_point() and a.numel() and _is_rounding(a) and _is_rounding(b):
+        return 0.0
+    return relative_error(a, b)
+
+
+def _is_rounding(tensor: Tensor) -> bool:
+    return float(tensor.detach().abs().max()) < 1e3 * torch.finfo(tensor.dtype).eps
+
+
+def _gradient_error(a: Tensor, b: Tensor, scale: float, tolerance: float) -> float:
+    """Largest difference relative to the largest entry; relative to `scale` where it is rounding of larger numbers.
+
+    Where terms cancel (in the gradient of a key's bias under softmax, or of a bias before a group norm over many
+    positions) what is left is noise, and its error relative to itself means nothing. `scale` is the largest entry of
+    all gradients; beside it, `NOISE` is taken for rounding.
+    """
+    error = relative_error(a, b)
+    if a.shape != b.shape or not a.numel():
+        return error
+    eps = torch.finfo(a.dtype).eps
+    if _is_rounding(a) and _is_rounding(b):
+        return 0.0
+    difference = float((a - b).abs().max())
+    # Where something on the way computed in float32, its rounding is left in gradients of float64 too.
+    noise = max(NOISE.get(a.dtype, 64 * eps), tolerance / 100 if tolerance > TOLERANCE.get(a.dtype, 0.0) else 0.0)
+    return min(error, difference / scale) if difference <= noise * scale else error

@@ -1,0 +1,92 @@
+"""What capture makes of regions that torch.export alone would not give as one wants them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import ecospa_fx
+from ecospa_fx.passes.capture import export
+from ecospa_fx.passes.capture.capture import capture
+
+
+class Windows(nn.Module):
+    """Pads images to whole windows of 3 x 3, which attend inside, stage after stage."""
+
+    def __init__(self, stages: int) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Linear(4, 4) for _ in range(stages))
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = stage(x)
+            b, h, w, c = x.shape
+            y = nn.functional.pad(x, (0, 0, 0, -w % 3, 0, -h % 3))
+            rows, columns = y.shape[1] // 3, y.shape[2] // 3
+            y = y.view(b, rows, 3, columns, 3, c).transpose(2, 3).reshape(-1, 9, c).softmax(1)
+            y = y.view(b, rows, columns, 3, 3, c).transpose(2, 3).reshape(b, 3 * rows, 3 * columns, c)
+            x = x + y[:, :h, :w]
+        return x
+
+
+def test_dims_that_raise_too_many_questions_are_specialised(monkeypatch) -> None:
+    """Left dynamic, height and width take torch.export minutes, and hours in a model of several stages."""
+    monkeypatch.setattr(export, "GUARDS", 4)
+    captured = capture(Windows(2), (torch.randn(2, 16, 16, 4),), {})
+    ((_, _, (batch, *others)),) = captured.signature.tensors
+    assert type(batch) is not int
+    assert others == [16, 16, 4]
+
+
+class Precise(nn.Module):
+    """Keeps autocast out of its hidden layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            hidden = self.up(x.float()).relu()
+        return self.down(hidden)
+
+
+def test_weights_meet_in_parts_without_autocast_which_stay_without() -> None:
+    x = torch.randn(3, 4)
+    model = ecospa_fx.compile(Precise(), example_inputs=(x,))
+    (ffn,) = ecospa_fx.couplings(model)
+    assert (ffn.kind, ffn.size) == ("ffn", 6)
+    assert ecospa_fx.verify(model, example_inputs=(x,)).ok
+    ecospa_fx.shrink(model, {ffn: torch.tensor([0, 2, 5])})
+    seen = []
+    handle = model.up.register_forward_hook(lambda *call: seen.append(call[-1].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+    handle.remove()
+    assert set(seen) == {torch.float32}
+
+
+class Chunked(nn.Module):
+    """Finds its number of chunks by a tensor, as Longformer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        chunks = torch.div(x.shape[1], 3, rounding_mode="trunc")
+        x = x.view(x.shape[0], chunks, 3, 4)
+        if x.shape[1] > 1:
+            x = x - x.mean(1, keepdim=True)
+        return self.down(self.up(x).relu())
+
+
+def test_sizes_that_go_through_a_tensor_are_specialised() -> None:
+    x = torch.randn(2, 6, 4)
+    captured = capture(Chunked(), (x,), {})
+    ((_, _, (batch, *others)),) = captured.signature.tensors
+    assert type(batch) is not int
+    assert others == [6, 4]
+    model = ecospa_fx.compile(Chunked(), example_inputs=(x,))
+    assert ecospa_fx.verify(model, example_inputs=(x,)).ok
+    assert model(torch.randn(5, 9, 4)).shape == (5, 3, 3, 4)
