@@ -19,7 +19,7 @@ from torch import fx
 from ecospa_fx.passes.axes.algebra import Atom, Expr, atoms_of
 from ecospa_fx.passes.find.analyse import Analysis
 from ecospa_fx.passes.graph.nodes import reason_text
-from ecospa_fx.passes.ir.axis_facts import Inference
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
 
 aten = torch.ops.aten
 
@@ -57,37 +57,37 @@ def tally(analyses: Iterable[Analysis]) -> Tally:
     result = Tally()
     for analysis in analyses:
         judge = _Judge(analysis)
-        for score, values in attentions(analysis.inference):
+        for score, values in attentions(analysis.axis_facts):
             axes = judge.axes_of(score, values)
             statuses = [judge.add(result, part, axes[part]) for part in ("qk", "vo", "heads")]
             if not set(statuses) <= {"unmet", "none"}:
                 result.attentions += 1
                 result.explained += "missing" not in statuses
-        for node in analysis.inference.operands:
+        for node in analysis.axis_facts.operands:
             if getattr(node.target, "_opname", "").rstrip("_") in ACTIVATIONS:
-                judge.add(result, "ffn", judge.inference.values[node][0])
+                judge.add(result, "ffn", judge.axis_facts.values[node][0])
     return result
 
 
-def attentions(inference: Inference) -> Iterator[tuple[fx.Node, fx.Node]]:
+def attentions(axis_facts: AxisFacts) -> Iterator[tuple[fx.Node, fx.Node]]:
     """The node that makes the score and the node that applies it to values; one and the same where they are fused."""
-    for node in inference.operands:
+    for node in axis_facts.operands:
         if node.target is aten.scaled_dot_product_attention.default:
             yield node, node
         elif node.target in SOFTMAX:
-            score = _nearest(node, lambda n: [a for a in n.all_input_nodes if a in inference.values], inference)
-            values = _nearest(node, lambda n: [u for u in n.users if u in inference.values], inference)
+            score = _nearest(node, lambda n: [a for a in n.all_input_nodes if a in axis_facts.values], axis_facts)
+            values = _nearest(node, lambda n: [u for u in n.users if u in axis_facts.values], axis_facts)
             if score is not None and values is not None:
                 yield score, values
 
 
-def _nearest(node: fx.Node, step: Any, inference: Inference) -> fx.Node | None:
+def _nearest(node: fx.Node, step: Any, axis_facts: AxisFacts) -> fx.Node | None:
     """The nearest product of two activations, a dozen steps away at most."""
     frontier, seen = [node], {node}
     for _ in range(12):
         frontier = [n for f in frontier for n in step(f) if n not in seen and not seen.add(n)]  # type: ignore[func-returns-value]
         for n in frontier:
-            operands = inference.operands.get(n, ())
+            operands = axis_facts.operands.get(n, ())
             if n.target in PRODUCTS and sum(o.weighted and o.parameter is None for o in operands) > 1:
                 return n
     return None
@@ -95,21 +95,21 @@ def _nearest(node: fx.Node, step: Any, inference: Inference) -> fx.Node | None:
 
 class _Judge:
     def __init__(self, analysis: Analysis) -> None:
-        self.inference, region = analysis.inference, analysis.name
+        self.axis_facts, region = analysis.axis_facts, analysis.name
         self.found = {coupling.atom for coupling in analysis.discovery.couplings}
         self.pins: dict[Atom, list[str]] = defaultdict(list)
-        for fact in self.inference.facts:
+        for fact in self.axis_facts.facts:
             if fact.role == "pinned":
                 for atom in set(atoms_of(fact.expr)):
                     self.pins[atom].append(reason_text(fact.reason, fact.node, region))
 
     def axes_of(self, score: fx.Node, values: fx.Node) -> dict[str, tuple[Expr, ...]]:
-        facts = self.inference.facts
+        facts = self.axis_facts.facts
         if score is values:
-            q, _, v = self.inference.operands[score][:3]
+            q, _, v = self.axis_facts.operands[score][:3]
             return {"qk": q.exprs[-1:], "vo": v.exprs[-1:], "heads": q.exprs[1:-2]}
-        made = self.inference.values[score][0]
-        operand = self.inference.operands[values][-1]
+        made = self.axis_facts.values[score][0]
+        operand = self.axis_facts.operands[values][-1]
         free = tuple(f.expr for f in facts if f.node is values and f.role == "free" and f.operands[-1:] == (operand,))
         return {
             "qk": tuple(f.expr for f in facts if f.node is score and f.role == "contracted"),

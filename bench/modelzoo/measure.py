@@ -157,7 +157,7 @@ def analysed(model: nn.Module, found: dict[str, Analysis]) -> Row:
     }
     judged = tally(found.values())
     missing = Counter(
-        op for analysis in found.values() for op, nodes in analysis.inference.missing.items() for _ in nodes
+        op for analysis in found.values() for op, nodes in analysis.axis_facts.missing.items() for _ in nodes
     )
     export = sum(analysis.seconds["export"] for analysis in found.values())
     other = sum(

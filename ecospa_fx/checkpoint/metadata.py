@@ -95,7 +95,7 @@ def check_description(about: Mapping[str, Any], where: str) -> Changes:
 
 def _first_sizes(region: Region) -> list[list[int]] | None:
     if region.called is None and region.programs:
-        return called_sizes(region.programs[-1].inference)
+        return called_sizes(region.programs[-1].axis_facts)
     return region.called
 
 

@@ -21,7 +21,7 @@ from ecospa_fx.model.compiled import MODEL, CompiledModel
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.restore import restore
 from ecospa_fx.passes.find.analyse import shared_outside
-from ecospa_fx.passes.follow.attributes import Changes, assigned, fit
+from ecospa_fx.passes.follow.attributes import Changes, assigned, sync_layer_sizes
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.plan import Plan
 
@@ -153,7 +153,7 @@ def attached(model: nn.Module, about: Mapping[str, Any], plan: Plan, attributes:
         compiled.route(model)
         if compiled.execution == "module":
             with assigned(model, {attribute: now for attribute, (_, now) in attributes.items()}):
-                fit(model)
+                sync_layer_sizes(model)
             compiled.attach(model)
     else:
         compiled.attach(model)

@@ -21,19 +21,19 @@ from ecospa_fx.logs import logger
 from ecospa_fx.model.lookup import plan, regions_of
 from ecospa_fx.model.observers import ignore, observe
 from ecospa_fx.model.region import Region
-from ecospa_fx.model.slicing import steps_of
+from ecospa_fx.model.slicing import kept_positions
 from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
-from ecospa_fx.passes.ir.axis_facts import Inference
-from ecospa_fx.passes.ir.captured import Captured
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
+from ecospa_fx.passes.ir.captured import RegionGraph
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.transform.absorb import Absorption, Moments, absorb
-from ecospa_fx.passes.transform.consumers import Consumer, Key, consumers
+from ecospa_fx.passes.transform.consumers import Consumer, WeightDim, consumers
 from ecospa_fx.passes.transform.eliminate import Summing
-from ecospa_fx.passes.transform.rotate import FAR, Part, Turn
+from ecospa_fx.passes.transform.rotate import FAR, BasisChange, Part
 from ecospa_fx.plan import Plan
-from ecospa_fx.score.products import Site
+from ecospa_fx.score.products import ProductSite
 
-from .moments import Gram, Meeting, Place, columns, meetings_in, over_ranks, reduced
+from .moments import GramInput, InputMoments, PairMoments, columns, meetings_in, over_ranks, reduced
 
 ROWS = 512
 """Positions read of one call at most, or a quarter of the columns where that is more: 16 calls are 4 rows a column."""
@@ -47,7 +47,7 @@ class _Known:
     """A weight that may absorb: how it is used, and under whose name lies the Gram matrix of what it meets."""
 
     consumer: Consumer
-    gram: Key
+    gram: WeightDim
 
 
 class Grams:
@@ -85,12 +85,12 @@ class Grams:
             raise TargetError(f"ridge={ridge!r} is out of range; it is a share of the mean second moment, at least 0")
         self.model, self.rows, self.ridge, self.training = model, rows, ridge, training
         self.active = True
-        self.refused: dict[Key, str] = {}
-        self.left: dict[Key, float] = {}
-        self._grams: dict[Key, Gram] = {}
-        self._meetings: dict[str, Meeting] = {}
-        self._graphs: dict[int, tuple[Inference, Mapping[Key, Consumer | str]]] = {}
-        self._known: dict[Key, _Known] = {}
+        self.refused: dict[WeightDim, str] = {}
+        self.left: dict[WeightDim, float] = {}
+        self._grams: dict[WeightDim, InputMoments] = {}
+        self._meetings: dict[str, PairMoments] = {}
+        self._graphs: dict[int, tuple[AxisFacts, Mapping[WeightDim, Consumer | str]]] = {}
+        self._known: dict[WeightDim, _Known] = {}
         self._regions = list(regions_of(model).values())
         for region in self._regions:
             observe(region, self)
@@ -114,7 +114,7 @@ class Grams:
         self._meetings.clear()
 
     @property
-    def absorbing(self) -> tuple[Key, ...]:
+    def absorbing(self) -> tuple[WeightDim, ...]:
         """(parameter, dim) of the weights that can take over."""
         self._read_all()
         return tuple(self._known)
@@ -149,10 +149,10 @@ class Grams:
             name, _, dim = label.removesuffix("]").rpartition("[")
             count, window, calls, total = state[f"counts {label}"].tolist()
             moments = Moments(state[f"squares {label}"], state[f"sums {label}"], count)
-            self._grams[name, int(dim)] = Gram(moments, state.get(f"positions {label}"), window, calls, total)
+            self._grams[name, int(dim)] = InputMoments(moments, state.get(f"positions {label}"), window, calls, total)
         met = [name.removeprefix("near ") for name in state if name.startswith("near ")]
         self._meetings = {
-            name: Meeting(state[f"near {name}"], state[f"far {name}"], int(state[f"calls {name}"])) for name in met
+            name: PairMoments(state[f"near {name}"], state[f"far {name}"], int(state[f"calls {name}"])) for name in met
         }
 
     # What an observer of regions does, see `ecospa_fx.model.observers`.
@@ -161,18 +161,18 @@ class Grams:
         """At every forward, or those that train."""
         return self.active and (not self.training or (torch.is_grad_enabled() and module.training))
 
-    def places(self, region: Region, program: Program) -> tuple[list[fx.Node], list[Place | Site]]:
+    def places(self, region: Region, program: Program) -> tuple[list[fx.Node], list[GramInput | ProductSite]]:
         """What the weights of a region meet."""
         self._read(region)
-        here = self._consumers(program.inference)
-        found: list[Place | Site] = list(meetings_in(region, program))
+        here = self._consumers(program.axis_facts)
+        found: list[GramInput | ProductSite] = list(meetings_in(region, program))
         for key in dict.fromkeys(self._known[key].gram for key in self._offered(region) if key in self._known):
             consumer = here.get(_inside(region, key))
             if isinstance(consumer, Consumer):
-                found.append(Place(key, consumer.inputs, consumer.window, region.compiled.plan.kept.get(key)))
+                found.append(GramInput(key, consumer.inputs, consumer.window, region.compiled.plan.kept.get(key)))
         return [node for place in found for node in place.nodes], found
 
-    def see(self, known: list[Place | Site], values: Sequence[Tensor]) -> None:
+    def see(self, known: list[GramInput | ProductSite], values: Sequence[Tensor]) -> None:
         """Add up what one call shows."""
         given = iter(values)
         if not known:
@@ -180,17 +180,17 @@ class Grams:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(values[0].device.type, enabled=False):
             for place in known:
                 mine = [next(given) for _ in place.nodes]
-                if isinstance(place, Place):
+                if isinstance(place, GramInput):
                     gram = self._grams.get(place.gram)
                     most = self.rows or max(ROWS, mine[0].shape[place.inputs[0].dim] * place.window // 4)
-                    here = Gram.seen(place, mine, most, 0 if gram is None else gram.calls)
+                    here = InputMoments.seen(place, mine, most, 0 if gram is None else gram.calls)
                     if gram is not None and gram.follow(place.positions):
                         gram.add(here)
                     else:
                         self._grams[place.gram] = here
                 else:
                     held = self._meetings.get(place.coupling)
-                    there = Meeting.seen(place, mine, self.rows or ROWS, 0 if held is None else held.calls)
+                    there = PairMoments.seen(place, mine, self.rows or ROWS, 0 if held is None else held.calls)
                     if held is not None and held.near.shape == there.near.shape:
                         held.add(there)
                     else:
@@ -237,7 +237,7 @@ class Grams:
             found.append(Summing(matrix, reduced(gram.moments), unit, known.consumer.bias is not None))
         return found or None
 
-    def turn(self, coupling: Coupling, parts: Sequence[Part], turn: Turn) -> None:
+    def turn(self, coupling: Coupling, parts: Sequence[Part], turn: BasisChange) -> None:
         """Follow a change of basis."""
         if coupling.name in self._meetings:
             self._meetings[coupling.name].turn(turn)
@@ -247,7 +247,7 @@ class Grams:
                 done.add(id(gram))
                 gram.turn(part, turn)
 
-    def _summing(self, parts: Sequence[Part]) -> Iterator[tuple[Part, _Known | None, Gram | None]]:
+    def _summing(self, parts: Sequence[Part]) -> Iterator[tuple[Part, _Known | None, InputMoments | None]]:
         """The weights that sum over a coupling, with the moments of what they meet at the sizes there are now."""
         for part in parts:
             if part.side == FAR:
@@ -256,13 +256,13 @@ class Grams:
                 positions = plan(self.model).kept.get((part.parameter, part.dim))
                 yield part, known, gram if gram is not None and gram.follow(positions) else None
 
-    def _consumers(self, inference: Inference) -> Mapping[Key, Consumer | str]:
-        known = self._graphs.get(id(inference))
-        if known is None or known[0] is not inference:
-            self._graphs[id(inference)] = known = (inference, consumers(inference))
+    def _consumers(self, axis_facts: AxisFacts) -> Mapping[WeightDim, Consumer | str]:
+        known = self._graphs.get(id(axis_facts))
+        if known is None or known[0] is not axis_facts:
+            self._graphs[id(axis_facts)] = known = (axis_facts, consumers(axis_facts))
         return known[1]
 
-    def _offered(self, region: Region) -> list[Key]:
+    def _offered(self, region: Region) -> list[WeightDim]:
         """The dims of matrices that couplings of a region lie on."""
         return sorted({(m.parameter, m.dim) for c in region.couplings() for m in c.members if m.matrix})
 
@@ -273,13 +273,13 @@ class Grams:
 
     def _read(self, region: Region) -> None:
         """Find out which weights of a region may absorb: every graph of it must sum over the dim in the same way."""
-        groups: dict[Any, Key] = {}
+        groups: dict[Any, WeightDim] = {}
         for key in self._offered(region):
             self._known.pop(key, None)
             self.refused.pop(key, None)
             inside = _inside(region, key)
-            graphs = [p.inference for p in region.programs if _uses(p.captured, inside[0])]
-            found = [self._consumers(inference).get(inside) for inference in graphs]
+            graphs = [p.axis_facts for p in region.programs if _uses(p.captured, inside[0])]
+            found = [self._consumers(axis_facts).get(inside) for axis_facts in graphs]
             if not any(found):
                 continue  # it makes what others sum over
             reasons = [each for each in found if isinstance(each, str)]
@@ -307,10 +307,10 @@ class Grams:
         """
         self._read_all()
         made: dict[int, Tensor] = {}
-        solved: dict[tuple[Key, bool], Absorption | None] = {}
+        solved: dict[tuple[WeightDim, bool], Absorption | None] = {}
         self.left = {}
         for (name, dim), known in sorted(self._known.items()):
-            steps = steps_of(name, before, after).get(dim) if (name, dim) in after.kept else None
+            steps = kept_positions(name, before, after).get(dim) if (name, dim) in after.kept else None
             if steps is None:
                 continue
             consumer, constant = known.consumer, known.consumer.bias is not None
@@ -351,11 +351,11 @@ class Grams:
                 log.info("nothing takes over in %s[%d]: %s", *key, reason)
 
 
-def _inside(region: Region, key: Key) -> Key:
+def _inside(region: Region, key: WeightDim) -> WeightDim:
     return (key[0].removeprefix(f"{region.name}.") if region.name else key[0]), key[1]
 
 
-def _uses(captured: Captured, name: str) -> bool:
+def _uses(captured: RegionGraph, name: str) -> bool:
     """Whether a graph does anything with a parameter."""
     return any(
         captured.same_storage.get(held, held) == name

@@ -12,13 +12,13 @@ from ecospa_fx.model.region import Region
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.transform.absorb import Moments
-from ecospa_fx.passes.transform.consumers import Input, Key, spaced
-from ecospa_fx.passes.transform.rotate import Part, Turn, turned
-from ecospa_fx.score.products import Site, product_sites
+from ecospa_fx.passes.transform.consumers import Input, WeightDim, spaced
+from ecospa_fx.passes.transform.rotate import BasisChange, Part, change_basis
+from ecospa_fx.score.products import ProductSite, product_sites
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class GramInput:
     """What is added to one Gram matrix at a call.
 
     Attributes:
@@ -28,7 +28,7 @@ class Place:
         positions: the original positions along its dim that are left; None for all.
     """
 
-    gram: Key
+    gram: WeightDim
     inputs: tuple[Input, ...]
     window: int
     positions: Tensor | None
@@ -40,7 +40,7 @@ class Place:
 
 
 @dataclass
-class Gram:
+class InputMoments:
     """Moments of what some weights meet.
 
     Attributes:
@@ -58,7 +58,7 @@ class Gram:
     total: int = 0
 
     @classmethod
-    def seen(cls, place: Place, values: Sequence[Tensor], most: int, calls: int) -> Gram:
+    def seen(cls, place: GramInput, values: Sequence[Tensor], most: int, calls: int) -> InputMoments:
         """The moments of one call, of `most` positions at most, which are others from call to call."""
         share = -(-most // len(values))
         rows = torch.cat([each.rows(value, share, calls) for each, value in zip(place.inputs, values, strict=True)])
@@ -66,7 +66,7 @@ class Gram:
         total = max(each.positions(value) for each, value in zip(place.inputs, values, strict=True))
         return cls(Moments(rows.T @ rows, rows.sum(0), len(rows)), place.positions, place.window, 1, total)
 
-    def add(self, other: Gram) -> None:
+    def add(self, other: InputMoments) -> None:
         """Add those of another call."""
         mine, theirs = self.moments, other.moments
         mine.squares.add_(theirs.squares)
@@ -97,16 +97,16 @@ class Gram:
         blocks = squares[order[:, None, :], order[None, :, :]].permute(2, 0, 1)
         into.index_add_(0, part.context.to(into.device), blocks.to(into))
 
-    def turn(self, part: Part, turn: Turn) -> None:
+    def turn(self, part: Part, turn: BasisChange) -> None:
         """Follow a change of basis of what the weight meets."""
         squares, sums = self.moments.squares, self.moments.sums
         for dim in (0, 1):
-            squares = turned(squares, replace(part, dim=dim), turn.near)
-        self.moments = Moments(squares, turned(sums, replace(part, dim=0), turn.near), self.moments.count)
+            squares = change_basis(squares, replace(part, dim=dim), turn.near)
+        self.moments = Moments(squares, change_basis(sums, replace(part, dim=0), turn.near), self.moments.count)
 
 
 @dataclass
-class Meeting:
+class PairMoments:
     """Moments of two activations that are multiplied and summed along a coupling, queries and keys say.
 
     Attributes:
@@ -120,7 +120,7 @@ class Meeting:
     calls: int = 0
 
     @classmethod
-    def seen(cls, site: Site, values: Sequence[Tensor], most: int, calls: int) -> Meeting:
+    def seen(cls, site: ProductSite, values: Sequence[Tensor], most: int, calls: int) -> PairMoments:
         """The moments of one call, of `most` positions at most, which are others from call to call."""
         both = []
         for side, value in zip(site.sides, values, strict=True):
@@ -134,29 +134,29 @@ class Meeting:
         near, far = both
         return cls(near, far, 1)
 
-    def add(self, other: Meeting) -> None:
+    def add(self, other: PairMoments) -> None:
         """Add those of another call."""
         self.near.add_(other.near)
         self.far.add_(other.far)
         self.calls += other.calls
 
-    def turn(self, turn: Turn) -> None:
+    def turn(self, turn: BasisChange) -> None:
         """Follow a change of basis."""
         self.near = (turn.near @ self.near.double() @ turn.near.mT).to(self.near)
         self.far = (turn.far @ self.far.double() @ turn.far.mT).to(self.far)
 
 
-def meetings_in(region: Region, program: Program) -> Iterator[Site]:
+def meetings_in(region: Region, program: Program) -> Iterator[ProductSite]:
     """Where two activations are multiplied and summed along a coupling that has a dim of its own there."""
     names = {found.key: found.name for found in region.discoveries[-1].couplings}
     offered = {coupling.name: coupling for coupling in region.couplings()}
     kept = region.kept(program)
-    weights = {o.node for each in program.inference.operands.values() for o in each if o.parameter is not None}
+    weights = {o.node for each in program.axis_facts.operands.values() for o in each if o.parameter is not None}
     for found in region.discovery_of(program).couplings:
         coupling = offered.get(join(region.name, names.get(found.key, "")))
         if coupling is None or not coupling.linear:
             continue
-        for site in product_sites(program.inference, found, coupling, kept):
+        for site in product_sites(program.axis_facts, found, coupling, kept):
             met = all(side.node not in weights for side in site.sides)
             told_apart = coupling.contexts == 1 or all(side.along is not None for side in site.sides)
             if met and told_apart and len(site.entry) == coupling.size and site.context is None:

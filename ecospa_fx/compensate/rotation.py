@@ -24,9 +24,19 @@ from ecospa_fx.model.optimizer_state import by_class, check_can_follow, layers, 
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import Change
 from ecospa_fx.passes.axes.algebra import atoms_of
-from ecospa_fx.passes.find.discover import Found
+from ecospa_fx.passes.find.discover import RegionCoupling
 from ecospa_fx.passes.graph.tensors import join, named_tensors, storage_key
-from ecospa_fx.passes.transform.rotate import FAR, NEAR, Part, Turn, balanced, gram_of, settled, sides, turned
+from ecospa_fx.passes.transform.rotate import (
+    FAR,
+    NEAR,
+    BasisChange,
+    Part,
+    balanced,
+    change_basis,
+    gram_of,
+    near_old_basis,
+    sides,
+)
 
 from .grams import Grams
 
@@ -140,7 +150,7 @@ def _rotate(
         return found
     parts, turn, tensors = found.parts, found.turn, named_tensors(model)
     if keep is not None and keep < coupling.size:
-        turn = settled(turn, keep, found.scale)
+        turn = near_old_basis(turn, keep, found.scale)
     change = Change()
     for held in (tensors, *copies):
         for tensor, mine in _by_tensor(held, parts):
@@ -169,7 +179,7 @@ class FreeBasis:
     """
 
     parts: list[Part]
-    turn: Turn
+    turn: BasisChange
     alone: Tensor
     scale: Tensor
 
@@ -247,18 +257,18 @@ def _parts(compiled: CompiledModel, coupling: Coupling) -> list[Part] | str:
     return parts
 
 
-def _sides_everywhere(region: Region, found: Found) -> Mapping[tuple[str, int], Tensor] | str:
+def _sides_everywhere(region: Region, found: RegionCoupling) -> Mapping[tuple[str, int], Tensor] | str:
     """The sides, which every graph of the region must agree on that has any of the weights."""
     first: Mapping[tuple[str, int], Tensor] | None = None
     names = {name for name, _ in found.axes}
     for program, discovery in zip(reversed(region.programs), reversed(region.discoveries), strict=True):
         same = next((other for other in discovery.couplings if other.key == found.key), None)
         if same is None:
-            exprs = [expr for name in names for expr in program.inference.parameters.get(name, ())]
+            exprs = [expr for name in names for expr in program.axis_facts.parameters.get(name, ())]
             if any(True for expr in exprs for _ in atoms_of(expr)):
                 return "another call of its region uses its weights in another way"
             continue
-        where = sides(program.inference, same)
+        where = sides(program.axis_facts, same)
         if isinstance(where, str):
             return where
         if first is not None and any(not torch.equal(where[key], first[key]) for key in first):
@@ -267,14 +277,14 @@ def _sides_everywhere(region: Region, found: Found) -> Mapping[tuple[str, int], 
     return "no call of its region has it" if first is None else first
 
 
-def _all(tensor: Tensor, parts: Sequence[Part], turn: Turn, how: Follows) -> Tensor:
+def _all(tensor: Tensor, parts: Sequence[Part], turn: BasisChange, how: Follows) -> Tensor:
     """A tensor of a parameter's shape in the new basis."""
     for part in parts:
         by = turn.of(part.side if how in ("update", "update_square") else 1 - part.side)
         if how == "scale":
-            tensor = turned(tensor.square(), part, by.square()).sqrt()
+            tensor = change_basis(tensor.square(), part, by.square()).sqrt()
         else:
-            tensor = turned(tensor, part, by.square() if how.endswith("square") else by)
+            tensor = change_basis(tensor, part, by.square() if how.endswith("square") else by)
     return tensor
 
 

@@ -56,7 +56,7 @@ class Constraints:
         ]
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"frozen": frozen}
 
-    def units(self, model: nn.Module, couplings: Sequence[Coupling]) -> tuple[list[Unit], dict[str, str]]:
+    def units(self, model: nn.Module, couplings: Sequence[Coupling]) -> tuple[list[TiedCouplings], dict[str, str]]:
         """What may shrink, as units that shrink together, and what stays whole, with the reason.
 
         Raises:
@@ -79,7 +79,7 @@ class Constraints:
         for coupling in couplings:
             group = paired.get(coupling.name, [coupling])
             if coupling.name not in whole and coupling is group[0]:
-                units.append(Unit(tuple(sorted(group, key=lambda c: -c.width)), self._sizes(group)))
+                units.append(TiedCouplings(tuple(sorted(group, key=lambda c: -c.width)), self._sizes(group)))
         return units, whole
 
     def _sizes(self, group: Sequence[Coupling]) -> tuple[int, ...]:
@@ -117,7 +117,7 @@ class Constraints:
 
 
 @dataclass(frozen=True, eq=False)
-class Unit:
+class TiedCouplings:
     """Couplings that shrink together, so that their widths stay equal; as a rule just one.
 
     Attributes:

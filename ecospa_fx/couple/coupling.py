@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 # What to keep of which couplings, given themselves or by name.
-Selection: TypeAlias = "Mapping[Coupling, Tensor] | Mapping[str, Tensor] | Mapping[Coupling | str, Tensor]"
+CouplingSelection: TypeAlias = "Mapping[Coupling, Tensor] | Mapping[str, Tensor] | Mapping[Coupling | str, Tensor]"
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from ecospa_fx.passes.axes.algebra import Atom, Expr, Segments, atoms_of, size_of
-from ecospa_fx.passes.axes.selection import Kept, Varied, entries, index_of, mask_of, whole
+from ecospa_fx.passes.axes.selection import PerContext, Selection, entries, index_of, mask_of, whole
 
 
 class Numbering:
     """The entries of a coupling numbered as they are now, and so the contexts that it may differ by."""
 
-    def __init__(self, atom: Atom, context: Atom | None, kept: Kept) -> None:
+    def __init__(self, atom: Atom, context: Atom | None, kept: Selection) -> None:
         choice = kept.get(atom, whole(atom))
         self.size = entries(choice)
         # An atom that differs by context has other numbers in each, also if it may not go on doing so.
-        self.context = choice.context if isinstance(choice, Varied) else context
-        masks = choice.mask if isinstance(choice, Varied) else choice[None]
+        self.context = choice.context if isinstance(choice, PerContext) else context
+        masks = choice.mask if isinstance(choice, PerContext) else choice[None]
         self._numbers = masks.cumsum(1) - 1  # [contexts or 1, atom.size]
         live = mask_of(self.context, kept) if self.context is not None else torch.ones(1, dtype=torch.bool)
         self.contexts = int(live.sum()) if context is not None else 1

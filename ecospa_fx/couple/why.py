@@ -19,14 +19,14 @@ from torch import fx
 from ecospa_fx.errors import NoCouplingError
 from ecospa_fx.passes.axes.algebra import Atom, Expr, atoms_of
 from ecospa_fx.passes.graph.nodes import arguments, op_name, place, source_line
-from ecospa_fx.passes.ir.axis_facts import Inference
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.rules import rule_for
 
 _GETITEM = operator.getitem
 
 
 @dataclass(frozen=True)
-class Step:
+class PathStep:
     """One op on a path: where it takes the axis from and where it puts it."""
 
     op: str
@@ -46,7 +46,7 @@ class Path:
 
     start: str
     end: str
-    steps: tuple[Step, ...]
+    steps: tuple[PathStep, ...]
 
     def __str__(self) -> str:
         lines = [f"{self.start} is coupled with {self.end}:"]
@@ -88,31 +88,31 @@ class Why:
         return "\n\n".join(parts)
 
 
-def axis_graph(inference: Inference, atoms: Collection[Atom] | None = None) -> nx.Graph:
+def axis_graph(axis_facts: AxisFacts, atoms: Collection[Atom] | None = None) -> nx.Graph:
     """The axes of a captured graph and the ops that join them.
 
     Args:
-        inference: the axes.
+        axis_facts: the axes.
         atoms: only what carries one of these; by default all.
 
     Returns:
         A graph with node attributes `kind` (`parameter`, `atom`, `axis`, `source`, `op`) and `label`. Edges between ops
         and axes keep `rule` (name of the axis rule) and `node` (the FX node).
     """
-    graph = nx.Graph(region=inference.captured.region)
+    graph = nx.Graph(region=axis_facts.captured.region)
     wanted = None if atoms is None else set(atoms)
 
     def carries(expr: Expr) -> list[Atom]:
         return [atom for atom in dict.fromkeys(atoms_of(expr)) if wanted is None or atom in wanted]
 
-    region = f"{inference.captured.region}." if inference.captured.region else ""
-    names = {node: inference.captured.tensors[node.name] for node in inference.values if node.op == "placeholder"}
+    region = f"{axis_facts.captured.region}." if axis_facts.captured.region else ""
+    names = {node: axis_facts.captured.tensors[node.name] for node in axis_facts.values if node.op == "placeholder"}
 
     def axis(node: fx.Node, dim: int, output: int = 0, user: fx.Node | None = None) -> Any:
         if node in names:
             key: Any = ("parameter", names[node], dim)
             graph.add_node(key, kind="parameter", label=f"{region}{names[node]}[{dim}]")
-        elif user is not None and node not in inference.values:
+        elif user is not None and node not in axis_facts.values:
             # Each use of a source has axes of its own: a table that all layers share does not tie them.
             key = ("source", node.name, user.name, dim)
             graph.add_node(key, kind="source", label=f"{node.name}[{dim}]")
@@ -123,59 +123,59 @@ def axis_graph(inference: Inference, atoms: Collection[Atom] | None = None) -> n
             graph.add_node(key, kind="axis", label=f"{node.name}[{dim}]")
         return key
 
-    for node, outputs in inference.values.items():
+    for node, outputs in axis_facts.values.items():
         if node.op == "placeholder":
             for dim, expr in enumerate(outputs[0]):
                 for atom in carries(expr):
                     graph.add_node(("atom", atom.serial), kind="atom", label=repr(atom))
                     graph.add_edge(axis(node, dim), ("atom", atom.serial), kind="lies on")
             continue
-        if node not in inference.operands:
+        if node not in axis_facts.operands:
             continue
         rule = rule_for(node.target)
-        operands = inference.operands[node]
+        operands = axis_facts.operands[node]
         touched = [axis(o.node, dim, user=node) for o in operands for dim, e in enumerate(o.exprs) if carries(e)]
         touched += [axis(node, dim, i) for i, o in enumerate(outputs) for dim, e in enumerate(o) if carries(e)]
         if touched:
             key = ("op", node.name)
-            graph.add_node(key, kind="op", label=op_name(node), where=place(node, inference.captured.region))
+            graph.add_node(key, kind="op", label=op_name(node), where=place(node, axis_facts.captured.region))
             for end in touched:
                 graph.add_edge(key, end, rule=rule.axes.__name__ if rule else None, node=node, kind="acts on")
     return graph
 
 
-def path_between(inference: Inference, atom: Atom, a: str, b: str) -> Path:
+def path_between(axis_facts: AxisFacts, atom: Atom, a: str, b: str) -> Path:
     """The shortest path along `atom` between two parameters of a region.
 
     Raises:
         NoCouplingError: `atom` does not lie on one of them.
     """
-    graph = axis_graph(inference, [atom])
+    graph = axis_graph(axis_facts, [atom])
     graph.remove_nodes_from([key for key in graph if key[0] == "atom"])
     ends = []
     for name in (a, b):
         on = [key for key in graph if key[0] == "parameter" and key[1] == name]
         if not on:
-            prefix = f"{inference.captured.region}." if inference.captured.region else ""
+            prefix = f"{axis_facts.captured.region}." if axis_facts.captured.region else ""
             members = ", ".join(sorted({prefix + key[1] for key in graph if key[0] == "parameter"}))
             raise NoCouplingError(f"`{prefix}{name}` is no member of this coupling; its members are {members}")
         ends.append(on)
     paths = [nx.shortest_path(graph, x, y) for x in ends[0] for y in ends[1] if x != y and nx.has_path(graph, x, y)]
     if not paths:
         # Both sides of a fused projection are one parameter: there and back through the product where they meet.
-        paths = [path for x in ends[0] for path in _round_trips(graph, inference, atom, x)]
+        paths = [path for x in ends[0] for path in _round_trips(graph, axis_facts, atom, x)]
     if not paths:
         raise NoCouplingError(f"`{a}` meets `{b}` nowhere along this coupling")
     keys = min(paths, key=len)
-    nodes = {node.name: node for node in inference.values}
+    nodes = {node.name: node for node in axis_facts.values}
     labels = graph.nodes
     steps = tuple(
-        Step(
+        PathStep(
             op=labels[op]["label"],
             where=labels[op]["where"],
             before=labels[before]["label"],
             after=labels[after]["label"],
-            because=_because(inference, atom, nodes[op[1]]),
+            because=_because(axis_facts, atom, nodes[op[1]]),
             code=source_line(nodes[op[1]]),
         )
         for before, op, after in zip(keys[::2], keys[1::2], keys[2::2], strict=False)
@@ -183,9 +183,9 @@ def path_between(inference: Inference, atom: Atom, a: str, b: str) -> Path:
     return Path(labels[keys[0]]["label"], labels[keys[-1]]["label"], steps)
 
 
-def _round_trips(graph: nx.Graph, inference: Inference, atom: Atom, start: Any) -> Iterator[list[Any]]:
+def _round_trips(graph: nx.Graph, axis_facts: AxisFacts, atom: Atom, start: Any) -> Iterator[list[Any]]:
     """Paths from a parameter axis to one operand of a contraction over `atom`, and from another operand back."""
-    for fact in inference.facts:
+    for fact in axis_facts.facts:
         key = ("op", fact.node.name)
         if fact.role != "contracted" or atom not in atoms_of(fact.expr) or key not in graph:
             continue
@@ -208,9 +208,9 @@ _ROLES = {
 }
 
 
-def _because(inference: Inference, atom: Atom, node: fx.Node) -> str:
+def _because(axis_facts: AxisFacts, atom: Atom, node: fx.Node) -> str:
     """What an op does to an axis, in words."""
-    roles = {fact.role for fact in inference.facts if fact.node is node and atom in atoms_of(fact.expr)}
+    roles = {fact.role for fact in axis_facts.facts if fact.node is node and atom in atoms_of(fact.expr)}
     said = [words for role, words in _ROLES.items() if role in roles]
     if said:
         return "; ".join(said)

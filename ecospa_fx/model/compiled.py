@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ecospa_fx.couple.coupling import Coupling, Selection
+from ecospa_fx.couple.coupling import Coupling, CouplingSelection
 from ecospa_fx.errors import CaptureError, EcoSpaError, NoCouplingError, ShrinkError
 from ecospa_fx.passes.axes.selection import mask_of, narrowed, whole
 from ecospa_fx.passes.capture.dry_run import carrying
@@ -30,17 +30,17 @@ from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.find.analyse import Analysis, Captures, shared_outside
 from ecospa_fx.passes.find.confirm import experiments
 from ecospa_fx.passes.find.regions import choose
-from ecospa_fx.passes.follow.attributes import Changes, assigned, fit, numbers_in
+from ecospa_fx.passes.follow.attributes import Changes, assigned, numbers_in, sync_layer_sizes
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
-from ecospa_fx.passes.rewrite.stored import agree
+from ecospa_fx.passes.rewrite.stored import check_state_layouts
 from ecospa_fx.plan import Plan
 
 from .class_swap import original_class, own_forward_aside, swap_forward, swap_linears, unswap_forward
 from .copies import Copy, check_plan
-from .full_size import apart, outside_inference
+from .full_size import outside_forward, outside_inference
 from .optimizer_state import averages_of
 from .region import Region
 from .slicing import prepare_tensors
@@ -114,7 +114,7 @@ class CompiledModel:
         return type(model).forward(model, *args, **kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @apart()
+    @outside_forward()
     def capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose regions from one call and route them through programs. On any error the model is as before."""
         args, kwargs = outside_inference((args, kwargs))
@@ -143,7 +143,7 @@ class CompiledModel:
         self.route(model)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @apart()
+    @outside_forward()
     def capture_again(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Capture the regions of a model that was loaded and runs its own Python, for what can shrink further.
 
@@ -220,7 +220,7 @@ class CompiledModel:
     def shrink(
         self,
         model: nn.Module,
-        selection: Selection,
+        selection: CouplingSelection,
         optimizers: Iterable[Optimizer] = (),
         copies: Sequence[Copy] = (),
         absorb: Grams | None = None,
@@ -252,7 +252,7 @@ class CompiledModel:
             change.commit()
         if self.execution == "module":
             for module in modules:
-                fit(module)
+                sync_layer_sizes(module)
         self._follow(after, programs, attributes)
         for (module, twin), theirs in zip(twins, twin_programs, strict=True):
             twin._follow(after.copy(), theirs, dict(attributes))
@@ -266,10 +266,10 @@ class CompiledModel:
         for name, region in self.regions.items():
             for program in region.programs:
                 if program not in made:
-                    kept = replay(program.inference, plan)
-                    made[program] = rewrite(program.inference, kept, model.get_submodule(name))
-            agree(
-                (program.inference, replay(program.inference, plan))
+                    kept = replay(program.axis_facts, plan)
+                    made[program] = rewrite(program.axis_facts, kept, model.get_submodule(name))
+            check_state_layouts(
+                (program.axis_facts, replay(program.axis_facts, plan))
                 for program in region.programs
                 if program.captured.carried.types
             )
@@ -281,7 +281,7 @@ class CompiledModel:
         for region in self.regions.values():
             if region.following is not None:
                 program = region.programs[-1]
-                before, now = (region.following.values(kept) for kept in ({}, replay(program.inference, plan)))
+                before, now = (region.following.values(kept) for kept in ({}, replay(program.axis_facts, plan)))
                 attributes |= {a.within(region.name): (before[a], now[a]) for a in before if before[a] != now[a]}
         return attributes
 
@@ -300,7 +300,7 @@ class CompiledModel:
                 return theirs
         return copy.deepcopy(self)
 
-    def planned(self, selection: Selection) -> Plan:
+    def planned(self, selection: CouplingSelection) -> Plan:
         """The plan after keeping only the selected entries of each coupling.
 
         Raises:
@@ -382,7 +382,7 @@ def _nothing_followed(model: nn.Module, regions: Mapping[str, Region]) -> str:
 
 def _nothing_found(model: nn.Module, found: Mapping[str, Analysis]) -> str:
     refusals = [str(refusal) for analysis in found.values() for refusal in analysis.discovery.refusals]
-    missing = sorted({op for analysis in found.values() for op in analysis.inference.missing})
+    missing = sorted({op for analysis in found.values() for op in analysis.axis_facts.missing})
     if refusals:
         detail = f" Refused: {'; '.join(refusals[:3])}"
     elif missing:

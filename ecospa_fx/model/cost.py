@@ -21,7 +21,7 @@ from ecospa_fx.passes.axes.selection import entries
 from ecospa_fx.passes.graph.nodes import op_name
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.infer.sizes import symbols_of
-from ecospa_fx.passes.ir.axis_facts import Inference
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
 
 from .compiled import CompiledModel
 
@@ -72,14 +72,14 @@ class CostModel:
                 continue
             program = region.programs[-1]
             self._now[region.name] = {atom: entries(choice) for atom, choice in region.kept(program).items()}
-            self._symbols[region.name] = symbols_of(program.inference, region.called) if cost == "flops" else {}
+            self._symbols[region.name] = symbols_of(program.axis_facts, region.called) if cost == "flops" else {}
             for found in region.offered():
                 self._atoms[join(region.name, found.name)] = region.name, found.atom
             if cost == "flops":
-                for factor, exprs in flop_terms(program.inference):
+                for factor, exprs in flop_terms(program.axis_facts):
                     self._add(Term(region.name, factor, exprs))
                 continue
-            for name, exprs in program.inference.parameters.items():
+            for name, exprs in program.axis_facts.parameters.items():
                 if join(region.name, name) in weights:
                     self._add(Term(region.name, weights.pop(join(region.name, name))[1], exprs))
         self._rest = sum(numel * each for numel, each in weights.values()) if cost != "flops" else 0
@@ -123,32 +123,32 @@ class CostModel:
                 return sum(self._count(part, region, counts) for part in expr.parts)
 
 
-def flop_terms(inference: Inference) -> Iterator[tuple[float, tuple[Expr, ...]]]:
+def flop_terms(axis_facts: AxisFacts) -> Iterator[tuple[float, tuple[Expr, ...]]]:
     """The FLOPs of one forward of a graph as products: of matrices, convolutions and attention."""
-    for node, summed in _products(inference).items():
-        yield from _node_terms(inference, node, summed)
+    for node, summed in _products(axis_facts).items():
+        yield from _node_terms(axis_facts, node, summed)
 
 
-def _products(inference: Inference) -> dict[fx.Node, tuple[Expr, ...]]:
+def _products(axis_facts: AxisFacts) -> dict[fx.Node, tuple[Expr, ...]]:
     """The nodes that multiply, with the axes they sum over."""
     summed: dict[fx.Node, dict[Expr, None]] = {}
-    for fact in inference.facts:
+    for fact in axis_facts.facts:
         if fact.role == "contracted" and len(fact.operands) > 1:
             summed.setdefault(fact.node, {})[fact.expr] = None
-    nodes = [n for n in inference.operands if n in summed or n.target is _ATTENTION or _convolves(n)]
+    nodes = [n for n in axis_facts.operands if n in summed or n.target is _ATTENTION or _convolves(n)]
     return {node: tuple(summed.get(node, ())) for node in nodes}
 
 
 def _node_terms(
-    inference: Inference, node: fx.Node, summed: tuple[Expr, ...]
+    axis_facts: AxisFacts, node: fx.Node, summed: tuple[Expr, ...]
 ) -> Iterator[tuple[float, tuple[Expr, ...]]]:
-    out = inference.values[node][0]
+    out = axis_facts.values[node][0]
     if node.target is _ATTENTION:  # two products: scores, and scores with values
-        q, k, v = (operand.exprs for operand in inference.operands[node][:3])
+        q, k, v = (operand.exprs for operand in axis_facts.operands[node][:3])
         yield 2, (*q[:-1], k[-2], q[-1])
         yield 2, (*q[:-1], k[-2], v[-1])
     elif _convolves(node):
-        yield 2, (*out, *inference.operands[node][1].exprs[1:])
+        yield 2, (*out, *axis_facts.operands[node][1].exprs[1:])
     else:
         yield 2, (*out, *summed)
 

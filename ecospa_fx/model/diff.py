@@ -13,7 +13,7 @@ from torch import nn
 from ecospa_fx.plan import Plan
 from ecospa_fx.text import plain, starred
 
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +28,8 @@ class ModuleDiff:
         parameters_after: of the model.
     """
 
-    before: Mapping[str, Shape]
-    after: Mapping[str, Shape]
+    before: Mapping[str, TensorShape]
+    after: Mapping[str, TensorShape]
     classes: Mapping[str, str]
     parameters_before: int
     parameters_after: int
@@ -59,9 +59,9 @@ class ModuleDiff:
     def __str__(self) -> str:
         return plain(self.__rich__())
 
-    def rows(self) -> list[tuple[str, int, str, Shape, Shape]]:
+    def rows(self) -> list[tuple[str, int, str, TensorShape, TensorShape]]:
         """(layer, how many are alike, class, shape before, shape after) of each matrix that changed."""
-        folded: dict[tuple[str, str, Shape, Shape], list[str]] = {}
+        folded: dict[tuple[str, str, TensorShape, TensorShape], list[str]] = {}
         for name, before in self.before.items():
             if len(before) > 1:
                 layer, _, own = name.rpartition(".")
@@ -74,17 +74,17 @@ class ModuleDiff:
         ]
 
 
-def words(shape: Shape) -> str:
+def words(shape: TensorShape) -> str:
     """A shape as one reads it: `64 x 32`."""
     return " x ".join(map(str, shape))
 
 
-def shapes_of(model: nn.Module) -> dict[str, Shape]:
+def shapes_of(model: nn.Module) -> dict[str, TensorShape]:
     """Shapes of the parameters, tied ones once."""
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def diff_of(model: nn.Module, before: Mapping[str, Shape]) -> ModuleDiff:
+def diff_of(model: nn.Module, before: Mapping[str, TensorShape]) -> ModuleDiff:
     """How the model's parameters differ from `before`, which `shapes_of` gave."""
     after = shapes_of(model)
     changed = [name for name, shape in after.items() if before.get(name, shape) != shape]

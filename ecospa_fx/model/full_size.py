@@ -16,7 +16,7 @@ from ecospa_fx.plan import Plan
 
 
 @contextmanager
-def apart() -> Iterator[None]:
+def outside_forward() -> Iterator[None]:
     """Capture in the middle of a forward: out of inference mode, and out of sight of whoever packs saved tensors.
 
     What a graph keeps must serve training later; and activation checkpointing would run the forward again for the
@@ -34,7 +34,7 @@ def outside_inference(call: Call) -> Call:
     return plain
 
 
-class StandIns:
+class FullSizeTensors:
     """What of a region has shrunk, at original sizes, for the capture of a new call.
 
     A graph of that call is compared with eager as any other, and that takes values: zeros where entries are gone. They

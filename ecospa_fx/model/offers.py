@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Sequence
 
 from ecospa_fx.passes.axes.algebra import Atom
-from ecospa_fx.passes.find.discover import Found
+from ecospa_fx.passes.find.discover import RegionCoupling
 
 
-def _mark(found: Found, context: Atom | None) -> str:
+def _mark(found: RegionCoupling, context: Atom | None) -> str:
     """What a coupling, or that it may differ by context, is known by: where it lies on the parameters."""
     where = found.key if context is None else (found.key, found.context_key)
     return hashlib.sha256(repr(where).encode()).hexdigest()[:16]

@@ -31,7 +31,7 @@ each dim that loses entries to the sorted positions that stay. What a rule does 
 
 
 @dataclass(frozen=True)
-class Cut:
+class SliceLater:
     """A state tensor of its parameter's shape, to be sliced as the parameter is: all of them at once, in one launch."""
 
     value: Tensor
@@ -78,7 +78,7 @@ def elementwise(*entries: str) -> StateRule:
 
     def rule(state: State, parameter: Tensor, keep: Keep) -> dict[str, Any]:
         held = {entry: state[entry] for entry in entries if isinstance(state.get(entry), Tensor)}
-        return {entry: Cut(value) for entry, value in held.items() if value.shape == parameter.shape}
+        return {entry: SliceLater(value) for entry, value in held.items() if value.shape == parameter.shape}
 
     return rule
 
@@ -150,7 +150,7 @@ class States:
         self._proved: dict[tuple[int, str], bool] = {}
 
     def shrunk(self, name: str, parameter: Tensor, keep: Keep) -> Iterator[tuple[dict[str, Any], str, Any]]:
-        """New values of what is held for one parameter: (state, entry, new value or a `Cut` still to be made).
+        """New values of what is held for one parameter: (state, entry, new value or a `SliceLater` still to be made).
 
         Raises:
             OptimizerError: some of it cannot follow.
@@ -166,7 +166,7 @@ class States:
                 if entry in made:
                     yield state, entry, made[entry]
                 elif self._like_its_parameter(number, entry, value, parameter):
-                    yield state, entry, Cut(value)
+                    yield state, entry, SliceLater(value)
                 else:
                     _check_number(optimizer, name, parameter, entry, value)
 

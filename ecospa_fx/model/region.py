@@ -18,28 +18,28 @@ from ecospa_fx.couple.why import Path, path_between
 from ecospa_fx.errors import CaptureError, EcoSpaError, PinnedAxisError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.axes.algebra import Atom, size_of
-from ecospa_fx.passes.axes.selection import Choice, Kept, entries, mask_of, narrowed, whole
+from ecospa_fx.passes.axes.selection import Selected, Selection, entries, mask_of, narrowed, whole
 from ecospa_fx.passes.capture.dry_run import carrying
 from ecospa_fx.passes.capture.hooks import backward_hooked, calls_itself, inner_hooks
 from ecospa_fx.passes.find.analyse import Analysis, analyse_once, shared_outside
 from ecospa_fx.passes.find.confirm import experiments
-from ecospa_fx.passes.find.discover import Discovery, Found, Refusal, discover
+from ecospa_fx.passes.find.discover import Discovery, Refusal, RegionCoupling, discover
 from ecospa_fx.passes.find.fingerprint import ABSENT
-from ecospa_fx.passes.follow.attributes import Attribute, fit, holding, numbers_in, unfit
-from ecospa_fx.passes.follow.follow import Following, follow
+from ecospa_fx.passes.follow.attributes import Attribute, holding, numbers_in, restore_layer_sizes, sync_layer_sizes
+from ecospa_fx.passes.follow.follow import PythonSupport, follow
 from ecospa_fx.passes.graph.tensors import join, same_storage, swapped
-from ecospa_fx.passes.infer.infer import infer
-from ecospa_fx.passes.ir.captured import Captured
+from ecospa_fx.passes.infer.infer import infer_axes
+from ecospa_fx.passes.ir.captured import RegionGraph
 from ecospa_fx.passes.ir.signature import Signature, call_key, training_flags
-from ecospa_fx.passes.ir.state_access import flattened, own, parted
+from ecospa_fx.passes.ir.state_access import flattened, parted, resolve_object
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
-from ecospa_fx.passes.rewrite.stored import agree, keys_of, whole_objects
+from ecospa_fx.passes.rewrite.stored import check_state_layouts, keys_of, whole_objects
 from ecospa_fx.plan import Plan
 
 from .class_swap import original_class
-from .full_size import StandIns, apart, outside_inference
+from .full_size import FullSizeTensors, outside_forward, outside_inference
 from .offers import _mark, _nearest
 from .routing import MOST_ROUTES
 
@@ -65,11 +65,11 @@ class Region:
         self.discoveries: list[Discovery] = []
         self.routes: dict[Any, tuple[Signature, ...]] = {}  # calls seen before; several differ by what objects hold
         # Per graph the attributes that it depends on, where the live region holds them.
-        self.settings: dict[int, tuple[Captured, list[tuple[dict[str, Any], str, Any, Any]]]] = {}
+        self.settings: dict[int, tuple[RegionGraph, list[tuple[dict[str, Any], str, Any, Any]]]] = {}
         self.watcher: Watcher | None = None
         self.called: list[list[int]] | None = None  # sizes of the first call, where that was before a save
         self.withheld: frozenset[str] = frozenset()  # what calls met before a save could not follow
-        self.following: Following | None = None  # where its own Python runs: what that can follow
+        self.following: PythonSupport | None = None  # where its own Python runs: what that can follow
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle: generated code is made anew from the plan, at the next call."""
@@ -175,7 +175,7 @@ class Region:
 
     def _whole_objects(self, objects: Sequence[Any]) -> list[Any]:
         """Copies of the objects of a call that hold what programs have put there as it would be had nothing shrunk."""
-        graphs = [(program.inference, self.kept(program)) for program in self.programs] if objects else []
+        graphs = [(program.axis_facts, self.kept(program)) for program in self.programs] if objects else []
         return whole_objects(objects, graphs, self.name or "the model")
 
     @property
@@ -188,7 +188,7 @@ class Region:
         return next(d for p, d in zip(self.programs, self.discoveries, strict=True) if p is program)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @apart()
+    @outside_forward()
     def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         """Capture a call of a new signature at original sizes and replay the plan on it."""
         if len(self.programs) >= MOST_PROGRAMS:
@@ -208,13 +208,13 @@ class Region:
         leaves, objects = parted(leaves)
         if objects:
             whole = self._whole_objects(objects)
-            args, kwargs = pytree.tree_unflatten([own(leaf, whole) for leaf in leaves], spec)
+            args, kwargs = pytree.tree_unflatten([resolve_object(leaf, whole) for leaf in leaves], spec)
         else:
             args, kwargs = pytree.tree_unflatten(leaves, spec)
         difference = self._difference(module, args, kwargs)
         plan = self.compiled.plan
-        filled = {key for program in self.programs for key in keys_of(program.inference, stored=True)}
-        stand_ins = StandIns(module, self.name, plan)
+        filled = {key for program in self.programs for key in keys_of(program.axis_facts, stored=True)}
+        stand_ins = FullSizeTensors(module, self.name, plan)
         graph = self.compiled.execution == "graph"
         with experiments(self.compiled.experiments), carrying(graph), self._original_attributes(module, stand_ins):
             analysis = analyse_once(
@@ -229,12 +229,14 @@ class Region:
                 self.programs, self.discoveries = [], []
         if self.programs:
             logger("recaptures").info("%s, graph %d: %s", self.name or "the model", len(self.programs) + 1, difference)
-        kept = replay(analysis.inference, plan, difference)
-        agree([*((p.inference, self.kept(p)) for p in self.programs), (analysis.inference, kept)], difference)
+        kept = replay(analysis.axis_facts, plan, difference)
+        check_state_layouts(
+            [*((p.axis_facts, self.kept(p)) for p in self.programs), (analysis.axis_facts, kept)], difference
+        )
         return self.install(analysis, module, kept)
 
     @contextmanager
-    def _original_attributes(self, module: nn.Module, stand_ins: StandIns) -> Iterator[None]:
+    def _original_attributes(self, module: nn.Module, stand_ins: FullSizeTensors) -> Iterator[None]:
         """A region whose own Python runs, with the integers that it held before any shrink."""
         if self.compiled.execution == "graph":
             yield
@@ -248,15 +250,15 @@ class Region:
         }
         with holding(module, inside):
             with swapped(module, stand_ins.shapes()):
-                before = fit(module)
+                before = sync_layer_sizes(module)
             try:
                 yield
             finally:
-                unfit(before)
+                restore_layer_sizes(before)
 
     def follow(self, module: nn.Module, numbers: Set[tuple[type, str]]) -> None:
         """Find out what its own Python can follow; `module` must have its original sizes."""
-        graphs = [(p.inference, d) for p, d in zip(self.programs[::-1], self.discoveries[::-1], strict=True)]
+        graphs = [(p.axis_facts, d) for p, d in zip(self.programs[::-1], self.discoveries[::-1], strict=True)]
         self.following = follow(module, graphs, original_class(module).forward, numbers)
 
     def follows_as(self, other: Region, module: nn.Module) -> bool:
@@ -270,9 +272,9 @@ class Region:
         except AttributeError:
             return False
 
-    def install(self, analysis: Analysis, module: nn.Module, kept: Kept) -> Program:
+    def install(self, analysis: Analysis, module: nn.Module, kept: Selection) -> Program:
         """Add the program of an analysis."""
-        program = rewrite(analysis.inference, kept, module)
+        program = rewrite(analysis.axis_facts, kept, module)
         self.remember(analysis, program)
         self._unset(module, program)  # what it looks at is found out now: torch.compile would trace that
         return program
@@ -292,9 +294,9 @@ class Region:
         programs, discoveries = [], []
         for program, same in zip(self.programs, ties, strict=True):
             captured = replace(program.captured, same_storage=same, shared_outside=outside)
-            inference = infer(captured)
+            axis_facts = infer_axes(captured)
             try:
-                kept = replay(inference, self.compiled.plan)
+                kept = replay(axis_facts, self.compiled.plan)
             except PinnedAxisError as error:
                 was = program.captured
                 new = [f"`{join(self.name, a)}` as `{join(self.name, b)}`" for a, b in same.items()
@@ -304,13 +306,13 @@ class Region:
                     f"weights have been tied since they shrank, {', '.join(new[:3])}, which cannot be followed: "
                     f"{error}. Untie them, or tie them before the first shrink"
                 ) from error
-            programs.append(rewrite(inference, kept, module))
-            discoveries.append(discover(inference))
+            programs.append(rewrite(axis_facts, kept, module))
+            discoveries.append(discover(axis_facts))
         return programs, discoveries
 
     def remember(self, analysis: Analysis, program: Program | None = None) -> None:
         """Take up what an analysis found; without a program it can be asked but not run."""
-        self.programs.insert(0, program or Program(analysis.captured, analysis.inference, None, (), ""))
+        self.programs.insert(0, program or Program(analysis.captured, analysis.axis_facts, None, (), ""))
         self.discoveries.insert(0, analysis.discovery)
         self.compiled.forget_couplings()
 
@@ -330,12 +332,12 @@ class Region:
         kept = self.kept(self.programs[-1])
         return [self._view(found, kept) for found in self.offered()]
 
-    def offered(self) -> list[Found]:
+    def offered(self) -> list[RegionCoupling]:
         """The couplings of the first graph that every signature met so far can follow, and that `couplings` shows."""
         kept = self.kept(self.programs[-1])
         return [found for found in self.discoveries[-1].couplings if self._followed(found, kept)]
 
-    def _followed(self, found: Found, kept: Kept, context: Atom | None = None) -> bool:
+    def _followed(self, found: RegionCoupling, kept: Selection, context: Atom | None = None) -> bool:
         """Whether every graph can follow a coupling of the first one, or (`context`) one that differs by context."""
         if self.withheld and _mark(found, context) in self.withheld:
             return False
@@ -360,8 +362,10 @@ class Region:
                 choice = narrowed(choice, keep, context, live)
             self.write(trial, {**kept, found.atom: choice})
             try:
-                theirs = replay(program.inference, trial)
-                agree([(self.programs[-1].inference, {**kept, found.atom: choice}), (program.inference, theirs)])
+                theirs = replay(program.axis_facts, trial)
+                check_state_layouts(
+                    [(self.programs[-1].axis_facts, {**kept, found.atom: choice}), (program.axis_facts, theirs)]
+                )
             except PinnedAxisError:
                 return False
         return True
@@ -377,9 +381,9 @@ class Region:
                         marks.add(_mark(found, context))
         return sorted(marks)
 
-    def write(self, plan: Plan, kept: Kept) -> None:
+    def write(self, plan: Plan, kept: Selection) -> None:
         """Write into `plan` what the first graph's parameters keep under a selection of its atoms."""
-        for name, exprs in self.programs[-1].inference.parameters.items():
+        for name, exprs in self.programs[-1].axis_facts.parameters.items():
             masks = [mask_of(expr, kept) for expr in exprs]
             if all(bool(mask.all()) for mask in masks):
                 continue
@@ -402,21 +406,21 @@ class Region:
                 reason = f"its own Python {why}; execution='graph' can shrink it"
                 yield Refusal(members, found.atom.size, (reason,), self.name)
 
-    def kept(self, program: Program) -> dict[Atom, Choice]:
+    def kept(self, program: Program) -> dict[Atom, Selected]:
         """The plan, in atoms of one program's graph."""
-        return replay(program.inference, self.compiled.plan)
+        return replay(program.axis_facts, self.compiled.plan)
 
-    def _view(self, found: Found, kept: Kept) -> Coupling:
+    def _view(self, found: RegionCoupling, kept: Selection) -> Coupling:
         program = self.programs[-1]
-        inference = program.inference
+        axis_facts = program.axis_facts
         context = found.context if found.context is not None and self._followed(found, kept, found.context) else None
         now = Numbering(found.atom, context, kept)
-        matrices = [name for name, _ in found.axes if len(inference.parameters[name]) > 1]
+        matrices = [name for name, _ in found.axes if len(axis_facts.parameters[name]) > 1]
         members = []
         for name, dim in found.axes:
             if not self._is_parameter(program, name):
                 continue
-            expr = inference.parameters[name][dim]
+            expr = axis_facts.parameters[name][dim]
             matrix = name in matrices
             of = join(self.name, name if matrix else _nearest(name, found.producers or matrices))
             left = mask_of(expr, kept)
@@ -427,7 +431,7 @@ class Region:
 
         def why(a: str, b: str) -> Path:
             inside = [name.removeprefix(f"{self.name}.") for name in (a, b)]
-            return path_between(inference, found.atom, inside[0], inside[1])
+            return path_between(axis_facts, found.atom, inside[0], inside[1])
 
         return Coupling(
             join(self.name, found.name),

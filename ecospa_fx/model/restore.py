@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from ecospa_fx.errors import EcoSpaError, NoInputsError, RestoreError
-from ecospa_fx.passes.follow.attributes import fit, fitted
+from ecospa_fx.passes.follow.attributes import fitted, sync_layer_sizes
 from ecospa_fx.passes.follow.trial import difference, example_call, modes
-from ecospa_fx.passes.graph.isolate import traceless
+from ecospa_fx.passes.graph.isolate import isolated
 
 from .class_swap import ShrinkableLinear, original_class, unswap_forward
 from .compiled import MODEL, REGION, CompiledModel
@@ -58,13 +58,13 @@ def restore(
         raise EcoSpaError(f"{type(model).__name__} is not compiled; there is nothing to restore")
     if compiled.plan.original_shapes:
         if example_inputs is not None or example_kwargs is not None:
-            with traceless(model), torch.no_grad():
+            with isolated(model), torch.no_grad():
                 model(*(example_inputs or ()), **(example_kwargs or {}))  # captures what has not been called so far
         with fitted(model):
             for name, region in compiled.regions.items():
                 if any(True for _ in compiled.plan.under(name)):
                     _try(region, model.get_submodule(name))
-    fit(model)
+    sync_layer_sizes(model)
     for name in compiled.regions:
         plain(model.get_submodule(name))
     plain(model)
@@ -98,7 +98,7 @@ def _try(region: Region, module: nn.Module) -> None:
         )
     for program in region.programs:
         args, kwargs = example_call(program.captured.signature)
-        with modes(module, program.captured.signature.training), traceless(module), torch.no_grad():
+        with modes(module, program.captured.signature.training), isolated(module), torch.no_grad():
             why = difference(module, program, original_class(module).forward, args, kwargs)
         if why is None:
             continue

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ecospa_fx.couple.coupling import Selection
+from ecospa_fx.couple.coupling import CouplingSelection
 from ecospa_fx.logs import logger
 
 from .copies import copies_of
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def shrink(
     model: nn.Module,
-    selection: Selection,
+    selection: CouplingSelection,
     *,
     optimizer: Optimizer | Iterable[Optimizer] = (),
     also: Any = (),

@@ -19,7 +19,7 @@ from ecospa_fx.kernels import compacted
 from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 from ecospa_fx.plan import Plan
 
-from .optimizer_state import Cut, States
+from .optimizer_state import SliceLater, States
 
 
 @dataclass(eq=False)
@@ -110,7 +110,7 @@ def prepare_tensors(
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        steps = steps_of(name, before, after) if name in after.original_shapes else {}
+        steps = kept_positions(name, before, after) if name in after.original_shapes else {}
         if not steps:
             if id(tensor) in replaced:
                 whole.append((tensor, replaced[id(tensor)], tensor.grad))
@@ -121,7 +121,7 @@ def prepare_tensors(
             numbers[key] = new(tensor, steps)
         tensors.append((tensor, numbers[key], None if tensor.grad is None else new(tensor.grad, steps)))
         for state, entry, value in held.shrunk(name, tensor, steps):
-            if isinstance(value, Cut):
+            if isinstance(value, SliceLater):
                 cuts.append((state, entry, new(value.value, steps)))
             else:
                 states.append((state, entry, value))
@@ -132,7 +132,7 @@ def prepare_tensors(
     )
 
 
-def steps_of(name: str, before: Plan, after: Plan) -> dict[int, Tensor]:
+def kept_positions(name: str, before: Plan, after: Plan) -> dict[int, Tensor]:
     """Per dim that loses entries, the positions among those there now that stay."""
     steps = {}
     for dim in range(len(after.original_shapes[name])):

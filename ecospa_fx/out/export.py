@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.model.lookup import is_captured, regions_of, state_of
 from ecospa_fx.model.region import Region
-from ecospa_fx.passes.graph.isolate import traceless
+from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.ir.state_access import flattened, foreign
 
 
@@ -64,7 +64,7 @@ def export(
     """
     args, kwargs = tuple(args), dict(kwargs or {})
     if regions_of(model) and not is_captured(model):  # it was loaded, and not called since
-        with torch.no_grad(), traceless(model):
+        with torch.no_grad(), isolated(model):
             model(*args, **kwargs)
     state_of(model)
     while True:

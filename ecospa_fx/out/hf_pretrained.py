@@ -31,7 +31,7 @@ from ecospa_fx.plan import Plan
 
 FILE, FORMAT = "ecospa_fx.json", 1
 
-Shapes = dict[str, tuple[int, ...]]
+NamedShapes = dict[str, tuple[int, ...]]
 
 
 def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **options: Any) -> str | None:
@@ -211,7 +211,7 @@ def _proportional(value: int, plan: Plan, names: Any) -> set[int]:
     return found
 
 
-def differing(model: nn.Module, config: Any, wanted: Shapes) -> set[str]:
+def differing(model: nn.Module, config: Any, wanted: NamedShapes) -> set[str]:
     """The names whose shapes differ in a model that is made from a configuration; all where none can be made."""
     cls: Any = type(model)
     try:

@@ -25,13 +25,13 @@ from ecospa_fx.model.lookup import regions_of
 from ecospa_fx.model.observers import ignore, observe
 from ecospa_fx.model.region import Region
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
-from ecospa_fx.passes.axes.selection import Choice, index_of, mask_of, touched
-from ecospa_fx.passes.find.discover import Found
+from ecospa_fx.passes.axes.selection import Selected, index_of, mask_of, touched
+from ecospa_fx.passes.find.discover import RegionCoupling
 from ecospa_fx.passes.graph.tensors import join
-from ecospa_fx.passes.ir.axis_facts import Inference
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.rewrite.program import Program
 
-from .products import Side, Site, product_sites
+from .products import ProductSite, Side, product_sites
 
 _aten = torch.ops.aten
 
@@ -108,13 +108,13 @@ class ActivationScores:
         return torch.is_grad_enabled() and module.training
 
     @torch.no_grad()
-    def see(self, known: list[Site], values: Sequence[Tensor]) -> None:
+    def see(self, known: list[ProductSite], values: Sequence[Tensor]) -> None:
         """Add up what one call shows."""
         given = iter(values)
         for site in known:
             self._add(site, [next(given) for _ in site.nodes])
 
-    def _add(self, site: Site, values: list[Tensor]) -> None:
+    def _add(self, site: ProductSite, values: list[Tensor]) -> None:
         score = _looking(site, values) if self.attention else _outer(site, values)
         total = score.new_zeros(site.contexts * site.size)
         owned = site.entry >= 0
@@ -136,21 +136,21 @@ class ActivationScores:
             known.total += total
             known.count += 1
 
-    def places(self, region: Region, program: Program) -> tuple[list[fx.Node], list[Site]]:
+    def places(self, region: Region, program: Program) -> tuple[list[fx.Node], list[ProductSite]]:
         """The nodes of all sites of a program, one after another."""
         kept = region.kept(program)
         names = {found.key: found.name for found in region.discoveries[-1].couplings}
         offered = {coupling.name: coupling for coupling in region.couplings()}
-        sites: list[Site] = []
+        sites: list[ProductSite] = []
         for found in region.discovery_of(program).couplings:
             coupling = offered.get(join(region.name, names.get(found.key, "")))
             if coupling is not None:
                 made = _attention_sites if self.attention else product_sites
-                sites += made(program.inference, found, coupling, kept)
+                sites += made(program.axis_facts, found, coupling, kept)
         return [node for site in sites for node in site.nodes], sites
 
 
-def _outer(site: Site, values: list[Tensor]) -> Tensor:
+def _outer(site: ProductSite, values: list[Tensor]) -> Tensor:
     """Norms of the outer products that the positions of a contraction add, `[contexts beside or 1, positions]`."""
     result: Tensor | None = None
     for side, value in zip(site.sides, values, strict=True):
@@ -169,18 +169,18 @@ def _outer(site: Site, values: list[Tensor]) -> Tensor:
 
 
 def _attention_sites(
-    inference: Inference, found: Found, coupling: Coupling, kept: dict[Atom, Choice]
-) -> Iterator[Site]:
+    axis_facts: AxisFacts, found: RegionCoupling, coupling: Coupling, kept: dict[Atom, Selected]
+) -> Iterator[ProductSite]:
     """Where the heads of `found` look: attention as one op, or softmax on its own."""
     if found.kind not in ("heads", "groups"):
         return
     context = found.context if coupling.context is not None else None
     numbers = Numbering(found.atom, context, kept)
-    for node, operands in inference.operands.items():
+    for node, operands in axis_facts.operands.items():
         fused = node.target is _aten.scaled_dot_product_attention.default
         if not fused and node.target not in _SOFTMAX:
             continue
-        exprs = operands[0].exprs if fused else inference.values[node][0]
+        exprs = operands[0].exprs if fused else axis_facts.values[node][0]
         dims = [dim for dim, expr in enumerate(exprs[:-2]) if found.atom in atoms_of(expr)]
         if len(dims) != 1 or (not fused and node.args[1] not in (-1, len(exprs) - 1)):
             continue
@@ -190,19 +190,19 @@ def _attention_sites(
             continue
         common: dict[str, Any] = {"entry": entry, "size": coupling.size, "contexts": coupling.contexts, "context": on}
         if not fused:
-            yield Site(coupling.name, (Side(node, dim),), **common)
+            yield ProductSite(coupling.name, (Side(node, dim),), **common)
             continue
         sides = tuple(Side(operand.node, dim) for operand in operands[:2])
         given: dict[str, Any] = dict(zip(("mask", "dropout", "causal"), node.args[3:6], strict=False)) | node.kwargs
         mask = given.get("attn_mask", given.get("mask"))
         rows = tuple(mask_of(expr, kept).nonzero().flatten() if touched(expr, kept) else None for expr in exprs[:-2])
-        yield Site(
+        yield ProductSite(
             coupling.name, sides, **common, mask=mask if isinstance(mask, fx.Node) else None, mask_rows=rows,
             scale=given.get("scale"), causal=bool(given.get("is_causal", given.get("causal", False))),
         )  # fmt: skip
 
 
-def _looking(site: Site, values: list[Tensor]) -> Tensor:
+def _looking(site: ProductSite, values: list[Tensor]) -> Tensor:
     """1 less the share of the largest entropy in where each head looks, `[1, positions]`."""
     shares = values[0] if len(site.sides) == 1 else _shares(site, values)
     shares = shares.double()
@@ -215,7 +215,7 @@ def _looking(site: Site, values: list[Tensor]) -> Tensor:
     return (rows.sum(1) / weights)[None]
 
 
-def _shares(site: Site, values: list[Tensor]) -> Tensor:
+def _shares(site: ProductSite, values: list[Tensor]) -> Tensor:
     """The attention that a fused op does not show."""
     q, k = values[0].float(), values[1].float()
     if k.ndim > 2 and k.shape[-3] != q.shape[-3]:

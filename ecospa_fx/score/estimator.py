@@ -17,8 +17,8 @@ from ecospa_fx.model.lookup import couplings, is_captured, plan, regions_of
 from ecospa_fx.model.optimizer_state import innermost, second_moments, several
 
 from .activations import ActivationScores
-from .scores import Function, Score, score_named
-from .slices import Key, SliceSums, Window
+from .scores import Score, ScoreFunction, score_named
+from .slices import SliceKey, SliceSums, Window
 from .step_watcher import names_of
 
 
@@ -58,7 +58,7 @@ class CoupledEstimator:
     def __init__(
         self,
         model: nn.Module,
-        score: str | Function | Score = "fisher",
+        score: str | ScoreFunction | Score = "fisher",
         *,
         decay: float | None = None,
         window: int | None = None,
@@ -77,15 +77,15 @@ class CoupledEstimator:
         self.model, self.decay, self.window, self.seed = model, decay, window, seed
         self.optimizers = [] if optimizer is None else several(optimizer)
         self.steps = 0
-        self.sums: dict[Key, Tensor] = {}
+        self.sums: dict[SliceKey, Tensor] = {}
         self._slices: SliceSums | None = None
         self._last: tuple[Any, ...] = (None, None)  # the couplings and the sums that _slices was made for
-        self._positions: dict[Key, Tensor] = {}  # original positions of what _slices scores, where not all
+        self._positions: dict[SliceKey, Tensor] = {}  # original positions of what _slices scores, where not all
         self._window = None if window is None else Window(window)
         self._skipped: Tensor | None = None
         self._handles: list[Any] = []
         self._fired: dict[str, int] = {}
-        self._held: dict[Key, Tensor] | None = None
+        self._held: dict[SliceKey, Tensor] | None = None
         self._flows: ActivationScores | None = None
         self._look()
 
@@ -301,7 +301,7 @@ class CoupledEstimator:
         """Go on where `state_dict` was taken."""
         self.steps, self._fired = state["steps"], dict(state.get("fired", {}))
         self.sums, self._skipped = {}, state["tensors"].get("skipped")
-        steps: dict[int, dict[Key, Tensor]] = {}
+        steps: dict[int, dict[SliceKey, Tensor]] = {}
         flows = {name: tensor for name, tensor in state["tensors"].items() if name.startswith("flow ")}
         for name, tensor in state["tensors"].items():
             if name not in flows and name != "skipped":
@@ -322,7 +322,7 @@ class CoupledEstimator:
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(label).digest()[:7]))
         return torch.rand(shape, generator=generator, dtype=torch.float64)
 
-    def _means(self) -> dict[Key, Tensor]:
+    def _means(self) -> dict[SliceKey, Tensor]:
         """For each scored slice the mean of its entries' scores per step: float64 on the CPU."""
         parameters: dict[str, Any] = dict(self.model.named_parameters())
         if self.score.reads == "weights":
@@ -417,7 +417,7 @@ class CoupledEstimator:
         slices = SliceSums(parameters, scored, weighted=self.score.name == "taylor_squared")
         carried = {key: old for key, old in self.sums.items() if key in slices.views}
 
-        def left(key: Key, old: Tensor) -> Tensor:
+        def left(key: SliceKey, old: Tensor) -> Tensor:
             if old.shape == slices.views[key].shape:
                 return old
             then = before[key] if key in before else torch.arange(len(old))

@@ -10,9 +10,9 @@ from torch import Tensor, fx
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.couple.coupling_index import Numbering
 from ecospa_fx.passes.axes.algebra import Atom, Expr, atoms_of, size_of
-from ecospa_fx.passes.axes.selection import Choice, index_of, mask_of
-from ecospa_fx.passes.find.discover import Found
-from ecospa_fx.passes.ir.axis_facts import Inference
+from ecospa_fx.passes.axes.selection import Selected, index_of, mask_of
+from ecospa_fx.passes.find.discover import RegionCoupling
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Side:
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class ProductSite:
     """A place in a graph that says something about the entries of a coupling.
 
     Attributes:
@@ -64,15 +64,17 @@ class Site:
         return (*(side.node for side in self.sides), *((self.mask,) if self.mask is not None else ()))
 
 
-def product_sites(inference: Inference, found: Found, coupling: Coupling, kept: dict[Atom, Choice]) -> Iterator[Site]:
+def product_sites(
+    axis_facts: AxisFacts, found: RegionCoupling, coupling: Coupling, kept: dict[Atom, Selected]
+) -> Iterator[ProductSite]:
     """Where an entry of `found` is summed over in a product."""
     context = found.context if coupling.context is not None else None
     numbers = Numbering(found.atom, context, kept)
-    for fact in inference.facts:
+    for fact in axis_facts.facts:
         if fact.role != "contracted" or found.atom not in atoms_of(fact.expr) or len(fact.operands) < 2:
             continue
         sides = []
-        for operand in inference.operands[fact.node]:
+        for operand in axis_facts.operands[fact.node]:
             dims = [dim for dim, expr in enumerate(operand.exprs) if expr == fact.expr]
             if len(dims) == 1 and operand.weighted:
                 other = [(d, set(atoms_of(e))) for d, e in enumerate(operand.exprs) if d != dims[0]]
@@ -87,13 +89,13 @@ def product_sites(inference: Inference, found: Found, coupling: Coupling, kept: 
         index = index_of(fact.expr, found.atom)
         if context is None or context in atoms_of(fact.expr):
             entry, on = numbers.read(fact.expr, index, left)
-            yield Site(coupling.name, tuple(sides), entry, coupling.size, coupling.contexts, on)
+            yield ProductSite(coupling.name, tuple(sides), entry, coupling.size, coupling.contexts, on)
         elif all(side.along is not None for side in sides):  # every context has a row of its own
             entry = numbers.in_first(index, left)
-            yield Site(coupling.name, tuple(sides), entry, coupling.size, coupling.contexts)
+            yield ProductSite(coupling.name, tuple(sides), entry, coupling.size, coupling.contexts)
 
 
-def _along(kept: dict[Atom, Choice], expr: Expr) -> dict[Atom, Choice]:
+def _along(kept: dict[Atom, Selected], expr: Expr) -> dict[Atom, Selected]:
     """The selection as `expr` alone can be read under it: what differs by a context elsewhere is as in the first."""
     own = set(atoms_of(expr))
     return {
@@ -102,7 +104,7 @@ def _along(kept: dict[Atom, Choice], expr: Expr) -> dict[Atom, Choice]:
     }
 
 
-def _contexts(expr: Expr, context: Atom, kept: dict[Atom, Choice]) -> Tensor:
+def _contexts(expr: Expr, context: Atom, kept: dict[Atom, Selected]) -> Tensor:
     """The context, numbered as they are now, at each position of an axis that carries it."""
     live = mask_of(context, kept)
     return (live.cumsum(0) - 1)[index_of(expr, context)[mask_of(expr, _along(kept, expr))]]

@@ -19,7 +19,7 @@ from ecospa_fx.couple.coupling import Coupling, Member
 from ecospa_fx.errors import TargetError
 from ecospa_fx.model.lookup import couplings, regions_of
 from ecospa_fx.passes.graph.tensors import join
-from ecospa_fx.passes.transform.consumers import Key, consumers
+from ecospa_fx.passes.transform.consumers import WeightDim, consumers
 
 from .estimator import CoupledEstimator
 from .scores import Score
@@ -71,7 +71,7 @@ class Saliency(CoupledEstimator):
         decay: float | None = None,
         new_step: bool = True,
     ) -> None:
-        seen: dict[Key, Tensor] = {}  # a fused projection has members in many couplings
+        seen: dict[WeightDim, Tensor] = {}  # a fused projection has members in many couplings
         for name, (width, sides) in self._gates().items():
             here = [[gate for gate in side if gate.parameter in tensors] for side in sides]
             here = [side for side in here if side]
@@ -100,7 +100,7 @@ class Saliency(CoupledEstimator):
                 (join(region.name, name), dim)
                 for region in regions_of(self.model).values()
                 for program in region.programs[-1:]
-                for name, dim in consumers(program.inference)
+                for name, dim in consumers(program.axis_facts)
             }
             learned = {n for n, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
             for each in found:

@@ -20,8 +20,8 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.kernels import slice_sums
 
-Function: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-Reads = Literal["gradients", "weights", "optimizer", "activations", "attention", "nothing"]
+ScoreFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+ScoreInput = Literal["gradients", "weights", "optimizer", "activations", "attention", "nothing"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +38,8 @@ class Score:
     """
 
     name: str
-    reads: Reads
-    of: Function | None
+    reads: ScoreInput
+    of: ScoreFunction | None
     meaning: str
 
     @property
@@ -65,7 +65,7 @@ SCORES = {
 """Every score that has a name."""
 
 
-def score_named(score: str | Function | Score, option: str = "score") -> Score:
+def score_named(score: str | ScoreFunction | Score, option: str = "score") -> Score:
     """The score that a name or a function stands for.
 
     Raises:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ecospa_fx.errors import OptimizerError
 from ecospa_fx.kernels import add_slice_sums, add_slice_sums_now
 
-Key = tuple[str, int]
+SliceKey = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class SliceSums:
         self.weighted = weighted
         self.dims = {name: tuple(sorted(along)) for name, along in dims.items()}
         self._home: dict[str, tuple[torch.device, torch.dtype]] = {}
-        self._begin: dict[Key, int] = {}
+        self._begin: dict[SliceKey, int] = {}
         widths: dict[tuple[torch.device, torch.dtype], int] = {}
         for name, along in self.dims.items():
             parameter = parameters[name]
@@ -63,7 +63,7 @@ class SliceSums:
             home: torch.zeros(1 + weighted, width, dtype=home[1], device=home[0]) for home, width in widths.items()
         }
         self._calls: dict[Any, list[tuple[tuple[torch.device, torch.dtype], _Call]]] = {}
-        self._sharded: dict[tuple[Any, int], set[Key]] = {}  # (mesh, its dim) -> what it shards
+        self._sharded: dict[tuple[Any, int], set[SliceKey]] = {}  # (mesh, its dim) -> what it shards
         self.views = self._views(self._flat)
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ class SliceSums:
         for flat in self._flat.values():
             flat.zero_()
 
-    def reduced(self) -> dict[Key, Tensor]:
+    def reduced(self) -> dict[SliceKey, Tensor]:
         """The sums on the CPU, added up over the ranks that hold parts of a parameter.
 
         One all-reduce of the whole vector for each dim of a device mesh along which anything is sharded. Every rank of
@@ -136,7 +136,7 @@ class SliceSums:
             flats[home] = whole.cpu()
         return self._views(flats)
 
-    def _views(self, flats: Mapping[tuple[torch.device, torch.dtype], Tensor]) -> dict[Key, Tensor]:
+    def _views(self, flats: Mapping[tuple[torch.device, torch.dtype], Tensor]) -> dict[SliceKey, Tensor]:
         plane = int(self.weighted)
         return {
             key: flats[self._home[key[0]]][plane, begin : begin + self._sizes[key]]
@@ -190,9 +190,9 @@ class Window:
     """
 
     def __init__(self, length: int) -> None:
-        self.steps: deque[dict[Key, Tensor]] = deque(maxlen=length)
+        self.steps: deque[dict[SliceKey, Tensor]] = deque(maxlen=length)
 
-    def add(self, added: Mapping[Key, Tensor], new_step: bool, found_inf: Tensor | None) -> None:
+    def add(self, added: Mapping[SliceKey, Tensor], new_step: bool, found_inf: Tensor | None) -> None:
         """Keep what has been added, unless the step was left out, for which a GPU must be waited for."""
         if found_inf is not None and bool(found_inf):
             return
@@ -200,7 +200,7 @@ class Window:
             self.steps.append({})
         self.steps[-1].update({key: sums.clone() for key, sums in added.items()})
 
-    def sum(self, key: Key, like: Tensor) -> Tensor:
+    def sum(self, key: SliceKey, like: Tensor) -> Tensor:
         """What they come to."""
         return sum((step[key] for step in self.steps if key in step), torch.zeros_like(like))
 

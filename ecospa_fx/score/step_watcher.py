@@ -32,7 +32,7 @@ class Reading(NamedTuple):
     found_inf: Tensor | None
 
 
-class Steps:
+class StepWatcher:
     """Watches the steps of a model's optimizers.
 
     Args:

@@ -23,12 +23,12 @@ from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.find.confirm import experiments as allowed
 from ecospa_fx.passes.find.discover import Refusal
 from ecospa_fx.passes.find.regions import choose
-from ecospa_fx.passes.graph.isolate import traceless
+from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.graph.nodes import place
 from ecospa_fx.text import plural
 
 from .savings import Savings, savings_of
-from .snapshot import Known, known_of
+from .snapshot import Snapshot, snapshot_of
 from .tables import json_of, markdown_of, rich_of, text_of
 from .why_not import WhyNot, why_not
 
@@ -58,7 +58,7 @@ class Explanation:
     experiments: dict[str, str]
     given_up: dict[str, str]
     seconds: dict[str, float]
-    known: Known
+    known: Snapshot
     make_graph: Callable[[], nx.Graph]
 
     @property
@@ -117,9 +117,9 @@ class Explanation:
             prefix = f"{region.name}." if region.name else ""
             inside = [self.known.ties.get(name, name).removeprefix(prefix) for name in (first, second)]
             names = {atom: name for name, atom in region.couplings()}
-            for atom in self._shared_atoms(region.inference.parameters, inside):
+            for atom in self._shared_atoms(region.axis_facts.parameters, inside):
                 try:
-                    path = path_between(region.inference, atom, inside[0], inside[1])
+                    path = path_between(region.axis_facts, atom, inside[0], inside[1])
                 except NoCouplingError:
                     continue  # one weight twice: there is a path only where it meets itself
                 reasons = tuple(region.reasons(atom))
@@ -197,7 +197,7 @@ def explain(
     args, kwargs = example_call(model, example_inputs, example_kwargs)
     if compiled is not None and compiled.regions:
         # Loaded at its small sizes: only its own regions can run it, and they capture what they are called with.
-        with traceless(model), torch.no_grad():
+        with isolated(model), torch.no_grad():
             model(*args, **kwargs)
         return _explanation(model, compiled, {})
     waiting = type(model)
@@ -243,7 +243,7 @@ def example_call(
 
 
 def _explanation(model: nn.Module, compiled: CompiledModel, seconds: dict[str, float]) -> Explanation:
-    inferences = [program.inference for region in compiled.regions.values() for program in region.programs]
+    inferences = [program.axis_facts for region in compiled.regions.values() for program in region.programs]
     return Explanation(
         model=type(model).__name__,
         regions=tuple(compiled.regions),
@@ -253,7 +253,7 @@ def _explanation(model: nn.Module, compiled: CompiledModel, seconds: dict[str, f
         experiments=_uses((i.captured.region, i.experiments) for i in inferences),
         given_up=dict(compiled.given_up),
         seconds=seconds,
-        known=known_of(model, compiled),
+        known=snapshot_of(model, compiled),
         make_graph=lambda: nx.union_all(
             [nx.relabel_nodes(axis_graph(i), lambda key, n=n: (n, *key)) for n, i in enumerate(inferences)]
         ),

@@ -16,7 +16,7 @@ from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.text import count, plain, size
 
 from .fold import fold_couplings, heading
-from .snapshot import Known, KnownRegion
+from .snapshot import RegionSnapshot, Snapshot
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Savings:
         return json.dumps(document, indent=1)
 
 
-def savings_of(known: Known, couplings: tuple[Coupling, ...]) -> Savings:
+def savings_of(known: Snapshot, couplings: tuple[Coupling, ...]) -> Savings:
     """What each of `couplings` can give."""
     offered = {coupling.name: coupling for coupling in couplings}
     by_coupling: dict[str, Saving] = {}
@@ -124,7 +124,7 @@ def savings_of(known: Known, couplings: tuple[Coupling, ...]) -> Savings:
     shared: dict[tuple[int, str], Saving] = {}  # blocks that are equal, and whole, share their inference
     totals: dict[int, int] = {}
     for region in known.regions.values():
-        key = id(region.inference.facts)
+        key = id(region.axis_facts.facts)
         costs = _Costs(known, region)
         if region.sizes:
             flops += costs.flops(region.sizes)
@@ -148,9 +148,9 @@ def savings_of(known: Known, couplings: tuple[Coupling, ...]) -> Savings:
 class _Costs:
     """Parameters, bytes and FLOPs of one region as functions of the sizes of its atoms."""
 
-    def __init__(self, known: Known, region: KnownRegion) -> None:
+    def __init__(self, known: Snapshot, region: RegionSnapshot) -> None:
         self.known, self.region = known, region
-        self.terms = list(flop_terms(region.inference))
+        self.terms = list(flop_terms(region.axis_facts))
 
     def saving(self, name: str, atom: Atom, now: int) -> Saving:
         entries = max(0, now - 1)
@@ -162,7 +162,7 @@ class _Costs:
         before = {**self.region.sizes, atom: now}
         after = {**self.region.sizes, atom: then}
         parameters = weights = 0
-        for name, exprs in self.region.inference.parameters.items():
+        for name, exprs in self.region.axis_facts.parameters.items():
             full = join(self.region.name, name)
             if full not in self.known.tensors or full in self.known.ties:
                 continue

@@ -13,28 +13,28 @@ from torch import nn
 from ecospa_fx.errors import NoCouplingError
 from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, as_size, atoms_of
-from ecospa_fx.passes.axes.selection import Choice, Varied
+from ecospa_fx.passes.axes.selection import PerContext, Selected
 from ecospa_fx.passes.find.discover import Discovery
 from ecospa_fx.passes.graph.nodes import reason_text
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.infer.sizes import symbols_of
-from ecospa_fx.passes.ir.axis_facts import Fact, Inference
+from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact
 
 
 @dataclass(frozen=True, eq=False)
-class KnownRegion:
+class RegionSnapshot:
     """One captured submodule.
 
     Attributes:
         name: of the region in the model.
-        inference: axes of its first graph, which names are taken from.
+        axis_facts: axes of its first graph, which names are taken from.
         discovery: what was found in that graph.
         sizes: atom -> entries now, for those that have shrunk.
         symbols: dynamic size -> what it was in the call that was captured.
     """
 
     name: str
-    inference: Inference
+    axis_facts: AxisFacts
     discovery: Discovery
     sizes: Mapping[Atom, int]
     symbols: Mapping[sympy.Symbol, int]
@@ -61,16 +61,16 @@ class KnownRegion:
 
     def pins(self, atom: Atom) -> list[Fact]:
         """What needs `atom` whole."""
-        return [fact for fact in self.inference.facts if fact.role == "pinned" and atom in atoms_of(fact.expr)]
+        return [fact for fact in self.axis_facts.facts if fact.role == "pinned" and atom in atoms_of(fact.expr)]
 
     def reasons(self, atom: Atom) -> list[str]:
         """What needs `atom` whole, in words, each reason once."""
-        captured = self.inference.captured
+        captured = self.axis_facts.captured
         return list(dict.fromkeys(reason_text(fact.reason, fact.node, captured.region) for fact in self.pins(atom)))
 
     def axes_along(self, atom: Atom) -> list[tuple[str, int]]:
         """The parameter dims, by name in the model, that `atom` lies on."""
-        parameters = self.inference.parameters.items()
+        parameters = self.axis_facts.parameters.items()
         return [
             (join(self.name, name), dim)
             for name, exprs in parameters for dim, expr in enumerate(exprs) if atom in atoms_of(expr)
@@ -78,7 +78,7 @@ class KnownRegion:
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
+class Snapshot:
     """What was found in a model: the regions, and what the model holds.
 
     Attributes:
@@ -89,7 +89,7 @@ class Known:
         buffers: shapes of the buffers.
     """
 
-    regions: dict[str, KnownRegion]
+    regions: dict[str, RegionSnapshot]
     tensors: dict[str, tuple[tuple[int, ...], int]]
     ties: dict[str, str]
     modules: dict[str, str]
@@ -104,7 +104,7 @@ class Known:
                 total += _prod(shape)
         return total
 
-    def region_of(self, parameter: str) -> KnownRegion | None:
+    def region_of(self, parameter: str) -> RegionSnapshot | None:
         """The region that a parameter lies in, if any."""
         inside = [r for name, r in self.regions.items() if not name or parameter.startswith(f"{name}.")]
         return max(inside, key=lambda region: len(region.name), default=None)
@@ -153,7 +153,7 @@ class Known:
         return (matrices or own)[0]
 
 
-def known_of(model: nn.Module, compiled: CompiledModel) -> Known:
+def snapshot_of(model: nn.Module, compiled: CompiledModel) -> Snapshot:
     """Take the picture.
 
     Args:
@@ -165,15 +165,15 @@ def known_of(model: nn.Module, compiled: CompiledModel) -> Known:
         if region.programs:
             program = region.programs[-1]
             sizes = {atom: entries_left(choice) for atom, choice in region.kept(program).items()}
-            symbols = symbols_of(program.inference)
-            regions[name] = KnownRegion(name, program.inference, region.discoveries[-1], sizes, symbols)
+            symbols = symbols_of(program.axis_facts)
+            regions[name] = RegionSnapshot(name, program.axis_facts, region.discoveries[-1], sizes, symbols)
     named = dict(model.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
     for name, parameter in named.items():
         if first.setdefault(id(parameter), name) != name:
             ties[name] = first[id(parameter)]
-    return Known(
+    return Snapshot(
         regions=regions,
         tensors={name: (tuple(p.shape), p.element_size()) for name, p in named.items()},
         ties=ties,
@@ -182,9 +182,9 @@ def known_of(model: nn.Module, compiled: CompiledModel) -> Known:
     )
 
 
-def entries_left(choice: Choice) -> int:
+def entries_left(choice: Selected) -> int:
     """Entries that a selection keeps, in each context where it differs by one."""
-    return int((choice.mask[0] if isinstance(choice, Varied) else choice).sum())
+    return int((choice.mask[0] if isinstance(choice, PerContext) else choice).sum())
 
 
 def _prod(shape: tuple[int, ...]) -> int:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.diff import words
-from ecospa_fx.passes.graph.isolate import traceless
+from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.plan import Plan
 from ecospa_fx.text import count, plain, size
 
-Shape = tuple[int, ...]
+OutputShape = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +43,9 @@ class Layer:
     cls: str
     depth: int
     times: int
-    shape: Shape
-    original: Shape
-    output: Shape
+    shape: OutputShape
+    original: OutputShape
+    output: OutputShape
     parameters: int
     couplings: tuple[str, ...]
 
@@ -113,7 +113,7 @@ class Summary:
 @dataclass
 class _Walk:
     depth: int | None
-    shapes: Mapping[str, Shape]
+    shapes: Mapping[str, OutputShape]
     plan: Plan
     couplings: Mapping[str, list[str]]
     layers: list[Layer] = field(default_factory=list)
@@ -124,7 +124,7 @@ class _Walk:
         module = run[0]
         own = dict(module.named_parameters(recurse=False))
         weight = next(((n, p) for n, p in own.items() if p.ndim > 1), None) or next(iter(own.items()), None)
-        shape: Shape = tuple(weight[1].shape) if weight else ()
+        shape: OutputShape = tuple(weight[1].shape) if weight else ()
         full = f"{path}.{weight[0]}" if weight and path else (weight[0] if weight else "")
         fresh = {id(p): p for each in run for p in each.parameters() if id(p) not in self.seen}
         self.layers.append(
@@ -205,9 +205,9 @@ def summary(
     )
 
 
-def _output_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Shape]:
+def _output_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, OutputShape]:
     """The shape of the first tensor that each module returns; modules inside a compiled region do not run as such."""
-    shapes: dict[str, Shape] = {}
+    shapes: dict[str, OutputShape] = {}
 
     def hook(name: str) -> Any:
         def remember(_: nn.Module, __: Any, output: Any) -> None:
@@ -219,7 +219,7 @@ def _output_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
     handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
     try:
-        with traceless(model), torch.no_grad():
+        with isolated(model), torch.no_grad():
             model(*args, **kwargs)
     finally:
         for handle in handles:

@@ -15,7 +15,7 @@ from typing import Literal
 from torch import nn
 
 from ecospa_fx.couple.coupling import Coupling
-from ecospa_fx.train.loss_spikes import SpikeWatch
+from ecospa_fx.train.loss_spikes import LossSpikes
 
 COLLAPSED = 0.1
 """Share of its entries at which a coupling may have collapsed, if the others have kept much more."""
@@ -23,11 +23,11 @@ COLLAPSED = 0.1
 APART = 4
 """How many times as much of it the median coupling then has."""
 
-Kind = Literal["spike", "collapse", "width"]
+SymptomKind = Literal["spike", "collapse", "width"]
 
 
 @dataclass(frozen=True)
-class Sign:
+class Symptom:
     """Something a person should look at.
 
     Attributes:
@@ -37,7 +37,7 @@ class Sign:
         text: what it is, with the numbers, and what to do.
     """
 
-    kind: Kind
+    kind: SymptomKind
     step: int
     about: str
     text: str
@@ -46,7 +46,7 @@ class Sign:
         return f"step {self.step}: {self.text}"
 
 
-def spike(spikes: SpikeWatch, step: int, shrunk_at: int, waits: bool) -> Sign | None:
+def spike(spikes: LossSpikes, step: int, shrunk_at: int, waits: bool) -> Symptom | None:
     """The loss has not got over the last shrink.
 
     Args:
@@ -63,10 +63,10 @@ def spike(spikes: SpikeWatch, step: int, shrunk_at: int, waits: bool) -> Sign | 
         f"the loss is {spikes.level:.4g}{rise} the {spikes.before:.4g} before the shrink at step {shrunk_at}; {way}. "
         "If it does not come down, shrink less at a time: a larger theta, a smaller top_k, more steps between"
     )
-    return Sign("spike", step, "", text)
+    return Symptom("spike", step, "", text)
 
 
-def collapses(couplings: Iterable[Coupling], step: int, said: Collection[str] = ()) -> list[Sign]:
+def collapses(couplings: Iterable[Coupling], step: int, said: Collection[str] = ()) -> list[Symptom]:
     """Couplings that have lost almost all, while the others have not.
 
     Args:
@@ -77,7 +77,7 @@ def collapses(couplings: Iterable[Coupling], step: int, said: Collection[str] = 
     shares = {c: c.size / c.original_size for c in couplings}
     middle = median(shares.values()) if shares else 0.0
     return [
-        Sign(
+        Symptom(
             "collapse",
             step,
             coupling.name,
@@ -89,7 +89,7 @@ def collapses(couplings: Iterable[Coupling], step: int, said: Collection[str] = 
     ]
 
 
-def odd_widths(model: nn.Module, couplings: Iterable[Coupling], step: int, multiple: int) -> Sign | None:
+def odd_widths(model: nn.Module, couplings: Iterable[Coupling], step: int, multiple: int) -> Symptom | None:
     """Widths that have shrunk to what the hardware does not like.
 
     Args:
@@ -109,4 +109,4 @@ def odd_widths(model: nn.Module, couplings: Iterable[Coupling], step: int, multi
         f"{len(odd)} of {len(sizes)} widths that have shrunk are no multiples of {multiple}, such as {size} of "
         f"`{name}`: they may run no faster than {size + -size % multiple}. round_to={multiple} keeps multiples"
     )
-    return Sign("width", step, name, text)
+    return Symptom("width", step, name, text)

@@ -14,9 +14,9 @@ from ecospa_fx.model.full_size import unshrunk
 from ecospa_fx.model.lookup import state_of
 from ecospa_fx.model.region import Region
 from ecospa_fx.passes.axes.algebra import Atom
-from ecospa_fx.passes.axes.selection import Choice, settled, whole
+from ecospa_fx.passes.axes.selection import Selected, per_context_or_shared, whole
 from ecospa_fx.passes.capture.record import record
-from ecospa_fx.passes.graph.isolate import traceless
+from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.rewrite.verify import Comparison, compare
 
@@ -93,7 +93,7 @@ def verify(
         # Dropout would draw other masks at other sizes; entry by entry it is the same in both modes.
         model.eval()
         if args or kwargs:
-            with traceless(model), torch.no_grad():
+            with isolated(model), torch.no_grad():
                 model(*args, **kwargs)  # captures what has not been called so far
         found = sorted(comparisons(model, args, kwargs, seed), key=lambda c: c.coupling.startswith("all of "))
         return Verification({c.coupling: c for c in found})
@@ -120,21 +120,21 @@ def comparisons(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         module = model.get_submodule(name)
         program, inputs = region.program_for(module, *calls[name])
         tensors = _originals(region, module, generator)
-        inference = program.inference
+        axis_facts = program.axis_facts
         known = {f.key: f for f in region.discovery_of(program).couplings}
         found = [known[f.key] for f in region.discoveries[-1].couplings if f.key in known]
         kept = {coupling.atom: _half(coupling.atom, coupling.context, generator) for coupling in found}
-        yield compare(inference, kept, module, tensors, inputs, f"all of {name or 'the model'}")
+        yield compare(axis_facts, kept, module, tensors, inputs, f"all of {name or 'the model'}")
         for coupling in found:
             alone = {coupling.atom: kept[coupling.atom]}
-            yield compare(inference, alone, module, tensors, inputs, join(name, coupling.name))
+            yield compare(axis_facts, alone, module, tensors, inputs, join(name, coupling.name))
 
 
-def _half(atom: Atom, context: Atom | None, generator: torch.Generator) -> Choice:
+def _half(atom: Atom, context: Atom | None, generator: torch.Generator) -> Selected:
     """A random half of the entries of `atom`; another one in each entry of its context, where it has one."""
     rows = torch.stack([torch.randperm(atom.size, generator=generator) for _ in range(context.size if context else 1)])
     masks = rows < max(1, atom.size // 2)
-    return masks[0] if context is None else settled(context, masks, whole(context))
+    return masks[0] if context is None else per_context_or_shared(context, masks, whole(context))
 
 
 def _originals(region: Region, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:

@@ -22,9 +22,9 @@ from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.lookup import couplings
 from ecospa_fx.text import plain
-from ecospa_fx.train.loss_spikes import SpikeWatch
+from ecospa_fx.train.loss_spikes import LossSpikes
 
-from .symptoms import Sign, collapses, odd_widths, spike
+from .symptoms import Symptom, collapses, odd_widths, spike
 
 if TYPE_CHECKING:
     from ecospa_fx.train.trainer import EcoSpaTrainer
@@ -78,11 +78,11 @@ class Watch:
         self.trainer, self.multiple = trainer, multiple
         self.losses: list[float] = []
         self.sizes: list[int] = []
-        self.signs: list[Sign] = []
+        self.signs: list[Symptom] = []
         self._first = trainer.steps
         self._seen = len(trainer.history), len(trainer.postponed)
         self._whole = trainer.size
-        self._spikes, self._said_spike = SpikeWatch(), True
+        self._spikes, self._said_spike = LossSpikes(), True
         self._writer = tensorboard if hasattr(tensorboard, "add_scalar") else _writer(tensorboard)
         self._own_writer = self._writer is not tensorboard
         self._lines = None if lines is None else Path(lines)
@@ -150,7 +150,7 @@ class Watch:
         if multiple is not None and not any(sign.kind == "width" for sign in self.signs):
             self._say(odd_widths(self.trainer.model, found, step, multiple))
 
-    def _say(self, sign: Sign | None) -> None:
+    def _say(self, sign: Symptom | None) -> None:
         if sign is None:
             return
         self._said_spike = self._said_spike or sign.kind == "spike"

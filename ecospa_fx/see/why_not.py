@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 
-from .snapshot import Known, KnownRegion
+from .snapshot import RegionSnapshot, Snapshot
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class WhyNot:
         return "\n".join(self.sentences)
 
 
-def why_not(known: Known, couplings: tuple[Coupling, ...], name: str) -> WhyNot:
+def why_not(known: Snapshot, couplings: tuple[Coupling, ...], name: str) -> WhyNot:
     """What keeps a parameter, or those of a module, from shrinking further.
 
     Raises:
@@ -46,16 +46,16 @@ def why_not(known: Known, couplings: tuple[Coupling, ...], name: str) -> WhyNot:
             )
             continue
         inside = first.removeprefix(f"{region.name}.") if region.name else first
-        if inside not in region.inference.parameters:
+        if inside not in region.axis_facts.parameters:
             sentences.append(f"{parameter} stays whole: the call that was captured does not use it.")
             continue
-        for dim, expr in enumerate(region.inference.parameters[inside]):
+        for dim, expr in enumerate(region.axis_facts.parameters[inside]):
             for atom in dict.fromkeys(atoms_of(expr)):
                 sentences += _about(f"{parameter}[{dim}]", atom, region, offered, known.tensors[parameter][0][dim])
     return WhyNot(known.resolve(name), tuple(sentences))
 
 
-def _about(axis: str, atom: Atom, region: KnownRegion, offered: dict[str, Coupling], size: int) -> Iterator[str]:
+def _about(axis: str, atom: Atom, region: RegionSnapshot, offered: dict[str, Coupling], size: int) -> Iterator[str]:
     entries = region.count(atom)
     along = f"its axis of {entries}" + ("" if entries == size else f" (of {size} in all)")
     found = next((name for name, other in region.couplings() if other is atom), None)

@@ -18,19 +18,27 @@ import torch
 from torch import Tensor, fx, nn
 
 from ecospa_fx.errors import EcoSpaError
-from ecospa_fx.passes.axes.selection import Choice, Kept, broadcast_mask, mask_of, settled, touched, whole
+from ecospa_fx.passes.axes.selection import (
+    Selected,
+    Selection,
+    broadcast_mask,
+    mask_of,
+    per_context_or_shared,
+    touched,
+    whole,
+)
 from ecospa_fx.passes.capture.compare_eager import relative_error, run
-from ecospa_fx.passes.find.discover import Found, discover
+from ecospa_fx.passes.find.discover import RegionCoupling, discover
 from ecospa_fx.passes.graph.isolate import forked_rng
 from ecospa_fx.passes.graph.nodes import argument_nodes, tensor_meta
 from ecospa_fx.passes.graph.tensors import named_tensors, sliced, swapped
-from ecospa_fx.passes.infer.infer import infer
-from ecospa_fx.passes.ir.axis_facts import Inference
-from ecospa_fx.passes.ir.captured import Captured
+from ecospa_fx.passes.infer.infer import infer_axes
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
+from ecospa_fx.passes.ir.captured import RegionGraph
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.verify import compare, output_error
 
-from .programs import Program
+from .programs import RandomProgram
 from .trace import trace
 
 TOLERANCE = 1e-9  # in float64, of the largest entry
@@ -80,7 +88,7 @@ class Tally:
         )
 
 
-def check(program: Program, tally: Tally | None = None, seed: int = 0) -> Failure | None:
+def check(program: RandomProgram, tally: Tally | None = None, seed: int = 0) -> Failure | None:
     """The first failure of a program, or None. One that does not run has none."""
     try:
         model, args = program.build()
@@ -117,26 +125,31 @@ def check_model(
 
 
 def _checked(
-    model: nn.Module, args: tuple[Tensor, ...], captured: Captured, outputs: tuple[Tensor, ...], tally: Tally, seed: int
+    model: nn.Module,
+    args: tuple[Tensor, ...],
+    captured: RegionGraph,
+    outputs: tuple[Tensor, ...],
+    tally: Tally,
+    seed: int,
 ) -> Failure | None:
     tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
     for a, b in zip(outputs, run(captured, tensors, args), strict=True):
         if output_error(a, b) > TOLERANCE:
             return Failure("capture", "the graph differs from the program")
-    inference = infer(captured)
-    found = discover(inference).couplings
-    tally.missing.update(inference.missing.keys())
+    axis_facts = infer_axes(captured)
+    found = discover(axis_facts).couplings
+    tally.missing.update(axis_facts.missing.keys())
     tally.kinds.update(coupling.kind for coupling in found)
     tally.shrinkable += bool(found)
     rng = random.Random(seed)
     masks = {coupling.atom: _choice(coupling, rng) for coupling in found}
-    selections: list[tuple[str, Kept]] = [(c.name, {c.atom: masks[c.atom]}) for c in found]
+    selections: list[tuple[str, Selection]] = [(c.name, {c.atom: masks[c.atom]}) for c in found]
     if len(found) > MOST_ALONE:
         selections = rng.sample(selections, MOST_ALONE)
     if len(found) > 1:
         selections.insert(0, ("all together", masks))
     for name, kept in selections:
-        comparison = compare(inference, kept, model, tensors, args, name)
+        comparison = compare(axis_facts, kept, model, tensors, args, name)
         tally.comparisons += 1
         worst = max(comparison.output_error, comparison.gradient_error)
         if not worst <= TOLERANCE:
@@ -144,14 +157,14 @@ def _checked(
                            f"{comparison.gradient_error:.1e} of {comparison.worst_gradient or 'nothing'}")  # fmt: skip
         if name != selections[0][0]:
             continue
-        error = _differs_from_zeroed(inference, kept, model, tensors, args)
+        error = _differs_from_zeroed(axis_facts, kept, model, tensors, args)
         tally.twins += error is not None
         if error:
             return Failure("zeroing", f"{name}: {error}")
     return None
 
 
-def _choice(coupling: Found, rng: random.Random) -> Choice:
+def _choice(coupling: RegionCoupling, rng: random.Random) -> Selected:
     """A random part of the entries of a coupling, one at least and not all; mostly others in each of its contexts."""
     size, context = coupling.atom.size, coupling.context
     amount = rng.randint(1, size - 1)
@@ -159,21 +172,21 @@ def _choice(coupling: Found, rng: random.Random) -> Choice:
     masks = torch.zeros(rows, size, dtype=torch.bool)
     for row in masks:
         row[rng.sample(range(size), amount)] = True
-    return masks[0] if context is None or rows == 1 else settled(context, masks, whole(context))
+    return masks[0] if context is None or rows == 1 else per_context_or_shared(context, masks, whole(context))
 
 
 # The twin that knows no graph
 
 
 def _differs_from_zeroed(
-    inference: Inference, kept: Kept, model: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Tensor, ...]
+    axis_facts: AxisFacts, kept: Selection, model: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Tensor, ...]
 ) -> str | None:
     """How the shrunk program differs from the model with zeroed weights; `""` if not, None where that says nothing."""
-    captured = inference.captured
+    captured = axis_facts.captured
     parameters = {captured.tensors[name] for name in captured.parameters}
-    steps = _steps(inference, kept)
-    zeroed = _zeroed(inference, kept, tensors)
-    if not _zero_at_contractions(inference, kept, zeroed, args):
+    steps = _steps(axis_facts, kept)
+    zeroed = _zeroed(axis_facts, kept, tensors)
+    if not _zero_at_contractions(axis_facts, kept, zeroed, args):
         return None
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -186,7 +199,7 @@ def _differs_from_zeroed(
     small = {n: sliced(t, keep.get(n, {})).clone().requires_grad_(n in parameters) for n, t in tensors.items()}
     for name, first in captured.same_storage.items():
         small[name] = small[first]
-    program = rewrite(inference, kept, model)
+    program = rewrite(axis_facts, kept, model)
     small_inputs = [arg.clone().requires_grad_(arg.is_floating_point()) for arg in args]
     with forked_rng(model), swapped(model, small):
         made = program.run(model, *small_inputs, *program.constants)
@@ -212,20 +225,20 @@ def _differs_from_zeroed(
     return ""
 
 
-def _steps(inference: Inference, kept: Kept) -> dict[str, dict[int, Tensor]]:
+def _steps(axis_facts: AxisFacts, kept: Selection) -> dict[str, dict[int, Tensor]]:
     """What stays of each tensor along each dim that loses entries."""
     return {
         name: {dim: mask_of(expr, kept) for dim, expr in enumerate(exprs) if touched(expr, kept)}
-        for name, exprs in inference.parameters.items()
+        for name, exprs in axis_facts.parameters.items()
     }
 
 
-def _zeroed(inference: Inference, kept: Kept, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _zeroed(axis_facts: AxisFacts, kept: Selection, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters with zeros for what is removed, buffers as they are."""
-    captured = inference.captured
+    captured = axis_facts.captured
     parameters = {captured.tensors[name] for name in captured.parameters}
     zeroed = dict(tensors)
-    for name, masks in _steps(inference, kept).items():
+    for name, masks in _steps(axis_facts, kept).items():
         for dim, mask in masks.items():
             if name in parameters:
                 zeroed[name] = zeroed[name].index_fill(dim, (~mask).nonzero().flatten(), 0.0)
@@ -248,16 +261,16 @@ def _results(outputs: Any, leaves: Iterable[Tensor]) -> tuple[list[Tensor], list
 
 
 def _zero_at_contractions(
-    inference: Inference, kept: Kept, zeroed: Mapping[str, Tensor], args: tuple[Tensor, ...]
+    axis_facts: AxisFacts, kept: Selection, zeroed: Mapping[str, Tensor], args: tuple[Tensor, ...]
 ) -> bool:
     """Whether, with zeroed weights, every contraction has a factor that is zero at each removed entry."""
     wanted: dict[str, list[list[tuple[int, Tensor]]]] = {}
-    for fact in inference.facts:
+    for fact in axis_facts.facts:
         if fact.role == "contracted" and touched(fact.expr, kept):
             occurrences = [i for i, arg in enumerate(argument_nodes(fact.node)) if tensor_meta(arg)]
             factors = [
                 (occurrence, broadcast_mask(operand.exprs, dim, kept))
-                for occurrence, operand in zip(occurrences, inference.operands[fact.node], strict=True)
+                for occurrence, operand in zip(occurrences, axis_facts.operands[fact.node], strict=True)
                 for dim, expr in enumerate(operand.exprs)
                 if expr == fact.expr and operand.node in [o.node for o in fact.operands]
             ]
@@ -274,15 +287,15 @@ def _zero_at_contractions(
             return super().run_node(n)
 
     with torch.no_grad():
-        run(inference.captured, zeroed, args, interpreter=Watching)
+        run(axis_facts.captured, zeroed, args, interpreter=Watching)
     return zero
 
 
 def zeroing_is_removing(model: nn.Module, args: tuple[Tensor, ...]) -> bool:
     """Whether something can shrink in a model and zero weights stand for removed ones, whichever they are."""
-    inference = infer(trace(model, args))
+    axis_facts = infer_axes(trace(model, args))
     tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
-    selections = [{c.atom: _choice(c, random.Random(0))} for c in discover(inference).couplings]
+    selections = [{c.atom: _choice(c, random.Random(0))} for c in discover(axis_facts).couplings]
     return bool(selections) and all(
-        _zero_at_contractions(inference, kept, _zeroed(inference, kept, tensors), args) for kept in selections
+        _zero_at_contractions(axis_facts, kept, _zeroed(axis_facts, kept, tensors), args) for kept in selections
     )

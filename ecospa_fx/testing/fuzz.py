@@ -21,7 +21,7 @@ from ecospa_fx.errors import CaptureError, NoCouplingError, VerificationError
 
 from .check import Failure, Tally, check
 from .exact import assert_exact
-from .programs import Program, minimised
+from .programs import RandomProgram, minimised
 from .random_program import random_program
 
 EXPORTED = "exported"
@@ -30,12 +30,12 @@ MOST_SHOWN = 5  # failures that are made smaller and printed
 
 
 @dataclass(frozen=True)
-class Found:
+class FuzzCounts:
     """A program that failed, and how to make it again."""
 
     seed: int
     number: int
-    program: Program
+    program: RandomProgram
     failure: Failure
 
     def __str__(self) -> str:
@@ -51,12 +51,12 @@ class Found:
         return f"{self.program.source()}\n{shows}\n"
 
 
-def program_number(seed: int, number: int) -> Program:
+def program_number(seed: int, number: int) -> RandomProgram:
     """The same program for the same two numbers."""
     return random_program(random.Random(f"{seed}/{number}"))
 
 
-def check_exported(program: Program) -> Failure | None:
+def check_exported(program: RandomProgram) -> Failure | None:
     """The first failure of a program captured as a user's model is. What torch.export does not capture has none."""
     try:
         model, args = program.build()
@@ -70,7 +70,7 @@ def check_exported(program: Program) -> Failure | None:
     return None
 
 
-def fuzz(numbers: Sequence[int], seed: int, tally: Tally, every: int = 0) -> Iterator[Found]:
+def fuzz(numbers: Sequence[int], seed: int, tally: Tally, every: int = 0) -> Iterator[FuzzCounts]:
     """The failures among programs of a seed.
 
     Args:
@@ -86,19 +86,19 @@ def fuzz(numbers: Sequence[int], seed: int, tally: Tally, every: int = 0) -> Ite
             tally.exported += 1
             failure = check_exported(program)
         if failure is not None:
-            yield Found(seed, number, program, failure)
+            yield FuzzCounts(seed, number, program, failure)
 
 
-def smallest(found: Found) -> Found:
+def smallest(found: FuzzCounts) -> FuzzCounts:
     """The same failure in as small a program as can be found."""
 
-    def fails(program: Program) -> bool:
+    def fails(program: RandomProgram) -> bool:
         failure = check_exported(program) if found.failure.kind == EXPORTED else check(program, seed=found.number)
         return failure is not None and failure.kind == found.failure.kind
 
     program = minimised(found.program, fails, patience=100 if found.failure.kind == EXPORTED else 1000)
     failure = check_exported(program) if found.failure.kind == EXPORTED else check(program, seed=found.number)
-    return Found(found.seed, found.number, program, failure or found.failure)
+    return FuzzCounts(found.seed, found.number, program, failure or found.failure)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{tally.programs} checked, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     seconds = time.perf_counter() - start
     print(f"seed {options.seed}: {tally} in {seconds:.0f} s, {len(failures)} failed")
-    by_kind: dict[str, Found] = {}
+    by_kind: dict[str, FuzzCounts] = {}
     for found in sorted(failures, key=lambda found: len(found.program)):
         by_kind.setdefault(found.failure.kind, found)
     for found in list(by_kind.values())[:MOST_SHOWN]:

@@ -43,7 +43,7 @@ class Statement:
 
 
 @dataclass(frozen=True, repr=False)
-class Program:
+class RandomProgram:
     """A module as code.
 
     Attributes:
@@ -90,7 +90,7 @@ class Program:
             exec(compile(self.source(), "<program>", "exec"), scope)
         return scope["model"], scope["args"]
 
-    def trimmed(self) -> Program:
+    def trimmed(self) -> RandomProgram:
         """The same without what its outputs do not depend on."""
         wanted = set(self.outputs)
         written = {s.targets[0]: s.code for s in self.statements}
@@ -107,10 +107,10 @@ class Program:
                 used |= {other for other, _ in _NAME.findall(code) if other}
         read = {name for s in statements for name in s.reads} | set(self.outputs)
         inputs = tuple(each for each in self.inputs if each[0] in read) or self.inputs[:1]
-        return Program(inputs, tuple(h for h in self.held if h[0] in used), tuple(statements), self.outputs)
+        return RandomProgram(inputs, tuple(h for h in self.held if h[0] in used), tuple(statements), self.outputs)
 
 
-def freed(program: Program, sizes: Mapping[int, str]) -> Program:
+def freed(program: RandomProgram, sizes: Mapping[int, str]) -> RandomProgram:
     """The program with sizes read off its arguments where it has numbers: primes that occur nowhere else."""
 
     def read(match: re.Match[str]) -> str:
@@ -142,7 +142,7 @@ def _aliases(wanted: set[str], written: dict[str, str]) -> set[str]:
     return found
 
 
-def minimised(program: Program, fails: Callable[[Program], bool], patience: int = 2000) -> Program:
+def minimised(program: RandomProgram, fails: Callable[[RandomProgram], bool], patience: int = 2000) -> RandomProgram:
     """A smaller program that still fails.
 
     Args:
@@ -168,7 +168,7 @@ def minimised(program: Program, fails: Callable[[Program], bool], patience: int 
     return program
 
 
-def _smaller(program: Program) -> Iterator[Program]:
+def _smaller(program: RandomProgram) -> Iterator[RandomProgram]:
     """Programs with an output or a statement less, or a number smaller, the most promising first."""
     if len(program.outputs) > 1:
         for output in program.outputs:
@@ -330,10 +330,10 @@ class Writer:
         """Names of values that a statement reads."""
         return {name for s in self._statements for name in s.reads}
 
-    def finish(self) -> Program:
+    def finish(self) -> RandomProgram:
         """The program so far; it returns the last of what nothing has used."""
         used = self.used()
         loose = [v for v in self.values if v.name not in used and v.floating and not v.name.startswith("x")]
         outputs = [v.name for v in loose[-3:]] or [self.values[-1].name]
-        program = Program(tuple(self._inputs), tuple(self._held), tuple(self._statements), tuple(outputs))
+        program = RandomProgram(tuple(self._inputs), tuple(self._held), tuple(self._statements), tuple(outputs))
         return program.trimmed()

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from . import attention, blocks, mixing, rearranging  # noqa: F401  (they register their moves)
 from .moves import MOVES, Move
-from .programs import Dead, Program, Value, Writer, freed
+from .programs import Dead, RandomProgram, Value, Writer, freed
 
 # Few sizes make many dims equal, and axes must meet by position all the same; with ones among them, dims may vanish.
 SIZES = ((4,), (2, 4), (3, 4, 5, 6, 7), (2, 3, 4, 6, 8), (6, 8, 12), (1, 2, 3, 6))
@@ -22,7 +22,7 @@ KINDS = tuple(sorted({kind for _, _, kind in MOVES}))
 
 def random_program(
     rng: random.Random, kinds: Sequence[str] = (), most: int = 10, inputs: Sequence[str] = tuple(INPUTS)
-) -> Program:
+) -> RandomProgram:
     """A program of up to `most` random moves, all of which run.
 
     Args:
@@ -37,7 +37,7 @@ def random_program(
     return w.finish()
 
 
-def free_program(rng: random.Random, kinds: Sequence[str] = (), most: int = 4) -> Program:
+def free_program(rng: random.Random, kinds: Sequence[str] = (), most: int = 4) -> RandomProgram:
     """A program of tokens `[b, s, d]` that takes them in any number `b` and of any length `s`, as far as it can.
 
     Some read a length off a parameter; call one in two ways to know.

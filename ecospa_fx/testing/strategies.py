@@ -23,11 +23,11 @@ except ImportError as error:
         "ecospa_fx.testing.strategies draws through hypothesis, which is not installed; pip install hypothesis"
     ) from error
 
-from .programs import Program
+from .programs import RandomProgram
 from .random_program import INPUTS, KINDS, random_program
 
 
-def programs(*kinds: str, most: int = 10, inputs: Sequence[str] = tuple(INPUTS)) -> SearchStrategy[Program]:
+def programs(*kinds: str, most: int = 10, inputs: Sequence[str] = tuple(INPUTS)) -> SearchStrategy[RandomProgram]:
     """Random modules as code: `program.build()` makes one and the arguments of a call, `print(program)` shows it.
 
     Args:
@@ -49,4 +49,4 @@ def programs(*kinds: str, most: int = 10, inputs: Sequence[str] = tuple(INPUTS))
 
 def modules(*kinds: str, most: int = 10) -> SearchStrategy[tuple[nn.Module, tuple[Tensor, ...]]]:
     """Random modules in float64 and eval mode, with the arguments of a call; see `programs`."""
-    return programs(*kinds, most=most).map(Program.build)
+    return programs(*kinds, most=most).map(RandomProgram.build)

@@ -20,12 +20,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ecospa_fx.passes.graph.canonicalise import canonicalise
 from ecospa_fx.passes.graph.clean import clean
 from ecospa_fx.passes.graph.tensors import storage_key
-from ecospa_fx.passes.ir.captured import Captured
+from ecospa_fx.passes.ir.captured import RegionGraph
 from ecospa_fx.passes.ir.signature import Signature, autocast_now, training_flags
 from ecospa_fx.passes.ir.state_access import TENSOR
 
 
-def trace(module: nn.Module, args: tuple[Tensor, ...]) -> Captured:
+def trace(module: nn.Module, args: tuple[Tensor, ...]) -> RegionGraph:
     """Capture a module whose arguments and results are tensors, at the sizes of this call."""
     recorder = _Recorder()
     graph = recorder.graph
@@ -51,7 +51,7 @@ def trace(module: nn.Module, args: tuple[Tensor, ...]) -> Captured:
         spec, tuple(TENSOR for _ in leaves), tuple((t.dtype, t.device, tuple(t.shape)) for t in args),
         training_flags(module), {}, autocast_now(),
     )  # fmt: skip
-    return Captured(
+    return RegionGraph(
         region="", graph=graph, tensors=held, parameters={p for p, name in held.items() if name in parameters},
         constants=recorder.constants, inputs=inputs, signature=signature,
         sizes={name: named[name].shape for name in held.values()}, out_spec=out_spec,

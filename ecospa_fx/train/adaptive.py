@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ecospa_fx.couple.constraints import Unit
+from ecospa_fx.couple.constraints import TiedCouplings
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.model.cost import CostModel
 
@@ -59,13 +59,17 @@ class AdaptiveSparsifier(CoupledSparsifier):
         }
 
     def _cheapest(
-        self, units: list[Unit], prices: Mapping[Unit, list[float]], sizes: CostModel | LatencyModel, at_most: int
-    ) -> dict[Unit, int]:
+        self,
+        units: list[TiedCouplings],
+        prices: Mapping[TiedCouplings, list[float]],
+        sizes: CostModel | LatencyModel,
+        at_most: int,
+    ) -> dict[TiedCouplings, int]:
         """The size of each unit once the cheapest steps are taken, as many as it needs, or all there are."""
         steps = sorted((price, place, number) for number, unit in enumerate(units)
                        for place, price in enumerate(prices[unit]))  # fmt: skip
 
-        def after(count: int) -> dict[Unit, int]:
+        def after(count: int) -> dict[TiedCouplings, int]:
             taken = Counter(number for _, _, number in steps[:count])  # the steps of one unit come in order
             return {units[number]: units[number].sizes[-1 - gone] for number, gone in taken.items()}
 
@@ -80,8 +84,12 @@ class AdaptiveSparsifier(CoupledSparsifier):
         return after(low)
 
     def _fill(
-        self, order: list[Unit], keeps: Mapping[Unit, int], sizes: CostModel | LatencyModel, at_most: int
-    ) -> dict[Unit, int]:
+        self,
+        order: list[TiedCouplings],
+        keeps: Mapping[TiedCouplings, int],
+        sizes: CostModel | LatencyModel,
+        at_most: int,
+    ) -> dict[TiedCouplings, int]:
         """One more allowed size down, unit by unit, until enough has gone, where that does not pass the target."""
         taken = dict(keeps)
         for unit in order:
@@ -97,7 +105,7 @@ class AdaptiveSparsifier(CoupledSparsifier):
         return taken
 
 
-def _prices(unit: Unit, worth: Mapping[Coupling, Tensor], sizes: CostModel | LatencyModel) -> list[float]:
+def _prices(unit: TiedCouplings, worth: Mapping[Coupling, Tensor], sizes: CostModel | LatencyModel) -> list[float]:
     """What each allowed size of a unit costs in loss for what it saves, from the largest down; it never falls.
 
     Steps that come cheaper after a dear one are taken together with it: the lower convex hull of loss over cost.
@@ -131,13 +139,13 @@ def _slopes(points: list[tuple[float, float]]) -> list[float]:
     return slopes
 
 
-def _last(prices: list[float], unit: Unit, size: int) -> float:
+def _last(prices: list[float], unit: TiedCouplings, size: int) -> float:
     """The price of the last step to a size."""
     gone = len(unit.sizes) - 1 - unit.sizes.index(size)
     return prices[gone - 1] if gone else 0.0
 
 
-def _next(prices: list[float], unit: Unit, keeps: Mapping[Unit, int]) -> float:
+def _next(prices: list[float], unit: TiedCouplings, keeps: Mapping[TiedCouplings, int]) -> float:
     """The price of the step after those taken."""
     gone = len(unit.sizes) - 1 - unit.sizes.index(keeps.get(unit, unit.sizes[-1]))
     return prices[gone] if gone < len(prices) else float("inf")

@@ -11,7 +11,7 @@ FADE = 0.9
 """Share of the smoothed loss that a step leaves as it was: it follows over some ten steps."""
 
 
-class SpikeWatch:
+class LossSpikes:
     """Follows the loss and compares it with what it was before the last shrink.
 
     Args:

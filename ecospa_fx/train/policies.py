@@ -21,10 +21,10 @@ from ecospa_fx.errors import TargetError
 from ecospa_fx.model.lookup import couplings
 from ecospa_fx.score.estimator import CoupledEstimator
 from ecospa_fx.score.saliency import Saliency
-from ecospa_fx.score.scores import Function, Score
+from ecospa_fx.score.scores import Score, ScoreFunction
 
 from .adaptive import AdaptiveSparsifier
-from .sparsifier import CoupledSparsifier, Entries
+from .sparsifier import CoupledSparsifier, EntryScores
 
 
 def check_adaptive(end: Any, shape: str, score: Any, index_score: Any, **others: Any) -> None:
@@ -92,8 +92,8 @@ class Paper:
         model: nn.Module,
         optimizers: Sequence[Optimizer],
         settings: Mapping[str, Any],
-        score: str | Function | Score,
-        index_score: str | Function | Score,
+        score: str | ScoreFunction | Score,
+        index_score: str | ScoreFunction | Score,
         scoring: Mapping[str, Any],
     ) -> None:
         self.model, self.optimizers, self.settings = model, optimizers, settings
@@ -124,7 +124,7 @@ class Paper:
                 others = [c for c in couplings(self.model) if c.kind not in ("heads", "groups")]
                 constraints = settings["constraints"]
                 settings["constraints"] = replace(constraints, frozen=[*constraints.frozen, *others])
-            entries: Entries | None = None if self.index is None else self.index.entries
+            entries: EntryScores | None = None if self.index is None else self.index.entries
             self._sparsifier = CoupledSparsifier(self.model, **settings, optimizers=self.optimizers, entries=entries)
         return self._sparsifier
 

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 
 from ecospa_fx.errors import TargetError
 
-Shape = Literal["linear", "cubic", "cosine", "one_shot"]
-Unit = Literal["steps", "tokens", "epochs"]
+SparsityCurve = Literal["linear", "cubic", "cosine", "one_shot"]
+ScheduleUnit = Literal["steps", "tokens", "epochs"]
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,15 @@ class Schedule:
     interval: float = 100
     start: float = 0
     end: float | None = None
-    shape: Shape = "linear"
+    shape: SparsityCurve = "linear"
     shrinks: int | None = None
-    unit: Unit = "steps"
+    unit: ScheduleUnit = "steps"
 
     def __post_init__(self) -> None:
-        for name, chosen, options in (("shape", self.shape, get_args(Shape)), ("unit", self.unit, get_args(Unit))):
+        for name, chosen, options in (
+            ("shape", self.shape, get_args(SparsityCurve)),
+            ("unit", self.unit, get_args(ScheduleUnit)),
+        ):
             if chosen not in options:
                 raise TargetError(f"{name}={chosen!r} is none of {', '.join(map(repr, options))}")
         whole = self.unit != "epochs"

@@ -10,7 +10,7 @@ from typing import Literal, Protocol, get_args
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ecospa_fx.couple.constraints import Constraints, Unit
+from ecospa_fx.couple.constraints import Constraints, TiedCouplings
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.model.cost import Cost, CostModel
@@ -22,7 +22,7 @@ from .latency import Latency, LatencyModel
 Among = Literal["all", "prunable"]
 
 
-class Entries(Protocol):
+class EntryScores(Protocol):
     """Says what each entry of a coupling is worth."""
 
     def __call__(self, coupling: Coupling, *, by_context: bool = False) -> Tensor:
@@ -66,7 +66,7 @@ class CoupledSparsifier:
         cost: Cost | Latency = "parameters",
         among: Among = "all",
         optimizers: Sequence[Optimizer] = (),
-        entries: Entries | None = None,
+        entries: EntryScores | None = None,
     ) -> None:
         check_settings(target=target, top_k=top_k, theta=theta)
         for name, value, options in (("cost", cost, get_args(Cost)), ("among", among, get_args(Among))):
@@ -75,7 +75,7 @@ class CoupledSparsifier:
         self.model, self.target, self.top_k, self.theta = model, target, top_k, theta
         self.cost, self.among, self.optimizers = cost, among, tuple(optimizers)
         self.constraints = constraints or Constraints()
-        self.entries: Entries = entries or partial(index_scores, model)
+        self.entries: EntryScores = entries or partial(index_scores, model)
         self.measure()
         sizes = self.sizes()
         units = self._units()
@@ -113,7 +113,7 @@ class CoupledSparsifier:
         whole = 0 if self.among == "all" else sizes.original - sizes.prunable
         return whole + math.ceil(self.target * (sizes.original - whole))
 
-    def _units(self) -> list[Unit]:
+    def _units(self) -> list[TiedCouplings]:
         units, self.whole = self.constraints.units(self.model, couplings(self.model))
         return units
 
@@ -170,12 +170,14 @@ class CoupledSparsifier:
         scores = self.entries(coupling, by_context=by_context)
         return scores if by_context else scores[None]
 
-    def _enough(self, keeps: Mapping[Unit, int], sizes: CostModel | LatencyModel, at_most: int | None) -> bool:
+    def _enough(self, keeps: Mapping[TiedCouplings, int], sizes: CostModel | LatencyModel, at_most: int | None) -> bool:
         """Whether a step that keeps so much keeps up with the schedule, or at least removes something."""
         now, after = sizes.total({}), sizes.total(named_sizes(keeps, keeps))
         return after <= at_most if at_most is not None else after < now
 
-    def _by_theta(self, order: list[Unit], held: Mapping[Coupling, Tensor], theta: float) -> dict[Unit, int]:
+    def _by_theta(
+        self, order: list[TiedCouplings], held: Mapping[Coupling, Tensor], theta: float
+    ) -> dict[TiedCouplings, int]:
         """The least allowed size of each unit at which every coupling of it holds `theta` of its score."""
         return {
             unit: unit.rounded(max(unit.size_for(c, _entries_holding(theta, held[c])) for c in unit.couplings))
@@ -183,7 +185,11 @@ class CoupledSparsifier:
         }
 
     def _looser(
-        self, order: list[Unit], held: Mapping[Coupling, Tensor], sizes: CostModel | LatencyModel, at_most: int | None
+        self,
+        order: list[TiedCouplings],
+        held: Mapping[Coupling, Tensor],
+        sizes: CostModel | LatencyModel,
+        at_most: int | None,
     ) -> float:
         """The largest theta at which all couplings together remove enough."""
         low, high = 0.0, self.theta
@@ -197,11 +203,11 @@ class CoupledSparsifier:
 
     def _stop_at_target(
         self,
-        order: list[Unit],
-        keeps: Mapping[Unit, int],
+        order: list[TiedCouplings],
+        keeps: Mapping[TiedCouplings, int],
         sizes: CostModel | LatencyModel,
-        already: Mapping[Unit, int] | None = None,
-    ) -> dict[Unit, int]:
+        already: Mapping[TiedCouplings, int] | None = None,
+    ) -> dict[TiedCouplings, int]:
         """Apply `keeps` from the least important coupling on, as far as the target allows.
 
         Where one would pass the target it gives as many entries as still fit, and the next ones try for the rest.
@@ -241,7 +247,7 @@ def _mean(values: Iterable[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def named_sizes(units: Iterable[Unit], sizes: Mapping[Unit, int]) -> dict[str, int]:
+def named_sizes(units: Iterable[TiedCouplings], sizes: Mapping[TiedCouplings, int]) -> dict[str, int]:
     """Entries by coupling name, as `CostModel.total` takes them."""
     return {c.name: keep for unit in units for c, keep in unit.keeps(sizes[unit]).items()}
 

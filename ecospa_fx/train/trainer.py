@@ -21,13 +21,13 @@ from ecospa_fx.model.diff import ModuleDiff
 from ecospa_fx.model.lookup import check_optimizer, is_captured
 from ecospa_fx.model.optimizer_state import check_can_follow, several
 from ecospa_fx.model.shrinking import shrink
-from ecospa_fx.score.scores import Function, Score
-from ecospa_fx.score.step_watcher import Steps
+from ecospa_fx.score.scores import Score, ScoreFunction
+from ecospa_fx.score.step_watcher import StepWatcher
 
 from .latency import Latency
-from .loss_spikes import SpikeWatch
+from .loss_spikes import LossSpikes
 from .policies import Adaptive, Paper, Policy, check_adaptive
-from .schedule import Schedule, Shape, Unit
+from .schedule import Schedule, ScheduleUnit, SparsityCurve
 from .sparsifier import Among, CoupledSparsifier, check_settings
 
 if TYPE_CHECKING:
@@ -135,11 +135,11 @@ class EcoSpaTrainer:
         interval: float = 100,
         start: float = 0,
         end: float | None = None,
-        shape: Shape = "linear",
+        shape: SparsityCurve = "linear",
         shrinks: int | None = None,
-        unit: Unit = "steps",
-        score: str | Function | Score = "fisher",
-        index_score: str | Function | Score = "norms",
+        unit: ScheduleUnit = "steps",
+        score: str | ScoreFunction | Score = "fisher",
+        index_score: str | ScoreFunction | Score = "norms",
         decay: float | None = None,
         window: int | None = None,
         seed: int = 0,
@@ -187,11 +187,11 @@ class EcoSpaTrainer:
         self.postponed: list[dict[str, Any]] = []
         self.last_shrink: ModuleDiff | None = None
         self.forecast: Forecast | None = None
-        self._spikes = SpikeWatch(spike)
+        self._spikes = LossSpikes(spike)
         self._waiting: float = 0  # what the schedule has been put off by
         self._in_a_row = 0
         self._from: int | None = None  # the cost when the first sparsification step came
-        self._optimizer_steps = Steps(model, self.optimizers) if gradients == "step" else None
+        self._optimizer_steps = StepWatcher(model, self.optimizers) if gradients == "step" else None
         adaptive = policy == "adaptive"
         absorb, rotate = (adaptive if each is None else each for each in (absorb, rotate))
         self._compensation = Compensation(model, absorb, rotate)

@@ -20,7 +20,7 @@ from .algebra import Atom, Expr, Product, Segments, Size, as_size, atoms_of, pro
 
 
 @dataclass(frozen=True, eq=False)
-class Varied:
+class PerContext:
     """A selection that differs by context.
 
     Attributes:
@@ -37,16 +37,16 @@ class Varied:
         return int(self.mask[0].sum())
 
 
-Choice: TypeAlias = "Tensor | Varied"  # bool mask `[atom.size]`, the same in every context, or one per context
-Kept: TypeAlias = Mapping[Atom, Choice]  # an atom that is absent keeps every entry
+Selected: TypeAlias = "Tensor | PerContext"  # bool mask `[atom.size]`, the same in every context, or one per context
+Selection: TypeAlias = Mapping[Atom, Selected]  # an atom that is absent keeps every entry
 
 
-def touched(expr: Expr, kept: Kept) -> bool:
+def touched(expr: Expr, kept: Selection) -> bool:
     """Whether `expr` loses any entry under `kept`."""
     return any(atom in kept for atom in atoms_of(expr))
 
 
-def mask_of(expr: Expr, kept: Kept) -> Tensor:
+def mask_of(expr: Expr, kept: Selection) -> Tensor:
     """The bool mask `[size]` of the entries of `expr` that stay.
 
     `expr` must have a known size, and the context of every atom that has one beside it.
@@ -54,7 +54,7 @@ def mask_of(expr: Expr, kept: Kept) -> Tensor:
     mask = _uniform_mask(expr, kept)
     for atom in set(atoms_of(expr)):
         choice = kept.get(atom)
-        if isinstance(choice, Varied):
+        if isinstance(choice, PerContext):
             index, context = index_of(expr, atom), index_of(expr, choice.context)
             owned = index >= 0
             if bool((context[owned] < 0).any()):
@@ -63,7 +63,7 @@ def mask_of(expr: Expr, kept: Kept) -> Tensor:
     return mask
 
 
-def _uniform_mask(expr: Expr, kept: Kept) -> Tensor:
+def _uniform_mask(expr: Expr, kept: Selection) -> Tensor:
     """`mask_of` as far as it does not differ by context."""
     match expr:
         case Atom():
@@ -78,14 +78,14 @@ def _uniform_mask(expr: Expr, kept: Kept) -> Tensor:
             return torch.cat([torch.ones(0, dtype=torch.bool), *(_uniform_mask(part, kept) for part in expr.parts)])
 
 
-def broadcast_mask(exprs: Sequence[Expr], dim: int, kept: Kept) -> Tensor:
+def broadcast_mask(exprs: Sequence[Expr], dim: int, kept: Selection) -> Tensor:
     """The mask of one dim of a tensor with axes `exprs`, in a shape that broadcasts over the tensor.
 
     Where the dim varies by a context that another dim carries, the mask has both.
     """
     shape = [1] * len(exprs)
     expr = exprs[dim]
-    contexts = {c.context for a in atoms_of(expr) if isinstance(c := kept.get(a), Varied)} - set(atoms_of(expr))
+    contexts = {c.context for a in atoms_of(expr) if isinstance(c := kept.get(a), PerContext)} - set(atoms_of(expr))
     if not contexts:
         shape[dim] = size_of(expr)
         return mask_of(expr, kept).view(shape)
@@ -97,22 +97,22 @@ def broadcast_mask(exprs: Sequence[Expr], dim: int, kept: Kept) -> Tensor:
     return (mask if along < dim else mask.T).reshape(shape)
 
 
-def in_context(kept: Kept, context: Atom, entry: int) -> dict[Atom, Choice]:
+def in_context(kept: Selection, context: Atom, entry: int) -> dict[Atom, Selected]:
     """The selection as it is in one entry of `context`."""
     return {
-        atom: choice.mask[entry] if isinstance(choice, Varied) and choice.context is context else choice
+        atom: choice.mask[entry] if isinstance(choice, PerContext) and choice.context is context else choice
         for atom, choice in kept.items()
     }
 
 
-def in_first_contexts(kept: Kept) -> dict[Atom, Tensor]:
+def in_first_contexts(kept: Selection) -> dict[Atom, Tensor]:
     """The masks of the first context stand for all, where only numbers of entries matter."""
-    return {atom: choice.mask[0] if isinstance(choice, Varied) else choice for atom, choice in kept.items()}
+    return {atom: choice.mask[0] if isinstance(choice, PerContext) else choice for atom, choice in kept.items()}
 
 
-def entries(choice: Choice) -> int:
+def entries(choice: Selected) -> int:
     """Number of entries that a choice keeps (in each context)."""
-    return choice.count if isinstance(choice, Varied) else int(choice.sum())
+    return choice.count if isinstance(choice, PerContext) else int(choice.sum())
 
 
 def whole(atom: Atom) -> Tensor:
@@ -120,7 +120,7 @@ def whole(atom: Atom) -> Tensor:
     return torch.ones(atom.size, dtype=torch.bool)
 
 
-def narrowed(choice: Choice, keep: Tensor, context: Atom | None = None, live: Tensor | None = None) -> Choice:
+def narrowed(choice: Selected, keep: Tensor, context: Atom | None = None, live: Tensor | None = None) -> Selected:
     """What is left of `choice` when of its entries only those at the positions `keep` stay.
 
     Args:
@@ -129,17 +129,17 @@ def narrowed(choice: Choice, keep: Tensor, context: Atom | None = None, live: Te
         context: the atom by which `keep` differs.
         live: bool mask `[context.size]` of the contexts that are left.
     """
-    if keep.ndim == 1 and not isinstance(choice, Varied):
+    if keep.ndim == 1 and not isinstance(choice, PerContext):
         return _at(choice, keep)
-    context = choice.context if isinstance(choice, Varied) else context
+    context = choice.context if isinstance(choice, PerContext) else context
     assert context is not None
     live = whole(context) if live is None else live
-    rows = choice.mask if isinstance(choice, Varied) else choice.expand(context.size, -1)
+    rows = choice.mask if isinstance(choice, PerContext) else choice.expand(context.size, -1)
     positions = keep.expand(int(live.sum()), -1)
     masks = rows.clone()
     for row, chosen in zip(live.nonzero().flatten().tolist(), positions, strict=True):
         masks[row] = _at(rows[row], chosen)
-    return settled(context, masks, live)
+    return per_context_or_shared(context, masks, live)
 
 
 def _at(mask: Tensor, positions: Tensor) -> Tensor:
@@ -149,14 +149,14 @@ def _at(mask: Tensor, positions: Tensor) -> Tensor:
     return chosen
 
 
-def settled(context: Atom, masks: Tensor, live: Tensor) -> Choice:
+def per_context_or_shared(context: Atom, masks: Tensor, live: Tensor) -> Selected:
     """A choice from one mask per context; contexts that are gone follow the first one that is left."""
     first = masks[live][0]
     masks = torch.where(live[:, None], masks, first)
-    return first if bool((masks == first).all()) else Varied(context, masks)
+    return first if bool((masks == first).all()) else PerContext(context, masks)
 
 
-def count(expr: Expr, kept: Kept) -> Size:
+def count(expr: Expr, kept: Selection) -> Size:
     """Number of entries of `expr` that stay."""
     match expr:
         case Atom():

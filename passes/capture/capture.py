@@ -34,12 +34,12 @@ from ecospa_fx.passes.graph.clean import clean, settle
 from ecospa_fx.passes.graph.fast_attention import fast_attention
 from ecospa_fx.passes.graph.inline import inline
 from ecospa_fx.passes.graph.tensors import at_original_sizes, named_tensors, same_storage
-from ecospa_fx.passes.ir.captured import Captured, Forward, Originals, described
+from ecospa_fx.passes.ir.captured import Forward, Originals, RegionGraph, described
 from ecospa_fx.passes.ir.signature import Signature, autocast_now, training_flags
-from ecospa_fx.passes.ir.state_access import TENSOR, Place, flattened, parted
+from ecospa_fx.passes.ir.state_access import TENSOR, ObjectPath, flattened, parted
 from ecospa_fx.passes.objects.live_calls import mark_bodies
 
-from .compare_eager import disagreement
+from .compare_eager import difference_from_eager
 from .dry_run import read_and_written
 from .export import Flat, export, refuse_foreign
 from .hooks import inner_hooks, noted
@@ -58,7 +58,7 @@ def capture(
     check: bool = True,
     static: Set[tuple[int, int]] = frozenset(),
     filled: Set[tuple[type, tuple[Any, ...]]] = frozenset(),
-) -> Captured:
+) -> RegionGraph:
     """Capture `module` as called with `args` and `kwargs`.
 
     Args:
@@ -88,7 +88,7 @@ def capture(
     hooks = inner_hooks(module)
     state, written, own_numbers = read_and_written(module, args, kwargs, region, forward, originals)
 
-    def once(observe: Iterable[str]) -> Captured:
+    def once(observe: Iterable[str]) -> RegionGraph:
         # What is traced needs shapes only; what is compared with eager needs values.
         with at_original_sizes(module, originals.shapes() if originals else None):
             captured = _captured(module, args, kwargs, region, forward, static, observe, state)
@@ -105,7 +105,7 @@ def capture(
                 at_original_sizes(module, originals.values() if originals else None),
                 noted(module, observe) as changed,
             ):
-                error = disagreement(captured, module, forward, args, kwargs)
+                error = difference_from_eager(captured, module, forward, args, kwargs)
             if error is not None:
                 raise CaptureError(f"{described(region)} was captured, but {error}; it is left as it is")
             if changed:
@@ -150,8 +150,8 @@ def _captured(
     forward: Forward,
     static: Set[tuple[int, int]],
     observe: Iterable[str],
-    state: tuple[Place, ...],
-) -> Captured:
+    state: tuple[ObjectPath, ...],
+) -> RegionGraph:
     """The region as a graph in which the hooks of the submodules `observe` have no part."""
     leaves, spec = flattened((args, kwargs))
     leaves, objects = parted(leaves)
@@ -174,7 +174,7 @@ def _captured(
     return _collect(program, flat, module, region, leaves, spec, tensors)
 
 
-def _warn_of_hooks(captured: Captured, hooks: Mapping[str, int]) -> None:
+def _warn_of_hooks(captured: RegionGraph, hooks: Mapping[str, int]) -> None:
     names = sorted(name for name in captured.hooked if name in hooks)
     if names:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -193,7 +193,7 @@ def _collect(
     leaves: list[Any],
     spec: pytree.TreeSpec,
     tensors: list[Tensor],
-) -> Captured:
+) -> RegionGraph:
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph, {}))
     inline(graph, program.graph_module)
@@ -231,7 +231,7 @@ def _collect(
         autocast_now(),
     )
     named = named_tensors(module)
-    return Captured(
+    return RegionGraph(
         region=region, graph=graph, tensors=held, parameters=parameters, constants=constants, inputs=inputs,
         signature=signature, sizes={name: named[name].shape for name in held.values()},
         out_spec=flat.out_spec, out_leaves=flat.out_leaves, same_storage=same_storage(module, held.values()),

@@ -17,7 +17,7 @@ from ecospa_fx.passes.ir.signature import AUTOCAST, autocast_now
 from ecospa_fx.passes.ir.state_access import Held, copies, flattened, parted
 
 if TYPE_CHECKING:
-    from ecospa_fx.passes.ir.captured import Captured
+    from ecospa_fx.passes.ir.captured import RegionGraph
 
 
 # Relative error up to which a captured graph counts as equal to eager, by dtype. Most graphs are bit-identical; fused
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def run(captured: Captured, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor], **interpreter: Any) -> Any:
+def run(captured: RegionGraph, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor], **interpreter: Any) -> Any:
     """Interpret the graph at original sizes. Slow; for checks.
 
     Args:
@@ -53,8 +53,8 @@ def run(captured: Captured, tensors: Mapping[str, Tensor], inputs: Sequence[Tens
     return (*outputs[: captured.returned], *stored)
 
 
-def disagreement(
-    captured: Captured, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+def difference_from_eager(
+    captured: RegionGraph, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
     """Where the graph differs from eager on this call, outputs or gradients; None where they agree.
 
@@ -74,7 +74,7 @@ def disagreement(
 
 
 def _disagreement(
-    captured: Captured,
+    captured: RegionGraph,
     module: nn.Module,
     forward: Forward,
     args: tuple[Any, ...],

@@ -12,10 +12,10 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from ecospa_fx.errors import CaptureError
-from ecospa_fx.passes.graph.isolate import traceless
+from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.graph.tensors import at_original_sizes
 from ecospa_fx.passes.ir.captured import Forward, Originals, described
-from ecospa_fx.passes.ir.state_access import Held, Numbers, Place, copies, flattened, parted
+from ecospa_fx.passes.ir.state_access import Held, IndexAttributes, ObjectPath, copies, flattened, parted
 from ecospa_fx.passes.objects.layer_numbers import numbers
 from ecospa_fx.passes.objects.tracker import Tracker
 
@@ -42,7 +42,7 @@ def read_and_written(
     region: str,
     forward: Forward,
     originals: Originals | None,
-) -> tuple[tuple[Place, ...], frozenset[Place], Numbers]:
+) -> tuple[tuple[ObjectPath, ...], frozenset[ObjectPath], IndexAttributes]:
     """Which tensors in the objects of a call a forward reads, into which it writes, and by which numbers it finds them.
 
     Raises:
@@ -52,7 +52,7 @@ def read_and_written(
     leaves, objects = parted(leaves) if CARRYING.get() else (leaves, [])
     refuse_foreign(module, region, leaves, "is called with", "pass None there")
     if not objects:
-        return (), frozenset(), Numbers()
+        return (), frozenset(), IndexAttributes()
 
     def run() -> Tracker:
         tracker = Tracker(marking=False)
@@ -67,7 +67,7 @@ def read_and_written(
     try:
         with (
             at_original_sizes(module, originals.values() if originals else None),
-            traceless(module),
+            isolated(module),
             torch.no_grad(),
         ):
             tracker = run()

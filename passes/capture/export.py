@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.ir.captured import Forward, Point, described
-from ecospa_fx.passes.ir.state_access import PLAIN, TENSOR, Held, Place, foreign
+from ecospa_fx.passes.ir.state_access import PLAIN, TENSOR, Held, ObjectPath, foreign
 from ecospa_fx.passes.objects.tracker import Tracker
 
 from .hooks import points
@@ -55,7 +55,7 @@ class Flat(nn.Module):
         self.training = region.training
         self.own_forward, self.leaves, self.spec, self.observe = forward, leaves, spec, observe
         self.objects = objects
-        self.state: tuple[Place, ...] = ()
+        self.state: tuple[ObjectPath, ...] = ()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """What the region returns, what hooks that look are to get, and what objects hold then.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.passes.ir.captured import Point
-from ecospa_fx.passes.ir.state_access import TENSOR, own
+from ecospa_fx.passes.ir.state_access import TENSOR, resolve_object
 
 
 def inner_hooks(module: nn.Module) -> dict[str, int]:
@@ -117,7 +117,7 @@ def fire(
     """
     waiting = iter(tensors)
     for point in at:
-        leaves = [next(waiting) if leaf is TENSOR else own(leaf, objects) for leaf in point.leaves]
+        leaves = [next(waiting) if leaf is TENSOR else resolve_object(leaf, objects) for leaf in point.leaves]
         args, kwargs, result = pytree.tree_unflatten(leaves, point.spec)
         child = module.get_submodule(point.path)
         returned = [

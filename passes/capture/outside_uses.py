@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 
-class Strays(TorchFunctionMode):
+class OutsideUses(TorchFunctionMode):
     """While active, watches the functions of torch that a forward calls.
 
     Attributes:

@@ -15,13 +15,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-from ecospa_fx.passes.graph.isolate import traceless, uncached_autocast
+from ecospa_fx.passes.graph.isolate import isolated, uncached_autocast
 from ecospa_fx.passes.graph.tensors import named_tensors, swapped
 from ecospa_fx.passes.ir.captured import Call
 from ecospa_fx.passes.ir.signature import call_key
-from ecospa_fx.passes.ir.state_access import PLAIN, copies, flattened, foreign, own, parted
+from ecospa_fx.passes.ir.state_access import PLAIN, copies, flattened, foreign, parted, resolve_object
 
-from .outside_uses import Strays
+from .outside_uses import OutsideUses
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: set[str]) -> dict[str, Call]:
@@ -58,13 +58,13 @@ def record_all(
         model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in sorted(names)
     ]
     try:
-        with traceless(model), _computable(model) as fake, torch.no_grad(), uncached_autocast():
+        with isolated(model), _computable(model) as fake, torch.no_grad(), uncached_autocast():
             mine = pytree.tree_map(_own, (args, kwargs), is_leaf=foreign)
             own_args, own_kwargs = pytree.tree_map_only(Tensor, fake, mine, is_leaf=foreign)
             if strays is None:
                 model(*own_args, **own_kwargs)
             else:
-                with Strays(model, names) as watch:
+                with OutsideUses(model, names) as watch:
                     handles += watch.hooked()
                     model(*own_args, **own_kwargs)
                 strays |= watch.found
@@ -101,7 +101,7 @@ def _still(call: Call, kept: dict[Any, tuple[Tensor, Tensor]]) -> Call:
 
     twins = copies(objects, copied)
     made: Call = pytree.tree_unflatten(
-        [_plain(leaf) if isinstance(leaf, Tensor) else own(leaf, twins) for leaf in leaves], spec
+        [_plain(leaf) if isinstance(leaf, Tensor) else resolve_object(leaf, twins) for leaf in leaves], spec
     )
     return made
 

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.axes.algebra import atoms_of, size_of
 from ecospa_fx.passes.capture.capture import capture
-from ecospa_fx.passes.capture.compare_eager import disagreement
+from ecospa_fx.passes.capture.compare_eager import difference_from_eager
 from ecospa_fx.passes.graph.tensors import at_original_sizes, named_tensors, storage_key
-from ecospa_fx.passes.infer.infer import infer
-from ecospa_fx.passes.ir.axis_facts import Inference
+from ecospa_fx.passes.infer.infer import infer_axes
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.captured import Call as Call
-from ecospa_fx.passes.ir.captured import Captured, Originals
+from ecospa_fx.passes.ir.captured import Originals, RegionGraph
 from ecospa_fx.passes.ir.signature import autocast_now, training_flags
-from ecospa_fx.passes.ir.state_access import Place, flattened, parted
+from ecospa_fx.passes.ir.state_access import ObjectPath, flattened, parted
 
-from .confirm import EXPERIMENTS, distrusted
+from .confirm import EXPERIMENTS, unconfirmed_ops
 from .discover import Discovery, discover
-from .fingerprint import OWN, Fingerprint, Reads, fingerprint, recorded_reads, settings
+from .fingerprint import OWN, AttributeReads, Fingerprint, fingerprint, recorded_reads, settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class Analysis:
     Attributes:
         name: of the region in the model.
         captured: its graph.
-        inference: the axes of that.
+        axis_facts: the axes of that.
         discovery: what can shrink.
         seconds: of computing per pass, other work on the machine aside; none for a graph that an equal block was
             captured for.
@@ -43,8 +43,8 @@ class Analysis:
     """
 
     name: str
-    captured: Captured
-    inference: Inference
+    captured: RegionGraph
+    axis_facts: AxisFacts
     discovery: Discovery
     seconds: dict[str, float]
     others: tuple[Analysis, ...] = ()
@@ -62,7 +62,7 @@ def analyse(
         module: the region.
         name: its name in the model.
         call: positional and keyword arguments.
-        shared_outside: see `Captured`.
+        shared_outside: see `RegionGraph`.
         options: further arguments of `capture`.
 
     Raises:
@@ -75,34 +75,36 @@ def analyse(
         captured = capture(module, *call, region=name, static=static, **options)
         captured.shared_outside.update(shared_outside or {})
         captured_at = time.thread_time()
-        inference = infer(captured, EXPERIMENTS.get())
+        axis_facts = infer_axes(captured, EXPERIMENTS.get())
         seconds["export"] += captured_at - start
         seconds["infer"] += time.thread_time() - captured_at
-        cutting = _dims_that_cut_parameters(inference) | _dims_of_windows(inference)
+        cutting = _dims_that_cut_parameters(axis_facts) | _dims_of_windows(axis_facts)
         if not cutting - static:
             break
         static |= cutting
     start = time.thread_time()
-    discovery = discover(inference)
+    discovery = discover(axis_facts)
     seconds["discover"] = time.thread_time() - start
     doubted: set[str] = set()
-    while inference.experiments and (more := _doubted(inference, discovery, module, call, options.get("originals"))):
+    while axis_facts.experiments and (more := _doubted(axis_facts, discovery, module, call, options.get("originals"))):
         doubted |= more
-        inference = infer(captured, True, doubted)
-        discovery = discover(inference)
-    _log(name or "the model", captured, inference, discovery, seconds)
-    return Analysis(name, captured, inference, discovery, seconds)
+        axis_facts = infer_axes(captured, True, doubted)
+        discovery = discover(axis_facts)
+    _log(name or "the model", captured, axis_facts, discovery, seconds)
+    return Analysis(name, captured, axis_facts, discovery, seconds)
 
 
-def _log(name: str, captured: Captured, inference: Inference, discovery: Discovery, seconds: dict[str, float]) -> None:
+def _log(
+    name: str, captured: RegionGraph, axis_facts: AxisFacts, discovery: Discovery, seconds: dict[str, float]
+) -> None:
     logger("capture").info("%s: %d nodes in %.2f s", name, len(captured.graph.nodes), seconds["export"])
     logger("capture").debug("%s: %s", name, captured.signature.tensors)
-    missing = ", ".join(sorted(inference.missing)) or "none"
-    axes = len(inference.values)
+    missing = ", ".join(sorted(axis_facts.missing)) or "none"
+    axes = len(axis_facts.values)
     logger("axes").info(
         "%s: axes of %d values in %.3f s, ops without a rule: %s", name, axes, seconds["infer"], missing
     )
-    for parameter, exprs in inference.parameters.items():
+    for parameter, exprs in axis_facts.parameters.items():
         logger("axes").debug("%s: %s%s", name, parameter, list(exprs))
     found = ", ".join(f"{c.name} ({c.atom.size})" for c in discovery.couplings) or "none"
     logger("discover").info("%s: couplings %s; %d refused", name, found, len(discovery.refusals))
@@ -111,46 +113,46 @@ def _log(name: str, captured: Captured, inference: Inference, discovery: Discove
 
 
 def _doubted(
-    inference: Inference, discovery: Discovery, module: nn.Module, call: Call, originals: Originals | None
+    axis_facts: AxisFacts, discovery: Discovery, module: nn.Module, call: Call, originals: Originals | None
 ) -> set[str]:
     """Ops whose rule by experiment this region does not bear out."""
     named = named_tensors(module) | dict(originals.values() if originals else {})
     tensors = {name: tensor.detach() for name, tensor in named.items()}
     leaves, objects = parted(flattened(call)[0])
     inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    inputs += [place.find(objects) for place in inference.captured.carried.state]
-    return distrusted(inference, discovery, module, tensors, inputs)
+    inputs += [place.find(objects) for place in axis_facts.captured.carried.state]
+    return unconfirmed_ops(axis_facts, discovery, module, tensors, inputs)
 
 
-def _dims_that_cut_parameters(inference: Inference) -> frozenset[tuple[int, int]]:
+def _dims_that_cut_parameters(axis_facts: AxisFacts) -> frozenset[tuple[int, int]]:
     """Dynamic dims of inputs, as (input, dim), whose size divides the axis of a parameter.
 
     A table of rotary angles has half a head's entries along its last dim, say. As a dynamic dim that would leave the
     parts of the head with unknown sizes; such a dim is a property of the model and is specialised.
     """
-    sizes = [size_of(atom) for exprs in inference.parameters.values() for expr in exprs for atom in atoms_of(expr)]
+    sizes = [size_of(atom) for exprs in axis_facts.parameters.values() for expr in exprs for atom in atoms_of(expr)]
     symbols = {symbol for size in sizes if isinstance(size, sympy.Expr) for symbol in size.free_symbols}
     return frozenset(
         (i, dim)
-        for i, (_, _, shape) in enumerate(inference.captured.signature.tensors)
+        for i, (_, _, shape) in enumerate(axis_facts.captured.signature.tensors)
         for dim, size in enumerate(shape)
         if isinstance(size, sympy.Expr) and size.free_symbols & symbols
     )
 
 
-def _dims_of_windows(inference: Inference) -> frozenset[tuple[int, int]]:
+def _dims_of_windows(axis_facts: AxisFacts) -> frozenset[tuple[int, int]]:
     """Dynamic dims of what objects hold that no rule could make sense of: the window of a convolution, say.
 
     That is a property of the object and is specialised. One that an argument has too, the batch, is not.
     """
-    tensors = inference.captured.signature.tensors
-    called = len(tensors) - len(inference.captured.state)
+    tensors = axis_facts.captured.signature.tensors
+    called = len(tensors) - len(axis_facts.captured.state)
     given = {size for _, _, shape in tensors[:called] for size in shape}
     return frozenset(
         (called + i, dim)
         for i, (_, _, shape) in enumerate(tensors[called:])
         for dim, size in enumerate(shape)
-        if isinstance(size, sympy.Symbol) and size in inference.unsolved and size not in given
+        if isinstance(size, sympy.Symbol) and size in axis_facts.unsolved and size not in given
     )
 
 
@@ -171,7 +173,7 @@ def analyse_once(
         module: the region.
         name: its name in the model.
         call: positional and keyword arguments.
-        outside: see `Captured.shared_outside`.
+        outside: see `RegionGraph.shared_outside`.
         captures: what has been captured so far; grows.
         forward: see `capture`.
         originals: see `capture`.
@@ -198,7 +200,7 @@ def analyse_once(
 
 def _analyse_watched(
     module: nn.Module, name: str, call: Call, outside: dict[str, str], **options: Any
-) -> tuple[Analysis, Reads]:
+) -> tuple[Analysis, AttributeReads]:
     """`analyse`, and what of the region's attributes was read; of constants among them the graph knows the values."""
     every = {(path, name) for path, child in module.named_modules() for name in vars(child)}
     before = settings(module, every)
@@ -235,22 +237,24 @@ def _shared(
         captured.settings = settings(module, captured.settings)
         captured.carried = numbers.within(captured.carried, values)
         captured.strangers = frozenset(numbers.put(place, values) for place in captured.strangers)
-        captured.filled = frozenset((cls, numbers.put(Place(0, path), values).path) for cls, path in captured.filled)
+        captured.filled = frozenset(
+            (cls, numbers.put(ObjectPath(0, path), values).path) for cls, path in captured.filled
+        )
     if captured.filled != filled or captured.mismatch(call, training_flags(module)) is not None:
         return None
     on_meta = any(t.is_meta for t in (*pytree.tree_leaves(call), *module.parameters()) if isinstance(t, Tensor))
     if not on_meta:
         with at_original_sizes(module, originals.values() if originals else None):
-            if disagreement(captured, module, forward, *call) is not None:
+            if difference_from_eager(captured, module, forward, *call) is not None:
                 return None
-    stored = {numbers.put(place, values): exprs for place, exprs in analysis.inference.stored.items()}
-    inference = replace(analysis.inference, captured=captured, stored=stored)
+    stored = {numbers.put(place, values): exprs for place, exprs in analysis.axis_facts.stored.items()}
+    axis_facts = replace(analysis.axis_facts, captured=captured, stored=stored)
     checked = time.thread_time()
-    discovery = discover(inference)
-    if inference.experiments and _doubted(inference, discovery, module, call, None):
+    discovery = discover(axis_facts)
+    if axis_facts.experiments and _doubted(axis_facts, discovery, module, call, None):
         return None
     seconds = {"export": checked - start, "infer": 0.0, "discover": time.thread_time() - checked}
-    return Analysis(name, captured, inference, discovery, seconds)
+    return Analysis(name, captured, axis_facts, discovery, seconds)
 
 
 def shared_outside(model: nn.Module, region: str, named: Mapping[str, Tensor] | None = None) -> dict[str, str]:

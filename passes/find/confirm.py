@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
-from ecospa_fx.passes.axes.selection import Choice, Kept, settled, whole
-from ecospa_fx.passes.ir.axis_facts import Inference
+from ecospa_fx.passes.axes.selection import Selected, Selection, per_context_or_shared, whole
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.rewrite.verify import compare
 
-from .discover import Discovery, Found
+from .discover import Discovery, RegionCoupling
 
 EXPERIMENTS: ContextVar[bool] = ContextVar("EXPERIMENTS", default=False)
 
@@ -29,8 +29,8 @@ def experiments(allowed: bool) -> Iterator[None]:
         EXPERIMENTS.reset(token)
 
 
-def distrusted(
-    inference: Inference,
+def unconfirmed_ops(
+    axis_facts: AxisFacts,
     discovery: Discovery,
     region: nn.Module,
     tensors: Mapping[str, Tensor],
@@ -39,23 +39,26 @@ def distrusted(
     """Names of the ops tried whose couplings do not equal masking, or cannot be compared with it.
 
     Args:
-        inference: axes of a graph in which ops were tried.
+        axis_facts: axes of a graph in which ops were tried.
         discovery: what can shrink by them.
         region: the live region.
         tensors: parameters and buffers at original sizes.
         inputs: the tensor leaves of a call.
     """
-    through = {op: _atoms_at(inference, nodes) for op, nodes in inference.experiments.items()}
+    through = {op: _atoms_at(axis_facts, nodes) for op, nodes in axis_facts.experiments.items()}
     concerned = [c for c in discovery.couplings if any(c.atom in atoms for atoms in through.values())]
     if any(t.is_meta for t in (*tensors.values(), *inputs)):
         return set(through) if concerned else set()
     generator = torch.Generator().manual_seed(0)
     masks = {c.atom: _part(c, generator) for c in concerned}
-    selections: list[Kept] = [*({atom: mask} for atom, mask in masks.items()), *([masks] if len(masks) > 1 else [])]
+    selections: list[Selection] = [
+        *({atom: mask} for atom, mask in masks.items()),
+        *([masks] if len(masks) > 1 else []),
+    ]
     doubted: set[str] = set()
     for kept in selections:
         try:
-            exact = compare(inference, kept, region, tensors, inputs, "an experiment").ok
+            exact = compare(axis_facts, kept, region, tensors, inputs, "an experiment").ok
         except RuntimeError:  # the op refuses the sizes that are left
             exact = False
         if not exact:
@@ -63,19 +66,19 @@ def distrusted(
     return doubted
 
 
-def _atoms_at(inference: Inference, nodes: Collection[fx.Node]) -> set[Atom]:
+def _atoms_at(axis_facts: AxisFacts, nodes: Collection[fx.Node]) -> set[Atom]:
     exprs = (
         expr
         for node in nodes
-        for axes in (*inference.values[node], *(operand.exprs for operand in inference.operands[node]))
+        for axes in (*axis_facts.values[node], *(operand.exprs for operand in axis_facts.operands[node]))
         for expr in axes
     )
     return {atom for expr in exprs for atom in atoms_of(expr)}
 
 
-def _part(coupling: Found, generator: torch.Generator) -> Choice:
+def _part(coupling: RegionCoupling, generator: torch.Generator) -> Selected:
     """A random half of the entries, another one in each context where there are contexts."""
     size, context = coupling.atom.size, coupling.context
     rows = [torch.randperm(size, generator=generator) for _ in range(context.size if context is not None else 1)]
     masks = torch.stack(rows) < max(1, size // 2)
-    return masks[0] if context is None else settled(context, masks, whole(context))
+    return masks[0] if context is None else per_context_or_shared(context, masks, whole(context))

@@ -22,16 +22,16 @@ from ecospa_fx.passes.axes.selection import placed
 from ecospa_fx.passes.graph.nodes import op_name, reason_text
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.ir import relations as r
-from ecospa_fx.passes.ir.axis_facts import Fact, Inference, Role
+from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Role
 
 Kind = Literal["qk", "vo", "ffn", "glu", "heads", "groups", "conv", "residual"]
 
 
-Axis = tuple[str, int]  # (parameter name in the region, dim)
+ParameterDim = tuple[str, int]  # (parameter name in the region, dim)
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class RegionCoupling:
     """A coupling of one captured graph, at original sizes.
 
     Attributes:
@@ -48,7 +48,7 @@ class Found:
     """
 
     key: tuple[object, ...]
-    axes: tuple[Axis, ...]
+    axes: tuple[ParameterDim, ...]
     name: str
     atom: Atom
     kind: Kind
@@ -63,36 +63,36 @@ class Found:
 class Discovery:
     """What was found in one captured graph."""
 
-    couplings: tuple[Found, ...]
+    couplings: tuple[RegionCoupling, ...]
     refusals: tuple[Refusal, ...]
 
     def __deepcopy__(self, memo: dict[int, object]) -> Discovery:
         return self  # its atoms are compared by identity
 
 
-def discover(inference: Inference) -> Discovery:
+def discover(axis_facts: AxisFacts) -> Discovery:
     """Find the couplings of a captured graph and the axes that might have been some."""
-    axes: dict[Atom, list[Axis]] = defaultdict(list)
-    for name, exprs in inference.parameters.items():
-        if name in inference.captured.same_storage:
+    axes: dict[Atom, list[ParameterDim]] = defaultdict(list)
+    for name, exprs in axis_facts.parameters.items():
+        if name in axis_facts.captured.same_storage:
             continue
         for dim, expr in enumerate(exprs):
             for atom in dict.fromkeys(atoms_of(expr)):
                 axes[atom].append((name, dim))
     facts: dict[Atom, list[Fact]] = defaultdict(list)
-    for fact in inference.facts:
+    for fact in axis_facts.facts:
         for atom in dict.fromkeys(atoms_of(fact.expr)):
             facts[atom].append(fact)
-    region = inference.captured.region
-    scores = {fact.node for fact in inference.facts if fact.role == "contracted" and _meets_another(fact)}
+    region = axis_facts.captured.region
+    scores = {fact.node for fact in axis_facts.facts if fact.role == "contracted" and _meets_another(fact)}
     found, refusals = [], []
     taken: set[str] = set()
     for atom, key in axes.items():
         roles = _by_role(facts[atom])
-        matrices = {name for name, _ in key if len(inference.parameters[name]) > 1}
+        matrices = {name for name, _ in key if len(axis_facts.parameters[name]) > 1}
         producers = _producers(roles, matrices)
         # A fused projection holds several matrices in one parameter, end to end; a tied one is several matrices itself.
-        meetings = max(_occurrences(atom, key, matrices, inference), _contractions(roles, matrices))
+        meetings = max(_occurrences(atom, key, matrices, axis_facts), _contractions(roles, matrices))
         if type(size_of(atom)) is not int or meetings < 2 or not producers:
             continue
         if roles["pinned"]:
@@ -100,15 +100,15 @@ def discover(inference: Inference) -> Discovery:
             members = tuple(f"{join(region, name)}[{dim}]" for name, dim in key)
             refusals.append(Refusal(members, atom.size, tuple(reasons), region))
             continue
-        kind = _kind(atom, roles, inference, matrices)
+        kind = _kind(atom, roles, axis_facts, matrices)
         name = _name(kind, sorted(matrices), taken)
         linear = not (roles["nonlinear"] or roles["gate"]) and kind not in ("heads", "groups")
-        context = inference.contexts.get(atom)
+        context = axis_facts.contexts.get(atom)
         found.append(
-            Found(
-                (atom.size, *_where(atom, key, inference)), tuple(key), name, atom, kind, linear, producers, context,
-                _where(context, key, inference) if context is not None else (),
-                _attention(roles, inference, scores) if kind in ("qk", "vo") else None,
+            RegionCoupling(
+                (atom.size, *_where(atom, key, axis_facts)), tuple(key), name, atom, kind, linear, producers, context,
+                _where(context, key, axis_facts) if context is not None else (),
+                _attention(roles, axis_facts, scores) if kind in ("qk", "vo") else None,
             )
         )  # fmt: skip
     return Discovery(tuple(found), tuple(refusals))
@@ -127,9 +127,9 @@ def _producers(roles: dict[Role, list[Fact]], matrices: set[str]) -> tuple[str, 
     return tuple(dict.fromkeys(name for name in names if name in matrices))
 
 
-def _occurrences(atom: Atom, axes: Iterable[Axis], names: Collection[str], inference: Inference) -> int:
+def _occurrences(atom: Atom, axes: Iterable[ParameterDim], names: Collection[str], axis_facts: AxisFacts) -> int:
     """How many times an atom lies on the axes of the named parameters."""
-    exprs = (inference.parameters[name][dim] for name, dim in axes if name in names)
+    exprs = (axis_facts.parameters[name][dim] for name, dim in axes if name in names)
     return sum(atoms_of(expr).count(atom) for expr in exprs)
 
 
@@ -139,21 +139,21 @@ def _contractions(roles: dict[Role, list[Fact]], matrices: set[str]) -> int:
     return len({fact.node for fact in facts if any(operand.parameter in matrices for operand in fact.operands)})
 
 
-def _kind(atom: Atom, roles: dict[Role, list[Fact]], inference: Inference, matrices: set[str]) -> Kind:
+def _kind(atom: Atom, roles: dict[Role, list[Fact]], axis_facts: AxisFacts, matrices: set[str]) -> Kind:
     activations = {role: [fact for fact in roles[role] if _of_activations(fact)] for role in ("batch", "free")}
     if any(_meets_another(fact) for fact in roles["contracted"]):
         return "qk"
     if any(len(fact.operands) > 1 for fact in activations["batch"]):
         return "groups" if roles["expanded"] else "heads"
     # Free in a product of two activations: attention weights times values, or query heads over one key head.
-    if any(len(inference.operands.get(fact.node, ())) > 1 and _between_activations(fact, inference)
+    if any(len(axis_facts.operands.get(fact.node, ())) > 1 and _between_activations(fact, axis_facts)
            for fact in activations["free"]):  # fmt: skip
-        return "groups" if _grouped(activations["free"], inference) else "vo"
+        return "groups" if _grouped(activations["free"], axis_facts) else "vo"
     if any(op_name(fact.node).startswith("aten.conv") for facts in roles.values() for fact in facts):
         return "conv"
     produced = _producers(roles, matrices)
-    axes = [(name, dim) for name in produced for dim in range(len(inference.parameters[name]))]
-    if _occurrences(atom, axes, produced, inference) > 1:
+    axes = [(name, dim) for name in produced for dim in range(len(axis_facts.parameters[name]))]
+    if _occurrences(atom, axes, produced, axis_facts) > 1:
         if roles["gate"]:
             return "glu"
         if roles["merge"]:
@@ -170,44 +170,44 @@ def _meets_another(fact: Fact) -> bool:
     return len(fact.operands) > 1 and _of_activations(fact)
 
 
-def _attention(roles: dict[Role, list[Fact]], inference: Inference, scores: set[fx.Node]) -> str | None:
+def _attention(roles: dict[Role, list[Fact]], axis_facts: AxisFacts, scores: set[fx.Node]) -> str | None:
     """The op that makes the scores: where `qk` is contracted, on the way to where `vo` goes through."""
     waiting = [fact.node for fact in roles["contracted"] if _meets_another(fact)]
     for fact in roles["free"]:
-        if _of_activations(fact) and _between_activations(fact, inference):
+        if _of_activations(fact) and _between_activations(fact, axis_facts):
             # From the attention weights back; the values come another way.
-            weights = [o.node for o in inference.operands[fact.node] if o.weighted and fact.expr not in o.exprs]
-            waiting += [fact.node] if fact.node in scores and len(inference.operands[fact.node]) > 2 else weights
+            weights = [o.node for o in axis_facts.operands[fact.node] if o.weighted and fact.expr not in o.exprs]
+            waiting += [fact.node] if fact.node in scores and len(axis_facts.operands[fact.node]) > 2 else weights
     seen: set[fx.Node] = set()
     while waiting:
         node = waiting.pop(0)
         if node in scores:
             return node.name
         seen.add(node)
-        waiting += [arg for arg in node.all_input_nodes if arg in inference.values and arg not in seen]
+        waiting += [arg for arg in node.all_input_nodes if arg in axis_facts.values and arg not in seen]
     return None
 
 
-def _where(atom: Atom, axes: Iterable[Axis], inference: Inference) -> tuple[tuple[object, ...], ...]:
-    return tuple((name, dim, placed(inference.parameters[name][dim], atom)) for name, dim in axes)
+def _where(atom: Atom, axes: Iterable[ParameterDim], axis_facts: AxisFacts) -> tuple[tuple[object, ...], ...]:
+    return tuple((name, dim, placed(axis_facts.parameters[name][dim], atom)) for name, dim in axes)
 
 
-def _between_activations(fact: Fact, inference: Inference) -> bool:
+def _between_activations(fact: Fact, axis_facts: AxisFacts) -> bool:
     """Whether it is free in a product that is summed over an axis of two activations."""
 
     def activations(operands: Iterable[r.Operand]) -> int:
         return sum(o.weighted and o.parameter is None for o in operands)
 
-    return activations(inference.operands[fact.node]) > 1 and any(
+    return activations(axis_facts.operands[fact.node]) > 1 and any(
         other.node is fact.node and other.role == "contracted" and activations(other.operands) > 1
-        for other in inference.facts
+        for other in axis_facts.facts
     )
 
 
-def _grouped(facts: list[Fact], inference: Inference) -> bool:
+def _grouped(facts: list[Fact], axis_facts: AxisFacts) -> bool:
     """Free in the score already, where values have no part: an axis of queries only."""
     for fact in facts:
-        operands = inference.operands[fact.node]
+        operands = axis_facts.operands[fact.node]
         if len(operands) > 2 and operands[0].node in [operand.node for operand in fact.operands]:
             return True
     return False

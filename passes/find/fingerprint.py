@@ -17,16 +17,16 @@ from torch import nn
 
 from ecospa_fx.passes.graph.tensors import named_tensors
 
-Reads = dict[str, set[str]]  # submodule path -> names of the instance attributes that forward read
+AttributeReads = dict[str, set[str]]  # submodule path -> names of the instance attributes that forward read
 
 # What every module has: its tensors, children, hooks and training flag are compared on their own.
 OWN = frozenset(vars(nn.Module()))
 
 
 @contextmanager
-def recorded_reads(module: nn.Module) -> Iterator[Reads]:
+def recorded_reads(module: nn.Module) -> Iterator[AttributeReads]:
     """Record which instance attributes of a module and its submodules are read inside the block."""
-    reads: Reads = {}
+    reads: AttributeReads = {}
     classes = [(child, type(child)) for child in module.modules()]
     try:
         for path, child in module.named_modules():
@@ -117,7 +117,7 @@ def settings(module: nn.Module, names: Iterable[tuple[str, str]]) -> Settings:
     return found
 
 
-def fingerprint(module: nn.Module, reads: Reads, numbers: Collection[tuple[str, str]] = ()) -> Fingerprint:
+def fingerprint(module: nn.Module, reads: AttributeReads, numbers: Collection[tuple[str, str]] = ()) -> Fingerprint:
     """The fingerprint of a block whose forward read `reads`; `numbers` among them may be others in another block."""
     named = dict(module.named_modules(remove_duplicate=False))
     tensors = named_tensors(module).items()

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ecospa_fx.errors import CheckpointError
-from ecospa_fx.passes.find.fingerprint import OWN, Reads
+from ecospa_fx.passes.find.fingerprint import OWN, AttributeReads
 
 
 @dataclass(frozen=True, order=True)
@@ -114,7 +114,9 @@ def numbers_in(model: nn.Module) -> frozenset[tuple[type, str]]:
     return frozenset(found)
 
 
-def held_integers(root: nn.Module, reads: Reads, numbers: Set[tuple[type, str]] = frozenset()) -> dict[Attribute, int]:
+def held_integers(
+    root: nn.Module, reads: AttributeReads, numbers: Set[tuple[type, str]] = frozenset()
+) -> dict[Attribute, int]:
     """The integers above 1 that a forward read, or may have read in a tuple, list or object that it did.
 
     Args:
@@ -239,7 +241,7 @@ def sizes_of_layer(module: nn.Module) -> dict[str, Any]:
 Fitted = list[tuple[nn.Module, str, Any]]  # a layer, an attribute of it, what was there
 
 
-def fit(model: nn.Module) -> Fitted:
+def sync_layer_sizes(model: nn.Module) -> Fitted:
     """Tell every layer of torch.nn the sizes of its weights; returns what was there."""
     before: Fitted = []
     for child in model.modules():
@@ -250,17 +252,17 @@ def fit(model: nn.Module) -> Fitted:
     return before
 
 
-def unfit(before: Iterable[tuple[nn.Module, str, Any]]) -> None:
-    """Undo `fit`."""
+def restore_layer_sizes(before: Iterable[tuple[nn.Module, str, Any]]) -> None:
+    """Undo `sync_layer_sizes`."""
     for child, attribute, size in before:
         setattr(child, attribute, size)
 
 
 @contextmanager
 def fitted(model: nn.Module) -> Iterator[None]:
-    """`fit`, for the time inside."""
-    before = fit(model)
+    """`sync_layer_sizes`, for the time inside."""
+    before = sync_layer_sizes(model)
     try:
         yield
     finally:
-        unfit(before)
+        restore_layer_sizes(before)

@@ -22,9 +22,17 @@ import torch
 from torch import nn
 
 from ecospa_fx.passes.axes.algebra import Atom, Expr
-from ecospa_fx.passes.axes.selection import Choice, Kept, count, in_first_contexts, settled, touched, whole
-from ecospa_fx.passes.find.discover import Discovery, Found
-from ecospa_fx.passes.ir.axis_facts import Inference
+from ecospa_fx.passes.axes.selection import (
+    Selected,
+    Selection,
+    count,
+    in_first_contexts,
+    per_context_or_shared,
+    touched,
+    whole,
+)
+from ecospa_fx.passes.find.discover import Discovery, RegionCoupling
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.captured import Forward
 
 from .attributes import Attribute
@@ -35,7 +43,7 @@ MOST_TRIALS = 400  # per coupling
 
 
 @dataclass(frozen=True, eq=False)
-class Following:
+class PythonSupport:
     """What the Python of a region can follow.
 
     Attributes:
@@ -50,15 +58,15 @@ class Following:
     sizes: Mapping[Attribute, Expr]
     refused: Mapping[Any, str]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Following:
+    def __deepcopy__(self, memo: dict[int, Any]) -> PythonSupport:
         return self  # its axes are compared by identity
 
-    def values(self, kept: Kept) -> dict[Attribute, int]:
+    def values(self, kept: Selection) -> dict[Attribute, int]:
         """What each attribute must hold under a selection."""
         return _sizes_under(self.sizes, kept)
 
 
-def _sizes_under(axes: Mapping[Attribute, Expr], kept: Kept) -> dict[Attribute, int]:
+def _sizes_under(axes: Mapping[Attribute, Expr], kept: Selection) -> dict[Attribute, int]:
     """What attributes must hold under a selection, which are the sizes of these axes."""
     counts = in_first_contexts(kept)
     return {attribute: int(count(expr, counts)) for attribute, expr in axes.items()}
@@ -66,10 +74,10 @@ def _sizes_under(axes: Mapping[Attribute, Expr], kept: Kept) -> dict[Attribute, 
 
 def follow(
     module: nn.Module,
-    programs: Sequence[tuple[Inference, Discovery]],
+    programs: Sequence[tuple[AxisFacts, Discovery]],
     forward: Forward,
     numbers: Set[tuple[type, str]] = frozenset(),
-) -> Following:
+) -> PythonSupport:
     """Find out what the Python of a region can follow, in every one of the calls it was captured in.
 
     Args:
@@ -78,7 +86,7 @@ def follow(
         forward: its own forward.
         numbers: attributes that are no sizes, see `ecospa_fx.passes.follow.attributes.numbers_in`.
     """
-    trials = [Trial(module, inference, forward, numbers) for inference, _ in programs]
+    trials = [Trial(module, axis_facts, forward, numbers) for axis_facts, _ in programs]
     generator = torch.Generator().manual_seed(0)
     couplings: dict[Any, tuple[Attribute, ...]] = {}
     refused: dict[Any, str] = {}
@@ -86,7 +94,7 @@ def follow(
     sizes: dict[Attribute, Expr] = {}
     first = trials[0]
     if first.unable is not None:
-        return Following({}, frozenset(), {}, {f.key: first.unable for f in programs[0][1].couplings})
+        return PythonSupport({}, frozenset(), {}, {f.key: first.unable for f in programs[0][1].couplings})
     for found in programs[0][1].couplings:
         each = [next((f for f in discovery.couplings if f.key == found.key), None) for _, discovery in programs]
         kept = {found.atom: some(found.atom, None, 0.5, generator)}
@@ -101,7 +109,7 @@ def follow(
             continue
         for trial, other in zip(trials[1:], each[1:], strict=True):
             if other is not None and why == "":
-                theirs: Kept = {other.atom: kept[found.atom]}
+                theirs: Selection = {other.atom: kept[found.atom]}
                 why = trial.difference(theirs, _sizes_under(needed, kept)) or ""
         if why:
             refused[found.key] = why
@@ -112,20 +120,20 @@ def follow(
             apart = {found.atom: some(found.atom, found.context, 0.5, generator)}
             if first.difference(apart, _sizes_under(needed, apart)) is None:
                 varied.add(found.key)
-    following = Following(couplings, frozenset(varied), sizes, refused)
+    following = PythonSupport(couplings, frozenset(varied), sizes, refused)
     return _together(first, programs[0][1], following, generator)
 
 
-def some(atom: Atom, context: Atom | None, share: float, generator: torch.Generator) -> Choice:
+def some(atom: Atom, context: Atom | None, share: float, generator: torch.Generator) -> Selected:
     """A random share of the entries of `atom`, at least one and not all; others in each entry of `context`."""
     keep = min(max(1, round(atom.size * share)), atom.size - 1)
     rows = torch.stack([torch.randperm(atom.size, generator=generator) for _ in range(context.size if context else 1)])
     masks = rows < keep
-    return masks[0] if context is None else settled(context, masks, whole(context))
+    return masks[0] if context is None else per_context_or_shared(context, masks, whole(context))
 
 
 def _needed(
-    trial: Trial, found: Found, kept: Kept, sizes: Mapping[Attribute, Expr]
+    trial: Trial, found: RegionCoupling, kept: Selection, sizes: Mapping[Attribute, Expr]
 ) -> tuple[dict[Attribute, Expr] | None, str]:
     """The attributes that must change for a coupling, as few as will do; or None, and what fails without."""
     candidates = list(_candidates(trial, found.atom, kept, sizes))
@@ -146,7 +154,7 @@ def _needed(
     return None, why
 
 
-def _doubtful(trial: Trial, found: Found, kept: Kept, needed: Mapping[Attribute, Expr]) -> str | None:
+def _doubtful(trial: Trial, found: RegionCoupling, kept: Selection, needed: Mapping[Attribute, Expr]) -> str | None:
     """Why a coupling cannot be followed for certain: an integer may be its size and may be another, and no trial tells.
 
     The forward reads it and does nothing with it in the calls that were captured; in another it may.
@@ -165,7 +173,9 @@ def _doubtful(trial: Trial, found: Found, kept: Kept, needed: Mapping[Attribute,
     return None
 
 
-def _described(trial: Trial, found: Found, kept: Kept, needed: Mapping[Attribute, Expr]) -> dict[Attribute, Expr]:
+def _described(
+    trial: Trial, found: RegionCoupling, kept: Selection, needed: Mapping[Attribute, Expr]
+) -> dict[Attribute, Expr]:
     """Attributes beside those that must change in this call, and that another call may need: numbers of heads, say.
 
     Only where every axis of that many entries runs along the coupling, so that there is no other thing it could be,
@@ -185,13 +195,13 @@ def _described(trial: Trial, found: Found, kept: Kept, needed: Mapping[Attribute
     return more
 
 
-def _near(attribute: Attribute, found: Found) -> bool:
+def _near(attribute: Attribute, found: RegionCoupling) -> bool:
     """Whether the module that holds it also holds weights of the coupling, itself or further down."""
     return any(not attribute.module or name.startswith(f"{attribute.module}.") for name, _ in found.axes)
 
 
 def _candidates(
-    trial: Trial, atom: Atom, kept: Kept, sizes: Mapping[Attribute, Expr]
+    trial: Trial, atom: Atom, kept: Selection, sizes: Mapping[Attribute, Expr]
 ) -> Iterator[tuple[Attribute, Expr]]:
     """Attributes whose integer is the size of an axis that runs along `atom`, with that axis."""
     for attribute, value in trial.held.items():
@@ -203,16 +213,18 @@ def _candidates(
                 yield attribute, expr
 
 
-def _together(trial: Trial, discovery: Discovery, following: Following, generator: torch.Generator) -> Following:
+def _together(
+    trial: Trial, discovery: Discovery, following: PythonSupport, generator: torch.Generator
+) -> PythonSupport:
     """Leave out what fails beside others: all at once at other sizes, and where that fails one after another."""
     followed = [found for found in discovery.couplings if found.key in following.couplings]
-    kept: dict[Atom, Choice] = {
+    kept: dict[Atom, Selected] = {
         found.atom: some(found.atom, found.context if found.key in following.varied else None, 0.7, generator)
         for found in followed
     }
     if trial.difference(kept, following.values(kept)) is None:
         return following
-    refused, left = dict(following.refused), dict[Atom, Choice]()
+    refused, left = dict(following.refused), dict[Atom, Selected]()
     couplings: dict[Any, tuple[Attribute, ...]] = {}
     for found in followed:
         more = {**left, found.atom: kept[found.atom]}
@@ -223,4 +235,4 @@ def _together(trial: Trial, discovery: Discovery, following: Following, generato
         else:
             refused[found.key] = f"with others beside it, {difference}"
     sizes = {a: following.sizes[a] for needed in couplings.values() for a in needed}
-    return Following(couplings, following.varied & couplings.keys(), sizes, refused)
+    return PythonSupport(couplings, following.varied & couplings.keys(), sizes, refused)

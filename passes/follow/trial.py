@@ -17,13 +17,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, product, segments, size_of
-from ecospa_fx.passes.axes.selection import Kept, mask_of, touched
+from ecospa_fx.passes.axes.selection import Selection, mask_of, touched
 from ecospa_fx.passes.capture.compare_eager import TOLERANCE, relative_error
 from ecospa_fx.passes.find.fingerprint import recorded_reads
 from ecospa_fx.passes.graph.isolate import forked_rng
 from ecospa_fx.passes.graph.tensors import named_tensors, sliced, swapped
 from ecospa_fx.passes.infer.sizes import symbols_of
-from ecospa_fx.passes.ir.axis_facts import Inference
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.captured import Forward
 from ecospa_fx.passes.ir.signature import Signature, below
 from ecospa_fx.passes.ir.state_access import TENSOR
@@ -44,14 +44,14 @@ class Trial:
     """
 
     def __init__(
-        self, module: nn.Module, inference: Inference, forward: Forward, numbers: Set[tuple[type, str]] = frozenset()
+        self, module: nn.Module, axis_facts: AxisFacts, forward: Forward, numbers: Set[tuple[type, str]] = frozenset()
     ) -> None:
-        self.module, self.inference, self.forward = module, inference, forward
-        self.args, self.kwargs = example_call(inference.captured.signature)
+        self.module, self.axis_facts, self.forward = module, axis_facts, forward
+        self.args, self.kwargs = example_call(axis_facts.captured.signature)
         self.unable: str | None = None
         self.held: dict[Attribute, int] = {}
         self.unread: dict[Attribute, int] = {}
-        self.axes_of_size = _axes_of_size(inference)
+        self.axes_of_size = _axes_of_size(axis_facts)
         self._shapes_tell = False
         self._idle: dict[Attribute, bool] = {}
         tensors = named_tensors(module)
@@ -59,12 +59,12 @@ class Trial:
             self.unable = "its Python can only be tried with values, and it is on the meta device"
             return
         self.tensors = drawn(tensors)
-        program = rewrite(inference, {}, module)
+        program = rewrite(axis_facts, {}, module)
         with recorded_reads(module) as reads:
             try:
                 self.unable = self._compare(program, self.tensors, {})
             except Exception:  # sizes that no argument tells apart depend on each other: those of the call, then
-                self.args, self.kwargs = example_call(inference.captured.signature, symbols_of(inference))
+                self.args, self.kwargs = example_call(axis_facts.captured.signature, symbols_of(axis_facts))
                 try:
                     self.unable = self._compare(program, self.tensors, {})
                 except Exception as error:
@@ -78,12 +78,12 @@ class Trial:
         }
         self._shapes_tell = self._fails_on_shapes(self.tensors, {}) is None
 
-    def difference(self, kept: Kept, values: Values) -> str | None:
+    def difference(self, kept: Selection, values: Values) -> str | None:
         """How the forward with the weights that `kept` leaves, and attributes at `values`, differs from the program.
 
         None where it gives the same.
         """
-        parameters = self.inference.parameters
+        parameters = self.axis_facts.parameters
         small = {
             name: sliced(
                 t,
@@ -95,7 +95,7 @@ class Trial:
         }
         if self._shapes_tell and (error := self._fails_on_shapes(small, values)) is not None:
             return error
-        return self._compare(rewrite(self.inference, kept, self.module), small, values)
+        return self._compare(rewrite(self.axis_facts, kept, self.module), small, values)
 
     def is_idle(self, attribute: Attribute) -> bool:
         """Whether it makes no difference to the call what an attribute holds."""
@@ -123,7 +123,7 @@ class Trial:
     def _ready(self, tensors: Mapping[str, Tensor], values: Values) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(modes(self.module, self.inference.captured.signature.training))
+            stack.enter_context(modes(self.module, self.axis_facts.captured.signature.training))
             held = named_tensors(self.module)
             mine = {
                 name: nn.Parameter(t, requires_grad=False) if isinstance(held[name], nn.Parameter) else t
@@ -261,11 +261,11 @@ def drawn(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: made[id(tensor)] for name, tensor in tensors.items()}
 
 
-def _axes_of_size(inference: Inference) -> dict[int, list[Expr]]:
+def _axes_of_size(axis_facts: AxisFacts) -> dict[int, list[Expr]]:
     """Axes of a graph, and runs of their factors and parts, by their number of entries."""
     found: dict[Expr, None] = {}
-    exprs = [expr for axes in inference.parameters.values() for expr in axes]
-    exprs += [expr for outputs in inference.values.values() for axes in outputs for expr in axes]
+    exprs = [expr for axes in axis_facts.parameters.values() for expr in axes]
+    exprs += [expr for outputs in axis_facts.values.values() for axes in outputs for expr in axes]
     for expr in dict.fromkeys(exprs):
         for part in _parts(expr):
             found.setdefault(part)

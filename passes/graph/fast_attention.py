@@ -19,7 +19,7 @@ from torch import fx
 from ecospa_fx.passes.axes.algebra import as_size
 
 from .nodes import arguments
-from .symbolic_entries import Choice, Entries
+from .symbolic_entries import Select, SymbolicEntries
 
 aten = torch.ops.aten
 
@@ -53,10 +53,10 @@ def _causal(graph: fx.Graph, mask: fx.Node) -> bool:
     if len(sizes) < 2 or sizes[-1] != sizes[-2]:
         return False
     symbols = [sympy.Symbol(f"_{i}", integer=True) for i in range(len(sizes))]
-    entries = Entries(graph, dict(zip(symbols, sizes, strict=True)))
+    entries = SymbolicEntries(graph, dict(zip(symbols, sizes, strict=True)))
     entry = entries.at(mask, tuple(0 if size == 1 else symbol for symbol, size in zip(symbols, sizes, strict=True)))
     seen = entries.nonnegative(symbols[-2] - symbols[-1])
-    if not isinstance(entry, Choice):
+    if not isinstance(entry, Select):
         return bool(mask.meta["val"].dtype is torch.bool and entry == seen)
     # Added to a score: nothing where the key is seen, and what no score can outweigh where not.
     hidden = torch.finfo(mask.meta["val"].dtype).min

@@ -39,7 +39,7 @@ def uncached_autocast() -> Iterator[None]:
 
 
 @contextmanager
-def traceless(model: nn.Module) -> Iterator[None]:
+def isolated(model: nn.Module) -> Iterator[None]:
     """Forwards inside leave buffers (running statistics) and the random state as they were."""
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     with forked_rng(model), swapped(model, buffers):

@@ -29,7 +29,7 @@ true, false = sympy.true, sympy.false
 
 
 @dataclass(frozen=True)
-class Choice:
+class Select:
     """`a` where `condition` holds, else `b`; both plain numbers."""
 
     condition: Any
@@ -37,7 +37,7 @@ class Choice:
     b: float
 
 
-class Entries:
+class SymbolicEntries:
     """Formulas of the entries of one graph.
 
     Attributes:
@@ -222,8 +222,8 @@ class Entries:
         if _dtype(node) is torch.bool:
             return sympy.sympify(value) if _is_condition(value) else None
         if _is_condition(value):
-            return Choice(value, 1, 0)
-        return value if not _dtype(node).is_floating_point or isinstance(value, (Choice, int, float)) else None
+            return Select(value, 1, 0)
+        return value if not _dtype(node).is_floating_point or isinstance(value, (Select, int, float)) else None
 
     def _where(self, condition: Any, a: Any, b: Any) -> Any:
         if not _is_condition(condition):
@@ -231,7 +231,7 @@ class Entries:
         if condition in (true, false):
             return a if condition == true else b
         if isinstance(a, (int, float)) and isinstance(b, (int, float)):
-            return Choice(condition, float(a), float(b))
+            return Select(condition, float(a), float(b))
         return None
 
 

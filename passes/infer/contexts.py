@@ -22,29 +22,29 @@ from torch import fx
 
 from ecospa_fx.passes.axes.algebra import UNIT, Atom, Expr, Product, Segments, atoms_of, size_of
 from ecospa_fx.passes.axes.selection import on_diagonal
-from ecospa_fx.passes.ir.axis_facts import Exprs, Inference, Source
+from ecospa_fx.passes.ir.axis_facts import AxisFacts, Exprs, Source
 
 
-def contexts(inference: Inference) -> dict[Atom, Atom]:
+def contexts(axis_facts: AxisFacts) -> dict[Atom, Atom]:
     """The context of every atom that may vary by one."""
     carried: dict[Atom, dict[tuple[int, ...], Exprs]] = defaultdict(dict)
     nodes: dict[Atom, set[fx.Node]] = defaultdict(set)
-    for node, exprs in _tensors(inference):
+    for node, exprs in _tensors(axis_facts):
         same = tuple(map(id, exprs))  # many tensors have the same axes; one of them is enough to look at
         for atom in {atom for expr in exprs for atom in atoms_of(expr)}:
             carried[atom][same] = exprs
             nodes[atom].add(node)
     sources: dict[Atom, list[Source]] = defaultdict(list)
-    for source in inference.sources:
+    for source in axis_facts.sources:
         for atom in {atom for expr in source.exprs for atom in atoms_of(expr)}:
             sources[atom].append(source)
             nodes[atom].add(source.user)
     mixed: dict[fx.Node, set[Atom]] = defaultdict(set)
-    for fact in inference.facts:
+    for fact in axis_facts.facts:
         if fact.role == "pinned":
             mixed[fact.node].update(atoms_of(fact.expr))
     crossed: dict[tuple[int, ...], set[Atom]] = {}
-    for node, outputs in inference.values.items():
+    for node, outputs in axis_facts.values.items():
         for exprs in outputs:
             same = tuple(map(id, exprs))
             if same not in crossed:
@@ -52,11 +52,11 @@ def contexts(inference: Inference) -> dict[Atom, Atom]:
             if crossed[same]:
                 mixed[node] |= crossed[same]
     found = {}
-    for atom, beside in _beside(inference).items():
+    for atom, beside in _beside(axis_facts).items():
         for context in sorted(beside, key=lambda other: (-other.size, other.serial)):
             if (
                 all(_varies(exprs, atom, context) for exprs in carried[atom].values())
-                and all(_selectable(source, atom, context, inference) for source in sources[atom])
+                and all(_selectable(source, atom, context, axis_facts) for source in sources[atom])
                 and not any(context in mixed[node] for node in nodes[atom])
             ):  # fmt: skip
                 found[atom] = context
@@ -64,7 +64,7 @@ def contexts(inference: Inference) -> dict[Atom, Atom]:
     return found
 
 
-def _selectable(source: Source, atom: Atom, context: Atom, inference: Inference) -> bool:
+def _selectable(source: Source, atom: Atom, context: Atom, axis_facts: AxisFacts) -> bool:
     """Whether one use of a source can be selected per entry of `context`, which it may have to be repeated along.
 
     Index tensors are made ahead, so the dim of the contexts must have a known size; and only a pointwise op says which
@@ -75,7 +75,7 @@ def _selectable(source: Source, atom: Atom, context: Atom, inference: Inference)
         return _varies(source.exprs, atom, context) and type(size_of(along[0])) is int
     if not source.aligned:
         return False
-    (result, *_) = inference.values[source.user]
+    (result, *_) = axis_facts.values[source.user]
     places = [dim - len(result) for dim, expr in enumerate(result) if covers(expr, context)]
     if len(places) != 1 or type(size_of(result[places[0]])) is not int:
         return False
@@ -104,21 +104,21 @@ def covers(expr: Expr, context: Atom) -> bool:
             return bool(expr.parts) and all(covers(part, context) for part in expr.parts)
 
 
-def _tensors(inference: Inference) -> Iterable[tuple[fx.Node, Exprs]]:
+def _tensors(axis_facts: AxisFacts) -> Iterable[tuple[fx.Node, Exprs]]:
     """Every tensor that depends on a parameter, at the op that makes it and at those that use it."""
-    for node, outputs in inference.values.items():
+    for node, outputs in axis_facts.values.items():
         for exprs in outputs:
             yield node, exprs
-    for node, operands in inference.operands.items():
+    for node, operands in axis_facts.operands.items():
         for operand in operands:
             if operand.weighted:
                 yield node, operand.exprs
 
 
-def _beside(inference: Inference) -> dict[Atom, set[Atom]]:
+def _beside(axis_facts: AxisFacts) -> dict[Atom, set[Atom]]:
     """Per atom on parameter axes the atoms that stand beside it, as factors of one product, on every one of them."""
     beside: dict[Atom, set[Atom]] = {}
-    for exprs in inference.parameters.values():
+    for exprs in axis_facts.parameters.values():
         for expr in exprs:
             for atom in set(atoms_of(expr)):
                 here = {other for other in atoms_of(expr) if type(other.size) is int and _paired(expr, atom, other)}

@@ -36,23 +36,23 @@ from ecospa_fx.passes.graph.nodes import (
     written_arguments,
 )
 from ecospa_fx.passes.ir import relations as r
-from ecospa_fx.passes.ir.axis_facts import Fact, Inference, Source
-from ecospa_fx.passes.ir.captured import Captured
-from ecospa_fx.passes.ir.state_access import Place
+from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Source
+from ecospa_fx.passes.ir.captured import RegionGraph
+from ecospa_fx.passes.ir.state_access import ObjectPath
 from ecospa_fx.passes.rules import Rule, rule_for
 
 from .contexts import contexts
-from .probe import tried
+from .probe import probe
 from .solve import Solver
 from .taint import weighted_nodes
 
 
-def infer(
-    captured: Captured,
+def infer_axes(
+    captured: RegionGraph,
     experiments: bool = False,
     distrusted: Collection[str] = (),
     apart: Collection[fx.Node] = (),
-) -> Inference:
+) -> AxisFacts:
     """Infer the axes of `captured`.
 
     Args:
@@ -63,7 +63,7 @@ def infer(
             `passes.transform.rotate`.
 
     Returns:
-        An `Inference` with every expression in normal form.
+        An `AxisFacts` with every expression in normal form.
 
     Raises:
         RuleError: a registered rule fails on an op.
@@ -76,11 +76,11 @@ def infer(
 
 class _Walk:
     def __init__(
-        self, captured: Captured, experiments: bool, distrusted: Collection[str], apart: Collection[fx.Node]
+        self, captured: RegionGraph, experiments: bool, distrusted: Collection[str], apart: Collection[fx.Node]
     ) -> None:
         self.experiments, self.distrusted = experiments, distrusted
         self.captured = captured
-        self.known = Inference(captured)
+        self.known = AxisFacts(captured)
         self.axes = self.known.axes
         self.weighted = weighted_nodes(captured)
         self.solver = Solver(self.known, apart)
@@ -129,7 +129,7 @@ class _Walk:
             if name in before:
                 self.known.stored.setdefault(at, self.known.values[before[name]][0])
 
-    def _same(self, a: Expr, b: Expr, output: fx.Node, at: Place) -> None:
+    def _same(self, a: Expr, b: Expr, output: fx.Node, at: ObjectPath) -> None:
         """One dim of a tensor in an object before and after a call. One that grows belongs to no parameter."""
         try:
             if size_of(a) == size_of(b):
@@ -140,7 +140,7 @@ class _Walk:
         for expr in (a, b):
             self.known.pin(expr, output, f"it is a dim of `{at}`, which has other sizes before and after a call")
 
-    def finish(self) -> Inference:
+    def finish(self) -> AxisFacts:
         known = self.known
         for axis_set in known.parameters.values():
             for expr in axis_set:
@@ -205,7 +205,7 @@ class _Walk:
         rule = rule_for(node.target)
         name = op_name(node)
         if rule is None and self.experiments and name not in self.distrusted:
-            found = tried(node, operands)
+            found = probe(node, operands)
             if found is not None:
                 self.known.experiments.setdefault(name, []).append(node)
                 self._carry_out(found, node, operands, shapes, "In experiments, its entries depend on others along it")

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, fx
 
 from ecospa_fx.passes.graph.nodes import tensor_meta
-from ecospa_fx.passes.ir.relations import Operand, Tried
+from ecospa_fx.passes.ir.relations import Operand, Probed
 
 Dim: TypeAlias = tuple[int, int]  # (number of the operand, dim)
-Shapes: TypeAlias = tuple[tuple[int, ...], ...]
+OperandShapes: TypeAlias = tuple[tuple[int, ...], ...]
 
 MOST_ENTRIES = 2**22  # of an operand at the sizes of the model; an op on larger ones is not tried
 SIZES = (7, 11, 5, 13, 3, 17, 19, 23)  # no two axes get the same, so that none is taken for another
@@ -37,7 +37,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 _FOUND: dict[Any, tuple[tuple[tuple[int, ...], ...], tuple[tuple[int | None, ...], ...]] | None] = {}
 
 
-def tried(node: fx.Node, operands: tuple[Operand, ...]) -> Tried | None:
+def probe(node: fx.Node, operands: tuple[Operand, ...]) -> Probed | None:
     """What experiments say about the op of `node`, or None where they cannot or must not say anything."""
     if not _may_be_tried(node):
         return None
@@ -53,7 +53,7 @@ def tried(node: fx.Node, operands: tuple[Operand, ...]) -> Tried | None:
             torch.manual_seed(0)
             _FOUND[key] = _investigate(trial, shapes)
     found = _FOUND[key]
-    return None if found is None else Tried(operands, *found)
+    return None if found is None else Probed(operands, *found)
 
 
 class _Placeholder:
@@ -79,7 +79,7 @@ def _may_be_tried(node: fx.Node) -> bool:
     return bool(results) and all(meta is not None and meta.is_floating_point() for meta in (*results, *floating))
 
 
-def _numbers(shapes: Sequence[tuple[Any, ...]]) -> Shapes | None:
+def _numbers(shapes: Sequence[tuple[Any, ...]]) -> OperandShapes | None:
     """Shapes with small numbers for dynamic sizes."""
     symbols = sorted(
         {s for shape in shapes for size in shape if isinstance(size, sympy.Expr) for s in size.free_symbols}, key=str
@@ -99,7 +99,7 @@ class _Trial:
         self.op, self.constants = op, constants
         self.dtypes = tuple(dtype if dtype in TOLERANCE else torch.float32 for dtype in dtypes)
 
-    def draw(self, shapes: Shapes, scale: float = 1.0) -> list[Tensor]:
+    def draw(self, shapes: OperandShapes, scale: float = 1.0) -> list[Tensor]:
         """Random operands, some entries of which are exactly zero."""
         drawn = [torch.randn(shape, dtype=dtype) * scale for shape, dtype in zip(shapes, self.dtypes, strict=True)]
         return [x * (torch.rand(x.shape) > 0.1) for x in drawn]
@@ -127,7 +127,7 @@ def _filled(value: Any, waiting: Iterator[Tensor]) -> Any:
 
 
 def _investigate(
-    trial: _Trial, shapes: Shapes
+    trial: _Trial, shapes: OperandShapes
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int | None, ...], ...]] | None:
     """The number of the axis of each dim of each operand, and of each output where one carries it."""
     operands = trial.draw(shapes)
@@ -168,7 +168,7 @@ def _investigate(
     return numbers, results
 
 
-def _tied_dims(trial: _Trial, shapes: Shapes) -> list[tuple[bool, tuple[Dim, ...]]] | None:
+def _tied_dims(trial: _Trial, shapes: OperandShapes) -> list[tuple[bool, tuple[Dim, ...]]] | None:
     """The dims of the operands in groups that change their size together, and whether they can change it at all.
 
     Dims of other sizes cannot be one axis. Of equal ones, the fewest that can be changed by themselves are.
@@ -206,12 +206,12 @@ def _proper(group: tuple[Dim, ...]) -> Iterator[tuple[Dim, ...]]:
         yield from itertools.combinations(group, count)
 
 
-def _changes(trial: _Trial, shapes: Shapes, dims: tuple[Dim, ...], size: int) -> bool:
+def _changes(trial: _Trial, shapes: OperandShapes, dims: tuple[Dim, ...], size: int) -> bool:
     """Whether the op takes these dims, and these alone, at another size."""
     return trial(trial.draw(_resized(shapes, {dims: size}))) is not None
 
 
-def _resized(shapes: Shapes, sizes: Mapping[tuple[Dim, ...], int]) -> Shapes:
+def _resized(shapes: OperandShapes, sizes: Mapping[tuple[Dim, ...], int]) -> OperandShapes:
     new = [list(shape) for shape in shapes]
     for dims, size in sizes.items():
         for i, d in dims:
@@ -221,9 +221,9 @@ def _resized(shapes: Shapes, sizes: Mapping[tuple[Dim, ...], int]) -> Shapes:
 
 def _carriers(
     dims: tuple[Dim, ...],
-    assignments: Sequence[Shapes],
+    assignments: Sequence[OperandShapes],
     outputs: Sequence[tuple[Tensor, ...] | None],
-    shapes: Shapes,
+    shapes: OperandShapes,
     first: tuple[Tensor, ...],
 ) -> tuple[int, ...] | None:
     """The dim of each output that has the size of an axis under every assignment; None unless each has just one."""
@@ -244,7 +244,7 @@ def _carriers(
     return tuple(places)
 
 
-def _selects(trial: _Trial, shapes: Shapes, dims: tuple[Dim, ...], places: tuple[int, ...]) -> bool:
+def _selects(trial: _Trial, shapes: OperandShapes, dims: tuple[Dim, ...], places: tuple[int, ...]) -> bool:
     """Whether entries along an axis pass through the op one by one."""
     i, d = dims[0]
     size = shapes[i][d]

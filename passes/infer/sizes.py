@@ -8,17 +8,17 @@ from typing import Any
 import sympy
 
 from ecospa_fx.passes.graph.nodes import tensor_meta
-from ecospa_fx.passes.ir.axis_facts import Inference
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
 
 
-def symbols_of(inference: Inference, called: Sequence[Sequence[int]] | None = None) -> dict[sympy.Symbol, int]:
+def symbols_of(axis_facts: AxisFacts, called: Sequence[Sequence[int]] | None = None) -> dict[sympy.Symbol, int]:
     """What each dynamic size of a graph was in the call that it was captured from.
 
     Args:
-        inference: of the graph.
+        axis_facts: of the graph.
         called: what `called_sizes` gave for the same graph in an earlier process, to be read in place of that.
     """
-    shapes = list(_dynamic_shapes(inference))
+    shapes = list(_dynamic_shapes(axis_facts))
     here = [[_hint(size) for size in shape] for shape in shapes]
     if called is not None and list(map(len, called)) == list(map(len, here)):
         here = [list(sizes) for sizes in called]
@@ -30,13 +30,13 @@ def symbols_of(inference: Inference, called: Sequence[Sequence[int]] | None = No
     }
 
 
-def called_sizes(inference: Inference) -> list[list[int]]:
+def called_sizes(axis_facts: AxisFacts) -> list[list[int]]:
     """The shapes that a graph was called with when it was captured, of those inputs that may have others."""
-    return [[_hint(size) for size in shape] for shape in _dynamic_shapes(inference)]
+    return [[_hint(size) for size in shape] for shape in _dynamic_shapes(axis_facts)]
 
 
-def _dynamic_shapes(inference: Inference) -> Iterator[Sequence[Any]]:
-    for node in inference.captured.graph.nodes:
+def _dynamic_shapes(axis_facts: AxisFacts) -> Iterator[Sequence[Any]]:
+    for node in axis_facts.captured.graph.nodes:
         if node.op == "placeholder":
             for meta in tensor_meta(node):
                 if any(map(_is_symbol, meta.shape)):

@@ -21,13 +21,13 @@ from ecospa_fx.passes.axes.algebra import (
 )
 from ecospa_fx.passes.graph.nodes import op_name
 from ecospa_fx.passes.ir import relations as r
-from ecospa_fx.passes.ir.axis_facts import Exprs, Fact, Inference, Role
+from ecospa_fx.passes.ir.axis_facts import AxisFacts, Exprs, Fact, Role
 
 
 class Solver:
     """Carries out relations on the axes of one inference."""
 
-    def __init__(self, known: Inference, apart: Collection[fx.Node] = ()) -> None:
+    def __init__(self, known: AxisFacts, apart: Collection[fx.Node] = ()) -> None:
         self.known, self.axes, self.apart = known, known.axes, apart
 
     def opaque(self, node: fx.Node, operands: tuple[r.Operand, ...], shapes: list[Any], reason: str) -> None:
@@ -62,7 +62,7 @@ class Solver:
                 return [exprs]
             case r.Permuted(x, order):
                 return [tuple(x.exprs[i] for i in order)]
-            case r.Carried(x, pinned, dropped, keepdim):
+            case r.SameDims(x, pinned, dropped, keepdim):
                 for i in pinned:
                     self._pin(x.exprs[i], node, why)
                 for i in set(dropped) - set(pinned):
@@ -108,13 +108,13 @@ class Solver:
                 return [(*x.exprs[:dim], *index.exprs, *x.exprs[dim + 1 :])]
             case r.Created():
                 return [tuple(axes.fresh(size) for size in shape) for shape in shapes]
-            case r.Tried():
+            case r.Probed():
                 return self._tried(relation, node, shapes, why)
             case r.Opaque(xs):
                 self.opaque(node, xs, shapes, f"{op_name(node)}: {why[:1].lower()}{why[1:]}")
                 return list(self.known.values[node])
 
-    def _tried(self, relation: r.Tried, node: fx.Node, shapes: list[Any], why: str) -> list[Exprs]:
+    def _tried(self, relation: r.Probed, node: fx.Node, shapes: list[Any], why: str) -> list[Exprs]:
         known: dict[int, Expr] = {}
         for x, numbers in zip(relation.operands, relation.axes, strict=True):
             for expr, number in zip(x.exprs, numbers, strict=True):

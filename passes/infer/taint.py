@@ -6,10 +6,10 @@ import torch
 from torch import fx
 
 from ecospa_fx.passes.graph.nodes import memory_behind, written_arguments
-from ecospa_fx.passes.ir.captured import Captured
+from ecospa_fx.passes.ir.captured import RegionGraph
 
 
-def weighted_nodes(captured: Captured) -> set[fx.Node]:
+def weighted_nodes(captured: RegionGraph) -> set[fx.Node]:
     """The nodes that depend on a parameter, through data flow or through a write into memory they are a view of."""
     weighted: set[fx.Node] = set()
 
@@ -34,7 +34,7 @@ def weighted_nodes(captured: Captured) -> set[fx.Node]:
     return weighted
 
 
-def _is_state(node: fx.Node, captured: Captured) -> bool:
+def _is_state(node: fx.Node, captured: RegionGraph) -> bool:
     """Whether a placeholder is what an object holds that was made of parameters in an earlier call."""
     return node.name in captured.state and node.meta["val"].is_floating_point() and node.meta["val"].ndim > 0
 

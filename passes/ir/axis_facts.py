@@ -11,8 +11,8 @@ from torch import fx
 from ecospa_fx.passes.axes.algebra import UNIT, Atom, Axes, Expr
 from ecospa_fx.passes.ir import relations as r
 
-from .captured import Captured
-from .state_access import Place
+from .captured import RegionGraph
+from .state_access import ObjectPath
 
 Exprs: TypeAlias = tuple[Expr, ...]
 Role = Literal["pinned", "contracted", "free", "batch", "expanded", "nonlinear", "gate", "merge"]
@@ -44,7 +44,7 @@ class Source:
 
 
 @dataclass(eq=False)
-class Inference:
+class AxisFacts:
     """All that is known about the axes of a captured graph.
 
     Attributes:
@@ -61,7 +61,7 @@ class Inference:
         unsolved: dynamic sizes of operands whose axes did not fit the rule of an op.
     """
 
-    captured: Captured
+    captured: RegionGraph
     axes: Axes = field(default_factory=Axes)
     values: dict[fx.Node, tuple[Exprs, ...]] = field(default_factory=dict)
     operands: dict[fx.Node, tuple[r.Operand, ...]] = field(default_factory=dict)
@@ -72,10 +72,10 @@ class Inference:
     missing: dict[str, list[fx.Node]] = field(default_factory=dict)
     contexts: dict[Atom, Atom] = field(default_factory=dict)
     experiments: dict[str, list[fx.Node]] = field(default_factory=dict)
-    stored: dict[Place, Exprs] = field(default_factory=dict)
+    stored: dict[ObjectPath, Exprs] = field(default_factory=dict)
     unsolved: set[sympy.Symbol] = field(default_factory=set)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Inference:
+    def __deepcopy__(self, memo: dict[int, Any]) -> AxisFacts:
         return self  # never changed once made
 
     def resolve(self, exprs: Exprs) -> Exprs:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from ecospa_fx.passes.axes.algebra import Size
 
 from .signature import Signature
-from .state_access import TENSOR, Carried, Numbers, Place, flattened, own, parted
+from .state_access import TENSOR, IndexAttributes, ObjectPath, StateAccess, flattened, parted, resolve_object
 
 
 class Originals(Protocol):
@@ -32,7 +32,7 @@ Forward = Callable[..., Any]
 
 
 @dataclass(eq=False)
-class Captured:
+class RegionGraph:
     """A region as a graph at original sizes. Never changed once made.
 
     Attributes:
@@ -72,17 +72,17 @@ class Captured:
     shared_outside: dict[str, str] = field(default_factory=dict)
     hooked: Mapping[str, int] = field(default_factory=dict)
     observed: tuple[Point, ...] = ()
-    carried: Carried = field(default_factory=Carried)
-    strangers: frozenset[Place] = frozenset()
+    carried: StateAccess = field(default_factory=StateAccess)
+    strangers: frozenset[ObjectPath] = frozenset()
     filled: Set[tuple[type, tuple[Any, ...]]] = frozenset()
-    numbers: Numbers = field(default_factory=Numbers)
+    numbers: IndexAttributes = field(default_factory=IndexAttributes)
     settings: Mapping[tuple[str, str], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # At once, for torch.compile cannot trace what is cached behind a lock.
         self._plain_result = _plain_structure(self.out_leaves, self.out_spec)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
+    def __deepcopy__(self, memo: dict[int, Any]) -> RegionGraph:
         return self  # never changed once made
 
     @property
@@ -91,7 +91,7 @@ class Captured:
         return sum(leaf is TENSOR for leaf in self.out_leaves)
 
     @property
-    def state(self) -> dict[str, Place]:
+    def state(self) -> dict[str, ObjectPath]:
         """The inputs that are tensors in objects of the call, and where they lie."""
         places = self.carried.state
         return dict(zip(self.inputs[len(self.inputs) - len(places) :], places, strict=True))
@@ -136,7 +136,7 @@ class Captured:
             case "tuple":
                 return tuple(tensors)
         waiting = iter(tensors)
-        leaves = [next(waiting) if leaf is TENSOR else own(leaf, objects) for leaf in self.out_leaves]
+        leaves = [next(waiting) if leaf is TENSOR else resolve_object(leaf, objects) for leaf in self.out_leaves]
         return pytree.tree_unflatten(leaves, self.out_spec)
 
 

@@ -9,14 +9,14 @@ import sympy
 from torch import fx
 
 from ecospa_fx.passes.axes.algebra import Expr, size_of
-from ecospa_fx.passes.axes.selection import Kept, count, in_first_contexts, mask_of, touched
+from ecospa_fx.passes.axes.selection import Selection, count, in_first_contexts, mask_of, touched
 
-from .axis_facts import Inference
+from .axis_facts import AxisFacts
 from .relations import Operand
 
 
-class Site:
-    """One op whose arguments a rule's `follow` may rewrite for the new sizes.
+class OpSite:
+    """One op whose arguments a rule's `resize` may rewrite for the new sizes.
 
     Attributes:
         target: the op; assign to make it another.
@@ -26,12 +26,12 @@ class Site:
         made: axes that the op made itself by repeating.
     """
 
-    def __init__(self, node: fx.Node, original: fx.Node, inference: Inference, kept: Kept) -> None:
+    def __init__(self, node: fx.Node, original: fx.Node, axis_facts: AxisFacts, kept: Selection) -> None:
         target: Any = node.target
         self.target = target
-        self.operands: tuple[Operand, ...] = inference.operands[original]
-        self.outputs = inference.values[original]
-        self.made = inference.made.get(original, ())
+        self.operands: tuple[Operand, ...] = axis_facts.operands[original]
+        self.outputs = axis_facts.values[original]
+        self.made = axis_facts.made.get(original, ())
         self._node, self._kept = node, in_first_contexts(kept)  # sizes and bounds are the same in every one
         arguments = target._schema.arguments
         self.args = {a.name: a.default_value for a in arguments} | dict(node.kwargs)

@@ -61,7 +61,7 @@ class Pointwise:
 
 
 @dataclass(frozen=True)
-class Carried:
+class SameDims:
     """The output has the dims of `x`; `pinned` ones mix their entries, `dropped` ones are reduced away or to one."""
 
     x: Operand
@@ -170,7 +170,7 @@ class Created:
 
 
 @dataclass(frozen=True)
-class Tried:
+class Probed:
     """What an experiment found: dims with equal numbers are one axis, and pass through entry by entry or stay whole.
 
     Attributes:
@@ -192,6 +192,6 @@ class Opaque:
 
 
 Relation: TypeAlias = (
-    Pattern | Pointwise | Carried | Regrouped | Permuted | Sliced | Parted | Picked | Halved | Joined | Stacked
-    | Expanded | Repeated | Indexed | Created | Tried | Opaque
+    Pattern | Pointwise | SameDims | Regrouped | Permuted | Sliced | Parted | Picked | Halved | Joined | Stacked
+    | Expanded | Repeated | Indexed | Created | Probed | Opaque
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """Carried: objects that a call hands in and that a forward changes, a cache of keys and values as a rule.
 
-No graph holds such an object. What a graph decides by is looked up in it at every call (`Carried.read`), tensors in it
+No graph holds such an object. What a graph decides by is looked up in it at every call (`StateAccess.read`), tensors in it
 are inputs, and calls of its methods with tensors stay calls, of the object that the caller passed: what these do to it,
 counters and memory and all, its own Python does.
 
@@ -22,7 +22,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-Attribute = tuple[str, str]  # path of a submodule, name of an attribute of it
+AttributePath = tuple[str, str]  # path of a submodule, name of an attribute of it
 
 
 OPERATORS = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
@@ -51,7 +51,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Step:
+class PathItem:
     """One step into an object: an attribute, or an entry of a list or a dict."""
 
     key: Any
@@ -62,19 +62,19 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Place:
+class ObjectPath:
     """Where something lies: in which object of a call, and how to get there."""
 
     number: int
-    path: tuple[Step, ...] = ()
+    path: tuple[PathItem, ...] = ()
 
-    def attribute(self, name: str) -> Place:
+    def attribute(self, name: str) -> ObjectPath:
         """An attribute of what lies here."""
-        return Place(self.number, (*self.path, Step(name)))
+        return ObjectPath(self.number, (*self.path, PathItem(name)))
 
-    def entry(self, key: Any) -> Place:
+    def entry(self, key: Any) -> ObjectPath:
         """An entry of the list or dict that lies here."""
-        return Place(self.number, (*self.path, Step(key, entry=True)))
+        return ObjectPath(self.number, (*self.path, PathItem(key, entry=True)))
 
     def find(self, objects: Sequence[Any]) -> Any:
         """What lies here."""
@@ -85,7 +85,7 @@ class Place:
 
     def put(self, objects: Sequence[Any], value: Any) -> None:
         """Put `value` here."""
-        owner, last = Place(self.number, self.path[:-1]).find(objects), self.path[-1]
+        owner, last = ObjectPath(self.number, self.path[:-1]).find(objects), self.path[-1]
         if last.entry:
             owner[last.key] = value
         else:
@@ -110,7 +110,7 @@ class Keys:
 
 
 @dataclass(frozen=True)
-class Kind:
+class TypeCheck:
     """What is read of an object on the way to something in it: its class."""
 
     cls: type
@@ -139,23 +139,23 @@ class LiveCall:
         late: places of tensors that it reads then.
     """
 
-    place: Place
+    place: ObjectPath
     method: str
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
     out_leaves: tuple[Any, ...]
     out_spec: pytree.TreeSpec
-    after: Mapping[Place, Any] = field(default_factory=dict)
-    late: tuple[Place, ...] = ()
+    after: Mapping[ObjectPath, Any] = field(default_factory=dict)
+    late: tuple[ObjectPath, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
-class Carried:
+class StateAccess:
     """What a graph has to do with the objects of its calls.
 
     Attributes:
         types: their classes.
-        reads: what it decides by: a place, and a constant, `Length`, `Keys`, `Kind` or `ABSENT`.
+        reads: what it decides by: a place, and a constant, `Length`, `Keys`, `TypeCheck` or `ABSENT`.
         state: places of the tensors that it takes, in the order of its inputs, after the tensors of the call.
         stored: places of the tensors that are others afterwards, in the order of its outputs, which are the last.
         effects: what the region's own code puts into an object: a place, and a constant or the number of an output
@@ -164,10 +164,10 @@ class Carried:
     """
 
     types: tuple[type, ...] = ()
-    reads: tuple[tuple[Place, Any], ...] = ()
-    state: tuple[Place, ...] = ()
-    stored: tuple[Place, ...] = ()
-    effects: tuple[tuple[Place, Any], ...] = ()
+    reads: tuple[tuple[ObjectPath, Any], ...] = ()
+    state: tuple[ObjectPath, ...] = ()
+    stored: tuple[ObjectPath, ...] = ()
+    effects: tuple[tuple[ObjectPath, Any], ...] = ()
     calls: tuple[LiveCall, ...] = ()
 
     def __post_init__(self) -> None:
@@ -178,7 +178,7 @@ class Carried:
 
 @dataclass(frozen=True)
 class Stored:
-    """In `Carried.effects`: the value is a tensor, this one of the stored."""
+    """In `StateAccess.effects`: the value is a tensor, this one of the stored."""
 
     number: int
 
@@ -216,12 +216,12 @@ def parted(leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     return plain, objects
 
 
-def own(leaf: Any, objects: Sequence[Any]) -> Any:
+def resolve_object(leaf: Any, objects: Sequence[Any]) -> Any:
     """A leaf, or the object that it stands for."""
     return objects[leaf.number] if isinstance(leaf, Held) else leaf
 
 
-def copied(value: Any, tensor: Callable[[Place, Tensor], Tensor], place: Place, memo: dict[int, Any]) -> Any:
+def copied(value: Any, tensor: Callable[[ObjectPath, Tensor], Tensor], place: ObjectPath, memo: dict[int, Any]) -> Any:
     """An object like another of the same class, with other tensors; constants and what is unknown are the same.
 
     Args:
@@ -252,17 +252,17 @@ def copied(value: Any, tensor: Callable[[Place, Tensor], Tensor], place: Place, 
     return value
 
 
-def copies(objects: Sequence[Any], tensor: Callable[[Place, Tensor], Tensor]) -> list[Any]:
+def copies(objects: Sequence[Any], tensor: Callable[[ObjectPath, Tensor], Tensor]) -> list[Any]:
     """Copies of the objects of a call, see `copied`; what they share their copies share."""
     memo: dict[int, Any] = {}
-    return [copied(value, tensor, Place(number), memo) for number, value in enumerate(objects)]
+    return [copied(value, tensor, ObjectPath(number), memo) for number, value in enumerate(objects)]
 
 
-def _reader(carried: Carried) -> Callable[[Sequence[Any]], list[Tensor] | None]:
-    """`Carried.read` as code, for it runs at every call: the tensors of the state, None where a constant is another."""
+def _reader(carried: StateAccess) -> Callable[[Sequence[Any]], list[Tensor] | None]:
+    """`StateAccess.read` as code, for it runs at every call: the tensors of the state, None where a constant is another."""
     scope: dict[str, Any] = {"Tensor": Tensor}
     lines: list[str] = []
-    names: dict[Place, str] = {}
+    names: dict[ObjectPath, str] = {}
 
     def named(value: Any) -> str:
         if value is None or type(value) in (bool, int, str):
@@ -270,12 +270,12 @@ def _reader(carried: Carried) -> Callable[[Sequence[Any]], list[Tensor] | None]:
         scope[name := f"c{len(scope)}"] = value
         return name
 
-    def local(place: Place) -> str:
+    def local(place: ObjectPath) -> str:
         if place not in names:
             if not place.path:
                 names[place] = f"objects[{place.number}]"
                 return names[place]
-            owner, step = local(Place(place.number, place.path[:-1])), place.path[-1]
+            owner, step = local(ObjectPath(place.number, place.path[:-1])), place.path[-1]
             plain = not step.entry and step.key.isidentifier()
             found = f".{step.key}" if plain else f"[{named(step.key)}]" if step.entry else ""
             names[place] = name = f"v{len(names)}"
@@ -290,13 +290,13 @@ def _reader(carried: Carried) -> Callable[[Sequence[Any]], list[Tensor] | None]:
     for place, wanted in carried.reads:
         match wanted:
             case _Absent():
-                owner, step = local(Place(place.number, place.path[:-1])), place.path[-1]
+                owner, step = local(ObjectPath(place.number, place.path[:-1])), place.path[-1]
                 unless(f"{named(step.key)} in {owner}" if step.entry else f"hasattr({owner}, {step.key!r})")
             case Length(length):
                 unless(f"len({local(place)}) != {length}")
             case Keys(keys):
                 unless(f"tuple({local(place)}) != {named(keys)}")
-            case Kind(cls):
+            case TypeCheck(cls):
                 unless(f"type({local(place)}) is not {named(cls)}")
             case None | True | False:
                 unless(f"{local(place)} is not {wanted!r}")
@@ -318,7 +318,7 @@ def _reader(carried: Carried) -> Callable[[Sequence[Any]], list[Tensor] | None]:
 
 
 @dataclass(frozen=True, eq=False)
-class Numbers:
+class IndexAttributes:
     """The integers of a region that only say which part of an object is its own.
 
     Attributes:
@@ -328,14 +328,14 @@ class Numbers:
         leaves: number of a method's call and of a leaf of its arguments -> the integer that was passed.
     """
 
-    values: Mapping[Attribute, int] = field(default_factory=dict)
-    compared: Sequence[tuple[Attribute, str, int, bool]] = ()
-    entries: Mapping[tuple[Place, Any], frozenset[Attribute]] = field(default_factory=dict)
-    leaves: Mapping[tuple[int, int], Attribute] = field(default_factory=dict)
+    values: Mapping[AttributePath, int] = field(default_factory=dict)
+    compared: Sequence[tuple[AttributePath, str, int, bool]] = ()
+    entries: Mapping[tuple[ObjectPath, Any], frozenset[AttributePath]] = field(default_factory=dict)
+    leaves: Mapping[tuple[int, int], AttributePath] = field(default_factory=dict)
 
-    def of(self, module: nn.Module) -> dict[Attribute, int] | None:
+    def of(self, module: nn.Module) -> dict[AttributePath, int] | None:
         """What they are in another module; None where what was captured cannot be right for it."""
-        found: dict[Attribute, int] = {}
+        found: dict[AttributePath, int] = {}
         named = dict(module.named_modules(remove_duplicate=False))
         for path, name in self.values:
             value = named[path].__dict__.get(name) if path in named else None
@@ -348,18 +348,18 @@ class Numbers:
             return None
         return found
 
-    def put(self, place: Place, values: Mapping[Attribute, int]) -> Place:
+    def put(self, place: ObjectPath, values: Mapping[AttributePath, int]) -> ObjectPath:
         """A place with other numbers on the way."""
-        path: list[Step] = []
+        path: list[PathItem] = []
         for i, step in enumerate(place.path):
-            attributes = self.entries.get((Place(place.number, place.path[:i]), step.key)) if step.entry else None
-            path.append(Step(values[next(iter(attributes))], entry=True) if attributes else step)
-        return Place(place.number, tuple(path))
+            attributes = self.entries.get((ObjectPath(place.number, place.path[:i]), step.key)) if step.entry else None
+            path.append(PathItem(values[next(iter(attributes))], entry=True) if attributes else step)
+        return ObjectPath(place.number, tuple(path))
 
-    def within(self, carried: Carried, values: Mapping[Attribute, int]) -> Carried:
+    def within(self, carried: StateAccess, values: Mapping[AttributePath, int]) -> StateAccess:
         """What a graph has to do with objects, for a module with other numbers."""
 
-        def put(place: Place) -> Place:
+        def put(place: ObjectPath) -> ObjectPath:
             return self.put(place, values)
 
         calls = []
@@ -371,7 +371,7 @@ class Numbers:
             after = {put(place): value for place, value in call.after.items()}
             late = tuple(map(put, call.late))
             calls.append(replace(call, place=put(call.place), leaves=tuple(leaves), after=after, late=late))
-        return Carried(
+        return StateAccess(
             carried.types,
             tuple((put(place), value) for place, value in carried.reads),
             tuple(map(put, carried.state)),

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ecospa_fx.passes.ir.state_access import Numbers
+from ecospa_fx.passes.ir.state_access import IndexAttributes
 
-from .number import Number
+from .number import IntProxy
 
 if TYPE_CHECKING:
     from .tracker import Tracker
 
 
-def numbers(module: nn.Module, seen: Tracker, run: Callable[[], Tracker]) -> Numbers:
+def numbers(module: nn.Module, seen: Tracker, run: Callable[[], Tracker]) -> IndexAttributes:
     """Which integers of a region only say which part of an object is its own.
 
     Args:
@@ -36,29 +36,29 @@ def numbers(module: nn.Module, seen: Tracker, run: Callable[[], Tracker]) -> Num
         if type(value) is int and value in seen.integers()
     }
     while candidates:
-        stand_ins = [Number(attribute, value) for attribute, value in candidates.items()]
+        stand_ins = [IntProxy(attribute, value) for attribute, value in candidates.items()]
         with _installed(module, stand_ins):
             try:
                 tracker = run()
             except Exception:
-                return Numbers()
+                return IndexAttributes()
         used = {number.attribute for number in stand_ins if number.used}
         if not used:
             break
         candidates = {attribute: value for attribute, value in candidates.items() if attribute not in used}
     else:
-        return Numbers()
+        return IndexAttributes()
     entries, leaves = tracker.numbered()
     if entries is None:
-        return Numbers()
+        return IndexAttributes()
     met = {attribute for attributes in entries.values() for attribute in attributes} | set(leaves.values())
     compared = [(n.attribute, *what) for n in stand_ins for what in n.compared]
     met |= {attribute for attribute, *_ in compared}
-    return Numbers({a: value for a, value in candidates.items() if a in met}, compared, entries, leaves)
+    return IndexAttributes({a: value for a, value in candidates.items() if a in met}, compared, entries, leaves)
 
 
 @contextmanager
-def _installed(module: nn.Module, stand_ins: Sequence[Number]) -> Iterator[None]:
+def _installed(module: nn.Module, stand_ins: Sequence[IntProxy]) -> Iterator[None]:
     named = dict(module.named_modules())
     try:
         for number in stand_ins:

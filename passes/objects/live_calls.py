@@ -23,7 +23,7 @@ from ecospa_fx.errors import CaptureError, EcoSpaError
 from ecospa_fx.passes.axes.algebra import Size, as_size
 from ecospa_fx.passes.graph.boundary_op import END, LATE, edge
 from ecospa_fx.passes.graph.nodes import tensor_meta
-from ecospa_fx.passes.ir.state_access import TENSOR, Carried, LiveCall, Place, Stored
+from ecospa_fx.passes.ir.state_access import TENSOR, LiveCall, ObjectPath, StateAccess, Stored
 
 aten = torch.ops.aten
 BODY = "ecospa_live"  # in the meta of a node: the number of the call that it belongs to
@@ -87,7 +87,7 @@ def _written(node: fx.Node) -> fx.Node | None:
 
 
 def go_live(
-    carried: Carried,
+    carried: StateAccess,
     graph: fx.Graph,
     new: Mapping[fx.Node, fx.Node],
     objects: Sequence[fx.Node],
@@ -207,14 +207,14 @@ def _calling(call: LiveCall, expected: Sequence[Sequence[int | None]]) -> Callab
         scope["taken"] = _taken
         body.append("result = taken(call, result)")
     for place in call.late:
-        scope[found := f"place_{len(scope)}"] = Place(0, place.path)
+        scope[found := f"place_{len(scope)}"] = ObjectPath(0, place.path)
         body.append(f"result = (*result, {found}.find((held,)))")
     for i, shape in enumerate(sizes):
         checks = [f"result[{i}].size({dim}) != {size}" for dim, size in enumerate(shape) if size != -1]
         if checks:
             body.append(f"if {' or '.join(checks)}: differs(call, {i}, result[{i}], ({', '.join(map(str, shape))},))")
     for place, value in call.after.items():
-        scope[found := f"place_{len(scope)}"] = Place(0, place.path)
+        scope[found := f"place_{len(scope)}"] = ObjectPath(0, place.path)
         body.append(f"if {found}.find((held,)) != {_held(scope, value)}: changed({found}, {_held(scope, value)})")
     body.append("return result")
     newline = "\n    "
@@ -242,7 +242,7 @@ def _taken(call: LiveCall, result: Any) -> tuple[Tensor, ...]:
     return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
-def _changed(place: Place, expected: Any) -> None:
+def _changed(place: ObjectPath, expected: Any) -> None:
     raise EcoSpaError(
         f"`{place}` of an object is not {expected!r} after a method that made it so when it was captured: what the "
         "object holds fits no graph. Start with an empty one"

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ecospa_fx.passes.ir.state_access import OPERATORS, Attribute
+from ecospa_fx.passes.ir.state_access import OPERATORS, AttributePath
 
 
-class Number:
+class IntProxy:
     """Stands for an integer attribute of a module, and notes what it is used for."""
 
     __slots__ = ("attribute", "compared", "inside", "used", "value")
 
-    def __init__(self, attribute: Attribute, value: int) -> None:
+    def __init__(self, attribute: AttributePath, value: int) -> None:
         self.attribute, self.value = attribute, value
         self.used = False
         self.inside: Callable[[], bool] = lambda: False  # whether the code of an object is running
@@ -35,10 +35,10 @@ class Number:
 
 
 def _comparing(name: str) -> Any:
-    def compare(self: Number, other: Any) -> bool:
+    def compare(self: IntProxy, other: Any) -> bool:
         if type(other) is not int:
             self._use()
-            return bool(OPERATORS[name](self.value, other.value if isinstance(other, Number) else other))
+            return bool(OPERATORS[name](self.value, other.value if isinstance(other, IntProxy) else other))
         result = bool(OPERATORS[name](self.value, other))
         if not self.inside():
             self.compared.append((name, other, result))
@@ -48,21 +48,21 @@ def _comparing(name: str) -> Any:
 
 
 def _computing(name: str) -> Any:
-    def compute(self: Number, *others: Any) -> Any:
+    def compute(self: IntProxy, *others: Any) -> Any:
         self._use()
-        return getattr(self.value, name)(*(o.value if isinstance(o, Number) else o for o in others))
+        return getattr(self.value, name)(*(o.value if isinstance(o, IntProxy) else o for o in others))
 
     return compute
 
 
 for _name in OPERATORS:
-    setattr(Number, f"__{_name}__", _comparing(_name))
+    setattr(IntProxy, f"__{_name}__", _comparing(_name))
 
 
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"):
-    setattr(Number, f"__{_name}__", _computing(f"__{_name}__"))
-    setattr(Number, f"__r{_name}__", _computing(f"__r{_name}__"))
+    setattr(IntProxy, f"__{_name}__", _computing(f"__{_name}__"))
+    setattr(IntProxy, f"__r{_name}__", _computing(f"__r{_name}__"))
 
 
 for _name in ("neg", "abs", "int", "float", "str", "repr", "format", "round"):
-    setattr(Number, f"__{_name}__", _computing(f"__{_name}__"))
+    setattr(IntProxy, f"__{_name}__", _computing(f"__{_name}__"))

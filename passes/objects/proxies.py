@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ecospa_fx.passes.ir.state_access import ABSENT, Keys, Length
 
-from .number import Number
+from .number import IntProxy
 
 if TYPE_CHECKING:
     from .tracker import Tracker
 
 
-class Shadow:
+class Proxy:
     """First base of the class of a shadow; its own class comes second."""
 
     _ecospa_tracker: ClassVar[Tracker]
@@ -55,13 +55,13 @@ def _restructuring(name: str) -> Any:
     return method
 
 
-class ShadowList(list):  # type: ignore[type-arg]
+class ProxyList(list):  # type: ignore[type-arg]
     """A list in an object."""
 
     tracker: Tracker
 
     def __getitem__(self, index: Any) -> Any:
-        if not isinstance(index, (int, Number)):
+        if not isinstance(index, (int, IntProxy)):
             return list(self)[index]
         index = self.tracker.key(self, index)
         return self.tracker.read(self, lambda at: at.entry(int(index)), super().__getitem__(index))
@@ -92,7 +92,7 @@ class ShadowList(list):  # type: ignore[type-arg]
     )
 
 
-class ShadowDict(dict):  # type: ignore[type-arg]
+class ProxyDict(dict):  # type: ignore[type-arg]
     """A dict in an object."""
 
     tracker: Tracker

@@ -25,18 +25,18 @@ from ecospa_fx.passes.ir.state_access import (
     ABSENT,
     PLAIN,
     TENSOR,
-    Carried,
     Keys,
-    Kind,
     Length,
     LiveCall,
-    Place,
+    ObjectPath,
+    StateAccess,
     Stored,
+    TypeCheck,
     foreign,
 )
 
-from .number import Number
-from .proxies import Shadow, ShadowDict, ShadowList
+from .number import IntProxy
+from .proxies import Proxy, ProxyDict, ProxyList
 
 
 class Tracker:
@@ -50,27 +50,27 @@ class Tracker:
     def __init__(self, marking: bool) -> None:
         """`marking`: put edges into the graph that is being traced."""
         self.marking = marking
-        self.tensors: dict[Place, Tensor] = {}
+        self.tensors: dict[ObjectPath, Tensor] = {}
         self.inside = 0
         self._types: tuple[type, ...] = ()
-        self._reads: dict[tuple[Place, type | None], Any] = {}
-        self._outside: set[tuple[Place, type | None]] = set()  # read by the region's own code
-        self._written: dict[Place, Any] = {}  # by the region's own code
-        self._changed: set[Place] = set()
+        self._reads: dict[tuple[ObjectPath, type | None], Any] = {}
+        self._outside: set[tuple[ObjectPath, type | None]] = set()  # read by the region's own code
+        self._written: dict[ObjectPath, Any] = {}  # by the region's own code
+        self._changed: set[ObjectPath] = set()
         self._calls: list[LiveCall] = []
         self._keys: dict[
-            tuple[Place, Any], set[Any]
+            tuple[ObjectPath, Any], set[Any]
         ] = {}  # what entries were looked up by: integers of modules, or None
         self._passed: dict[tuple[int, int], Any] = {}
-        self._late: dict[int, list[Place]] = {}  # likewise, tensors
-        self._after: dict[int, dict[Place, Any]] = {}  # what is read once a call has changed it
-        self._initial: dict[Place, Any] = {}
-        self._places: dict[int, Place] = {}
+        self._late: dict[int, list[ObjectPath]] = {}  # likewise, tensors
+        self._after: dict[int, dict[ObjectPath, Any]] = {}  # what is read once a call has changed it
+        self._initial: dict[ObjectPath, Any] = {}
+        self._places: dict[int, ObjectPath] = {}
         self._shadows: list[Any] = []
         self._problem: str | None = None
         self._classes: dict[type, type] = {}
 
-    def shadows(self, objects: Sequence[Any], given: Mapping[Place, Tensor] | None = None) -> list[Any]:
+    def shadows(self, objects: Sequence[Any], given: Mapping[ObjectPath, Tensor] | None = None) -> list[Any]:
         """Shadows of the objects of a call.
 
         Args:
@@ -79,10 +79,10 @@ class Tracker:
         """
         self._types = tuple(map(type, objects))
         memo: dict[int, Any] = {}
-        self._shadows = [self._shadow(value, Place(i), given or {}, memo) for i, value in enumerate(objects)]
+        self._shadows = [self._shadow(value, ObjectPath(i), given or {}, memo) for i, value in enumerate(objects)]
         return self._shadows
 
-    def _shadow(self, value: Any, place: Place, given: Mapping[Place, Tensor], memo: dict[int, Any]) -> Any:
+    def _shadow(self, value: Any, place: ObjectPath, given: Mapping[ObjectPath, Tensor], memo: dict[int, Any]) -> Any:
         if id(value) in memo and not isinstance(value, Tensor):
             return memo[id(value)]
         made: Any = value
@@ -92,16 +92,16 @@ class Tracker:
             made = tuple(self._shadow(item, place.entry(i), given, memo) for i, item in enumerate(value))
         elif type(value) in (list, dict) or foreign(value):
             if type(value) is list:
-                made = memo[id(value)] = ShadowList()
+                made = memo[id(value)] = ProxyList()
                 list.extend(made, (self._shadow(item, place.entry(i), given, memo) for i, item in enumerate(value)))
             elif type(value) is dict:
-                made = memo[id(value)] = ShadowDict()
+                made = memo[id(value)] = ProxyDict()
                 dict.update(made, {k: self._shadow(v, place.entry(k), given, memo) for k, v in value.items()})
             else:
                 made = memo[id(value)] = object.__new__(self._class(type(value)))
                 for name, item in vars(value).items():
                     made.__dict__[name] = self._shadow(item, place.attribute(name), given, memo)
-            if isinstance(made, (ShadowList, ShadowDict)):
+            if isinstance(made, (ProxyList, ProxyDict)):
                 made.tracker = self
             self._places[id(made)] = place
         self._initial[place] = made
@@ -111,7 +111,7 @@ class Tracker:
         if cls not in self._classes:
             body = {"_ecospa_tracker": self, "__doc__": cls.__doc__, "__module__": cls.__module__,
                     "__qualname__": cls.__qualname__}  # fmt: skip
-            self._classes[cls] = type(cls)(cls.__name__, (Shadow, cls), body)
+            self._classes[cls] = type(cls)(cls.__name__, (Proxy, cls), body)
         return self._classes[cls]
 
     def number_of(self, value: Any) -> int | None:
@@ -119,12 +119,12 @@ class Tracker:
         return next((i for i, shadow in enumerate(self._shadows) if shadow is value), None)
 
     def key(self, owner: Any, key: Any) -> Any:
-        """The key that an entry of a list or dict is looked up by, where it may be a `Number`."""
-        if isinstance(key, Number):
+        """The key that an entry of a list or dict is looked up by, where it may be a `IntProxy`."""
+        if isinstance(key, IntProxy):
             key.inside = lambda: self.inside > 0
-        plain = key.value if isinstance(key, Number) else key
+        plain = key.value if isinstance(key, IntProxy) else key
         if id(owner) in self._places:
-            by = key.attribute if isinstance(key, Number) else None
+            by = key.attribute if isinstance(key, IntProxy) else None
             self._keys.setdefault((self._places[id(owner)], plain), set()).add(by)
         return plain
 
@@ -133,8 +133,8 @@ class Tracker:
         leaves = [leaf for call in self._calls for leaf in call.leaves] + [key for _, key in self._keys]
         return {leaf for leaf in leaves if type(leaf) is int}
 
-    def numbered(self) -> tuple[dict[tuple[Place, Any], frozenset[Any]] | None, dict[tuple[int, int], Any]]:
-        """Which of these were integers of modules, see `Numbers`; None where one was looked up both ways."""
+    def numbered(self) -> tuple[dict[tuple[ObjectPath, Any], frozenset[Any]] | None, dict[tuple[int, int], Any]]:
+        """Which of these were integers of modules, see `IntProxys`; None where one was looked up both ways."""
         by = {where: names for where, names in self._keys.items() if names != {None}}
         if any(None in names for names in by.values()):
             return None, {}
@@ -145,7 +145,7 @@ class Tracker:
         self._problem = self._problem or what
         raise CaptureError(self._problem)
 
-    def read(self, owner: Any, place: Callable[[Place], Place], value: Any) -> Any:
+    def read(self, owner: Any, place: Callable[[ObjectPath], ObjectPath], value: Any) -> Any:
         """Something was read of a shadow; `place` leads there from that. Gives what is read instead."""
         if id(owner) in self._places:
             here = place(self._places[id(owner)])
@@ -154,7 +154,7 @@ class Tracker:
             self._read(owner, place, value)
         return value
 
-    def _read_late(self, place: Place, value: Tensor) -> Tensor:
+    def _read_late(self, place: ObjectPath, value: Tensor) -> Tensor:
         """A tensor that a method has put into its object is one more result of that."""
         number = len(self._calls) - 1
         if place.number != self._calls[number].place.number:
@@ -163,7 +163,7 @@ class Tracker:
         late.append(place)
         return edge(value, number, LATE + len(late) - 1, True) if self.marking else value
 
-    def _read(self, owner: Any, place: Callable[[Place], Place], value: Any) -> None:
+    def _read(self, owner: Any, place: Callable[[ObjectPath], ObjectPath], value: Any) -> None:
         here = place(self._places[id(owner)])
         if here in self._changed:
             if not self.inside and here not in self._written and _plain(value):
@@ -179,18 +179,18 @@ class Tracker:
             for i, item in enumerate(value):
                 self._read(owner, lambda at, i=i: place(at).entry(i), item)  # type: ignore[misc]
             value = Length(len(value))
-        elif isinstance(value, (ShadowList, ShadowDict)) or id(value) in self._places:
-            value = Kind(type(value).__bases__[-1])
+        elif isinstance(value, (ProxyList, ProxyDict)) or id(value) in self._places:
+            value = TypeCheck(type(value).__bases__[-1])
         elif not (_plain(value) or value is ABSENT or isinstance(value, (Length, Keys)) or callable(value)):
             if not self.inside:
                 self.refuse(f"reads {self._named(here)}, a {type(value).__name__}, of which nothing is known")
             return
-        key = (here, type(value) if isinstance(value, (Length, Keys, Kind)) else None)
+        key = (here, type(value) if isinstance(value, (Length, Keys, TypeCheck)) else None)
         self._reads.setdefault(key, value)
         if not self.inside:
             self._outside.add(key)
 
-    def write(self, owner: Any, place: Callable[[Place], Place], value: Any) -> None:
+    def write(self, owner: Any, place: Callable[[ObjectPath], ObjectPath], value: Any) -> None:
         """Something is put into a shadow."""
         if id(owner) not in self._places:
             return
@@ -211,7 +211,7 @@ class Tracker:
                 self.refuse(f"changes {self._named(self._places[id(owner)])} itself, not by one of its methods")
             self._changed.add(self._places[id(owner)])
 
-    def _named(self, place: Place) -> str:
+    def _named(self, place: ObjectPath) -> str:
         what = f"`{place}` of a" if place.path else "a"
         return f"{what} {self._types[place.number].__name__}"
 
@@ -225,7 +225,7 @@ class Tracker:
         self._refuse_odd(leaves, place, f"calls `{name}` of {self._named(place)} with")
         self._calls.append(LiveCall(place, name, (), spec, (), spec))
         for i, leaf in enumerate(leaves):
-            if isinstance(leaf, Number):
+            if isinstance(leaf, IntProxy):
                 leaf.inside = lambda: self.inside > 0
                 self._passed[number, i] = leaf.attribute
         leaves = self._marked(leaves, number, out=False)
@@ -243,8 +243,8 @@ class Tracker:
         self._calls[number] = LiveCall(place, name, _stood_in(leaves), spec, _stood_in(out_leaves), out_spec)
         return pytree.tree_unflatten(out_leaves, out_spec)
 
-    def _refuse_odd(self, leaves: Sequence[Any], place: Place, does: str) -> None:
-        odd = [leaf for leaf in leaves if not (isinstance(leaf, (Tensor, Number)) or _plain(leaf))]
+    def _refuse_odd(self, leaves: Sequence[Any], place: ObjectPath, does: str) -> None:
+        odd = [leaf for leaf in leaves if not (isinstance(leaf, (Tensor, IntProxy)) or _plain(leaf))]
         if odd:
             self.refuse(f"{does} a {type(odd[0]).__name__}, which is no constant")
 
@@ -254,12 +254,12 @@ class Tracker:
         places = iter(range(len(leaves)))
         return [edge(leaf, number, next(places), out) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
-    def stored(self) -> list[tuple[Place, Tensor]]:
+    def stored(self) -> list[tuple[ObjectPath, Tensor]]:
         """The tensors in the objects that are others than they were."""
-        found: list[tuple[Place, Tensor]] = []
+        found: list[tuple[ObjectPath, Tensor]] = []
         seen: set[int] = set()
 
-        def visit(value: Any, place: Place) -> None:
+        def visit(value: Any, place: ObjectPath) -> None:
             if isinstance(value, Tensor):
                 if self._initial.get(place) is not value:
                     found.append((place, value))
@@ -279,10 +279,10 @@ class Tracker:
                     visit(item, place.attribute(name))
 
         for number, shadow in enumerate(self._shadows):
-            visit(shadow, Place(number))
+            visit(shadow, ObjectPath(number))
         return found
 
-    def carried(self, stored: Sequence[Place] = ()) -> Carried:
+    def carried(self, stored: Sequence[ObjectPath] = ()) -> StateAccess:
         """What the forward has to do with the objects.
 
         Args:
@@ -306,11 +306,11 @@ class Tracker:
             replace(call, after=self._after.get(number, {}), late=tuple(self._late.get(number, ())))
             for number, call in enumerate(self._calls)
         ]
-        return Carried(self._types, reads, tuple(self.tensors), tuple(stored), tuple(effects), tuple(calls))
+        return StateAccess(self._types, reads, tuple(self.tensors), tuple(stored), tuple(effects), tuple(calls))
 
 
 def _stood_in(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    plain = [leaf.value if isinstance(leaf, Number) else leaf for leaf in leaves]
+    plain = [leaf.value if isinstance(leaf, IntProxy) else leaf for leaf in leaves]
     return tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in plain)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ecospa_fx.passes.axes.algebra import Size
 from ecospa_fx.passes.capture.hooks import fire
-from ecospa_fx.passes.ir.axis_facts import Inference
-from ecospa_fx.passes.ir.captured import Captured
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
+from ecospa_fx.passes.ir.captured import RegionGraph
 from ecospa_fx.passes.ir.state_access import Stored
 
 
@@ -21,7 +21,7 @@ class Program:
 
     Attributes:
         captured: the graph it was made from, at original sizes.
-        inference: the axes of that graph.
+        axis_facts: the axes of that graph.
         run: `run(region, *inputs, *objects, *constants)` returns the output tensors.
         constants: lifted tensors, subgraphs and index tensors that `run` takes.
         source: the generated code, to read.
@@ -30,8 +30,8 @@ class Program:
         check: see `fits`; made when it is first needed.
     """
 
-    captured: Captured
-    inference: Inference
+    captured: RegionGraph
+    axis_facts: AxisFacts
     run: Any
     constants: tuple[Any, ...]
     source: str

@@ -3,7 +3,7 @@
     rewrite(inference, kept, region)
       -> _copy        the captured graph, with inputs and constants as arguments
       -> sources      see there: they are index-selected where they are used
-      -> follow       sizes held as arguments become counts, bounds become prefix sums (one `follow` per rule)
+      -> resize       sizes held as arguments become counts, bounds become prefix sums (one `resize` per rule)
       -> _bind        parameters are read from the live region; its nn.Linears are called as modules
       -> Program      Python code that runs with the region as `self`
 
@@ -20,12 +20,12 @@ from torch import fx, nn
 
 from ecospa_fx.errors import RuleError
 from ecospa_fx.passes.axes.algebra import Size, as_size
-from ecospa_fx.passes.axes.selection import Kept, count, in_first_contexts, touched
+from ecospa_fx.passes.axes.selection import Selection, count, in_first_contexts, touched
 from ecospa_fx.passes.capture.hooks import calls_itself
 from ecospa_fx.passes.graph.nodes import op_name, place
-from ecospa_fx.passes.ir.axis_facts import Inference
-from ecospa_fx.passes.ir.captured import Captured
-from ecospa_fx.passes.ir.op_site import Site
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
+from ecospa_fx.passes.ir.captured import RegionGraph
+from ecospa_fx.passes.ir.op_site import OpSite
 from ecospa_fx.passes.objects.live_calls import go_live, pass_edges
 from ecospa_fx.passes.rules import rule_for
 
@@ -37,40 +37,40 @@ aten = torch.ops.aten
 
 
 def rewrite(
-    inference: Inference, kept: Kept, region: nn.Module, watched: Sequence[fx.Node] = (), live: bool = True
+    axis_facts: AxisFacts, kept: Selection, region: nn.Module, watched: Sequence[fx.Node] = (), live: bool = True
 ) -> Program:
     """The program of a region under a selection.
 
     Args:
-        inference: axes of the captured graph.
+        axis_facts: axes of the captured graph.
         kept: what stays of each atom.
         region: the live region; only the types of its modules are looked at.
         watched: nodes of the captured graph whose values `run` returns after the outputs.
         live: methods of objects are called, not computed as they were traced; `run` takes the objects then.
 
     Raises:
-        RuleError: the `follow` of a rule fails.
+        RuleError: the `resize` of a rule fails.
     """
-    captured = inference.captured
+    captured = axis_facts.captured
     graph, new, objects, constants = _copy(captured, live)
-    constants |= select_sources(graph, inference, kept, new)
+    constants |= select_sources(graph, axis_facts, kept, new)
     for original, node in new.items():
         rule = rule_for(original.target)
-        if rule is None or rule.follow is None or original not in inference.operands:
+        if rule is None or rule.resize is None or original not in axis_facts.operands:
             continue
-        axes = (*inference.values[original], *(o.exprs for o in inference.operands[original]))
-        if not any(touched(expr, kept) for exprs in (*axes, inference.made.get(original, ())) for expr in exprs):
+        axes = (*axis_facts.values[original], *(o.exprs for o in axis_facts.operands[original]))
+        if not any(touched(expr, kept) for exprs in (*axes, axis_facts.made.get(original, ())) for expr in exprs):
             continue
-        site = Site(node, original, inference, kept)
+        site = OpSite(node, original, axis_facts, kept)
         try:
-            rule.follow(site)
+            rule.resize(site)
         except Exception as error:
             raise RuleError(
                 f"the sizes of {op_name(original)} ({place(original, captured.region)}) cannot follow a shrink: its "
                 f"rule failed with {type(error).__name__}: {error}; this is a bug in the rule, nothing was changed"
             ) from error
         site.apply()
-    sizes = _sizes_now(inference, kept)
+    sizes = _sizes_now(axis_facts, kept)
     if live:
         go_live(captured.carried, graph, new, objects, sizes)
     else:
@@ -83,21 +83,23 @@ def rewrite(
     called = frozenset(node.target for node in graph.nodes if node.op == "call_module")
     by_name = {node.name: node for node in captured.graph.nodes if node.op == "placeholder"}
     state = tuple(tuple(sizes(by_name[name])) for name in captured.state)
-    return Program(captured, inference, run, tuple(constants.values()), source, called, state)
+    return Program(captured, axis_facts, run, tuple(constants.values()), source, called, state)
 
 
-def _sizes_now(inference: Inference, kept: Kept) -> Callable[[fx.Node], Sequence[Size]]:
+def _sizes_now(axis_facts: AxisFacts, kept: Selection) -> Callable[[fx.Node], Sequence[Size]]:
     uniform = in_first_contexts(kept)
 
     def sizes(node: fx.Node) -> Sequence[Size]:
-        if node in inference.values:
-            return [count(expr, uniform) for expr in inference.values[node][0]]
+        if node in axis_facts.values:
+            return [count(expr, uniform) for expr in axis_facts.values[node][0]]
         return [as_size(size) for size in node.meta["val"].shape]
 
     return sizes
 
 
-def _copy(captured: Captured, live: bool) -> tuple[fx.Graph, dict[fx.Node, fx.Node], list[fx.Node], dict[fx.Node, Any]]:
+def _copy(
+    captured: RegionGraph, live: bool
+) -> tuple[fx.Graph, dict[fx.Node, fx.Node], list[fx.Node], dict[fx.Node, Any]]:
     """The captured graph as a new one that takes inputs, objects, then constants; and which node became which."""
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
@@ -118,7 +120,7 @@ def _copy(captured: Captured, live: bool) -> tuple[fx.Graph, dict[fx.Node, fx.No
     return graph, new, objects, constants
 
 
-def _bind(captured: Captured, region: nn.Module, graph: fx.Graph, new: dict[fx.Node, fx.Node]) -> None:
+def _bind(captured: RegionGraph, region: nn.Module, graph: fx.Graph, new: dict[fx.Node, fx.Node]) -> None:
     """Call the region's own nn.Linears, so that hooks and wrappers put on them later work too; drop what is unused."""
     for node in list(graph.nodes):
         if node.target is not aten.linear.default:

@@ -15,29 +15,29 @@ import torch
 from torch import Tensor, fx
 
 from ecospa_fx.passes.axes.algebra import UNIT, Atom, Expr, atoms_of, size_of
-from ecospa_fx.passes.axes.selection import Kept, Varied, in_context, index_of, mask_of, static_end, touched
+from ecospa_fx.passes.axes.selection import PerContext, Selection, in_context, index_of, mask_of, static_end, touched
 from ecospa_fx.passes.infer.contexts import covers
-from ecospa_fx.passes.ir.axis_facts import Inference, Source
+from ecospa_fx.passes.ir.axis_facts import AxisFacts, Source
 
 aten = torch.ops.aten
 
 
 def select_sources(
-    graph: fx.Graph, inference: Inference, kept: Kept, new: dict[fx.Node, fx.Node]
+    graph: fx.Graph, axis_facts: AxisFacts, kept: Selection, new: dict[fx.Node, fx.Node]
 ) -> dict[fx.Node, Any]:
     """Index-select every use of a source whose axes have lost entries.
 
     Args:
         graph: the copy of the captured graph to write into.
-        inference: axes of the captured graph.
+        axis_facts: axes of the captured graph.
         kept: what stays of each atom.
         new: node of the captured graph -> node of the copy.
 
     Returns:
         The placeholders that were added for index tensors, and those.
     """
-    writing = _Selector(graph, inference, kept)
-    for source in inference.sources:
+    writing = _Selector(graph, axis_facts, kept)
+    for source in axis_facts.sources:
         if not any(touched(expr, kept) for expr in source.exprs):
             continue
         user = new[source.user]
@@ -50,8 +50,8 @@ def select_sources(
 
 
 class _Selector:
-    def __init__(self, graph: fx.Graph, inference: Inference, kept: Kept) -> None:
-        self.graph, self.inference, self.kept = graph, inference, kept
+    def __init__(self, graph: fx.Graph, axis_facts: AxisFacts, kept: Selection) -> None:
+        self.graph, self.axis_facts, self.kept = graph, axis_facts, kept
         self.constants: dict[fx.Node, Any] = {}
         self._held: dict[tuple[Any, ...], fx.Node] = {}
 
@@ -63,7 +63,7 @@ class _Selector:
         for dim, expr in enumerate(exprs):
             if dim not in varied and touched(expr, self.kept):
                 node = self._reduced(node, dim, expr, device)
-        (result, *_) = self.inference.values[source.user]
+        (result, *_) = self.axis_facts.values[source.user]
         if varied and source.aligned:
             # Contexts that the source knows nothing of may run along a dim that it does not even have.
             for _ in range(len(result) - len(exprs)):
@@ -106,7 +106,7 @@ class _Selector:
         """The context by which `expr` varies without carrying it."""
         for atom in atoms_of(expr):
             choice = self.kept.get(atom)
-            if isinstance(choice, Varied) and choice.context not in atoms_of(expr):
+            if isinstance(choice, PerContext) and choice.context not in atoms_of(expr):
                 return choice.context
         return None
 

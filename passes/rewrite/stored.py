@@ -17,17 +17,17 @@ from torch import Tensor
 
 from ecospa_fx.errors import EcoSpaError, PinnedAxisError
 from ecospa_fx.passes.axes.algebra import Expr, size_of
-from ecospa_fx.passes.axes.selection import Kept, broadcast_mask, count, in_first_contexts, touched
-from ecospa_fx.passes.ir.state_access import Place, copies
+from ecospa_fx.passes.axes.selection import Selection, broadcast_mask, count, in_first_contexts, touched
+from ecospa_fx.passes.ir.state_access import ObjectPath, copies
 
 if TYPE_CHECKING:
-    from ecospa_fx.passes.ir.axis_facts import Inference
+    from ecospa_fx.passes.ir.axis_facts import AxisFacts
 
-Key = tuple[type, tuple[Any, ...]]  # the class of an object, and the way to something in it
+StateKey = tuple[type, tuple[Any, ...]]  # the class of an object, and the way to something in it
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class StateLayout:
     """Which entries of a tensor are left.
 
     Attributes:
@@ -51,7 +51,7 @@ class Layout:
         return self.mask.to(tensor.device).expand(whole)
 
 
-def layout(exprs: Sequence[Expr], kept: Kept) -> Layout | None:
+def layout(exprs: Sequence[Expr], kept: Selection) -> StateLayout | None:
     """Which entries of a tensor along `exprs` are left, None where all are."""
     mask: Tensor | None = None
     for dim, expr in enumerate(exprs):
@@ -67,10 +67,10 @@ def layout(exprs: Sequence[Expr], kept: Kept) -> Layout | None:
         return None
     uniform = in_first_contexts(kept)
     sizes = tuple(int(count(expr, uniform)) if touched(expr, kept) else None for expr in exprs)
-    return Layout(mask, sizes)
+    return StateLayout(mask, sizes)
 
 
-def expanded(tensor: Tensor, left: Layout) -> Tensor:
+def expanded(tensor: Tensor, left: StateLayout) -> Tensor:
     """A tensor of which a layout is left in its places among zeros."""
     mask = left.over(tensor)
     whole = tensor.new_zeros(mask.shape)
@@ -78,42 +78,42 @@ def expanded(tensor: Tensor, left: Layout) -> Tensor:
     return whole
 
 
-def compressed(tensor: Tensor, left: Layout) -> Tensor:
+def compressed(tensor: Tensor, left: StateLayout) -> Tensor:
     """What a layout leaves of a tensor."""
     return tensor[left.mask.to(tensor.device).expand(tensor.shape)].reshape(left.fits(tensor.shape))
 
 
-def keys_of(inference: Inference, stored: bool = False) -> dict[Key, Sequence[Expr]]:
+def keys_of(axis_facts: AxisFacts, stored: bool = False) -> dict[StateKey, Sequence[Expr]]:
     """What a graph knows of objects: axes by the class of the object and the way to them; or what it fills only."""
-    carried = inference.captured.carried
+    carried = axis_facts.captured.carried
     return {
         (carried.types[place.number], place.path): exprs
-        for place, exprs in inference.stored.items()
+        for place, exprs in axis_facts.stored.items()
         if not stored or place in carried.stored
     }
 
 
-def agree(graphs: Iterable[tuple[Inference, Kept]], difference: str = "") -> None:
+def check_state_layouts(graphs: Iterable[tuple[AxisFacts, Selection]], difference: str = "") -> None:
     """Check that what one graph leaves in an object is what the others take from it.
 
     Raises:
         PinnedAxisError: it is not.
     """
-    seen: dict[Key, Layout | None] = {}
-    for inference, kept in graphs:
-        for key, exprs in keys_of(inference).items():
+    seen: dict[StateKey, StateLayout | None] = {}
+    for axis_facts, kept in graphs:
+        for key, exprs in keys_of(axis_facts).items():
             mine = layout(exprs, kept)
             other = seen.setdefault(key, mine)
             if (mine is None) != (other is None) or (mine and other and not torch.equal(mine.mask, other.mask)):
                 cls, path = key
                 why = f" The call differs from earlier ones: {difference}." if difference else ""
                 raise PinnedAxisError(
-                    f"`{Place(0, path)}` of a {cls.__name__} is filled by one call of `{inference.captured.region}` "
+                    f"`{ObjectPath(0, path)}` of a {cls.__name__} is filled by one call of `{axis_facts.captured.region}` "
                     f"and read by another that would need other entries of it.{why} Call the model as before"
                 )
 
 
-def whole_objects(objects: Sequence[Any], graphs: Iterable[tuple[Inference, Kept]], who: str) -> list[Any]:
+def whole_objects(objects: Sequence[Any], graphs: Iterable[tuple[AxisFacts, Selection]], who: str) -> list[Any]:
     """Copies of the objects of a call that hold what graphs have put there as it would be had nothing shrunk.
 
     Args:
@@ -124,9 +124,9 @@ def whole_objects(objects: Sequence[Any], graphs: Iterable[tuple[Inference, Kept
     Raises:
         EcoSpaError: what one holds is not what the region as it is now leaves in it.
     """
-    known = {key: layout(exprs, kept) for inference, kept in graphs for key, exprs in keys_of(inference).items()}
+    known = {key: layout(exprs, kept) for axis_facts, kept in graphs for key, exprs in keys_of(axis_facts).items()}
 
-    def whole(place: Place, tensor: Tensor) -> Tensor:
+    def whole(place: ObjectPath, tensor: Tensor) -> Tensor:
         left = known.get((type(objects[place.number]), place.path))
         if left is None:
             return tensor.detach().clone()

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from ecospa_fx.passes.axes.algebra import atoms_of, sized
-from ecospa_fx.passes.axes.selection import Kept, broadcast_mask, entries, mask_of, touched
+from ecospa_fx.passes.axes.selection import Selection, broadcast_mask, entries, mask_of, touched
 from ecospa_fx.passes.capture.compare_eager import relative_error, run
 from ecospa_fx.passes.graph.isolate import forked_rng, fresh_leaf
 from ecospa_fx.passes.graph.nodes import argument_nodes, tensor_meta
 from ecospa_fx.passes.graph.tensors import sliced, swapped
-from ecospa_fx.passes.ir.axis_facts import Inference
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
 
 from .rewrite import rewrite
 from .stored import compressed, layout
@@ -61,18 +61,18 @@ class Masked(fx.Interpreter):
 
 
 def contraction_masks(
-    inference: Inference, kept: Kept, inputs: Sequence[Tensor]
+    axis_facts: AxisFacts, kept: Selection, inputs: Sequence[Tensor]
 ) -> dict[str, list[tuple[int, Tensor]]]:
     """Where to multiply masks in so that removed entries count as zero in every contraction of a call with `inputs`."""
-    sizes = inference.captured.signature.dynamic_sizes(inputs)
+    sizes = axis_facts.captured.signature.dynamic_sizes(inputs)
     masks: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
-    for fact in inference.facts:
+    for fact in axis_facts.facts:
         if fact.role != "contracted" or not touched(fact.expr, kept):
             continue
         # One operand is enough: the other's entries are multiplied by zero.
         node = fact.node
         occurrences = [i for i, arg in enumerate(argument_nodes(node)) if tensor_meta(arg)]
-        for occurrence, operand in zip(occurrences, inference.operands[node], strict=True):
+        for occurrence, operand in zip(occurrences, axis_facts.operands[node], strict=True):
             # A grouped convolution contracts a factor of a dim: the mask is that of the dim under these atoms alone.
             atoms = set(atoms_of(fact.expr))
             alone = {atom: kept[atom] for atom in atoms if atom in kept}
@@ -103,8 +103,8 @@ class Comparison:
 
 
 def compare(
-    inference: Inference,
-    kept: Kept,
+    axis_facts: AxisFacts,
+    kept: Selection,
     region: nn.Module,
     tensors: Mapping[str, Tensor],
     inputs: Sequence[Tensor],
@@ -113,24 +113,24 @@ def compare(
     """Run one call masked and shrunk.
 
     Args:
-        inference: axes of the captured graph.
+        axis_facts: axes of the captured graph.
         kept: the selection.
         region: the live region, whose module types matter and whose parameters do not.
         tensors: parameters and buffers at original sizes, by name in the region.
         inputs: the tensors of a call, and those in its objects, at original sizes.
         coupling: what the comparison is called.
     """
-    captured = inference.captured
+    captured = axis_facts.captured
 
     class Here(Masked):
-        masks = contraction_masks(inference, kept, inputs)
+        masks = contraction_masks(axis_facts, kept, inputs)
 
     floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
     # A buffer stays one: torch refuses gradients of running statistics.
     trained = {captured.tensors[name] for name in captured.parameters} & floating.keys()
     steps = {
         name: {dim: mask_of(expr, kept).nonzero().flatten() for dim, expr in enumerate(exprs) if touched(expr, kept)}
-        for name, exprs in inference.parameters.items()
+        for name, exprs in axis_facts.parameters.items()
     }
 
     whole = {name: fresh_leaf(t) if name in trained else t.clone() for name, t in tensors.items()}
@@ -138,7 +138,7 @@ def compare(
     whole_inputs = [*(fresh_leaf(t) for t in inputs[:called]), *(t.detach().clone() for t in inputs[called:])]
     by_name = {node.name: node for node in captured.graph.nodes if node.op == "placeholder"}
     layouts = [
-        layout(inference.values[by_name[name]][0], kept) if by_name[name] in inference.values else None
+        layout(axis_facts.values[by_name[name]][0], kept) if by_name[name] in axis_facts.values else None
         for name in captured.state
     ]
     held = [
@@ -151,14 +151,14 @@ def compare(
 
     small = {name: sliced(t, steps.get(name, {})).clone() for name, t in tensors.items()}
     small_inputs = [*(fresh_leaf(t) for t in inputs[:called]), *held]
-    program = rewrite(inference, kept, region, live=False)
+    program = rewrite(axis_facts, kept, region, live=False)
     parameters = {name: nn.Parameter(t) if name in trained else t for name, t in small.items()}
     with forked_rng(region), swapped(region, parameters):
         torch.manual_seed(0)
         small_outputs = program.run(region, *small_inputs, *program.constants)[: captured.returned]
 
     outputs_error = max((output_error(a, b) for a, b in zip(outputs, small_outputs, strict=True)), default=0.0)
-    gradient_error, worst, tolerance = 0.0, "", _tolerance(inference)
+    gradient_error, worst, tolerance = 0.0, "", _tolerance(axis_facts)
     gradients = _gradients(outputs, [*whole.values(), *whole_inputs])
     small_gradients = _gradients(small_outputs, [*parameters.values(), *small_inputs])
     names = [*whole, *(f"argument {i}" for i in range(len(inputs)))]
@@ -177,9 +177,9 @@ def compare(
     return Comparison(coupling, removed, outputs_error, gradient_error, worst, tolerance)
 
 
-def _tolerance(inference: Inference) -> float:
+def _tolerance(axis_facts: AxisFacts) -> float:
     """That of the least precise numbers on the way: a norm may compute in float32 whatever it is given."""
-    dtypes = {meta.dtype for node in inference.values for meta in tensor_meta(node)}
+    dtypes = {meta.dtype for node in axis_facts.values for meta in tensor_meta(node)}
     return max((TOLERANCE[dtype] for dtype in dtypes & TOLERANCE.keys()), default=1e-5)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ecospa_fx.passes.axes.selection import Kept
+from ecospa_fx.passes.axes.selection import Selection
 
 from .program import Program
 from .rewrite import rewrite
@@ -20,7 +20,7 @@ from .rewrite import rewrite
 Watched = Callable[[nn.Module, Sequence[Tensor]], tuple[Any, tuple[Tensor, ...]]]
 
 
-def watch(program: Program, kept: Kept, region: nn.Module, nodes: Sequence[fx.Node]) -> Watched:
+def watch(program: Program, kept: Selection, region: nn.Module, nodes: Sequence[fx.Node]) -> Watched:
     """A call of the region that also returns what `nodes` of its captured graph came to.
 
     Args:
@@ -32,7 +32,7 @@ def watch(program: Program, kept: Kept, region: nn.Module, nodes: Sequence[fx.No
     Returns:
         `call(region, inputs)` -> what the program returns, and the values of `nodes`, detached.
     """
-    seeing = rewrite(program.inference, kept, region, watched=nodes)
+    seeing = rewrite(program.axis_facts, kept, region, watched=nodes)
 
     def call(module: nn.Module, inputs: Sequence[Any]) -> tuple[Any, tuple[Tensor, ...]]:
         tensors = seeing.run(module, *inputs, *seeing.constants)

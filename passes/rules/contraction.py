@@ -12,7 +12,7 @@ from ecospa_fx.passes.ir.relations import Opaque, Operand, Pattern
 from .registry import axis_rule
 
 if TYPE_CHECKING:
-    from ecospa_fx.passes.ir.op_site import Site
+    from ecospa_fx.passes.ir.op_site import OpSite
 
 aten = torch.ops.aten
 
@@ -87,14 +87,14 @@ def cdist(a: Operand, b: Operand, *_: Any) -> Pattern:
     return Pattern("... m k!, ... n k! -> ... m n", (a, b))
 
 
-def written_scale(site: Site) -> None:
+def write_scale(site: OpSite) -> None:
     """Attention without a scale takes 1/sqrt(d) from the shape it sees: write that of the original `d` in."""
     query = site.operands[0]
     if site.args["scale"] is None and site.touched(query.exprs[-1]):
         site.args["scale"] = 1.0 / math.sqrt(query.shape[-1])
 
 
-@axis_rule(aten.scaled_dot_product_attention.default, follow=written_scale)
+@axis_rule(aten.scaled_dot_product_attention.default, resize=write_scale)
 def attention(q: Operand, k: Operand, v: Operand, mask: Operand | None = None, dropout: float = 0.0,
               causal: bool = False, *, enable_gqa: bool = False, **_: Any) -> str:  # fmt: skip
     """Every key position feeds the softmax over them."""

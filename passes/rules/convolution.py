@@ -12,7 +12,7 @@ from ecospa_fx.passes.ir.relations import Opaque, Operand, Pattern
 from .registry import axis_rule
 
 if TYPE_CHECKING:
-    from ecospa_fx.passes.ir.op_site import Site
+    from ecospa_fx.passes.ir.op_site import OpSite
 
 aten = torch.ops.aten
 
@@ -21,14 +21,14 @@ def _letters(prefix: str, count: int, pinned: bool = True) -> str:
     return " ".join(f"{prefix}{i}{'!' if pinned else ''}" for i in range(count))
 
 
-def groups_follow(site: Site) -> None:
+def resize_groups(site: OpSite) -> None:
     """Whole groups may go: there are as many as the channels of one fit into all."""
     x, weight = site.operands[:2]
     if site.args["groups"] > 1:
         site.args["groups"] = site.count(x.exprs[1]) // site.count(weight.exprs[1])
 
 
-@axis_rule(aten.conv1d, aten.conv2d, aten.conv3d, follow=groups_follow)
+@axis_rule(aten.conv1d, aten.conv2d, aten.conv3d, resize=resize_groups)
 def conv(x: Operand, weight: Operand, bias: Operand | None = None, stride: Any = 1, padding: Any = 0,
          dilation: Any = 1, groups: int = 1) -> Pattern | Opaque:  # fmt: skip
     """Neighbouring positions, and the channels of a group, are summed over."""
@@ -46,14 +46,14 @@ def conv(x: Operand, weight: Operand, bias: Operand | None = None, stride: Any =
     return Pattern(spec, operands, sizes={"g": groups}, apart=True)
 
 
-def transposed_groups_follow(site: Site) -> None:
+def resize_transposed_groups(site: OpSite) -> None:
     """As for a convolution; here it is the outputs that the weight lists per group."""
     weight = site.operands[1]
     if site.args["groups"] > 1:
         site.args["groups"] = site.count(site.outputs[0][1]) // site.count(weight.exprs[1])
 
 
-@axis_rule(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d, follow=transposed_groups_follow)
+@axis_rule(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d, resize=resize_transposed_groups)
 def conv_transpose(x: Operand, weight: Operand, bias: Operand | None = None, stride: Any = 1, padding: Any = 0,
                    output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> Pattern | Opaque:  # fmt: skip
     """The channels of a group are summed over, and spread over neighbouring positions."""

@@ -138,7 +138,7 @@ def one_hot(x: Operand, *_: Any) -> str:
 
 @axis_rule(
     aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full, aten.zeros, aten.ones, aten.empty, aten.full,
-    follow=lambda site: site.resize_output("size"),
+    resize=lambda site: site.resize_output("size"),
 )  # fmt: skip
 def created(*_: Any, **__: Any) -> Created:
     """A new tensor of a given size."""

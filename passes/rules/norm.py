@@ -6,33 +6,33 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ecospa_fx.passes.ir.relations import Carried, Operand, Pattern
+from ecospa_fx.passes.ir.relations import Operand, Pattern, SameDims
 
 from .registry import axis_rule
 
 if TYPE_CHECKING:
-    from ecospa_fx.passes.ir.op_site import Site
+    from ecospa_fx.passes.ir.op_site import OpSite
 
 aten = torch.ops.aten
 
 
 @axis_rule(aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax, aten.cumsum, aten.cumsum_, aten.cumprod,
            aten.logcumsumexp)  # fmt: skip
-def softmax(x: Operand, dim: int, *_: Any, **__: Any) -> Carried:
+def softmax(x: Operand, dim: int, *_: Any, **__: Any) -> SameDims:
     """Every entry along the axis feeds others along it."""
-    return Carried(x, pinned=(dim % x.ndim,))
+    return SameDims(x, pinned=(dim % x.ndim,))
 
 
 @axis_rule(aten.flip.default)
-def flip(x: Operand, dims: list[int]) -> Carried:
+def flip(x: Operand, dims: list[int]) -> SameDims:
     """Entries along the axis change places."""
-    return Carried(x, pinned=tuple(dim % x.ndim for dim in dims))
+    return SameDims(x, pinned=tuple(dim % x.ndim for dim in dims))
 
 
 @axis_rule(aten.roll.default)
-def roll(x: Operand, shifts: list[int], dims: tuple[int, ...] = ()) -> Carried:
+def roll(x: Operand, shifts: list[int], dims: tuple[int, ...] = ()) -> SameDims:
     """Entries along the axis change places."""
-    return Carried(x, pinned=tuple(dim % x.ndim for dim in dims or range(x.ndim)))
+    return SameDims(x, pinned=tuple(dim % x.ndim for dim in dims or range(x.ndim)))
 
 
 @axis_rule(aten.layer_norm.default, aten.rms_norm.default, aten._fused_rms_norm.default)
@@ -44,13 +44,13 @@ def layer_norm(x: Operand, normalized_shape: list[int], weight: Operand | None =
     return f"{', +'.join(terms)} -> ... {dims}"
 
 
-def norm_groups_follow(site: Site) -> None:
+def resize_norm_groups(site: OpSite) -> None:
     """Whole groups may go."""
     x, groups = site.operands[0], site.args["num_groups"]
     site.args["num_groups"] = site.count(x.exprs[1]) // (x.shape[1] // groups)
 
 
-@axis_rule(aten.group_norm.default, follow=norm_groups_follow)
+@axis_rule(aten.group_norm.default, resize=resize_norm_groups)
 def group_norm(x: Operand, groups: int, *affine: Any) -> Pattern:
     """The statistics are averages over a group of channels and over positions."""
     space = " ".join(f"x{i}!" for i in range(x.ndim - 2))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ecospa_fx.passes.graph.boundary_op import edge
-from ecospa_fx.passes.ir.relations import Carried, Operand, Pointwise
+from ecospa_fx.passes.ir.relations import Operand, Pointwise, SameDims
 
 from .registry import axis_rule
 
@@ -57,9 +57,9 @@ def copied(x: Operand, *_: Any, **__: Any) -> Pointwise:
     return Pointwise((x,), "linear")
 
 
-def shaped_like(x: Operand, *_: Any, **__: Any) -> Carried:
+def shaped_like(x: Operand, *_: Any, **__: Any) -> SameDims:
     """New values, of the shape of the operand."""
-    return Carried(x)
+    return SameDims(x)
 
 
 axis_rule(aten.complex.default)(linear)

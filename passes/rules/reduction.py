@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ecospa_fx.passes.ir.relations import Carried, Opaque, Operand, Pattern, Pointwise
+from ecospa_fx.passes.ir.relations import Opaque, Operand, Pattern, Pointwise, SameDims
 
 from .registry import axis_rule
 
@@ -20,9 +20,9 @@ def _dims(x: Operand, dim: Any) -> tuple[int, ...]:
 
 
 @axis_rule(aten.sum.dim_IntList, aten.sum.default)
-def summed(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Carried:
+def summed(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> SameDims:
     """Entries along the axis are added up."""
-    return Carried(x, dropped=_dims(x, dim), keepdim=keepdim)
+    return SameDims(x, dropped=_dims(x, dim), keepdim=keepdim)
 
 
 @axis_rule(
@@ -30,39 +30,39 @@ def summed(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Carr
     aten.logsumexp.default,
     aten.any.dim, aten.all.dim, aten.any.default, aten.all.default, aten.argmax.default, aten.argmin.default,
 )  # fmt: skip
-def reduced(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Carried:
+def reduced(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> SameDims:
     """Every entry along the axis counts in the reduction over it."""
     dims = _dims(x, dim)
-    return Carried(x, pinned=dims, dropped=dims, keepdim=keepdim)
+    return SameDims(x, pinned=dims, dropped=dims, keepdim=keepdim)
 
 
 @axis_rule(
     aten.linalg_vector_norm.default, aten.linalg_norm.default, aten.var.dim, aten.std.dim,
     aten.var.correction, aten.std.correction, aten.var_mean.correction, aten.std_mean.correction,
 )  # fmt: skip
-def spread(x: Operand, *args: Any, keepdim: bool = False, **_: Any) -> Carried:
+def spread(x: Operand, *args: Any, keepdim: bool = False, **_: Any) -> SameDims:
     """Every entry along the axis counts in the norm or variance over it."""
     lists = [arg for arg in args if isinstance(arg, (list, tuple))]
     dims = _dims(x, lists[0] if lists else None)
     flags = [arg for arg in args if isinstance(arg, bool)]
-    return Carried(x, pinned=dims, dropped=dims, keepdim=keepdim or bool(flags and flags[-1]))
+    return SameDims(x, pinned=dims, dropped=dims, keepdim=keepdim or bool(flags and flags[-1]))
 
 
 @axis_rule(aten.max.dim, aten.min.dim, aten.max.default, aten.min.default)
-def extremum(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Carried:
+def extremum(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> SameDims:
     """Every entry along the axis competes in the extremum over it."""
     dims = _dims(x, dim)
-    return Carried(x, pinned=dims, dropped=dims, keepdim=keepdim)
+    return SameDims(x, pinned=dims, dropped=dims, keepdim=keepdim)
 
 
 @axis_rule(aten.sort.default, aten.argsort.default)
-def ordered(x: Operand, dim: int = -1, *_: Any, **__: Any) -> Carried:
+def ordered(x: Operand, dim: int = -1, *_: Any, **__: Any) -> SameDims:
     """Entries along the axis are put in order."""
-    return Carried(x, pinned=_dims(x, dim) if x.ndim else ())
+    return SameDims(x, pinned=_dims(x, dim) if x.ndim else ())
 
 
 @axis_rule(aten.sort.stable, aten.argsort.stable)
-def ordered_stably(x: Operand, *, dim: int = -1, **_: Any) -> Carried:
+def ordered_stably(x: Operand, *, dim: int = -1, **_: Any) -> SameDims:
     """Entries along the axis are put in order."""
     return ordered(x, dim)
 

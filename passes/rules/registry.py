@@ -21,10 +21,10 @@ import torch
 from ecospa_fx.passes.ir.relations import Created, Relation
 
 if TYPE_CHECKING:
-    from ecospa_fx.passes.ir.op_site import Site
+    from ecospa_fx.passes.ir.op_site import OpSite
 
 
-Follow: TypeAlias = "Callable[[Site], None]"
+Resize: TypeAlias = "Callable[[OpSite], None]"
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -35,7 +35,7 @@ class Rule:
     """An axis rule and, where the op holds sizes as arguments, how those follow a shrink."""
 
     axes: Callable[..., Relation | str]
-    follow: Follow | None
+    resize: Resize | None
 
     @property
     def why(self) -> str:
@@ -46,13 +46,13 @@ class Rule:
 RULES: dict[Any, Rule] = {operator.getitem: Rule(lambda *_: Created(), None)}
 
 
-def axis_rule(*ops: Any, follow: Follow | None = None) -> Callable[[Function], Function]:
+def axis_rule(*ops: Any, resize: Resize | None = None) -> Callable[[Function], Function]:
     """Register what a class of ops does to axes.
 
     Args:
         ops: overloads (`aten.view.default`), packets (`aten.gelu`, meaning each of its overloads), or the
             qualified name of an op that another library may register later.
-        follow: writes new sizes into the op's arguments after a shrink, see `passes.rewrite.rewrite.Site`.
+        resize: writes new sizes into the op's arguments after a shrink, see `passes.ir.op_site.OpSite`.
 
     Raises:
         ValueError: an op has a rule already.
@@ -63,7 +63,7 @@ def axis_rule(*ops: Any, follow: Follow | None = None) -> Callable[[Function], F
             for overload in overloads(op):
                 if overload in RULES:
                     raise ValueError(f"{overload} has an axis rule already: {RULES[overload].axes.__name__}")
-                RULES[overload] = Rule(rule, follow)
+                RULES[overload] = Rule(rule, resize)
         return rule
 
     return register

@@ -8,7 +8,6 @@ import torch
 
 from ecospa_fx.passes.axes.algebra import as_size
 from ecospa_fx.passes.ir.relations import (
-    Carried,
     Expanded,
     Halved,
     Joined,
@@ -18,6 +17,7 @@ from ecospa_fx.passes.ir.relations import (
     Picked,
     Regrouped,
     Repeated,
+    SameDims,
     Sliced,
     Stacked,
 )
@@ -25,7 +25,7 @@ from ecospa_fx.passes.ir.relations import (
 from .registry import axis_rule
 
 if TYPE_CHECKING:
-    from ecospa_fx.passes.ir.op_site import Site
+    from ecospa_fx.passes.ir.op_site import OpSite
 
 aten = torch.ops.aten
 
@@ -36,11 +36,11 @@ def regrouped(x: Operand, *_: Any, **__: Any) -> Regrouped:
 
 
 axis_rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default,
-          follow=lambda site: site.resize_output("size", "shape"))(regrouped)  # fmt: skip
+          resize=lambda site: site.resize_output("size", "shape"))(regrouped)  # fmt: skip
 axis_rule(aten.unsqueeze.default, aten.flatten.using_ints)(regrouped)
 
 
-def squeezed(site: Site) -> None:
+def resize_squeeze(site: OpSite) -> None:
     """A dim that comes down to one entry stays a dim: name those that had one at first."""
     x = site.operands[0]
     dims = site.args.get("dim", list(range(x.ndim)))
@@ -49,7 +49,7 @@ def squeezed(site: Site) -> None:
     site.args["dim"] = [dim for dim in dims if x.shape[dim] == 1]
 
 
-axis_rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, follow=squeezed)(regrouped)
+axis_rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, resize=resize_squeeze)(regrouped)
 
 
 @axis_rule(aten.view_as.default, aten.reshape_as.default)
@@ -58,7 +58,7 @@ def view_as(x: Operand, other: Operand) -> Regrouped:
     return Regrouped(x, other)
 
 
-def unflattened(site: Site) -> None:
+def resize_unflatten(site: OpSite) -> None:
     """`unflatten` names only the new dims, so it is written as a view."""
     dim = site.args["dim"] % site.operands[0].ndim
     sizes = list(site.args["sizes"])
@@ -68,7 +68,7 @@ def unflattened(site: Site) -> None:
     site.args["sizes"] = sizes
 
 
-axis_rule(aten.unflatten.int, follow=unflattened)(regrouped)
+axis_rule(aten.unflatten.int, resize=resize_unflatten)(regrouped)
 
 
 @axis_rule(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
@@ -105,25 +105,25 @@ def movedim(x: Operand, source: int, destination: int) -> Permuted:
     return Permuted(x, tuple(order))
 
 
-@axis_rule(aten.expand.default, aten.broadcast_to.default, follow=lambda site: site.resize_output("size"))
+@axis_rule(aten.expand.default, aten.broadcast_to.default, resize=lambda site: site.resize_output("size"))
 def expand(x: Operand, *_: Any, **__: Any) -> Expanded:
     """The operand repeats along new axes."""
     return Expanded(x)
 
 
-def repeats_follow(site: Site) -> None:
+def resize_repeats(site: OpSite) -> None:
     """Copies are an axis of their own and can be selected like any other."""
     if any(site.touched(expr) for expr in site.made):
         site.args["repeats"] = site.repeats()
 
 
-@axis_rule(aten.repeat.default, follow=repeats_follow)
+@axis_rule(aten.repeat.default, resize=resize_repeats)
 def repeat(x: Operand, repeats: list[Any]) -> Repeated:
     """The whole axis repeats end to end."""
     return Repeated(x, tuple(map(as_size, repeats)))
 
 
-def tiles_follow(site: Site) -> None:
+def resize_tiles(site: OpSite) -> None:
     """As for `repeat`, which wants a number for every dim."""
     if any(site.touched(expr) for expr in site.made):
         site.target = aten.repeat.default
@@ -132,21 +132,21 @@ def tiles_follow(site: Site) -> None:
         site.args["repeats"] = site.repeats()
 
 
-@axis_rule(aten.tile.default, follow=tiles_follow)
+@axis_rule(aten.tile.default, resize=resize_tiles)
 def tile(x: Operand, dims: list[Any]) -> Repeated:
     """The whole axis repeats end to end."""
     return Repeated(x, tuple(map(as_size, [*(1 for _ in range(x.ndim - len(dims))), *dims])))
 
 
-@axis_rule(aten.repeat_interleave.self_int, follow=repeats_follow)
-def repeat_interleave(x: Operand, repeats: int, dim: int | None = None, **_: Any) -> Repeated | Carried:
+@axis_rule(aten.repeat_interleave.self_int, resize=resize_repeats)
+def repeat_interleave(x: Operand, repeats: int, dim: int | None = None, **_: Any) -> Repeated | SameDims:
     """Each entry repeats in place."""
     if dim is None:
-        return Carried(x, pinned=tuple(range(x.ndim)))
+        return SameDims(x, pinned=tuple(range(x.ndim)))
     return Repeated(x, tuple(repeats if d == dim % x.ndim else 1 for d in range(x.ndim)), interleaved=True)
 
 
-def bounds_follow(site: Site) -> None:
+def resize_bounds(site: OpSite) -> None:
     """New bounds are the numbers of kept entries before the old ones."""
     x = site.operands[0]
     expr = x.exprs[site.args["dim"] % x.ndim]
@@ -162,7 +162,7 @@ def bounds_follow(site: Site) -> None:
             site.args[name] = site.kept_before(expr, site.args[name])
 
 
-@axis_rule(aten.slice.Tensor, follow=bounds_follow)
+@axis_rule(aten.slice.Tensor, resize=resize_bounds)
 def slice_(x: Operand, dim: int = 0, start: Any = None, stop: Any = None, step: int = 1) -> Sliced:
     """A part of the axis is cut out."""
     dim %= x.ndim
@@ -170,7 +170,7 @@ def slice_(x: Operand, dim: int = 0, start: Any = None, stop: Any = None, step: 
     return Sliced(x, dim, _bound(start, 0, size), _bound(stop, size, size), step)
 
 
-def narrowed(site: Site) -> None:
+def resize_narrow(site: OpSite) -> None:
     """As for a slice, whose length is named instead of its end."""
     x, dim = site.operands[0], site.args["dim"] % site.operands[0].ndim
     if site.touched(x.exprs[dim]):
@@ -178,7 +178,7 @@ def narrowed(site: Site) -> None:
         site.args["length"] = site.count(site.outputs[0][dim])
 
 
-@axis_rule(aten.narrow.default, follow=narrowed)
+@axis_rule(aten.narrow.default, resize=resize_narrow)
 def narrow(x: Operand, dim: int, start: Any, length: Any) -> Sliced:
     """A part of the axis is cut out."""
     dim %= x.ndim
@@ -198,7 +198,7 @@ def _bound(bound: Any, default: Any, size: Any) -> Any:
     return min(max(bound + size if bound < 0 else bound, 0), size)
 
 
-def parts_follow(site: Site) -> None:
+def resize_parts(site: OpSite) -> None:
     """Parts may come out unequal: name each one's size."""
     x = site.operands[0]
     dim = site.args.get("dim", 0) % x.ndim
@@ -208,23 +208,23 @@ def parts_follow(site: Site) -> None:
         site.args = {"self": site.args["self"], "split_sizes": sizes, "dim": dim}
 
 
-@axis_rule(aten.split_with_sizes.default, aten.split.sizes, follow=parts_follow)
+@axis_rule(aten.split_with_sizes.default, aten.split.sizes, resize=resize_parts)
 def split_with_sizes(x: Operand, sizes: list[Any], dim: int = 0) -> Parted:
     """The axis is cut into parts."""
     return Parted(x, dim % x.ndim, tuple(map(as_size, sizes)))
 
 
-@axis_rule(aten.split.Tensor, follow=parts_follow)
-def split(x: Operand, size: int, dim: int = 0) -> Parted | Carried:
+@axis_rule(aten.split.Tensor, resize=resize_parts)
+def split(x: Operand, size: int, dim: int = 0) -> Parted | SameDims:
     """The axis is cut into parts."""
     total = x.shape[dim % x.ndim]
     if type(total) is not int or type(size) is not int:
-        return Carried(x, pinned=(dim % x.ndim,))
+        return SameDims(x, pinned=(dim % x.ndim,))
     return Parted(x, dim % x.ndim, tuple(min(size, total - start) for start in range(0, total, size)))
 
 
-@axis_rule(aten.chunk.default, follow=parts_follow)
-def chunk(x: Operand, chunks: int, dim: int = 0) -> Parted | Carried:
+@axis_rule(aten.chunk.default, resize=resize_parts)
+def chunk(x: Operand, chunks: int, dim: int = 0) -> Parted | SameDims:
     """The axis is cut into parts."""
     total = x.shape[dim % x.ndim]
     return split(x, -(-total // chunks) if type(total) is int else total, dim)
@@ -261,6 +261,6 @@ def stack(tensors: list[Operand], dim: int = 0) -> Stacked:
 
 
 @axis_rule(aten.tril.default, aten.triu.default)
-def triangular(x: Operand, *_: Any) -> Carried:
+def triangular(x: Operand, *_: Any) -> SameDims:
     """Which entries stay depends on their position."""
-    return Carried(x, pinned=(x.ndim - 2, x.ndim - 1))
+    return SameDims(x, pinned=(x.ndim - 2, x.ndim - 1))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ecospa_fx.passes.ir.relations import Carried, Operand, Pattern
+from ecospa_fx.passes.ir.relations import Operand, Pattern, SameDims
 
 from .registry import axis_rule
 
@@ -14,9 +14,9 @@ aten = torch.ops.aten
 
 
 @axis_rule(aten.fft_fft, aten.fft_ifft)
-def fft(x: Operand, n: int | None = None, dim: int = -1, norm: str | None = None) -> Carried | Pattern:
+def fft(x: Operand, n: int | None = None, dim: int = -1, norm: str | None = None) -> SameDims | Pattern:
     """Every entry along the axis is in every frequency."""
-    return Carried(x, pinned=(dim % x.ndim,)) if n is None else _transformed(x, (dim,))
+    return SameDims(x, pinned=(dim % x.ndim,)) if n is None else _transformed(x, (dim,))
 
 
 @axis_rule(aten.fft_rfft, aten.fft_irfft, aten.fft_hfft, aten.fft_ihfft)
@@ -45,15 +45,15 @@ def _transformed(x: Operand, dims: Any) -> Pattern:
 
 
 @axis_rule(aten.fft_fftshift.default, aten.fft_ifftshift.default)
-def shifted(x: Operand, dim: list[int] | None = None) -> Carried:
+def shifted(x: Operand, dim: list[int] | None = None) -> SameDims:
     """Entries along the axis change places."""
-    return Carried(x, pinned=tuple(d % x.ndim for d in (range(x.ndim) if dim is None else dim)))
+    return SameDims(x, pinned=tuple(d % x.ndim for d in (range(x.ndim) if dim is None else dim)))
 
 
 @axis_rule(aten.view_as_complex.default)
-def view_as_complex(x: Operand) -> Carried:
+def view_as_complex(x: Operand) -> SameDims:
     """Two entries become one number."""
-    return Carried(x, pinned=(x.ndim - 1,), dropped=(x.ndim - 1,), keepdim=False)
+    return SameDims(x, pinned=(x.ndim - 1,), dropped=(x.ndim - 1,), keepdim=False)
 
 
 @axis_rule(aten.view_as_real.default)

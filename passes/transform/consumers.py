@@ -28,12 +28,12 @@ from ecospa_fx.passes.graph.nodes import (
     tensor_meta,
     written_arguments,
 )
-from ecospa_fx.passes.ir.axis_facts import Inference
-from ecospa_fx.passes.ir.captured import Captured
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
+from ecospa_fx.passes.ir.captured import RegionGraph
 
 aten = torch.ops.aten
 
-Key: TypeAlias = tuple[str, int]  # (parameter name in the region, dim)
+WeightDim: TypeAlias = tuple[str, int]  # (parameter name in the region, dim)
 
 _SAME = {
     aten.alias.default, aten.detach.default, aten.contiguous.default, aten.clone.default, aten.to.dtype,
@@ -131,15 +131,15 @@ class _Use:
     bias: fx.Node | None = None
 
 
-def consumers(inference: Inference) -> dict[Key, Consumer | str]:
+def consumers(axis_facts: AxisFacts) -> dict[WeightDim, Consumer | str]:
     """The dims of parameters that some op of a graph sums over, with what they meet there, or why that is not known."""
-    captured = inference.captured
+    captured = axis_facts.captured
     held: dict[str, list[fx.Node]] = {}
     for node in captured.graph.nodes:
         name = captured.tensors.get(node.name) if node.op == "placeholder" else None
         if name is not None:
             held.setdefault(captured.same_storage.get(name, name), []).append(node)
-    found: dict[Key, Consumer | str] = {}
+    found: dict[WeightDim, Consumer | str] = {}
     spoiled = _written_later(captured.graph)
     for name, nodes in held.items():
         uses: list[_Use | str] = []
@@ -150,7 +150,7 @@ def consumers(inference: Inference) -> dict[Key, Consumer | str]:
                     use = f"what it meets in {op_name(user)} ({place(user, captured.region)}) is overwritten later"
                 uses.append(use)
         known = {use.dim for use in uses if isinstance(use, _Use)}
-        for dim in sorted(known | _summed_over(name, inference)):
+        for dim in sorted(known | _summed_over(name, axis_facts)):
             mine = [use for use in uses if isinstance(use, _Use) and use.dim == dim]
             other = next((use for use in uses if isinstance(use, str)), None)
             if other is None and len(mine) < len(uses):
@@ -165,11 +165,11 @@ def consumers(inference: Inference) -> dict[Key, Consumer | str]:
     return found
 
 
-def _summed_over(name: str, inference: Inference) -> set[int]:
+def _summed_over(name: str, axis_facts: AxisFacts) -> set[int]:
     """The dims of a parameter that inference has seen summed over, however that may be."""
-    summed = [f.expr for f in inference.facts if f.role == "contracted" and name in [o.parameter for o in f.operands]]
+    summed = [f.expr for f in axis_facts.facts if f.role == "contracted" and name in [o.parameter for o in f.operands]]
     atoms = {atom for expr in summed for atom in atoms_of(expr)}
-    exprs = inference.parameters.get(name, ())
+    exprs = axis_facts.parameters.get(name, ())
     return {dim for dim, expr in enumerate(exprs) if atoms & set(atoms_of(expr))}
 
 
@@ -190,7 +190,7 @@ def _origin(node: fx.Node) -> fx.Node:
     return behind[-1] if behind else node
 
 
-def _bias(uses: list[_Use], captured: Captured, held: dict[str, list[fx.Node]]) -> str | None:
+def _bias(uses: list[_Use], captured: RegionGraph, held: dict[str, list[fx.Node]]) -> str | None:
     """The bias that may change together with the weight."""
     (node, *more) = (use.bias for use in uses)
     if node is None or more or node.op != "placeholder" or len(node.users) != 1 or len(_shape(node)) != 1:

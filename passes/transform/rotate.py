@@ -23,13 +23,13 @@ from torch import Tensor, fx
 
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.axes.selection import index_of
-from ecospa_fx.passes.find.discover import Found
+from ecospa_fx.passes.find.discover import RegionCoupling
 from ecospa_fx.passes.graph.nodes import PARTS, VIEWS, arguments, op_name, place
-from ecospa_fx.passes.infer.infer import infer
-from ecospa_fx.passes.ir.axis_facts import Inference
+from ecospa_fx.passes.infer.infer import infer_axes
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
 
 from .cholesky import factor
-from .consumers import Consumer, Key, consumers
+from .consumers import Consumer, WeightDim, consumers
 
 aten = torch.ops.aten
 
@@ -68,7 +68,7 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Turn:
+class BasisChange:
     """A change of basis, per context.
 
     Attributes:
@@ -86,46 +86,46 @@ class Turn:
         return self.near if side == NEAR else self.far
 
 
-def sides(inference: Inference, found: Found) -> dict[Key, Tensor] | str:
+def sides(axis_facts: AxisFacts, found: RegionCoupling) -> dict[WeightDim, Tensor] | str:
     """Which side each position of a parameter lies on, or why a coupling's basis is not free.
 
     Returns:
         (parameter in the region, dim) -> LongTensor `[size]`: `NEAR`, `FAR` or -1, at original sizes.
     """
-    reason = _bent(inference, found.atom)
+    reason = _bent(axis_facts, found.atom)
     if reason is not None:
         return reason
     if not found.linear:
         return "its entries go through products one by one"
-    sums = [f for f in inference.facts if f.role == "contracted" and found.atom in atoms_of(f.expr)]
+    sums = [f for f in axis_facts.facts if f.role == "contracted" and found.atom in atoms_of(f.expr)]
     if not sums:
         return "nothing sums over it"
     met = [all(o.parameter is None for o in fact.operands) and len(fact.operands) == 2 for fact in sums]
     known = {(n, d) for n, d in found.axes}
     if all(met):
-        made = _of_two_activations(inference, [fact.node for fact in sums], known, found.atom)
+        made = _of_two_activations(axis_facts, [fact.node for fact in sums], known, found.atom)
     elif not any(met):
-        made = _of_weights(inference, known, found.atom)
+        made = _of_weights(axis_facts, known, found.atom)
     else:
         return "it is summed over by weights and by activations both"
     if isinstance(made, str):
         return made
     for name, dim in known:
-        owned = index_of(inference.parameters[name][dim], found.atom) >= 0
+        owned = index_of(axis_facts.parameters[name][dim], found.atom) >= 0
         if not torch.equal(owned, made[name, dim] >= 0):
             return f"`{name}` has entries of it on neither side"
     return made if {NEAR, FAR} <= {int(s) for side in made.values() for s in side.unique()} else "it has one side only"
 
 
-def _bent(inference: Inference, atom: Atom) -> str | None:
+def _bent(axis_facts: AxisFacts, atom: Atom) -> str | None:
     """Whatever on the way is not linear in the entries of an atom, or not the same in each."""
-    region = inference.captured.region
-    for source in inference.sources:
+    region = axis_facts.captured.region
+    for source in axis_facts.sources:
         if any(atom in atoms_of(expr) for expr in source.exprs):
             return f"{op_name(source.user)} ({place(source.user, region)}) brings in values that cannot turn with it"
-    for node, operands in inference.operands.items():
+    for node, operands in axis_facts.operands.items():
         carrying = [o for o in operands if any(atom in atoms_of(expr) for expr in o.exprs)]
-        if not carrying and not any(atom in atoms_of(e) for exprs in inference.values[node] for e in exprs):
+        if not carrying and not any(atom in atoms_of(e) for exprs in axis_facts.values[node] for e in exprs):
             continue
         if not _is_linear(node, [o.node for o in carrying], len(operands)):
             return f"{op_name(node)} ({place(node, region)}) stands between the weights"
@@ -146,29 +146,29 @@ def _is_linear(node: fx.Node, carrying: list[fx.Node], tensors: int) -> bool:
     return False
 
 
-def _of_weights(inference: Inference, axes: set[Key], atom: Atom) -> dict[Key, Tensor] | str:
+def _of_weights(axis_facts: AxisFacts, axes: set[WeightDim], atom: Atom) -> dict[WeightDim, Tensor] | str:
     """Weights that sum over the axis are its far side, all others make it."""
-    summing = consumers(inference)
-    made: dict[Key, Tensor] = {}
+    summing = consumers(axis_facts)
+    made: dict[WeightDim, Tensor] = {}
     for name, dim in axes:
         consumer = summing.get((name, dim))
         if isinstance(consumer, str):
             return f"`{name}`: {consumer}"
         if isinstance(consumer, Consumer) and consumer.window > 1:
             return f"`{name}` sums over it with a kernel"
-        made[name, dim] = _where(inference, name, dim, atom, NEAR if consumer is None else FAR)
+        made[name, dim] = _where(axis_facts, name, dim, atom, NEAR if consumer is None else FAR)
     return made
 
 
 def _of_two_activations(
-    inference: Inference, nodes: list[fx.Node], axes: set[Key], atom: Atom
-) -> dict[Key, Tensor] | str:
+    axis_facts: AxisFacts, nodes: list[fx.Node], axes: set[WeightDim], atom: Atom
+) -> dict[WeightDim, Tensor] | str:
     """Infer once more, without the fact that the two sides meet in these products: they are two atoms then."""
-    alone = infer(inference.captured, apart=frozenset(nodes))
+    alone = infer_axes(axis_facts.captured, apart=frozenset(nodes))
     near: set[Atom] = set()
     far: set[Atom] = set()
     for node in nodes:
-        then, now = alone.operands[node], inference.operands[node]
+        then, now = alone.operands[node], axis_facts.operands[node]
         both = [
             {a for expr, one in zip(o.exprs, was.exprs, strict=True) if atom in atoms_of(one) for a in atoms_of(expr)}
             for o, was in zip(then, now, strict=True)
@@ -178,25 +178,25 @@ def _of_two_activations(
             return "more than two values meet along it in one product"
         near |= both[0] - both[1]
         far |= both[1] - both[0]
-    made: dict[Key, Tensor] = {}
+    made: dict[WeightDim, Tensor] = {}
     for name, dim in axes:
-        expr, place_of = alone.parameters[name][dim], torch.full((len(_index(inference, name, dim, atom)),), -1)
+        expr, place_of = alone.parameters[name][dim], torch.full((len(_index(axis_facts, name, dim, atom)),), -1)
         for side, atoms in ((NEAR, near), (FAR, far)):
             for each in atoms & set(atoms_of(expr)):
                 place_of[index_of(expr, each) >= 0] = side
-        made[name, dim] = torch.where(_index(inference, name, dim, atom) >= 0, place_of, -1)
+        made[name, dim] = torch.where(_index(axis_facts, name, dim, atom) >= 0, place_of, -1)
     return "its two sides are one and the same" if near & far else made
 
 
-def _index(inference: Inference, name: str, dim: int, atom: Atom) -> Tensor:
-    return index_of(inference.parameters[name][dim], atom)
+def _index(axis_facts: AxisFacts, name: str, dim: int, atom: Atom) -> Tensor:
+    return index_of(axis_facts.parameters[name][dim], atom)
 
 
-def _where(inference: Inference, name: str, dim: int, atom: Atom, side: int) -> Tensor:
-    return torch.where(_index(inference, name, dim, atom) >= 0, side, -1)
+def _where(axis_facts: AxisFacts, name: str, dim: int, atom: Atom, side: int) -> Tensor:
+    return torch.where(_index(axis_facts, name, dim, atom) >= 0, side, -1)
 
 
-def balanced(near: Tensor, far: Tensor) -> Turn:
+def balanced(near: Tensor, far: Tensor) -> BasisChange:
     """The basis in which the Gram matrices of both sides are the same diagonal, largest entries first.
 
     With `near = A A.T` and `far = B.T B` these are the singular values of `B A`, so what is cut off the end is what the
@@ -218,10 +218,10 @@ def balanced(near: Tensor, far: Tensor) -> Turn:
     ratio = (scales[1] / scales[0]).clamp(1e-12, 1e12) ** 0.25
     turn = ratio * (width[:, :, None] * torch.linalg.solve_triangular(root.mT, vectors, upper=True).mT)
     back = (vectors.mT @ root.mT) / width[:, :, None] / ratio
-    return Turn(turn, back, energy * (scales[0] * scales[1])[:, :, 0].sqrt())
+    return BasisChange(turn, back, energy * (scales[0] * scales[1])[:, :, 0].sqrt())
 
 
-def settled(turn: Turn, keep: int, scale: Tensor) -> Turn:
+def near_old_basis(turn: BasisChange, keep: int, scale: Tensor) -> BasisChange:
     """The same first `keep` entries' span, in coordinates near to those there were.
 
     Of the old entries some span nearly the same. Each new entry is one of these, plus what it takes over of those that
@@ -247,10 +247,10 @@ def settled(turn: Turn, keep: int, scale: Tensor) -> Turn:
         picked = span[:, sorted(chosen)]
         near[context, :keep] = torch.linalg.solve(picked, span)
         far[context, :keep] = picked.T @ far[context, :keep]
-    return Turn(near, far, turn.energy)
+    return BasisChange(near, far, turn.energy)
 
 
-def turned(tensor: Tensor, part: Part, by: Tensor) -> Tensor:
+def change_basis(tensor: Tensor, part: Part, by: Tensor) -> Tensor:
     """A tensor of a parameter's shape, each block along `part` multiplied by the matrix of its context.
 
     Args:

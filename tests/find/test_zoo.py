@@ -70,7 +70,7 @@ def test_couplings_are_those_written_by_hand(name: str) -> None:
 @each
 def test_refusals_give_the_reason_written_by_hand(name: str) -> None:
     analysis = analysed(name)
-    assert set(analysis.inference.missing) == ZOO[name].missing
+    assert set(analysis.axis_facts.missing) == ZOO[name].missing
     for members, reason in ZOO[name].refusals:
         reasons = [text for r in analysis.discovery.refusals if members <= set(r.members) for text in r.reasons]
         assert any(reason in text for text in reasons), (sorted(members), reasons)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import ecospa_fx
 from ecospa_fx.errors import NoCouplingError
 from ecospa_fx.passes.capture.capture import capture
-from ecospa_fx.passes.infer.infer import infer
-from ecospa_fx.passes.infer.probe import tried
+from ecospa_fx.passes.infer.infer import infer_axes
+from ecospa_fx.passes.infer.probe import probe
 from ecospa_fx.passes.rules import RULES
 from ecospa_fx.testing import assert_exact
 from ecospa_fx.testing.check import Tally
@@ -74,9 +74,9 @@ def outcome(op: Any, *shapes: tuple[int, ...]) -> Any:
             return op(*self.held), x
 
     captured = capture(Module(), (torch.zeros(2),), {}, check=False)
-    inference = infer(captured)
-    (node,) = (node for nodes in inference.missing.values() for node in nodes)
-    found = tried(node, inference.operands[node])
+    axis_facts = infer_axes(captured)
+    (node,) = (node for nodes in axis_facts.missing.values() for node in nodes)
+    found = probe(node, axis_facts.operands[node])
     return found and (found.axes, found.outputs)
 
 
@@ -145,9 +145,9 @@ def test_with_the_rules_taken_away_random_programs_stay_exact(monkeypatch: pytes
     used: set[str] = set()
 
     def by_experiment(captured: Any) -> Any:
-        inference = infer(captured, experiments=True)
-        used.update(inference.experiments)
-        return inference
+        axis_facts = infer_axes(captured, experiments=True)
+        used.update(axis_facts.experiments)
+        return axis_facts
 
     monkeypatch.setattr("ecospa_fx.testing.check.infer", by_experiment)
     tally = Tally()

@@ -15,7 +15,7 @@ from twin import run, sliced
 import ecospa_fx
 from ecospa_fx import errors
 from ecospa_fx.model.compiled import MODEL
-from ecospa_fx.model.full_size import StandIns
+from ecospa_fx.model.full_size import FullSizeTensors
 from ecospa_fx.model.region import MOST_PROGRAMS
 
 
@@ -386,7 +386,7 @@ def test_too_many_ways_to_call():
 def test_a_new_call_of_a_shrunk_model_is_traced_without_memory():
     it = Lives()
     region = it.model.__dict__[MODEL].regions["layers.0"]
-    stand_ins = StandIns(it.model.layers[0], "layers.0", ecospa_fx.plan(it.model))
+    stand_ins = FullSizeTensors(it.model.layers[0], "layers.0", ecospa_fx.plan(it.model))
     shapes, values = stand_ins.shapes(), stand_ins.values()
     plain = dict(it.plain.layers[0].named_parameters()) | dict(it.plain.layers[0].named_buffers())
     assert shapes.keys() == values.keys() and "qkv.weight" in shapes and "norm.running_mean" in shapes

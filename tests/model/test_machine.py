@@ -24,7 +24,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import ecospa_fx
 from ecospa_fx.testing.check import zeroing_is_removing
-from ecospa_fx.testing.programs import Program
+from ecospa_fx.testing.programs import RandomProgram
 from ecospa_fx.testing.random_program import free_program
 
 SHAPES = ((2, 5), (3, 7), (1, 4))
@@ -37,12 +37,12 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
 }
 
 
-def call(program: Program, shape: tuple[int, int], seed: int) -> Tensor:
+def call(program: RandomProgram, shape: tuple[int, int], seed: int) -> Tensor:
     _, (example,) = program.build()
     return torch.randn(*shape, example.shape[-1], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def usable(program: Program) -> bool:
+def usable(program: RandomProgram) -> bool:
     """It takes any number of tokens, something can shrink in it, and zero weights are removed weights."""
     try:
         model, _ = program.build()

@@ -7,7 +7,7 @@ from torch import nn
 from ecospa_fx.passes.capture.capture import capture
 from ecospa_fx.passes.capture.compare_eager import run
 from ecospa_fx.passes.graph.tensors import named_tensors
-from ecospa_fx.passes.infer.infer import infer
+from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.rewrite import generate
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 
@@ -39,7 +39,7 @@ def test_it_runs_to_the_bit_as_the_graph_does():
     torch.manual_seed(0)
     module, x, y = Odd(), torch.randn(3, 5, 6, requires_grad=True), torch.randn(3, 1, 6)
     captured = capture(module, (x,), {"y": y})
-    program = rewrite(infer(captured), {}, module)
+    program = rewrite(infer_axes(captured), {}, module)
     for size in (5, 7):
         x, y = torch.randn(2, size, 6, requires_grad=True), torch.randn(2, 1, 6)
         expected = run(captured, named_tensors(module), [x, y])
@@ -54,7 +54,7 @@ def test_it_runs_to_the_bit_as_the_graph_does():
 
 def test_the_code_reads_like_code():
     module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.LayerNorm(6), nn.Linear(6, 4))
-    program = rewrite(infer(capture(module, (torch.randn(2, 4),), {})), {}, module)
+    program = rewrite(infer_axes(capture(module, (torch.randn(2, 4),), {})), {}, module)
     assert_expected_inline(
         program.source,
         """\
@@ -86,5 +86,5 @@ def test_what_is_said_in_python_means_the_same_there():
 
 def test_equal_code_is_compiled_once():
     blocks = [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)) for _ in range(2)]
-    programs = [rewrite(infer(capture(b, (torch.randn(2, 4),), {})), {}, b) for b in blocks]
+    programs = [rewrite(infer_axes(capture(b, (torch.randn(2, 4),), {})), {}, b) for b in blocks]
     assert programs[0].run.__code__ is programs[1].run.__code__

@@ -29,9 +29,9 @@ from ecospa_fx.passes.capture.capture import capture
 from ecospa_fx.passes.capture.compare_eager import relative_error, run
 from ecospa_fx.passes.graph.nodes import place
 from ecospa_fx.passes.graph.tensors import sliced, swapped
-from ecospa_fx.passes.infer.infer import infer
-from ecospa_fx.passes.ir.axis_facts import Inference
-from ecospa_fx.passes.ir.relations import Carried
+from ecospa_fx.passes.infer.infer import infer_axes
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
+from ecospa_fx.passes.ir.relations import SameDims
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.verify import Masked, contraction_masks
 from ecospa_fx.passes.rules import RULES, Rule, axis_rule
@@ -348,7 +348,7 @@ def ordinary(x: Tensor) -> bool:
     return x.layout == torch.strided and not x.is_complex() and 0 < x.numel() <= 4000 and bool(x.isfinite().all())
 
 
-def inferred(calls: Sequence[Call]) -> list[tuple[Calls, Inference]]:
+def inferred(calls: Sequence[Call]) -> list[tuple[Calls, AxisFacts]]:
     """Captured and inferred in one graph, or one by one where a call cannot be exported."""
     module = Calls(calls)
     try:
@@ -357,32 +357,34 @@ def inferred(calls: Sequence[Call]) -> list[tuple[Calls, Inference]]:
         if len(calls) == 1:
             return [] if calls[0].held else inferred([replace(calls[0], held=True)])
         return [found for call in calls for found in inferred([call])]
-    return [(module, infer(captured))]
+    return [(module, infer_axes(captured))]
 
 
-def pinned(inference: Inference) -> set[Atom]:
+def pinned(axis_facts: AxisFacts) -> set[Atom]:
     """Atoms that an op pins. That results leave the region is no matter here: they are sliced, then compared."""
-    facts = [fact for fact in inference.facts if fact.role == "pinned" and not fact.reason.startswith(LEAVES)]
+    facts = [fact for fact in axis_facts.facts if fact.role == "pinned" and not fact.reason.startswith(LEAVES)]
     return {atom for fact in facts for atom in atoms_of(fact.expr)}
 
 
-def atoms(inference: Inference) -> list[Atom]:
-    groups = (*inference.parameters.values(), *(exprs for outputs in inference.values.values() for exprs in outputs))
-    made = (*inference.made.values(), *(source.exprs for source in inference.sources))
+def atoms(axis_facts: AxisFacts) -> list[Atom]:
+    groups = (*axis_facts.parameters.values(), *(exprs for outputs in axis_facts.values.values() for exprs in outputs))
+    made = (*axis_facts.made.values(), *(source.exprs for source in axis_facts.sources))
     found = {atom: None for exprs in (*groups, *made) for expr in exprs for atom in atoms_of(expr)}
     return sorted(found, key=lambda atom: atom.serial)
 
 
-def results_of(inference: Inference) -> list[tuple[Expr, ...] | None]:
+def results_of(axis_facts: AxisFacts) -> list[tuple[Expr, ...] | None]:
     """Axes of each result, None where it depends on no parameter."""
-    (out,) = (node for node in inference.captured.graph.nodes if node.op == "output")
+    (out,) = (node for node in axis_facts.captured.graph.nodes if node.op == "output")
     nodes = pytree.tree_leaves(out.args)
-    return [inference.values[node][0] if node in inference.values else None for node in nodes]
+    return [axis_facts.values[node][0] if node in axis_facts.values else None for node in nodes]
 
 
-def unpredictable(inference: Inference) -> bool:
+def unpredictable(axis_facts: AxisFacts) -> bool:
     """Whether results are random or uninitialised; their sizes can be compared all the same."""
-    targets = [node.target for node in inference.captured.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    targets = [
+        node.target for node in axis_facts.captured.graph.nodes if isinstance(node.target, torch._ops.OpOverload)
+    ]
     return any(torch.Tag.nondeterministic_seeded in op.tags or "empty" in op._opname for op in targets)
 
 
@@ -402,51 +404,51 @@ def selections(free: Sequence[Atom]) -> Iterator[dict[Atom, Tensor]]:
         yield together
 
 
-def check_selection(module: Calls, inference: Inference, kept: dict[Atom, Tensor]) -> None:
+def check_selection(module: Calls, axis_facts: AxisFacts, kept: dict[Atom, Tensor]) -> None:
     """Assert that the shrunk program equals the masked graph."""
 
     class Here(Masked):
-        masks = contraction_masks(inference, kept, (UNUSED,))
+        masks = contraction_masks(axis_facts, kept, (UNUSED,))
 
     whole = dict((*module.named_parameters(), *module.named_buffers()))
-    expected = run(inference.captured, whole, (UNUSED,), interpreter=Here)
+    expected = run(axis_facts.captured, whole, (UNUSED,), interpreter=Here)
     small = {
-        name: sliced(tensor.detach(), steps(inference.parameters[name], kept))
-        if name in inference.parameters
+        name: sliced(tensor.detach(), steps(axis_facts.parameters[name], kept))
+        if name in axis_facts.parameters
         else tensor
         for name, tensor in whole.items()
     }
-    program = rewrite(inference, kept, module)
+    program = rewrite(axis_facts, kept, module)
     with swapped(module, small):
         found = program.run(module, UNUSED, *program.constants)
-    random = unpredictable(inference)
-    for exprs, a, b in zip(results_of(inference), expected, found, strict=True):
+    random = unpredictable(axis_facts)
+    for exprs, a, b in zip(results_of(axis_facts), expected, found, strict=True):
         a = a if exprs is None else sliced(a, steps(exprs, kept))
         same = a.shape == b.shape and (random or relative_error(a, b) <= TOLERANCE)
-        assert same, f"selecting {kept}: {a} became {b}\n{inference.captured.graph}\n{program.source}"
+        assert same, f"selecting {kept}: {a} became {b}\n{axis_facts.captured.graph}\n{program.source}"
 
 
-def check_entry(module: Calls, inference: Inference, name: str, free: Sequence[Atom]) -> None:
+def check_entry(module: Calls, axis_facts: AxisFacts, name: str, free: Sequence[Atom]) -> None:
     """Assert that one entry of a parameter reaches only those of the results that the axes relate to it."""
     whole = {n: tensor.detach() for n, tensor in (*module.named_parameters(), *module.named_buffers())}
     place = tuple(int(torch.randint(size, ())) for size in whole[name].shape)
     moved = whole[name].clone()
     moved[place] = 0.37 - moved[place]
-    before = run(inference.captured, whole, (UNUSED,))
-    after = run(inference.captured, whole | {name: moved}, (UNUSED,))
-    summed = {atom for fact in inference.facts if fact.role == "contracted" for atom in atoms_of(fact.expr)}
-    mine = {atom for expr in inference.parameters[name] for atom in atoms_of(expr)}
-    for exprs, a, b in zip(results_of(inference), before, after, strict=True):
+    before = run(axis_facts.captured, whole, (UNUSED,))
+    after = run(axis_facts.captured, whole | {name: moved}, (UNUSED,))
+    summed = {atom for fact in axis_facts.facts if fact.role == "contracted" for atom in atoms_of(fact.expr)}
+    mine = {atom for expr in axis_facts.parameters[name] for atom in atoms_of(expr)}
+    for exprs, a, b in zip(results_of(axis_facts), before, after, strict=True):
         changed = (a != b) & ~((a != a) & (b != b))
         assert exprs is not None or not changed.any()
         if not changed.any():
             continue
         theirs = {atom for expr in exprs for atom in atoms_of(expr)}
         for atom in (set(free) - summed) & mine & theirs:
-            here = {int(index_of(expr, atom)[i]) for expr, i in zip(inference.parameters[name], place, strict=True)}
+            here = {int(index_of(expr, atom)[i]) for expr, i in zip(axis_facts.parameters[name], place, strict=True)}
             if here != {-1}:
                 assert not (changed & ~related(exprs, changed, atom, here - {-1})).any(), (
-                    f"{name}{place} along {atom}\n{inference.captured.graph}"
+                    f"{name}{place} along {atom}\n{axis_facts.captured.graph}"
                 )
 
 
@@ -465,15 +467,15 @@ def related(exprs: tuple[Expr, ...], result: Tensor, atom: Atom, here: set[int])
 def test_rule_is_exact(name: str) -> None:
     exercised = False
     calls = calls_of(name)
-    for module, inference in (found for i in range(0, len(calls), 4) for found in inferred(calls[i : i + 4])):
-        exercised |= any(getattr(node.target, "_opname", "") == name for node in inference.operands)
-        stuck = pinned(inference)
-        free = [a for a in atoms(inference) if a not in stuck and type(a.size) is int and a.size > 1]
+    for module, axis_facts in (found for i in range(0, len(calls), 4) for found in inferred(calls[i : i + 4])):
+        exercised |= any(getattr(node.target, "_opname", "") == name for node in axis_facts.operands)
+        stuck = pinned(axis_facts)
+        free = [a for a in atoms(axis_facts) if a not in stuck and type(a.size) is int and a.size > 1]
         for kept in selections(free):
-            check_selection(module, inference, kept)
-        if not unpredictable(inference):
-            for parameter in inference.parameters:
-                check_entry(module, inference, parameter, free)
+            check_selection(module, axis_facts, kept)
+        if not unpredictable(axis_facts):
+            for parameter in axis_facts.parameters:
+                check_entry(module, axis_facts, parameter, free)
     assert exercised != (name in UNREACHED), f"{name}: {'reached' if exercised else 'no sample reaches it'}"
 
 
@@ -492,8 +494,8 @@ class Model(nn.Module):
         return torch.relu(x @ self.weight)
 
 
-def relu_node(inference: Inference) -> Any:
-    (node,) = (node for node in inference.captured.graph.nodes if node.target is aten.relu.default)
+def relu_node(axis_facts: AxisFacts) -> Any:
+    (node,) = (node for node in axis_facts.captured.graph.nodes if node.target is aten.relu.default)
     return node
 
 
@@ -506,14 +508,14 @@ def test_a_second_rule_for_an_op_is_refused() -> None:
 
 
 def test_a_rule_that_raises_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(x: Any) -> Carried:
+    def broken(x: Any) -> SameDims:
         raise KeyError("no such dim")
 
     monkeypatch.setitem(RULES, aten.relu.default, Rule(broken, None))
     captured = capture(Model(), (torch.ones(2, 3),), {})
     with pytest.raises(RuleError) as error:
-        infer(captured)
-    where = place(relu_node(Inference(captured)))
+        infer_axes(captured)
+    where = place(relu_node(AxisFacts(captured)))
     assert where.startswith("test_rules.py:")
     assert str(error.value) == (
         f"the axis rule `broken` failed on aten.relu ({where}) with KeyError: 'no such dim'; "
@@ -528,28 +530,28 @@ def test_a_follow_that_raises_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(RULES, aten.relu.default, Rule(RULES[aten.relu.default].axes, broken))
     module = Model()
-    inference = infer(capture(module, (torch.ones(2, 3),), {}))
-    (columns,) = atoms_of(inference.parameters["weight"][1])
+    axis_facts = infer_axes(capture(module, (torch.ones(2, 3),), {}))
+    (columns,) = atoms_of(axis_facts.parameters["weight"][1])
     with pytest.raises(RuleError) as error:
-        rewrite(inference, {columns: torch.tensor([True, False, True, True])}, module)
+        rewrite(axis_facts, {columns: torch.tensor([True, False, True, True])}, module)
     assert str(error.value) == (
-        f"the sizes of aten.relu ({place(relu_node(inference))}) cannot follow a shrink: its rule failed with "
+        f"the sizes of aten.relu ({place(relu_node(axis_facts))}) cannot follow a shrink: its rule failed with "
         "IndexError: too far; this is a bug in the rule, nothing was changed"
     )
 
 
 def test_an_op_without_a_rule_pins_what_it_touches_and_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(RULES, aten.relu.default)
-    inference = infer(capture(Model(), (torch.ones(2, 3),), {}))
-    node = relu_node(inference)
-    assert inference.missing == {"aten.relu": [node]}
+    axis_facts = infer_axes(capture(Model(), (torch.ones(2, 3),), {}))
+    node = relu_node(axis_facts)
+    assert axis_facts.missing == {"aten.relu": [node]}
     reasons = defaultdict(list)
-    for fact in inference.facts:
+    for fact in axis_facts.facts:
         if fact.node is node:
             reasons[fact.reason].append(fact.expr)
     # Rows and columns of the operand, then those of the result, which are axes of their own.
     assert list(reasons) == ["no axis rule for aten.relu"]
-    operand, result = inference.operands[node][0].exprs, inference.values[node][0]
+    operand, result = axis_facts.operands[node][0].exprs, axis_facts.values[node][0]
     assert reasons["no axis rule for aten.relu"] == [*operand, *result]
     assert not set(operand) & set(result)
-    assert inference.parameters["weight"][1] == operand[1]
+    assert axis_facts.parameters["weight"][1] == operand[1]

@@ -12,7 +12,7 @@ from torch import nn, optim
 
 import ecospa_fx
 from ecospa_fx.errors import OptimizerError
-from ecospa_fx.score.step_watcher import Steps
+from ecospa_fx.score.step_watcher import StepWatcher
 
 compiled_once = functools.cache(compiled)
 
@@ -258,7 +258,7 @@ def test_a_gradient_scaler_changes_nothing_a_trainer_sees(gradients, fused, clip
 def test_a_scaler_of_two_optimizers_may_leave_out_the_step_of_one():
     model, _, x = setting(torch.float32)
     optimizers = [optim.SGD(model.layers[i].parameters(), lr=1e-3) for i in (0, 1)]
-    steps, scaler = Steps(model, optimizers), torch.amp.GradScaler("cpu", init_scale=8.0)
+    steps, scaler = StepWatcher(model, optimizers), torch.amp.GradScaler("cpu", init_scale=8.0)
     scaler.scale(model(x).square().mean()).backward()
     model.layers[0].up.weight.grad[0, 0] = float("nan")
     for optimizer in optimizers:
@@ -307,7 +307,7 @@ def test_scaled_gradients_that_nobody_is_known_to_divide_are_refused():
 def test_steps_that_no_hook_sees_are_read_as_they_are():
     """In a wrapper that never calls them, in a captured CUDA graph, or read before the step."""
     model, optimizer, x = setting()
-    steps = Steps(model, [Wrapper(optimizer)])
+    steps = StepWatcher(model, [Wrapper(optimizer)])
     model(x).square().mean().backward()
     assert [tuple(reading) for reading in steps.readings()] == [(None, None)]
     optimizer.step()

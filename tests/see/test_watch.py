@@ -16,7 +16,7 @@ from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.see.report import save_widths
 from ecospa_fx.see.report.training import widths_of
 from ecospa_fx.see.symptoms import collapses, odd_widths, spike
-from ecospa_fx.train.loss_spikes import SpikeWatch
+from ecospa_fx.train.loss_spikes import LossSpikes
 
 
 class Writer:
@@ -199,7 +199,7 @@ def test_a_loss_that_stays_up_after_a_shrink_is_said_once_for_each(caplog):
 
 def test_a_loss_that_comes_down_is_no_sign():
     assert not [sign for sign in default().signs if sign.kind == "spike"]
-    spikes = SpikeWatch()
+    spikes = LossSpikes()
     spikes.see(1.0)
     assert spike(spikes, 1, 0, waits=False) is None
 

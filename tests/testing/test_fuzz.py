@@ -12,11 +12,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from ecospa_fx.passes.capture.capture import capture
-from ecospa_fx.passes.ir.relations import Carried
+from ecospa_fx.passes.ir.relations import SameDims
 from ecospa_fx.passes.rules import RULES
 from ecospa_fx.passes.rules.registry import Rule
 from ecospa_fx.testing.check import Failure, Tally, check
-from ecospa_fx.testing.fuzz import Found, check_exported, fuzz, main, program_number, smallest
+from ecospa_fx.testing.fuzz import FuzzCounts, check_exported, fuzz, main, program_number, smallest
 from ecospa_fx.testing.random_program import KINDS, random_program
 from ecospa_fx.testing.strategies import modules, programs
 from ecospa_fx.testing.trace import trace
@@ -57,8 +57,8 @@ def test_modules_run(drawn: Any) -> None:
 def broken_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule that believes that softmax leaves its entries alone."""
 
-    def softmax(x: Any, dim: int, *_: Any) -> Carried:
-        return Carried(x)
+    def softmax(x: Any, dim: int, *_: Any) -> SameDims:
+        return SameDims(x)
 
     monkeypatch.setitem(RULES, aten.softmax.int, Rule(softmax, None))
 
@@ -85,7 +85,7 @@ def test_the_same_numbers_make_the_same_program() -> None:
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
     assert check(first) is None and check_exported(first) is None
-    source = Found(1, 2, first, Failure("exported", "so it is")).source()
+    source = FuzzCounts(1, 2, first, Failure("exported", "so it is")).source()
     assert source.endswith('\n\nassert_exact(model, args, regions="root")\n')
 
 

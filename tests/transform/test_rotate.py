@@ -12,7 +12,7 @@ from zoo import ZOO
 import ecospa_fx
 from ecospa_fx.compensate.rotation import TURNS
 from ecospa_fx.errors import NoCouplingError, OptimizerError
-from ecospa_fx.passes.transform.rotate import balanced, settled
+from ecospa_fx.passes.transform.rotate import balanced, near_old_basis
 
 ATTENTION = {"qk": "", "vo": ""}
 ROTARY = {"qk": "brings in values that cannot turn with it", "vo": ""}
@@ -125,7 +125,7 @@ def test_coordinates_stay_near_to_those_there_were():
     near, far = torch.randn(2, 6, 9, dtype=torch.float64), torch.randn(2, 6, 7, dtype=torch.float64)
     near[:, 5] *= 30  # large ones stay
     grams = near @ near.mT, far @ far.mT
-    turn = settled(balanced(*grams), 3, grams[0].diagonal(dim1=-2, dim2=-1).sqrt())
+    turn = near_old_basis(balanced(*grams), 3, grams[0].diagonal(dim1=-2, dim2=-1).sqrt())
     for context in range(2):
         old = [int(((row - 1).abs() < 1e-9).nonzero()[-1]) for row in turn.near[context, :3]]
         assert old == sorted(set(old)) and 5 in old

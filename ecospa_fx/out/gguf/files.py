@@ -20,7 +20,7 @@ from ecospa_fx.checkpoint.directory import synced
 from ecospa_fx.errors import CheckpointError, EcoSpaError, FormatError
 
 Mask = npt.NDArray[np.bool_]
-Kept = Mapping[tuple[str, int], Mask]  # (tensor, axis) -> what stays of it; what is absent is whole
+KeptSlices = Mapping[tuple[str, int], Mask]  # (tensor, axis) -> what stays of it; what is absent is whole
 
 MOST = 2**24  # entries that are looked at in one piece
 
@@ -155,7 +155,7 @@ def _marked(held: Any, path: Path) -> MarkedTensor:
     return MarkedTensor(held.name, shape, gone, int(counts[0].sum()), held)
 
 
-def write(source: Marked, target: Path, kept: Kept, fields: Mapping[str, tuple[Any, Any, Any]]) -> int:
+def write(source: Marked, target: Path, kept: KeptSlices, fields: Mapping[str, tuple[Any, Any, Any]]) -> int:
     """Write what is kept of a file, zeros where it is marked, and return how many entries that is.
 
     Raises:

@@ -17,7 +17,7 @@ from .files import Marked, MarkedTensor, Mask
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class UnitRange:
     """Where units lie on an axis: `size` entries for each, one unit after the other, from `start` on."""
 
     tensor: MarkedTensor
@@ -47,7 +47,7 @@ class Units:
     block: int
     what: str
     key: str
-    runs: list[Run]
+    runs: list[UnitRange]
     keep: Mask = field(init=False)
 
     def __post_init__(self) -> None:
@@ -153,7 +153,7 @@ def _feed(names: Names, block: int, spoken: str, ups: Sequence[str], down: str) 
     runs = []
     for tensor, axis in (*columns, *rows):
         parts = tensor.shape[axis] // size if tensor.shape[axis] in (size, 2 * size) else 0
-        runs += [Run(tensor, axis, part * size, size, 1) for part in range(parts)]
+        runs += [UnitRange(tensor, axis, part * size, size, 1) for part in range(parts)]
         if not parts:
             _unless_marked([*columns, *rows], f"`{tensor.name}` has {tensor.shape[axis]} rows, not {size}")
             return None
@@ -180,16 +180,16 @@ def _heads(names: Names, block: int, layers: Layers) -> None:
         _unless_marked(axes, f"`{out[0][0].name}` has {width} columns for {heads} heads, {kv} of them of keys")
         return
     value = width // heads
-    mine, theirs = [Run(t, a, 0, heads, value) for t, a in out], []
+    mine, theirs = [UnitRange(t, a, 0, heads, value) for t, a in out], []
     for tensor, axis in projections["ATTN_QKV"]:
         rest = tensor.shape[axis] - kv * value  # [query heads | key heads] of the length of keys, then the values
         if rest <= 0 or rest % (heads + kv):
             _unless_marked(axes, f"`{tensor.name}` has {tensor.shape[axis]} rows, which are no whole heads")
             return
         length = rest // (heads + kv)
-        mine.append(Run(tensor, axis, 0, heads, length))
-        theirs.append(Run(tensor, axis, heads * length, kv, length))
-        theirs.append(Run(tensor, axis, rest, kv, value))
+        mine.append(UnitRange(tensor, axis, 0, heads, length))
+        theirs.append(UnitRange(tensor, axis, heads * length, kv, length))
+        theirs.append(UnitRange(tensor, axis, rest, kv, value))
     lengths = {"ATTN_V": value}  # queries are as long as keys
     for kind, count, runs in (("ATTN_Q", heads, mine), ("ATTN_K", kv, theirs), ("ATTN_V", kv, theirs)):
         for tensor, axis in projections[kind]:
@@ -197,7 +197,7 @@ def _heads(names: Names, block: int, layers: Layers) -> None:
             if tensor.shape[axis] != count * length:
                 _unless_marked(axes, f"`{tensor.name}` has {tensor.shape[axis]} rows, not {count} heads of {length}")
                 return
-            runs.append(Run(tensor, axis, 0, count, length))
+            runs.append(UnitRange(tensor, axis, 0, count, length))
     if theirs:
         layers.queries[block] = Units(block, f"heads of block {block}", names.key(keys.HEAD_COUNT), mine)
         layers.keys[block] = Units(block, f"key heads of block {block}", names.key(keys.HEAD_COUNT_KV), theirs)
@@ -227,12 +227,12 @@ def _adopt(names: Names, block: int, found: Sequence[Units]) -> None:
                 continue
             if names.of_embedding(gone):
                 continue
-            fitting: dict[int, tuple[Units, Run]] = {}
+            fitting: dict[int, tuple[Units, UnitRange]] = {}
             for units in found:
                 for run in units.runs:
                     for size, like in ((run.size, run.gone.ravel()), (1, ~units.keep)):
                         if np.array_equal(gone, like):
-                            fitting[id(units)] = units, Run(tensor, axis, 0, run.units, size)
+                            fitting[id(units)] = units, UnitRange(tensor, axis, 0, run.units, size)
             if len(fitting) == 1:
                 ((units, run),) = fitting.values()
                 units.runs.append(run)

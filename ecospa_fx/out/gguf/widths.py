@@ -12,7 +12,7 @@ import numpy as np
 from ecospa_fx.errors import FormatError
 
 from .files import Mask
-from .units import Layers, Names, Run, Units
+from .units import Layers, Names, UnitRange, Units
 
 
 def put_back(keep: Mask, count: int) -> Mask:
@@ -148,7 +148,7 @@ def kept_axes(layers: Layers) -> dict[tuple[str, int], Mask]:
 def left_over(names: Names, layers: Layers) -> list[str]:
     """What is marked and lies on no unit that is gone as a whole: why the format cannot do without it."""
     reasons = []
-    on: dict[tuple[str, int], list[tuple[Units, Run]]] = {}
+    on: dict[tuple[str, int], list[tuple[Units, UnitRange]]] = {}
     for units in layers.all():
         for run in units.runs:
             on.setdefault((run.tensor.name, run.axis), []).append((units, run))
@@ -182,7 +182,7 @@ def left_over(names: Names, layers: Layers) -> list[str]:
     return reasons
 
 
-def _together(layers: Layers, run: Run) -> list[Run]:
+def _together(layers: Layers, run: UnitRange) -> list[UnitRange]:
     return next(units.runs for units in layers.all() if any(other is run for other in units.runs))
 
 
