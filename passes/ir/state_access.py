@@ -1,12 +1,12 @@
-"""Carried: objects that a call hands in and that a forward changes, a cache of keys and values as a rule.
+"""State access: objects that a call hands in and that a forward changes, a cache of keys and values as a rule.
 
-No graph holds such an object. What a graph decides by is looked up in it at every call (`StateAccess.read`), tensors in it
-are inputs, and calls of its methods with tensors stay calls, of the object that the caller passed: what these do to it,
-counters and memory and all, its own Python does.
+No graph holds such an object. Values that a graph decides by are looked up in it at every call (`StateAccess.read`),
+tensors in it are inputs, and calls of its methods with tensors stay calls of the object that the caller passed, whose
+own Python does the rest: counters, memory and all.
 
-    Held      an object among the leaves of a call
-    Place     where something lies in one: `layers[0].keys`
-    Carried   all that a graph has to do with the objects of its calls
+    Held         an object among the leaves of a call
+    ObjectPath   where something lies in one: `layers[0].keys`
+    StateAccess  all that a graph has to do with the objects of its calls
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ def copies(objects: Sequence[Any], tensor: Callable[[ObjectPath, Tensor], Tensor
 
 
 def _reader(carried: StateAccess) -> Callable[[Sequence[Any]], list[Tensor] | None]:
-    """`StateAccess.read` as code, for it runs at every call: the tensors of the state, None where a constant is another."""
+    """`StateAccess.read` as code, for it runs at every call: tensors of the state, None where a constant is another."""
     scope: dict[str, Any] = {"Tensor": Tensor}
     lines: list[str] = []
     names: dict[ObjectPath, str] = {}
