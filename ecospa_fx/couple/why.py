@@ -20,7 +20,7 @@ from ecospa_fx.errors import NoCouplingError
 from ecospa_fx.passes.axes.algebra import Atom, Expr, atoms_of
 from ecospa_fx.passes.graph.nodes import arguments, op_name, place, source_line
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
-from ecospa_fx.passes.rules import rule_for
+from ecospa_fx.passes.rules import op_info
 
 _GETITEM = operator.getitem
 
@@ -132,7 +132,7 @@ def axis_graph(axis_facts: AxisFacts, atoms: Collection[Atom] | None = None) -> 
             continue
         if node not in axis_facts.operands:
             continue
-        rule = rule_for(node.target)
+        rule = op_info(node.target)
         operands = axis_facts.operands[node]
         touched = [axis(o.node, dim, user=node) for o in operands for dim, e in enumerate(o.exprs) if carries(e)]
         touched += [axis(node, dim, i) for i, o in enumerate(outputs) for dim, e in enumerate(o) if carries(e)]
@@ -214,5 +214,5 @@ def _because(axis_facts: AxisFacts, atom: Atom, node: fx.Node) -> str:
     said = [words for role, words in _ROLES.items() if role in roles]
     if said:
         return "; ".join(said)
-    rule = rule_for(node.target)
+    rule = op_info(node.target)
     return f"{rule.why[:1].lower()}{rule.why[1:]}" if rule else ""

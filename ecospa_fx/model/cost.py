@@ -12,23 +12,20 @@ from math import prod
 from typing import Literal
 
 import sympy
-import torch
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, as_size, atoms_of
 from ecospa_fx.passes.axes.selection import entries
-from ecospa_fx.passes.graph.nodes import op_name
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.infer.sizes import symbols_of
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
+from ecospa_fx.passes.ir.relations import Pattern
 
 from .compiled import CompiledModel
 
 Cost = Literal["parameters", "flops", "bytes"]
 Symbols = Mapping[sympy.Symbol, int]
-
-_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +132,7 @@ def _products(axis_facts: AxisFacts) -> dict[fx.Node, tuple[Expr, ...]]:
     for fact in axis_facts.facts:
         if fact.role == "contracted" and len(fact.operands) > 1:
             summed.setdefault(fact.node, {})[fact.expr] = None
-    nodes = [n for n in axis_facts.operands if n in summed or n.target is _ATTENTION or _convolves(n)]
+    nodes = [n for n in axis_facts.operands if n in summed or _of_attention(axis_facts, n) or _convolves(axis_facts, n)]
     return {node: tuple(summed.get(node, ())) for node in nodes}
 
 
@@ -143,18 +140,24 @@ def _node_terms(
     axis_facts: AxisFacts, node: fx.Node, summed: tuple[Expr, ...]
 ) -> Iterator[tuple[float, tuple[Expr, ...]]]:
     out = axis_facts.values[node][0]
-    if node.target is _ATTENTION:  # two products: scores, and scores with values
+    if _of_attention(axis_facts, node):  # two products: scores, and scores with values
         q, k, v = (operand.exprs for operand in axis_facts.operands[node][:3])
         yield 2, (*q[:-1], k[-2], q[-1])
         yield 2, (*q[:-1], k[-2], v[-1])
-    elif _convolves(node):
+    elif _convolves(axis_facts, node):
         yield 2, (*out, *axis_facts.operands[node][1].exprs[1:])
     else:
         yield 2, (*out, *summed)
 
 
-def _convolves(node: fx.Node) -> bool:
-    return op_name(node).startswith("aten.conv")
+def _of_attention(axis_facts: AxisFacts, node: fx.Node) -> bool:
+    relation = axis_facts.relations.get(node)
+    return isinstance(relation, Pattern) and relation.attention
+
+
+def _convolves(axis_facts: AxisFacts, node: fx.Node) -> bool:
+    relation = axis_facts.relations.get(node)
+    return isinstance(relation, Pattern) and relation.window is not None
 
 
 def _weights(model: nn.Module, cost: Cost, optimizers: Sequence[Optimizer]) -> dict[str, tuple[int, float]]:

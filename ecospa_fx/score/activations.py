@@ -29,14 +29,10 @@ from ecospa_fx.passes.axes.selection import Selected, index_of, mask_of, touched
 from ecospa_fx.passes.find.discover import RegionCoupling
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
+from ecospa_fx.passes.ir.relations import Pattern, SameDims
 from ecospa_fx.passes.rewrite.program import Program
 
 from .products import ProductSite, Side, product_sites
-
-_aten = torch.ops.aten
-
-
-_SOFTMAX = (_aten.softmax.int, _aten._softmax.default, _aten._safe_softmax.default)
 
 
 @dataclass
@@ -177,8 +173,9 @@ def _attention_sites(
     context = found.context if coupling.context is not None else None
     numbers = Numbering(found.atom, context, kept)
     for node, operands in axis_facts.operands.items():
-        fused = node.target is _aten.scaled_dot_product_attention.default
-        if not fused and node.target not in _SOFTMAX:
+        relation = axis_facts.relations.get(node)
+        fused = isinstance(relation, Pattern) and relation.attention
+        if not fused and not (isinstance(relation, SameDims) and relation.shares):
             continue
         exprs = operands[0].exprs if fused else axis_facts.values[node][0]
         dims = [dim for dim, expr in enumerate(exprs[:-2]) if found.atom in atoms_of(expr)]

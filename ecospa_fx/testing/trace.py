@@ -17,12 +17,12 @@ from torch._dispatch.python import enable_pre_dispatch, enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ecospa_fx.passes.graph.canonicalise import canonicalise
-from ecospa_fx.passes.graph.clean import clean
 from ecospa_fx.passes.graph.tensors import storage_key
 from ecospa_fx.passes.ir.captured import RegionGraph
 from ecospa_fx.passes.ir.signature import Signature, autocast_now, training_flags
 from ecospa_fx.passes.ir.state_access import TENSOR
+from ecospa_fx.passes.simplify.canonicalise import canonicalise
+from ecospa_fx.passes.simplify.clean import clean
 
 
 def trace(module: nn.Module, args: tuple[Tensor, ...]) -> RegionGraph:

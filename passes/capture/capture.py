@@ -29,15 +29,15 @@ from torch.export.graph_signature import InputKind
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.axes.algebra import as_size
-from ecospa_fx.passes.graph.canonicalise import canonicalise
-from ecospa_fx.passes.graph.clean import clean, settle
-from ecospa_fx.passes.graph.fast_attention import fast_attention
-from ecospa_fx.passes.graph.inline import inline
 from ecospa_fx.passes.graph.tensors import at_original_sizes, named_tensors, same_storage
 from ecospa_fx.passes.ir.captured import Forward, Originals, RegionGraph, described
 from ecospa_fx.passes.ir.signature import Signature, autocast_now, training_flags
 from ecospa_fx.passes.ir.state_access import TENSOR, ObjectPath, flattened, parted
 from ecospa_fx.passes.objects.live_calls import mark_bodies
+from ecospa_fx.passes.simplify.canonicalise import canonicalise
+from ecospa_fx.passes.simplify.clean import clean, settle
+from ecospa_fx.passes.simplify.fast_attention import fast_attention
+from ecospa_fx.passes.simplify.inline import inline
 
 from .compare_eager import difference_from_eager
 from .dry_run import read_and_written

@@ -9,22 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-aten = torch.ops.aten
-
-# Ops whose output is their first argument seen in another way, or a copy of it.
-VIEWS = {
-    aten.view.default, aten.reshape.default, aten.transpose.int, aten.t.default, aten.permute.default, aten.to.dtype,
-    aten.unsqueeze.default, aten.squeeze.dim, aten.contiguous.default, aten.numpy_T.default, aten.mT.default,
-    aten.alias.default, aten.detach.default, aten.slice.Tensor, aten.flatten.using_ints, aten.to.dtype_layout,
-    aten.clone.default, aten.expand.default, aten._weight_norm.default,
-}  # fmt: skip
-
-# Ops that give parts of their first argument, as views of it.
-PARTS = {
-    operator.getitem, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
-    aten.select.int,
-}  # fmt: skip
-
 
 def tensor_meta(node: fx.Node) -> tuple[Tensor, ...]:
     """The fake tensors that stand for the outputs of `node`; empty for what is no tensor."""
@@ -34,6 +18,11 @@ def tensor_meta(node: fx.Node) -> tuple[Tensor, ...]:
     if isinstance(val, (tuple, list)) and val and all(isinstance(item, Tensor) for item in val):
         return tuple(val)
     return ()
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether `node` makes one tensor, not several and not a number."""
+    return isinstance(node.meta.get("val"), Tensor)
 
 
 def op_name(node: fx.Node) -> str:
@@ -82,6 +71,11 @@ def argument_nodes(node: fx.Node) -> list[fx.Node]:
     return found
 
 
+def tensors_of(node: fx.Node) -> list[fx.Node]:
+    """The arguments of `node` that are one tensor each."""
+    return [arg for arg in argument_nodes(node) if is_tensor(arg)]
+
+
 def written_arguments(node: fx.Node) -> Iterator[fx.Node]:
     """The arguments whose memory `node` writes into."""
     if isinstance(node.target, torch._ops.OpOverload):
@@ -100,8 +94,8 @@ def memory_behind(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _shares_memory(node: fx.Node) -> bool:
-    """Whether what `node` gives may lie in the memory of its first argument: by its schema, whatever the op."""
-    if node.target in VIEWS or node.target in PARTS:
+    """Whether the result of `node` may lie in the memory of its first argument: by its schema, whatever the op."""
+    if node.target is operator.getitem:
         return True
     returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
     shared = any(result.alias_info is not None for result in returns)

@@ -22,16 +22,12 @@ import sympy
 import torch
 from torch import fx
 
-from ecospa_fx.errors import RuleError
 from ecospa_fx.passes.axes.algebra import Expr, Mismatch, Size, as_size, size_of
 from ecospa_fx.passes.axes.selection import on_diagonal, static_end
 from ecospa_fx.passes.graph.nodes import (
-    PARTS,
-    VIEWS,
     argument_nodes,
     arguments,
     op_name,
-    place,
     tensor_meta,
     written_arguments,
 )
@@ -39,7 +35,7 @@ from ecospa_fx.passes.ir import relations as r
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Source
 from ecospa_fx.passes.ir.captured import RegionGraph
 from ecospa_fx.passes.ir.state_access import ObjectPath
-from ecospa_fx.passes.rules import Rule, rule_for
+from ecospa_fx.passes.rules import op_info, relation_of
 
 from .contexts import contexts
 from .probe import probe
@@ -202,22 +198,23 @@ class _Walk:
         if not any(shapes) and not any(operand.exprs for operand in operands):
             self.known.values[node] = tuple(() for _ in shapes)  # numbers have no axes
             return
-        rule = rule_for(node.target)
+        info = op_info(node.target)
         name = op_name(node)
-        if rule is None and self.experiments and name not in self.distrusted:
+        if info is None and self.experiments and name not in self.distrusted:
             found = probe(node, operands)
             if found is not None:
                 self.known.experiments.setdefault(name, []).append(node)
                 self._carry_out(found, node, operands, shapes, "In experiments, its entries depend on others along it")
                 return
-        if rule is None:
+        if info is None:
             self.known.missing.setdefault(name, []).append(node)
             self.solver.opaque(node, operands, shapes, f"no axis rule for {name}")
             return
-        relation = self._apply(rule, node, operands)
-        if isinstance(relation, r.Pointwise):
+        relation = relation_of(node, operands, self.captured.region)
+        assert relation is not None
+        if isinstance(relation, r.Pointwise) or (isinstance(relation, r.Expanded) and relation.like is not None):
             self.known.sources[before:] = [replace(s, aligned=True) for s in self.known.sources[before:]]
-        self._carry_out(relation, node, operands, shapes, rule.why)
+        self._carry_out(relation, node, operands, shapes, info.why)
 
     def _carry_out(
         self, relation: r.Relation, node: fx.Node, operands: tuple[r.Operand, ...], shapes: list[Any], why: str
@@ -232,6 +229,7 @@ class _Walk:
                     f"the rule gives dims of {[tuple(map(size_of, o)) for o in outputs]}, the op has {shapes}"
                 )
             self.known.values[node] = tuple(outputs)
+            self.known.relations[node] = relation
         except Mismatch as mismatch:
             for size in (size for operand in operands for size in operand.shape if isinstance(size, sympy.Expr)):
                 self.known.unsolved |= size.free_symbols
@@ -253,29 +251,6 @@ class _Walk:
         shapes = [_shape(val) if isinstance(val, torch.Tensor) else () for val in node.meta["val"]]
         self.solver.opaque(node, operands, shapes, f"no axis rule for {name}")
 
-    def _apply(self, rule: Rule, node: fx.Node, operands: tuple[r.Operand, ...]) -> r.Relation:
-        waiting = iter(operands)
-
-        def as_argument(value: Any) -> Any:
-            if isinstance(value, fx.Node):
-                if tensor_meta(value):
-                    return next(waiting)
-                return as_size(value.meta["val"])
-            if isinstance(value, (list, tuple)):
-                return [as_argument(item) for item in value]
-            return value
-
-        try:
-            args, kwargs = as_argument(node.args), {name: as_argument(value) for name, value in node.kwargs.items()}
-            relation = rule.axes(*args, **kwargs)
-        except Exception as error:
-            raise RuleError(
-                f"the axis rule `{rule.axes.__name__}` failed on {op_name(node)} "
-                f"({place(node, self.captured.region)}) with {type(error).__name__}: {error}; this is a bug in the "
-                "rule, nothing was changed"
-            ) from error
-        return r.Pattern(relation, operands) if isinstance(relation, str) else relation
-
     def _operands(self, node: fx.Node) -> tuple[r.Operand, ...]:
         """The tensor arguments of `node` in order; sources get fresh axes for this use."""
         operands = []
@@ -296,16 +271,18 @@ class _Walk:
         return tuple(operands)
 
     def parameter_behind(self, node: fx.Node) -> str | None:
-        """The parameter (of tied ones the first) that `node` is, or is a view or a cast of."""
-        while node.op == "call_function" and (node.target in VIEWS or node.target in PARTS or _picks_matrices(node)):
-            node = arguments(node)[0]
+        """The parameter (of tied ones the first) that `node` is, or that ops before it only hand on as a weight."""
+        while node.op == "call_function":
+            if node.target is operator.getitem:
+                node = arguments(node)[0]
+                continue
+            relation = self.known.relations.get(node)
+            handed_on = None if relation is None else r.source_weight(relation)
+            if handed_on is None:
+                return None
+            node = handed_on.node
         name = self.captured.tensors.get(node.name) if node.op == "placeholder" else None
         return self.captured.same_storage.get(name, name) if name is not None else None
-
-
-def _picks_matrices(node: fx.Node) -> bool:
-    """Whether a row of matrices is picked from by an index: those of experts, say."""
-    return node.target is torch.ops.aten.index.Tensor and arguments(node)[0].meta["val"].ndim > 2
 
 
 def _shape(meta: torch.Tensor) -> tuple[Size, ...]:

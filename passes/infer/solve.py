@@ -76,10 +76,10 @@ class Solver:
                 return [_replaced(x.exprs, dim, self._sliced(relation, node, why))]
             case r.Parted(x, dim):
                 return [_replaced(x.exprs, dim, piece) for piece in self._parted(relation, node)]
-            case r.Picked(x, dim, every):
+            case r.Picked(x, dim, index):
                 self._pin(x.exprs[dim], node, why)
                 rest = x.exprs[:dim] + x.exprs[dim + 1 :]
-                return [rest] * (len(shapes) if every else 1)
+                return [rest] * (len(shapes) if index is None else 1)
             case r.Halved(x, dim):
                 return [_replaced(x.exprs, dim, self._halved(x, dim, node))]
             case r.Joined(xs, dim):
@@ -97,7 +97,9 @@ class Solver:
                 new = axes.fresh(len(xs))
                 self._pin(new, node, why)
                 return [(*xs[0].exprs[:dim], new, *xs[0].exprs[dim:])]
-            case r.Expanded(x):
+            case r.Expanded(x, like):
+                if like is not None:
+                    return [self._pointwise(r.Pointwise((x, like), "linear"), node, shape)]
                 return [self._expanded(x, node, shape)]
             case r.Repeated():
                 return [self._repeated(relation, node)]
@@ -229,15 +231,15 @@ class Solver:
     def _pointwise_facts(self, relation: r.Pointwise, node: fx.Node, expr: Expr, here: list[r.Operand]) -> None:
         activations = [x for x in here if x.weighted and x.parameter is None]
         meeting = tuple(activations) if len({x.node for x in activations}) > 1 else ()
-        scaled = relation.how == "product" and len(here) > 1
+        scaled = relation.how in ("product", "quotient") and len(here) > 1
         if relation.how == "nonlinear" or scaled:
             self.known.facts.append(Fact("nonlinear", expr, node))
         if meeting:
-            self.known.facts.append(Fact("gate" if relation.how != "linear" else "merge", expr, node, operands=meeting))
+            role: Role = "merge" if relation.how in ("linear", "affine") else "gate"
+            self.known.facts.append(Fact(role, expr, node, operands=meeting))
 
     def _pattern(self, relation: r.Pattern, node: fx.Node, shape: tuple[Size, ...], why: str) -> Exprs:
-        terms = [_Term(term) for term in relation.spec.split("->")[0].split(",")][: len(relation.operands)]
-        out = _Term(relation.spec.split("->")[1])
+        *terms, out = parse_pattern(relation.spec, len(relation.operands))
         letters: dict[str, Expr] = {letter: self.axes.fresh(size) for letter, size in relation.sizes.items()}
         held: dict[str, list[r.Operand]] = {}
 
@@ -306,6 +308,12 @@ class Solver:
             else:
                 role = "batch" if len(operands) == factors else "free"
             self.known.facts.append(Fact(role, letters[letter], node, operands=tuple(operands)))
+
+
+def parse_pattern(spec: str, operands: int) -> list[_Term]:
+    """The terms of a pattern, one per operand that there is, and that of the output."""
+    before, after = spec.split("->")
+    return [*(_Term(term) for term in before.split(",")[:operands]), _Term(after)]
 
 
 class _Term:

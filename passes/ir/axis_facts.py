@@ -53,6 +53,7 @@ class AxisFacts:
         parameters: axis expressions per parameter and per buffer that shrinks with them, by name in the region.
         sources: uses of values that do not depend on a parameter.
         made: axes that an op made itself by repeating an operand.
+        relations: relation of each op that a rule, or an experiment, describes rightly.
         facts: what ops do to axes.
         missing: ops met that have no rule, with the nodes where.
         contexts: atom -> the atom in each of whose entries it may keep other entries, see `passes.infer.contexts`.
@@ -68,6 +69,7 @@ class AxisFacts:
     parameters: dict[str, Exprs] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
     made: dict[fx.Node, Exprs] = field(default_factory=dict)
+    relations: dict[fx.Node, r.Relation] = field(default_factory=dict)
     facts: list[Fact] = field(default_factory=list)
     missing: dict[str, list[fx.Node]] = field(default_factory=dict)
     contexts: dict[Atom, Atom] = field(default_factory=dict)

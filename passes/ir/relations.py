@@ -1,8 +1,11 @@
-"""Relations: what one op can do to the axes of its operands."""
+"""Relations: what one op can do to the axes of its operands, and what follows from that.
+
+Passes ask the relation of an op, never its name: an op that some rule describes is known to all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -43,31 +46,55 @@ class Pattern:
         spec: the letters.
         operands: the tensors that its terms speak of, in order.
         sizes: of letters whose number of entries only the arguments of the op tell.
-        apart: what is carried is bent, or scaled entry by entry: a change of basis does not pass.
+        apart: carried entries are bent, or scaled one by one, or each has a result of its own: a change of basis
+            does not pass. Where False the op is linear in each operand, along every letter.
+        window: of a convolution, how its input is cut into what the columns of the weight meet: kernel, dilation,
+            padding and stride per dim of space; empty where padding differs between the ends of a dim.
+        attention: the operands are queries, keys and values, and a softmax over keys lies between the two products.
+        rescaled: the operand whose entries the output holds, each multiplied by some number.
     """
 
     spec: str
     operands: tuple[Operand, ...]
     sizes: Mapping[str, Size] = field(default_factory=dict)
     apart: bool = False
+    window: tuple[tuple[int, ...], ...] | None = None
+    attention: bool = False
+    rescaled: Operand | None = None
 
 
 @dataclass(frozen=True)
 class Pointwise:
-    """Every output entry depends on the operands' entries at the same (broadcast) place."""
+    """Every output entry depends on the operands' entries at the same (broadcast) place.
+
+    Attributes:
+        operands: the tensors that meet.
+        how: `"copy"` (the entries of the one operand, in another dtype or layout at most), `"linear"` (in all operands
+            together), `"affine"` (linear, and a number added), `"product"` (linear in each operand), `"quotient"`
+            (linear in the first), `"nonlinear"`.
+    """
 
     operands: tuple[Operand, ...]
-    how: Literal["linear", "product", "nonlinear"]
+    how: Literal["copy", "linear", "affine", "product", "quotient", "nonlinear"]
 
 
 @dataclass(frozen=True)
 class SameDims:
-    """The output has the dims of `x`; `pinned` ones mix their entries, `dropped` ones are reduced away or to one."""
+    """The output has the dims of `x`; `pinned` ones mix their entries, `dropped` ones are reduced away or to one.
+
+    Attributes:
+        x: the operand.
+        pinned: dims along which entries meet in a way that needs all of them.
+        dropped: dims that are reduced; those that are not pinned are summed over.
+        keepdim: dropped dims stay, with one entry.
+        shares: entries along the pinned dim become shares of one: a softmax.
+    """
 
     x: Operand
     pinned: tuple[int, ...] = ()
     dropped: tuple[int, ...] = ()
     keepdim: bool = True
+    shares: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,11 +135,11 @@ class Parted:
 
 @dataclass(frozen=True)
 class Picked:
-    """One entry of `dim`, or (`every`) each of them as an output of its own; the dim disappears and stays whole."""
+    """Entry `index` of `dim`, or (None) each entry as an output of its own; the dim disappears, and stays whole."""
 
     x: Operand
     dim: int
-    every: bool = False
+    index: Size | None = None
 
 
 @dataclass(frozen=True)
@@ -141,9 +168,10 @@ class Stacked:
 
 @dataclass(frozen=True)
 class Expanded:
-    """Dims of one entry, and new leading dims, become new axes along which `x` repeats."""
+    """Dims of one entry, and new leading dims, become new axes along which `x` repeats: those of `like`, if given."""
 
     x: Operand
+    like: Operand | None = None
 
 
 @dataclass(frozen=True)
@@ -195,3 +223,54 @@ Relation: TypeAlias = (
     Pattern | Pointwise | SameDims | Regrouped | Permuted | Sliced | Parted | Picked | Halved | Joined | Stacked
     | Expanded | Repeated | Indexed | Created | Probed | Opaque
 )  # fmt: skip
+
+
+def copied_operand(relation: Relation | None) -> Operand | None:
+    """The operand whose entries an op gives at the same places, in another dtype or layout at most."""
+    match relation:
+        case Pointwise((x,), "copy"):
+            return x
+        case _:
+            return None
+
+
+def moved_operand(relation: Relation) -> Operand | None:
+    """The operand whose entries an op only moves, leaves out or repeats; None where it computes."""
+    match relation:
+        case (
+            Regrouped(x) | Permuted(x) | Sliced(x) | Parted(x) | Picked(x) | Expanded(x) | Repeated(x) | Indexed(x)
+            | Pointwise((x,), "copy")
+        ):  # fmt: skip
+            return x
+        case _:
+            return None
+
+
+def source_weight(relation: Relation) -> Operand | None:
+    """The operand that an op hands on as a weight: moved, or changed entry by entry by numbers that are no tensor."""
+    match relation:
+        case Indexed(x):  # rows of a matrix are activations, as of an embedding; rows of matrices are matrices
+            return x if x.ndim > 2 else None
+        case Pointwise((x,), "linear" | "affine" | "product" | "quotient"):
+            return x
+        case Pattern(rescaled=x) if x is not None:
+            return x
+        case _:
+            return moved_operand(relation)
+
+
+def is_linear(relation: Relation, carrying: Collection[fx.Node]) -> bool:
+    """Whether an op does the same linear thing to every entry of an axis that the operands `carrying` have."""
+    match relation:
+        case Pattern(apart=apart):
+            return not apart
+        case Joined() | Stacked():
+            return True
+        case Pointwise(xs, "linear"):
+            return all(x.node in carrying for x in xs)
+        case Pointwise(xs, "product"):
+            return sum(x.node in carrying for x in xs) == 1
+        case Pointwise((first, *others), "quotient"):
+            return first.node in carrying and not any(x.node in carrying for x in others)
+        case _:
+            return moved_operand(relation) is not None

@@ -24,23 +24,9 @@ from torch import fx
 
 from ecospa_fx.passes.graph.nodes import arguments
 
-aten = torch.ops.aten
+from .spelling import spelling
 
-# Operators that torch offers in Python under the same name, with the arguments of their schema in the same order.
-_FUNCTIONS = {
-    "abs", "add", "addmm", "all", "any", "argmax", "argmin", "avg_pool1d", "baddbmm", "batch_norm",
-    "bitwise_and", "bitwise_not", "bitwise_or", "bmm", "cat", "ceil", "clamp", "clamp_max", "clamp_min",
-    "clone", "conv1d", "conv2d", "conv3d", "cos", "cumsum", "div", "dropout", "embedding", "eq", "erf", "exp",
-    "exp2", "expm1", "flatten", "flip", "floor", "floor_divide", "gather", "ge", "group_norm", "gt",
-    "index_select", "isinf", "isnan", "layer_norm", "le", "log", "log1p", "log_softmax", "logical_and",
-    "logical_not", "logical_or", "lt", "masked_fill", "matmul", "maximum", "mean", "minimum", "mm", "mul",
-    "narrow", "ne", "neg", "permute", "pow", "reciprocal", "relu", "remainder", "repeat_interleave", "reshape",
-    "roll", "rsqrt", "rsub", "select", "sigmoid", "sign", "sin", "softmax", "split_with_sizes", "sqrt",
-    "square", "squeeze", "stack", "sub", "sum", "tanh", "topk", "transpose", "tril", "triu", "unbind",
-    "unsqueeze", "var", "where", "zeros_like",
-}  # fmt: skip
-_NN_FUNCTIONS = {"gelu", "linear", "scaled_dot_product_attention", "silu"}  # torch._C._nn holds these
-_METHODS = {"contiguous", "expand", "repeat", "to", "type_as", "view"}
+aten = torch.ops.aten
 
 
 def generate(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
@@ -112,16 +98,16 @@ class _Source:
             return f"{given[0]}.size({given[1]})"
         if target is aten.slice.Tensor and not named:
             return f"{given[0]}[{self._slice(node)}]"
-        if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
-            op = target._opname
-            if op in _FUNCTIONS:
-                return f"torch.{op}({', '.join(given + named)})"
-            if op in _NN_FUNCTIONS:
-                return f"{self._global(getattr(torch._C._nn, op), 'nn_' + op)}({', '.join(given + named)})"
+        match spelling(target):
+            case "torch", name:
+                return f"torch.{name}({', '.join(given + named)})"
+            case "nn", name:
+                return f"{self._global(getattr(torch._C._nn, name), 'nn_' + name)}({', '.join(given + named)})"
             # `to` takes a memory format by name only.
-            plain = "layout" not in node.kwargs and not any(isinstance(arg, torch.memory_format) for arg in node.args)
-            if op in _METHODS and plain:
-                return f"{given[0]}.{op}({', '.join(given[1:] + named)})"
+            case "method", name if "layout" not in node.kwargs and not any(
+                isinstance(arg, torch.memory_format) for arg in node.args
+            ):
+                return f"{given[0]}.{name}({', '.join(given[1:] + named)})"
         label = "_".join(str(target).split(".")) if isinstance(target, torch._ops.OpOverload) else target.__name__
         return f"{self._global(target, label)}({', '.join(given + named)})"
 

@@ -27,7 +27,7 @@ from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.captured import RegionGraph
 from ecospa_fx.passes.ir.op_site import OpSite
 from ecospa_fx.passes.objects.live_calls import go_live, pass_edges
-from ecospa_fx.passes.rules import rule_for
+from ecospa_fx.passes.rules import op_info
 
 from .generate import generate
 from .program import Program
@@ -55,7 +55,7 @@ def rewrite(
     graph, new, objects, constants = _copy(captured, live)
     constants |= select_sources(graph, axis_facts, kept, new)
     for original, node in new.items():
-        rule = rule_for(original.target)
+        rule = op_info(original.target)
         if rule is None or rule.resize is None or original not in axis_facts.operands:
             continue
         axes = (*axis_facts.values[original], *(o.exprs for o in axis_facts.operands[original]))

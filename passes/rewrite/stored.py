@@ -109,7 +109,8 @@ def check_state_layouts(graphs: Iterable[tuple[AxisFacts, Selection]], differenc
                 why = f" The call differs from earlier ones: {difference}." if difference else ""
                 raise PinnedAxisError(
                     f"`{ObjectPath(0, path)}` of a {cls.__name__} is filled by one call of "
-                    f"`{axis_facts.captured.region}` and read by another that would need other entries of it.{why} Call the model as before"
+                    f"`{axis_facts.captured.region}` and read by another that would need other entries of it.{why} "
+                    "Call the model as before"
                 )
 
 

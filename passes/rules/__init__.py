@@ -1,6 +1,7 @@
 """What each op does to axes: one file per class of op. Importing this package fills the table."""
 
 from . import contraction, convolution, indexing, norm, pointwise, recurrent, reduction, shape, spectrum, window  # noqa: F401  (they register)
-from .registry import RULES, Rule, axis_rule, rule_for
+from .formulas import Formula
+from .registry import OPS, OpInfo, axis_rule, op_info, relation_of
 
-__all__ = ["RULES", "Rule", "axis_rule", "rule_for"]
+__all__ = ["OPS", "Formula", "OpInfo", "axis_rule", "op_info", "relation_of"]

@@ -84,7 +84,7 @@ def grouped_mm(x: Operand, weight: Operand, groups: Operand | None = None, bias:
 @axis_rule(aten.cdist.default)
 def cdist(a: Operand, b: Operand, *_: Any) -> Pattern:
     """Every entry along the axis counts in the distance."""
-    return Pattern("... m k!, ... n k! -> ... m n", (a, b))
+    return Pattern("... m k!, ... n k! -> ... m n", (a, b), apart=True)
 
 
 def write_scale(site: OpSite) -> None:
@@ -96,9 +96,10 @@ def write_scale(site: OpSite) -> None:
 
 @axis_rule(aten.scaled_dot_product_attention.default, resize=write_scale)
 def attention(q: Operand, k: Operand, v: Operand, mask: Operand | None = None, dropout: float = 0.0,
-              causal: bool = False, *, enable_gqa: bool = False, **_: Any) -> str:  # fmt: skip
+              causal: bool = False, *, enable_gqa: bool = False, **_: Any) -> Pattern:  # fmt: skip
     """Every key position feeds the softmax over them."""
     s = "s!" if causal else "s"
-    if enable_gqa:
-        return f"... (h g) {s} d, ... h t! d, ... h t! e, +... (h g) {s} t! -> ... (h g) {s} e"
-    return f"... {s} d, ... t! d, ... t! e, +... {s} t! -> ... {s} e"
+    heads = "(h g) " if enable_gqa else ""
+    shared = "h " if enable_gqa else ""
+    spec = f"... {heads}{s} d, ... {shared}t! d, ... {shared}t! e, +... {heads}{s} t! -> ... {heads}{s} e"
+    return Pattern(spec, (q, k, v) if mask is None else (q, k, v, mask), attention=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ecospa_fx.passes.ir.relations import Opaque, Operand, Pattern
+from ecospa_fx.passes.axes.algebra import Size
+from ecospa_fx.passes.ir.relations import Operand, Pattern
 
 from .registry import axis_rule
 
@@ -21,53 +22,72 @@ def _letters(prefix: str, count: int, pinned: bool = True) -> str:
     return " ".join(f"{prefix}{i}{'!' if pinned else ''}" for i in range(count))
 
 
+def _window(kernel: Sequence[Size], dilation: Any, padding: Any, stride: Any) -> tuple[tuple[int, ...], ...]:
+    """Kernel, dilation, padding and stride per dim of space; nothing where the two ends are padded differently."""
+    space = len(kernel)
+
+    def per_dim(value: Any) -> tuple[int, ...]:
+        values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        return values * space if len(values) == 1 else values
+
+    if padding == "valid":
+        padding = 0
+    if padding == "same":
+        around = [d * (k - 1) for d, k in zip(per_dim(dilation), kernel, strict=True)]
+        if any(type(total) is not int or total % 2 for total in around):
+            return ()
+        padding = [total // 2 for total in around]
+    return tuple(kernel), per_dim(dilation), per_dim(padding), per_dim(stride)
+
+
 def resize_groups(site: OpSite) -> None:
     """Whole groups may go: there are as many as the channels of one fit into all."""
     x, weight = site.operands[:2]
     if site.args["groups"] > 1:
-        site.args["groups"] = site.count(x.exprs[1]) // site.count(weight.exprs[1])
+        site.args["groups"] = site.count(x.exprs[1 - weight.ndim]) // site.count(weight.exprs[1])
 
 
 @axis_rule(aten.conv1d, aten.conv2d, aten.conv3d, resize=resize_groups)
 def conv(x: Operand, weight: Operand, bias: Operand | None = None, stride: Any = 1, padding: Any = 0,
-         dilation: Any = 1, groups: int = 1) -> Pattern | Opaque:  # fmt: skip
+         dilation: Any = 1, groups: int = 1) -> Pattern:  # fmt: skip
     """Neighbouring positions, and the channels of a group, are summed over."""
-    space = weight.ndim - 2
-    here, kernel, there = _letters("x", space), _letters("k", space), _letters("y", space)
-    operands = tuple(operand for operand in (x, weight, bias) if operand is not None)
-    if x.ndim < weight.ndim:
-        return Opaque(operands)
+    window = _window(weight.shape[2:], dilation, padding, stride)
     if groups == 1:
-        return Pattern(f"b c {here}, n c {kernel}, +n -> b n {there}", operands)
-    if weight.shape[0] == groups == x.shape[1]:
+        return _convolution("c", "n c", "n", x, weight, bias, window)
+    if weight.shape[0] == groups == x.shape[1 - weight.ndim]:
         # Each channel has a kernel of its own, so channels are carried through rather than contracted.
-        return Pattern(f"b c {here}, c one! {kernel}, +c -> b c {there}", operands, apart=True)
-    spec = f"b (g c) {here}, (g n) c {kernel}, +(g n) -> b (g n) {there}"
-    return Pattern(spec, operands, sizes={"g": groups}, apart=True)
+        return _convolution("c", "c one!", "c", x, weight, bias, window, apart=True)
+    return _convolution("(g c)", "(g n) c", "(g n)", x, weight, bias, window, sizes={"g": groups}, apart=True)
 
 
 def resize_transposed_groups(site: OpSite) -> None:
     """As for a convolution; here it is the outputs that the weight lists per group."""
     weight = site.operands[1]
     if site.args["groups"] > 1:
-        site.args["groups"] = site.count(site.outputs[0][1]) // site.count(weight.exprs[1])
+        site.args["groups"] = site.count(site.outputs[0][1 - weight.ndim]) // site.count(weight.exprs[1])
 
 
 @axis_rule(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d, resize=resize_transposed_groups)
 def conv_transpose(x: Operand, weight: Operand, bias: Operand | None = None, stride: Any = 1, padding: Any = 0,
-                   output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> Pattern | Opaque:  # fmt: skip
+                   output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> Pattern:  # fmt: skip
     """The channels of a group are summed over, and spread over neighbouring positions."""
-    space = weight.ndim - 2
-    here, kernel, there = _letters("x", space), _letters("k", space), _letters("y", space)
-    operands = tuple(operand for operand in (x, weight, bias) if operand is not None)
-    if x.ndim < weight.ndim:
-        return Opaque(operands)
+    window = _window((1,) * (weight.ndim - 2), 1, 0, 1)  # the channels at each position are summed before they spread
     if groups == 1:
-        return Pattern(f"b c {here}, c n {kernel}, +n -> b n {there}", operands)
+        return _convolution("c", "c n", "n", x, weight, bias, window)
     if weight.shape[0] == groups and weight.shape[1] == 1:
-        return Pattern(f"b c {here}, c one! {kernel}, +c -> b c {there}", operands, apart=True)
-    spec = f"b (g c) {here}, (g c) n {kernel}, +(g n) -> b (g n) {there}"
-    return Pattern(spec, operands, sizes={"g": groups}, apart=True)
+        return _convolution("c", "c one!", "c", x, weight, bias, window, apart=True)
+    return _convolution("(g c)", "(g c) n", "(g n)", x, weight, bias, window, sizes={"g": groups}, apart=True)
+
+
+def _convolution(channels: str, matrix: str, results: str, x: Operand, weight: Operand, bias: Operand | None,
+                 window: tuple[tuple[int, ...], ...], **how: Any) -> Pattern:  # fmt: skip
+    """A convolution by its channels: those of the input, of the weight, and of the output."""
+    space = weight.ndim - 2
+    batch = "b " if x.ndim == weight.ndim else ""
+    here, kernel, there = _letters("x", space), _letters("k", space), _letters("y", space)
+    spec = f"{batch}{channels} {here}, {matrix} {kernel}, +{results} -> {batch}{results} {there}"
+    operands = tuple(operand for operand in (x, weight, bias) if operand is not None)
+    return Pattern(spec, operands, window=window, **how)
 
 
 def _resampled(space: int) -> Callable[..., Pattern]:
@@ -91,10 +111,11 @@ axis_rule(aten.max_pool3d, aten.avg_pool3d, aten.adaptive_avg_pool3d)(_resampled
 
 
 @axis_rule(aten.pad.default, aten.constant_pad_nd.default)
-def pad(x: Operand, padding: list[Any], *_: Any, **__: Any) -> str:
+def pad(x: Operand, padding: list[Any], *how: Any, **more: Any) -> Pattern:
     """Entries are added at the ends of the axis."""
     dims = [f"d{i}" for i in range(x.ndim)]
     grown = {x.ndim - 1 - i // 2 for i, amount in enumerate(padding) if amount != 0}
     before = " ".join(f"{d}!" if i in grown else d for i, d in enumerate(dims))
     after = " ".join(f"{d}new!" if i in grown else d for i, d in enumerate(dims))
-    return f"{before} -> {after}"
+    zeros = not any(value not in (None, 0, "constant") for value in (*how, *more.values()))
+    return Pattern(f"{before} -> {after}", (x,), apart=not zeros)

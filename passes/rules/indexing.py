@@ -74,7 +74,7 @@ def index_put(x: Operand, indices: list[Operand | None], values: Operand, *_: An
     written = [*before, *whole, *after][len(before) + len(whole) + len(after) - values.ndim :]
     own = " ".join(f"{n}!" if n[0] == "p" else n for n in _in_order(x, indices))
     placed = ", ".join("+" + " ".join(f"{letter}!" for letter in term.split()) for term in terms)
-    return Pattern(f"{own}, {placed}, +{' '.join(written)} -> {own}", everything)
+    return Pattern(f"{own}, {placed}, +{' '.join(written)} -> {own}", everything, apart=True)
 
 
 def _all_but(x: Operand, dim: int, own: str) -> str:
@@ -87,7 +87,8 @@ def gather(x: Operand, dim: int, index: Operand, **_: Any) -> Pattern | Opaque:
     """Entries are chosen by the values of an index."""
     if x.ndim == 0 or not _alike(x, index, dim):
         return Opaque((x, index))
-    return Pattern(f"{_all_but(x, dim, 'from!')}, +{_all_but(x, dim, 'to')} -> {_all_but(x, dim, 'to')}", (x, index))
+    spec = f"{_all_but(x, dim, 'from!')}, +{_all_but(x, dim, 'to')} -> {_all_but(x, dim, 'to')}"
+    return Pattern(spec, (x, index), apart=True)
 
 
 @axis_rule(aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_, aten.scatter_reduce, aten.scatter_reduce_)
@@ -115,7 +116,7 @@ def index_add(x: Operand, dim: int, index: Operand, source: Operand, **_: Any) -
         return Opaque((x, index, source))
     own, added = _all_but(x, dim, "to!"), _all_but(x, dim, "from!")
     # As many as the index has, which nothing may prove where sizes depend on values.
-    return Pattern(f"{own}, +chosen!, +{added} -> {own}", (x, index, source))
+    return Pattern(f"{own}, +chosen!, +{added} -> {own}", (x, index, source), apart=True)
 
 
 @axis_rule(aten.masked_scatter.default, aten.masked_scatter_.default, aten.masked_select.default, aten.nonzero.default)

@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-@axis_rule(aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax, aten.cumsum, aten.cumsum_, aten.cumprod,
-           aten.logcumsumexp)  # fmt: skip
+@axis_rule(aten.softmax, aten._softmax, aten._safe_softmax)
 def softmax(x: Operand, dim: int, *_: Any, **__: Any) -> SameDims:
+    """Every entry along the axis feeds others along it."""
+    return SameDims(x, pinned=(dim % x.ndim,), shares=True)
+
+
+@axis_rule(aten.log_softmax, aten._log_softmax, aten.cumsum, aten.cumsum_, aten.cumprod, aten.logcumsumexp)
+def accumulated(x: Operand, dim: int, *_: Any, **__: Any) -> SameDims:
     """Every entry along the axis feeds others along it."""
     return SameDims(x, pinned=(dim % x.ndim,))
 
@@ -36,12 +41,13 @@ def roll(x: Operand, shifts: list[int], dims: tuple[int, ...] = ()) -> SameDims:
 
 
 @axis_rule(aten.layer_norm.default, aten.rms_norm.default, aten._fused_rms_norm.default)
-def layer_norm(x: Operand, normalized_shape: list[int], weight: Operand | None = None, bias: Operand | None = None,
-               *_: Any) -> str:  # fmt: skip
+def layer_norm(x: Operand, normalized_shape: list[int], weight: Operand | None = None, bias: Any = None,
+               *_: Any) -> Pattern:  # fmt: skip
     """The statistics are averages over the axis."""
     dims = " ".join(f"n{i}!" for i in range(len(normalized_shape)))
-    terms = [f"... {dims}"] + [dims for operand in (weight, bias) if operand is not None]
-    return f"{', +'.join(terms)} -> ... {dims}"
+    affine = tuple(operand for operand in (weight, bias) if isinstance(operand, Operand))
+    terms = [f"... {dims}"] + [dims for _ in affine]
+    return Pattern(f"{', +'.join(terms)} -> ... {dims}", (x, *affine), apart=True)
 
 
 def resize_norm_groups(site: OpSite) -> None:
@@ -86,7 +92,7 @@ def weight_norm(direction: Operand, magnitude: Operand, dim: int = 0) -> Pattern
     letters = [f"d{i}" if i == dim else f"d{i}!" for i in range(direction.ndim)]
     alone = [f"d{i}" if i == dim else f"one{i}" for i in range(direction.ndim)]
     spec = f"{' '.join(letters)}, +{' '.join(alone)} -> {' '.join(letters)}"
-    return Pattern(spec, (direction, magnitude), apart=True)
+    return Pattern(spec, (direction, magnitude), apart=True, rescaled=direction)
 
 
 @axis_rule(aten.prelu.default)

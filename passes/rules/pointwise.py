@@ -9,6 +9,7 @@ import torch
 from ecospa_fx.passes.graph.boundary_op import edge
 from ecospa_fx.passes.ir.relations import Operand, Pointwise, SameDims
 
+from . import formulas as f
 from .registry import axis_rule
 
 aten = torch.ops.aten
@@ -21,7 +22,8 @@ def tensors(*args: Any) -> tuple[Operand, ...]:
 
 def linear(*args: Any, **_: Any) -> Pointwise:
     """Entries of a sum meet only entries at the same place."""
-    return Pointwise(tensors(*args), "linear")
+    operands = tensors(*args)
+    return Pointwise(operands, "linear" if len(operands) == len(args) else "affine")
 
 
 def multiplied(*args: Any, **_: Any) -> Pointwise:
@@ -29,15 +31,14 @@ def multiplied(*args: Any, **_: Any) -> Pointwise:
     return Pointwise(tensors(*args), "product")
 
 
+def divided(*args: Any, rounding_mode: str | None = None, **_: Any) -> Pointwise:
+    """Entries of a quotient meet only entries at the same place."""
+    return Pointwise(tensors(*args), "quotient" if rounding_mode is None else "nonlinear")
+
+
 def nonlinear(*args: Any, **_: Any) -> Pointwise:
     """Entries meet only entries at the same place."""
     return Pointwise(tensors(*args), "nonlinear")
-
-
-@axis_rule(aten.expand_as.default)
-def expand_as(x: Operand, other: Operand) -> Pointwise:
-    """The operand repeats to the shape of another."""
-    return Pointwise((x, other), "linear")
 
 
 @axis_rule(aten.broadcast_tensors.default)
@@ -49,11 +50,16 @@ def broadcast_tensors(xs: list[Operand]) -> Pointwise:
 @axis_rule(aten.dropout, aten.dropout_, aten.feature_dropout)
 def dropout(x: Operand, p: float, train: bool) -> Pointwise:
     """Entries are dropped one by one."""
-    return Pointwise((x,), "nonlinear" if train and p > 0 else "linear")
+    return Pointwise((x,), "nonlinear" if train and p > 0 else "copy")
 
 
 def copied(x: Operand, *_: Any, **__: Any) -> Pointwise:
     """Another dtype, device or memory layout; the same entries at the same places."""
+    return Pointwise((x,), "copy")
+
+
+def component(x: Operand) -> Pointwise:
+    """One component of each complex number."""
     return Pointwise((x,), "linear")
 
 
@@ -63,16 +69,28 @@ def shaped_like(x: Operand, *_: Any, **__: Any) -> SameDims:
 
 
 axis_rule(aten.complex.default)(linear)
-axis_rule(aten.add, aten.add_, aten.sub, aten.sub_, aten.rsub, aten.neg, aten.neg_, aten.copy_)(linear)
-axis_rule(aten.mul, aten.mul_, aten.div, aten.div_, aten.multiply, aten.divide, aten.true_divide)(multiplied)
+axis_rule(aten.add, formula=f.SUM)(linear)
+axis_rule(aten.sub, formula=f.DIFFERENCE)(linear)
+axis_rule(aten.add_, aten.sub_, aten.rsub, aten.neg, aten.neg_, aten.copy_)(linear)
+axis_rule(aten.mul, aten.mul_, aten.multiply)(multiplied)
+axis_rule(aten.div, aten.div_, aten.divide, aten.true_divide)(divided)
 axis_rule(
     aten.to, aten._to_copy, aten.type_as, aten.clone, aten.contiguous, aten.alias, aten.detach, aten.detach_,
-    aten.lift_fresh_copy, aten.positive, aten.real, aten.imag,
+    aten.lift_fresh, aten.lift_fresh_copy, aten.positive,
 )(copied)  # fmt: skip
 axis_rule(edge)(copied)
+axis_rule(aten.real, aten.imag)(component)
 axis_rule(aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like)(
     shaped_like
 )
+for _op, _formula in (
+    (aten.ge, f.AT_LEAST), (aten.le, f.AT_MOST), (aten.gt, f.MORE), (aten.lt, f.LESS), (aten.eq, f.EQUAL),
+    (aten.ne, f.UNEQUAL),
+    (aten.logical_and, f.BOTH), (aten.bitwise_and, f.BOTH), (aten.__and__, f.BOTH),
+    (aten.logical_or, f.EITHER), (aten.bitwise_or, f.EITHER), (aten.__or__, f.EITHER),
+    (aten.logical_not, f.NOT), (aten.bitwise_not, f.NOT),
+):  # fmt: skip
+    axis_rule(_op, formula=_formula)(nonlinear)
 axis_rule(
     # activations
     aten.relu, aten.relu_, aten.gelu, aten.gelu_, aten.silu, aten.silu_, aten.mish, aten.mish_, aten.elu, aten.elu_,
@@ -88,9 +106,7 @@ axis_rule(
     aten.maximum, aten.minimum, aten.min.other, aten.max.other, aten.clamp, aten.clamp_, aten.clamp_min,
     aten.clamp_max, aten.clip, aten.where.self, aten.where.ScalarSelf,
     aten.where.ScalarOther, aten.where.Scalar, aten.masked_fill, aten.masked_fill_, aten.fill, aten.fill_, aten.zero_,
-    aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge, aten.logical_not, aten.logical_and, aten.logical_or,
-    aten.bitwise_not, aten.bitwise_and, aten.bitwise_or,
-    aten.__and__, aten.__or__, aten.__xor__, aten.bitwise_xor, aten.logical_xor,
+    aten.__xor__, aten.bitwise_xor, aten.logical_xor,
     aten.isnan, aten.isinf, aten.isfinite, aten.addcmul, aten.addcdiv, aten.lerp,
     # random masks
     aten.bernoulli, aten.bernoulli_,

@@ -1,4 +1,4 @@
-"""The table of axis rules, and the vocabulary in which a rule says what its op does to axes.
+"""The table of ops: one `OpInfo` each, which holds all that is known of an op.
 
 A rule takes the arguments of its op (tensors as `Operand`s, the rest as they are), returns a *relation* and touches no
 state; `passes.infer.solve` is the one solver that reads relations. The first line of a rule's docstring is what a user
@@ -17,8 +17,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
+from torch import fx
 
-from ecospa_fx.passes.ir.relations import Created, Relation
+from ecospa_fx.errors import RuleError
+from ecospa_fx.passes.axes.algebra import UNIT, as_size
+from ecospa_fx.passes.graph.nodes import is_tensor, op_name, place, tensor_meta, tensors_of
+from ecospa_fx.passes.ir.relations import Created, Operand, Pattern, Relation
+
+from .formulas import Formula
 
 if TYPE_CHECKING:
     from ecospa_fx.passes.ir.op_site import OpSite
@@ -27,15 +33,26 @@ if TYPE_CHECKING:
 Resize: TypeAlias = "Callable[[OpSite], None]"
 
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+_AxisRule = TypeVar("_AxisRule", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
-class Rule:
-    """An axis rule and, where the op holds sizes as arguments, how those follow a shrink."""
+class OpInfo:
+    """The knowledge about one op.
+
+    Whether it moves entries, is linear, or hands a weight on follows from its relation (`passes.ir.relations`), and its
+    spelling in Python from torch (`passes.rewrite.spelling`): neither is written down a second time.
+
+    Attributes:
+        axes: takes the arguments of the op and gives the relation between the axes of its operands and results.
+        resize: writes the sizes that the op holds as arguments anew after a shrink.
+        formula: gives an entry of the result, where it is an integer or a condition, from those of the operands at the
+            same place; see `passes.simplify.symbolic_entries`.
+    """
 
     axes: Callable[..., Relation | str]
-    resize: Resize | None
+    resize: Resize | None = None
+    formula: Formula | None = None
 
     @property
     def why(self) -> str:
@@ -43,38 +60,83 @@ class Rule:
         return (self.axes.__doc__ or "").strip().split("\n")[0].rstrip(".")
 
 
-RULES: dict[Any, Rule] = {operator.getitem: Rule(lambda *_: Created(), None)}
+OPS: dict[Any, OpInfo] = {operator.getitem: OpInfo(lambda *_: Created())}
 
 
-def axis_rule(*ops: Any, resize: Resize | None = None) -> Callable[[Function], Function]:
-    """Register what a class of ops does to axes.
+def axis_rule(
+    *ops: Any, resize: Resize | None = None, formula: Formula | None = None
+) -> Callable[[_AxisRule], _AxisRule]:
+    """Register a class of ops by a function that says what they do to axes.
 
     Args:
         ops: overloads (`aten.view.default`), packets (`aten.gelu`, meaning each of its overloads), or the
             qualified name of an op that another library may register later.
         resize: writes new sizes into the op's arguments after a shrink, see `passes.ir.op_site.OpSite`.
+        formula: see `OpInfo`.
 
     Raises:
         ValueError: an op has a rule already.
     """
 
-    def register(rule: Function) -> Function:
+    def register(rule: _AxisRule) -> _AxisRule:
         for op in ops:
             for overload in overloads(op):
-                if overload in RULES:
-                    raise ValueError(f"{overload} has an axis rule already: {RULES[overload].axes.__name__}")
-                RULES[overload] = Rule(rule, resize)
+                if overload in OPS:
+                    raise ValueError(f"{overload} has an axis rule already: {OPS[overload].axes.__name__}")
+                OPS[overload] = OpInfo(rule, resize, formula)
         return rule
 
     return register
 
 
-def rule_for(target: Any) -> Rule | None:
-    """The rule of an op, if there is one."""
-    rule = RULES.get(target)
-    if rule is None and isinstance(target, torch._ops.OpOverload):
-        rule = RULES.get(target.name())
-    return rule
+def op_info(target: Any) -> OpInfo | None:
+    """The entry of an op in the table, if it has one."""
+    info = OPS.get(target)
+    if info is None and isinstance(target, torch._ops.OpOverload):
+        info = OPS.get(target.name())
+    return info
+
+
+def relation_of(node: fx.Node, operands: Sequence[Operand] | None = None, region: str = "") -> Relation | None:
+    """The relation that the rule of an op gives for one of its calls; None where it has no rule.
+
+    Args:
+        node: the call.
+        operands: its tensor arguments in order; without them the relation speaks of operands whose axes are unknown.
+        region: name of the region, for messages.
+
+    Raises:
+        RuleError: the rule fails.
+    """
+    info = op_info(node.target)
+    if info is None or not tensor_meta(node):
+        return None
+    operands = _operands_without_axes(node) if operands is None else operands
+    waiting = iter(operands)
+
+    def as_argument(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            val = value.meta["val"]
+            return next(waiting) if is_tensor(value) else val if isinstance(val, (tuple, list)) else as_size(val)
+        if isinstance(value, (list, tuple)):
+            return [as_argument(item) for item in value]
+        return value
+
+    try:
+        args, kwargs = as_argument(node.args), {name: as_argument(value) for name, value in node.kwargs.items()}
+        relation = info.axes(*args, **kwargs)
+    except Exception as error:
+        raise RuleError(
+            f"the axis rule `{info.axes.__name__}` failed on {op_name(node)} ({place(node, region)}) with "
+            f"{type(error).__name__}: {error}; this is a bug in the rule, nothing was changed"
+        ) from error
+    return Pattern(relation, tuple(operands)) if isinstance(relation, str) else relation
+
+
+def _operands_without_axes(node: fx.Node) -> tuple[Operand, ...]:
+    """The tensor arguments of a call, of whose axes nothing is known but their sizes."""
+    shapes = [(arg, tuple(map(as_size, arg.meta["val"].shape))) for arg in tensors_of(node)]
+    return tuple(Operand(tuple(UNIT for _ in shape), shape, arg, False) for arg, shape in shapes)
 
 
 def overloads(op: Any) -> Sequence[Any]:

@@ -111,6 +111,12 @@ def expand(x: Operand, *_: Any, **__: Any) -> Expanded:
     return Expanded(x)
 
 
+@axis_rule(aten.expand_as.default)
+def expand_as(x: Operand, other: Operand) -> Expanded:
+    """The operand repeats to the shape of another."""
+    return Expanded(x, other)
+
+
 def resize_repeats(site: OpSite) -> None:
     """Copies are an axis of their own and can be selected like any other."""
     if any(site.touched(expr) for expr in site.made):
@@ -233,13 +239,13 @@ def chunk(x: Operand, chunks: int, dim: int = 0) -> Parted | SameDims:
 @axis_rule(aten.select.int)
 def select(x: Operand, dim: int, index: Any) -> Picked:
     """One entry is picked by its position."""
-    return Picked(x, dim % x.ndim)
+    return Picked(x, dim % x.ndim, index)
 
 
 @axis_rule(aten.unbind.int)
 def unbind(x: Operand, dim: int = 0) -> Picked:
     """Every entry is picked by its position."""
-    return Picked(x, dim % x.ndim, every=True)
+    return Picked(x, dim % x.ndim)
 
 
 @axis_rule(aten.glu.default)

@@ -42,7 +42,7 @@ def grid_sampler(x: Operand, grid: Operand, *_: Any) -> Pattern:
     """Positions are chosen, and blended, by the values of a grid."""
     space = range(x.ndim - 2)
     here, there = " ".join(f"x{i}!" for i in space), " ".join(f"y{i}" for i in space)
-    return Pattern(f"b c {here}, b {there} place! -> b c {there}", (x, grid))
+    return Pattern(f"b c {here}, b {there} place! -> b c {there}", (x, grid), apart=True)
 
 
 @axis_rule(aten.pixel_shuffle.default)

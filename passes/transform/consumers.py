@@ -12,36 +12,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
 from ecospa_fx.passes.axes.algebra import atoms_of
 from ecospa_fx.passes.graph.nodes import (
     argument_nodes,
-    arguments,
     memory_behind,
     op_name,
     place,
     tensor_meta,
     written_arguments,
 )
+from ecospa_fx.passes.infer.solve import parse_pattern
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.captured import RegionGraph
-
-aten = torch.ops.aten
+from ecospa_fx.passes.ir.relations import Pattern, Permuted, Pointwise
 
 WeightDim: TypeAlias = tuple[str, int]  # (parameter name in the region, dim)
-
-_SAME = {
-    aten.alias.default, aten.detach.default, aten.contiguous.default, aten.clone.default, aten.to.dtype,
-    aten.to.dtype_layout, aten._to_copy.default,
-}  # fmt: skip
-_SWAPS = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default)
-_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default)
-_TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +70,7 @@ class Input:
             found = found.reshape(-1, found.shape[-1])
         else:
             kernel, dilation, padding, stride = self.window
+            value = value if value.ndim == len(kernel) + 2 else value.unsqueeze(0)
             if len(kernel) == 1:  # there is an `unfold` of images only
                 value = value.unsqueeze(-2)
                 kernel, dilation, padding, stride = (1, *kernel), (1, *dilation), (0, *padding), (1, *stride)
@@ -144,8 +136,8 @@ def consumers(axis_facts: AxisFacts) -> dict[WeightDim, Consumer | str]:
     for name, nodes in held.items():
         uses: list[_Use | str] = []
         for node in nodes:
-            for user, given, order in _followed(node, tuple(range(len(_shape(node))))):
-                use = _use(user, given, order, captured.region)
+            for user, given, order in _followed(node, tuple(range(len(_shape(node)))), axis_facts):
+                use = _use(user, given, order, axis_facts)
                 if isinstance(use, _Use) and use.input.node in spoiled.get(user, ()):
                     use = f"what it meets in {op_name(user)} ({place(user, captured.region)}) is overwritten later"
                 uses.append(use)
@@ -202,127 +194,73 @@ def _bias(uses: list[_Use], captured: RegionGraph, held: dict[str, list[fx.Node]
     return name if is_parameter and name not in captured.shared_outside else None
 
 
-def _followed(node: fx.Node, order: tuple[int, ...]) -> Iterator[tuple[fx.Node, fx.Node, tuple[int, ...]]]:
-    """The ops that take a parameter: (op, the argument as it comes there, the parameter's dim at each of its dims)."""
+def _followed(
+    node: fx.Node, order: tuple[int, ...], axis_facts: AxisFacts
+) -> Iterator[tuple[fx.Node, fx.Node, tuple[int, ...]]]:
+    """Yield each op that takes a parameter, the argument it takes, and the parameter's dim at each dim of that."""
     for user in node.users:
-        if user.target in _SAME:
-            yield from _followed(user, order)
-        elif user.target in _SWAPS:
-            yield from _followed(user, _swapped(user, order))
-        else:
-            yield user, node, order
+        match axis_facts.relations.get(user):
+            case Pointwise((x,), "copy") if x.node is node:
+                yield from _followed(user, order, axis_facts)
+            case Permuted(x, places):
+                yield from _followed(user, tuple(order[i] for i in places), axis_facts)
+            case _:
+                yield user, node, order
 
 
-def _swapped(node: fx.Node, order: tuple[int, ...]) -> tuple[int, ...]:
-    if node.target is aten.transpose.int:
-        a, b = arguments(node)[1:3]
-        swapped = list(order)
-        swapped[a], swapped[b] = order[b], order[a]
-        return tuple(swapped)
-    return tuple(order[i] for i in arguments(node)[1]) if node.target is aten.permute.default else order[::-1]
-
-
-def _use(user: fx.Node, given: fx.Node, order: tuple[int, ...], region: str) -> _Use | str:
-    """What an op does with a parameter, in the parameter's dims."""
+def _use(user: fx.Node, given: fx.Node, order: tuple[int, ...], axis_facts: AxisFacts) -> _Use | str:
+    """Read off what an op sums over in a parameter, in the parameter's dims, and what it meets there."""
     if user.op == "output":
         return "it leaves the region"
-    where = f"{op_name(user)} ({place(user, region)})"
+    where = f"{op_name(user)} ({place(user, axis_facts.captured.region)})"
     if argument_nodes(user).count(given) != 1 or user.op != "call_function":
         return f"{where} takes it in another way than as a matrix"
-    read = _READERS.get(user.target)
-    use = read(user, given) if read is not None else None
+    relation = axis_facts.relations.get(user)
+    use = _product(relation, user, given) if isinstance(relation, Pattern) and not relation.apart else None
     if use is None:
         return f"{where} does not multiply it, as a matrix, with an activation"
     return _Use(order[use.dim], use.input, use.window, use.bias)
 
 
-def _linear(node: fx.Node, weight: fx.Node) -> _Use | None:
-    x, w, bias = (*arguments(node), None)[:3]
-    return _Use(1, Input(x, -1), bias=bias) if w is weight and len(_shape(w)) == 2 else None
-
-
-def _addmm(node: fx.Node, weight: fx.Node) -> _Use | None:
-    bias, a, b = arguments(node)
-    scaled = any(value != 1 for value in node.kwargs.values())
-    use = _product(a, b, weight)
-    return None if use is None else _Use(use.dim, use.input, bias=None if scaled or a is weight else bias)
-
-
-def _matmul(node: fx.Node, weight: fx.Node) -> _Use | None:
-    a, b = arguments(node)
-    return _product(a, b, weight)
-
-
-def _product(a: fx.Node, b: fx.Node, weight: fx.Node) -> _Use | None:
-    """Of a matrix product, one factor of which is a matrix."""
-    if len(_shape(weight)) != 2:
+def _product(relation: Pattern, node: fx.Node, weight: fx.Node) -> _Use | None:
+    """Read a product of a weight and an activation that sums over one dim of both; None where it is another op."""
+    *terms, out = parse_pattern(relation.spec, len(relation.operands))
+    placed = [(t, o, t.names(o.ndim)) for t, o in zip(terms, relation.operands, strict=True)]
+    factors = [(operand, names) for term, operand, names in placed if not term.added]
+    if len(factors) != 2:
         return None
-    if b is weight:
-        return _Use(0, Input(a, -1))
-    return _Use(1, Input(b, -2)) if a is weight and len(_shape(b)) > 1 else None
-
-
-def _einsum(node: fx.Node, weight: fx.Node) -> _Use | None:
-    equation, operands = arguments(node)[:2]
-    equation = equation.replace(" ", "")
-    if len(operands) != 2 or "->" not in equation:
+    (mine, theirs) = sorted(factors, key=lambda factor: factor[0].node is not weight)
+    (w, w_names), (x, x_names) = mine, theirs
+    shared = [name for name in w_names if name in x_names]
+    if w.node is not weight or w.ndim < 2 or len(shared) != 1 or shared[0] in out.letters:
         return None
-    terms, out = equation.split("->")
-    at = list(operands).index(weight)
-    mine, theirs = terms.split(",")[at], terms.split(",")[1 - at]
-    shared = [letter for letter in mine if letter in theirs]
-    if (
-        len(shared) != 1
-        or shared[0] in out
-        or "." in mine
-        or any(term.count(shared[0]) != 1 for term in (mine, theirs))
-    ):
+    if any(isinstance(name, tuple) or names.count(name) > 1 for names in (w_names, x_names) for name in names):
         return None
-    before, after = theirs.split(shared[0])
-    return _Use(mine.index(shared[0]), Input(operands[1 - at], -1 - len(after) if "." in before else len(before)))
-
-
-def _convolution(node: fx.Node, weight: fx.Node) -> _Use | None:
-    given: tuple[Any, ...] = (*arguments(node), *_DEFAULTS[len(node.args) - 2 :])
-    x, w, bias, stride, padding, dilation, groups = given
-    kernel = _shape(w)[2:]
-    if w is not weight or groups != 1 or node.kwargs or len(_shape(x)) != len(_shape(w)):
+    left = [name for name in w_names if name != shared[0]]
+    if any(name not in out.letters for name in left) and relation.window is None:
+        return None  # another of its dims is summed over, or chosen from
+    window, columns = _window(relation.window)
+    if window == ():
         return None
-    window = tuple(_per_dim(each, len(kernel)) for each in (kernel, dilation, padding, stride))
-    one = all(size == 1 for size in (*window[0], *window[3])) and not any(window[2])
-    size = 1
-    for extent in kernel:
-        size *= extent
-    return _Use(1, Input(x, 1, None if one else window), size, bias)
+    bias = None
+    if not any(value != 1 for value in node.kwargs.values() if isinstance(value, (int, float))):
+        bias = next((o.node for t, o, names in placed if t.added and names == [left[0]]), None)
+    return _Use(w_names.index(shared[0]), Input(x.node, x_names.index(shared[0]) - x.ndim, window), columns, bias)
 
 
-_DEFAULTS = (None, 1, 0, 1, 1)
-
-
-def _transposed(node: fx.Node, weight: fx.Node) -> _Use | None:
-    """Each position is spread over neighbours; what is summed over is the channels at the position alone."""
-    given: tuple[Any, ...] = (*arguments(node), *(None, 1, 0, 0, 1)[len(node.args) - 2 :])
-    (x, w), groups = given[:2], given[6]
-    if w is not weight or groups != 1 or node.kwargs or len(_shape(x)) != len(_shape(w)):
-        return None
-    return _Use(0, Input(x, 1))
-
-
-_READERS: dict[Any, Any] = {
-    aten.linear.default: _linear, aten.addmm.default: _addmm, aten.mm.default: _matmul, aten.matmul.default: _matmul,
-    aten.einsum.default: _einsum, **dict.fromkeys(_CONVOLUTIONS, _convolution),
-    **dict.fromkeys(_TRANSPOSED, _transposed),
-}  # fmt: skip
+def _window(window: tuple[tuple[int, ...], ...] | None) -> tuple[tuple[tuple[int, ...], ...] | None, int]:
+    """Take a window that is one position for none, and one that images cannot be cut into for `()`; its columns."""
+    if not window:
+        return window, 1
+    kernel, _, padding, stride = window
+    if all(size == 1 for size in (*kernel, *stride)) and not any(padding):
+        return None, 1
+    return (window, prod(kernel)) if len(kernel) <= 2 else ((), 1)
 
 
 def _shape(node: fx.Node) -> tuple[Any, ...]:
     meta = tensor_meta(node)
     return tuple(meta[0].shape) if meta else ()
-
-
-def _per_dim(value: Any, count: int) -> tuple[int, ...]:
-    values = tuple(value) if isinstance(value, (list, tuple, torch.Size)) else (value,)
-    return values * count if len(values) == 1 else values
 
 
 def _positions(space: Any, *window: tuple[int, ...]) -> int:

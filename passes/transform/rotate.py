@@ -24,9 +24,10 @@ from torch import Tensor, fx
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.axes.selection import index_of
 from ecospa_fx.passes.find.discover import RegionCoupling
-from ecospa_fx.passes.graph.nodes import PARTS, VIEWS, arguments, op_name, place
+from ecospa_fx.passes.graph.nodes import op_name, place
 from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
+from ecospa_fx.passes.ir.relations import is_linear
 
 from .cholesky import factor
 from .consumers import Consumer, WeightDim, consumers
@@ -34,18 +35,6 @@ from .consumers import Consumer, WeightDim, consumers
 aten = torch.ops.aten
 
 NEAR, FAR = 0, 1
-
-_PRODUCTS = {
-    aten.linear.default, aten.addmm.default, aten.mm.default, aten.bmm.default, aten.baddbmm.default,
-    aten.matmul.default, aten.einsum.default, aten.scaled_dot_product_attention.default, aten.embedding.default,
-}  # fmt: skip
-_MOVES = (VIEWS - {aten._weight_norm.default}) | PARTS | {
-    aten.view_as.default, aten.reshape_as.default, aten._unsafe_view.default, aten.unflatten.int, aten.movedim.int,
-    aten.squeeze.default, aten.squeeze.dims, aten.expand_as.default, aten.repeat.default, aten._to_copy.default,
-    aten.repeat_interleave.self_int, aten.cat.default, aten.neg.default, aten.swapaxes.default,
-}  # fmt: skip
-_SCALES = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
-_SUMS = {aten.add.Tensor, aten.sub.Tensor}
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,23 +116,10 @@ def _bent(axis_facts: AxisFacts, atom: Atom) -> str | None:
         carrying = [o for o in operands if any(atom in atoms_of(expr) for expr in o.exprs)]
         if not carrying and not any(atom in atoms_of(e) for exprs in axis_facts.values[node] for e in exprs):
             continue
-        if not _is_linear(node, [o.node for o in carrying], len(operands)):
+        relation = axis_facts.relations.get(node)
+        if relation is None or not is_linear(relation, [o.node for o in carrying]):
             return f"{op_name(node)} ({place(node, region)}) stands between the weights"
     return None
-
-
-def _is_linear(node: fx.Node, carrying: list[fx.Node], tensors: int) -> bool:
-    """Whether an op does the same linear thing to every entry; `carrying` are its arguments that have them."""
-    if node.target in _PRODUCTS or node.target in _MOVES:
-        return True
-    if node.target in _SCALES:
-        return len(carrying) == 1 and (node.target is aten.mul.Tensor or node.args[0] is carrying[0])
-    if node.target in _SUMS:
-        return len(carrying) == tensors == len(node.args) == 2
-    if node.target is aten.dropout.default:
-        _, p, train = arguments(node)
-        return not train or p == 0
-    return False
 
 
 def _of_weights(axis_facts: AxisFacts, axes: set[WeightDim], atom: Atom) -> dict[WeightDim, Tensor] | str:

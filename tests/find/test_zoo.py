@@ -18,8 +18,7 @@ from zoo import ZOO, Specimen
 import ecospa_fx
 from ecospa_fx.errors import NoCouplingError
 from ecospa_fx.passes.find.analyse import Analysis, analyse
-from ecospa_fx.passes.rules import RULES
-from ecospa_fx.passes.rules.registry import Rule
+from ecospa_fx.passes.rules import OPS, OpInfo
 
 DTYPES = (torch.float32, torch.float64)
 SHRINKABLE = [name for name, specimen in ZOO.items() if specimen.couplings]
@@ -97,7 +96,7 @@ def test_verify_sees_a_scale_that_follows_the_shape(monkeypatch: pytest.MonkeyPa
     """Attention takes 1/sqrt(d) from what it sees; were that not written in before `d` shrinks, verify would say so."""
     op = torch.ops.aten.scaled_dot_product_attention.default
     plain, args = made(ZOO["attention"])
-    monkeypatch.setitem(RULES, op, Rule(RULES[op].axes, None))
+    monkeypatch.setitem(OPS, op, OpInfo(OPS[op].axes, None))
     result = ecospa_fx.verify(ecospa_fx.compile(plain, example_inputs=args, regions="root"), example_inputs=args)
     assert not result.ok
     assert {label for label, c in result.by_coupling.items() if c.ok} == {"vo", "heads"}

@@ -15,7 +15,7 @@ from ecospa_fx.errors import NoCouplingError
 from ecospa_fx.passes.capture.capture import capture
 from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.infer.probe import probe
-from ecospa_fx.passes.rules import RULES
+from ecospa_fx.passes.rules import OPS
 from ecospa_fx.testing import assert_exact
 from ecospa_fx.testing.check import Tally
 from ecospa_fx.testing.fuzz import fuzz, smallest
@@ -139,9 +139,9 @@ STRUCTURE = {
 
 def test_with_the_rules_taken_away_random_programs_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Activations, norms, sums and products of values, and what else can be, get their rules by experiment."""
-    for op in list(RULES):
+    for op in list(OPS):
         if getattr(op, "_opname", "view") not in STRUCTURE:
-            monkeypatch.delitem(RULES, op)
+            monkeypatch.delitem(OPS, op)
     used: set[str] = set()
 
     def by_experiment(captured: Any) -> Any:
@@ -156,7 +156,7 @@ def test_with_the_rules_taken_away_random_programs_stay_exact(monkeypatch: pytes
 
 
 def test_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(RULES, aten.mish.default)
+    monkeypatch.delitem(OPS, aten.mish.default)
     model, x = Between(nn.functional.mish), torch.randn(2, 3, 6)
     assert list(ecospa_fx.explain(model, example_inputs=(x,)).missing_rules) == ["aten.mish"]
     with pytest.raises(NoCouplingError):
@@ -164,7 +164,7 @@ def test_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_asked_for_it_is_used_exact_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(RULES, aten.mish.default)
+    monkeypatch.delitem(OPS, aten.mish.default)
     plain, x = Between(nn.functional.mish), torch.randn(2, 3, 6)
     explanation = ecospa_fx.explain(plain, example_inputs=(x,), experiments=True)
     assert explanation.missing_rules == {}
@@ -185,7 +185,7 @@ def test_asked_for_it_is_used_exact_and_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_saved_model_tries_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.delitem(RULES, aten.mish.default)
+    monkeypatch.delitem(OPS, aten.mish.default)
     x = torch.randn(2, 3, 6)
     model = ecospa_fx.compile(Between(nn.functional.mish), example_inputs=(x,), experiments=True)
     ecospa_fx.shrink(model, {"ffn": torch.tensor([1, 3])})
@@ -207,7 +207,7 @@ def test_what_experiments_missed_verify_sees() -> None:
 
 
 def test_nothing_is_tried_on_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(RULES, aten.mish.default)
+    monkeypatch.delitem(OPS, aten.mish.default)
     model = Between(nn.functional.mish).to("meta")
     explanation = ecospa_fx.explain(model, example_inputs=(torch.empty(2, 3, 6, device="meta"),), experiments=True)
     assert list(explanation.missing_rules) == ["aten.mish"] and not explanation.experiments

@@ -278,7 +278,7 @@ def test_rule_that_fails_in_the_middle_of_a_rewrite(monkeypatch):
         if len(seen) == 3:
             raise IndexError("made to fail")
 
-    monkeypatch.setitem(rules.RULES, relu, rules.Rule(rules.RULES[relu].axes, follow))
+    monkeypatch.setitem(rules.OPS, relu, rules.OpInfo(rules.OPS[relu].axes, follow))
     keeps = {coupling: torch.arange(4) for coupling in ecospa_fx.couplings(model)}
     assert len(keeps) == 3
     with pytest.raises(errors.RuleError) as caught:

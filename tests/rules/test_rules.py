@@ -34,7 +34,7 @@ from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.relations import SameDims
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.verify import Masked, contraction_masks
-from ecospa_fx.passes.rules import RULES, Rule, axis_rule
+from ecospa_fx.passes.rules import OPS, OpInfo, axis_rule
 
 aten = torch.ops.aten
 LEAVES = "it leaves the region as output"
@@ -289,7 +289,7 @@ UNREACHED: dict[str, str] = {
 def registered() -> list[str]:
     """The names of all ops that have a rule."""
     return sorted(
-        {op.rpartition("::")[2] if isinstance(op, str) else op._opname for op in RULES if op is not operator.getitem}
+        {op.rpartition("::")[2] if isinstance(op, str) else op._opname for op in OPS if op is not operator.getitem}
     )
 
 
@@ -500,18 +500,18 @@ def relu_node(axis_facts: AxisFacts) -> Any:
 
 
 def test_a_second_rule_for_an_op_is_refused() -> None:
-    before = dict(RULES)
+    before = dict(OPS)
     with pytest.raises(ValueError) as error:
         axis_rule(aten.linear.default)(lambda *_: "")
     assert str(error.value) == "aten.linear.default has an axis rule already: linear"
-    assert before == RULES
+    assert before == OPS
 
 
 def test_a_rule_that_raises_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(x: Any) -> SameDims:
         raise KeyError("no such dim")
 
-    monkeypatch.setitem(RULES, aten.relu.default, Rule(broken, None))
+    monkeypatch.setitem(OPS, aten.relu.default, OpInfo(broken, None))
     captured = capture(Model(), (torch.ones(2, 3),), {})
     with pytest.raises(RuleError) as error:
         infer_axes(captured)
@@ -528,7 +528,7 @@ def test_a_follow_that_raises_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(site: Any) -> None:
         raise IndexError("too far")
 
-    monkeypatch.setitem(RULES, aten.relu.default, Rule(RULES[aten.relu.default].axes, broken))
+    monkeypatch.setitem(OPS, aten.relu.default, OpInfo(OPS[aten.relu.default].axes, broken))
     module = Model()
     axis_facts = infer_axes(capture(module, (torch.ones(2, 3),), {}))
     (columns,) = atoms_of(axis_facts.parameters["weight"][1])
@@ -541,7 +541,7 @@ def test_a_follow_that_raises_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_op_without_a_rule_pins_what_it_touches_and_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(RULES, aten.relu.default)
+    monkeypatch.delitem(OPS, aten.relu.default)
     axis_facts = infer_axes(capture(Model(), (torch.ones(2, 3),), {}))
     node = relu_node(axis_facts)
     assert axis_facts.missing == {"aten.relu": [node]}

@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, given, settings
 
 from ecospa_fx.passes.capture.capture import capture
 from ecospa_fx.passes.ir.relations import SameDims
-from ecospa_fx.passes.rules import RULES
-from ecospa_fx.passes.rules.registry import Rule
+from ecospa_fx.passes.rules import OPS, OpInfo
 from ecospa_fx.testing.check import Failure, Tally, check
 from ecospa_fx.testing.fuzz import FuzzCounts, check_exported, fuzz, main, program_number, smallest
 from ecospa_fx.testing.random_program import KINDS, random_program
@@ -60,7 +59,7 @@ def broken_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     def softmax(x: Any, dim: int, *_: Any) -> SameDims:
         return SameDims(x)
 
-    monkeypatch.setitem(RULES, aten.softmax.int, Rule(softmax, None))
+    monkeypatch.setitem(OPS, aten.softmax.int, OpInfo(softmax, None))
 
 
 @pytest.mark.usefixtures("broken_softmax")

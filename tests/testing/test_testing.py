@@ -13,8 +13,7 @@ from zoo import ZOO
 import ecospa_fx
 from ecospa_fx.errors import NoCouplingError, NoInputsError, VerificationError
 from ecospa_fx.passes.rewrite.verify import _gradient_error
-from ecospa_fx.passes.rules import RULES
-from ecospa_fx.passes.rules.registry import Rule
+from ecospa_fx.passes.rules import OPS, OpInfo
 from ecospa_fx.testing import assert_exact
 
 
@@ -48,7 +47,7 @@ def test_assert_exact_takes_what_the_model_offers_and_a_compiled_model() -> None
 
 def test_assert_exact_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     op = torch.ops.aten.scaled_dot_product_attention.default
-    monkeypatch.setitem(RULES, op, Rule(RULES[op].axes, None))  # the scale now follows the shape
+    monkeypatch.setitem(OPS, op, OpInfo(OPS[op].axes, None))  # the scale now follows the shape
     torch.manual_seed(0)
     with pytest.raises(VerificationError) as error:
         assert_exact(ZOO["attention"].build(), (torch.randn(2, 5, 10),), regions="root")

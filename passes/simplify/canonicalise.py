@@ -28,8 +28,12 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ecospa_fx.passes.axes.algebra import as_size
+from ecospa_fx.passes.graph.nodes import arguments, is_tensor, tensors_of, written_arguments
+from ecospa_fx.passes.ir.relations import Permuted, Picked, Regrouped, Sliced, copied_operand
+from ecospa_fx.passes.rules import relation_of
 
-from .nodes import arguments, written_arguments
+from .clean import erase_unused
+from .unit_dims import dims_before
 
 aten = torch.ops.aten
 
@@ -47,13 +51,10 @@ def canonicalise(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
     for node in list(graph.nodes):
         if node.target is aten.view.default:
             node.target = aten.reshape.default
-        if node.target in _SPLITS:
-            stack = _stack(node)
-            if stack is not None:
-                _unstack(graph, stack)
-    for node in reversed(graph.nodes):
-        if node.op == "call_function" and not node.users and node.target in _REMOVABLE:
-            graph.erase_node(node)
+        stack = _stack(node)
+        if stack is not None:
+            _unstack(graph, stack)
+    erase_unused(graph)
 
 
 def _as_slice(graph: fx.Graph, node: fx.Node, constants: Mapping[str, Any]) -> None:
@@ -76,17 +77,15 @@ def _as_slice(graph: fx.Graph, node: fx.Node, constants: Mapping[str, Any]) -> N
     graph.erase_node(node)
 
 
-_AS_IT_IS = (aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.alias.default, aten.detach.default)
-
-
 def _constant(node: fx.Node, constants: Mapping[str, Any]) -> Tensor | None:
     """The row of numbers that `node` always is, if it is one."""
     while True:
         if any(node in written_arguments(user) for user in node.users):
             return None
-        if node.target not in _AS_IT_IS:
+        copied = copied_operand(relation_of(node))
+        if copied is None:
             break
-        node = arguments(node)[0]
+        node = copied.node
     value = constants.get(node.name)
     if not isinstance(value, Tensor) or isinstance(value, FakeTensor) or value.is_meta:
         return None
@@ -124,18 +123,15 @@ class _Stack:
     picks: tuple[_Pick, ...]
 
 
-_SPLITS = (aten.view.default, aten.reshape.default, aten.unflatten.int)
-_REMOVABLE = (
-    aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.unbind.int,
-    aten.select.int, aten.slice.Tensor, aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.contiguous.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, operator.getitem,
-)  # fmt: skip
-
-
 def _stack(view: fx.Node) -> _Stack | None:
-    before, after = _shape(arguments(view)[0]), _shape(view)
+    if view.op != "call_function" or not is_tensor(view) or len(tensors_of(view)) != 1:
+        return None
+    (x,) = tensors_of(view)
+    before, after = _shape(x), _shape(view)
     lead = len(before) - 1
     if len(after) < lead + 2 or before[:lead] != after[:lead] or not all(type(n) is int for n in after[lead:]):
+        return None
+    if not isinstance(relation_of(view), Regrouped):
         return None
     node, packed = view, False
     order: list[int | None] = list(range(len(after)))  # None: a dim of one entry that came in between
@@ -159,51 +155,40 @@ def _stack(view: fx.Node) -> _Stack | None:
 
 def _moves(node: fx.Node, order: list[int | None]) -> bool:
     """Whether `node` only moves dims about; if so, `order` follows it."""
-    match node.target:
-        case aten.permute.default:
-            order[:] = [order[d] for d in arguments(node)[1]]
-        case aten.transpose.int:
-            a, b = arguments(node)[1:]
-            order[a], order[b] = order[b], order[a]
-        case aten.unsqueeze.default:
-            order.insert(arguments(node)[1] % (len(order) + 1), None)
-        case aten.squeeze.dim if order[arguments(node)[1]] is None:
-            order.pop(arguments(node)[1])
-        case aten.contiguous.default:
-            pass
+    match relation_of(node):
+        case Permuted(order=places):
+            order[:] = [order[d] for d in places]
+        case Regrouped(x):
+            before = dims_before(x.shape, _shape(node))
+            lost = None if before is None else {*range(x.ndim)} - {*before}
+            if before is None or lost is None or any(order[d] is not None for d in lost):
+                return False
+            order[:] = [None if d is None else order[d] for d in before]
         case _:
-            return False
+            return node.target is aten.contiguous.default
     return True
 
 
 def _picks(node: fx.Node) -> tuple[int, tuple[_Pick, ...]] | None:
     """The dim along which all users of `node` pick entries by position, and what each picks."""
-    users = list(node.users)
-    if len(users) == 1 and users[0].target is aten.unbind.int:
-        numbers = [(item, arguments(item)[1]) for item in users[0].users]
-        return (*arguments(users[0]), 0)[1], tuple(_Pick(item, i, i + 1, True) for item, i in numbers)
-    if not users or not all(user.target in (aten.select.int, aten.slice.Tensor) for user in users):
+    users = [(user, relation_of(user)) for user in node.users]
+    match users:
+        case [(user, Picked(dim=dim, index=None))]:
+            numbers = [(item, arguments(item)[1]) for item in user.users]
+            return dim, tuple(_Pick(item, i, i + 1, True) for item, i in numbers)
+    picks, dims = [], set()
+    for user, relation in users:
+        match relation:
+            case Picked(x, dim, int(index)):
+                picks.append(_Pick(user, index % x.shape[dim], index % x.shape[dim] + 1, True))
+            case Sliced(_, dim, int(start), int(stop), 1) if start < stop:
+                picks.append(_Pick(user, start, stop, False))
+            case _:
+                return None
+        dims.add(dim)
+    if len(dims) != 1 or type(_shape(node)[min(dims)]) is not int:
         return None
-    ndim = len(_shape(node))
-    dims = {(*arguments(user), 0)[1] % ndim for user in users}
-    size = _shape(node)[min(dims)]
-    if len(dims) != 1 or type(size) is not int:
-        return None
-    picks = [_pick(user, size) for user in users]
-    return (min(dims), tuple(picks)) if all(picks) and _apart(picks) else None  # type: ignore[arg-type]
-
-
-def _pick(user: fx.Node, size: int) -> _Pick | None:
-    """What a select or a slice picks of `size` entries, where numbers say so."""
-    if user.target is aten.select.int:
-        i = arguments(user)[2]
-        return _Pick(user, i % size, i % size + 1, True) if type(i) is int else None
-    defaults: list[Any] = [None, None, 1]
-    start, stop, step = [*arguments(user)[2:], *defaults[max(0, len(user.args) - 2) :]]
-    if user.kwargs or step != 1 or any(type(bound) is not int for bound in (start, stop) if bound is not None):
-        return None
-    start, stop, _ = slice(start, stop).indices(size)
-    return _Pick(user, start, stop, False) if start < stop else None
+    return (min(dims), tuple(picks)) if _apart(picks) else None
 
 
 def _apart(picks: Sequence[_Pick]) -> bool:

@@ -9,8 +9,7 @@ import torch
 from torch import fx
 
 from ecospa_fx.passes.axes.algebra import as_size
-
-from .boundary_op import edge
+from ecospa_fx.passes.graph.boundary_op import edge
 
 aten = torch.ops.aten
 
@@ -40,6 +39,11 @@ def clean(graph: fx.Graph) -> None:
         if same and not _written_to(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+    erase_unused(graph)
+
+
+def erase_unused(graph: fx.Graph) -> None:
+    """Erase the ops whose results nothing takes, and that do nothing else."""
     for node in reversed(graph.nodes):
         if not node.users and node.op == "call_function" and _pure(node):
             graph.erase_node(node)

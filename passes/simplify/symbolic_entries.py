@@ -9,7 +9,6 @@ window of 4096 looks causal up to there. Its entry at `(b, h, q, k)`, for symbol
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +19,11 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from ecospa_fx.passes.axes.algebra import as_size
+from ecospa_fx.passes.graph.nodes import arguments, memory_behind, written_arguments
+from ecospa_fx.passes.ir.relations import Expanded, Permuted, Picked, Pointwise, Regrouped, Sliced
+from ecospa_fx.passes.rules import Formula, op_info, relation_of
 
-from .nodes import arguments, memory_behind, written_arguments
+from .unit_dims import dims_before
 
 aten = torch.ops.aten
 Index = tuple[Any, ...]  # one integer expression per dim
@@ -98,38 +100,10 @@ class SymbolicEntries:
             case aten.arange.start:
                 return _number(args[0]) + index[0] if _whole(node) else None
             case t if t in _FILLED:
-                fill: Any = _FILLED[t]
-                value = fill(args)
+                value = _FILLED[t](args)
                 if not isinstance(value, (bool, int, float)):
                     return None
                 return sympy.sympify(bool(value)) if _dtype(node) is torch.bool else value
-            case t if t in _SAME:
-                return self._cast(self.at(args[0], index), node)
-            case aten.unsqueeze.default:
-                dim = args[1] % len(index)
-                return self.at(args[0], index[:dim] + index[dim + 1 :])
-            case aten.squeeze.dim:
-                dim = args[1] % (len(index) + 1)
-                return self.at(args[0], (*index[:dim], 0, *index[dim:])) if _shape(args[0])[dim] == 1 else None
-            case aten.expand.default:
-                return self._broadcast(args[0], index)
-            case aten.transpose.int:
-                order = list(range(len(index)))
-                order[args[1]], order[args[2]] = order[args[2]], order[args[1]]
-                return self.at(args[0], tuple(index[i] for i in order))
-            case aten.permute.default:
-                at = {d % len(index): i for d, i in zip(args[1], index, strict=True)}
-                return self.at(args[0], tuple(at[d] for d in range(len(index))))
-            case aten.select.int if type(args[2]) is int and args[2] >= 0:
-                dim = args[1] % (len(index) + 1)
-                return self.at(args[0], (*index[:dim], args[2], *index[dim:]))
-            case aten.slice.Tensor:
-                rest: tuple[Any, ...] = (0, None, None, 1)[len(args) - 1 :]
-                dim, start, _, step = (*args[1:], *rest)
-                dim, start = dim % len(index), start or 0
-                if type(start) is not int or start < 0 or type(step) is not int:
-                    return None
-                return self.at(args[0], (*index[:dim], start + step * index[dim], *index[dim + 1 :]))
             case aten.index.Tensor:
                 return self._indexed(args[0], args[1], index)
             case aten.cumsum.default:
@@ -155,12 +129,37 @@ class SymbolicEntries:
                     value = self.at(args[0], index)
                     return None if value is None else sympy.And(kept, value)
                 return self._where(kept, self.at(args[0], index), 0)
-            case t if t in _COMPARED | _JOINED | _ADDED and not kwargs:
-                a, b = (self._broadcast(arg, index) for arg in args)
-                return None if a is None or b is None else self._binary(t, a, b)
-            case aten.logical_not.default | aten.bitwise_not.default if _dtype(node) is torch.bool:
-                value = self._cast(self.at(args[0], index), node)
-                return None if value is None else sympy.Not(value)
+        info = op_info(node.target)
+        if info is not None and info.formula is not None and not kwargs:
+            return self._formula(info.formula, node, [self._broadcast(arg, index) for arg in args])
+        return self._moved(node, index)
+
+    def _formula(self, formula: Formula, node: fx.Node, values: list[Any]) -> Any:
+        if formula.takes == "conditions" and _dtype(node) is torch.bool:
+            values = [self._cast(value, node) for value in values]
+        fits = _is_condition if formula.takes == "conditions" else _is_integer
+        return formula.entry(self.nonnegative, *values) if all(map(fits, values)) else None
+
+    def _moved(self, node: fx.Node, index: Index) -> Any:
+        """An entry of an op that moves entries: that of its operand, wherever it lay."""
+        match relation_of(node):
+            case Pointwise((x,), "copy"):
+                return self._cast(self.at(x.node, index), node)
+            case Permuted(x, order):
+                places = dict(zip(order, index, strict=True))
+                return self.at(x.node, tuple(places[d] for d in range(x.ndim)))
+            case Regrouped(x):
+                before = dims_before(x.shape, _shape(node))
+                if before is None:
+                    return None
+                places = {d: i for d, i in zip(before, index, strict=True) if d is not None}
+                return self.at(x.node, tuple(places.get(d, 0) for d in range(x.ndim)))
+            case Expanded(x):
+                return self._broadcast(x.node, index)
+            case Picked(x, dim, int(at)) if at >= 0:
+                return self.at(x.node, (*index[:dim], at, *index[dim:]))
+            case Sliced(x, dim, int(start), _, int(step)):
+                return self.at(x.node, (*index[:dim], start + step * index[dim], *index[dim + 1 :]))
             case _:
                 return None
 
@@ -209,14 +208,6 @@ class SymbolicEntries:
         (step, *more) = steps
         return None if more or not step.is_number else step
 
-    def _binary(self, target: Any, a: Any, b: Any) -> Any:
-        if target in _JOINED:
-            both = _is_condition(a) and _is_condition(b)
-            return _JOINED[target](a, b) if both else None
-        if not (_is_integer(a) and _is_integer(b)):
-            return None
-        return _ADDED[target](a, b) if target in _ADDED else _COMPARED[target](self.nonnegative, a, b)
-
     def _cast(self, value: Any, node: fx.Node) -> Any:
         """A value under the dtype of `node`, where that says the same."""
         if _dtype(node) is torch.bool:
@@ -236,35 +227,13 @@ class SymbolicEntries:
 
 
 _along = sympy.Symbol("_along", integer=True)  # an index that a formula must not depend on
-_FILLED = {
+_FILLED: dict[Any, Any] = {
     aten.full.default: lambda args: args[1],
     aten.full_like.default: lambda args: args[1],
     aten.new_full.default: lambda args: args[2],
     aten.scalar_tensor.default: lambda args: args[0],
     **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), lambda _: 1),
     **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), lambda _: 0),
-}
-_SAME = {
-    aten.alias.default, aten.clone.default, aten.contiguous.default, aten.to.dtype, aten.to.dtype_layout,
-    aten.to.device, aten.detach.default, aten._to_copy.default, aten.lift_fresh_copy.default,
-}  # fmt: skip
-_JOINED: dict[Any, Any] = {
-    **dict.fromkeys((aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor), sympy.And),
-    **dict.fromkeys((aten.logical_or.default, aten.bitwise_or.Tensor, aten.__or__.Tensor), sympy.Or),
-}
-_ADDED: dict[Any, Any] = {
-    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), operator.add),
-    **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), operator.sub),
-}
-_COMPARED: dict[Any, Any] = {
-    **dict.fromkeys((aten.ge.Tensor, aten.ge.Scalar), lambda holds, a, b: holds(a - b)),
-    **dict.fromkeys((aten.le.Tensor, aten.le.Scalar), lambda holds, a, b: holds(b - a)),
-    **dict.fromkeys((aten.gt.Tensor, aten.gt.Scalar), lambda holds, a, b: holds(a - b - 1)),
-    **dict.fromkeys((aten.lt.Tensor, aten.lt.Scalar), lambda holds, a, b: holds(b - a - 1)),
-    **dict.fromkeys((aten.eq.Tensor, aten.eq.Scalar), lambda holds, a, b: sympy.And(holds(a - b), holds(b - a))),
-    **dict.fromkeys(
-        (aten.ne.Tensor, aten.ne.Scalar), lambda holds, a, b: sympy.Not(sympy.And(holds(a - b), holds(b - a)))
-    ),
 }
 
 

@@ -17,8 +17,10 @@ import torch
 from torch import fx
 
 from ecospa_fx.passes.axes.algebra import as_size
+from ecospa_fx.passes.graph.nodes import arguments
+from ecospa_fx.passes.ir.relations import Expanded, Pointwise, Regrouped, Repeated, Sliced
+from ecospa_fx.passes.rules import relation_of
 
-from .nodes import arguments
 from .symbolic_entries import Select, SymbolicEntries
 
 aten = torch.ops.aten
@@ -66,31 +68,42 @@ def _causal(graph: fx.Graph, mask: fx.Node) -> bool:
 
 def _unrepeated(node: Any) -> Any:
     """The keys or values that `node` is copies of, each head several times in a row; None where it is not."""
-    while node.target in (aten.clone.default, aten.contiguous.default, aten.alias.default):
-        node = arguments(node)[0]
-    if node.target is aten.repeat_interleave.self_int:
-        x, times, dim = (*arguments(node), None)[:3]
-        fits = type(times) is int and dim in (1, -3) and x.meta["val"].ndim == 4 and not node.kwargs
-        return x if fits else None
-    if node.target not in (aten.reshape.default, aten.view.default):
+    node = _uncopied(node)
+    match relation_of(node):
+        case Repeated(x, (1, times, 1, 1), interleaved=True) if x.ndim == 4 and type(times) is int:
+            return x.node
+        case Regrouped(copies):
+            expanded = _uncopied(copies.node)
+        case _:
+            return None
+    match relation_of(expanded):
+        case Expanded(repeated):
+            base = _uncopied(repeated.node)
+        case _:
+            return None
+    match relation_of(base):
+        case Regrouped(x) if x.ndim == 4 and repeated.ndim == 5:
+            b, heads, s, d = x.shape
+        case _:
+            return None
+    times = _shape(expanded)[2]
+    if (_shape(base), _shape(expanded)) != ((b, heads, 1, s, d), (b, heads, times, s, d)):
         return None
-    expanded = arguments(node)[0]
-    while expanded.target in (aten.clone.default, aten.contiguous.default, aten.alias.default):
-        expanded = arguments(expanded)[0]
-    if expanded.target is not aten.expand.default:
-        return None
-    base = arguments(expanded)[0]
-    while base.target in (aten.alias.default, aten.slice.Tensor) and _shape(base) == _shape(arguments(base)[0]):
-        base = arguments(base)[0]
-    if base.target is not aten.unsqueeze.default or arguments(base)[1] not in (2, -3):
-        return None
-    x = arguments(base)[0]
-    if x.meta["val"].ndim != 4:
-        return None
-    (b, heads, s, d), copies = _shape(x), _shape(expanded)[2]
-    if type(heads) is int and type(copies) is int and _shape(expanded) == (b, heads, copies, s, d):
-        return x if _shape(node) == (b, heads * copies, s, d) else None
+    if type(heads) is int and type(times) is int and _shape(node) == (b, heads * times, s, d):
+        return x.node
     return None
+
+
+def _uncopied(node: fx.Node) -> fx.Node:
+    """The value that `node` copies as it is, or cuts nothing off."""
+    while True:
+        match relation_of(node):
+            case Pointwise((x,), "copy") if x.node.meta["val"].dtype is node.meta["val"].dtype:
+                node = x.node
+            case Sliced(x) if x.shape == _shape(node):
+                node = x.node
+            case _:
+                return node
 
 
 def _heads(node: fx.Node) -> Any:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
-from .nodes import arguments
+from ecospa_fx.passes.graph.nodes import arguments
 
 aten = torch.ops.aten
 

@@ -1,0 +1,37 @@
+"""Spelling: the quickest way to call an op from Python.
+
+Most ops of `aten` have a function or a method of the same name that torch generates from the same schema, so that its
+arguments are the same in the same order. Calling it skips the look-up and boxing that `torch.ops.aten.add.Tensor(x, y)`
+pays for. Which ops have one is asked of torch: functions that torch writes by hand, in Python or over several ops, are
+told by not being among the generated ones, and are not used.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+Spelling: TypeAlias = tuple[Literal["torch", "nn", "method"], str]
+
+
+@functools.cache
+def spelling(op: Any) -> Spelling | None:
+    """Find how an op is called quickest: `torch.add`, `torch._C._nn.gelu`, `x.expand`; None: as the op itself."""
+    if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten":
+        return None
+    arguments = op._schema.arguments
+    if not arguments or "Tensor" not in str(arguments[0].type):
+        return None  # makes a tensor of sizes alone: written by hand in torch
+    name = op._opname
+    generated = getattr(torch._C._VariableFunctions, name, None)
+    if generated is not None and getattr(torch, name, None) is generated:
+        return "torch", name
+    if generated is None and hasattr(torch._C._nn, name):
+        return "nn", name
+    method = getattr(torch._C.TensorBase, name, None)  # some are properties, `x.mT`
+    if arguments[0].name == "self" and inspect.ismethoddescriptor(method) and getattr(torch.Tensor, name) is method:
+        return "method", name
+    return None

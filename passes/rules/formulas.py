@@ -1,0 +1,39 @@
+"""Formulas: an entry of a result, where it is an integer or a condition, from those of the operands at its place.
+
+Masks are made of such ops. `passes.simplify.symbolic_entries` computes with them at a symbolic index, and what comes
+out is true of every size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sympy
+
+
+@dataclass(frozen=True)
+class Formula:
+    """An op as arithmetic on entries.
+
+    Attributes:
+        takes: the kind of its operands; of others nothing is known.
+        entry: takes a function that makes the condition that an integer expression is at least 0, and the operands.
+    """
+
+    takes: Literal["integers", "conditions"]
+    entry: Callable[..., Any]
+
+
+SUM = Formula("integers", lambda _, a, b: a + b)
+DIFFERENCE = Formula("integers", lambda _, a, b: a - b)
+AT_LEAST = Formula("integers", lambda nonnegative, a, b: nonnegative(a - b))
+AT_MOST = Formula("integers", lambda nonnegative, a, b: nonnegative(b - a))
+MORE = Formula("integers", lambda nonnegative, a, b: nonnegative(a - b - 1))
+LESS = Formula("integers", lambda nonnegative, a, b: nonnegative(b - a - 1))
+EQUAL = Formula("integers", lambda nonnegative, a, b: sympy.And(nonnegative(a - b), nonnegative(b - a)))
+UNEQUAL = Formula("integers", lambda nonnegative, a, b: sympy.Not(sympy.And(nonnegative(a - b), nonnegative(b - a))))
+BOTH = Formula("conditions", lambda _, a, b: sympy.And(a, b))
+EITHER = Formula("conditions", lambda _, a, b: sympy.Or(a, b))
+NOT = Formula("conditions", lambda _, a: sympy.Not(a))

@@ -1,0 +1,1 @@
+"""Simplify: a captured graph in fewer spellings, with the same values."""
