@@ -51,7 +51,13 @@ class Solver:
         match relation:
             case r.Pattern():
                 made = self._pattern(relation, node, shape, why)
-                return [made for _ in shapes]
+                # Statistics come beside some results, with one entry along what they are taken over.
+                return [
+                    tuple(UNIT if size == 1 else expr for expr, size in zip(made, each, strict=False))
+                    if len(each) == len(made) and each != shape
+                    else made
+                    for each in shapes
+                ]
             case r.Pointwise():
                 made = self._pointwise(relation, node, shape)
                 return [made for _ in shapes]
@@ -62,11 +68,13 @@ class Solver:
                 return [exprs]
             case r.Permuted(x, order):
                 return [tuple(x.exprs[i] for i in order)]
-            case r.SameDims(x, pinned, dropped, keepdim):
+            case r.SameDims(x, pinned, dropped, keepdim, apart):
                 for i in pinned:
                     self._pin(x.exprs[i], node, why)
                 for i in set(dropped) - set(pinned):
                     self.known.facts.append(Fact("contracted", x.exprs[i], node, operands=(x,)))
+                    if apart:
+                        self.known.facts.append(Fact("nonlinear", x.exprs[i], node))
                 if keepdim:
                     exprs = tuple(UNIT if i in dropped else expr for i, expr in enumerate(x.exprs))
                 else:

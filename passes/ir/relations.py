@@ -87,6 +87,7 @@ class SameDims:
         pinned: dims along which entries meet in a way that needs all of them.
         dropped: dims that are reduced; those that are not pinned are summed over.
         keepdim: dropped dims stay, with one entry.
+        apart: the result is not linear in what is summed over: a change of basis does not pass.
         shares: entries along the pinned dim become shares of one: a softmax.
     """
 
@@ -94,6 +95,7 @@ class SameDims:
     pinned: tuple[int, ...] = ()
     dropped: tuple[int, ...] = ()
     keepdim: bool = True
+    apart: bool = False
     shares: bool = False
 
 

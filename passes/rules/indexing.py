@@ -31,8 +31,8 @@ def index_select(x: Operand, dim: int, index: Operand) -> Indexed | Opaque:
 def index(x: Operand, indices: list[Operand | None]) -> Indexed | Pattern | Opaque:
     """Entries are chosen by the values of an index."""
     chosen = [(dim, i) for dim, i in enumerate(indices) if i is not None]
-    if any(i.node.meta["val"].dtype in (torch.bool, torch.uint8) for _, i in chosen):
-        return Opaque((x, *(i for _, i in chosen)))
+    if any(_is_condition(i) for _, i in chosen):
+        return _chosen(x, *chosen[0]) if len(chosen) == 1 else Opaque((x, *(i for _, i in chosen)))
     if len(chosen) == 1:
         return Indexed(x, *chosen[0])
     before, picked, after, terms = _places(x, indices)
@@ -41,6 +41,19 @@ def index(x: Operand, indices: list[Operand | None]) -> Indexed | Pattern | Opaq
     out = [*before, *longest, *after] if adjacent else [*longest, *before, *after]
     own = " ".join(f"{n}!" if n in picked else n for n in _in_order(x, indices))
     return Pattern(f"{own}, {', '.join(terms)} -> {' '.join(out)}", (x, *(i for _, i in chosen)))
+
+
+def _is_condition(index: Operand) -> bool:
+    return index.node.meta["val"].dtype in (torch.bool, torch.uint8)
+
+
+def _chosen(x: Operand, dim: int, condition: Operand) -> Pattern:
+    """The entries where a condition holds, whose dims become one."""
+    letters = [f"d{i}" for i in range(x.ndim)]
+    here = slice(dim, dim + condition.ndim)
+    picked = " ".join(f"{letter}!" for letter in letters[here])
+    before, after = " ".join(letters[: here.start]), " ".join(letters[here.stop :])
+    return Pattern(f"{before} {picked} {after}, +{picked} -> {before} chosen! {after}", (x, condition))
 
 
 def _in_order(x: Operand, indices: list[Operand | None]) -> list[str]:
@@ -66,7 +79,7 @@ def index_put(x: Operand, indices: list[Operand | None], values: Operand, *_: An
     everything = (x, *chosen, values)
     picks = [dim for dim, i in enumerate(indices) if i is not None]
     adjacent = picks[-1] - picks[0] == len(picks) - 1
-    if not adjacent or any(i.node.meta["val"].dtype in (torch.bool, torch.uint8) for i in chosen):
+    if not adjacent or any(map(_is_condition, chosen)):
         return Opaque(everything)
     before, _picked, after, terms = _places(x, indices)
     longest = max((term.split() for term in terms), key=len)

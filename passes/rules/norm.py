@@ -37,7 +37,10 @@ def flip(x: Operand, dims: list[int]) -> SameDims:
 @axis_rule(aten.roll.default)
 def roll(x: Operand, shifts: list[int], dims: tuple[int, ...] = ()) -> SameDims:
     """Entries along the axis change places."""
-    return SameDims(x, pinned=tuple(dim % x.ndim for dim in dims or range(x.ndim)))
+    if not dims:
+        return SameDims(x, pinned=tuple(range(x.ndim)))
+    moved = {dim % x.ndim for shift, dim in zip(shifts, dims, strict=True) if shift != 0}
+    return SameDims(x, pinned=tuple(sorted(moved)))
 
 
 @axis_rule(aten.layer_norm.default, aten.rms_norm.default, aten._fused_rms_norm.default)

@@ -28,7 +28,7 @@ def summed(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Same
 @axis_rule(
     aten.mean.dim, aten.mean.default, aten.amax.default, aten.amin.default, aten.prod.dim_int, aten.prod.default,
     aten.logsumexp.default,
-    aten.any.dim, aten.all.dim, aten.any.default, aten.all.default, aten.argmax.default, aten.argmin.default,
+    aten.all.dim, aten.all.default, aten.argmax.default, aten.argmin.default,
 )  # fmt: skip
 def reduced(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> SameDims:
     """Every entry along the axis counts in the reduction over it."""
@@ -36,16 +36,25 @@ def reduced(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Sam
     return SameDims(x, pinned=dims, dropped=dims, keepdim=keepdim)
 
 
-@axis_rule(
-    aten.linalg_vector_norm.default, aten.linalg_norm.default, aten.var.dim, aten.std.dim,
-    aten.var.correction, aten.std.correction, aten.var_mean.correction, aten.std_mean.correction,
-)  # fmt: skip
-def spread(x: Operand, *args: Any, keepdim: bool = False, **_: Any) -> SameDims:
+@axis_rule(aten.any.default, aten.any.dim, aten.any.dims)
+def any_of(x: Operand, dim: Any = None, keepdim: bool = False) -> SameDims:
+    """Entries along the axis that hold are counted."""
+    return SameDims(x, dropped=_dims(x, dim), keepdim=keepdim, apart=True)
+
+
+@axis_rule(aten.linalg_vector_norm, aten.linalg_norm)
+def norm(x: Operand, order: Any = None, dim: Any = None, keepdim: bool = False, **_: Any) -> SameDims:
+    """Every entry along the axis counts in the norm over it."""
+    # Zeros add nothing to a norm: a root of a sum, a largest entry or singular value, a number of entries.
+    adds_up = order is None or isinstance(order, str) or order >= 0
+    return SameDims(x, pinned=() if adds_up else _dims(x, dim), dropped=_dims(x, dim), keepdim=keepdim, apart=True)
+
+
+@axis_rule(aten.var, aten.std, aten.var_mean, aten.std_mean)
+def spread(x: Operand, dim: Any = None, *flags: bool, keepdim: bool = False, **_: Any) -> SameDims:
     """Every entry along the axis counts in the norm or variance over it."""
-    lists = [arg for arg in args if isinstance(arg, (list, tuple))]
-    dims = _dims(x, lists[0] if lists else None)
-    flags = [arg for arg in args if isinstance(arg, bool)]
-    return SameDims(x, pinned=dims, dropped=dims, keepdim=keepdim or bool(flags and flags[-1]))
+    dims = _dims(x, None if isinstance(dim, bool) else dim)  # `var(x, unbiased)` is over all of them
+    return SameDims(x, pinned=dims, dropped=dims, keepdim=keepdim or flags[1:] == (True,))
 
 
 @axis_rule(aten.max.dim, aten.min.dim, aten.max.default, aten.min.default)
