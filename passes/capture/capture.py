@@ -43,6 +43,7 @@ from .compare_eager import difference_from_eager
 from .dry_run import read_and_written
 from .export import Flat, export, refuse_foreign
 from .hooks import inner_hooks, noted
+from .options import DEFAULTS, CaptureOptions
 
 aten = torch.ops.aten
 
@@ -58,6 +59,7 @@ def capture(
     check: bool = True,
     static: Set[tuple[int, int]] = frozenset(),
     filled: Set[tuple[type, tuple[Any, ...]]] = frozenset(),
+    options: CaptureOptions = DEFAULTS,
 ) -> RegionGraph:
     """Capture `module` as called with `args` and `kwargs`.
 
@@ -71,6 +73,7 @@ def capture(
         check: compare the graph with eager, outputs and gradients, once.
         static: dims, as (tensor argument, dim), to specialise; torch.export decides about the others.
         filled: what other calls of the region put into objects, as (class of the object, path).
+        options: of the model's captures.
 
     Raises:
         CaptureError: torch.export fails, or the graph disagrees with eager.
@@ -86,7 +89,7 @@ def capture(
     )
     check = check and not on_meta
     hooks = inner_hooks(module)
-    state, written, own_numbers = read_and_written(module, args, kwargs, region, forward, originals)
+    state, written, own_numbers = read_and_written(module, args, kwargs, region, forward, originals, options)
 
     def once(observe: Iterable[str]) -> RegionGraph:
         # What is traced needs shapes only; what is compared with eager needs values.

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,19 +17,7 @@ from ecospa_fx.passes.objects.layer_numbers import numbers
 from ecospa_fx.passes.objects.tracker import Tracker
 
 from .export import refuse_foreign
-
-# Whether objects may be carried in and out; a region whose own Python runs needs no graph for such calls.
-CARRYING: contextvars.ContextVar[bool] = contextvars.ContextVar("carrying", default=True)
-
-
-@contextmanager
-def carrying(allowed: bool) -> Iterator[None]:
-    """Let captures inside take calls with objects, or refuse them."""
-    token = CARRYING.set(allowed)
-    try:
-        yield
-    finally:
-        CARRYING.reset(token)
+from .options import CaptureOptions
 
 
 def read_and_written(
@@ -42,6 +27,7 @@ def read_and_written(
     region: str,
     forward: Forward,
     originals: Originals | None,
+    options: CaptureOptions,
 ) -> tuple[tuple[ObjectPath, ...], frozenset[ObjectPath], IndexAttributes]:
     """Which tensors in the objects of a call a forward reads, into which it writes, and by which numbers it finds them.
 
@@ -49,7 +35,7 @@ def read_and_written(
         CaptureError: there are objects of which nothing can be known, or it does with them what no graph can do.
     """
     leaves, spec = flattened((args, kwargs))
-    leaves, objects = parted(leaves) if CARRYING.get() else (leaves, [])
+    leaves, objects = parted(leaves) if options.objects else (leaves, [])
     refuse_foreign(module, region, leaves, "is called with", "pass None there")
     if not objects:
         return (), frozenset(), IndexAttributes()

@@ -15,15 +15,16 @@ from ecospa_fx.logs import logger
 from ecospa_fx.passes.axes.algebra import atoms_of, size_of
 from ecospa_fx.passes.capture.capture import capture
 from ecospa_fx.passes.capture.compare_eager import difference_from_eager
+from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
 from ecospa_fx.passes.graph.tensors import at_original_sizes, named_tensors, storage_key
 from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.captured import Call as Call
-from ecospa_fx.passes.ir.captured import Originals, RegionGraph
+from ecospa_fx.passes.ir.captured import Forward, Originals, RegionGraph
 from ecospa_fx.passes.ir.signature import autocast_now, training_flags
 from ecospa_fx.passes.ir.state_access import ObjectPath, flattened, parted
 
-from .confirm import EXPERIMENTS, unconfirmed_ops
+from .confirm import unconfirmed_ops
 from .discover import Discovery, discover
 from .fingerprint import OWN, AttributeReads, Fingerprint, fingerprint, recorded_reads, settings
 
@@ -54,7 +55,16 @@ Captures = list[tuple[Analysis, Fingerprint]]
 
 
 def analyse(
-    module: nn.Module, name: str, call: Call, shared_outside: dict[str, str] | None = None, **options: Any
+    module: nn.Module,
+    name: str,
+    call: Call,
+    shared_outside: dict[str, str] | None = None,
+    *,
+    forward: Forward | None = None,
+    originals: Originals | None = None,
+    filled: Set[tuple[type, tuple[Any, ...]]] = frozenset(),
+    check: bool = True,
+    options: CaptureOptions = DEFAULTS,
 ) -> Analysis:
     """Capture one region as it was called, infer its axes and discover its couplings.
 
@@ -63,7 +73,11 @@ def analyse(
         name: its name in the model.
         call: positional and keyword arguments.
         shared_outside: see `RegionGraph`.
-        options: further arguments of `capture`.
+        forward: see `capture`.
+        originals: see `capture`.
+        filled: see `capture`.
+        check: see `capture`.
+        options: of the model's captures.
 
     Raises:
         CaptureError: it cannot be captured, or the graph disagrees with eager.
@@ -72,10 +86,13 @@ def analyse(
     static: frozenset[tuple[int, int]] = frozenset()
     while True:
         start = time.thread_time()
-        captured = capture(module, *call, region=name, static=static, **options)
+        captured = capture(
+            module, *call, region=name, forward=forward, originals=originals, check=check, static=static,
+            filled=filled, options=options,
+        )  # fmt: skip
         captured.shared_outside.update(shared_outside or {})
         captured_at = time.thread_time()
-        axis_facts = infer_axes(captured, EXPERIMENTS.get())
+        axis_facts = infer_axes(captured, options.experiments)
         seconds["export"] += captured_at - start
         seconds["infer"] += time.thread_time() - captured_at
         cutting = _dims_that_cut_parameters(axis_facts) | _dims_of_windows(axis_facts)
@@ -86,7 +103,7 @@ def analyse(
     discovery = discover(axis_facts)
     seconds["discover"] = time.thread_time() - start
     doubted: set[str] = set()
-    while axis_facts.experiments and (more := _doubted(axis_facts, discovery, module, call, options.get("originals"))):
+    while axis_facts.experiments and (more := _doubted(axis_facts, discovery, module, call, originals)):
         doubted |= more
         axis_facts = infer_axes(captured, True, doubted)
         discovery = discover(axis_facts)
@@ -163,9 +180,10 @@ def analyse_once(
     outside: dict[str, str],
     captures: Captures,
     *,
-    forward: Any = None,
+    forward: Forward | None = None,
     originals: Originals | None = None,
     filled: Set[tuple[type, tuple[Any, ...]]] = frozenset(),
+    options: CaptureOptions = DEFAULTS,
 ) -> Analysis:
     """`analyse`, unless an equal block has been captured for an equal call.
 
@@ -178,34 +196,35 @@ def analyse_once(
         forward: see `capture`.
         originals: see `capture`.
         filled: see `capture`.
+        options: of the model's captures.
 
     Raises:
         CaptureError: it cannot be captured, or the graph disagrees with eager.
     """
     forward = forward or type(module).forward
-    options: dict[str, Any] = {"forward": forward, "originals": originals, "filled": filled}
+    settled: dict[str, Any] = {"forward": forward, "originals": originals, "filled": filled, "options": options}
     if outside:  # pinned for reasons of its own
-        return _analyse_watched(module, name, call, outside, **options)[0]
+        return _analyse_watched(module, name, call, outside, **settled)[0]
     with at_original_sizes(module, originals.shapes() if originals else None):
         equal = [analysis for analysis, mark in captures if mark.fits(module)]
     for analysis in equal:
         shared = _shared(analysis, module, name, call, forward, originals, filled)
         if shared is not None:
             return shared
-    analysis, reads = _analyse_watched(module, name, call, outside, **options)
+    analysis, reads = _analyse_watched(module, name, call, outside, **settled)
     with at_original_sizes(module, originals.shapes() if originals else None):
         captures.append((analysis, fingerprint(module, reads, analysis.captured.numbers.values)))
     return analysis
 
 
 def _analyse_watched(
-    module: nn.Module, name: str, call: Call, outside: dict[str, str], **options: Any
+    module: nn.Module, name: str, call: Call, outside: dict[str, str], **arguments: Any
 ) -> tuple[Analysis, AttributeReads]:
     """`analyse`, and what of the region's attributes was read; of constants among them the graph knows the values."""
     every = {(path, name) for path, child in module.named_modules() for name in vars(child)}
     before = settings(module, every)
     with recorded_reads(module) as reads:
-        analysis = analyse(module, name, call, outside, **options)
+        analysis = analyse(module, name, call, outside, **arguments)
     made = {(path, name) for path, child in module.named_modules() for name in vars(child)} - every
     read = {(path, name) for path, names in reads.items() for name in names - OWN}
     # What a forward changes itself (a counter) is no setting.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,18 +13,6 @@ from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.rewrite.verify import compare
 
 from .discover import Discovery, RegionCoupling
-
-EXPERIMENTS: ContextVar[bool] = ContextVar("EXPERIMENTS", default=False)
-
-
-@contextmanager
-def experiments(allowed: bool) -> Iterator[None]:
-    """Whether ops without a rule are tried in the graphs that are analysed inside."""
-    token = EXPERIMENTS.set(allowed)
-    try:
-        yield
-    finally:
-        EXPERIMENTS.reset(token)
 
 
 def unconfirmed_ops(

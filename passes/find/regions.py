@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.capture.capture import class_forward
+from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
 from ecospa_fx.passes.capture.record import record_all
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.passes.ir.captured import Call as Call
@@ -36,6 +37,7 @@ def choose(
     kwargs: dict[str, Any],
     how: str | Sequence[str] = "auto",
     captures: Captures | None = None,
+    options: CaptureOptions = DEFAULTS,
 ) -> tuple[dict[str, Analysis], dict[str, str]]:
     """The regions of a model, analysed.
 
@@ -45,6 +47,7 @@ def choose(
         kwargs: keyword arguments of a call.
         how: `"auto"`, `"blocks"`, `"root"`, or names of submodules.
         captures: gets what was captured of blocks, for equal ones to share.
+        options: of the model's captures.
 
     Returns:
         The regions by name, and for each that was tried and given up, why.
@@ -54,16 +57,16 @@ def choose(
     """
     captures = [] if captures is None else captures
     if how == "root":
-        return {"": _analyse_watched(model, "", (args, kwargs), {}, forward=class_forward(model, ""))[0]}, {}
+        return {"": _root(model, args, kwargs, options)}, {}
     if not isinstance(how, str):
-        return _named(model, args, kwargs, how, captures), {}
+        return _named(model, args, kwargs, how, captures, options), {}
     if how not in ("auto", "blocks"):
         raise CaptureError(f"regions={how!r} is none of 'auto', 'blocks', 'root' or a list of submodule names")
     candidates = set(_candidates(model))
     strays: dict[str, str] = {}
     calls = record_all(model, args, kwargs, candidates, strays) if candidates else {}
     named = named_tensors(model)
-    search = Search(model, lambda name: _analyse_all(model, name, calls[name], captures, named, strays))
+    search = Search(model, lambda name: _analyse_all(model, name, calls[name], captures, named, strays, options))
     blocks = [name for name in calls if not any(name.startswith(f"{other}.") for other in calls)]
     for name in blocks:
         search.attempt(name)
@@ -72,8 +75,7 @@ def choose(
         return search.found, uncalled
     if how == "auto" or not blocks:
         try:
-            root, _ = _analyse_watched(model, "", (args, kwargs), {}, forward=class_forward(model, ""))
-            return {"": root}, search.failed
+            return {"": _root(model, args, kwargs, options)}, search.failed
         except CaptureError as error:
             if not any(True for _ in model.children()):
                 raise
@@ -111,8 +113,18 @@ def _nothing_captured(failed: Mapping[str, str]) -> str:
     )
 
 
+def _root(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: CaptureOptions) -> Analysis:
+    """Analyse the whole model as one region."""
+    return _analyse_watched(model, "", (args, kwargs), {}, forward=class_forward(model, ""), options=options)[0]
+
+
 def _named(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], captures: Captures
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: Sequence[str],
+    captures: Captures,
+    options: CaptureOptions,
 ) -> dict[str, Analysis]:
     """The regions that someone asked for by name."""
     unknown = sorted(set(names) - {name for name, _ in model.named_modules()})
@@ -133,7 +145,7 @@ def _named(
     if missing:
         raise CaptureError(f"regions: `{missing[0]}` is not called in a forward of the model; name another")
     named = named_tensors(model)
-    return {name: _analyse_all(model, name, calls[name], captures, named, strays) for name in names}
+    return {name: _analyse_all(model, name, calls[name], captures, named, strays, options) for name in names}
 
 
 def _analyse_all(
@@ -143,16 +155,17 @@ def _analyse_all(
     captures: Captures,
     named: Mapping[str, Tensor],
     strays: Mapping[str, str],
+    options: CaptureOptions,
 ) -> Analysis:
     """One region in every way that a forward calls it."""
     if name in strays:
         raise CaptureError(f"region `{name}` is no region of its own: {strays[name]}")
     module, outside = model.get_submodule(name), shared_outside(model, name, named)
-    found = [analyse_once(module, name, calls[0], outside, captures)]
+    found = [analyse_once(module, name, calls[0], outside, captures, options=options)]
     for call in calls[1:]:
         flags = training_flags(module)
         if all(a.captured.mismatch(call, flags) is not None for a in found):
-            found.append(analyse_once(module, name, call, outside, captures))
+            found.append(analyse_once(module, name, call, outside, captures, options=options))
     return replace(found[0], others=tuple(found[1:]))
 
 
