@@ -27,7 +27,7 @@ from ecospa_fx.passes.follow.attributes import Attribute, holding, numbers_in, r
 from ecospa_fx.passes.follow.follow import PythonSupport, follow
 from ecospa_fx.passes.graph.tensors import join, same_storage, swapped
 from ecospa_fx.passes.infer.infer import infer_axes
-from ecospa_fx.passes.ir.captured import RegionGraph
+from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.ir.signature import Signature, call_key, training_flags
 from ecospa_fx.passes.ir.state_access import flattened, parted, resolve_object
 from ecospa_fx.passes.rewrite.program import Program
@@ -55,7 +55,7 @@ MOST_PROGRAMS = 16  # per region: twice as many graphs as torch.compile allows b
 class Region:
     """One captured submodule: routes each call to the program of its signature."""
 
-    def __init__(self, name: str, compiled: CompiledModel, shared_outside: dict[str, str]) -> None:
+    def __init__(self, name: str, compiled: CompiledModel, shared_outside: Mapping[str, str]) -> None:
         self.name = name
         self.compiled = compiled
         self.shared_outside = shared_outside

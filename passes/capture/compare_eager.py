@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 
 from ecospa_fx.passes.graph.isolate import forked_rng, fresh_leaf
 from ecospa_fx.passes.graph.tensors import named_tensors, swapped
-from ecospa_fx.passes.ir.captured import Forward
+from ecospa_fx.passes.ir.region_graph import Forward
 from ecospa_fx.passes.ir.signature import AUTOCAST, autocast_now
 from ecospa_fx.passes.ir.state_access import Held, copies, flattened, parted
 
 if TYPE_CHECKING:
-    from ecospa_fx.passes.ir.captured import RegionGraph
+    from ecospa_fx.passes.ir.region_graph import RegionGraph
 
 
 # Relative error up to which a captured graph counts as equal to eager, by dtype. Most graphs are bit-identical; fused

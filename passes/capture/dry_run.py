@@ -1,7 +1,8 @@
-"""Dry: run a region's own forward once, at original sizes, to see what it does with the objects of a call."""
+"""Dry run: a region's own forward, run once at original sizes, to see how it uses the objects of a call."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.graph.tensors import at_original_sizes
-from ecospa_fx.passes.ir.captured import Forward, Originals, described
+from ecospa_fx.passes.ir.region_graph import Forward, Originals, described
 from ecospa_fx.passes.ir.state_access import Held, IndexAttributes, ObjectPath, copies, flattened, parted
 from ecospa_fx.passes.objects.layer_numbers import numbers
 from ecospa_fx.passes.objects.tracker import Tracker
@@ -20,7 +21,22 @@ from .export import refuse_foreign
 from .options import CaptureOptions
 
 
-def read_and_written(
+@dataclass(frozen=True)
+class DryRun:
+    """The use that a forward makes of the objects of a call.
+
+    Attributes:
+        state: paths of the tensors in them that it reads.
+        written: paths of those among them that it writes into.
+        numbers: integers of the region that only select its own part of an object.
+    """
+
+    state: tuple[ObjectPath, ...] = ()
+    written: frozenset[ObjectPath] = frozenset()
+    numbers: IndexAttributes = field(default_factory=IndexAttributes)
+
+
+def dry_run(
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -28,8 +44,8 @@ def read_and_written(
     forward: Forward,
     originals: Originals | None,
     options: CaptureOptions,
-) -> tuple[tuple[ObjectPath, ...], frozenset[ObjectPath], IndexAttributes]:
-    """Which tensors in the objects of a call a forward reads, into which it writes, and by which numbers it finds them.
+) -> DryRun:
+    """Run a forward on copies of the objects of a call, and watch what it does with them.
 
     Raises:
         CaptureError: there are objects of which nothing can be known, or it does with them what no graph can do.
@@ -38,14 +54,15 @@ def read_and_written(
     leaves, objects = parted(leaves) if options.objects else (leaves, [])
     refuse_foreign(module, region, leaves, "is called with", "pass None there")
     if not objects:
-        return (), frozenset(), IndexAttributes()
+        return DryRun()
 
     def run() -> Tracker:
         tracker = Tracker(marking=False)
-        shadows = tracker.shadows(copies(objects, lambda _, t: t.detach().clone()))
-        called = [shadows[leaf.number] if isinstance(leaf, Held) else leaf for leaf in leaves]
-        own_args, own_kwargs = pytree.tree_unflatten(called, spec)
-        forward(module, *own_args, **own_kwargs)
+        proxies = tracker.proxies(copies(objects, lambda _, t: t.detach().clone()))
+        run_args, run_kwargs = pytree.tree_unflatten(
+            [proxies[leaf.number] if isinstance(leaf, Held) else leaf for leaf in leaves], spec
+        )
+        forward(module, *run_args, **run_kwargs)
         tracker.carried()
         return tracker
 
@@ -57,7 +74,7 @@ def read_and_written(
             torch.no_grad(),
         ):
             tracker = run()
-            found = numbers(module, tracker, run)
+            index_attributes = numbers(module, tracker, run)
     except Exception as error:
         line = str(error).strip().split("\n")[0]
         raise CaptureError(
@@ -65,5 +82,5 @@ def read_and_written(
             f"{line if isinstance(error, CaptureError) else f'fails with {type(error).__name__}: {line}'}. Call it "
             "without one (of a cache, `use_cache=False` as a rule)"
         ) from error
-    written = {place for place, tensor in tracker.tensors.items() if tensor._version}
-    return tuple(tracker.tensors), frozenset(written), found
+    written = frozenset(path for path, tensor in tracker.tensors.items() if tensor._version)
+    return DryRun(tuple(tracker.tensors), written, index_attributes)

@@ -19,7 +19,7 @@ from torch.fx.experimental import _config as symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ecospa_fx.errors import CaptureError
-from ecospa_fx.passes.ir.captured import Forward, Point, described
+from ecospa_fx.passes.ir.region_graph import Forward, Point, described
 from ecospa_fx.passes.ir.state_access import PLAIN, TENSOR, Held, ObjectPath, foreign
 from ecospa_fx.passes.objects.tracker import Tracker
 
@@ -65,8 +65,8 @@ class Flat(nn.Module):
         waiting = iter(tensors)
         leaves = [next(waiting) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         self.tracker = Tracker(torch.compiler.is_exporting())
-        shadows = self.tracker.shadows(self.objects, dict(zip(self.state, waiting, strict=True)))
-        leaves = [shadows[leaf.number] if isinstance(leaf, Held) else leaf for leaf in leaves]
+        proxies = self.tracker.proxies(self.objects, dict(zip(self.state, waiting, strict=True)))
+        leaves = [proxies[leaf.number] if isinstance(leaf, Held) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         with points(self.region, self.observe) as seen:
             out_leaves, self.out_spec = self._flattened(self.own_forward(self.region, *args, **kwargs))

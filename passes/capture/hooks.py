@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ecospa_fx.errors import EcoSpaError
-from ecospa_fx.passes.ir.captured import Point
+from ecospa_fx.passes.ir.region_graph import Point
 from ecospa_fx.passes.ir.state_access import TENSOR, resolve_object
 
 

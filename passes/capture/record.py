@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 
 from ecospa_fx.passes.graph.isolate import isolated, uncached_autocast
 from ecospa_fx.passes.graph.tensors import named_tensors, swapped
-from ecospa_fx.passes.ir.captured import Call
+from ecospa_fx.passes.ir.region_graph import Call
 from ecospa_fx.passes.ir.signature import call_key
 from ecospa_fx.passes.ir.state_access import PLAIN, copies, flattened, foreign, parted, resolve_object
 

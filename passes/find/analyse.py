@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +19,8 @@ from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
 from ecospa_fx.passes.graph.tensors import at_original_sizes, named_tensors, storage_key
 from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
-from ecospa_fx.passes.ir.captured import Call as Call
-from ecospa_fx.passes.ir.captured import Forward, Originals, RegionGraph
+from ecospa_fx.passes.ir.region_graph import Call as Call
+from ecospa_fx.passes.ir.region_graph import Filled, Forward, Originals, RegionGraph
 from ecospa_fx.passes.ir.signature import autocast_now, training_flags
 from ecospa_fx.passes.ir.state_access import ObjectPath, flattened, parted
 
@@ -58,11 +58,11 @@ def analyse(
     module: nn.Module,
     name: str,
     call: Call,
-    shared_outside: dict[str, str] | None = None,
+    shared_outside: Mapping[str, str] | None = None,
     *,
     forward: Forward | None = None,
     originals: Originals | None = None,
-    filled: Set[tuple[type, tuple[Any, ...]]] = frozenset(),
+    filled: Filled = frozenset(),
     check: bool = True,
     options: CaptureOptions = DEFAULTS,
 ) -> Analysis:
@@ -90,7 +90,7 @@ def analyse(
             module, *call, region=name, forward=forward, originals=originals, check=check, static=static,
             filled=filled, options=options,
         )  # fmt: skip
-        captured.shared_outside.update(shared_outside or {})
+        captured = replace(captured, shared_outside=shared_outside or {})
         captured_at = time.thread_time()
         axis_facts = infer_axes(captured, options.experiments)
         seconds["export"] += captured_at - start
@@ -177,12 +177,12 @@ def analyse_once(
     module: nn.Module,
     name: str,
     call: Call,
-    outside: dict[str, str],
+    outside: Mapping[str, str],
     captures: Captures,
     *,
     forward: Forward | None = None,
     originals: Originals | None = None,
-    filled: Set[tuple[type, tuple[Any, ...]]] = frozenset(),
+    filled: Filled = frozenset(),
     options: CaptureOptions = DEFAULTS,
 ) -> Analysis:
     """`analyse`, unless an equal block has been captured for an equal call.
@@ -218,7 +218,7 @@ def analyse_once(
 
 
 def _analyse_watched(
-    module: nn.Module, name: str, call: Call, outside: dict[str, str], **arguments: Any
+    module: nn.Module, name: str, call: Call, outside: Mapping[str, str], **arguments: Any
 ) -> tuple[Analysis, AttributeReads]:
     """`analyse`, and what of the region's attributes was read; of constants among them the graph knows the values."""
     every = {(path, name) for path, child in module.named_modules() for name in vars(child)}
@@ -228,10 +228,11 @@ def _analyse_watched(
     made = {(path, name) for path, child in module.named_modules() for name in vars(child)} - every
     read = {(path, name) for path, names in reads.items() for name in names - OWN}
     # What a forward changes itself (a counter) is no setting.
-    analysis.captured.settings = {
+    constants = {
         where: value for where, value in settings(module, read - made).items() if before.get(where, value) == value
     }
-    return analysis, reads
+    captured = replace(analysis.captured, settings=constants)
+    return replace(analysis, captured=captured, axis_facts=replace(analysis.axis_facts, captured=captured)), reads
 
 
 def _shared(
@@ -241,7 +242,7 @@ def _shared(
     call: Call,
     forward: Any,
     originals: Originals | None,
-    filled: Set[tuple[type, tuple[Any, ...]]],
+    filled: Filled,
 ) -> Analysis | None:
     """The analysis of an equal block for this one, if it serves its call and agrees with its eager forward."""
     start = time.thread_time()
@@ -253,11 +254,12 @@ def _shared(
     if values is None:
         return None
     if values:
-        captured.settings = settings(module, captured.settings)
-        captured.carried = numbers.within(captured.carried, values)
-        captured.strangers = frozenset(numbers.put(place, values) for place in captured.strangers)
-        captured.filled = frozenset(
-            (cls, numbers.put(ObjectPath(0, path), values).path) for cls, path in captured.filled
+        captured = replace(
+            captured,
+            settings=settings(module, captured.settings),
+            carried=numbers.within(captured.carried, values),
+            strangers=frozenset(numbers.put(place, values) for place in captured.strangers),
+            filled=frozenset((cls, numbers.put(ObjectPath(0, path), values).path) for cls, path in captured.filled),
         )
     if captured.filled != filled or captured.mismatch(call, training_flags(module)) is not None:
         return None

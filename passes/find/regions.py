@@ -24,7 +24,7 @@ from ecospa_fx.passes.capture.capture import class_forward
 from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
 from ecospa_fx.passes.capture.record import record_all
 from ecospa_fx.passes.graph.tensors import named_tensors
-from ecospa_fx.passes.ir.captured import Call as Call
+from ecospa_fx.passes.ir.region_graph import Call as Call
 from ecospa_fx.passes.ir.signature import training_flags
 
 from .analyse import Analysis, Captures, _analyse_watched, analyse_once, shared_outside

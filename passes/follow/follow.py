@@ -33,7 +33,7 @@ from ecospa_fx.passes.axes.selection import (
 )
 from ecospa_fx.passes.find.discover import Discovery, RegionCoupling
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
-from ecospa_fx.passes.ir.captured import Forward
+from ecospa_fx.passes.ir.region_graph import Forward
 
 from .attributes import Attribute
 from .trial import Trial

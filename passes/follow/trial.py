@@ -24,7 +24,7 @@ from ecospa_fx.passes.graph.isolate import forked_rng
 from ecospa_fx.passes.graph.tensors import named_tensors, sliced, swapped
 from ecospa_fx.passes.infer.sizes import symbols_of
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
-from ecospa_fx.passes.ir.captured import Forward
+from ecospa_fx.passes.ir.region_graph import Forward
 from ecospa_fx.passes.ir.signature import Signature, below
 from ecospa_fx.passes.ir.state_access import TENSOR
 from ecospa_fx.passes.rewrite.program import Program

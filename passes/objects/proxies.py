@@ -1,4 +1,4 @@
-"""Shadows: objects, lists and dicts like those of a call, which tell a `Tracker` what happens to them."""
+"""Proxies: objects, lists and dicts like those of a call, which tell a `Tracker` what happens to them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class Proxy:
-    """First base of the class of a shadow; its own class comes second."""
+    """First base of the class of a proxy; its own class comes second."""
 
     _ecospa_tracker: ClassVar[Tracker]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Classes may keep a list of those made from them, in which shadows have no place."""
+        """Classes may keep a list of those made from them, in which proxies have no place."""
 
     def __getattribute__(self, name: str) -> Any:
         if name[:2] == "__" or name == "_ecospa_tracker":

@@ -1,7 +1,7 @@
 """Carry: what a forward reads of the objects it is given, and what it does to them.
 
-    Tracker.shadows(objects)   the same objects by class and content, which tell what happens to them
-    -> forward(shadows)
+    Tracker.proxies(objects)   the same objects by class and content, which tell what happens to them
+    -> forward(proxies)
     -> Tracker.carried()       what was read, changed and called
 
 A method that is called with tensors (`cache.update(keys, values, 3)`) is the object's own business: `edge` marks in the
@@ -66,12 +66,12 @@ class Tracker:
         self._after: dict[int, dict[ObjectPath, Any]] = {}  # what is read once a call has changed it
         self._initial: dict[ObjectPath, Any] = {}
         self._places: dict[int, ObjectPath] = {}
-        self._shadows: list[Any] = []
+        self._proxies: list[Any] = []
         self._problem: str | None = None
         self._classes: dict[type, type] = {}
 
-    def shadows(self, objects: Sequence[Any], given: Mapping[ObjectPath, Tensor] | None = None) -> list[Any]:
-        """Shadows of the objects of a call.
+    def proxies(self, objects: Sequence[Any], given: Mapping[ObjectPath, Tensor] | None = None) -> list[Any]:
+        """Proxies of the objects of a call.
 
         Args:
             objects: what it was called with.
@@ -79,28 +79,28 @@ class Tracker:
         """
         self._types = tuple(map(type, objects))
         memo: dict[int, Any] = {}
-        self._shadows = [self._shadow(value, ObjectPath(i), given or {}, memo) for i, value in enumerate(objects)]
-        return self._shadows
+        self._proxies = [self._proxy(value, ObjectPath(i), given or {}, memo) for i, value in enumerate(objects)]
+        return self._proxies
 
-    def _shadow(self, value: Any, place: ObjectPath, given: Mapping[ObjectPath, Tensor], memo: dict[int, Any]) -> Any:
+    def _proxy(self, value: Any, place: ObjectPath, given: Mapping[ObjectPath, Tensor], memo: dict[int, Any]) -> Any:
         if id(value) in memo and not isinstance(value, Tensor):
             return memo[id(value)]
         made: Any = value
         if isinstance(value, Tensor):
             made = given.get(place, value)
         elif type(value) is tuple:
-            made = tuple(self._shadow(item, place.entry(i), given, memo) for i, item in enumerate(value))
+            made = tuple(self._proxy(item, place.entry(i), given, memo) for i, item in enumerate(value))
         elif type(value) in (list, dict) or foreign(value):
             if type(value) is list:
                 made = memo[id(value)] = ProxyList()
-                list.extend(made, (self._shadow(item, place.entry(i), given, memo) for i, item in enumerate(value)))
+                list.extend(made, (self._proxy(item, place.entry(i), given, memo) for i, item in enumerate(value)))
             elif type(value) is dict:
                 made = memo[id(value)] = ProxyDict()
-                dict.update(made, {k: self._shadow(v, place.entry(k), given, memo) for k, v in value.items()})
+                dict.update(made, {k: self._proxy(v, place.entry(k), given, memo) for k, v in value.items()})
             else:
                 made = memo[id(value)] = object.__new__(self._class(type(value)))
                 for name, item in vars(value).items():
-                    made.__dict__[name] = self._shadow(item, place.attribute(name), given, memo)
+                    made.__dict__[name] = self._proxy(item, place.attribute(name), given, memo)
             if isinstance(made, (ProxyList, ProxyDict)):
                 made.tracker = self
             self._places[id(made)] = place
@@ -115,8 +115,8 @@ class Tracker:
         return self._classes[cls]
 
     def number_of(self, value: Any) -> int | None:
-        """Which object of the call `value` is the shadow of."""
-        return next((i for i, shadow in enumerate(self._shadows) if shadow is value), None)
+        """Which object of the call `value` is the proxy of."""
+        return next((i for i, proxy in enumerate(self._proxies) if proxy is value), None)
 
     def key(self, owner: Any, key: Any) -> Any:
         """The key that an entry of a list or dict is looked up by, where it may be a `IntProxy`."""
@@ -146,7 +146,7 @@ class Tracker:
         raise CaptureError(self._problem)
 
     def read(self, owner: Any, place: Callable[[ObjectPath], ObjectPath], value: Any) -> Any:
-        """Something was read of a shadow; `place` leads there from that. Gives what is read instead."""
+        """Something was read of a proxy; `place` leads there from that. Gives what is read instead."""
         if id(owner) in self._places:
             here = place(self._places[id(owner)])
             if isinstance(value, Tensor) and here in self._changed and not self.inside and here not in self._written:
@@ -191,7 +191,7 @@ class Tracker:
             self._outside.add(key)
 
     def write(self, owner: Any, place: Callable[[ObjectPath], ObjectPath], value: Any) -> None:
-        """Something is put into a shadow."""
+        """Something is put into a proxy."""
         if id(owner) not in self._places:
             return
         here = place(self._places[id(owner)])
@@ -216,7 +216,7 @@ class Tracker:
         return f"{what} {self._types[place.number].__name__}"
 
     def call(self, owner: Any, method: Any, args: Any, kwargs: Any) -> Any:
-        """A method of a shadow is called."""
+        """A method of a proxy is called."""
         leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=foreign)
         if self.inside or not any(isinstance(leaf, Tensor) for leaf in leaves) or id(owner) not in self._places:
             return method(*args, **kwargs)
@@ -278,8 +278,8 @@ class Tracker:
                 for name, item in vars(value).items():
                     visit(item, place.attribute(name))
 
-        for number, shadow in enumerate(self._shadows):
-            visit(shadow, ObjectPath(number))
+        for number, proxy in enumerate(self._proxies):
+            visit(proxy, ObjectPath(number))
         return found
 
     def carried(self, stored: Sequence[ObjectPath] = ()) -> StateAccess:

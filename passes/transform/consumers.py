@@ -29,7 +29,7 @@ from ecospa_fx.passes.graph.nodes import (
     written_arguments,
 )
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
-from ecospa_fx.passes.ir.captured import RegionGraph
+from ecospa_fx.passes.ir.region_graph import RegionGraph
 
 aten = torch.ops.aten
 
