@@ -22,14 +22,13 @@ from ecospa_fx.passes.axes.selection import Selected, Selection, entries, mask_o
 from ecospa_fx.passes.capture.hooks import backward_hooked, calls_itself, inner_hooks
 from ecospa_fx.passes.find.analyse import Analysis, analyse_once, shared_outside
 from ecospa_fx.passes.find.discover import Discovery, Refusal, RegionCoupling, discover
-from ecospa_fx.passes.find.fingerprint import ABSENT
 from ecospa_fx.passes.follow.attributes import Attribute, holding, numbers_in, restore_layer_sizes, sync_layer_sizes
 from ecospa_fx.passes.follow.follow import PythonSupport, follow
 from ecospa_fx.passes.graph.tensors import join, same_storage, swapped
 from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.ir.signature import Signature, call_key, training_flags
-from ecospa_fx.passes.ir.state_access import flattened, parted, resolve_object
+from ecospa_fx.passes.ir.state_access import ABSENT, flattened, parted, resolve_object
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite

@@ -92,7 +92,7 @@ def assemble(
         carried=carried,
         strangers=frozenset(strangers),
         filled=filled,
-        numbers=dry.numbers,
+        index_attributes=dry.index_attributes,
     )
 
 

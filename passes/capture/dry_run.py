@@ -14,7 +14,7 @@ from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.graph.tensors import at_original_sizes
 from ecospa_fx.passes.ir.region_graph import Forward, Originals, described
 from ecospa_fx.passes.ir.state_access import Held, IndexAttributes, ObjectPath, copies, flattened, parted
-from ecospa_fx.passes.objects.layer_numbers import numbers
+from ecospa_fx.passes.objects.layer_numbers import index_attributes
 from ecospa_fx.passes.objects.tracker import Tracker
 
 from .export import refuse_foreign
@@ -28,12 +28,12 @@ class DryRun:
     Attributes:
         state: paths of the tensors in them that it reads.
         written: paths of those among them that it writes into.
-        numbers: integers of the region that only select its own part of an object.
+        index_attributes: integers of the region that only select its own part of an object.
     """
 
     state: tuple[ObjectPath, ...] = ()
     written: frozenset[ObjectPath] = frozenset()
-    numbers: IndexAttributes = field(default_factory=IndexAttributes)
+    index_attributes: IndexAttributes = field(default_factory=IndexAttributes)
 
 
 def dry_run(
@@ -74,7 +74,7 @@ def dry_run(
             torch.no_grad(),
         ):
             tracker = run()
-            index_attributes = numbers(module, tracker, run)
+            attributes = index_attributes(module, tracker, run)
     except Exception as error:
         line = str(error).strip().split("\n")[0]
         raise CaptureError(
@@ -83,4 +83,4 @@ def dry_run(
             "without one (of a cache, `use_cache=False` as a rule)"
         ) from error
     written = frozenset(path for path, tensor in tracker.tensors.items() if tensor._version)
-    return DryRun(tuple(tracker.tensors), written, index_attributes)
+    return DryRun(tuple(tracker.tensors), written, attributes)

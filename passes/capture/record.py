@@ -34,11 +34,11 @@ def record_all(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     names: set[str],
-    strays: dict[str, str] | None = None,
+    used_outside: dict[str, str] | None = None,
 ) -> dict[str, list[Call]]:
     """What each named submodule is called with in one forward of the model, calls that look different apart.
 
-    `strays` gets, by submodule, what of it is used while it does not run.
+    `used_outside` gets, by submodule, what of it is used while it does not run.
     """
     calls: dict[str, list[Call]] = {}
     seen: set[Any] = set()
@@ -61,13 +61,13 @@ def record_all(
         with isolated(model), _computable(model) as fake, torch.no_grad(), uncached_autocast():
             mine = pytree.tree_map(_own, (args, kwargs), is_leaf=foreign)
             own_args, own_kwargs = pytree.tree_map_only(Tensor, fake, mine, is_leaf=foreign)
-            if strays is None:
+            if used_outside is None:
                 model(*own_args, **own_kwargs)
             else:
                 with OutsideUses(model, names) as watch:
                     handles += watch.hooked()
                     model(*own_args, **own_kwargs)
-                strays |= watch.found
+                used_outside |= watch.found
     finally:
         for handle in handles:
             handle.remove()

@@ -213,7 +213,7 @@ def analyse_once(
             return shared
     analysis, reads = _analyse_watched(module, name, call, outside, **settled)
     with at_original_sizes(module, originals.shapes() if originals else None):
-        captures.append((analysis, fingerprint(module, reads, analysis.captured.numbers.values)))
+        captures.append((analysis, fingerprint(module, reads, analysis.captured.index_attributes.values)))
     return analysis
 
 
@@ -249,17 +249,17 @@ def _shared(
     # A graph is made without autocast: it may serve any, once it has been compared under that.
     signature = replace(analysis.captured.signature, autocast=autocast_now())
     captured = replace(analysis.captured, region=name, signature=signature)
-    numbers = captured.numbers
-    values = numbers.of(module)
+    indices = captured.index_attributes
+    values = indices.of(module)
     if values is None:
         return None
     if values:
         captured = replace(
             captured,
             settings=settings(module, captured.settings),
-            carried=numbers.within(captured.carried, values),
-            strangers=frozenset(numbers.put(place, values) for place in captured.strangers),
-            filled=frozenset((cls, numbers.put(ObjectPath(0, path), values).path) for cls, path in captured.filled),
+            carried=indices.within(captured.carried, values),
+            strangers=frozenset(indices.put(place, values) for place in captured.strangers),
+            filled=frozenset((cls, indices.put(ObjectPath(0, path), values).path) for cls, path in captured.filled),
         )
     if captured.filled != filled or captured.mismatch(call, training_flags(module)) is not None:
         return None
@@ -268,7 +268,7 @@ def _shared(
         with at_original_sizes(module, originals.values() if originals else None):
             if difference_from_eager(captured, module, forward, *call) is not None:
                 return None
-    stored = {numbers.put(place, values): exprs for place, exprs in analysis.axis_facts.stored.items()}
+    stored = {indices.put(place, values): exprs for place, exprs in analysis.axis_facts.stored.items()}
     axis_facts = replace(analysis.axis_facts, captured=captured, stored=stored)
     checked = time.thread_time()
     discovery = discover(axis_facts)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ecospa_fx.passes.graph.tensors import named_tensors
+from ecospa_fx.passes.ir.state_access import ABSENT
 
 AttributeReads = dict[str, set[str]]  # submodule path -> names of the instance attributes that forward read
 
@@ -72,13 +73,6 @@ class Fingerprint:
             _same(value, submodules[path].__dict__.get(name, ABSENT)) for (path, name), value in self.read.items()
         )
 
-
-class _Absent:
-    def __repr__(self) -> str:
-        return "not there"
-
-
-ABSENT = _Absent()
 
 Settings = dict[tuple[str, str], Any]  # (submodule path, attribute) -> a constant that forward read
 

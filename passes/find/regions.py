@@ -63,10 +63,10 @@ def choose(
     if how not in ("auto", "blocks"):
         raise CaptureError(f"regions={how!r} is none of 'auto', 'blocks', 'root' or a list of submodule names")
     candidates = set(_candidates(model))
-    strays: dict[str, str] = {}
-    calls = record_all(model, args, kwargs, candidates, strays) if candidates else {}
+    used_outside: dict[str, str] = {}
+    calls = record_all(model, args, kwargs, candidates, used_outside) if candidates else {}
     named = named_tensors(model)
-    search = Search(model, lambda name: _analyse_all(model, name, calls[name], captures, named, strays, options))
+    search = Search(model, lambda name: _analyse_all(model, name, calls[name], captures, named, used_outside, options))
     blocks = [name for name in calls if not any(name.startswith(f"{other}.") for other in calls)]
     for name in blocks:
         search.attempt(name)
@@ -84,7 +84,7 @@ def choose(
     whole = set(search.found)
     try:
         names = {name for name, _ in model.named_modules()} - {""} - candidates
-        calls |= record_all(model, args, kwargs, names, strays)
+        calls |= record_all(model, args, kwargs, names, used_outside)
     except Exception as error:  # the call itself is at fault
         raise CaptureError(_nothing_captured(search.failed)) from error
     for name in [""] if "" in search.failed else list(search.failed):
@@ -139,13 +139,13 @@ def _named(
                 f"regions: `{inside}` lies inside {f'`{name}`' if name else 'the model'}, whose graph has no call of "
                 "it left; name one of them"
             )
-    strays: dict[str, str] = {}
-    calls = record_all(model, args, kwargs, set(names), strays)
+    used_outside: dict[str, str] = {}
+    calls = record_all(model, args, kwargs, set(names), used_outside)
     missing = [name for name in names if name not in calls]
     if missing:
         raise CaptureError(f"regions: `{missing[0]}` is not called in a forward of the model; name another")
     named = named_tensors(model)
-    return {name: _analyse_all(model, name, calls[name], captures, named, strays, options) for name in names}
+    return {name: _analyse_all(model, name, calls[name], captures, named, used_outside, options) for name in names}
 
 
 def _analyse_all(
@@ -154,12 +154,12 @@ def _analyse_all(
     calls: Sequence[Call],
     captures: Captures,
     named: Mapping[str, Tensor],
-    strays: Mapping[str, str],
+    used_outside: Mapping[str, str],
     options: CaptureOptions,
 ) -> Analysis:
     """One region in every way that a forward calls it."""
-    if name in strays:
-        raise CaptureError(f"region `{name}` is no region of its own: {strays[name]}")
+    if name in used_outside:
+        raise CaptureError(f"region `{name}` is no region of its own: {used_outside[name]}")
     module, outside = model.get_submodule(name), shared_outside(model, name, named)
     found = [analyse_once(module, name, calls[0], outside, captures, options=options)]
     for call in calls[1:]:

@@ -72,7 +72,7 @@ class RegionGraph:
         carried: how the graph reads and changes the objects of its calls, such as caches.
         strangers: paths of the tensors in these objects that something else fills, at sizes of its own.
         filled: the parts of objects that other calls of the region fill, as far as known when this one was captured.
-        numbers: integers of the region that only select its own part of an object.
+        index_attributes: integers of the region that only select its own part of an object.
         settings: (submodule, attribute) -> a constant that the forward reads there and does not change itself.
     """
 
@@ -93,7 +93,7 @@ class RegionGraph:
     carried: StateAccess = field(default_factory=StateAccess)
     strangers: frozenset[ObjectPath] = frozenset()
     filled: Filled = frozenset()
-    numbers: IndexAttributes = field(default_factory=IndexAttributes)
+    index_attributes: IndexAttributes = field(default_factory=IndexAttributes)
     settings: Mapping[tuple[str, str], Any] = field(default_factory=dict)
     _plain_result: str = field(init=False, repr=False)
 

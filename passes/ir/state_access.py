@@ -118,10 +118,10 @@ class TypeCheck:
 
 class _Absent:
     def __repr__(self) -> str:
-        return "nothing"
+        return "absent"
 
 
-ABSENT = _Absent()  # what is read where there is no such attribute or entry
+ABSENT = _Absent()  # stands for the value of an attribute or entry that does not exist
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,13 +15,13 @@ from torch import nn
 
 from ecospa_fx.passes.ir.state_access import IndexAttributes
 
-from .number import IntProxy
+from .int_proxy import IntProxy
 
 if TYPE_CHECKING:
     from .tracker import Tracker
 
 
-def numbers(module: nn.Module, seen: Tracker, run: Callable[[], Tracker]) -> IndexAttributes:
+def index_attributes(module: nn.Module, seen: Tracker, run: Callable[[], Tracker]) -> IndexAttributes:
     """Which integers of a region only say which part of an object is its own.
 
     Args:

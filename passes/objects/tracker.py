@@ -35,7 +35,7 @@ from ecospa_fx.passes.ir.state_access import (
     foreign,
 )
 
-from .number import IntProxy
+from .int_proxy import IntProxy
 from .proxies import Proxy, ProxyDict, ProxyList
 
 
@@ -102,14 +102,14 @@ class Tracker:
                 for name, item in vars(value).items():
                     made.__dict__[name] = self._proxy(item, place.attribute(name), given, memo)
             if isinstance(made, (ProxyList, ProxyDict)):
-                made.tracker = self
+                made.listener = self
             self._places[id(made)] = place
         self._initial[place] = made
         return made
 
     def _class(self, cls: type) -> type:
         if cls not in self._classes:
-            body = {"_ecospa_tracker": self, "__doc__": cls.__doc__, "__module__": cls.__module__,
+            body = {"_ecospa_listener": self, "__doc__": cls.__doc__, "__module__": cls.__module__,
                     "__qualname__": cls.__qualname__}  # fmt: skip
             self._classes[cls] = type(cls)(cls.__name__, (Proxy, cls), body)
         return self._classes[cls]
