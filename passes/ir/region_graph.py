@@ -131,7 +131,7 @@ class RegionGraph:
             return "the arguments are structured differently"
         state = self.carried.read(objects)
         if state is None:
-            return f"what is in the {' and the '.join(cls.__name__ for cls in self.carried.types)} differs"
+            return f"the contents of the {' and the '.join(cls.__name__ for cls in self.carried.types)} differ"
         return self.signature.mismatch(spec, leaves, training, state, sizes)
 
     def serves(self, hooks: Mapping[str, int], called: Set[str]) -> bool:
