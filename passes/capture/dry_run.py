@@ -80,7 +80,7 @@ def dry_run(
         raise CaptureError(
             f"{described(region)} ({type(module).__name__}) is called with a {names}, and cannot be captured so: it "
             f"{line if isinstance(error, CaptureError) else f'fails with {type(error).__name__}: {line}'}. Call it "
-            "without one (of a cache, `use_cache=False` as a rule)"
+            "without one (for a cache, usually `use_cache=False`)"
         ) from error
     written = frozenset(path for path, tensor in tracker.tensors.items() if tensor._version)
     return DryRun(tuple(tracker.tensors), written, attributes)

@@ -139,7 +139,7 @@ def refuse_foreign(module: nn.Module, region: str, leaves: Iterable[Any], does: 
     if odd:
         raise CaptureError(
             f"{described(region)} ({type(module).__name__}) {does} a {', a '.join(odd)}, which cannot go in or out "
-            f"of a graph: {way_out}, or turn the option off that makes it (of a cache, `use_cache=False` as a rule)"
+            f"of a graph: {way_out}, or turn off the option that makes it (for a cache, usually `use_cache=False`)"
         )
 
 

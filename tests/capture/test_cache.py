@@ -348,7 +348,7 @@ def test_what_no_graph_can_do_to_an_object(block, why):
         model.blocks[0](sequence(), None, cache)
     assert str(caught.value) == (
         f"region `blocks.0` ({block.__name__}) is called with a Cache, and cannot be captured so: it {why}. "
-        "Call it without one (of a cache, `use_cache=False` as a rule)"
+        "Call it without one (for a cache, usually `use_cache=False`)"
     )
     assert cache.layers[0].length == 0 and len(cache.layers) == 2
 
@@ -363,7 +363,7 @@ def test_its_own_python_needs_no_graph_for_a_cache():
 
 REFUSED = (
     "region `blocks.0` (Block) is called with a Cache, which cannot go in or out of a graph: pass None there, or turn "
-    "the option off that makes it (of a cache, `use_cache=False` as a rule)"
+    "off the option that makes it (for a cache, usually `use_cache=False`)"
 )
 
 
