@@ -36,11 +36,10 @@ class Analysis:
     Attributes:
         name: of the region in the model.
         captured: its graph.
-        axis_facts: the axes of that.
-        discovery: what can shrink.
-        seconds: of computing per pass, other work on the machine aside; none for a graph that an equal block was
-            captured for.
-        others: of the same region for its other calls in the same forward, which this graph does not serve.
+        axis_facts: the axes of that graph.
+        discovery: its couplings and refusals.
+        seconds: CPU time per pass; none for a graph that was captured of an equal block.
+        others: analyses of other calls of the region in the same forward, which this graph does not serve.
     """
 
     name: str
@@ -102,10 +101,10 @@ def analyse(
     start = time.thread_time()
     discovery = discover(axis_facts)
     seconds["discover"] = time.thread_time() - start
-    doubted: set[str] = set()
-    while axis_facts.experiments and (more := _doubted(axis_facts, discovery, module, call, originals)):
-        doubted |= more
-        axis_facts = infer_axes(captured, True, doubted)
+    unconfirmed: set[str] = set()
+    while axis_facts.experiments and (more := _unconfirmed(axis_facts, discovery, module, call, originals)):
+        unconfirmed |= more
+        axis_facts = infer_axes(captured, True, unconfirmed)
         discovery = discover(axis_facts)
     _log(name or "the model", captured, axis_facts, discovery, seconds)
     return Analysis(name, captured, axis_facts, discovery, seconds)
@@ -123,16 +122,16 @@ def _log(
     )
     for parameter, exprs in axis_facts.parameters.items():
         logger("axes").debug("%s: %s%s", name, parameter, list(exprs))
-    found = ", ".join(f"{c.name} ({c.atom.size})" for c in discovery.couplings) or "none"
-    logger("discover").info("%s: couplings %s; %d refused", name, found, len(discovery.refusals))
+    couplings = ", ".join(f"{c.name} ({c.atom.size})" for c in discovery.couplings) or "none"
+    logger("discover").info("%s: couplings %s; %d refused", name, couplings, len(discovery.refusals))
     for refusal in discovery.refusals:
         logger("discover").debug("%s: refused %s", name, refusal)
 
 
-def _doubted(
+def _unconfirmed(
     axis_facts: AxisFacts, discovery: Discovery, module: nn.Module, call: Call, originals: Originals | None
 ) -> set[str]:
-    """Ops whose rule by experiment this region does not bear out."""
+    """Name the ops whose rule by experiment does not equal masking in this region."""
     named = named_tensors(module) | dict(originals.values() if originals else {})
     tensors = {name: tensor.detach() for name, tensor in named.items()}
     leaves, objects = parted(flattened(call)[0])
@@ -142,10 +141,10 @@ def _doubted(
 
 
 def _dims_that_cut_parameters(axis_facts: AxisFacts) -> frozenset[tuple[int, int]]:
-    """Dynamic dims of inputs, as (input, dim), whose size divides the axis of a parameter.
+    """Return the dynamic dims of inputs, as (input, dim), whose size divides the axis of a parameter.
 
-    A table of rotary angles has half a head's entries along its last dim, say. As a dynamic dim that would leave the
-    parts of the head with unknown sizes; such a dim is a property of the model and is specialised.
+    A table of rotary angles, for example, has half a head's entries along its last dim. If that dim were dynamic, the
+    parts of the head would have unknown sizes; such a dim is a property of the model and is specialised.
     """
     sizes = [size_of(atom) for exprs in axis_facts.parameters.values() for expr in exprs for atom in atoms_of(expr)]
     symbols = {symbol for size in sizes if isinstance(size, sympy.Expr) for symbol in size.free_symbols}
@@ -158,9 +157,9 @@ def _dims_that_cut_parameters(axis_facts: AxisFacts) -> frozenset[tuple[int, int
 
 
 def _dims_of_windows(axis_facts: AxisFacts) -> frozenset[tuple[int, int]]:
-    """Dynamic dims of what objects hold that no rule could make sense of: the window of a convolution, say.
+    """Return the dynamic dims of tensors in objects whose size fitted no rule: the window of a convolution, say.
 
-    That is a property of the object and is specialised. One that an argument has too, the batch, is not.
+    Such a size is a property of the object and is specialised, unless an argument has it too, like the batch.
     """
     tensors = axis_facts.captured.signature.tensors
     called = len(tensors) - len(axis_facts.captured.state)
@@ -185,14 +184,14 @@ def analyse_once(
     filled: Filled = frozenset(),
     options: CaptureOptions = DEFAULTS,
 ) -> Analysis:
-    """`analyse`, unless an equal block has been captured for an equal call.
+    """Analyse a region, or share the analysis of an equal block that was captured for an equal call.
 
     Args:
         module: the region.
         name: its name in the model.
         call: positional and keyword arguments.
         outside: see `RegionGraph.shared_outside`.
-        captures: what has been captured so far; grows.
+        captures: analyses of blocks captured so far, with their fingerprints; grows.
         forward: see `capture`.
         originals: see `capture`.
         filled: see `capture`.
@@ -203,7 +202,7 @@ def analyse_once(
     """
     forward = forward or type(module).forward
     settled: dict[str, Any] = {"forward": forward, "originals": originals, "filled": filled, "options": options}
-    if outside:  # pinned for reasons of its own
+    if outside:  # axes are pinned that equal blocks may shrink
         return _analyse_watched(module, name, call, outside, **settled)[0]
     with at_original_sizes(module, originals.shapes() if originals else None):
         equal = [analysis for analysis, mark in captures if mark.fits(module)]
@@ -220,16 +219,16 @@ def analyse_once(
 def _analyse_watched(
     module: nn.Module, name: str, call: Call, outside: Mapping[str, str], **arguments: Any
 ) -> tuple[Analysis, AttributeReads]:
-    """`analyse`, and what of the region's attributes was read; of constants among them the graph knows the values."""
+    """Analyse a region, and record which of its attributes were read; constants among them become its settings."""
     every = {(path, name) for path, child in module.named_modules() for name in vars(child)}
     before = settings(module, every)
     with recorded_reads(module) as reads:
         analysis = analyse(module, name, call, outside, **arguments)
-    made = {(path, name) for path, child in module.named_modules() for name in vars(child)} - every
+    created = {(path, name) for path, child in module.named_modules() for name in vars(child)} - every
     read = {(path, name) for path, names in reads.items() for name in names - OWN}
-    # What a forward changes itself (a counter) is no setting.
+    # An attribute that a forward changes itself (a counter) is not a setting.
     constants = {
-        where: value for where, value in settings(module, read - made).items() if before.get(where, value) == value
+        where: value for where, value in settings(module, read - created).items() if before.get(where, value) == value
     }
     captured = replace(analysis.captured, settings=constants)
     return replace(analysis, captured=captured, axis_facts=replace(analysis.axis_facts, captured=captured)), reads
@@ -244,9 +243,9 @@ def _shared(
     originals: Originals | None,
     filled: Filled,
 ) -> Analysis | None:
-    """The analysis of an equal block for this one, if it serves its call and agrees with its eager forward."""
+    """Return the analysis of an equal block for this one, if it serves the call and agrees with the eager forward."""
     start = time.thread_time()
-    # A graph is made without autocast: it may serve any, once it has been compared under that.
+    # Graphs are traced without autocast: one may serve under any, once it has been compared under it.
     signature = replace(analysis.captured.signature, autocast=autocast_now())
     captured = replace(analysis.captured, region=name, signature=signature)
     indices = captured.index_attributes
@@ -272,16 +271,22 @@ def _shared(
     axis_facts = replace(analysis.axis_facts, captured=captured, stored=stored)
     checked = time.thread_time()
     discovery = discover(axis_facts)
-    if axis_facts.experiments and _doubted(axis_facts, discovery, module, call, None):
+    if axis_facts.experiments and _unconfirmed(axis_facts, discovery, module, call, None):
         return None
     seconds = {"export": checked - start, "infer": 0.0, "discover": time.thread_time() - checked}
     return Analysis(name, captured, axis_facts, discovery, seconds)
 
 
 def shared_outside(model: nn.Module, region: str, named: Mapping[str, Tensor] | None = None) -> dict[str, str]:
-    """Parameters and buffers of a region whose storage something outside it uses too.
+    """Find the parameters and buffers of a region whose storage something outside it uses too.
 
-    `named` holds the tensors of the model: to look them up for every block anew takes long in a deep one.
+    Args:
+        model: the model.
+        region: name of the region.
+        named: tensors of the model by name; pass them for many regions, since looking them up takes long.
+
+    Returns:
+        Name in the region -> where else it is used, in words.
     """
     if not region:
         return {}
