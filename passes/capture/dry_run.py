@@ -13,7 +13,7 @@ from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.graph.tensors import at_original_sizes
 from ecospa_fx.passes.ir.region_graph import Forward, Originals, described
-from ecospa_fx.passes.ir.state_access import Held, IndexAttributes, ObjectPath, copies, flattened, parted
+from ecospa_fx.passes.ir.state_access import Held, IndexAttributes, ObjectPath, copy_objects, flattened, parted
 from ecospa_fx.passes.objects.layer_numbers import index_attributes
 from ecospa_fx.passes.objects.tracker import Tracker
 
@@ -58,7 +58,7 @@ def dry_run(
 
     def run() -> Tracker:
         tracker = Tracker(marking=False)
-        proxies = tracker.proxies(copies(objects, lambda _, t: t.detach().clone()))
+        proxies = tracker.proxies(copy_objects(objects, lambda _, t: t.detach().clone()))
         run_args, run_kwargs = pytree.tree_unflatten(
             [proxies[leaf.number] if isinstance(leaf, Held) else leaf for leaf in leaves], spec
         )

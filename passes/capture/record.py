@@ -19,7 +19,7 @@ from ecospa_fx.passes.graph.isolate import isolated, uncached_autocast
 from ecospa_fx.passes.graph.tensors import named_tensors, swapped
 from ecospa_fx.passes.ir.region_graph import Call
 from ecospa_fx.passes.ir.signature import call_key
-from ecospa_fx.passes.ir.state_access import PLAIN, copies, flattened, foreign, parted, resolve_object
+from ecospa_fx.passes.ir.state_access import PLAIN, copy_objects, flattened, foreign, parted, resolve_object
 
 from .outside_uses import OutsideUses
 
@@ -105,7 +105,7 @@ def _snapshot(call: Call, clones: dict[Any, tuple[Tensor, Tensor]]) -> Call:
             clones[key] = (tensor, _plain(tensor) if isinstance(tensor, FakeTensor) else tensor.detach().clone())
         return clones[key][1]
 
-    twins = copies(objects, copied)
+    twins = copy_objects(objects, copied)
     snapshot: Call = pytree.tree_unflatten(
         [_plain(leaf) if isinstance(leaf, Tensor) else resolve_object(leaf, twins) for leaf in leaves], spec
     )

@@ -169,7 +169,7 @@ def _uncertain(trial: Trial, coupling: RegionCoupling, kept: Selection, needed: 
         if trial.is_idle(attribute):
             return (
                 f"reads `{attribute}`, which is {value} and may be the size of this axis or of another, and which "
-                "makes no difference in the call that was captured (capture one in which it does, for example with a mask)"
+                "makes no difference in the call that was captured (capture one in which it does, say with a mask)"
             )
     return None
 

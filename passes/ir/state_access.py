@@ -219,7 +219,9 @@ def resolve_object(leaf: Any, objects: Sequence[Any]) -> Any:
     return objects[leaf.number] if isinstance(leaf, Held) else leaf
 
 
-def copied(value: Any, tensor: Callable[[ObjectPath, Tensor], Tensor], place: ObjectPath, memo: dict[int, Any]) -> Any:
+def copy_object(
+    value: Any, tensor: Callable[[ObjectPath, Tensor], Tensor], place: ObjectPath, memo: dict[int, Any]
+) -> Any:
     """Copy an object with other tensors in it; constants and values of unknown types are shared.
 
     Args:
@@ -233,27 +235,27 @@ def copied(value: Any, tensor: Callable[[ObjectPath, Tensor], Tensor], place: Ob
     if id(value) in memo:
         return memo[id(value)]
     if type(value) is tuple:
-        return tuple(copied(item, tensor, place.entry(i), memo) for i, item in enumerate(value))
+        return tuple(copy_object(item, tensor, place.entry(i), memo) for i, item in enumerate(value))
     if type(value) is list:
         memo[id(value)] = made = []
-        made += [copied(item, tensor, place.entry(i), memo) for i, item in enumerate(value)]
+        made += [copy_object(item, tensor, place.entry(i), memo) for i, item in enumerate(value)]
         return made
     if type(value) is dict:
         memo[id(value)] = mapping = {}
-        mapping.update({key: copied(item, tensor, place.entry(key), memo) for key, item in value.items()})
+        mapping.update({key: copy_object(item, tensor, place.entry(key), memo) for key, item in value.items()})
         return mapping
     if foreign(value):
         memo[id(value)] = twin = object.__new__(type(value))
         for name, item in vars(value).items():
-            twin.__dict__[name] = copied(item, tensor, place.attribute(name), memo)
+            twin.__dict__[name] = copy_object(item, tensor, place.attribute(name), memo)
         return twin
     return value
 
 
-def copies(objects: Sequence[Any], tensor: Callable[[ObjectPath, Tensor], Tensor]) -> list[Any]:
-    """Copy the objects of a call, see `copied`; values that objects share their copies share."""
+def copy_objects(objects: Sequence[Any], tensor: Callable[[ObjectPath, Tensor], Tensor]) -> list[Any]:
+    """Copy the objects of a call, see `copy_object`; values that objects share their copies share."""
     memo: dict[int, Any] = {}
-    return [copied(value, tensor, ObjectPath(number), memo) for number, value in enumerate(objects)]
+    return [copy_object(value, tensor, ObjectPath(number), memo) for number, value in enumerate(objects)]
 
 
 def _reader(carried: StateAccess) -> Callable[[Sequence[Any]], list[Tensor] | None]:
