@@ -24,7 +24,7 @@ from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import kept_positions
 from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
-from ecospa_fx.passes.ir.captured import RegionGraph
+from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.transform.absorb import Absorption, Moments, absorb
 from ecospa_fx.passes.transform.consumers import Consumer, WeightDim, consumers

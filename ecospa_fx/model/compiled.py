@@ -25,10 +25,9 @@ from torch.optim import Optimizer
 from ecospa_fx.couple.coupling import Coupling, CouplingSelection
 from ecospa_fx.errors import CaptureError, EcoSpaError, NoCouplingError, ShrinkError
 from ecospa_fx.passes.axes.selection import mask_of, narrowed, whole
-from ecospa_fx.passes.capture.dry_run import carrying
+from ecospa_fx.passes.capture.options import CaptureOptions
 from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.find.analyse import Analysis, Captures, shared_outside
-from ecospa_fx.passes.find.confirm import experiments
 from ecospa_fx.passes.find.regions import choose
 from ecospa_fx.passes.follow.attributes import Changes, assigned, numbers_in, sync_layer_sizes
 from ecospa_fx.passes.graph.tensors import join, named_tensors
@@ -82,6 +81,11 @@ class CompiledModel:
         return twin
 
     @property
+    def options(self) -> CaptureOptions:
+        """The options of every capture of this model."""
+        return CaptureOptions(self.experiments, objects=self.execution == "graph")
+
+    @property
     def captured(self) -> bool:
         """Whether the couplings are known."""
         return any(region.programs for region in self.regions.values())
@@ -122,8 +126,7 @@ class CompiledModel:
         if waiting:
             unswap_forward(model)
         try:
-            with experiments(self.experiments), carrying(self.execution == "graph"):
-                found, self.given_up = choose(model, args, kwargs, self.how, self.captures)
+            found, self.given_up = choose(model, args, kwargs, self.how, self.captures, self.options)
             if not any(analysis.discovery.couplings for analysis in found.values()):
                 raise NoCouplingError(_nothing_found(model, found))
             regions = {}

@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ecospa_fx.passes.graph.tensors import join, named_tensors
-from ecospa_fx.passes.ir.captured import Call
+from ecospa_fx.passes.ir.region_graph import Call
 from ecospa_fx.passes.ir.state_access import foreign
 from ecospa_fx.plan import Plan
 

@@ -19,19 +19,16 @@ from ecospa_fx.errors import CaptureError, EcoSpaError, PinnedAxisError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.axes.algebra import Atom, size_of
 from ecospa_fx.passes.axes.selection import Selected, Selection, entries, mask_of, narrowed, whole
-from ecospa_fx.passes.capture.dry_run import carrying
 from ecospa_fx.passes.capture.hooks import backward_hooked, calls_itself, inner_hooks
 from ecospa_fx.passes.find.analyse import Analysis, analyse_once, shared_outside
-from ecospa_fx.passes.find.confirm import experiments
 from ecospa_fx.passes.find.discover import Discovery, Refusal, RegionCoupling, discover
-from ecospa_fx.passes.find.fingerprint import ABSENT
 from ecospa_fx.passes.follow.attributes import Attribute, holding, numbers_in, restore_layer_sizes, sync_layer_sizes
 from ecospa_fx.passes.follow.follow import PythonSupport, follow
 from ecospa_fx.passes.graph.tensors import join, same_storage, swapped
 from ecospa_fx.passes.infer.infer import infer_axes
-from ecospa_fx.passes.ir.captured import RegionGraph
+from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.ir.signature import Signature, call_key, training_flags
-from ecospa_fx.passes.ir.state_access import flattened, parted, resolve_object
+from ecospa_fx.passes.ir.state_access import ABSENT, flattened, parted, resolve_object
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
@@ -57,7 +54,7 @@ MOST_PROGRAMS = 16  # per region: twice as many graphs as torch.compile allows b
 class Region:
     """One captured submodule: routes each call to the program of its signature."""
 
-    def __init__(self, name: str, compiled: CompiledModel, shared_outside: dict[str, str]) -> None:
+    def __init__(self, name: str, compiled: CompiledModel, shared_outside: Mapping[str, str]) -> None:
         self.name = name
         self.compiled = compiled
         self.shared_outside = shared_outside
@@ -215,12 +212,11 @@ class Region:
         plan = self.compiled.plan
         filled = {key for program in self.programs for key in keys_of(program.axis_facts, stored=True)}
         stand_ins = FullSizeTensors(module, self.name, plan)
-        graph = self.compiled.execution == "graph"
-        with experiments(self.compiled.experiments), carrying(graph), self._original_attributes(module, stand_ins):
+        with self._original_attributes(module, stand_ins):
             analysis = analyse_once(
                 module, self.name, (args, kwargs), self.shared_outside, self.compiled.captures,
                 forward=original_class(module).forward, originals=stand_ins if stand_ins.named else None,
-                filled=frozenset(filled),
+                filled=frozenset(filled), options=self.compiled.options,
             )  # fmt: skip
             if self.compiled.execution == "module" and self.following is None:
                 self.remember(analysis)
@@ -294,7 +290,8 @@ class Region:
         programs, discoveries = [], []
         for program, same in zip(self.programs, ties, strict=True):
             captured = replace(program.captured, same_storage=same, shared_outside=outside)
-            axis_facts = infer_axes(captured)
+            refuted = program.axis_facts.missing.keys() - program.axis_facts.experiments.keys()
+            axis_facts = infer_axes(captured, self.compiled.experiments, refuted)
             try:
                 kept = replay(axis_facts, self.compiled.plan)
             except PinnedAxisError as error:

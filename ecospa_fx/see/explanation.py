@@ -20,7 +20,6 @@ from ecospa_fx.model.class_swap import original_class
 from ecospa_fx.model.compiled import MODEL, CompiledModel, Execution, find_followed
 from ecospa_fx.model.region import Region
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
-from ecospa_fx.passes.find.confirm import experiments as allowed
 from ecospa_fx.passes.find.discover import Refusal
 from ecospa_fx.passes.find.regions import choose
 from ecospa_fx.passes.graph.isolate import isolated
@@ -189,7 +188,7 @@ def explain(
 
     Raises:
         NoInputsError: there are no inputs, and the model offers none (`dummy_inputs`, `example_input_array`).
-        CaptureError: it cannot be captured.
+        CaptureError: it cannot be captured; with `execution="module"` that includes every call with a cache.
     """
     compiled = model.__dict__.get(MODEL)
     if compiled is not None and compiled.captured:
@@ -200,15 +199,15 @@ def explain(
         with isolated(model), torch.no_grad():
             model(*args, **kwargs)
         return _explanation(model, compiled, {})
+    if compiled is not None:  # it waits for a first call that this is not, and will be captured as it was compiled
+        experiments, execution = experiments or compiled.experiments, compiled.execution
+    scratch = CompiledModel(regions, experiments, execution)
     waiting = type(model)
-    model.__class__ = original_class(model)  # compiled, and waiting for a first call that this is not
+    model.__class__ = original_class(model)
     try:
-        with allowed(experiments):
-            found, given_up = choose(model, args, kwargs, regions)
+        found, scratch.given_up = choose(model, args, kwargs, regions, options=scratch.options)
     finally:
         model.__class__ = waiting
-    scratch = CompiledModel(regions, experiments, execution)
-    scratch.given_up = given_up
     seconds: Counter[str] = Counter()
     for name, analysis in found.items():
         scratch.regions[name] = region = Region(name, scratch, {})

@@ -34,7 +34,7 @@ from ecospa_fx.passes.graph.nodes import argument_nodes, tensor_meta
 from ecospa_fx.passes.graph.tensors import named_tensors, sliced, swapped
 from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
-from ecospa_fx.passes.ir.captured import RegionGraph
+from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.verify import compare, output_error
 

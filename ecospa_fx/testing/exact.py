@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.api import compile
 from ecospa_fx.errors import VerificationError
+from ecospa_fx.model.compiled import MODEL, Execution
 from ecospa_fx.model.lookup import couplings
 from ecospa_fx.see.explanation import example_call
 from ecospa_fx.see.verification import Verification, verify
@@ -56,7 +57,9 @@ def assert_exact(
         copied = copied.to(dtype)
         cast = lambda x: x.to(dtype) if x.is_floating_point() else x  # noqa: E731
         args, kwargs = pytree.tree_map_only(Tensor, cast, (args, kwargs))
-    compile(copied, example_inputs=args, example_kwargs=kwargs, regions=regions)
+    compiled = copied.__dict__.get(MODEL)
+    execution: Execution = "graph" if compiled is None else compiled.execution
+    compile(copied, example_inputs=args, example_kwargs=kwargs, regions=regions, execution=execution)
     result = verify(copied, example_inputs=args, example_kwargs=kwargs, seed=seed)
     result.raise_if_failed()
     missed = [coupling.name for coupling in couplings(copied) if coupling.name not in result.by_coupling]

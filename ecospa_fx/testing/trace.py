@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ecospa_fx.passes.graph.tensors import storage_key
-from ecospa_fx.passes.ir.captured import RegionGraph
+from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.ir.signature import Signature, autocast_now, training_flags
 from ecospa_fx.passes.ir.state_access import TENSOR
 from ecospa_fx.passes.simplify.canonicalise import canonicalise
@@ -52,10 +52,10 @@ def trace(module: nn.Module, args: tuple[Tensor, ...]) -> RegionGraph:
         training_flags(module), {}, autocast_now(),
     )  # fmt: skip
     return RegionGraph(
-        region="", graph=graph, tensors=held, parameters={p for p, name in held.items() if name in parameters},
-        constants=recorder.constants, inputs=inputs, signature=signature,
+        region="", graph=graph, tensors=held, parameters=frozenset(p for p, name in held.items() if name in parameters),
+        constants=recorder.constants, inputs=tuple(inputs), signature=signature,
         sizes={name: named[name].shape for name in held.values()}, out_spec=out_spec,
-        out_leaves=[TENSOR for _ in out_leaves], same_storage=same,
+        out_leaves=tuple(TENSOR for _ in out_leaves), same_storage=same,
     )  # fmt: skip
 
 

@@ -1,13 +1,12 @@
 """Capture: one region of a model as an FX graph of ATen ops, at its original sizes.
 
     capture(module, args, kwargs)
-      -> export           torch.export, behind a signature of tensors only; any dim that may be dynamic is
-      -> fast_attention   causal masks and repeated keys become arguments
-      -> clean            asserts and no-ops out, placeholders sorted by what they hold
-      -> canonicalise     see there
-      -> disagreement     the graph against eager, outputs and gradients, before it is trusted
+      -> dry_run                  how its forward uses the objects of the call, such as caches
+      -> export                   torch.export, behind a signature of tensors only; any dim that may be dynamic is
+      -> assemble                 the exported program as a `RegionGraph`, in canonical form
+      -> difference_from_eager    the graph against eager, outputs and gradients, before it is trusted
 
-A *region* is any submodule: the root, a block, a single attention. Capture knows nothing of what lies around it. A
+A *region* is any submodule: the root, a block, a single attention. Capture knows nothing of the model around it. A
 graph belongs to one *signature* (argument structure, dtypes, devices, train or eval, dims that were specialised).
 """
 
@@ -15,36 +14,26 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
-import sympy
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn
-from torch.export.graph_signature import InputKind
+from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError
-from ecospa_fx.passes.axes.algebra import as_size
-from ecospa_fx.passes.graph.tensors import at_original_sizes, named_tensors, same_storage
-from ecospa_fx.passes.ir.captured import Forward, Originals, RegionGraph, described
-from ecospa_fx.passes.ir.signature import Signature, autocast_now, training_flags
-from ecospa_fx.passes.ir.state_access import TENSOR, ObjectPath, flattened, parted
-from ecospa_fx.passes.objects.live_calls import mark_bodies
-from ecospa_fx.passes.simplify.canonicalise import canonicalise
-from ecospa_fx.passes.simplify.clean import clean, settle
-from ecospa_fx.passes.simplify.fast_attention import fast_attention
-from ecospa_fx.passes.simplify.inline import inline
+from ecospa_fx.passes.graph.tensors import at_original_sizes
+from ecospa_fx.passes.ir.region_graph import Filled, Forward, Originals, RegionGraph, described
+from ecospa_fx.passes.ir.state_access import TENSOR, flattened, parted
 
+from .assemble import assemble
 from .compare_eager import difference_from_eager
-from .dry_run import read_and_written
+from .dry_run import DryRun, dry_run
 from .export import Flat, export, refuse_foreign
 from .hooks import inner_hooks, noted
-
-aten = torch.ops.aten
+from .options import DEFAULTS, CaptureOptions
 
 
 def capture(
@@ -57,7 +46,8 @@ def capture(
     originals: Originals | None = None,
     check: bool = True,
     static: Set[tuple[int, int]] = frozenset(),
-    filled: Set[tuple[type, tuple[Any, ...]]] = frozenset(),
+    filled: Filled = frozenset(),
+    options: CaptureOptions = DEFAULTS,
 ) -> RegionGraph:
     """Capture `module` as called with `args` and `kwargs`.
 
@@ -70,7 +60,8 @@ def capture(
         originals: stand-ins at original sizes for parameters and buffers that have shrunk since.
         check: compare the graph with eager, outputs and gradients, once.
         static: dims, as (tensor argument, dim), to specialise; torch.export decides about the others.
-        filled: what other calls of the region put into objects, as (class of the object, path).
+        filled: the parts of objects that other calls of the region fill.
+        options: of the model's captures.
 
     Raises:
         CaptureError: torch.export fails, or the graph disagrees with eager.
@@ -86,20 +77,12 @@ def capture(
     )
     check = check and not on_meta
     hooks = inner_hooks(module)
-    state, written, own_numbers = read_and_written(module, args, kwargs, region, forward, originals)
+    dry = dry_run(module, args, kwargs, region, forward, originals, options)
 
-    def once(observe: Iterable[str]) -> RegionGraph:
-        # What is traced needs shapes only; what is compared with eager needs values.
+    def attempt(observe: Iterable[str]) -> RegionGraph:
+        # Tracing needs shapes only; the comparison with eager needs values.
         with at_original_sizes(module, originals.shapes() if originals else None):
-            captured = _captured(module, args, kwargs, region, forward, static, observe, state)
-        captured.filled = filled
-        captured.numbers = own_numbers
-        captured.strangers = frozenset(
-            place
-            for place in captured.carried.state
-            if place not in written and place not in captured.carried.stored
-            and (captured.carried.types[place.number], place.path) not in filled
-        )  # fmt: skip
+            captured = _traced(module, args, kwargs, region, forward, static, observe, dry, filled)
         if check:
             with (
                 at_original_sizes(module, originals.values() if originals else None),
@@ -113,19 +96,19 @@ def capture(
         return captured
 
     if not hooks:
-        return once(())
-    # Hooks that look for someone waiting outside, by a context variable, shall find nobody while this is a trial.
-    trial = contextvars.Context()
+        return attempt(())
+    # In a fresh context, so that hooks that depend on context variables see none.
+    context = contextvars.Context()
     if check:
         with contextlib.suppress(CaptureError, _HookChanges):
-            return trial.run(once, tuple(hooks))
-    captured = trial.run(once, ())
+            return context.run(attempt, tuple(hooks))
+    captured = context.run(attempt, ())
     _warn_of_hooks(captured, hooks)
     return captured
 
 
 def class_forward(module: nn.Module, region: str) -> Forward:
-    """The forward of a module's class.
+    """Return the forward of a module's class.
 
     Raises:
         CaptureError: its calls go elsewhere.
@@ -142,7 +125,7 @@ class _HookChanges(Exception):
     """A hook that was taken for an observer changes values."""
 
 
-def _captured(
+def _traced(
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -150,28 +133,30 @@ def _captured(
     forward: Forward,
     static: Set[tuple[int, int]],
     observe: Iterable[str],
-    state: tuple[ObjectPath, ...],
+    dry: DryRun,
+    filled: Filled,
 ) -> RegionGraph:
-    """The region as a graph in which the hooks of the submodules `observe` have no part."""
+    """Trace the region into a graph of which the hooks of the submodules `observe` are no part."""
     leaves, spec = flattened((args, kwargs))
     leaves, objects = parted(leaves)
     flat = Flat(module, forward, leaves, spec, observe, objects)
-    given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    call_tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    state = dry.state
     while True:
         flat.state = state
-        tensors = [*given, *(place.find(objects) for place in state)]
+        tensors = [*call_tensors, *(path.find(objects) for path in state)]
         program = export(flat, tensors, region, static)
-        more = tuple(place for place in flat.tracker.tensors if place not in state)
+        more = tuple(path for path in flat.tracker.tensors if path not in state)
         if not more:
             break
-        state += more  # traced, it reads what it does not read otherwise
+        state += more  # traced, the forward reads tensors that it does not read otherwise
     flat.carried = replace(flat.carried, state=state)
     results = [leaf for leaf in flat.out_leaves if leaf is not TENSOR]
     refuse_foreign(module, region, results, "returns", "call it so that it does not")
     for point in flat.points:
         values = [leaf for leaf in point.leaves if leaf is not TENSOR]
         refuse_foreign(module, region, values, f"has a hook on `{point.path}`, which takes", "remove the hook")
-    return _collect(program, flat, module, region, leaves, spec, tensors)
+    return assemble(program, flat, tensors, region, dry, filled)
 
 
 def _warn_of_hooks(captured: RegionGraph, hooks: Mapping[str, int]) -> None:
@@ -183,63 +168,3 @@ def _warn_of_hooks(captured: RegionGraph, hooks: Mapping[str, int]) -> None:
             "anything else they do (recording, printing) no longer happens. Register such hooks after the first call",
             stacklevel=2,
         )
-
-
-def _collect(
-    program: torch.export.ExportedProgram,
-    flat: Flat,
-    module: nn.Module,
-    region: str,
-    leaves: list[Any],
-    spec: pytree.TreeSpec,
-    tensors: list[Tensor],
-) -> RegionGraph:
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(program.graph, {}))
-    inline(graph, program.graph_module)
-    mark_bodies(graph, len(flat.carried.stored), region)
-    held: dict[str, str] = {}
-    parameters: set[str] = set()
-    constants: dict[str, Any] = {}
-    inputs: list[str] = []
-    for entry in program.graph_signature.input_specs:
-        name, target = entry.arg.name, (entry.target or "").removeprefix("region.")
-        if entry.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            held[name] = target
-            if entry.kind is InputKind.PARAMETER:
-                parameters.add(name)
-        elif entry.kind is InputKind.USER_INPUT:
-            inputs.append(name)
-        else:
-            constants[name] = program.constants[entry.target]
-    for node in list(graph.nodes):
-        if node.op == "get_attr":
-            constants[node.name] = getattr(program.graph_module, node.target)
-    settle(graph, inputs[len(inputs) - len(flat.state) :])
-    fast_attention(graph)
-    clean(graph)
-    canonicalise(graph, constants)
-    signature = Signature(
-        spec,
-        tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves),
-        tuple(
-            (t.dtype, t.device, tuple(as_size(size) for size in node.meta["val"].shape))
-            for t, node in zip(tensors, (n for n in graph.nodes if n.name in set(inputs)), strict=True)
-        ),
-        training_flags(module),
-        {symbol: (_number(span.lower), _number(span.upper)) for symbol, span in program.range_constraints.items()},
-        autocast_now(),
-    )
-    named = named_tensors(module)
-    return RegionGraph(
-        region=region, graph=graph, tensors=held, parameters=parameters, constants=constants, inputs=inputs,
-        signature=signature, sizes={name: named[name].shape for name in held.values()},
-        out_spec=flat.out_spec, out_leaves=flat.out_leaves, same_storage=same_storage(module, held.values()),
-        hooked={path: number for path, number in inner_hooks(module).items() if path not in flat.observe},
-        observed=tuple(flat.points), carried=flat.carried,
-    )  # fmt: skip
-
-
-def _number(bound: Any) -> float:
-    """A bound of a dynamic dim as a plain number: calls are compared with it, and sympy is slow."""
-    return int(bound) if isinstance(bound, (int, sympy.Integer)) else math.copysign(math.inf, 1 if bound > 0 else -1)

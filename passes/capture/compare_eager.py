@@ -1,4 +1,4 @@
-"""Agree: a captured graph against the eager region it came from, outputs and gradients, before it is trusted."""
+"""Comparison with eager: outputs and gradients of a captured graph and of the region it came from."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, fx, nn
 
 from ecospa_fx.passes.graph.isolate import forked_rng, fresh_leaf
 from ecospa_fx.passes.graph.tensors import named_tensors, swapped
-from ecospa_fx.passes.ir.captured import Forward
+from ecospa_fx.passes.ir.region_graph import Forward
 from ecospa_fx.passes.ir.signature import AUTOCAST, autocast_now
-from ecospa_fx.passes.ir.state_access import Held, copies, flattened, parted
+from ecospa_fx.passes.ir.state_access import Held, copy_objects, flattened, parted
 
 if TYPE_CHECKING:
-    from ecospa_fx.passes.ir.captured import RegionGraph
+    from ecospa_fx.passes.ir.region_graph import RegionGraph
 
 
-# Relative error up to which a captured graph counts as equal to eager, by dtype. Most graphs are bit-identical; fused
-# kernels in another order account for the rest.
+# Relative error up to which a captured graph counts as equal to eager, by dtype. Most graphs are bit-identical; the
+# others call fused kernels that sum in another order.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -35,11 +35,11 @@ def run(captured: RegionGraph, tensors: Mapping[str, Tensor], inputs: Sequence[T
         interpreter: `interpreter=` a subclass of `fx.Interpreter` to run it with.
 
     Returns:
-        The output tensors of the region, without those that the graph gives to hooks; then, if `stored=True` is among
-        `interpreter`, what objects hold.
+        The output tensors of the region, without those that the graph gives to hooks; with `stored=True` in
+        `interpreter`, then the tensors that objects hold after the call.
     """
-    make = interpreter.get("interpreter", fx.Interpreter)
-    values = {name: tensors[held] for name, held in captured.tensors.items()} | dict(
+    make_interpreter = interpreter.get("interpreter", fx.Interpreter)
+    values = {placeholder: tensors[name] for placeholder, name in captured.tensors.items()} | dict(
         zip(captured.inputs, inputs, strict=True)
     )
     constants = captured.constants
@@ -48,7 +48,9 @@ def run(captured: RegionGraph, tensors: Mapping[str, Tensor], inputs: Sequence[T
         if node.op == "get_attr":
             setattr(root, node.target, constants[node.name])
     order = [node.name for node in captured.graph.nodes if node.op == "placeholder"]
-    outputs = make(root, graph=captured.graph).run(*(values.get(name, constants.get(name)) for name in order))
+    outputs = make_interpreter(root, graph=captured.graph).run(
+        *(values.get(name, constants.get(name)) for name in order)
+    )
     stored = outputs[len(outputs) - len(captured.carried.stored) :] if interpreter.get("stored") else ()
     return (*outputs[: captured.returned], *stored)
 
@@ -56,24 +58,24 @@ def run(captured: RegionGraph, tensors: Mapping[str, Tensor], inputs: Sequence[T
 def difference_from_eager(
     captured: RegionGraph, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
-    """Where the graph differs from eager on this call, outputs or gradients; None where they agree.
+    """Say where the graph differs from eager on this call, in outputs or gradients; None where they agree.
 
-    Graphs are made without autocast. Under autocast they are compared twice, exactly and as they are called, for
-    Python may look at it too. Buffers that a forward updates (running statistics) and the random state are left as
-    they were.
+    Graphs are traced without autocast. Under autocast they are compared twice, first without it and exactly, then as
+    they are called, because the region's Python may depend on it. Buffers that a forward updates (running statistics)
+    and the random state are left as they were.
     """
     dtypes = [dtype for dtype in autocast_now() if dtype is not None]
     with contextlib.ExitStack() as off:
         for kind in AUTOCAST:
             off.enter_context(torch.autocast(kind, enabled=False))
-        error = _disagreement(captured, module, forward, args, kwargs)
+        error = _difference(captured, module, forward, args, kwargs)
     if error is None and dtypes:
-        error = _disagreement(captured, module, forward, args, kwargs, max(TOLERANCE[dtype] for dtype in dtypes))
+        error = _difference(captured, module, forward, args, kwargs, max(TOLERANCE[dtype] for dtype in dtypes))
         error = error and f"{error} under autocast"
     return error
 
 
-def _disagreement(
+def _difference(
     captured: RegionGraph,
     module: nn.Module,
     forward: Forward,
@@ -86,6 +88,7 @@ def _disagreement(
     leaves, objects = parted(leaves)
     places = captured.carried.state
     leaves += [place.find(objects) for place in places]
+    call_leaves = len(leaves) - len(places)
     buffers = dict(module.named_buffers())
 
     def results(call: Callable[[list[Any]], Sequence[Any]]) -> tuple[list[Tensor], list[Tensor | None], list[str]]:
@@ -105,25 +108,23 @@ def _disagreement(
         return outputs, grads, list(wanted)
 
     def eager(inputs: list[Any]) -> list[Any]:
-        given = dict(zip(places, own(inputs), strict=True))
-        twins = copies(objects, lambda place, t: given[place] if place in given else t.detach().clone())
-        called = [
-            twins[leaf.number] if isinstance(leaf, Held) else leaf for leaf in inputs[: len(leaves) - len(places)]
-        ]
-        call_args, call_kwargs = pytree.tree_unflatten(called, spec)
+        state = dict(zip(places, cloned_state(inputs), strict=True))
+        twins = copy_objects(objects, lambda place, t: state[place] if place in state else t.detach().clone())
+        call = [twins[leaf.number] if isinstance(leaf, Held) else leaf for leaf in inputs[:call_leaves]]
+        call_args, call_kwargs = pytree.tree_unflatten(call, spec)
         results, _ = flattened(forward(module, *call_args, **call_kwargs))
-        return [*results, *(place.find(twins) for place in captured.carried.stored), *given.values()]
+        return [*results, *(place.find(twins) for place in captured.carried.stored), *state.values()]
 
     def graph(inputs: list[Any]) -> Sequence[Any]:
         named = named_tensors(module)
-        state = own(inputs)
-        called = [leaf for leaf in inputs[: len(leaves) - len(places)] if isinstance(leaf, Tensor)]
-        outputs: Sequence[Any] = run(captured, named, [*called, *state], stored=True)
+        state = cloned_state(inputs)
+        call = [leaf for leaf in inputs[:call_leaves] if isinstance(leaf, Tensor)]
+        outputs: Sequence[Any] = run(captured, named, [*call, *state], stored=True)
         return [*outputs, *state]
 
-    def own(inputs: list[Any]) -> list[Tensor]:
+    def cloned_state(inputs: list[Any]) -> list[Tensor]:
         # A forward may write into them.
-        return [tensor.clone() for tensor in inputs[len(leaves) - len(places) :]]
+        return [tensor.clone() for tensor in inputs[call_leaves:]]
 
     try:
         outs, grads, names = results(eager)
@@ -157,7 +158,7 @@ def _negligible(gradient: Tensor | None) -> bool:
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """Largest difference relative to the largest entry; NaN and inf agree where both have them."""
+    """Return the largest difference relative to the largest entry; NaN equals NaN, and inf equals inf."""
     if a.shape != b.shape:
         return float("inf")
     if not a.numel():
@@ -174,7 +175,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float, largest: float = 0.0) -> bool:
-    """Equal to rounding; what is no more than rounding of `largest` compares as noise against noise."""
+    """Return whether two tensors are equal up to rounding; entries below the rounding of `largest` count as noise."""
     if a.shape == b.shape and a.is_floating_point() and a.numel():
         noise = max(100 * torch.finfo(a.dtype).eps, tolerance / 10) * largest
         size, difference = float(a.detach().abs().max()), float((a - b).detach().abs().max())

@@ -1,10 +1,8 @@
-"""Dry: run a region's own forward once, at original sizes, to see what it does with the objects of a call."""
+"""Dry run: a region's own forward, run once at original sizes, to see how it uses the objects of a call."""
 
 from __future__ import annotations
 
-import contextvars
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,52 +12,57 @@ from torch import nn
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.graph.tensors import at_original_sizes
-from ecospa_fx.passes.ir.captured import Forward, Originals, described
-from ecospa_fx.passes.ir.state_access import Held, IndexAttributes, ObjectPath, copies, flattened, parted
-from ecospa_fx.passes.objects.layer_numbers import numbers
+from ecospa_fx.passes.ir.region_graph import Forward, Originals, described
+from ecospa_fx.passes.ir.state_access import Held, IndexAttributes, ObjectPath, copy_objects, flattened, parted
+from ecospa_fx.passes.objects.layer_numbers import index_attributes
 from ecospa_fx.passes.objects.tracker import Tracker
 
 from .export import refuse_foreign
-
-# Whether objects may be carried in and out; a region whose own Python runs needs no graph for such calls.
-CARRYING: contextvars.ContextVar[bool] = contextvars.ContextVar("carrying", default=True)
+from .options import CaptureOptions
 
 
-@contextmanager
-def carrying(allowed: bool) -> Iterator[None]:
-    """Let captures inside take calls with objects, or refuse them."""
-    token = CARRYING.set(allowed)
-    try:
-        yield
-    finally:
-        CARRYING.reset(token)
+@dataclass(frozen=True)
+class DryRun:
+    """The use that a forward makes of the objects of a call.
+
+    Attributes:
+        state: paths of the tensors in them that it reads.
+        written: paths of those among them that it writes into.
+        index_attributes: integers of the region that only select its own part of an object.
+    """
+
+    state: tuple[ObjectPath, ...] = ()
+    written: frozenset[ObjectPath] = frozenset()
+    index_attributes: IndexAttributes = field(default_factory=IndexAttributes)
 
 
-def read_and_written(
+def dry_run(
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     region: str,
     forward: Forward,
     originals: Originals | None,
-) -> tuple[tuple[ObjectPath, ...], frozenset[ObjectPath], IndexAttributes]:
-    """Which tensors in the objects of a call a forward reads, into which it writes, and by which numbers it finds them.
+    options: CaptureOptions,
+) -> DryRun:
+    """Run a forward on copies of the objects of a call, and watch what it does with them.
 
     Raises:
         CaptureError: there are objects of which nothing can be known, or it does with them what no graph can do.
     """
     leaves, spec = flattened((args, kwargs))
-    leaves, objects = parted(leaves) if CARRYING.get() else (leaves, [])
+    leaves, objects = parted(leaves) if options.objects else (leaves, [])
     refuse_foreign(module, region, leaves, "is called with", "pass None there")
     if not objects:
-        return (), frozenset(), IndexAttributes()
+        return DryRun()
 
     def run() -> Tracker:
         tracker = Tracker(marking=False)
-        shadows = tracker.shadows(copies(objects, lambda _, t: t.detach().clone()))
-        called = [shadows[leaf.number] if isinstance(leaf, Held) else leaf for leaf in leaves]
-        own_args, own_kwargs = pytree.tree_unflatten(called, spec)
-        forward(module, *own_args, **own_kwargs)
+        proxies = tracker.proxies(copy_objects(objects, lambda _, t: t.detach().clone()))
+        run_args, run_kwargs = pytree.tree_unflatten(
+            [proxies[leaf.number] if isinstance(leaf, Held) else leaf for leaf in leaves], spec
+        )
+        forward(module, *run_args, **run_kwargs)
         tracker.carried()
         return tracker
 
@@ -71,13 +74,13 @@ def read_and_written(
             torch.no_grad(),
         ):
             tracker = run()
-            found = numbers(module, tracker, run)
+            attributes = index_attributes(module, tracker, run)
     except Exception as error:
         line = str(error).strip().split("\n")[0]
         raise CaptureError(
             f"{described(region)} ({type(module).__name__}) is called with a {names}, and cannot be captured so: it "
             f"{line if isinstance(error, CaptureError) else f'fails with {type(error).__name__}: {line}'}. Call it "
-            "without one (of a cache, `use_cache=False` as a rule)"
+            "without one (for a cache, usually `use_cache=False`)"
         ) from error
-    written = {place for place, tensor in tracker.tensors.items() if tensor._version}
-    return tuple(tracker.tensors), frozenset(written), found
+    written = frozenset(path for path, tensor in tracker.tensors.items() if tensor._version)
+    return DryRun(tuple(tracker.tensors), written, attributes)

@@ -1,6 +1,6 @@
-"""Export: one region through torch.export, behind a signature of tensors only, with as many dynamic dims as it takes.
+"""Export: one region through torch.export, behind a signature of tensors only, with as many dynamic dims as possible.
 
-Objects that may hold tensors, or change, are refused at the border of a region.
+Objects that may hold tensors, or change, are refused among the arguments and results of a region.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.fx.experimental import _config as symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ecospa_fx.errors import CaptureError
-from ecospa_fx.passes.ir.captured import Forward, Point, described
+from ecospa_fx.passes.ir.region_graph import Forward, Point, described
 from ecospa_fx.passes.ir.state_access import PLAIN, TENSOR, Held, ObjectPath, foreign
 from ecospa_fx.passes.objects.tracker import Tracker
 
@@ -35,10 +35,10 @@ class Flat(nn.Module):
     """A region behind tensor arguments only, so that any call structure can be exported with dynamic shapes.
 
     Attributes:
-        tracker: watched what the forward that ran last did with the objects of the call. (Not set before: torch.export
-            puts attributes back that change.)
-        carried: that.
-        state: the places in them of the tensors that come after those of the call.
+        tracker: watched the last forward use the objects of the call. (Not set before one has run: torch.export resets
+            attributes that change.)
+        carried: the state access that it saw.
+        state: paths in the objects of the tensors that come after those of the call.
     """
 
     def __init__(
@@ -58,15 +58,15 @@ class Flat(nn.Module):
         self.state: tuple[ObjectPath, ...] = ()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """What the region returns, what hooks that look are to get, and what objects hold then.
+        """Return the region's result tensors, those for hooks that only look, and those that objects hold afterwards.
 
-        What else it returns is kept aside.
+        The other leaves of results are kept in attributes.
         """
-        waiting = iter(tensors)
-        leaves = [next(waiting) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+        remaining = iter(tensors)
+        leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         self.tracker = Tracker(torch.compiler.is_exporting())
-        shadows = self.tracker.shadows(self.objects, dict(zip(self.state, waiting, strict=True)))
-        leaves = [shadows[leaf.number] if isinstance(leaf, Held) else leaf for leaf in leaves]
+        proxies = self.tracker.proxies(self.objects, dict(zip(self.state, remaining, strict=True)))
+        leaves = [proxies[leaf.number] if isinstance(leaf, Held) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         with points(self.region, self.observe) as seen:
             out_leaves, self.out_spec = self._flattened(self.own_forward(self.region, *args, **kwargs))
@@ -91,11 +91,11 @@ class Flat(nn.Module):
 def export(
     flat: Flat, tensors: list[Tensor], region: str, static: Set[tuple[int, int]]
 ) -> torch.export.ExportedProgram:
-    """The graph of a region as torch.export gives it.
+    """Run torch.export on a region.
 
     Args:
         flat: the region.
-        tensors: what it is called with.
+        tensors: its arguments.
         region: its name, for messages.
         static: dims to specialise, as (tensor, dim).
 
@@ -104,7 +104,7 @@ def export(
     """
     dims = {(i, dim) for i, t in enumerate(tensors) for dim, size in enumerate(t.shape) if size > 1}
     # Arithmetic on dynamic sizes may be more than torch.export can solve: then all but the first dims are specialised.
-    # What it can solve may take it hours (padding to windows, stage after stage); see `GUARDS`.
+    # It may also take hours to solve (padding to windows, stage after stage); see `GUARDS`.
     attempts = [dims - static, {(i, dim) for i, dim in dims - static if dim == 0}, set()]
     first: Exception | None = None
     for dynamic in (each for n, each in enumerate(attempts) if each not in attempts[:n]):
@@ -121,8 +121,8 @@ def export(
             ):
                 return torch.export.export(flat, tuple(t.detach() for t in tensors), **options)
         except Exception as error:
-            # Data may be sizes that went through a tensor, `torch.div(x.size(1), 8)`, which numbers are found out of.
-            # Where they are not, sizes are not what it is about.
+            # The data may be a size that went through a tensor, `torch.div(x.size(1), 8)`: a number once specialised.
+            # If the error stays, it is not about sizes.
             about_data = isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error)
             if about_data and first is not None:
                 break
@@ -134,12 +134,12 @@ def export(
 
 
 def refuse_foreign(module: nn.Module, region: str, leaves: Iterable[Any], does: str, way_out: str) -> None:
-    """Refuse objects at the border of a region that may hold tensors, or change: a graph would keep them for ever."""
+    """Refuse objects that may hold tensors, or change: a graph would hold them as constants."""
     odd = sorted({type(leaf).__name__ for leaf in leaves if leaf is not None and not isinstance(leaf, (*PLAIN, Held))})
     if odd:
         raise CaptureError(
             f"{described(region)} ({type(module).__name__}) {does} a {', a '.join(odd)}, which cannot go in or out "
-            f"of a graph: {way_out}, or turn the option off that makes it (of a cache, `use_cache=False` as a rule)"
+            f"of a graph: {way_out}, or turn off the option that makes it (for a cache, usually `use_cache=False`)"
         )
 
 
@@ -148,9 +148,9 @@ _CHATTY = ("torch._export.non_strict_utils", "torch.export", "torch.fx", "torch.
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export logs dims it specialises, which the signature says, and failures, which exceptions say.
+    """Silence torch.export: the signature says which dims it specialised, and exceptions say what failed.
 
-    Of those it prints the graph so far, too, whatever the level.
+    At failures it also prints the graph so far, whatever the log level.
     """
     loggers = [logging.getLogger(name) for name in _CHATTY]
     levels = [logger.level for logger in loggers]

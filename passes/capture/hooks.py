@@ -1,8 +1,8 @@
-"""Hooks on modules inside a region, which its graph does not call.
+"""Hooks on the submodules of a region, which its graph does not call.
 
-A hook that only looks is left out of the graph. Where it sits on an nn.Linear, the generated code calls the module and
-with it the hook; elsewhere what the module took and gave leaves the graph beside its results, and the hook is called
-with that. A hook that changes something, or whose work the region itself uses, is captured as a part of the graph.
+A hook that only looks is not captured. If it is on an nn.Linear, the generated code calls the module and with it the
+hook; elsewhere the module's arguments and result leave the graph beside the results of the region, and the hook is
+called with them. A hook that changes values, or whose results the region uses, is captured as a part of the graph.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ecospa_fx.errors import EcoSpaError
-from ecospa_fx.passes.ir.captured import Point
+from ecospa_fx.passes.ir.region_graph import Point
 from ecospa_fx.passes.ir.state_access import TENSOR, resolve_object
 
 
 def inner_hooks(module: nn.Module) -> dict[str, int]:
-    """Number of forward hooks and pre-hooks on each submodule that has any."""
+    """Count the forward hooks and pre-hooks on each submodule that has any."""
     if not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules()):
         return {}
     return {
@@ -32,7 +32,7 @@ def inner_hooks(module: nn.Module) -> dict[str, int]:
 
 
 def backward_hooked(module: nn.Module) -> list[str]:
-    """Submodules with hooks on their backward."""
+    """List the submodules with backward hooks."""
     if not any(child._backward_hooks or child._backward_pre_hooks for child in module.modules()):
         return []
     return [
@@ -43,7 +43,7 @@ def backward_hooked(module: nn.Module) -> list[str]:
 
 
 def calls_itself(module: nn.Module) -> bool:
-    """Whether generated code calls a module, hooks and all, instead of computing what it computes."""
+    """Return whether generated code calls a module, hooks and all, instead of inlining its ops."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
@@ -74,7 +74,7 @@ def points(module: nn.Module, paths: Iterable[str]) -> Iterator[list[tuple[str, 
 
 @contextmanager
 def noted(module: nn.Module, paths: Iterable[str]) -> Iterator[set[str]]:
-    """Run hooks as ever, and note the submodules where one of them returned something: it changes values."""
+    """Run hooks as usual, and record the submodules where one returned something: it changes values."""
     changed: set[str] = set()
 
     def noting(path: str, hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,7 +92,7 @@ def noted(module: nn.Module, paths: Iterable[str]) -> Iterator[set[str]]:
 
 @contextmanager
 def _other_hooks(module: nn.Module, paths: Iterable[str], other: Callable[..., Any]) -> Iterator[None]:
-    """Put other hooks in place of those on submodules; where `other` gives None, none."""
+    """Replace the hooks on submodules by `other(path, hook)`; remove those for which it returns None."""
     kinds = ("_forward_hooks", "_forward_pre_hooks")
     children = [(path, module.get_submodule(path)) for path in paths]
     saved = [(child, kind, child.__dict__[kind]) for _, child in children for kind in kinds]
@@ -110,14 +110,14 @@ def _other_hooks(module: nn.Module, paths: Iterable[str], other: Callable[..., A
 def fire(
     module: nn.Module, at: Sequence[Point], tensors: Sequence[Tensor], region: str, objects: Sequence[Any] = ()
 ) -> None:
-    """Call the hooks that submodules have now with what the points of a graph gave.
+    """Call the hooks that submodules have now with the tensors of the points of a graph.
 
     Raises:
         EcoSpaError: a hook returned something, which would have to go back into the graph.
     """
-    waiting = iter(tensors)
+    remaining = iter(tensors)
     for point in at:
-        leaves = [next(waiting) if leaf is TENSOR else resolve_object(leaf, objects) for leaf in point.leaves]
+        leaves = [next(remaining) if leaf is TENSOR else resolve_object(leaf, objects) for leaf in point.leaves]
         args, kwargs, result = pytree.tree_unflatten(leaves, point.spec)
         child = module.get_submodule(point.path)
         returned = [

@@ -1,7 +1,7 @@
-"""Strays: parameters of a module that are used while it is not running.
+"""Outside uses: parameters of a module that the model uses while the module is not running.
 
-A graph of a block sees what the block does with its weights, not that the model around it averages one, or multiplies
-by it itself. Such a block cannot shrink on its own: nothing in its graph would say why not.
+The graph of a block shows how the block uses its weights, not that the model around it averages one, or multiplies by
+it. Such a block cannot shrink on its own, and nothing in its graph would say so.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 
 class OutsideUses(TorchFunctionMode):
-    """While active, watches the functions of torch that a forward calls.
+    """A mode that watches the functions of torch that a forward calls.
 
     Attributes:
-        found: named submodule -> what of it is used while it does not run, and by what.
+        reasons: submodule -> a sentence that names a parameter of it that is used while it does not run, and by which
+            function.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         super().__init__()
-        self.found: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
         self._running: list[str] = []
         self._modules = {name: model.get_submodule(name) for name in names}
         self._owners: dict[int, list[tuple[str, str]]] = {}
@@ -36,8 +37,8 @@ class OutsideUses(TorchFunctionMode):
                     continue  # tied to one outside, and kept whole for that
                 self._owners.setdefault(id(parameter), []).append((name, inner))
 
-    def hooked(self) -> list[Any]:
-        """Hooks that tell when a submodule runs; to be removed."""
+    def register_hooks(self) -> list[Any]:
+        """Register hooks that tell when a submodule runs; return their handles."""
         handles: list[Any] = []
         for name, module in self._modules.items():
 
@@ -54,14 +55,14 @@ class OutsideUses(TorchFunctionMode):
         return handles
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run `func`, and note the parameters that it makes tensors of."""
+        """Run `func`, and record the parameters from which it computes tensors."""
         result = func(*args, **(kwargs or {}))
         used = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if id(leaf) in self._owners]
-        # A look at a size or a dtype is no use of the entries.
+        # Reading a size or a dtype does not use the entries.
         if used and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
             for leaf in used:
                 for name, inner in self._owners[id(leaf)]:
                     if name not in self._running:
                         by = resolve_name(func) or getattr(func, "__name__", "a function")
-                        self.found.setdefault(name, f"`{name}.{inner}` is used outside of it too, by {by}")
+                        self.reasons.setdefault(name, f"`{name}.{inner}` is used outside of it too, by {by}")
         return result

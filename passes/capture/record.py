@@ -1,4 +1,4 @@
-"""Record: what submodules are called with in one forward of a model, which leaves no trace.
+"""Record: the calls of submodules in one forward of a model, which changes nothing.
 
 record(model, args, kwargs, names) -> a call per submodule that is called
 """
@@ -17,15 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 
 from ecospa_fx.passes.graph.isolate import isolated, uncached_autocast
 from ecospa_fx.passes.graph.tensors import named_tensors, swapped
-from ecospa_fx.passes.ir.captured import Call
+from ecospa_fx.passes.ir.region_graph import Call
 from ecospa_fx.passes.ir.signature import call_key
-from ecospa_fx.passes.ir.state_access import PLAIN, copies, flattened, foreign, parted, resolve_object
+from ecospa_fx.passes.ir.state_access import PLAIN, copy_objects, flattened, foreign, parted, resolve_object
 
 from .outside_uses import OutsideUses
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: set[str]) -> dict[str, Call]:
-    """What each named submodule is called with first in one forward of the model, which leaves no trace."""
+    """Return the first call of each named submodule in one forward of the model, which changes nothing."""
     return {name: calls[0] for name, calls in record_all(model, args, kwargs, names).items()}
 
 
@@ -34,15 +34,20 @@ def record_all(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     names: set[str],
-    strays: dict[str, str] | None = None,
+    used_outside: dict[str, str] | None = None,
 ) -> dict[str, list[Call]]:
-    """What each named submodule is called with in one forward of the model, calls that look different apart.
+    """Return the calls of each named submodule in one forward of the model, one of each signature.
 
-    `strays` gets, by submodule, what of it is used while it does not run.
+    Args:
+        model: the model; left as it is.
+        args: positional arguments of the forward.
+        kwargs: keyword arguments of it.
+        names: of the submodules.
+        used_outside: gets, by submodule, a sentence about a parameter of it that is used while it does not run.
     """
     calls: dict[str, list[Call]] = {}
     seen: set[Any] = set()
-    kept: dict[Any, tuple[Tensor, Tensor]] = {}
+    clones: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def hook_for(name: str) -> Any:
         def hook(module: nn.Module, hook_args: Any, hook_kwargs: Any) -> None:
@@ -50,7 +55,7 @@ def record_all(
             key = (name, known[0] if known else None)
             if key not in seen:
                 seen.add(key)
-                calls.setdefault(name, []).append(_still((hook_args, hook_kwargs), kept))
+                calls.setdefault(name, []).append(_snapshot((hook_args, hook_kwargs), clones))
 
         return hook
 
@@ -59,24 +64,24 @@ def record_all(
     ]
     try:
         with isolated(model), _computable(model) as fake, torch.no_grad(), uncached_autocast():
-            mine = pytree.tree_map(_own, (args, kwargs), is_leaf=foreign)
-            own_args, own_kwargs = pytree.tree_map_only(Tensor, fake, mine, is_leaf=foreign)
-            if strays is None:
-                model(*own_args, **own_kwargs)
+            copied = pytree.tree_map(_copied, (args, kwargs), is_leaf=foreign)
+            call_args, call_kwargs = pytree.tree_map_only(Tensor, fake, copied, is_leaf=foreign)
+            if used_outside is None:
+                model(*call_args, **call_kwargs)
             else:
                 with OutsideUses(model, names) as watch:
-                    handles += watch.hooked()
-                    model(*own_args, **own_kwargs)
-                strays |= watch.found
+                    handles += watch.register_hooks()
+                    model(*call_args, **call_kwargs)
+                used_outside |= watch.reasons
     finally:
         for handle in handles:
             handle.remove()
-    # In the order of the model, not of the calls, so that names come out the same for every input.
+    # In the order of the model, not of the calls, so that names are the same for every input.
     return {name: calls[name] for name, _ in model.named_modules() if name in calls}
 
 
-def _own(leaf: Any) -> Any:
-    """An argument that a forward may change without anyone noticing: a copy, of a cache say, where there can be one."""
+def _copied(leaf: Any) -> Any:
+    """Copy an argument that a forward may change, a cache say, where it can be copied."""
     if isinstance(leaf, (Tensor, *PLAIN)):
         return leaf
     try:
@@ -85,29 +90,30 @@ def _own(leaf: Any) -> Any:
         return leaf
 
 
-def _still(call: Call, kept: dict[Any, tuple[Tensor, Tensor]]) -> Call:
-    """A call as it is now: objects change while the forward goes on, and tensors in them may be written into.
+def _snapshot(call: Call, clones: dict[Any, tuple[Tensor, Tensor]]) -> Call:
+    """Copy the objects of a call, which change while the forward goes on, and the tensors in them.
 
-    `kept` holds copies of these, so that what many blocks are called with is copied once for each that changes it.
+    `clones` holds the copies by tensor and version, so that a tensor that many blocks are called with is copied once
+    for each write to it.
     """
     leaves, spec = flattened(call)
     leaves, objects = parted(leaves)
 
     def copied(_: Any, tensor: Tensor) -> Tensor:
         key = (id(tensor), tensor._version)
-        if key not in kept:
-            kept[key] = (tensor, _plain(tensor) if isinstance(tensor, FakeTensor) else tensor.detach().clone())
-        return kept[key][1]
+        if key not in clones:
+            clones[key] = (tensor, _plain(tensor) if isinstance(tensor, FakeTensor) else tensor.detach().clone())
+        return clones[key][1]
 
-    twins = copies(objects, copied)
-    made: Call = pytree.tree_unflatten(
+    twins = copy_objects(objects, copied)
+    snapshot: Call = pytree.tree_unflatten(
         [_plain(leaf) if isinstance(leaf, Tensor) else resolve_object(leaf, twins) for leaf in leaves], spec
     )
-    return made
+    return snapshot
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """A recorded tensor without its history; a fake one as a plain meta tensor."""
+    """Detach a recorded tensor; turn a fake one into a plain meta tensor."""
     if isinstance(tensor, FakeTensor):
         with unset_fake_temporarily():
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
@@ -116,7 +122,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _computable(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
-    """A model on the meta device runs on fake tensors, which code that looks at values knows how to skip."""
+    """Let a model on the meta device run on fake tensors, for which code that looks at values takes another branch."""
     if not any(p.is_meta for p in model.parameters()):
         yield lambda tensor: tensor
         return

@@ -1,1 +1,1 @@
-"""Find: which submodules to capture, and which of their axes are couplings."""
+"""Find: the submodules to capture, and the axes of them that are couplings."""

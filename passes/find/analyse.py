@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,15 +15,16 @@ from ecospa_fx.logs import logger
 from ecospa_fx.passes.axes.algebra import atoms_of, size_of
 from ecospa_fx.passes.capture.capture import capture
 from ecospa_fx.passes.capture.compare_eager import difference_from_eager
+from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
 from ecospa_fx.passes.graph.tensors import at_original_sizes, named_tensors, storage_key
 from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
-from ecospa_fx.passes.ir.captured import Call as Call
-from ecospa_fx.passes.ir.captured import Originals, RegionGraph
+from ecospa_fx.passes.ir.region_graph import Call as Call
+from ecospa_fx.passes.ir.region_graph import Filled, Forward, Originals, RegionGraph
 from ecospa_fx.passes.ir.signature import autocast_now, training_flags
 from ecospa_fx.passes.ir.state_access import ObjectPath, flattened, parted
 
-from .confirm import EXPERIMENTS, unconfirmed_ops
+from .confirm import unconfirmed_ops
 from .discover import Discovery, discover
 from .fingerprint import OWN, AttributeReads, Fingerprint, fingerprint, recorded_reads, settings
 
@@ -35,11 +36,10 @@ class Analysis:
     Attributes:
         name: of the region in the model.
         captured: its graph.
-        axis_facts: the axes of that.
-        discovery: what can shrink.
-        seconds: of computing per pass, other work on the machine aside; none for a graph that an equal block was
-            captured for.
-        others: of the same region for its other calls in the same forward, which this graph does not serve.
+        axis_facts: the axes of that graph.
+        discovery: its couplings and refusals.
+        seconds: CPU time per pass; none for a graph that was captured of an equal block.
+        others: analyses of other calls of the region in the same forward, which this graph does not serve.
     """
 
     name: str
@@ -54,7 +54,16 @@ Captures = list[tuple[Analysis, Fingerprint]]
 
 
 def analyse(
-    module: nn.Module, name: str, call: Call, shared_outside: dict[str, str] | None = None, **options: Any
+    module: nn.Module,
+    name: str,
+    call: Call,
+    shared_outside: Mapping[str, str] | None = None,
+    *,
+    forward: Forward | None = None,
+    originals: Originals | None = None,
+    filled: Filled = frozenset(),
+    check: bool = True,
+    options: CaptureOptions = DEFAULTS,
 ) -> Analysis:
     """Capture one region as it was called, infer its axes and discover its couplings.
 
@@ -63,7 +72,11 @@ def analyse(
         name: its name in the model.
         call: positional and keyword arguments.
         shared_outside: see `RegionGraph`.
-        options: further arguments of `capture`.
+        forward: see `capture`.
+        originals: see `capture`.
+        filled: see `capture`.
+        check: see `capture`.
+        options: of the model's captures.
 
     Raises:
         CaptureError: it cannot be captured, or the graph disagrees with eager.
@@ -72,10 +85,13 @@ def analyse(
     static: frozenset[tuple[int, int]] = frozenset()
     while True:
         start = time.thread_time()
-        captured = capture(module, *call, region=name, static=static, **options)
-        captured.shared_outside.update(shared_outside or {})
+        captured = capture(
+            module, *call, region=name, forward=forward, originals=originals, check=check, static=static,
+            filled=filled, options=options,
+        )  # fmt: skip
+        captured = replace(captured, shared_outside=shared_outside or {})
         captured_at = time.thread_time()
-        axis_facts = infer_axes(captured, EXPERIMENTS.get())
+        axis_facts = infer_axes(captured, options.experiments)
         seconds["export"] += captured_at - start
         seconds["infer"] += time.thread_time() - captured_at
         cutting = _dims_that_cut_parameters(axis_facts) | _dims_of_windows(axis_facts)
@@ -85,10 +101,10 @@ def analyse(
     start = time.thread_time()
     discovery = discover(axis_facts)
     seconds["discover"] = time.thread_time() - start
-    doubted: set[str] = set()
-    while axis_facts.experiments and (more := _doubted(axis_facts, discovery, module, call, options.get("originals"))):
-        doubted |= more
-        axis_facts = infer_axes(captured, True, doubted)
+    unconfirmed: set[str] = set()
+    while axis_facts.experiments and (more := _unconfirmed(axis_facts, discovery, module, call, originals)):
+        unconfirmed |= more
+        axis_facts = infer_axes(captured, True, unconfirmed)
         discovery = discover(axis_facts)
     _log(name or "the model", captured, axis_facts, discovery, seconds)
     return Analysis(name, captured, axis_facts, discovery, seconds)
@@ -106,16 +122,16 @@ def _log(
     )
     for parameter, exprs in axis_facts.parameters.items():
         logger("axes").debug("%s: %s%s", name, parameter, list(exprs))
-    found = ", ".join(f"{c.name} ({c.atom.size})" for c in discovery.couplings) or "none"
-    logger("discover").info("%s: couplings %s; %d refused", name, found, len(discovery.refusals))
+    couplings = ", ".join(f"{c.name} ({c.atom.size})" for c in discovery.couplings) or "none"
+    logger("discover").info("%s: couplings %s; %d refused", name, couplings, len(discovery.refusals))
     for refusal in discovery.refusals:
         logger("discover").debug("%s: refused %s", name, refusal)
 
 
-def _doubted(
+def _unconfirmed(
     axis_facts: AxisFacts, discovery: Discovery, module: nn.Module, call: Call, originals: Originals | None
 ) -> set[str]:
-    """Ops whose rule by experiment this region does not bear out."""
+    """Name the ops whose rule by experiment does not equal masking in this region."""
     named = named_tensors(module) | dict(originals.values() if originals else {})
     tensors = {name: tensor.detach() for name, tensor in named.items()}
     leaves, objects = parted(flattened(call)[0])
@@ -125,10 +141,10 @@ def _doubted(
 
 
 def _dims_that_cut_parameters(axis_facts: AxisFacts) -> frozenset[tuple[int, int]]:
-    """Dynamic dims of inputs, as (input, dim), whose size divides the axis of a parameter.
+    """Return the dynamic dims of inputs, as (input, dim), whose size divides the axis of a parameter.
 
-    A table of rotary angles has half a head's entries along its last dim, say. As a dynamic dim that would leave the
-    parts of the head with unknown sizes; such a dim is a property of the model and is specialised.
+    A table of rotary angles, for example, has half a head's entries along its last dim. If that dim were dynamic, the
+    parts of the head would have unknown sizes; such a dim is a property of the model and is specialised.
     """
     sizes = [size_of(atom) for exprs in axis_facts.parameters.values() for expr in exprs for atom in atoms_of(expr)]
     symbols = {symbol for size in sizes if isinstance(size, sympy.Expr) for symbol in size.free_symbols}
@@ -141,9 +157,9 @@ def _dims_that_cut_parameters(axis_facts: AxisFacts) -> frozenset[tuple[int, int
 
 
 def _dims_of_windows(axis_facts: AxisFacts) -> frozenset[tuple[int, int]]:
-    """Dynamic dims of what objects hold that no rule could make sense of: the window of a convolution, say.
+    """Return the dynamic dims of tensors in objects whose size fitted no rule: the window of a convolution, say.
 
-    That is a property of the object and is specialised. One that an argument has too, the batch, is not.
+    Such a size is a property of the object and is specialised, unless an argument has it too, like the batch.
     """
     tensors = axis_facts.captured.signature.tensors
     called = len(tensors) - len(axis_facts.captured.state)
@@ -160,59 +176,62 @@ def analyse_once(
     module: nn.Module,
     name: str,
     call: Call,
-    outside: dict[str, str],
+    outside: Mapping[str, str],
     captures: Captures,
     *,
-    forward: Any = None,
+    forward: Forward | None = None,
     originals: Originals | None = None,
-    filled: Set[tuple[type, tuple[Any, ...]]] = frozenset(),
+    filled: Filled = frozenset(),
+    options: CaptureOptions = DEFAULTS,
 ) -> Analysis:
-    """`analyse`, unless an equal block has been captured for an equal call.
+    """Analyse a region, or share the analysis of an equal block that was captured for an equal call.
 
     Args:
         module: the region.
         name: its name in the model.
         call: positional and keyword arguments.
         outside: see `RegionGraph.shared_outside`.
-        captures: what has been captured so far; grows.
+        captures: analyses of blocks captured so far, with their fingerprints; grows.
         forward: see `capture`.
         originals: see `capture`.
         filled: see `capture`.
+        options: of the model's captures.
 
     Raises:
         CaptureError: it cannot be captured, or the graph disagrees with eager.
     """
     forward = forward or type(module).forward
-    options: dict[str, Any] = {"forward": forward, "originals": originals, "filled": filled}
-    if outside:  # pinned for reasons of its own
-        return _analyse_watched(module, name, call, outside, **options)[0]
+    settled: dict[str, Any] = {"forward": forward, "originals": originals, "filled": filled, "options": options}
+    if outside:  # axes are pinned that equal blocks may shrink
+        return _analyse_watched(module, name, call, outside, **settled)[0]
     with at_original_sizes(module, originals.shapes() if originals else None):
         equal = [analysis for analysis, mark in captures if mark.fits(module)]
     for analysis in equal:
         shared = _shared(analysis, module, name, call, forward, originals, filled)
         if shared is not None:
             return shared
-    analysis, reads = _analyse_watched(module, name, call, outside, **options)
+    analysis, reads = _analyse_watched(module, name, call, outside, **settled)
     with at_original_sizes(module, originals.shapes() if originals else None):
-        captures.append((analysis, fingerprint(module, reads, analysis.captured.numbers.values)))
+        captures.append((analysis, fingerprint(module, reads, analysis.captured.index_attributes.values)))
     return analysis
 
 
 def _analyse_watched(
-    module: nn.Module, name: str, call: Call, outside: dict[str, str], **options: Any
+    module: nn.Module, name: str, call: Call, outside: Mapping[str, str], **arguments: Any
 ) -> tuple[Analysis, AttributeReads]:
-    """`analyse`, and what of the region's attributes was read; of constants among them the graph knows the values."""
+    """Analyse a region, and record which of its attributes were read; constants among them become its settings."""
     every = {(path, name) for path, child in module.named_modules() for name in vars(child)}
     before = settings(module, every)
     with recorded_reads(module) as reads:
-        analysis = analyse(module, name, call, outside, **options)
-    made = {(path, name) for path, child in module.named_modules() for name in vars(child)} - every
+        analysis = analyse(module, name, call, outside, **arguments)
+    created = {(path, name) for path, child in module.named_modules() for name in vars(child)} - every
     read = {(path, name) for path, names in reads.items() for name in names - OWN}
-    # What a forward changes itself (a counter) is no setting.
-    analysis.captured.settings = {
-        where: value for where, value in settings(module, read - made).items() if before.get(where, value) == value
+    # An attribute that a forward changes itself (a counter) is not a setting.
+    constants = {
+        where: value for where, value in settings(module, read - created).items() if before.get(where, value) == value
     }
-    return analysis, reads
+    captured = replace(analysis.captured, settings=constants)
+    return replace(analysis, captured=captured, axis_facts=replace(analysis.axis_facts, captured=captured)), reads
 
 
 def _shared(
@@ -222,23 +241,24 @@ def _shared(
     call: Call,
     forward: Any,
     originals: Originals | None,
-    filled: Set[tuple[type, tuple[Any, ...]]],
+    filled: Filled,
 ) -> Analysis | None:
-    """The analysis of an equal block for this one, if it serves its call and agrees with its eager forward."""
+    """Return the analysis of an equal block for this one, if it serves the call and agrees with the eager forward."""
     start = time.thread_time()
-    # A graph is made without autocast: it may serve any, once it has been compared under that.
+    # Graphs are traced without autocast: one may serve under any, once it has been compared under it.
     signature = replace(analysis.captured.signature, autocast=autocast_now())
     captured = replace(analysis.captured, region=name, signature=signature)
-    numbers = captured.numbers
-    values = numbers.of(module)
+    indices = captured.index_attributes
+    values = indices.of(module)
     if values is None:
         return None
     if values:
-        captured.settings = settings(module, captured.settings)
-        captured.carried = numbers.within(captured.carried, values)
-        captured.strangers = frozenset(numbers.put(place, values) for place in captured.strangers)
-        captured.filled = frozenset(
-            (cls, numbers.put(ObjectPath(0, path), values).path) for cls, path in captured.filled
+        captured = replace(
+            captured,
+            settings=settings(module, captured.settings),
+            carried=indices.within(captured.carried, values),
+            strangers=frozenset(indices.put(place, values) for place in captured.strangers),
+            filled=frozenset((cls, indices.put(ObjectPath(0, path), values).path) for cls, path in captured.filled),
         )
     if captured.filled != filled or captured.mismatch(call, training_flags(module)) is not None:
         return None
@@ -247,20 +267,26 @@ def _shared(
         with at_original_sizes(module, originals.values() if originals else None):
             if difference_from_eager(captured, module, forward, *call) is not None:
                 return None
-    stored = {numbers.put(place, values): exprs for place, exprs in analysis.axis_facts.stored.items()}
+    stored = {indices.put(place, values): exprs for place, exprs in analysis.axis_facts.stored.items()}
     axis_facts = replace(analysis.axis_facts, captured=captured, stored=stored)
     checked = time.thread_time()
     discovery = discover(axis_facts)
-    if axis_facts.experiments and _doubted(axis_facts, discovery, module, call, None):
+    if axis_facts.experiments and _unconfirmed(axis_facts, discovery, module, call, None):
         return None
     seconds = {"export": checked - start, "infer": 0.0, "discover": time.thread_time() - checked}
     return Analysis(name, captured, axis_facts, discovery, seconds)
 
 
 def shared_outside(model: nn.Module, region: str, named: Mapping[str, Tensor] | None = None) -> dict[str, str]:
-    """Parameters and buffers of a region whose storage something outside it uses too.
+    """Find the parameters and buffers of a region whose storage something outside it uses too.
 
-    `named` holds the tensors of the model: to look them up for every block anew takes long in a deep one.
+    Args:
+        model: the model.
+        region: name of the region.
+        named: tensors of the model by name; pass them for many regions, since looking them up takes long.
+
+    Returns:
+        Name in the region -> where else it is used, in words.
     """
     if not region:
         return {}

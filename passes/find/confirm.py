@@ -1,10 +1,8 @@
-"""Confirm: what experiments found about ops is used only after shrinking by it has equalled masking in the model."""
+"""Confirmation: rules by experiment are used only once shrinking by them has equalled masking in the model."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,18 +14,6 @@ from ecospa_fx.passes.rewrite.verify import compare
 
 from .discover import Discovery, RegionCoupling
 
-EXPERIMENTS: ContextVar[bool] = ContextVar("EXPERIMENTS", default=False)
-
-
-@contextmanager
-def experiments(allowed: bool) -> Iterator[None]:
-    """Whether ops without a rule are tried in the graphs that are analysed inside."""
-    token = EXPERIMENTS.set(allowed)
-    try:
-        yield
-    finally:
-        EXPERIMENTS.reset(token)
-
 
 def unconfirmed_ops(
     axis_facts: AxisFacts,
@@ -36,11 +22,11 @@ def unconfirmed_ops(
     tensors: Mapping[str, Tensor],
     inputs: Sequence[Tensor],
 ) -> set[str]:
-    """Names of the ops tried whose couplings do not equal masking, or cannot be compared with it.
+    """Name the ops with a rule by experiment whose couplings differ from masking, or cannot be compared with it.
 
     Args:
-        axis_facts: axes of a graph in which ops were tried.
-        discovery: what can shrink by them.
+        axis_facts: axes of a graph with such ops.
+        discovery: the couplings found with them.
         region: the live region.
         tensors: parameters and buffers at original sizes.
         inputs: the tensor leaves of a call.
@@ -50,20 +36,20 @@ def unconfirmed_ops(
     if any(t.is_meta for t in (*tensors.values(), *inputs)):
         return set(through) if concerned else set()
     generator = torch.Generator().manual_seed(0)
-    masks = {c.atom: _part(c, generator) for c in concerned}
+    masks = {c.atom: _half(c, generator) for c in concerned}
     selections: list[Selection] = [
         *({atom: mask} for atom, mask in masks.items()),
         *([masks] if len(masks) > 1 else []),
     ]
-    doubted: set[str] = set()
+    unconfirmed: set[str] = set()
     for kept in selections:
         try:
             exact = compare(axis_facts, kept, region, tensors, inputs, "an experiment").ok
         except RuntimeError:  # the op refuses the sizes that are left
             exact = False
         if not exact:
-            doubted |= {op for op, atoms in through.items() if atoms & kept.keys()}
-    return doubted
+            unconfirmed |= {op for op, atoms in through.items() if atoms & kept.keys()}
+    return unconfirmed
 
 
 def _atoms_at(axis_facts: AxisFacts, nodes: Collection[fx.Node]) -> set[Atom]:
@@ -76,8 +62,8 @@ def _atoms_at(axis_facts: AxisFacts, nodes: Collection[fx.Node]) -> set[Atom]:
     return {atom for expr in exprs for atom in atoms_of(expr)}
 
 
-def _part(coupling: RegionCoupling, generator: torch.Generator) -> Selected:
-    """A random half of the entries, another one in each context where there are contexts."""
+def _half(coupling: RegionCoupling, generator: torch.Generator) -> Selected:
+    """Select a random half of the entries, another half in each context where there are contexts."""
     size, context = coupling.atom.size, coupling.context
     rows = [torch.randperm(size, generator=generator) for _ in range(context.size if context is not None else 1)]
     masks = torch.stack(rows) < max(1, size // 2)

@@ -1,10 +1,10 @@
-"""Discover: which axes of a region can shrink, of what kind they are, and why the others cannot.
+"""Discovery: the axes of a region that can shrink, with their kinds, and the reasons why others cannot.
 
-    discover(inference) -> couplings, refusals
+    discover(axis_facts) -> couplings, refusals
 
 An atom along which weights meet at least twice and that is *produced* by one of them (free in its contraction, so that
-weights really meet) is a coupling, unless something pins it; then it is a refusal with the reasons. Kinds are read off
-the facts about the atom, never off names.
+weights really meet) is a coupling, unless something pins it; then it is a refusal with the reasons. Kinds follow from
+the facts about the atom, never from names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Role
 
 Kind = Literal["qk", "vo", "ffn", "glu", "heads", "groups", "conv", "residual"]
 
-
 ParameterDim = tuple[str, int]  # (parameter name in the region, dim)
 
 
@@ -35,15 +34,15 @@ class RegionCoupling:
     """A coupling of one captured graph, at original sizes.
 
     Attributes:
-        key: where it lies on which parameter axes, the same in every graph of the region.
-        axes: the parameter axes it lies on, a tied parameter under its first name only.
+        key: its size and its positions on parameter axes, the same in every graph of the region.
+        axes: the parameter axes that it lies on, of a tied parameter under its first name only.
         name: unique in the region.
-        atom: what is selected.
+        atom: the axis whose entries are selected.
         kind: see `ecospa_fx.Coupling`.
         linear: nothing between the weights is nonlinear or scales entries apart.
         producers: parameters in whose contraction the atom is free.
-        context: the atom in each of whose entries other entries may be kept, if there is one.
-        context_key: where that lies on the same parameter axes.
+        context: an atom in each of whose entries other entries may be kept, if there is one.
+        context_key: positions of the context on the same parameter axes.
         attention: name of the op that makes the scores of the attention that a `qk` or `vo` coupling is part of.
     """
 
@@ -61,7 +60,7 @@ class RegionCoupling:
 
 @dataclass(frozen=True, eq=False)
 class Discovery:
-    """What was found in one captured graph."""
+    """The couplings and the refusals of one captured graph."""
 
     couplings: tuple[RegionCoupling, ...]
     refusals: tuple[Refusal, ...]
@@ -71,7 +70,7 @@ class Discovery:
 
 
 def discover(axis_facts: AxisFacts) -> Discovery:
-    """Find the couplings of a captured graph and the axes that might have been some."""
+    """Find the couplings of a captured graph, and the axes that would be couplings if nothing pinned them."""
     axes: dict[Atom, list[ParameterDim]] = defaultdict(list)
     for name, exprs in axis_facts.parameters.items():
         if name in axis_facts.captured.same_storage:
@@ -85,13 +84,13 @@ def discover(axis_facts: AxisFacts) -> Discovery:
             facts[atom].append(fact)
     region = axis_facts.captured.region
     scores = {fact.node for fact in axis_facts.facts if fact.role == "contracted" and _meets_another(fact)}
-    found, refusals = [], []
+    couplings, refusals = [], []
     taken: set[str] = set()
     for atom, key in axes.items():
         roles = _by_role(facts[atom])
         matrices = {name for name, _ in key if len(axis_facts.parameters[name]) > 1}
         producers = _producers(roles, matrices)
-        # A fused projection holds several matrices in one parameter, end to end; a tied one is several matrices itself.
+        # A fused projection has several matrices in one parameter, end to end; a tied parameter is several matrices.
         meetings = max(_occurrences(atom, key, matrices, axis_facts), _contractions(roles, matrices))
         if type(size_of(atom)) is not int or meetings < 2 or not producers:
             continue
@@ -104,14 +103,14 @@ def discover(axis_facts: AxisFacts) -> Discovery:
         name = _name(kind, sorted(matrices), taken)
         linear = not (roles["nonlinear"] or roles["gate"]) and kind not in ("heads", "groups")
         context = axis_facts.contexts.get(atom)
-        found.append(
+        couplings.append(
             RegionCoupling(
                 (atom.size, *_where(atom, key, axis_facts)), tuple(key), name, atom, kind, linear, producers, context,
                 _where(context, key, axis_facts) if context is not None else (),
                 _attention(roles, axis_facts, scores) if kind in ("qk", "vo") else None,
             )
         )  # fmt: skip
-    return Discovery(tuple(found), tuple(refusals))
+    return Discovery(tuple(couplings), tuple(refusals))
 
 
 def _by_role(facts: list[Fact]) -> dict[Role, list[Fact]]:
@@ -122,19 +121,19 @@ def _by_role(facts: list[Fact]) -> dict[Role, list[Fact]]:
 
 
 def _producers(roles: dict[Role, list[Fact]], matrices: set[str]) -> tuple[str, ...]:
-    """The matrices that bring the atom into a contraction and leave it free."""
+    """Return the matrices that have the atom as a free axis of a contraction."""
     names = (operand.parameter for fact in roles["free"] for operand in fact.operands)
     return tuple(dict.fromkeys(name for name in names if name in matrices))
 
 
 def _occurrences(atom: Atom, axes: Iterable[ParameterDim], names: Collection[str], axis_facts: AxisFacts) -> int:
-    """How many times an atom lies on the axes of the named parameters."""
+    """Count the occurrences of an atom on the axes of the named parameters."""
     exprs = (axis_facts.parameters[name][dim] for name, dim in axes if name in names)
     return sum(atoms_of(expr).count(atom) for expr in exprs)
 
 
 def _contractions(roles: dict[Role, list[Fact]], matrices: set[str]) -> int:
-    """In how many contractions the atom is that of a matrix."""
+    """Count the contractions that a matrix brings the atom into."""
     facts = (*roles["free"], *roles["contracted"])
     return len({fact.node for fact in facts if any(operand.parameter in matrices for operand in fact.operands)})
 
@@ -166,25 +165,25 @@ def _of_activations(fact: Fact) -> bool:
 
 
 def _meets_another(fact: Fact) -> bool:
-    """Whether the axis is that of two activations, as in a score."""
+    """Return whether the axis belongs to two activations, as in a score."""
     return len(fact.operands) > 1 and _of_activations(fact)
 
 
 def _attention(roles: dict[Role, list[Fact]], axis_facts: AxisFacts, scores: set[fx.Node]) -> str | None:
-    """The op that makes the scores: where `qk` is contracted, on the way to where `vo` goes through."""
-    waiting = [fact.node for fact in roles["contracted"] if _meets_another(fact)]
+    """Name the op that makes the scores: it contracts `qk`, and its result leads to the op that carries `vo`."""
+    queue = [fact.node for fact in roles["contracted"] if _meets_another(fact)]
     for fact in roles["free"]:
         if _of_activations(fact) and _between_activations(fact, axis_facts):
-            # From the attention weights back; the values come another way.
+            # Back from the attention weights, not from the values.
             weights = [o.node for o in axis_facts.operands[fact.node] if o.weighted and fact.expr not in o.exprs]
-            waiting += [fact.node] if fact.node in scores and len(axis_facts.operands[fact.node]) > 2 else weights
+            queue += [fact.node] if fact.node in scores and len(axis_facts.operands[fact.node]) > 2 else weights
     seen: set[fx.Node] = set()
-    while waiting:
-        node = waiting.pop(0)
+    while queue:
+        node = queue.pop(0)
         if node in scores:
             return node.name
         seen.add(node)
-        waiting += [arg for arg in node.all_input_nodes if arg in axis_facts.values and arg not in seen]
+        queue += [arg for arg in node.all_input_nodes if arg in axis_facts.values and arg not in seen]
     return None
 
 
@@ -193,7 +192,7 @@ def _where(atom: Atom, axes: Iterable[ParameterDim], axis_facts: AxisFacts) -> t
 
 
 def _between_activations(fact: Fact, axis_facts: AxisFacts) -> bool:
-    """Whether it is free in a product that is summed over an axis of two activations."""
+    """Return whether the axis is free in a product that sums over an axis of two activations."""
 
     def activations(operands: Iterable[r.Operand]) -> int:
         return sum(o.weighted and o.parameter is None for o in operands)
@@ -205,7 +204,7 @@ def _between_activations(fact: Fact, axis_facts: AxisFacts) -> bool:
 
 
 def _grouped(facts: list[Fact], axis_facts: AxisFacts) -> bool:
-    """Free in the score already, where values have no part: an axis of queries only."""
+    """Return whether the axis is free in the scores already, which values do not enter: an axis of queries only."""
     for fact in facts:
         operands = axis_facts.operands[fact.node]
         if len(operands) > 2 and operands[0].node in [operand.node for operand in fact.operands]:
@@ -214,11 +213,11 @@ def _grouped(facts: list[Fact], axis_facts: AxisFacts) -> bool:
 
 
 def _name(kind: Kind, matrices: list[str], taken: set[str]) -> str:
-    """The module that all matrices share, then the kind, then a number where that is not unique."""
+    """Name a coupling by the module that all its matrices share, its kind, and a number where that is not unique."""
     modules = [name.split(".")[:-1] for name in matrices]
     shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))]
     if len(matrices) == 1 and matrices[0].endswith(".weight"):
-        shared = shared[:-1]  # the layer that holds a fused projection is no more than its weight
+        shared = shared[:-1]  # of a fused projection, name the module around the layer
     name = base = ".".join([*shared, kind])
     number = 2
     while name in taken:
@@ -229,12 +228,12 @@ def _name(kind: Kind, matrices: list[str], taken: set[str]) -> str:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Weights that meet along an axis which cannot shrink, and why not.
+    """Weights that meet along an axis that cannot shrink, with the reasons.
 
     Attributes:
-        members: `parameter[dim]` of each weight that runs along the axis.
-        size: entries of the axis.
-        reasons: what needs the axis whole, where; one sentence each.
+        members: `parameter[dim]` of each weight that has the axis.
+        size: number of its entries.
+        reasons: why and where all entries are needed; one sentence each.
         region: name of the region it was found in.
     """
 

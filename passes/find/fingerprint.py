@@ -1,8 +1,8 @@
-"""Sharing: equal blocks are captured once.
+"""Fingerprint: all of a block that its graph depends on, so that equal blocks are captured once.
 
-Blocks may look equal and differ in a plain attribute (a sliding window or none, another rotary base), or differ in one
-that does not matter (their number). So while a block is captured, the attributes that its forward reads are recorded;
-another block may use the graph if its classes and shapes and every one of *those* attributes are equal.
+Blocks of equal classes and shapes may differ in a plain attribute that matters (a sliding window or none, another
+rotary base) or in one that does not (their number). So the attributes that a forward reads are recorded while a block
+is captured; another block may use the graph if its classes, its shapes and *those* attributes are equal.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import torch
 from torch import nn
 
 from ecospa_fx.passes.graph.tensors import named_tensors
+from ecospa_fx.passes.ir.state_access import ABSENT
 
-AttributeReads = dict[str, set[str]]  # submodule path -> names of the instance attributes that forward read
+AttributeReads = dict[str, set[str]]  # submodule path -> names of the instance attributes that forward reads
 
-# What every module has: its tensors, children, hooks and training flag are compared on their own.
+# Attributes of every module: tensors, children, hooks and the training flag are compared apart.
 OWN = frozenset(vars(nn.Module()))
 
 
 @contextmanager
 def recorded_reads(module: nn.Module) -> Iterator[AttributeReads]:
-    """Record which instance attributes of a module and its submodules are read inside the block."""
+    """Record the instance attributes of a module and its submodules that are read inside the `with` block."""
     reads: AttributeReads = {}
     classes = [(child, type(child)) for child in module.modules()]
     try:
@@ -52,7 +53,15 @@ def _watch(module: nn.Module, names: set[str]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Fingerprint:
-    """All of a block that its captured graph depends on, apart from the call: see the module docstring."""
+    """All of a block that its captured graph depends on, apart from the call.
+
+    Attributes:
+        modules: path -> class.
+        tensors: name -> type, shape, dtype, device and whether it requires a gradient.
+        read: (path, attribute) -> the value that the forward read.
+        ties: groups of names of one parameter.
+        hooked: whether submodules have forward hooks.
+    """
 
     modules: dict[str, type]
     tensors: dict[str, tuple[Any, ...]]
@@ -61,7 +70,7 @@ class Fingerprint:
     hooked: bool
 
     def fits(self, module: nn.Module) -> bool:
-        """Whether a graph captured from the block is one of `module` too."""
+        """Return whether a graph captured from the block is right for `module` too."""
         other = fingerprint(module, {})
         if (self.modules, self.tensors, self.ties) != (other.modules, other.tensors, other.ties):
             return False
@@ -73,26 +82,19 @@ class Fingerprint:
         )
 
 
-class _Absent:
-    def __repr__(self) -> str:
-        return "not there"
-
-
-ABSENT = _Absent()
-
-Settings = dict[tuple[str, str], Any]  # (submodule path, attribute) -> a constant that forward read
+Settings = dict[tuple[str, str], Any]  # (submodule path, attribute) -> a constant that forward reads
 
 _CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device)
-_MOST_ENTRIES = 64  # of a list or dict of constants that is compared at every call
+_MOST_ENTRIES = 64  # of a list or dict of constants, which is compared at every call
 
 
 def frozen(value: Any) -> Any:
-    """A value that later changes of what it was read from do not reach: lists and dicts are copied, one level deep."""
+    """Copy a list, dict or set, one level deep, so that later changes of it do not reach the copy."""
     return value.copy() if type(value) in (list, dict, set) else value
 
 
 def is_setting(value: Any) -> bool:
-    """Whether a value is a constant, or a small container of constants, and can be compared at every call."""
+    """Return whether a value is a constant, or a small container of constants, and can be compared at every call."""
     if value is None or isinstance(value, _CONSTANTS):
         return True
     if type(value) in (list, tuple, set, frozenset, dict):
@@ -102,23 +104,23 @@ def is_setting(value: Any) -> bool:
 
 
 def settings(module: nn.Module, names: Iterable[tuple[str, str]]) -> Settings:
-    """Those attributes of a module and its submodules that are constants, as they are now.
+    """Return the attributes of a module and its submodules that are constants, with their values now.
 
-    One that an instance does not have is that of its class, and `ABSENT` where that has none.
+    An attribute that the instance does not have is looked up in its class, and is `ABSENT` where that has none.
     """
     named = dict(module.named_modules(remove_duplicate=False))
-    found: Settings = {}
+    constants: Settings = {}
     for path, name in names:
         child = named[path]
         value = child.__dict__.get(name, getattr(type(child), name, ABSENT))
-        held = any(name in child.__dict__.get(kind, ()) for kind in ("_parameters", "_buffers", "_modules"))
-        if is_setting(value) or (value is ABSENT and not held):
-            found[path, name] = frozen(value)
-    return found
+        registered = any(name in child.__dict__.get(kind, ()) for kind in ("_parameters", "_buffers", "_modules"))
+        if is_setting(value) or (value is ABSENT and not registered):
+            constants[path, name] = frozen(value)
+    return constants
 
 
-def fingerprint(module: nn.Module, reads: AttributeReads, numbers: Collection[tuple[str, str]] = ()) -> Fingerprint:
-    """The fingerprint of a block whose forward read `reads`; `numbers` among them may be others in another block."""
+def fingerprint(module: nn.Module, reads: AttributeReads, indices: Collection[tuple[str, str]] = ()) -> Fingerprint:
+    """Return the fingerprint of a block whose forward read `reads`; `indices` among them may differ between blocks."""
     named = dict(module.named_modules(remove_duplicate=False))
     tensors = named_tensors(module).items()
     groups: dict[int, list[str]] = {}
@@ -127,12 +129,12 @@ def fingerprint(module: nn.Module, reads: AttributeReads, numbers: Collection[tu
     return Fingerprint(
         modules={path: type(child) for path, child in named.items()},
         tensors={name: (type(t), t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors},
-        # What is read and not in the instance is the class's own, or one that nn.Module looks up itself.
+        # Attributes that are read and not in the instance belong to the class, or nn.Module looks them up itself.
         read={
             (path, name): frozen(named[path].__dict__[name])
             for path, names in reads.items()
             for name in names - OWN
-            if name in named[path].__dict__ and (path, name) not in numbers
+            if name in named[path].__dict__ and (path, name) not in indices
         },
         ties=[names for names in groups.values() if len(names) > 1],
         hooked=any(child._forward_hooks or child._forward_pre_hooks for path, child in named.items() if path),
@@ -140,7 +142,7 @@ def fingerprint(module: nn.Module, reads: AttributeReads, numbers: Collection[tu
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal for certain. Objects of other types than these are equal only to themselves."""
+    """Return whether two values are certainly equal: objects of unknown types are equal only to themselves."""
     if a is b:
         return True
     if type(a) is not type(b):

@@ -1,13 +1,13 @@
-"""Regions: which submodules of a model to capture.
+"""Regions: the choice of the submodules of a model to capture.
 
     choose(model, args, kwargs, how)
-      -> record_all     one forward, to see what each candidate is called with
+      -> record_all     one forward, to get the calls of each candidate
       -> analyse        capture, infer, discover, one region at a time
-      -> descend        where that fails, the submodules below
+      -> Search         where that fails, the submodules below
 
-By default the repeated blocks (the children of ModuleLists and Sequentials), where couplings close inside every one of
-them; else the root; and where the root cannot be captured, what is largest below it. Around regions the model's own
-Python keeps running: loops, caches, checkpointing.
+By default the regions are the repeated blocks (the children of ModuleLists and Sequentials), where couplings close
+inside every one of them; else the root; and where the root cannot be captured, the largest submodules that can. Around
+regions the model's own Python keeps running: loops, caches, checkpointing.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.capture.capture import class_forward
+from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
 from ecospa_fx.passes.capture.record import record_all
 from ecospa_fx.passes.graph.tensors import named_tensors
-from ecospa_fx.passes.ir.captured import Call as Call
+from ecospa_fx.passes.ir.region_graph import Call as Call
 from ecospa_fx.passes.ir.signature import training_flags
 
 from .analyse import Analysis, Captures, _analyse_watched, analyse_once, shared_outside
@@ -36,85 +37,94 @@ def choose(
     kwargs: dict[str, Any],
     how: str | Sequence[str] = "auto",
     captures: Captures | None = None,
+    options: CaptureOptions = DEFAULTS,
 ) -> tuple[dict[str, Analysis], dict[str, str]]:
-    """The regions of a model, analysed.
+    """Choose the regions of a model, and analyse them.
 
     Args:
         model: the model; left as it is.
         args: positional arguments of a call.
         kwargs: keyword arguments of a call.
         how: `"auto"`, `"blocks"`, `"root"`, or names of submodules.
-        captures: gets what was captured of blocks, for equal ones to share.
+        captures: gets the captured blocks, for equal ones to share.
+        options: of the model's captures.
 
     Returns:
-        The regions by name, and for each that was tried and given up, why.
+        The regions by name; and submodules that were not captured, with the reasons.
 
     Raises:
         CaptureError: nothing can be captured.
     """
     captures = [] if captures is None else captures
     if how == "root":
-        return {"": _analyse_watched(model, "", (args, kwargs), {}, forward=class_forward(model, ""))[0]}, {}
+        return {"": _root(model, args, kwargs, options)}, {}
     if not isinstance(how, str):
-        return _named(model, args, kwargs, how, captures), {}
+        return _named(model, args, kwargs, how, captures, options), {}
     if how not in ("auto", "blocks"):
         raise CaptureError(f"regions={how!r} is none of 'auto', 'blocks', 'root' or a list of submodule names")
     candidates = set(_candidates(model))
-    strays: dict[str, str] = {}
-    calls = record_all(model, args, kwargs, candidates, strays) if candidates else {}
+    used_outside: dict[str, str] = {}
+    calls = record_all(model, args, kwargs, candidates, used_outside) if candidates else {}
     named = named_tensors(model)
-    search = Search(model, lambda name: _analyse_all(model, name, calls[name], captures, named, strays))
+    search = Search(model, lambda name: _analyse_all(model, name, calls[name], captures, named, used_outside, options))
     blocks = [name for name in calls if not any(name.startswith(f"{other}.") for other in calls)]
     for name in blocks:
         search.attempt(name)
     uncalled = {name: _UNCALLED for name in candidates - calls.keys() if _is_callable(model.get_submodule(name))}
     if blocks and len(search.coupled()) == len(blocks):
-        return search.found, uncalled
+        return search.analyses, uncalled
     if how == "auto" or not blocks:
         try:
-            root, _ = _analyse_watched(model, "", (args, kwargs), {}, forward=class_forward(model, ""))
-            return {"": root}, search.failed
+            return {"": _root(model, args, kwargs, options)}, search.failed
         except CaptureError as error:
             if not any(True for _ in model.children()):
                 raise
             search.failed[""] = str(error)
-            search.found = search.coupled()
-    whole = set(search.found)
+            search.analyses = search.coupled()
+    kept = set(search.analyses)
     try:
         names = {name for name, _ in model.named_modules()} - {""} - candidates
-        calls |= record_all(model, args, kwargs, names, strays)
+        calls |= record_all(model, args, kwargs, names, used_outside)
     except Exception as error:  # the call itself is at fault
         raise CaptureError(_nothing_captured(search.failed)) from error
     for name in [""] if "" in search.failed else list(search.failed):
         search.below(name, calls)
-    search.found = {name: a for name, a in search.found.items() if name in whole or a.discovery.couplings}
-    if not search.found:
+    search.analyses = {name: a for name, a in search.analyses.items() if name in kept or a.discovery.couplings}
+    if not search.analyses:
         raise CaptureError(_nothing_captured(search.failed))
-    found = {name: search.found[name] for name, _ in model.named_modules() if name in search.found}
-    return found, search.failed | uncalled
+    in_order = {name: search.analyses[name] for name, _ in model.named_modules() if name in search.analyses}
+    return in_order, search.failed | uncalled
 
 
-_UNCALLED = "it is not called in this forward of the model, so what it computes is unknown; it stays whole"
+_UNCALLED = "it is not called in this forward of the model, so its computation is unknown; it stays whole"
 
 
 def _is_callable(module: nn.Module) -> bool:
-    """Whether a module is one to call, not a container of others."""
+    """Return whether a module has a forward, unlike a container."""
     return type(module).forward is not nn.Module.forward
 
 
 def _nothing_captured(failed: Mapping[str, str]) -> str:
     inner = [why for name, why in failed.items() if name]
-    return (
-        f"{failed['']}. Nor can what is inside be: {inner[0]}"
-        if "" in failed and inner
-        else next(iter(failed.values()))
-    )
+    if "" in failed and inner:
+        return f"{failed['']}. Nor can a submodule: {inner[0]}"
+    return next(iter(failed.values()))
+
+
+def _root(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: CaptureOptions) -> Analysis:
+    """Analyse the whole model as one region."""
+    return _analyse_watched(model, "", (args, kwargs), {}, forward=class_forward(model, ""), options=options)[0]
 
 
 def _named(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str], captures: Captures
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: Sequence[str],
+    captures: Captures,
+    options: CaptureOptions,
 ) -> dict[str, Analysis]:
-    """The regions that someone asked for by name."""
+    """Analyse the regions that were asked for by name."""
     unknown = sorted(set(names) - {name for name, _ in model.named_modules()})
     if unknown:
         raise CaptureError(
@@ -127,13 +137,13 @@ def _named(
                 f"regions: `{inside}` lies inside {f'`{name}`' if name else 'the model'}, whose graph has no call of "
                 "it left; name one of them"
             )
-    strays: dict[str, str] = {}
-    calls = record_all(model, args, kwargs, set(names), strays)
+    used_outside: dict[str, str] = {}
+    calls = record_all(model, args, kwargs, set(names), used_outside)
     missing = [name for name in names if name not in calls]
     if missing:
         raise CaptureError(f"regions: `{missing[0]}` is not called in a forward of the model; name another")
     named = named_tensors(model)
-    return {name: _analyse_all(model, name, calls[name], captures, named, strays) for name in names}
+    return {name: _analyse_all(model, name, calls[name], captures, named, used_outside, options) for name in names}
 
 
 def _analyse_all(
@@ -142,22 +152,23 @@ def _analyse_all(
     calls: Sequence[Call],
     captures: Captures,
     named: Mapping[str, Tensor],
-    strays: Mapping[str, str],
+    used_outside: Mapping[str, str],
+    options: CaptureOptions,
 ) -> Analysis:
-    """One region in every way that a forward calls it."""
-    if name in strays:
-        raise CaptureError(f"region `{name}` is no region of its own: {strays[name]}")
+    """Analyse one region for every call of another signature in a forward of the model."""
+    if name in used_outside:
+        raise CaptureError(f"region `{name}` cannot be captured by itself: {used_outside[name]}")
     module, outside = model.get_submodule(name), shared_outside(model, name, named)
-    found = [analyse_once(module, name, calls[0], outside, captures)]
+    analyses = [analyse_once(module, name, calls[0], outside, captures, options=options)]
     for call in calls[1:]:
         flags = training_flags(module)
-        if all(a.captured.mismatch(call, flags) is not None for a in found):
-            found.append(analyse_once(module, name, call, outside, captures))
-    return replace(found[0], others=tuple(found[1:]))
+        if all(analysis.captured.mismatch(call, flags) is not None for analysis in analyses):
+            analyses.append(analyse_once(module, name, call, outside, captures, options=options))
+    return replace(analyses[0], others=tuple(analyses[1:]))
 
 
 def _candidates(model: nn.Module) -> Iterator[str]:
-    """Children of containers in which a class repeats, with weights enough to be coupled among themselves."""
+    """Yield the children of containers in which a class repeats and that have several matrices."""
     for name, container in model.named_modules():
         if not isinstance(container, (nn.ModuleList, nn.Sequential)):
             continue

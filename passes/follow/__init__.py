@@ -1,1 +1,1 @@
-"""Follow: which couplings the model's own Python can follow, with which integers changed."""
+"""Follow: the couplings that the model's own Python can follow, and the integers that change with them."""

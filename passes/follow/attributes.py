@@ -1,9 +1,8 @@
 """Attributes: integers that modules hold beside their weights, and that may be sizes of these.
 
-A forward views by `self.num_heads` and splits by `self.split_size`. Where weights shrink and that forward goes on
-running, such integers must follow. Layers of torch.nn are known (`sizes_of_layer`); everything else is found among the
-integers that a forward was seen to read (`held_integers`), and what each of them means is found by trial
-(`passes/follow/follow.py`). Never by its name.
+A forward views by `self.num_heads` and splits by `self.split_size`. If its weights shrink and it goes on running, such
+integers must follow. Those of torch.nn layers are known (`sizes_of_layer`); all others are among the integers that a
+forward reads (`held_integers`), and their meaning is found by trial (`passes/follow/follow.py`), never by name.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from ecospa_fx.passes.find.fingerprint import OWN, AttributeReads
 
 @dataclass(frozen=True, order=True)
 class Attribute:
-    """Where a module holds an integer.
+    """An integer that a module holds.
 
     Attributes:
-        module: the module, by its path from the region or the model that is spoken of.
-        name: the instance attribute.
-        inside: what of it, where it is not the integer itself: the position in a tuple or list, or the field of an
+        module: path of the module in the region or the model.
+        name: of the instance attribute.
+        inside: where the attribute is not the integer itself: its position in a tuple or list, or the field of an
             object (a configuration).
     """
 
@@ -43,11 +42,11 @@ class Attribute:
         return f"{path}[{self.inside}]" if type(self.inside) is int else f"{path}.{self.inside}"
 
     def within(self, region: str) -> Attribute:
-        """The attribute of a region as one of the model."""
+        """Return the attribute of a region as one of the model."""
         return Attribute(".".join(filter(None, (region, self.module))), self.name, self.inside)
 
     def read(self, root: nn.Module) -> Any:
-        """What it holds now.
+        """Return the value now.
 
         Raises:
             AttributeError: there is no such attribute.
@@ -61,22 +60,22 @@ class Attribute:
             raise AttributeError(f"there is no {self}") from error
 
     def write(self, root: nn.Module, value: int) -> None:
-        """Make it hold another integer. What others may hold too is not written into: the module gets its own."""
+        """Set another integer. An object that others may hold too is not written into: the module gets its own."""
         module = root.get_submodule(self.module)
         if self.inside is None:
             module.__dict__[self.name] = value
             return
-        held = module.__dict__[self.name]
+        container = module.__dict__[self.name]
         if type(self.inside) is int:
-            items = list(held)
+            items = list(container)
             items[self.inside] = value
-            module.__dict__[self.name] = type(held)(items)
+            module.__dict__[self.name] = type(container)(items)
         else:
-            module.__dict__[self.name] = with_field(held, str(self.inside), value)
+            module.__dict__[self.name] = with_field(container, str(self.inside), value)
 
 
 Values = Mapping[Attribute, int]
-Changes = dict[Attribute, tuple[int, int]]  # what an attribute held before any shrink, and holds now
+Changes = dict[Attribute, tuple[int, int]]  # attribute -> its value before any shrink, and its value now
 
 
 def changes_in(listed: Iterable[Any], where: str) -> Changes:
@@ -85,7 +84,7 @@ def changes_in(listed: Iterable[Any], where: str) -> Changes:
     Raises:
         CheckpointError: they are none.
     """
-    found: Changes = {}
+    changes: Changes = {}
     for item in listed:
         kinds: tuple[Any, ...] = (str, str, (str, int, type(None)), int, int)
         fits = type(item) is list and len(item) == 5
@@ -94,47 +93,47 @@ def changes_in(listed: Iterable[Any], where: str) -> Changes:
         attribute, original, now = Attribute(*item[:3]), item[3], item[4]
         if not 0 < now <= original:
             raise CheckpointError(f"{where} lets `{attribute}` go from {original} to {now}, which is no shrinking")
-        found[attribute] = (original, now)
-    return found
+        changes[attribute] = (original, now)
+    return changes
 
 
 def numbers_in(model: nn.Module) -> frozenset[tuple[type, str]]:
-    """Attributes, as (class, name), that tell modules with weights of equal shapes apart: numbers of layers, say.
+    """Find the attributes, as (class, name), that differ between modules with weights of equal shapes: layer numbers.
 
-    They are no sizes of those weights, whatever they happen to equal.
+    They are not sizes of those weights, whatever they happen to equal.
     """
     seen: dict[tuple[Any, ...], int] = {}
-    found = set()
+    numbers = set()
     for module in model.modules():
         shapes = tuple((name, p.shape) for name, p in module.named_parameters())
         for name, value in module.__dict__.items():
             key = (type(module), name)
             if type(value) is int and seen.setdefault((*key, shapes), value) != value:
-                found.add(key)
-    return frozenset(found)
+                numbers.add(key)
+    return frozenset(numbers)
 
 
 def held_integers(
     root: nn.Module, reads: AttributeReads, numbers: Set[tuple[type, str]] = frozenset()
 ) -> dict[Attribute, int]:
-    """The integers above 1 that a forward read, or may have read in a tuple, list or object that it did.
+    """Return the integers above 1 that a forward read, itself or in a tuple, list or object that it read.
 
     Args:
-        root: the module that the paths in `reads` begin at.
+        root: the module that the paths in `reads` start from.
         reads: the attributes that were read.
-        numbers: those that are no sizes, see `numbers_in`.
+        numbers: attributes that are not sizes, see `numbers_in`.
     """
-    found: dict[Attribute, int] = {}
+    integers: dict[Attribute, int] = {}
     modules = dict(root.named_modules())
     for path, names in reads.items():
-        known = sizes_of_layer(modules[path]) if path in modules else {}
-        for name in sorted(names - OWN - known.keys()):
+        of_layer = sizes_of_layer(modules[path]) if path in modules else {}
+        for name in sorted(names - OWN - of_layer.keys()):
             if path not in modules or (type(modules[path]), name) in numbers or isinstance(modules[path], nn.Linear):
-                continue  # what an nn.Linear says of itself is read off its weight, see `ShrinkableLinear`
+                continue  # the sizes of an nn.Linear are read off its weight, see `ShrinkableLinear`
             if name in modules[path].__dict__:
                 for inside, value in _integers(modules[path].__dict__[name]):
-                    found[Attribute(path, name, inside)] = value
-    return found
+                    integers[Attribute(path, name, inside)] = value
+    return integers
 
 
 def _integers(value: Any) -> Iterator[tuple[int | str | None, int]]:
@@ -150,7 +149,7 @@ def _integers(value: Any) -> Iterator[tuple[int | str | None, int]]:
 
 @contextmanager
 def holding(root: nn.Module, values: Values) -> Iterator[None]:
-    """A module whose attributes hold other integers for a while; then what they held before, the same objects."""
+    """Let attributes hold other integers for the time inside; afterwards they hold the same objects as before."""
     places = {(a.module, a.name): root.get_submodule(a.module).__dict__[a.name] for a in values}
     try:
         for attribute, value in values.items():
@@ -163,7 +162,7 @@ def holding(root: nn.Module, values: Values) -> Iterator[None]:
 
 @contextmanager
 def assigned(root: nn.Module, values: Values) -> Iterator[None]:
-    """Make attributes hold integers, for good unless what is done inside fails."""
+    """Make attributes hold integers; put the old values back if the body fails."""
     places = {(a.module, a.name): root.get_submodule(a.module).__dict__ for a in values}
     before = [(held, name, held[name]) for (_, name), held in places.items()]
     try:
@@ -178,10 +177,10 @@ def assigned(root: nn.Module, values: Values) -> Iterator[None]:
 
 
 def with_field(original: Any, field: str, value: int) -> Any:
-    """An object that is like `original`, also when that changes, except for one field.
+    """Return a view of `original` that shares its fields, also when they change, except for one.
 
-    A configuration is one object that all layers hold. A layer that has shrunk needs a number of heads of its own, and
-    shall still see whatever else of it is set later (the attention implementation, say). So the two share their fields.
+    A configuration is one object that all layers hold. A layer that has shrunk needs a number of heads of its own, but
+    must still see other fields that are set later (the attention implementation, for example).
     """
     cls, fields = type(original), {field: value}
     if (overridden := cls.__dict__.get("_ecospa_fields")) is not None:
@@ -196,8 +195,8 @@ def with_field(original: Any, field: str, value: int) -> Any:
 
     body: dict[str, Any] = {name: property(partial(_held, value=held)) for name, held in fields.items()}
     body |= {"__reduce_ex__": reduce_ex, "__deepcopy__": deepcopy, "_ecospa_fields": (original, fields)}
-    made = type(cls.__name__, (cls,), {**body, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
-    view: Any = object.__new__(made)
+    view_class = type(cls.__name__, (cls,), {**body, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    view: Any = object.__new__(view_class)
     object.__setattr__(view, "__dict__", original.__dict__)
     return view
 
@@ -213,7 +212,7 @@ def _with_fields(original: Any, fields: Mapping[str, int]) -> Any:
 
 
 def sizes_of_layer(module: nn.Module) -> dict[str, Any]:
-    """The attributes in which layers of torch.nn keep the sizes of their own weights, as these are now."""
+    """Return the attributes in which a torch.nn layer keeps the sizes of its weights, with these sizes now."""
     weight: Any = getattr(module, "weight", None)
     match module:
         case nn.modules.conv._ConvTransposeNd():
@@ -238,11 +237,11 @@ def sizes_of_layer(module: nn.Module) -> dict[str, Any]:
     return {}
 
 
-Fitted = list[tuple[nn.Module, str, Any]]  # a layer, an attribute of it, what was there
+Fitted = list[tuple[nn.Module, str, Any]]  # a layer, an attribute of it, its value before
 
 
 def sync_layer_sizes(model: nn.Module) -> Fitted:
-    """Tell every layer of torch.nn the sizes of its weights; returns what was there."""
+    """Set the size attributes of every torch.nn layer to the sizes of its weights; return the values before."""
     before: Fitted = []
     for child in model.modules():
         for attribute, size in sizes_of_layer(child).items():
@@ -260,7 +259,7 @@ def restore_layer_sizes(before: Iterable[tuple[nn.Module, str, Any]]) -> None:
 
 @contextmanager
 def fitted(model: nn.Module) -> Iterator[None]:
-    """`sync_layer_sizes`, for the time inside."""
+    """Sync the size attributes of torch.nn layers with their weights for the time inside."""
     before = sync_layer_sizes(model)
     try:
         yield

@@ -1,7 +1,7 @@
 """Trial: a call of a region, run by its own Python with smaller weights, against the program at the same sizes.
 
-The weights are drawn at random, the call is made up: small, of the signature that was captured. What runs on the meta
-device, which takes no time, is compared in values.
+The weights are drawn at random, and the call is made up: small, of the signature that was captured. It runs on the meta
+device first, which takes no time; if it succeeds there, it is compared in values.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ecospa_fx.passes.graph.isolate import forked_rng
 from ecospa_fx.passes.graph.tensors import named_tensors, sliced, swapped
 from ecospa_fx.passes.infer.sizes import symbols_of
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
-from ecospa_fx.passes.ir.captured import Forward
+from ecospa_fx.passes.ir.region_graph import Forward
 from ecospa_fx.passes.ir.signature import Signature, below
 from ecospa_fx.passes.ir.state_access import TENSOR
 from ecospa_fx.passes.rewrite.program import Program
@@ -38,9 +38,9 @@ class Trial:
 
     Attributes:
         unable: why nothing can be tried, or None.
-        held: the integers that the call read, and that may be sizes.
-        unread: those that modules hold beside them.
-        axes_of_size: number of entries -> axes, and parts of axes, that have as many.
+        held: integers of modules that the call read, and that may be sizes.
+        unread: the other integers of the modules.
+        axes_of_size: number of entries -> axes, and parts of axes, with as many.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Trial:
         with recorded_reads(module) as reads:
             try:
                 self.unable = self._compare(program, self.tensors, {})
-            except Exception:  # sizes that no argument tells apart depend on each other: those of the call, then
+            except Exception:  # dynamic sizes depend on each other: take those of the captured call
                 self.args, self.kwargs = example_call(axis_facts.captured.signature, symbols_of(axis_facts))
                 try:
                     self.unable = self._compare(program, self.tensors, {})
@@ -79,9 +79,9 @@ class Trial:
         self._shapes_tell = self._fails_on_shapes(self.tensors, {}) is None
 
     def difference(self, kept: Selection, values: Values) -> str | None:
-        """How the forward with the weights that `kept` leaves, and attributes at `values`, differs from the program.
+        """Say how the forward under a selection, with attributes at `values`, differs from the program.
 
-        None where it gives the same.
+        None where the results are the same.
         """
         parameters = self.axis_facts.parameters
         small = {
@@ -98,14 +98,14 @@ class Trial:
         return self._compare(rewrite(self.axis_facts, kept, self.module), small, values)
 
     def is_idle(self, attribute: Attribute) -> bool:
-        """Whether it makes no difference to the call what an attribute holds."""
+        """Return whether the value of an attribute makes no difference to the call."""
         if attribute not in self._idle:
             other = {attribute: self.held[attribute] + 1}
             self._idle[attribute] = self.difference({}, other) is None
         return self._idle[attribute]
 
     def _fails_on_shapes(self, tensors: Mapping[str, Tensor], values: Values) -> str | None:
-        """Why the forward fails on the meta device, which takes no time."""
+        """Say why the forward fails on the meta device, which takes no time; None where it runs."""
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (self.args, self.kwargs))
         shapes = {name: t.to("meta") for name, t in tensors.items()}
         try:
@@ -124,25 +124,25 @@ class Trial:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(modes(self.module, self.axis_facts.captured.signature.training))
-            held = named_tensors(self.module)
-            mine = {
-                name: nn.Parameter(t, requires_grad=False) if isinstance(held[name], nn.Parameter) else t
+            live = named_tensors(self.module)
+            swap = {
+                name: nn.Parameter(t, requires_grad=False) if isinstance(live[name], nn.Parameter) else t
                 for name, t in tensors.items()
             }
-            stack.enter_context(swapped(self.module, mine))
+            stack.enter_context(swapped(self.module, swap))
             stack.enter_context(fitted(self.module))
             stack.enter_context(holding(self.module, values))
             yield
 
 
 class Failed(Exception):
-    """A forward fails; what it says is where, and why."""
+    """A forward fails; the message says where and why."""
 
 
 def difference(module: nn.Module, program: Program, forward: Forward, args: Any, kwargs: Any) -> str | None:
-    """How a region's own forward differs from its program, on one call with the weights it has now; None if not at all.
+    """Say how a region's own forward differs from its program on one call with its weights of now; None if it does not.
 
-    Raises nothing: where the forward fails, that is the difference.
+    Raises nothing: an error of the forward is a difference too.
     """
     inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     with forked_rng(module):
@@ -151,10 +151,10 @@ def difference(module: nn.Module, program: Program, forward: Forward, args: Any,
     with forked_rng(module):
         torch.manual_seed(0)
         try:
-            found = own_forward(module, forward, args, kwargs)
+            result = own_forward(module, forward, args, kwargs)
         except Failed as failed:
             return str(failed)
-    tensors = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     for mine, theirs in zip(tensors, expected[: program.captured.returned], strict=True):
         if mine.shape != theirs.shape:
             return f"runs, but gives a result of {tuple(mine.shape)} and not of {tuple(theirs.shape)}"
@@ -173,7 +173,7 @@ def own_forward(module: nn.Module, forward: Forward, args: Any, kwargs: Any) -> 
         Failed: it fails.
     """
     inside: list[tuple[str, nn.Module]] = []
-    with _following(module, inside):
+    with _running(module, inside):
         try:
             return forward(module, *args, **kwargs)
         except Exception as error:
@@ -184,8 +184,8 @@ def own_forward(module: nn.Module, forward: Forward, args: Any, kwargs: Any) -> 
 
 
 @contextmanager
-def _following(module: nn.Module, inside: list[tuple[str, nn.Module]]) -> Iterator[None]:
-    """Keep in `inside` the calls of submodules that have begun and not ended, for messages."""
+def _running(module: nn.Module, inside: list[tuple[str, nn.Module]]) -> Iterator[None]:
+    """Keep the calls of submodules that are running in `inside`, for messages."""
     handles = []
     for path, child in module.named_modules():
         if path:
@@ -201,7 +201,7 @@ def _following(module: nn.Module, inside: list[tuple[str, nn.Module]]) -> Iterat
 
 @contextmanager
 def modes(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
-    """A region in the modes that a graph was captured in."""
+    """Set the training flags that a graph was captured with, for the time inside."""
     before = [(child, child.training) for child in module.modules()]
     try:
         for child, flag in zip(below(module), training, strict=True):
@@ -213,11 +213,11 @@ def modes(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
 
 
 def example_call(signature: Signature, known: Mapping[sympy.Symbol, int] | None = None) -> tuple[Any, Any]:
-    """A small call of a signature, with random values.
+    """Make a small call of a signature, with random values.
 
     Args:
         signature: of the call.
-        known: dynamic sizes to use, in place of small ones.
+        known: dynamic sizes to use instead of small ones.
     """
     generator = torch.Generator().manual_seed(0)
     sizes = dict(known or {})
@@ -236,7 +236,7 @@ def example_call(signature: Signature, known: Mapping[sympy.Symbol, int] | None 
             value = torch.randn(size, generator=generator)
         elif dtype == torch.bool:
             value = torch.ones(size)
-        else:  # positions and words: such as any table has
+        else:  # positions and token ids: 0 and 1 are in any table
             value = torch.randint(2, size, generator=generator)
         leaves.append(value.to(device, dtype))
     args, kwargs = pytree.tree_unflatten(leaves, signature.spec)
@@ -244,33 +244,33 @@ def example_call(signature: Signature, known: Mapping[sympy.Symbol, int] | None 
 
 
 def drawn(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights for a trial. Those of a model that has just been made are so small that every score is the same.
+    """Draw weights for a trial, because in a freshly initialised model they are so small that all scores are alike.
 
-    Matrices are drawn such that what goes through them keeps its size; vectors and buffers are moved a little.
+    Matrices keep the scale of their inputs; vectors get some noise, and buffers stay.
     """
     generator = torch.Generator().manual_seed(1)
-    made: dict[int, Tensor] = {}
+    values: dict[int, Tensor] = {}
     for tensor in tensors.values():
-        if id(tensor) in made:
+        if id(tensor) in values:
             continue
         value = tensor.detach()
         if value.is_floating_point() and isinstance(tensor, nn.Parameter):
             noise = torch.randn(value.shape, generator=generator).to(value)
             value = noise / max(1, value.numel() // max(value.shape)) ** 0.5 if value.ndim > 1 else value + noise / 5
-        made[id(tensor)] = value.clone()
-    return {name: made[id(tensor)] for name, tensor in tensors.items()}
+        values[id(tensor)] = value.clone()
+    return {name: values[id(tensor)] for name, tensor in tensors.items()}
 
 
 def _axes_of_size(axis_facts: AxisFacts) -> dict[int, list[Expr]]:
-    """Axes of a graph, and runs of their factors and parts, by their number of entries."""
-    found: dict[Expr, None] = {}
+    """Group the axes of a graph, and runs of their factors and parts, by their number of entries."""
+    distinct: dict[Expr, None] = {}
     exprs = [expr for axes in axis_facts.parameters.values() for expr in axes]
     exprs += [expr for outputs in axis_facts.values.values() for axes in outputs for expr in axes]
     for expr in dict.fromkeys(exprs):
         for part in _parts(expr):
-            found.setdefault(part)
+            distinct.setdefault(part)
     by_size: dict[int, list[Expr]] = {}
-    for expr in found:
+    for expr in distinct:
         size = size_of(expr)
         if type(size) is int and size > 1:
             by_size.setdefault(size, []).append(expr)

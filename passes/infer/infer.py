@@ -33,7 +33,7 @@ from ecospa_fx.passes.graph.nodes import (
 )
 from ecospa_fx.passes.ir import relations as r
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Source
-from ecospa_fx.passes.ir.captured import RegionGraph
+from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.ir.state_access import ObjectPath
 from ecospa_fx.passes.rules import op_info, relation_of
 

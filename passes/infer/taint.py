@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from ecospa_fx.passes.graph.nodes import memory_behind, written_arguments
-from ecospa_fx.passes.ir.captured import RegionGraph
+from ecospa_fx.passes.ir.region_graph import RegionGraph
 
 
 def weighted_nodes(captured: RegionGraph) -> set[fx.Node]:

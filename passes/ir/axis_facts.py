@@ -11,7 +11,7 @@ from torch import fx
 from ecospa_fx.passes.axes.algebra import UNIT, Atom, Axes, Expr
 from ecospa_fx.passes.ir import relations as r
 
-from .captured import RegionGraph
+from .region_graph import RegionGraph
 from .state_access import ObjectPath
 
 Exprs: TypeAlias = tuple[Expr, ...]

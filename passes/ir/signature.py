@@ -1,4 +1,4 @@
-"""Signature: what a call of a region must look like for a captured graph to serve it."""
+"""Signature: the form that a call of a region must have for a captured graph to serve it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from ecospa_fx.passes.axes.algebra import Size
 
 from .state_access import TENSOR, Held, foreign
 
-AUTOCAST = ("cpu", "cuda")  # kinds of devices that autocast is looked at for
-
+AUTOCAST = ("cpu", "cuda")  # device types whose autocast state is part of a signature
 
 Autocast = tuple[torch.dtype | None, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Signature:
-    """What a call must look like for a captured graph to serve it.
+    """The form that a call must have for a captured graph to serve it.
 
     Attributes:
         spec: tree of the arguments.
         leaves: the leaves of that tree: `TENSOR` where there is a tensor, else the value itself.
-        tensors: (dtype, device, sizes) of each tensor, a size being an int where it was specialised.
+        tensors: (dtype, device, sizes) of each tensor; a size that was specialised is an int.
         training: the training flag of each module of the region.
         ranges: least and largest size of each dynamic dim.
         autocast: the dtypes that autocast casts to, under which the graph has been compared with eager.
@@ -50,14 +49,14 @@ class Signature:
         state: Sequence[Tensor] = (),
         sizes: Sequence[tuple[Size, ...]] | None = None,
     ) -> str | None:
-        """Why a call does not fit, or None where it does.
+        """Say why a call does not fit; None where it does.
 
         Args:
             spec: tree of its arguments.
             leaves: of that tree.
             training: see `training_flags`.
-            state: tensors in objects among the leaves, which follow those of the call.
-            sizes: of these, where they are no longer what they were when the call was captured.
+            state: tensors in objects among the leaves; they follow those of the call.
+            sizes: of `state`, where these have changed since the call was captured.
         """
         if training != self.training:
             return "train and eval mode differ"
@@ -73,7 +72,7 @@ class Signature:
         return self._sizes_differ([*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *state], self.now(sizes))
 
     def now(self, state: Sequence[tuple[Size, ...]] | None = None) -> list[tuple[torch.dtype, torch.device, Any]]:
-        """`tensors`, with other sizes of those in objects."""
+        """Return `tensors` with other sizes for those in objects."""
         if not state:
             return list(self.tensors)
         called = len(self.tensors) - len(state)
@@ -102,9 +101,13 @@ class Signature:
         return None
 
     def checker(self, state: Sequence[tuple[Size, ...]]) -> Callable[[Sequence[Tensor]], bool]:
-        """What `mismatch` looks at in tensors, of which dtypes, devices and numbers of dims are known to fit, as code.
+        """Generate the checks that `mismatch` makes of tensors, for calls whose sizes change each time.
 
-        For calls whose sizes are others each time; `state` as `sizes` there, and of these all is looked at.
+        Dtypes, devices and numbers of dims of the call's own tensors are known to fit and not checked; those of
+        tensors in objects are.
+
+        Args:
+            state: sizes of the tensors in objects.
         """
         wanted = self.now(state)
         called = len(wanted) - len(state)
@@ -144,7 +147,7 @@ class Signature:
         return fits
 
     def dynamic_sizes(self, inputs: Sequence[Tensor]) -> dict[sympy.Symbol, int]:
-        """The sizes that a call with these tensors gives to the dynamic dims."""
+        """Return the sizes that a call with these tensors gives to the dynamic dims."""
         return {
             size: now
             for given, (_, _, shape) in zip(inputs, self.tensors, strict=True)
@@ -158,30 +161,30 @@ def _same_constant(a: Any, b: Any) -> bool:
 
 
 def autocast_now() -> Autocast:
-    """The dtype that autocast casts to on each kind of device, None where it is off."""
+    """Return the dtype that autocast casts to on each device type; None where it is off."""
     return tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in AUTOCAST)
 
 
 def training_flags(module: nn.Module) -> tuple[bool, ...]:
-    """The training flag of every module of a region: train and eval are two signatures, and so is a frozen norm."""
-    # Asked at every call, so not by way of `nn.Module.modules`, whose generators cost as much as a small layer.
+    """Return the training flag of every module of a region: train, eval and a frozen norm are three signatures."""
+    # Runs at every call, so without `nn.Module.modules`, whose generators cost as much as a small layer.
     return tuple(child.training for child in below(module))
 
 
 def below(module: nn.Module) -> list[nn.Module]:
-    """A module and all in it, in the order of `training_flags`."""
-    found, waiting, seen = [], [module], {id(module)}
-    while waiting:
-        found.append(child := waiting.pop())
+    """Return a module and all submodules, in the order of `training_flags`."""
+    modules, stack, seen = [], [module], {id(module)}
+    while stack:
+        modules.append(child := stack.pop())
         for grandchild in child._modules.values():
             if grandchild is not None and id(grandchild) not in seen:
                 seen.add(id(grandchild))
-                waiting.append(grandchild)
-    return found
+                stack.append(grandchild)
+    return modules
 
 
 def _state(module: nn.Module) -> tuple[Hashable, ...]:
-    """`training_flags`, and how many hooks of each kind the submodules have, where they have any."""
+    """Return `training_flags`, and the number of hooks of each kind on submodules that have any."""
     modules = below(module)
     state: list[Hashable] = [child.training for child in modules]
     for i, child in enumerate(modules[1:]):
@@ -194,14 +197,14 @@ def _state(module: nn.Module) -> tuple[Hashable, ...]:
 def call_key(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Hashable, list[Tensor], list[Any]] | None:
-    """A key that equal calls share, for a look-up that is cheaper than `Signature.mismatch`, and what is in it.
+    """Return a key that equal calls share, for a look-up that is cheaper than `Signature.mismatch`.
 
-    All that `Signature.mismatch` looks at must be in it, but for sizes where there are objects, see `carried.foreign`:
-    with a cache they are others at each call. None where it cannot tell: where there are arguments of unknown types, or
-    sizes that are not plain numbers.
+    It contains all that `Signature.mismatch` compares, but for sizes where there are objects (see
+    `state_access.foreign`): with a cache these change at each call.
 
     Returns:
-        The key, the tensors, and the objects, each once.
+        The key, the tensors, and the objects, each once. None for arguments of unknown types, and for sizes that are
+        not plain numbers.
     """
     if torch.compiler.is_compiling():
         return None  # a traced look-up by sizes would make every size a constant
@@ -213,16 +216,16 @@ def call_key(
     if not (_describe(args, key, tensors, objects) and _describe(kwargs, key, tensors, objects)):
         return None
     key += [t.ndim for t in tensors] if objects else [t.shape for t in tensors]
-    made = tuple(key)
+    hashable = tuple(key)
     try:
-        hash(made)
+        hash(hashable)
     except TypeError:  # a symbolic size
         return None
-    return made, tensors, objects
+    return hashable, tensors, objects
 
 
 def _describe(value: Any, key: list[Any], tensors: list[Tensor], objects: list[Any]) -> bool:
-    """Append all that `Signature.mismatch` looks at, but for sizes; False where `value` may hold more than that."""
+    """Append to `key` all that `Signature.mismatch` compares but sizes; False for a value of unknown type."""
     if isinstance(value, Tensor):
         key += (value.dtype, value.device)
         tensors.append(value)

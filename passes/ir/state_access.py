@@ -1,12 +1,13 @@
-"""State access: objects that a call hands in and that a forward changes, a cache of keys and values as a rule.
+"""State access: how a graph reads and changes the objects of its calls, as a rule a cache of keys and values.
 
-No graph holds such an object. Values that a graph decides by are looked up in it at every call (`StateAccess.read`),
-tensors in it are inputs, and calls of its methods with tensors stay calls of the object that the caller passed, whose
-own Python does the rest: counters, memory and all.
+A graph holds no such object. Values that its control flow depends on are looked up in the object at every call
+(`StateAccess.read`), tensors in it are inputs, and calls of its methods with tensors stay calls of the object that the
+caller passed, whose own Python does the rest: counters, memory and all.
 
-    Held         an object among the leaves of a call
-    ObjectPath   where something lies in one: `layers[0].keys`
-    StateAccess  all that a graph has to do with the objects of its calls
+    Held             stands for an object among the leaves of a call
+    ObjectPath       the path to a part of one: `layers[0].keys`
+    StateAccess      all reads, writes and method calls of a graph
+    IndexAttributes  integers of a region that select its own part of an object
 """
 
 from __future__ import annotations
@@ -24,35 +25,30 @@ from torch import Tensor, nn
 
 AttributePath = tuple[str, str]  # path of a submodule, name of an attribute of it
 
-
 OPERATORS = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
-
 
 TENSOR = object()  # stands for a tensor among the leaves of arguments and results
 
-
+# Types whose values a graph may hold.
 PLAIN = (Tensor, int, float, bool, str, slice, Enum, torch.dtype, torch.device, torch.memory_format, torch.layout)
-
 
 _CODE = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType)
 
-
-_HEAP = 1 << 9  # the flag of classes made in Python
-
+_HEAP = 1 << 9  # flag of classes defined in Python
 
 _NEW: Any = object.__new__
 
 
 @dataclass(frozen=True)
 class Held:
-    """Stands for an object among the leaves of arguments and results, by its number."""
+    """A stand-in for an object among the leaves of arguments and results, by its number."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class PathItem:
-    """One step into an object: an attribute, or an entry of a list or a dict."""
+    """One step of a path: an attribute, or an entry of a list or a dict."""
 
     key: Any
     entry: bool = False
@@ -63,28 +59,28 @@ class PathItem:
 
 @dataclass(frozen=True)
 class ObjectPath:
-    """Where something lies: in which object of a call, and how to get there."""
+    """The path to a part of an object of a call: the number of the object, and the steps from there."""
 
     number: int
     path: tuple[PathItem, ...] = ()
 
     def attribute(self, name: str) -> ObjectPath:
-        """An attribute of what lies here."""
+        """Extend the path by an attribute."""
         return ObjectPath(self.number, (*self.path, PathItem(name)))
 
     def entry(self, key: Any) -> ObjectPath:
-        """An entry of the list or dict that lies here."""
+        """Extend the path by an entry of a list or dict."""
         return ObjectPath(self.number, (*self.path, PathItem(key, entry=True)))
 
     def find(self, objects: Sequence[Any]) -> Any:
-        """What lies here."""
-        found = objects[self.number]
+        """Return the value at this path."""
+        value = objects[self.number]
         for step in self.path:
-            found = found[step.key] if step.entry else getattr(found, step.key)
-        return found
+            value = value[step.key] if step.entry else getattr(value, step.key)
+        return value
 
     def put(self, objects: Sequence[Any], value: Any) -> None:
-        """Put `value` here."""
+        """Set the value at this path."""
         owner, last = ObjectPath(self.number, self.path[:-1]).find(objects), self.path[-1]
         if last.entry:
             owner[last.key] = value
@@ -97,46 +93,46 @@ class ObjectPath:
 
 @dataclass(frozen=True)
 class Length:
-    """What is read of a list: how many entries it has."""
+    """A read of a list: its number of entries."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class Keys:
-    """What is read of a dict: its keys, in order."""
+    """A read of a dict: its keys, in order."""
 
     keys: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class TypeCheck:
-    """What is read of an object on the way to something in it: its class."""
+    """A read of an object on the way to a part of it: its class."""
 
     cls: type
 
 
 class _Absent:
     def __repr__(self) -> str:
-        return "nothing"
+        return "absent"
 
 
-ABSENT = _Absent()  # what is read where there is no such attribute or entry
+ABSENT = _Absent()  # stands for the value of an attribute or entry that does not exist
 
 
 @dataclass(frozen=True, eq=False)
 class LiveCall:
-    """A call of a method of an object, with tensors, that is no part of a graph.
+    """A call of a method of an object, with tensors, that the graph leaves to the object.
 
     Attributes:
-        place: of what has the method.
+        place: path of the object that has the method.
         method: its name.
         leaves: of its arguments, `TENSOR` where there is a tensor.
-        spec: tree of these.
+        spec: tree of the arguments.
         out_leaves: of its result.
-        out_spec: tree of these.
-        after: constants that the region's own code reads once the method has changed them.
-        late: places of tensors that it reads then.
+        out_spec: tree of the result.
+        after: path -> constant that the region's own code reads there once the method has changed it.
+        late: paths of tensors that the region's own code reads after the call.
     """
 
     place: ObjectPath
@@ -151,16 +147,18 @@ class LiveCall:
 
 @dataclass(frozen=True, eq=False)
 class StateAccess:
-    """What a graph has to do with the objects of its calls.
+    """All that a graph reads of the objects of its calls, and all that it changes in them.
 
     Attributes:
-        types: their classes.
-        reads: what it decides by: a place, and a constant, `Length`, `Keys`, `TypeCheck` or `ABSENT`.
-        state: places of the tensors that it takes, in the order of its inputs, after the tensors of the call.
-        stored: places of the tensors that are others afterwards, in the order of its outputs, which are the last.
-        effects: what the region's own code puts into an object: a place, and a constant or the number of an output
-            among the stored ones.
+        types: classes of the objects.
+        reads: values that the control flow depends on: a path, and a constant, `Length`, `Keys`, `TypeCheck` or
+            `ABSENT`.
+        state: paths of the tensors that the graph takes, in the order of its inputs, after the tensors of the call.
+        stored: paths of the tensors that a call replaces, in the order of the graph's outputs, of which they are the
+            last.
+        effects: values that the region's own code puts into an object: a path, and a constant or `Stored`.
         calls: of methods, by number.
+        read: returns the tensors at `state`; None where one of `reads` is another value.
     """
 
     types: tuple[type, ...] = ()
@@ -173,37 +171,37 @@ class StateAccess:
     def __post_init__(self) -> None:
         object.__setattr__(self, "read", _reader(self))
 
-    read: Callable[[Sequence[Any]], list[Tensor] | None] = field(init=False, repr=False)  # the state; None: another
+    read: Callable[[Sequence[Any]], list[Tensor] | None] = field(init=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """In `StateAccess.effects`: the value is a tensor, this one of the stored."""
+    """A tensor in `StateAccess.effects`, by its number in `StateAccess.stored`."""
 
     number: int
 
 
 def foreign(value: Any) -> bool:
-    """Whether `value` is an object that may hold tensors and change: no constant, container or module."""
+    """Return whether `value` is an object that may hold tensors and change: not a constant, container or module."""
     if value is None or isinstance(value, (*PLAIN, nn.Module, *_CODE, BaseException, tuple, list, dict, set)):
         return False
     cls = type(value)
-    # A class registered with torch's pytrees is taken apart like a tuple where it is plain data.
+    # A class registered with torch's pytrees is flattened like a tuple where it is plain data.
     if is_dataclass(cls) and cls in pytree.SUPPORTED_NODES:
         return False
     return bool(hasattr(value, "__dict__") and cls.__flags__ & _HEAP and cls.__new__ is _NEW)
 
 
 def flattened(call: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """The leaves of a call, whole objects among them, and its tree.
+    """Return the leaves of a call, objects among them, and its tree.
 
-    Objects that are registered with torch's pytrees would be taken apart and not be the same afterwards.
+    Objects that are registered with torch's pytrees stay leaves, because unflattening would make new ones of them.
     """
     return pytree.tree_flatten(call, is_leaf=foreign)
 
 
 def parted(leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Leaves with a `Held` for every object, and the objects, each once."""
+    """Return leaves with a `Held` for every object, and the objects, each once."""
     objects: list[Any] = []
     plain: list[Any] = []
     for leaf in leaves:
@@ -217,49 +215,51 @@ def parted(leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def resolve_object(leaf: Any, objects: Sequence[Any]) -> Any:
-    """A leaf, or the object that it stands for."""
+    """Return a leaf, or the object that it stands for."""
     return objects[leaf.number] if isinstance(leaf, Held) else leaf
 
 
-def copied(value: Any, tensor: Callable[[ObjectPath, Tensor], Tensor], place: ObjectPath, memo: dict[int, Any]) -> Any:
-    """An object like another of the same class, with other tensors; constants and what is unknown are the same.
+def copy_object(
+    value: Any, tensor: Callable[[ObjectPath, Tensor], Tensor], place: ObjectPath, memo: dict[int, Any]
+) -> Any:
+    """Copy an object with other tensors in it; constants and values of unknown types are shared.
 
     Args:
         value: the object.
-        tensor: what to put in place of a tensor.
-        place: of `value`.
-        memo: id -> copy, of what has been met.
+        tensor: returns the tensor to put in place of another.
+        place: path of `value`.
+        memo: id -> copy, of the values copied so far.
     """
     if isinstance(value, Tensor):
         return tensor(place, value)
     if id(value) in memo:
         return memo[id(value)]
     if type(value) is tuple:
-        return tuple(copied(item, tensor, place.entry(i), memo) for i, item in enumerate(value))
+        return tuple(copy_object(item, tensor, place.entry(i), memo) for i, item in enumerate(value))
     if type(value) is list:
         memo[id(value)] = made = []
-        made += [copied(item, tensor, place.entry(i), memo) for i, item in enumerate(value)]
+        made += [copy_object(item, tensor, place.entry(i), memo) for i, item in enumerate(value)]
         return made
     if type(value) is dict:
         memo[id(value)] = mapping = {}
-        mapping.update({key: copied(item, tensor, place.entry(key), memo) for key, item in value.items()})
+        mapping.update({key: copy_object(item, tensor, place.entry(key), memo) for key, item in value.items()})
         return mapping
     if foreign(value):
         memo[id(value)] = twin = object.__new__(type(value))
         for name, item in vars(value).items():
-            twin.__dict__[name] = copied(item, tensor, place.attribute(name), memo)
+            twin.__dict__[name] = copy_object(item, tensor, place.attribute(name), memo)
         return twin
     return value
 
 
-def copies(objects: Sequence[Any], tensor: Callable[[ObjectPath, Tensor], Tensor]) -> list[Any]:
-    """Copies of the objects of a call, see `copied`; what they share their copies share."""
+def copy_objects(objects: Sequence[Any], tensor: Callable[[ObjectPath, Tensor], Tensor]) -> list[Any]:
+    """Copy the objects of a call, see `copy_object`; values that objects share their copies share."""
     memo: dict[int, Any] = {}
-    return [copied(value, tensor, ObjectPath(number), memo) for number, value in enumerate(objects)]
+    return [copy_object(value, tensor, ObjectPath(number), memo) for number, value in enumerate(objects)]
 
 
 def _reader(carried: StateAccess) -> Callable[[Sequence[Any]], list[Tensor] | None]:
-    """`StateAccess.read` as code, for it runs at every call: tensors of the state, None where a constant is another."""
+    """Generate `StateAccess.read`, because it runs at every call."""
     scope: dict[str, Any] = {"Tensor": Tensor}
     lines: list[str] = []
     names: dict[ObjectPath, str] = {}
@@ -319,13 +319,13 @@ def _reader(carried: StateAccess) -> Callable[[Sequence[Any]], list[Tensor] | No
 
 @dataclass(frozen=True, eq=False)
 class IndexAttributes:
-    """The integers of a region that only say which part of an object is its own.
+    """The integers of a region that only select its own part of an object: the number of a layer, in a cache.
 
     Attributes:
-        values: what they were.
-        compared: what they were compared with, and how that came out.
-        entries: the list or dict and the key in it -> the integers that were that key.
-        leaves: number of a method's call and of a leaf of its arguments -> the integer that was passed.
+        values: attribute -> its value in the region that was captured.
+        compared: attribute, operator, the integer it was compared with, and the outcome.
+        entries: path of a list or dict, and a key -> the attributes that were that key.
+        leaves: number of a method's call, and of a leaf of its arguments -> the attribute that was passed there.
     """
 
     values: Mapping[AttributePath, int] = field(default_factory=dict)
@@ -334,22 +334,22 @@ class IndexAttributes:
     leaves: Mapping[tuple[int, int], AttributePath] = field(default_factory=dict)
 
     def of(self, module: nn.Module) -> dict[AttributePath, int] | None:
-        """What they are in another module; None where what was captured cannot be right for it."""
-        found: dict[AttributePath, int] = {}
+        """Return their values in another module; None where the graph cannot be right for it."""
+        values: dict[AttributePath, int] = {}
         named = dict(module.named_modules(remove_duplicate=False))
         for path, name in self.values:
             value = named[path].__dict__.get(name) if path in named else None
             if type(value) is not int:
                 return None
-            found[path, name] = value
-        if any(OPERATORS[op](found[attribute], other) != result for attribute, op, other, result in self.compared):
+            values[path, name] = value
+        if any(OPERATORS[op](values[attribute], other) != result for attribute, op, other, result in self.compared):
             return None
-        if any(len({found[attribute] for attribute in attributes}) > 1 for attributes in self.entries.values()):
+        if any(len({values[attribute] for attribute in attributes}) > 1 for attributes in self.entries.values()):
             return None
-        return found
+        return values
 
     def put(self, place: ObjectPath, values: Mapping[AttributePath, int]) -> ObjectPath:
-        """A place with other numbers on the way."""
+        """Return a path with the indices of another module in it."""
         path: list[PathItem] = []
         for i, step in enumerate(place.path):
             attributes = self.entries.get((ObjectPath(place.number, place.path[:i]), step.key)) if step.entry else None
@@ -357,7 +357,7 @@ class IndexAttributes:
         return ObjectPath(place.number, tuple(path))
 
     def within(self, carried: StateAccess, values: Mapping[AttributePath, int]) -> StateAccess:
-        """What a graph has to do with objects, for a module with other numbers."""
+        """Return the state access of a graph for a module with other indices."""
 
         def put(place: ObjectPath) -> ObjectPath:
             return self.put(place, values)

@@ -1,1 +1,1 @@
-"""Objects: what a forward reads of the objects it is called with, caches for one, and what it does to them."""
+"""Objects: the use that a forward makes of objects among its arguments, such as caches."""

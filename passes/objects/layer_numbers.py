@@ -1,8 +1,8 @@
-"""Numbers: integers by which blocks that are equal otherwise find their own part of an object that all are given.
+"""Layer numbers: integers by which blocks that are otherwise equal find their own part of an object that all share.
 
-A cache has an entry per layer, and every layer knows its number. If that is all that a forward does with it, what was
-captured of one layer is right for the others with their numbers in its place. To see what it does, numbers are put in
-the place of the integers that are no integers for Python, so that nothing uses them unseen, and the forward runs once.
+A cache has an entry per layer, and every layer holds its number. If a forward uses the number for nothing else, the
+graph of one layer is right for the others with their numbers in its place. To find out, the forward runs once more with
+an `IntProxy` in place of each such integer; Python does not take it for an int, so every use of it is recorded.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import nn
 
 from ecospa_fx.passes.ir.state_access import IndexAttributes
 
-from .number import IntProxy
+from .int_proxy import IntProxy
 
 if TYPE_CHECKING:
     from .tracker import Tracker
 
 
-def numbers(module: nn.Module, seen: Tracker, run: Callable[[], Tracker]) -> IndexAttributes:
-    """Which integers of a region only say which part of an object is its own.
+def index_attributes(module: nn.Module, seen: Tracker, run: Callable[[], Tracker]) -> IndexAttributes:
+    """Find the integers of a region that only select its own part of an object.
 
     Args:
         module: the region.
-        seen: what a forward did with the objects of a call.
-        run: does it again.
+        seen: the tracker of a forward with the objects of a call.
+        run: runs that forward again, and returns its tracker.
     """
     candidates = {
         (path, name): value
@@ -36,13 +36,13 @@ def numbers(module: nn.Module, seen: Tracker, run: Callable[[], Tracker]) -> Ind
         if type(value) is int and value in seen.integers()
     }
     while candidates:
-        stand_ins = [IntProxy(attribute, value) for attribute, value in candidates.items()]
-        with _installed(module, stand_ins):
+        proxies = [IntProxy(attribute, value) for attribute, value in candidates.items()]
+        with _installed(module, proxies):
             try:
                 tracker = run()
             except Exception:
                 return IndexAttributes()
-        used = {number.attribute for number in stand_ins if number.used}
+        used = {proxy.attribute for proxy in proxies if proxy.used}
         if not used:
             break
         candidates = {attribute: value for attribute, value in candidates.items() if attribute not in used}
@@ -51,21 +51,21 @@ def numbers(module: nn.Module, seen: Tracker, run: Callable[[], Tracker]) -> Ind
     entries, leaves = tracker.numbered()
     if entries is None:
         return IndexAttributes()
-    met = {attribute for attributes in entries.values() for attribute in attributes} | set(leaves.values())
-    compared = [(n.attribute, *what) for n in stand_ins for what in n.compared]
-    met |= {attribute for attribute, *_ in compared}
-    return IndexAttributes({a: value for a, value in candidates.items() if a in met}, compared, entries, leaves)
+    indices = {attribute for attributes in entries.values() for attribute in attributes} | set(leaves.values())
+    compared = [(proxy.attribute, *comparison) for proxy in proxies for comparison in proxy.compared]
+    indices |= {attribute for attribute, *_ in compared}
+    return IndexAttributes({a: value for a, value in candidates.items() if a in indices}, compared, entries, leaves)
 
 
 @contextmanager
-def _installed(module: nn.Module, stand_ins: Sequence[IntProxy]) -> Iterator[None]:
+def _installed(module: nn.Module, proxies: Sequence[IntProxy]) -> Iterator[None]:
     named = dict(module.named_modules())
     try:
-        for number in stand_ins:
-            path, name = number.attribute
-            named[path].__dict__[name] = number
+        for proxy in proxies:
+            path, name = proxy.attribute
+            named[path].__dict__[name] = proxy
         yield
     finally:
-        for number in stand_ins:
-            path, name = number.attribute
-            named[path].__dict__[name] = number.value
+        for proxy in proxies:
+            path, name = proxy.attribute
+            named[path].__dict__[name] = proxy.value

@@ -1,11 +1,11 @@
-"""Live: what methods of objects do is left to the objects that a call hands in.
+"""Live calls: methods of the objects that a call hands in, called by the program instead of traced.
 
-    mark_bodies(graph)   says which nodes lie between the edges of a method's call, see `passes.objects.tracker`
-    go_live(...)         puts the call in their place, where a program is made
+    mark_bodies(graph)   marks the nodes between the edges of a method's call, see `passes.objects.tracker`
+    go_live(...)         replaces them by the call, where a program is made
 
-The nodes in between stay in the captured graph: they say what the method does to axes, and what is compared with eager
-and with masking. A program has the call instead, so that counters, growing and fixed memory, sliding windows, beams and
-whatever else an object knows are its own business, at the sizes there are.
+The nodes in between stay in the captured graph: the axes are inferred from them, and they are compared with eager and
+with masking. A program calls the method instead, so that counters, growing and fixed memory, sliding windows, beams and
+whatever else an object does are its own business, at the sizes of now.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BODY = "ecospa_live"  # in the meta of a node: the number of the call that it be
 
 
 def edges(graph: fx.Graph, number: int, *, out: bool) -> dict[int, fx.Node]:
-    """The edges into or out of a call, by place among its leaves."""
+    """Return the edges into or out of a call, by position among its leaves."""
     nodes = [node for node in graph.nodes if node.target is edge and node.args[1] == number and node.args[3] is out]
     return {node.args[2]: node for node in nodes}
 
@@ -40,11 +40,11 @@ def mark_bodies(graph: fx.Graph, stored: int, region: str) -> None:
 
     Args:
         graph: as it was traced.
-        stored: how many of its last outputs are what objects hold.
-        region: its name, for messages.
+        stored: number of its last outputs that are tensors held by objects.
+        region: name of the region, for messages.
 
     Raises:
-        CaptureError: something outside uses what a method has computed and not returned.
+        CaptureError: the region uses a value that a method computed and did not return.
     """
     inside: int | None = None
     for node in graph.nodes:
@@ -60,25 +60,26 @@ def mark_bodies(graph: fx.Graph, stored: int, region: str) -> None:
         if isinstance(node.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat, int)) and not any(
             tensor_meta(used) and BODY in used.meta for used in node.all_input_nodes
         ):
-            continue  # arithmetic on sizes, which is wherever it was first needed
+            continue  # arithmetic on sizes, traced wherever it was first needed
         written = _written(node)
         for user in list(node.users):
             if BODY in user.meta:
                 continue
             if written is not None and user.op != "output":
-                user.replace_input_with(node, written)  # memory that is there after the call, too
+                user.replace_input_with(node, written)  # the memory outlives the call
                 continue
             outputs = user.args[0] if user.op == "output" else ()
             if user.op == "output" and node not in outputs[: len(outputs) - stored]:
                 continue
             raise CaptureError(
-                f"{f'region `{region}`' if region else 'the model'} uses what a method of an object that it was called "
-                f"with computed and did not return ({node.name}), which no graph can know"
+                f"{f'region `{region}`' if region else 'the model'} uses a value ({node.name}) that a method of an "
+                "object among its arguments computed and did not return; a program calls that method and gets "
+                "only its result"
             )
 
 
 def _written(node: fx.Node) -> fx.Node | None:
-    """The input that an op writes into, if this is all that it does and gives."""
+    """Return the input that an in-place op writes into and returns, or None."""
     while isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and node.args:
         node = node.args[0]  # type: ignore[assignment]
         if node.op == "placeholder":
@@ -93,14 +94,14 @@ def go_live(
     objects: Sequence[fx.Node],
     sizes: Callable[[fx.Node], Sequence[Size]],
 ) -> None:
-    """Put calls of methods in the place of what they were traced as.
+    """Replace the traced bodies of methods by calls of them.
 
     Args:
-        carried: what the captured graph has to do with objects.
-        graph: the copy of it, at the sizes of now.
+        carried: the state access of the captured graph.
+        graph: a copy of the captured graph, at the sizes of now.
         new: node of the captured graph -> node of the copy.
         objects: the placeholders for the objects.
-        sizes: of the tensor that a node of the captured graph makes, as they are now.
+        sizes: returns the sizes now of the tensor that a node of the captured graph makes.
     """
     before = {node: old for old, node in new.items()}
     calls = set()
@@ -132,13 +133,13 @@ def go_live(
 
 
 def _is_rest(node: fx.Node, before: Mapping[fx.Node, fx.Node]) -> bool:
-    """Whether a node of the copy is of no use now: of what a method was traced as, or made to follow that."""
+    """Return whether a node of the copy is dead now: traced in the body of a method, or made from one that was."""
     unused = node.op == "call_function" and not node.users
     return unused and (node not in before or BODY in before[node].meta)
 
 
 def pass_edges(graph: fx.Graph) -> None:
-    """Take the edges out of a graph whose calls stay what they were traced as."""
+    """Remove the edges of a graph that keeps the traced bodies of its calls."""
     for node in list(graph.nodes):
         if node.target is edge:
             node.replace_all_uses_with(node.args[0])
@@ -146,7 +147,7 @@ def pass_edges(graph: fx.Graph) -> None:
 
 
 def _as_node(size: Size, graph: fx.Graph, new: Mapping[fx.Node, fx.Node]) -> Any:
-    """A size as a number or as a node that computes it from those of inputs; -1 where that takes more than sums."""
+    """Return a size as a number, or as a node that computes it from sizes of inputs; -1 where it cannot."""
     if not isinstance(size, sympy.Expr):
         return int(size)
     match size:
@@ -162,29 +163,29 @@ def _as_node(size: Size, graph: fx.Graph, new: Mapping[fx.Node, fx.Node]) -> Any
             parts = [_as_node(part, graph, new) for part in size.args]
             if not any(type(part) is int and part == -1 and part != size.args[i] for i, part in enumerate(parts)):
                 combine = operator.add if isinstance(size, sympy.Add) else operator.mul
-                whole = parts[0]
+                total = parts[0]
                 for part in parts[1:]:
-                    whole = graph.call_function(combine, (whole, part))
-                return whole
+                    total = graph.call_function(combine, (total, part))
+                return total
     return -1
 
 
 def _calling(call: LiveCall, expected: Sequence[Sequence[int | None]]) -> Callable[..., Any]:
-    """A function that calls a method of an object and gives the tensors that it returns.
+    """Generate a function that calls a method of an object and returns the tensors of its result.
+
+    It is generated because it runs once for every token.
 
     Args:
-        call: which.
-        expected: the sizes of these, -1 for any and None where they are given at the call, after the tensors.
-
-    Its code is written out, for it runs once for every token that is generated.
+        call: the call.
+        expected: the sizes of these tensors: -1 for any, None for one that is passed at the call, after the tensors.
     """
     scope: dict[str, Any] = {"differs": _differs, "changed": _changed, "call": call}
-    taking = [f"t{i}" for i in range(sum(leaf is TENSOR for leaf in call.leaves))]
-    waiting = iter(taking)
+    tensors = [f"t{i}" for i in range(sum(leaf is TENSOR for leaf in call.leaves))]
+    remaining = iter(tensors)
 
     def text(value: Any) -> str:
         if value is TENSOR:
-            return next(waiting)
+            return next(remaining)
         if type(value) in (list, tuple):
             inside = "".join(f"{text(item)}, " for item in value)
             return f"[{inside}]" if type(value) is list else f"({inside})"
@@ -204,8 +205,8 @@ def _calling(call: LiveCall, expected: Sequence[Sequence[int | None]]) -> Callab
     if call.out_leaves == (TENSOR,) and call.out_spec == pytree.tree_structure(TENSOR):
         body.append("result = (result,)")
     elif not plain:
-        scope["taken"] = _taken
-        body.append("result = taken(call, result)")
+        scope["tensors_of"] = _result_tensors
+        body.append("result = tensors_of(call, result)")
     for place in call.late:
         scope[found := f"place_{len(scope)}"] = ObjectPath(0, place.path)
         body.append(f"result = (*result, {found}.find((held,)))")
@@ -218,9 +219,9 @@ def _calling(call: LiveCall, expected: Sequence[Sequence[int | None]]) -> Callab
         body.append(f"if {found}.find((held,)) != {_held(scope, value)}: changed({found}, {_held(scope, value)})")
     body.append("return result")
     newline = "\n    "
-    exec(f"def {call.method}({', '.join(['held', *taking, *names])}):{newline}{newline.join(body)}\n", scope)
-    made: Callable[..., Any] = scope[call.method]
-    return made
+    exec(f"def {call.method}({', '.join(['held', *tensors, *names])}):{newline}{newline.join(body)}\n", scope)
+    function: Callable[..., Any] = scope[call.method]
+    return function
 
 
 def _held(scope: dict[str, Any], value: Any) -> str:
@@ -230,28 +231,28 @@ def _held(scope: dict[str, Any], value: Any) -> str:
     return name
 
 
-def _taken(call: LiveCall, result: Any) -> tuple[Tensor, ...]:
-    """The tensors in what a method has returned, where that is not just a tuple of tensors."""
+def _result_tensors(call: LiveCall, result: Any) -> tuple[Tensor, ...]:
+    """Return the tensors in the result of a method, where that is not just a tuple of tensors."""
     leaves, spec = pytree.tree_flatten(result)
     constants = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
     if spec != call.out_spec or constants != [leaf for leaf in call.out_leaves if leaf is not TENSOR]:
         raise EcoSpaError(
-            f"`{call.method}` returned something else than in the call that was captured: what the object holds fits "
-            "no graph. Start with an empty one"
+            f"`{call.method}` returned another structure or other constants than when it was captured: the object's "
+            "contents match no graph. Start with an empty one"
         )
     return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def _changed(place: ObjectPath, expected: Any) -> None:
     raise EcoSpaError(
-        f"`{place}` of an object is not {expected!r} after a method that made it so when it was captured: what the "
-        "object holds fits no graph. Start with an empty one"
+        f"`{place}` of an object is not {expected!r} after a method that made it so when it was captured: the object's "
+        "contents match no graph. Start with an empty one"
     )
 
 
 def _differs(call: LiveCall, number: int, found: Tensor, expected: tuple[int, ...]) -> None:
     sizes = tuple(size if wanted == -1 else wanted for size, wanted in zip(found.shape, expected, strict=True))
     raise EcoSpaError(
-        f"result {number} of `{call.method}` has sizes {tuple(found.shape)}, where {sizes} were expected: what the "
-        "object holds fits no graph. Start with an empty one"
+        f"result {number} of `{call.method}` has sizes {tuple(found.shape)}, where {sizes} were expected: the "
+        "object's contents match no graph. Start with an empty one"
     )

@@ -1,55 +1,78 @@
-"""Shadows: objects, lists and dicts like those of a call, which tell a `Tracker` what happens to them."""
+"""Proxies: objects, lists and dicts like those of a call, which tell a `Listener` what happens to them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import MethodType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol, TypeAlias
 
-from ecospa_fx.passes.ir.state_access import ABSENT, Keys, Length
+from ecospa_fx.passes.ir.state_access import ABSENT, Keys, Length, ObjectPath
 
-from .number import IntProxy
+from .int_proxy import IntProxy
 
-if TYPE_CHECKING:
-    from .tracker import Tracker
+Step: TypeAlias = Callable[[ObjectPath], ObjectPath]  # from the path of an object to the path of a part of it
+
+
+class Listener(Protocol):
+    """The one whom proxies tell what happens to them: a `Tracker`."""
+
+    def key(self, owner: Any, key: Any) -> Any:
+        """Return the plain key that an entry of the list or dict `owner` is looked up by."""
+        ...
+
+    def read(self, owner: Any, step: Step, value: Any) -> Any:
+        """Hear that the part of `owner` at `step` is read, and return the value to go on with."""
+        ...
+
+    def write(self, owner: Any, step: Step, value: Any) -> None:
+        """Hear that `value` is put into `owner` at `step`."""
+        ...
+
+    def restructure(self, owner: Any) -> None:
+        """Hear that parts are put into `owner` or taken out of it."""
+        ...
+
+    def call(self, owner: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a method of `owner`."""
+        ...
 
 
 class Proxy:
-    """First base of the class of a shadow; its own class comes second."""
+    """The first base of the class of a proxied object; its own class comes second."""
 
-    _ecospa_tracker: ClassVar[Tracker]
+    _ecospa_listener: ClassVar[Listener]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Classes may keep a list of those made from them, in which shadows have no place."""
+        """Keep out of lists of subclasses that the object's own class may keep."""
 
     def __getattribute__(self, name: str) -> Any:
-        if name[:2] == "__" or name == "_ecospa_tracker":
+        if name[:2] == "__" or name == "_ecospa_listener":
             return super().__getattribute__(name)
-        tracker = type(self)._ecospa_tracker
+        listener = type(self)._ecospa_listener
         try:
             value = super().__getattribute__(name)
         except AttributeError:
-            tracker.read(self, lambda at: at.attribute(name), ABSENT)
+            listener.read(self, lambda at: at.attribute(name), ABSENT)
             raise
         if isinstance(value, MethodType) and value.__self__ is self:
-            return lambda *args, **kwargs: tracker.call(self, value, args, kwargs)
+            return lambda *args, **kwargs: listener.call(self, value, args, kwargs)
         if name in self.__dict__:
-            return tracker.read(self, lambda at: at.attribute(name), value)
+            return listener.read(self, lambda at: at.attribute(name), value)
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in self.__dict__:
-            type(self)._ecospa_tracker.write(self, lambda at: at.attribute(name), value)
+            type(self)._ecospa_listener.write(self, lambda at: at.attribute(name), value)
 
     def __delattr__(self, name: str) -> None:
-        type(self)._ecospa_tracker.restructure(self)
+        type(self)._ecospa_listener.restructure(self)
         super().__delattr__(name)
 
 
 def _restructuring(name: str) -> Any:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.tracker.restructure(self)
+        self.listener.restructure(self)
         return getattr(super(type(self), self), name)(*args, **kwargs)
 
     return method
@@ -58,17 +81,17 @@ def _restructuring(name: str) -> Any:
 class ProxyList(list):  # type: ignore[type-arg]
     """A list in an object."""
 
-    tracker: Tracker
+    listener: Listener
 
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, (int, IntProxy)):
             return list(self)[index]
-        index = self.tracker.key(self, index)
-        return self.tracker.read(self, lambda at: at.entry(int(index)), super().__getitem__(index))
+        index = self.listener.key(self, index)
+        return self.listener.read(self, lambda at: at.entry(int(index)), super().__getitem__(index))
 
     def __len__(self) -> int:
         length = super().__len__()
-        self.tracker.read(self, lambda at: at, Length(length))
+        self.listener.read(self, lambda at: at, Length(length))
         return length
 
     def __bool__(self) -> bool:
@@ -82,9 +105,9 @@ class ProxyList(list):  # type: ignore[type-arg]
         return any(item is value or item == value for item in self)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        index = self.tracker.key(self, index)
+        index = self.listener.key(self, index)
         super().__setitem__(index, value)
-        self.tracker.write(self, lambda at: at.entry(index), value)
+        self.listener.write(self, lambda at: at.entry(index), value)
 
     append, extend, insert, pop, remove, clear, sort, reverse, __delitem__, __iadd__ = map(
         _restructuring,
@@ -95,17 +118,17 @@ class ProxyList(list):  # type: ignore[type-arg]
 class ProxyDict(dict):  # type: ignore[type-arg]
     """A dict in an object."""
 
-    tracker: Tracker
+    listener: Listener
 
     def get(self, key: Any, default: Any = None) -> Any:
-        """As of any dict."""
-        key = self.tracker.key(self, key)
-        found = self.tracker.read(self, lambda at: at.entry(key), super().get(key, ABSENT))
+        """Act as any dict does."""
+        key = self.listener.key(self, key)
+        found = self.listener.read(self, lambda at: at.entry(key), super().get(key, ABSENT))
         return default if found is ABSENT else found
 
     def __getitem__(self, key: Any) -> Any:
-        key = self.tracker.key(self, key)
-        found = self.tracker.read(self, lambda at: at.entry(key), super().get(key, ABSENT))
+        key = self.listener.key(self, key)
+        found = self.listener.read(self, lambda at: at.entry(key), super().get(key, ABSENT))
         return super().__getitem__(key) if found is ABSENT else found
 
     def __contains__(self, key: Any) -> bool:
@@ -113,7 +136,7 @@ class ProxyDict(dict):  # type: ignore[type-arg]
 
     def _all(self) -> list[Any]:
         keys = list(super().keys())
-        self.tracker.read(self, lambda at: at, Keys(tuple(keys)))
+        self.listener.read(self, lambda at: at, Keys(tuple(keys)))
         return keys
 
     def __len__(self) -> int:
@@ -126,21 +149,21 @@ class ProxyDict(dict):  # type: ignore[type-arg]
         return iter(self._all())
 
     def keys(self) -> Any:
-        """As of any dict."""
+        """Act as any dict does."""
         return dict.fromkeys(self._all()).keys()
 
     def values(self) -> Any:
-        """As of any dict, at once."""
+        """Act as any dict does, but as a list."""
         return [self[key] for key in self._all()]
 
     def items(self) -> Any:
-        """As of any dict, at once."""
+        """Act as any dict does, but as a list."""
         return [(key, self[key]) for key in self._all()]
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        key = self.tracker.key(self, key)
+        key = self.listener.key(self, key)
         super().__setitem__(key, value)
-        self.tracker.write(self, lambda at: at.entry(key), value)
+        self.listener.write(self, lambda at: at.entry(key), value)
 
     setdefault, update, pop, popitem, clear, __delitem__, __ior__ = map(
         _restructuring, ("setdefault", "update", "pop", "popitem", "clear", "__delitem__", "__ior__")

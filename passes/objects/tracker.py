@@ -1,17 +1,17 @@
-"""Carry: what a forward reads of the objects it is given, and what it does to them.
+"""Tracker: records how a forward reads, changes and calls the objects among its arguments.
 
-    Tracker.shadows(objects)   the same objects by class and content, which tell what happens to them
-    -> forward(shadows)
-    -> Tracker.carried()       what was read, changed and called
+    Tracker.proxies(objects)   objects of the same classes and contents, which report their uses
+    -> forward(proxies)
+    -> Tracker.carried()       the reads, writes and calls, as a `StateAccess`
 
 A method that is called with tensors (`cache.update(keys, values, 3)`) is the object's own business: `edge` marks in the
-graph where tensors go into it and come out, so that what lies between can be left to the object when the graph runs.
-What it does is traced all the same, for its axes. Reads by the region's own code are what the graph depends on.
+graph where tensors enter and leave it, so that the nodes in between can be replaced by the call when the graph runs.
+They are traced nevertheless, for their axes. The graph depends on the reads by the region's own code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,91 +35,90 @@ from ecospa_fx.passes.ir.state_access import (
     foreign,
 )
 
-from .number import IntProxy
-from .proxies import Proxy, ProxyDict, ProxyList
+from .int_proxy import IntProxy
+from .proxies import Proxy, ProxyDict, ProxyList, Step
 
 
 class Tracker:
-    """Watches what one forward does with the objects it is given.
+    """The listener of the proxies that one forward is called with.
 
     Attributes:
-        tensors: those of the objects that it read, as they were before, by place.
-        inside: how many methods of objects, called with tensors, it is in.
+        tensors: the tensors of the objects that it read, as they were before, by path.
+        inside: number of methods of objects, called with tensors, that are running.
     """
 
     def __init__(self, marking: bool) -> None:
-        """`marking`: put edges into the graph that is being traced."""
+        """Start with nothing recorded; with `marking`, put edges into the graph that is being traced."""
         self.marking = marking
         self.tensors: dict[ObjectPath, Tensor] = {}
         self.inside = 0
         self._types: tuple[type, ...] = ()
         self._reads: dict[tuple[ObjectPath, type | None], Any] = {}
-        self._outside: set[tuple[ObjectPath, type | None]] = set()  # read by the region's own code
+        self._outside: set[tuple[ObjectPath, type | None]] = set()  # those of `_reads` by the region's own code
         self._written: dict[ObjectPath, Any] = {}  # by the region's own code
         self._changed: set[ObjectPath] = set()
         self._calls: list[LiveCall] = []
-        self._keys: dict[
-            tuple[ObjectPath, Any], set[Any]
-        ] = {}  # what entries were looked up by: integers of modules, or None
-        self._passed: dict[tuple[int, int], Any] = {}
-        self._late: dict[int, list[ObjectPath]] = {}  # likewise, tensors
-        self._after: dict[int, dict[ObjectPath, Any]] = {}  # what is read once a call has changed it
+        # (list or dict, key) -> the attributes of modules that the key was; None for a key that was a plain value.
+        self._keys: dict[tuple[ObjectPath, Any], set[Any]] = {}
+        self._passed: dict[tuple[int, int], Any] = {}  # (call, leaf) -> the attribute of a module that was passed
+        self._late: dict[int, list[ObjectPath]] = {}  # call -> tensors read once it has changed them
+        self._after: dict[int, dict[ObjectPath, Any]] = {}  # call -> constants read once it has changed them
         self._initial: dict[ObjectPath, Any] = {}
         self._places: dict[int, ObjectPath] = {}
-        self._shadows: list[Any] = []
+        self._proxies: list[Any] = []
         self._problem: str | None = None
         self._classes: dict[type, type] = {}
 
-    def shadows(self, objects: Sequence[Any], given: Mapping[ObjectPath, Tensor] | None = None) -> list[Any]:
-        """Shadows of the objects of a call.
+    def proxies(self, objects: Sequence[Any], given: Mapping[ObjectPath, Tensor] | None = None) -> list[Any]:
+        """Make proxies of the objects of a call.
 
         Args:
-            objects: what it was called with.
+            objects: the objects, each once.
             given: tensors to put in place of theirs.
         """
         self._types = tuple(map(type, objects))
         memo: dict[int, Any] = {}
-        self._shadows = [self._shadow(value, ObjectPath(i), given or {}, memo) for i, value in enumerate(objects)]
-        return self._shadows
+        self._proxies = [self._proxy(value, ObjectPath(i), given or {}, memo) for i, value in enumerate(objects)]
+        return self._proxies
 
-    def _shadow(self, value: Any, place: ObjectPath, given: Mapping[ObjectPath, Tensor], memo: dict[int, Any]) -> Any:
+    def _proxy(self, value: Any, place: ObjectPath, given: Mapping[ObjectPath, Tensor], memo: dict[int, Any]) -> Any:
         if id(value) in memo and not isinstance(value, Tensor):
             return memo[id(value)]
-        made: Any = value
+        proxy: Any = value
         if isinstance(value, Tensor):
-            made = given.get(place, value)
+            proxy = given.get(place, value)
         elif type(value) is tuple:
-            made = tuple(self._shadow(item, place.entry(i), given, memo) for i, item in enumerate(value))
+            proxy = tuple(self._proxy(item, place.entry(i), given, memo) for i, item in enumerate(value))
         elif type(value) in (list, dict) or foreign(value):
             if type(value) is list:
-                made = memo[id(value)] = ProxyList()
-                list.extend(made, (self._shadow(item, place.entry(i), given, memo) for i, item in enumerate(value)))
+                proxy = memo[id(value)] = ProxyList()
+                list.extend(proxy, (self._proxy(item, place.entry(i), given, memo) for i, item in enumerate(value)))
             elif type(value) is dict:
-                made = memo[id(value)] = ProxyDict()
-                dict.update(made, {k: self._shadow(v, place.entry(k), given, memo) for k, v in value.items()})
+                proxy = memo[id(value)] = ProxyDict()
+                dict.update(proxy, {k: self._proxy(v, place.entry(k), given, memo) for k, v in value.items()})
             else:
-                made = memo[id(value)] = object.__new__(self._class(type(value)))
+                proxy = memo[id(value)] = object.__new__(self._class(type(value)))
                 for name, item in vars(value).items():
-                    made.__dict__[name] = self._shadow(item, place.attribute(name), given, memo)
-            if isinstance(made, (ProxyList, ProxyDict)):
-                made.tracker = self
-            self._places[id(made)] = place
-        self._initial[place] = made
-        return made
+                    proxy.__dict__[name] = self._proxy(item, place.attribute(name), given, memo)
+            if isinstance(proxy, (ProxyList, ProxyDict)):
+                proxy.listener = self
+            self._places[id(proxy)] = place
+        self._initial[place] = proxy
+        return proxy
 
     def _class(self, cls: type) -> type:
         if cls not in self._classes:
-            body = {"_ecospa_tracker": self, "__doc__": cls.__doc__, "__module__": cls.__module__,
+            body = {"_ecospa_listener": self, "__doc__": cls.__doc__, "__module__": cls.__module__,
                     "__qualname__": cls.__qualname__}  # fmt: skip
             self._classes[cls] = type(cls)(cls.__name__, (Proxy, cls), body)
         return self._classes[cls]
 
     def number_of(self, value: Any) -> int | None:
-        """Which object of the call `value` is the shadow of."""
-        return next((i for i, shadow in enumerate(self._shadows) if shadow is value), None)
+        """Return the number of the object that `value` is the proxy of, or None."""
+        return next((i for i, proxy in enumerate(self._proxies) if proxy is value), None)
 
     def key(self, owner: Any, key: Any) -> Any:
-        """The key that an entry of a list or dict is looked up by, where it may be a `IntProxy`."""
+        """Return the plain key that an entry of a list or dict is looked up by, which may be an `IntProxy`."""
         if isinstance(key, IntProxy):
             key.inside = lambda: self.inside > 0
         plain = key.value if isinstance(key, IntProxy) else key
@@ -129,33 +128,39 @@ class Tracker:
         return plain
 
     def integers(self) -> set[int]:
-        """The integers that entries were looked up by, or that methods were called with."""
+        """Return the integers that entries were looked up by, or that methods were called with."""
         leaves = [leaf for call in self._calls for leaf in call.leaves] + [key for _, key in self._keys]
         return {leaf for leaf in leaves if type(leaf) is int}
 
     def numbered(self) -> tuple[dict[tuple[ObjectPath, Any], frozenset[Any]] | None, dict[tuple[int, int], Any]]:
-        """Which of these were integers of modules, see `IntProxys`; None where one was looked up both ways."""
+        """Return `entries` and `leaves` of `IndexAttributes`.
+
+        None for `entries` where the same key was an attribute of a module in one look-up and a plain value in another.
+        """
         by = {where: names for where, names in self._keys.items() if names != {None}}
         if any(None in names for names in by.values()):
             return None, {}
         return {where: frozenset(names) for where, names in by.items()}, self._passed
 
     def refuse(self, what: str) -> None:
-        """End the capture."""
+        """End the capture with a reason."""
         self._problem = self._problem or what
         raise CaptureError(self._problem)
 
-    def read(self, owner: Any, place: Callable[[ObjectPath], ObjectPath], value: Any) -> Any:
-        """Something was read of a shadow; `place` leads there from that. Gives what is read instead."""
+    def read(self, owner: Any, step: Step, value: Any) -> Any:
+        """Record that a part of a proxy is read, and return its value.
+
+        A tensor that a method has put there becomes one more result of that method.
+        """
         if id(owner) in self._places:
-            here = place(self._places[id(owner)])
+            here = step(self._places[id(owner)])
             if isinstance(value, Tensor) and here in self._changed and not self.inside and here not in self._written:
                 return self._read_late(here, value)
-            self._read(owner, place, value)
+            self._read(owner, step, value)
         return value
 
     def _read_late(self, place: ObjectPath, value: Tensor) -> Tensor:
-        """A tensor that a method has put into its object is one more result of that."""
+        """Make a tensor that a method has put into its object one more result of the method."""
         number = len(self._calls) - 1
         if place.number != self._calls[number].place.number:
             self.refuse(f"reads {self._named(place)} after a method of another object has changed it")
@@ -163,8 +168,8 @@ class Tracker:
         late.append(place)
         return edge(value, number, LATE + len(late) - 1, True) if self.marking else value
 
-    def _read(self, owner: Any, place: Callable[[ObjectPath], ObjectPath], value: Any) -> None:
-        here = place(self._places[id(owner)])
+    def _read(self, owner: Any, step: Step, value: Any) -> None:
+        here = step(self._places[id(owner)])
         if here in self._changed:
             if not self.inside and here not in self._written and _plain(value):
                 last = self._calls[-1].place.number
@@ -177,7 +182,7 @@ class Tracker:
             return
         if type(value) is tuple:
             for i, item in enumerate(value):
-                self._read(owner, lambda at, i=i: place(at).entry(i), item)  # type: ignore[misc]
+                self._read(owner, lambda at, i=i: step(at).entry(i), item)  # type: ignore[misc]
             value = Length(len(value))
         elif isinstance(value, (ProxyList, ProxyDict)) or id(value) in self._places:
             value = TypeCheck(type(value).__bases__[-1])
@@ -190,11 +195,11 @@ class Tracker:
         if not self.inside:
             self._outside.add(key)
 
-    def write(self, owner: Any, place: Callable[[ObjectPath], ObjectPath], value: Any) -> None:
-        """Something is put into a shadow."""
+    def write(self, owner: Any, step: Step, value: Any) -> None:
+        """Record that a value is put into a proxy."""
         if id(owner) not in self._places:
             return
-        here = place(self._places[id(owner)])
+        here = step(self._places[id(owner)])
         self._changed.add(here)
         if self.inside:
             return
@@ -205,7 +210,7 @@ class Tracker:
         self._written[here] = value
 
     def restructure(self, owner: Any) -> None:
-        """Entries are put into a list or dict, or taken out of it."""
+        """Record that entries are put into a list or dict, or taken out of it."""
         if id(owner) in self._places:
             if not self.inside:
                 self.refuse(f"changes {self._named(self._places[id(owner)])} itself, not by one of its methods")
@@ -216,7 +221,7 @@ class Tracker:
         return f"{what} {self._types[place.number].__name__}"
 
     def call(self, owner: Any, method: Any, args: Any, kwargs: Any) -> Any:
-        """A method of a shadow is called."""
+        """Call a method of a proxy; one with tensors is recorded as a `LiveCall`."""
         leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=foreign)
         if self.inside or not any(isinstance(leaf, Tensor) for leaf in leaves) or id(owner) not in self._places:
             return method(*args, **kwargs)
@@ -240,7 +245,9 @@ class Tracker:
         out_leaves = self._marked(out_leaves, number, out=True)
         if self.marking:
             edge(next(leaf for leaf in leaves if isinstance(leaf, Tensor)), number, END, True)
-        self._calls[number] = LiveCall(place, name, _stood_in(leaves), spec, _stood_in(out_leaves), out_spec)
+        self._calls[number] = LiveCall(
+            place, name, _without_tensors(leaves), spec, _without_tensors(out_leaves), out_spec
+        )
         return pytree.tree_unflatten(out_leaves, out_spec)
 
     def _refuse_odd(self, leaves: Sequence[Any], place: ObjectPath, does: str) -> None:
@@ -255,14 +262,14 @@ class Tracker:
         return [edge(leaf, number, next(places), out) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def stored(self) -> list[tuple[ObjectPath, Tensor]]:
-        """The tensors in the objects that are others than they were."""
-        found: list[tuple[ObjectPath, Tensor]] = []
+        """Return the tensors in the objects that have been replaced, with their paths."""
+        replaced: list[tuple[ObjectPath, Tensor]] = []
         seen: set[int] = set()
 
         def visit(value: Any, place: ObjectPath) -> None:
             if isinstance(value, Tensor):
                 if self._initial.get(place) is not value:
-                    found.append((place, value))
+                    replaced.append((place, value))
             elif isinstance(value, (list, tuple)):
                 if id(value) not in seen:
                     seen.add(id(value))
@@ -278,22 +285,22 @@ class Tracker:
                 for name, item in vars(value).items():
                     visit(item, place.attribute(name))
 
-        for number, shadow in enumerate(self._shadows):
-            visit(shadow, ObjectPath(number))
-        return found
+        for number, proxy in enumerate(self._proxies):
+            visit(proxy, ObjectPath(number))
+        return replaced
 
     def carried(self, stored: Sequence[ObjectPath] = ()) -> StateAccess:
-        """What the forward has to do with the objects.
+        """Return all that the forward read of the objects, and changed in them.
 
         Args:
-            stored: the places of `stored()`.
+            stored: the paths of `stored()`.
 
         Raises:
-            CaptureError: something that no graph can do, and that the forward took for no error.
+            CaptureError: it did something that no graph can do, and went on where that was refused.
         """
         if self._problem:
             raise CaptureError(self._problem)
-        # What a method counts for itself is its own business; what the region's code reads must be as it was.
+        # An integer that only methods read and change is their own counter; one that the region reads must be the same.
         reads = tuple(
             (key[0], value) for key, value in self._reads.items()
             if key in self._outside or key[0] not in self._changed or type(value) is not int
@@ -309,7 +316,8 @@ class Tracker:
         return StateAccess(self._types, reads, tuple(self.tensors), tuple(stored), tuple(effects), tuple(calls))
 
 
-def _stood_in(leaves: Sequence[Any]) -> tuple[Any, ...]:
+def _without_tensors(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """Return leaves with `TENSOR` for tensors, and plain integers for proxies."""
     plain = [leaf.value if isinstance(leaf, IntProxy) else leaf for leaf in leaves]
     return tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in plain)
 

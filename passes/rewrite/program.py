@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ecospa_fx.passes.axes.algebra import Size
 from ecospa_fx.passes.capture.hooks import fire
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
-from ecospa_fx.passes.ir.captured import RegionGraph
+from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.ir.state_access import Stored
 
 

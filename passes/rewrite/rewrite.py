@@ -24,8 +24,8 @@ from ecospa_fx.passes.axes.selection import Selection, count, in_first_contexts,
 from ecospa_fx.passes.capture.hooks import calls_itself
 from ecospa_fx.passes.graph.nodes import op_name, place
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
-from ecospa_fx.passes.ir.captured import RegionGraph
 from ecospa_fx.passes.ir.op_site import OpSite
+from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.objects.live_calls import go_live, pass_edges
 from ecospa_fx.passes.rules import op_info
 

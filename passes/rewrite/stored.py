@@ -18,7 +18,7 @@ from torch import Tensor
 from ecospa_fx.errors import EcoSpaError, PinnedAxisError
 from ecospa_fx.passes.axes.algebra import Expr, size_of
 from ecospa_fx.passes.axes.selection import Selection, broadcast_mask, count, in_first_contexts, touched
-from ecospa_fx.passes.ir.state_access import ObjectPath, copies
+from ecospa_fx.passes.ir.state_access import ObjectPath, copy_objects
 
 if TYPE_CHECKING:
     from ecospa_fx.passes.ir.axis_facts import AxisFacts
@@ -142,4 +142,4 @@ def whole_objects(objects: Sequence[Any], graphs: Iterable[tuple[AxisFacts, Sele
             "is now. Start with an empty one"
         )
 
-    return copies(objects, whole)
+    return copy_objects(objects, whole)

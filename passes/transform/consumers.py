@@ -29,7 +29,7 @@ from ecospa_fx.passes.graph.nodes import (
 )
 from ecospa_fx.passes.infer.solve import parse_pattern
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
-from ecospa_fx.passes.ir.captured import RegionGraph
+from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.ir.relations import Pattern, Permuted, Pointwise
 
 WeightDim: TypeAlias = tuple[str, int]  # (parameter name in the region, dim)

@@ -140,7 +140,8 @@ def _of_two_activations(
     axis_facts: AxisFacts, nodes: list[fx.Node], axes: set[WeightDim], atom: Atom
 ) -> dict[WeightDim, Tensor] | str:
     """Infer once more, without the fact that the two sides meet in these products: they are two atoms then."""
-    alone = infer_axes(axis_facts.captured, apart=frozenset(nodes))
+    refuted = axis_facts.missing.keys() - axis_facts.experiments.keys()
+    alone = infer_axes(axis_facts.captured, bool(axis_facts.experiments), refuted, apart=frozenset(nodes))
     near: set[Atom] = set()
     far: set[Atom] = set()
     for node in nodes:

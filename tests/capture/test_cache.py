@@ -348,7 +348,7 @@ def test_what_no_graph_can_do_to_an_object(block, why):
         model.blocks[0](sequence(), None, cache)
     assert str(caught.value) == (
         f"region `blocks.0` ({block.__name__}) is called with a Cache, and cannot be captured so: it {why}. "
-        "Call it without one (of a cache, `use_cache=False` as a rule)"
+        "Call it without one (for a cache, usually `use_cache=False`)"
     )
     assert cache.layers[0].length == 0 and len(cache.layers) == 2
 
@@ -359,3 +359,37 @@ def test_its_own_python_needs_no_graph_for_a_cache():
     with torch.no_grad():
         close(stepwise(model, Cache(), x), stepwise(plain, Cache(), x))
     assert len(graphs(model)) == 2
+
+
+REFUSED = (
+    "region `blocks.0` (Block) is called with a Cache, which cannot go in or out of a graph: pass None there, or turn "
+    "off the option that makes it (for a cache, usually `use_cache=False`)"
+)
+
+
+@pytest.mark.parametrize("regions", ["auto", "root", "blocks", ["blocks.0"]])
+def test_for_its_own_python_explain_refuses_the_calls_that_compile_refuses(regions):
+    call = {"example_inputs": (sequence(), Cache()), "execution": "module", "regions": regions}
+    said = []
+    for ask in (ecospa_fx.compile, ecospa_fx.explain):
+        with pytest.raises(errors.CaptureError) as caught:
+            ask(made(), **call)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    if regions not in ("auto", "root"):
+        assert said[0] == REFUSED
+
+
+def test_a_model_that_waits_is_explained_as_it_was_compiled():
+    model = ecospa_fx.compile(made(), execution="module")
+    with pytest.raises(errors.CaptureError, match="is called with a Cache, which cannot go in or out of a graph"):
+        ecospa_fx.explain(model, example_inputs=(sequence(), Cache()))
+    assert ecospa_fx.explain(model, example_inputs=(sequence(),)).couplings
+
+
+def test_verify_of_its_own_python_refuses_a_call_with_a_cache():
+    model = compiled(execution="module").eval()
+    assert ecospa_fx.verify(model, example_inputs=(sequence(),)).ok
+    with pytest.raises(errors.CaptureError) as caught:
+        ecospa_fx.verify(model, example_inputs=(sequence(), Cache()))
+    assert str(caught.value) == REFUSED

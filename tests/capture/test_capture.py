@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 import torch
 from torch import nn
 
@@ -90,3 +93,15 @@ def test_sizes_that_go_through_a_tensor_are_specialised() -> None:
     model = ecospa_fx.compile(Chunked(), example_inputs=(x,))
     assert ecospa_fx.verify(model, example_inputs=(x,)).ok
     assert model(torch.randn(5, 9, 4)).shape == (5, 3, 3, 4)
+
+
+def test_a_region_graph_is_frozen():
+    captured = capture(Windows(2), (torch.randn(2, 16, 16, 4),), {})
+    for field in dataclasses.fields(captured):
+        with pytest.raises(dataclasses.FrozenInstanceError, match=f"cannot assign to field '{field.name}'"):
+            setattr(captured, field.name, getattr(captured, field.name))
+    for kind in (list, set):
+        assert not [f.name for f in dataclasses.fields(captured) if isinstance(getattr(captured, f.name), kind)]
+    other = dataclasses.replace(captured, region="other")
+    assert (captured.region, other.region, other.graph) == ("", "other", captured.graph)
+    assert other._plain_result == captured._plain_result == "tensor"

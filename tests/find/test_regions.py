@@ -184,9 +184,7 @@ def test_nothing_captured_says_why_inside_too():
             return super().forward(x) if x.sum().item() < 1e6 else x
 
     model = nn.Sequential(Leaf(), nn.Tanh())
-    with pytest.raises(
-        errors.CaptureError, match=r"capture the model .*\. Nor can what is inside be: .* `0` \(Leaf\): "
-    ):
+    with pytest.raises(errors.CaptureError, match=r"capture the model .*\. Nor can a submodule: .* `0` \(Leaf\): "):
         ecospa_fx.compile(model, example_inputs=(torch.randn(2, 5, WIDTH),))
 
 
@@ -242,7 +240,7 @@ def test_a_block_that_is_not_called_is_said_to_stay_whole():
     model = Skipping(Block(), Block(), Block())
     assert checked(model) == of_blocks(0, 2)
     assert given_up(model) == {
-        "blocks.1": "it is not called in this forward of the model, so what it computes is unknown; it stays whole"
+        "blocks.1": "it is not called in this forward of the model, so its computation is unknown; it stays whole"
     }
 
 
@@ -321,12 +319,12 @@ def test_a_weight_used_outside_of_its_block_is_seen():
     assert regions_of(model) == {""}  # the root's graph has all of its uses
     assert "blocks.0.mlp.ffn" not in names and "blocks.1.mlp.ffn" in names
     assert given_up(model) == {
-        "blocks.0": "region `blocks.0` is no region of its own: `blocks.0.mlp.up.weight` is used outside of it too, by "
-        "torch.Tensor.mean"
+        "blocks.0": "region `blocks.0` cannot be captured by itself: `blocks.0.mlp.up.weight` is used outside of it "
+        "too, by torch.Tensor.mean"
     }
     model = Penalised(Block(), Block())
     assert checked(model, regions="blocks") == of_blocks(0, 1) - {"blocks.0.mlp.ffn"}
-    with pytest.raises(errors.CaptureError, match=r"region `blocks\.0` is no region of its own: "):
+    with pytest.raises(errors.CaptureError, match=r"region `blocks\.0` cannot be captured by itself: "):
         checked(Penalised(Block(), Block()), regions=["blocks.0"])
 
 

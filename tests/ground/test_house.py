@@ -73,9 +73,7 @@ def test_no_circle_of_files():
 def test_rooms_import_only_rooms_further_on():
     assert {room_of(module) for module in FILES} == set(ORDER)
     back = {
-        f"{one} -> {other}"
-        for one, other in IMPORTS.edges
-        if ORDER.index(room_of(one)) > ORDER.index(room_of(other))
+        f"{one} -> {other}" for one, other in IMPORTS.edges if ORDER.index(room_of(one)) > ORDER.index(room_of(other))
     }
     assert not back, "an arrow back up"
 

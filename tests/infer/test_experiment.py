@@ -149,7 +149,7 @@ def test_with_the_rules_taken_away_random_programs_stay_exact(monkeypatch: pytes
         used.update(axis_facts.experiments)
         return axis_facts
 
-    monkeypatch.setattr("ecospa_fx.testing.check.infer", by_experiment)
+    monkeypatch.setattr("ecospa_fx.testing.check.infer_axes", by_experiment)
     tally = Tally()
     assert not [str(smallest(found)) for found in fuzz(range(25), seed=5, tally=tally)]
     assert tally.shrinkable > 15 and {"aten.add", "aten.mul", "aten.softmax", "aten.relu", "aten.layer_norm"} <= used
@@ -204,6 +204,27 @@ def test_what_experiments_missed_verify_sees() -> None:
     explanation = ecospa_fx.explain(model, example_inputs=(x,), experiments=True)
     assert not explanation.couplings and not explanation.experiments
     assert list(explanation.missing_rules) == ["strange.loud"]
+
+
+def test_weights_tied_after_a_compile_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(RULES, aten.mish.default)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Between(nn.functional.mish), Between(nn.functional.mish)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) + self.second(x)
+
+    model, x = Two(), torch.randn(2, 3, 6)
+    ecospa_fx.compile(model, example_inputs=(x,), experiments=True, regions="root")
+    assert [c.size for c in ecospa_fx.couplings(model)] == [8, 8]
+    model.second.up.weight = model.first.up.weight
+    (coupling,) = ecospa_fx.couplings(model)
+    assert coupling.size == 8 and len({str(m).partition("[")[0] for m in coupling.members}) == 5
+    ecospa_fx.shrink(model, {coupling: torch.arange(3)})
+    ecospa_fx.verify(model, example_inputs=(x,)).raise_if_failed()
 
 
 def test_nothing_is_tried_on_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -358,7 +358,7 @@ def test_objects_that_no_graph_can_hold():
         ecospa_fx.compile(model, example_inputs=(X,), regions="root")
     assert str(caught.value) == (
         "the model (Remembering) returns a Cache, which cannot go in or out of a graph: call it so that it does not, "
-        "or turn the option off that makes it (of a cache, `use_cache=False` as a rule)"
+        "or turn off the option that makes it (for a cache, usually `use_cache=False`)"
     )
     assert_untouched(model, before)
     ecospa_fx.compile(model, example_inputs=(X,))  # its blocks have nothing to do with it

@@ -45,6 +45,13 @@ def test_assert_exact_takes_what_the_model_offers_and_a_compiled_model() -> None
     assert model.up.weight.shape == (3, 6)
 
 
+def test_assert_exact_takes_a_model_that_runs_its_own_python() -> None:
+    model: Any = ZOO["mlp"].build()
+    x = torch.randn(2, 5, 6)
+    ecospa_fx.compile(model, example_inputs=(x,), execution="module")
+    assert set(assert_exact(model, (x,)).by_coupling) == {"ffn", "all of the model"}
+
+
 def test_assert_exact_says_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     op = torch.ops.aten.scaled_dot_product_attention.default
     monkeypatch.setitem(OPS, op, OpInfo(OPS[op].axes, None))  # the scale now follows the shape

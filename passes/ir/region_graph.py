@@ -15,148 +15,23 @@ from ecospa_fx.passes.axes.algebra import Size
 from .signature import Signature
 from .state_access import TENSOR, IndexAttributes, ObjectPath, StateAccess, flattened, parted, resolve_object
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
+
+Forward = Callable[..., Any]
+
+Filled = Set[tuple[type, tuple[Any, ...]]]  # (class of an object, path into it)
+
 
 class Originals(Protocol):
     """Stand-ins at original sizes for the parameters and buffers of a region that have shrunk, tied as they are."""
 
     def shapes(self) -> dict[str, Tensor]:
-        """Without memory, to trace with."""
+        """Return them without memory, to trace with."""
         ...
 
     def values(self) -> dict[str, Tensor]:
-        """What is left, in its places among zeros, to compute with."""
+        """Return them with the entries that are left in their places among zeros, to compute with."""
         ...
-
-
-Forward = Callable[..., Any]
-
-
-@dataclass(eq=False)
-class RegionGraph:
-    """A region as a graph at original sizes. Never changed once made.
-
-    Attributes:
-        region: name of the region in the model, `""` for the root.
-        graph: ATen graph; its placeholders are `tensors`, `constants` and `inputs` by name.
-        tensors: placeholder name -> name of the parameter or buffer in the region.
-        parameters: the placeholders among `tensors` that are parameters.
-        constants: placeholder name -> lifted tensor or subgraph module.
-        inputs: placeholders of the tensor leaves of a call, in order.
-        signature: calls that the graph serves.
-        sizes: original shape per name in `tensors`.
-        same_storage: name -> first name with the same storage (tied weights).
-        shared_outside: name -> why it must stay whole: something outside the region uses it too.
-        hooked: submodules whose forward hooks ran while the region was captured, and so are part of the graph, with
-            the number of hooks.
-        observed: calls of submodules whose tensors leave the graph after its results, for hooks that only look.
-        out_spec: tree of the results.
-        out_leaves: the leaves of that tree: `TENSOR` where there is a tensor, else the value itself.
-        carried: what it has to do with objects that it is called with, caches say.
-        strangers: the places of tensors in those that something else fills, at its own sizes.
-        filled: what was known of that, see `capture`.
-        numbers: integers of the region that only say which part of an object is its own.
-        settings: (submodule, attribute) -> a constant that the forward read of it, and does not change itself.
-    """
-
-    region: str
-    graph: fx.Graph
-    tensors: dict[str, str]
-    parameters: set[str]
-    constants: dict[str, Any]
-    inputs: list[str]
-    signature: Signature
-    sizes: dict[str, torch.Size]
-    out_spec: pytree.TreeSpec
-    out_leaves: list[Any]
-    same_storage: dict[str, str] = field(default_factory=dict)
-    shared_outside: dict[str, str] = field(default_factory=dict)
-    hooked: Mapping[str, int] = field(default_factory=dict)
-    observed: tuple[Point, ...] = ()
-    carried: StateAccess = field(default_factory=StateAccess)
-    strangers: frozenset[ObjectPath] = frozenset()
-    filled: Set[tuple[type, tuple[Any, ...]]] = frozenset()
-    numbers: IndexAttributes = field(default_factory=IndexAttributes)
-    settings: Mapping[tuple[str, str], Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        # At once, for torch.compile cannot trace what is cached behind a lock.
-        self._plain_result = _plain_structure(self.out_leaves, self.out_spec)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> RegionGraph:
-        return self  # never changed once made
-
-    @property
-    def returned(self) -> int:
-        """Number of tensors that the region itself returns."""
-        return sum(leaf is TENSOR for leaf in self.out_leaves)
-
-    @property
-    def state(self) -> dict[str, ObjectPath]:
-        """The inputs that are tensors in objects of the call, and where they lie."""
-        places = self.carried.state
-        return dict(zip(self.inputs[len(self.inputs) - len(places) :], places, strict=True))
-
-    def mismatch(
-        self, call: Any, training: tuple[bool, ...], sizes: Sequence[tuple[Size, ...]] | None = None
-    ) -> str | None:
-        """Why a call, (arguments, keyword arguments), is none that the graph was made for; None where it is.
-
-        Args:
-            call: the call.
-            training: see `training_flags`.
-            sizes: of the tensors in its objects, where they have shrunk.
-        """
-        leaves, spec = flattened(call)
-        leaves, objects = parted(leaves)
-        if len(objects) != len(self.carried.types):
-            return "the arguments are structured differently"
-        state = self.carried.read(objects)
-        if state is None:
-            return f"what is in the {' and the '.join(cls.__name__ for cls in self.carried.types)} differs"
-        return self.signature.mismatch(spec, leaves, training, state, sizes)
-
-    def serves(self, hooks: Mapping[str, int], called: Set[str]) -> bool:
-        """Whether a graph does justice to the hooks that submodules have now, by number.
-
-        Args:
-            hooks: submodule -> number of its forward hooks and pre-hooks.
-            called: submodules that the program made from the graph calls, hooks and all.
-        """
-        if not hooks and not self.hooked:
-            return True
-        seen = {*called, *(point.path for point in self.observed)}
-        others = {path: number for path, number in hooks.items() if path not in seen or path in self.hooked}
-        return others == self.hooked
-
-    def result(self, tensors: Sequence[Tensor], objects: Sequence[Any] = ()) -> Any:
-        """The region's own result structure around the graph's output `tensors` and the `objects` of the call."""
-        match self._plain_result:
-            case "tensor":
-                return tensors[0]
-            case "tuple":
-                return tuple(tensors)
-        waiting = iter(tensors)
-        leaves = [next(waiting) if leaf is TENSOR else resolve_object(leaf, objects) for leaf in self.out_leaves]
-        return pytree.tree_unflatten(leaves, self.out_spec)
-
-
-def _plain_structure(out_leaves: Sequence[Any], out_spec: pytree.TreeSpec) -> str:
-    """`"tensor"` or `"tuple"` of tensors, which is what most regions return, or neither."""
-    tensors = range(len(out_leaves))
-    if all(leaf is TENSOR for leaf in out_leaves):
-        shapes = {"tensor": TENSOR, "tuple": tuple(tensors)}
-        for name, shape in shapes.items():
-            if pytree.tree_structure(shape) == out_spec:
-                return name
-    return ""
-
-
-def described(region: str) -> str:
-    """A region in words."""
-    return f"region `{region}`" if region else "the model"
-
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,3 +47,129 @@ class Point:
     path: str
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
+
+
+@dataclass(frozen=True, eq=False)
+class RegionGraph:
+    """A region as a graph at original sizes. Frozen: `dataclasses.replace` gives another one around the same graph.
+
+    Attributes:
+        region: name of the region in the model, `""` for the root.
+        graph: ATen graph; its placeholders are `tensors`, `constants` and `inputs` by name.
+        tensors: placeholder name -> name of the parameter or buffer in the region.
+        parameters: the placeholders among `tensors` that are parameters.
+        constants: placeholder name -> lifted tensor or subgraph module.
+        inputs: placeholders of the tensor leaves of a call, in order; last those of tensors in its objects.
+        signature: calls that the graph serves.
+        sizes: original shape per name in `tensors`.
+        out_spec: tree of the results.
+        out_leaves: the leaves of that tree: `TENSOR` where there is a tensor, else the value itself.
+        same_storage: name -> first name with the same storage (tied weights).
+        shared_outside: name -> why it must stay whole: something outside the region uses it too.
+        hooked: submodules whose forward hooks ran while the region was captured, and so are part of the graph -> the
+            number of hooks.
+        observed: calls of submodules whose tensors leave the graph after its results, for hooks that only look.
+        carried: how the graph reads and changes the objects of its calls, such as caches.
+        strangers: paths of the tensors in these objects that something else fills, at sizes of its own.
+        filled: the parts of objects that other calls of the region fill, as far as known when this one was captured.
+        index_attributes: integers of the region that only select its own part of an object.
+        settings: (submodule, attribute) -> a constant that the forward reads there and does not change itself.
+    """
+
+    region: str
+    graph: fx.Graph
+    tensors: Mapping[str, str]
+    parameters: frozenset[str]
+    constants: Mapping[str, Any]
+    inputs: tuple[str, ...]
+    signature: Signature
+    sizes: Mapping[str, torch.Size]
+    out_spec: pytree.TreeSpec
+    out_leaves: tuple[Any, ...]
+    same_storage: Mapping[str, str] = field(default_factory=dict)
+    shared_outside: Mapping[str, str] = field(default_factory=dict)
+    hooked: Mapping[str, int] = field(default_factory=dict)
+    observed: tuple[Point, ...] = ()
+    carried: StateAccess = field(default_factory=StateAccess)
+    strangers: frozenset[ObjectPath] = frozenset()
+    filled: Filled = frozenset()
+    index_attributes: IndexAttributes = field(default_factory=IndexAttributes)
+    settings: Mapping[tuple[str, str], Any] = field(default_factory=dict)
+    _plain_result: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Computed here, because torch.compile cannot trace a cached property, which takes a lock.
+        object.__setattr__(self, "_plain_result", _plain_structure(self.out_leaves, self.out_spec))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RegionGraph:
+        return self  # frozen, and its nodes are compared by identity
+
+    @property
+    def returned(self) -> int:
+        """Number of tensors that the region itself returns."""
+        return sum(leaf is TENSOR for leaf in self.out_leaves)
+
+    @property
+    def state(self) -> dict[str, ObjectPath]:
+        """Inputs that are tensors in objects of the call -> where they lie."""
+        paths = self.carried.state
+        return dict(zip(self.inputs[len(self.inputs) - len(paths) :], paths, strict=True))
+
+    def mismatch(
+        self, call: Any, training: tuple[bool, ...], sizes: Sequence[tuple[Size, ...]] | None = None
+    ) -> str | None:
+        """Say why the graph does not serve a call, (arguments, keyword arguments); None where it does.
+
+        Args:
+            call: the call.
+            training: see `training_flags`.
+            sizes: of the tensors in its objects, where they have shrunk.
+        """
+        leaves, spec = flattened(call)
+        leaves, objects = parted(leaves)
+        if len(objects) != len(self.carried.types):
+            return "the arguments are structured differently"
+        state = self.carried.read(objects)
+        if state is None:
+            return f"the contents of the {' and the '.join(cls.__name__ for cls in self.carried.types)} differ"
+        return self.signature.mismatch(spec, leaves, training, state, sizes)
+
+    def serves(self, hooks: Mapping[str, int], called: Set[str]) -> bool:
+        """Return whether the hooks that submodules have now run as they should.
+
+        Args:
+            hooks: submodule -> number of its forward hooks and pre-hooks.
+            called: submodules that the program made from the graph calls, hooks and all.
+        """
+        if not hooks and not self.hooked:
+            return True
+        seen = {*called, *(point.path for point in self.observed)}
+        others = {path: number for path, number in hooks.items() if path not in seen or path in self.hooked}
+        return others == self.hooked
+
+    def result(self, tensors: Sequence[Tensor], objects: Sequence[Any] = ()) -> Any:
+        """Build the region's own result structure from the graph's output `tensors` and the `objects` of the call."""
+        match self._plain_result:
+            case "tensor":
+                return tensors[0]
+            case "tuple":
+                return tuple(tensors)
+        remaining = iter(tensors)
+        leaves = [next(remaining) if leaf is TENSOR else resolve_object(leaf, objects) for leaf in self.out_leaves]
+        return pytree.tree_unflatten(leaves, self.out_spec)
+
+
+def _plain_structure(out_leaves: Sequence[Any], out_spec: pytree.TreeSpec) -> str:
+    """Return `"tensor"` or `"tuple"` for a result that is one or a tuple of them, as most are; else `""`."""
+    tensors = range(len(out_leaves))
+    if all(leaf is TENSOR for leaf in out_leaves):
+        shapes = {"tensor": TENSOR, "tuple": tuple(tensors)}
+        for name, shape in shapes.items():
+            if pytree.tree_structure(shape) == out_spec:
+                return name
+    return ""
+
+
+def described(region: str) -> str:
+    """Name a region in a sentence."""
+    return f"region `{region}`" if region else "the model"

@@ -1,4 +1,4 @@
-"""Number: stands for an integer attribute of a module, and notes what it is used for."""
+"""Integer proxy: a stand-in for an integer attribute of a module, which records its uses."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ from ecospa_fx.passes.ir.state_access import OPERATORS, AttributePath
 
 
 class IntProxy:
-    """Stands for an integer attribute of a module, and notes what it is used for."""
+    """A stand-in for an integer attribute of a module, which records its uses.
+
+    Attributes:
+        attribute: the attribute.
+        value: its value.
+        used: whether the region's own code computed with it, or did anything else than compare it or look up by it.
+        compared: its comparisons with integers: operator, the integer, outcome.
+        inside: tells whether the code of an object is running.
+    """
 
     __slots__ = ("attribute", "compared", "inside", "used", "value")
 
     def __init__(self, attribute: AttributePath, value: int) -> None:
         self.attribute, self.value = attribute, value
         self.used = False
-        self.inside: Callable[[], bool] = lambda: False  # whether the code of an object is running
+        self.inside: Callable[[], bool] = lambda: False
         self.compared: list[tuple[str, Any, bool]] = []
 
     def __hash__(self) -> int:
