@@ -157,11 +157,11 @@ class Grams:
 
     # What an observer of regions does, see `ecospa_fx.model.observers`.
 
-    def looks(self, module: nn.Module) -> bool:
+    def wants(self, module: nn.Module) -> bool:
         """At every forward, or those that train."""
         return self.active and (not self.training or (torch.is_grad_enabled() and module.training))
 
-    def places(self, region: Region, program: Program) -> tuple[list[fx.Node], list[GramInput | ProductSite]]:
+    def nodes_of(self, region: Region, program: Program) -> tuple[list[fx.Node], list[GramInput | ProductSite]]:
         """What the weights of a region meet."""
         self._read(region)
         here = self._consumers(program.axis_facts)
@@ -172,7 +172,7 @@ class Grams:
                 found.append(GramInput(key, consumer.inputs, consumer.window, region.compiled.plan.kept.get(key)))
         return [node for place in found for node in place.nodes], found
 
-    def see(self, known: list[GramInput | ProductSite], values: Sequence[Tensor]) -> None:
+    def receive(self, known: list[GramInput | ProductSite], values: Sequence[Tensor]) -> None:
         """Add up what one call shows."""
         given = iter(values)
         if not known:

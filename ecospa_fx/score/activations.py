@@ -103,12 +103,12 @@ class ActivationScores:
             return mean if len(mean) == coupling.contexts else mean.expand(coupling.contexts, -1)
         return mean.sum(0)
 
-    def looks(self, module: nn.Module) -> bool:
+    def wants(self, module: nn.Module) -> bool:
         """At forwards that train."""
         return torch.is_grad_enabled() and module.training
 
     @torch.no_grad()
-    def see(self, known: list[ProductSite], values: Sequence[Tensor]) -> None:
+    def receive(self, known: list[ProductSite], values: Sequence[Tensor]) -> None:
         """Add up what one call shows."""
         given = iter(values)
         for site in known:
@@ -136,7 +136,7 @@ class ActivationScores:
             known.total += total
             known.count += 1
 
-    def places(self, region: Region, program: Program) -> tuple[list[fx.Node], list[ProductSite]]:
+    def nodes_of(self, region: Region, program: Program) -> tuple[list[fx.Node], list[ProductSite]]:
         """The nodes of all sites of a program, one after another."""
         kept = region.kept(program)
         names = {found.key: found.name for found in region.discoveries[-1].couplings}
