@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ecospa_fx.model.compiled import MODEL, CompiledModel, Execution
+from ecospa_fx.model.compiled import MODEL, CompiledModel
 from ecospa_fx.model.diff import ModuleDiff, diff_since
 from ecospa_fx.model.lookup import plan
+from ecospa_fx.model.state import Execution
 
 from .errors import EcoSpaError
 

@@ -228,7 +228,7 @@ def _parts(compiled: CompiledModel, coupling: Coupling) -> list[Part] | str:
     region = compiled.regions[coupling.region]
     if coupling.size < 2:
         return "it has one entry"
-    named = region.discoveries[-1].couplings
+    named = region.naming_graph.discovery.couplings
     found = next(f for f in named if join(region.name, f.name) == coupling.name)
     where = _sides_everywhere(region, found)
     if isinstance(where, str):
@@ -261,14 +261,14 @@ def _sides_everywhere(region: Region, found: RegionCoupling) -> Mapping[tuple[st
     """The sides, which every graph of the region must agree on that has any of the weights."""
     first: Mapping[tuple[str, int], Tensor] | None = None
     names = {name for name, _ in found.axes}
-    for program, discovery in zip(reversed(region.programs), reversed(region.discoveries), strict=True):
-        same = next((other for other in discovery.couplings if other.key == found.key), None)
+    for each in region.specializations:
+        same = next((other for other in each.discovery.couplings if other.key == found.key), None)
         if same is None:
-            exprs = [expr for name in names for expr in program.axis_facts.parameters.get(name, ())]
+            exprs = [expr for name in names for expr in each.axis_facts.parameters.get(name, ())]
             if any(True for expr in exprs for _ in atoms_of(expr)):
                 return "another call of its region uses its weights in another way"
             continue
-        where = sides(program.axis_facts, same)
+        where = sides(each.axis_facts, same)
         if isinstance(where, str):
             return where
         if first is not None and any(not torch.equal(where[key], first[key]) for key in first):

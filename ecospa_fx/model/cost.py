@@ -68,12 +68,12 @@ class CostModel:
         self._users: dict[tuple[str, Atom], list[int]] = {}
         weights = _weights(model, cost, optimizers)
         for region in compiled.regions.values():
-            if not region.programs:
+            if not region.specializations:
                 continue
-            program = region.programs[-1]
+            program = region.naming_graph.program
             self._now[region.name] = {atom: entries(choice) for atom, choice in region.kept(program).items()}
             self._symbols[region.name] = symbols_of(program.axis_facts, region.called) if cost == "flops" else {}
-            for found in region.offered():
+            for found in region.offers.offered():
                 self._atoms[join(region.name, found.name)] = region.name, found.atom
             if cost == "flops":
                 for factor, exprs in flop_terms(program.axis_facts):

@@ -57,7 +57,7 @@ class Observers:
         key = (id(program), *map(id, observers))
         observed = self._observed.get(key)
         if observed is None or observed.program is not program:
-            alive = {id(each) for each in region.programs}
+            alive = {id(each.program) for each in region.specializations}
             self._observed = {key: value for key, value in self._observed.items() if key[0] in alive}
             self._observed[key] = observed = _observed_program(region, program, module, observers)
         result, values = observed.call(module, inputs)
@@ -80,7 +80,7 @@ def observe(region: Region, observer: Observer) -> None:
     Raises:
         EcoSpaError: the region's own Python runs, and no generated graph.
     """
-    if region.compiled.execution == "module":
+    if region.state.execution == "module":
         raise EcoSpaError(
             "scores of activations, and Gram matrices, are read off the graphs that run, and with execution='module' "
             "the model's own Python runs; use another score, absorb=False and rotate=False, or execution='graph'"

@@ -91,12 +91,12 @@ def _try(region: Region, module: nn.Module) -> None:
         NoInputsError: it has not been called.
         RestoreError: it fails, or gives something else.
     """
-    if not region.programs:
+    if not region.specializations:
         raise NoInputsError(
             f"{_named(region.name, module)} has shrunk and not been called since it was loaded, so that nothing can be "
             "tried; pass example_inputs=(x,)"
         )
-    for program in region.programs:
+    for program in [each.program for each in reversed(region.specializations)]:
         args, kwargs = example_call(program.captured.signature)
         with modes(module, program.captured.signature.training), isolated(module), torch.no_grad():
             why = difference(module, program, original_class(module).forward, args, kwargs)

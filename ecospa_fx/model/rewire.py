@@ -88,14 +88,14 @@ def _moved(
             for dim in range(tensor.ndim):
                 if (was, dim) in before.kept:
                     moved.plan.kept[name, dim] = before.kept[was, dim]
-    moved.attributes = {
+    moved.state.attributes = {
         replace(attribute, module=paths[attribute.module]): values
         for attribute, values in compiled.attributes.items()
         if attribute.module in paths
     }
     for name, region in compiled.regions.items():
-        moved.regions[paths[name]] = fresh = Region(paths[name], moved, shared_outside(result, paths[name]))
-        fresh.called, fresh.withheld = region.called, frozenset(region.marks())
+        moved.regions[paths[name]] = fresh = Region(paths[name], moved.state, shared_outside(result, paths[name]))
+        fresh.called, fresh.unsupported_marks = region.called, frozenset(region.offers.marks())
     return moved
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -15,9 +15,7 @@ from .copies import copies_of
 from .diff import ModuleDiff, diff_of, shapes_of
 from .lookup import check_optimizer, state_of
 from .optimizer_state import several
-
-if TYPE_CHECKING:
-    from ecospa_fx.compensate.grams import Grams
+from .slicing import Absorber
 
 
 def shrink(
@@ -26,7 +24,7 @@ def shrink(
     *,
     optimizer: Optimizer | Iterable[Optimizer] = (),
     also: Any = (),
-    absorb: Grams | None = None,
+    absorb: Absorber | None = None,
 ) -> ModuleDiff:
     """Remove rows and columns by hand.
 

@@ -6,10 +6,10 @@ prepare(model, before, after, optimizers)   every new tensor is made beside the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,13 @@ from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 from ecospa_fx.plan import Plan
 
 from .optimizer_state import SliceLater, States
+
+
+class Absorber(Protocol):
+    """An object that lets weights that stay take over from those that a shrink removes, such as `ecospa_fx.Grams`."""
+
+    def absorbed(self, before: Plan, after: Plan, weights: Sequence[Mapping[str, Tensor]], /) -> dict[int, Tensor]:
+        """Return new values, by `id`, of the tensors in `weights` that take over, at their sizes before the shrink."""
 
 
 @dataclass(eq=False)

@@ -139,8 +139,8 @@ class ActivationScores:
     def nodes_of(self, region: Region, program: Program) -> tuple[list[fx.Node], list[ProductSite]]:
         """The nodes of all sites of a program, one after another."""
         kept = region.kept(program)
-        names = {found.key: found.name for found in region.discoveries[-1].couplings}
-        offered = {coupling.name: coupling for coupling in region.couplings()}
+        names = {found.key: found.name for found in region.naming_graph.discovery.couplings}
+        offered = {coupling.name: coupling for coupling in region.offers.couplings()}
         sites: list[ProductSite] = []
         for found in region.discovery_of(program).couplings:
             coupling = offered.get(join(region.name, names.get(found.key, "")))

@@ -393,10 +393,10 @@ def test_a_new_call_of_a_shrunk_model_is_traced_without_memory():
     for name, stand_in in shapes.items():
         assert stand_in.shape == values[name].shape == plain[name].shape
         assert stand_in.untyped_storage().nbytes() == stand_in.element_size() or name.startswith("norm.running")
-    before = len(region.programs)
+    before = len(region.specializations)
     it.model.eval(), it.twin.eval()
     it.agree()
-    assert len(region.programs) == before + 1
+    assert len(region.specializations) == before + 1
 
 
 def test_a_new_call_of_a_shrunk_model_is_compared_with_eager_too():
