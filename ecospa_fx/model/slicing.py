@@ -19,7 +19,8 @@ from ecospa_fx.kernels import compacted
 from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 from ecospa_fx.plan import Plan
 
-from .optimizer_state import SliceLater, States
+from .optimizer_state import States
+from .optimizer_table import SliceLater
 
 
 class Absorber(Protocol):
@@ -121,7 +122,7 @@ def prepare_tensors(
         if not steps:
             if id(tensor) in replaced:
                 whole.append((tensor, replaced[id(tensor)], tensor.grad))
-                states.extend((s, k, replaced[id(v)]) for s, k, v in held.held(tensor) if id(v) in replaced)
+                states.extend((s, k, replaced[id(v)]) for s, k, v in held.entries(tensor) if id(v) in replaced)
             continue
         key = (storage_key(tensor), tensor.shape)
         if key not in numbers:

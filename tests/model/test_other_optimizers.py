@@ -7,7 +7,7 @@ from torch import Tensor, nn, optim
 
 import ecospa_fx
 from ecospa_fx.errors import OptimizerError
-from ecospa_fx.model.optimizer_state import take
+from ecospa_fx.model.optimizer_table import take
 
 
 def refusal(model: nn.Module, optimizer: optim.Optimizer, dim: int = 0) -> str:
