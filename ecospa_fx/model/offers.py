@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 
 from ecospa_fx.couple.coupling import Coupling, Member
-from ecospa_fx.couple.coupling_index import Numbering, by_part
+from ecospa_fx.couple.coupling_index import CouplingIndex, by_part
 from ecospa_fx.couple.why import Path, path_between
 from ecospa_fx.errors import PinnedAxisError
 from ecospa_fx.passes.axes.algebra import Atom
@@ -142,7 +142,7 @@ class Offers:
         context = offered.context
         if context is not None and not self._supported(offered, context):
             context = None
-        numbering = Numbering(offered.atom, context, self.kept)
+        numbers = CouplingIndex(offered.atom, context, self.kept)
         support = self.python_support
 
         def why(a: str, b: str) -> Path:
@@ -152,21 +152,21 @@ class Offers:
         return Coupling(
             name=join(self.region, offered.name),
             kind=offered.kind,
-            size=numbering.size,
+            size=numbers.size,
             original_size=offered.atom.size,
-            members=tuple(self._members(offered, numbering)),
+            members=tuple(self._members(offered, numbers)),
             linear=offered.linear,
             region=self.region,
             explain_path=why,
             context=None if context is None else self._name_of(context),
-            contexts=numbering.contexts,
+            contexts=numbers.contexts,
             attention=None if offered.attention is None else f"{self.region}:{offered.attention}",
             changes=tuple(str(attribute.within(self.region)) for attribute in support.couplings[offered.key])
             if support is not None
             else (),
         )
 
-    def _members(self, offered: RegionCoupling, numbering: Numbering) -> Iterator[Member]:
+    def _members(self, offered: RegionCoupling, numbers: CouplingIndex) -> Iterator[Member]:
         axis_facts = self.naming_graph.axis_facts
         matrices = [name for name, _ in offered.axes if len(axis_facts.parameters[name]) > 1]
         for name, dim in offered.axes:
@@ -178,8 +178,8 @@ class Offers:
             mask = mask_of(expr, self.kept)
             for part, index in by_part(expr, offered.atom):
                 label = of if part is None else f"{of} part {part}"
-                numbers, contexts = numbering.read(expr, index, mask)
-                yield Member(join(self.region, name), dim, numbers, matrix, label, part, contexts)
+                of_entry, of_context = numbers.read(expr, index, mask)
+                yield Member(join(self.region, name), dim, of_entry, matrix, label, part, of_context)
 
     def _name_of(self, atom: Atom) -> str:
         """Return the name of the coupling along an atom, or words for an axis that has none."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ecospa_fx.couple.coupling import Coupling
-from ecospa_fx.couple.coupling_index import Numbering
+from ecospa_fx.couple.coupling_index import CouplingIndex
 from ecospa_fx.model.lookup import regions_of
 from ecospa_fx.model.observers import ignore, observe
 from ecospa_fx.model.region import Region
@@ -175,7 +175,7 @@ def _attention_sites(
     if found.kind not in ("heads", "groups"):
         return
     context = found.context if coupling.context is not None else None
-    numbers = Numbering(found.atom, context, kept)
+    numbers = CouplingIndex(found.atom, context, kept)
     for node, operands in axis_facts.operands.items():
         fused = node.target is _aten.scaled_dot_product_attention.default
         if not fused and node.target not in _SOFTMAX:
