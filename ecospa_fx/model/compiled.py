@@ -98,13 +98,13 @@ class CompiledModel:
         """Make `model` capture itself at its first call.
 
         Raises:
-            CaptureError: its calls go to a forward on the instance and would not come here.
+            CaptureError: its calls go to a forward on the instance, and would not be seen.
         """
         if "forward" in model.__dict__:
             raise CaptureError(
                 f"the forward of this {type(model).__name__} has been replaced on the instance, as accelerate does "
-                "for mixed precision, and does not lead here: compile the model before that (before prepare), or "
-                "with example_inputs"
+                "for mixed precision, so its first call would not be seen: compile the model before that (before "
+                "prepare), or with example_inputs"
             )
         model.__dict__[MODEL] = self
         swap_forward(model, MODEL)
@@ -127,7 +127,7 @@ class CompiledModel:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @outside_forward()
     def capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Choose regions from one call and route them through programs. On any error the model is as before."""
+        """Choose regions from one call and run them as programs. On any error the model is as before."""
         args, kwargs = outside_inference((args, kwargs))
         waiting = type(model) is not original_class(model)
         if waiting:
@@ -156,10 +156,10 @@ class CompiledModel:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @outside_forward()
     def capture_again(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Capture the regions of a model that was loaded and runs its own Python, for what can shrink further.
+        """Capture the regions of a model that was loaded and runs its own Python, so that it can shrink further.
 
         Raises:
-            CaptureError: this call cannot be captured. Without gradients the model runs it nevertheless.
+            CaptureError: this call cannot be captured. Without gradients the model can run it nevertheless.
         """
         waiting = type(model) is not original_class(model)
         unswap_forward(model)
@@ -178,7 +178,7 @@ class CompiledModel:
             raise
 
     def route(self, model: nn.Module) -> None:
-        """Swap the classes of the regions, so that calls of them come here."""
+        """Swap the classes of the regions, so that their calls run through `Region.__call__`."""
         for name, region in self.regions.items():
             module = model.get_submodule(name)
             if self.execution == "graph":
@@ -362,7 +362,7 @@ def _check_keep(coupling: Coupling, keep: Tensor) -> None:
         raise ShrinkError(f"cannot shrink {where}: keep is {shape}; {way}")
     if keep.ndim == 2 and coupling.context is None:
         raise ShrinkError(
-            f"cannot shrink {where}: keep has {len(keep)} rows, but what this coupling keeps cannot differ by context; "
+            f"cannot shrink {where}: keep has {len(keep)} rows, but this coupling keeps the same entries in every context; "
             f"{way}"
         )
     if keep.ndim == 2 and len(keep) != coupling.contexts:
@@ -407,7 +407,7 @@ def _nothing_found(model: nn.Module, analyses: Mapping[str, Analysis]) -> str:
     if refusals:
         detail = f" Refused: {'; '.join(refusals[:3])}"
     elif missing:
-        detail = f" No axis rule is known for {', '.join(missing)}; what these touch stays whole"
+        detail = f" No axis rule is known for {', '.join(missing)}; axes that these touch stay full size"
     else:
         detail = " No two of its weights multiply each other"
     return f"{type(model).__name__} has no coupling that can shrink, and is left as it was.{detail}"

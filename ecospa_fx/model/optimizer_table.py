@@ -143,9 +143,9 @@ TABLE: dict[type | str, OptimizerRules] = {
     torch.optim.Muon: OptimizerRules(elementwise("momentum_buffer"), transforms={"momentum_buffer": "gradient"}),
     torch.optim.Adafactor: OptimizerRules(factored("row_var", "col_var", "variance")),
     torch.optim.LBFGS: OptimizerRules(
-        refusal="LBFGS keeps steps and gradient differences of all parameters as one flat vector each; their products "
-        "tell the curvature of the whole, and without some entries they tell that of no model. Shrink without "
-        "passing it and make a new LBFGS afterwards, or train with AdamW or SGD while shrinking"
+        refusal="LBFGS keeps steps and gradient differences of all parameters as one flat vector each; their inner "
+        "products estimate the curvature of the whole model, and slicing them would make that estimate wrong. Shrink "
+        "without passing it and make a new LBFGS afterwards, or train with AdamW or SGD while shrinking"
     ),
     "transformers.optimization.Adafactor": OptimizerRules(
         factored("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq", "exp_avg")

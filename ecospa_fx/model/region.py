@@ -156,16 +156,15 @@ class Region:
         """Capture a call of a new signature at original sizes and replay the plan on it."""
         if len(self.specializations) >= MOST_PROGRAMS:
             raise EcoSpaError(
-                f"region `{self.name}` has been called in {MOST_PROGRAMS} different ways, each with its own graph; "
+                f"{self._named()} has been called in {MOST_PROGRAMS} different ways, each with its own graph; "
                 f"this call differs from the last: {self._difference(module, args, kwargs)}. Call it in fewer ways "
-                "(pad to common lengths, pass the same arguments; a number that changes from call to call goes into a "
-                "tensor, an argument or a buffer, whose values are no part of a graph)"
+                "(pad to common lengths, pass the same arguments; put a number that changes from call to call into a "
+                "tensor, an argument or a buffer, whose values are not part of a graph)"
             )
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise CaptureError(
-                f"{f'region `{self.name}`' if self.name else 'the model'} is called in a way it has not been called in "
-                "before inside a transform of torch.func, where nothing can be captured; call the model once with the "
-                "same arguments before"
+                f"{self._named()} is called in a new way inside a transform of torch.func, where nothing can be "
+                "captured; call the model once with the same arguments before"
             )
         leaves, spec = flattened(outside_inference((args, kwargs)))
         leaves, objects = parted(leaves)
@@ -276,6 +275,9 @@ class Region:
         program = program or Program(analysis.captured, analysis.axis_facts, None, (), "")
         self.specializations.append(Specialization(program, analysis.discovery))
         self.state.forget_couplings()
+
+    def _named(self) -> str:
+        return f"region `{self.name}`" if self.name else "the model"
 
     def _difference(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Say how a call differs from the latest captured one."""

@@ -235,7 +235,7 @@ def test_bad_selections(keep, words):
 
 def test_rows_for_a_coupling_that_cannot_differ():
     _, model, _ = attention()
-    with pytest.raises(ShrinkError, match="keep has 3 rows, but what this coupling keeps cannot differ by context"):
+    with pytest.raises(ShrinkError, match="keep has 3 rows, but this coupling keeps the same entries in every context"):
         ecospa_fx.shrink(model, {"heads": torch.zeros(3, 1, dtype=torch.long)})
 
 

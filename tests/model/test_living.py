@@ -375,10 +375,10 @@ def test_too_many_ways_to_call():
     with pytest.raises(errors.EcoSpaError) as caught:
         model(X, MOST_PROGRAMS)
     assert str(caught.value) == (
-        "region `` has been called in 16 different ways, each with its own graph; this call differs from the last: "
-        "the constant argument 16 was 15. Call it in fewer ways (pad to common lengths, pass the same arguments; a "
-        "number that changes from call to call goes into a tensor, an argument or a buffer, whose values are no part "
-        "of a graph)"
+        "the model has been called in 16 different ways, each with its own graph; this call differs from the last: "
+        "the constant argument 16 was 15. Call it in fewer ways (pad to common lengths, pass the same arguments; put a "
+        "number that changes from call to call into a tensor, an argument or a buffer, whose values are not part of a "
+        "graph)"
     )
     assert torch.equal(model(X, 3), 3 * model(X, 1))
 
