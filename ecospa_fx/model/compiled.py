@@ -81,17 +81,17 @@ class CompiledModel:
 
     @property
     def execution(self) -> Execution:
-        """Either generated code or the model's own Python."""
+        """The code that runs: `"graph"` for generated code, `"module"` for the model's own Python."""
         return self.state.execution
 
     @property
     def experiments(self) -> bool:
-        """Whether an op without an axis rule may get one by experiment."""
+        """True if an op without an axis rule may get one by experiment."""
         return self.state.experiments
 
     @property
     def captured(self) -> bool:
-        """Whether some region has been captured, so that the couplings are known."""
+        """True once some region has been captured, so that the couplings are known."""
         return any(region.specializations for region in self.regions.values())
 
     def attach(self, model: nn.Module) -> None:
@@ -362,8 +362,8 @@ def _check_keep(coupling: Coupling, keep: Tensor) -> None:
         raise ShrinkError(f"cannot shrink {where}: keep is {shape}; {way}")
     if keep.ndim == 2 and coupling.context is None:
         raise ShrinkError(
-            f"cannot shrink {where}: keep has {len(keep)} rows, but this coupling keeps the same entries in every context; "
-            f"{way}"
+            f"cannot shrink {where}: keep has {len(keep)} rows, but this coupling keeps the same entries in every "
+            f"context; {way}"
         )
     if keep.ndim == 2 and len(keep) != coupling.contexts:
         raise ShrinkError(f"cannot shrink {where}: keep has {len(keep)} rows; it has {coupling.contexts} contexts now")

@@ -122,7 +122,7 @@ class Region:
 
     @property
     def shrunk(self) -> bool:
-        """Whether anything in the region has lost entries."""
+        """True if some weight in the region has lost entries."""
         return any(True for _ in self.state.plan.under(self.name))
 
     def kept(self, program: Program) -> dict[Atom, Selected]:

@@ -1,4 +1,4 @@
-"""Restore: turn a compiled model into a plain module with its current weights, where its own forward can run them.
+"""Restoration: a compiled model as a plain module again, where its own forward can run with its current weights.
 
 restore(model)
   -> fitted      layers of torch.nn get the sizes of their weights, for a trial

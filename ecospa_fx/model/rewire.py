@@ -1,4 +1,4 @@
-"""Rewire: change the modules of a compiled model (merge adapters, unwrap it), and keep its plan.
+"""Rewiring: a change of the modules of a compiled model (adapters merged, wrappers removed) that keeps its plan.
 
 rewire(model, change)
   -> plain        original classes, as `change` expects them
@@ -31,8 +31,8 @@ def rewire(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Mod
 
     >>> merged = ecospa_fx.rewire(model, lambda m: m.merge_and_unload())
 
-    Shrunk weights are recognised as the same Parameter objects, whatever their names are afterwards. Graphs are dropped,
-    and the next call captures the regions again. Make new optimizers and trainers as well.
+    Shrunk weights are recognised as the same Parameter objects, whatever their names are afterwards. Graphs are
+    dropped, and the next call captures the regions again. Make new optimizers and trainers as well.
 
     Args:
         model: a compiled model.

@@ -37,8 +37,8 @@ def shrink(
         optimizer: the optimizer, or several, that hold the parameters.
         also: copies of the model that shrink with it, such as averages of its weights: modules, objects that hold some
             (`torch.optim.swa_utils.AveragedModel`, timm's `ModelEma`), dicts of names and tensors; or one of these.
-        absorb: statistics of the inputs of weights. Where a weight sums over removed entries, the entries that stay take
-            over by least squares, so that its output changes little; see docs/absorption.md.
+        absorb: statistics of the inputs of weights. Where a weight sums over removed entries, the entries that stay
+            take over by least squares, so that its output changes little; see docs/absorption.md.
 
     Returns:
         The sizes of every layer before and after; print it.

@@ -152,8 +152,8 @@ def test_a_registered_rule_is_used_for_subclasses_too_and_its_failure_is_named()
 
 LBFGS = (
     "LBFGS keeps steps and gradient differences of all parameters as one flat vector each; their inner products "
-    "estimate the curvature of the whole model, and slicing them would make that estimate wrong. Shrink without passing "
-    "it and make a new LBFGS afterwards, or train with AdamW or SGD while shrinking"
+    "estimate the curvature of the whole model, and slicing them would make that estimate wrong. Shrink without "
+    "passing it and make a new LBFGS afterwards, or train with AdamW or SGD while shrinking"
 )
 
 
