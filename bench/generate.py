@@ -47,7 +47,7 @@ def halves(model: nn.Module) -> dict[Any, torch.Tensor]:
 
 def graphs(model: nn.Module) -> int:
     """How many there are, in all regions."""
-    return sum(len(region.programs) for region in model.__dict__[MODEL].regions.values())
+    return sum(len(region.specializations) for region in model.__dict__[MODEL].regions.values())
 
 
 def generated(model: nn.Module, given: dict[str, Any], **options: Any) -> torch.Tensor:

@@ -12,7 +12,7 @@ from ecospa_fx.couple.coupling import Coupling, Member
 from ecospa_fx.model.class_swap import ShrinkableLinear
 from ecospa_fx.model.diff import ModuleDiff
 from ecospa_fx.model.lookup import couplings, plan
-from ecospa_fx.model.optimizer_state import state_rule
+from ecospa_fx.model.optimizer_table import state_rule
 from ecospa_fx.model.restore import restore
 from ecospa_fx.model.rewire import rewire
 from ecospa_fx.model.shrinking import shrink
@@ -31,6 +31,11 @@ from ecospa_fx.train.sparsifier import CoupledSparsifier
 from ecospa_fx.train.trainer import EcoSpaTrainer
 
 from . import errors, logs
+from . import graphs as graphs
+from . import optimizers as optimizers
+from . import report as report
+from . import rotation as rotation
+from . import scores as scores
 from .api import compile, diff
 from .plan import Plan
 

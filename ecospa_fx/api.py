@@ -1,4 +1,4 @@
-"""The front door: compile, explain, couplings, shrink, plan."""
+"""Front door: compile a model, and compare its sizes with those before any shrink."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ecospa_fx.model.compiled import MODEL, CompiledModel, Execution
+from ecospa_fx.model.compiled import MODEL, CompiledModel
 from ecospa_fx.model.diff import ModuleDiff, diff_since
 from ecospa_fx.model.lookup import plan
+from ecospa_fx.model.state import Execution
 
 from .errors import EcoSpaError
 
@@ -29,42 +30,42 @@ def compile(
 
     >>> model = ecospa_fx.compile(model)
 
-    Without inputs it is captured at its first call, as `torch.compile` does it.
+    Without inputs it is captured at its first call, as in `torch.compile`.
 
     Args:
         model: any module.
         example_inputs: positional arguments of a call, to capture now.
         example_kwargs: keyword arguments of that call.
-        regions: what to capture as graphs: `"auto"` (repeated blocks where couplings close inside them, else the
-            whole, else the largest submodules that can be captured), `"blocks"`, `"root"`, or names of submodules.
-        experiments: let an op that no axis rule is known for have one by experiment, where shrinking by it has been
-            verified on this call. Evidence and not proof, so off unless asked for; `explain` names these ops.
-        execution: `"graph"` runs generated code and offers every coupling. `"module"` runs the model's own Python, so
-            that checkpointing and whatever else it does are its own, and offers what that can follow: each coupling is
-            tried at other sizes, and integers such as a number of heads that must change with it are found and kept
-            up to date.
+        regions: the submodules to capture as graphs: `"auto"` (repeated blocks where couplings close inside them, else
+            the whole model, else the largest submodules that can be captured), `"blocks"`, `"root"`, or names of
+            submodules.
+        experiments: find an axis rule by experiment for an op that has none, where shrinking by it has been verified on
+            this call. Evidence and not proof, so off unless asked for; `explain` names these ops.
+        execution: `"graph"` runs generated code and offers every coupling. `"module"` runs the model's own Python,
+            activation checkpointing included, and offers the couplings that it can follow: each is tried at other
+            sizes, and integers such as a number of heads that must change with it are found and kept up to date.
 
     Returns:
         `model`.
 
     Raises:
-        CaptureError: torch.export captures neither the blocks nor the root, or what it captures disagrees with eager.
+        CaptureError: torch.export captures neither the blocks nor the root, or a captured graph disagrees with eager.
         NoCouplingError: nothing in the model can shrink.
     """
-    known: CompiledModel | None = model.__dict__.get(MODEL)
-    if known is not None:
-        if known.execution != execution:
+    existing: CompiledModel | None = model.__dict__.get(MODEL)
+    if existing is not None:
+        if existing.execution != execution:
             raise EcoSpaError(
-                f"{type(model).__name__} is compiled with execution={known.execution!r}; ecospa_fx.restore(model) "
+                f"{type(model).__name__} is compiled with execution={existing.execution!r}; ecospa_fx.restore(model) "
                 "undoes that"
             )
         if (
-            known.execution == "module"
-            and known.regions
-            and not known.captured
+            existing.execution == "module"
+            and existing.regions
+            and not existing.captured
             and (example_inputs is not None or example_kwargs is not None)
         ):
-            known.capture_again(model, tuple(example_inputs or ()), dict(example_kwargs or {}))
+            existing.capture_again(model, tuple(example_inputs or ()), dict(example_kwargs or {}))
         return model
     compiled = CompiledModel(regions, experiments, execution)
     if example_inputs is None and example_kwargs is None:
@@ -75,7 +76,7 @@ def compile(
 
 
 def diff(model: nn.Module) -> ModuleDiff:
-    """The sizes of every layer before any shrink and now; print it.
+    """Compare the sizes of every layer before any shrink and now; print the result.
 
     Raises:
         EcoSpaError: the model is not compiled.

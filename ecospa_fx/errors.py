@@ -28,7 +28,7 @@ class ShrinkError(EcoSpaError, ValueError):
 
 
 class PinnedAxisError(EcoSpaError, ValueError):
-    """A new call signature needs an axis whole that has been shrunk already."""
+    """A new call signature that needs an axis at full size which has shrunk already."""
 
 
 class TargetError(EcoSpaError, ValueError):
@@ -40,7 +40,7 @@ class OptimizerError(EcoSpaError, ValueError):
 
 
 class RestoreError(EcoSpaError, RuntimeError):
-    """A module whose own forward cannot run with the weights that are left, or gives something else with them."""
+    """A module whose own forward cannot run with the weights that are left, or gives other results with them."""
 
 
 class FormatError(EcoSpaError, ValueError):

@@ -1,3 +1,3 @@
-"""Changes of basis between weights, and the optimizers that can follow; see `compensate/rotation.py`."""
+"""Changes of basis between weights; see `compensate/rotation.py`."""
 
 from ecospa_fx.compensate.rotation import *  # noqa: F403

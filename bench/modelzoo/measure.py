@@ -44,7 +44,7 @@ def measure(build: Callable[[], Built], budget: float) -> Iterator[Row]:
     yield {"stage": "built", "model": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
     model, args, kwargs, dtype = in_double(model, args, kwargs)
     yield {"stage": "run", "dtype": str(dtype).removeprefix("torch.")}
-    found, given_up, error = captured(model, args, kwargs)
+    found, not_captured, error = captured(model, args, kwargs)
     if error:
         yield {"error": error}
     if not found:
@@ -52,7 +52,7 @@ def measure(build: Callable[[], Built], budget: float) -> Iterator[Row]:
         return
     yield analysed(model, found)
     if budget and any(analysis.discovery.couplings for analysis in found.values()):
-        install(model, found, given_up)
+        install(model, found, not_captured)
         yield verified(model, args, kwargs, budget)
     yield {"stage": "done"}
 
@@ -112,12 +112,12 @@ def captured(model: nn.Module, args: Any, kwargs: Any) -> tuple[dict[str, Analys
         return {}, {}, str(error)[:300]
 
 
-def install(model: nn.Module, found: dict[str, Analysis], given_up: dict[str, str]) -> None:
+def install(model: nn.Module, found: dict[str, Analysis], not_captured: dict[str, str]) -> None:
     """Compile a model from analyses that were made already."""
     compiled = CompiledModel("auto")
-    compiled.given_up = given_up
+    compiled.not_captured = not_captured
     for name, analysis in found.items():
-        compiled.regions[name] = region = Region(name, compiled, analysis.captured.shared_outside)
+        compiled.regions[name] = region = Region(name, compiled.state, analysis.captured.shared_outside)
         region.install(analysis, model.get_submodule(name), {})
     model.__dict__[MODEL] = compiled
     compiled.route(model)

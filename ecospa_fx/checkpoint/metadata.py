@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ecospa_fx.errors import CheckpointError
-from ecospa_fx.model.compiled import EXECUTIONS, CompiledModel
+from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.model.region import Region
+from ecospa_fx.model.state import EXECUTIONS
 from ecospa_fx.passes.follow.attributes import Changes, changes_in
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.passes.infer.sizes import called_sizes
@@ -44,8 +45,8 @@ def about_execution(compiled: CompiledModel) -> dict[str, Any]:
         "experiments": compiled.experiments,
         "execution": compiled.execution,
         "attributes": [[*astuple(a), *values] for a, values in sorted(compiled.attributes.items(), key=str)],
-        "given_up": compiled.given_up,
-        "withheld": {name: marks for name, region in compiled.regions.items() if (marks := region.marks())},
+        "given_up": compiled.not_captured,
+        "withheld": {name: marks for name, region in compiled.regions.items() if (marks := region.offers.marks())},
         "called": {name: sizes for name, region in compiled.regions.items() if (sizes := _first_sizes(region))},
     }
 
@@ -94,8 +95,8 @@ def check_description(about: Mapping[str, Any], where: str) -> Changes:
 
 
 def _first_sizes(region: Region) -> list[list[int]] | None:
-    if region.called is None and region.programs:
-        return called_sizes(region.programs[-1].axis_facts)
+    if region.called is None and region.specializations:
+        return called_sizes(region.naming_graph.axis_facts)
     return region.called
 
 

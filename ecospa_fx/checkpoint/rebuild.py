@@ -143,12 +143,13 @@ def rebuild(saved: Saved, factory: Callable[[], nn.Module] | None, device: torch
 def attached(model: nn.Module, about: Mapping[str, Any], plan: Plan, attributes: Changes) -> None:
     """Compile a model that has the sizes of a plan already, as it was when `about_execution` wrote it down."""
     compiled = CompiledModel(about["how"], about["experiments"], about["execution"])
-    compiled.plan, compiled.given_up, compiled.attributes = plan, about["given_up"], attributes
+    compiled.not_captured = about["given_up"]
+    compiled.state.adopt(plan, attributes)
     if about["regions"]:
         model.__dict__[MODEL] = compiled
         for name in about["regions"]:
-            compiled.regions[name] = Region(name, compiled, shared_outside(model, name))
-            compiled.regions[name].withheld = frozenset(map(str, about["withheld"].get(name) or ()))
+            compiled.regions[name] = Region(name, compiled.state, shared_outside(model, name))
+            compiled.regions[name].unsupported_marks = frozenset(map(str, about["withheld"].get(name) or ()))
             compiled.regions[name].called = about["called"].get(name)
         compiled.route(model)
         if compiled.execution == "module":

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import ecospa_fx
-from ecospa_fx.model.compiled import Execution
+from ecospa_fx.model.state import Execution
 
 from . import options as o
 from .console import CommandError, at_work, check_file, show, show_json, write

@@ -157,11 +157,11 @@ class Grams:
 
     # What an observer of regions does, see `ecospa_fx.model.observers`.
 
-    def looks(self, module: nn.Module) -> bool:
+    def wants(self, module: nn.Module) -> bool:
         """At every forward, or those that train."""
         return self.active and (not self.training or (torch.is_grad_enabled() and module.training))
 
-    def places(self, region: Region, program: Program) -> tuple[list[fx.Node], list[GramInput | ProductSite]]:
+    def nodes_of(self, region: Region, program: Program) -> tuple[list[fx.Node], list[GramInput | ProductSite]]:
         """What the weights of a region meet."""
         self._read(region)
         here = self._consumers(program.axis_facts)
@@ -169,10 +169,10 @@ class Grams:
         for key in dict.fromkeys(self._known[key].gram for key in self._offered(region) if key in self._known):
             consumer = here.get(_inside(region, key))
             if isinstance(consumer, Consumer):
-                found.append(GramInput(key, consumer.inputs, consumer.window, region.compiled.plan.kept.get(key)))
+                found.append(GramInput(key, consumer.inputs, consumer.window, region.state.plan.kept.get(key)))
         return [node for place in found for node in place.nodes], found
 
-    def see(self, known: list[GramInput | ProductSite], values: Sequence[Tensor]) -> None:
+    def receive(self, known: list[GramInput | ProductSite], values: Sequence[Tensor]) -> None:
         """Add up what one call shows."""
         given = iter(values)
         if not known:
@@ -264,11 +264,11 @@ class Grams:
 
     def _offered(self, region: Region) -> list[WeightDim]:
         """The dims of matrices that couplings of a region lie on."""
-        return sorted({(m.parameter, m.dim) for c in region.couplings() for m in c.members if m.matrix})
+        return sorted({(m.parameter, m.dim) for c in region.offers.couplings() for m in c.members if m.matrix})
 
     def _read_all(self) -> None:
         for region in self._regions:
-            if region.programs:
+            if region.specializations:
                 self._read(region)
 
     def _read(self, region: Region) -> None:
@@ -278,7 +278,7 @@ class Grams:
             self._known.pop(key, None)
             self.refused.pop(key, None)
             inside = _inside(region, key)
-            graphs = [p.axis_facts for p in region.programs if _uses(p.captured, inside[0])]
+            graphs = [p.axis_facts for p in reversed(region.specializations) if _uses(p.captured, inside[0])]
             found = [self._consumers(axis_facts).get(inside) for axis_facts in graphs]
             if not any(found):
                 continue  # it makes what others sum over

@@ -148,8 +148,8 @@ class PairMoments:
 
 def meetings_in(region: Region, program: Program) -> Iterator[ProductSite]:
     """Where two activations are multiplied and summed along a coupling that has a dim of its own there."""
-    names = {found.key: found.name for found in region.discoveries[-1].couplings}
-    offered = {coupling.name: coupling for coupling in region.couplings()}
+    names = {found.key: found.name for found in region.naming_graph.discovery.couplings}
+    offered = {coupling.name: coupling for coupling in region.offers.couplings()}
     kept = region.kept(program)
     weights = {o.node for each in program.axis_facts.operands.values() for o in each if o.parameter is not None}
     for found in region.discovery_of(program).couplings:

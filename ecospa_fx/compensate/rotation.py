@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -20,7 +20,8 @@ from ecospa_fx.logs import logger
 from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.model.copies import copies_of
 from ecospa_fx.model.lookup import check_optimizer, state_of
-from ecospa_fx.model.optimizer_state import by_class, check_can_follow, layers, several
+from ecospa_fx.model.optimizer_state import check_can_follow, layers, several
+from ecospa_fx.model.optimizer_table import TransformsAs, rules_for
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import Change
 from ecospa_fx.passes.axes.algebra import atoms_of
@@ -39,26 +40,6 @@ from ecospa_fx.passes.transform.rotate import (
 )
 
 from .grams import Grams
-
-Follows = Literal["gradient", "update", "square", "update_square", "scale"]
-
-_ADAM: dict[str, Follows] = {"exp_avg": "gradient", "exp_avg_sq": "square", "max_exp_avg_sq": "square"}
-TURNS: dict[type | str, dict[str, Follows]] = {
-    torch.optim.Adam: _ADAM,
-    torch.optim.AdamW: _ADAM,
-    torch.optim.NAdam: _ADAM,
-    torch.optim.RAdam: _ADAM,
-    torch.optim.Adamax: {"exp_avg": "gradient", "exp_inf": "scale"},
-    torch.optim.SGD: {"momentum_buffer": "gradient"},
-    torch.optim.RMSprop: {"square_avg": "square", "grad_avg": "gradient", "momentum_buffer": "update"},
-    torch.optim.Adagrad: {"sum": "square"},
-    torch.optim.Adadelta: {"square_avg": "square", "acc_delta": "update_square"},
-    torch.optim.ASGD: {"ax": "update"},
-    torch.optim.Muon: {"momentum_buffer": "gradient"},
-}
-"""What an optimizer holds, by what it is of: gradients turn by the inverse transpose of what weights turn by, updates
-as weights do. Squares turn by the squares of these matrices, which is right where entries are uncorrelated; scales are
-roots of squares. Optimizers and entries that are not listed cannot follow a rotation."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +209,7 @@ def _parts(compiled: CompiledModel, coupling: Coupling) -> list[Part] | str:
     region = compiled.regions[coupling.region]
     if coupling.size < 2:
         return "it has one entry"
-    named = region.discoveries[-1].couplings
+    named = region.naming_graph.discovery.couplings
     found = next(f for f in named if join(region.name, f.name) == coupling.name)
     where = _sides_everywhere(region, found)
     if isinstance(where, str):
@@ -261,14 +242,14 @@ def _sides_everywhere(region: Region, found: RegionCoupling) -> Mapping[tuple[st
     """The sides, which every graph of the region must agree on that has any of the weights."""
     first: Mapping[tuple[str, int], Tensor] | None = None
     names = {name for name, _ in found.axes}
-    for program, discovery in zip(reversed(region.programs), reversed(region.discoveries), strict=True):
-        same = next((other for other in discovery.couplings if other.key == found.key), None)
+    for each in region.specializations:
+        same = next((other for other in each.discovery.couplings if other.key == found.key), None)
         if same is None:
-            exprs = [expr for name in names for expr in program.axis_facts.parameters.get(name, ())]
+            exprs = [expr for name in names for expr in each.axis_facts.parameters.get(name, ())]
             if any(True for expr in exprs for _ in atoms_of(expr)):
                 return "another call of its region uses its weights in another way"
             continue
-        where = sides(program.axis_facts, same)
+        where = sides(each.axis_facts, same)
         if isinstance(where, str):
             return where
         if first is not None and any(not torch.equal(where[key], first[key]) for key in first):
@@ -277,7 +258,7 @@ def _sides_everywhere(region: Region, found: RegionCoupling) -> Mapping[tuple[st
     return "no call of its region has it" if first is None else first
 
 
-def _all(tensor: Tensor, parts: Sequence[Part], turn: BasisChange, how: Follows) -> Tensor:
+def _all(tensor: Tensor, parts: Sequence[Part], turn: BasisChange, how: TransformsAs) -> Tensor:
     """A tensor of a parameter's shape in the new basis."""
     for part in parts:
         by = turn.of(part.side if how in ("update", "update_square") else 1 - part.side)
@@ -288,16 +269,18 @@ def _all(tensor: Tensor, parts: Sequence[Part], turn: BasisChange, how: Follows)
     return tensor
 
 
-def _held(optimizers: Sequence[Optimizer], tensor: Tensor) -> list[tuple[dict[str, Any], str, Tensor, Follows]] | str:
+def _held(
+    optimizers: Sequence[Optimizer], tensor: Tensor
+) -> list[tuple[dict[str, Any], str, Tensor, TransformsAs]] | str:
     """What optimizers hold for a parameter, and how it follows a change of basis; or why some of it cannot."""
-    made: list[tuple[dict[str, Any], str, Tensor, Follows]] = []
+    made: list[tuple[dict[str, Any], str, Tensor, TransformsAs]] = []
     seen: set[int] = set()
     for each in [layer for optimizer in optimizers for layer in reversed(list(layers(optimizer)))]:
         state = getattr(each, "state", {}).get(tensor)
         if not state or id(state) in seen:
             continue
         seen.add(id(state))
-        rules = by_class(type(each), TURNS) or {}
+        rules = rules_for(type(each)).transforms or {}
         for entry, value in state.items():
             if all(not isinstance(leaf, Tensor) or leaf.numel() < 2 for leaf in pytree.tree_leaves(value)):
                 continue

@@ -1,1 +1,1 @@
-"""Couple: couplings as people and policies see them: members, positions, constraints, reasons."""
+"""Couple: couplings as users and policies see them, with their members, constraints and reasons."""

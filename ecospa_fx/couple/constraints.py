@@ -1,4 +1,4 @@
-"""Constraints: which sizes couplings may shrink to, and which must not shrink at all."""
+"""Constraints: the sizes that couplings may shrink to, and the couplings that must not shrink at all."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ Frozen: TypeAlias = "str | nn.Module | Coupling"
 
 @dataclass(frozen=True)
 class Constraints:
-    """What a shrink must respect.
+    """The conditions that every shrink meets.
 
     Attributes:
-        min_keep: entries that every coupling keeps.
-        round_to: widths come out as multiples of it (8 or 64 for tensor cores), those of heads and query groups aside,
+        min_keep: number of entries that every coupling keeps at least.
+        round_to: widths come out as multiples of it (8 or 64 for tensor cores), except those of heads and query groups,
             which are numbers of heads. A rotary pair is two rows wide, so that 8 means 4 pairs. A coupling narrower
-            than it stays whole.
-        head_dims: what is kept inside heads: `"per_head"`, other dims in each where that is exact, as many in each;
-            `"per_layer"`, the same dims in every head of a layer; `"off"`, all.
-        equal_head_dims: the dims of queries and keys stay as many as those of values, as FlashAttention-2 wants it.
-            Where that cannot be done (the one may shrink and the other may not) both stay whole.
-        frozen: what stays whole: patterns of coupling or parameter names (`"*.layers.0.*"`), modules, couplings.
+            than it stays at full size.
+        head_dims: the dims kept inside heads: `"per_head"`, as many in each head, and other ones in each where that is
+            exact; `"per_layer"`, the same dims in every head of a layer; `"off"`, all dims.
+        equal_head_dims: queries and keys keep as many dims as values, as FlashAttention-2 requires. Where that is
+            impossible (one of them may shrink and the other may not) both stay at full size.
+        frozen: patterns of coupling or parameter names (`"*.layers.0.*"`), modules and couplings that stay at full
+            size.
     """
 
     min_keep: int = 1
@@ -50,40 +51,43 @@ class Constraints:
             raise TargetError(f"frozen={self.frozen!r} is one string; pass a list of them")
 
     def described(self) -> dict[str, object]:
-        """As plain values, to be written down."""
+        """Return the constraints as plain values, to be saved."""
         frozen = [
             e if isinstance(e, str) else e.name if isinstance(e, Coupling) else type(e).__name__ for e in self.frozen
         ]
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"frozen": frozen}
 
     def units(self, model: nn.Module, couplings: Sequence[Coupling]) -> tuple[list[TiedCouplings], dict[str, str]]:
-        """What may shrink, as units that shrink together, and what stays whole, with the reason.
+        """Group the couplings that may shrink into units that shrink together.
+
+        Returns:
+            The units, and the reason for each coupling that stays at full size, by its name.
 
         Raises:
             TargetError: an entry of `frozen` names nothing.
         """
-        whole = self._frozen(model, couplings)
+        full_size = self._frozen(model, couplings)
         if self.head_dims == "off":
-            whole |= {c.name: 'head_dims="off"' for c in couplings if _inside_heads(c)}
+            full_size |= {c.name: 'head_dims="off"' for c in couplings if _inside_heads(c)}
         groups: dict[str, list[Coupling]] = {}
         if self.equal_head_dims:
             for coupling in couplings:
                 if coupling.kind in ("qk", "vo"):
                     groups.setdefault(coupling.attention or coupling.name, []).append(coupling)
             for group in groups.values():
-                if not _can_be_equal(group) or any(c.name in whole for c in group):
+                if not _can_be_equal(group) or any(c.name in full_size for c in group):
                     reason = "equal_head_dims: its queries and keys cannot shrink in step with its values"
-                    whole |= {c.name: reason for c in group if c.name not in whole}
+                    full_size |= {c.name: reason for c in group if c.name not in full_size}
         paired = {c.name: group for group in groups.values() for c in group}
         units = []
         for coupling in couplings:
             group = paired.get(coupling.name, [coupling])
-            if coupling.name not in whole and coupling is group[0]:
+            if coupling.name not in full_size and coupling is group[0]:
                 units.append(TiedCouplings(tuple(sorted(group, key=lambda c: -c.width)), self._sizes(group)))
-        return units, whole
+        return units, full_size
 
     def _sizes(self, group: Sequence[Coupling]) -> tuple[int, ...]:
-        """The numbers of entries that the widest-stepping coupling of a group may be left with, ascending."""
+        """Return the sizes that the coupling of a group with the widest entries may shrink to, ascending."""
         leader = max(group, key=lambda c: c.width)
         step = 1
         if leader.kind not in ("heads", "groups"):
@@ -91,29 +95,32 @@ class Constraints:
         return (*(size for size in range(step, leader.size, step) if size >= self.min_keep), leader.size)
 
     def _frozen(self, model: nn.Module, couplings: Sequence[Coupling]) -> dict[str, str]:
-        """Names of the couplings that `frozen` keeps whole. What it names may well have none; it must be there."""
-        whole: dict[str, str] = {}
+        """Return the couplings that `frozen` keeps at full size, with the reason.
+
+        An entry may match parameters without couplings, but it must match something.
+        """
+        frozen: dict[str, str] = {}
         parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
         for entry in self.frozen:
             if isinstance(entry, str):
-                what, hit = f"`{entry}`", [c for c in couplings if _matches(entry, c)]
-                there = bool(hit) or any(_names(entry, name) for name in parameters)
+                what, matches = f"`{entry}`", [c for c in couplings if _matches(entry, c)]
+                exists = bool(matches) or any(_names(entry, name) for name in parameters)
             elif isinstance(entry, Coupling):
-                what, hit = f"`{entry.name}`", [c for c in couplings if c == entry]
-                there = bool(hit)
+                what, matches = f"`{entry.name}`", [c for c in couplings if c == entry]
+                exists = bool(matches)
             elif isinstance(entry, nn.Module):
-                what, mine = f"this {type(entry).__name__}", {id(p) for p in entry.parameters()}
-                hit = [c for c in couplings if any(parameters[m.parameter] in mine for m in c.members)]
-                there = any(entry is module for module in model.modules())
+                what, inside = f"this {type(entry).__name__}", {id(p) for p in entry.parameters()}
+                matches = [c for c in couplings if any(parameters[m.parameter] in inside for m in c.members)]
+                exists = any(entry is module for module in model.modules())
             else:
                 raise TargetError(f"frozen holds {entry!r}; it takes name patterns, modules and couplings")
-            if not there:
+            if not exists:
                 raise TargetError(
                     f"frozen: nothing in this {type(model).__name__} matches {what}; ecospa_fx.couplings(model) and "
                     "model.named_parameters() list the names"
                 )
-            whole |= {c.name: f"frozen by {what}" for c in hit}
-        return whole
+            frozen |= {c.name: f"frozen by {what}" for c in matches}
+        return frozen
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +128,8 @@ class TiedCouplings:
     """Couplings that shrink together, so that their widths stay equal; as a rule just one.
 
     Attributes:
-        couplings: the one with the widest entries first.
-        sizes: numbers of entries that the first one may be left with, ascending; the last is its size now.
+        couplings: the couplings, the one with the widest entries first.
+        sizes: sizes that the first coupling may shrink to, ascending; the last is its size now.
     """
 
     couplings: tuple[Coupling, ...]
@@ -130,20 +137,20 @@ class TiedCouplings:
 
     @property
     def name(self) -> str:
-        """That of its first coupling."""
+        """Name of the first coupling."""
         return self.couplings[0].name
 
     def keeps(self, size: int) -> dict[Coupling, int]:
-        """Entries of each coupling where the first one has `size`."""
+        """Return the size of each coupling when the first one has `size`."""
         first = self.couplings[0]
         return {c: size * first.width // c.width for c in self.couplings}
 
     def rounded(self, size: int) -> int:
-        """The least allowed size that is not below `size`."""
+        """Return the least allowed size of the first coupling that is not below `size`."""
         return next(allowed for allowed in self.sizes if allowed >= min(size, self.sizes[-1]))
 
     def size_for(self, coupling: Coupling, keep: int) -> int:
-        """The least size of the first coupling at which `coupling` keeps `keep` entries."""
+        """Return the least size of the first coupling at which `coupling` keeps `keep` entries."""
         return -(-keep * coupling.width // self.couplings[0].width)
 
 
@@ -152,7 +159,7 @@ def _inside_heads(coupling: Coupling) -> bool:
 
 
 def _can_be_equal(group: Sequence[Coupling]) -> bool:
-    """One of each kind, equally wide now, in whole entries of each other."""
+    """Decide whether a group is one `qk` and one `vo`, equally wide, the wider entry a multiple of the narrower."""
     if sorted(c.kind for c in group) != ["qk", "vo"]:
         return False
     a, b = sorted(group, key=lambda c: -c.width)
@@ -164,5 +171,5 @@ def _matches(pattern: str, coupling: Coupling) -> bool:
 
 
 def _names(pattern: str, name: str) -> bool:
-    """Whether a pattern names something, or a module above it."""
+    """Decide whether a pattern matches a name, or a module that contains it."""
     return fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")

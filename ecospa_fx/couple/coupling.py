@@ -1,4 +1,4 @@
-"""Coupling and Refusal: what discovery says about a model, as people read it."""
+"""Coupling: rows and columns of several weights that shrink together, as users see them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     from .why import Path
 
 
-# What to keep of which couplings, given themselves or by name.
+# The entries to keep of each coupling, which is given itself or by name.
 CouplingSelection: TypeAlias = "Mapping[Coupling, Tensor] | Mapping[str, Tensor] | Mapping[Coupling | str, Tensor]"
 
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One dim of one parameter that a coupling runs along.
+    """One dim of one parameter that a coupling lies on.
 
     Attributes:
         parameter: name of the parameter in the model.
         dim: which of its dims.
         index: LongTensor `[parameter.shape[dim]]`, the entry of the coupling that each row or column belongs to, -1
             where it belongs to none. One entry may own many rows: a head dim has one in every head.
-        matrix: the parameter has two or more dims, so it counts as a matrix of its own in scores.
-        of: the matrix that it is, or, for a bias, whose rows it counts in; the same text for both.
+        matrix: whether the parameter has two or more dims, so that scores count it as a matrix of its own.
+        of: name of that matrix; for a bias, name of the matrix whose rows it belongs to.
         part: number of the segment, where one parameter holds several matrices end to end (a fused projection).
         context: LongTensor `[parameter.shape[dim]]`, the context (the head) that each row or column belongs to, -1
             where it belongs to none; None where the coupling has no context.
@@ -49,7 +49,7 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Coupling:
-    """Rows and columns of several weights that multiply each other, and so can only go together.
+    """Rows and columns of several weights that multiply each other, and so can only be removed together.
 
     Attributes:
         name: unique in the model, made of the module the members share and the kind.
@@ -57,14 +57,15 @@ class Coupling:
             a key head), `ffn`, `glu` (a product of two branches), `conv`, `residual` (a stream that several add to).
         size: number of entries now (in each context).
         original_size: number of entries before any shrink.
-        members: the parameter dims it runs along.
-        linear: everything between the weights is linear, so that any change of basis between them is free.
-        region: name of the region it was found in.
-        context: what it may differ by: the coupling of heads, say, each of which may keep other entries, though all
-            the same number; None where it cannot differ.
-        contexts: how many of those there are now; 1 where there are none.
+        members: the parameter dims that it lies on.
+        linear: whether everything between the weights is linear, so that any change of basis between them is free.
+        region: name of the region that it was discovered in.
+        explain_path: returns the path between two of its parameters; see `why`.
+        context: name of the coupling (of heads, say) in each entry of which other entries may be kept, though as many
+            in each; None where every context keeps the same entries.
+        contexts: number of entries of that coupling now; 1 where there is none.
         attention: the attention that a `qk` or `vo` coupling is part of, the same text for both.
-        changes: with execution="module", the integers that the model's modules hold and that change with its size.
+        changes: with execution="module", the integers in the model's modules that change with its size.
     """
 
     name: str
@@ -82,18 +83,18 @@ class Coupling:
 
     @property
     def width(self) -> int:
-        """Rows or columns that one entry takes in the narrowest of its matrices, per context: 2 of a rotary pair."""
+        """Rows or columns of one entry in the narrowest of its matrices, per context: 2 for a rotary pair."""
         return min(int((m.index >= 0).sum()) for m in self.members if m.matrix) // (self.size * self.contexts)
 
     def why(self, a: str, b: str) -> Path:
-        """The path through the graph by which two of its parameters are coupled.
+        """Return the path through the graph by which two of its parameters are coupled.
 
         Args:
             a: a parameter name.
             b: another.
 
         Raises:
-            NoCouplingError: one of them is no member.
+            NoCouplingError: one of them is not a member.
         """
         return self.explain_path(a, b)
 

@@ -1,4 +1,4 @@
-"""Numbering: which entry of a coupling each position of a parameter belongs to, as they are now."""
+"""CouplingIndex: the entry of a coupling that each position of a parameter belongs to, at the sizes of now."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from ecospa_fx.passes.axes.algebra import Atom, Expr, Segments, atoms_of, size_o
 from ecospa_fx.passes.axes.selection import PerContext, Selection, entries, index_of, mask_of, whole
 
 
-class Numbering:
-    """The entries of a coupling numbered as they are now, and so the contexts that it may differ by."""
+class CouplingIndex:
+    """The entries of a coupling, and the contexts that it may differ by, numbered among those that are left.
+
+    Attributes:
+        size: number of entries now, in each context.
+        context: the atom by which its entries differ, or may do so.
+        contexts: number of contexts now; 1 where none is offered.
+    """
 
     def __init__(self, atom: Atom, context: Atom | None, kept: Selection) -> None:
         choice = kept.get(atom, whole(atom))
         self.size = entries(choice)
-        # An atom that differs by context has other numbers in each, also if it may not go on doing so.
+        # An atom that differs by context already has other numbers in each, even where no context is offered any more.
         self.context = choice.context if isinstance(choice, PerContext) else context
         masks = choice.mask if isinstance(choice, PerContext) else choice[None]
         self._numbers = masks.cumsum(1) - 1  # [contexts or 1, atom.size]
@@ -26,23 +32,33 @@ class Numbering:
         self._contexts = live.cumsum(0) - 1
         self._offered = context is not None
 
-    def read(self, expr: Expr, index: Tensor, left: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The entry and the context of each position of `expr` that is left; -1 where `index` has none."""
-        owned = index >= 0
+    def read(self, expr: Expr, index: Tensor, live: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the entry and the context of each live position of an axis.
+
+        Args:
+            expr: the axis.
+            index: entry of the atom at each position, at original sizes; -1 where there is none.
+            live: mask of the positions that are left.
+
+        Returns:
+            Entry of each position that is left, -1 where it belongs to none; likewise the context, None where none is
+            offered.
+        """
+        member = index >= 0
         if self.context is None:
-            return torch.where(owned, self._numbers[0][index], -1)[left], None
+            return torch.where(member, self._numbers[0][index], -1)[live], None
         context = index_of(expr, self.context)
         row = context if len(self._numbers) > 1 else torch.zeros_like(context)
-        numbers = torch.where(owned, self._numbers[row, index], -1)[left]
-        return numbers, torch.where(owned, self._contexts[context], -1)[left] if self._offered else None
+        numbers = torch.where(member, self._numbers[row, index], -1)[live]
+        return numbers, torch.where(member, self._contexts[context], -1)[live] if self._offered else None
 
-    def in_first(self, index: Tensor, left: Tensor) -> Tensor:
-        """The entry of each position of an axis that carries no context, as in the first one: all have as many."""
-        return torch.where(index >= 0, self._numbers[0][index], -1)[left]
+    def in_first(self, index: Tensor, live: Tensor) -> Tensor:
+        """Return the entry of each live position of an axis without contexts, as in the first: all have as many."""
+        return torch.where(index >= 0, self._numbers[0][index], -1)[live]
 
 
 def by_part(expr: Expr, atom: Atom) -> Iterator[tuple[int | None, Tensor]]:
-    """The index of an axis per outermost segment that carries `atom`; the segment's number where there are several."""
+    """Yield (segment, index) for each outermost segment of an axis that carries `atom`; None if it is the only one."""
     index = index_of(expr, atom)
     if not isinstance(expr, Segments):
         yield None, index

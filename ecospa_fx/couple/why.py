@@ -1,4 +1,4 @@
-"""Why two weights are coupled: the coupling graph as networkx, and paths through it as text.
+"""Why: the path through a captured graph by which two weights are coupled, as networkx and as text.
 
 Nodes are parameter axes, atoms, the dims of intermediate values, and ops. An op is joined to every dim it touches that
 carries the atom; each of those edges keeps the rule and the FX node that made it. `nx.shortest_path` between two
@@ -27,7 +27,16 @@ _GETITEM = operator.getitem
 
 @dataclass(frozen=True)
 class PathStep:
-    """One op on a path: where it takes the axis from and where it puts it."""
+    """One op on a path between two parameters.
+
+    Attributes:
+        op: name of the op.
+        where: module and source line.
+        before: the axis that enters it.
+        after: the axis that leaves it.
+        because: the effect of the op on the axis, in words.
+        code: source line.
+    """
 
     op: str
     where: str
@@ -42,7 +51,7 @@ class PathStep:
 
 @dataclass(frozen=True)
 class Path:
-    """How an axis gets from one parameter to another."""
+    """The ops by which an axis gets from one parameter to another."""
 
     start: str
     end: str
@@ -54,20 +63,20 @@ class Path:
         return "\n".join(lines)
 
     def sentences(self) -> Iterator[str]:
-        """A sentence per step."""
+        """Yield a sentence per step."""
         for step in self.steps:
             yield f"{step.op} takes it to {step.after}: {step.because} ({step.where})."
 
 
 @dataclass(frozen=True)
 class Why:
-    """How two weights are coupled.
+    """The couplings of two weights, each with its path through the graph.
 
     Attributes:
         a: name of one parameter.
         b: name of the other.
-        paths: coupling, or the axis that is refused -> path through the graph.
-        refused: axis -> what needs it whole, for those that cannot shrink.
+        paths: coupling, or axis that cannot shrink -> path through the graph.
+        refused: axis that cannot shrink -> the reasons.
     """
 
     a: str
@@ -89,11 +98,11 @@ class Why:
 
 
 def axis_graph(axis_facts: AxisFacts, atoms: Collection[Atom] | None = None) -> nx.Graph:
-    """The axes of a captured graph and the ops that join them.
+    """Build the graph of the axes of a captured graph and the ops that join them.
 
     Args:
         axis_facts: the axes.
-        atoms: only what carries one of these; by default all.
+        atoms: only axes that carry one of these; by default all.
 
     Returns:
         A graph with node attributes `kind` (`parameter`, `atom`, `axis`, `source`, `op`) and `label`. Edges between ops
@@ -145,7 +154,7 @@ def axis_graph(axis_facts: AxisFacts, atoms: Collection[Atom] | None = None) -> 
 
 
 def path_between(axis_facts: AxisFacts, atom: Atom, a: str, b: str) -> Path:
-    """The shortest path along `atom` between two parameters of a region.
+    """Return the shortest path along `atom` between two parameters of a region.
 
     Raises:
         NoCouplingError: `atom` does not lie on one of them.
@@ -158,7 +167,7 @@ def path_between(axis_facts: AxisFacts, atom: Atom, a: str, b: str) -> Path:
         if not on:
             prefix = f"{axis_facts.captured.region}." if axis_facts.captured.region else ""
             members = ", ".join(sorted({prefix + key[1] for key in graph if key[0] == "parameter"}))
-            raise NoCouplingError(f"`{prefix}{name}` is no member of this coupling; its members are {members}")
+            raise NoCouplingError(f"`{prefix}{name}` is not a member of this coupling; its members are {members}")
         ends.append(on)
     paths = [nx.shortest_path(graph, x, y) for x in ends[0] for y in ends[1] if x != y and nx.has_path(graph, x, y)]
     if not paths:
@@ -184,7 +193,7 @@ def path_between(axis_facts: AxisFacts, atom: Atom, a: str, b: str) -> Path:
 
 
 def _round_trips(graph: nx.Graph, axis_facts: AxisFacts, atom: Atom, start: Any) -> Iterator[list[Any]]:
-    """Paths from a parameter axis to one operand of a contraction over `atom`, and from another operand back."""
+    """Yield paths from a parameter axis to one operand of a contraction over `atom`, and from another operand back."""
     for fact in axis_facts.facts:
         key = ("op", fact.node.name)
         if fact.role != "contracted" or atom not in atoms_of(fact.expr) or key not in graph:
@@ -209,10 +218,10 @@ _ROLES = {
 
 
 def _because(axis_facts: AxisFacts, atom: Atom, node: fx.Node) -> str:
-    """What an op does to an axis, in words."""
+    """Return in words what an op does to an axis."""
     roles = {fact.role for fact in axis_facts.facts if fact.node is node and atom in atoms_of(fact.expr)}
-    said = [words for role, words in _ROLES.items() if role in roles]
-    if said:
-        return "; ".join(said)
+    sentences = [words for role, words in _ROLES.items() if role in roles]
+    if sentences:
+        return "; ".join(sentences)
     rule = op_info(node.target)
     return f"{rule.why[:1].lower()}{rule.why[1:]}" if rule else ""

@@ -21,7 +21,8 @@ from ecospa_fx.checkpoint.rebuild import read_model, rebuild
 from ecospa_fx.checkpoint.save_load import resume, save
 from ecospa_fx.errors import CheckpointError
 from ecospa_fx.logs import logger
-from ecospa_fx.model.compiled import MODEL, Execution
+from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.model.state import Execution
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.train.trainer import EcoSpaTrainer
 

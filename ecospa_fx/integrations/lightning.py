@@ -24,8 +24,9 @@ from ecospa_fx.checkpoint.rng_state import random_state
 from ecospa_fx.checkpoint.training_state import Training, resume_training
 from ecospa_fx.errors import CheckpointError, EcoSpaError
 from ecospa_fx.logs import logger
-from ecospa_fx.model.compiled import MODEL, CompiledModel, Execution
+from ecospa_fx.model.compiled import MODEL, CompiledModel
 from ecospa_fx.model.full_size import unshrunk
+from ecospa_fx.model.state import Execution
 from ecospa_fx.passes.follow.attributes import changes_in
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.plan import Plan
@@ -323,7 +324,7 @@ def fill(model: nn.Module, state: Mapping[str, Any], weights: Mapping[str, Any],
             held[name].data = whole
     try:
         if compiled is not None:
-            compiled.plan = Plan()
+            compiled.state.plan = Plan()
             for attribute, (original, _) in compiled.attributes.items():
                 attribute.write(model, original)
         rebuild(saved, partial(_same, model), None)
@@ -331,7 +332,7 @@ def fill(model: nn.Module, state: Mapping[str, Any], weights: Mapping[str, Any],
         for name, data in before.items():
             held[name].data = data
         if compiled is not None:
-            compiled.plan = plan
+            compiled.state.plan = plan
             for attribute, (_, now) in compiled.attributes.items():
                 attribute.write(model, now)
         raise

@@ -1,1 +1,1 @@
-"""Model: the state of a compiled model, its regions, and every tensor that follows a shrink."""
+"""Model: compiled models, their regions, and every tensor that follows a shrink."""

@@ -1,6 +1,6 @@
-"""Class swaps: the same module object, of the same class by isinstance, with a forward that follows a plan.
+"""Class swaps: subclasses that give a module object another forward, while it passes isinstance as before.
 
-As torch's parametrizations and FSDP2 do: a subclass is made per original class, under the same name, and
+As in torch's parametrizations and FSDP2, a subclass is made per original class, under the same name, and
 `module.__class__` is set to it. Parameters, hooks, attributes and state_dict keys stay where they were.
 """
 
@@ -18,7 +18,7 @@ _SWAPPED: dict[tuple[type, str], type] = {}
 
 
 class ShrinkableLinear(nn.Linear):
-    """An nn.Linear whose `in_features` and `out_features` are those of its weight `[out, in]` now."""
+    """An nn.Linear that reads `in_features` and `out_features` off its weight `[out, in]`."""
 
     @property
     def in_features(self) -> int:
@@ -27,7 +27,7 @@ class ShrinkableLinear(nn.Linear):
 
     @in_features.setter
     def in_features(self, value: int) -> None:
-        """Read off the weight; nn.Linear's constructor assigns it."""
+        """Ignore the value, which nn.Linear's constructor assigns."""
 
     @property
     def out_features(self) -> int:
@@ -36,7 +36,7 @@ class ShrinkableLinear(nn.Linear):
 
     @out_features.setter
     def out_features(self, value: int) -> None:
-        """Read off the weight; nn.Linear's constructor assigns it."""
+        """Ignore the value, which nn.Linear's constructor assigns."""
 
 
 def swap_linears(region: nn.Module) -> None:
@@ -60,11 +60,11 @@ def _swapped(original: type[nn.Module], attribute: str) -> type[nn.Module]:
         return self.__dict__[attribute](self, args, kwargs)
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
-        made = original.__reduce_ex__(self, protocol)
-        # Pickle finds a class by its name, and under this one's name lies the original.
-        if isinstance(made, tuple) and made[0] is copyreg.__newobj__ and made[1] == (type(self),):  # type: ignore[attr-defined]
-            return _blank, (original, attribute), *made[2:]
-        return made
+        reduced = original.__reduce_ex__(self, protocol)
+        # Pickle looks a class up by its name, and under the name of this one it would find the original.
+        if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__ and reduced[1] == (type(self),):  # type: ignore[attr-defined]
+            return _blank, (original, attribute), *reduced[2:]
+        return reduced
 
     body = {"forward": forward, "__reduce_ex__": reduce_ex, "_ecospa_class": original, "__doc__": original.__doc__}
     swapped = type(original.__name__, (original,), body)
@@ -74,7 +74,7 @@ def _swapped(original: type[nn.Module], attribute: str) -> type[nn.Module]:
 
 
 def _blank(original: type[nn.Module], attribute: str) -> nn.Module:
-    """An instance without state, for copy and pickle to fill."""
+    """Make an instance without state, for copy and pickle to fill."""
     swapped = _swapped(original, attribute)
     blank: nn.Module = swapped.__new__(swapped)
     return blank
@@ -87,9 +87,9 @@ def unswap_forward(module: nn.Module) -> None:
 
 @contextmanager
 def own_forward_aside(module: nn.Module) -> Iterator[None]:
-    """Without the `forward` that someone has set on the instance and that calls the one of its class.
+    """Remove for a while a `forward` on the instance that wraps the one of its class, as accelerate sets it.
 
-    Accelerate sets one for mixed precision. What we run inside of it must not begin there again.
+    Inside of that wrapper a call of the module must not go through it once more.
     """
     outer = module.__dict__.pop("forward", None)
     try:
@@ -100,7 +100,7 @@ def own_forward_aside(module: nn.Module) -> Iterator[None]:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class a module had before any forward of ours."""
+    """Return the class that a module had before any class swap."""
     cls = type(module)
     while "_ecospa_class" in cls.__dict__:
         cls = cls.__dict__["_ecospa_class"]

@@ -1,14 +1,14 @@
-"""What `compile` attaches to a model: its regions, each with a program per call signature, and the one plan.
+"""CompiledModel: the object that `compile` attaches to a model, with its regions and the one plan.
 
-    CompiledModel -- plan
-      +- Region (per captured submodule)
-           +- Program (per call signature) -- generated code
+    CompiledModel -- ModelState -- plan
+      +- Region (per captured submodule) -- the same ModelState
+           +- Specialization (per call signature) -- Program: generated code
 
-A call that no program serves is captured from the region at its original sizes, inferred again, and the plan is
-replayed on it. Nothing here is an nn.Module, so state_dict and the module tree do not see it.
+A call that no program serves is captured from the region at its original sizes, its axes are inferred, and the plan is
+replayed on them. Nothing here is an nn.Module, so state_dict and the module tree do not see it.
 
 With execution="module" no program ever runs: the model's own Python does, with the integers that it reads kept up to
-date, and only what it can follow is offered. Programs are what that is checked against.
+date, and only couplings that it can follow are offered. They are checked against the programs.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.couple.coupling import Coupling, CouplingSelection
-from ecospa_fx.errors import CaptureError, EcoSpaError, NoCouplingError, ShrinkError
+from ecospa_fx.errors import CaptureError, NoCouplingError, ShrinkError
 from ecospa_fx.passes.axes.selection import mask_of, narrowed, whole
-from ecospa_fx.passes.capture.options import CaptureOptions
 from ecospa_fx.passes.capture.record import record
-from ecospa_fx.passes.find.analyse import Analysis, Captures, shared_outside
+from ecospa_fx.passes.find.analyse import Analysis, shared_outside
 from ecospa_fx.passes.find.regions import choose
 from ecospa_fx.passes.follow.attributes import Changes, assigned, numbers_in, sync_layer_sizes
 from ecospa_fx.passes.graph.tensors import join, named_tensors
@@ -42,71 +42,76 @@ from .copies import Copy, check_plan
 from .full_size import outside_forward, outside_inference
 from .optimizer_state import averages_of
 from .region import Region
-from .slicing import prepare_tensors
-
-if TYPE_CHECKING:
-    from ecospa_fx.compensate.grams import Grams
-
-Execution: TypeAlias = Literal["graph", "module"]
-EXECUTIONS = get_args(Execution)
+from .slicing import Absorber, prepare_tensors
+from .specialization import Specialization
+from .state import Execution, ModelState
 
 MODEL, REGION = "_ecospa_model", "_ecospa_region"  # keys in a module's __dict__
 
 
 class CompiledModel:
-    """The state of a compiled model. `regions` is empty until the first call, unless inputs were given before."""
+    """A compiled model: the state that is attached to it.
+
+    Attributes:
+        how: the submodules to capture, as `compile` takes them.
+        state: the plan, and whatever else the regions share.
+        regions: regions by name; none until the first call, unless inputs were given before.
+        not_captured: the submodules that could not be captured, with the reasons.
+        save: hash of the weights that were last loaded or saved.
+    """
 
     def __init__(self, how: str | Sequence[str], experiments: bool = False, execution: Execution = "graph") -> None:
-        if execution not in EXECUTIONS:
-            raise EcoSpaError(f"execution={execution!r} is none of {', '.join(map(repr, EXECUTIONS))}")
-        self.how, self.experiments, self.execution = how, experiments, execution
-        self.plan = Plan()
-        self.attributes: Changes = {}
+        self.how = how
+        self.state = ModelState(experiments, execution)
         self.regions: dict[str, Region] = {}
-        self.given_up: dict[str, str] = {}
-        self.captures: Captures = []
-        self.save: str | None = None  # hash of the weights that were last loaded or saved
-        self._couplings: dict[str, Coupling] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickle: see `Region.__getstate__`."""
-        return {**self.__dict__, "captures": [], "_couplings": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
-        """For copies of the model; what was captured never changes and is shared."""
-        memo[id(self)] = twin = object.__new__(type(self))
-        shared = {"captures": list(self.captures), "_couplings": None}
-        twin.__dict__ |= {key: copy.deepcopy(value, memo) for key, value in (self.__dict__ | shared).items()
-                          if key != "captures"} | {"captures": shared["captures"]}  # fmt: skip
-        return twin
+        self.not_captured: dict[str, str] = {}
+        self.save: str | None = None
 
     @property
-    def options(self) -> CaptureOptions:
-        """The options of every capture of this model."""
-        return CaptureOptions(self.experiments, objects=self.execution == "graph")
+    def plan(self) -> Plan:
+        """The entries that every parameter keeps."""
+        return self.state.plan
+
+    @property
+    def attributes(self) -> Changes:
+        """The integers of modules that follow shrinks: the value before any shrink, and now."""
+        return self.state.attributes
+
+    @property
+    def execution(self) -> Execution:
+        """The code that runs: `"graph"` for generated code, `"module"` for the model's own Python."""
+        return self.state.execution
+
+    @property
+    def experiments(self) -> bool:
+        """True if an op without an axis rule may get one by experiment."""
+        return self.state.experiments
 
     @property
     def captured(self) -> bool:
-        """Whether the couplings are known."""
-        return any(region.programs for region in self.regions.values())
+        """True once some region has been captured, so that the couplings are known."""
+        return any(region.specializations for region in self.regions.values())
 
     def attach(self, model: nn.Module) -> None:
         """Make `model` capture itself at its first call.
 
         Raises:
-            CaptureError: its calls go to a forward on the instance and would not come here.
+            CaptureError: its calls go to a forward on the instance, and would not be seen.
         """
         if "forward" in model.__dict__:
             raise CaptureError(
                 f"the forward of this {type(model).__name__} has been replaced on the instance, as accelerate does "
-                "for mixed precision, and does not lead here: compile the model before that (before prepare), or "
-                "with example_inputs"
+                "for mixed precision, so its first call would not be seen: compile the model before that (before "
+                "prepare), or with example_inputs"
             )
         model.__dict__[MODEL] = self
         swap_forward(model, MODEL)
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The first call of a model that was compiled without inputs; and later ones of whoever kept its forward."""
+        """Capture the first call of a model compiled without inputs, and run it.
+
+        Later calls come here from whoever has kept the forward of that time.
+        """
         if not self.captured:
             with own_forward_aside(model):
                 if self.regions and self.execution == "module":
@@ -120,23 +125,23 @@ class CompiledModel:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @outside_forward()
     def capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Choose regions from one call and route them through programs. On any error the model is as before."""
+        """Choose regions from one call and run them as programs. On any error the model is as before."""
         args, kwargs = outside_inference((args, kwargs))
         waiting = type(model) is not original_class(model)
         if waiting:
             unswap_forward(model)
         try:
-            found, self.given_up = choose(model, args, kwargs, self.how, self.captures, self.options)
-            if not any(analysis.discovery.couplings for analysis in found.values()):
-                raise NoCouplingError(_nothing_found(model, found))
+            analyses, self.not_captured = choose(model, args, kwargs, self.how, self.state.captures, self.state.options)
+            if not any(analysis.discovery.couplings for analysis in analyses.values()):
+                raise NoCouplingError(_nothing_found(model, analyses))
             regions = {}
-            for name, analysis in found.items():
-                regions[name] = region = Region(name, self, analysis.captured.shared_outside)
+            for name, analysis in analyses.items():
+                regions[name] = region = Region(name, self.state, analysis.captured.shared_outside)
                 for each in (analysis, *analysis.others):
                     region.install(each, model.get_submodule(name), {})
             if self.execution == "module":
                 find_followed(model, regions)
-                if not any(region.following and region.following.couplings for region in regions.values()):
+                if not any(region.python_support and region.python_support.couplings for region in regions.values()):
                     raise NoCouplingError(_nothing_followed(model, regions))
         except BaseException:
             model.__dict__.pop(MODEL, None)
@@ -148,10 +153,10 @@ class CompiledModel:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @outside_forward()
     def capture_again(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Capture the regions of a model that was loaded and runs its own Python, for what can shrink further.
+        """Capture the regions of a model that was loaded and runs its own Python, so that it can shrink further.
 
         Raises:
-            CaptureError: this call cannot be captured. Without gradients the model runs it nevertheless.
+            CaptureError: this call cannot be captured. Without gradients the model can run it nevertheless.
         """
         waiting = type(model) is not original_class(model)
         unswap_forward(model)
@@ -164,13 +169,13 @@ class CompiledModel:
                 region.add(model.get_submodule(name), *calls[name])
         except BaseException:
             for region in self.regions.values():
-                region.programs, region.discoveries = [], []
+                region.specializations = []
             if waiting:
                 swap_forward(model, MODEL)
             raise
 
     def route(self, model: nn.Module) -> None:
-        """Swap the classes of the regions, so that calls of them come here."""
+        """Swap the classes of the regions, so that their calls run through `Region.__call__`."""
         for name, region in self.regions.items():
             module = model.get_submodule(name)
             if self.execution == "graph":
@@ -179,40 +184,37 @@ class CompiledModel:
             swap_linears(module)
 
     def couplings(self) -> tuple[Coupling, ...]:
-        """Every coupling of the model at its size now."""
-        if self._couplings is None:
-            found = [coupling for region in self.regions.values() for coupling in region.couplings()]
-            self._couplings = {coupling.name: coupling for coupling in found}
-        return tuple(self._couplings.values())
-
-    def forget_couplings(self) -> None:
-        """The next look at the couplings computes them again."""
-        self._couplings = None
+        """Return every coupling of the model at its size now."""
+        if self.state.couplings is None:
+            couplings = [coupling for region in self.regions.values() for coupling in region.offers.couplings()]
+            self.state.couplings = {coupling.name: coupling for coupling in couplings}
+        return tuple(self.state.couplings.values())
 
     def follow_ties(self, model: nn.Module) -> None:
-        """Take up what has been tied or untied since the last look.
+        """Take up the weights that have been tied or untied since the last look.
 
         Raises:
             EcoSpaError: weights were tied that have shrunk apart.
         """
-        changed = {name: region.tied_anew(model) for name, region in self.regions.items()}
-        for name, anew in changed.items():
-            if anew is not None:
+        retied = {name: region.retied(model) for name, region in self.regions.items()}
+        for name, specializations in retied.items():
+            if specializations is not None:
                 region = self.regions[name]
-                region.programs, region.discoveries = anew
+                region.specializations = specializations
                 region.shared_outside = shared_outside(model, name)
-                self.forget_couplings()
-        if any(anew is not None for anew in changed.values()):
-            self.captures.clear()
+                self.state.forget_couplings()
+        if any(specializations is not None for specializations in retied.values()):
+            self.state.captures.clear()
 
     def _check_shapes(self, model: nn.Module) -> None:
+        """Refuse tensors whose sizes have changed other than by a shrink."""
         for name, tensor in named_tensors(model).items():
             for region in self.regions.values():
-                own = name.removeprefix(f"{region.name}." if region.name else "")
-                if not region.programs or join(region.name, own) != name:
+                inside = name.removeprefix(f"{region.name}." if region.name else "")
+                if not region.specializations or join(region.name, inside) != name:
                     continue
                 expected = self.plan.shape(name) if name in self.plan.original_shapes else None
-                expected = expected or region.programs[-1].captured.sizes.get(own)
+                expected = expected or region.naming_graph.captured.sizes.get(inside)
                 if expected is not None and tuple(tensor.shape) != tuple(expected):
                     raise ShrinkError(
                         f"`{name}` is {tuple(tensor.shape)} and was {tuple(expected)} when the model was captured: it "
@@ -226,25 +228,25 @@ class CompiledModel:
         selection: CouplingSelection,
         optimizers: Iterable[Optimizer] = (),
         copies: Sequence[Copy] = (),
-        absorb: Grams | None = None,
+        absorb: Absorber | None = None,
     ) -> None:
         """Keep only the selected entries of each coupling, everywhere; see `ecospa_fx.shrink`."""
         self.follow_ties(model)
         self._check_shapes(model)
         after = self.planned(selection)
-        # Everything is made beside what is there; then come assignments only.
-        made: dict[Program, Program] = {}
-        programs = self._rewritten(model, after, made)
+        # Everything new is made beside the old; then come assignments only.
+        rewritten: dict[Program, Program] = {}
+        specializations = self._rewritten(model, after, rewritten)
         twins = [(copy.module, self._of_copy(copy)) for copy in copies if copy.module is not None]
-        twin_programs = [twin._rewritten(module, after, made) for module, twin in twins]
-        names = {id(tensor): name for name, tensor in named_tensors(model).items() if name in after.original_shapes}
+        of_twins = [twin._rewritten(module, after, rewritten) for module, twin in twins]
         mine = named_tensors(model)
-        tensors = [(name, t) for held in (mine, *(copy.tensors for copy in copies)) for name, t in held.items()]
+        names = {id(tensor): name for name, tensor in mine.items() if name in after.original_shapes}
+        tensors = [(name, t) for each in (mine, *(copy.tensors for copy in copies)) for name, t in each.items()]
         named = [(names.get(id(mine[name]), name), tensor) for name, tensor in tensors]
         replaced: dict[int, Tensor] = {}
         if absorb is not None:
-            held = [mine, *(copy.tensors for copy in copies), *averages_of(mine, optimizers)]
-            replaced = absorb.absorbed(self.plan, after, held)
+            weights = [mine, *(copy.tensors for copy in copies), *averages_of(mine, optimizers)]
+            replaced = absorb.absorbed(self.plan, after, weights)
         change = prepare_tensors(named, self.plan, after, optimizers, replaced)
         attributes = self._attributes_under(after)
         values = {attribute: now for attribute, (_, now) in attributes.items()}
@@ -256,46 +258,56 @@ class CompiledModel:
         if self.execution == "module":
             for module in modules:
                 sync_layer_sizes(module)
-        self._follow(after, programs, attributes)
-        for (module, twin), theirs in zip(twins, twin_programs, strict=True):
-            twin._follow(after.copy(), theirs, dict(attributes))
+        self._adopt(after, specializations, attributes)
+        for (module, twin), theirs in zip(twins, of_twins, strict=True):
+            twin._adopt(after.copy(), theirs, dict(attributes))
             if module.__dict__.get(MODEL) is not twin:
                 unswap_forward(module)  # it may have been waiting for its first call
                 module.__dict__[MODEL] = twin
                 twin.route(module)
 
-    def _rewritten(self, model: nn.Module, plan: Plan, made: dict[Program, Program]) -> dict[str, list[Program]]:
-        """The programs of each region under a plan; `made` are those that copies of the model have in common."""
+    def _rewritten(
+        self, model: nn.Module, plan: Plan, rewritten: dict[Program, Program]
+    ) -> dict[str, list[Specialization]]:
+        """Return the specializations of each region under a plan.
+
+        Args:
+            model: the model, or a copy of it.
+            plan: the plan.
+            rewritten: programs before -> programs under the plan, which copies of the model share; filled here.
+        """
         for name, region in self.regions.items():
-            for program in region.programs:
-                if program not in made:
-                    kept = replay(program.axis_facts, plan)
-                    made[program] = rewrite(program.axis_facts, kept, model.get_submodule(name))
+            for each in region.specializations:
+                if each.program not in rewritten:
+                    kept = replay(each.axis_facts, plan)
+                    rewritten[each.program] = rewrite(each.axis_facts, kept, model.get_submodule(name))
             check_state_layouts(
-                (program.axis_facts, replay(program.axis_facts, plan))
-                for program in region.programs
-                if program.captured.carried.types
+                (each.axis_facts, replay(each.axis_facts, plan))
+                for each in region.specializations
+                if each.captured.carried.types
             )
-        return {name: [made[program] for program in region.programs] for name, region in self.regions.items()}
+        return {
+            name: [replace(each, program=rewritten[each.program]) for each in region.specializations]
+            for name, region in self.regions.items()
+        }
 
     def _attributes_under(self, plan: Plan) -> Changes:
-        """What the attributes that follow held before any shrink, and must hold under a plan."""
+        """Return the integers of modules that follow under a plan: the value before any shrink, and then."""
         attributes = dict(self.attributes)
         for region in self.regions.values():
-            if region.following is not None:
-                program = region.programs[-1]
-                before, now = (region.following.values(kept) for kept in ({}, replay(program.axis_facts, plan)))
+            support = region.python_support
+            if support is not None:
+                before, now = support.values({}), support.values(replay(region.naming_graph.axis_facts, plan))
                 attributes |= {a.within(region.name): (before[a], now[a]) for a in before if before[a] != now[a]}
         return attributes
 
-    def _follow(self, plan: Plan, programs: Mapping[str, list[Program]], attributes: Changes) -> None:
+    def _adopt(self, plan: Plan, specializations: Mapping[str, list[Specialization]], attributes: Changes) -> None:
         for name, region in self.regions.items():
-            region.programs = programs[name]
-        self.plan, self.attributes = plan, attributes
-        self.forget_couplings()
+            region.specializations = specializations[name]
+        self.state.adopt(plan, attributes)
 
     def _of_copy(self, copied: Copy) -> CompiledModel:
-        """The state that a copy of the model has, or will have if it was made before this one was captured."""
+        """Return the state of a copy of the model, a new one if it was copied before this model was captured."""
         theirs: CompiledModel | None = None if copied.module is None else copied.module.__dict__.get(MODEL)
         if theirs is not None:
             check_plan(copied, theirs.plan, self.plan)
@@ -304,36 +316,38 @@ class CompiledModel:
         return copy.deepcopy(self)
 
     def planned(self, selection: CouplingSelection) -> Plan:
-        """The plan after keeping only the selected entries of each coupling.
+        """Return the plan after keeping only the selected entries of each coupling.
 
         Raises:
             ShrinkError: a selection is empty, out of range or not increasing.
             NoCouplingError: there is no such coupling.
         """
-        known = {coupling.name: coupling for coupling in self.couplings()}
+        couplings = {coupling.name: coupling for coupling in self.couplings()}
         by_region: dict[str, dict[str, Tensor]] = {}
         for given, keep in selection.items():
             name = given if isinstance(given, str) else given.name
-            if name not in known:
-                raise NoCouplingError(f"the model has no coupling `{name}`; it has {', '.join(known) or 'none'}")
-            _check_keep(known[name], keep)
-            by_region.setdefault(known[name].region, {})[name] = keep
+            if name not in couplings:
+                raise NoCouplingError(f"the model has no coupling `{name}`; it has {', '.join(couplings) or 'none'}")
+            _check_keep(couplings[name], keep)
+            by_region.setdefault(couplings[name].region, {})[name] = keep
         after = self.plan.copy()
         for region_name, keeps in by_region.items():
-            self._plan_region(after, self.regions[region_name], keeps)
+            _plan_region(after, self.regions[region_name], keeps)
         return after
 
-    def _plan_region(self, after: Plan, region: Region, keeps: Mapping[str, Tensor]) -> None:
-        kept = region.kept(region.programs[-1])
-        # Contexts are counted as they are before this shrink, which may take some of them too.
-        now = dict(kept)
-        for found in region.discoveries[-1].couplings:
-            keep = keeps.get(join(region.name, found.name))
-            if keep is not None:
-                choice = now.get(found.atom, whole(found.atom))
-                live = mask_of(found.context, now) if found.context is not None else None
-                kept[found.atom] = narrowed(choice, keep.cpu(), found.context, live)
-        region.write(after, kept)
+
+def _plan_region(after: Plan, region: Region, keeps: Mapping[str, Tensor]) -> None:
+    """Write into `after` the entries that stay of one region."""
+    before = region.kept(region.naming_graph.program)
+    selection = dict(before)
+    for coupling in region.naming_graph.discovery.couplings:
+        keep = keeps.get(join(region.name, coupling.name))
+        if keep is not None:
+            choice = before.get(coupling.atom, whole(coupling.atom))
+            # Contexts are counted as they are before this shrink, which may take some of them too.
+            live = mask_of(coupling.context, before) if coupling.context is not None else None
+            selection[coupling.atom] = narrowed(choice, keep.cpu(), coupling.context, live)
+    region.offers.write(after, selection)
 
 
 def _check_keep(coupling: Coupling, keep: Tensor) -> None:
@@ -345,8 +359,8 @@ def _check_keep(coupling: Coupling, keep: Tensor) -> None:
         raise ShrinkError(f"cannot shrink {where}: keep is {shape}; {way}")
     if keep.ndim == 2 and coupling.context is None:
         raise ShrinkError(
-            f"cannot shrink {where}: keep has {len(keep)} rows, but what this coupling keeps cannot differ by context; "
-            f"{way}"
+            f"cannot shrink {where}: keep has {len(keep)} rows, but this coupling keeps the same entries in every "
+            f"context; {way}"
         )
     if keep.ndim == 2 and len(keep) != coupling.contexts:
         raise ShrinkError(f"cannot shrink {where}: keep has {len(keep)} rows; it has {coupling.contexts} contexts now")
@@ -362,34 +376,35 @@ def _check_keep(coupling: Coupling, keep: Tensor) -> None:
 
 
 def find_followed(model: nn.Module, regions: Mapping[str, Region]) -> None:
-    """Find out what the Python of each region can follow; equal blocks that share a graph are tried once."""
+    """Find the couplings that the Python of each region can follow; equal blocks that share a graph are tried once."""
     numbers = numbers_in(model)
-    known: list[Region] = []
+    tried: list[Region] = []
     for name, region in regions.items():
         module = model.get_submodule(name)
-        same = next((other for other in known if region.follows_as(other, module)), None)
+        same = next((other for other in tried if region.follows_as(other, module)), None)
         if same is not None:
-            region.following = same.following
+            region.python_support = same.python_support
         else:
             region.follow(module, numbers)
-            known.append(region)
+            tried.append(region)
 
 
 def _nothing_followed(model: nn.Module, regions: Mapping[str, Region]) -> str:
-    why = next(why for region in regions.values() if region.following for why in region.following.refused.values())
+    refusals = [region.python_support.refused for region in regions.values() if region.python_support]
+    why = next(why for refused in refusals for why in refused.values())
     return (
         f"the Python of {type(model).__name__} can follow none of its couplings, and it is left as it was; with "
         f"execution='graph' they can shrink. First: with one shrunk, its forward {why}"
     )
 
 
-def _nothing_found(model: nn.Module, found: Mapping[str, Analysis]) -> str:
-    refusals = [str(refusal) for analysis in found.values() for refusal in analysis.discovery.refusals]
-    missing = sorted({op for analysis in found.values() for op in analysis.axis_facts.missing})
+def _nothing_found(model: nn.Module, analyses: Mapping[str, Analysis]) -> str:
+    refusals = [str(refusal) for analysis in analyses.values() for refusal in analysis.discovery.refusals]
+    missing = sorted({op for analysis in analyses.values() for op in analysis.axis_facts.missing})
     if refusals:
         detail = f" Refused: {'; '.join(refusals[:3])}"
     elif missing:
-        detail = f" No axis rule is known for {', '.join(missing)}; what these touch stays whole"
+        detail = f" No axis rule is known for {', '.join(missing)}; axes that these touch stay full size"
     else:
         detail = " No two of its weights multiply each other"
     return f"{type(model).__name__} has no coupling that can shrink, and is left as it was.{detail}"

@@ -1,7 +1,7 @@
-"""Copies of a model that shrink alongside it: weights averaged over training, whoever averages them.
+"""Copies of a model that shrink with it, such as averages of its weights over training.
 
-also= -> modules with tensors of the same names, wherever they are held; dicts of names and tensors
-      -> Copy: which of its tensors is which of the model's
+also= -> modules with tensors of the same names, also inside of other objects; dicts of names and tensors
+      -> Copy: tensors by their names in the model
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Copy:
 
     Attributes:
         tensors: its tensors by their names in the model; tied ones under each name.
-        module: what runs with them, if anything does.
-        kind: what was given, in a word.
+        module: the module that holds them; None for a dict.
+        kind: class of the object in `also=` that it was found in, for messages.
     """
 
     tensors: Mapping[str, Tensor]
@@ -35,7 +35,7 @@ class Copy:
 
 
 def copies_of(model: nn.Module, also: Any) -> list[Copy]:
-    """The copies of `model` in what a user names.
+    """Find the copies of `model` in the objects of `also=`.
 
     Args:
         model: the model that shrinks.
@@ -43,19 +43,19 @@ def copies_of(model: nn.Module, also: Any) -> list[Copy]:
             names and tensors; or one of these.
 
     Raises:
-        ShrinkError: one of them holds no copy, or is no copy any more.
+        ShrinkError: one of them holds no copy, or a copy of other sizes.
     """
     mine = named_tensors(model)
-    found = [copy for each in listed(also) for copy in _copies_in(each, model, mine)]
-    for copy in found:
+    copies = [copy for each in listed(also) for copy in _copies_in(each, model, mine)]
+    for copy in copies:
         for name, tensor in copy.tensors.items():
             if tensor.shape != mine[name].shape:
                 raise ShrinkError(
                     f"`{name}` is {tuple(tensor.shape)} in the {copy.kind} in also= and {tuple(mine[name].shape)} in "
-                    "the model: it has missed a shrink, or is no copy of this model. Name it in also= at every shrink, "
-                    "or copy the model anew"
+                    "the model: it has missed a shrink, or is not a copy of this model. Name it in also= at every "
+                    "shrink, or copy the model anew"
                 )
-    return found
+    return copies
 
 
 def check_plan(copy: Copy, theirs: Plan, plan: Plan) -> None:
@@ -72,7 +72,7 @@ def check_plan(copy: Copy, theirs: Plan, plan: Plan) -> None:
 
 
 def listed(also: Any) -> Iterable[Any]:
-    """What `also=` names, where it may be one thing or several."""
+    """Return the objects in `also=`, which may be one or several."""
     if isinstance(also, (nn.Module, Mapping)) or not isinstance(also, Iterable):
         return [also]
     return also
@@ -80,25 +80,25 @@ def listed(also: Any) -> Iterable[Any]:
 
 def _copies_in(given: Any, model: nn.Module, mine: Mapping[str, Tensor]) -> list[Copy]:
     kind = type(given).__name__
-    held = list(_held(given))
-    modules = [module for each in held if isinstance(each, nn.Module) for module in _alike(each, model, mine)]
+    holders = list(_modules_and_dicts(given))
+    modules = [module for each in holders if isinstance(each, nn.Module) for module in _alike(each, model, mine)]
     if any(module is model for module in modules):
         raise ShrinkError(f"the {kind} in also= holds this {type(model).__name__} itself, not a copy of it")
-    found = [Copy(named_tensors(module), module, kind) for module in modules]
-    for each in held:
+    copies = [Copy(named_tensors(module), module, kind) for module in modules]
+    for each in holders:
         if isinstance(each, Mapping):
             named = {name: each[name] for name in mine if isinstance(each.get(name), Tensor)}
-            found += [Copy(named, None, kind)] if named else []
-    if not found:
+            copies += [Copy(named, None, kind)] if named else []
+    if not copies:
         raise ShrinkError(
             f"the {kind} in also= holds no copy of this {type(model).__name__}: neither a module of its classes with "
-            "tensors of the same names, nor a dict of such names and tensors. Pass what holds one"
+            "tensors of the same names, nor a dict of such names and tensors. Pass an object that holds one"
         )
-    return found
+    return copies
 
 
-def _held(given: Any) -> Iterator[Any]:
-    """What is given, or what lies in its attributes where it is no module or dict itself."""
+def _modules_and_dicts(given: Any) -> Iterator[Any]:
+    """Yield an object if it is a module or dict, else the modules and dicts among its attributes."""
     if isinstance(given, (nn.Module, Mapping)):
         yield given
     else:
@@ -108,21 +108,21 @@ def _held(given: Any) -> Iterator[Any]:
 
 
 def _alike(root: nn.Module, model: nn.Module, mine: Mapping[str, Tensor]) -> list[nn.Module]:
-    """The outermost modules under `root` of the model's classes, with tensors of the same names."""
+    """Find the outermost modules under `root` of the model's classes, with tensors of the same names."""
     classes = _classes(model)
-    found: list[nn.Module] = []
+    alike: list[nn.Module] = []
     queue = [root]
     while queue:
         module = queue.pop(0)
         same = original_class(module) is original_class(model) and named_tensors(module).keys() == mine.keys()
         if same and _classes(module) == classes:
-            found.append(module)
+            alike.append(module)
         else:
             queue.extend(module.children())
-    return found
+    return alike
 
 
 def _classes(model: nn.Module) -> list[type[nn.Module]]:
-    """The classes of all modules, as they were before any of ours."""
-    found = [original_class(module) for module in model.modules()]
-    return [nn.Linear if cls is ShrinkableLinear else cls for cls in found]
+    """Return the classes that all modules had before any class swap."""
+    classes = [original_class(module) for module in model.modules()]
+    return [nn.Linear if cls is ShrinkableLinear else cls for cls in classes]

@@ -1,7 +1,7 @@
-"""CostModel: parameters, FLOPs or bytes of a model as a function of the widths of its couplings. Exact; no tensors.
+"""CostModel: parameters, FLOPs or bytes of a model as an exact function of the widths of its couplings.
 
-Every cost is a sum of terms, and every term a number times a product of axes: the entries of a weight, twice the
-products of a matrix multiplication. So the cost of other widths is a few multiplications.
+Every cost is a sum of terms, and every term a number times a product of axes: the entries of a weight, two FLOPs for
+each product of a matrix multiplication. So the cost at other widths takes a few multiplications, and no tensors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Symbols = Mapping[sympy.Symbol, int]
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """A product: `factor`, times the entries along each of `exprs`, in one region."""
+    """A product in the cost of one region: `factor`, times the entries along each of `exprs`."""
 
     region: str
     factor: float
@@ -38,26 +38,25 @@ class Term:
 
 
 class CostModel:
-    """What a compiled model costs at any widths of its couplings.
+    """The cost of a compiled model at any widths of its couplings.
 
     Args:
         model: the model.
         compiled: its state.
         cost: `"parameters"`, tied ones once; `"flops"` of a forward of the captured regions as they were called:
-            products of matrices and convolutions; or `"bytes"` of training: weights, gradients, and what the optimizer
-            holds of each.
-        optimizers: for `"bytes"`; what they have not made yet does not count.
+            products of matrices and convolutions; or `"bytes"` of training: weights, gradients and optimizer state.
+        optimizers: for `"bytes"`; state that they have not made yet does not count.
 
     Attributes:
         sizes: coupling name -> entries now.
         original: the cost before any shrink.
-        prunable: the part of it that some coupling has a share in.
+        prunable: the sum of its terms that some coupling has a share in.
     """
 
     def __init__(
         self, model: nn.Module, compiled: CompiledModel, cost: Cost = "parameters", optimizers: Sequence[Optimizer] = ()
     ) -> None:
-        # Equal blocks share a graph and so its atoms: an atom is one coupling per region.
+        # Equal blocks share a graph and so its atoms: an atom stands for one coupling in each region.
         self._atoms: dict[str, tuple[str, Atom]] = {}
         self._now: dict[str, dict[Atom, int]] = {}
         self._symbols: dict[str, Symbols] = {}
@@ -65,13 +64,13 @@ class CostModel:
         self._users: dict[tuple[str, Atom], list[int]] = {}
         weights = _weights(model, cost, optimizers)
         for region in compiled.regions.values():
-            if not region.programs:
+            if not region.specializations:
                 continue
-            program = region.programs[-1]
+            program = region.naming_graph.program
             self._now[region.name] = {atom: entries(choice) for atom, choice in region.kept(program).items()}
             self._symbols[region.name] = symbols_of(program.axis_facts, region.called) if cost == "flops" else {}
-            for found in region.offered():
-                self._atoms[join(region.name, found.name)] = region.name, found.atom
+            for coupling in region.offers.offered():
+                self._atoms[join(region.name, coupling.name)] = region.name, coupling.atom
             if cost == "flops":
                 for factor, exprs in flop_terms(program.axis_facts):
                     self._add(Term(region.name, factor, exprs))
@@ -90,7 +89,7 @@ class CostModel:
         self.prunable = round(sum(originals[i] for i in shared))
 
     def total(self, sizes: Mapping[str, int]) -> int:
-        """The cost of the whole model with couplings at `sizes`; those not named stay as they are."""
+        """Return the cost of the whole model with couplings at `sizes`; those not named stay as they are."""
         changed = {self._atoms[name]: size for name, size in sizes.items() if size != self.sizes[name]}
         counts = {region: dict(self._now[region]) for region, _ in changed}
         for (region, atom), size in changed.items():
@@ -112,8 +111,8 @@ class CostModel:
         match expr:
             case Atom():
                 size = counts.get(expr, expr.size)
-                known = self._symbols[region]
-                return size if type(size) is int else int(as_size(sympy.sympify(size).subs(known)))
+                symbols = self._symbols[region]
+                return size if type(size) is int else int(as_size(sympy.sympify(size).subs(symbols)))
             case Product():
                 return prod(self._count(factor, region, counts) for factor in expr.factors)
             case _:
@@ -121,13 +120,13 @@ class CostModel:
 
 
 def flop_terms(axis_facts: AxisFacts) -> Iterator[tuple[float, tuple[Expr, ...]]]:
-    """The FLOPs of one forward of a graph as products: of matrices, convolutions and attention."""
+    """Yield (factor, axes) of the FLOPs of one forward of a graph: of matrix products, convolutions and attention."""
     for node, summed in _products(axis_facts).items():
         yield from _node_terms(axis_facts, node, summed)
 
 
 def _products(axis_facts: AxisFacts) -> dict[fx.Node, tuple[Expr, ...]]:
-    """The nodes that multiply, with the axes they sum over."""
+    """Return the nodes that multiply, with the axes they sum over."""
     summed: dict[fx.Node, dict[Expr, None]] = {}
     for fact in axis_facts.facts:
         if fact.role == "contracted" and len(fact.operands) > 1:
@@ -161,14 +160,14 @@ def _convolves(axis_facts: AxisFacts, node: fx.Node) -> bool:
 
 
 def _weights(model: nn.Module, cost: Cost, optimizers: Sequence[Optimizer]) -> dict[str, tuple[int, float]]:
-    """Parameter, a tied one once under its first name -> (entries, cost of each entry)."""
-    found = {}
+    """Return (entries, cost of each entry) by parameter; a tied one counts once, under its first name."""
+    weights = {}
     for name, parameter in model.named_parameters():
         each = 1.0
         if cost == "bytes":
-            held = [value for o in optimizers for value in o.state.get(parameter, {}).values()]
-            states = sum(v.numel() * v.element_size() for v in held if isinstance(v, Tensor) and v.numel() > 1)
+            values = [value for o in optimizers for value in o.state.get(parameter, {}).values()]
+            states = sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor) and v.numel() > 1)
             each = parameter.element_size() * (2 if parameter.requires_grad else 1)
             each += states / max(1, parameter.numel())
-        found[name] = (parameter.numel(), each)
-    return found
+        weights[name] = (parameter.numel(), each)
+    return weights

@@ -18,14 +18,14 @@ TensorShape = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class ModuleDiff:
-    """What a shrink did to the parameters of a model.
+    """The shapes of a model's parameters before and after a shrink.
 
     Attributes:
         before: parameter -> shape before, for those that changed.
         after: parameter -> shape now.
         classes: module -> name of its class.
-        parameters_before: of the model.
-        parameters_after: of the model.
+        parameters_before: number of parameters of the model before.
+        parameters_after: number of parameters now.
     """
 
     before: Mapping[str, TensorShape]
@@ -41,7 +41,7 @@ class ModuleDiff:
         return f"<ModuleDiff of {len(self.before)} parameters: {self.headline()}>"
 
     def headline(self) -> str:
-        """Parameters before and after."""
+        """Return the numbers of parameters before and after as a line of text."""
         share = self.parameters_after / max(1, self.parameters_before)
         return f"{self.parameters_before:,} -> {self.parameters_after:,} parameters (x {share:.3f})"
 
@@ -60,12 +60,12 @@ class ModuleDiff:
         return plain(self.__rich__())
 
     def rows(self) -> list[tuple[str, int, str, TensorShape, TensorShape]]:
-        """(layer, how many are alike, class, shape before, shape after) of each matrix that changed."""
+        """Return (layer, number of layers alike, class, shape before, shape after) of each matrix that changed."""
         folded: dict[tuple[str, str, TensorShape, TensorShape], list[str]] = {}
         for name, before in self.before.items():
             if len(before) > 1:
-                layer, _, own = name.rpartition(".")
-                shown = layer if own == "weight" else name
+                layer, _, tensor = name.rpartition(".")
+                shown = layer if tensor == "weight" else name
                 key = starred(f"{shown}."), self.classes.get(layer, ""), before, self.after[name]
                 folded.setdefault(key, []).append(shown)
         return [
@@ -75,17 +75,17 @@ class ModuleDiff:
 
 
 def words(shape: TensorShape) -> str:
-    """A shape as one reads it: `64 x 32`."""
+    """Write a shape as text: `64 x 32`."""
     return " x ".join(map(str, shape))
 
 
 def shapes_of(model: nn.Module) -> dict[str, TensorShape]:
-    """Shapes of the parameters, tied ones once."""
+    """Return the shapes of the parameters, tied ones once."""
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 def diff_of(model: nn.Module, before: Mapping[str, TensorShape]) -> ModuleDiff:
-    """How the model's parameters differ from `before`, which `shapes_of` gave."""
+    """Compare the shapes of the model's parameters with those of `before`, from `shapes_of`."""
     after = shapes_of(model)
     changed = [name for name, shape in after.items() if before.get(name, shape) != shape]
     return ModuleDiff(
@@ -98,5 +98,5 @@ def diff_of(model: nn.Module, before: Mapping[str, TensorShape]) -> ModuleDiff:
 
 
 def diff_since(model: nn.Module, plan: Plan) -> ModuleDiff:
-    """How the model's parameters differ from those it had before any shrink."""
+    """Compare the shapes of the model's parameters with those before any shrink."""
     return diff_of(model, {name: plan.original_shapes.get(name, shape) for name, shape in shapes_of(model).items()})

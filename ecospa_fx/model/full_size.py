@@ -1,4 +1,4 @@
-"""Stand-ins: what has shrunk at its original sizes, for a call that is captured after that."""
+"""Full-size tensors: stand-ins at original sizes for tensors that have shrunk, to capture a call after that."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from ecospa_fx.plan import Plan
 
 @contextmanager
 def outside_forward() -> Iterator[None]:
-    """Capture in the middle of a forward: out of inference mode, and out of sight of whoever packs saved tensors.
+    """Leave inference mode and saved-tensor hooks, to capture in the middle of a forward.
 
-    What a graph keeps must serve training later; and activation checkpointing would run the forward again for the
-    gradients that a graph is compared by.
+    Tensors that a graph keeps must serve training later; and activation checkpointing would run the forward again for
+    the gradients by which a graph is compared with eager.
     """
     with torch.inference_mode(False), ExitStack() as stack:
-        if torch._C._functorch.peek_interpreter_stack() is None:  # its transforms know no such hooks
+        if torch._C._functorch.peek_interpreter_stack() is None:  # transforms of torch.func refuse such hooks
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
         yield
 
 
 def outside_inference(call: Call) -> Call:
-    """The arguments of a call, those that inference mode has made as tensors that autograd takes."""
+    """Return the arguments of a call, with clones for inference tensors, which autograd does not take."""
     plain: Call = pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, call, is_leaf=foreign)
     return plain
 
 
 class FullSizeTensors:
-    """What of a region has shrunk, at original sizes, for the capture of a new call.
+    """Stand-ins at original sizes for the tensors of a region that have shrunk, to capture a new call.
 
-    A graph of that call is compared with eager as any other, and that takes values: zeros where entries are gone. They
-    exist for one comparison, with gradients, of one region: at most half of what the unshrunk region took in training
-    with Adam, and the shrunk one no longer takes.
+    A graph of that call is compared with eager as any other, which takes values: zeros in place of removed entries.
+    They exist for one comparison, with gradients, of one region: at most half the memory that the unshrunk region took
+    in training with Adam, and that the shrunk one no longer takes.
 
-    A parameter that torch.func.functional_call has replaced by a tensor is stood in for by one again.
+    A parameter that torch.func.functional_call has replaced by a tensor gets a parameter as its stand-in.
     """
 
     def __init__(self, module: nn.Module, region: str, plan: Plan) -> None:
@@ -55,33 +55,33 @@ class FullSizeTensors:
         }
 
     def shapes(self) -> dict[str, Tensor]:
-        """Parameters of one entry each, repeated; buffers, which a forward may write into, as in `values`."""
+        """Return parameters as one expanded entry each; buffers, which a forward may write into, as in `values`."""
         return self._tied(expanded=True)
 
     def values(self) -> dict[str, Tensor]:
-        """What is left, in its places among zeros."""
+        """Return the entries that are left in their places among zeros."""
         return self._tied(expanded=False)
 
     def _tied(self, expanded: bool) -> dict[str, Tensor]:
-        """Weights that are one stay one."""
-        made: dict[int, Tensor] = {}
+        """Make the stand-ins; tied tensors get one and the same."""
+        stand_ins: dict[int, Tensor] = {}
         for name, tensor in self.named.items():
-            if id(tensor) in made:
+            if id(tensor) in stand_ins:
                 continue
-            full, parameter = join(self.region, name), name in self.parameters
-            whole = tensor.detach()
-            if full in self.plan.original_shapes:
-                whole = whole.new_zeros(()).expand(self.plan.original_shapes[full])
+            full_name, parameter = join(self.region, name), name in self.parameters
+            value = tensor.detach()
+            if full_name in self.plan.original_shapes:
+                value = value.new_zeros(()).expand(self.plan.original_shapes[full_name])
                 if not (expanded and parameter):
-                    whole = unshrunk(tensor, self.plan, full)
-            made[id(tensor)] = nn.Parameter(whole, tensor.requires_grad) if parameter else whole
-        return {name: made[id(tensor)] for name, tensor in self.named.items()}
+                    value = unshrunk(tensor, self.plan, full_name)
+            stand_ins[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if parameter else value
+        return {name: stand_ins[id(tensor)] for name, tensor in self.named.items()}
 
 
 def unshrunk(tensor: Tensor, plan: Plan, name: str, fill: float = 0.0) -> Tensor:
-    """`tensor` in its places at the shape it had before any shrink, among zeros, or among `fill` if it is of floats."""
+    """Return a tensor at its original shape, with `fill` (zero in a tensor of integers) in place of removed entries."""
     fill = fill if tensor.is_floating_point() else 0
-    whole = torch.full(plan.original_shapes[name], fill, dtype=tensor.dtype, device=tensor.device)
-    index = [plan.kept.get((name, dim), torch.arange(size)).to(tensor.device) for dim, size in enumerate(whole.shape)]
-    whole[torch.meshgrid(*index, indexing="ij")] = tensor.detach()
-    return whole
+    full = torch.full(plan.original_shapes[name], fill, dtype=tensor.dtype, device=tensor.device)
+    index = [plan.kept.get((name, dim), torch.arange(size)).to(tensor.device) for dim, size in enumerate(full.shape)]
+    full[torch.meshgrid(*index, indexing="ij")] = tensor.detach()
+    return full

@@ -14,38 +14,38 @@ from .region import Region
 
 
 def state_of(model: nn.Module) -> CompiledModel:
-    """The state of a compiled and captured model.
+    """Return the state of a compiled and captured model.
 
     Raises:
-        EcoSpaError: it was not compiled, or weights were tied that have shrunk apart.
-        NoInputsError: it was, and has not been called yet.
+        EcoSpaError: the model is not compiled, or weights were tied that have shrunk apart.
+        NoInputsError: the model is compiled, and has not been called yet.
     """
     compiled: CompiledModel | None = model.__dict__.get(MODEL)
     if compiled is None:
         raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
     if not compiled.captured:
         raise NoInputsError(
-            f"{type(model).__name__} is compiled but has not been called yet, so nothing is known of it; call it once, "
-            "or compile it with example_inputs=(x,)"
+            f"{type(model).__name__} is compiled but has not been called yet, so its couplings are not known; call it "
+            "once, or compile it with example_inputs=(x,)"
         )
     compiled.follow_ties(model)
     return compiled
 
 
 def is_captured(model: nn.Module) -> bool:
-    """Whether a model is compiled and has been called, so that its couplings are known."""
+    """Decide whether a model is compiled and has been called, so that its couplings are known."""
     compiled: CompiledModel | None = model.__dict__.get(MODEL)
     return compiled is not None and compiled.captured
 
 
 def regions_of(model: nn.Module) -> dict[str, Region]:
-    """The regions of a compiled model by name; none before its first call, unless it was loaded."""
+    """Return the regions of a compiled model by name; none before its first call, unless it was loaded."""
     compiled: CompiledModel | None = model.__dict__.get(MODEL)
     return {} if compiled is None else compiled.regions
 
 
 def couplings(model: nn.Module) -> tuple[Coupling, ...]:
-    """The couplings of a compiled model, at their sizes now.
+    """Return the couplings of a compiled model, at their sizes now.
 
     Raises:
         NoInputsError: the model has not been called yet.
@@ -54,7 +54,7 @@ def couplings(model: nn.Module) -> tuple[Coupling, ...]:
 
 
 def plan(model: nn.Module) -> Plan:
-    """What is left of the original model: a copy of the plan.
+    """Return a copy of the plan: the entries of the original model that are left.
 
     Raises:
         EcoSpaError: the model is not compiled.
@@ -72,10 +72,10 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     Raises:
         OptimizerError: it holds none.
     """
-    mine = {id(p) for p in model.parameters()}
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    if not any(id(p) in mine for p in held):
+    of_model = {id(p) for p in model.parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(id(p) in of_model for p in parameters):
         raise OptimizerError(
-            f"this {type(optimizer).__name__} holds {len(held)} parameters, none of them of this "
+            f"this {type(optimizer).__name__} holds {len(parameters)} parameters, none of them of this "
             f"{type(model).__name__}; pass the one made from model.parameters()"
         )

@@ -1,7 +1,7 @@
-"""Observers: several that look at the values inside a region, served by one program.
+"""Observers: objects that read values inside a region while it runs, all served by one program.
 
-observe(region, observer)   region.watcher -> Observers -> one program with all their nodes among its outputs
-                                                        -> each observer sees the values it asked for
+observe(region, observer)   region.watcher -> Observers -> one program with the nodes of all observers as outputs
+                                                        -> each observer receives the values of its own nodes
 """
 
 from __future__ import annotations
@@ -21,66 +21,66 @@ if TYPE_CHECKING:
 
 
 class Observer(Protocol):
-    """Looks at values inside regions."""
+    """An object that reads values inside regions."""
 
-    def looks(self, module: nn.Module) -> bool:
-        """Whether it wants to see the call of a region that is about to be made."""
+    def wants(self, module: nn.Module) -> bool:
+        """Decide whether to observe the call of a region that is about to run."""
 
-    def places(self, region: Region, program: Program) -> tuple[Sequence[fx.Node], Any]:
-        """The nodes of a program's graph whose values it wants to see, and what it wants to know them by."""
+    def nodes_of(self, region: Region, program: Program) -> tuple[Sequence[fx.Node], Any]:
+        """Choose the nodes of a program's graph to read, and a tag that `receive` gets with their values."""
 
-    def see(self, known: Any, values: Sequence[Tensor]) -> None:
-        """The values of these nodes in one call, detached."""
+    def receive(self, tag: Any, values: Sequence[Tensor]) -> None:
+        """Take the values of these nodes in one call, detached."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Look:
-    """A program generated once more, with what some observers want to see among its outputs."""
+class _Observed:
+    """A program generated once more, with the nodes that some observers read among its outputs."""
 
     program: Program
     call: Watched
-    shown: tuple[tuple[Observer, Any, tuple[int, ...]], ...]
+    requests: tuple[tuple[Observer, Any, tuple[int, ...]], ...]  # observer, its tag, numbers of its values
 
 
 class Observers:
-    """The watcher of a region: passes what is computed in it on to observers."""
+    """The watcher of a region: hands values computed in it to observers."""
 
     def __init__(self) -> None:
         self.observers: list[Observer] = []
-        self._looks: dict[tuple[int, ...], _Look] = {}
+        self._observed: dict[tuple[int, ...], _Observed] = {}
 
     def __call__(self, region: Region, program: Program, module: nn.Module, inputs: Sequence[Tensor]) -> Any:
         """Run one call of the region."""
-        observers = [observer for observer in self.observers if observer.looks(module)]
+        observers = [observer for observer in self.observers if observer.wants(module)]
         if not observers:
             return program(module, inputs)
         key = (id(program), *map(id, observers))
-        look = self._looks.get(key)
-        if look is None or look.program is not program:
-            alive = {id(each) for each in region.programs}
-            self._looks = {key: value for key, value in self._looks.items() if key[0] in alive}
-            self._looks[key] = look = _look(region, program, module, observers)
-        result, values = look.call(module, inputs)
-        for observer, known, numbers in look.shown:
-            observer.see(known, [values[number] for number in numbers])
+        observed = self._observed.get(key)
+        if observed is None or observed.program is not program:
+            alive = {id(each.program) for each in region.specializations}
+            self._observed = {key: value for key, value in self._observed.items() if key[0] in alive}
+            self._observed[key] = observed = _observed_program(region, program, module, observers)
+        result, values = observed.call(module, inputs)
+        for observer, tag, numbers in observed.requests:
+            observer.receive(tag, [values[number] for number in numbers])
         return result
 
 
-def _look(region: Region, program: Program, module: nn.Module, observers: Sequence[Observer]) -> _Look:
-    asked = [(observer, *observer.places(region, program)) for observer in observers]
-    nodes = list(dict.fromkeys(node for _, wanted, _ in asked for node in wanted))
+def _observed_program(region: Region, program: Program, module: nn.Module, observers: Sequence[Observer]) -> _Observed:
+    requests = [(observer, *observer.nodes_of(region, program)) for observer in observers]
+    nodes = list(dict.fromkeys(node for _, chosen, _ in requests for node in chosen))
     number = {node: i for i, node in enumerate(nodes)}
-    shown = tuple((observer, known, tuple(number[node] for node in wanted)) for observer, wanted, known in asked)
-    return _Look(program, watch(program, region.kept(program), module, nodes), shown)
+    numbered = tuple((observer, tag, tuple(number[node] for node in chosen)) for observer, chosen, tag in requests)
+    return _Observed(program, watch(program, region.kept(program), module, nodes), numbered)
 
 
 def observe(region: Region, observer: Observer) -> None:
-    """Let an observer see what is computed in a region.
+    """Subscribe an observer to a region.
 
     Raises:
-        EcoSpaError: the region's own Python runs, and no graph of ours.
+        EcoSpaError: the region's own Python runs, and no generated graph.
     """
-    if region.compiled.execution == "module":
+    if region.state.execution == "module":
         raise EcoSpaError(
             "scores of activations, and Gram matrices, are read off the graphs that run, and with execution='module' "
             "the model's own Python runs; use another score, absorb=False and rotate=False, or execution='graph'"
@@ -91,7 +91,7 @@ def observe(region: Region, observer: Observer) -> None:
 
 
 def ignore(region: Region, observer: Observer) -> None:
-    """Let it see no more."""
+    """Unsubscribe an observer from a region."""
     if isinstance(region.watcher, Observers):
         region.watcher.observers = [each for each in region.watcher.observers if each is not observer]
         if not region.watcher.observers:

@@ -1,25 +1,208 @@
-"""TODO."""
+"""Offers: the couplings that every captured call of a region can follow, and the axes that cannot shrink."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
+import torch
+
+from ecospa_fx.couple.coupling import Coupling, Member
+from ecospa_fx.couple.coupling_index import CouplingIndex, by_part
+from ecospa_fx.couple.why import Path, path_between
+from ecospa_fx.errors import PinnedAxisError
 from ecospa_fx.passes.axes.algebra import Atom
-from ecospa_fx.passes.find.discover import RegionCoupling
+from ecospa_fx.passes.axes.selection import Selected, Selection, entries, mask_of, narrowed, whole
+from ecospa_fx.passes.find.discover import Refusal, RegionCoupling
+from ecospa_fx.passes.follow.follow import PythonSupport
+from ecospa_fx.passes.graph.tensors import join
+from ecospa_fx.passes.ir.region_graph import RegionGraph
+from ecospa_fx.passes.rewrite.replay import replay
+from ecospa_fx.passes.rewrite.stored import check_state_layouts
+from ecospa_fx.plan import Plan
+
+from .specialization import Specialization
 
 
-def _mark(found: RegionCoupling, context: Atom | None) -> str:
-    """What a coupling, or that it may differ by context, is known by: where it lies on the parameters."""
-    where = found.key if context is None else (found.key, found.context_key)
+@dataclass(frozen=True, eq=False)
+class Offers:
+    """The couplings of a region under a plan.
+
+    Attributes:
+        region: name of the region in the model.
+        plan: the plan of the model.
+        specializations: the captured calls of the region, the first one first. Names and entries are those of the
+            first graph, so that they never change.
+        python_support: where the region's own Python runs, what that can follow; else None.
+        unsupported_marks: marks (see `_mark`) of couplings that some call before a save could not follow.
+    """
+
+    region: str
+    plan: Plan
+    specializations: Sequence[Specialization]
+    python_support: PythonSupport | None
+    unsupported_marks: frozenset[str]
+
+    @property
+    def naming_graph(self) -> Specialization:
+        """The first captured specialization, from which names are taken."""
+        return self.specializations[0]
+
+    @cached_property
+    def kept(self) -> dict[Atom, Selected]:
+        """The plan, in atoms of the naming graph."""
+        return replay(self.naming_graph.axis_facts, self.plan)
+
+    def couplings(self) -> list[Coupling]:
+        """Return the couplings that every call signature met so far can follow, at their sizes now."""
+        return [self._coupling(offered) for offered in self.offered()] if self.specializations else []
+
+    def offered(self) -> list[RegionCoupling]:
+        """Return the same couplings as objects of the naming graph, at original sizes."""
+        return [coupling for coupling in self.naming_graph.discovery.couplings if self._supported(coupling)]
+
+    def marks(self) -> list[str]:
+        """Return the marks of all that some call cannot follow, so that a save excludes it before such a call."""
+        marks = set(self.unsupported_marks)
+        if len(self.specializations) > 1:
+            for coupling in self.naming_graph.discovery.couplings:
+                for context in (None, coupling.context):
+                    if not self._supported(coupling, context):
+                        marks.add(_mark(coupling, context))
+        return sorted(marks)
+
+    def refusals(self) -> list[Refusal]:
+        """Return the axes that cannot shrink in some call signature, with the reasons."""
+        discoveries = [each.discovery for each in reversed(self.specializations)]
+        by_members = {refusal.members: refusal for discovery in discoveries for refusal in discovery.refusals}
+        return [*by_members.values(), *self._refused_by_python()]
+
+    def write(self, plan: Plan, kept: Selection) -> None:
+        """Write into `plan` the entries that parameters keep under a selection of the naming graph's atoms."""
+        for name, exprs in self.naming_graph.axis_facts.parameters.items():
+            masks = [mask_of(expr, kept) for expr in exprs]
+            if all(bool(mask.all()) for mask in masks):
+                continue
+            plan.original_shapes[join(self.region, name)] = tuple(len(mask) for mask in masks)
+            for dim, mask in enumerate(masks):
+                if not mask.all():
+                    plan.kept[join(self.region, name), dim] = mask.nonzero().flatten()
+
+    def _supported(self, coupling: RegionCoupling, context: Atom | None = None) -> bool:
+        """Decide whether every graph can follow a coupling of the first, or (`context`) one that differs by context."""
+        if self.unsupported_marks and _mark(coupling, context) in self.unsupported_marks:
+            return False
+        support = self.python_support
+        if support is not None and coupling.key not in (support.couplings if context is None else support.varied):
+            return False
+        return all(self._supported_by(each, coupling, context) for each in self.specializations[1:])
+
+    def _supported_by(self, other: Specialization, coupling: RegionCoupling, context: Atom | None) -> bool:
+        """Decide whether another graph of the region can follow a coupling of the naming graph."""
+        if any(
+            coupling.key == theirs.key and (context is None or coupling.context_key == theirs.context_key)
+            for theirs in other.discovery.couplings
+        ):
+            return True
+        # A graph that uses fewer of the weights sees less of the coupling and may still follow it: try it on a plan.
+        choice = self.kept.get(coupling.atom, whole(coupling.atom))
+        positions = torch.arange(entries(choice))
+        if len(positions) > 1:
+            live = mask_of(context, self.kept) if context is not None else None
+            keep = positions[1:]
+            if live is not None:  # other entries go in the first context than in the rest
+                keep = torch.stack([keep] + [positions[positions != 1]] * (int(live.sum()) - 1))
+            choice = narrowed(choice, keep, context, live)
+        selection = {**self.kept, coupling.atom: choice}
+        trial = self.plan.copy()
+        self.write(trial, selection)
+        try:
+            theirs = replay(other.axis_facts, trial)
+            check_state_layouts([(self.naming_graph.axis_facts, selection), (other.axis_facts, theirs)])
+        except PinnedAxisError:
+            return False
+        return True
+
+    def _refused_by_python(self) -> Iterator[Refusal]:
+        """Yield the couplings that only execution='graph' can shrink."""
+        if self.python_support is None or not self.specializations:
+            return
+        for coupling in self.naming_graph.discovery.couplings:
+            why = self.python_support.refused.get(coupling.key)
+            if why is not None:
+                members = tuple(f"{join(self.region, name)}[{dim}]" for name, dim in coupling.axes)
+                reason = f"its own Python {why}; execution='graph' can shrink it"
+                yield Refusal(members, coupling.atom.size, (reason,), self.region)
+
+    def _coupling(self, offered: RegionCoupling) -> Coupling:
+        """Describe a coupling of the naming graph as one of the model, at its size now."""
+        axis_facts = self.naming_graph.axis_facts
+        context = offered.context
+        if context is not None and not self._supported(offered, context):
+            context = None
+        numbers = CouplingIndex(offered.atom, context, self.kept)
+        support = self.python_support
+
+        def why(a: str, b: str) -> Path:
+            inside = [name.removeprefix(f"{self.region}.") for name in (a, b)]
+            return path_between(axis_facts, offered.atom, inside[0], inside[1])
+
+        return Coupling(
+            name=join(self.region, offered.name),
+            kind=offered.kind,
+            size=numbers.size,
+            original_size=offered.atom.size,
+            members=tuple(self._members(offered, numbers)),
+            linear=offered.linear,
+            region=self.region,
+            explain_path=why,
+            context=None if context is None else self._name_of(context),
+            contexts=numbers.contexts,
+            attention=None if offered.attention is None else f"{self.region}:{offered.attention}",
+            changes=tuple(str(attribute.within(self.region)) for attribute in support.couplings[offered.key])
+            if support is not None
+            else (),
+        )
+
+    def _members(self, offered: RegionCoupling, numbers: CouplingIndex) -> Iterator[Member]:
+        axis_facts = self.naming_graph.axis_facts
+        matrices = [name for name, _ in offered.axes if len(axis_facts.parameters[name]) > 1]
+        for name, dim in offered.axes:
+            if not _is_parameter(axis_facts.captured, name):
+                continue
+            expr = axis_facts.parameters[name][dim]
+            matrix = name in matrices
+            of = join(self.region, name if matrix else _nearest(name, offered.producers or matrices))
+            mask = mask_of(expr, self.kept)
+            for part, index in by_part(expr, offered.atom):
+                label = of if part is None else f"{of} part {part}"
+                of_entry, of_context = numbers.read(expr, index, mask)
+                yield Member(join(self.region, name), dim, of_entry, matrix, label, part, of_context)
+
+    def _name_of(self, atom: Atom) -> str:
+        """Return the name of the coupling along an atom, or words for an axis that has none."""
+        couplings = self.naming_graph.discovery.couplings
+        names = [join(self.region, coupling.name) for coupling in couplings if coupling.atom is atom]
+        return names[0] if names else f"an axis of {atom.size} that stays whole"
+
+
+def _mark(coupling: RegionCoupling, context: Atom | None) -> str:
+    """Return a hash of the positions of a coupling, and of the context that it may differ by, on the parameters."""
+    where = coupling.key if context is None else (coupling.key, coupling.context_key)
     return hashlib.sha256(repr(where).encode()).hexdigest()[:16]
 
 
-def shared_prefix(a: str, b: str) -> int:
-    """How many letters two names begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def _is_parameter(captured: RegionGraph, name: str) -> bool:
+    return any(captured.tensors[placeholder] == name for placeholder in captured.parameters)
 
 
 def _nearest(name: str, matrices: Sequence[str]) -> str:
-    """The matrix whose name shares the longest prefix with that of a bias."""
+    """Return the matrix whose name shares the longest prefix with that of a bias."""
     return max(matrices, key=lambda matrix: shared_prefix(name, matrix))
+
+
+def shared_prefix(a: str, b: str) -> int:
+    """Return how many letters two names begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

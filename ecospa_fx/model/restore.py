@@ -1,9 +1,9 @@
-"""restore: a plain module again, with the weights it has now, where its own forward can run them.
+"""Restoration: a compiled model as a plain module again, where its own forward can run with its current weights.
 
 restore(model)
-  -> fitted      layers of torch.nn are told the sizes of their weights, for a trial
+  -> fitted      layers of torch.nn get the sizes of their weights, for a trial
   -> _try        the region's own forward against its generated code, in every call signature met so far
-  -> plain       original classes, nothing of ours left in the model
+  -> plain       original classes, and no attributes of this library
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def restore(
 
     Where something has shrunk, the model's own Python must be able to run at the sizes that are left: many a forward
     reads them off its weights, others hold a size in an attribute (a number of heads, a split). That is tried, region
-    by region, with every call signature met so far, and compared with what the compiled model gives.
+    by region, with every call signature met so far, and compared with the results of the compiled model.
 
     >>> plain = ecospa_fx.restore(model)
 
@@ -49,9 +49,9 @@ def restore(
         `model`.
 
     Raises:
-        EcoSpaError: it is not compiled.
-        NoInputsError: it has shrunk, was loaded and not called since, and no inputs are given.
-        RestoreError: a module cannot run with its weights, or gives something else; nothing was changed.
+        EcoSpaError: the model is not compiled.
+        NoInputsError: the model has shrunk, was loaded and not called since, and no inputs are given.
+        RestoreError: a module cannot run with its weights, or gives other results; nothing was changed.
     """
     compiled: CompiledModel | None = model.__dict__.get(MODEL)
     if compiled is None:
@@ -72,7 +72,7 @@ def restore(
 
 
 def plain(module: nn.Module) -> None:
-    """Give a module, and the linear layers in it, their original classes, and take away what is ours."""
+    """Give a module, and the linear layers in it, their original classes, and remove the attributes of this library."""
     child: nn.Module
     for child in module.modules():
         if type(child) is ShrinkableLinear:
@@ -88,24 +88,24 @@ def _try(region: Region, module: nn.Module) -> None:
     """Refuse a region whose own forward differs from its programs.
 
     Raises:
-        NoInputsError: it has not been called.
-        RestoreError: it fails, or gives something else.
+        NoInputsError: the region has not been called.
+        RestoreError: its own forward fails, or gives other results.
     """
-    if not region.programs:
+    if not region.specializations:
         raise NoInputsError(
-            f"{_named(region.name, module)} has shrunk and not been called since it was loaded, so that nothing can be "
-            "tried; pass example_inputs=(x,)"
+            f"{_named(region.name, module)} has shrunk and not been called since it was loaded, so that its own "
+            "forward cannot be tried; pass example_inputs=(x,)"
         )
-    for program in region.programs:
+    for program in [each.program for each in reversed(region.specializations)]:
         args, kwargs = example_call(program.captured.signature)
         with modes(module, program.captured.signature.training), isolated(module), torch.no_grad():
             why = difference(module, program, original_class(module).forward, args, kwargs)
         if why is None:
             continue
         way = (
-            "It holds a size of its own; keep the model compiled, or change that attribute in a class of yours"
+            "It reads a size from an attribute; keep the model compiled, or change that attribute in a class of yours"
             if why.startswith("fails")
-            else "It derives something else from their sizes (a scale, a split); keep the model compiled"
+            else "It derives a number from their sizes (a scale, a split); keep the model compiled"
         )
         raise RestoreError(f"with the weights that are left, {_named(region.name, module)} {why}. {way}")
 

@@ -1,8 +1,8 @@
-"""rewire: change what a compiled model is made of (merge adapters into it, unwrap it), and keep what has shrunk.
+"""Rewiring: a change of the modules of a compiled model (adapters merged, wrappers removed) that keeps its plan.
 
 rewire(model, change)
-  -> plain        original classes, for `change` to find what it expects
-  -> change       whatever makes modules new ones
+  -> plain        original classes, as `change` expects them
+  -> change       the user's function, which replaces modules
   -> _moved       the plan by the names that the same tensors have now; regions by the names of the same modules
 """
 
@@ -31,21 +31,21 @@ def rewire(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Mod
 
     >>> merged = ecospa_fx.rewire(model, lambda m: m.merge_and_unload())
 
-    What has shrunk is known by its Parameters, whatever they are called afterwards. What the graphs did is forgotten:
-    the next call captures the regions anew. Make optimizers and trainers anew as well.
+    Shrunk weights are recognised as the same Parameter objects, whatever their names are afterwards. Graphs are
+    dropped, and the next call captures the regions again. Make new optimizers and trainers as well.
 
     Args:
         model: a compiled model.
-        change: takes it, with its modules of their original classes, and returns the model that it has become. The
-            regions (`ecospa_fx.explain` lists them) must still be in it, and what has shrunk be the same Parameters.
+        change: takes the model, with its modules of their original classes, and returns the model that it has become.
+            The regions (`ecospa_fx.explain` lists them) must still be in it, and shrunk weights be the same Parameters.
 
     Returns:
-        What `change` returned, compiled.
+        The model that `change` returned, compiled.
 
     Raises:
-        EcoSpaError: the model is not compiled; `change` returned no model, or one without some region.
+        EcoSpaError: the model is not compiled; `change` did not return a module, or one without some region.
     """
-    before = plan(model)  # refuses what is not compiled
+    before = plan(model)  # raises where the model is not compiled
     compiled: CompiledModel = model.__dict__[MODEL]
     tensors = {id(tensor): name for name, tensor in reversed(named_tensors(model).items())}
     modules = {module: name for name, module in model.named_modules()}
@@ -69,7 +69,7 @@ def rewire(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Mod
 def _moved(
     compiled: CompiledModel, result: nn.Module, before: Plan, tensors: dict[int, str], modules: dict[nn.Module, str]
 ) -> CompiledModel:
-    """The state of the model that `change` made."""
+    """Return the state of the model that `change` made."""
     if not isinstance(result, nn.Module):
         raise EcoSpaError(f"change returned a {type(result).__name__}; it returns the model that it has made")
     paths = {modules[module]: path for path, module in result.named_modules() if module in modules}
@@ -77,8 +77,8 @@ def _moved(
         if name not in paths:
             what = f"`{name}`" if name else "all of the model"
             raise EcoSpaError(
-                f"{what} ran as one graph and is not in the {type(result).__name__} that change returned: compile what "
-                "stays (the model inside a wrapper), with regions= if need be"
+                f"{what} ran as one graph and is not in the {type(result).__name__} that change returned: compile the "
+                "part that stays (the model inside a wrapper), with regions= if need be"
             )
     moved = CompiledModel(compiled.how, compiled.experiments, compiled.execution)
     for name, tensor in named_tensors(result).items():
@@ -88,14 +88,14 @@ def _moved(
             for dim in range(tensor.ndim):
                 if (was, dim) in before.kept:
                     moved.plan.kept[name, dim] = before.kept[was, dim]
-    moved.attributes = {
+    moved.state.attributes = {
         replace(attribute, module=paths[attribute.module]): values
         for attribute, values in compiled.attributes.items()
         if attribute.module in paths
     }
     for name, region in compiled.regions.items():
-        moved.regions[paths[name]] = fresh = Region(paths[name], moved, shared_outside(result, paths[name]))
-        fresh.called, fresh.withheld = region.called, frozenset(region.marks())
+        moved.regions[paths[name]] = fresh = Region(paths[name], moved.state, shared_outside(result, paths[name]))
+        fresh.called, fresh.unsupported_marks = region.called, frozenset(region.offers.marks())
     return moved
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -15,9 +15,7 @@ from .copies import copies_of
 from .diff import ModuleDiff, diff_of, shapes_of
 from .lookup import check_optimizer, state_of
 from .optimizer_state import several
-
-if TYPE_CHECKING:
-    from ecospa_fx.compensate.grams import Grams
+from .slicing import Absorber
 
 
 def shrink(
@@ -26,12 +24,12 @@ def shrink(
     *,
     optimizer: Optimizer | Iterable[Optimizer] = (),
     also: Any = (),
-    absorb: Grams | None = None,
+    absorb: Absorber | None = None,
 ) -> ModuleDiff:
     """Remove rows and columns by hand.
 
-    Parameters stay the same objects; their gradients and the state of `optimizer` are sliced with them. Either all of
-    it happens or nothing.
+    Parameters stay the same objects; their gradients and the state of `optimizer` are sliced with them. On any error
+    everything is as before.
 
     Args:
         model: a compiled model.
@@ -39,17 +37,17 @@ def shrink(
         optimizer: the optimizer, or several, that hold the parameters.
         also: copies of the model that shrink with it, such as averages of its weights: modules, objects that hold some
             (`torch.optim.swa_utils.AveragedModel`, timm's `ModelEma`), dicts of names and tensors; or one of these.
-        absorb: what was gathered of what weights meet. Where a weight sums over what goes, its entries that stay take
-            over by least squares, so that what it computes changes little; see docs/absorption.md.
+        absorb: statistics of the inputs of weights. Where a weight sums over removed entries, the entries that stay
+            take over by least squares, so that its output changes little; see docs/absorption.md.
 
     Returns:
         The sizes of every layer before and after; print it.
 
     Raises:
-        ShrinkError: a selection is empty, out of range or not increasing, or something in `also` is no copy.
+        ShrinkError: a selection is empty, out of range or not increasing, or an object in `also` is not a copy.
         NoCouplingError: there is no such coupling.
         OptimizerError: the optimizer holds none of the parameters, or state that cannot follow.
-        PinnedAxisError: another call signature of the model needs an axis whole.
+        PinnedAxisError: another call signature of the model needs an axis at full size.
     """
     compiled = state_of(model)
     optimizers = several(optimizer)

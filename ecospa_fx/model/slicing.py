@@ -1,15 +1,15 @@
-"""Shrink: take from parameters, gradients and optimizer state what a plan no longer keeps. All of it, or nothing.
+"""Slicing: remove from parameters, gradients and optimizer state the entries that a plan drops, all or nothing.
 
-prepare(model, before, after, optimizers)   every new tensor is made beside the old one, or beside what replaces it
+prepare(model, before, after, optimizers)   every new tensor is made beside the old one, or from its replacement
 -> Change.commit()                          assignments only; the Parameter objects stay the same
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,15 @@ from ecospa_fx.kernels import compacted
 from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 from ecospa_fx.plan import Plan
 
-from .optimizer_state import SliceLater, States
+from .optimizer_state import States
+from .optimizer_table import SliceLater
+
+
+class Absorber(Protocol):
+    """An object that lets weights that stay take over from those that a shrink removes, such as `ecospa_fx.Grams`."""
+
+    def absorbed(self, before: Plan, after: Plan, weights: Sequence[Mapping[str, Tensor]], /) -> dict[int, Tensor]:
+        """Return new values, by `id`, of the tensors in `weights` that take over, at their sizes before the shrink."""
 
 
 @dataclass(eq=False)
@@ -63,7 +71,7 @@ def _assign(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
 
 
 def prepare(model: nn.Module, before: Plan, after: Plan, optimizers: Iterable[Optimizer] = ()) -> Change:
-    """The tensors of `model` and `optimizers` under the plan `after`, which keeps a part of what `before` keeps.
+    """Make the tensors of `model` and `optimizers` under the plan `after`, which keeps a subset of `before`.
 
     Raises:
         OptimizerError: an optimizer holds state of a shrinking parameter that cannot follow.
@@ -79,62 +87,64 @@ def prepare_tensors(
     optimizers: Iterable[Optimizer] = (),
     replaced: Mapping[int, Tensor] = MappingProxyType({}),
 ) -> Change:
-    """As `prepare`, of tensors by their names in the plan; those of several models may be among them.
+    """Make new tensors as `prepare` does, for tensors of one or several models by their names in the plan.
 
     Args:
         named: the tensors.
         before: the plan now.
         after: the plan to come.
-        optimizers: those that hold them.
-        replaced: `id` of a tensor, or of what an optimizer holds -> the values to take its entries from, in its shape;
-            see `passes.transform.absorb`. Those that lose no entries are set to these as they are.
+        optimizers: the optimizers that hold them.
+        replaced: `id` of a tensor, or of an entry of optimizer state -> values of the same shape to take its entries
+            from; see `passes.transform.absorb`. Tensors that lose no entries are set to these values.
 
     Raises:
         OptimizerError: an optimizer holds state of a shrinking parameter that cannot follow.
     """
-    held = States(optimizers)
-    # What each new tensor is made of. Tensors that share storage go on sharing it.
+    optimizer_states = States(optimizers)
+    # The source of each new tensor, and the positions that stay. Tensors that share storage go on sharing it.
     jobs: list[tuple[Tensor, dict[int, Tensor]]] = []
     numbers: dict[Any, int] = {}
     tensors: list[tuple[Tensor, int, int | None]] = []
-    cuts: list[tuple[dict[str, Any], str, int]] = []
+    sliced_states: list[tuple[dict[str, Any], str, int]] = []
     states: list[tuple[dict[str, Any], str, Any]] = []
-    whole: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    full_size: list[tuple[Tensor, Tensor, Tensor | None]] = []
     seen: set[int] = set()
 
-    def new(tensor: Tensor, steps: dict[int, Tensor]) -> int:
-        jobs.append((replaced.get(id(tensor), tensor), steps))
+    def new(tensor: Tensor, keep: dict[int, Tensor]) -> int:
+        jobs.append((replaced.get(id(tensor), tensor), keep))
         return len(jobs) - 1
 
     for name, tensor in named:
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        steps = kept_positions(name, before, after) if name in after.original_shapes else {}
-        if not steps:
+        keep = kept_positions(name, before, after) if name in after.original_shapes else {}
+        if not keep:
             if id(tensor) in replaced:
-                whole.append((tensor, replaced[id(tensor)], tensor.grad))
-                states.extend((s, k, replaced[id(v)]) for s, k, v in held.held(tensor) if id(v) in replaced)
+                full_size.append((tensor, replaced[id(tensor)], tensor.grad))
+                entries = optimizer_states.entries(tensor)
+                states.extend((state, entry, replaced[id(v)]) for state, entry, v in entries if id(v) in replaced)
             continue
         key = (storage_key(tensor), tensor.shape)
         if key not in numbers:
-            numbers[key] = new(tensor, steps)
-        tensors.append((tensor, numbers[key], None if tensor.grad is None else new(tensor.grad, steps)))
-        for state, entry, value in held.shrunk(name, tensor, steps):
+            numbers[key] = new(tensor, keep)
+        tensors.append((tensor, numbers[key], None if tensor.grad is None else new(tensor.grad, keep)))
+        for state, entry, value in optimizer_states.shrunk(name, tensor, keep):
             if isinstance(value, SliceLater):
-                cuts.append((state, entry, new(value.value, steps)))
+                sliced_states.append((state, entry, new(value.value, keep)))
             else:
                 states.append((state, entry, value))
-    made = compacted(jobs)
+    results = compacted(jobs)
     return Change(
-        [(tensor, made[data], None if grad is None else made[grad]) for tensor, data, grad in tensors] + whole,
-        [(state, entry, made[value]) for state, entry, value in cuts] + states,
+        [(tensor, results[data], None if grad is None else results[grad]) for tensor, data, grad in tensors]
+        + full_size,
+        [(state, entry, results[value]) for state, entry, value in sliced_states] + states,
     )
 
 
 def kept_positions(name: str, before: Plan, after: Plan) -> dict[int, Tensor]:
-    """Per dim that loses entries, the positions among those there now that stay."""
-    steps = {}
+    """Return, per dim that loses entries, the positions that stay, counted among those there are now."""
+    keep = {}
     for dim in range(len(after.original_shapes[name])):
         if (name, dim) not in after.kept:
             continue
@@ -142,5 +152,5 @@ def kept_positions(name: str, before: Plan, after: Plan) -> dict[int, Tensor]:
         if name in before.original_shapes:
             mask = mask[before.mask(name, dim)]
         if not mask.all():
-            steps[dim] = mask.nonzero().flatten()
-    return steps
+            keep[dim] = mask.nonzero().flatten()
+    return keep

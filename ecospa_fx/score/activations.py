@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ecospa_fx.couple.coupling import Coupling
-from ecospa_fx.couple.coupling_index import Numbering
+from ecospa_fx.couple.coupling_index import CouplingIndex
 from ecospa_fx.model.lookup import regions_of
 from ecospa_fx.model.observers import ignore, observe
 from ecospa_fx.model.region import Region
@@ -99,12 +99,12 @@ class ActivationScores:
             return mean if len(mean) == coupling.contexts else mean.expand(coupling.contexts, -1)
         return mean.sum(0)
 
-    def looks(self, module: nn.Module) -> bool:
+    def wants(self, module: nn.Module) -> bool:
         """At forwards that train."""
         return torch.is_grad_enabled() and module.training
 
     @torch.no_grad()
-    def see(self, known: list[ProductSite], values: Sequence[Tensor]) -> None:
+    def receive(self, known: list[ProductSite], values: Sequence[Tensor]) -> None:
         """Add up what one call shows."""
         given = iter(values)
         for site in known:
@@ -132,11 +132,11 @@ class ActivationScores:
             known.total += total
             known.count += 1
 
-    def places(self, region: Region, program: Program) -> tuple[list[fx.Node], list[ProductSite]]:
+    def nodes_of(self, region: Region, program: Program) -> tuple[list[fx.Node], list[ProductSite]]:
         """The nodes of all sites of a program, one after another."""
         kept = region.kept(program)
-        names = {found.key: found.name for found in region.discoveries[-1].couplings}
-        offered = {coupling.name: coupling for coupling in region.couplings()}
+        names = {found.key: found.name for found in region.naming_graph.discovery.couplings}
+        offered = {coupling.name: coupling for coupling in region.offers.couplings()}
         sites: list[ProductSite] = []
         for found in region.discovery_of(program).couplings:
             coupling = offered.get(join(region.name, names.get(found.key, "")))
@@ -171,7 +171,7 @@ def _attention_sites(
     if found.kind not in ("heads", "groups"):
         return
     context = found.context if coupling.context is not None else None
-    numbers = Numbering(found.atom, context, kept)
+    numbers = CouplingIndex(found.atom, context, kept)
     for node, operands in axis_facts.operands.items():
         relation = axis_facts.relations.get(node)
         fused = isinstance(relation, Pattern) and relation.attention

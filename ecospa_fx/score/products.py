@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from ecospa_fx.couple.coupling import Coupling
-from ecospa_fx.couple.coupling_index import Numbering
+from ecospa_fx.couple.coupling_index import CouplingIndex
 from ecospa_fx.passes.axes.algebra import Atom, Expr, atoms_of, size_of
 from ecospa_fx.passes.axes.selection import Selected, index_of, mask_of
 from ecospa_fx.passes.find.discover import RegionCoupling
@@ -69,7 +69,7 @@ def product_sites(
 ) -> Iterator[ProductSite]:
     """Where an entry of `found` is summed over in a product."""
     context = found.context if coupling.context is not None else None
-    numbers = Numbering(found.atom, context, kept)
+    numbers = CouplingIndex(found.atom, context, kept)
     for fact in axis_facts.facts:
         if fact.role != "contracted" or found.atom not in atoms_of(fact.expr) or len(fact.operands) < 2:
             continue

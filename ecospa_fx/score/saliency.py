@@ -99,8 +99,8 @@ class Saliency(CoupledEstimator):
             summing = {
                 (join(region.name, name), dim)
                 for region in regions_of(self.model).values()
-                for program in region.programs[-1:]
-                for name, dim in consumers(program.axis_facts)
+                for first in region.specializations[:1]
+                for name, dim in consumers(first.axis_facts)
             }
             learned = {n for n, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
             for each in found:

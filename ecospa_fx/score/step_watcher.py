@@ -15,9 +15,7 @@ from torch.optim import Optimizer
 
 from ecospa_fx.errors import OptimizerError
 from ecospa_fx.model.optimizer_state import layers
-
-DIVIDING = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
-"""The fused optimizers of torch: their kernels write the divided gradients back."""
+from ecospa_fx.model.optimizer_table import rules_for
 
 
 class Reading(NamedTuple):
@@ -54,7 +52,7 @@ class StepWatcher:
 
     def _note(self, number: int, optimizer: Any) -> None:
         """An optimizer is about to take a step."""
-        if getattr(optimizer, "grad_scale", None) is not None and not isinstance(optimizer, DIVIDING):
+        if getattr(optimizer, "grad_scale", None) is not None and not rules_for(type(optimizer)).unscales:
             raise OptimizerError(
                 f"this {type(optimizer).__name__} takes gradients multiplied by a GradScaler's scale, and whether it "
                 'leaves them so is not known: read them before its steps, EcoSpaTrainer(..., gradients="optimizer")'

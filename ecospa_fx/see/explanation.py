@@ -17,8 +17,9 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.couple.why import Path, Why, axis_graph, path_between
 from ecospa_fx.errors import NoCouplingError, NoInputsError
 from ecospa_fx.model.class_swap import original_class
-from ecospa_fx.model.compiled import MODEL, CompiledModel, Execution, find_followed
+from ecospa_fx.model.compiled import MODEL, CompiledModel, find_followed
 from ecospa_fx.model.region import Region
+from ecospa_fx.model.state import Execution
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.find.discover import Refusal
 from ecospa_fx.passes.find.regions import choose
@@ -43,7 +44,7 @@ class Explanation:
         refusals: weights that meet along an axis which cannot, with the reasons.
         missing_rules: ops that no axis rule is known for -> how often, first where; the axes they touch stay whole.
         experiments: ops whose rule is an experiment's, verified and not proved -> how often, first where.
-        given_up: submodules that could not be captured -> why.
+        not_captured: submodules that could not be captured -> why.
         seconds: wall-clock per pass, summed over regions, where this call captured.
         known: the picture that questions are answered from.
         make_graph: builds `graph`.
@@ -55,7 +56,7 @@ class Explanation:
     refusals: tuple[Refusal, ...]
     missing_rules: dict[str, str]
     experiments: dict[str, str]
-    given_up: dict[str, str]
+    not_captured: dict[str, str]
     seconds: dict[str, float]
     known: Snapshot
     make_graph: Callable[[], nx.Graph]
@@ -205,12 +206,12 @@ def explain(
     waiting = type(model)
     model.__class__ = original_class(model)
     try:
-        found, scratch.given_up = choose(model, args, kwargs, regions, options=scratch.options)
+        found, scratch.not_captured = choose(model, args, kwargs, regions, options=scratch.state.options)
     finally:
         model.__class__ = waiting
     seconds: Counter[str] = Counter()
     for name, analysis in found.items():
-        scratch.regions[name] = region = Region(name, scratch, {})
+        scratch.regions[name] = region = Region(name, scratch.state, {})
         for each in (analysis, *analysis.others):
             region.remember(each)
             seconds.update(each.seconds)
@@ -242,15 +243,15 @@ def example_call(
 
 
 def _explanation(model: nn.Module, compiled: CompiledModel, seconds: dict[str, float]) -> Explanation:
-    inferences = [program.axis_facts for region in compiled.regions.values() for program in region.programs]
+    inferences = [each.axis_facts for region in compiled.regions.values() for each in reversed(region.specializations)]
     return Explanation(
         model=type(model).__name__,
         regions=tuple(compiled.regions),
         couplings=compiled.couplings(),
-        refusals=tuple(refusal for region in compiled.regions.values() for refusal in region.refusals()),
+        refusals=tuple(refusal for region in compiled.regions.values() for refusal in region.offers.refusals()),
         missing_rules=_uses((i.captured.region, i.missing) for i in inferences),
         experiments=_uses((i.captured.region, i.experiments) for i in inferences),
-        given_up=dict(compiled.given_up),
+        not_captured=dict(compiled.not_captured),
         seconds=seconds,
         known=snapshot_of(model, compiled),
         make_graph=lambda: nx.union_all(

@@ -162,11 +162,11 @@ def snapshot_of(model: nn.Module, compiled: CompiledModel) -> Snapshot:
     """
     regions = {}
     for name, region in compiled.regions.items():
-        if region.programs:
-            program = region.programs[-1]
+        if region.specializations:
+            program = region.naming_graph.program
             sizes = {atom: entries_left(choice) for atom, choice in region.kept(program).items()}
             symbols = symbols_of(program.axis_facts)
-            regions[name] = RegionSnapshot(name, program.axis_facts, region.discoveries[-1], sizes, symbols)
+            regions[name] = RegionSnapshot(name, program.axis_facts, region.naming_graph.discovery, sizes, symbols)
     named = dict(model.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
     ties: dict[str, str] = {}

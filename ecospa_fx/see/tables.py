@@ -94,8 +94,8 @@ def _notes(explanation: Explanation) -> Iterator[tuple[str, list[tuple[str, list
     if explanation.experiments:
         tried: list[tuple[str, list[str]]] = [(f"{op}: {uses}", []) for op, uses in explanation.experiments.items()]
         yield "Ops whose axis rule is an experiment's (verified, not proved)", tried
-    if explanation.given_up:
-        yield "Not captured", [(f"{name or 'the model'}: {why}", []) for name, why in explanation.given_up.items()]
+    if explanation.not_captured:
+        yield "Not captured", [(f"{name or 'the model'}: {why}", []) for name, why in explanation.not_captured.items()]
 
 
 def _changes(fold: Fold) -> list[str]:
@@ -163,7 +163,7 @@ def document_of(explanation: Explanation) -> dict[str, Any]:
         ],
         "missing_rules": explanation.missing_rules,
         "experiments": explanation.experiments,
-        "given_up": explanation.given_up,
+        "given_up": explanation.not_captured,
         "seconds": explanation.seconds,
     }
 

@@ -122,7 +122,7 @@ def comparisons(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         tensors = _originals(region, module, generator)
         axis_facts = program.axis_facts
         known = {f.key: f for f in region.discovery_of(program).couplings}
-        found = [known[f.key] for f in region.discoveries[-1].couplings if f.key in known]
+        found = [known[f.key] for f in region.naming_graph.discovery.couplings if f.key in known]
         kept = {coupling.atom: _half(coupling.atom, coupling.context, generator) for coupling in found}
         yield compare(axis_facts, kept, module, tensors, inputs, f"all of {name or 'the model'}")
         for coupling in found:
@@ -139,7 +139,7 @@ def _half(atom: Atom, context: Atom | None, generator: torch.Generator) -> Selec
 
 def _originals(region: Region, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
     """Every parameter and buffer of a region at its original size, what is gone filled with noise."""
-    plan = region.compiled.plan
+    plan = region.state.plan
     tensors = {}
     for name, tensor in named_tensors(module).items():
         full = join(region.name, name)

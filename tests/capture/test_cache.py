@@ -126,7 +126,7 @@ def stepwise(model, cache, x, first=3):
 
 
 def graphs(model):
-    return [program for region in model.__dict__[MODEL].regions.values() for program in region.programs]
+    return [each for region in model.__dict__[MODEL].regions.values() for each in region.specializations]
 
 
 def close(a, b):
@@ -163,10 +163,10 @@ def test_blocks_find_their_own_part_by_number_and_share_graphs():
     model = compiled(made(blocks=4))
     with torch.no_grad():
         stepwise(model, Cache(4), sequence())
-    programs = [region.programs for region in model.__dict__[MODEL].regions.values()]
+    programs = [region.specializations for region in model.__dict__[MODEL].regions.values()]
     assert {len(own) for own in programs} == {3}  # without a cache, with an empty one, with a filled one
     assert all(len({program.captured.graph for program in same}) == 1 for same in zip(*programs, strict=True))
-    places = [str(place) for own in programs for place in own[0].captured.carried.state]
+    places = [str(place) for own in programs for place in own[-1].captured.carried.state]
     assert places == [f"layers[{i}].{name}" for i in range(4) for name in ("keys", "values")]
 
 
@@ -179,7 +179,7 @@ def test_a_number_that_is_used_otherwise_keeps_blocks_apart():
     model, x = compiled(copy.deepcopy(plain)), sequence()
     with torch.no_grad():
         close(stepwise(model, Cache(), x), plain(x))
-    one, other = (region.programs[0].captured.graph for region in model.__dict__[MODEL].regions.values())
+    one, other = (region.specializations[-1].captured.graph for region in model.__dict__[MODEL].regions.values())
     assert one is not other
 
 

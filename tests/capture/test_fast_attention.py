@@ -80,7 +80,7 @@ class Attending(nn.Module):
 def attentions(model):
     """Of each attention in the graph: whether it has a mask, is causal and takes fewer key heads."""
     (region,) = model.__dict__[MODEL].regions.values()
-    nodes = [node for node in region.programs[-1].captured.graph.nodes if node.target is SDPA]
+    nodes = [node for node in region.naming_graph.captured.graph.nodes if node.target is SDPA]
     return {(*((*n.args, None, 0.0, False)[3:6:2]), n.kwargs.get("enable_gqa", False)) for n in nodes}
 
 

@@ -65,8 +65,8 @@ def regions_of(model):
     return set(model.__dict__[MODEL].regions)
 
 
-def given_up(model):
-    return model.__dict__[MODEL].given_up
+def not_captured(model):
+    return model.__dict__[MODEL].not_captured
 
 
 def checked(model, *args, regions="auto", **kwargs):
@@ -93,7 +93,7 @@ def of_blocks(*numbers):
 def test_blocks_are_regions_where_couplings_close_inside_them():
     model = Model(Block(), Block())
     assert checked(model) == of_blocks(0, 1)
-    assert regions_of(model) == {"blocks.0", "blocks.1"} and given_up(model) == {}
+    assert regions_of(model) == {"blocks.0", "blocks.1"} and not_captured(model) == {}
 
 
 def test_a_branch_in_a_block_leaves_its_attention_and_mlp(capfd):
@@ -101,16 +101,16 @@ def test_a_branch_in_a_block_leaves_its_attention_and_mlp(capfd):
     assert checked(model) == of_blocks(0, 1) | {"head.ffn"}
     assert capfd.readouterr() == ("", "")  # torch.export would print the graphs that it gave up
     assert regions_of(model) == {"blocks.0", "blocks.1.attention", "blocks.1.mlp", "head"}
-    assert set(given_up(model)) == {"", "blocks.1"}
-    assert given_up(model)["blocks.1"].startswith("torch.export cannot capture region `blocks.1` (Block): ")
-    assert given_up(model)[""].startswith("torch.export cannot capture the model (Model): ")
+    assert set(not_captured(model)) == {"", "blocks.1"}
+    assert not_captured(model)["blocks.1"].startswith("torch.export cannot capture region `blocks.1` (Block): ")
+    assert not_captured(model)[""].startswith("torch.export cannot capture the model (Model): ")
 
 
 def test_blocks_only_leaves_the_head_alone():
     model = Model(Block(branching=True), Block())
     assert checked(model, regions="blocks") == of_blocks(0, 1)
     assert regions_of(model) == {"blocks.0.attention", "blocks.0.mlp", "blocks.1"}
-    assert set(given_up(model)) == {"blocks.0"}
+    assert set(not_captured(model)) == {"blocks.0"}
 
 
 def test_a_branch_at_the_root_of_a_model_without_blocks_leaves_what_is_largest_below():
@@ -125,7 +125,7 @@ def test_a_branch_at_the_root_of_a_model_without_blocks_leaves_what_is_largest_b
     model = Two()
     assert checked(model) == {f"{at}.{name}" for at in ("first", "second.0") for name in IN_BLOCK}
     assert regions_of(model) == {"first", "second.0.attention", "second.0.mlp"}
-    assert list(given_up(model)) == ["", "second", "second.0"]
+    assert list(not_captured(model)) == ["", "second", "second.0"]
 
 
 def test_the_root_where_a_block_has_nothing_to_couple():
@@ -208,7 +208,7 @@ def test_a_block_called_several_times_follows_every_call():
     mask.fill_diagonal_(True)
     assert checked(model, torch.randn(2, 5, WIDTH), mask) == IN_BLOCK - {"mlp.ffn"} | {"attention.qk"}
     (region,) = model.__dict__[MODEL].regions.values()
-    assert len(region.programs) >= 2  # with and without a mask; both known before anything shrinks
+    assert len(region.specializations) >= 2  # with and without a mask; both known before anything shrinks
 
 
 def test_a_second_way_to_call_a_block_can_keep_an_axis_whole():
@@ -239,7 +239,7 @@ def test_a_block_that_is_not_called_is_said_to_stay_whole():
 
     model = Skipping(Block(), Block(), Block())
     assert checked(model) == of_blocks(0, 2)
-    assert given_up(model) == {
+    assert not_captured(model) == {
         "blocks.1": "it is not called in this forward of the model, so its computation is unknown; it stays whole"
     }
 
@@ -271,7 +271,7 @@ def test_blocks_called_with_an_object_leave_what_is_below():
     model = Model()
     # The root makes the cache itself: all of it is one graph.
     assert checked(model) == of_blocks(0, 1) and regions_of(model) == {""}
-    assert "is called with a Cache" in given_up(model)["blocks.0"]
+    assert "is called with a Cache" in not_captured(model)["blocks.0"]
     model = Model()
     assert checked(model, regions="blocks") == of_blocks(0, 1)
     assert regions_of(model) == {f"blocks.{i}.{name}" for i in (0, 1) for name in ("attention", "mlp")}
@@ -282,7 +282,7 @@ def test_equal_parts_of_failed_blocks_share_graphs_and_others_do_not():
     model.blocks[1].mlp.slope = 0.5
     checked(model)
     regions = model.__dict__[MODEL].regions
-    graphs = {name: region.programs[-1].captured.graph for name, region in regions.items()}
+    graphs = {name: region.naming_graph.captured.graph for name, region in regions.items()}
     assert graphs["blocks.0.attention"] is graphs["blocks.1.attention"] is graphs["blocks.2.attention"]
     assert graphs["blocks.0.mlp"] is graphs["blocks.2.mlp"] is not graphs["blocks.1.mlp"]
 
@@ -300,7 +300,7 @@ def test_a_graph_that_differs_from_eager_gives_way_to_those_below():
 
     model = Lying()
     assert checked(model) == {"mlp.ffn"} and regions_of(model) == {"mlp"}
-    assert given_up(model) == {
+    assert not_captured(model) == {
         "": "the model was captured, but output 0 of the graph differs from eager by 1.0e+00; it is left as it is"
     }
 
@@ -318,7 +318,7 @@ def test_a_weight_used_outside_of_its_block_is_seen():
     names = checked(model)
     assert regions_of(model) == {""}  # the root's graph has all of its uses
     assert "blocks.0.mlp.ffn" not in names and "blocks.1.mlp.ffn" in names
-    assert given_up(model) == {
+    assert not_captured(model) == {
         "blocks.0": "region `blocks.0` cannot be captured by itself: `blocks.0.mlp.up.weight` is used outside of it "
         "too, by torch.Tensor.mean"
     }

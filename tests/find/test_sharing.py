@@ -34,7 +34,7 @@ class Stack(nn.Module):
 def graphs(model):
     """The graph of each region, per call signature, the first call first."""
     regions = model.__dict__[MODEL].regions.values()
-    return list(zip(*([program.captured.graph for program in reversed(region.programs)] for region in regions)))
+    return list(zip(*([each.captured.graph for each in region.specializations] for region in regions)))
 
 
 def checked(model):
@@ -157,7 +157,7 @@ def test_attributes_that_change_after_capture_are_seen(how, shrunk):
             for layer in plain.modules():
                 if isinstance(layer, Flagged):
                     layer.down.weight[:, 1::2] = 0
-    programs = [region.programs for region in model.__dict__[MODEL].regions.values()]
+    programs = [region.specializations for region in model.__dict__[MODEL].regions.values()]
     one, twin = (next(m for m in each.modules() if isinstance(m, Flagged)) for each in (model, plain))
     for change in (
         lambda m: None, lambda m: setattr(m, "slope", 0.5), lambda m: m.on.clear(),

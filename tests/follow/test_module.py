@@ -123,7 +123,7 @@ def test_another_call_than_the_one_that_was_captured():
     with torch.no_grad():
         torch.testing.assert_close(model(x, {}), masked(x, {}), rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(model(x[:1, :3]), masked(x[:1, :3]), rtol=1e-9, atol=1e-10)
-    assert len(regions_of(model)["layers.0"].programs) == 1  # nothing was captured for these
+    assert len(regions_of(model)["layers.0"].specializations) == 1  # nothing was captured for these
 
 
 def test_what_its_python_cannot_follow_is_refused_with_a_reason():

@@ -235,7 +235,7 @@ def test_bad_selections(keep, words):
 
 def test_rows_for_a_coupling_that_cannot_differ():
     _, model, _ = attention()
-    with pytest.raises(ShrinkError, match="keep has 3 rows, but what this coupling keeps cannot differ by context"):
+    with pytest.raises(ShrinkError, match="keep has 3 rows, but this coupling keeps the same entries in every context"):
         ecospa_fx.shrink(model, {"heads": torch.zeros(3, 1, dtype=torch.long)})
 
 
@@ -245,5 +245,6 @@ def test_a_plan_that_keeps_unequal_heads_is_refused():
     for name, dim in (("v.weight", 0), ("v.bias", 0), ("o.weight", 1)):
         plan.original_shapes[name] = tuple(model.get_parameter(name).shape)
         plan.kept[name, dim] = torch.tensor([0, 1, 4, 8])
+    region = model.__dict__["_ecospa_model"].regions[""]
     with pytest.raises(PinnedAxisError, match="keeps 1 entries of an axis of 4 in one context, 2 in another"):
-        model.__dict__["_ecospa_model"].regions[""].kept(model.__dict__["_ecospa_model"].regions[""].programs[0])
+        region.kept(region.naming_graph.program)

@@ -207,7 +207,7 @@ def test_what_experiments_missed_verify_sees() -> None:
 
 
 def test_weights_tied_after_a_compile_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(RULES, aten.mish.default)
+    monkeypatch.delitem(OPS, aten.mish.default)
 
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -190,7 +190,7 @@ def test_adapters_that_are_switched_in_graph_execution(shrunk):
     assert not torch.allclose(on, off)
     torch.testing.assert_close(same(), on)
     regions = model.__dict__["_ecospa_model"].regions.values()
-    assert {len(region.programs) for region in regions} == {2}  # the first is met again
+    assert {len(region.specializations) for region in regions} == {2}  # the first is met again
     if not shrunk:
         for each in (model, plain):
             each.set_adapter("other")

@@ -188,7 +188,7 @@ def test_tied_weights_in_an_average_and_in_a_state_dict():
 
 MISSED = (
     "`layers.0.qkv.weight` is (36, 12) in the AveragedModel in also= and (24, 12) in the model: it has missed a "
-    "shrink, or is no copy of this model. Name it in also= at every shrink, or copy the model anew"
+    "shrink, or is not a copy of this model. Name it in also= at every shrink, or copy the model anew"
 )
 
 
@@ -199,7 +199,7 @@ def test_what_is_no_copy_is_refused_and_nothing_changes():
     keeps = halves(model)
     nothing = (
         "in also= holds no copy of this Stack: neither a module of its classes with tensors of the same names, nor a "
-        "dict of such names and tensors. Pass what holds one"
+        "dict of such names and tensors. Pass an object that holds one"
     )
     for also, words in (
         ([average, other], f"the AveragedModel {nothing}"),

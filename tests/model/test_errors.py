@@ -74,7 +74,7 @@ def test_no_inputs_and_none_derivable():
     with pytest.raises(errors.NoInputsError) as caught:
         ecospa_fx.couplings(ecospa_fx.compile(MLP()))
     assert str(caught.value) == (
-        "MLP is compiled but has not been called yet, so nothing is known of it; call it once, or compile it with "
+        "MLP is compiled but has not been called yet, so its couplings are not known; call it once, or compile it with "
         "example_inputs=(x,)"
     )
 
@@ -92,8 +92,8 @@ def test_no_coupling_that_a_rule_could_find():
     with pytest.raises(errors.NoCouplingError) as caught:
         ecospa_fx.compile(Running(6, 6), example_inputs=(X,))
     assert str(caught.value) == (
-        "Running has no coupling that can shrink, and is left as it was. No axis rule is known for aten.cummax; what "
-        "these touch stays whole"
+        "Running has no coupling that can shrink, and is left as it was. No axis rule is known for aten.cummax; axes "
+        "that these touch stay full size"
     )
     with pytest.raises(errors.NoCouplingError, match=r"is left as it was. No two of its weights multiply each other"):
         ecospa_fx.compile(nn.Linear(6, 6), example_inputs=(X,))

@@ -375,10 +375,10 @@ def test_too_many_ways_to_call():
     with pytest.raises(errors.EcoSpaError) as caught:
         model(X, MOST_PROGRAMS)
     assert str(caught.value) == (
-        "region `` has been called in 16 different ways, each with its own graph; this call differs from the last: "
-        "the constant argument 16 was 15. Call it in fewer ways (pad to common lengths, pass the same arguments; a "
-        "number that changes from call to call goes into a tensor, an argument or a buffer, whose values are no part "
-        "of a graph)"
+        "the model has been called in 16 different ways, each with its own graph; this call differs from the last: "
+        "the constant argument 16 was 15. Call it in fewer ways (pad to common lengths, pass the same arguments; put a "
+        "number that changes from call to call into a tensor, an argument or a buffer, whose values are not part of a "
+        "graph)"
     )
     assert torch.equal(model(X, 3), 3 * model(X, 1))
 
@@ -393,10 +393,10 @@ def test_a_new_call_of_a_shrunk_model_is_traced_without_memory():
     for name, stand_in in shapes.items():
         assert stand_in.shape == values[name].shape == plain[name].shape
         assert stand_in.untyped_storage().nbytes() == stand_in.element_size() or name.startswith("norm.running")
-    before = len(region.programs)
+    before = len(region.specializations)
     it.model.eval(), it.twin.eval()
     it.agree()
-    assert len(region.programs) == before + 1
+    assert len(region.specializations) == before + 1
 
 
 def test_a_new_call_of_a_shrunk_model_is_compared_with_eager_too():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn, optim
 
-from ecospa_fx.model.optimizer_state import factored
+from ecospa_fx.model.optimizer_table import factored
 from ecospa_fx.model.slicing import prepare
 from ecospa_fx.plan import Plan
 

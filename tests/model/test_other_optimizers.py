@@ -7,7 +7,7 @@ from torch import Tensor, nn, optim
 
 import ecospa_fx
 from ecospa_fx.errors import OptimizerError
-from ecospa_fx.model.optimizer_state import take
+from ecospa_fx.model.optimizer_table import take
 
 
 def refusal(model: nn.Module, optimizer: optim.Optimizer, dim: int = 0) -> str:
@@ -151,9 +151,9 @@ def test_a_registered_rule_is_used_for_subclasses_too_and_its_failure_is_named()
 
 
 LBFGS = (
-    "LBFGS keeps steps and gradient differences of all parameters as one flat vector each; their products tell the "
-    "curvature of the whole, and without some entries they tell that of no model. Shrink without passing it and make a "
-    "new LBFGS afterwards, or train with AdamW or SGD while shrinking"
+    "LBFGS keeps steps and gradient differences of all parameters as one flat vector each; their inner products "
+    "estimate the curvature of the whole model, and slicing them would make that estimate wrong. Shrink without "
+    "passing it and make a new LBFGS afterwards, or train with AdamW or SGD while shrinking"
 )
 
 

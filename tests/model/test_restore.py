@@ -90,7 +90,7 @@ def test_a_forward_that_cannot(regions):
     where = {"blocks": "`layers.1` (Block) fails", "root": "the model (Net) fails in `layers.1` (Block)"}[regions]
     assert str(caught.value).startswith(f"with the weights that are left, {where}: shape ")
     assert str(caught.value).endswith(
-        "It holds a size of its own; keep the model compiled, or change that attribute in a class of yours"
+        "It reads a size from an attribute; keep the model compiled, or change that attribute in a class of yours"
     )
     assert_same_state(before, state(it.model))
     assert it.model(**it.kwargs).shape == out.shape
@@ -121,7 +121,7 @@ def test_a_forward_that_runs_and_gives_something_else():
     assert message.startswith(
         "with the weights that are left, the model (Attention) runs, but gives results that differ by"
     )
-    assert message.endswith(". It derives something else from their sizes (a scale, a split); keep the model compiled")
+    assert message.endswith(". It derives a number from their sizes (a scale, a split); keep the model compiled")
     assert_same_state(before, state(model))
 
 
@@ -133,8 +133,8 @@ def test_a_model_that_was_loaded_and_not_called(tmp_path):
     with pytest.raises(errors.NoInputsError) as caught:
         ecospa_fx.restore(loaded)
     assert str(caught.value) == (
-        "`layers.0` (Block) has shrunk and not been called since it was loaded, so that nothing can be tried; pass "
-        "example_inputs=(x,)"
+        "`layers.0` (Block) has shrunk and not been called since it was loaded, so that its own forward cannot be "
+        "tried; pass example_inputs=(x,)"
     )
     plain = ecospa_fx.restore(loaded, example_kwargs=it.kwargs)
     assert_plain(plain, it.plain)

@@ -78,7 +78,7 @@ def tokens(model, number=12, **options):
 
 
 def graphs(model):
-    return sum(len(region.programs) for region in model.__dict__[MODEL].regions.values())
+    return sum(len(region.specializations) for region in model.__dict__[MODEL].regions.values())
 
 
 @pytest.mark.parametrize(

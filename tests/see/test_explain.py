@@ -112,7 +112,7 @@ layers.0.q.weight[0] is coupled with layers.0.o.weight[1]:
     with pytest.raises(errors.NoCouplingError) as caught:
         coupling.why("layers.0.q.weight", "layers.0.k.weight")
     assert str(caught.value) == (
-        "`layers.0.k.weight` is no member of this coupling; its members are layers.0.o.weight, layers.0.q.weight"
+        "`layers.0.k.weight` is not a member of this coupling; its members are layers.0.o.weight, layers.0.q.weight"
     )
 
 

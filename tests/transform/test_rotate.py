@@ -10,8 +10,8 @@ from torch import nn, optim
 from zoo import ZOO
 
 import ecospa_fx
-from ecospa_fx.compensate.rotation import TURNS
 from ecospa_fx.errors import NoCouplingError, OptimizerError
+from ecospa_fx.model.optimizer_table import rules_for
 from ecospa_fx.passes.transform.rotate import balanced, near_old_basis
 
 ATTENTION = {"qk": "", "vo": ""}
@@ -190,9 +190,10 @@ def test_what_optimizers_hold_turns_by_what_it_is_of(cls, options):
     turn = by_hand(before, weight, 3)
     back = turn.inverse().mT
     by = {"gradient": back, "square": back.square(), "update": turn, "update_square": turn.square()}
-    assert held and held.keys() <= TURNS[cls].keys()
+    transforms = rules_for(cls).transforms
+    assert held and held.keys() <= transforms.keys()
     for entry, value in held.items():
-        how, value = TURNS[cls][entry], value.view(3, 4, -1)
+        how, value = transforms[entry], value.view(3, 4, -1)
         expected = (back.square() @ value.square()).sqrt() if how == "scale" else by[how] @ value
         found = optimizer.state[weight][entry].view(3, 4, -1)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9, msg=entry)

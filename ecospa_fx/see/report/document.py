@@ -39,7 +39,7 @@ def document_of(explanation: Explanation) -> dict[str, Any]:
         ],
         "missing": explanation.missing_rules,
         "experiments": explanation.experiments,
-        "given_up": {name or "the model": why for name, why in explanation.given_up.items()},
+        "given_up": {name or "the model": why for name, why in explanation.not_captured.items()},
         "figures": None,
     }
 
