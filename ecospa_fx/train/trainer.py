@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -30,9 +30,6 @@ from .policies import Adaptive, Paper, Policy, check_adaptive
 from .schedule import Schedule, ScheduleUnit, SparsityCurve
 from .sparsifier import Among, CoupledSparsifier, check_settings
 
-if TYPE_CHECKING:
-    from ecospa_fx.see.watch import Watch
-
 Gradients = Literal["step", "optimizer", "backward"]
 Preset = Literal["pretrain", "finetune"]
 Policies = Literal["paper", "adaptive"]
@@ -46,6 +43,13 @@ PRESETS: dict[Preset, dict[str, float]] = {
 
 MOST_POSTPONED = 10
 """Sparsification steps in a row that wait for the loss to come down; the next one no longer does."""
+
+
+class LossListener(Protocol):
+    """An object that follows training, such as `ecospa_fx.Watch`."""
+
+    def step(self, loss: float) -> None:
+        """Take the loss of a training step, after the trainer has taken that step."""
 
 
 class EcoSpaTrainer:
@@ -354,7 +358,7 @@ class EcoSpaTrainer:
         *,
         loss: Callable[[Any, Any], Tensor] | None = None,
         scheduler: Any = None,
-        watch: Watch | None = None,
+        watch: LossListener | None = None,
     ) -> list[float]:
         """Train over a loader.
 
@@ -363,7 +367,7 @@ class EcoSpaTrainer:
                 targets)` pair with `loss`.
             loss: `loss(outputs, targets)` for pairs.
             scheduler: a learning-rate scheduler, stepped once per batch.
-            watch: told the loss of each batch.
+            watch: its `step` is called with the loss of each batch, as that of `ecospa_fx.Watch`.
 
         Returns:
             The loss of each batch.
