@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.logs import logger
@@ -33,7 +34,7 @@ from ecospa_fx.passes.transform.rotate import FAR, BasisChange, Part
 from ecospa_fx.plan import Plan
 from ecospa_fx.score.products import ProductSite
 
-from .moments import GramInput, InputMoments, PairMoments, columns, meetings_in, over_ranks, reduced
+from .moments import GramInput, InputMoments, PairMoments, columns, meetings_in, reduced
 
 ROWS = 512
 """Positions read of one call at most, or a quarter of the columns where that is more: 16 calls are 4 rows a column."""
@@ -208,7 +209,7 @@ class Grams:
         self._read_all()
         held = self._meetings.get(coupling.name)
         if held is not None and held.near.shape == near.shape:
-            near, far = over_ranks(held.near.to(near), held.far.to(far))
+            near, far = all_reduce_sum(held.near.to(near), held.far.to(far))
             return near, far
         seen = torch.zeros_like(near)
         for part, known, gram in self._summing(parts):

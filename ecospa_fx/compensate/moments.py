@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.model.region import Region
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.rewrite.program import Program
@@ -171,18 +172,8 @@ def columns(entries: Tensor, window: int) -> Tensor:
 def reduced(moments: Moments) -> Moments:
     """The moments of all processes."""
     count = torch.tensor([moments.count], dtype=torch.float64, device=moments.sums.device)
-    squares, sums, counts = over_ranks(moments.squares, moments.sums, count)
+    squares, sums, counts = all_reduce_sum(moments.squares, moments.sums, count)
     return Moments(squares, sums, int(counts))
-
-
-def over_ranks(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors added up over all processes, where there are several."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return tensors
-    sums = tuple(tensor.clone() for tensor in tensors)
-    for each in sums:
-        torch.distributed.all_reduce(each)
-    return sums
 
 
 def _precise(rows: Tensor) -> Tensor:

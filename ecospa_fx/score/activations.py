@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.couple.coupling_index import Numbering
 from ecospa_fx.model.lookup import regions_of
@@ -93,12 +94,9 @@ class ActivationScores:
         found = self.sums.get(coupling.name)
         if found is None or found.total.shape[1] != coupling.size:
             return None
-        total, count = found.total.cpu(), float(found.count)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            both = torch.cat([total.flatten(), total.new_tensor([count])]).to(found.total.device)
-            torch.distributed.all_reduce(both)
-            total, count = both[:-1].view_as(total).cpu(), float(both[-1])
-        mean = total / count
+        (both,) = all_reduce_sum(torch.cat([found.total.flatten(), found.total.new_tensor([found.count])]))
+        both = both.cpu()
+        mean = both[:-1].view_as(found.total) / float(both[-1])
         if by_context:
             return mean if len(mean) == coupling.contexts else mean.expand(coupling.contexts, -1)
         return mean.sum(0)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.errors import OptimizerError
 from ecospa_fx.kernels import add_slice_sums, add_slice_sums_now
 
@@ -127,12 +128,12 @@ class SliceSums:
         for home, flat in self._flat.items():
             whole = flat
             for (mesh, mesh_dim), keys in self._sharded.items():
-                whole = whole.clone() if whole is flat else whole
                 if mesh.get_local_rank(mesh_dim) != 0:
+                    whole = whole.clone()
                     for key, begin in self._begin.items():
                         if self._home[key[0]] == home and key not in keys:
                             whole[:, begin : begin + self._sizes[key]] = 0
-                torch.distributed.all_reduce(whole, group=mesh.get_group(mesh_dim))
+                (whole,) = all_reduce_sum(whole, group=mesh.get_group(mesh_dim))
             flats[home] = whole.cpu()
         return self._views(flats)
 
