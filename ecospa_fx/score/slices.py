@@ -7,7 +7,6 @@ Where parameters are sharded, each rank adds what it holds at its place in the w
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -178,32 +177,6 @@ class SliceSums:
                 self._sharded.setdefault((mesh, mesh_dim), set()).update(keys)
         _, first = compute_local_shape_and_global_offset(gradient.shape, mesh, placements)
         return tuple(first)
-
-
-class Window:
-    """The sums that each of the last so many steps has added, so that they can be taken out again.
-
-    Args:
-        length: how many.
-
-    Attributes:
-        steps: what each added, the oldest first.
-    """
-
-    def __init__(self, length: int) -> None:
-        self.steps: deque[dict[SliceKey, Tensor]] = deque(maxlen=length)
-
-    def add(self, added: Mapping[SliceKey, Tensor], new_step: bool, found_inf: Tensor | None) -> None:
-        """Keep what has been added, unless the step was left out, for which a GPU must be waited for."""
-        if found_inf is not None and bool(found_inf):
-            return
-        if new_step or not self.steps:
-            self.steps.append({})
-        self.steps[-1].update({key: sums.clone() for key, sums in added.items()})
-
-    def sum(self, key: SliceKey, like: Tensor) -> Tensor:
-        """What they come to."""
-        return sum((step[key] for step in self.steps if key in step), torch.zeros_like(like))
 
 
 def _is_dtensor(tensor: Tensor) -> bool:

@@ -119,9 +119,10 @@ class Paper:
         """The sparsifier, made once the couplings are known."""
         if self._sparsifier is None:
             settings = dict(self.settings)
-            if self.estimator.score.reads == "attention":
-                # It says nothing about the others.
-                others = [c for c in couplings(self.model) if c.kind not in ("heads", "groups")]
+            kinds = self.estimator.reader.kinds
+            if kinds is not None:
+                # The score says nothing about the others.
+                others = [c for c in couplings(self.model) if c.kind not in kinds]
                 constraints = settings["constraints"]
                 settings["constraints"] = replace(constraints, frozen=[*constraints.frozen, *others])
             entries: EntryScores | None = None if self.index is None else self.index.entries

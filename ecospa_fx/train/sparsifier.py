@@ -15,7 +15,7 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.model.cost import Cost, CostModel
 from ecospa_fx.model.lookup import couplings, state_of
-from ecospa_fx.score.scores import index_scores
+from ecospa_fx.score.judging import index_scores
 
 from .latency import Latency, LatencyModel
 

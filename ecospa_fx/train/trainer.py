@@ -270,11 +270,7 @@ class EcoSpaTrainer:
         sparsifier = self._ready()
         for estimator in self.policy.estimators:
             if estimator.empty:
-                seen = "gradient" if estimator.score.reads == "gradients" else "activation that could be seen"
-                raise OptimizerError(
-                    f"no parameter of a coupling has a {seen}: call trainer.step() after backward() and before "
-                    "zero_grad()" + ("" if seen == "gradient" else ", and train with model.train()")
-                )
+                raise OptimizerError(estimator.reader.if_empty)
         decision = self.policy.decide(self._due(sparsifier))
         self.forecast = decision.forecast
         if decision.keeps:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import ecospa_fx
-from ecospa_fx.score.scores import SCORES, index_scores
+from ecospa_fx.score.judging import index_scores
+from ecospa_fx.score.scores import SCORES
 
 
 class Block(nn.Module):
