@@ -174,7 +174,6 @@ def _products(name: str, dim: int, weight: Tensor, gradient: Tensor, scale: Tens
             'policy="paper" where parameters are sharded'
         )
     products = (weight.detach() * gradient.detach()).float()
-    products = (
-        products.sum([other for other in range(products.ndim) if other != dim]) if products.ndim > 1 else products
-    )
+    if products.ndim > 1:
+        products = products.sum([other for other in range(products.ndim) if other != dim])
     return products if scale is None else products / scale.to(products.device)

@@ -29,5 +29,5 @@ class Saliency(CoupledEstimator):
         super().__init__(model, SALIENCY)
 
     def judges(self, coupling: Coupling) -> bool:
-        """Return whether gradients say anything of a coupling: not if they hold inf or NaN, or it has frozen weights."""
+        """Return whether gradients say anything of a coupling: not if one is inf or NaN, or its weights are frozen."""
         return self.reader.importance(coupling) is not None

@@ -1,8 +1,7 @@
 """Sums: what is added up over training steps, how, and how it follows the model through shrinks.
 
 tensors of one step -> SliceTotals -> SliceSums, one launch -> means per (parameter, dim)
-                            |
-         Total | Average(decay) | LastSteps(length) | Latest
+                         and a rule: Total, Average, LastSteps, Latest
 """
 
 from __future__ import annotations
