@@ -29,7 +29,8 @@ from ecospa_fx.model.full_size import unshrunk
 from ecospa_fx.passes.follow.attributes import changes_in
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.plan import Plan
-from ecospa_fx.train.trainer import EcoSpaTrainer, tokens_of
+from ecospa_fx.train.batches import tokens_of
+from ecospa_fx.train.trainer import EcoSpaTrainer
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -6,40 +6,25 @@ Adaptive    saliency, and what stays can take over -> expected rise of the loss 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.compensate.compensation import Compensation
 from ecospa_fx.compensate.forecast import Forecast, forecast, worth_of
+from ecospa_fx.couple.constraints import Constraints
 from ecospa_fx.couple.coupling import Coupling
-from ecospa_fx.errors import TargetError
 from ecospa_fx.model.lookup import couplings
 from ecospa_fx.score.estimator import CoupledEstimator
 from ecospa_fx.score.saliency import Saliency
-from ecospa_fx.score.scores import Score, ScoreFunction
 
 from .adaptive import AdaptiveSparsifier
+from .settings import DecisionSettings, ScoreSettings
 from .sparsifier import CoupledSparsifier, EntryScores
-
-
-def check_adaptive(end: Any, shape: str, score: Any, index_score: Any, **others: Any) -> None:
-    """Refuse settings that say nothing to the adaptive policy, or a schedule without an end.
-
-    Raises:
-        TargetError: naming the setting.
-    """
-    given = {name: value for name, value in others.items() if value is not None}
-    given |= {"score": score} if score != "fisher" else {}
-    given |= {"index_score": index_score} if index_score != "norms" else {}
-    for name, value in given.items():
-        raise TargetError(f'policy="adaptive" weighs couplings and entries itself; leave {name}={value!r} out')
-    if end is None and shape != "one_shot":
-        raise TargetError('policy="adaptive" needs an end to be reached; pass end=')
 
 
 @dataclass(frozen=True)
@@ -65,7 +50,7 @@ class Policy(Protocol):
         """What gathers over training steps."""
 
     @property
-    def described(self) -> dict[str, Any]:
+    def described(self) -> dict[str, str]:
         """Its settings as plain values."""
 
     def ready(self) -> CoupledSparsifier:
@@ -81,27 +66,25 @@ class Paper:
     Args:
         model: a compiled model.
         optimizers: those that hold its parameters.
-        settings: of `CoupledSparsifier`.
-        score: see `CoupledEstimator`.
-        index_score: which entries of a coupling go first: a score, or `"norms"`.
-        scoring: more settings of `CoupledEstimator`.
+        settings: how far and by which shares.
+        constraints: which sizes are allowed.
+        scores: how couplings and entries are scored.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizers: Sequence[Optimizer],
-        settings: Mapping[str, Any],
-        score: str | ScoreFunction | Score,
-        index_score: str | ScoreFunction | Score,
-        scoring: Mapping[str, Any],
+        settings: DecisionSettings,
+        constraints: Constraints,
+        scores: ScoreSettings,
     ) -> None:
-        self.model, self.optimizers, self.settings = model, optimizers, settings
-        self.estimator = CoupledEstimator(model, score, **scoring)
+        self.model, self.optimizers, self.settings, self.constraints = model, optimizers, settings, constraints
+        self.estimator = scores.estimator(model, scores.score, optimizers)
         self.index: CoupledEstimator | None = None
-        if index_score != "norms":
-            same = index_score == score
-            self.index = self.estimator if same else CoupledEstimator(model, index_score, **scoring)
+        if scores.index_score != "norms":
+            same = scores.index_score == scores.score
+            self.index = self.estimator if same else scores.estimator(model, scores.index_score, optimizers)
         self._sparsifier: CoupledSparsifier | None = None
 
     @property
@@ -110,7 +93,7 @@ class Paper:
         return [self.estimator] if self.index in (None, self.estimator) else [self.estimator, self.index]
 
     @property
-    def described(self) -> dict[str, Any]:
+    def described(self) -> dict[str, str]:
         """The names of its scores."""
         index = "norms" if self.index is None else self.index.score.name
         return {"policy": "paper", "score": self.estimator.score.name, "index_score": index}
@@ -118,15 +101,13 @@ class Paper:
     def ready(self) -> CoupledSparsifier:
         """The sparsifier, made once the couplings are known."""
         if self._sparsifier is None:
-            settings = dict(self.settings)
-            kinds = self.estimator.reader.kinds
+            constraints, kinds = self.constraints, self.estimator.reader.kinds
             if kinds is not None:
                 # The score says nothing about the others.
                 others = [c for c in couplings(self.model) if c.kind not in kinds]
-                constraints = settings["constraints"]
-                settings["constraints"] = replace(constraints, frozen=[*constraints.frozen, *others])
+                constraints = replace(constraints, frozen=[*constraints.frozen, *others])
             entries: EntryScores | None = None if self.index is None else self.index.entries
-            self._sparsifier = CoupledSparsifier(self.model, **settings, optimizers=self.optimizers, entries=entries)
+            self._sparsifier = CoupledSparsifier.of(self.model, self.settings, constraints, self.optimizers, entries)
         return self._sparsifier
 
     def decide(self, at_most: int | None) -> Decision:
@@ -143,14 +124,20 @@ class Adaptive:
     Args:
         model: a compiled model.
         optimizers: those that hold its parameters.
-        settings: of `CoupledSparsifier`; `top_k` and `theta` say nothing here.
-        compensation: what will be done for what goes.
+        settings: how far; `top_k` and `theta` say nothing here.
+        constraints: which sizes are allowed.
+        compensation: what will be done for the entries that go.
     """
 
     def __init__(
-        self, model: nn.Module, optimizers: Sequence[Optimizer], settings: Mapping[str, Any], compensation: Compensation
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        settings: DecisionSettings,
+        constraints: Constraints,
+        compensation: Compensation,
     ) -> None:
-        self.model, self.optimizers, self.settings = model, optimizers, settings
+        self.model, self.optimizers, self.settings, self.constraints = model, optimizers, settings, constraints
         self.compensation = compensation
         self.saliency = Saliency(model)
         self._sparsifier: AdaptiveSparsifier | None = None
@@ -161,14 +148,14 @@ class Adaptive:
         return [self.saliency]
 
     @property
-    def described(self) -> dict[str, Any]:
+    def described(self) -> dict[str, str]:
         """What there is to say in place of scores."""
         return {"policy": "adaptive", "score": self.saliency.score.name, "index_score": self.saliency.score.name}
 
     def ready(self) -> AdaptiveSparsifier:
         """The sparsifier, made once the couplings are known."""
         if self._sparsifier is None:
-            self._sparsifier = AdaptiveSparsifier(self.model, **self.settings, optimizers=self.optimizers)
+            self._sparsifier = AdaptiveSparsifier.of(self.model, self.settings, self.constraints, self.optimizers)
         return self._sparsifier
 
     def decide(self, at_most: int | None) -> Decision:
@@ -179,10 +166,11 @@ class Adaptive:
         by_context = sparsifier.constraints.head_dims == "per_head"
         worth = {coupling: worth_of(coupling, self.saliency, by_context=by_context) for coupling in judged}
         widths = sparsifier.widths(worth, at_most)
+        compensation = self.compensation
         expected = forecast(
-            self.model, judged, self.saliency, grams=self.compensation.grams, optimizers=self.optimizers,
-            absorb=self.compensation.absorbs, rotate=self.compensation.rotates, by_context=by_context, widths=widths,
-            positions=self.compensation.positions,
+            self.model, judged, self.saliency, grams=compensation.grams, optimizers=self.optimizers,
+            absorb=compensation.settings.absorb, rotate=compensation.settings.rotate, by_context=by_context,
+            widths=widths, positions=compensation.positions,
         )  # fmt: skip
         keeps = {coupling: expected.curves[coupling].keep(width) for coupling, width in widths.items()}
         return Decision(keeps, {c.name: value for c, value in self.saliency.importance().items()}, expected)

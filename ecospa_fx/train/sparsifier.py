@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Literal, Protocol, get_args
+from typing import Protocol, Self
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,8 +18,7 @@ from ecospa_fx.model.lookup import couplings, state_of
 from ecospa_fx.score.judging import index_scores
 
 from .latency import Latency, LatencyModel
-
-Among = Literal["all", "prunable"]
+from .settings import Among, DecisionSettings
 
 
 class EntryScores(Protocol):
@@ -68,10 +67,7 @@ class CoupledSparsifier:
         optimizers: Sequence[Optimizer] = (),
         entries: EntryScores | None = None,
     ) -> None:
-        check_settings(target=target, top_k=top_k, theta=theta)
-        for name, value, options in (("cost", cost, get_args(Cost)), ("among", among, get_args(Among))):
-            if value not in options and not isinstance(value, Latency):
-                raise TargetError(f"{name}={value!r} is none of {', '.join(map(repr, options))}")
+        DecisionSettings(target, cost, among, top_k, theta).check()
         self.model, self.target, self.top_k, self.theta = model, target, top_k, theta
         self.cost, self.among, self.optimizers = cost, among, tuple(optimizers)
         self.constraints = constraints or Constraints()
@@ -93,6 +89,21 @@ class CoupledSparsifier:
                 f"down to {floor:,} only; the smallest reachable target is {least:g} with "
                 f"{', '.join(limits)}"
             )
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        settings: DecisionSettings,
+        constraints: Constraints,
+        optimizers: Sequence[Optimizer],
+        entries: EntryScores | None = None,
+    ) -> Self:
+        """Make a sparsifier from the settings of a trainer."""
+        return cls(
+            model, target=settings.target, top_k=settings.top_k, theta=settings.theta, constraints=constraints,
+            cost=settings.cost, among=settings.among, optimizers=optimizers, entries=entries,
+        )  # fmt: skip
 
     def sizes(self) -> CostModel | LatencyModel:
         """What the model costs now, and would at other widths."""
@@ -250,14 +261,3 @@ def _mean(values: Iterable[float]) -> float:
 def named_sizes(units: Iterable[TiedCouplings], sizes: Mapping[TiedCouplings, int]) -> dict[str, int]:
     """Entries by coupling name, as `CostModel.total` takes them."""
     return {c.name: keep for unit in units for c, keep in unit.keeps(sizes[unit]).items()}
-
-
-def check_settings(*, target: float, top_k: float, theta: float) -> None:
-    """Refuse settings out of range.
-
-    Raises:
-        TargetError: naming the setting, its value and the range.
-    """
-    for name, value in (("target", target), ("top_k", top_k), ("theta", theta)):
-        if not isinstance(value, (int, float)) or not 0 < value <= 1:
-            raise TargetError(f"{name}={value!r} is out of range; it is a share, above 0 and at most 1")
