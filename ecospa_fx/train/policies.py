@@ -1,4 +1,4 @@
-"""Policies: how it is decided which entries of which couplings go at a sparsification step.
+"""Policies: the rules that decide which entries of which couplings go at a sparsification step.
 
 Paper       scores -> the least important couplings lose their weakest slices       `CoupledSparsifier`
 Adaptive    saliency, and what stays can take over -> expected rise of the loss     `AdaptiveSparsifier`
@@ -29,12 +29,12 @@ from .sparsifier import CoupledSparsifier, EntryScores
 
 @dataclass(frozen=True)
 class Decision:
-    """What is to go.
+    """The result of a policy at one sparsification step.
 
     Attributes:
         keeps: coupling -> entries to keep, for those that shrink.
-        importance: coupling name -> what it scored.
-        forecast: what the loss is expected to rise by, where that decided.
+        importance: coupling name -> its score.
+        forecast: the expected rise of the loss, if the decision was made by it.
     """
 
     keeps: dict[Coupling, Tensor]
@@ -43,21 +43,25 @@ class Decision:
 
 
 class Policy(Protocol):
-    """Decides what goes."""
+    """A rule that decides which entries go."""
 
     @property
     def estimators(self) -> list[CoupledEstimator]:
-        """What gathers over training steps."""
+        """The estimators that accumulate over training steps."""
 
     @property
     def described(self) -> dict[str, str]:
-        """Its settings as plain values."""
+        """The names of its rule and scores, to be written down."""
 
     def ready(self) -> CoupledSparsifier:
-        """The sparsifier, made once the couplings are known."""
+        """Return the sparsifier, made once the couplings are known."""
 
     def decide(self, at_most: int | None) -> Decision:
-        """What to keep, where the model may cost so much after this step; None for as the policy likes."""
+        """Decide what to keep.
+
+        Args:
+            at_most: the cost that the model may have after this step; None: the policy decides.
+        """
 
 
 class Paper:
@@ -89,7 +93,7 @@ class Paper:
 
     @property
     def estimators(self) -> list[CoupledEstimator]:
-        """That of the score, and that of the index score where it is another one."""
+        """The estimator of the score, and that of the index score if it is another one."""
         return [self.estimator] if self.index in (None, self.estimator) else [self.estimator, self.index]
 
     @property
@@ -99,7 +103,7 @@ class Paper:
         return {"policy": "paper", "score": self.estimator.score.name, "index_score": index}
 
     def ready(self) -> CoupledSparsifier:
-        """The sparsifier, made once the couplings are known."""
+        """Return the sparsifier, made once the couplings are known."""
         if self._sparsifier is None:
             constraints, kinds = self.constraints, self.estimator.reader.kinds
             if kinds is not None:
@@ -111,7 +115,7 @@ class Paper:
         return self._sparsifier
 
     def decide(self, at_most: int | None) -> Decision:
-        """What to keep by the rule, and where that is too slow, by what is due."""
+        """Decide by the rule; where that is too slow for the schedule, remove as much as is due."""
         importance = self.estimator.importance()
         with self.index.at_once() if self.index is not None else nullcontext():
             keeps = self.ready().decide(importance, at_most)
@@ -119,12 +123,12 @@ class Paper:
 
 
 class Adaptive:
-    """Removes what the loss is expected to rise least by.
+    """The rule that removes the entries by which the loss is expected to rise least.
 
     Args:
         model: a compiled model.
         optimizers: those that hold its parameters.
-        settings: how far; `top_k` and `theta` say nothing here.
+        settings: how far; `top_k` and `theta` are not read.
         constraints: which sizes are allowed.
         compensation: what will be done for the entries that go.
     """
@@ -149,17 +153,17 @@ class Adaptive:
 
     @property
     def described(self) -> dict[str, str]:
-        """What there is to say in place of scores."""
+        """Saliency in place of both scores."""
         return {"policy": "adaptive", "score": self.saliency.score.name, "index_score": self.saliency.score.name}
 
     def ready(self) -> AdaptiveSparsifier:
-        """The sparsifier, made once the couplings are known."""
+        """Return the sparsifier, made once the couplings are known."""
         if self._sparsifier is None:
             self._sparsifier = AdaptiveSparsifier.of(self.model, self.settings, self.constraints, self.optimizers)
         return self._sparsifier
 
     def decide(self, at_most: int | None) -> Decision:
-        """What to keep, by one price for all couplings."""
+        """Decide by one price for all couplings."""
         sparsifier = self.ready()
         assert at_most is not None, "a schedule with an end says what is due"
         judged = [coupling for coupling in couplings(self.model) if self.saliency.judges(coupling)]

@@ -1,4 +1,4 @@
-"""EcoSpaTrainer: the schedule. Scores while the model trains, shrinks it step by step, stops at the target."""
+"""EcoSpaTrainer: scores a model while it trains, shrinks it step by step, and stops at the target."""
 
 from __future__ import annotations
 
@@ -65,54 +65,55 @@ class EcoSpaTrainer:
 
     Args:
         model: a compiled model; it may not have been called yet.
-        optimizer: holds its parameters; their state is carried through every shrink. Or several, that hold some each.
+        optimizer: the optimizer that holds its parameters, or several that hold some each; their state is carried
+            through every shrink.
         target: share of the model's original cost that remains at the end.
-        cost: what that is a share of: `"parameters"`, `"flops"` of a forward, `"bytes"` of training (weights,
+        cost: the cost that this is a share of: `"parameters"`, `"flops"` of a forward, `"bytes"` of training (weights,
             gradients and optimizer state), or a `Latency`, the measured time of a forward.
-        among: `"all"` of it, or what is `"prunable"`: on some coupling.
-        policy: `"paper"`, or `"adaptive"`: what goes where is decided by what the loss is expected to rise by, and
-            what stays takes over; `top_k`, `theta` and scores say nothing then. See docs/absorption.md.
-        preset: `"pretrain"` or `"finetune"`: what `top_k` and `theta` are by default, 30% and 90% or 10% and 95%.
+        among: `"all"` of it, or the `"prunable"` part, which lies on some coupling.
+        policy: `"paper"`, or `"adaptive"`: entries go by the expected rise of the loss, and those that stay take over;
+            `top_k`, `theta` and scores must be left out then. See docs/absorption.md.
+        preset: the defaults of `top_k` and `theta`: `"pretrain"`, 30% and 90%, or `"finetune"`, 10% and 95%.
         top_k: share of the couplings that shrink at a sparsification step, the least important ones.
         theta: share of a coupling's score that is kept when it shrinks.
-        interval: training steps between sparsification steps; or tokens or epochs, see `unit`. Where there is an end
-            it is stretched or squeezed a little, so that the last one falls on it.
+        interval: training steps between sparsification steps; or tokens or epochs, see `unit`. If there is an end it is
+            stretched or squeezed a little, so that the last one falls on it.
         start: training step of the first one.
-        end: training step by which the target is reached. Where the paper's rule is too slow for that, more couplings
-            take part, then theta gives way. Without it the rule runs until the target is reached.
+        end: training step by which the target is reached. If the paper's rule is too slow for that, more couplings take
+            part, then theta is lowered. None: the rule runs until the target is reached.
         shape: how the size goes down to the target by `end`: `"linear"`, `"cubic"`, `"cosine"` or `"one_shot"`.
         shrinks: number of sparsification steps between `start` and `end`, in place of `interval`.
-        unit: what `interval`, `start` and `end` count: `"steps"`, `"tokens"` or `"epochs"`. See `Schedule`.
+        unit: the unit of `interval`, `start` and `end`: `"steps"`, `"tokens"` or `"epochs"`. See `Schedule`.
         score: importance of a coupling, see `CoupledEstimator`: a name, or a function of a weight and its gradient.
-        index_score: which entries of a coupling go first: `"norms"`, the product of the norms of their slices, as the
-            paper has it, or any score.
+        index_score: the order in which the entries of a coupling go: `"norms"`, the product of the norms of their
+            slices, as in the paper, or any score.
         decay: see `CoupledEstimator`.
         window: see `CoupledEstimator`.
         seed: of `"random"` scores.
-        spike: a shrink waits for the next sparsification step, and so do those after it, while the smoothed loss is
-            more than this share above what it was before the last shrink. Only if `step` is told the loss.
+        spike: a shrink, and with it all later ones, waits for the next sparsification step while the smoothed loss is
+            more than this share above its level before the last shrink. Only if `step` is told the loss.
         min_keep: entries that every coupling keeps.
         round_to: widths come out as multiples of it; see `Constraints`.
         head_dims: `"per_head"`, `"per_layer"` or `"off"`; see `Constraints`.
         equal_head_dims: queries and keys keep as many dims as values; see `Constraints`.
-        frozen: name patterns, modules and couplings that stay whole.
-        gradients: where they are read: at `"step"`, the call of `step()`; right before each step of the `"optimizer"`;
+        frozen: name patterns, modules and couplings that keep their size.
+        gradients: when they are read: at `"step"`, the call of `step()`; right before each step of the `"optimizer"`;
             or in `"backward"`, for optimizers that step there and free them at once. See `CoupledEstimator`.
-        before_shrink: called with the model, what will be kept and the optimizer right before each shrink.
+        before_shrink: called with the model, the entries to keep and the optimizer right before each shrink.
         also: copies of the model that shrink with it, such as averages of its weights; see `ecospa_fx.shrink`.
-        absorb: what stays takes over what goes, by least squares on what the weights met in the last training steps
-            before a shrink; see docs/absorption.md. By default with `policy="adaptive"` only.
+        absorb: entries that stay take over from those that go, by least squares on the inputs of weights in the last
+            training steps before a shrink; see docs/absorption.md. By default only with `policy="adaptive"`.
         rotate: couplings between linear maps that are about to shrink first get the basis in which the entries that go
-            carry least; see `ecospa_fx.rotate`. What an optimizer cannot follow keeps its basis, and the log says so.
-            By default as `absorb`.
+            carry least; see `ecospa_fx.rotate`. A coupling that an optimizer cannot follow keeps its basis, and the log
+            says so. The default is as for `absorb`.
 
     Attributes:
         steps: training steps seen.
         done: the target is reached; nothing more will be removed.
-        history: a dict per shrink: `step`, `size` (parameters left), `removed` (coupling name -> entries, in
-            each context), `importance` (coupling name -> what it scored), and of `"adaptive"` also `expected` (coupling
-            name -> what the loss was expected to rise by).
-        forecast: with `policy="adaptive"`, what each coupling was expected to cost at the last sparsification step.
+        history: a dict per shrink: `step`, `size` (parameters left), `removed` (coupling name -> entries, in each
+            context), `importance` (coupling name -> its score), and of `"adaptive"` also `expected` (coupling name ->
+            expected rise of the loss).
+        forecast: with `policy="adaptive"`, the expected cost of each coupling at the last sparsification step.
         last_shrink: sizes of every layer before and after the last shrink, once there was one.
         also: a list, to which a copy that is made later may be added.
 
@@ -232,28 +233,28 @@ class EcoSpaTrainer:
     def step(
         self, *, loss: Tensor | float | None = None, tokens: int | None = None, epochs: float | None = None
     ) -> None:
-        """Call it after every `optimizer.step()`, while the gradients are still there (or not, see `gradients`).
+        """Take a training step; call it after every `optimizer.step()`, before gradients are zeroed (see `gradients`).
 
         Args:
-            loss: of this step, to let shrinks wait while it is high. Where it is a tensor it is read at once, which a
-                GPU waits for; None watches nothing.
-            tokens: in this step's batch, where the schedule counts them.
-            epochs: share of an epoch in this step, `1 / len(loader)`, where the schedule counts these.
+            loss: of this step, to let shrinks wait while it is high. A tensor is read at once, which a GPU waits for.
+                None: shrinks never wait.
+            tokens: in this step's batch, if the schedule counts them.
+            epochs: share of an epoch in this step, `1 / len(loader)`, if the schedule counts these.
 
         Raises:
             OptimizerError: no parameter of a coupling has a gradient.
-            TargetError: the schedule counts what it has not been told.
+            TargetError: the schedule counts tokens or epochs, and they are not given.
         """
         amount = self._clock.advance(tokens, epochs)
         self.steps += 1
         if loss is not None:
-            self._spikes.see(float(loss.detach()) if isinstance(loss, Tensor) else float(loss))
+            self._spikes.update(float(loss.detach()) if isinstance(loss, Tensor) else float(loss))
         if self.done:
             return
         self._ready()
         read = self._read()
         due = self._clock.due or self._owed
-        # Where a gradient scaler has left out every step so far, the first one that is taken comes first.
+        # If a gradient scaler has left out every step so far, wait for the first one that is taken.
         self._owed = due and not read and any(estimator.empty for estimator in self.policy.estimators)
         if due and not self._owed and not self._clock.postpone(self.steps):
             self.sparsify()
@@ -286,7 +287,7 @@ class EcoSpaTrainer:
         keeps = self._compensation.rotated(decision.keeps, self.optimizers, self.also)
         if self.before_shrink is not None:
             self.before_shrink(self.model, keeps, self.optimizer)
-        self._spikes.shrunk()
+        self._spikes.mark_shrink()
         removed = {coupling.name: coupling.size - keep.shape[-1] for coupling, keep in keeps.items()}
         entry: dict[str, Any] = {"step": self.steps, "removed": removed, "importance": decision.importance}
         if decision.forecast is not None:
