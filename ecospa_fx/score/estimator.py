@@ -1,4 +1,10 @@
-"""CoupledEstimator: how important each coupling is, accumulated over training steps."""
+"""CoupledEstimator: the importance of each coupling and of its entries, accumulated over training steps.
+
+when to read    accumulate, attach, attach_backward    here
+reading         one class per kind of input            `readers.py`
+summing         rules, and sums that follow shrinks    `sums.py`
+judging         sums of slices -> couplings, entries   `judging.py`
+"""
 
 from __future__ import annotations
 
@@ -28,31 +34,32 @@ class CoupledEstimator:
 
     The importance of a coupling is the mean over its matrices of `sum(score) / numel`, accumulated since the last
     reset; with `"fisher"` the score is the squared gradient. This is the square of the mini-batch gradient, not the
-    per-sample Fisher information, which it is named after (see Kunstner et al. 2019 on the difference). Sums are kept
+    per-sample Fisher information that it is named after (see Kunstner et al. 2019 on the difference). Sums are kept
     per row and column; that costs nothing more, and the matrix score is their sum.
 
-    Gradients are read where you say: at every call of `accumulate`; right before an optimizer's steps (`attach`); or
-    as backward makes them (`attach_backward`). A NaN or inf in a gradient makes the importance of its couplings NaN or
-    inf until the next reset; with a `torch.amp.GradScaler`, `attach` leaves such steps out.
+    You choose when gradients are read: at every call of `accumulate`; right before an optimizer's steps (`attach`); or
+    as backward computes them (`attach_backward`). A NaN or inf in a gradient makes the importance of its couplings NaN
+    or inf until the next reset; with a `torch.amp.GradScaler`, `attach` leaves such steps out.
 
     Args:
         model: a compiled model that has been called.
-        score: what a weight is worth: a name of `ecospa_fx.scores.SCORES`, or a function of a weight and its gradient
+        score: the worth of a weight: a name in `ecospa_fx.scores.SCORES`, or a function of a weight and its gradient
             that returns a worth for each of its entries.
-        decay: None to add all steps up equally; otherwise each step's share of what is forgotten is `1 - decay`, as in
-            the second moment of Adam.
-        window: add up the last so many steps only. It keeps their sums per row and column, so memory grows with it.
-        optimizer: one or several, of which `"adam"` reads the second moments.
+        decay: None: all steps count equally; otherwise the share of an exponential moving average that stays at each
+            step, as in the second moment of Adam.
+        window: add up only the last so many steps. Their sums per row and column are kept, so memory grows with it.
+        optimizer: one or several; `"adam"` reads their second moments.
         seed: of `"random"`.
 
     Attributes:
         steps: steps accumulated since the last reset. Replays of a CUDA graph are not counted; they leave the order of
             importances as it is.
-        sums: (parameter, dim) -> sums of each slice; only what has had a gradient. Where parameters are sharded, the
-            share of this rank.
+        sums: (parameter, dim) -> sums of each slice; only of parameters that have had a gradient. Where parameters are
+            sharded, the share of this rank.
+        reader: reads, sums up and judges the score's kind of input.
 
     Raises:
-        TargetError: there is no such score, `decay` is not between 0 and 1, `window` is no whole number from 1, or
+        TargetError: there is no such score, `decay` is not between 0 and 1, `window` is not a whole number from 1, or
             both are given.
     """
 
@@ -95,13 +102,13 @@ class CoupledEstimator:
         names: Collection[str] | None = None,
         new_step: bool = True,
     ) -> None:
-        """Add the gradients as they are now: call it after `backward`, before they are zeroed.
+        """Add the gradients that are there now: call it after `backward`, before they are zeroed.
 
         On a GPU this is one launch and a tiny one, without synchronisation; once it has run it may be captured in a
         CUDA graph.
 
         Args:
-            scale: what the loss was multiplied by and gradients are still multiplied by, if so.
+            scale: the factor that gradients are still multiplied by, if they are (a gradient scaler's scale).
             found_inf: unless it is 0, the step is left out; read on the device.
             names: read the gradients of these parameters only.
             new_step: whether this is another training step, or a part of the last one that was not read yet.
@@ -114,9 +121,9 @@ class CoupledEstimator:
     def attach(self, *optimizers: Optimizer) -> None:
         """Read gradients right before every step of an optimizer, instead of at calls of `accumulate`.
 
-        Of several, which take a step each in a training step, each reads those of its own parameters. These are the
-        final gradients: summed over micro-batches, and clipped if you clip before the step, as one does. A
-        `GradScaler`'s scale is divided out, and steps that it skips are left out.
+        Of several optimizers, which take a step each in a training step, each reads the gradients of its own
+        parameters. These are the final gradients: summed over micro-batches, and clipped if you clip before the step,
+        as usual. A `GradScaler`'s scale is divided out, and steps that it skips are left out.
         """
         read_by: set[int] = set()  # in this training step
 
@@ -138,13 +145,13 @@ class CoupledEstimator:
             self._handles.append(optimizer.register_step_pre_hook(hook))
 
     def attach_backward(self, every: int = 1) -> None:
-        """Read each gradient as soon as backward has made it, for optimizers that step in backward and free it at once.
+        """Read each gradient as soon as backward has it, for optimizers that step in backward and free it at once.
 
         Attach before the hooks that step. These are gradients before clipping. With a `GradScaler` use `attach`: here
         they are still multiplied by its scale.
 
         Args:
-            every: micro-batches per step. Gradients sum up over them, so only the last one's are read.
+            every: micro-batches per step. Gradients sum up over them, so they are read at the last one only.
 
         Raises:
             TargetError: `every` is not a whole number from 1.
@@ -165,7 +172,7 @@ class CoupledEstimator:
                 self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def detach(self) -> None:
-        """Take off what `attach` and `attach_backward` put on."""
+        """Remove the hooks of `attach` and `attach_backward`, and stop observing the model."""
         while self._handles:
             self._handles.pop().remove()
         self.reader.detach()
@@ -177,7 +184,7 @@ class CoupledEstimator:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing has been accumulated that a decision could be made from."""
+        """Whether nothing has been accumulated yet that a decision could be made from."""
         return self.reader.empty
 
     def reset(self) -> None:

@@ -1,7 +1,7 @@
-"""Scores: how much a weight matters, as one function each.
+"""Scores: the worth of a weight, as one function each.
 
-A score says what one entry of a weight is worth from the weight and its gradient, elementwise. Sums over rows and
-columns, over steps and over the matrices of a coupling are made of it by `CoupledEstimator`.
+A score computes the worth of each entry of a weight from the weight and its gradient, elementwise. `CoupledEstimator`
+sums it over rows and columns, over steps and over the matrices of a coupling.
 
     ecospa_fx.EcoSpaTrainer(model, optimizer, score="taylor")
     ecospa_fx.EcoSpaTrainer(model, optimizer, score=lambda weight, gradient: (weight * gradient).abs())
@@ -23,15 +23,15 @@ ScoreInput = Literal["gradients", "weights", "optimizer", "activations", "attent
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """What a weight is worth.
+    """The worth of a weight.
 
     Attributes:
-        name: how it is called.
-        reads: what it is made of. `"gradients"` (with the weights) are accumulated over steps, `"activations"` and
-            `"attention"` over forwards; the others are read when a decision is due.
-        of: `of(weight, gradient)` -> worth of each entry, not negative, in the weight's shape. Of a score that reads
+        name: its name.
+        reads: its input, see `readers.py`. `"gradients"` (with the weights) and `"gates"` are accumulated over steps,
+            `"activations"` and `"attention"` over forwards; the others are read when a decision is due.
+        of: `of(weight, gradient)` -> worth of each entry, not negative, in the weight's shape. For a score that reads
             the optimizer, `gradient` is the root of Adam's second moment.
-        meaning: in a line.
+        meaning: its meaning in a line.
     """
 
     name: str
@@ -58,7 +58,7 @@ SCORES = {
 
 
 def score_named(score: str | ScoreFunction | Score, option: str = "score") -> Score:
-    """The score that a name or a function stands for.
+    """Return the score that a name or a function stands for.
 
     Raises:
         TargetError: no score has the name.
