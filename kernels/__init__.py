@@ -1,4 +1,4 @@
-"""Kernels, each beside its plain-torch reference `x_ref`, which is also the path taken on a CPU."""
+"""Kernels, each beside its reference `x_ref` in plain torch, which is also the path on a CPU."""
 
 from .adamw import adamw_slice_sums
 from .compact import compact, compacted

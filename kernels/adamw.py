@@ -1,9 +1,9 @@
-"""AdamW with slice sums inside: gradients are read once for both.
+"""AdamW with slice sums inside, so that gradients are read once for both.
 
 p, g, m, v [any shape] -> p, m, v one step on, and per chosen dim the sums of g² over all other dims
 
-A step of AdamW moves 28 bytes an entry in fp32 and has g in registers, so that the sums cost no traffic of their own.
-The windows are those of `slice_sums`; each visits every entry once, which is what makes the update right.
+A step of AdamW moves 28 bytes per entry in fp32 and has g in registers, so the sums cost no traffic of their own.
+The windows are those of `slice_sums`; together they visit every entry exactly once, as the update requires.
 """
 
 import math
@@ -19,7 +19,7 @@ WARPS = 8
 
 
 def lines(vector: int) -> int:
-    """Lines of a tile: as many as leave room for other programs on the same processor; more would spill."""
+    """Return the lines of a tile: as many as leave room for other programs on the same processor; more would spill."""
     return min(16, 2 * vector) if vector > 1 else 4
 
 
@@ -42,7 +42,7 @@ def adamw_slice_sums_ref(
     decay: float = 1.0,
     gain: float = 1.0,
 ) -> None:
-    """What `adamw_slice_sums` does, in plain torch: Algorithm 2 of arXiv 1711.05101, line by line."""
+    """Compute `adamw_slice_sums` in plain torch: Algorithm 2 of arXiv 1711.05101, line by line."""
     for p, g, m, v in zip(parameters, gradients, first, second, strict=True):
         wide = g.to(m.dtype)
         p.mul_(1 - lr * weight_decay)
@@ -74,7 +74,7 @@ def adamw_kernel(
     COLS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Walk one window: update what is in it and leave its partial sums."""
+    """Walk one window: update its entries and write its partial sums."""
     row = table + tl.program_id(0) * WIDTH
     source, columns, place = tl.load(row), tl.load(row + 2), tl.load(row + 3)
     across, along = row + 4 + 5 * columns, row + 9 - 5 * columns
@@ -170,7 +170,7 @@ def adamw_slice_sums_triton(
     decay: float = 1.0,
     gain: float = 1.0,
 ) -> None:
-    """What `adamw_slice_sums` does, by the kernel of this file."""
+    """Compute `adamw_slice_sums` by the kernel of this file."""
     if not parameters:
         return
     device = out.device
@@ -261,10 +261,10 @@ def adamw_slice_sums(
     decay: float = 1.0,
     gain: float = 1.0,
 ) -> None:
-    """One step of AdamW that adds the sums of squared gradients to `out` on the way.
+    """Take a step of AdamW, and add the sums of squared gradients to `out` on the way.
 
     Meant for GPUs; on a CPU, torch's fused AdamW and `add_slice_sums` are faster. The step number is a constant of the
-    launch, so it does not belong into a CUDA graph.
+    launch, so it does not belong in a CUDA graph.
 
     Args:
         out: `[1, width]` float32, see `add_slice_sums`.
@@ -272,20 +272,20 @@ def adamw_slice_sums(
         gradients: of the same dtype and strides.
         first: first moments, updated in place, of the same strides.
         second: second moments, likewise.
-        tensors: per target, which parameter it is about; those without a target are updated all the same.
+        tensors: per target, the number of its parameter; parameters without a target are updated all the same.
         dims: per target, the dim whose slices are summed.
-        offsets: per target, where in `out` its sums lie.
+        offsets: per target, the position in `out` of its sums.
         step: number of this step, from 1.
         lr: learning rate.
         beta1: decay of the first moments.
         beta2: decay of the second moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled from the gradient.
-        decay: factor on what `out` holds.
-        gain: factor on what is added.
+        decay: factor on the values in `out`.
+        gain: factor on the sums that are added.
 
     Raises:
-        ValueError: the four tensors of a parameter do not lie alike (on a GPU).
+        ValueError: the four tensors of a parameter differ in dtype or strides (on a GPU).
     """
     way = adamw_slice_sums_triton if compiled_for(out.device) else adamw_slice_sums_ref
     way(

@@ -1,6 +1,6 @@
-"""Compaction: many tensors at once, each with only the chosen positions of some of its dims, in memory of its own.
+"""Compaction: copies of many tensors at once, each with only the chosen positions of some of its dims.
 
-x [A, R, C] -> x[ia][:, ir][:, :, ic], contiguous        (an index may be missing; then all of that dim is kept)
+x [A, R, C] -> x[ia][:, ir][:, :, ic], contiguous        (without an index all of that dim is kept)
 
 Entries are moved as integers of their size, so that parameters, gradients and optimizer state of any dtype go together,
 one launch per element size and alignment. Indices and addresses come from tables.
@@ -21,13 +21,13 @@ INTEGERS = {1: "int8", 2: "int16", 4: "int32", 8: "int64"}
 
 
 def tile(vector: int) -> tuple[int, int]:
-    """Lines and warps of a program. Where every entry has an address of its own, more of them would spill."""
+    """Return the lines and warps of a program; where every entry has an address of its own, more would spill."""
     return (ROWS, 8) if vector > 1 else (4, 4)
 
 
 @torch.no_grad()
 def compact_ref(x: list[Tensor], indices: list[Tensor], tensors: list[int], dims: list[int]) -> list[Tensor]:
-    """What `compact` does, in plain torch."""
+    """Compute `compact` in plain torch."""
     made = list(x)
     for index, tensor, dim in zip(indices, tensors, dims, strict=True):
         made[tensor] = made[tensor].detach().index_select(dim, index.to(made[tensor].device))
@@ -87,7 +87,7 @@ def compact_kernel(
 
 
 def _axes(x: Tensor, steps: dict[int, int]) -> list[tuple[int, int, int]] | None:
-    """Three axes (size, stride, where its index begins or -1) of a compaction, or None if it has more than three."""
+    """Return three axes (size, stride, start of its index or -1) of a compaction; None if it has more than three."""
     axes: list[tuple[int, int, int]] = []
     for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
         place = steps.get(dim, -1)
@@ -103,7 +103,7 @@ def _axes(x: Tensor, steps: dict[int, int]) -> list[tuple[int, int, int]] | None
 def _windows(
     number: int, x: Tensor, y: Tensor, axes: list[tuple[int, int, int]], sizes: tuple[int, int, int]
 ) -> tuple[int, list[list[int]]]:
-    """Vector width and rows of the table: the tensor, then the lines and columns of the result that a program fills."""
+    """Return the vector width and the table: per program the tensor, and the lines and columns that it fills."""
     (_, from_a, index_a), (_, from_r, index_r), (_, from_c, index_c) = axes
     a, r, c = sizes
     vector = 0
@@ -138,7 +138,7 @@ def _windows(
 def prepared(
     x: list[Tensor], indices: list[Tensor], tensors: list[int], dims: list[int]
 ) -> tuple[list[Tensor], list[Callable[[], object]]]:
-    """The results of a compaction, still to be filled by launches; all tensors on one device."""
+    """Allocate the results of a compaction, and prepare the launches that fill them; all tensors on one device."""
     if not x:
         return [], []
     device = x[0].device
@@ -194,7 +194,7 @@ def prepared(
 
 
 def compact_triton(x: list[Tensor], indices: list[Tensor], tensors: list[int], dims: list[int]) -> list[Tensor]:
-    """What `compact` does, by the kernel of this file."""
+    """Compute `compact` by the kernel of this file."""
     made, calls = prepared(x, indices, tensors, dims)
     for call in calls:
         call()
@@ -203,13 +203,13 @@ def compact_triton(x: list[Tensor], indices: list[Tensor], tensors: list[int], d
 
 @torch.library.custom_op("ecospa_fx::compact", mutates_args=())
 def compact(x: list[Tensor], indices: list[Tensor], tensors: list[int], dims: list[int]) -> list[Tensor]:
-    """Copies of many tensors with only the chosen positions of some dims.
+    """Copy many tensors with only the chosen positions of some dims.
 
     Args:
         x: tensors of any dtype, shape and strides, on one device.
         indices: sorted LongTensors of positions to keep, on any device.
-        tensors: per index, which of `x` it belongs to.
-        dims: per index, the dim it is about.
+        tensors: per index, the number of its tensor in `x`.
+        dims: per index, the dim that it selects from.
 
     Returns:
         A new contiguous tensor per `x`.

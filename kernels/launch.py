@@ -1,4 +1,4 @@
-"""How kernels run: compiled on a GPU, interpreted on a CPU for tests, not at all where Triton is missing."""
+"""Launching: kernels run compiled on a GPU, interpreted on a CPU for tests, and not at all without Triton."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Pointers", "cached", "compiled_for", "hold_for_graph", "interpreting
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the function as it is where there is no Triton to compile it."""
+    """Decorate with `triton.jit`, or return the function unchanged if Triton is not installed."""
     return function if triton is None else triton.jit(function)
 
 
@@ -29,21 +29,21 @@ def _probe():
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter: `TRITON_INTERPRET=1` was set before Triton was imported."""
+    """Return whether kernels run in Triton's interpreter: `TRITON_INTERPRET=1` was set before the import of Triton."""
     return triton is not None and not isinstance(_probe, triton.JITFunction)
 
 
 def compiled_for(device: torch.device) -> bool:
-    """Whether tensors on `device` go to the kernels rather than to the plain-torch references."""
+    """Return whether tensors on `device` go to the kernels rather than to the plain-torch references."""
     return device.type == "cuda" and triton is not None and not interpreting()
 
 
 class Pointers:
     """Addresses of tensors, on the device for a kernel to read and on the host to compare with.
 
-    Gradients come back at the same addresses step after step, as a rule. Then a step compares two lists and copies
-    nothing. In a CUDA graph a copy is recorded with its source, so a capture takes a pair of buffers that nothing else
-    writes to; they are made in the steps before it, because pinned memory cannot be allocated during a capture.
+    As a rule gradients have the same addresses step after step. Then a step compares two lists and copies nothing. In a
+    CUDA graph a copy is recorded with its source, so a capture takes a pair of buffers that nothing else writes to;
+    they are made in the steps before it, because pinned memory cannot be allocated during a capture.
 
     Args:
         count: number of tensors.
@@ -57,7 +57,7 @@ class Pointers:
         self._spare: tuple[Tensor, Tensor] | None = None
 
     def of(self, addresses: list[int]) -> Tensor:
-        """Int64 `[count]` on the device that holds `addresses`."""
+        """Return the addresses as int64 `[count]` on the device."""
         if self.device.type != "cuda":
             if addresses != self.known:
                 self._current.copy_(torch.tensor(addresses, dtype=torch.int64))
@@ -92,7 +92,7 @@ _held: list[Any] = []
 
 
 def cached(key: Any, make: Callable[[], Any], *, most: int = 64) -> Any:
-    """What `make` gives for `key`, kept for the next time; the oldest goes when there are more than `most`."""
+    """Return the value that `make` gave for `key`, from a cache of the `most` newest."""
     if key not in _made:
         while len(_made) >= most:
             del _made[next(iter(_made))]
@@ -101,6 +101,6 @@ def cached(key: Any, make: Callable[[], Any], *, most: int = 64) -> Any:
 
 
 def hold_for_graph(*tables: Any) -> None:
-    """Keep `tables` for good where a CUDA graph is being captured that will read them at every replay."""
+    """Keep `tables` for good if a CUDA graph is being captured, which will read them at every replay."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         _held.append(tables)

@@ -1,10 +1,11 @@
-"""Sums of squares of every row or column of many tensors at once: what scores and slice norms are made of.
+"""Slice sums: sums of squares of every row or column of many tensors at once, for scores and slice norms.
 
-x [any shape], dim -> sum over all other dims of x²          (and of (w·x)², where weights are given)
+x [any shape], dim -> sum over all other dims of x²          (and of (w·x)², if weights are given)
 
-One launch reads all tensors through a table of addresses and leaves partial sums, each program in places of its own; a
-small second one adds these up in a fixed order. No atomics, so a repeat is equal to the bit. Loads are widened to fp32
-before they are squared. A NaN or inf reaches the sums of the slices it lies in (0 · inf is NaN) and no others.
+One launch reads all tensors through a table of addresses and writes partial sums, each program at positions of its own;
+a small second one adds these up in a fixed order. There are no atomics, so a repeat is equal to the bit. Loads are
+widened to fp32 before they are squared. A NaN or inf reaches the sums of the slices it lies in (0 · inf is NaN) and no
+others.
 """
 
 import torch
@@ -24,7 +25,7 @@ ELEMENTS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16:
 
 
 def slice_sums_ref(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Sum of squares of each slice of `x` along each of `dims`.
+    """Sum the squares of each slice of `x` along each of `dims`.
 
     Args:
         x: any shape, any floating dtype.
@@ -41,7 +42,7 @@ def slice_sums_ref(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 
 def _by_blocks(x: Tensor, dims: tuple[int, ...], wide: torch.dtype) -> tuple[Tensor, ...]:
-    """Squares a block at a time in one piece of memory: what is as large as a weight would not stay in the cache."""
+    """Square a block at a time in one buffer: one as large as a weight would not stay in the cache."""
     strides = x.stride()
     order = sorted(range(x.ndim), key=lambda dim: -strides[dim])
     x, dims = x.permute(order), tuple(order.index(dim) for dim in dims)
@@ -73,7 +74,7 @@ def add_slice_sums_ref(
     scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """What `add_slice_sums` does, in plain torch: one pass over each tensor for all of its dims."""
+    """Compute `add_slice_sums` in plain torch: one pass over each tensor for all of its dims."""
     wanted: dict[int, list[tuple[int, int]]] = {}
     for tensor, dim, offset in zip(tensors, dims, offsets, strict=True):
         wanted.setdefault(tensor, []).append((dim, offset))
@@ -116,7 +117,7 @@ def slice_sums_kernel(
     COLS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Walk one window and leave its partial sums."""
+    """Walk one window and write its partial sums."""
     row = table + tl.program_id(0) * WIDTH
     source, columns, place = tl.load(row), tl.load(row + 2), tl.load(row + 3)
     across, along = row + 4 + 5 * columns, row + 9 - 5 * columns  # fields of the axes that ROWS and COLS lie on
@@ -191,7 +192,7 @@ def finish_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Add up the partial sums of some entries, in order, and put them where they belong."""
+    """Add up the partial sums of some entries, in order, into `out`."""
     row = table + tl.program_id(0) * 5
     second = tl.program_id(1).to(tl.int64)
     size, count = tl.load(row + 1), tl.load(row + 2).to(tl.int32)
@@ -216,8 +217,8 @@ class Layout:
     """The tables of one set of tensors and targets, made once and used at every step.
 
     Attributes:
-        launches: (dtype, vector, window table) of each launch of the first kernel: one where all tensors have a dtype
-            and alignment in common.
+        launches: (dtype, vector, window table) of each launch of the first kernel: a single one if all tensors have the
+            same dtype and alignment.
     """
 
     def __init__(
@@ -258,7 +259,7 @@ def add_slice_sums_triton(
     scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """What `add_slice_sums` does, by the kernels of this file."""
+    """Compute `add_slice_sums` by the kernels of this file."""
     fits = [t.dtype in ELEMENTS for t in x]
     if weights:
         pairs = zip(fits, x, weights, strict=True)
@@ -360,18 +361,18 @@ def add_slice_sums_now(
 ) -> None:
     """Add to `out` the sums of squares of the slices of many tensors: `out = decay * out + gain * sums`.
 
-    `decay=1, gain=1` sums, `decay=b, gain=1-b` averages, `decay=0` overwrites whatever `out` held. It may be captured
-    in a CUDA graph once it has run outside of it with tensors of these shapes.
+    `decay=1, gain=1` sums, `decay=b, gain=1-b` averages, `decay=0` overwrites `out`. It may be
+    captured in a CUDA graph once it has run outside of it with tensors of these shapes.
 
     Args:
         out: `[1, width]`, or `[2, width]` with weights; float32, or float64 for float64 tensors; on their device.
         x: tensors of any shape and strides.
         weights: empty, or a tensor `w` of the shape of each `x`; then `out[1]` takes the sums of `(w * x)²`.
-        tensors: per target, which of `x` it is about.
+        tensors: per target, the number of its tensor in `x`.
         dims: per target, the dim whose slices are summed.
-        offsets: per target, where in `out` its `x.shape[dim]` sums lie.
-        decay: factor on what `out` holds.
-        gain: factor on what is added.
+        offsets: per target, the position in `out` of its `x.shape[dim]` sums.
+        decay: factor on the values in `out`.
+        gain: factor on the sums that are added.
         scale: one number by which `x` is divided first, on the device: the scale of a gradient scaler.
         found_inf: one number on the device; unless it is 0, `out` stays as it is.
     """
@@ -384,7 +385,7 @@ add_slice_sums = torch.library.custom_op("ecospa_fx::add_slice_sums", mutates_ar
 
 
 def slice_sums(x: list[Tensor], dims: list[int]) -> list[Tensor]:
-    """Sum of squares of each slice along one dim of each tensor: their roots are the norms of rows or columns.
+    """Sum the squares of each slice along one dim of each tensor; the roots are the norms of rows or columns.
 
     Args:
         x: tensors of any dtype and shape.

@@ -1,4 +1,4 @@
-"""Windows: how tensors of any strides are cut into equal pieces of work.
+"""Windows: equal pieces of work that tensors of any strides are cut into.
 
 tensor, dim -> Walk per piece (a kept axis, and a reduced axis walked along) -> rows of an int64 table, one per program
 
@@ -41,7 +41,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Walk:
-    """A part of a tensor to be summed: where it begins and its two axes, all in elements.
+    """A part of a tensor to be summed: its start and its two axes, all in elements.
 
     Attributes:
         vector: elements that one load may take; 0 where an axis has two strides or neither is contiguous.
@@ -54,12 +54,12 @@ class Walk:
 
     @property
     def columns(self) -> bool:
-        """The kept axis is the contiguous one."""
+        """Whether the kept axis is the contiguous one."""
         return self.kept.stride == 1 and self.summed.stride != 1
 
 
 def merged(sizes: list[int], strides: list[int]) -> list[tuple[int, int]]:
-    """Axes of these sizes and strides, in order of decreasing stride, with those made one that follow on each other."""
+    """Return axes in order of decreasing stride, those merged that are contiguous with each other."""
     axes: list[tuple[int, int]] = []
     for size, stride in sorted(zip(sizes, strides, strict=True), key=lambda axis: (-axis[1], -axis[0])):
         if size == 1:
@@ -72,15 +72,15 @@ def merged(sizes: list[int], strides: list[int]) -> list[tuple[int, int]]:
 
 
 def walks(tensor: Tensor, dim: int, address: int | None = None) -> list[Walk]:
-    """The parts of `tensor` whose sums along all dims but `dim`, added up, are those of the tensor.
+    """Split `tensor` into parts whose sums over all dims but `dim` add up to those of the tensor.
 
     Any strides will do, and nothing is copied: dims merge where memory allows it, one more is taken as a second stride,
-    and what is left over is gone through here.
+    and the rest is looped over here.
 
     Args:
-        tensor: what is summed.
+        tensor: the tensor to sum.
         dim: the dim that is kept.
-        address: its alignment is what loads may count on; that of the tensor, unless another is read along with it.
+        address: sets the alignment that loads may rely on; by default the tensor's, unless another is read with it.
     """
     address = tensor.data_ptr() if address is None else address
     size, stride = tensor.shape[dim], tensor.stride(dim)
@@ -111,13 +111,13 @@ def _vector(address: int, element: int, start: int, kept: Axis, summed: Axis) ->
 
 
 def windows(walk: Walk, source: int, slot: int, lines: int = ROWS) -> tuple[list[list[int]], int]:
-    """Rows of the window table for a walk, and how many partial sums of each kept entry they leave.
+    """Return the rows of the window table for a walk, and the number of partial sums per kept entry.
 
     Args:
-        walk: what to sum.
+        walk: the part to sum.
         source: row of the pointer table.
-        slot: where its partial sums begin, `[chunks, kept.size]`.
-        lines: what the kernel takes for `ROWS`.
+        slot: start of its partial sums, `[chunks, kept.size]`.
+        lines: the kernel's `ROWS`.
     """
     if not walk.kept.size or not walk.summed.size:
         return [], 0
@@ -135,7 +135,7 @@ def windows(walk: Walk, source: int, slot: int, lines: int = ROWS) -> tuple[list
 
 
 def window(walk: Walk, source: int, kept: tuple[int, int], summed: tuple[int, int], place: int) -> list[int]:
-    """One row of the table: source, start, columns?, place, then begin, end, stride, inner, outer of both axes.
+    """Return a row of the table: source, start, columns?, place, then begin, end, stride, inner, outer of both axes.
 
     In a vectorised window the start, positions along the contiguous axis and the other stride count whole vectors: only
     a product with a constant is known to the compiler to be aligned.
@@ -152,10 +152,10 @@ def window(walk: Walk, source: int, kept: tuple[int, int], summed: tuple[int, in
 
 
 def long_first(rows: list[list[int]]) -> list[list[int]]:
-    """The longest walks first, so that none of them is still running when all others are done."""
+    """Sort the longest walks first, so that none of them is still running when all others are done."""
     return sorted(rows, key=lambda row: (row[9] - row[10]) * (row[5] - row[4]))
 
 
 def table(rows: list[list[int]], width: int, device: torch.device) -> Tensor:
-    """Rows of numbers as an int64 tensor `[len(rows), width]` on `device`."""
+    """Return rows of numbers as an int64 tensor `[len(rows), width]` on `device`."""
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, width).to(device)

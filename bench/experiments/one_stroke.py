@@ -38,8 +38,8 @@ from ecospa_fx.couple.constraints import Constraints
 from ecospa_fx.demo.corpus import validation_batches
 from ecospa_fx.model.cost import CostModel
 from ecospa_fx.model.lookup import state_of
+from ecospa_fx.score.judging import index_scores
 from ecospa_fx.score.saliency import Saliency
-from ecospa_fx.score.scores import index_scores
 from ecospa_fx.train.adaptive import AdaptiveSparsifier
 from experiments.runs import _rate
 from experiments.tasks import Text

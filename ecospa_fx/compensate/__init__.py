@@ -1,1 +1,1 @@
-"""Compensate: what the entries that stay take over of those that go."""
+"""Compensate: statistics, regression and rotation, by which entries that stay take over from those that go."""

@@ -1,8 +1,9 @@
-"""Compensation: what a trainer does so that the model computes after a shrink what it did before, as far as it can."""
+"""Compensation: the part of a trainer that keeps what the model computes through a shrink, as far as it can."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,42 +17,63 @@ from .grams import Grams
 from .rotation import rotate
 
 GATHERING = 16
-"""Training steps before a shrink in which it is looked at what weights meet."""
+"""Training steps before a shrink during which input statistics are collected."""
+
+
+@dataclass(frozen=True)
+class CompensationSettings:
+    """Settings of the compensation for entries that go.
+
+    Attributes:
+        absorb: the entries that stay take over, see `ecospa_fx.Grams`.
+        rotate: couplings between linear maps that are about to shrink are rotated first, see `ecospa_fx.rotate`.
+    """
+
+    absorb: bool = False
+    rotate: bool = False
 
 
 class Compensation:
-    """Looks at what weights meet shortly before each shrink, rotates, and lets what stays take over.
+    """Collects input statistics shortly before each shrink, rotates, and lets the entries that stay take over.
 
     Args:
         model: a compiled model.
-        absorb: let what stays take over, see `ecospa_fx.Grams`.
-        rotate: rotate what is about to shrink, see `ecospa_fx.rotate`.
+        settings: which of these it does.
     """
 
-    def __init__(self, model: nn.Module, absorb: bool, rotate: bool) -> None:
-        self.model, self.absorbs, self.rotates = model, absorb, rotate
-        self.steps = 0  # that were looked at
+    def __init__(self, model: nn.Module, settings: CompensationSettings) -> None:
+        self.model, self.settings = model, settings
+        self.steps = 0  # during which statistics were collected
         self.grams: Grams | None = None
-        self.look()
+        self.observe()
 
-    def look(self) -> None:
-        """Look as soon as the regions are known: those of a loaded model before its first call, not to miss it."""
-        if (self.absorbs or self.rotates) and self.grams is None and regions_of(self.model):
+    def observe(self) -> None:
+        """Watch the regions once they are known: those of a loaded model before its first call, not to miss it."""
+        needed = self.settings.absorb or self.settings.rotate
+        if needed and self.grams is None and regions_of(self.model):
             self.grams = Grams(self.model, training=True)
 
     def gather(self, soon: bool) -> None:
-        """Go on looking, or not: whether a shrink comes soon."""
+        """Collect statistics in the next step, or not.
+
+        Args:
+            soon: whether a shrink comes soon.
+        """
         if self.grams is not None:
             if soon and not self.grams.active:
                 self.reset()
             self.grams.active = soon
             self.steps += soon
 
-    def prepared(
+    def rotated(
         self, keeps: dict[Coupling, Tensor], optimizers: Sequence[Optimizer], also: Sequence[Any]
     ) -> dict[Coupling, Tensor]:
-        """What to keep after a rotation: as many entries, the first ones, which carry most, where the basis is free."""
-        if not self.rotates:
+        """Rotate where the basis is free, and return what to keep then.
+
+        Returns:
+            As many entries of each coupling as in `keeps`: of those that were rotated the first ones, which carry most.
+        """
+        if not self.settings.rotate:
             return keeps
         linear = {coupling.name: keep.shape[-1] for coupling, keep in keeps.items() if coupling.linear}
         done = rotate(self.model, linear, keep=linear, grams=self.grams, optimizer=optimizers, also=also)
@@ -62,35 +84,36 @@ class Compensation:
 
     @property
     def absorb(self) -> Grams | None:
-        """What `shrink` is to absorb with."""
-        return self.grams if self.absorbs else None
+        """The statistics for `shrink(absorb=)`, if entries that stay take over."""
+        return self.grams if self.settings.absorb else None
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Forget the statistics."""
         if self.grams is not None:
             self.grams.reset()
             self.steps = 0
 
     @property
     def positions(self) -> float | None:
-        """Positions (tokens, pixels) of a training step; None where nothing was seen."""
+        """Positions (tokens, pixels) of a training step; None if no step was seen."""
         if self.grams is None or self.grams.empty or not self.steps:
             return None
         return self.grams.positions / self.steps
 
     def detach(self) -> None:
-        """Look no more."""
+        """Stop watching the regions."""
         if self.grams is not None:
             self.grams.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen: `active`, `steps`, and tensors by name."""
-        held = self.grams
-        return {} if held is None else {"active": held.active, "steps": self.steps, "tensors": held.state_dict()}
+        """Return the statistics: `active`, `steps`, and tensors by name; empty if nothing is collected."""
+        if self.grams is None:
+            return {}
+        return {"active": self.grams.active, "steps": self.steps, "tensors": self.grams.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        self.look()
+        self.observe()
         if self.grams is not None and state:
             self.grams.load_state_dict(state["tensors"])
             self.grams.active, self.steps = state["active"], state.get("steps", 0)

@@ -1,9 +1,9 @@
-"""Forecast: by how much the loss is expected to rise with each entry that goes, coupling by coupling.
+"""Forecast: the expected rise of the loss with each entry that goes, coupling by coupling.
 
-saliency of each entry alone                                        in the unit of the loss, see `score/saliency.py`
-  x squares lost, if what stays takes over, to squares lost alone   of outputs, see `transform/eliminate.py`
-                                                                    of a product of activations: `transform/rotate.py`
--> a Curve per coupling: which entry goes first, then next, and what that costs
+saliency of each entry alone                                     in the unit of the loss, see `score/saliency.py`
+  x squares lost if other entries take over / squares lost alone of outputs, see `transform/eliminate.py`
+                                                                 of a product of activations: `transform/rotate.py`
+-> a Curve per coupling: the order in which entries go, and the cost of each
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from .grams import Grams
 from .rotation import free_basis
 
 LIMITS = (0.001, 0.01, 0.1)
-"""Expected rises of the loss that the table is about."""
+"""Expected rises of the loss for which the table shows how many entries can go."""
 
 Way = Literal["rotated", "absorbed", "removed"]
 
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """What a coupling costs as its entries go.
+    """The cost of a coupling's entries in the order in which they go.
 
     Attributes:
-        way: what happens to what goes: the last entries of another basis go, `"rotated"`; what stays takes over,
-            `"absorbed"`; or neither, `"removed"`.
-        order: LongTensor `[contexts, size]`, the entry that goes first, then the next; of one row where all contexts
-            lose the same. In the new basis where rotated.
-        cost: float64 `[size]`, what the loss is expected to rise by with each of them, in all contexts together.
+        way: how they go: as the last entries of another basis, `"rotated"`; with others that take over, `"absorbed"`;
+            or neither, `"removed"`.
+        order: LongTensor `[contexts, size]`, the entry that goes first, then the next; one row if all contexts lose the
+            same. In the new basis if rotated.
+        cost: float64 `[size]`, the expected rise of the loss with each of them, over all contexts.
     """
 
     way: Way
@@ -49,42 +49,42 @@ class Curve:
     cost: Tensor
 
     def keep(self, count: int) -> Tensor:
-        """The entries that stay where `count` do, sorted: `[count]`, or `[contexts, count]`."""
+        """Return the `count` entries that stay, sorted: `[count]`, or `[contexts, count]`."""
         kept = self.order[:, self.order.shape[1] - count :].sort(-1).values
         return kept[0] if len(kept) == 1 else kept
 
     @property
     def rises(self) -> Tensor:
-        """The expected rise of the loss once so many are gone: float64 `[size + 1]`."""
+        """The expected rise of the loss by number of entries gone: float64 `[size + 1]`."""
         return _running(self.cost)
 
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """What the loss is expected to rise by as entries go.
+    """The expected rise of the loss as entries go.
 
     Attributes:
-        curves: of each coupling.
-        positions: what a curve's costs are to be multiplied by to be in the unit of the loss; None where it is not
-            known: then they only compare.
+        curves: coupling -> its curve.
+        positions: factor that brings the costs of a curve to the unit of the loss; None if it is unknown: then they can
+            only be compared.
     """
 
     curves: dict[Coupling, Curve]
     positions: float | None
 
     def rises(self, removed: Mapping[str, int]) -> dict[str, float]:
-        """The expected rise of the loss with so many entries gone, by coupling name."""
+        """Return the expected rise of the loss with so many entries gone, by coupling name."""
         unit = 1.0 if self.positions is None else self.positions
         named = {coupling.name: curve for coupling, curve in self.curves.items()}
         return {name: unit * float(named[name].rises[count]) for name, count in removed.items()}
 
     def by_kind(self) -> dict[str, Tensor]:
-        """Kind -> the expected rise of the loss once so many entries of that kind are gone, the cheapest first."""
+        """Return for each kind the expected rise of the loss by number of entries gone, the cheapest first."""
         costs: dict[str, list[Tensor]] = {}
         for coupling, curve in self.curves.items():
             costs.setdefault(coupling.kind, []).append(curve.cost)
         unit = 1.0 if self.positions is None else self.positions
-        merged = {kind: torch.cat(found).sort().values for kind, found in costs.items()}
+        merged = {kind: torch.cat(each).sort().values for kind, each in costs.items()}
         return {kind: unit * _running(cost) for kind, cost in merged.items()}
 
     def __rich__(self) -> Table:
@@ -95,13 +95,13 @@ class Forecast:
         for limit in LIMITS:
             table.add_column(f"can go at {limit:g}", justify="right")
         for kind, rise in rises.items():
-            mine = [coupling for coupling in self.curves if coupling.kind == kind]
-            ways = ", ".join(dict.fromkeys(self.curves[coupling].way for coupling in mine))
+            ways_of = [curve.way for coupling, curve in self.curves.items() if coupling.kind == kind]
+            ways = ", ".join(dict.fromkeys(ways_of))
             entries = len(rise) - 1
-            # Of the loss where its unit is known, else of all that this kind could cost.
-            whole = 1.0 if self.positions is not None else float(rise[-1])
-            gone = [int((rise <= limit * whole).sum()) - 1 for limit in LIMITS]
-            table.add_row(kind, str(len(mine)), str(entries), ways, *(f"{count / entries:.0%}" for count in gone))
+            # Limits of the loss if the costs are in its unit, else shares of the total cost of this kind.
+            unit = 1.0 if self.positions is not None else float(rise[-1])
+            gone = [int((rise <= limit * unit).sum()) - 1 for limit in LIMITS]
+            table.add_row(kind, str(len(ways_of)), str(entries), ways, *(f"{count / entries:.0%}" for count in gone))
         return table
 
     def __str__(self) -> str:
@@ -121,34 +121,34 @@ def forecast(
     widths: Mapping[Coupling, int] | None = None,
     positions: float | None = None,
 ) -> Forecast:
-    """A curve for each coupling.
+    """Compute a curve for each coupling.
 
     Args:
         model: a compiled model.
-        couplings: which ones.
-        saliency: what each entry is worth alone.
-        grams: what weights meet; needed for what follows.
-        optimizers: what must follow a change of basis.
-        absorb: what stays will take over.
-        rotate: another basis will be taken where it is free.
+        couplings: the couplings.
+        saliency: the worth of each entry alone.
+        grams: moments of the inputs of weights; without them nothing takes over.
+        optimizers: optimizers whose state must follow a change of basis.
+        absorb: entries that stay will take over.
+        rotate: another basis will be taken if it is free.
         by_context: entries of each context on their own.
-        widths: how many entries will stay; to there the order is found with care, and what lies beyond is expected to
-            cost too little. One by default.
-        positions: over which the loss of a training step is a mean.
+        widths: number of entries that will stay; down to it the order is exact, beyond it the cost is underestimated.
+            One by default.
+        positions: positions over which the loss of a training step is a mean.
     """
-    found: dict[Coupling, Curve] = {}
+    curves: dict[Coupling, Curve] = {}
     for coupling in couplings:
         alone, curve = _alone(coupling, saliency, by_context), None
         if rotate and coupling.linear:
             curve = _rotated(model, coupling, grams, optimizers, alone)
         if curve is None and absorb and grams is not None:
             curve = _absorbed(coupling, grams, alone, 1 if widths is None else widths.get(coupling, coupling.size))
-        found[coupling] = curve or _removed(alone)
-    return Forecast(found, positions)
+        curves[coupling] = curve or _removed(alone)
+    return Forecast(curves, positions)
 
 
 def worth_of(coupling: Coupling, saliency: Saliency, *, by_context: bool = True) -> Tensor:
-    """What the loss would rise by with the cheapest entry, the next, and so on, were nothing to take over: `[size]`."""
+    """Return the rise of the loss by the cheapest entry, by the next, and so on, without compensation: `[size]`."""
     return _removed(_alone(coupling, saliency, by_context)).cost
 
 
@@ -157,7 +157,7 @@ def _running(cost: Tensor) -> Tensor:
 
 
 def _alone(coupling: Coupling, saliency: Saliency, by_context: bool) -> Tensor:
-    """Saliency of the entries, `[contexts, size]`, in one row where all contexts lose the same."""
+    """Return the saliency of the entries, `[contexts, size]`, in one row if all contexts lose the same."""
     alone = saliency.entries(coupling, by_context=by_context and coupling.context is not None)
     return alone if alone.ndim == 2 else alone[None]
 
@@ -173,7 +173,7 @@ def _rotated(
     basis = free_basis(model, state_of(model), coupling, grams, optimizers)
     if isinstance(basis, str):
         return None
-    carried = basis.turn.energy.square().cpu().flip(-1)
+    carried = basis.change.energy.square().cpu().flip(-1)
     scale = float(alone.sum()) / max(float(basis.alone.sum()), 1e-300)
     order = torch.arange(coupling.size).flip(0)[None]
     return Curve("rotated", order, scale * carried.sum(0) / 2)
@@ -183,8 +183,8 @@ def _absorbed(coupling: Coupling, grams: Grams, alone: Tensor, at_least: int) ->
     summing = grams.summing(coupling)
     if summing is None or (len(alone) == 1 and coupling.context is not None and coupling.contexts > 1):
         return None
-    found = eliminate(summing, len(alone), coupling.size, ridge=grams.ridge, at_least=at_least)
-    if found is None:
+    elimination = eliminate(summing, len(alone), coupling.size, ridge=grams.ridge, at_least=at_least)
+    if elimination is None:
         return None
-    scale = float(alone.sum()) / max(float(found.alone.sum()), 1e-300)
-    return Curve("absorbed", found.order, scale * found.cost.sum(0) / 2)
+    scale = float(alone.sum()) / max(float(elimination.alone.sum()), 1e-300)
+    return Curve("absorbed", elimination.order, scale * elimination.cost.sum(0) / 2)

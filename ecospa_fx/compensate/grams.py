@@ -1,9 +1,9 @@
-"""Grams: what weights meet, as second moments gathered while the model runs, so that a shrink can be absorbed.
+"""Grams: second moments of the inputs of weights, gathered while the model runs, so that a shrink can be absorbed.
 
     Grams(model) -> an observer per region -> X.T @ X per weight that sums over a coupling -> shrink(..., absorb=grams)
 
-`X` is what the weight is multiplied with, one row per position. Its Gram matrix has a fixed size whatever is trained
-on, and is a sum, so that ranks add theirs up. No activation is kept.
+`X` is the input of the weight, one row per position. The size of its Gram matrix does not depend on the batches, and
+it is a sum, so that ranks add theirs up. No activation is kept.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.logs import logger
@@ -33,25 +34,25 @@ from ecospa_fx.passes.transform.rotate import FAR, BasisChange, Part
 from ecospa_fx.plan import Plan
 from ecospa_fx.score.products import ProductSite
 
-from .moments import GramInput, InputMoments, PairMoments, columns, meetings_in, over_ranks, reduced
+from .moments import GramInput, InputMoments, PairMoments, columns, over_ranks, pair_sites
 
 ROWS = 512
-"""Positions read of one call at most, or a quarter of the columns where that is more: 16 calls are 4 rows a column."""
+"""Positions read of one call at most, or a quarter of the columns if that is more: 16 calls are 4 rows a column."""
 
 RIDGE = 1e-3
-"""Share of the mean second moment; see docs/absorption.md for what others do."""
+"""Share of the mean second moment; docs/absorption.md compares it with the choices of others."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Known:
-    """A weight that may absorb: how it is used, and under whose name lies the Gram matrix of what it meets."""
+class _Absorber:
+    """A weight that may absorb: how it is used, and the (parameter, dim) under which its inputs' moments are kept."""
 
     consumer: Consumer
     gram: WeightDim
 
 
 class Grams:
-    """Gathers what a shrink needs to be absorbed: `X.T @ X` for each weight that sums over what a coupling selects.
+    """Gathers the moments by which a shrink is absorbed: `X.T @ X` for each weight that sums over a coupling.
 
     >>> with ecospa_fx.Grams(model) as grams, torch.no_grad():
     ...     for batch in some_batches:
@@ -63,14 +64,13 @@ class Grams:
     Args:
         model: a compiled model that has been called.
         rows: positions (tokens, pixels) that are read of one call at most, evenly spaced; by default 512, or a quarter
-            of what the weight sums over where that is more.
-        ridge: how much the regression distrusts what it has seen: what is added to the diagonal of `X.T @ X`, as a
-            share of its mean.
-        training: look at forwards in training mode with gradients on only, not at every one.
+            of the columns that the weight sums over if that is more.
+        ridge: regularisation of the regression: added to the diagonal of `X.T @ X`, as a share of its mean.
+        training: read only forwards in training mode with gradients on, not every forward.
 
     Attributes:
-        refused: (parameter, dim) of weights that sum over a coupling in a way that nothing takes over -> why.
-        left: (parameter, dim) -> share of the squares of what went at the last shrink that nothing took over.
+        refused: (parameter, dim) of a weight that sums over a coupling and cannot take over -> the reason.
+        left: (parameter, dim) -> share of the squares of the removed part at the last shrink that nothing took over.
 
     Raises:
         TargetError: `rows` or `ridge` is out of range.
@@ -88,59 +88,59 @@ class Grams:
         self.refused: dict[WeightDim, str] = {}
         self.left: dict[WeightDim, float] = {}
         self._grams: dict[WeightDim, InputMoments] = {}
-        self._meetings: dict[str, PairMoments] = {}
+        self._pairs: dict[str, PairMoments] = {}
         self._graphs: dict[int, tuple[AxisFacts, Mapping[WeightDim, Consumer | str]]] = {}
-        self._known: dict[WeightDim, _Known] = {}
+        self._absorbers: dict[WeightDim, _Absorber] = {}
         self._regions = list(regions_of(model).values())
         for region in self._regions:
             observe(region, self)
 
     def __enter__(self) -> Grams:
-        """Gather until the end of the block."""
+        """Return itself, to gather until the end of the block."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop gathering; what was gathered stays."""
+        """Stop gathering; the moments stay."""
         self.detach()
 
     def detach(self) -> None:
-        """Stop gathering; what was gathered stays."""
+        """Stop gathering; the moments stay."""
         for region in self._regions:
             ignore(region, self)
 
     def reset(self) -> None:
-        """Forget what was gathered."""
+        """Forget the moments."""
         self._grams.clear()
-        self._meetings.clear()
+        self._pairs.clear()
 
     @property
     def absorbing(self) -> tuple[WeightDim, ...]:
         """(parameter, dim) of the weights that can take over."""
         self._read_all()
-        return tuple(self._known)
+        return tuple(self._absorbers)
 
     @property
     def empty(self) -> bool:
-        """Nothing has been gathered."""
+        """Whether no moments have been gathered."""
         return not self._grams
 
     @property
     def positions(self) -> int:
-        """Positions (tokens, pixels) of the calls that were seen, where they are most."""
+        """Positions (tokens, pixels) of the calls that were read, at the input that has most."""
         return max((gram.total for gram in self._grams.values()), default=0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was gathered, by name."""
-        found: dict[str, Tensor] = {}
+        """Return the moments by name."""
+        tensors: dict[str, Tensor] = {}
         for (name, dim), gram in self._grams.items():
             label = f"{name}[{dim}]"
-            found |= {f"squares {label}": gram.moments.squares, f"sums {label}": gram.moments.sums}
-            found[f"counts {label}"] = torch.tensor([gram.moments.count, gram.window, gram.calls, gram.total])
+            tensors |= {f"squares {label}": gram.moments.squares, f"sums {label}": gram.moments.sums}
+            tensors[f"counts {label}"] = torch.tensor([gram.moments.count, gram.window, gram.calls, gram.total])
             if gram.positions is not None:
-                found[f"positions {label}"] = gram.positions
-        for name, met in self._meetings.items():
-            found |= {f"near {name}": met.near, f"far {name}": met.far, f"calls {name}": torch.tensor(met.calls)}
-        return found
+                tensors[f"positions {label}"] = gram.positions
+        for name, pair in self._pairs.items():
+            tensors |= {f"near {name}": pair.near, f"far {name}": pair.far, f"calls {name}": torch.tensor(pair.calls)}
+        return tensors
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on where `state_dict` was taken."""
@@ -150,12 +150,13 @@ class Grams:
             count, window, calls, total = state[f"counts {label}"].tolist()
             moments = Moments(state[f"squares {label}"], state[f"sums {label}"], count)
             self._grams[name, int(dim)] = InputMoments(moments, state.get(f"positions {label}"), window, calls, total)
-        met = [name.removeprefix("near ") for name in state if name.startswith("near ")]
-        self._meetings = {
-            name: PairMoments(state[f"near {name}"], state[f"far {name}"], int(state[f"calls {name}"])) for name in met
+        pairs = [name.removeprefix("near ") for name in state if name.startswith("near ")]
+        self._pairs = {
+            name: PairMoments(state[f"near {name}"], state[f"far {name}"], int(state[f"calls {name}"]))
+            for name in pairs
         }
 
-    # What an observer of regions does, see `ecospa_fx.model.observers`.
+    # The methods of an observer of regions, see `ecospa_fx.model.observers`.
 
     def wants(self, module: nn.Module) -> bool:
         """At every forward, or those that train."""
@@ -165,9 +166,9 @@ class Grams:
         """What the weights of a region meet."""
         self._read(region)
         here = self._consumers(program.axis_facts)
-        found: list[GramInput | ProductSite] = list(meetings_in(region, program))
-        for key in dict.fromkeys(self._known[key].gram for key in self._offered(region) if key in self._known):
-            consumer = here.get(_inside(region, key))
+        found: list[GramInput | ProductSite] = list(pair_sites(region, program))
+        for key in dict.fromkeys(self._absorbers[key].gram for key in self._offered(region) if key in self._absorbers):
+            consumer = here.get(_key_in_region(region, key))
             if isinstance(consumer, Consumer):
                 found.append(GramInput(key, consumer.inputs, consumer.window, region.state.plan.kept.get(key)))
         return [node for place in found for node in place.nodes], found
@@ -179,91 +180,97 @@ class Grams:
             return
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(values[0].device.type, enabled=False):
             for place in known:
-                mine = [next(given) for _ in place.nodes]
+                own = [next(given) for _ in place.nodes]
                 if isinstance(place, GramInput):
-                    gram = self._grams.get(place.gram)
-                    most = self.rows or max(ROWS, mine[0].shape[place.inputs[0].dim] * place.window // 4)
-                    here = InputMoments.seen(place, mine, most, 0 if gram is None else gram.calls)
-                    if gram is not None and gram.follow(place.positions):
-                        gram.add(here)
-                    else:
-                        self._grams[place.gram] = here
+                    self._add_input(place, own)
                 else:
-                    held = self._meetings.get(place.coupling)
-                    there = PairMoments.seen(place, mine, self.rows or ROWS, 0 if held is None else held.calls)
-                    if held is not None and held.near.shape == there.near.shape:
-                        held.add(there)
-                    else:
-                        self._meetings[place.coupling] = there
+                    self._add_pair(place, own)
+
+    def _add_input(self, gram_input: GramInput, values: Sequence[Tensor]) -> None:
+        before = self._grams.get(gram_input.gram)
+        limit = self.rows or max(ROWS, values[0].shape[gram_input.inputs[0].dim] * gram_input.window // 4)
+        moments = InputMoments.of_call(gram_input, values, limit, 0 if before is None else before.calls)
+        if before is not None and before.narrow_to(gram_input.positions):
+            before.add(moments)
+        else:
+            self._grams[gram_input.gram] = moments
+
+    def _add_pair(self, site: ProductSite, values: Sequence[Tensor]) -> None:
+        before = self._pairs.get(site.coupling)
+        moments = PairMoments.of_call(site, values, self.rows or ROWS, 0 if before is None else before.calls)
+        if before is not None and before.near.shape == moments.near.shape:
+            before.add(moments)
+        else:
+            self._pairs[site.coupling] = moments
 
     def of_sides(self, coupling: Coupling, parts: Sequence[Part], near: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
-        """The Gram matrices of the two sides of a coupling, of what flows where that was seen, else of its weights.
+        """Return the Gram matrices of the two sides of a coupling, of activations if they were read, else of weights.
 
         Args:
-            coupling: one whose basis is free.
-            parts: where its sides lie.
-            near: those of the weights, `[contexts, d, d]`.
-            far: likewise.
+            coupling: a coupling whose basis is free.
+            parts: the parts of weights that its sides lie on.
+            near: the matrix of the weights on one side, `[contexts, d, d]`.
+            far: likewise on the other side.
         """
         self._read_all()
-        held = self._meetings.get(coupling.name)
-        if held is not None and held.near.shape == near.shape:
-            near, far = over_ranks(held.near.to(near), held.far.to(far))
+        pair = self._pairs.get(coupling.name)
+        if pair is not None and pair.near.shape == near.shape:
+            near, far = all_reduce_sum(pair.near.to(near), pair.far.to(far))
             return near, far
-        seen = torch.zeros_like(near)
-        for part, known, gram in self._summing(parts):
-            if known is None or gram is None:
+        inputs = torch.zeros_like(near)
+        for part, absorber, gram in self._summing(parts):
+            if absorber is None or gram is None:
                 return near, far
-            gram.blocks(part, known.consumer.bias is not None, seen)  # what is constant a bias can hold
-        return (seen, far) if bool(seen.any()) else (near, far)
+            gram.add_blocks(part, absorber.consumer.bias is not None, inputs)  # a bias can hold the constant part
+        return (inputs, far) if bool(inputs.any()) else (near, far)
 
     def summing(self, coupling: Coupling) -> list[Summing] | None:
-        """The weights that sum over a coupling, with the moments of what they meet; None unless all may take over."""
+        """Return the weights that sum over a coupling, and their inputs' moments; None if one cannot take over."""
         self._read_all()
-        tensors, found = named_tensors(self.model), []
+        tensors, summing = named_tensors(self.model), []
         for member in coupling.members:
             key = member.parameter, member.dim
-            known = self._known.get(key)
-            if known is None:
+            absorber = self._absorbers.get(key)
+            if absorber is None:
                 if key in self.refused:
                     return None
                 continue
-            gram, weight = self._grams.get(known.gram), tensors[member.parameter]
-            if gram is None or not gram.follow(plan(self.model).kept.get(key)) or not _plain(weight):
+            gram, weight = self._grams.get(absorber.gram), tensors[member.parameter]
+            if gram is None or not gram.narrow_to(plan(self.model).kept.get(key)) or not _has_values(weight):
                 return None
             unit = member.index if member.context is None else member.context * coupling.size + member.index
             unit = torch.where(member.index >= 0, unit, -1).repeat_interleave(gram.window)
-            matrix = known.consumer.columns(weight.detach())
-            found.append(Summing(matrix, reduced(gram.moments), unit, known.consumer.bias is not None))
-        return found or None
+            matrix = absorber.consumer.columns(weight.detach())
+            summing.append(Summing(matrix, over_ranks(gram.moments), unit, absorber.consumer.bias is not None))
+        return summing or None
 
-    def turn(self, coupling: Coupling, parts: Sequence[Part], turn: BasisChange) -> None:
+    def follow(self, coupling: Coupling, parts: Sequence[Part], change: BasisChange) -> None:
         """Follow a change of basis."""
-        if coupling.name in self._meetings:
-            self._meetings[coupling.name].turn(turn)
+        if coupling.name in self._pairs:
+            self._pairs[coupling.name].follow(change)
         done: set[int] = set()
         for part, _, gram in self._summing(parts):
             if gram is not None and id(gram) not in done:
                 done.add(id(gram))
-                gram.turn(part, turn)
+                gram.follow(part, change)
 
-    def _summing(self, parts: Sequence[Part]) -> Iterator[tuple[Part, _Known | None, InputMoments | None]]:
-        """The weights that sum over a coupling, with the moments of what they meet at the sizes there are now."""
+    def _summing(self, parts: Sequence[Part]) -> Iterator[tuple[Part, _Absorber | None, InputMoments | None]]:
+        """Return the weights that sum over a coupling, with the moments of their inputs at the sizes of now."""
         for part in parts:
             if part.side == FAR:
-                known = self._known.get((part.parameter, part.dim))
-                gram = None if known is None else self._grams.get(known.gram)
+                absorber = self._absorbers.get((part.parameter, part.dim))
+                gram = None if absorber is None else self._grams.get(absorber.gram)
                 positions = plan(self.model).kept.get((part.parameter, part.dim))
-                yield part, known, gram if gram is not None and gram.follow(positions) else None
+                yield part, absorber, gram if gram is not None and gram.narrow_to(positions) else None
 
     def _consumers(self, axis_facts: AxisFacts) -> Mapping[WeightDim, Consumer | str]:
-        known = self._graphs.get(id(axis_facts))
-        if known is None or known[0] is not axis_facts:
-            self._graphs[id(axis_facts)] = known = (axis_facts, consumers(axis_facts))
-        return known[1]
+        cached = self._graphs.get(id(axis_facts))
+        if cached is None or cached[0] is not axis_facts:
+            self._graphs[id(axis_facts)] = cached = (axis_facts, consumers(axis_facts))
+        return cached[1]
 
     def _offered(self, region: Region) -> list[WeightDim]:
-        """The dims of matrices that couplings of a region lie on."""
+        """Return the dims of matrices that couplings of a region lie on."""
         return sorted({(m.parameter, m.dim) for c in region.offers.couplings() for m in c.members if m.matrix})
 
     def _read_all(self) -> None:
@@ -272,105 +279,106 @@ class Grams:
                 self._read(region)
 
     def _read(self, region: Region) -> None:
-        """Find out which weights of a region may absorb: every graph of it must sum over the dim in the same way."""
+        """Find the weights of a region that may absorb: every graph of it must sum over the dim in the same way."""
         groups: dict[Any, WeightDim] = {}
         for key in self._offered(region):
-            self._known.pop(key, None)
+            self._absorbers.pop(key, None)
             self.refused.pop(key, None)
-            inside = _inside(region, key)
+            inside = _key_in_region(region, key)
             graphs = [p.axis_facts for p in reversed(region.specializations) if _uses(p.captured, inside[0])]
             found = [self._consumers(axis_facts).get(inside) for axis_facts in graphs]
             if not any(found):
-                continue  # it makes what others sum over
+                continue  # its outputs are summed over by other weights
             reasons = [each for each in found if isinstance(each, str)]
             same = [each for each in found if isinstance(each, Consumer)]
             if reasons or len(same) < len(found) or len({each.window for each in same}) > 1:
                 self.refused[key] = reasons[0] if reasons else "not every call of its region sums over it"
                 continue
             bias = same[0].bias if len({each.bias for each in same}) == 1 else None
-            meets = tuple(tuple((i.node, i.dim, i.window) for i in each.inputs) for each in same)
-            self._known[key] = _Known(replace(same[0], bias=bias), groups.setdefault(meets, key))
+            inputs = tuple(tuple((i.node, i.dim, i.window) for i in each.inputs) for each in same)
+            self._absorbers[key] = _Absorber(replace(same[0], bias=bias), groups.setdefault(inputs, key))
 
     def absorbed(self, before: Plan, after: Plan, held: Sequence[Mapping[str, Tensor]]) -> dict[int, Tensor]:
-        """What the weights that take over become, at their sizes before the shrink.
+        """Compute the new values of the weights that take over, at their sizes before the shrink.
 
-        Where the model runs in several processes, each of them must call it: what they saw is added up.
+        Where the model runs in several processes, each of them must call it: their moments are added up.
 
         Args:
             before: the plan now.
-            after: the plan that the shrink leads to.
+            after: the plan after the shrink.
             held: tensors by name in the model: its own, those of copies, and averages of weights in optimizers. Each
-                of these maps is linear in the weights, so that all of them take over alike.
+                of these is linear in the weights, so that the same regression holds for all of them.
 
         Returns:
             `id` of a tensor in `held` -> its new value, for those that change.
         """
         self._read_all()
-        made: dict[int, Tensor] = {}
+        values: dict[int, Tensor] = {}
         solved: dict[tuple[WeightDim, bool], Absorption | None] = {}
         self.left = {}
-        for (name, dim), known in sorted(self._known.items()):
+        for (name, dim), absorber in sorted(self._absorbers.items()):
             steps = kept_positions(name, before, after).get(dim) if (name, dim) in after.kept else None
             if steps is None:
                 continue
-            consumer, constant = known.consumer, known.consumer.bias is not None
-            if (known.gram, constant) not in solved:
-                solved[known.gram, constant] = self._solved(known, before.kept.get((name, dim)), steps)
-            absorption = solved[known.gram, constant]
-            if absorption is None or not _plain(held[0].get(name)):
+            consumer, constant = absorber.consumer, absorber.consumer.bias is not None
+            if (absorber.gram, constant) not in solved:
+                solved[absorber.gram, constant] = self._solve(absorber, before.kept.get((name, dim)), steps)
+            absorption = solved[absorber.gram, constant]
+            if absorption is None or not _has_values(held[0].get(name)):
                 continue
             self.left[name, dim] = absorption.left
             bias = None if consumer.bias is None else name.removesuffix(consumer.parameter) + consumer.bias
             for tensors in held:
                 weight = tensors.get(name)
-                if weight is None or not _plain(weight):
+                if weight is None or not _has_values(weight):
                     continue
                 matrix = consumer.columns(weight.detach())
-                _set(made, tensors, weight, consumer.as_weight(absorption.columns(matrix), weight))
-                if bias is not None and _plain(tensors.get(bias)):
-                    _set(made, tensors, tensors[bias], absorption.bias(tensors[bias].detach(), matrix))
-        self._tell(before, after)
-        return made
+                _assign(values, tensors, weight, consumer.as_weight(absorption.columns(matrix), weight))
+                if bias is not None and _has_values(tensors.get(bias)):
+                    _assign(values, tensors, tensors[bias], absorption.bias(tensors[bias].detach(), matrix))
+        self._log(before, after)
+        return values
 
-    def _solved(self, known: _Known, positions: Tensor | None, steps: Tensor) -> Absorption | None:
-        gram = self._grams.get(known.gram)
-        if gram is None or not gram.follow(positions):
+    def _solve(self, absorber: _Absorber, positions: Tensor | None, steps: Tensor) -> Absorption | None:
+        gram = self._grams.get(absorber.gram)
+        if gram is None or not gram.narrow_to(positions):
             return None
         return absorb(
-            reduced(gram.moments), columns(steps, gram.window),
-            constant=known.consumer.bias is not None, ridge=self.ridge,
+            over_ranks(gram.moments), columns(steps, gram.window),
+            constant=absorber.consumer.bias is not None, ridge=self.ridge,
         )  # fmt: skip
 
-    def _tell(self, before: Plan, after: Plan) -> None:
+    def _log(self, before: Plan, after: Plan) -> None:
         log = logger("shrink")
         for key, share in self.left.items():
-            log.debug("%s[%d] takes over what goes, but %.1f%% of it", *key, 100 * share)
-        for key in [*self.refused, *(key for key in self._known if key not in self.left)]:
+            log.debug("%s[%d] takes over the entries that go, but for %.1f%% of them", *key, 100 * share)
+        for key in [*self.refused, *(key for key in self._absorbers if key not in self.left)]:
             if key in after.kept and not torch.equal(after.kept[key], before.kept.get(key, after.kept[key][:0])):
-                reason = self.refused.get(key, "nothing was gathered of what it meets, or no numbers, or it is sharded")
+                reason = self.refused.get(key, "no finite moments of its inputs were gathered, or it is sharded")
                 log.info("nothing takes over in %s[%d]: %s", *key, reason)
 
 
-def _inside(region: Region, key: WeightDim) -> WeightDim:
+def _key_in_region(region: Region, key: WeightDim) -> WeightDim:
+    """Return a (parameter, dim) by the parameter's name inside a region."""
     return (key[0].removeprefix(f"{region.name}.") if region.name else key[0]), key[1]
 
 
 def _uses(captured: RegionGraph, name: str) -> bool:
-    """Whether a graph does anything with a parameter."""
+    """Return whether a graph uses a parameter."""
     return any(
-        captured.same_storage.get(held, held) == name
+        captured.same_storage.get(tensor, tensor) == name
         for node in captured.graph.nodes
-        if node.op == "placeholder" and node.users and (held := captured.tensors.get(node.name)) is not None
+        if node.op == "placeholder" and node.users and (tensor := captured.tensors.get(node.name)) is not None
     )
 
 
-def _plain(tensor: Tensor | None) -> bool:
-    """Whether the values of a tensor are here, and all of them."""
+def _has_values(tensor: Tensor | None) -> bool:
+    """Return whether all values of a tensor are in this process: it is neither sharded nor on the meta device."""
     return type(tensor) in (Tensor, nn.Parameter) and tensor is not None and tensor.device.type != "meta"
 
 
-def _set(made: dict[int, Tensor], tensors: Mapping[str, Tensor], tensor: Tensor, value: Tensor) -> None:
-    """A new value of a tensor, and of those that share its memory."""
+def _assign(values: dict[int, Tensor], tensors: Mapping[str, Tensor], tensor: Tensor, value: Tensor) -> None:
+    """Set the new value of a tensor, and of those that share its memory."""
     for each in tensors.values():
         if each is tensor or (storage_key(each) == storage_key(tensor) and each.shape == tensor.shape):
-            made[id(each)] = value
+            values[id(each)] = value

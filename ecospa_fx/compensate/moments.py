@@ -1,4 +1,4 @@
-"""What `Grams` gathers: second moments of what a weight meets, and of the two sides of a product of activations."""
+"""Moments: second moments of the inputs of a weight, and of the two sides of a product of activations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.model.region import Region
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.rewrite.program import Program
@@ -19,13 +20,13 @@ from ecospa_fx.score.products import ProductSite, product_sites
 
 @dataclass(frozen=True, eq=False)
 class GramInput:
-    """What is added to one Gram matrix at a call.
+    """The inputs whose moments a call adds to one Gram matrix.
 
     Attributes:
-        gram: of which weight.
-        inputs: what that meets, in the graph that runs.
+        gram: the (parameter, dim) under which the matrix is kept.
+        inputs: the inputs of that weight, in the graph that runs.
         window: columns per entry, see `Consumer`.
-        positions: the original positions along its dim that are left; None for all.
+        positions: the original positions along the weight's dim that are left; None: all.
     """
 
     gram: WeightDim
@@ -35,20 +36,20 @@ class GramInput:
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        """What must be watched."""
+        """The nodes whose values must be read."""
         return tuple(each.node for each in self.inputs)
 
 
 @dataclass
 class InputMoments:
-    """Moments of what some weights meet.
+    """Moments of the inputs of some weights.
 
     Attributes:
         moments: the sums.
-        positions: of which positions along the weight's dim; None for all.
+        positions: the original positions along the weight's dim that they are of; None: all.
         window: columns per entry, see `Consumer`.
         calls: calls that were added up.
-        total: positions of these calls, also those that were not read.
+        total: positions (tokens, pixels) of these calls, those that were not read included.
     """
 
     moments: Moments
@@ -58,13 +59,19 @@ class InputMoments:
     total: int = 0
 
     @classmethod
-    def seen(cls, place: GramInput, values: Sequence[Tensor], most: int, calls: int) -> InputMoments:
-        """The moments of one call, of `most` positions at most, which are others from call to call."""
-        share = -(-most // len(values))
-        rows = torch.cat([each.rows(value, share, calls) for each, value in zip(place.inputs, values, strict=True)])
-        rows = _precise(rows)
-        total = max(each.positions(value) for each, value in zip(place.inputs, values, strict=True))
-        return cls(Moments(rows.T @ rows, rows.sum(0), len(rows)), place.positions, place.window, 1, total)
+    def of_call(cls, gram_input: GramInput, values: Sequence[Tensor], limit: int, calls: int) -> InputMoments:
+        """Compute the moments of one call.
+
+        Args:
+            gram_input: the inputs.
+            values: their values, one per input.
+            limit: positions to read at most.
+            calls: calls before this one; from call to call other positions are read.
+        """
+        share, pairs = -(-limit // len(values)), list(zip(gram_input.inputs, values, strict=True))
+        rows = _precise(torch.cat([each.rows(value, share, calls) for each, value in pairs]))
+        total = max(each.positions(value) for each, value in pairs)
+        return cls(Moments(rows.T @ rows, rows.sum(0), len(rows)), gram_input.positions, gram_input.window, 1, total)
 
     def add(self, other: InputMoments) -> None:
         """Add those of another call."""
@@ -75,21 +82,21 @@ class InputMoments:
         self.calls += other.calls
         self.total += other.total
 
-    def follow(self, positions: Tensor | None) -> bool:
-        """Drop what has gone since; False where something is missing."""
+    def narrow_to(self, positions: Tensor | None) -> bool:
+        """Drop the entries that have gone since; return False if one of `positions` is missing."""
         if positions is None or (self.positions is not None and torch.equal(positions, self.positions)):
             return positions is self.positions or positions is not None
         then = torch.arange(len(self.moments.sums) // self.window) if self.positions is None else self.positions
-        left = torch.isin(then, positions)
-        if int(left.sum()) != len(positions):
+        remaining = torch.isin(then, positions)
+        if int(remaining.sum()) != len(positions):
             return False
-        self.moments = self.moments.at(columns(left.nonzero().flatten(), self.window))
+        self.moments = self.moments.at(columns(remaining.nonzero().flatten(), self.window))
         self.positions = positions
         return True
 
-    def blocks(self, part: Part, centred: bool, into: Tensor) -> None:
-        """Add those of each block alone to `into`, `[contexts, d, d]`, per position; less the mean, where `centred`."""
-        moments = reduced(self.moments)
+    def add_blocks(self, part: Part, centred: bool, into: Tensor) -> None:
+        """Add the mean squares within each context to `into`, `[contexts, d, d]`; of what varies, if `centred`."""
+        moments = over_ranks(self.moments)
         squares = moments.squares.double() / moments.count
         if centred:
             squares = squares - torch.outer(moments.sums, moments.sums).double() / moments.count**2
@@ -97,21 +104,21 @@ class InputMoments:
         blocks = squares[order[:, None, :], order[None, :, :]].permute(2, 0, 1)
         into.index_add_(0, part.context.to(into.device), blocks.to(into))
 
-    def turn(self, part: Part, turn: BasisChange) -> None:
-        """Follow a change of basis of what the weight meets."""
+    def follow(self, part: Part, change: BasisChange) -> None:
+        """Follow a change of basis of the weight's inputs."""
         squares, sums = self.moments.squares, self.moments.sums
         for dim in (0, 1):
-            squares = change_basis(squares, replace(part, dim=dim), turn.near)
-        self.moments = Moments(squares, change_basis(sums, replace(part, dim=0), turn.near), self.moments.count)
+            squares = change_basis(squares, replace(part, dim=dim), change.near)
+        self.moments = Moments(squares, change_basis(sums, replace(part, dim=0), change.near), self.moments.count)
 
 
 @dataclass
 class PairMoments:
-    """Moments of two activations that are multiplied and summed along a coupling, queries and keys say.
+    """Moments of two activations whose product is summed along a coupling, such as queries and keys.
 
     Attributes:
-        near: `[contexts, d, d]`, sums over calls of the mean outer products of the one.
-        far: of the other.
+        near: `[contexts, d, d]`, sums over calls of the mean outer products of the first.
+        far: likewise of the second.
         calls: calls that were added up.
     """
 
@@ -120,13 +127,13 @@ class PairMoments:
     calls: int = 0
 
     @classmethod
-    def seen(cls, site: ProductSite, values: Sequence[Tensor], most: int, calls: int) -> PairMoments:
-        """The moments of one call, of `most` positions at most, which are others from call to call."""
+    def of_call(cls, site: ProductSite, values: Sequence[Tensor], limit: int, calls: int) -> PairMoments:
+        """Compute the moments of one call; arguments as those of `InputMoments.of_call`."""
         both = []
         for side, value in zip(site.sides, values, strict=True):
             rows = _precise(value).movedim(side.dim, -1)
             rows = rows[None] if side.along is None else rows.movedim(side.along - (side.along > side.dim), 0)
-            rows = spaced(rows.flatten(1, -2).transpose(0, 1), most, calls)
+            rows = spaced(rows.flatten(1, -2).transpose(0, 1), limit, calls)
             squares = torch.einsum("tci,tcj->cij", rows, rows) / len(rows)
             beside = torch.zeros(len(squares), dtype=torch.long) if side.beside is None else side.beside
             total = squares.new_zeros(site.contexts, *squares.shape[1:])
@@ -140,14 +147,14 @@ class PairMoments:
         self.far.add_(other.far)
         self.calls += other.calls
 
-    def turn(self, turn: BasisChange) -> None:
+    def follow(self, change: BasisChange) -> None:
         """Follow a change of basis."""
-        self.near = (turn.near @ self.near.double() @ turn.near.mT).to(self.near)
-        self.far = (turn.far @ self.far.double() @ turn.far.mT).to(self.far)
+        self.near = (change.near @ self.near.double() @ change.near.mT).to(self.near)
+        self.far = (change.far @ self.far.double() @ change.far.mT).to(self.far)
 
 
-def meetings_in(region: Region, program: Program) -> Iterator[ProductSite]:
-    """Where two activations are multiplied and summed along a coupling that has a dim of its own there."""
+def pair_sites(region: Region, program: Program) -> Iterator[ProductSite]:
+    """Find the products of two activations that are summed along a coupling which has a dim of its own there."""
     names = {found.key: found.name for found in region.naming_graph.discovery.couplings}
     offered = {coupling.name: coupling for coupling in region.offers.couplings()}
     kept = region.kept(program)
@@ -157,32 +164,22 @@ def meetings_in(region: Region, program: Program) -> Iterator[ProductSite]:
         if coupling is None or not coupling.linear:
             continue
         for site in product_sites(program.axis_facts, found, coupling, kept):
-            met = all(side.node not in weights for side in site.sides)
+            activations = all(side.node not in weights for side in site.sides)
             told_apart = coupling.contexts == 1 or all(side.along is not None for side in site.sides)
-            if met and told_apart and len(site.entry) == coupling.size and site.context is None:
+            if activations and told_apart and len(site.entry) == coupling.size and site.context is None:
                 yield site
 
 
 def columns(entries: Tensor, window: int) -> Tensor:
-    """The columns of some entries, of which each has `window`."""
+    """Return the columns of some entries, `window` per entry."""
     return (entries[:, None] * window + torch.arange(window)).flatten()
 
 
-def reduced(moments: Moments) -> Moments:
-    """The moments of all processes."""
+def over_ranks(moments: Moments) -> Moments:
+    """Add moments up over all processes."""
     count = torch.tensor([moments.count], dtype=torch.float64, device=moments.sums.device)
-    squares, sums, counts = over_ranks(moments.squares, moments.sums, count)
+    squares, sums, counts = all_reduce_sum(moments.squares, moments.sums, count)
     return Moments(squares, sums, int(counts))
-
-
-def over_ranks(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors added up over all processes, where there are several."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return tensors
-    sums = tuple(tensor.clone() for tensor in tensors)
-    for each in sums:
-        torch.distributed.all_reduce(each)
-    return sums
 
 
 def _precise(rows: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""rotate: another basis for couplings between linear maps, in which a few entries carry most, and the rest little.
+"""Rotation: another basis for couplings between linear maps, in which a few entries carry most, and the rest little.
 
-rotate(model, couplings) -> passes.rotate.sides, or a reason -> balanced -> weights, gradients and optimizer state
+rotate(model, couplings) -> sides, or a reason -> balanced -> weights, gradients and optimizer state
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from .grams import Grams
 
 @dataclass(frozen=True)
 class Rotation:
-    """What `rotate` did.
+    """The result of `rotate`.
 
     Attributes:
-        energy: coupling name -> `[contexts, size]`, what each entry carries now, largest first.
-        refused: coupling name -> why its basis is as it was.
+        energy: coupling name -> `[contexts, size]`, the energy of each entry in the new basis, largest first.
+        refused: coupling name -> the reason why it keeps its basis.
     """
 
     energy: dict[str, Tensor] = field(default_factory=dict)
@@ -69,29 +69,29 @@ def rotate(
     optimizer: Optimizer | Iterable[Optimizer] = (),
     also: Any = (),
 ) -> Rotation:
-    """Give couplings between linear maps a basis in which their entries are ordered by what they carry.
+    """Give couplings between linear maps a basis in which their entries are ordered by the energy that they carry.
 
-    These are values and outputs of an attention, and queries and keys that nothing turns by position; the basis is that
-    of the singular vectors of the product, per head. The model computes what it did, to rounding, and the last entries
-    are what it loses least by. Values that hooks see along these couplings are in the new basis.
+    These are values and outputs of an attention, and queries and keys without rotary embedding; the basis is that of
+    the singular vectors of the product, per head. The model computes the same as before, to rounding, and loses least
+    by its last entries. Values that hooks see along these couplings are in the new basis.
 
     >>> ecospa_fx.rotate(model, optimizer=optimizer)
 
     Args:
         model: a compiled model that has been called.
-        couplings: which ones, or their names; all by default.
-        keep: coupling name -> how many entries will stay. These then come in coordinates near to those there were, not
-            ordered, for the sake of what optimizers know of them.
-        grams: what was gathered of what flows; the product is then weighted by it, and it turns with the model.
-        optimizer: the optimizer, or several, that hold the parameters; what they hold turns with them.
-        also: copies of the model that turn with it, see `ecospa_fx.shrink`.
+        couplings: couplings or their names; all by default.
+        keep: coupling name -> number of entries that will stay. These are then given coordinates close to the old ones,
+            not ordered, so that the state of optimizers stays meaningful.
+        grams: moments of the activations; the product is then weighted by them, and they follow the change of basis.
+        optimizer: the optimizer, or several, that hold the parameters; their state follows the change of basis.
+        also: copies of the model that follow it, see `ecospa_fx.shrink`.
 
     Returns:
-        What each entry carries, and why some couplings stay as they are.
+        The energy of each entry, and why some couplings keep their basis.
 
     Raises:
         NoCouplingError: there is no such coupling.
-        OptimizerError: the optimizer holds none of the parameters, or is one that nothing can be carried through.
+        OptimizerError: the optimizer holds none of the parameters, or its state cannot be carried through a change.
         ShrinkError: something in `also` is no copy of the model.
     """
     compiled, optimizers = state_of(model), several(optimizer)
@@ -125,42 +125,42 @@ def _rotate(
     copies: Sequence[Mapping[str, Tensor]],
     result: Rotation,
 ) -> str | None:
-    """Rotate one coupling, all of it or nothing; or say why not."""
-    found = free_basis(model, compiled, coupling, grams, optimizers)
-    if isinstance(found, str):
-        return found
-    parts, turn, tensors = found.parts, found.turn, named_tensors(model)
+    """Rotate one coupling as a whole, or return the reason why it keeps its basis."""
+    basis = free_basis(model, compiled, coupling, grams, optimizers)
+    if isinstance(basis, str):
+        return basis
+    parts, change, tensors = basis.parts, basis.change, named_tensors(model)
     if keep is not None and keep < coupling.size:
-        turn = near_old_basis(turn, keep, found.scale)
-    change = Change()
-    for held in (tensors, *copies):
-        for tensor, mine in _by_tensor(held, parts):
-            grad = None if tensor.grad is None else _all(tensor.grad, mine, turn, "gradient")
-            change.tensors.append((tensor, _all(tensor, mine, turn, "update"), grad))
-    for tensor, mine in _by_tensor(tensors, parts):
-        held_states = _held(optimizers, tensor)
-        assert not isinstance(held_states, str), held_states  # `free_basis` has looked
-        change.states += [(state, entry, _all(value, mine, turn, how)) for state, entry, value, how in held_states]
-    change.commit()
+        change = near_old_basis(change, keep, basis.scale)
+    pending = Change()
+    for each in (tensors, *copies):
+        for tensor, own in _by_tensor(each, parts):
+            grad = None if tensor.grad is None else _changed(tensor.grad, own, change, "gradient")
+            pending.tensors.append((tensor, _changed(tensor, own, change, "update"), grad))
+    for tensor, own in _by_tensor(tensors, parts):
+        states = _states_of(optimizers, tensor)
+        assert not isinstance(states, str), states  # `free_basis` has refused these
+        pending.states += [(state, entry, _changed(value, own, change, how)) for state, entry, value, how in states]
+    pending.commit()
     if grams is not None:
-        grams.turn(coupling, parts, turn)
-    result.energy[coupling.name] = turn.energy.cpu()
+        grams.follow(coupling, parts, change)
+    result.energy[coupling.name] = change.energy.cpu()
     return None
 
 
 @dataclass(frozen=True, eq=False)
 class FreeBasis:
-    """The basis that a coupling may be given.
+    """The new basis of a coupling, in which its entries are ordered by energy.
 
     Attributes:
-        parts: where its sides lie.
-        turn: the change of basis, and what each entry carries in it.
-        alone: `[contexts, d]`, the squares that each entry carries in the basis there is.
+        parts: the parts of weights that its sides lie on.
+        change: the change of basis, with the energy of each entry in it.
+        alone: `[contexts, d]`, the squares that each entry carries in the old basis.
         scale: `[contexts, d]`, the roots of the squares of their near side.
     """
 
     parts: list[Part]
-    turn: BasisChange
+    change: BasisChange
     alone: Tensor
     scale: Tensor
 
@@ -172,74 +172,74 @@ def free_basis(
     grams: Grams | None,
     optimizers: Sequence[Optimizer],
 ) -> FreeBasis | str:
-    """The basis in which the entries of a coupling come in order of what they carry, or why it is not free."""
+    """Return the basis in which a coupling's entries are ordered by energy, or the reason why it is not free."""
     parts = _parts(compiled, coupling)
     if isinstance(parts, str):
         return parts
     tensors = named_tensors(model)
     for part in parts:
-        held = _held(optimizers, tensors[part.parameter])
-        if isinstance(held, str):
-            return f"`{part.parameter}`: {held}"
+        states = _states_of(optimizers, tensors[part.parameter])
+        if isinstance(states, str):
+            return f"`{part.parameter}`: {states}"
     for part in parts:
         weight = tensors[part.parameter]
         if type(weight) not in (Tensor, nn.Parameter) or weight.device.type == "meta":
-            return f"`{part.parameter}` is a {type(weight).__name__} on {weight.device}, whose values are not all here"
+            kind = type(weight).__name__
+            return f"`{part.parameter}` is a {kind} on {weight.device}, whose values are not all in this process"
         if any(storage_key(t) == storage_key(weight) for t in tensors.values() if t is not weight):
             return f"`{part.parameter}` shares its memory with another tensor"
     near, far = (gram_of(tensors, [p for p in parts if p.side == side], coupling.contexts) for side in (NEAR, FAR))
     if grams is not None:
         near, far = grams.of_sides(coupling, parts, near, far)
     if not bool(near.isfinite().all()) or not bool(far.isfinite().all()):
-        return "its weights hold an inf or a NaN"
+        return "its weights or activations have an inf or a NaN"
     alone = near.diagonal(dim1=-2, dim2=-1) * far.diagonal(dim1=-2, dim2=-1)
     scale = near.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     return FreeBasis(parts, balanced(near, far), alone.cpu(), scale)
 
 
 def _by_tensor(tensors: Mapping[str, Tensor], parts: Sequence[Part]) -> Iterable[tuple[Tensor, list[Part]]]:
-    """Each tensor once, with all the parts that lie on it."""
+    """Return each tensor once, with all the parts that lie on it."""
     for name in dict.fromkeys(part.parameter for part in parts):
         if name in tensors:
             yield tensors[name], [part for part in parts if part.parameter == name]
 
 
 def _parts(compiled: CompiledModel, coupling: Coupling) -> list[Part] | str:
-    """Where the two sides of a coupling lie now, or why its basis is not free."""
+    """Return the parts of weights that the two sides of a coupling lie on, or the reason why its basis is not free."""
     region = compiled.regions[coupling.region]
     if coupling.size < 2:
         return "it has one entry"
     named = region.naming_graph.discovery.couplings
-    found = next(f for f in named if join(region.name, f.name) == coupling.name)
-    where = _sides_everywhere(region, found)
+    where = _sides_everywhere(region, next(c for c in named if join(region.name, c.name) == coupling.name))
     if isinstance(where, str):
         return where
     if len({parameter for parameter, _ in where}) < len(where):
-        return "a weight has it along two of its dims"
+        return "a weight has the coupling along two of its dims"
     if {join(region.name, name) for name, _ in where} != {member.parameter for member in coupling.members}:
         return "a buffer lies on it"
     parts: list[Part] = []
     for member in coupling.members:
-        own = member.parameter.removeprefix(f"{region.name}.") if region.name else member.parameter
-        left = compiled.plan.kept.get((member.parameter, member.dim))
-        side = where[own, member.dim] if left is None else where[own, member.dim][left]
+        name = member.parameter.removeprefix(f"{region.name}.") if region.name else member.parameter
+        kept = compiled.plan.kept.get((member.parameter, member.dim))
+        side = where[name, member.dim] if kept is None else where[name, member.dim][kept]
         for each in (NEAR, FAR):
             positions = torch.where(side == each, member.index, -1)
             counts = {int((positions == entry).sum()) for entry in range(coupling.size)}
             if counts == {0}:
                 continue
             if len(counts) > 1:
-                return f"`{member.parameter}` has not as many rows of one entry as of another"
+                return f"`{member.parameter}` has more rows of one entry than of another"
             order = torch.stack([(positions == entry).nonzero().flatten() for entry in range(coupling.size)])
             context = torch.zeros_like(order) if member.context is None else member.context[order]
             if not bool((context == context[0]).all()):
-                return f"`{member.parameter}` has its heads in another order from entry to entry"
+                return f"`{member.parameter}` has its heads in an order that differs from entry to entry"
             parts.append(Part(member.parameter, member.dim, each, order, context[0]))
     return parts
 
 
 def _sides_everywhere(region: Region, found: RegionCoupling) -> Mapping[tuple[str, int], Tensor] | str:
-    """The sides, which every graph of the region must agree on that has any of the weights."""
+    """Return the sides, or a reason; all graphs of the region that use any of the weights must agree on them."""
     first: Mapping[tuple[str, int], Tensor] | None = None
     names = {name for name, _ in found.axes}
     for each in region.specializations:
@@ -255,13 +255,13 @@ def _sides_everywhere(region: Region, found: RegionCoupling) -> Mapping[tuple[st
         if first is not None and any(not torch.equal(where[key], first[key]) for key in first):
             return "another call of its region uses its weights in another way"
         first = where
-    return "no call of its region has it" if first is None else first
+    return "no graph of its region has the coupling" if first is None else first
 
 
-def _all(tensor: Tensor, parts: Sequence[Part], turn: BasisChange, how: TransformsAs) -> Tensor:
-    """A tensor of a parameter's shape in the new basis."""
+def _changed(tensor: Tensor, parts: Sequence[Part], change: BasisChange, how: TransformsAs) -> Tensor:
+    """Compute a tensor of a parameter's shape in the new basis."""
     for part in parts:
-        by = turn.of(part.side if how in ("update", "update_square") else 1 - part.side)
+        by = change.of(part.side if how in ("update", "update_square") else 1 - part.side)
         if how == "scale":
             tensor = change_basis(tensor.square(), part, by.square()).sqrt()
         else:
@@ -269,11 +269,11 @@ def _all(tensor: Tensor, parts: Sequence[Part], turn: BasisChange, how: Transfor
     return tensor
 
 
-def _held(
+def _states_of(
     optimizers: Sequence[Optimizer], tensor: Tensor
 ) -> list[tuple[dict[str, Any], str, Tensor, TransformsAs]] | str:
-    """What optimizers hold for a parameter, and how it follows a change of basis; or why some of it cannot."""
-    made: list[tuple[dict[str, Any], str, Tensor, TransformsAs]] = []
+    """Return the optimizers' state of a parameter and how each entry follows a change of basis, or why one cannot."""
+    states: list[tuple[dict[str, Any], str, Tensor, TransformsAs]] = []
     seen: set[int] = set()
     for each in [layer for optimizer in optimizers for layer in reversed(list(layers(optimizer)))]:
         state = getattr(each, "state", {}).get(tensor)
@@ -286,5 +286,5 @@ def _held(
                 continue
             if entry not in rules or not isinstance(value, Tensor) or value.shape != tensor.shape:
                 return f"how `{entry}` of {type(each).__name__} follows a change of basis is not known"
-            made.append((state, entry, value, rules[entry]))
-    return made
+            states.append((state, entry, value, rules[entry]))
+    return states

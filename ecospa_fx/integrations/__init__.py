@@ -1,1 +1,1 @@
-"""Integrations: EcoSpa in the training loops that people have. Each imports its library, so none is imported here."""
+"""Integrations: callbacks for training loops of other libraries; each imports its library, so none is imported here."""

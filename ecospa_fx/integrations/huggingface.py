@@ -27,7 +27,7 @@ from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.train.trainer import EcoSpaTrainer
 
 DIRECTORY = "ecospa_fx"
-"""What is saved of a checkpoint's model lies there inside it; `ecospa_fx.load` reads it."""
+"""The directory inside a checkpoint that `ecospa_fx.save` writes and `ecospa_fx.load` reads."""
 
 
 class EcoSpaCallback(TrainerCallback):
@@ -38,7 +38,7 @@ class EcoSpaCallback(TrainerCallback):
 
     The optimizer's state shrinks along, the learning-rate schedule goes on. After an interruption build the model as
     for a new run, from its config, and call `trainer.train(resume_from_checkpoint=True)`. Each checkpoint holds a
-    directory `ecospa_fx`, from which `ecospa_fx.load` makes the shrunk model again.
+    directory `ecospa_fx`, from which `ecospa_fx.load` builds the shrunk model.
 
     Args:
         execution: see `ecospa_fx.compile`; with `"module"` the model generates with a cache after training as before.
@@ -55,10 +55,10 @@ class EcoSpaCallback(TrainerCallback):
         self._loss: float | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Compile the model, and let it meet weights of a checkpoint that has shrunk."""
+        """Compile the model, and prepare it to be given the weights of a shrunk checkpoint."""
         model = given["model"]
         compile(model, execution=self.execution)
-        model.register_load_state_dict_pre_hook(_pass_over)
+        model.register_load_state_dict_pre_hook(_keep_for_later)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
@@ -69,7 +69,7 @@ class EcoSpaCallback(TrainerCallback):
         if state.global_step and self.trainer is None:
             if not source.is_dir():
                 raise CheckpointError(
-                    f"training resumes at step {state.global_step}, but {source} is not there, which holds how far the "
+                    f"training resumes at step {state.global_step}, but {source} is missing, which says how far the "
                     "model had shrunk; resume from a checkpoint in output_dir that was saved with this callback"
                 )
             rebuild(reading(source, read_model), lambda: model, None)
@@ -79,7 +79,7 @@ class EcoSpaCallback(TrainerCallback):
                 resume(source, model, trainer=self.trainer, rng=False)  # the Trainer has its own for the rest
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Count the step; shrink if it is time."""
+        """Count the step, and shrink if a shrink is due."""
         assert self.trainer is not None
         shrinks = len(self.trainer.history)
         self.trainer.step(loss=self._loss)
@@ -88,7 +88,7 @@ class EcoSpaCallback(TrainerCallback):
             logger("shrink").info("step %d: %s parameters", state.global_step, f"{self.trainer.size:,}")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Write size and shrinks into the Trainer's logs, and take the loss out of them."""
+        """Write size and shrinks into the Trainer's logs, and read the loss from them."""
         logs = given.get("logs") or {}
         self._loss = logs.get("loss", self._loss)
         if self.trainer is not None:
@@ -104,16 +104,16 @@ class EcoSpaCallback(TrainerCallback):
             save(given["model"], directory, trainer=self.trainer)
 
 
-def _pass_over(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Let weights of a checkpoint at other sizes wait: `on_train_begin` puts them in place, with the plan they have.
+def _keep_for_later(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Replace weights of other sizes by the model's own: `on_train_begin` loads them, with their checkpoint's plan.
 
-    The Trainer loads weights before anything tells its callbacks so. Nothing is missing: the model keeps its own.
+    The Trainer loads weights before it calls any callback.
     """
     if MODEL not in model.__dict__:
         return
-    held = named_tensors(model)
-    for name in [name for name, value in state_dict.items() if name in held and held[name].shape != value.shape]:
-        state_dict[name] = held[name].detach()
+    own = named_tensors(model)
+    for name in [name for name, value in state_dict.items() if name in own and own[name].shape != value.shape]:
+        state_dict[name] = own[name].detach()
 
 
 __all__ = ["EcoSpaCallback"]

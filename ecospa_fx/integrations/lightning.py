@@ -4,7 +4,7 @@ setup                the module is compiled and waits for its first call
 on_load_checkpoint   a checkpoint that has shrunk: the module takes its sizes before anything else takes its state
 on_fit_start         the schedule begins, or goes on where the checkpoint was taken
 on_train_batch_end   a sparsification step, if the optimizer took a step and one is due
-state_dict           what is left of the module and how far the schedule is, as plain values and tensors
+state_dict           the plan of the module and the state of the schedule, as plain values and tensors
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from ecospa_fx.model.state import Execution
 from ecospa_fx.passes.follow.attributes import changes_in
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.plan import Plan
-from ecospa_fx.train.trainer import EcoSpaTrainer, tokens_of
+from ecospa_fx.train.batches import tokens_of
+from ecospa_fx.train.trainer import EcoSpaTrainer
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -55,16 +56,16 @@ class EcoSpaCallback(Callback):
     `trainer.validate`, `test` and `predict` take such a checkpoint too, with this callback. `load_checkpoint` makes a
     shrunk module from one.
 
-    Lightning's checkpoints hold no random numbers' state; this callback's part of them does. A run that goes on from
-    the end of an epoch, or from within one with a loader that has `state_dict` and `load_state_dict`, goes on bit for
-    bit.
+    Lightning does not save the state of random generators; this callback does. A run that resumes at the end of an
+    epoch, or within one with a loader that has `state_dict` and `load_state_dict`, goes on bit for bit.
 
     Args:
-        module: what shrinks: the name of a submodule of the LightningModule. None takes the only child that has
-            parameters, else the LightningModule itself by its `forward`.
+        module: name of the submodule of the LightningModule that shrinks. None: the only child that has parameters,
+            else the LightningModule itself by its `forward`.
         execution: see `ecospa_fx.compile`.
-        wait_for_loss: let shrinks wait while the training loss is up. It is read at every step, which a GPU waits for.
-        rng: let the generators of Python, numpy and torch go on where the checkpoint was taken.
+        wait_for_loss: let shrinks wait while the training loss is high. It is read at every step, which a GPU waits
+            for.
+        rng: restore the generators of Python, numpy and torch from the checkpoint.
         settings: of `EcoSpaTrainer`. `interval`, `start` and `end` count batches at which an optimizer took a step. A
             Lightning callback that averages weights may be named in `also`; such a run cannot be resumed.
 
@@ -72,7 +73,7 @@ class EcoSpaCallback(Callback):
         trainer: the `EcoSpaTrainer`, once training has begun.
 
     Raises:
-        EcoSpaError: the strategy is for several devices, or which module is meant is not clear.
+        EcoSpaError: the strategy is for several devices, or several modules could be meant.
         CheckpointError: a checkpoint has shrunk and does not say how far, or is of another model or other settings.
     """
 
@@ -90,21 +91,21 @@ class EcoSpaCallback(Callback):
         self.trainer: EcoSpaTrainer | None = None
         self._model: nn.Module | None = None
         self._prefix = ""
-        self._saved: dict[str, Any] | None = None  # of a checkpoint, for the training that is about to begin
-        self._passed_over: list[str] = []  # names of weights that wait for on_load_checkpoint
-        self._within = False  # an epoch has begun and not ended
-        self._later: Mapping[str, Any] | None = None  # random numbers' state for when the loader has been begun
+        self._saved: dict[str, Any] | None = None  # state of a checkpoint, for the training that begins next
+        self._deferred: list[str] = []  # names of weights that wait for on_load_checkpoint
+        self._within_epoch = False  # an epoch has begun and not ended
+        self._generators: Mapping[str, Any] | None = None  # their state, for when the loader has been started
         self._hook: Any = None
         self._seen, self._batches, self._tokens = 0, 0, 0  # optimizer steps; batches and tokens since the last one
 
     @property
     def state_key(self) -> str:
-        """What the state is called in a checkpoint: one for each module that shrinks."""
+        """The name of the state in a checkpoint: one for each module that shrinks."""
         key: str = self._generate_state_key(module=self.module)
         return key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Compile the module, and let it meet weights of a checkpoint that has shrunk."""
+        """Compile the module, and prepare it to be given the weights of a shrunk checkpoint."""
         if not isinstance(trainer.strategy, SingleDeviceStrategy):
             raise EcoSpaError(
                 f"{type(trainer.strategy).__name__} holds gradients of several devices at sizes of its own, which a "
@@ -112,23 +113,23 @@ class EcoSpaCallback(Callback):
             )
         self._prefix, self._model = module_of(pl_module, self.module)
         compile(self._model, execution=self.execution)
-        self._passed_over = []
-        self._hook = self._model.register_load_state_dict_pre_hook(self._pass_over)
+        self._deferred = []
+        self._hook = self._model.register_load_state_dict_pre_hook(self._defer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the module as a plain compiled one."""
+        """Remove the hook from the module, which stays compiled."""
         if self._hook is not None:
             self._hook.remove()
 
-    def _pass_over(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Let weights at other sizes wait: Lightning loads them before any callback sees the checkpoint."""
+    def _defer(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Replace weights of other sizes by the module's own: Lightning loads them before it calls any callback."""
         if model is not self._model:  # a copy of it
             return
         for name, tensor in named_tensors(model).items():
             given = state_dict.get(prefix + name)
             if isinstance(given, Tensor) and given.shape != tensor.shape:
                 state_dict[prefix + name] = tensor.detach()
-                self._passed_over.append(name)
+                self._deferred.append(name)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Bring the module to the sizes of a checkpoint, with its weights."""
@@ -141,14 +142,14 @@ class EcoSpaCallback(Callback):
                 "can be told its sizes; resume from a run without an averaging callback"
             )
         fill(self._model, state, checkpoint["state_dict"], self._prefix)
-        self._passed_over = []
+        self._deferred = []
         self._saved = state
 
     def _check_loaded(self) -> None:
-        if self._passed_over:
+        if self._deferred:
             raise CheckpointError(
-                f"{len(self._passed_over)} weights of this checkpoint have other sizes than the model's, the first is "
-                f"`{self._passed_over[0]}`, and it does not say which rows and columns are left: it holds no state of "
+                f"{len(self._deferred)} weights of this checkpoint have other sizes than the model's, the first is "
+                f"`{self._deferred[0]}`, and it does not say which rows and columns are left: it holds no state of "
                 f"{self.state_key}. Load one that was saved in training with this callback, and not with "
                 "save_weights_only=True"
             )
@@ -171,7 +172,7 @@ class EcoSpaCallback(Callback):
             parts = {"trainer": {"trainer": read["trainer"]}}
             if self.rng:
                 parts["random"] = {"random": read["random"]}
-                self._later = parts["random"] if read["within_epoch"] else None
+                self._generators = parts["random"] if read["within_epoch"] else None
             resume_training(self._model, Training(trainer=self.trainer), parts, "the checkpoint")
         elif before is not None:  # training goes on in the same process
             self.trainer.load_state_dict(before.state_dict())
@@ -179,18 +180,18 @@ class EcoSpaCallback(Callback):
             self._seen = trainer.global_step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Within an epoch, draw as if its loader had not been begun anew."""
-        if self._later is not None:
+        """Within an epoch, restore the generators once its loader has been started."""
+        if self._generators is not None:
             assert self._model is not None
-            resume_training(self._model, Training(), {"random": self._later}, "the checkpoint")
-            self._later = None
+            resume_training(self._model, Training(), {"random": self._generators}, "the checkpoint")
+            self._generators = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the step, if an optimizer took one; shrink if it is time."""
+        """Count the step, if an optimizer took one, and shrink if a shrink is due."""
         assert self.trainer is not None
-        self._within = not trainer.is_last_batch
+        self._within_epoch = not trainer.is_last_batch
         self._batches += 1
         self._tokens += tokens_of(batch) or 0
         if trainer.global_step == self._seen:
@@ -216,26 +217,26 @@ class EcoSpaCallback(Callback):
             pl_module.log_dict({name: float(number) for name, number in numbers.items()}, on_step=True, on_epoch=False)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that a checkpoint was taken up."""
+        """Check that the weights of a shrunk checkpoint have been loaded."""
         self._check_loaded()
 
     on_test_start = on_predict_start = on_validation_start
 
     def state_dict(self) -> dict[str, Any]:
-        """What Lightning writes into its checkpoints: plain values and tensors, nothing to unpickle."""
+        """Return the state for Lightning's checkpoints: plain values and tensors, nothing to unpickle."""
         if self.trainer is None:
             return {}
         model, packer = self.trainer.model, Packer()
         compiled: CompiledModel = model.__dict__[MODEL]
-        held, passing = named_tensors(model), transient(model)
+        own, passing = named_tensors(model), transient(model)
         document = {
             "plan": compiled.plan.to_json(),
             "model": described(model, compiled),
-            "buffers": {name: held[name] for name in compiled.plan.original_shapes if name in passing},
+            "buffers": {name: own[name] for name in compiled.plan.original_shapes if name in passing},
             "trainer": {"class": type(self.trainer).__name__, "state": self.trainer.state_dict()},
             "random": random_state(),
             "optimizer_steps": self._seen,
-            "within_epoch": self._within,
+            "within_epoch": self._within_epoch,
         }
         packed = packer.pack(document, "EcoSpaCallback")
         # As they are now: a checkpoint that is kept in memory must not change with the training that goes on.
@@ -253,7 +254,7 @@ def load_checkpoint(path: Any, pl_module: LightningModule, module: str | None = 
         module: as given to the callback.
 
     Returns:
-        `pl_module`, what has shrunk in it compiled.
+        `pl_module`, with the module that has shrunk compiled.
 
     Raises:
         CheckpointError: the checkpoint holds no state of such a callback, or is of another model.
@@ -265,14 +266,14 @@ def load_checkpoint(path: Any, pl_module: LightningModule, module: str | None = 
         raise CheckpointError(f"{path} holds no state of {callback.state_key}; its own are {_keys(checkpoint)}")
     callback._prefix, callback._model = module_of(pl_module, module)
     fill(callback._model, state, checkpoint["state_dict"], callback._prefix)
-    hook = callback._model.register_load_state_dict_pre_hook(callback._pass_over)
-    pl_module.load_state_dict(checkpoint["state_dict"])  # what lies outside of the module that shrinks
+    hook = callback._model.register_load_state_dict_pre_hook(callback._defer)
+    pl_module.load_state_dict(checkpoint["state_dict"])  # the weights outside of the module that shrinks
     hook.remove()
     return pl_module
 
 
 def module_of(pl_module: LightningModule, name: str | None) -> tuple[str, nn.Module]:
-    """What of a LightningModule shrinks, and the prefix of its names.
+    """Return the prefix of its names and the module of a LightningModule that shrinks.
 
     Raises:
         EcoSpaError: there is no such submodule, or several could be meant.
@@ -296,18 +297,18 @@ def module_of(pl_module: LightningModule, name: str | None) -> tuple[str, nn.Mod
 
 
 def fill(model: nn.Module, state: Mapping[str, Any], weights: Mapping[str, Any], prefix: str) -> None:
-    """Bring a module to what a checkpoint leaves of it. One that has shrunk otherwise since is made whole first.
+    """Give a module the sizes and weights of a checkpoint; if it has shrunk otherwise, it gets its full size first.
 
     Raises:
-        CheckpointError: it is another module; nothing was changed then.
+        CheckpointError: the checkpoint is of another module; this one is unchanged then.
     """
     read = _unpacked(state)
     about = read["model"]
     check_description(about, "the checkpoint")
-    held, passing = named_tensors(model), transient(model)
+    own, passing = named_tensors(model), transient(model)
     tensors = {
         name: weights[prefix + name].detach().clone()
-        for name in held
+        for name in own
         if name not in about["aliases"] and isinstance(weights.get(prefix + name), Tensor)
     }
     changes = changes_in(about["attributes"], "the checkpoint")
@@ -317,11 +318,11 @@ def fill(model: nn.Module, state: Mapping[str, Any], weights: Mapping[str, Any],
     )  # fmt: skip
     compiled: CompiledModel | None = model.__dict__.get(MODEL)
     plan = Plan() if compiled is None else compiled.plan
-    before = {name: held[name].data for name in plan.original_shapes}
+    before = {name: own[name].data for name in plan.original_shapes}
     for name in before:
-        whole = unshrunk(held[name], plan, name)
-        if held[name].shape != whole.shape:  # tied weights have several names
-            held[name].data = whole
+        full = unshrunk(own[name], plan, name)
+        if own[name].shape != full.shape:  # tied weights have several names
+            own[name].data = full
     try:
         if compiled is not None:
             compiled.state.plan = Plan()
@@ -330,7 +331,7 @@ def fill(model: nn.Module, state: Mapping[str, Any], weights: Mapping[str, Any],
         rebuild(saved, partial(_same, model), None)
     except BaseException:
         for name, data in before.items():
-            held[name].data = data
+            own[name].data = data
         if compiled is not None:
             compiled.state.plan = plan
             for attribute, (_, now) in compiled.attributes.items():

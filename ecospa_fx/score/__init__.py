@@ -1,1 +1,1 @@
-"""Score: how important each entry of each coupling is."""
+"""Score: the importance of couplings and of their entries, read, summed up and judged."""

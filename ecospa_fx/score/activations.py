@@ -1,12 +1,11 @@
-"""ActivationScores: what flows through a coupling, gathered while the model runs.
+"""ActivationScores: scores of the activations along couplings, gathered while the model runs.
 
-    ActivationScores(model, measure) -> a watcher per region -> sums per coupling and entry -> entries(coupling)
+    ActivationScores(model) -> an observer per region -> sums per coupling and entry -> entries(coupling)
 
-Where products are contracted along a coupling, one entry of it adds an outer product to the result. The norm of that
-outer product is the product of the norms of its two sides: for a weight that means |w| times |x|, as in Wanda
-(Sun et al. 2023, arXiv 2306.11695), summed over the weights of a row or column, and for the scores of an attention the
-norm of a query dim times that of its key dim. Nothing is known of what flows through a coupling of which no contraction
-is seen; `entries` gives None for it.
+Where a product is contracted along a coupling, each entry adds an outer product to the result. The norm of that outer
+product is the product of the norms of its two sides: for a weight that is |w| times |x|, as in Wanda (Sun et al. 2023,
+arXiv 2306.11695), summed over the weights of a row or column, and for the logits of an attention the norm of a query
+dim times that of its key dim. A coupling without such a contraction has no scores; `entries` returns None for it.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.couple.coupling_index import CouplingIndex
 from ecospa_fx.model.lookup import regions_of
@@ -37,19 +37,19 @@ from .products import ProductSite, Side, product_sites
 
 @dataclass
 class _Sum:
-    """Of one coupling: sums `[contexts, size]` and what they are divided by."""
+    """Sums of one coupling, `[contexts, size]`, over so many calls."""
 
     total: Tensor
     count: int = 0
 
 
 class ActivationScores:
-    """Gathers a score of each entry of each coupling from forwards with gradients on.
+    """Scores each entry of each coupling in forwards in training mode with gradients on.
 
     Args:
         model: a compiled model that has been called.
-        attention: score heads by their attention rather than entries by their activations: 1 less the entropy of where
-            a head looks, as a share of the largest there can be, so that 0 is a head that looks everywhere alike.
+        attention: score heads by their attention rather than entries by their activations: 1 minus the entropy of a
+            head's attention, as a share of the largest possible, so that a head with uniform attention scores 0.
     """
 
     def __init__(self, model: nn.Module, *, attention: bool = False) -> None:
@@ -59,20 +59,20 @@ class ActivationScores:
             observe(region, self)
 
     def detach(self) -> None:
-        """Stop watching."""
+        """Stop observing the regions."""
         for region in regions_of(self.model).values():
             ignore(region, self)
 
     def reset(self) -> None:
-        """Forget what was gathered."""
+        """Forget the sums."""
         self.sums.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was gathered: the sums of each coupling, and what they are divided by."""
-        found: dict[str, Tensor] = {}
+        """Return the sums of each coupling, and over how many calls they are."""
+        tensors: dict[str, Tensor] = {}
         for name, each in self.sums.items():
-            found |= {f"flow {name}": each.total, f"flow count {name}": torch.tensor(each.count)}
-        return found
+            tensors |= {f"flow {name}": each.total, f"flow count {name}": torch.tensor(each.count)}
+        return tensors
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on where `state_dict` was taken."""
@@ -82,58 +82,55 @@ class ActivationScores:
         self.sums = {name: _Sum(state[f"flow {name}"], count) for name, count in counts.items()}
 
     def entries(self, coupling: Coupling, *, by_context: bool = False) -> Tensor | None:
-        """Score of each entry, float64 `[size]` or `[contexts, size]`; None where nothing was seen of the coupling.
+        """Score each entry, float64 `[size]` or `[contexts, size]`; None if no contraction of the coupling was seen.
 
-        Where the model runs in several processes, each of them must call it: what they saw is averaged.
+        Where the model runs in several processes, each of them must call it: their scores are averaged.
         """
-        found = self.sums.get(coupling.name)
-        if found is None or found.total.shape[1] != coupling.size:
+        sums = self.sums.get(coupling.name)
+        if sums is None or sums.total.shape[1] != coupling.size:
             return None
-        total, count = found.total.cpu(), float(found.count)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            both = torch.cat([total.flatten(), total.new_tensor([count])]).to(found.total.device)
-            torch.distributed.all_reduce(both)
-            total, count = both[:-1].view_as(total).cpu(), float(both[-1])
-        mean = total / count
+        (both,) = all_reduce_sum(torch.cat([sums.total.flatten(), sums.total.new_tensor([sums.count])]))
+        both = both.cpu()
+        mean = both[:-1].view_as(sums.total) / float(both[-1])
         if by_context:
             return mean if len(mean) == coupling.contexts else mean.expand(coupling.contexts, -1)
         return mean.sum(0)
 
     def wants(self, module: nn.Module) -> bool:
-        """At forwards that train."""
+        """Return whether the forward is one that trains."""
         return torch.is_grad_enabled() and module.training
 
     @torch.no_grad()
     def receive(self, known: list[ProductSite], values: Sequence[Tensor]) -> None:
-        """Add up what one call shows."""
+        """Add the scores of one call."""
         given = iter(values)
         for site in known:
             self._add(site, [next(given) for _ in site.nodes])
 
     def _add(self, site: ProductSite, values: list[Tensor]) -> None:
-        score = _looking(site, values) if self.attention else _outer(site, values)
+        score = _focus(site, values) if self.attention else _outer_norms(site, values)
         total = score.new_zeros(site.contexts * site.size)
         owned = site.entry >= 0
-        place = site.entry
+        places = site.entry
         if site.context is not None:
-            place = site.context * site.size + site.entry
+            places = site.context * site.size + site.entry
         # [contexts beside, positions] -> [contexts, entries]
-        place = place[owned].to(score.device)
+        places = places[owned].to(score.device)
         if len(score) > 1:
-            total = total.view(site.contexts, -1).index_add_(1, place, score[:, owned.to(score.device)])
+            total = total.view(site.contexts, -1).index_add_(1, places, score[:, owned.to(score.device)])
         else:
-            total = total.index_add_(0, place, score[0, owned.to(score.device)]).view(site.contexts, -1)
+            total = total.index_add_(0, places, score[0, owned.to(score.device)]).view(site.contexts, -1)
         if self.attention:  # several positions of an entry are several heads: their mean
             total /= max(1, int(owned.sum()) // (site.contexts * site.size))
-        known = self.sums.get(site.coupling)
-        if known is None or known.total.shape != total.shape:
+        before = self.sums.get(site.coupling)
+        if before is None or before.total.shape != total.shape:
             self.sums[site.coupling] = _Sum(total, 1)
         else:
-            known.total += total
-            known.count += 1
+            before.total += total
+            before.count += 1
 
     def nodes_of(self, region: Region, program: Program) -> tuple[list[fx.Node], list[ProductSite]]:
-        """The nodes of all sites of a program, one after another."""
+        """Return the nodes of all sites of a program, one after another, and the sites."""
         kept = region.kept(program)
         names = {found.key: found.name for found in region.naming_graph.discovery.couplings}
         offered = {coupling.name: coupling for coupling in region.offers.couplings()}
@@ -141,13 +138,13 @@ class ActivationScores:
         for found in region.discovery_of(program).couplings:
             coupling = offered.get(join(region.name, names.get(found.key, "")))
             if coupling is not None:
-                made = _attention_sites if self.attention else product_sites
-                sites += made(program.axis_facts, found, coupling, kept)
+                sites_of = _attention_sites if self.attention else product_sites
+                sites += sites_of(program.axis_facts, found, coupling, kept)
         return [node for site in sites for node in site.nodes], sites
 
 
-def _outer(site: ProductSite, values: list[Tensor]) -> Tensor:
-    """Norms of the outer products that the positions of a contraction add, `[contexts beside or 1, positions]`."""
+def _outer_norms(site: ProductSite, values: list[Tensor]) -> Tensor:
+    """Compute the norm of each position's outer product in a contraction, `[contexts beside or 1, positions]`."""
     result: Tensor | None = None
     for side, value in zip(site.sides, values, strict=True):
         squares = value.double().square() if value.dtype == torch.float64 else value.float().square()
@@ -167,7 +164,7 @@ def _outer(site: ProductSite, values: list[Tensor]) -> Tensor:
 def _attention_sites(
     axis_facts: AxisFacts, found: RegionCoupling, coupling: Coupling, kept: dict[Atom, Selected]
 ) -> Iterator[ProductSite]:
-    """Where the heads of `found` look: attention as one op, or softmax on its own."""
+    """Find the attention of the heads of `found`: attention as one op, or softmax on its own."""
     if found.kind not in ("heads", "groups"):
         return
     context = found.context if coupling.context is not None else None
@@ -199,21 +196,21 @@ def _attention_sites(
         )  # fmt: skip
 
 
-def _looking(site: ProductSite, values: list[Tensor]) -> Tensor:
-    """1 less the share of the largest entropy in where each head looks, `[1, positions]`."""
-    shares = values[0] if len(site.sides) == 1 else _shares(site, values)
-    shares = shares.double()
-    seen = (shares > 0).sum(-1)
-    entropy = -torch.xlogy(shares, shares).sum(-1)
-    focus = 1.0 - entropy / seen.clamp(min=2).double().log()
-    told = (seen > 1).double()  # a query that sees one key only has no choice
-    rows = (focus * told).movedim(site.sides[0].dim, 0).flatten(1)
-    weights = told.movedim(site.sides[0].dim, 0).flatten(1).sum(1).clamp(min=1)
+def _focus(site: ProductSite, values: list[Tensor]) -> Tensor:
+    """Compute 1 minus the entropy of each head's attention as a share of the largest possible, `[1, positions]`."""
+    attention = values[0] if len(site.sides) == 1 else _attention(site, values)
+    attention = attention.double()
+    keys = (attention > 0).sum(-1)
+    entropy = -torch.xlogy(attention, attention).sum(-1)
+    focus = 1.0 - entropy / keys.clamp(min=2).double().log()
+    counts = (keys > 1).double()  # a query that sees one key only has no choice
+    rows = (focus * counts).movedim(site.sides[0].dim, 0).flatten(1)
+    weights = counts.movedim(site.sides[0].dim, 0).flatten(1).sum(1).clamp(min=1)
     return (rows.sum(1) / weights)[None]
 
 
-def _shares(site: ProductSite, values: list[Tensor]) -> Tensor:
-    """The attention that a fused op does not show."""
+def _attention(site: ProductSite, values: list[Tensor]) -> Tensor:
+    """Compute the attention weights that a fused op does not return."""
     q, k = values[0].float(), values[1].float()
     if k.ndim > 2 and k.shape[-3] != q.shape[-3]:
         k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)  # grouped queries

@@ -1,4 +1,4 @@
-"""Products: where in a region's graph a coupling is contracted, and how its operands are read there."""
+"""Products: the places in a region's graph where a coupling is contracted, and how to read the operands there."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Side:
     """One factor of a product.
 
     Attributes:
-        node: what makes it.
+        node: the node that computes it.
         dim: its dim along the coupling.
-        along: its dim along the contexts, where that is another one.
-        beside: LongTensor, the context at each position of that.
+        along: its dim along the contexts, if that is another one.
+        beside: LongTensor, the context at each position of `along`.
     """
 
     node: fx.Node
@@ -38,12 +38,12 @@ class ProductSite:
 
     Attributes:
         coupling: its name.
-        sides: the factors of a product, or what an attention is made of.
+        sides: the factors of a product; of an attention its queries and keys, or its weights.
         entry: LongTensor `[positions]`, the entry of the coupling at each position of a side's `dim`, -1 for none.
-        context: LongTensor `[positions]`, likewise its context, where that lies on the same dim.
-        contexts: how many there are; 1 where none are told apart.
+        context: LongTensor `[positions]`, likewise its context, if that lies on the same dim.
+        contexts: number of contexts; 1 if they are not told apart.
         scale: factor on the logits of an attention.
-        causal: whether an attention looks back only.
+        causal: whether an attention sees earlier positions only.
         mask: the node of its mask.
     """
 
@@ -60,14 +60,14 @@ class ProductSite:
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        """What must be watched."""
+        """The nodes whose values must be read."""
         return (*(side.node for side in self.sides), *((self.mask,) if self.mask is not None else ()))
 
 
 def product_sites(
     axis_facts: AxisFacts, found: RegionCoupling, coupling: Coupling, kept: dict[Atom, Selected]
 ) -> Iterator[ProductSite]:
-    """Where an entry of `found` is summed over in a product."""
+    """Find the products in which the entries of `found` are summed over."""
     context = found.context if coupling.context is not None else None
     numbers = CouplingIndex(found.atom, context, kept)
     for fact in axis_facts.facts:
@@ -80,23 +80,23 @@ def product_sites(
                 other = [(d, set(atoms_of(e))) for d, e in enumerate(operand.exprs) if d != dims[0]]
                 beside = [d for d, atoms in other if context in atoms]
                 if any(type(size_of(operand.exprs[d])) is not int for d in beside):
-                    break  # heads folded into the batch: which is which is not written down
+                    break  # heads folded into the batch: the graph does not say which row is of which head
                 rows = _contexts(operand.exprs[beside[0]], context, kept) if beside and context is not None else None
                 sides.append(Side(operand.node, dims[0], beside[0] if beside else None, rows))
         if len(sides) != 2:
             continue
-        left = mask_of(fact.expr, _along(kept, fact.expr))
+        remaining = mask_of(fact.expr, _along(kept, fact.expr))
         index = index_of(fact.expr, found.atom)
         if context is None or context in atoms_of(fact.expr):
-            entry, on = numbers.read(fact.expr, index, left)
+            entry, on = numbers.read(fact.expr, index, remaining)
             yield ProductSite(coupling.name, tuple(sides), entry, coupling.size, coupling.contexts, on)
         elif all(side.along is not None for side in sides):  # every context has a row of its own
-            entry = numbers.in_first(index, left)
+            entry = numbers.in_first(index, remaining)
             yield ProductSite(coupling.name, tuple(sides), entry, coupling.size, coupling.contexts)
 
 
 def _along(kept: dict[Atom, Selected], expr: Expr) -> dict[Atom, Selected]:
-    """The selection as `expr` alone can be read under it: what differs by a context elsewhere is as in the first."""
+    """Return the selection for reading `expr` alone: where it differs by a context not in `expr`, the first one's."""
     own = set(atoms_of(expr))
     return {
         atom: choice if isinstance(choice, Tensor) or choice.context in own else choice.mask[0]
@@ -105,6 +105,6 @@ def _along(kept: dict[Atom, Selected], expr: Expr) -> dict[Atom, Selected]:
 
 
 def _contexts(expr: Expr, context: Atom, kept: dict[Atom, Selected]) -> Tensor:
-    """The context, numbered as they are now, at each position of an axis that carries it."""
+    """Return the context, in the numbering of now, at each position of an axis that carries it."""
     live = mask_of(context, kept)
     return (live.cumsum(0) - 1)[index_of(expr, context)[mask_of(expr, _along(kept, expr))]]

@@ -1,7 +1,7 @@
-"""Scores: how much a weight matters, as one function each.
+"""Scores: the worth of a weight, as one function each.
 
-A score says what one entry of a weight is worth from the weight and its gradient, elementwise. Sums over rows and
-columns, over steps and over the matrices of a coupling are made of it by `CoupledEstimator`.
+A score computes the worth of each entry of a weight from the weight and its gradient, elementwise. `CoupledEstimator`
+sums it over rows and columns, over steps and over the matrices of a coupling.
 
     ecospa_fx.EcoSpaTrainer(model, optimizer, score="taylor")
     ecospa_fx.EcoSpaTrainer(model, optimizer, score=lambda weight, gradient: (weight * gradient).abs())
@@ -13,39 +13,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
-from ecospa_fx.kernels import slice_sums
 
 ScoreFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-ScoreInput = Literal["gradients", "weights", "optimizer", "activations", "attention", "nothing"]
+ScoreInput = Literal["gradients", "weights", "optimizer", "activations", "attention", "gates", "nothing"]
 
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """What a weight is worth.
+    """The worth of a weight.
 
     Attributes:
-        name: how it is called.
-        reads: what it is made of. `"gradients"` (with the weights) are accumulated over steps, `"activations"` and
-            `"attention"` over forwards; the others are read when a decision is due.
-        of: `of(weight, gradient)` -> worth of each entry, not negative, in the weight's shape. Of a score that reads
+        name: its name.
+        reads: its input, see `readers.py`. `"gradients"` (with the weights) and `"gates"` are accumulated over steps,
+            `"activations"` and `"attention"` over forwards; the others are read when a decision is due.
+        of: `of(weight, gradient)` -> worth of each entry, not negative, in the weight's shape. For a score that reads
             the optimizer, `gradient` is the root of Adam's second moment.
-        meaning: in a line.
+        meaning: its meaning in a line.
     """
 
     name: str
     reads: ScoreInput
     of: ScoreFunction | None
     meaning: str
-
-    @property
-    def accumulates(self) -> bool:
-        """It gathers over training steps."""
-        return self.reads in ("gradients", "activations", "attention")
 
 
 SCORES = {
@@ -66,7 +58,7 @@ SCORES = {
 
 
 def score_named(score: str | ScoreFunction | Score, option: str = "score") -> Score:
-    """The score that a name or a function stands for.
+    """Return the score that a name or a function stands for.
 
     Raises:
         TargetError: no score has the name.
@@ -80,33 +72,3 @@ def score_named(score: str | ScoreFunction | Score, option: str = "score") -> Sc
             f"{option}={score!r} is none of {', '.join(map(repr, SCORES))}, nor a function of a weight and its gradient"
         )
     return SCORES[score]
-
-
-@torch.no_grad()
-def index_scores(model: nn.Module, coupling: Coupling, *, by_context: bool = False) -> Tensor:
-    """Score of each entry of a coupling: the product over its matrices of the norms of that entry's slices.
-
-    A bias counts in the row of the matrix it belongs to. (arXiv 2511.11641, coupled sparsification.)
-
-    Args:
-        model: a compiled model.
-        coupling: one of its couplings.
-        by_context: score the entries of each context (the dims of each head) on their own.
-
-    Returns:
-        float64 `[coupling.size]`, or `[coupling.contexts, coupling.size]`.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    rows = coupling.contexts if by_context else 1
-    squares: dict[str, Tensor] = {}
-    weights: list[Tensor] = [parameters[member.parameter] for member in coupling.members]
-    sums_of = slice_sums(weights, [member.dim for member in coupling.members])
-    for member, sums in zip(coupling.members, sums_of, strict=True):
-        owned = member.index >= 0
-        place = member.index[owned]
-        if by_context and member.context is not None:
-            place = member.context[owned] * coupling.size + place
-        score = squares.setdefault(member.of, torch.zeros(rows * coupling.size, dtype=torch.float64))
-        score.index_add_(0, place, sums.double().cpu()[owned])
-    product = torch.stack([score.sqrt() for score in squares.values()]).prod(0)
-    return product.view(rows, -1) if by_context else product

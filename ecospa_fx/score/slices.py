@@ -1,13 +1,12 @@
-"""SliceSums: where the sums of every scored row and column lie, and how they get there.
+"""SliceSums: sums of squares of every scored row and column of many tensors.
 
 {(parameter, dim)} -> one flat vector per device -> add(gradients): one launch -> views per (parameter, dim)
 
-Where parameters are sharded, each rank adds what it holds at its place in the whole; `reduced` adds up the ranks.
+Where parameters are sharded, each rank adds its shard at its position in the whole; `reduced` adds up the ranks.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.errors import OptimizerError
 from ecospa_fx.kernels import add_slice_sums, add_slice_sums_now
 
@@ -23,7 +23,7 @@ SliceKey = tuple[str, int]
 
 @dataclass(frozen=True)
 class _Call:
-    """Arguments of one kernel call: parameter names in order, then targets as `add_slice_sums` takes them."""
+    """The arguments of one kernel call: parameter names in order, then targets as `add_slice_sums` takes them."""
 
     names: tuple[str, ...]
     tensors: list[int]
@@ -36,7 +36,7 @@ class SliceSums:
 
     Args:
         parameters: the tensors whose gradients will be added.
-        dims: which of their dims are scored.
+        dims: parameter name -> its dims that are scored.
         weighted: keep the sums of `(w * g)²` too.
 
     Attributes:
@@ -63,7 +63,7 @@ class SliceSums:
             home: torch.zeros(1 + weighted, width, dtype=home[1], device=home[0]) for home, width in widths.items()
         }
         self._calls: dict[Any, list[tuple[tuple[torch.device, torch.dtype], _Call]]] = {}
-        self._sharded: dict[tuple[Any, int], set[SliceKey]] = {}  # (mesh, its dim) -> what it shards
+        self._sharded: dict[tuple[Any, int], set[SliceKey]] = {}  # (mesh, its dim) -> slices that it shards
         self.views = self._views(self._flat)
 
     @torch.no_grad()
@@ -80,22 +80,22 @@ class SliceSums:
         """Add gradients: `sums = decay * sums + gain * squares`. No synchronisation, no memory taken on a GPU.
 
         Args:
-            gradients: by parameter name; what is missing or not scored is left out.
-            weights: the parameters, where weighted.
+            gradients: by parameter name; those of parameters that are not scored are left out.
+            weights: the parameters, if weighted.
             decay: factor on the sums.
-            gain: factor on what is added.
-            scale: what gradients are multiplied by (a gradient scaler's scale) and are divided by here.
+            gain: factor on the squares that are added.
+            scale: the factor that gradients are multiplied by (a gradient scaler's scale), which is divided out here.
             found_inf: unless it is 0, nothing happens.
 
         Raises:
             OptimizerError: a gradient is a DTensor whose local part cannot be placed in the whole.
         """
         names = tuple([name for name in gradients if name in self._home])
-        held: dict[str, Any] = dict(gradients)
-        placed = tuple([(name, held[name].placements) for name in names if _is_dtensor(held[name])])
-        calls = self._calls.get((names, placed))
+        tensors: dict[str, Any] = dict(gradients)
+        placements = tuple([(name, tensors[name].placements) for name in names if _is_dtensor(tensors[name])])
+        calls = self._calls.get((names, placements))
         if calls is None:
-            calls = self._calls[names, placed] = self._plan(names, gradients)
+            calls = self._calls[names, placements] = self._plan(names, gradients)
         add = add_slice_sums if torch.compiler.is_compiling() else add_slice_sums_now
         for home, call in calls:
             device = home[0]
@@ -113,26 +113,26 @@ class SliceSums:
             )
 
     def zero(self) -> None:
-        """Forget what was added, in place."""
+        """Set the sums to 0, in place."""
         for flat in self._flat.values():
             flat.zero_()
 
     def reduced(self) -> dict[SliceKey, Tensor]:
-        """The sums on the CPU, added up over the ranks that hold parts of a parameter.
+        """Return the sums on the CPU, added up over the ranks that hold parts of a parameter.
 
         One all-reduce of the whole vector for each dim of a device mesh along which anything is sharded. Every rank of
-        the mesh must take part. What a mesh replicates counts once.
+        the mesh must take part. Replicated parameters count once.
         """
         flats = {}
         for home, flat in self._flat.items():
             whole = flat
             for (mesh, mesh_dim), keys in self._sharded.items():
-                whole = whole.clone() if whole is flat else whole
                 if mesh.get_local_rank(mesh_dim) != 0:
+                    whole = whole.clone()
                     for key, begin in self._begin.items():
                         if self._home[key[0]] == home and key not in keys:
                             whole[:, begin : begin + self._sizes[key]] = 0
-                torch.distributed.all_reduce(whole, group=mesh.get_group(mesh_dim))
+                (whole,) = all_reduce_sum(whole, group=mesh.get_group(mesh_dim))
             flats[home] = whole.cpu()
         return self._views(flats)
 
@@ -158,7 +158,7 @@ class SliceSums:
         return list(calls.items())
 
     def _first(self, name: str, gradient: Any) -> tuple[int, ...]:
-        """Where in the whole parameter the local part of a gradient begins."""
+        """Return the position in the whole parameter at which the local part of a gradient begins."""
         if not _is_dtensor(gradient):
             return (0,) * int(gradient.ndim)
         from torch.distributed.tensor import Replicate, Shard
@@ -179,38 +179,12 @@ class SliceSums:
         return tuple(first)
 
 
-class Window:
-    """The sums that each of the last so many steps has added, so that they can be taken out again.
-
-    Args:
-        length: how many.
-
-    Attributes:
-        steps: what each added, the oldest first.
-    """
-
-    def __init__(self, length: int) -> None:
-        self.steps: deque[dict[SliceKey, Tensor]] = deque(maxlen=length)
-
-    def add(self, added: Mapping[SliceKey, Tensor], new_step: bool, found_inf: Tensor | None) -> None:
-        """Keep what has been added, unless the step was left out, for which a GPU must be waited for."""
-        if found_inf is not None and bool(found_inf):
-            return
-        if new_step or not self.steps:
-            self.steps.append({})
-        self.steps[-1].update({key: sums.clone() for key, sums in added.items()})
-
-    def sum(self, key: SliceKey, like: Tensor) -> Tensor:
-        """What they come to."""
-        return sum((step[key] for step in self.steps if key in step), torch.zeros_like(like))
-
-
 def _is_dtensor(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
 
 
 def _local(tensor: Any) -> Tensor:
-    """What this rank holds of a tensor, strided."""
+    """Return the part of a tensor on this rank, strided."""
     local: Tensor = tensor.detach()
     if _is_dtensor(tensor):
         local = local.to_local()  # type: ignore[attr-defined]

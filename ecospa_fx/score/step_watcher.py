@@ -1,7 +1,7 @@
-"""Steps: whether the optimizers took a step, and with what, for those who read gradients afterwards.
+"""StepWatcher: the steps that optimizers took, for a reader of gradients that comes after them.
 
-A `torch.amp.GradScaler` multiplies gradients. They are divided again before a step or, where the optimizer is fused, in
-it. A step whose gradients overflowed is not taken, and they are still there.
+A `torch.amp.GradScaler` multiplies gradients. They are divided again before a step, or in it if the optimizer is fused.
+If gradients have overflowed the step is not taken, and they are still there.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ecospa_fx.model.optimizer_table import rules_for
 
 
 class Reading(NamedTuple):
-    """Gradients to read.
+    """The gradients to read of one optimizer.
 
     Attributes:
-        names: of which parameters; None means all.
-        found_inf: unless it is 0 they are to be left out.
+        names: their parameters; None: all.
+        found_inf: unless it is 0 they are left out.
     """
 
     names: set[str] | None
@@ -34,7 +34,7 @@ class StepWatcher:
     """Watches the steps of a model's optimizers.
 
     Args:
-        model: whose gradients they take.
+        model: the model whose gradients they take.
         optimizers: one or several.
     """
 
@@ -51,7 +51,7 @@ class StepWatcher:
                     self._handles.append(each.register_step_pre_hook(hook))
 
     def _note(self, number: int, optimizer: Any) -> None:
-        """An optimizer is about to take a step."""
+        """Take note that an optimizer is about to take a step."""
         if getattr(optimizer, "grad_scale", None) is not None and not rules_for(type(optimizer)).unscales:
             raise OptimizerError(
                 f"this {type(optimizer).__name__} takes gradients multiplied by a GradScaler's scale, and whether it "
@@ -62,42 +62,43 @@ class StepWatcher:
         self._found_inf[number] = found_inf if found_inf is not None else self._found_inf[number]
 
     def readings(self) -> Iterator[Reading]:
-        """What to read of the gradients that are there now, once per optimizer; nothing of one that left its step out.
+        """Return which of the gradients to read, once per optimizer; none of an optimizer that left its step out.
 
-        An optimizer that has taken no step since the last look, while gradients have overflowed, has left it out.
+        An optimizer that has taken no step since the last call, while gradients have overflowed, has left it out.
         """
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         for number in range(len(self.optimizers)):
             names = names_of(self.model, self.optimizers, number)
             taken, found_inf = self._taken[number], self._found_inf[number]
             self._taken[number], self._found_inf[number] = False, None
-            mine = [g for name, g in gradients.items() if names is None or name in names]
-            if taken or not self._handles or _finite(mine):
+            own = [g for name, g in gradients.items() if names is None or name in names]
+            if taken or not self._handles or _finite(own):
                 yield Reading(names, found_inf)
 
     def detach(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         while self._handles:
             self._handles.pop().remove()
 
 
 def names_of(model: nn.Module, optimizers: Sequence[Optimizer], number: int) -> set[str] | None:
-    """Whose gradients count as read at the steps of one of several optimizers.
+    """Return the parameters whose gradients are read at the steps of one of several optimizers.
 
-    Those of its own parameters; the first one also reads those that none of them holds. None means all.
+    Returns:
+        Names of its own parameters, and for the first optimizer also of those that none of them holds. None: all.
     """
     if len(optimizers) == 1:
         return None
-    held = [{id(p) for group in each.param_groups for p in group["params"]} for each in optimizers]
+    parameters = [{id(p) for group in each.param_groups for p in group["params"]} for each in optimizers]
     named = list(model.named_parameters())
     if number > 0:
-        return {name for name, p in named if id(p) in held[number]}
-    others = set().union(*held[1:])
+        return {name for name, p in named if id(p) in parameters[number]}
+    others = set().union(*parameters[1:])
     return {name for name, p in named if id(p) not in others}
 
 
 def _finite(gradients: Sequence[Any]) -> bool:
-    """Whether no gradient holds an inf or a NaN."""
+    """Return whether no gradient has an inf or a NaN."""
     values = [g.detach().to_local() if hasattr(g, "to_local") else g.detach() for g in gradients]
     flags = [(g.coalesce().values() if g.is_sparse else g).isfinite().all() for g in values]
     return bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all()) if flags else True

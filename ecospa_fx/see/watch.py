@@ -119,7 +119,7 @@ class Watch:
         trainer, step, size = self.trainer, self.trainer.steps, self.trainer.size
         self.losses.append(value)
         self.sizes.append(size)
-        self._spikes.see(value)
+        self._spikes.update(value)
         self._write({"step": step, "loss": value if math.isfinite(value) else str(value), "size": size})
         self._scalars(step, {"loss": value, "size": size, "share": size / self._whole})
         shrinks, waits = self._seen
@@ -136,7 +136,7 @@ class Watch:
 
     def _shrunk(self, entry: dict[str, Any]) -> None:
         step, found = entry["step"], couplings(self.trainer.model)
-        self._spikes.shrunk()
+        self._spikes.mark_shrink()
         self._said_spike = False
         widths = {coupling.name: coupling.size for coupling in found}
         self._write({"event": "shrink", **entry, "widths": widths})

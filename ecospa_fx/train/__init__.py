@@ -1,1 +1,1 @@
-"""Train: when, where and how much to shrink while a model trains."""
+"""Train: the trainer, which decides when, where and how much a model shrinks while it trains."""

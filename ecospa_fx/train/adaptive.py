@@ -1,4 +1,4 @@
-"""AdaptiveSparsifier: where to remove how much, by what the loss would rise by."""
+"""AdaptiveSparsifier: how much to remove from each coupling, by the expected rise of the loss."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from .sparsifier import CoupledSparsifier, named_sizes
 
 
 class AdaptiveSparsifier(CoupledSparsifier):
-    """Removes most where the loss would rise least by it, for what it saves, over all couplings at once.
+    """Removes the entries by which the loss would rise least per unit of cost saved, over all couplings at once.
 
-    How much goes from a coupling is decided by what its entries are worth alone, whatever could take over from them.
-    One price, loss per unit of cost, is the same everywhere: each coupling loses as many entries as are worth less than
-    that, and the price is as low as the size that is due allows. There is nothing to set: neither a share of couplings
-    nor of scores.
+    The number of entries that go from a coupling depends on the saliency of its entries alone, without compensation.
+    One price, loss per unit of cost, holds for all couplings: each loses the entries that are worth less than it, and
+    the price is as low as the size that is due allows. There is nothing to set: neither a share of couplings nor one
+    of scores.
 
-    What can be replaced now costs nothing now. But a model that goes on training uses it, and would miss it: to decide
-    by what is left after compensation cost more in the end, in particular early (docs/absorption.md).
+    An entry that others can replace now costs nothing now. But a model that goes on training uses it, and would miss
+    it: deciding by the loss after compensation cost more in the end, above all early in training
+    (docs/absorption.md).
 
     Settings, attributes and errors are those of `CoupledSparsifier`.
     """
 
     def widths(self, worth: Mapping[Coupling, Tensor], at_most: int) -> dict[Coupling, int]:
-        """How many entries of which couplings stay.
+        """Decide how many entries of each coupling stay.
 
         Args:
-            worth: `[size]`, what the loss would rise by with the cheapest entry of a coupling, the next, and so on; one
-                without stays as it is.
-            at_most: what the model may cost after this step; the target, if it is below.
+            worth: coupling -> `[size]`, the rise of the loss by its cheapest entry, by the next, and so on; a coupling
+                that is not in it stays as it is.
+            at_most: the cost that the model may have after this step; if the target is larger, the target.
 
         Returns:
-            For those that shrink.
+            Coupling -> entries that stay, for those that shrink.
         """
         sizes = self.sizes()
         at_most = max(at_most, self.target_size(sizes))
@@ -65,7 +66,7 @@ class AdaptiveSparsifier(CoupledSparsifier):
         sizes: CostModel | LatencyModel,
         at_most: int,
     ) -> dict[TiedCouplings, int]:
-        """The size of each unit once the cheapest steps are taken, as many as it needs, or all there are."""
+        """Return the size of each unit once enough of the cheapest steps are taken, or all there are."""
         steps = sorted((price, place, number) for number, unit in enumerate(units)
                        for place, price in enumerate(prices[unit]))  # fmt: skip
 
@@ -90,7 +91,7 @@ class AdaptiveSparsifier(CoupledSparsifier):
         sizes: CostModel | LatencyModel,
         at_most: int,
     ) -> dict[TiedCouplings, int]:
-        """One more allowed size down, unit by unit, until enough has gone, where that does not pass the target."""
+        """Take units one allowed size down, in order, until enough has gone; none that would pass the target."""
         taken = dict(keeps)
         for unit in order:
             now = unit.sizes.index(taken.get(unit, unit.sizes[-1]))
@@ -106,13 +107,13 @@ class AdaptiveSparsifier(CoupledSparsifier):
 
 
 def _prices(unit: TiedCouplings, worth: Mapping[Coupling, Tensor], sizes: CostModel | LatencyModel) -> list[float]:
-    """What each allowed size of a unit costs in loss for what it saves, from the largest down; it never falls.
+    """Compute the loss per cost saved of each allowed size of a unit, from the largest down; it never falls.
 
-    Steps that come cheaper after a dear one are taken together with it: the lower convex hull of loss over cost.
+    A cheap step after a dear one is priced together with it: the lower convex hull of loss over cost.
     """
     rises = {c: [0.0, *worth[c].cumsum(0).tolist()] for c in unit.couplings}
-    (least, most), whole = (unit.sizes[0], unit.sizes[-1]), sizes.total({})
-    saved = whole - sizes.total(named_sizes([unit], {unit: least}))
+    least, most = unit.sizes[0], unit.sizes[-1]
+    saved = sizes.total({}) - sizes.total(named_sizes([unit], {unit: least}))
     each = saved / max(1, most - least)  # costs are linear in one width, as long as the others stay
     points = []
     for size in reversed(unit.sizes):
@@ -122,7 +123,7 @@ def _prices(unit: TiedCouplings, worth: Mapping[Coupling, Tensor], sizes: CostMo
 
 
 def _slopes(points: list[tuple[float, float]]) -> list[float]:
-    """Slopes of the lower convex hull over `(saved, rise)`, one for each step between two points."""
+    """Return the slopes of the lower convex hull over `(saved, rise)`, one for each step between two points."""
     hull: list[int] = []
     for i, (x, y) in enumerate(points):
         while len(hull) > 1:
@@ -140,12 +141,12 @@ def _slopes(points: list[tuple[float, float]]) -> list[float]:
 
 
 def _last(prices: list[float], unit: TiedCouplings, size: int) -> float:
-    """The price of the last step to a size."""
+    """Return the price of the last step down to a size."""
     gone = len(unit.sizes) - 1 - unit.sizes.index(size)
     return prices[gone - 1] if gone else 0.0
 
 
 def _next(prices: list[float], unit: TiedCouplings, keeps: Mapping[TiedCouplings, int]) -> float:
-    """The price of the step after those taken."""
+    """Return the price of the step below the size that is taken."""
     gone = len(unit.sizes) - 1 - unit.sizes.index(keeps.get(unit, unit.sizes[-1]))
     return prices[gone] if gone < len(prices) else float("inf")

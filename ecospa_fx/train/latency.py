@@ -1,9 +1,9 @@
-"""Latency: the measured time of a forward as what a target is a share of.
+"""Latency: the measured time of a forward, as the cost that a target is a share of.
 
     Latency(inputs) -> a few copies at smaller widths, timed -> seconds by FLOPs -> corrected at each shrink
 
 FLOPs are known for any widths, seconds only where they were measured; between measurements the curve is straight. The
-model itself is timed before every decision, so that what the curve says where it matters is what was measured there.
+model itself is timed before every decision, so that the curve is exact where it matters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ecospa_fx.model.lookup import couplings
 from ecospa_fx.model.shrinking import shrink
 
 WIDTHS = (0.7, 0.4, 0.15)
-"""Shares of the entries that the copies keep which the first curve is measured on."""
+"""Shares of the entries in the copies that the first curve is measured on."""
 
 NANO = 1e9
 
@@ -36,8 +36,8 @@ class Latency:
     Args:
         inputs: positional arguments of the call to time.
         kwargs: keyword arguments of it.
-        repeats: calls of which the median counts.
-        measure: in place of all that: `measure(model)` -> seconds, or anything else that should come down.
+        repeats: number of calls; their median counts.
+        measure: in place of all that: `measure(model)` -> seconds, or any other number that should come down.
 
     Attributes:
         points: (FLOPs, seconds) of every measurement, ascending; of the same FLOPs the last one counts.
@@ -71,7 +71,7 @@ class Latency:
         self._add(flops.total({}), self.measure(model))
 
     def seconds(self, flops: float) -> float:
-        """Seconds at so many FLOPs: between measurements on a straight line, beyond them on the last one."""
+        """Return the seconds for FLOPs: on the line between two measurements, beyond all of them on the last line."""
         if len(self.points) == 1:
             return self.points[0][1] * flops / max(1, self.points[0][0])
         # Noise may not make a smaller model slower: a search for the width would go astray.
@@ -104,7 +104,7 @@ class Latency:
 
 
 class LatencyModel:
-    """What `CostModel` is, in nanoseconds that were measured."""
+    """The interface of `CostModel` in measured nanoseconds."""
 
     def __init__(self, flops: CostModel, latency: Latency) -> None:
         self.flops, self.latency = flops, latency
@@ -113,7 +113,7 @@ class LatencyModel:
         self.prunable = self.original - self._nano(flops.original - flops.prunable)
 
     def total(self, sizes: Mapping[str, int]) -> int:
-        """Nanoseconds of a forward with couplings at `sizes`; those not named stay as they are."""
+        """Return the nanoseconds of a forward with couplings at `sizes`; those not named stay as they are."""
         return self._nano(self.flops.total(sizes))
 
     def _nano(self, flops: int) -> int:

@@ -1,4 +1,4 @@
-"""SpikeWatch: sees that the loss has not got over a shrink, so that the next one can wait."""
+"""LossSpikes: whether the loss has recovered from a shrink, so that the next one can wait."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 from ecospa_fx.errors import TargetError
 
 FADE = 0.9
-"""Share of the smoothed loss that a step leaves as it was: it follows over some ten steps."""
+"""Share of the smoothed loss that stays at a step: it follows the loss over some ten steps."""
 
 
 class LossSpikes:
-    """Follows the loss and compares it with what it was before the last shrink.
+    """Follows the loss and compares it with its level before the last shrink.
 
     Args:
-        allowed: how far above that it may be, as a share, when the next shrink is due; 0.1 is 10%.
+        allowed: how far above that level the loss may be, as a share, when the next shrink is due; 0.1 is 10%.
 
     Attributes:
         level: the smoothed loss now; None before the first one.
-        before: what it was right before the last shrink; None before the first.
+        before: the smoothed loss right before the last shrink; None before the first.
     """
 
     def __init__(self, allowed: float = 0.1) -> None:
@@ -29,20 +29,20 @@ class LossSpikes:
         self.level: float | None = None
         self.before: float | None = None
 
-    def see(self, loss: float) -> None:
-        """Take up the loss of a step."""
+    def update(self, loss: float) -> None:
+        """Smooth in the loss of a step."""
         if self.level is None or not math.isfinite(self.level):
             self.level = loss
         else:
             self.level = FADE * self.level + (1 - FADE) * loss
 
-    def shrunk(self) -> None:
-        """A shrink comes now."""
+    def mark_shrink(self) -> None:
+        """Remember the level right before a shrink."""
         self.before = self.level
 
     @property
     def spiking(self) -> bool:
-        """Whether the loss is still above what the last shrink may cost."""
+        """Whether the loss is still further above its level before the last shrink than is allowed."""
         if self.level is None:
             return False
         if not math.isfinite(self.level):
@@ -50,7 +50,7 @@ class LossSpikes:
         return self.before is not None and self.level - self.before > self.allowed * abs(self.before)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
+        """Return the two levels as plain numbers."""
         return {"level": self.level, "before": self.before}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

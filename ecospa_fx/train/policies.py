@@ -1,4 +1,4 @@
-"""Policies: how it is decided which entries of which couplings go at a sparsification step.
+"""Policies: the rules that decide which entries of which couplings go at a sparsification step.
 
 Paper       scores -> the least important couplings lose their weakest slices       `CoupledSparsifier`
 Adaptive    saliency, and what stays can take over -> expected rise of the loss     `AdaptiveSparsifier`
@@ -6,50 +6,35 @@ Adaptive    saliency, and what stays can take over -> expected rise of the loss 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.compensate.compensation import Compensation
 from ecospa_fx.compensate.forecast import Forecast, forecast, worth_of
+from ecospa_fx.couple.constraints import Constraints
 from ecospa_fx.couple.coupling import Coupling
-from ecospa_fx.errors import TargetError
 from ecospa_fx.model.lookup import couplings
 from ecospa_fx.score.estimator import CoupledEstimator
 from ecospa_fx.score.saliency import Saliency
-from ecospa_fx.score.scores import Score, ScoreFunction
 
 from .adaptive import AdaptiveSparsifier
+from .settings import DecisionSettings, ScoreSettings
 from .sparsifier import CoupledSparsifier, EntryScores
-
-
-def check_adaptive(end: Any, shape: str, score: Any, index_score: Any, **others: Any) -> None:
-    """Refuse settings that say nothing to the adaptive policy, or a schedule without an end.
-
-    Raises:
-        TargetError: naming the setting.
-    """
-    given = {name: value for name, value in others.items() if value is not None}
-    given |= {"score": score} if score != "fisher" else {}
-    given |= {"index_score": index_score} if index_score != "norms" else {}
-    for name, value in given.items():
-        raise TargetError(f'policy="adaptive" weighs couplings and entries itself; leave {name}={value!r} out')
-    if end is None and shape != "one_shot":
-        raise TargetError('policy="adaptive" needs an end to be reached; pass end=')
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is to go.
+    """The result of a policy at one sparsification step.
 
     Attributes:
         keeps: coupling -> entries to keep, for those that shrink.
-        importance: coupling name -> what it scored.
-        forecast: what the loss is expected to rise by, where that decided.
+        importance: coupling name -> its score.
+        forecast: the expected rise of the loss, if the decision was made by it.
     """
 
     keeps: dict[Coupling, Tensor]
@@ -58,21 +43,25 @@ class Decision:
 
 
 class Policy(Protocol):
-    """Decides what goes."""
+    """A rule that decides which entries go."""
 
     @property
     def estimators(self) -> list[CoupledEstimator]:
-        """What gathers over training steps."""
+        """The estimators that accumulate over training steps."""
 
     @property
-    def described(self) -> dict[str, Any]:
-        """Its settings as plain values."""
+    def described(self) -> dict[str, str]:
+        """The names of its rule and scores, to be written down."""
 
     def ready(self) -> CoupledSparsifier:
-        """The sparsifier, made once the couplings are known."""
+        """Return the sparsifier, made once the couplings are known."""
 
     def decide(self, at_most: int | None) -> Decision:
-        """What to keep, where the model may cost so much after this step; None for as the policy likes."""
+        """Decide what to keep.
+
+        Args:
+            at_most: the cost that the model may have after this step; None: the policy decides.
+        """
 
 
 class Paper:
@@ -81,55 +70,52 @@ class Paper:
     Args:
         model: a compiled model.
         optimizers: those that hold its parameters.
-        settings: of `CoupledSparsifier`.
-        score: see `CoupledEstimator`.
-        index_score: which entries of a coupling go first: a score, or `"norms"`.
-        scoring: more settings of `CoupledEstimator`.
+        settings: how far and by which shares.
+        constraints: which sizes are allowed.
+        scores: how couplings and entries are scored.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizers: Sequence[Optimizer],
-        settings: Mapping[str, Any],
-        score: str | ScoreFunction | Score,
-        index_score: str | ScoreFunction | Score,
-        scoring: Mapping[str, Any],
+        settings: DecisionSettings,
+        constraints: Constraints,
+        scores: ScoreSettings,
     ) -> None:
-        self.model, self.optimizers, self.settings = model, optimizers, settings
-        self.estimator = CoupledEstimator(model, score, **scoring)
+        self.model, self.optimizers, self.settings, self.constraints = model, optimizers, settings, constraints
+        self.estimator = scores.estimator(model, scores.score, optimizers)
         self.index: CoupledEstimator | None = None
-        if index_score != "norms":
-            same = index_score == score
-            self.index = self.estimator if same else CoupledEstimator(model, index_score, **scoring)
+        if scores.index_score != "norms":
+            same = scores.index_score == scores.score
+            self.index = self.estimator if same else scores.estimator(model, scores.index_score, optimizers)
         self._sparsifier: CoupledSparsifier | None = None
 
     @property
     def estimators(self) -> list[CoupledEstimator]:
-        """That of the score, and that of the index score where it is another one."""
+        """The estimator of the score, and that of the index score if it is another one."""
         return [self.estimator] if self.index in (None, self.estimator) else [self.estimator, self.index]
 
     @property
-    def described(self) -> dict[str, Any]:
+    def described(self) -> dict[str, str]:
         """The names of its scores."""
         index = "norms" if self.index is None else self.index.score.name
         return {"policy": "paper", "score": self.estimator.score.name, "index_score": index}
 
     def ready(self) -> CoupledSparsifier:
-        """The sparsifier, made once the couplings are known."""
+        """Return the sparsifier, made once the couplings are known."""
         if self._sparsifier is None:
-            settings = dict(self.settings)
-            if self.estimator.score.reads == "attention":
-                # It says nothing about the others.
-                others = [c for c in couplings(self.model) if c.kind not in ("heads", "groups")]
-                constraints = settings["constraints"]
-                settings["constraints"] = replace(constraints, frozen=[*constraints.frozen, *others])
+            constraints, kinds = self.constraints, self.estimator.reader.kinds
+            if kinds is not None:
+                # The score says nothing about the others.
+                others = [c for c in couplings(self.model) if c.kind not in kinds]
+                constraints = replace(constraints, frozen=[*constraints.frozen, *others])
             entries: EntryScores | None = None if self.index is None else self.index.entries
-            self._sparsifier = CoupledSparsifier(self.model, **settings, optimizers=self.optimizers, entries=entries)
+            self._sparsifier = CoupledSparsifier.of(self.model, self.settings, constraints, self.optimizers, entries)
         return self._sparsifier
 
     def decide(self, at_most: int | None) -> Decision:
-        """What to keep by the rule, and where that is too slow, by what is due."""
+        """Decide by the rule; where that is too slow for the schedule, remove as much as is due."""
         importance = self.estimator.importance()
         with self.index.at_once() if self.index is not None else nullcontext():
             keeps = self.ready().decide(importance, at_most)
@@ -137,19 +123,25 @@ class Paper:
 
 
 class Adaptive:
-    """Removes what the loss is expected to rise least by.
+    """The rule that removes the entries by which the loss is expected to rise least.
 
     Args:
         model: a compiled model.
         optimizers: those that hold its parameters.
-        settings: of `CoupledSparsifier`; `top_k` and `theta` say nothing here.
-        compensation: what will be done for what goes.
+        settings: how far; `top_k` and `theta` are not read.
+        constraints: which sizes are allowed.
+        compensation: what will be done for the entries that go.
     """
 
     def __init__(
-        self, model: nn.Module, optimizers: Sequence[Optimizer], settings: Mapping[str, Any], compensation: Compensation
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        settings: DecisionSettings,
+        constraints: Constraints,
+        compensation: Compensation,
     ) -> None:
-        self.model, self.optimizers, self.settings = model, optimizers, settings
+        self.model, self.optimizers, self.settings, self.constraints = model, optimizers, settings, constraints
         self.compensation = compensation
         self.saliency = Saliency(model)
         self._sparsifier: AdaptiveSparsifier | None = None
@@ -160,28 +152,29 @@ class Adaptive:
         return [self.saliency]
 
     @property
-    def described(self) -> dict[str, Any]:
-        """What there is to say in place of scores."""
+    def described(self) -> dict[str, str]:
+        """Saliency in place of both scores."""
         return {"policy": "adaptive", "score": self.saliency.score.name, "index_score": self.saliency.score.name}
 
     def ready(self) -> AdaptiveSparsifier:
-        """The sparsifier, made once the couplings are known."""
+        """Return the sparsifier, made once the couplings are known."""
         if self._sparsifier is None:
-            self._sparsifier = AdaptiveSparsifier(self.model, **self.settings, optimizers=self.optimizers)
+            self._sparsifier = AdaptiveSparsifier.of(self.model, self.settings, self.constraints, self.optimizers)
         return self._sparsifier
 
     def decide(self, at_most: int | None) -> Decision:
-        """What to keep, by one price for all couplings."""
+        """Decide by one price for all couplings."""
         sparsifier = self.ready()
         assert at_most is not None, "a schedule with an end says what is due"
         judged = [coupling for coupling in couplings(self.model) if self.saliency.judges(coupling)]
         by_context = sparsifier.constraints.head_dims == "per_head"
         worth = {coupling: worth_of(coupling, self.saliency, by_context=by_context) for coupling in judged}
         widths = sparsifier.widths(worth, at_most)
+        compensation = self.compensation
         expected = forecast(
-            self.model, judged, self.saliency, grams=self.compensation.grams, optimizers=self.optimizers,
-            absorb=self.compensation.absorbs, rotate=self.compensation.rotates, by_context=by_context, widths=widths,
-            positions=self.compensation.positions,
+            self.model, judged, self.saliency, grams=compensation.grams, optimizers=self.optimizers,
+            absorb=compensation.settings.absorb, rotate=compensation.settings.rotate, by_context=by_context,
+            widths=widths, positions=compensation.positions,
         )  # fmt: skip
         keeps = {coupling: expected.curves[coupling].keep(width) for coupling, width in widths.items()}
         return Decision(keeps, {c.name: value for c, value in self.saliency.importance().items()}, expected)

@@ -1,4 +1,4 @@
-"""Schedule: when a model shrinks while it trains, and how far it should have come by then."""
+"""Schedule: the times at which a model shrinks while it trains, and the size it should have then."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ ScheduleUnit = Literal["steps", "tokens", "epochs"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """When to take a sparsification step, counted in steps, tokens or epochs of training.
+    """The times of the sparsification steps, counted in steps, tokens or epochs of training.
 
     Attributes:
-        interval: from one sparsification step to the next; where there is an end, stretched or squeezed a little so
-            that the last one falls on it.
-        start: of the first one; the first comes an interval after 0 where this is 0.
-        end: of the last one, by which the target is reached; None lets the rule of the paper run until it is.
-        shape: what share of all that is to go has gone after a share t of the sparsification steps: `"linear"`, t;
+        interval: from one sparsification step to the next; if there is an end, stretched or squeezed a little so that
+            the last one falls on it.
+        start: time of the first one; if it is 0, the first comes an interval after it.
+        end: time of the last one, by which the target is reached; None: the rule of the paper runs until it is.
+        shape: the share of all that is to go that has gone after a share t of the sparsification steps: `"linear"`, t;
             `"cubic"`, 1 - (1 - t)³, much early (Zhu & Gupta 2017, arXiv 1710.01878); `"cosine"`, (1 - cos πt) / 2,
             little at both ends; `"one_shot"`, all of it in one step at `start`.
         shrinks: the number of sparsification steps, evenly from `start` to `end`, in place of `interval`: few where
             each is dear, as with `torch.compile`, which compiles anew after every one.
-        unit: `"steps"`, `"tokens"` or `"epochs"`; of what the three above are numbers.
+        unit: `"steps"`, `"tokens"` or `"epochs"`, which `interval`, `start` and `end` count.
 
     Raises:
         TargetError: a number is out of range, or two of them do not go together.
@@ -66,13 +66,13 @@ class Schedule:
                 raise TargetError(f'shape="one_shot" is one shrink, and shrinks={self.shrinks}')
 
     def due(self, before: float, now: float) -> bool:
-        """Whether a sparsification step falls after `before` and by `now`."""
+        """Return whether a sparsification step falls after `before` and not after `now`."""
         if self.end is not None and now >= self.end:
             return True
         return self._taken(now) > self._taken(before)
 
     def share(self, now: float) -> float | None:
-        """The share, 0 to 1, of all that is to go that should be gone after the step at `now`; None for no matter."""
+        """Return the share, 0 to 1, of all that is to go that should be gone after a step at `now`; None: any share."""
         if self.shape == "one_shot":
             return 1.0 if now >= self.start else 0.0
         if self.end is None:
@@ -85,15 +85,15 @@ class Schedule:
         return (1.0 - math.cos(math.pi * t)) / 2 if self.shape == "cosine" else t
 
     def described(self) -> dict[str, Any]:
-        """As plain values, to be written down."""
+        """Return plain values, to be written down."""
         return asdict(self)
 
     @property
     def step(self) -> float:
-        """From one sparsification step to the next, also where `shrinks` says how many there are.
+        """Time from one sparsification step to the next, also if `shrinks` sets their number.
 
-        Where there is an end, the last falls on it: one that came a few training steps after the one before would judge
-        by these few alone.
+        If there is an end, the last falls on it: one that came a few training steps after the one before would judge by
+        these few alone.
         """
         if self.end is None:
             return self.interval
@@ -104,7 +104,7 @@ class Schedule:
         return (self.end - self.start) / max(1, count)
 
     def _taken(self, now: float) -> int:
-        """Sparsification steps up to `now`."""
+        """Count the sparsification steps up to `now`."""
         if now < self.start or now <= 0:
             return 0
         if self.shape == "one_shot":

@@ -1,11 +1,11 @@
-"""CoupledSparsifier: which entries of which couplings go at a sparsification step."""
+"""CoupledSparsifier: the paper's choice of the entries that go at a sparsification step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Literal, Protocol, get_args
+from typing import Protocol, Self
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,18 +15,17 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.model.cost import Cost, CostModel
 from ecospa_fx.model.lookup import couplings, state_of
-from ecospa_fx.score.scores import index_scores
+from ecospa_fx.score.judging import index_scores
 
 from .latency import Latency, LatencyModel
-
-Among = Literal["all", "prunable"]
+from .settings import Among, DecisionSettings
 
 
 class EntryScores(Protocol):
-    """Says what each entry of a coupling is worth."""
+    """A function that scores the entries of a coupling."""
 
     def __call__(self, coupling: Coupling, *, by_context: bool = False) -> Tensor:
-        """Float64 `[size]`, or `[contexts, size]`."""
+        """Score each entry, float64 `[size]`, or `[contexts, size]`."""
 
 
 class CoupledSparsifier:
@@ -49,7 +48,7 @@ class CoupledSparsifier:
             and `CoupledEstimator.entries` give it.
 
     Attributes:
-        whole: names of the couplings that may not shrink -> why.
+        whole: name of each coupling that may not shrink -> the reason.
 
     Raises:
         TargetError: a setting is out of range, or the target is below what can be reached.
@@ -68,10 +67,7 @@ class CoupledSparsifier:
         optimizers: Sequence[Optimizer] = (),
         entries: EntryScores | None = None,
     ) -> None:
-        check_settings(target=target, top_k=top_k, theta=theta)
-        for name, value, options in (("cost", cost, get_args(Cost)), ("among", among, get_args(Among))):
-            if value not in options and not isinstance(value, Latency):
-                raise TargetError(f"{name}={value!r} is none of {', '.join(map(repr, options))}")
+        DecisionSettings(target, cost, among, top_k, theta).check()
         self.model, self.target, self.top_k, self.theta = model, target, top_k, theta
         self.cost, self.among, self.optimizers = cost, among, tuple(optimizers)
         self.constraints = constraints or Constraints()
@@ -94,8 +90,23 @@ class CoupledSparsifier:
                 f"{', '.join(limits)}"
             )
 
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        settings: DecisionSettings,
+        constraints: Constraints,
+        optimizers: Sequence[Optimizer],
+        entries: EntryScores | None = None,
+    ) -> Self:
+        """Make a sparsifier from the settings of a trainer."""
+        return cls(
+            model, target=settings.target, top_k=settings.top_k, theta=settings.theta, constraints=constraints,
+            cost=settings.cost, among=settings.among, optimizers=optimizers, entries=entries,
+        )  # fmt: skip
+
     def sizes(self) -> CostModel | LatencyModel:
-        """What the model costs now, and would at other widths."""
+        """Return the cost of the model, now and at other widths."""
         if isinstance(self.cost, Latency):
             return LatencyModel(self._flops(), self.cost)
         return CostModel(self.model, state_of(self.model), self.cost, self.optimizers)
@@ -104,12 +115,12 @@ class CoupledSparsifier:
         return CostModel(self.model, state_of(self.model), "flops")
 
     def measure(self) -> None:
-        """Take up what the model costs as it is now, where only a measurement can tell."""
+        """Measure the cost of the model as it is now, if it is one that must be measured."""
         if isinstance(self.cost, Latency):
             self.cost.observe(self.model, self._flops())
 
     def target_size(self, sizes: CostModel | LatencyModel) -> int:
-        """The cost that may remain."""
+        """Return the cost that remains at the target."""
         whole = 0 if self.among == "all" else sizes.original - sizes.prunable
         return whole + math.ceil(self.target * (sizes.original - whole))
 
@@ -118,13 +129,13 @@ class CoupledSparsifier:
         return units
 
     def decide(self, importance: Mapping[Coupling, float], at_most: int | None = None) -> dict[Coupling, Tensor]:
-        """What to keep of which couplings.
+        """Decide which entries to keep.
 
         Args:
-            importance: of every coupling, see `CoupledEstimator`; one without stays as it is.
-            at_most: what the model may cost after this step, where a schedule must keep up. Where the paper's rule
-                leaves more, more couplings take part, then theta gives way. Without it, they do so where the rule
-                would remove nothing at all, as it does in small couplings whose entries are about equal.
+            importance: of every coupling, see `CoupledEstimator`; a coupling that is not in it stays as it is.
+            at_most: the cost that the model may have after this step, if a schedule sets it. If the paper's rule leaves
+                more, more couplings take part, then theta is lowered. None: this happens only if the rule would remove
+                nothing at all, as it does in small couplings whose entries are about equal.
 
         Returns:
             Coupling -> sorted LongTensor of the entries to keep, `[kept]` or `[contexts, kept]`, for those that shrink;
@@ -134,20 +145,20 @@ class CoupledSparsifier:
         judged = [unit for unit in self._units() if all(c in importance for c in unit.couplings)]
         order = sorted(judged, key=lambda unit: (_mean(importance[c] for c in unit.couplings), unit.name))
         scores = {c: self._scores(c) for unit in order for c in unit.couplings}
-        # Score held by the strongest entry, by the two strongest, and so on, in every context.
-        held = {c: score.sort(dim=-1, descending=True).values.sum(0).cumsum(0) for c, score in scores.items()}
+        # Score of the strongest entry, of the two strongest, and so on, over all contexts.
+        running = {c: score.sort(dim=-1, descending=True).values.sum(0).cumsum(0) for c, score in scores.items()}
         count = max(1, math.ceil(self.top_k * len(order)))
-        keeps = self._by_theta(order[:count], held, self.theta)
+        keeps = self._by_theta(order[:count], running, self.theta)
         while count < len(order) and not self._enough(keeps, sizes, at_most):
-            keeps |= self._by_theta(order[count : count + 1], held, self.theta)
+            keeps |= self._by_theta(order[count : count + 1], running, self.theta)
             count += 1
         if not self._enough(keeps, sizes, at_most):
-            keeps = self._by_theta(order, held, self._looser(order, held, sizes, at_most))
+            keeps = self._by_theta(order, running, self._looser(order, running, sizes, at_most))
         keeps = self._stop_at_target(order, keeps, sizes)
         left = sizes.total(named_sizes(keeps, keeps))
         stuck = left == sizes.total({}) if at_most is None else at_most <= self.target_size(sizes)
         if left > self.target_size(sizes) and stuck:
-            # What is left to remove is less than what these couplings remove at a time: smaller ones may still fit.
+            # The rest to be removed is less than one entry of these couplings; smaller ones may still fit.
             keeps = self._stop_at_target(order, {unit: unit.sizes[0] for unit in order}, sizes, keeps)
         return {
             coupling: _strongest(scores[coupling], keep)
@@ -157,7 +168,7 @@ class CoupledSparsifier:
         }
 
     def reached(self) -> bool:
-        """Whether no coupling can lose another entry without passing the target."""
+        """Return whether no coupling can lose another entry without passing the target."""
         sizes = self.sizes()
         smallest = (
             sizes.total(named_sizes([unit], {unit: unit.sizes[-2]})) for unit in self._units() if len(unit.sizes) > 1
@@ -165,37 +176,37 @@ class CoupledSparsifier:
         return sizes.total({}) <= self.target_size(sizes) or all(total < self.target_size(sizes) for total in smallest)
 
     def _scores(self, coupling: Coupling) -> Tensor:
-        """Scores `[contexts, size]` of the entries, one row where all contexts keep the same."""
+        """Score the entries, `[contexts, size]`; one row where all contexts keep the same."""
         by_context = coupling.context is not None and self.constraints.head_dims == "per_head"
         scores = self.entries(coupling, by_context=by_context)
         return scores if by_context else scores[None]
 
     def _enough(self, keeps: Mapping[TiedCouplings, int], sizes: CostModel | LatencyModel, at_most: int | None) -> bool:
-        """Whether a step that keeps so much keeps up with the schedule, or at least removes something."""
+        """Return whether a step keeps up with the schedule, or, without one, removes something."""
         now, after = sizes.total({}), sizes.total(named_sizes(keeps, keeps))
         return after <= at_most if at_most is not None else after < now
 
     def _by_theta(
-        self, order: list[TiedCouplings], held: Mapping[Coupling, Tensor], theta: float
+        self, order: list[TiedCouplings], running: Mapping[Coupling, Tensor], theta: float
     ) -> dict[TiedCouplings, int]:
-        """The least allowed size of each unit at which every coupling of it holds `theta` of its score."""
+        """Return the least allowed size of each unit at which all its couplings keep `theta` of their score."""
         return {
-            unit: unit.rounded(max(unit.size_for(c, _entries_holding(theta, held[c])) for c in unit.couplings))
+            unit: unit.rounded(max(unit.size_for(c, _entries_with(theta, running[c])) for c in unit.couplings))
             for unit in order
         }
 
     def _looser(
         self,
         order: list[TiedCouplings],
-        held: Mapping[Coupling, Tensor],
+        running: Mapping[Coupling, Tensor],
         sizes: CostModel | LatencyModel,
         at_most: int | None,
     ) -> float:
-        """The largest theta at which all couplings together remove enough."""
+        """Find the largest theta at which all couplings together remove enough."""
         low, high = 0.0, self.theta
         for _ in range(30):
             middle = (low + high) / 2
-            if self._enough(self._by_theta(order, held, middle), sizes, at_most):
+            if self._enough(self._by_theta(order, running, middle), sizes, at_most):
                 low = middle
             else:
                 high = middle
@@ -208,15 +219,15 @@ class CoupledSparsifier:
         sizes: CostModel | LatencyModel,
         already: Mapping[TiedCouplings, int] | None = None,
     ) -> dict[TiedCouplings, int]:
-        """Apply `keeps` from the least important coupling on, as far as the target allows.
+        """Take units to the sizes in `keeps`, the least important first, as far as the target allows.
 
-        Where one would pass the target it gives as many entries as still fit, and the next ones try for the rest.
+        One that would pass the target gives as many entries as still fit, and the next ones give the rest.
         """
         taken = dict(already or {})
         for unit in order:
             if unit not in keeps:
                 continue
-            # Positions among the allowed sizes: the fewest wished for, and what is surely allowed.
+            # Positions among the allowed sizes: the size asked for, and one that is allowed for sure.
             low, high = unit.sizes.index(keeps[unit]), unit.sizes.index(taken.get(unit, unit.sizes[-1]))
             while low < high:
                 middle = (low + high) // 2
@@ -230,16 +241,16 @@ class CoupledSparsifier:
 
 
 def _strongest(scores: Tensor, keep: int) -> Tensor:
-    """Positions of the strongest entries of each row, sorted; without the row dim where there is just one."""
+    """Return the sorted positions of the strongest entries of each row; of a single row without the row dim."""
     positions = scores.argsort(dim=-1, descending=True, stable=True)[:, :keep].sort(dim=-1).values
     return positions[0] if len(positions) == 1 else positions
 
 
-def _entries_holding(theta: float, held: Tensor) -> int:
-    """The size of the smallest set of entries that holds `theta` of the total score, from the running sums `held`."""
-    if not float(held[-1]) > 0:
-        return len(held)
-    return int((held < theta * held[-1] * (1 - 1e-12)).sum()) + 1
+def _entries_with(theta: float, running: Tensor) -> int:
+    """Return the size of the smallest set of entries with `theta` of the total score, from running sums."""
+    if not float(running[-1]) > 0:
+        return len(running)
+    return int((running < theta * running[-1] * (1 - 1e-12)).sum()) + 1
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -248,16 +259,5 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def named_sizes(units: Iterable[TiedCouplings], sizes: Mapping[TiedCouplings, int]) -> dict[str, int]:
-    """Entries by coupling name, as `CostModel.total` takes them."""
+    """Return entries by coupling name, as `CostModel.total` takes them."""
     return {c.name: keep for unit in units for c, keep in unit.keeps(sizes[unit]).items()}
-
-
-def check_settings(*, target: float, top_k: float, theta: float) -> None:
-    """Refuse settings out of range.
-
-    Raises:
-        TargetError: naming the setting, its value and the range.
-    """
-    for name, value in (("target", target), ("top_k", top_k), ("theta", theta)):
-        if not isinstance(value, (int, float)) or not 0 < value <= 1:
-            raise TargetError(f"{name}={value!r} is out of range; it is a share, above 0 and at most 1")

@@ -1,19 +1,18 @@
-"""EcoSpaTrainer: the schedule. Scores while the model trains, shrinks it step by step, stops at the target."""
+"""EcoSpaTrainer: scores a model while it trains, shrinks it step by step, and stops at the target."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Protocol, get_args
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ecospa_fx.compensate.compensation import GATHERING, Compensation
+from ecospa_fx.compensate.compensation import GATHERING, Compensation, CompensationSettings
 from ecospa_fx.compensate.forecast import Forecast
 from ecospa_fx.couple.constraints import Constraints, Frozen, HeadDims
 from ecospa_fx.couple.coupling import Coupling
-from ecospa_fx.errors import EcoSpaError, OptimizerError, TargetError
-from ecospa_fx.logs import logger
+from ecospa_fx.errors import EcoSpaError, OptimizerError
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.copies import copies_of, listed
 from ecospa_fx.model.cost import Cost
@@ -21,31 +20,36 @@ from ecospa_fx.model.diff import ModuleDiff
 from ecospa_fx.model.lookup import check_optimizer, is_captured
 from ecospa_fx.model.optimizer_state import check_can_follow, several
 from ecospa_fx.model.shrinking import shrink
-from ecospa_fx.score.scores import Score, ScoreFunction
 from ecospa_fx.score.step_watcher import StepWatcher
 
+from .batches import loss_of, tokens_of
+from .clock import Clock
 from .latency import Latency
 from .loss_spikes import LossSpikes
-from .policies import Adaptive, Paper, Policy, check_adaptive
+from .policies import Adaptive, Decision, Paper, Policy
 from .schedule import Schedule, ScheduleUnit, SparsityCurve
-from .sparsifier import Among, CoupledSparsifier, check_settings
+from .settings import (
+    PRESETS,
+    Among,
+    AnyScore,
+    DecisionSettings,
+    Gradients,
+    PolicyName,
+    Preset,
+    ScoreSettings,
+    check_adaptive,
+    check_option,
+)
+from .sparsifier import CoupledSparsifier
 
-if TYPE_CHECKING:
-    from ecospa_fx.see.watch import Watch
-
-Gradients = Literal["step", "optimizer", "backward"]
-Preset = Literal["pretrain", "finetune"]
-Policies = Literal["paper", "adaptive"]
 BeforeShrink = Callable[[nn.Module, Mapping[Coupling, Tensor], Any], None]
 
-PRESETS: dict[Preset, dict[str, float]] = {
-    "pretrain": {"top_k": 0.3, "theta": 0.9},
-    "finetune": {"top_k": 0.1, "theta": 0.95},
-}
-"""Settings by the advice of the paper: from scratch its own; what is already trained loses less at a time."""
 
-MOST_POSTPONED = 10
-"""Sparsification steps in a row that wait for the loss to come down; the next one no longer does."""
+class LossListener(Protocol):
+    """An object that follows training, such as `ecospa_fx.Watch`."""
+
+    def step(self, loss: float) -> None:
+        """Take the loss of a training step, after the trainer has taken that step."""
 
 
 class EcoSpaTrainer:
@@ -61,56 +65,55 @@ class EcoSpaTrainer:
 
     Args:
         model: a compiled model; it may not have been called yet.
-        optimizer: holds its parameters; their state is carried through every shrink. Or several, that hold some each.
+        optimizer: the optimizer that holds its parameters, or several that hold some each; their state is carried
+            through every shrink.
         target: share of the model's original cost that remains at the end.
-        cost: what that is a share of: `"parameters"`, `"flops"` of a forward, `"bytes"` of training (weights,
+        cost: the cost that this is a share of: `"parameters"`, `"flops"` of a forward, `"bytes"` of training (weights,
             gradients and optimizer state), or a `Latency`, the measured time of a forward.
-        among: `"all"` of it, or what is `"prunable"`: on some coupling.
-        policy: `"paper"`, or `"adaptive"`: what goes where is decided by what the loss is expected to rise by, and
-            what stays takes over; `top_k`, `theta` and scores say nothing then. See docs/absorption.md.
-        preset: `"pretrain"` or `"finetune"`: what `top_k` and `theta` are by default, 30% and 90% or 10% and 95%.
+        among: `"all"` of it, or the `"prunable"` part, which lies on some coupling.
+        policy: `"paper"`, or `"adaptive"`: entries go by the expected rise of the loss, and those that stay take over;
+            `top_k`, `theta` and scores must be left out then. See docs/absorption.md.
+        preset: the defaults of `top_k` and `theta`: `"pretrain"`, 30% and 90%, or `"finetune"`, 10% and 95%.
         top_k: share of the couplings that shrink at a sparsification step, the least important ones.
         theta: share of a coupling's score that is kept when it shrinks.
-        interval: training steps between sparsification steps; or tokens or epochs, see `unit`. Where there is an end
-            it is stretched or squeezed a little, so that the last one falls on it.
+        interval: training steps between sparsification steps; or tokens or epochs, see `unit`. If there is an end it is
+            stretched or squeezed a little, so that the last one falls on it.
         start: training step of the first one.
-        end: training step by which the target is reached. Where the paper's rule is too slow for that, more couplings
-            take part, then theta gives way. Without it the rule runs until the target is reached.
+        end: training step by which the target is reached. If the paper's rule is too slow for that, more couplings take
+            part, then theta is lowered. None: the rule runs until the target is reached.
         shape: how the size goes down to the target by `end`: `"linear"`, `"cubic"`, `"cosine"` or `"one_shot"`.
         shrinks: number of sparsification steps between `start` and `end`, in place of `interval`.
-        unit: what `interval`, `start` and `end` count: `"steps"`, `"tokens"` or `"epochs"`. See `Schedule`.
+        unit: the unit of `interval`, `start` and `end`: `"steps"`, `"tokens"` or `"epochs"`. See `Schedule`.
         score: importance of a coupling, see `CoupledEstimator`: a name, or a function of a weight and its gradient.
-        index_score: which entries of a coupling go first: `"norms"`, the product of the norms of their slices, as the
-            paper has it, or any score.
+        index_score: the order in which the entries of a coupling go: `"norms"`, the product of the norms of their
+            slices, as in the paper, or any score.
         decay: see `CoupledEstimator`.
         window: see `CoupledEstimator`.
         seed: of `"random"` scores.
-        spike: a shrink waits for the next sparsification step, and so do those after it, while the smoothed loss is
-            more than this share above what it was before the last shrink. Only if `step` is told the loss.
+        spike: a shrink, and with it all later ones, waits for the next sparsification step while the smoothed loss is
+            more than this share above its level before the last shrink. Only if `step` is told the loss.
         min_keep: entries that every coupling keeps.
         round_to: widths come out as multiples of it; see `Constraints`.
         head_dims: `"per_head"`, `"per_layer"` or `"off"`; see `Constraints`.
         equal_head_dims: queries and keys keep as many dims as values; see `Constraints`.
-        frozen: name patterns, modules and couplings that stay whole.
-        gradients: where they are read: at `"step"`, the call of `step()`; right before each step of the `"optimizer"`;
+        frozen: name patterns, modules and couplings that keep their size.
+        gradients: when they are read: at `"step"`, the call of `step()`; right before each step of the `"optimizer"`;
             or in `"backward"`, for optimizers that step there and free them at once. See `CoupledEstimator`.
-        before_shrink: called with the model, what will be kept and the optimizer right before each shrink.
+        before_shrink: called with the model, the entries to keep and the optimizer right before each shrink.
         also: copies of the model that shrink with it, such as averages of its weights; see `ecospa_fx.shrink`.
-        absorb: what stays takes over what goes, by least squares on what the weights met in the last training steps
-            before a shrink; see docs/absorption.md. By default with `policy="adaptive"` only.
+        absorb: entries that stay take over from those that go, by least squares on the inputs of weights in the last
+            training steps before a shrink; see docs/absorption.md. By default only with `policy="adaptive"`.
         rotate: couplings between linear maps that are about to shrink first get the basis in which the entries that go
-            carry least; see `ecospa_fx.rotate`. What an optimizer cannot follow keeps its basis, and the log says so.
-            By default as `absorb`.
+            carry least; see `ecospa_fx.rotate`. A coupling that an optimizer cannot follow keeps its basis, and the log
+            says so. The default is as for `absorb`.
 
     Attributes:
         steps: training steps seen.
-        now: what has been seen in the unit of the schedule.
         done: the target is reached; nothing more will be removed.
-        history: a dict per shrink: `step`, `size` (parameters left), `removed` (coupling name -> entries, in
-            each context), `importance` (coupling name -> what it scored), and of `"adaptive"` also `expected` (coupling
-            name -> what the loss was expected to rise by).
-        forecast: with `policy="adaptive"`, what each coupling was expected to cost at the last sparsification step.
-        postponed: a dict per sparsification step that waited for the loss: `step`, `loss` (smoothed), `before`.
+        history: a dict per shrink: `step`, `size` (parameters left), `removed` (coupling name -> entries, in each
+            context), `importance` (coupling name -> its score), and of `"adaptive"` also `expected` (coupling name ->
+            expected rise of the loss).
+        forecast: with `policy="adaptive"`, the expected cost of each coupling at the last sparsification step.
         last_shrink: sizes of every layer before and after the last shrink, once there was one.
         also: a list, to which a copy that is made later may be added.
 
@@ -128,7 +131,7 @@ class EcoSpaTrainer:
         target: float = 0.5,
         cost: Cost | Latency = "parameters",
         among: Among = "all",
-        policy: Policies = "paper",
+        policy: PolicyName = "paper",
         preset: Preset = "pretrain",
         top_k: float | None = None,
         theta: float | None = None,
@@ -138,8 +141,8 @@ class EcoSpaTrainer:
         shape: SparsityCurve = "linear",
         shrinks: int | None = None,
         unit: ScheduleUnit = "steps",
-        score: str | ScoreFunction | Score = "fisher",
-        index_score: str | ScoreFunction | Score = "norms",
+        score: AnyScore = "fisher",
+        index_score: AnyScore = "norms",
         decay: float | None = None,
         window: int | None = None,
         seed: int = 0,
@@ -157,19 +160,17 @@ class EcoSpaTrainer:
     ) -> None:
         if MODEL not in model.__dict__:
             raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
-        for name, value, options in (
-            ("policy", policy, get_args(Policies)),
-            ("preset", preset, PRESETS),
-            ("gradients", gradients, get_args(Gradients)),
-        ):
-            if value not in options:
-                raise TargetError(f"{name}={value!r} is none of {', '.join(map(repr, options))}")
-        if policy == "adaptive":
-            check_adaptive(end, shape, score, index_score, top_k=top_k, theta=theta, decay=decay, window=window)
-        top_k = PRESETS[preset]["top_k"] if top_k is None else top_k
-        theta = PRESETS[preset]["theta"] if theta is None else theta
-        check_settings(target=target, top_k=top_k, theta=theta)
-        constraints = Constraints(min_keep, round_to, head_dims, equal_head_dims, frozen)
+        check_option("policy", policy, get_args(PolicyName))
+        check_option("preset", preset, PRESETS)
+        check_option("gradients", gradients, get_args(Gradients))
+        scores = ScoreSettings(score, index_score, decay, window, seed)
+        adaptive = policy == "adaptive"
+        if adaptive:
+            check_adaptive(end, shape, scores, top_k, theta)
+        top_k = PRESETS[preset].top_k if top_k is None else top_k
+        theta = PRESETS[preset].theta if theta is None else theta
+        self._decisions = DecisionSettings(target, cost, among, top_k, theta)
+        self._constraints = Constraints(min_keep, round_to, head_dims, equal_head_dims, frozen)
         self.schedule = Schedule(interval, start, end, shape, shrinks, unit)
         self.optimizers = several(optimizer)
         if not self.optimizers:
@@ -181,116 +182,95 @@ class EcoSpaTrainer:
         self.model, self.optimizer, self.also = model, optimizer, list(listed(also))
         self.before_shrink = before_shrink
         self.steps = 0
-        self.now: float = 0
         self.done = False
         self.history: list[dict[str, Any]] = []
-        self.postponed: list[dict[str, Any]] = []
         self.last_shrink: ModuleDiff | None = None
         self.forecast: Forecast | None = None
         self._spikes = LossSpikes(spike)
-        self._waiting: float = 0  # what the schedule has been put off by
-        self._in_a_row = 0
-        self._from: int | None = None  # the cost when the first sparsification step came
+        self._clock = Clock(self.schedule, self._spikes)
+        self._initial_cost: int | None = None  # when the first sparsification step came
+        self._gradients: Gradients = gradients
         self._optimizer_steps = StepWatcher(model, self.optimizers) if gradients == "step" else None
-        adaptive = policy == "adaptive"
-        absorb, rotate = (adaptive if each is None else each for each in (absorb, rotate))
-        self._compensation = Compensation(model, absorb, rotate)
-        self._owed = False  # a sparsification step for which nothing had been read
-        self._settings: dict[str, Any] = {
-            "target": target, "cost": cost, "among": among, "top_k": top_k, "theta": theta, "constraints": constraints,
-        }  # fmt: skip
-        scoring: dict[str, Any] = {"decay": decay, "window": window, "optimizer": optimizer, "seed": seed}
+        self._compensation = Compensation(
+            model,
+            CompensationSettings(adaptive if absorb is None else absorb, adaptive if rotate is None else rotate),
+        )
+        self._owed = False  # a sparsification step that came before anything was read
+        self._scores = scores
         self.policy: Policy
         if adaptive:
-            self.policy = Adaptive(model, self.optimizers, self._settings, self._compensation)
+            self.policy = Adaptive(model, self.optimizers, self._decisions, self._constraints, self._compensation)
         else:
-            self.policy = Paper(model, self.optimizers, self._settings, score, index_score, scoring)
+            self.policy = Paper(model, self.optimizers, self._decisions, self._constraints, scores)
         for estimator in self.policy.estimators:
             if gradients == "optimizer":
                 estimator.attach(*self.optimizers)
             elif gradients == "backward":
                 estimator.attach_backward()
-        self._described: dict[str, Any] = {
-            **self.policy.described, "decay": decay, "window": window, "seed": seed,
-            "spike": spike, "gradients": gradients, "absorb": absorb, "rotate": rotate,
-        }  # fmt: skip
         if is_captured(model):
             self._ready()
+
+    @property
+    def now(self) -> float:
+        """Training seen, in the unit of the schedule."""
+        return self._clock.now
+
+    @property
+    def postponed(self) -> list[dict[str, Any]]:
+        """A dict per sparsification step that waited for the loss: `step`, `loss` (smoothed), `before`."""
+        return self._clock.postponed
+
+    @property
+    def hears_the_loss(self) -> bool:
+        """Whether `step` has been told a loss, so that shrinks wait while it is high."""
+        return self._spikes.level is not None
+
+    @property
+    def size(self) -> int:
+        """Parameters of the model now."""
+        return sum(p.numel() for p in self.model.parameters())
 
     def step(
         self, *, loss: Tensor | float | None = None, tokens: int | None = None, epochs: float | None = None
     ) -> None:
-        """Call it after every `optimizer.step()`, while the gradients are still there (or not, see `gradients`).
+        """Take a training step; call it after every `optimizer.step()`, before gradients are zeroed (see `gradients`).
 
         Args:
-            loss: of this step, to let shrinks wait while it is high. Where it is a tensor it is read at once, which a
-                GPU waits for; None watches nothing.
-            tokens: in this step's batch, where the schedule counts them.
-            epochs: share of an epoch in this step, `1 / len(loader)`, where the schedule counts these.
+            loss: of this step, to let shrinks wait while it is high. A tensor is read at once, which a GPU waits for.
+                None: shrinks never wait.
+            tokens: in this step's batch, if the schedule counts them.
+            epochs: share of an epoch in this step, `1 / len(loader)`, if the schedule counts these.
 
         Raises:
             OptimizerError: no parameter of a coupling has a gradient.
-            TargetError: the schedule counts what it has not been told.
+            TargetError: the schedule counts tokens or epochs, and they are not given.
         """
-        amount = {"steps": 1, "tokens": tokens, "epochs": epochs}[self.schedule.unit]
-        if amount is None:
-            raise TargetError(f"the schedule counts {self.schedule.unit}: call trainer.step({self.schedule.unit}=...)")
+        amount = self._clock.advance(tokens, epochs)
         self.steps += 1
-        before, self.now = self.now, self.now + amount
         if loss is not None:
-            self._spikes.see(float(loss.detach()) if isinstance(loss, Tensor) else float(loss))
+            self._spikes.update(float(loss.detach()) if isinstance(loss, Tensor) else float(loss))
         if self.done:
             return
         self._ready()
         read = self._read()
-        due = self.schedule.due(before - self._waiting, self.now - self._waiting) or self._owed
-        # Where a gradient scaler has left out every step so far, the first one that is taken comes first.
+        due = self._clock.due or self._owed
+        # If a gradient scaler has left out every step so far, wait for the first one that is taken.
         self._owed = due and not read and any(estimator.empty for estimator in self.policy.estimators)
-        if due and not self._owed and not self._postpone():
+        if due and not self._owed and not self._clock.postpone(self.steps):
             self.sparsify()
-        now = self.now - self._waiting
-        self._compensation.gather(not self.done and (self._owed or self.schedule.due(now, now + GATHERING * amount)))
-
-    def _read(self) -> bool:
-        """Read the gradients of this step, if nothing else does; whether it was taken at all."""
-        if self._optimizer_steps is None:
-            return True
-        readings = list(self._optimizer_steps.readings())
-        for estimator in self.policy.estimators:
-            for number, reading in enumerate(readings):
-                estimator.accumulate(**reading._asdict(), new_step=number == 0)
-        return bool(readings)
+        soon = not self.done and (self._owed or self._clock.due_within(GATHERING * amount))
+        self._compensation.gather(soon)
 
     def sparsify(self) -> None:
         """Take a sparsification step now."""
         sparsifier = self._ready()
         for estimator in self.policy.estimators:
             if estimator.empty:
-                seen = "gradient" if estimator.score.reads == "gradients" else "activation that could be seen"
-                raise OptimizerError(
-                    f"no parameter of a coupling has a {seen}: call trainer.step() after backward() and before "
-                    "zero_grad()" + ("" if seen == "gradient" else ", and train with model.train()")
-                )
-        decision = self.policy.decide(self._due(sparsifier))
+                raise OptimizerError(estimator.reader.if_empty)
+        decision = self.policy.decide(self._cost_due(sparsifier))
         self.forecast = decision.forecast
         if decision.keeps:
-            keeps = self._compensation.prepared(decision.keeps, self.optimizers, self.also)
-            if self.before_shrink is not None:
-                self.before_shrink(self.model, keeps, self.optimizer)
-            self._spikes.shrunk()
-            removed = {coupling.name: coupling.size - keep.shape[-1] for coupling, keep in keeps.items()}
-            entry: dict[str, Any] = {
-                "step": self.steps,
-                "removed": removed,
-                "importance": decision.importance,
-            }
-            if decision.forecast is not None:
-                entry["expected"] = decision.forecast.rises(removed)
-            self.last_shrink = shrink(
-                self.model, keeps, optimizer=self.optimizers, also=self.also, absorb=self._compensation.absorb
-            )
-            self._compensation.reset()
-            self.history.append(entry | {"size": self.size})
+            self._shrink(decision)
         for estimator in self.policy.estimators:
             estimator.reset()
         sparsifier.measure()
@@ -302,51 +282,46 @@ class EcoSpaTrainer:
                 self._optimizer_steps.detach()
             self._compensation.detach()
 
-    @property
-    def _latency(self) -> Latency | None:
-        cost = self._settings["cost"]
-        return cost if isinstance(cost, Latency) else None
+    def _shrink(self, decision: Decision) -> None:
+        """Carry a decision out, and write it into the history."""
+        keeps = self._compensation.rotated(decision.keeps, self.optimizers, self.also)
+        if self.before_shrink is not None:
+            self.before_shrink(self.model, keeps, self.optimizer)
+        self._spikes.mark_shrink()
+        removed = {coupling.name: coupling.size - keep.shape[-1] for coupling, keep in keeps.items()}
+        entry: dict[str, Any] = {"step": self.steps, "removed": removed, "importance": decision.importance}
+        if decision.forecast is not None:
+            entry["expected"] = decision.forecast.rises(removed)
+        self.last_shrink = shrink(
+            self.model, keeps, optimizer=self.optimizers, also=self.also, absorb=self._compensation.absorb
+        )
+        self._compensation.reset()
+        self.history.append(entry | {"size": self.size})
 
-    @property
-    def hears_the_loss(self) -> bool:
-        """`step` has been told a loss, so that shrinks wait while it is high."""
-        return self._spikes.level is not None
-
-    @property
-    def size(self) -> int:
-        """Parameters of the model now."""
-        return sum(p.numel() for p in self.model.parameters())
+    def _read(self) -> bool:
+        """Read the gradients of this step, unless hooks do; return whether an optimizer took the step."""
+        if self._optimizer_steps is None:
+            return True
+        readings = list(self._optimizer_steps.readings())
+        for estimator in self.policy.estimators:
+            for number, reading in enumerate(readings):
+                estimator.accumulate(**reading._asdict(), new_step=number == 0)
+        return bool(readings)
 
     def _ready(self) -> CoupledSparsifier:
-        """The sparsifier, made once the couplings are known."""
-        self._compensation.look()
+        """Return the sparsifier, made once the couplings are known."""
+        self._compensation.observe()
         return self.policy.ready()
 
-    def _due(self, sparsifier: CoupledSparsifier) -> int | None:
-        """What the model may cost after this step by the schedule."""
-        share = self.schedule.share(self.now - self._waiting)
+    def _cost_due(self, sparsifier: CoupledSparsifier) -> int | None:
+        """Compute the cost that the model may have after this step by the schedule; None if it does not say."""
+        share = self._clock.share
         sizes = sparsifier.sizes()
-        now = sizes.total({})
-        if self._from is None:
-            self._from = now
+        if self._initial_cost is None:
+            self._initial_cost = sizes.total({})
         if share is None:
             return None
-        return round(self._from - share * (self._from - sparsifier.target_size(sizes)))
-
-    def _postpone(self) -> bool:
-        """Put the schedule off by one interval, if the loss has not got over the last shrink."""
-        if not self._spikes.spiking or self._in_a_row >= MOST_POSTPONED:
-            self._in_a_row = 0
-            return False
-        self._in_a_row += 1
-        self._waiting += self.schedule.step
-        level, before = self._spikes.level, self._spikes.before
-        self.postponed.append({"step": self.steps, "loss": level, "before": before})
-        logger("shrink").warning(
-            "step %d: loss %s, %s before the last shrink; the next one waits%s", self.steps, _number(level),
-            _number(before), "" if self._in_a_row < MOST_POSTPONED else " for the last time",
-        )  # fmt: skip
-        return True
+        return round(self._initial_cost - share * (self._initial_cost - sparsifier.target_size(sizes)))
 
     def fit(
         self,
@@ -354,7 +329,7 @@ class EcoSpaTrainer:
         *,
         loss: Callable[[Any, Any], Tensor] | None = None,
         scheduler: Any = None,
-        watch: Watch | None = None,
+        watch: LossListener | None = None,
     ) -> list[float]:
         """Train over a loader.
 
@@ -363,7 +338,7 @@ class EcoSpaTrainer:
                 targets)` pair with `loss`.
             loss: `loss(outputs, targets)` for pairs.
             scheduler: a learning-rate scheduler, stepped once per batch.
-            watch: told the loss of each batch.
+            watch: its `step` is called with the loss of each batch, as that of `ecospa_fx.Watch`.
 
         Returns:
             The loss of each batch.
@@ -371,13 +346,7 @@ class EcoSpaTrainer:
         losses = []
         epoch = 1 / len(loader) if isinstance(loader, Sized) and len(loader) else None
         for batch in loader:
-            if isinstance(batch, Mapping):
-                value = self.model(**batch).loss
-            elif loss is not None:
-                inputs, targets = batch
-                value = loss(self.model(inputs), targets)
-            else:
-                raise EcoSpaError("batches are no mappings; pass loss=, a function of outputs and targets")
+            value = loss_of(self.model, batch, loss)
             value.backward()
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -392,25 +361,32 @@ class EcoSpaTrainer:
         return losses
 
     def state_dict(self) -> dict[str, Any]:
-        """The schedule's state: plain numbers and the accumulated sums."""
+        """Return the schedule's state: plain numbers and the accumulated sums."""
+        latency = self._decisions.latency
         return {
             "steps": self.steps,
             "now": self.now,
             "done": self.done,
             "history": self.history,
             "postponed": self.postponed,
-            "waiting": self._waiting,
-            "waits_in_a_row": self._in_a_row,
+            "waiting": self._clock.waited,
+            "waits_in_a_row": self._clock.in_a_row,
             "owed": self._owed,
-            "from": self._from,
+            "from": self._initial_cost,
             "spikes": self._spikes.state_dict(),
-            "latencies": self._latency.points if self._latency is not None else [],
+            "latencies": latency.points if latency is not None else [],
             "settings": {
-                **{name: value for name, value in self._settings.items() if name != "constraints"},
-                **({"cost": "latency"} if self._latency is not None else {}),
-                **self._settings["constraints"].described(),
+                **self._decisions.described(),
+                **self._constraints.described(),
                 **self.schedule.described(),
-                **self._described,
+                **self.policy.described,
+                "decay": self._scores.decay,
+                "window": self._scores.window,
+                "seed": self._scores.seed,
+                "spike": self._spikes.allowed,
+                "gradients": self._gradients,
+                "absorb": self._compensation.settings.absorb,
+                "rotate": self._compensation.settings.rotate,
             },
             "scores": [estimator.state_dict() for estimator in self.policy.estimators],
             "compensation": self._compensation.state_dict(),
@@ -418,13 +394,14 @@ class EcoSpaTrainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        self.steps, self.now, self.done = state["steps"], state["now"], state["done"]
-        self.history, self.postponed = list(state["history"]), list(state["postponed"])
-        self._waiting, self._in_a_row, self._from = state["waiting"], state["waits_in_a_row"], state["from"]
-        self._owed = state["owed"]
+        self.steps, self.done, self.history = state["steps"], state["done"], list(state["history"])
+        clock, latency = self._clock, self._decisions.latency
+        clock.now, clock.postponed = state["now"], list(state["postponed"])
+        clock.waited, clock.in_a_row = state["waiting"], state["waits_in_a_row"]
+        self._initial_cost, self._owed = state["from"], state["owed"]
         self._spikes.load_state_dict(state["spikes"])
-        if self._latency is not None:
-            self._latency.points = [(int(flops), float(seconds)) for flops, seconds in state["latencies"]]
+        if latency is not None:
+            latency.points = [(int(flops), float(seconds)) for flops, seconds in state["latencies"]]
         for estimator, scores in zip(self.policy.estimators, state["scores"], strict=True):
             estimator.load_state_dict(scores)
             if self.done:
@@ -432,14 +409,3 @@ class EcoSpaTrainer:
         self._compensation.load_state_dict(state.get("compensation", {}))
         if self.done:
             self._compensation.detach()
-
-
-def tokens_of(batch: Any) -> int | None:
-    """Tokens of a batch: the entries of its first tensor of whole numbers."""
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    whole = (v for v in values if isinstance(v, Tensor) and not v.is_floating_point())
-    return next((tensor.numel() for tensor in whole), None)
-
-
-def _number(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4g}"

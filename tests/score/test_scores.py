@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import ecospa_fx
-from ecospa_fx.score.scores import SCORES, index_scores
+from ecospa_fx.score.judging import index_scores
+from ecospa_fx.score.scores import SCORES
 
 
 class Block(nn.Module):
@@ -287,7 +288,7 @@ def test_wrong_scores_are_refused():
 
 def test_heads_folded_into_the_batch_have_no_activation_of_their_own():
     """Which of the folded rows is whose head is not written down; what is seen elsewhere still counts."""
-    from specimens import ZOO
+    from zoo import ZOO
 
     torch.manual_seed(0)
     model, x = ZOO["folded_attention"].build(), ZOO["folded_attention"].inputs(2, 3)

@@ -200,7 +200,7 @@ def test_a_loss_that_stays_up_after_a_shrink_is_said_once_for_each(caplog):
 def test_a_loss_that_comes_down_is_no_sign():
     assert not [sign for sign in default().signs if sign.kind == "spike"]
     spikes = LossSpikes()
-    spikes.see(1.0)
+    spikes.update(1.0)
     assert spike(spikes, 1, 0, waits=False) is None
 
 

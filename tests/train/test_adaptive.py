@@ -39,7 +39,7 @@ def test_saliency_is_the_squared_derivative_along_the_gate(name):
     tensors, tried = named_tensors(model), 0
     for coupling in ecospa_fx.couplings(model):
         found = saliency.entries(coupling, by_context=True).flatten()
-        _, sides = saliency._gates()[coupling.name]
+        _, sides = saliency.reader.gates()[coupling.name]
         for unit in (0, len(found) - 1):
             slopes = []
             for side in sides:

@@ -12,7 +12,7 @@ from torch import nn
 import ecospa_fx
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.cost import CostModel
-from ecospa_fx.score.scores import index_scores
+from ecospa_fx.score.judging import index_scores
 
 
 class Attention(nn.Module):

@@ -1,0 +1,179 @@
+"""GateReader: gradients along the gates of entries, squared and added up over training steps.
+
+An entry's gate multiplies it wherever it is summed over. The gradient along the gate is `sum(w * g)` over the weights
+that the entry is multiplied by: over columns of the weights that sum over it, or, where two activations meet along it,
+over the rows that make either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ecospa_fx.couple.coupling import Coupling, Member
+from ecospa_fx.errors import TargetError
+from ecospa_fx.model.lookup import couplings, regions_of
+from ecospa_fx.passes.graph.tensors import join
+from ecospa_fx.passes.transform.consumers import WeightDim, consumers
+
+from .judging import places_of
+from .reader import NO_GRADIENT, GradientStep, ReaderOptions
+from .slices import SliceKey
+from .sums import key_of, label_of
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """The share of one member in the gates of a coupling: its products at `owned` are added to the gates at `place`.
+
+    Attributes:
+        parameter: the member's.
+        dim: the member's.
+        owned: LongTensor `[rows that belong to an entry]`, these rows.
+        place: LongTensor of the same length, the gate of each in a flat `[contexts * size]`.
+    """
+
+    parameter: str
+    dim: int
+    owned: Tensor
+    place: Tensor
+
+    @classmethod
+    def of(cls, member: Member, coupling: Coupling) -> Gate:
+        """Find the rows and the gates of a member."""
+        owned, place = places_of(member, coupling, by_context=True)
+        return cls(member.parameter, member.dim, owned.nonzero().flatten(), place)
+
+
+class GateReader:
+    """Gradients along the gates of entries.
+
+    Where an entry's weights have their gradients read one after another (`attach_backward`, several optimizers), each
+    counts on its own.
+
+    Args:
+        options: of all readers.
+
+    Attributes:
+        sums: (coupling name, 0) -> sums over steps, `[contexts * size]`.
+    """
+
+    if_empty = NO_GRADIENT
+    kinds: tuple[str, ...] | None = None
+    unjudged = 0.0
+
+    def __init__(self, options: ReaderOptions) -> None:
+        self.model, self.count = options.model, options.count
+        self.sums: dict[SliceKey, Tensor] = {}
+        self._gates: dict[str, tuple[int, list[list[Gate]]]] = {}
+        self._built_for: Coupling | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether no gradient has been read since the last reset."""
+        return not self.sums
+
+    def observe(self) -> None:
+        """Do nothing: it reads gradients."""
+
+    def add(self, step: GradientStep) -> None:
+        """Add the squared gradients along the gates."""
+        self.count.note(step.found_inf, step.new_step)
+        parameters, gradients = step.tensors()
+        products: dict[WeightDim, Tensor] = {}  # a fused projection has members in many couplings
+        for name, (width, sides) in self.gates().items():
+            here = [[gate for gate in side if gate.parameter in gradients] for side in sides]
+            here = [side for side in here if side]
+            if not here:
+                continue
+            total = torch.zeros(width, device=gradients[here[0][0].parameter].device)
+            for side in here:
+                along = torch.zeros_like(total)
+                for gate in side:
+                    key = gate.parameter, gate.dim
+                    if key not in products:
+                        weight, gradient = parameters[gate.parameter], gradients[gate.parameter]
+                        products[key] = _products(*key, weight, gradient, step.scale)
+                    along.index_add_(0, gate.place.to(along.device), products[key][gate.owned.to(along.device)])
+                total += along.square() / len(here)
+            if step.found_inf is not None:
+                total = torch.where(step.found_inf.to(total.device) > 0, torch.zeros_like(total), total)
+            before = self.sums.get((name, 0))
+            self.sums[name, 0] = total if before is None or before.shape != total.shape else before.add_(total)
+
+    def importance(self, coupling: Coupling) -> float | None:
+        """Return the mean over the coupling's entries; None where gradients have said nothing of it."""
+        entries = self.entries(coupling, by_context=False)
+        return None if entries is None else float(entries.mean())
+
+    def entries(self, coupling: Coupling, *, by_context: bool) -> Tensor | None:
+        """Return the mean over steps of each gate's square; None where there is none, or one is inf or NaN."""
+        sums = self.sums.get((coupling.name, 0))
+        if sums is None or sums.numel() != coupling.contexts * coupling.size or not bool(sums.isfinite().all()):
+            return None
+        means = sums.double().cpu().view(coupling.contexts, -1) / self.count.taken
+        return means if by_context else means.sum(0)
+
+    def at_once(self) -> AbstractContextManager[None]:
+        """Do nothing: sums are read coupling by coupling."""
+        return nullcontext()
+
+    def reset(self) -> None:
+        """Forget what was read."""
+        self.sums.clear()
+
+    def detach(self) -> None:
+        """Do nothing: there is nothing to take off."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the sums by name; those of other sizes than the model's are dropped where they are read."""
+        return {label_of(key): sums for key, sums in self.sums.items()}
+
+    def load_tensors(self, named: Mapping[str, Tensor]) -> None:
+        """Go on with what `tensors` returned."""
+        self.sums = {key_of(label): sums for label, sums in named.items()}
+
+    def gates(self) -> dict[str, tuple[int, list[list[Gate]]]]:
+        """Return by coupling name the number of gates, and the members whose products add up to them, side by side.
+
+        Each side alone adds up to the gradients along the gates.
+        """
+        offered = couplings(self.model)
+        if self._built_for is not offered[0]:
+            self._built_for = offered[0]
+            summing = {
+                (join(region.name, name), dim)
+                for region in regions_of(self.model).values()
+                for first in region.specializations[:1]
+                for name, dim in consumers(first.axis_facts)
+            }
+            learned = {n for n, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+            self._gates = {c.name: (c.contexts * c.size, _sides(c, summing, learned)) for c in offered}
+        return self._gates
+
+
+def _sides(coupling: Coupling, summing: set[WeightDim], learned: set[str]) -> list[list[Gate]]:
+    over = [m for m in coupling.members if (m.parameter, m.dim) in summing]
+    groups: dict[str, list[Member]] = {}
+    for member in coupling.members:
+        groups.setdefault(member.of, []).append(member)
+    # If some weights of a side are frozen, its gradients are those of a part of the gate only: too small, so drop it.
+    sides = [side for side in ([over] if over else groups.values()) if all(m.parameter in learned for m in side)]
+    return [[Gate.of(member, coupling) for member in side] for side in sides]
+
+
+def _products(name: str, dim: int, weight: Tensor, gradient: Tensor, scale: Tensor | None) -> Tensor:
+    """Sum a weight's entries times their gradients over all dims but one."""
+    if type(gradient) not in (Tensor, nn.Parameter):
+        raise TargetError(
+            f'policy="adaptive" needs whole gradients, and that of `{name}` is a {type(gradient).__name__}; use '
+            'policy="paper" where parameters are sharded'
+        )
+    products = (weight.detach() * gradient.detach()).float()
+    if products.ndim > 1:
+        products = products.sum([other for other in range(products.ndim) if other != dim])
+    return products if scale is None else products / scale.to(products.device)

@@ -1,0 +1,97 @@
+"""Judging: scores of couplings and of their entries, from sums per row and column of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ecospa_fx.couple.coupling import Coupling, Member
+from ecospa_fx.kernels import slice_sums
+
+from .slices import SliceKey
+
+
+def places_of(member: Member, coupling: Coupling, *, by_context: bool) -> tuple[Tensor, Tensor]:
+    """Locate the rows or columns of a member among the entries of its coupling.
+
+    Args:
+        member: one of the coupling's.
+        coupling: its coupling.
+        by_context: tell the contexts (the heads) apart.
+
+    Returns:
+        BoolTensor `[parameter.shape[dim]]`, the rows that belong to an entry, and LongTensor `[rows that do]`, the
+        place of each in a flat `[size]` or `[contexts * size]`.
+    """
+    owned = member.index >= 0
+    places = member.index[owned]
+    if by_context and member.context is not None:
+        places = member.context[owned] * coupling.size + places
+    return owned, places
+
+
+def coupling_importance(coupling: Coupling, means: Mapping[SliceKey, Tensor]) -> float:
+    """Return the mean score of the coupling's matrices; 0 where none was scored.
+
+    Args:
+        coupling: one of the model's couplings.
+        means: (parameter, dim) -> mean score of each slice's weights, float64 on the CPU.
+    """
+    scores = []
+    for member in coupling.members:
+        if member.matrix and (member.parameter, member.dim) in means:
+            rows = member.index >= 0
+            scores.append(float(means[member.parameter, member.dim][rows].sum()) / int(rows.sum()))
+    return sum(scores) / len(scores) if scores else 0.0
+
+
+def coupling_entries(coupling: Coupling, means: Mapping[SliceKey, Tensor], *, by_context: bool) -> Tensor | None:
+    """Return the mean over the coupling's matrices of the score of each entry's slices.
+
+    Args:
+        coupling: one of the model's couplings.
+        means: (parameter, dim) -> mean score of each slice's weights, float64 on the CPU.
+        by_context: score the entries of each context (the dims of each head) on their own.
+
+    Returns:
+        float64 `[size]` or `[contexts, size]`; None where no matrix was scored.
+    """
+    rows, matrices = coupling.contexts if by_context else 1, []
+    for member in coupling.members:
+        if member.matrix and (member.parameter, member.dim) in means:
+            owned, places = places_of(member, coupling, by_context=by_context)
+            scores = means[member.parameter, member.dim][owned]
+            matrices.append(torch.zeros(rows * coupling.size, dtype=torch.float64).index_add_(0, places, scores))
+    if not matrices:
+        return None
+    mean = torch.stack(matrices).mean(0)
+    return mean.view(rows, -1) if by_context else mean
+
+
+@torch.no_grad()
+def index_scores(model: nn.Module, coupling: Coupling, *, by_context: bool = False) -> Tensor:
+    """Score each entry of a coupling by the product over its matrices of the norms of that entry's slices.
+
+    A bias counts in the row of the matrix it belongs to. (arXiv 2511.11641, coupled sparsification.)
+
+    Args:
+        model: a compiled model.
+        coupling: one of its couplings.
+        by_context: score the entries of each context (the dims of each head) on their own.
+
+    Returns:
+        float64 `[coupling.size]`, or `[coupling.contexts, coupling.size]`.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    rows = coupling.contexts if by_context else 1
+    squares: dict[str, Tensor] = {}
+    weights: list[Tensor] = [parameters[member.parameter] for member in coupling.members]
+    sums_of = slice_sums(weights, [member.dim for member in coupling.members])
+    for member, sums in zip(coupling.members, sums_of, strict=True):
+        owned, places = places_of(member, coupling, by_context=by_context)
+        total = squares.setdefault(member.of, torch.zeros(rows * coupling.size, dtype=torch.float64))
+        total.index_add_(0, places, sums.double().cpu()[owned])
+    product = torch.stack([total.sqrt() for total in squares.values()]).prod(0)
+    return product.view(rows, -1) if by_context else product

@@ -1,0 +1,113 @@
+"""Reader: the interface of one kind of input that scores are made from; `readers.py` has one class per kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ecospa_fx.couple.coupling import Coupling
+
+from .scores import Score
+from .slices import SliceKey
+from .sums import StepCount, Total
+
+NO_GRADIENT = "no parameter of a coupling has a gradient: call trainer.step() after backward() and before zero_grad()"
+
+
+@dataclass(frozen=True, eq=False)
+class GradientStep:
+    """Gradients to read: those of a training step, or of a part of one.
+
+    Attributes:
+        named: names and parameters whose gradients are read, those without one included; may be read once.
+        scale: what the gradients are still multiplied by, if so.
+        found_inf: unless it is 0, the step is left out; read on the device.
+        new_step: whether this is another training step, or a part of the last one that was not read yet.
+    """
+
+    named: Iterable[tuple[str, nn.Parameter]]
+    scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    new_step: bool = True
+
+    def tensors(self) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+        """Return the parameters that have a gradient, and their gradients, by name."""
+        parameters = {name: p for name, p in self.named if p.grad is not None}
+        return parameters, {name: p.grad for name, p in parameters.items() if p.grad is not None}
+
+
+@dataclass(frozen=True, eq=False)
+class ReaderOptions:
+    """What readers are made with; each takes what it needs.
+
+    Attributes:
+        model: a compiled model.
+        score: what is made of the input.
+        rule: how steps are added up.
+        count: training steps since the last reset; the estimator counts.
+        optimizers: those that hold the parameters; None where none were given.
+        seed: of random scores.
+    """
+
+    model: nn.Module
+    score: Score
+    rule: Total
+    count: StepCount
+    optimizers: Sequence[Optimizer] | None = None
+    seed: int = 0
+
+
+class Reader(Protocol):
+    """Reads one kind of input, sums it up, and judges couplings by it."""
+
+    @property
+    def sums(self) -> Mapping[SliceKey, Tensor]:
+        """Sums over steps by (name, dim), where that is what it sums up; else empty."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether it still lacks the input that a decision could be made from."""
+
+    @property
+    def if_empty(self) -> str:
+        """The message for a decision that comes while it is empty."""
+
+    @property
+    def kinds(self) -> tuple[str, ...] | None:
+        """The kinds of coupling that it can judge; None for all."""
+
+    @property
+    def unjudged(self) -> float:
+        """The score of every entry of a coupling of which the input says nothing."""
+
+    def observe(self) -> None:
+        """Start to watch the model, where that is how it reads, as soon as the model's regions are known."""
+
+    def add(self, step: GradientStep) -> None:
+        """Take note of a training step, after its backward and before its gradients are zeroed."""
+
+    def importance(self, coupling: Coupling) -> float | None:
+        """Return the importance of a coupling; None where the input says nothing of it."""
+
+    def entries(self, coupling: Coupling, *, by_context: bool) -> Tensor | None:
+        """Score each entry, float64 `[size]` or `[contexts, size]`; None where the input says nothing of it."""
+
+    def at_once(self) -> AbstractContextManager[None]:
+        """Judge several couplings from one reading, added up over ranks once."""
+
+    def reset(self) -> None:
+        """Forget what was read."""
+
+    def detach(self) -> None:
+        """Stop watching the model."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what was summed up, by name."""
+
+    def load_tensors(self, named: Mapping[str, Tensor]) -> None:
+        """Go on with what `tensors` returned."""

@@ -1,0 +1,308 @@
+"""Readers: one class per kind of input that a score can be made from, and the table that a score's `reads` points into.
+
+A score of a new kind is a class here with its row in `READERS`, and its row in `scores.SCORES`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.errors import TargetError
+from ecospa_fx.model.lookup import couplings, regions_of
+from ecospa_fx.model.optimizer_state import second_moments
+
+from .activations import ActivationScores
+from .gates import GateReader
+from .judging import coupling_entries, coupling_importance
+from .reader import NO_GRADIENT, GradientStep, Reader, ReaderOptions
+from .scores import Score, ScoreInput
+from .slices import SliceKey
+from .sums import Latest, SliceTotals, Total
+
+NO_ACTIVATION = (
+    "no parameter of a coupling has an activation that could be seen: call trainer.step() after backward() and before "
+    "zero_grad(), and train with model.train()"
+)
+
+
+class SliceReader:
+    """Base of the readers of tensors in the shapes of the weights: sums per row and column are what it judges by.
+
+    Args:
+        options: of all readers.
+        rule: how readings are added up.
+    """
+
+    if_empty = NO_GRADIENT
+    kinds: tuple[str, ...] | None = None
+    unjudged = 1.0
+
+    def __init__(self, options: ReaderOptions, rule: Total) -> None:
+        self.model, self.score, self.count = options.model, options.score, options.count
+        self.totals = SliceTotals(options.model, rule, weighted=self.score.name == "taylor_squared")
+        self._means: dict[SliceKey, Tensor] | None = None
+
+    @property
+    def sums(self) -> Mapping[SliceKey, Tensor]:
+        """Sums of each slice by (parameter, dim)."""
+        return self.totals.sums
+
+    @property
+    def empty(self) -> bool:
+        """False: a decision can be made at any time."""
+        return False
+
+    def observe(self) -> None:
+        """Do nothing: it reads the model's parameters."""
+
+    def add(self, step: GradientStep) -> None:
+        """Do nothing: it reads when a decision is due."""
+
+    def refresh(self) -> None:
+        """Read what is read when a decision is due."""
+
+    def importance(self, coupling: Coupling) -> float:
+        """Return the mean score of the coupling's matrices; 0 for one of which nothing was read."""
+        return coupling_importance(coupling, self.means())
+
+    def entries(self, coupling: Coupling, *, by_context: bool) -> Tensor | None:
+        """Return the mean over the coupling's matrices of the score of each entry's slices."""
+        return coupling_entries(coupling, self.means(), by_context=by_context)
+
+    def means(self) -> dict[SliceKey, Tensor]:
+        """Return for each slice the mean of its entries' scores per step, float64 on the CPU, added up over ranks."""
+        if self._means is not None:
+            return self._means
+        self.refresh()
+        return self.totals.means(self.count)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Judge several couplings by the same means."""
+        before, self._means = self._means, self.means()
+        try:
+            yield
+        finally:
+            self._means = before
+
+    def reset(self) -> None:
+        """Forget what was read."""
+        self.totals.reset()
+
+    def detach(self) -> None:
+        """Do nothing: there is nothing to take off."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the sums by name."""
+        return self.totals.tensors()
+
+    def load_tensors(self, named: Mapping[str, Tensor]) -> None:
+        """Go on with what `tensors` returned."""
+        self.totals.load_tensors(named)
+
+
+class GradientReader(SliceReader):
+    """Gradients with the weights: a score of each weight, added up over training steps."""
+
+    def __init__(self, options: ReaderOptions) -> None:
+        super().__init__(options, options.rule)
+        # The kernel sums squares; of any other score it is given the roots.
+        self._in_kernel = self.score.name in ("fisher", "taylor_squared")
+
+    @property
+    def empty(self) -> bool:
+        """Whether no gradient has been read since the last reset."""
+        return not self.totals.sums
+
+    def add(self, step: GradientStep) -> None:
+        """Add the scores of one step."""
+        self.count.note(step.found_inf, step.new_step)
+        (parameters, gradients), scale = step.tensors(), step.scale
+        if not self._in_kernel:
+            scored = self.totals.current().dims
+            gradients = {
+                name: score_roots(self.score, name, parameters[name], gradient, scale)
+                for name, gradient in gradients.items()
+                if name in scored
+            }
+            scale = None
+        self.totals.add(gradients, parameters, scale=scale, found_inf=step.found_inf, new_step=step.new_step)
+
+
+class WeightReader(SliceReader):
+    """Weights as they are when a decision is due."""
+
+    def __init__(self, options: ReaderOptions) -> None:
+        super().__init__(options, Latest())
+
+    def refresh(self) -> None:
+        """Read the weights."""
+        parameters = dict(self.model.named_parameters())
+        self.totals.replace(parameters, parameters)
+
+
+class OptimizerReader(SliceReader):
+    """Second moments that the optimizers hold when a decision is due."""
+
+    def __init__(self, options: ReaderOptions) -> None:
+        super().__init__(options, Latest())
+        if options.optimizers is None:
+            raise TargetError(f"score={self.score.name!r} reads the optimizer's state; pass optimizer=")
+        self.optimizers = options.optimizers
+
+    def refresh(self) -> None:
+        """Read the second moments."""
+        scored = {member.parameter for c in couplings(self.model) for member in c.members if member.matrix}
+        moments = second_moments(self.model, self.optimizers, scored)
+        self.totals.replace(moments, dict(self.model.named_parameters()))
+
+
+class ActivationReader:
+    """Activations, or attention, seen in forwards that train.
+
+    Args:
+        options: of all readers.
+        attention: score heads by their attention rather than entries by their activations.
+    """
+
+    if_empty = NO_ACTIVATION
+    unjudged = 1.0
+
+    def __init__(self, options: ReaderOptions, *, attention: bool = False) -> None:
+        self.model, self.attention = options.model, attention
+        self.kinds = ("heads", "groups") if attention else None
+        self.sums: dict[SliceKey, Tensor] = {}
+        self._scores: ActivationScores | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether no activation has been seen since the last reset."""
+        return self._scores is None or not self._scores.sums
+
+    def observe(self) -> None:
+        """Watch the regions: those of a loaded model before its first call, which must not be missed."""
+        if self._scores is None and regions_of(self.model):
+            self._scores = ActivationScores(self.model, attention=self.attention)
+
+    def add(self, step: GradientStep) -> None:
+        """Watch the regions, if they were not known before; gradients are not read."""
+        self.observe()
+
+    def importance(self, coupling: Coupling) -> float | None:
+        """Return the mean score of the coupling's entries; None where none was seen."""
+        entries = self.entries(coupling, by_context=False)
+        return None if entries is None else float(entries.mean())
+
+    def entries(self, coupling: Coupling, *, by_context: bool) -> Tensor | None:
+        """Score each entry; None where nothing was seen of the coupling."""
+        return None if self._scores is None else self._scores.entries(coupling, by_context=by_context)
+
+    def at_once(self) -> AbstractContextManager[None]:
+        """Do nothing: what was seen is read coupling by coupling."""
+        return nullcontext()
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        if self._scores is not None:
+            self._scores.reset()
+
+    def detach(self) -> None:
+        """Stop watching."""
+        if self._scores is not None:
+            self._scores.detach()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what was seen, by name."""
+        return {} if self._scores is None else self._scores.state_dict()
+
+    def load_tensors(self, named: Mapping[str, Tensor]) -> None:
+        """Go on with what `tensors` returned."""
+        self.observe()
+        if named and self._scores is not None:
+            self._scores.load_state_dict(dict(named))
+
+
+class RandomReader:
+    """Nothing: random numbers, the same for the same seed, step and coupling on every rank and after a resume."""
+
+    empty = False
+    if_empty = ""
+    kinds: tuple[str, ...] | None = None
+    unjudged = 1.0
+
+    def __init__(self, options: ReaderOptions) -> None:
+        self.seed, self.count = options.seed, options.count
+        self.sums: dict[SliceKey, Tensor] = {}
+
+    def observe(self) -> None:
+        """Do nothing."""
+
+    def add(self, step: GradientStep) -> None:
+        """Do nothing: the number of the step is counted elsewhere."""
+
+    def importance(self, coupling: Coupling) -> float:
+        """Draw a number."""
+        return float(self._draw(coupling, ()).item())
+
+    def entries(self, coupling: Coupling, *, by_context: bool) -> Tensor:
+        """Draw a number for each entry."""
+        return self._draw(coupling, (coupling.contexts, coupling.size) if by_context else (coupling.size,))
+
+    def at_once(self) -> AbstractContextManager[None]:
+        """Do nothing."""
+        return nullcontext()
+
+    def reset(self) -> None:
+        """Do nothing."""
+
+    def detach(self) -> None:
+        """Do nothing."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return nothing."""
+        return {}
+
+    def load_tensors(self, named: Mapping[str, Tensor]) -> None:
+        """Do nothing."""
+
+    def _draw(self, coupling: Coupling, shape: tuple[int, ...]) -> Tensor:
+        label = f"{self.seed} {self.count.seen} {coupling.name} {'entries' if shape else ''}".encode()
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(label).digest()[:7]))
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+READERS: dict[ScoreInput, Callable[[ReaderOptions], Reader]] = {
+    "gradients": GradientReader,
+    "weights": WeightReader,
+    "optimizer": OptimizerReader,
+    "activations": ActivationReader,
+    "attention": partial(ActivationReader, attention=True),
+    "gates": GateReader,
+    "nothing": RandomReader,
+}
+"""Each kind of input -> its reader."""
+
+
+def score_roots(score: Score, name: str, weight: Tensor, gradient: Tensor, scale: Tensor | None) -> Tensor:
+    """Compute the roots of a function's scores of a weight.
+
+    Raises:
+        TargetError: the function does not return a tensor of the weight's shape.
+    """
+    assert score.of is not None
+    gradient = gradient.detach() if scale is None else gradient.detach() / scale.to(gradient.device)
+    scores = score.of(weight.detach(), gradient)
+    if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+        given = f"a {type(scores).__name__}" if not isinstance(scores, Tensor) else f"{tuple(scores.shape)}"
+        raise TargetError(
+            f"score={score.name} returned {given} for `{name}` of shape {tuple(weight.shape)}; it returns "
+            "what each entry of the weight is worth, in the weight's shape"
+        )
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)).sqrt()

@@ -1,0 +1,37 @@
+"""Batches: the loss of a batch, and the number of tokens in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ecospa_fx.errors import EcoSpaError
+
+
+def loss_of(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor] | None) -> Tensor:
+    """Compute the loss of a batch.
+
+    Args:
+        model: called with the batch.
+        batch: a mapping of keyword arguments of a model whose output has `.loss`, or an `(inputs, targets)` pair.
+        loss: `loss(outputs, targets)` for pairs.
+
+    Raises:
+        EcoSpaError: the batch is a pair, and there is no `loss`.
+    """
+    if isinstance(batch, Mapping):
+        value: Tensor = model(**batch).loss
+        return value
+    if loss is None:
+        raise EcoSpaError("batches are no mappings; pass loss=, a function of outputs and targets")
+    inputs, targets = batch
+    return loss(model(inputs), targets)
+
+
+def tokens_of(batch: Any) -> int | None:
+    """Count the tokens of a batch: the entries of its first tensor of whole numbers; None if it has no such tensor."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    integers = (v for v in values if isinstance(v, Tensor) and not v.is_floating_point())
+    return next((tensor.numel() for tensor in integers), None)

@@ -1,0 +1,137 @@
+"""Settings: the groups of a trainer's settings beside `Schedule`, `Constraints` and `CompensationSettings`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ecospa_fx.errors import TargetError
+from ecospa_fx.model.cost import Cost
+from ecospa_fx.score.estimator import CoupledEstimator
+from ecospa_fx.score.scores import Score, ScoreFunction
+
+from .latency import Latency
+from .schedule import SparsityCurve
+
+Among = Literal["all", "prunable"]
+Gradients = Literal["step", "optimizer", "backward"]
+Preset = Literal["pretrain", "finetune"]
+PolicyName = Literal["paper", "adaptive"]
+AnyScore: TypeAlias = str | ScoreFunction | Score
+
+
+class Shares(NamedTuple):
+    """The two shares of the paper's rule, see `DecisionSettings`."""
+
+    top_k: float
+    theta: float
+
+
+PRESETS: dict[Preset, Shares] = {"pretrain": Shares(0.3, 0.9), "finetune": Shares(0.1, 0.95)}
+"""Settings by the advice of the paper: from scratch its own; a model that is already trained loses less at a time."""
+
+
+@dataclass(frozen=True)
+class DecisionSettings:
+    """How far a model shrinks, and by which shares at a time.
+
+    Attributes:
+        target: share of the model's original cost that remains at the end.
+        cost: what that is a share of: `"parameters"`, `"flops"` or `"bytes"`, see `CostModel`; or a `Latency`.
+        among: `"all"`, or `"prunable"`: the share is of what lies on some coupling; embeddings, say, do not count.
+        top_k: share of the couplings that shrink at a sparsification step, the least important ones.
+        theta: share of a coupling's score that is kept when it shrinks.
+
+    Raises:
+        TargetError: a share is out of range.
+    """
+
+    target: float = 0.5
+    cost: Cost | Latency = "parameters"
+    among: Among = "all"
+    top_k: float = PRESETS["pretrain"].top_k
+    theta: float = PRESETS["pretrain"].theta
+
+    def __post_init__(self) -> None:
+        for name, value in (("target", self.target), ("top_k", self.top_k), ("theta", self.theta)):
+            if not isinstance(value, (int, float)) or not 0 < value <= 1:
+                raise TargetError(f"{name}={value!r} is out of range; it is a share, above 0 and at most 1")
+
+    def check(self) -> None:
+        """Refuse options that do not exist.
+
+        Raises:
+            TargetError: naming the setting, its value and the options.
+        """
+        if not isinstance(self.cost, Latency):
+            check_option("cost", self.cost, get_args(Cost))
+        check_option("among", self.among, get_args(Among))
+
+    @property
+    def latency(self) -> Latency | None:
+        """The measurements that the cost is, where it is measured."""
+        return self.cost if isinstance(self.cost, Latency) else None
+
+    def described(self) -> dict[str, Any]:
+        """Return plain values, to be written down."""
+        cost = "latency" if isinstance(self.cost, Latency) else self.cost
+        return {
+            "target": self.target, "cost": cost, "among": self.among, "top_k": self.top_k, "theta": self.theta,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreSettings:
+    """How couplings and their entries are scored; see `CoupledEstimator`.
+
+    Attributes:
+        score: importance of a coupling: a name, or a function of a weight and its gradient.
+        index_score: order in which the entries of a coupling go: a score, or `"norms"`.
+        decay: see `CoupledEstimator`.
+        window: see `CoupledEstimator`.
+        seed: of `"random"` scores.
+    """
+
+    score: AnyScore = "fisher"
+    index_score: AnyScore = "norms"
+    decay: float | None = None
+    window: int | None = None
+    seed: int = 0
+
+    def estimator(self, model: nn.Module, score: AnyScore, optimizers: Sequence[Optimizer]) -> CoupledEstimator:
+        """Make an estimator of one of the two scores."""
+        return CoupledEstimator(
+            model, score, decay=self.decay, window=self.window, optimizer=optimizers, seed=self.seed
+        )
+
+
+def check_option(name: str, value: object, options: Collection[str]) -> None:
+    """Refuse a value that is not one of the options.
+
+    Raises:
+        TargetError: naming the setting, its value and the options.
+    """
+    if value not in options:
+        raise TargetError(f"{name}={value!r} is none of {', '.join(map(repr, options))}")
+
+
+def check_adaptive(
+    end: float | None, shape: SparsityCurve, scores: ScoreSettings, top_k: float | None, theta: float | None
+) -> None:
+    """Refuse settings that the adaptive policy does not read, or a schedule without an end.
+
+    Raises:
+        TargetError: naming the setting.
+    """
+    unread = {"top_k": top_k, "theta": theta, "decay": scores.decay, "window": scores.window}
+    given: dict[str, object] = {name: value for name, value in unread.items() if value is not None}
+    given |= {"score": scores.score} if scores.score != "fisher" else {}
+    given |= {"index_score": scores.index_score} if scores.index_score != "norms" else {}
+    for name, value in given.items():
+        raise TargetError(f'policy="adaptive" weighs couplings and entries itself; leave {name}={value!r} out')
+    if end is None and shape != "one_shot":
+        raise TargetError('policy="adaptive" needs an end to be reached; pass end=')
