@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,50 +21,25 @@ from ecospa_fx.model.compiled import MODEL, CompiledModel, Execution, find_follo
 from ecospa_fx.model.region import Region
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.find.confirm import experiments as allowed
-from ecospa_fx.passes.find.discover import Refusal
 from ecospa_fx.passes.find.regions import choose
 from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.graph.nodes import place
 from ecospa_fx.text import plural
 
-from .savings import Savings, savings_of
-from .snapshot import Snapshot, snapshot_of
+from .findings import Findings
+from .report import write_report
+from .snapshot import snapshot_of
 from .tables import json_of, markdown_of, rich_of, text_of
 from .why_not import WhyNot, why_not
 
 
 @dataclass(frozen=True, eq=False)
-class Explanation:
-    """What is known of a model: print it, ask it, draw it (`ecospa_fx.graphs`), write it as a report.
+class Explanation(Findings):
+    """Findings that can be printed, questioned, drawn (`ecospa_fx.graphs`) and written as a report.
 
-    Attributes:
-        model: name of the model's class.
-        regions: names of what was captured, `""` for the root.
-        couplings: what can shrink.
-        refusals: weights that meet along an axis which cannot, with the reasons.
-        missing_rules: ops that no axis rule is known for -> how often, first where; the axes they touch stay whole.
-        experiments: ops whose rule is an experiment's, verified and not proved -> how often, first where.
-        given_up: submodules that could not be captured -> why.
-        seconds: wall-clock per pass, summed over regions, where this call captured.
-        known: the picture that questions are answered from.
-        make_graph: builds `graph`.
+    >>> explanation = ecospa_fx.explain(model, example_inputs=(x,))
+    >>> print(explanation.why("layers.0.q_proj", "layers.0.k_proj"))
     """
-
-    model: str
-    regions: tuple[str, ...]
-    couplings: tuple[Coupling, ...]
-    refusals: tuple[Refusal, ...]
-    missing_rules: dict[str, str]
-    experiments: dict[str, str]
-    given_up: dict[str, str]
-    seconds: dict[str, float]
-    known: Snapshot
-    make_graph: Callable[[], nx.Graph]
-
-    @property
-    def graph(self) -> nx.Graph:
-        """The coupling graph: parameter axes, atoms and ops as nodes, see `ecospa_fx.couple.why.axis_graph`."""
-        return self.make_graph()
 
     def __repr__(self) -> str:
         where = "the root" if self.regions == ("",) else plural(len(self.regions), "region")
@@ -87,17 +62,13 @@ class Explanation:
         """All of it as JSON."""
         return json_of(self)
 
-    def savings(self) -> Savings:
-        """What each coupling can give, in parameters, bytes and FLOPs."""
-        return savings_of(self.known, self.couplings)
-
     def by_module(self) -> dict[str, tuple[Coupling, ...]]:
         """The couplings that run along parameters of each module, for the modules that hold some."""
         modules: dict[str, dict[str, Coupling]] = {}
         for coupling in self.couplings:
             for member in coupling.members:
                 modules.setdefault(member.parameter.rpartition(".")[0], {})[coupling.name] = coupling
-        return {name: tuple(modules[name].values()) for name in self.known.modules if name in modules}
+        return {name: tuple(modules[name].values()) for name in self.snapshot.modules if name in modules}
 
     def why(self, a: str, b: str) -> Why:
         """How two weights are coupled: a path through the graph per coupling, a sentence per op.
@@ -109,13 +80,13 @@ class Explanation:
         Raises:
             NoCouplingError: they share no axis, or there is nothing of that name.
         """
-        first, second = self.known.matrix_of(a), self.known.matrix_of(b)
-        region = self.known.region_of(first)
+        first, second = self.snapshot.matrix_of(a), self.snapshot.matrix_of(b)
+        region = self.snapshot.region_of(first)
         paths: dict[str, Path] = {}
         refused: dict[str, tuple[str, ...]] = {}
-        if region is not None and region is self.known.region_of(second):
+        if region is not None and region is self.snapshot.region_of(second):
             prefix = f"{region.name}." if region.name else ""
-            inside = [self.known.ties.get(name, name).removeprefix(prefix) for name in (first, second)]
+            inside = [self.snapshot.ties.get(name, name).removeprefix(prefix) for name in (first, second)]
             names = {atom: name for name, atom in region.couplings()}
             for atom in self._shared_atoms(region.axis_facts.parameters, inside):
                 try:
@@ -150,7 +121,7 @@ class Explanation:
         Raises:
             NoCouplingError: there is nothing of that name.
         """
-        return why_not(self.known, self.couplings, name)
+        return why_not(self.snapshot, self.couplings, name)
 
     def report(self, path: str | os.PathLike[str], *, training: Mapping[str, Any] | None = None) -> None:
         """Write one HTML file with all of it, which works from disk and without a network.
@@ -159,8 +130,6 @@ class Explanation:
             path: the file.
             training: what `ecospa_fx.report.training_of(trainer, losses)` gives, for curves and widths over time.
         """
-        from .report import write_report
-
         write_report(self, path, training)
 
 
@@ -253,7 +222,7 @@ def _explanation(model: nn.Module, compiled: CompiledModel, seconds: dict[str, f
         experiments=_uses((i.captured.region, i.experiments) for i in inferences),
         given_up=dict(compiled.given_up),
         seconds=seconds,
-        known=snapshot_of(model, compiled),
+        snapshot=snapshot_of(model, compiled),
         make_graph=lambda: nx.union_all(
             [nx.relabel_nodes(axis_graph(i), lambda key, n=n: (n, *key)) for n, i in enumerate(inferences)]
         ),

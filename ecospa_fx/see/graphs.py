@@ -19,7 +19,7 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.text import starred
 
-from .explanation import Explanation
+from .findings import Findings
 from .fold import fold_couplings, fold_refusals
 from .tables import size_of
 
@@ -32,26 +32,26 @@ COLOURS = {
 REFUSED = "#c0392b"
 
 
-def coupling_graph(explanation: Explanation) -> nx.Graph:
+def coupling_graph(findings: Findings) -> nx.Graph:
     """Every weight and every coupling.
 
     Returns:
         A graph whose nodes have `kind` (`weight`, `coupling`), `label`, `block` and, for couplings, `coupling` (its
         kind), `size` and `times`; edges have `dim`.
     """
-    graph = nx.Graph(name=explanation.model)
-    for coupling in explanation.couplings:
+    graph = nx.Graph(name=findings.model)
+    for coupling in findings.couplings:
         _add(graph, coupling, 1, lambda name: name)
     return graph
 
 
-def block_graph(explanation: Explanation) -> nx.Graph:
+def block_graph(findings: Findings) -> nx.Graph:
     """Weights and couplings, those of equal blocks as one, refused axes too; attributes as in `coupling_graph`."""
-    graph = nx.Graph(name=explanation.model)
-    for fold in fold_couplings(explanation.couplings):
+    graph = nx.Graph(name=findings.model)
+    for fold in fold_couplings(findings.couplings):
         name = starred if len(fold.couplings) > 1 else (lambda text: text)
         _add(graph, fold.couplings[0], len(fold.couplings), name)
-    for refusal, times in fold_refusals(explanation.refusals):
+    for refusal, times in fold_refusals(findings.refusals):
         name = starred if times > 1 else (lambda text: text)
         key = f"refused: {name(' '.join(refusal.members))}"
         block = _common([name(member) for member in refusal.members])
@@ -65,10 +65,10 @@ def block_graph(explanation: Explanation) -> nx.Graph:
     return graph
 
 
-def full_graph(explanation: Explanation) -> nx.Graph:
-    """Every axis, atom and op, with attributes that every format can hold; `explanation.graph` keeps the objects."""
-    source = explanation.graph
-    graph = nx.Graph(name=explanation.model)
+def full_graph(findings: Findings) -> nx.Graph:
+    """Every axis, atom and op, with attributes that every format can hold; `findings.graph` keeps the objects."""
+    source = findings.graph
+    graph = nx.Graph(name=findings.model)
     names = {key: f"n{number}" for number, key in enumerate(source)}
     for key, attributes in source.nodes(data=True):
         label = attributes.get("label", "")

@@ -1,11 +1,11 @@
-"""What an explanation says, as text for 80 columns, as rich tables, Markdown and JSON."""
+"""What an findings says, as text for 80 columns, as rich tables, Markdown and JSON."""
 
 from __future__ import annotations
 
 import json
 import textwrap
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group
 from rich.padding import Padding
@@ -14,22 +14,13 @@ from rich.text import Text
 
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.passes.find.discover import Refusal
-from ecospa_fx.text import plain, plural
+from ecospa_fx.text import plain
 
+from .findings import Findings
 from .fold import Fold, fold_couplings, fold_refusals, heading
-
-if TYPE_CHECKING:
-    from .explanation import Explanation
 
 MOST_MEMBERS, MOST_REASONS = 6, 3
 WIDTH = 80
-
-
-def title(explanation: Explanation) -> str:
-    """The first line."""
-    regions = explanation.regions
-    where = "the whole model" if regions == ("",) else plural(len(regions), "region")
-    return f"{explanation.model}: {plural(len(explanation.couplings), 'coupling')} in {where}"
 
 
 def couplings_table(couplings: tuple[Coupling, ...]) -> Table:
@@ -76,26 +67,26 @@ def refusal_lines(refusal: Refusal, times: int) -> tuple[str, list[str]]:
     return f"{head} (size {refusal.size}{again})", reasons
 
 
-def _notes(explanation: Explanation) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
+def _notes(findings: Findings) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
     """The sections below the couplings: a heading, and items with lines of their own."""
-    if explanation.refusals:
-        folded = fold_refusals(explanation.refusals)
+    if findings.refusals:
+        folded = fold_refusals(findings.refusals)
         yield "Refused, and why", [refusal_lines(refusal, times) for refusal, times in folded]
-    changing = [(fold, changes) for fold in fold_couplings(explanation.couplings) if (changes := _changes(fold))]
+    changing = [(fold, changes) for fold in fold_couplings(findings.couplings) if (changes := _changes(fold))]
     if changing:
         lines: list[tuple[str, list[str]]] = [
             (f"{'.'.join(filter(None, (fold.module, fold.tail)))}: {', '.join(changes)}", [])
             for fold, changes in changing
         ]
         yield "Integers that change with it (execution='module')", lines
-    if explanation.missing_rules:
-        items: list[tuple[str, list[str]]] = [(f"{op}: {uses}", []) for op, uses in explanation.missing_rules.items()]
+    if findings.missing_rules:
+        items: list[tuple[str, list[str]]] = [(f"{op}: {uses}", []) for op, uses in findings.missing_rules.items()]
         yield "Ops without an axis rule (what they touch stays whole)", items
-    if explanation.experiments:
-        tried: list[tuple[str, list[str]]] = [(f"{op}: {uses}", []) for op, uses in explanation.experiments.items()]
+    if findings.experiments:
+        tried: list[tuple[str, list[str]]] = [(f"{op}: {uses}", []) for op, uses in findings.experiments.items()]
         yield "Ops whose axis rule is an experiment's (verified, not proved)", tried
-    if explanation.given_up:
-        yield "Not captured", [(f"{name or 'the model'}: {why}", []) for name, why in explanation.given_up.items()]
+    if findings.given_up:
+        yield "Not captured", [(f"{name or 'the model'}: {why}", []) for name, why in findings.given_up.items()]
 
 
 def _changes(fold: Fold) -> list[str]:
@@ -105,12 +96,12 @@ def _changes(fold: Fold) -> list[str]:
     return [change.removeprefix(prefix) for change in first.changes]
 
 
-def text_of(explanation: Explanation) -> str:
+def text_of(findings: Findings) -> str:
     """All of it for a terminal of 80 columns."""
-    parts = [title(explanation)]
-    for module, couplings in by_module(explanation.couplings):
+    parts = [findings.title]
+    for module, couplings in by_module(findings.couplings):
         parts.append(f"{module}\n{textwrap.indent(plain(couplings_table(couplings), WIDTH - 2), '  ')}")
-    for name, items in _notes(explanation):
+    for name, items in _notes(findings):
         lines = [f"{name}:"]
         for item, details in items:
             lines.append(_wrapped(item, "  ", "    "))
@@ -119,12 +110,12 @@ def text_of(explanation: Explanation) -> str:
     return "\n\n".join(parts)
 
 
-def rich_of(explanation: Explanation) -> Group:
+def rich_of(findings: Findings) -> Group:
     """All of it for a terminal of any width, in colour."""
-    parts: list[Any] = [Text(title(explanation), style="bold")]
-    for module, couplings in by_module(explanation.couplings):
+    parts: list[Any] = [Text(findings.title, style="bold")]
+    for module, couplings in by_module(findings.couplings):
         parts += [Text(), Text(module, style="cyan"), Padding(couplings_table(couplings), (0, 0, 0, 2))]
-    for name, items in _notes(explanation):
+    for name, items in _notes(findings):
         parts += [Text(), Text(f"{name}:", style="bold")]
         for item, details in items:
             parts.append(Padding(Text(item), (0, 0, 0, 2)))
@@ -132,10 +123,10 @@ def rich_of(explanation: Explanation) -> Group:
     return Group(*parts)
 
 
-def markdown_of(explanation: Explanation) -> str:
+def markdown_of(findings: Findings) -> str:
     """All of it as Markdown."""
-    parts = [f"## {title(explanation)}"]
-    for module, couplings in by_module(explanation.couplings):
+    parts = [f"## {findings.title}"]
+    for module, couplings in by_module(findings.couplings):
         rows = ["| coupling | size | times | between | members |", "|---|---:|---:|---|---|"]
         for fold in fold_couplings(couplings):
             between = "linear" if fold.couplings[0].linear else "pointwise"
@@ -143,7 +134,7 @@ def markdown_of(explanation: Explanation) -> str:
             cells = fold.tail, size_of(fold.couplings[0]), str(len(fold.couplings)), between, members
             rows.append(f"| {' | '.join(cells)} |")
         parts.append(f"### `{module}`\n\n" + "\n".join(rows))
-    for name, items in _notes(explanation):
+    for name, items in _notes(findings):
         lines = []
         for item, details in items:
             lines += [f"- {item}", *(f"  - {detail}" for detail in details)]
@@ -151,20 +142,20 @@ def markdown_of(explanation: Explanation) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def document_of(explanation: Explanation) -> dict[str, Any]:
+def document_of(findings: Findings) -> dict[str, Any]:
     """All of it as plain values."""
     return {
-        "model": explanation.model,
-        "regions": list(explanation.regions),
-        "couplings": [coupling_document(coupling) for coupling in explanation.couplings],
+        "model": findings.model,
+        "regions": list(findings.regions),
+        "couplings": [coupling_document(coupling) for coupling in findings.couplings],
         "refusals": [
             {"members": list(r.members), "size": r.size, "reasons": list(r.reasons), "region": r.region}
-            for r in explanation.refusals
+            for r in findings.refusals
         ],
-        "missing_rules": explanation.missing_rules,
-        "experiments": explanation.experiments,
-        "given_up": explanation.given_up,
-        "seconds": explanation.seconds,
+        "missing_rules": findings.missing_rules,
+        "experiments": findings.experiments,
+        "given_up": findings.given_up,
+        "seconds": findings.seconds,
     }
 
 
@@ -184,9 +175,9 @@ def coupling_document(coupling: Coupling) -> dict[str, Any]:
     }
 
 
-def json_of(explanation: Explanation) -> str:
+def json_of(findings: Findings) -> str:
     """All of it as JSON."""
-    return json.dumps(document_of(explanation), indent=1)
+    return json.dumps(document_of(findings), indent=1)
 
 
 def _wrapped(text: str, first: str, rest: str) -> str:

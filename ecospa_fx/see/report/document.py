@@ -3,70 +3,68 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.couple.why import Path
 from ecospa_fx.errors import NoCouplingError
+from ecospa_fx.see.findings import Findings
 from ecospa_fx.see.fold import Fold, fold_couplings, fold_refusals
 from ecospa_fx.see.graphs import COLOURS
 from ecospa_fx.see.savings import Savings
-from ecospa_fx.see.tables import size_of, title
+from ecospa_fx.see.tables import size_of
 from ecospa_fx.text import size as in_words
 
-if TYPE_CHECKING:
-    from ecospa_fx.see.explanation import Explanation
 
-
-def document_of(explanation: Explanation) -> dict[str, Any]:
+def document_of(findings: Findings) -> dict[str, Any]:
     """All that the page shows."""
-    savings = explanation.savings()
-    folds = fold_couplings(explanation.couplings)
+    savings = findings.savings()
+    folds = fold_couplings(findings.couplings)
     proof_of = {coupling.name: i for i, fold in enumerate(folds) for coupling in fold.couplings}
     return {
-        "title": title(explanation),
-        "model": explanation.model,
+        "title": findings.title,
+        "model": findings.model,
         "parameters": savings.parameters,
         "size": in_words(savings.bytes),
         "flops": savings.flops,
         "colours": COLOURS,
-        "modules": _modules(explanation),
-        "couplings": [_coupling(c, savings, proof_of[c.name]) for c in explanation.couplings],
+        "modules": _modules(findings),
+        "couplings": [_coupling(c, savings, proof_of[c.name]) for c in findings.couplings],
         "proofs": [_proof(fold) for fold in folds],
         "refusals": [
             {"members": list(r.members), "size": r.size, "reasons": list(r.reasons), "times": times}
-            for r, times in fold_refusals(explanation.refusals)
+            for r, times in fold_refusals(findings.refusals)
         ],
-        "missing": explanation.missing_rules,
-        "experiments": explanation.experiments,
-        "given_up": {name or "the model": why for name, why in explanation.given_up.items()},
+        "missing": findings.missing_rules,
+        "experiments": findings.experiments,
+        "given_up": {name or "the model": why for name, why in findings.given_up.items()},
         "figures": None,
     }
 
 
-def _modules(explanation: Explanation) -> list[dict[str, Any]]:
+def _modules(findings: Findings) -> list[dict[str, Any]]:
     """Modules in the model's order; those with parameters say what lies along each dim, by number."""
     along: dict[str, dict[int, list[int]]] = {}
-    for number, coupling in enumerate(explanation.couplings):
+    for number, coupling in enumerate(findings.couplings):
         for member in coupling.members:
             numbers = along.setdefault(member.parameter, {}).setdefault(member.dim, [])
             if number not in numbers:
                 numbers.append(number)
     refused: dict[str, dict[int, list[str]]] = {}
-    for refusal in explanation.refusals:
+    for refusal in findings.refusals:
         for axis in refusal.members:
             parameter, _, dim = axis.rpartition("[")
             refused.setdefault(parameter, {}).setdefault(int(dim[:-1]), []).extend(refusal.reasons)
     own: dict[str, list[dict[str, Any]]] = {}
-    for name, (shape, _) in explanation.known.tensors.items():
+    for name, (shape, _) in findings.snapshot.tensors.items():
         module, _, tail = name.rpartition(".")
         dims = [
             {"size": size, "couplings": along.get(name, {}).get(i, []), "refused": refused.get(name, {}).get(i, [])}
             for i, size in enumerate(shape)
         ]
-        own.setdefault(module, []).append({"name": tail, "dims": dims, "tied": explanation.known.ties.get(name)})
+        own.setdefault(module, []).append({"name": tail, "dims": dims, "tied": findings.snapshot.ties.get(name)})
     return [
-        {"path": path, "class": cls, "parameters": own.get(path, [])} for path, cls in explanation.known.modules.items()
+        {"path": path, "class": cls, "parameters": own.get(path, [])} for path, cls in findings.snapshot.modules.items()
     ]
 
 

@@ -7,21 +7,17 @@ import os
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ecospa_fx.errors import EcoSpaError
+from ecospa_fx.see.findings import Findings
 
 from .document import document_of
 from .training import figures_of
 
-if TYPE_CHECKING:
-    from ecospa_fx.see.explanation import Explanation
 
-
-def write_report(
-    explanation: Explanation, path: str | os.PathLike[str], training: Mapping[str, Any] | None = None
-) -> None:
-    """Write the report of an explanation. With a training run it carries plotly.js, which is 4.8 MB.
+def write_report(findings: Findings, path: str | os.PathLike[str], training: Mapping[str, Any] | None = None) -> None:
+    """Write the report of an findings. With a training run it carries plotly.js, which is 4.8 MB.
 
     Raises:
         EcoSpaError: jinja2, or plotly where there are curves to draw, is not installed.
@@ -30,7 +26,7 @@ def write_report(
         import jinja2
     except ModuleNotFoundError:
         raise EcoSpaError("a report needs jinja2: pip install 'ecospa-fx[report]'") from None
-    document = document_of(explanation)
+    document = document_of(findings)
     plotly = ""
     if training is not None:
         document["figures"] = figures_of(training)
