@@ -1,3 +1,5 @@
-"""Changes of basis between weights, and the optimizers that can follow; see `compensate/rotation.py`."""
+"""Rotation: changes of basis between weights, and the optimizers that can follow; see `compensate/rotation.py`."""
 
-from ecospa_fx.compensate.rotation import *  # noqa: F403
+from ecospa_fx.compensate.rotation import TURNS, Follows, Rotation, rotate
+
+__all__ = ["TURNS", "Follows", "Rotation", "rotate"]

@@ -1,3 +1,5 @@
-"""Scores: what an entry of a weight is worth; see `score/scores.py`."""
+"""Scores: the importance of an entry of a weight; see `score/scores.py`."""
 
-from ecospa_fx.score.scores import *  # noqa: F403
+from ecospa_fx.score.scores import SCORES, Score, ScoreFunction, ScoreInput, index_scores, score_named
+
+__all__ = ["SCORES", "Score", "ScoreFunction", "ScoreInput", "index_scores", "score_named"]

@@ -23,6 +23,23 @@ from .findings import Findings
 from .fold import fold_couplings, fold_refusals
 from .tables import size_of
 
+__all__ = [
+    "COLOURS",
+    "LEVELS",
+    "REFUSED",
+    "WRITERS",
+    "block_graph",
+    "check_format",
+    "coupling_graph",
+    "full_graph",
+    "graphviz",
+    "to_dot",
+    "to_graphml",
+    "to_json",
+    "to_mermaid",
+    "to_svg",
+]
+
 COLOURS = {
     "qk": "#4269d0", "vo": "#2a9d8f", "heads": "#8e6bbf", "groups": "#c26fb0", "ffn": "#e08b2d", "glu": "#d1652c",
     "conv": "#7a8b3c", "residual": "#777777",
@@ -237,6 +254,13 @@ def _quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
+LEVELS: dict[str, Callable[[Findings], nx.Graph]] = {
+    "blocks": block_graph,
+    "couplings": coupling_graph,
+    "full": full_graph,
+}
+"""The graphs, by level of detail; the command line takes its choices from here."""
+
 WRITERS: dict[str, Callable[[nx.Graph], str]] = {
     "dot": to_dot,
     "svg": to_svg,
@@ -244,4 +268,14 @@ WRITERS: dict[str, Callable[[nx.Graph], str]] = {
     "graphml": to_graphml,
     "json": to_json,
 }
-"""How each format is written, by its name."""
+"""The writer of each format; the command line takes its choices from here."""
+
+
+def check_format(name: str) -> None:
+    """Check that the program that a format needs is installed, before a graph is built for it.
+
+    Raises:
+        EcoSpaError: it is not installed.
+    """
+    if WRITERS[name] is to_svg:
+        graphviz()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 import ecospa_fx
-from ecospa_fx import cli
+from ecospa_fx import cli, graphs
 from ecospa_fx.cli import main
 from ecospa_fx.cli.models import fields_of, named_model
 
@@ -101,6 +102,16 @@ def test_explain_as_json_markdown_and_to_a_file(capsys, here):
     assert sentences["ffn"][1].startswith("aten.relu takes it to relu[1]: ")
     assert "hidden" not in run(capsys, "explain", "own.py:make", "--savings")[1]
     assert "416 parameters" in run(capsys, "explain", "own.py:make", "--summary")[1]
+
+
+@pytest.mark.parametrize("form", [name for name in graphs.WRITERS if name != "svg" or shutil.which("dot")])
+def test_graph_offers_every_format_and_level(capsys, here, form):
+    for level, draw in graphs.LEVELS.items():
+        code, out, err = run(capsys, "graph", "own.py:make", "--format", form, "--level", level)
+        assert (code, err) == (0, "")
+        model, inputs = named_model("own.py:make").model, named_model("own.py:make").args
+        assert out == graphs.WRITERS[form](draw(ecospa_fx.explain(model, example_inputs=inputs))) + "\n"
+    assert "|".join(graphs.WRITERS) in "".join(run(capsys, "graph", "--help")[1].split())
 
 
 def test_verify(capsys, here):
