@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ecospa_fx.errors import CheckpointError
-from ecospa_fx.json_text import parsed, written
+from ecospa_fx.json_text import parse_json, format_json
 
 try:
     import fcntl
@@ -74,7 +74,7 @@ class Save:
         Raises:
             CheckpointError: it is not part of the save, or holds none.
         """
-        document = parsed(self.text(name), str(self.directory / name))
+        document = parse_json(self.text(name), str(self.directory / name))
         if not isinstance(document, dict):
             raise CheckpointError(f"{self.directory / name} cannot be read: it holds no object")
         return document
@@ -103,7 +103,7 @@ class Draft:
 
     def document(self, name: str, value: Any) -> None:
         """Write a JSON file."""
-        self.text(name, written(value))
+        self.text(name, format_json(value))
 
     def text(self, name: str, text: str) -> None:
         """Write a text file."""
@@ -147,7 +147,7 @@ def saving(directory: Path) -> Iterator[Draft]:
             synced(draft.directory)
             synced(directory)
             document = {"format": FORMAT, "save": draft.directory.name, "files": draft.files}
-            write_text(directory / f"{MANIFEST}.new", written(document))
+            write_text(directory / f"{MANIFEST}.new", format_json(document))
             synced(directory / f"{MANIFEST}.new")
             os.replace(directory / f"{MANIFEST}.new", directory / MANIFEST)
         except BaseException:
@@ -201,7 +201,7 @@ def _manifest(directory: Path) -> bytes:
 def _document(directory: Path, manifest: bytes) -> dict[str, Any]:
     path = directory / MANIFEST
     try:
-        document = parsed(manifest.decode(), str(path))
+        document = parse_json(manifest.decode(), str(path))
         version, name, files = document["format"], document.get("save"), document.get("files")
     except (UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ecospa_fx.errors import CheckpointError
-from ecospa_fx.json_text import parsed
+from ecospa_fx.json_text import parse_json
 from ecospa_fx.passes.graph.tensors import join
 
 KINDS = ("attn", "experts")
@@ -60,7 +60,7 @@ def from_config(name: str, text: str | None, chosen: Mapping[str, Any], where: s
     cls: Any = getattr(transformers, name, None)
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise CheckpointError(f"transformers has no model class {name}; pass a factory")
-    document = parsed(text, f"{where}/config.json")
+    document = parse_json(text, f"{where}/config.json")
     if not isinstance(document, dict):
         raise CheckpointError(f"{where}/config.json cannot be read: it holds no object")
     try:

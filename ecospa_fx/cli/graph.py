@@ -26,7 +26,7 @@ Examples:
 if TYPE_CHECKING:
     Level = str
     Format = str
-else:  # the choices are those of the tables, so that no format is forgotten here
+else:  # the choices are the keys of the tables: a new format or level is one line there
     Level = StrEnum("Level", {name: name for name in graphs.LEVELS})
     Format = StrEnum("Format", {name: name for name in graphs.WRITERS})
 

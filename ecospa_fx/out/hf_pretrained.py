@@ -24,7 +24,7 @@ from ecospa_fx.checkpoint.directory import write_text
 from ecospa_fx.checkpoint.metadata import about_execution, check_about
 from ecospa_fx.checkpoint.rebuild import attached
 from ecospa_fx.errors import CheckpointError, EcoSpaError
-from ecospa_fx.json_text import parsed, written
+from ecospa_fx.json_text import parse_json, format_json
 from ecospa_fx.model.compiled import MODEL, CompiledModel
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.plan import Plan
@@ -69,7 +69,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **optio
         "plan": json.loads(compiled.plan.to_json()),
         **about_execution(compiled),
     }
-    write_text(Path(directory) / FILE, written(about))
+    write_text(Path(directory) / FILE, format_json(about))
     return found if isinstance(found, str) else None
 
 
@@ -89,7 +89,7 @@ def from_pretrained(directory: str | os.PathLike[str], **options: Any) -> Any:
     path = source / FILE
     if not path.is_file():
         raise CheckpointError(f"{source} holds no {FILE}: it was not written by ecospa_fx.save_pretrained")
-    about = parsed(path.read_text(encoding="utf-8"), str(path))
+    about = parse_json(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         given = about.get("format") if isinstance(about, dict) else None
         raise CheckpointError(f"{path} has format {given!r}; this version of ecospa_fx reads {FORMAT}")

@@ -1,6 +1,6 @@
-"""Graphs: which weights are coupled, as networkx, and as DOT, SVG, Mermaid, GraphML and JSON.
+"""Graphs of coupled weights: as networkx graphs, and as DOT, SVG, Mermaid, GraphML and JSON.
 
-block_graph      weights and couplings, equal blocks as one ("x24"): readable for a model of any depth
+block_graph      weights and couplings, equal blocks drawn once ("x24"): readable for a model of any depth
 coupling_graph   every weight and every coupling
 full_graph       every axis, atom and op, with the rule behind each edge: the proof itself
 """
@@ -50,7 +50,7 @@ REFUSED = "#c0392b"
 
 
 def coupling_graph(findings: Findings) -> nx.Graph:
-    """Every weight and every coupling.
+    """Build the graph of every weight and every coupling.
 
     Returns:
         A graph whose nodes have `kind` (`weight`, `coupling`), `label`, `block` and, for couplings, `coupling` (its
@@ -63,7 +63,7 @@ def coupling_graph(findings: Findings) -> nx.Graph:
 
 
 def block_graph(findings: Findings) -> nx.Graph:
-    """Weights and couplings, those of equal blocks as one, refused axes too; attributes as in `coupling_graph`."""
+    """Build the graph of weights, couplings and refusals, equal blocks once; attributes as in `coupling_graph`."""
     graph = nx.Graph(name=findings.model)
     for fold in fold_couplings(findings.couplings):
         name = starred if len(fold.couplings) > 1 else (lambda text: text)
@@ -83,7 +83,7 @@ def block_graph(findings: Findings) -> nx.Graph:
 
 
 def full_graph(findings: Findings) -> nx.Graph:
-    """Every axis, atom and op, with attributes that every format can hold; `findings.graph` keeps the objects."""
+    """Build the graph of every axis, atom and op, with plain attributes; `findings.graph` has the objects."""
     source = findings.graph
     graph = nx.Graph(name=findings.model)
     names = {key: f"n{number}" for number, key in enumerate(source)}
@@ -132,7 +132,7 @@ def _common(members: Iterable[str]) -> str:
 
 
 def _blocks(graph: nx.Graph) -> dict[str, list[str]]:
-    """Nodes by the block they are drawn in."""
+    """Group nodes by the block they are drawn in."""
     blocks: dict[str, list[str]] = {}
     for key, block in graph.nodes(data="block"):
         blocks.setdefault(block or "", []).append(key)
@@ -144,7 +144,7 @@ def _times(graph: nx.Graph, keys: Iterable[str]) -> int:
 
 
 def to_dot(graph: nx.Graph) -> str:
-    """A graph in the language of graphviz."""
+    """Format a graph in the language of graphviz."""
     ids = {key: f"n{number}" for number, key in enumerate(graph)}
     lines = [
         f"graph {_quoted(graph.name)} {{",
@@ -185,7 +185,7 @@ def _dot_style(attributes: dict[str, Any]) -> str:
 
 
 def to_mermaid(graph: nx.Graph) -> str:
-    """A graph as a Mermaid flowchart, which GitHub and GitLab draw in Markdown."""
+    """Format a graph as a Mermaid flowchart, which GitHub and GitLab draw in Markdown."""
     ids = {key: f"n{number}" for number, key in enumerate(graph)}
     lines = ["flowchart LR"]
     for number, (block, keys) in enumerate(_blocks(graph).items()):
@@ -213,17 +213,17 @@ def to_mermaid(graph: nx.Graph) -> str:
 
 
 def to_graphml(graph: nx.Graph) -> str:
-    """A graph as GraphML, for yEd, Gephi and the like."""
+    """Format a graph as GraphML, for yEd, Gephi and the like."""
     return "\n".join(nx.generate_graphml(graph)) + "\n"
 
 
 def to_json(graph: nx.Graph) -> str:
-    """A graph as node-link JSON, which `networkx.node_link_graph` reads."""
+    """Format a graph as node-link JSON, which `networkx.node_link_graph` reads."""
     return json.dumps(nx.node_link_data(graph, edges="edges"), indent=1) + "\n"
 
 
 def graphviz() -> str:
-    """Path of graphviz's `dot`.
+    """Find the program `dot` of graphviz.
 
     Raises:
         EcoSpaError: it is not installed.
@@ -231,14 +231,14 @@ def graphviz() -> str:
     path = shutil.which("dot")
     if path is None:
         raise EcoSpaError(
-            "SVG is drawn by graphviz, and its program `dot` is not installed (apt install graphviz, brew install "
-            "graphviz); DOT text, Mermaid and GraphML need nothing"
+            "SVG needs the program `dot` of graphviz, which is not installed (apt install graphviz, brew install "
+            "graphviz); DOT, Mermaid, GraphML and JSON need no program"
         )
     return path
 
 
 def to_svg(graph: nx.Graph) -> str:
-    """A graph as a picture.
+    """Draw a graph as SVG.
 
     Raises:
         EcoSpaError: graphviz is not installed, or fails.

@@ -1,4 +1,4 @@
-"""What an findings says, as text for 80 columns, as rich tables, Markdown and JSON."""
+"""Tables: findings as text for 80 columns, as rich tables, Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WIDTH = 80
 
 
 def couplings_table(couplings: tuple[Coupling, ...]) -> Table:
-    """A row per sort of coupling, under the module that its members share."""
+    """Build a table with a row per group of equal couplings, of one module."""
     table = Table(box=None, pad_edge=False, show_edge=False)
     table.add_column("coupling", overflow="fold", style="bold")
     table.add_column("size", justify="right", no_wrap=True)
@@ -39,7 +39,7 @@ def couplings_table(couplings: tuple[Coupling, ...]) -> Table:
 
 
 def size_of(coupling: Coupling) -> str:
-    """Entries now, of how many; `16 x 8` where each of eight contexts (heads) may keep others."""
+    """Format a coupling's size, and its original one; `16 x 8` if each of eight contexts (heads) chooses its own."""
     size = str(coupling.size)
     if coupling.size != coupling.original_size:
         size += f" of {coupling.original_size}"
@@ -48,7 +48,7 @@ def size_of(coupling: Coupling) -> str:
 
 
 def by_module(couplings: tuple[Coupling, ...]) -> Iterator[tuple[str, tuple[Coupling, ...]]]:
-    """Couplings by the module they are named after, equal modules of repeated blocks together."""
+    """Iterate over couplings by the module of their names, equal modules of repeated blocks as one."""
     grouped: dict[str, list[Fold]] = {}
     for fold in fold_couplings(couplings):
         grouped.setdefault(fold.module, []).append(fold)
@@ -57,7 +57,7 @@ def by_module(couplings: tuple[Coupling, ...]) -> Iterator[tuple[str, tuple[Coup
 
 
 def refusal_lines(refusal: Refusal, times: int) -> tuple[str, list[str]]:
-    """The weights that meet, and a line per reason."""
+    """Format the weights that meet in a refusal, and a line per reason."""
     more = len(refusal.members) - MOST_MEMBERS
     again = f", {times} times" if times > 1 else ""
     head = ", ".join(refusal.members[:MOST_MEMBERS]) + (f" and {more} more" if more > 0 else "")
@@ -68,7 +68,7 @@ def refusal_lines(refusal: Refusal, times: int) -> tuple[str, list[str]]:
 
 
 def _notes(findings: Findings) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
-    """The sections below the couplings: a heading, and items with lines of their own."""
+    """Iterate over the sections below the couplings: a heading, and items with their detail lines."""
     if findings.refusals:
         folded = fold_refusals(findings.refusals)
         yield "Refused, and why", [refusal_lines(refusal, times) for refusal, times in folded]
@@ -81,23 +81,23 @@ def _notes(findings: Findings) -> Iterator[tuple[str, list[tuple[str, list[str]]
         yield "Integers that change with it (execution='module')", lines
     if findings.missing_rules:
         items: list[tuple[str, list[str]]] = [(f"{op}: {uses}", []) for op, uses in findings.missing_rules.items()]
-        yield "Ops without an axis rule (what they touch stays whole)", items
+        yield "Ops without an axis rule (the axes they touch stay whole)", items
     if findings.experiments:
-        tried: list[tuple[str, list[str]]] = [(f"{op}: {uses}", []) for op, uses in findings.experiments.items()]
-        yield "Ops whose axis rule is an experiment's (verified, not proved)", tried
+        uncertain: list[tuple[str, list[str]]] = [(f"{op}: {uses}", []) for op, uses in findings.experiments.items()]
+        yield "Ops whose axis rule comes from an experiment (verified, not proved)", uncertain
     if findings.given_up:
         yield "Not captured", [(f"{name or 'the model'}: {why}", []) for name, why in findings.given_up.items()]
 
 
 def _changes(fold: Fold) -> list[str]:
-    """The attributes that change with a sort of coupling, named from the module that its members share."""
+    """Name the attributes that change with a group of couplings, from the module that its members share."""
     first = fold.couplings[0]
     prefix = f"{first.name.rpartition('.')[0]}."
     return [change.removeprefix(prefix) for change in first.changes]
 
 
 def text_of(findings: Findings) -> str:
-    """All of it for a terminal of 80 columns."""
+    """Format findings as text for a terminal of 80 columns."""
     parts = [findings.title]
     for module, couplings in by_module(findings.couplings):
         parts.append(f"{module}\n{textwrap.indent(plain(couplings_table(couplings), WIDTH - 2), '  ')}")
@@ -111,7 +111,7 @@ def text_of(findings: Findings) -> str:
 
 
 def rich_of(findings: Findings) -> Group:
-    """All of it for a terminal of any width, in colour."""
+    """Format findings for a terminal of any width, in colour."""
     parts: list[Any] = [Text(findings.title, style="bold")]
     for module, couplings in by_module(findings.couplings):
         parts += [Text(), Text(module, style="cyan"), Padding(couplings_table(couplings), (0, 0, 0, 2))]
@@ -124,7 +124,7 @@ def rich_of(findings: Findings) -> Group:
 
 
 def markdown_of(findings: Findings) -> str:
-    """All of it as Markdown."""
+    """Format findings as Markdown."""
     parts = [f"## {findings.title}"]
     for module, couplings in by_module(findings.couplings):
         rows = ["| coupling | size | times | between | members |", "|---|---:|---:|---|---|"]
@@ -143,7 +143,7 @@ def markdown_of(findings: Findings) -> str:
 
 
 def document_of(findings: Findings) -> dict[str, Any]:
-    """All of it as plain values."""
+    """Convert findings to plain values."""
     return {
         "model": findings.model,
         "regions": list(findings.regions),
@@ -160,7 +160,7 @@ def document_of(findings: Findings) -> dict[str, Any]:
 
 
 def coupling_document(coupling: Coupling) -> dict[str, Any]:
-    """A coupling as plain values; the index of its members is left out."""
+    """Convert a coupling to plain values, without the index of its members."""
     return {
         "name": coupling.name,
         "kind": coupling.kind,
@@ -176,7 +176,7 @@ def coupling_document(coupling: Coupling) -> dict[str, Any]:
 
 
 def json_of(findings: Findings) -> str:
-    """All of it as JSON."""
+    """Format findings as JSON."""
     return json.dumps(document_of(findings), indent=1)
 
 

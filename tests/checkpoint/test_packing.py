@@ -16,7 +16,7 @@ from torch.optim import lr_scheduler as lrs
 import ecospa_fx
 from ecospa_fx import errors
 from ecospa_fx.checkpoint.packing import Packer, Unpacker
-from ecospa_fx.json_text import written
+from ecospa_fx.json_text import format_json
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool,
@@ -26,7 +26,7 @@ DTYPES = [
 
 def there_and_back(value):
     packer = Packer()
-    text = written(packer.pack(value, "it"))
+    text = format_json(packer.pack(value, "it"))
     return Unpacker(packer.tensors, "it").unpack(json.loads(text))
 
 

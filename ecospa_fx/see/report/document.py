@@ -1,4 +1,4 @@
-"""What the page of a report knows, as plain values: modules, couplings with their proofs, refusals, savings."""
+"""Document: the content of a report's page, as plain values: modules, couplings with proofs, refusals, savings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ecospa_fx.text import size as in_words
 
 
 def document_of(findings: Findings) -> dict[str, Any]:
-    """All that the page shows."""
+    """Collect everything that the page shows."""
     savings = findings.savings()
     folds = fold_couplings(findings.couplings)
     proof_of = {coupling.name: i for i, fold in enumerate(folds) for coupling in fold.couplings}
@@ -43,7 +43,7 @@ def document_of(findings: Findings) -> dict[str, Any]:
 
 
 def _modules(findings: Findings) -> list[dict[str, Any]]:
-    """Modules in the model's order; those with parameters say what lies along each dim, by number."""
+    """List the modules in order, with the couplings (by number) and refusals along each dim of their parameters."""
     along: dict[str, dict[int, list[int]]] = {}
     for number, coupling in enumerate(findings.couplings):
         for member in coupling.members:
@@ -55,16 +55,19 @@ def _modules(findings: Findings) -> list[dict[str, Any]]:
         for axis in refusal.members:
             parameter, _, dim = axis.rpartition("[")
             refused.setdefault(parameter, {}).setdefault(int(dim[:-1]), []).extend(refusal.reasons)
-    own: dict[str, list[dict[str, Any]]] = {}
+    parameters_of: dict[str, list[dict[str, Any]]] = {}
     for name, (shape, _) in findings.snapshot.tensors.items():
         module, _, tail = name.rpartition(".")
         dims = [
             {"size": size, "couplings": along.get(name, {}).get(i, []), "refused": refused.get(name, {}).get(i, [])}
             for i, size in enumerate(shape)
         ]
-        own.setdefault(module, []).append({"name": tail, "dims": dims, "tied": findings.snapshot.ties.get(name)})
+        parameters_of.setdefault(module, []).append(
+            {"name": tail, "dims": dims, "tied": findings.snapshot.ties.get(name)}
+        )
     return [
-        {"path": path, "class": cls, "parameters": own.get(path, [])} for path, cls in findings.snapshot.modules.items()
+        {"path": path, "class": cls, "parameters": parameters_of.get(path, [])}
+        for path, cls in findings.snapshot.modules.items()
     ]
 
 
@@ -83,7 +86,7 @@ def _coupling(coupling: Coupling, savings: Savings, proof: int) -> dict[str, Any
 
 
 def _proof(fold: Fold) -> dict[str, Any]:
-    """The paths of the first of a fold, from each matrix to the next; they are alike in the others."""
+    """Collect the paths of the first coupling of a fold, from each matrix to the next; the others have equal ones."""
     first = fold.couplings[0]
     names = list(dict.fromkeys(member.parameter for member in first.members if member.matrix))
     pairs = list(pairwise(names)) or [(names[0], names[0])] if names else []
@@ -91,7 +94,7 @@ def _proof(fold: Fold) -> dict[str, Any]:
     for a, b in pairs:
         try:
             paths.append(_path(first.why(a, b)))
-        except NoCouplingError:  # one weight that meets itself in no product
+        except NoCouplingError:  # one weight that is never multiplied by itself
             continue
     return {"of": first.name, "times": len(fold.couplings), "paths": paths}
 

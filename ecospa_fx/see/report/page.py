@@ -1,4 +1,4 @@
-"""The page: template, style, script and what was found, in one file."""
+"""Page: template, style, script and findings in one HTML file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .training import figures_of
 
 
 def write_report(findings: Findings, path: str | os.PathLike[str], training: Mapping[str, Any] | None = None) -> None:
-    """Write the report of an findings. With a training run it carries plotly.js, which is 4.8 MB.
+    """Write the report of findings. With a training run it includes plotly.js, which is 4.8 MB.
 
     Raises:
-        EcoSpaError: jinja2, or plotly where there are curves to draw, is not installed.
+        EcoSpaError: jinja2 is not installed, or plotly is not and there are curves to draw.
     """
     try:
         import jinja2
@@ -47,7 +47,7 @@ def write_report(findings: Findings, path: str | os.PathLike[str], training: Map
 
 
 def _inside_script(document: Any) -> str:
-    """JSON that nothing in it can end the script element around."""
+    """Format as JSON inside a script element, which no string in it can end."""
     text = json.dumps(document, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
