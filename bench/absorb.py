@@ -1,10 +1,10 @@
-"""What absorption, rotation and the adaptive policy cost on one core of a CPU, in training steps.
+"""Cost of absorption, rotation and the adaptive policy on one core of a CPU, in training steps.
 
 PYTHONPATH=bench python bench/absorb.py [--share 0.125] [--layers 12] [--width 768] [--sequences 2] [--context 512]
 
-The 124 M GPT-2, of which a share of the entries of all FFNs, queries and keys, values and outputs goes at once: an
-eighth, as in a schedule of some shrinks; or give another. CPU seconds of the process, medians over rounds: other
-processes count for little in them. Steps are timed with and without looking at what weights meet, in turns.
+A share of the entries of all FFNs, queries and keys, values and outputs of the 124 M GPT-2 is removed at once: an
+eighth by default, as in a schedule of some shrinks. Times are CPU seconds of the process, medians over rounds, so that
+other processes matter little. Steps are timed with and without collecting input statistics, in turns.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, with no GPU at hand: registers, spills and widths of loads per variant.
+"""Compiler output for the kernels, without a GPU: registers, spills and widths of loads per variant.
 
 python bench/aot.py [--few] [--json]     prints a table and writes bench/results/kernels_aot.csv
 """

@@ -1,8 +1,8 @@
-"""What scoring costs on a CPU: training steps of the demo's model without the estimator and with each way to read.
+"""Cost of scoring on a CPU: training steps of the demo's model without the estimator and with each kind of input.
 
 python bench/estimator.py [--rounds 40]
 
-Every round holds one step of each, in rotating order, of models that start alike; ratios are taken within a round.
+Every round has one step of each, in rotating order, of models that start equal; ratios are taken within a round.
 """
 
 import argparse

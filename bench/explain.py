@@ -1,4 +1,4 @@
-"""How long explain takes on a LLaMA-7B-shaped model on the meta device, pass by pass, by root and by blocks.
+"""Time of explain on a LLaMA-7B-shaped model on the meta device, pass by pass, by root and by blocks.
 
 python bench/explain.py [--layers 32] [--repeats 3]
 """

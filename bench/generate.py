@@ -1,12 +1,11 @@
-"""Generating with caches in graph execution, over many models; and what a token costs.
+"""Generation with caches in graph execution, over many models, and the cost of a token.
 
 PYTHONPATH=bench python bench/generate.py [PATTERN ...]
 PYTHONPATH=bench python bench/generate.py --time
 
 The causal language models and encoder-decoders of bench/module.py, in float64, half of every coupling removed. Tokens
-generated with a cache must be those without one, and those of the original model with zeros in place of what is gone:
-greedily, with beams, drawn at random, with a static cache. Graphs are counted after few tokens and after many: there
-must be as many.
+generated with a cache must equal those without one, and those of the original model with removed entries set to zero:
+greedy, with beams, sampled, with a static cache. The number of graphs after few tokens must equal that after many.
 
 `--time` measures seconds per token of a larger model, the original, its own Python and graphs side by side.
 """

@@ -1,13 +1,13 @@
-"""The kernels against everything that could stand in for them, side by side in one run; CSV and plot.
+"""Kernels and their alternatives, side by side in one run; CSV and plot.
 
 python bench/kernels.py [--device cuda] [--models 125M,1B,8B] [--rounds 15] [--seconds 380]
 
     slice sums     ours | foreach_norm | vector_norm per tensor | naive | torch.compile | exp_avg_sq | read ceiling
     optimizer      torch's fused AdamW alone | and ours after it | and foreach_norm | ours, fused into AdamW
     compaction     ours | index_select per tensor | copy ceiling
-    training       a step of the model, and what our pass adds to it (GPU only)
+    training       a step of the model, and the time that our pass adds to it (GPU only)
 
-Each round holds one run of every candidate, in rotating order; ratios are taken within a round. On a GPU, device time
+Each round has one run of every candidate, in rotating order; ratios are taken within a round. On a GPU, device time
 comes from events and host time is what the call takes to return. Without one, the plain-torch references are timed.
 """
 

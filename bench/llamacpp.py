@@ -4,14 +4,14 @@ PYTHONPATH=bench python bench/llamacpp.py --llama-cpp DIRECTORY [PATTERN ...] [-
 
 Needs llama-cpp-python, and the sources of llama.cpp with its converter: the source distribution of llama-cpp-python has
 both (vendor/llama.cpp). Models are small, with random weights and no vocabulary, in float32. Each is shrunk, saved at
-its original sizes with marks, converted as ever, cut, and asked for the logits of a few tokens. `error` is how far
-these are from torch's, `changed` how far from llama.cpp's own before the cut: it computes GELU by a table of 16 bits,
-which is wrong by 1e-3, and a difference in the last bit may take another entry of it. `heads` says whether heads were
-cut: that is tried first, and `refused` when its loader does not take the file.
+its original sizes with marks, converted, cut, and run on a few tokens. `error` is the difference of the logits from
+torch's, `changed` the difference from llama.cpp's own before the cut: it computes GELU by a table of 16 bits, which is
+wrong by 1e-3, and a difference in the last bit may select another entry of it. `heads` says whether heads were cut:
+that is tried first, and `refused` means that the loader does not take the file.
 
-    everything   half of every coupling, more in one layer than in the next; zeros where the format cannot do without
-    widths       the same of feed-forward layers and heads only, no zeros but those that make layers alike
-    per layer    the same, each layer as wide as it is, as of an architecture whose loader reads that
+    everything   half of every coupling, more in one layer than in the next; zeros where the format needs entries
+    widths       feed-forward layers and heads only; zeros only to make layers equal
+    per layer    the same with one width per layer, as an architecture whose loader reads that
 """
 
 from __future__ import annotations

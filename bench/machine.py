@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its numbers: the machine they came from."""
+"""Machine description, which every benchmark writes beside its numbers."""
 
 import csv
 import platform

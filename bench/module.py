@@ -1,11 +1,11 @@
-"""execution="module" over many models: shrunk by the trainer to 0.6 of what is prunable, their own Python running.
+"""Execution "module" over many models: the trainer shrinks them to 0.6 of the prunable parameters, in their own Python.
 
 PYTHONPATH=bench python bench/module.py [PATTERN ...] [--seconds 300] [--report]
 
 25 causal language models, 10 encoders, 5 encoder-decoders and 15 timm families, small and with random weights, in
-float64. Each is trained for six steps, in which it shrinks, and then asked: does it give what the original gives with
-zeros in place of what is gone, do gradients flow, does `generate` give the same with and without a cache, and, once
-saved, does a new process load it and give equal results?
+float64. Each is trained for six steps, in which it shrinks, and then checked: it returns the results of the
+original with removed entries set to zero, gradients flow, `generate` gives the same with and without a cache, and a
+new process loads the save and gives equal results.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The demo's training run with each optimizer of torch that can follow a shrink, whole and to half of its size.
+"""Optimizers: the demo's training run with each optimizer of torch that can follow a shrink, dense and to half size.
 
 python bench/optimizers.py [--steps 160] [--layers 2] [--width 64] [--context 32]
 

@@ -1,19 +1,18 @@
-"""ecospa_fx and Torch-Pruning side by side: do they run, are they exact, how long do they take, what do they remove.
+"""Peers: ecospa_fx and Torch-Pruning side by side, with success, exactness, times and removed slices.
 
 pip install torch-pruning==1.6.1
 PYTHONPATH=bench python bench/peers.py [PATTERN ...] [--left 0.7]
 
-Both remove rows and columns of the smallest norms, once, until 0.7 of a model's parameters are left, and are then asked
-the same: does the shrunk model run, and does it equal the original one with what was removed set to zero (float64,
-eval mode)? Which rows and columns those were is read off the weights themselves, which are random numbers and so tell
-their places.
+Both remove rows and columns of the smallest norms, once, until 0.7 of a model's parameters are left. Then both get the
+same checks: the shrunk model runs, and equals the original one with removed entries set to zero (float64, eval mode).
+The removed rows and columns are found by the values of the weights, which are distinct random numbers.
 
 Torch-Pruning is set up as its own examples do it for each kind of model: the output layer in `ignored_layers`,
 `num_heads` for attention, head sizes written into the modules afterwards, timm's attention with the forward of
 `prune_timm_vit.py`, group magnitude importance, defaults for the rest. It takes a ratio of channels and not of
-parameters, so ratios are tried in steps of 0.05 and the smallest that reaches the target counts and is timed.
-`bottleneck` is the option of its ViT examples that leaves the width of the residual stream whole. What no example
-covers is run with defaults.
+parameters, so ratios are tried in steps of 0.05, and the smallest that reaches the target counts and is timed.
+`bottleneck` is the option of its ViT examples that leaves the width of the residual stream unchanged. Models that no
+example covers run with defaults.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What the rewritten graph costs beside the model it came from: steps side by side, capture times, a shrink in steps.
+"""Cost of rewritten graphs relative to their models: steps side by side, capture times, a shrink in training steps.
 
 python bench/rewrite.py [--sizes tiny 25M 125M] [--rounds 40] [--blocks 2 8 32 128]
 
 Every round runs one call of the plain model and one of the compiled copy, in turns, and a ratio is taken within the
-round: what else the machine does falls on both. Medians, and the middle half of the rounds.
+round, so that other load of the machine affects both. Medians, and the middle half of the rounds.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How long explain takes on a 70B LLaMA shape and a 671B mixture of experts, on the meta device, by shared blocks.
+"""Time of explain on a 70B LLaMA shape and a 671B mixture of experts, on the meta device, by shared blocks.
 
 python bench/scale.py
 

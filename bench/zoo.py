@@ -1,9 +1,9 @@
-"""Every model that timm and transformers can build: captured, inferred, exact or honestly refused.
+"""Zoo of every model that timm and transformers can build: captured, inferred, exact or refused.
 
 python bench/zoo.py [PATTERN ...] [--jobs 1] [--seconds 90] [--memory 6] [--again] [--report]
 
 One smallest model per timm module family and one per transformers type, each in a process of its own with
-limits of computing time and memory. What `results/zoo_*.csv` have is not measured again. PATTERNs are regular
+limits of computing time and memory. Models in `results/zoo_*.csv` are not measured again. PATTERNs are regular
 expressions for names such as `timm/beit` or `transformers/llama`.
 """
 

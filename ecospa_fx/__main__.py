@@ -1,4 +1,4 @@
-"""`python -m ecospa_fx`: the command line, see `ecospa_fx.cli`."""
+"""Entry point of `python -m ecospa_fx`: the command line, see `ecospa_fx.cli`."""
 
 from __future__ import annotations
 

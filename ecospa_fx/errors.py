@@ -1,30 +1,30 @@
-"""Every error the library raises on purpose. Each message says what, where, the values, and the way out."""
+"""Errors raised by the library. Each message says what is wrong, where, the values, and the way out."""
 
 from __future__ import annotations
 
 
 class EcoSpaError(Exception):
-    """Base of all errors raised by ecospa_fx. The model is bit for bit as before whenever one is raised."""
+    """Base class of all errors of ecospa_fx. Whenever one is raised, the model is unchanged, bit for bit."""
 
 
 class NoInputsError(EcoSpaError, ValueError):
-    """Nothing to capture with: no example inputs were given and none can be derived."""
+    """No inputs to capture with: none were given and the model offers none."""
 
 
 class CaptureError(EcoSpaError, RuntimeError):
-    """torch.export could not capture a region, or the captured graph disagrees with eager."""
+    """A region that torch.export cannot capture, or whose captured graph disagrees with eager."""
 
 
 class RuleError(EcoSpaError, RuntimeError):
-    """An axis rule failed on an op: a bug in the rule, not in the model."""
+    """An axis rule that failed on an op: a bug in the rule, not in the model."""
 
 
 class NoCouplingError(EcoSpaError, ValueError):
-    """The model has no coupling that can shrink, or none by the name that was asked for."""
+    """A model without a coupling that can shrink, or without one of the given name."""
 
 
 class ShrinkError(EcoSpaError, ValueError):
-    """A selection that cannot be applied: empty, out of range, unsorted, or of no coupling of this model."""
+    """A selection that cannot be applied: empty, out of range, unsorted, or not of a coupling of this model."""
 
 
 class PinnedAxisError(EcoSpaError, ValueError):
@@ -40,11 +40,11 @@ class OptimizerError(EcoSpaError, ValueError):
 
 
 class RestoreError(EcoSpaError, RuntimeError):
-    """A module whose own forward cannot run with the weights that are left, or gives other results with them."""
+    """A module whose own forward cannot run with the shrunk weights, or returns something else with them."""
 
 
 class FormatError(EcoSpaError, ValueError):
-    """A file format that cannot hold what is left of a model, or a file in it that nothing can be made of."""
+    """A file format that cannot represent the shrunk model, or a file in it that cannot be used."""
 
 
 class CheckpointError(EcoSpaError, ValueError):

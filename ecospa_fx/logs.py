@@ -1,13 +1,13 @@
-"""Logs: `ECOSPA_LOGS=capture,shrink` shows what the passes do, in the manner of `TORCH_LOGS`.
+"""Logs of the passes: `ECOSPA_LOGS=capture,shrink` shows them, in the manner of `TORCH_LOGS`.
 
-Standard `logging` underneath: a logger per part, `ecospa_fx.<part>`, silent unless it is asked for here or by the
-program's own handlers. `+part` shows details too, `-part` errors only, `all` stands for every part.
+Based on standard `logging`: a logger per part, `ecospa_fx.<part>`, silent unless enabled here or by the program's
+own handlers. `+part` shows details too, `-part` errors only, `all` stands for every part.
 
-capture      a region became a graph: how long it took, how many nodes
-axes         axes were inferred: how many atoms, which ops have no rule
-discover     couplings and refusals of a region
-shrink       what each shrink removed
-recaptures   a call that no graph served, and how it differed from the last
+capture      each captured region: seconds and number of nodes
+axes         inferred axes: number of atoms, ops without a rule
+discover     couplings and refusals of each region
+shrink       entries removed by each shrink
+recaptures   calls that no graph served, and their difference from the last call
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ ROOT = "ecospa_fx"
 
 
 def logger(part: str) -> logging.Logger:
-    """The logger of a part."""
+    """Return the logger of a part."""
     return logging.getLogger(f"{ROOT}.{part}")
 
 
 def set_logs(parts: str) -> None:
-    """Show the logs of some parts on stderr; those not named fall silent.
+    """Show the logs of the named parts on stderr, and silence the others.
 
     >>> ecospa_fx.logs.set_logs("capture,+shrink")
 
     Args:
-        parts: comma-separated, as in `ECOSPA_LOGS`.
+        parts: names with commas, as in `ECOSPA_LOGS`.
 
     Raises:
-        EcoSpaError: there is no such part.
+        EcoSpaError: a part does not exist.
     """
     levels: dict[str, int] = {}
-    for asked in filter(None, (word.strip() for word in parts.split(","))):
-        level = {"+": logging.DEBUG, "-": logging.ERROR}.get(asked[0], logging.INFO)
-        name = asked.lstrip("+-")
+    for word in filter(None, (part.strip() for part in parts.split(","))):
+        level = {"+": logging.DEBUG, "-": logging.ERROR}.get(word[0], logging.INFO)
+        name = word.lstrip("+-")
         if name != "all" and name not in PARTS:
-            raise EcoSpaError(f"{VARIABLE}: there is no log `{name}`; there are {', '.join(PARTS)} and all")
+            raise EcoSpaError(f"{VARIABLE}: there is no log `{name}`; the logs are {', '.join(PARTS)}, and `all`")
         levels |= dict.fromkeys(PARTS if name == "all" else (name,), level)
     for name in PARTS:
         each = logger(name)
@@ -56,7 +56,7 @@ def set_logs(parts: str) -> None:
 
 
 class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
-    """A handler of our own, to tell it from the program's."""
+    """The handler of this module, to tell it from those of the program."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def read_environment() -> None:
-    """Take up `ECOSPA_LOGS`, if it is set. A mistake in it is warned of, not raised: an import must not fail."""
+    """Apply `ECOSPA_LOGS`, if it is set. A mistake in it is a warning, because an import must not fail."""
     try:
         if os.environ.get(VARIABLE):
             set_logs(os.environ[VARIABLE])

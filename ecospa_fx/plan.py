@@ -1,4 +1,4 @@
-"""Plan: what is left of every parameter, in positions of the original model. The one state of a shrunk model."""
+"""Plan: the entries left of every parameter, as positions in the original model; all the state of a shrunk model."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
-from .json_text import parsed
+from .json_text import parse_json
 
 FORMAT = 1
-MOST = 2**63 - 1  # entries of a tensor
+MOST = 2**63 - 1  # largest number of entries of a tensor
 
 
 @dataclass(eq=False)
 class Plan:
-    """Which rows and columns of the original model are left.
+    """The rows and columns of the original model that are left.
 
     Attributes:
-        kept: (parameter or buffer name, dim) -> sorted LongTensor of original positions. What is absent is whole.
+        kept: (parameter or buffer name, dim) -> sorted LongTensor of original positions. Absent dims have full size.
         original_shapes: name -> shape before any shrink, for each parameter or buffer that has shrunk.
     """
 
@@ -32,14 +32,14 @@ class Plan:
     original_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape that the plan leaves of a parameter that has shrunk."""
+        """Return the shape now of a parameter that has shrunk."""
         return tuple(
             len(self.kept[name, dim]) if (name, dim) in self.kept else size
             for dim, size in enumerate(self.original_shapes[name])
         )
 
     def mask(self, name: str, dim: int) -> Tensor:
-        """Bool mask `[original size]` of what is kept along one dim of a parameter that has shrunk."""
+        """Return the bool mask `[original size]` of the entries kept along one dim of a parameter that has shrunk."""
         size = self.original_shapes[name][dim]
         if (name, dim) not in self.kept:
             return torch.ones(size, dtype=torch.bool)
@@ -48,7 +48,7 @@ class Plan:
         return mask
 
     def under(self, prefix: str) -> Iterator[str]:
-        """Names below a region, as the region names them."""
+        """Iterate over the shrunk names below a region, as the region names them."""
         for name in self.original_shapes:
             if not prefix:
                 yield name
@@ -56,7 +56,7 @@ class Plan:
                 yield name.removeprefix(f"{prefix}.")
 
     def copy(self) -> Plan:
-        """An independent copy; the tensors, never written to, are shared."""
+        """Return an independent copy, which shares the tensors: they are never written to."""
         return Plan(dict(self.kept), dict(self.original_shapes))
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ class Plan:
     __hash__ = None  # type: ignore[assignment]
 
     def to_json(self) -> str:
-        """The plan as JSON, one line per dim that shrank."""
+        """Return the plan as JSON, one line per dim that shrank."""
         axes = [
             {"parameter": name, "dim": dim, "kept": kept.tolist()} for (name, dim), kept in sorted(self.kept.items())
         ]
@@ -86,9 +86,9 @@ class Plan:
         """Read a plan written by `to_json`.
 
         Raises:
-            CheckpointError: it is no plan, of another format version, or contradicts itself.
+            CheckpointError: it is not a plan, has another format version, or contradicts itself.
         """
-        document = parsed(text, "the plan")
+        document = parse_json(text, "the plan")
         try:
             if document["format"] != FORMAT:
                 raise CheckpointError(f"the plan has format {document['format']!r}; this version reads {FORMAT}")
@@ -100,21 +100,21 @@ class Plan:
                     raise CheckpointError(f"the plan keeps entries of `{key[0]}` dim {key[1]} twice")
                 kept[key] = positions
         except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"this is no plan: {type(error).__name__}: {error}") from error
+            raise CheckpointError(f"this is not a plan: {type(error).__name__}: {error}") from error
         return cls(kept, shapes)
 
 
 def _shape(name: str, shape: Any) -> tuple[int, ...]:
     sizes = type(shape) is list and len(shape) <= 64 and all(type(n) is int and 0 <= n <= MOST for n in shape)
     if not sizes or prod(shape) > MOST:
-        raise CheckpointError(f"the plan's original shape of `{name}`, {shape!s:.60}, is none of a tensor")
+        raise CheckpointError(f"the plan's original shape of `{name}`, {shape!s:.60}, is not a shape of a tensor")
     return tuple(shape)
 
 
 def _positions(axis: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
     name, dim, positions = axis["parameter"], axis["dim"], axis["kept"]
     if name not in shapes or type(dim) is not int or not 0 <= dim < len(shapes[name]):
-        raise CheckpointError(f"the plan keeps entries of `{name}` dim {dim}, which it gives no original shape for")
+        raise CheckpointError(f"the plan keeps entries of `{name}` dim {dim}, but has no original shape for it")
     size = shapes[name][dim]
     ordered = all(type(p) is int for p in positions) and all(a < b for a, b in pairwise(positions))
     if not positions or not ordered or positions[0] < 0 or positions[-1] >= size:

@@ -1,3 +1,5 @@
-"""Changes of basis between weights; see `compensate/rotation.py`."""
+"""Rotation: changes of basis between weights; see `compensate/rotation.py`."""
 
-from ecospa_fx.compensate.rotation import *  # noqa: F403
+from ecospa_fx.compensate.rotation import Rotation, rotate
+
+__all__ = ["Rotation", "rotate"]

@@ -1,4 +1,6 @@
-"""Scores: what an entry of a weight is worth; see `score/scores.py`."""
+"""Scores: the importance of an entry of a weight; see `score/scores.py`."""
 
-from ecospa_fx.score.judging import index_scores as index_scores
-from ecospa_fx.score.scores import *  # noqa: F403
+from ecospa_fx.score.judging import index_scores
+from ecospa_fx.score.scores import SCORES, Score, ScoreFunction, ScoreInput, score_named
+
+__all__ = ["SCORES", "Score", "ScoreFunction", "ScoreInput", "index_scores", "score_named"]

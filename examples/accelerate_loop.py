@@ -1,10 +1,10 @@
-"""Shrink a language model in a loop of Accelerate: prepare, gradient accumulation, mixed precision, clipping.
+"""Accelerate: a language model shrinks in a loop with prepare, gradient accumulation, mixed precision, clipping.
 
     pip install 'ecospa-fx[hf]' accelerate
     python examples/accelerate_loop.py
 
 A small LLaMA with random weights learns the source of Python's standard library as bytes, in bfloat16 autocast; half
-of its parameters go between optimizer steps 20 and 60.
+of its parameters are removed between optimizer steps 20 and 60.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""Shrink a language model while the Trainer of transformers trains it, be interrupted, and go on.
+"""Trainer of transformers: a language model shrinks while it trains; the run can be interrupted and resumed.
 
     pip install 'ecospa-fx[hf]' accelerate
     python examples/huggingface_trainer.py
 
-A small GPT-2 with random weights learns the source of Python's standard library as bytes; half of its parameters go
-between steps 40 and 120. Run it again with --resume after stopping it with Ctrl-C: it goes on from the last checkpoint.
+A small GPT-2 with random weights learns the source of Python's standard library as bytes; half of its parameters are
+removed between steps 40 and 120. Stop it with Ctrl-C and run it again with --resume: it continues from the last
+checkpoint.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""Shrink a language model while Lightning trains it, be interrupted, and go on.
+"""Lightning: a language model shrinks while it trains; the run can be interrupted and resumed.
 
     pip install 'ecospa-fx[lightning,hf]'
     python examples/lightning_callback.py
 
-A small LLaMA with random weights learns the source of Python's standard library as bytes; half of its parameters go
-between steps 40 and 120. Stop it with Ctrl-C and run it again with --resume: it goes on from the last checkpoint.
+A small LLaMA with random weights learns the source of Python's standard library as bytes; half of its parameters are
+removed between steps 40 and 120. Stop it with Ctrl-C and run it again with --resume: it continues from the last
+checkpoint.
 """
 
 import argparse

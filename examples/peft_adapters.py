@@ -1,11 +1,11 @@
-"""Fine-tune adapters (PEFT, LoRA) on a frozen model that shrinks meanwhile; merge them afterwards.
+"""PEFT adapters (LoRA) on a frozen model that shrinks while they are fine-tuned, and that absorbs them afterwards.
 
     pip install 'ecospa-fx[hf]' peft
     python examples/peft_adapters.py
 
 A small LLaMA with random weights stands in for a trained one; adapters on all of its projections learn the source of
-Python's standard library as bytes. Half of all parameters go between steps 20 and 80, base and adapters alike. The
-adapters are then merged into what is left of the base, and the result is saved and loaded again.
+Python's standard library as bytes. Half of all parameters are removed between steps 20 and 80, in base and adapters
+alike. The adapters are then merged into the shrunk base, and the result is saved and loaded again.
 """
 
 import argparse

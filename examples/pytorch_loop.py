@@ -1,10 +1,11 @@
-"""Shrink a model in a loop of plain PyTorch, save in the middle, and go on in a new process.
+"""Plain PyTorch: a model shrinks in a training loop, is saved in between, and continues in a new process.
 
     pip install ecospa-fx
     python examples/pytorch_loop.py
 
 A transformer written here, with random weights, learns the source of Python's standard library as bytes; half of its
-parameters go between steps 40 and 120. It saves every 40 steps. Stop it with Ctrl-C and run it again with --resume.
+parameters are removed between steps 40 and 120. It saves every 40 steps. Stop it with Ctrl-C and run it
+again with --resume.
 """
 
 import argparse

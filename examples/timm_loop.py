@@ -1,10 +1,10 @@
-"""Shrink a vision transformer in the training loop of timm: its optimizer, schedule, mixup, loss scaler and EMA.
+"""Training loop of timm: a vision transformer shrinks with timm's optimizer, schedule, mixup, loss scaler and EMA.
 
     pip install 'ecospa-fx[timm]'
     python examples/timm_loop.py
 
-A small ViT with random weights learns synthetic images of the size of CIFAR's; half of its parameters go between steps
-20 and 120. The averaged model shrinks in the same steps and is the one that is evaluated and saved.
+A small ViT with random weights learns synthetic images of the size of CIFAR's; half of its parameters are removed
+between steps 20 and 120. The averaged model shrinks in the same steps and is the one that is evaluated and saved.
 """
 
 import argparse

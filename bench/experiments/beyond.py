@@ -1,16 +1,16 @@
-"""What does not have to be lost: absorption, rotation and the adaptive policy against the paper's rule and others.
+"""Beyond the paper: absorption, rotation and the adaptive policy against the paper's rule and others.
 
 PYTHONPATH=bench python -m experiments.beyond [--data DIR] [--seeds 3] [--steps 480] [--scale gpu]
 
-A small GPT-2 on source text loses 50, 60 and 70% of what couplings hold, in five shrinks early (25-65% of the run) or
-late (70-90%); and, with --data, in fine-tuning on WikiText-2 (20-70% of half as many steps, at a quarter of the rate)
+A small GPT-2 on source text loses 50, 60 and 70% of the entries of couplings, in five shrinks early (25-65% of the run)
+or late (70-90%); and, with --data, in fine-tuning on WikiText-2 (20-70% of half the steps, at a quarter of the rate)
 after a whole run on source text. At 60% in every way, at 50 and 70% by the paper's rule and the adaptive one:
 
 paper        Fisher importance of couplings, product of the slice norms in them
 random       aligned, at random
 uncoupled    the paper's sizes, every matrix chooses alone
 compensated  the paper's choice of couplings and sizes, with absorb=True, rotate=True
-ordered      early only: that, but what stays after a rotation is left in the basis of singular vectors
+ordered      early only: that, but kept entries stay in the basis of singular vectors after a rotation
 adaptive     policy="adaptive"
 small        a model of the final size, its entries drawn at random, from scratch for as many parameters x steps;
              that is, with more data; or for as many steps, "as long", with less compute

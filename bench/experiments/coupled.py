@@ -1,4 +1,4 @@
-"""Does it matter that coupled weights lose the same slices, and which slices these are?
+"""Coupled against uncoupled: does it matter that coupled weights lose the same slices, and which slices?
 
 PYTHONPATH=bench python -m experiments.coupled [--data DIR] [--seeds 3] [--steps 480] [--scale gpu]
 

@@ -1,16 +1,16 @@
-"""Shrinking a trained model in one stroke, with no training after: what absorption and rotation save.
+"""One-shot shrinking of a trained model, without training after it: the loss that absorption and rotation save.
 
 PYTHONPATH=bench python -m experiments.one_stroke [--archs gpt2 llama] [--steps 700] [--seed 0]
 
 A small language model learns source text. Then a quarter, half or three quarters of the entries of one kind of coupling
-go, in each way that applies, chosen by the product of slice norms where nothing else is said:
+are removed, in each way that applies, chosen by the product of slice norms unless stated otherwise:
 
 removed     as the paper does it
-absorbed    what stays takes over what goes, by least squares on 16 training batches
+absorbed    kept entries take over the function of removed ones, by least squares on 16 training batches
 rotated     in the basis of the singular vectors of the two weights, the last ones go
 seen        likewise, of the activations in the same 16 batches: of their product
 both        that, and absorbed
-adaptive    that, and where how much goes is decided by what the loss is expected to rise by
+adaptive    that, with the number of entries per coupling chosen by the expected rise of the loss
 
 Validation loss over that of the whole model, in nats per byte. About five minutes per model on one core.
 """

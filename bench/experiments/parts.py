@@ -1,4 +1,4 @@
-"""Where does it break: as many parameters taken from attention alone, from feed-forward networks alone, from both.
+"""Parts of a model: equally many parameters removed from attention alone, from feed-forward networks alone, from both.
 
 PYTHONPATH=bench python -m experiments.parts [--seeds 3] [--steps 480] [--scale gpu]
 

@@ -1,4 +1,4 @@
-"""Does it still look back? Associative recall, which nothing but attention solves, before and after.
+"""Recall after shrinking: associative recall, which only attention solves, before and after.
 
 PYTHONPATH=bench python -m experiments.recall [--seeds 3] [--steps 1500] [--scale gpu]
 

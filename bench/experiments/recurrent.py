@@ -1,4 +1,4 @@
-"""Beyond attention: Mamba and RWKV, of which nobody told us where their couplings are.
+"""Recurrent models: Mamba and RWKV, whose couplings are not known in advance.
 
 PYTHONPATH=bench python -m experiments.recurrent [--seeds 3] [--steps 160] [--scale gpu]
 

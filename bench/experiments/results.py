@@ -1,4 +1,4 @@
-"""What came of it: a table with spread, a CSV with a row per run, a plot."""
+"""Results of experiments: a table with spread, a CSV with a row per run, a plot."""
 
 from __future__ import annotations
 

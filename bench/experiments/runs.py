@@ -1,8 +1,8 @@
 """Dense runs, and the runs that branch off from them and shrink.
 
-What shrinks late is dense early: a run that begins to shrink at a quarter of the way shares that quarter with the dense
-run of its seed. So every seed trains one dense model, keeps it as it was where branches begin, and each branch goes on
-from there with its own trainer. It is the run that started from scratch, at a part of its cost.
+A run that starts to shrink at a quarter of the steps shares that quarter with the dense run of its seed. So every seed
+trains one dense model, keeps a copy of it where branches begin, and each branch continues from there with its own
+trainer. The result equals that of a run from scratch, at a fraction of the cost.
 """
 
 from __future__ import annotations

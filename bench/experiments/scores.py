@@ -1,4 +1,4 @@
-"""Which score? Every one of them decides alone, for couplings and for their entries, to the same size.
+"""Scores compared: each decides alone, for couplings and for their entries, to the same size.
 
 PYTHONPATH=bench python -m experiments.scores [--seeds 3] [--steps 480] [--scale gpu]
 

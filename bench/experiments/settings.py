@@ -1,10 +1,10 @@
-"""How strictly: the share of couplings that shrink at a time (top_k), and of their score that stays (theta).
+"""Settings of the paper's rule: the share of couplings that shrink at a step (top_k), and of their score kept (theta).
 
 PYTHONPATH=bench python -m experiments.settings [--seeds 3] [--steps 480] [--scale gpu]
 
 A small GPT-2 on source text goes to half its parameters by the paper's rule alone, with a sparsification step every
 fortieth of the run from a quarter of it on: every pair of 10, 30, 50% of the couplings and 70, 90, 95% of their score.
-The target comes when the rule gets there, so that a strict pair may not reach it in time; `reached_at` says when.
+The rule alone decides when the target is reached, so a strict pair may miss it; `reached_at` is the step.
 """
 
 from __future__ import annotations

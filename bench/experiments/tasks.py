@@ -1,4 +1,4 @@
-"""What is learned: a model with random weights, batches, a loss and a score on held-out data, for each task."""
+"""Tasks: for each a model with random weights, batches, a loss, and a score on held-out data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A vision transformer on CIFAR-10: dense, with EcoSpa, and with as much removed by magnitude.
+"""Vision transformer on CIFAR-10: dense, with EcoSpa, and with as many entries removed by magnitude.
 
 PYTHONPATH=bench python -m experiments.vision --data DIR [--seeds 3] [--steps 900] [--scale gpu]
 """

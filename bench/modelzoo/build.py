@@ -1,4 +1,4 @@
-"""Make a model of the zoo and the arguments of a call: `timm/FAMILY` or `transformers/TYPE`."""
+"""Builder of zoo models with the arguments of a call: `timm/FAMILY` or `transformers/TYPE`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a transformers model is called with: its main input, masks given explicitly, and whatever else it requires."""
+"""Calls of transformers models: the main input, explicit masks, and the other required arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one expects to find in an attention or a feed-forward network, judged by the graph alone.
+"""Expected couplings of attention and feed-forward networks, derived from the graph alone.
 
 Attention is a score (a product of two activations), a softmax, and a product with values; one expects its contracted
 axis (Q/K), the axis that values carry through (V/O) and its heads. A feed-forward network is a nonlinearity between

@@ -1,4 +1,4 @@
-"""What is measured of one model, in the order in which it becomes known."""
+"""Measurements of one model, in the order in which they are made."""
 
 from __future__ import annotations
 

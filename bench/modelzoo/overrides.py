@@ -1,7 +1,7 @@
-"""What the general rules of `shrunken` and `calls` get wrong about single models. Data only.
+"""Overrides for models that the general rules of `shrunken` and `calls` get wrong. Data only.
 
-A configuration that is consistent at full size may not be once every field is small: here are the fields that put it
-right, by type, and the arguments that a forward takes beyond its main input.
+A configuration that is consistent at full size may be inconsistent with small fields: these are the fields that correct
+it, by type, and the arguments that a forward takes beyond its main input.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small configurations of transformers models, by the names of their fields; what that gets wrong is in `overrides`.
+"""Small configurations of transformers models, by the names of their fields; `overrides` has the exceptions.
 
 small_config(type) -> fields with a number in them, each as small as its name allows
                    -> the overrides of that type

@@ -1,4 +1,4 @@
-"""The results: a CSV, a table, a plot."""
+"""Results of the zoo: a CSV, a table, a plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The 60 types of transformers models in widest use, a list made by hand: what everyone will try first."""
+"""Types of transformers models in widest use, 60 of them in a list made by hand: the ones tried first."""
 
 USED = (
     "bert", "roberta", "distilbert", "xlm-roberta", "albert", "electra", "deberta-v2", "mpnet", "modernbert",

@@ -1,7 +1,7 @@
-"""Measure many models, each in a forked process with limits of time and memory.
+"""Worker processes: many models are measured, each in a forked process with limits of time and memory.
 
-Forking after the libraries are imported makes a process cheap; a model that crashes, leaks or hangs harms no other, and
-what it reported before stays.
+Forking after the libraries are imported makes a process cheap; a model that crashes, leaks or hangs affects no other
+model, and its earlier results stay.
 """
 
 from __future__ import annotations

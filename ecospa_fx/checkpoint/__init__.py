@@ -1,1 +1,1 @@
-"""Checkpoint: models, plans and training runs on disk, whole at every moment."""
+"""Checkpoints: models, plans and training runs on disk, complete at every moment."""

@@ -1,6 +1,6 @@
-"""Saves: a directory that holds one whole save at every moment, whatever is killed and whenever.
+"""Directory of saves: it holds one complete save at every moment, even if a process is killed.
 
-run/checkpoint.json      which save counts, the format, and size and hash of each of its files
+run/checkpoint.json      the name of the current save, the format, and size and hash of each of its files
 run/save-7/...           its files, never written to again
 
 write save-8/ -> fsync each file and the directory -> rename the new checkpoint.json over the old -> delete save-7/
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ecospa_fx.errors import CheckpointError
-from ecospa_fx.json_text import parsed, written
+from ecospa_fx.json_text import format_json, parse_json
 
 try:
     import fcntl
@@ -32,7 +32,7 @@ except ImportError:  # Windows has no such locks
 
 FORMAT = 2
 MANIFEST = "checkpoint.json"
-LARGEST_MANIFEST = 2**20  # bytes
+LARGEST_MANIFEST = 2**20  # in bytes
 NAME = re.compile(r"save-(\d{1,18})")
 
 Read = TypeVar("Read")
@@ -40,11 +40,11 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True)
 class Save:
-    """A whole save, found to be the one that was written.
+    """A complete save, whose files have the sizes and hashes that were written down.
 
     Attributes:
         directory: the directory with its files.
-        files: their names, and the hash of each.
+        files: name of each file -> its hash.
     """
 
     directory: Path
@@ -52,41 +52,41 @@ class Save:
 
     @property
     def digest(self) -> str | None:
-        """What tells the weights of one save from those of another."""
+        """The hash of the weights, which differs from save to save."""
         return self.files.get("model.safetensors")
 
     def text(self, name: str) -> str:
-        """The text of a file.
+        """Read a text file.
 
         Raises:
-            CheckpointError: it is not part of the save, or no text.
+            CheckpointError: it is not part of the save, or not text.
         """
         if name not in self.files:
-            raise CheckpointError(f"{self.directory} holds no {name}")
+            raise CheckpointError(f"{self.directory} has no {name}")
         try:
             return (self.directory / name).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{self.directory / name} cannot be read: {error}") from error
 
     def document(self, name: str) -> dict[str, Any]:
-        """The object in a JSON file.
+        """Read the object in a JSON file.
 
         Raises:
-            CheckpointError: it is not part of the save, or holds none.
+            CheckpointError: it is not part of the save, or not a JSON object.
         """
-        document = parsed(self.text(name), str(self.directory / name))
+        document = parse_json(self.text(name), str(self.directory / name))
         if not isinstance(document, dict):
-            raise CheckpointError(f"{self.directory / name} cannot be read: it holds no object")
+            raise CheckpointError(f"{self.directory / name} cannot be read: it is not a JSON object")
         return document
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors in a safetensors file. They lie in the file as yet: copy those that stay.
+        """Read a safetensors file. The tensors are mapped from the file: copy those that outlive the save.
 
         Raises:
-            CheckpointError: it is not part of the save, or claims to hold what it does not.
+            CheckpointError: it is not part of the save, or its header does not fit its content.
         """
         if name not in self.files:
-            raise CheckpointError(f"{self.directory} holds no {name}")
+            raise CheckpointError(f"{self.directory} has no {name}")
         try:
             with safe_open(self.directory / name, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -95,7 +95,7 @@ class Save:
 
 
 class Draft:
-    """A save while it is written."""
+    """A save that is being written."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -103,34 +103,34 @@ class Draft:
 
     def document(self, name: str, value: Any) -> None:
         """Write a JSON file."""
-        self.text(name, written(value))
+        self.text(name, format_json(value))
 
     def text(self, name: str, text: str) -> None:
         """Write a text file."""
         write_text(self.directory / name, text)
-        self._close(name)
+        self._finish(name)
 
     def tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write a safetensors file.
 
         Raises:
-            CheckpointError: it cannot be written (a full disk).
+            CheckpointError: it cannot be written, for example because the disk is full.
         """
         try:
             save_file(dict(tensors), self.directory / name)
         except SafetensorError as error:
             raise CheckpointError(f"{self.directory / name} cannot be written: {error}") from error
-        self._close(name)
+        self._finish(name)
 
-    def _close(self, name: str) -> None:
+    def _finish(self, name: str) -> None:
         path = self.directory / name
-        synced(path)
+        sync(path)
         self.files[name] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
 
 
 @contextmanager
 def saving(directory: Path) -> Iterator[Draft]:
-    """A new save, which counts once all inside has been written, and is as if never begun if that fails.
+    """Write a new save: it becomes the current one when the block ends, and leaves no trace if the block fails.
 
     Raises:
         CheckpointError: another process is saving to the directory.
@@ -138,33 +138,33 @@ def saving(directory: Path) -> Iterator[Draft]:
     fresh = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     if fresh:
-        synced(directory.parent)
-    with _alone(directory):
+        sync(directory.parent)
+    with _locked(directory):
         draft = Draft(directory / f"save-{1 + max(_numbers(directory), default=0)}")
         draft.directory.mkdir()
         try:
             yield draft
-            synced(draft.directory)
-            synced(directory)
+            sync(draft.directory)
+            sync(directory)
             document = {"format": FORMAT, "save": draft.directory.name, "files": draft.files}
-            write_text(directory / f"{MANIFEST}.new", written(document))
-            synced(directory / f"{MANIFEST}.new")
+            write_text(directory / f"{MANIFEST}.new", format_json(document))
+            sync(directory / f"{MANIFEST}.new")
             os.replace(directory / f"{MANIFEST}.new", directory / MANIFEST)
         except BaseException:
-            if not _counts(draft.directory):  # an interrupt may come right after the renaming
+            if not _is_current(draft.directory):  # an interrupt may come right after the renaming
                 shutil.rmtree(draft.directory, ignore_errors=True)
             raise
-        synced(directory)
+        sync(directory)
         for number in _numbers(directory):
             if directory / f"save-{number}" != draft.directory:
                 shutil.rmtree(directory / f"save-{number}", ignore_errors=True)
 
 
-def reading(directory: Path, read: Callable[[Save], Read]) -> Read:
-    """What `read` makes of the save that counts. If a new one comes meanwhile and the old one goes, it starts again.
+def read_save(directory: Path, read: Callable[[Save], Read]) -> Read:
+    """Call `read` with the current save and return its result; start again if another save replaces it meanwhile.
 
     Raises:
-        CheckpointError: there is none, or it is not whole, or not the one that was written.
+        CheckpointError: there is no save, it is incomplete, or its files have changed.
     """
     while True:
         before = _manifest(directory)
@@ -179,10 +179,10 @@ def reading(directory: Path, read: Callable[[Save], Read]) -> Read:
 
 
 def saved_files(directory: Path) -> Path:
-    """Where the files of the save lie that counts, not looked at any further.
+    """Return the directory with the files of the current save, without checking them.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no save.
     """
     return directory / str(_document(directory, _manifest(directory))["save"])
 
@@ -190,18 +190,18 @@ def saved_files(directory: Path) -> Path:
 def _manifest(directory: Path) -> bytes:
     path = directory / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{directory} is no saved model: it has no {MANIFEST}")
+        raise CheckpointError(f"{directory} is not a saved model: it has no {MANIFEST}")
     with path.open("rb") as file:
         content = file.read(LARGEST_MANIFEST + 1)
     if len(content) > LARGEST_MANIFEST:
-        raise CheckpointError(f"{path} is larger than {LARGEST_MANIFEST} bytes: no save has such a one")
+        raise CheckpointError(f"{path} is larger than {LARGEST_MANIFEST} bytes: it was not written by ecospa_fx.save")
     return content
 
 
 def _document(directory: Path, manifest: bytes) -> dict[str, Any]:
     path = directory / MANIFEST
     try:
-        document = parsed(manifest.decode(), str(path))
+        document = parse_json(manifest.decode(), str(path))
         version, name, files = document["format"], document.get("save"), document.get("files")
     except (UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
@@ -210,7 +210,7 @@ def _document(directory: Path, manifest: bytes) -> dict[str, Any]:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise CheckpointError(f"{path} names no save: {name!r} is not `save-` and a number")
     if not isinstance(files, dict) or not all(isinstance(file, dict) for file in files.values()):
-        raise CheckpointError(f"{path} lists no files")
+        raise CheckpointError(f"{path} has no list of files")
     return {"save": name, "files": files}
 
 
@@ -226,14 +226,14 @@ def _checked(directory: Path, manifest: bytes) -> Save:
         size = path.stat().st_size
         if size != file.get("bytes"):
             raise CheckpointError(
-                f"{path} is not the file that was saved: it has {size} bytes and had {file.get('bytes')!s:.40}"
+                f"{path} is not the file that was saved: it has {size} bytes, not {file.get('bytes')!s:.40}"
             )
         if _hash(path) != file.get("sha256"):
             raise CheckpointError(f"{path} is not the file that was saved: it has been changed since")
     return Save(save, {name: file["sha256"] for name, file in document["files"].items()})
 
 
-def _counts(save: Path) -> bool:
+def _is_current(save: Path) -> bool:
     try:
         return saved_files(save.parent) == save
     except CheckpointError:
@@ -241,13 +241,13 @@ def _counts(save: Path) -> bool:
 
 
 def _numbers(directory: Path) -> list[int]:
-    found = (NAME.fullmatch(path.name) for path in directory.iterdir())
-    return [int(match.group(1)) for match in found if match]
+    matches = (NAME.fullmatch(path.name) for path in directory.iterdir())
+    return [int(match.group(1)) for match in matches if match]
 
 
 @contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Keeps other processes (every rank of a distributed run, say) from saving to the same directory meanwhile."""
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep other processes, such as other ranks of a distributed run, from saving to the same directory."""
     if fcntl is None:
         yield
         return
@@ -262,13 +262,13 @@ def _alone(directory: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file."""
+    """Write a text file in UTF-8 with unix line ends."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
 
 
-def synced(path: Path) -> None:
-    """Return once a file, or what a directory lists, is on the disk."""
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a directory, are on the disk."""
     if os.name == "nt" and path.is_dir():  # Windows opens no directories
         return
     handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)

@@ -1,6 +1,6 @@
-"""Configs: Hugging Face models written down as their config, and made again from it alone.
+"""Hugging Face configs: models saved as their config, and made again from it alone.
 
-Nothing is fetched, and no code beside a config runs.
+Nothing is downloaded, and no code that lies beside a config runs.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 from torch import nn
 
 from ecospa_fx.errors import CheckpointError
-from ecospa_fx.json_text import parsed
+from ecospa_fx.json_text import parse_json
 from ecospa_fx.passes.graph.tensors import join
 
 KINDS = ("attn", "experts")
-"""What a config chooses an implementation of; config.json does not say which one it chose."""
+"""Parts whose implementation a config chooses; config.json does not record the choice."""
 
 
 def config_text(model: nn.Module) -> str | None:
-    """The config of a Hugging Face model as JSON; None where there is none."""
+    """Return the config of a Hugging Face model as JSON, or None for another model."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_json_string"):
         return None
@@ -29,7 +29,7 @@ def config_text(model: nn.Module) -> str | None:
 
 
 def implementations(model: nn.Module) -> dict[str, dict[str, str]]:
-    """Which attention and which experts a model's config, and those below it, chose: path -> kind -> name."""
+    """Return the implementations that a config, and those below it, chose: path -> kind -> name."""
     chosen: dict[str, dict[str, str]] = {}
     for path, each in _configs(getattr(model, "config", None)):
         for kind in KINDS:
@@ -39,16 +39,16 @@ def implementations(model: nn.Module) -> dict[str, dict[str, str]]:
 
 
 def from_config(name: str, text: str | None, chosen: Mapping[str, Any], where: str) -> nn.Module:
-    """A model of a class of transformers from its config, with random weights.
+    """Make a model of a class of transformers from its config, with random weights.
 
     Args:
-        name: of the class.
-        text: of config.json.
-        chosen: what `implementations` returned.
+        name: name of the class.
+        text: text of config.json.
+        chosen: the result of `implementations`.
         where: the directory, for errors.
 
     Raises:
-        CheckpointError: there is no config, no such class, or they make no model.
+        CheckpointError: there is no config, no such class, or no model can be made of them.
     """
     if text is None:
         raise CheckpointError(
@@ -60,9 +60,9 @@ def from_config(name: str, text: str | None, chosen: Mapping[str, Any], where: s
     cls: Any = getattr(transformers, name, None)
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise CheckpointError(f"transformers has no model class {name}; pass a factory")
-    document = parsed(text, f"{where}/config.json")
+    document = parse_json(text, f"{where}/config.json")
     if not isinstance(document, dict):
-        raise CheckpointError(f"{where}/config.json cannot be read: it holds no object")
+        raise CheckpointError(f"{where}/config.json cannot be read: it is not a JSON object")
     try:
         config_class: Any = vars(cls).get("config_class") or getattr(cls, "config_class")  # noqa: B009
         config = config_class.from_dict(document)
@@ -81,7 +81,7 @@ def from_config(name: str, text: str | None, chosen: Mapping[str, Any], where: s
 
 
 def _configs(config: Any, path: str = "") -> list[tuple[str, Any]]:
-    """A config and those below it by their attributes."""
+    """List a config and those below it, with the path of attributes to each."""
     if not hasattr(config, "to_json_string"):
         return []
     below = [(name, getattr(config, name, None)) for name in getattr(config, "sub_configs", {})]
@@ -89,7 +89,10 @@ def _configs(config: Any, path: str = "") -> list[tuple[str, Any]]:
 
 
 def _local(implementation: str | None, where: str) -> str | None:
-    """An implementation by a name that is no address to fetch code from."""
+    """Check that an implementation is a plain name, and not an address to download code from."""
     if implementation is not None and not re.fullmatch(r"[A-Za-z0-9_]+", str(implementation)):
-        raise CheckpointError(f"{where} was saved with the kernels {implementation!r}; pass a factory")
+        raise CheckpointError(
+            f"{where} was saved with the implementation {implementation!r}, which is not part of transformers; pass a "
+            "factory"
+        )
     return implementation

@@ -1,4 +1,4 @@
-"""Description: what is to be known of a compiled model beside its plan and its tensors, as plain values."""
+"""Metadata of a compiled model: all that is saved beside its plan and its tensors, as plain values."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from ecospa_fx.passes.infer.sizes import called_sizes
 from .hf_config import implementations
 
 
-def described(model: nn.Module, compiled: CompiledModel) -> dict[str, Any]:
-    """What is to be known of a compiled model beside its plan and its tensors."""
-    held = named_tensors(model)
+def describe(model: nn.Module, compiled: CompiledModel) -> dict[str, Any]:
+    """Describe a compiled model beside its plan and its tensors, as plain values."""
+    tensors = named_tensors(model)
     return {
         "class": type(model).__name__,
         "torch": str(torch.__version__),
-        **about_execution(compiled),
+        **describe_execution(compiled),
         "training": model.training,
         "other_mode": [name for name, module in model.named_modules() if module.training != model.training],
-        "frozen": [name for name, p in held.items() if isinstance(p, nn.Parameter) and not p.requires_grad],
-        "aliases": aliases_of(held),
+        "frozen": [name for name, p in tensors.items() if isinstance(p, nn.Parameter) and not p.requires_grad],
+        "aliases": aliases_of(tensors),
         "layouts": {},
         "extra": {},
         "implementations": implementations(model),
     }
 
 
-def about_execution(compiled: CompiledModel) -> dict[str, Any]:
-    """How a model is run, and what is known of it, as plain values."""
+def describe_execution(compiled: CompiledModel) -> dict[str, Any]:
+    """Describe the execution of a model and the results of its analysis, as plain values."""
     return {
         "regions": list(compiled.regions),
         "how": compiled.how if isinstance(compiled.how, str) else list(compiled.how),
@@ -51,11 +51,11 @@ def about_execution(compiled: CompiledModel) -> dict[str, Any]:
     }
 
 
-def check_about(about: Mapping[str, Any], where: str) -> Changes:
-    """Refuse what `about_execution` cannot have written; the attributes in it.
+def check_execution(about: Mapping[str, Any], where: str) -> Changes:
+    """Check a result of `describe_execution` and return the attributes in it.
 
     Raises:
-        CheckpointError: what is wrong.
+        CheckpointError: a field is missing or malformed.
     """
     kinds: dict[str, Any] = {
         "regions": list, "how": (str, list), "experiments": bool, "execution": str, "attributes": list,
@@ -63,22 +63,22 @@ def check_about(about: Mapping[str, Any], where: str) -> Changes:
     }  # fmt: skip
     for key, kind in kinds.items():
         if not isinstance(about.get(key), kind):
-            raise CheckpointError(f"{where} has no `{key}`, or one of another kind")
+            raise CheckpointError(f"{where}: `{key}` is missing or not a {_type_name(kind)}")
     if not all(isinstance(name, str) for name in about["regions"]):
-        raise CheckpointError(f"{where} has a `regions` that holds no names")
+        raise CheckpointError(f"{where}: `regions` holds something that is not a name")
     if about["execution"] not in EXECUTIONS:
-        raise CheckpointError(f"{where} has an `execution` that is none: {about['execution']!s:.40}")
+        raise CheckpointError(f"{where}: `execution` is {about['execution']!s:.40}, not one of {', '.join(EXECUTIONS)}")
     for sizes in about["called"].values():
         if not isinstance(sizes, list) or any(type(n) is not int or n < 0 for shape in sizes for n in shape):
-            raise CheckpointError(f"{where} has a `called` that holds no sizes")
+            raise CheckpointError(f"{where}: `called` holds something that is not a list of sizes")
     return changes_in(about["attributes"], where)
 
 
 def check_description(about: Mapping[str, Any], where: str) -> Changes:
-    """Refuse what `described` would not have said; the attributes in it.
+    """Check a result of `describe` and return the attributes in it.
 
     Raises:
-        CheckpointError: a field is missing, or of another kind.
+        CheckpointError: a field is missing or malformed.
     """
     kinds: dict[str, Any] = {
         "class": str, "training": bool, "other_mode": list, "frozen": list, "aliases": dict, "layouts": dict,
@@ -86,12 +86,16 @@ def check_description(about: Mapping[str, Any], where: str) -> Changes:
     }  # fmt: skip
     for key, kind in kinds.items():
         if not isinstance(about.get(key), kind):
-            raise CheckpointError(f"{where} has no `{key}`, or one of another kind")
+            raise CheckpointError(f"{where}: `{key}` is missing or not a {_type_name(kind)}")
     names = {"other_mode": about["other_mode"], "frozen": about["frozen"], "aliases": about["aliases"].values()}
-    for key, held in names.items():
-        if not all(isinstance(name, str) for name in held):
-            raise CheckpointError(f"{where} has a `{key}` that holds no names")
-    return check_about(about, where)
+    for key, entries in names.items():
+        if not all(isinstance(name, str) for name in entries):
+            raise CheckpointError(f"{where}: `{key}` holds something that is not a name")
+    return check_execution(about, where)
+
+
+def _type_name(kind: type | tuple[type, ...]) -> str:
+    return " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
 
 
 def _first_sizes(region: Region) -> list[list[int]] | None:
@@ -100,11 +104,11 @@ def _first_sizes(region: Region) -> list[list[int]] | None:
     return region.called
 
 
-def aliases_of(held: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names of tensors that are one with an earlier one, and its name."""
+def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Map each name of a tensor that has an earlier name to that one."""
     first: dict[Any, str] = {}
     aliases = {}
-    for name, tensor in held.items():
+    for name, tensor in tensors.items():
         key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
         if tensor.numel() and first.setdefault(key, name) != name:
             aliases[name] = first[key]

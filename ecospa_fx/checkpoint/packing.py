@@ -1,10 +1,10 @@
-"""Packing: nested state (of optimizers, schedules, generators) as JSON and tensors, and back to the very same values.
+"""Packing of nested state (of optimizers, schedules, generators) as JSON and tensors, and back to equal values.
 
 JSON has no tuples, no infinity and no tensors, so these are written as an object with one key that begins with `$`:
 
 {"$tensor": "exp_avg"}       a tensor under that name in the safetensors file
 {"$tuple": [1, 2]}           a tuple; likewise $set, $size, $deque, $ordered, $counter, $dict
-{"$float": "inf"}            what JSON has no number for
+{"$float": "inf"}            a number that JSON does not have
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ecospa_fx.errors import CheckpointError
 
 PLAIN = (type(None), bool, int, str)
-NUMBERS = "biuf"  # kinds of numpy dtypes: bool, whole, unsigned, floating
+NUMBERS = "biuf"  # kinds of numpy dtypes: bool, signed, unsigned, floating
 SAVABLE = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
@@ -31,21 +31,21 @@ SAVABLE = {
 
 
 class Packer:
-    """Packs values; the tensors that it meets come together in `tensors`, one that it meets twice once."""
+    """A converter of values to JSON, which collects their tensors in `tensors`, a repeated one once."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
-        self._first: dict[Any, tuple[str, Tensor]] = {}  # tensors are held on to: addresses must not be used again
+        self._first: dict[Any, tuple[str, Tensor]] = {}  # keeps tensors alive, so that no address is used again
 
     def pack(self, value: Any, where: str) -> Any:
-        """A value as JSON.
+        """Convert a value to JSON.
 
         Args:
             value: nested containers of numbers, strings, tensors and arrays.
-            where: what it is called: in errors, and the name of a tensor.
+            where: its name, in errors and in the names of its tensors.
 
         Raises:
-            CheckpointError: something in it is of another type.
+            CheckpointError: it contains a value of another type.
         """
         kind = type(value)
         if kind in PLAIN:
@@ -84,7 +84,7 @@ class Packer:
         return [self.pack(entry, f"{where}/{i}") for i, entry in enumerate(values)]
 
     def _tensor(self, tensor: Tensor, where: str) -> dict[str, Any]:
-        flat, layout = laid_out(tensor, where)
+        flat, layout = flatten_layout(tensor, where)
         key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         if key not in self._first:
             while where in self.tensors:
@@ -95,29 +95,29 @@ class Packer:
 
 
 class Unpacker:
-    """Gives back what a `Packer` packed.
+    """A converter of JSON from a `Packer` back to values.
 
     Args:
-        tensors: those that belong to the document.
-        what: what the document is, for errors.
+        tensors: the tensors that belong to the document.
+        source: name of the document, for errors.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], what: str) -> None:
-        self.tensors, self.what = tensors, what
-        self._made: dict[str, Tensor] = {}
+    def __init__(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        self.tensors, self.source = tensors, source
+        self._restored: dict[str, Tensor] = {}
 
     def unpack(self, value: Any) -> Any:
-        """The value that was packed.
+        """Convert JSON back to the value that was packed.
 
         Raises:
-            CheckpointError: it is none that a `Packer` writes.
+            CheckpointError: it was not written by a `Packer`.
         """
         try:
             return self._unpacked(value)
         except CheckpointError:
             raise
         except Exception as error:
-            raise CheckpointError(f"{self.what} cannot be read: {type(error).__name__}: {error}") from error
+            raise CheckpointError(f"{self.source} cannot be read: {type(error).__name__}: {error}") from error
 
     def _unpacked(self, value: Any) -> Any:
         if isinstance(value, list):
@@ -127,31 +127,31 @@ class Unpacker:
         if not _is_tag(value):
             return {key: self._unpacked(entry) for key, entry in value.items()}
         tag = next(iter(value))
-        held = value[tag]
+        content = value[tag]
         if tag == "$tensor":
-            return self._tensor(held, value)
+            return self._tensor(content, value)
         if tag in _READ:
-            return _READ[tag](self._unpacked(held))
-        raise CheckpointError(f"{self.what} holds `{tag}`, which this version of ecospa_fx does not know")
+            return _READ[tag](self._unpacked(content))
+        raise CheckpointError(f"{self.source} holds `{tag}`, which this version of ecospa_fx does not know")
 
     def _tensor(self, name: str, layout: Mapping[str, Any]) -> Tensor:
         if name not in self.tensors:
-            raise CheckpointError(f"{self.what} names a tensor `{name}`, which is not in the file beside it")
-        if name not in self._made:
-            self._made[name] = as_laid_out(self.tensors[name], layout)
-        return self._made[name]
+            raise CheckpointError(f"{self.source} names a tensor `{name}`, which is not in the file beside it")
+        if name not in self._restored:
+            self._restored[name] = restore_layout(self.tensors[name], layout)
+        return self._restored[name]
 
 
-def laid_out(tensor: Tensor, where: str) -> tuple[Tensor, dict[str, Any]]:
-    """A tensor as safetensors takes it, on the CPU in rows, and what is lost by that.
+def flatten_layout(tensor: Tensor, where: str) -> tuple[Tensor, dict[str, Any]]:
+    """Convert a tensor to one that safetensors can hold, contiguous on the CPU, and describe its memory layout.
 
-    The order of its dims in memory (channels last, say) matters to the last bit of what is computed with it.
+    The order of dims in memory (channels last, for example) changes the last bit of results, so it is restored.
 
     Returns:
-        The tensor, and `order` (dims, the outermost first, where not in order) and `complex` if that applies.
+        The tensor, and its layout: `order` (dims, outermost first, if not in order), and `complex` if it is complex.
 
     Raises:
-        CheckpointError: it is no plain tensor with values.
+        CheckpointError: it is not a plain tensor with values.
     """
     why = None
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
@@ -167,18 +167,18 @@ def laid_out(tensor: Tensor, where: str) -> tuple[Tensor, dict[str, Any]]:
     flat, layout = tensor.detach().resolve_neg(), dict[str, Any]()
     if flat.is_complex():
         flat, layout["complex"] = torch.view_as_real(flat.resolve_conj()), True
-    # Where strides are equal, a dim of one entry lies inside the one that has several.
+    # Of two dims with equal strides, the one of size 1 is the inner one.
     strides = tensor.stride()
     order = sorted(range(tensor.ndim), key=lambda dim: (-strides[dim], tensor.shape[dim] == 1))
     if order != list(range(tensor.ndim)) and tensor.permute(order).is_contiguous():
         layout["order"] = order
     flat = flat.cpu().contiguous()
-    # A view would be written as all that it is a view of, or refused.
+    # safetensors would write the whole storage of a view, or refuse it.
     return (flat if flat.untyped_storage().nbytes() == flat.nbytes else flat.clone()), layout
 
 
-def as_laid_out(tensor: Tensor, layout: Mapping[str, Any]) -> Tensor:
-    """A tensor of a safetensors file as it was, in memory of its own."""
+def restore_layout(tensor: Tensor, layout: Mapping[str, Any]) -> Tensor:
+    """Restore the memory layout of a tensor from a safetensors file, in new memory."""
     flat = torch.view_as_complex(tensor) if layout.get("complex") else tensor
     if "order" not in layout:
         return flat.clone(memory_format=torch.contiguous_format)
@@ -194,15 +194,15 @@ def _is_tag(value: Mapping[str, Any]) -> bool:
 
 def _number(text: str) -> float:
     if text not in ("inf", "-inf", "nan"):
-        raise ValueError(f"{text!r} is none of inf, -inf, nan")
+        raise ValueError(f"{text!r} is not one of inf, -inf, nan")
     return float(text)
 
 
 def _numeric(dtype: str) -> np.dtype[Any]:
-    made = np.dtype(dtype)
-    if made.kind not in NUMBERS:
-        raise ValueError(f"{dtype!r} is no dtype of numbers")
-    return made
+    numeric = np.dtype(dtype)
+    if numeric.kind not in NUMBERS:
+        raise ValueError(f"{dtype!r} is not a dtype of numbers")
+    return numeric
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -223,11 +223,11 @@ _READ: dict[str, Any] = {
     "$set": set,
     "$frozenset": frozenset,
     "$size": torch.Size,
-    "$deque": lambda held: deque(held[1:], held[0]),
+    "$deque": lambda entries: deque(entries[1:], entries[0]),
     "$complex": lambda parts: complex(*parts),
     "$bytes": lambda text: base64.b64decode(text, validate=True),
     "$dtype": _dtype,
     "$device": torch.device,
-    "$scalar": lambda held: _numeric(held[0]).type(held[1]),
-    "$array": lambda held: held[1].numpy().astype(_numeric(held[0]), copy=False),
+    "$scalar": lambda pair: _numeric(pair[0]).type(pair[1]),
+    "$array": lambda pair: pair[1].numpy().astype(_numeric(pair[0]), copy=False),
 }

@@ -1,10 +1,10 @@
-"""Rebuild: a model written down file by file, and made again from its factory and those files.
+"""Rebuild of models: a model written file by file, and made again from its factory and these files.
 
 model.safetensors    parameters and buffers, as in its state_dict
 buffers.safetensors  buffers that state_dict leaves out
-plan.json            what is left of the original model
-model.json           the rest: regions, modes, what is tied, frozen, laid out in another order in memory
-config.json          where the model has a Hugging Face config
+plan.json            the entries left of the original model
+model.json           the rest: regions, modes, ties, frozen parameters, memory layouts
+config.json          the config of a Hugging Face model
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from ecospa_fx.plan import Plan
 
 from .directory import Draft, Save
 from .hf_config import config_text, from_config
-from .metadata import aliases_of, check_description, described
-from .packing import Packer, Unpacker, as_laid_out, laid_out
-from .rng_state import undrawn
+from .metadata import aliases_of, check_description, describe
+from .packing import Packer, Unpacker, flatten_layout, restore_layout
+from .rng_state import rng_preserved
 
 Layouts = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Saved:
-    """All that a save says of a model, read and not yet believed to fit any.
+    """The content of a saved model, not yet compared with a model from the factory.
 
     Attributes:
         about: the object in model.json.
-        plan: what is left.
+        plan: the plan.
         tensors: parameters and buffers by name, tied ones once, in memory of their own.
-        passing: names of those that state_dict leaves out.
-        extra: what modules save of their own (`get_extra_state`), by module.
-        config: the text of config.json, where there is one.
-        attributes: integers that modules hold and that have changed with sizes: what they were, and are.
+        transient: names of the buffers that state_dict leaves out.
+        extra: extra state of modules (`get_extra_state`), by module.
+        config: text of config.json, or None.
+        attributes: integer attributes of modules that changed with sizes: their values before and now.
         where: the directory, for errors.
     """
 
     about: dict[str, Any]
     plan: Plan
     tensors: dict[str, Tensor]
-    passing: frozenset[str]
+    transient: frozenset[str]
     extra: dict[str, Any]
     config: str | None
     attributes: Changes
@@ -60,18 +60,18 @@ class Saved:
 
 
 def write_model(draft: Draft, model: nn.Module, compiled: CompiledModel) -> None:
-    """Write what it takes to make the model again.
+    """Write the files from which the model is made again.
 
     Raises:
-        CheckpointError: a tensor is none that can be saved (on the meta device, sharded, quantized).
+        CheckpointError: a tensor cannot be saved (on the meta device, sharded, quantized).
     """
-    held = named_tensors(model)
-    aliases, passing = aliases_of(held), transient(model)
+    tensors = named_tensors(model)
+    aliases, transient = aliases_of(tensors), transient_buffers(model)
     layouts: Layouts = {}
     files: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
-    for name, tensor in held.items():
+    for name, tensor in tensors.items():
         if name not in aliases:
-            files[name in passing][name], layout = laid_out(tensor, name)
+            files[name in transient][name], layout = flatten_layout(tensor, name)
             layouts |= {name: layout} if layout else {}
     draft.tensors("model.safetensors", files[False])
     if files[True]:
@@ -88,25 +88,25 @@ def write_model(draft: Draft, model: nn.Module, compiled: CompiledModel) -> None
     config = config_text(model)
     if config is not None:
         draft.text("config.json", config)
-    draft.document("model.json", {**described(model, compiled), "layouts": layouts, "extra": extra})
+    draft.document("model.json", {**describe(model, compiled), "layouts": layouts, "extra": extra})
 
 
 def read_model(save: Save) -> Saved:
-    """Read what `write_model` wrote.
+    """Read the files of `write_model`.
 
     Raises:
-        CheckpointError: files are missing, or not what they should be.
+        CheckpointError: files are missing or malformed.
     """
     about = save.document("model.json")
     attributes = check_description(about, str(save.directory / "model.json"))
     flat = save.tensors("model.safetensors")
-    passing = save.tensors("buffers.safetensors") if "buffers.safetensors" in save.files else {}
+    transient = save.tensors("buffers.safetensors") if "buffers.safetensors" in save.files else {}
     extra = save.tensors("extra.safetensors") if "extra.safetensors" in save.files else {}
     return Saved(
         about,
         Plan.from_json(save.text("plan.json")),
-        {name: _own(name, tensor, about["layouts"], save) for name, tensor in (flat | passing).items()},
-        frozenset(passing),
+        {name: _restored(name, tensor, about["layouts"], save) for name, tensor in (flat | transient).items()},
+        frozenset(transient),
         Unpacker(extra, str(save.directory / "model.json")).unpack(about["extra"]),
         save.text("config.json") if "config.json" in save.files else None,
         attributes,
@@ -115,13 +115,13 @@ def read_model(save: Save) -> Saved:
 
 
 def rebuild(saved: Saved, factory: Callable[[], nn.Module] | None, device: torch.device | None) -> nn.Module:
-    """The model again, compiled. A model that does not fit is left as the factory made it.
+    """Make the saved model again, compiled. A model that does not fit is left as the factory made it.
 
     Raises:
-        CheckpointError: the factory makes another model than the saved one, or there is none and no config.
+        CheckpointError: the factory makes another model than the saved one, or there is neither factory nor config.
     """
     about = saved.about
-    with undrawn():
+    with rng_preserved():
         if factory is not None:
             model = factory()
         else:
@@ -136,12 +136,12 @@ def rebuild(saved: Saved, factory: Callable[[], nn.Module] | None, device: torch
     _fill(model, saved, device)
     for name, module in model.named_modules():
         module.training = about["training"] != (name in about["other_mode"])
-    attached(model, about, saved.plan, saved.attributes)
+    attach_compiled(model, about, saved.plan, saved.attributes)
     return model
 
 
-def attached(model: nn.Module, about: Mapping[str, Any], plan: Plan, attributes: Changes) -> None:
-    """Compile a model that has the sizes of a plan already, as it was when `about_execution` wrote it down."""
+def attach_compiled(model: nn.Module, about: Mapping[str, Any], plan: Plan, attributes: Changes) -> None:
+    """Compile a model that has the sizes of a plan already, as `describe_execution` describes it."""
     compiled = CompiledModel(about["how"], about["experiments"], about["execution"])
     compiled.not_captured = about["given_up"]
     compiled.state.adopt(plan, attributes)
@@ -160,16 +160,16 @@ def attached(model: nn.Module, about: Mapping[str, Any], plan: Plan, attributes:
         compiled.attach(model)
 
 
-def _own(name: str, tensor: Tensor, layouts: Mapping[str, Any], save: Save) -> Tensor:
+def _restored(name: str, tensor: Tensor, layouts: Mapping[str, Any], save: Save) -> Tensor:
     try:
-        return as_laid_out(tensor, layouts.get(name, {}))
+        return restore_layout(tensor, layouts.get(name, {}))
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         where = save.directory / "model.json"
-        raise CheckpointError(f"{where} lays out `{name}` in a way it does not have: {error}") from error
+        raise CheckpointError(f"{where} gives `{name}` a memory layout that does not fit: {error}") from error
 
 
-def transient(model: nn.Module) -> set[str]:
-    """Names of the buffers that state_dict leaves out."""
+def transient_buffers(model: nn.Module) -> set[str]:
+    """Return the names of the buffers that state_dict leaves out."""
     return {
         join(prefix, name)
         for prefix, module in model.named_modules(remove_duplicate=False)
@@ -178,25 +178,25 @@ def transient(model: nn.Module) -> set[str]:
 
 
 def _check_fits(model: nn.Module, saved: Saved) -> None:
-    """Refuse a model that is not the one that was saved.
+    """Check that a model is the original of the saved one.
 
     Raises:
-        CheckpointError: what differs, with both values.
+        CheckpointError: they differ; the message has both values.
     """
     about, plan, aliases = saved.about, saved.plan, saved.about["aliases"]
-    held, passing, kind = named_tensors(model), transient(model), type(model).__name__
+    tensors, transient, kind = named_tensors(model), transient_buffers(model), type(model).__name__
     for alias, name in aliases.items():
         if alias in saved.tensors or name not in saved.tensors:
-            raise CheckpointError(f"`{alias}` is saved as `{name}`, which is not there")
+            raise CheckpointError(f"`{alias}` is saved as `{name}`, which is missing")
     names = {
-        **dict.fromkeys(name for name in held if name in saved.tensors or name in aliases),
+        **dict.fromkeys(name for name in tensors if name in saved.tensors or name in aliases),
         **saved.tensors,
         **aliases,
     }
-    odd = [name for name in names if name not in held and not (name in saved.passing and _lazy(model, name))]
-    odd += [name for name in held if name not in names and name not in passing]
+    odd = [name for name in names if name not in tensors and not (name in saved.transient and _lazy(model, name))]
+    odd += [name for name in tensors if name not in names and name not in transient]
     if odd:
-        where = "this model" if odd[0] in held else "the saved one"
+        where = "this model" if odd[0] in tensors else "the saved one"
         raise CheckpointError(
             f"the saved model is not a {kind} like this one: {len(odd)} names are in one of them only, "
             f"{', '.join(odd[:3])} in {where}"
@@ -205,25 +205,26 @@ def _check_fits(model: nn.Module, saved: Saved) -> None:
         if name not in names:
             raise CheckpointError(f"the plan shrinks `{name}`, which is not saved")
     for name in names:
-        given = tuple(saved.tensors[aliases.get(name, name)].shape)
-        if name in plan.original_shapes and plan.shape(name) != given:
-            raise CheckpointError(f"`{name}` is saved as {given}, but the plan leaves {plan.shape(name)} of it")
-        original = plan.original_shapes.get(name, given)
-        if name in held and name not in passing and tuple(held[name].shape) != original:
-            raise CheckpointError(f"`{name}` was {original} when saved and is {tuple(held[name].shape)} in this model")
-    _check_ties(held, aliases)
+        shape = tuple(saved.tensors[aliases.get(name, name)].shape)
+        if name in plan.original_shapes and plan.shape(name) != shape:
+            raise CheckpointError(f"`{name}` is saved as {shape}, but the plan leaves {plan.shape(name)} of it")
+        original = plan.original_shapes.get(name, shape)
+        if name in tensors and name not in transient and tuple(tensors[name].shape) != original:
+            here = tuple(tensors[name].shape)
+            raise CheckpointError(f"`{name}` was {original} when saved and is {here} in this model")
+    _check_ties(tensors, aliases)
     for name in about["regions"]:
         try:
             model.get_submodule(name)
         except AttributeError:
             raise CheckpointError(f"the saved model has a region `{name}`, this {kind} has none") from None
-    for attribute, (held_before, _) in saved.attributes.items():
+    for attribute, (before, _) in saved.attributes.items():
         try:
-            holds = attribute.read(model)
+            value = attribute.read(model)
         except AttributeError:
-            raise CheckpointError(f"the saved model holds `{attribute}`, this {kind} does not") from None
-        if holds != held_before:
-            raise CheckpointError(f"`{attribute}` was {held_before} when saved and is {holds!s:.40} in this model")
+            raise CheckpointError(f"the saved model has `{attribute}`, this {kind} does not") from None
+        if value != before:
+            raise CheckpointError(f"`{attribute}` was {before} when saved and is {value!s:.40} in this model")
     for path in saved.extra:
         if path not in dict(model.named_modules()):
             raise CheckpointError(f"the saved model has state of a module `{path}`, this {kind} has none")
@@ -231,16 +232,19 @@ def _check_fits(model: nn.Module, saved: Saved) -> None:
         for attribute, value in module.__dict__.items():
             if isinstance(value, Tensor) and value.is_meta:
                 raise CheckpointError(
-                    f"`{join(path, attribute)}` is on the meta device, and neither a parameter nor a buffer, so that "
-                    "it was not saved; make it a buffer, or let the factory make the model on a real device"
+                    f"`{join(path, attribute)}` is on the meta device and was not saved, because it is neither a "
+                    "parameter nor a buffer; make it a buffer, or let the factory make the model on a real device"
                 )
-    lost = [name for name in sorted(passing - set(names)) if name in held and held[name].is_meta]
-    if lost:
-        raise CheckpointError(f"the buffer `{lost[0]}` is on the meta device and was not saved; make it on a real one")
+    missing = [name for name in sorted(transient - set(names)) if name in tensors and tensors[name].is_meta]
+    if missing:
+        raise CheckpointError(
+            f"the buffer `{missing[0]}` is on the meta device and was not saved; let the factory make it on a real "
+            "device"
+        )
 
 
 def _lazy(model: nn.Module, name: str) -> bool:
-    """Whether a name that the model does not have may be a buffer that only a forward makes."""
+    """Check whether a name that the model does not have may be a buffer that a forward creates."""
     path, _, attribute = name.rpartition(".")
     try:
         module = model.get_submodule(path)
@@ -249,10 +253,10 @@ def _lazy(model: nn.Module, name: str) -> bool:
     return attribute in module._buffers or not hasattr(module, attribute)
 
 
-def _check_ties(held: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
-    parameters = {name: p for name, p in held.items() if isinstance(p, nn.Parameter)}
+def _check_ties(tensors: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
+    parameters = {name: p for name, p in tensors.items() if isinstance(p, nn.Parameter)}
     for name, of in aliases.items():
-        if name in parameters and of in parameters and aliases_of({of: held[of], name: held[name]}) == {}:
+        if name in parameters and of in parameters and aliases_of({of: tensors[of], name: tensors[name]}) == {}:
             raise CheckpointError(
                 f"`{name}` and `{of}` are tied in the saved model and two tensors in this one; tie them in the factory"
             )
@@ -268,17 +272,17 @@ def _check_ties(held: Mapping[str, Tensor], aliases: Mapping[str, str]) -> None:
 
 @torch.no_grad()
 def _fill(model: nn.Module, saved: Saved, device: torch.device | None) -> None:
-    """Put the saved tensors in place. Every parameter stays the object it is, on the meta device too."""
-    held, aliases, done = named_tensors(model), saved.about["aliases"], set[int]()
+    """Put the saved tensors in place. Every parameter stays the same object, on the meta device too."""
+    tensors, aliases, done = named_tensors(model), saved.about["aliases"], set[int]()
     placed: dict[tuple[str, torch.device], Tensor] = {}
     for name in (*saved.tensors, *aliases):
         source = aliases.get(name, name)
-        if name not in held:
+        if name not in tensors:
             path, _, attribute = name.rpartition(".")
             value = saved.tensors[source].to(device or torch.device("cpu"))
             model.get_submodule(path).register_buffer(attribute, value, persistent=False)
             continue
-        tensor = held[name]
+        tensor = tensors[name]
         if id(tensor) in done:
             continue
         done.add(id(tensor))
@@ -287,7 +291,7 @@ def _fill(model: nn.Module, saved: Saved, device: torch.device | None) -> None:
             placed[source, home] = saved.tensors[source].to(home)
         value = placed[source, home]
         if isinstance(tensor, nn.Parameter):
-            tensor.requires_grad_(False)  # as yet: its dtype may not allow it
+            tensor.requires_grad_(False)  # for now: its dtype may not allow gradients
         if tensor.is_meta or value.is_meta:
             _swap(tensor, value)
         elif _is_part(tensor) and _alike(tensor, value):
@@ -302,14 +306,14 @@ def _fill(model: nn.Module, saved: Saved, device: torch.device | None) -> None:
 
 
 def _swap(tensor: Tensor, value: Tensor) -> None:
-    """Make a tensor the one with that value wherever it is referred to: none without memory can be given some."""
+    """Swap a tensor for one with the value, wherever it is referred to: a meta tensor cannot be given memory."""
     new = nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value.view_as(value)
     new.__dict__.update(tensor.__dict__)
     torch.utils.swap_tensors(tensor, new)
 
 
 def _is_part(tensor: Tensor) -> bool:
-    """Whether it lies in memory with others, as the weights of recurrent layers on a GPU do."""
+    """Check whether a tensor shares its storage with others, as the weights of recurrent layers on a GPU do."""
     return tensor.untyped_storage().nbytes() > tensor.nbytes
 
 

@@ -1,4 +1,4 @@
-"""Randomness: the state of every generator that training draws from."""
+"""Random state: the states of all random number generators that training uses."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from ecospa_fx.errors import CheckpointError
 
 
 def random_state() -> dict[str, Any]:
-    """The states of the generators of Python, numpy, torch on the CPU, and torch on every CUDA device once in use."""
+    """Return the states of the generators of Python, numpy, torch on the CPU, and torch on CUDA devices if in use."""
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),  # noqa: NPY002 (what others draw from)
+        "numpy": np.random.get_state(legacy=False),  # noqa: NPY002 (other code draws from it)
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Go on drawing where `random_state` was taken.
+    """Restore the states that `random_state` returned.
 
     Raises:
-        CheckpointError: there are fewer CUDA devices here; nothing was changed then.
+        CheckpointError: there are fewer CUDA devices here; no generator is changed then.
     """
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if len(state["cuda"]) > here:
         raise CheckpointError(
-            f"the save holds random states of {len(state['cuda'])} CUDA devices and here are {here}, so that this run "
-            "cannot go on as that one would have; pass rng=False to go on with other random numbers"
+            f"the save holds random states of {len(state['cuda'])} CUDA devices and this machine has {here}, so the "
+            "run cannot continue with the same random numbers; pass rng=False to continue with others"
         )
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
@@ -43,8 +43,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def undrawn() -> Iterator[None]:
-    """What is drawn inside does not count: afterwards every generator is where it was."""
+def rng_preserved() -> Iterator[None]:
+    """Restore every generator at the end of the block."""
     before = random_state()
     try:
         yield

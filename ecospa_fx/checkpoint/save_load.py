@@ -1,10 +1,10 @@
-"""Save and load a shrunk model, and what it takes to go on training it: safetensors and JSON, no pickle.
+"""Save, load and resume: a shrunk model and the state of its training, in safetensors and JSON, without pickle.
 
-save -> saves.py            a directory that is whole at every moment
-          -> rebuild.py         the model, its plan, its regions
-          -> training_state.py  optimizers, schedules, generators of random numbers
+save -> directory.py       a directory that holds a complete save at every moment
+     -> rebuild.py         the model, its plan, its regions
+     -> training_state.py  optimizers, schedules, random number generators
 
-docs/checkpoints.md describes every file, for whoever wants to read one without this library.
+docs/checkpoints.md describes every file, for readers without this library.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ecospa_fx.model.compiled import MODEL, CompiledModel
 from ecospa_fx.model.lookup import check_optimizer
 from ecospa_fx.train.trainer import EcoSpaTrainer
 
-from .directory import reading, saving
+from .directory import read_save, saving
 from .rebuild import read_model, rebuild, write_model
-from .training_state import Training, listed, named, read_training, resume_training, write_training
+from .training_state import Training, as_tuple, by_name, read_training, resume_training, write_training
 
 
 def save(
@@ -38,28 +38,28 @@ def save(
     scaler: Any = None,
     also: Mapping[str, Any] | Iterable[Any] | None = None,
 ) -> None:
-    """Write a compiled model, and what it takes to go on training it, to a directory.
+    """Write a compiled model, and the state of its training, to a directory.
 
-    At every moment the directory holds one whole save, the old one or the new one, whatever is killed. Save between
-    steps, after `zero_grad`: gradients are not saved.
+    At every moment the directory holds one complete save, the old one or the new one, even if the process is killed.
+    Save between steps, after `zero_grad`: gradients are not saved.
 
     Args:
         model: a compiled model.
-        directory: where. A save that is there is replaced once the new one is complete; other files stay.
-        optimizer: its state goes along, or that of several.
-        trainer: its schedule and scores go along.
+        directory: the directory. An earlier save in it is replaced once the new one is complete; other files stay.
+        optimizer: an optimizer, or several, whose state is saved.
+        trainer: the trainer, whose schedule and scores are saved.
         scheduler: a learning-rate scheduler, or several.
         scaler: a `torch.amp.GradScaler`.
-        also: anything else, by name or as a list: averaged weights, a data loader (whatever has `state_dict` and
+        also: other objects, by name or as a list: averaged weights, a data loader (anything with `state_dict` and
             `load_state_dict`), `torch.Generator`, `numpy.random.Generator`, `random.Random`.
 
     Raises:
         EcoSpaError: the model is not compiled.
         OptimizerError: an optimizer holds none of its parameters.
-        CheckpointError: something cannot be saved without pickle, or another process is saving there.
+        CheckpointError: some state cannot be saved without pickle, or another process is saving there.
     """
     compiled = _compiled(model)
-    training = Training(listed(optimizer), listed(scheduler), scaler, trainer, named(also))
+    training = Training(as_tuple(optimizer), as_tuple(scheduler), scaler, trainer, by_name(also))
     for each in training.optimizer:
         check_optimizer(model, each)
     with saving(Path(directory)) as draft:
@@ -74,20 +74,20 @@ def load(
     *,
     device: torch.device | str | None = None,
 ) -> nn.Module:
-    """Rebuild a saved model, compiled and at the sizes it was saved at.
+    """Load a saved model, compiled and at the sizes at which it was saved.
 
-    Random numbers that the factory draws do not count: generators are left where they were.
+    Random number generators keep their states, whatever the factory draws.
 
     Args:
-        directory: what `save` wrote.
-        factory: makes the original, unshrunk model; its weights are replaced. It may make it on the meta device, where
-            that takes no time and no memory. A Hugging Face model needs none: it is rebuilt from its config.
-        device: where it goes; None leaves everything where the factory puts it, and what has no memory on the CPU.
+        directory: a directory that `save` wrote.
+        factory: makes the original, unshrunk model; its weights are replaced. It may make it on the meta device, which
+            takes no time and no memory. A Hugging Face model needs no factory: it is rebuilt from its config.
+        device: device of the model; None: as the factory places it, and meta tensors on the CPU.
 
     Raises:
         CheckpointError: the directory is incomplete, altered, of another format version, or of another model.
     """
-    saved, digest = reading(Path(directory), lambda save: (read_model(save), save.digest))
+    saved, digest = read_save(Path(directory), lambda save: (read_model(save), save.digest))
     model = rebuild(saved, factory, None if device is None else torch.device(device))
     model.__dict__[MODEL].save = digest
     return model
@@ -104,30 +104,30 @@ def resume(
     also: Mapping[str, Any] | Iterable[Any] | None = None,
     rng: bool = True,
 ) -> None:
-    """Give what was made for a loaded model the state it was saved with: training goes on as if it had never stopped.
+    """Restore the saved state of optimizers, trainer and the rest: training goes on as if it had never stopped.
 
-    Make everything first, as for a new run, then call this once, right before the loop. Either all of it takes its
-    state, or nothing is changed.
+    Make all objects first, as for a new run, then call this once, right before the loop. Either all of them take their
+    state, or none is changed.
 
     Args:
-        directory: what `save` wrote and `load` read.
-        model: what `load` returned.
+        directory: the directory that `save` wrote and `load` read.
+        model: the model that `load` returned.
         optimizer: as given to `save`.
         trainer: as given to `save`, made with the same settings.
         scheduler: as given to `save`.
         scaler: as given to `save`.
-        also: as given to `save`, or some of it.
-        rng: let the generators of Python, numpy and torch go on where they were, too.
+        also: as given to `save`, or a part of it.
+        rng: restore the global generators of Python, numpy and torch, too.
 
     Raises:
-        CheckpointError: the directory holds no such state, or that of other things or of another model.
+        CheckpointError: the directory does not hold this state, or holds that of other objects or of another model.
         OptimizerError: an optimizer holds none of the model's parameters.
     """
     compiled, source = _compiled(model), Path(directory)
-    training = Training(listed(optimizer), listed(scheduler), scaler, trainer, named(also))
+    training = Training(as_tuple(optimizer), as_tuple(scheduler), scaler, trainer, by_name(also))
     for each in training.optimizer:
         check_optimizer(model, each)
-    saved, digest = reading(source, lambda save: (read_training(save, training, rng), save.digest))
+    saved, digest = read_save(source, lambda save: (read_training(save, training, rng), save.digest))
     if compiled.save not in (None, digest):
         raise CheckpointError(f"{source} has been saved to since this model was loaded from it; load it again")
     resume_training(model, training, saved, str(source))

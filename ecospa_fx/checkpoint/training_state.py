@@ -1,8 +1,8 @@
-"""Training state: what optimizers, schedules, scalers and generators hold, written down and taken up again.
+"""Training state: the state of optimizers, schedules, scalers and generators, saved and restored.
 
 optimizer.json   state by parameter name      scheduler.json   scaler.json   trainer.json   random.json   also.json
 
-Each has its tensors beside it, in a safetensors file of the same name. See packing.py for how values are written.
+Each has its tensors beside it, in a safetensors file of the same name. packing.py defines the format of values.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ PARTS = ("optimizer", "scheduler", "scaler", "trainer", "also", "random")
 
 @dataclass(frozen=True)
 class Training:
-    """What a training loop holds beside the model.
+    """The objects of a training loop beside the model.
 
     Attributes:
         optimizer: the optimizers.
-        scheduler: learning-rate schedulers.
-        scaler: a gradient scaler.
-        trainer: an `EcoSpaTrainer`.
-        also: anything else by name: what has `state_dict` and `load_state_dict`, and generators of random numbers.
+        scheduler: the learning-rate schedulers.
+        scaler: a gradient scaler, or None.
+        trainer: an `EcoSpaTrainer`, or None.
+        also: other objects by name, with `state_dict` and `load_state_dict`, and random number generators.
     """
 
     optimizer: Sequence[Optimizer] = ()
@@ -49,33 +49,33 @@ class Training:
     also: Mapping[str, Any] = field(default_factory=dict)
 
     def stateful(self, part: str) -> dict[str, Any]:
-        """The things of one part by what they are called in errors."""
-        held = getattr(self, part)
-        if isinstance(held, Mapping):
-            return {f"{part}[{name!r}]": thing for name, thing in held.items()}
+        """Return the objects of one part by their names in errors."""
+        objects = getattr(self, part)
+        if isinstance(objects, Mapping):
+            return {f"{part}[{name!r}]": each for name, each in objects.items()}
         if part in ("scaler", "trainer"):
-            return {} if held is None else {part: held}
-        return {part if len(held) == 1 else f"{part}[{i}]": thing for i, thing in enumerate(held)}
+            return {} if objects is None else {part: objects}
+        return {part if len(objects) == 1 else f"{part}[{i}]": each for i, each in enumerate(objects)}
 
 
-def listed(given: Any) -> tuple[Any, ...]:
-    """One thing, several or none, as several."""
-    if given is None:
+def as_tuple(objects: Any) -> tuple[Any, ...]:
+    """Convert one object, several, or None to a tuple."""
+    if objects is None:
         return ()
-    several = isinstance(given, Iterable) and not hasattr(given, "state_dict")
-    return tuple(given) if several else (given,)
+    several = isinstance(objects, Iterable) and not hasattr(objects, "state_dict")
+    return tuple(objects) if several else (objects,)
 
 
-def named(given: Any) -> Mapping[str, Any]:
-    """Things by name; those of a list by their place."""
-    return given if isinstance(given, Mapping) else {str(i): thing for i, thing in enumerate(listed(given))}
+def by_name(objects: Any) -> Mapping[str, Any]:
+    """Name objects by their keys, or by their positions in a list."""
+    return objects if isinstance(objects, Mapping) else {str(i): each for i, each in enumerate(as_tuple(objects))}
 
 
 def write_training(draft: Draft, model: nn.Module, training: Training) -> None:
-    """Write what it takes to go on training.
+    """Write the state of a training loop.
 
     Raises:
-        CheckpointError: some state is of a type that only pickle could save.
+        CheckpointError: some state has a type that only pickle could save.
         OptimizerError: an optimizer holds none of the model's parameters.
     """
     for part in PARTS:
@@ -83,11 +83,11 @@ def write_training(draft: Draft, model: nn.Module, training: Training) -> None:
         if part == "random":
             document = {"random": packer.pack(random_state(), "random")}
         elif part == "optimizer":
-            document = {n: _of_optimizer(model, o, n, packer) for n, o in training.stateful(part).items()}
+            document = {n: _optimizer_state(model, o, n, packer) for n, o in training.stateful(part).items()}
         else:
             document = {
-                name: {"class": type(thing).__name__, "state": packer.pack(_state_of(thing, name), name)}
-                for name, thing in training.stateful(part).items()
+                name: {"class": type(owner).__name__, "state": packer.pack(_state_of(owner, name), name)}
+                for name, owner in training.stateful(part).items()
             }
         if document:
             draft.document(f"{part}.json", document)
@@ -96,23 +96,23 @@ def write_training(draft: Draft, model: nn.Module, training: Training) -> None:
 
 
 def read_training(save: Save, training: Training, rng: bool) -> dict[str, dict[str, Any]]:
-    """What is saved of the things of a training loop: part -> their names -> class and state.
+    """Read the state of a training loop: part -> name of the object -> class and state.
 
     Raises:
-        CheckpointError: the save does not hold some of it, or more.
+        CheckpointError: the save lacks the state of an object, or has that of more optimizers or schedulers.
     """
-    read = {}
+    states = {}
     for part in PARTS:
         wanted = [part] if part == "random" else list(training.stateful(part))
         if not wanted or (part == "random" and not rng):
             continue
         if f"{part}.json" not in save.files:
-            raise CheckpointError(f"{save.directory.parent} holds no {part} state; it was saved without {part}=")
+            raise CheckpointError(f"{save.directory.parent} holds no {part} state: it was saved without {part}=")
         document = save.document(f"{part}.json")
         if part != "also" and wanted != list(document):
             raise CheckpointError(
-                f"{save.directory.parent} holds the state of {_count(part, len(document))}, and {len(wanted)} is to go "
-                "on with it; pass as many as were saved, in the same order"
+                f"{save.directory.parent} holds the state of {_count(part, len(document))}, and resume was "
+                f"given {len(wanted)}; pass as many as were saved, in the same order"
             )
         for name in wanted:
             if name not in document:
@@ -122,25 +122,25 @@ def read_training(save: Save, training: Training, rng: bool) -> dict[str, dict[s
         file = f"{part}.safetensors"
         tensors = save.tensors(file) if file in save.files else {}
         unpacker = Unpacker(tensors, str(save.directory / f"{part}.json"))
-        read[part] = {name: unpacker.unpack(document[name]) for name in wanted}
-    return read
+        states[part] = {name: unpacker.unpack(document[name]) for name in wanted}
+    return states
 
 
 def resume_training(model: nn.Module, training: Training, saved: Mapping[str, Mapping[str, Any]], where: str) -> None:
-    """Give everything the state it was saved with, or, if some of it does not take its state, nothing.
+    """Restore the state of all objects, or, if one of them does not take its state, of none.
 
     Raises:
-        CheckpointError: the state is that of other things.
+        CheckpointError: the state is that of other objects.
         OptimizerError: an optimizer holds none of the model's parameters.
     """
-    done: list[Callable[[], None]] = []
+    undos: list[Callable[[], None]] = []
     for name, apply, undo in _steps(model, training, saved, where):
-        done.append(undo)
+        undos.append(undo)
         try:
             apply()
         except BaseException as error:
-            for back in reversed(done):
-                with suppress(Exception):  # what takes no state at all has not changed either
+            for back in reversed(undos):
+                with suppress(Exception):  # an object that takes no state at all has not changed either
                     back()
             if isinstance(error, CheckpointError) or not isinstance(error, Exception):
                 raise
@@ -151,24 +151,25 @@ def resume_training(model: nn.Module, training: Training, saved: Mapping[str, Ma
 def _steps(
     model: nn.Module, training: Training, saved: Mapping[str, Mapping[str, Any]], where: str
 ) -> list[tuple[str, Callable[[], None], Callable[[], None]]]:
-    """What to do: for what, how, and how to undo it."""
+    """List the steps of a resume: name of the object, function that restores it, function that undoes that."""
     steps: list[tuple[str, Callable[[], None], Callable[[], None]]] = []
     for part in PARTS[:-1]:
-        for name, thing in training.stateful(part).items():
+        for name, owner in training.stateful(part).items():
             state = saved[part][name]
-            _check_class(thing, state, name, where)
+            _check_class(owner, state, name, where)
             try:
                 if part == "optimizer":
-                    steps.append((name, *_into_optimizer(model, thing, state, where)))
+                    steps.append((name, *_into_optimizer(model, owner, state, where)))
                     continue
                 if part == "trainer":
-                    _check_settings(thing, state["state"])
-                before = copy.deepcopy(_state_of(thing, name))
-                steps.append((name, partial(_set, thing, state["state"]), partial(_set, thing, before)))
+                    _check_settings(owner, state["state"])
+                before = copy.deepcopy(_state_of(owner, name))
+                steps.append((name, partial(_set, owner, state["state"]), partial(_set, owner, before)))
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 if isinstance(error, EcoSpaError):
                     raise
-                raise CheckpointError(f"what {where} holds for {name} is no state: {error}") from error
+                problem = f"{type(error).__name__}: {error}"
+                raise CheckpointError(f"{where} holds a malformed state for {name}: {problem}") from error
     if "random" in saved:
         now, then = random_state(), saved["random"]["random"]
         steps.append(("random", partial(set_random_state, then), partial(set_random_state, now)))
@@ -179,39 +180,39 @@ def _count(part: str, number: int) -> str:
     return f"{number} {part}{'' if number == 1 else 's'}"
 
 
-def _state_of(thing: Any, name: str) -> Any:
-    if isinstance(thing, torch.Generator):
-        return thing.get_state()
-    if isinstance(thing, np.random.Generator):
-        return thing.bit_generator.state
-    if isinstance(thing, random.Random):
-        return thing.getstate()
-    if not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
-        raise CheckpointError(f"{name} is a {type(thing).__name__}, which has no state_dict and load_state_dict")
-    state = thing.state_dict()
-    return dict(state) if isinstance(thing, nn.Module) else state
+def _state_of(owner: Any, name: str) -> Any:
+    if isinstance(owner, torch.Generator):
+        return owner.get_state()
+    if isinstance(owner, np.random.Generator):
+        return owner.bit_generator.state
+    if isinstance(owner, random.Random):
+        return owner.getstate()
+    if not (hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict")):
+        raise CheckpointError(f"{name} is a {type(owner).__name__}, which has no state_dict and load_state_dict")
+    state = owner.state_dict()
+    return dict(state) if isinstance(owner, nn.Module) else state
 
 
-def _set(thing: Any, state: Any) -> None:
-    if isinstance(thing, torch.Generator):
-        thing.set_state(state)
-    elif isinstance(thing, np.random.Generator):
-        thing.bit_generator.state = state
-    elif isinstance(thing, random.Random):
-        thing.setstate(state)
+def _set(owner: Any, state: Any) -> None:
+    if isinstance(owner, torch.Generator):
+        owner.set_state(state)
+    elif isinstance(owner, np.random.Generator):
+        owner.bit_generator.state = state
+    elif isinstance(owner, random.Random):
+        owner.setstate(state)
     else:
-        thing.load_state_dict(state)
+        owner.load_state_dict(state)
 
 
-def _check_class(thing: Any, state: Any, name: str, where: str) -> None:
+def _check_class(owner: Any, state: Any, name: str, where: str) -> None:
     if not isinstance(state, dict) or "class" not in state:
-        raise CheckpointError(f"{where} does not say what the state of {name} is of")
-    if state["class"] != type(thing).__name__:
-        raise CheckpointError(f"{where} holds state of {state['class']}, not of {type(thing).__name__}")
+        raise CheckpointError(f"{where} does not name the class of {name}")
+    if state["class"] != type(owner).__name__:
+        raise CheckpointError(f"{where} holds state of {state['class']}, not of {type(owner).__name__}")
 
 
 def _check_settings(trainer: Any, state: Mapping[str, Any]) -> None:
-    """A schedule with other settings is another schedule.
+    """Check that a trainer has the saved settings: with others it has another schedule.
 
     Raises:
         CheckpointError: a setting differs.
@@ -221,13 +222,13 @@ def _check_settings(trainer: Any, state: Mapping[str, Any]) -> None:
         a, b = mine.get(key), saved.get(key)
         if (list(a) if isinstance(a, tuple) else a) != (list(b) if isinstance(b, tuple) else b):
             raise CheckpointError(
-                f"the trainer has {key}={a!r} and the saved one {key}={b!r}; make it with the same settings, or leave "
-                "trainer= out to begin a new schedule"
+                f"the trainer has {key}={a!r} and the saved one {key}={b!r}; make it with the same settings, or omit "
+                "trainer= to begin a new schedule"
             )
 
 
-def _of_optimizer(model: nn.Module, optimizer: Optimizer, where: str, packer: Packer) -> dict[str, Any]:
-    """The state_dict of an optimizer, by parameter name."""
+def _optimizer_state(model: nn.Module, optimizer: Optimizer, where: str, packer: Packer) -> dict[str, Any]:
+    """Return the state_dict of an optimizer, by parameter name."""
     check_optimizer(model, optimizer)
     state = optimizer.state_dict()
     names = _names(model, optimizer)
@@ -243,7 +244,7 @@ def _of_optimizer(model: nn.Module, optimizer: Optimizer, where: str, packer: Pa
             }
             for n, group in enumerate(state["param_groups"])
         ],
-        "state": {of[i]: packer.pack(held, f"{where}/{of[i]}") for i, held in state["state"].items() if i in of},
+        "state": {of[i]: packer.pack(entries, f"{where}/{of[i]}") for i, entries in state["state"].items() if i in of},
         "more": packer.pack({k: v for k, v in state["state"].items() if k not in of}, f"{where}/more"),
         "rest": packer.pack({k: v for k, v in state.items() if k not in ("state", "param_groups")}, f"{where}/rest"),
     }
@@ -252,7 +253,7 @@ def _of_optimizer(model: nn.Module, optimizer: Optimizer, where: str, packer: Pa
 def _into_optimizer(
     model: nn.Module, optimizer: Optimizer, saved: Mapping[str, Any], where: str
 ) -> tuple[Callable[[], None], Callable[[], None]]:
-    """How to give an optimizer its state, once it is clear that it is the right one, and how to undo that."""
+    """Check the state of an optimizer, and return the function that restores it and the one that undoes that."""
     check_optimizer(model, optimizer)
     names, parameters = _names(model, optimizer), _parameters(optimizer)
     groups = [group["parameters"] for group in saved["groups"]]
@@ -261,7 +262,7 @@ def _into_optimizer(
     if here != groups:
         sizes = [len(group) for group in here], [len(group) for group in groups]
         raise CheckpointError(
-            f"the optimizer groups parameters in another way than the saved one: {len(here)} groups of {sizes[0]} "
+            f"the optimizer groups parameters differently from the saved one: {len(here)} groups of {sizes[0]} "
             f"parameters, saved {sizes[1]}{_first_difference(here, groups) if sizes[0] == sizes[1] else ''}"
         )
     for name, parameter in zip(names, parameters, strict=True):
@@ -275,7 +276,7 @@ def _into_optimizer(
         if name not in index:
             raise CheckpointError(f"{where} holds optimizer state of `{name}`, which this optimizer does not have")
     numbers = [[index[name] for name in group] for group in groups]
-    exact = {index[name]: held for name, held in saved["state"].items()}
+    exact = {index[name]: entries for name, entries in saved["state"].items()}
     state = {
         **saved["rest"],
         "state": {**exact, **saved["more"]},
@@ -289,17 +290,17 @@ def _into_optimizer(
     def apply() -> None:
         optimizer.load_state_dict(state)
         if type(optimizer).load_state_dict is Optimizer.load_state_dict:
-            # It casts state to the dtype of the parameter, whatever it was before.
-            for i, held in exact.items():
+            # It casts state to the dtype of the parameter, whatever dtype the state had.
+            for i, entries in exact.items():
                 placed = optimizer.state[parameters[i]]
-                for key, value in held.items():
+                for key, value in entries.items():
                     placed[key] = _like(value, placed.get(key))
 
     return apply, lambda: optimizer.__dict__.update(before)
 
 
 def _like(value: Any, placed: Any) -> Any:
-    """A value to the last bit, its tensors on the devices where something else has put them."""
+    """Return a value bit for bit, its tensors on the devices of those in `placed`."""
     if isinstance(value, Tensor):
         return value.to(placed.device) if isinstance(placed, Tensor) else value
     if isinstance(value, dict) and isinstance(placed, dict):
@@ -314,10 +315,10 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
-    """The names of an optimizer's parameters; those that are none of the model's by their place."""
-    known = {id(p): name for name, p in model.named_parameters()}
+    """Return the names of an optimizer's parameters; one that is not in the model is named by its position."""
+    names = {id(p): name for name, p in model.named_parameters()}
     return [
-        known.get(id(p), f"[{i}][{j}]")
+        names.get(id(p), f"[{i}][{j}]")
         for i, group in enumerate(optimizer.param_groups)
         for j, p in enumerate(group["params"])
     ]

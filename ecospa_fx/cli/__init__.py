@@ -1,4 +1,4 @@
-"""The command line: `ecospa-fx COMMAND`, the same as `python -m ecospa_fx COMMAND`."""
+"""Command line: `ecospa-fx COMMAND`, the same as `python -m ecospa_fx COMMAND`."""
 
 from .app import main
 

@@ -1,4 +1,4 @@
-"""The application: its commands, its exit codes, and one line for whatever goes wrong.
+"""Application: the commands, their exit codes, and one line per error.
 
 Exit codes: 0 done, 1 failed, 2 the command line is wrong (an option, a name, a path), 130 interrupted.
 """
@@ -30,27 +30,27 @@ for command in (explain, verify, graph, report, shrink, train, doctor, demo):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    name = f"ecospa-fx {given[0]}" if given and not given[0].startswith("-") else "ecospa-fx"
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = f"ecospa-fx {words[0]}" if words and not words[0].startswith("-") else "ecospa-fx"
     try:
-        code = app(given, prog_name="ecospa-fx", standalone_mode=False)
+        code = app(words, prog_name="ecospa-fx", standalone_mode=False)
     except CommandError as error:
         return complain(name, error, error.code)
     except EcoSpaError as error:
         return complain(name, error, FAILED)
     except ModuleNotFoundError as error:
-        return complain(name, f"{error.name} is not installed; pip install 'ecospa-fx[hf,timm,report]'", FAILED)
+        return complain(name, f"{error.name} is not installed: pip install 'ecospa-fx[hf,timm,report]'", FAILED)
     except (KeyboardInterrupt, typer.Abort):
         return complain(name, "interrupted", INTERRUPTED)
     except BrokenPipeError:
-        return FAILED  # whoever read the output, `head` say, has enough
+        return FAILED  # the reader of the output, such as `head`, has closed the pipe
     except typer.Exit as done:
         return done.exit_code
     except Exception as error:
-        # Mistakes in options: typer carries a copy of click, whose exceptions share no public name but these.
+        # Mistakes in options: typer has its own copy of click, whose exceptions have no public name but this method.
         if not hasattr(error, "format_message"):
             raise
         return complain(name, f"{error.format_message()} (see --help)", WRONG)
-    if code == INTERRUPTED and given[:1] != ["demo"]:  # typer takes Ctrl-C for itself; the demo has said so already
+    if code == INTERRUPTED and words[:1] != ["demo"]:  # typer handles Ctrl-C itself; the demo has printed this already
         return complain(name, "interrupted", INTERRUPTED)
     return code if isinstance(code, int) else 0

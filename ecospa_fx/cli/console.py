@@ -1,4 +1,4 @@
-"""What all commands share: where they print, how they fail, how they show that they are at work."""
+"""Console: output, errors, progress displays and checks of paths, shared by all commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
 
 class CommandError(Exception):
-    """Something that a command cannot go on with; its text is the one line that people see."""
+    """An error that ends a command; its text is the one line that people see."""
 
     def __init__(self, message: str, code: int = WRONG) -> None:
         super().__init__(message)
@@ -26,7 +26,7 @@ class CommandError(Exception):
 
 
 def complain(command: str, error: object, code: int) -> int:
-    """Print what went wrong as one line and return the exit code."""
+    """Print an error as one line and return the exit code."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     word = "" if code == INTERRUPTED else "error: "
     print(f"{command}: {word}{' '.join(line.strip() for line in lines)}", file=sys.stderr)
@@ -34,7 +34,7 @@ def complain(command: str, error: object, code: int) -> int:
 
 
 def show(*renderables: Any) -> None:
-    """Print for people: in colour and at its width on a terminal, plain elsewhere."""
+    """Print for people: in colour and at full width on a terminal, plain elsewhere."""
     console = Console(highlight=False, soft_wrap=False)
     for each in renderables:
         console.print(each, markup=False)
@@ -46,15 +46,15 @@ def show_json(document: Any) -> None:
 
 
 @contextmanager
-def at_work(what: str) -> Iterator[None]:
-    """A spinner with the seconds so far, on stderr, where that is a terminal."""
+def at_work(task: str) -> Iterator[None]:
+    """Show a spinner with the elapsed seconds on stderr, if that is a terminal."""
     with progress() as bar:
-        bar.add_task(what, total=None)
+        bar.add_task(task, total=None)
         yield
 
 
 def progress(*columns: Any) -> Progress:
-    """A progress display on stderr that leaves nothing behind and stays away from what is no terminal."""
+    """Create a progress display on stderr that is removed at the end, and is shown on a terminal only."""
     console = Console(stderr=True)
     return Progress(
         SpinnerColumn(),
@@ -68,10 +68,10 @@ def progress(*columns: Any) -> Progress:
 
 
 def check_file(path: Path) -> None:
-    """Refuse a file that cannot be written, before any work is done.
+    """Check before any work that a file can be written.
 
     Raises:
-        CommandError: it cannot.
+        CommandError: it cannot be written.
     """
     if path.is_dir():
         raise CommandError(f"{path} is a directory; name a file")
@@ -81,7 +81,7 @@ def check_file(path: Path) -> None:
 
 
 def check_directory(path: Path) -> None:
-    """Refuse a directory that cannot be made or written to, before any work is done.
+    """Check before any work that a directory can be made and written to.
 
     Raises:
         CommandError: it cannot.
@@ -92,19 +92,19 @@ def check_directory(path: Path) -> None:
 
 
 def _check_parent(path: Path, start: Path) -> None:
-    """Try to write below the nearest directory that is there."""
-    there = start.absolute()
-    while not there.exists() and there != there.parent:
-        there = there.parent
+    """Try to write into the nearest directory that exists."""
+    nearest = start.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
         raise CommandError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file whose path `check_file` has seen.
+    """Write a file whose path has passed `check_file`.
 
     Raises:
         CommandError: it cannot be written after all.

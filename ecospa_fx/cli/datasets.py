@@ -1,4 +1,4 @@
-"""What `ecospa-fx train` learns from: text read as bytes or tokens, or a folder of images with one folder per class."""
+"""Data sets of `ecospa-fx train`: text read as bytes, or a folder of images with one folder per class."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .console import CommandError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 HELD_OUT = 10
-"""One image in so many is held out."""
+"""One image in this many is held out."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text, and how it is cut.
+    """A text, cut into windows.
 
     Attributes:
         corpus: the bytes.
@@ -36,26 +36,26 @@ class Text:
     classes = 256
 
     def training(self, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of bytes `[batch, context]` and the bytes that follow them."""
+        """Draw batches of bytes `[batch, context]` and the bytes that follow them."""
         return training_batches(self.corpus, steps, self.batch_size, self.context, seed)
 
     def validation(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same held-out batches at every call."""
+        """Iterate over held-out batches, the same ones at every call."""
         return validation_batches(self.corpus, count, self.batch_size, self.context)
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images by class, and how they are read.
+    """Images by class.
 
     Attributes:
         train: files and their classes.
-        valid: those held out.
-        names: of the classes.
+        valid: held-out files and their classes.
+        names: names of the classes.
         size: channels, height, width.
         batch_size: images per step.
-        mean: per channel.
-        std: per channel.
+        mean: mean of each channel, for normalisation.
+        std: standard deviation of each channel, for normalisation.
     """
 
     train: list[tuple[Path, int]]
@@ -68,18 +68,18 @@ class Images:
 
     @property
     def classes(self) -> int:
-        """How many classes there are."""
+        """Number of classes."""
         return len(self.names)
 
     def training(self, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of images `[batch, channels, height, width]` and their classes."""
+        """Draw batches of images `[batch, channels, height, width]` and their classes."""
         draw = torch.Generator().manual_seed(seed)
         for _ in range(steps):
             chosen = torch.randint(len(self.train), (self.batch_size,), generator=draw).tolist()
             yield self._batch([self.train[i] for i in chosen])
 
     def validation(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same held-out batches at every call."""
+        """Iterate over held-out batches, the same ones at every call."""
         for start in range(0, min(len(self.valid), count * self.batch_size), self.batch_size):
             yield self._batch(self.valid[start : start + self.batch_size])
 
@@ -101,10 +101,10 @@ class Images:
 
 
 def read_text(path: Path | None, batch_size: int, context: int) -> Text:
-    """A file or folder of text, or Python's standard library.
+    """Read a file or folder of text, or Python's standard library.
 
     Raises:
-        CommandError: there is none, or too little.
+        CommandError: the path does not exist, or holds too little text.
     """
     if path is not None and not path.exists():
         raise CommandError(f"--text {path}: no such file or folder")
@@ -117,7 +117,7 @@ def read_text(path: Path | None, batch_size: int, context: int) -> Text:
 def read_images(
     folder: Path, batch_size: int, size: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Images:
-    """A folder that holds a folder of images per class.
+    """List the images of a folder that holds one folder per class.
 
     Raises:
         CommandError: there are fewer than two classes, or too few images.
@@ -131,8 +131,8 @@ def read_images(
     ]  # fmt: skip
     if len(names) < 2 or len(files) < 2 * HELD_OUT:
         raise CommandError(
-            f"--images {folder} holds {len(files)} images in {len(names)} folders; it takes a folder per class, two at "
-            f"least, and {2 * HELD_OUT} images"
+            f"--images {folder} holds {len(files)} images in {len(names)} folders; it needs one folder per class, "
+            f"at least 2 of them, and {2 * HELD_OUT} images"
         )
     valid = files[::HELD_OUT]
     train = [file for i, file in enumerate(files) if i % HELD_OUT]
@@ -140,5 +140,5 @@ def read_images(
 
 
 def channels(values: tuple[float, ...], count: int) -> tuple[float, ...]:
-    """As many values as channels."""
+    """Return one value per channel: those given, or their mean if the number differs."""
     return values if len(values) == count else tuple([sum(values) / len(values)] * count)

@@ -16,11 +16,11 @@ from .console import FAILED, INTERRUPTED, WRONG, complain
 PROGRAM = "python -m ecospa_fx demo"
 
 PACKAGES = ("transformers", "matplotlib")
-"""What the demo needs beyond the library itself."""
+"""Packages that the demo needs beyond the library."""
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line: what is wrong, without the whole usage."""
+    """A parser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(WRONG, f"{self.prog}: error: {message} (see --help)\n")
@@ -46,7 +46,7 @@ def demo(context: typer.Context) -> int:
     except ModuleNotFoundError as error:
         if error.name not in PACKAGES:
             raise
-        return complain(PROGRAM, f"{error.name} is not installed; pip install 'ecospa-fx[demo]'", FAILED)
+        return complain(PROGRAM, f"{error.name} is not installed: pip install 'ecospa-fx[demo]'", FAILED)
     except KeyboardInterrupt:
         return complain(PROGRAM, "interrupted", INTERRUPTED)
 

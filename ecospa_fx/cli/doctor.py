@@ -1,4 +1,4 @@
-"""ecospa-fx doctor: versions, devices, and known trouble with its cure."""
+"""ecospa-fx doctor: versions, devices, and known problems with their cures."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ Examples:
   ecospa-fx doctor
   ecospa-fx doctor --json
 
-Exit code 1 if something is wrong that has a cure here.
+Exit code 1 if there is a problem with a cure.
 """
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at.
+    """One item of the diagnosis.
 
     Attributes:
-        what: its name.
-        found: what there is.
-        ok: nothing to be done.
-        cure: what to do otherwise.
+        what: name of the item.
+        found: its version or state.
+        ok: no action is needed.
+        cure: the action to take otherwise.
     """
 
     what: str
@@ -45,8 +45,8 @@ class Finding:
 
 
 def findings() -> list[Finding]:
-    """Look at everything."""
-    found = [
+    """Examine the environment."""
+    results = [
         Finding("ecospa_fx", importlib.metadata.version("ecospa-fx")),
         Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         _torch(),
@@ -59,8 +59,8 @@ def findings() -> list[Finding]:
         _optional("plotly", "curves in reports need it: pip install 'ecospa-fx[report]'"),
     ]
     dot = shutil.which("dot")
-    found.append(Finding("graphviz", "dot is installed" if dot else "not installed: no SVG (apt install graphviz)"))
-    return found
+    results.append(Finding("graphviz", "dot is installed" if dot else "not installed: no SVG (apt install graphviz)"))
+    return results
 
 
 def _torch() -> Finding:
@@ -85,7 +85,7 @@ def _optional(name: str, without: str) -> Finding:
 
 
 def _torchvision() -> Finding:
-    """A torchvision that was built for another torch breaks the import of every transformers and timm model."""
+    """Try torchvision: one built for another torch breaks the import of every transformers and timm model."""
     try:
         version = importlib.metadata.version("torchvision")
     except importlib.metadata.PackageNotFoundError:
@@ -99,27 +99,27 @@ def _torchvision() -> Finding:
             "torchvision",
             f"{version}, built for another torch: {line}",
             False,
-            "install the torchvision that belongs to this torch (pip install --force-reinstall torch torchvision from "
-            "one index); this command line goes on without its compiled ops",
+            "install the torchvision that matches this torch (pip install --force-reinstall torch torchvision from one "
+            "index); until then this command line works without its compiled ops",
         )
     return Finding("torchvision", version)
 
 
 def doctor(as_json: o.Json = False) -> None:
-    """Look for trouble: versions, GPU, Triton, torchvision."""
-    with at_work("looking around"):
-        found = findings()
-    ill = [each.what for each in found if not each.ok]
+    """Check the environment: versions, GPU, Triton, torchvision."""
+    with at_work("checking"):
+        results = findings()
+    problems = [each.what for each in results if not each.ok]
     if as_json:
-        show_json({"ok": not ill, "findings": [asdict(each) for each in found]})
+        show_json({"ok": not problems, "findings": [asdict(each) for each in results]})
     else:
         table = Table(box=None, pad_edge=False, show_header=False)
-        for each in found:
+        for each in results:
             mark = Text("ok", style="green") if each.ok else Text("!!", style="bold red")
             table.add_row(mark, each.what, Text(each.found + (f"\n-> {each.cure}" if each.cure else "")))
         show(table)
-    if ill:
-        raise CommandError(f"{', '.join(ill)}: see the cure above", FAILED)
+    if problems:
+        raise CommandError(f"{', '.join(problems)}: see the cure above", FAILED)
 
 
 def register(app: typer.Typer) -> None:

@@ -1,4 +1,4 @@
-"""ecospa-fx explain: what can shrink in a model, what cannot, and why."""
+"""ecospa-fx explain: the couplings of a model, the refusals, and the reasons."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def explain(
     model: o.Model,
     why: Annotated[str | None, typer.Option(metavar="A,B", help="how two weights are coupled, op by op")] = None,
     why_not: Annotated[str | None, typer.Option(metavar="NAME", help="what keeps a weight from shrinking")] = None,
-    savings: Annotated[bool, typer.Option("--savings", help="what each coupling can give")] = False,
+    savings: Annotated[
+        bool, typer.Option("--savings", help="the parameters, bytes and FLOPs that each coupling can save")
+    ] = False,
     summary: Annotated[bool, typer.Option("--summary", help="the model layer by layer")] = False,
     regions: o.Regions = "auto",
     execution: Annotated[Execution, typer.Option(help="for graphs, or for the model's own Python")] = "graph",
@@ -45,7 +47,7 @@ def explain(
     if out is not None:
         check_file(out)
     if why is not None and why.count(",") != 1:
-        raise CommandError(f"--why {why}: name two weights with a comma between")
+        raise CommandError(f"--why {why}: give two names of weights, separated by a comma: --why q_proj,k_proj")
     with at_work(f"looking at {model}"):
         named = named_model(model, full=full, fields=fields, inputs=inputs, factory=factory)
         explanation = ecospa_fx.explain(named.model, **named.call, regions=o.regions_of(regions), execution=execution)

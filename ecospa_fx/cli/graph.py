@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,28 +23,18 @@ Examples:
 """
 
 
-class Level(StrEnum):
-    """How much of it."""
-
-    blocks = "blocks"
-    couplings = "couplings"
-    full = "full"
-
-
-class Format(StrEnum):
-    """How it is written."""
-
-    dot = "dot"
-    svg = "svg"
-    mermaid = "mermaid"
-    graphml = "graphml"
-    json = "json"
+if TYPE_CHECKING:
+    Level = str
+    Format = str
+else:  # the choices are the keys of the tables: a new format or level is one line there
+    Level = StrEnum("Level", {name: name for name in graphs.LEVELS})
+    Format = StrEnum("Format", {name: name for name in graphs.WRITERS})
 
 
 def graph(
     model: o.Model,
-    level: Annotated[Level, typer.Option(help="equal blocks as one, each coupling, or each axis")] = Level.blocks,
-    form: Annotated[Format, typer.Option("--format", "-f", help="svg needs graphviz")] = Format.dot,
+    level: Annotated[Level, typer.Option(help="equal blocks as one, each coupling, or each axis")] = "blocks",
+    form: Annotated[Format, typer.Option("--format", "-f", help="svg needs graphviz")] = "dot",
     regions: o.Regions = "auto",
     full: o.Full = False,
     fields: o.Set = None,
@@ -56,18 +46,11 @@ def graph(
     """Draw which weights are coupled."""
     if out is not None:
         check_file(out)
-    if form is Format.svg:
-        graphs.graphviz()  # before the work, not after it
+    graphs.check_format(form)
     with at_work(f"looking at {model}"):
         named = named_model(model, full=full, fields=fields, inputs=inputs, factory=factory)
         explanation = ecospa_fx.explain(named.model, **named.call, regions=o.regions_of(regions))
-        drawn = {
-            Level.blocks: graphs.block_graph,
-            Level.couplings: graphs.coupling_graph,
-            Level.full: graphs.full_graph,
-        }[level](explanation)
-        writer = graphs.WRITERS["json" if as_json else form.value]
-        text = writer(drawn)
+        text = graphs.WRITERS["json" if as_json else form](graphs.LEVELS[level](explanation))
     if out is None:
         show_json(text)
     else:

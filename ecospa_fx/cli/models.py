@@ -1,4 +1,4 @@
-"""Models by name: hf/TYPE, timm/NAME, a saved directory, file.py:factory; each with the arguments of one call."""
+"""Models by name (hf/TYPE, timm/NAME, a saved directory, file.py:factory), with the arguments of one call."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .console import FAILED, CommandError
 from .small import call_of, small_config
 
 SHORT = 8
-"""Characters of a type's name from which a slip may be guessed."""
+"""Length of the prefix by which similar type names are found."""
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Named:
 
     @property
     def call(self) -> dict[str, Any]:
-        """The call as `explain`, `compile` and `verify` take it."""
+        """The call as keyword arguments of `explain`, `compile` and `verify`."""
         return {"example_inputs": self.args, "example_kwargs": self.kwargs or {}}
 
 
@@ -61,15 +61,15 @@ def named_model(
     factory: str | None = None,
     causal: bool = False,
 ) -> Named:
-    """The model of a name.
+    """Make the model of a name.
 
     Args:
-        name: as the command line has it.
-        full: the default configuration on the meta device, where there is a small one otherwise.
-        fields: `FIELD=VALUE` for its configuration.
-        inputs: shapes of its inputs, for a factory.
-        factory: makes the original of a saved model that has no configuration.
-        causal: only a causal language model will do.
+        name: name from the command line.
+        full: use the default configuration, on the meta device, in place of a small one.
+        fields: `FIELD=VALUE` for the configuration.
+        inputs: shapes of the inputs, for a factory.
+        factory: FILE.PY:NAME that makes the original of a saved model without a configuration.
+        causal: accept a causal language model only.
 
     Raises:
         CommandError: there is no such model, or it cannot be made.
@@ -90,16 +90,16 @@ def named_model(
 
 
 def fields_of(given: Iterable[str]) -> dict[str, Any]:
-    """`FIELD=VALUE` texts as values: numbers, True, lists; what is none of these is a text.
+    """Parse `FIELD=VALUE` texts: the values are numbers, booleans, lists, else text.
 
     Raises:
-        CommandError: one has no `=`.
+        CommandError: one has no `=`, or no field name before it.
     """
     fields = {}
     for text in given:
         field, equals, value = text.partition("=")
         if not equals or not field.isidentifier():
-            raise CommandError(f"`{text}` is no FIELD=VALUE, hidden_size=64 say")
+            raise CommandError(f"`{text}` is not of the form FIELD=VALUE, such as hidden_size=64")
         try:
             fields[field] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -108,13 +108,13 @@ def fields_of(given: Iterable[str]) -> dict[str, Any]:
 
 
 def device(full: bool) -> contextlib.AbstractContextManager[Any]:
-    """Where a model is made: at full size on the meta device."""
+    """Return the device context in which a model is made: the meta device at full size."""
     return torch.device("meta") if full else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """What libraries say on stderr about random weights is not for people who asked for them."""
+    """Silence the warnings of libraries about random weights, which are wanted here."""
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
@@ -139,9 +139,10 @@ def _from_transformers(name: str, full: bool, changes: Mapping[str, Any], causal
             default = CONFIG_MAPPING[name]
             config = default(use_cache=False, **changes) if full else small_config(default, changes)
         else:
-            known = list(CONFIG_MAPPING.keys())
-            close = difflib.get_close_matches(name, known, n=3) or [k for k in known if k.startswith(name[:SHORT])][:3]
-            hint = f"; close to it are {', '.join(close)}" if close else ""
+            types = list(CONFIG_MAPPING.keys())
+            similar = difflib.get_close_matches(name, types, n=3)
+            similar = similar or [each for each in types if each.startswith(name[:SHORT])][:3]
+            hint = f"; similar names: {', '.join(similar)}" if similar else ""
             raise CommandError(f"transformers has no model type `{name}`{hint}")
         return _made(f"hf/{name}", config, full, causal)
 
@@ -153,14 +154,14 @@ def _hub_config(name: str) -> Any:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise CommandError(
-            f"the configuration of `{name}` cannot be read from the hub: {_first_line(error)} Without a network name "
+            f"the configuration of `{name}` cannot be read from the hub: {_first_line(error)} Without a network, name "
             "hf/TYPE or a directory",
             FAILED,
         ) from None
 
 
 def _made(name: str, config: Any, full: bool, causal: bool) -> Named:
-    """A model of a configuration, under the first head that transformers has for it."""
+    """Make a model of a configuration, with the first head that transformers has for it."""
     import transformers
 
     heads = ["AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM"]
@@ -180,12 +181,12 @@ def _made(name: str, config: Any, full: bool, causal: bool) -> Named:
             raise CommandError(f"{name}: {_first_line(error)}", FAILED) from None
         except Exception as error:  # each architecture refuses sizes in its own way
             raise CommandError(
-                f"{name}: {type(error).__name__} where the model is made: {_first_line(error)}", FAILED
+                f"{name}: {type(error).__name__} while the model is made: {_first_line(error)}", FAILED
             ) from error
         with device(full):
             return Named(model, (), call_of(model, config))
-    wanted = "no causal language model" if causal else "no model with a forward that is known here"
-    raise CommandError(f"{name}: transformers has {wanted} of this type")
+    wanted = "causal language model" if causal else f"model of {', '.join(heads)}"
+    raise CommandError(f"{name}: transformers has no {wanted} of this type")
 
 
 def _from_timm(name: str, full: bool, changes: Mapping[str, Any]) -> Named:
@@ -193,8 +194,8 @@ def _from_timm(name: str, full: bool, changes: Mapping[str, Any]) -> Named:
     import timm
 
     if not timm.is_model(name.split(".")[0]):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"; close to it are {', '.join(close)}" if close else ""
+        similar = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; similar names: {', '.join(similar)}" if similar else ""
         raise CommandError(f"timm has no model `{name}`{hint}")
     try:
         with device(full):
@@ -213,13 +214,13 @@ def _from_file(name: str, full: bool, changes: Mapping[str, Any], shapes: Sequen
     if not Path(path).is_file():
         raise CommandError(f"there is no file {path}")
     module = _imported(Path(path))
-    made = getattr(module, attribute, None)
-    if not callable(made):
-        found = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise CommandError(f"{path} has no factory `{attribute}`; it has {', '.join(found[:5]) or 'none'}")
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise CommandError(f"{path} has no factory `{attribute}`; it has {', '.join(names[:5]) or 'none'}")
     try:
         with device(full):
-            result = made(**changes)
+            result = factory(**changes)
     except Exception as error:
         raise CommandError(f"{name} failed with {type(error).__name__}: {_first_line(error)}", FAILED) from error
     args: tuple[Any, ...] = ()
@@ -227,7 +228,7 @@ def _from_file(name: str, full: bool, changes: Mapping[str, Any], shapes: Sequen
         result, given = result
         args = tuple(given) if isinstance(given, (tuple, list)) else (given,)
     if not isinstance(result, nn.Module):
-        raise CommandError(f"{name} gives a {type(result).__name__}, not a module or (module, inputs)")
+        raise CommandError(f"{name} returns a {type(result).__name__}, not a module or (module, inputs)")
     with device(full):
         return _with_inputs(name, result, args, shapes)
 
@@ -244,7 +245,7 @@ def _with_inputs(name: str, model: nn.Module, args: tuple[Any, ...], shapes: Seq
         offered, kwargs = example_call(model, None, None)
     except EcoSpaError:
         raise CommandError(
-            f"{name} says nothing about its inputs: pass --input 2x16:long for each, let the factory return (model, "
+            f"the inputs of {name} are unknown: pass --input 2x16:long for each, let the factory return (model, "
             "inputs), or give the model an example_input_array"
         ) from None
     return Named(model, offered, kwargs)
@@ -263,7 +264,7 @@ def _imported(path: Path) -> Any:
     name = path.stem
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise CommandError(f"{path} is no Python file")
+        raise CommandError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(name, module)
     sys.path.insert(0, str(path.parent))
@@ -290,15 +291,15 @@ def _from_directory(path: Path, factory: str | None, shapes: Sequence[str], caus
             config.use_cache = False
         except (OSError, ValueError) as error:
             raise CommandError(f"{path}/config.json cannot be read: {_first_line(error)}", FAILED) from None
-        made = _made(str(path), config, False, causal)
+        named = _made(str(path), config, False, causal)
         if any(path.glob("*.safetensors")):
             with contextlib.redirect_stderr(io.StringIO()):
-                made.model = type(made.model).from_pretrained(path, local_files_only=True)  # type: ignore[attr-defined]
-        return made
+                named.model = type(named.model).from_pretrained(path, local_files_only=True)  # type: ignore[attr-defined]
+        return named
 
 
 def _saved(path: Path, factory: str | None, shapes: Sequence[str]) -> Named:
-    """A model that `ecospa_fx.save` wrote: rebuilt from a factory, its configuration, or the name that made it."""
+    """Load a model that `ecospa_fx.save` wrote, from a factory, its configuration, or the name that made it."""
     if factory is None and (saved_files(path) / "config.json").is_file():
         with _quietly():
             return _with_inputs(str(path), ecospa_fx.load(path), (), shapes)
@@ -311,7 +312,7 @@ def _saved(path: Path, factory: str | None, shapes: Sequence[str]) -> Named:
 
 
 SOURCE = "model.json"
-"""Beside a saved model: which name made it, for models that have no configuration of their own."""
+"""File beside a saved model with the name that made it, for models without a configuration."""
 
 
 def _source_of(path: Path) -> dict[str, Any] | None:
@@ -319,16 +320,16 @@ def _source_of(path: Path) -> dict[str, Any] | None:
         return None
     try:
         source = json.loads((path / SOURCE).read_text())
-        found = {"name": str(source["name"]), "fields": [str(field) for field in source["fields"]]}
+        arguments = {"name": str(source["name"]), "fields": [str(field) for field in source["fields"]]}
     except (ValueError, KeyError, TypeError):
         raise CommandError(f"{path / SOURCE} cannot be read", FAILED) from None
-    if ".py:" in found["name"]:  # a saved directory must not say which code to run
+    if ".py:" in arguments["name"]:  # a saved directory must not say which code to run
         raise CommandError(f"{path} was made by a factory; pass --factory FILE.PY:NAME")
-    return found
+    return arguments
 
 
 def remember_source(path: Path, name: str, fields: Sequence[str] | None) -> None:
-    """Write beside a saved model which name made it."""
+    """Write the name that made a model beside its save."""
     (path / SOURCE).write_text(json.dumps({"name": name, "fields": list(fields or ())}) + "\n")
 
 

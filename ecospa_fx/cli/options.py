@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ OutFile = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", hel
 
 
 def regions_of(text: str) -> str | list[str]:
-    """What `--regions` says."""
+    """Parse `--regions`: a mode, or submodule names with commas."""
     return text if text in ("auto", "blocks", "root") else [name.strip() for name in text.split(",")]

@@ -1,4 +1,4 @@
-"""ecospa-fx report: one HTML file to look at."""
+"""ecospa-fx report: the findings as one HTML file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def report(
     factory: o.Factory = None,
     as_json: o.Json = False,
 ) -> None:
-    """Write what was found as one HTML file that needs no network."""
+    """Write the findings as one HTML file that needs no network."""
     check_file(out)
     curves = _read(training) if training is not None else None
     with at_work(f"looking at {model}"):
@@ -54,8 +54,8 @@ def report(
 def _read(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
-        if not {"loss", "history", "sizes"} <= set(document):
-            raise ValueError("it lacks loss, history or sizes")
+        if missing := [key for key in ("loss", "history", "sizes") if key not in document]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
     except (OSError, ValueError, TypeError) as error:
         raise CommandError(f"{path} cannot be read as training.json: {error}") from None
     result: dict[str, Any] = document

@@ -1,4 +1,4 @@
-"""ecospa-fx shrink: a model to a target in one stroke, by the size of its weights."""
+"""ecospa-fx shrink: a model at a target size in one step, by the magnitude of its weights."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Examples:
   ecospa-fx shrink hf/llama --target 0.7 --out smaller
   ecospa-fx shrink saved --factory my_model.py:make --target 0.5 --out smaller
 
-Without data the size of the weights is all there is to go by: train afterwards, or use `ecospa-fx train`.
+Without data, the magnitude of the weights is the only score: train afterwards, or use `ecospa-fx train`.
 """
 
 
 def shrink(
     model: o.Model,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="where the smaller model goes")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="directory for the smaller model")],
     target: Annotated[float, typer.Option(help="share of the original parameters that remains")] = 0.5,
     min_keep: Annotated[int, typer.Option(help="entries that every coupling keeps")] = 1,
     round_to: Annotated[int, typer.Option(help="widths are multiples of this")] = 1,
@@ -47,7 +47,7 @@ def shrink(
         if MODEL not in named.model.__dict__:
             ecospa_fx.compile(named.model, **named.call, regions=o.regions_of(regions))
         elif not named.model.__dict__[MODEL].captured:
-            ecospa_fx.explain(named.model, **named.call)  # a loaded model is captured by its first call
+            ecospa_fx.explain(named.model, **named.call)  # a loaded model is captured at its first call
         sparsifier = CoupledSparsifier(named.model, target=target, constraints=Constraints(min_keep, round_to))
         estimator = CoupledEstimator(named.model, "magnitude")
         while not sparsifier.reached():

@@ -1,6 +1,6 @@
-"""Small models of any transformers type: a configuration made small by what its fields are called, and a call for it.
+"""Small models of any transformers type: a configuration made small by the names of its fields, and a call for it.
 
-Nothing here knows an architecture. What the names get wrong can be set by hand with `--set FIELD=VALUE`.
+Nothing here knows an architecture. A field that its name gets wrong can be set by hand with `--set FIELD=VALUE`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .console import FAILED, CommandError
 
-# Pattern of a field's whole name -> the most that it gets; the first that fits counts.
+# Pattern of a field's full name -> its largest value; the first pattern that matches counts.
 _LIMITS = [
     (re.compile(pattern), limit)
     for pattern, limit in [
@@ -40,7 +40,7 @@ _LIMITS = [
 
 
 def small_config(config_class: type, changes: Mapping[str, Any]) -> Any:
-    """A configuration of a class with every size small, and fields of one's own.
+    """Create a configuration of a class with every size small, but for the fields given.
 
     Raises:
         CommandError: the class refuses the fields.
@@ -54,7 +54,7 @@ def small_config(config_class: type, changes: Mapping[str, Any]) -> Any:
 
 
 def small_fields(config: Any) -> dict[str, Any]:
-    """The fields of a configuration that can be smaller, small; those of configurations inside it too."""
+    """Return the fields of a configuration that can be smaller, with small values; nested configurations too."""
     names = [name for name in vars(config) if not name.startswith("_")]
     fields: dict[str, Any] = {"use_cache": False} if hasattr(config, "use_cache") else {}
     for name in names:
@@ -69,7 +69,7 @@ def small_fields(config: Any) -> dict[str, Any]:
         for name in (name for name in names if name.endswith("token_id")):
             if isinstance(value := getattr(config, name), int) and value >= vocabulary:
                 fields[name] = vocabulary - 1
-    # As many key heads as heads, where the default has it so.
+    # As many key heads as heads, if the default has as many.
     for keys in ("num_key_value_heads",):
         if keys in fields and getattr(config, keys) == getattr(config, "num_attention_heads", None):
             fields[keys] = fields["num_attention_heads"]
@@ -85,10 +85,10 @@ BATCH, LENGTH, FRAMES, SAMPLES = 2, 16, 64, 800
 
 
 def call_of(model: nn.Module, config: Any) -> dict[str, Any]:
-    """Keyword arguments of one call of a transformers model, told from its forward's signature.
+    """Make keyword arguments for one call of a transformers model from the signature of its forward.
 
     Raises:
-        CommandError: it requires an argument that nothing is known of.
+        CommandError: it requires an argument of an unknown kind.
     """
     accepted = inspect.signature(model.forward).parameters
     required = [
@@ -103,7 +103,11 @@ def call_of(model: nn.Module, config: Any) -> dict[str, Any]:
         wanted["decoder_input_ids"] = None
     unknown = [name for name in wanted if name not in _MAKERS]
     if unknown:
-        raise CommandError(f"{type(model).__name__} requires `{unknown[0]}`, which cannot be made up here", FAILED)
+        raise CommandError(
+            f"{type(model).__name__} requires `{unknown[0]}`, for which there is no example value; write a "
+            "file.py:factory that returns (model, inputs)",
+            FAILED,
+        )
     call: dict[str, Any] = {name: _MAKERS[name](config) for name in wanted}
     if "use_cache" in accepted:
         call["use_cache"] = False
@@ -121,7 +125,7 @@ def _image(config: Any) -> Tensor:
 
 
 def _nested(config: Any, name: str, default: Any) -> Any:
-    """A field of a configuration or of one inside it."""
+    """Read a field of a configuration or of one inside it."""
     for each in (config, *(value for value in vars(config).values() if hasattr(value, "model_type"))):
         if getattr(each, name, None) is not None:
             return getattr(each, name)

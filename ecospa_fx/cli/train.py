@@ -1,4 +1,4 @@
-"""ecospa-fx train: a causal language model on text, or a classifier on images, smaller at the end than at the start."""
+"""ecospa-fx train: a causal language model on text, or a classifier on images, that shrinks while it trains."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ Examples:
 It writes model/ (ecospa_fx.load reads it), training.json, history.jsonl and report.html. Text is read as bytes.
 """
 EVALUATIONS, BATCHES = 10, 4
-OWN = {"model", "optimizer", "before_shrink", "also"}  # arguments of the trainer that are no settings
+OWN = {"model", "optimizer", "before_shrink", "also"}  # arguments of the trainer that are not settings
 
 
 def _config(context: typer.Context, value: Path | None) -> Path | None:
     """Take options from a TOML file; those on the command line win."""
     if value is not None:
         try:
-            given = tomllib.loads(value.read_text())
+            options = tomllib.loads(value.read_text())
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise CommandError(f"--config {value} cannot be read: {error}") from None
         known = {parameter.opts[-1].lstrip("-"): str(parameter.name) for parameter in context.command.params}
-        unknown = [name for name in given if name.replace("_", "-") not in known]
+        unknown = [name for name in options if name.replace("_", "-") not in known]
         if unknown:
             raise CommandError(f"--config {value}: there is no option `{unknown[0]}`")
-        named = {known[name.replace("_", "-")]: setting for name, setting in given.items()}
+        named = {known[name.replace("_", "-")]: setting for name, setting in options.items()}
         context.default_map = {**(context.default_map or {}), **named}
     return value
 
@@ -61,20 +61,22 @@ def train(
     ] = None,
     text: Annotated[Path | None, typer.Option(metavar="PATH", help="file or folder (default: Python's)")] = None,
     images: Annotated[Path | None, typer.Option(metavar="DIR", help="a folder of images per class")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="what it writes")] = Path("runs/train"),
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="directory for the results")] = Path(
+        "runs/train"
+    ),
     steps: Annotated[int, typer.Option(min=1, help="training steps")] = 500,
     batch_size: Annotated[int, typer.Option(min=1, help="windows or images per step")] = 8,
     context: Annotated[int, typer.Option(min=8, help="bytes per window of text")] = 128,
     lr: Annotated[float, typer.Option(min=0, help="peak learning rate of AdamW")] = 1e-3,
-    weight_decay: Annotated[float, typer.Option(min=0, help="of AdamW")] = 0.01,
-    seed: Annotated[int, typer.Option(help="of weights and data order")] = 0,
+    weight_decay: Annotated[float, typer.Option(min=0, help="weight decay of AdamW")] = 0.01,
+    seed: Annotated[int, typer.Option(help="seed of weights and data order")] = 0,
     target: Annotated[float, typer.Option(help="share of the parameters that remains")] = 0.5,
     top_k: Annotated[float, typer.Option(help="share of the couplings that shrink at a step")] = 0.3,
     theta: Annotated[float, typer.Option(help="share of its score that a coupling keeps at a step")] = 0.9,
     interval: Annotated[int | None, typer.Option(help="steps between shrinks (default: ten shrinks)")] = None,
     start: Annotated[int | None, typer.Option(help="step of the first shrink (default: 30 percent)")] = None,
     end: Annotated[int | None, typer.Option(help="step at which the target is reached (default: 80 percent)")] = None,
-    score: Annotated[str, typer.Option(help="what importance is: fisher or magnitude")] = "fisher",
+    score: Annotated[str, typer.Option(help="score of weights: fisher or magnitude")] = "fisher",
     min_keep: Annotated[int, typer.Option(help="entries that every coupling keeps")] = 1,
     round_to: Annotated[int, typer.Option(help="widths are multiples of this")] = 1,
     more: Annotated[
@@ -88,7 +90,7 @@ def train(
     """Train a causal language model on text, or a classifier on images, while it shrinks."""
     check_directory(out)
     if text is not None and images is not None:
-        raise CommandError("--text and --images: name one of them")
+        raise CommandError("--text and --images cannot be used together; pass one of them")
     first = start if start is not None else round(0.3 * steps)
     last = end if end is not None else max(first + 1, round(0.8 * steps))
     settings: dict[str, Any] = {
@@ -118,7 +120,7 @@ def train(
 
 
 def watching(trainer: ecospa_fx.EcoSpaTrainer, out: Path, steps: int, tensorboard: Path | None) -> ecospa_fx.Watch:
-    """Shows the run in a terminal, and writes it down line by line."""
+    """Create the watch of a run, which shows it in a terminal and writes it down line by line."""
     lines = out / "history.jsonl"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -129,7 +131,7 @@ def watching(trainer: ecospa_fx.EcoSpaTrainer, out: Path, steps: int, tensorboar
 
 
 def _more(given: list[str]) -> dict[str, Any]:
-    """Settings of the trainer that have no option of their own."""
+    """Parse settings of the trainer that have no option of their own."""
     settings = fields_of(given)
     known = [name for name in inspect.signature(ecospa_fx.EcoSpaTrainer).parameters if name not in OWN]
     for name in settings:
@@ -139,14 +141,14 @@ def _more(given: list[str]) -> dict[str, Any]:
 
 
 def _bytes(name: str, fields: list[str] | None) -> list[str]:
-    """A vocabulary of bytes where the model is made here."""
+    """Add a vocabulary of bytes to the fields of a model that is made here."""
     given = list(fields or [])
     made = name.startswith("hf/") and not any(field.startswith("vocab_size=") for field in given)
     return [*given, "vocab_size=256"] if made else given
 
 
 def _classes(name: str, folder: Path, batch_size: int, fields: list[str] | None) -> list[str]:
-    """As many classes as the folder has, where the model is made here."""
+    """Add the number of classes in the folder to the fields of a model that is made here."""
     count = read_images(folder, batch_size, (3, 8, 8), (0.5,) * 3, (0.5,) * 3).classes
     field = {"timm": "num_classes", "hf": "num_labels"}.get(name.partition("/")[0])
     return [*(fields or []), *([f"{field}={count}"] if field else [])]
@@ -159,14 +161,14 @@ def _classifier(
     tensors = [*named.args, *(named.kwargs or {}).values()]
     shape = next((tuple(t.shape[1:]) for t in tensors if isinstance(t, Tensor) and t.ndim == 4), None)
     if shape is None:
-        raise CommandError(f"{name} takes no images; name a classifier, or --text for a language model")
+        raise CommandError(f"{name} takes no images; name a classifier, or pass --text for a language model")
     size = (int(shape[0]), int(shape[1]), int(shape[2]))
     mean, std = (channels((0.5, 0.5, 0.5), size[0]) for _ in range(2))
     return named, read_images(folder, batch_size, size, mean, std)
 
 
 def _forward(named: Named, data: Text | Images) -> Callable[[Tensor], Tensor]:
-    """Logits of a batch, whatever the model calls its input and wraps its output in."""
+    """Return a function from a batch to logits, whatever the model names its input and wraps its output in."""
     model, kwargs = named.model, dict(named.kwargs or {})
     key = next((name for name, value in kwargs.items() if isinstance(value, Tensor)), None)
     rest = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
@@ -180,7 +182,7 @@ def _forward(named: Named, data: Text | Images) -> Callable[[Tensor], Tensor]:
 
 
 class _Run:
-    """One training run."""
+    """A training run and its curves."""
 
     def __init__(
         self, model: nn.Module, data: Text | Images, forward: Callable[[Tensor], Tensor], settings: dict[str, Any],
@@ -197,7 +199,7 @@ class _Run:
         self.trainer = ecospa_fx.EcoSpaTrainer(model, self.optimizer, **settings)
 
     def steps(self, count: int, seed: int) -> Iterator[float]:
-        """Train; yields the loss of each step."""
+        """Train, and yield the loss of each step."""
         warmup = max(1, count // 20)
         rate = lambda done: min((done + 1) / warmup, 0.1 + 0.9 * max(0.0, 1 - done / count))  # noqa: E731
         schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
@@ -218,15 +220,18 @@ class _Run:
             yield self.losses[-1]
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """Mean cross entropy in nats."""
+        """Compute the mean cross entropy in nats."""
         logits = self.forward(x)
         if logits.shape[-1] < self.data.classes:
-            raise CommandError(f"the model tells {logits.shape[-1]} classes apart; the data has {self.data.classes}")
+            raise CommandError(
+                f"the model has {logits.shape[-1]} classes and the data {self.data.classes}; set num_classes or "
+                "vocab_size with --set"
+            )
         return cross_entropy(logits.flatten(0, -2), y.flatten())
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean loss on held-out data."""
+        """Compute the mean loss on held-out data."""
         self.model.eval()
         losses = [self.loss(x, y).item() for x, y in self.data.validation(BATCHES)]
         return sum(losses) / max(1, len(losses))

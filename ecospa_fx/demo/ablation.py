@@ -1,9 +1,9 @@
-"""The paper's ablation: remove as much from each matrix, but let each choose alone which slices go.
+"""Ablation of the paper: as many slices are removed from each matrix, but each matrix chooses them alone.
 
     removal {coupling: keep} -> own_order of each matrix -> reorder it -> the exact coupled shrink removes the rest
 
-Before the shrink, every matrix moves the slices it would keep itself onto the positions that will stay. Sizes, schedule
-and optimizer are then those of EcoSpa to the last detail; only the pairing of rows with columns is lost.
+Before the shrink, every matrix moves the slices of its own choice to the positions that will stay. Sizes, schedule and
+optimizer are then exactly those of EcoSpa; only the pairing of rows with columns is lost.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
 
 
 def break_pairing(model: nn.Module, removal: Mapping[Coupling, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Reorder each member matrix so that its own choice is what the coming shrink keeps.
+    """Reorder each member matrix so that the coming shrink keeps the slices of its own choice.
 
-    Meant as `before_shrink` of an `EcoSpaTrainer`. A bias is no matrix of its own: it moves with the rows it is added
-    to. A vector that belongs to no matrix stays as it is.
+    For `before_shrink` of an `EcoSpaTrainer`. A bias makes no choice: it moves with the rows that it is added to. A
+    vector that belongs to no matrix stays as it is.
 
     Args:
-        model: The model about to shrink.
-        removal: Positions that stay, `[kept]` or `[contexts, kept]`, sorted, for each coupling about to shrink.
-        optimizer: Its optimizer; state tensors shaped like a parameter move with it.
+        model: the model about to shrink.
+        removal: positions that stay, `[kept]` or `[contexts, kept]`, sorted, for each coupling about to shrink.
+        optimizer: the optimizer; state tensors shaped like a parameter move with it.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for coupling, keep in removal.items():
         matrices = [member for member in coupling.members if member.matrix]
-        # One fused matrix on both sides of the product: its copies are what has to be parted.
+        # If one fused matrix is on both sides of the product, its copies must choose separately.
         together = len({member.of for member in matrices}) > 1
         orders: dict[str, Tensor] = {}
         for member in matrices:
             weight = parameters[member.parameter]
             order = torch.arange(len(member.index))
             for index, kept in _by_context(member, keep):
-                # Each context permutes slices of its own; those of the others stay where they are.
+                # Each context permutes its own slices; those of the others stay in place.
                 order = order[own_order(weight, member.dim, index, kept, together=together)]
             orders[member.of] = order
             reorder(weight, member.dim, orders[member.of], optimizer)
@@ -49,7 +49,7 @@ def break_pairing(model: nn.Module, removal: Mapping[Coupling, Tensor], optimize
 
 
 def _by_context(member: Member, keep: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The coupling position of each slice, and the positions that stay, for all contexts or for one after another."""
+    """Iterate over contexts (or all at once): coupling position of each slice, and the positions that stay."""
     if keep.ndim == 1 or member.context is None:
         yield member.index, keep
         return
@@ -58,21 +58,21 @@ def _by_context(member: Member, keep: Tensor) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def own_order(weight: Tensor, dim: int, index: Tensor, keep: Tensor, *, together: bool = True) -> Tensor:
-    """Order of slices after which the positions in `keep` hold the slices of largest norm.
+    """Compute the order of slices that puts those of largest norm at the positions in `keep`.
 
     Args:
-        weight: The matrix.
-        dim: Its dim that the coupling runs along, of size `n`.
-        index: Coupling position of each slice, `[n]`, int64; -1 for slices of other couplings, which stay in place.
-        keep: Positions that stay, `[kept]`, int64, sorted.
-        together: A position that owns several slices, such as a head dim with one in every head, is chosen with all of
-            them. Otherwise the first slices of all positions choose among themselves, then the second, and so on.
+        weight: the matrix.
+        dim: its dim along the coupling, of size `n`.
+        index: coupling position of each slice, `[n]`, int64; -1 for slices of other couplings, which stay in place.
+        keep: positions that stay, `[kept]`, int64, sorted.
+        together: choose a position with all of its slices, such as a head dim with one in every head. Otherwise the
+            first slices of all positions are ranked among themselves, then the second ones, and so on.
 
     Returns:
         For each slice the old slice that moves there, `[n]`, int64; a permutation.
 
     Raises:
-        ValueError: When positions own different numbers of slices, so that one cannot take the place of another.
+        ValueError: positions own different numbers of slices, so one cannot take the place of another.
     """
     index, keep = index.cpu(), keep.cpu()
     owned = index[index >= 0].bincount()
@@ -101,5 +101,5 @@ def reorder(parameter: Tensor, dim: int, order: Tensor, optimizer: torch.optim.O
 
 
 def _set_first(marked: Tensor) -> Tensor:
-    """Row numbers of each column, the marked ones first, both parts in ascending order; same shape as `marked`."""
+    """Sort the row numbers of each column, marked ones first, both parts ascending; same shape as `marked`."""
     return marked.logical_not().byte().argsort(dim=0, stable=True)

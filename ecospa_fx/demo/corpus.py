@@ -1,4 +1,4 @@
-"""Real text without a download: files read as bytes, split into training and held-out parts."""
+"""Corpus of real text without a download: files read as bytes, split into training and held-out parts."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from torch import Tensor
 from .options import OptionError
 
 LIMIT = 4_000_000
-"""Most bytes read: several times what the demo trains on, and read in a moment."""
+"""Largest number of bytes read: several times the training text of the demo, and quick to read."""
 
 HELD_OUT = 0.1
 """Fraction of the bytes kept for validation."""
 
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "__pycache__"})
-"""Not part of the standard library proper: present, or not, depending on how the interpreter was installed."""
+"""Folders outside of the standard library proper, which some installations have and others do not."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Bytes to learn from and bytes to be judged by.
+    """Bytes for training and bytes for validation.
 
     Attributes:
-        train: Training bytes, `[n]`, uint8.
-        valid: Held-out bytes, `[m]`, uint8.
-        source: Where they come from, in words.
+        train: training bytes, `[n]`, uint8.
+        valid: held-out bytes, `[m]`, uint8.
+        source: description of their origin.
     """
 
     train: Tensor
@@ -43,11 +43,11 @@ def read_corpus(text: Path | None, least: int) -> Corpus:
     """Read the corpus of a demo.
 
     Args:
-        text: File or folder, or None for the interpreter's standard library (its `*.py`).
-        least: Fewest bytes that make sense for the batch size and context in use.
+        text: file or folder, or None for the interpreter's standard library (its `*.py`).
+        least: smallest number of bytes that fits the batch size and context.
 
     Raises:
-        OptionError: When there is no text, or less than `least` bytes.
+        OptionError: there is no text, or less than `least` bytes.
     """
     if text is None:
         root, pattern = Path(sysconfig.get_path("stdlib")), "*.py"
@@ -64,22 +64,22 @@ def read_corpus(text: Path | None, least: int) -> Corpus:
             f"{where} holds {len(train) + len(valid):,} bytes of text; this batch size and context need {least:,}"
         )
     if not train or not valid:
-        raise OptionError(f"--text {text} holds a single file of text; name that file itself, and its end is held out")
+        raise OptionError(f"--text {text} holds a single file of text; name that file itself: its end is held out then")
     return Corpus(_tensor(train), _tensor(valid), source)
 
 
 def split_by_position(file: Path) -> tuple[bytes, bytes]:
     """Divide one file into its training bytes and, from its end, its held-out bytes."""
-    whole = file.read_bytes()[:LIMIT]
-    cut = len(whole) - round(HELD_OUT * len(whole))
-    return whole[:cut], whole[cut:]
+    content = file.read_bytes()[:LIMIT]
+    cut = len(content) - round(HELD_OUT * len(content))
+    return content[:cut], content[cut:]
 
 
 def split_by_file(root: Path, pattern: str = "*") -> tuple[bytes, bytes]:
-    """Divide a folder's text files into training and held-out bytes; no file is on both sides.
+    """Divide the text files of a folder into training and held-out bytes; no file is in both.
 
-    Files come in the order of a hash of their path inside the folder: the same on every machine, and mixed, so that
-    neither the held-out part nor a folder above `LIMIT` is one corner of the tree.
+    Files are ordered by a hash of their path inside the folder: the same order on every machine, and mixed, so that
+    neither the held-out part nor the first `LIMIT` bytes are one corner of the tree.
 
     Returns:
         Training bytes and held-out bytes.
@@ -98,10 +98,10 @@ def split_by_file(root: Path, pattern: str = "*") -> tuple[bytes, bytes]:
             total += len(content)
     train: list[bytes] = []
     valid: list[bytes] = []
-    left = HELD_OUT * total
+    budget = HELD_OUT * total
     for content in contents:
-        if len(content) <= left:
-            left -= len(content)
+        if len(content) <= budget:
+            budget -= len(content)
             valid.append(content)
         else:
             train.append(content)
@@ -113,7 +113,7 @@ def split_by_file(root: Path, pattern: str = "*") -> tuple[bytes, bytes]:
 def training_batches(
     corpus: Corpus, steps: int, batch_size: int, context: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Draw the windows of a run; the same seed gives the same windows in the same order.
+    """Draw the windows of a run; equal seeds give equal windows in the same order.
 
     Yields:
         Bytes and the bytes that follow them, both `[batch_size, context]`, int64.

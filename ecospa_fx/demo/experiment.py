@@ -1,4 +1,4 @@
-"""The three runs of the demo, from text to table.
+"""Experiment of the demo: three runs, from text to table.
 
 corpus -> train x 3 (dense | EcoSpa | uncoupled) -> save and reload -> time side by side -> table, plot, JSON, CSV
 """
@@ -23,17 +23,17 @@ from .timing import step_time_ratios
 from .train import Run, start_run, train
 
 RECENT = 20
-"""Steps over which the progress line averages."""
+"""Number of steps over which the progress line averages."""
 
 
 def run_experiment(options: Options, console: Console | None = None) -> int:
     """Run the whole demo and write its results to `options.out`.
 
     Returns:
-        Exit code: 0, or 1 when the model loaded in a new process does not give the logits it gave before.
+        Exit code: 0, or 1 if the model loaded in a new process returns other logits than before.
 
     Raises:
-        OptionError: When the text or the architecture cannot be used; nothing has been written then.
+        OptionError: the text or the architecture cannot be used; nothing has been written then.
     """
     console = console or Console()
     began = time.perf_counter()
@@ -51,13 +51,13 @@ def run_experiment(options: Options, console: Console | None = None) -> int:
         runs.append(start_run("uncoupled", options, before_shrink=break_pairing))
         _train(runs[2], corpus, options, progress)
 
-    equal, said = _save_and_reload(runs[1], corpus, options)
+    equal, result = _save_and_reload(runs[1], corpus, options)
     ratios = step_time_ratios(runs, corpus, options)
     rows = rows_of(runs, ratios)
     write_results(options.out, rows, runs, options, corpus)
     save_plot(runs, options.out / "curves.png", f"{options.arch} on {corpus.source}, target {options.target:g}")
     console.print(table_of(rows))
-    console.print(f"shrunk model saved, and loaded again in a new process: {said}")
+    console.print(f"shrunk model saved, and loaded again in a new process: {result}")
     console.print(
         f"{options.out}: results.json, results.csv, curves.png, model/; took {time.perf_counter() - began:.0f} s"
     )

@@ -1,4 +1,4 @@
-"""A small causal language model of any transformers architecture, with random weights."""
+"""Models of the demo: a small causal language model of any transformers architecture, with random weights."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from .options import HEAD_DIM, OptionError, Options
 from .torchvision_cure import tolerate_missing_torchvision_ops
 
 VOCABULARY = 256
-"""Text is read as bytes."""
+"""Size of the vocabulary: text is read as bytes."""
 
 
 def build_model(options: Options) -> nn.Module:
-    """Build the model of `options` from its config, as `torch.manual_seed` left the generator.
+    """Build the model of `options` from its config, with the generator state that `torch.manual_seed` left.
 
     Raises:
-        OptionError: When transformers knows no such causal language model, or cannot build it at these sizes.
+        OptionError: transformers has no such causal language model, or cannot build it at these sizes.
     """
     tolerate_missing_torchvision_ops()
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # else it warns of special tokens that a vocabulary of bytes does not have
+    logging.set_verbosity_error()  # without this it warns of special tokens, which a vocabulary of bytes does not have
     try:
         probe = AutoConfig.for_model(options.arch)
     except (ValueError, KeyError):
         raise OptionError(
-            f"--arch {options.arch}: transformers knows no such model type; try gpt2, llama, gpt_neox or qwen2"
+            f"--arch {options.arch}: transformers has no such model type; try gpt2, llama, gpt_neox or qwen2"
         ) from None
     try:
         config = AutoConfig.for_model(options.arch, **_understood(probe, _sizes(options)))
@@ -41,10 +41,10 @@ def build_model(options: Options) -> nn.Module:
 
 
 def _sizes(options: Options) -> dict[str, Any]:
-    """Sizes by the names that most configs share, then by the names of those that differ.
+    """Return sizes under the names that most configs share, then under names of the others.
 
-    Dropout is off: no byte is seen twice in a run this short, so there is nothing to regularise, and the runs' random
-    draws would part ways at the first shrink and blur the comparison.
+    Dropout is off: a run this short sees no byte twice, so there is nothing to regularise, and the random draws of the
+    runs would differ from the first shrink on and blur the comparison.
     """
     heads = options.width // HEAD_DIM
     return {
@@ -75,7 +75,7 @@ def _sizes(options: Options) -> dict[str, Any]:
 
 
 def _understood(config: Any, sizes: dict[str, Any]) -> dict[str, Any]:
-    """Keep the sizes that `config` has, under this name or an alias, and does not derive from others."""
+    """Select the sizes that `config` has, under this name or an alias, and does not derive from others."""
     return {
         name: value
         for name, value in sizes.items()

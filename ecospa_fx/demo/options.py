@@ -1,4 +1,4 @@
-"""What the demo can be asked for, and what it refuses before any work is done."""
+"""Options of the demo, and the checks before any work is done."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HEAD_DIM = 32
-"""Width of one attention head, in channels: small enough that a narrow model still has several heads."""
+"""Width of an attention head, in channels: small enough that a narrow model still has several heads."""
 
 EXAMPLES = """\
 examples:
@@ -21,24 +21,24 @@ exit codes: 0 done, 1 failed or the reloaded model differs from the saved one, 2
 
 
 class OptionError(ValueError):
-    """An option that cannot be used; its text is the one line that the user sees."""
+    """An option that cannot be used; the text is the one line that the user sees."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """One demo, fully described.
+    """The settings of one demo.
 
     Attributes:
-        text: File or folder to learn from, or None for the interpreter's standard library.
+        text: file or folder to learn from, or None for the interpreter's standard library.
         arch: transformers model type of a causal language model.
-        target: Fraction of the parameters that remain, in (0, 1).
-        steps: Optimizer steps of each of the three runs.
-        seed: Seed of the initial weights and of the data order.
-        out: Folder that receives the results.
-        batch_size: Windows per step.
-        context: Bytes per window.
-        width: Hidden size, in channels.
-        layers: Transformer blocks.
+        target: fraction of the parameters that remain, in (0, 1).
+        steps: optimizer steps of each of the three runs.
+        seed: seed of the initial weights and of the data order.
+        out: folder that receives the results.
+        batch_size: windows per step.
+        context: bytes per window.
+        width: hidden size, in channels.
+        layers: transformer blocks.
     """
 
     text: Path | None = None
@@ -53,10 +53,10 @@ class Options:
     layers: int = 4
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work.
+        """Check the options.
 
         Raises:
-            OptionError: With one line that names the option, its value and what is accepted.
+            OptionError: an option cannot be used; one line names it, its value and the accepted values.
         """
         if not 0 < self.target < 1:
             raise OptionError(f"--target {self.target:g} is not between 0 and 1; 0.5 keeps half of the parameters")
@@ -67,7 +67,7 @@ class Options:
             ("--layers", self.layers, 1),
         ):
             if value < least:
-                raise OptionError(f"{option} {value} is too small; the least is {least}")
+                raise OptionError(f"{option} {value} is too small; the minimum is {least}")
         if self.width < HEAD_DIM or self.width % HEAD_DIM:
             raise OptionError(f"--width {self.width} is not a positive multiple of {HEAD_DIM}, the width of one head")
         if self.text is not None and not self.text.exists():
@@ -77,12 +77,12 @@ class Options:
 
     @property
     def start(self) -> int:
-        """First sparsification step: late enough that the weights that meet have learned to."""
+        """First sparsification step, late enough that coupled weights have learned to work together."""
         return round(0.3 * self.steps)
 
     @property
     def end(self) -> int:
-        """Step by which the target is reached; the last fifth of the run is left for recovery."""
+        """Step by which the target is reached; the last fifth of the run is for recovery."""
         return round(0.8 * self.steps)
 
     @property
@@ -108,9 +108,9 @@ def add_demo_options(parser: argparse.ArgumentParser) -> None:
 
 
 def options_from(args: argparse.Namespace) -> Options:
-    """Check parsed arguments.
+    """Convert parsed arguments to checked options.
 
     Raises:
-        OptionError: When a value cannot be used.
+        OptionError: a value cannot be used.
     """
     return Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__})

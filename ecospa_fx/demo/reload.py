@@ -1,4 +1,4 @@
-"""Load a saved model in a process that has never seen it, and compare its logits with those saved beside it.
+"""Reload check: load a saved model in a new process, and compare its logits with those saved beside it.
 
 python -m ecospa_fx.demo.reload runs/demo/model      exit code 0: bitwise equal, 1: not
 """
@@ -20,7 +20,7 @@ import ecospa_fx
 from .torchvision_cure import tolerate_missing_torchvision_ops
 
 QUESTION = "reload_check.safetensors"
-"""Token ids and the logits that the model gave for them before it was saved."""
+"""File with token ids and the logits of the model for them before it was saved."""
 
 
 def save_check(model: nn.Module, tokens: Tensor, directory: Path) -> None:
@@ -29,27 +29,27 @@ def save_check(model: nn.Module, tokens: Tensor, directory: Path) -> None:
 
 
 def compare_reloaded(directory: Path) -> tuple[bool, float]:
-    """Load the model in `directory` and ask it what it was asked before.
+    """Load the model in `directory` and compute the logits for the saved tokens again.
 
     Returns:
-        Whether all logits are bitwise equal, and the largest absolute difference.
+        True if all logits are bitwise equal, and the largest absolute difference.
     """
     tolerate_missing_torchvision_ops()
-    asked = load_file(directory / QUESTION)
-    logits = _logits(ecospa_fx.load(directory), asked["tokens"])
-    return torch.equal(logits, asked["logits"]), (logits - asked["logits"]).abs().max().item()
+    saved = load_file(directory / QUESTION)
+    logits = _logits(ecospa_fx.load(directory), saved["tokens"])
+    return torch.equal(logits, saved["logits"]), (logits - saved["logits"]).abs().max().item()
 
 
 def reload_in_new_process(directory: Path) -> tuple[bool, str]:
-    """Run this file's comparison in a fresh interpreter.
+    """Run the comparison of this file in a new interpreter.
 
     Returns:
-        Whether all went well, and what that process printed.
+        True if it succeeded, and the output of that process.
     """
     command = [sys.executable, "-m", "ecospa_fx.demo.reload", str(directory)]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    said = finished.stdout.strip() or finished.stderr.strip()
-    return finished.returncode == 0, said
+    output = finished.stdout.strip() or finished.stderr.strip()
+    return finished.returncode == 0, output
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare, say what came out, and return the exit code."""
+    """Compare, print the result, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m ecospa_fx.demo.reload", description=__doc__.partition("\n")[0])
     parser.add_argument("directory", type=Path, help="folder that ecospa_fx.save wrote, with the demo's saved logits")
     directory = parser.parse_args(arguments).directory

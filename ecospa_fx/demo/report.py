@@ -1,4 +1,4 @@
-"""The demo's results: a table to read, JSON and CSV to compute with."""
+"""Results of the demo: a table for people, JSON and CSV for programs."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from .train import Run
 
 @dataclass(frozen=True)
 class Row:
-    """What one run came to; every `_ratio` is relative to the first row.
+    """The result of one run; every `_ratio` is relative to the first row.
 
     Attributes:
-        run: Name of the run.
-        parameters: Parameters at the end.
-        validation_loss: In nats per byte.
+        run: name of the run.
+        parameters: parameters at the end.
+        validation_loss: validation loss in nats per byte.
         perplexity: exp of the loss, per byte.
-        step_ms: Median step time over the steps after the last shrink of any run, in milliseconds.
-        step_ratio: Median over rounds of step times measured side by side; `_low` and `_high` are its quartiles.
-        state_bytes: Bytes of parameters and optimizer state at the end.
+        step_ms: median step time over the steps after the last shrink of any run, in milliseconds.
+        step_ratio: median over rounds of step times measured side by side; `_low` and `_high` are its quartiles.
+        state_bytes: bytes of parameters and optimizer state at the end.
     """
 
     run: str
@@ -51,7 +51,7 @@ class Row:
 
 
 def rows_of(runs: Sequence[Run], ratios: Mapping[str, Ratio]) -> list[Row]:
-    """Sum up each run beside the first one, which is the dense one."""
+    """Summarise each run relative to the first one, the dense one."""
     dense = runs[0]
     last = max((step for run in runs for step in run.shrinks), default=0)
     last = min(last, len(dense.seconds) - 1)
@@ -76,7 +76,7 @@ def rows_of(runs: Sequence[Run], ratios: Mapping[str, Ratio]) -> list[Row]:
 
 
 def table_of(rows: Sequence[Row]) -> Table:
-    """Lay the rows out for a terminal of 80 columns: each value, and below it its ratio to dense."""
+    """Build a table for a terminal of 80 columns: each value, and below it its ratio to dense."""
     table = Table(
         title="after training",
         caption="x: relative to dense. Step: median after the last shrink; below it the ratio of steps timed side by "
@@ -106,7 +106,7 @@ def table_of(rows: Sequence[Row]) -> Table:
 
 
 def write_results(out: Path, rows: Sequence[Row], runs: Sequence[Run], options: Options, corpus: Corpus) -> None:
-    """Write `results.csv` (one line per run) and `results.json` (the same, the curves, and how they came about)."""
+    """Write `results.csv` (one line per run) and `results.json` (the same, the curves, options and machine)."""
     with (out / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()

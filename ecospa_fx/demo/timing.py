@@ -1,4 +1,4 @@
-"""Step times that can be compared on a machine that does other work too."""
+"""Timing of steps that can be compared on a machine with other load."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROUNDS = 30
 
 @dataclass(frozen=True)
 class Ratio:
-    """A step time as a fraction of the dense model's: the median over rounds, and the middle half of the rounds."""
+    """A step time relative to the dense model's: the median over rounds, and the middle half of the rounds."""
 
     median: float
     low: float
@@ -25,11 +25,11 @@ class Ratio:
 
 
 def step_time_ratios(runs: Sequence[Run], corpus: Corpus, options: Options, rounds: int = ROUNDS) -> dict[str, Ratio]:
-    """Time training steps of the finished models side by side; the first run is what the others are compared with.
+    """Time training steps of the finished models side by side, relative to the first run.
 
-    Runs trained one after another meet a different load each, so their step times say little about each other. Here
-    every round holds one step of every model on the same batch, in rotating order, and a ratio is taken within its
-    round. The learning rate is 0, so that weights stay; the optimizer's moments do not: save first.
+    Runs trained one after another meet different loads, so their step times cannot be compared. Here every round has
+    one step of every model on the same batch, in rotating order, and ratios are taken within a round. The learning rate
+    is 0, so weights stay as they are; the optimizer's moments do not: save first.
 
     Returns:
         The ratio of each run, by name.

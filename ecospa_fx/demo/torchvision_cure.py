@@ -1,4 +1,4 @@
-"""Import torchvision where its compiled ops are missing, so that transformers and timm can be imported after it."""
+"""Cure for a torchvision without compiled ops, so that transformers and timm can be imported beside it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 
 
 def tolerate_missing_torchvision_ops() -> None:
-    """Let demo, tests and benches import transformers beside a torchvision that was built for another torch.
+    """Make transformers importable beside a torchvision that was built for another torch.
 
     A torchvision without compiled ops for this torch (the usual case beside a CPU build of torch) fails on import with
     `operator torchvision::nms does not exist`, and every import of a transformers model fails with it, although none
     of the models used here calls such an op. The error comes from registering shape functions for ops that are not
     there, so exactly those registrations are skipped while torchvision is imported, and nothing else is.
 
-    Does nothing when torchvision is absent or already imported, and changes nothing when its ops are there. It belongs
-    to the demo, the tests and the benches: a library must not change how another library is imported.
+    It does nothing if torchvision is absent or already imported, and changes nothing if its ops exist. For the demo,
+    the tests and the benches only: a library must not change how another library is imported.
     """
     if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
         return

@@ -1,4 +1,4 @@
-"""One training run, and what is remembered of it."""
+"""Training runs of the demo, and their curves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WARMUP = 0.05
 """Fraction of the steps during which the learning rate rises."""
 
 EVALUATIONS = 12
-"""Validation losses measured along a run."""
+"""Number of validation losses measured along a run."""
 
 EVALUATION_BATCHES = 6
 FINAL_BATCHES = 48
@@ -31,19 +31,19 @@ FINAL_BATCHES = 48
 
 @dataclass
 class Run:
-    """A run's curve, and the model it ended with.
+    """A training run: its model and its curves.
 
     Attributes:
-        name: Row title.
-        model: Model after the last step.
-        optimizer: Its optimizer.
-        trainer: The `EcoSpaTrainer`, or None for the dense run.
-        losses: Training loss of each step, in nats per byte.
-        sizes: Parameters after each step.
-        seconds: Time of each step, from batch to cleared gradients.
-        valid: Steps and the validation loss there, in nats per byte.
-        shrinks: Steps after which the model had become smaller.
-        final_loss: Validation loss after the last step over more held-out text, in nats per byte.
+        name: title of its row.
+        model: the model after the last step.
+        optimizer: the optimizer.
+        trainer: the `EcoSpaTrainer`, or None for the dense run.
+        losses: training loss of each step, in nats per byte.
+        sizes: parameters after each step.
+        seconds: time of each step, from batch to cleared gradients.
+        valid: steps and the validation loss there, in nats per byte.
+        shrinks: steps after which the model was smaller.
+        final_loss: validation loss after the last step on more held-out text, in nats per byte.
     """
 
     name: str
@@ -58,19 +58,19 @@ class Run:
     final_loss: float = math.nan
 
     def state_bytes(self) -> int:
-        """Bytes of parameters and of everything that the optimizer keeps for them."""
-        kept = [value for state in self.optimizer.state.values() for value in state.values()]
-        tensors = [*self.model.parameters(), *(value for value in kept if isinstance(value, Tensor))]
+        """Count the bytes of parameters and of all optimizer state."""
+        entries = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*self.model.parameters(), *(value for value in entries if isinstance(value, Tensor))]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def start_run(name: str, options: Options, before_shrink: Callable[..., None] | None = None) -> Run:
-    """Build a run's model and optimizer; runs of one seed start from equal weights.
+    """Build the model and optimizer of a run; runs of one seed start from equal weights.
 
     Args:
         name: `"dense"` for a plain model that ecospa_fx never sees; any other name is trained with EcoSpa.
-        options: Sizes, seed and schedule.
-        before_shrink: Called before each shrink, see `EcoSpaTrainer`.
+        options: sizes, seed and schedule.
+        before_shrink: called before each shrink, see `EcoSpaTrainer`.
     """
     torch.manual_seed(options.seed)
     model = build_model(options)
@@ -93,10 +93,10 @@ def start_run(name: str, options: Options, before_shrink: Callable[..., None] | 
 
 
 def train(run: Run, corpus: Corpus, options: Options) -> Iterator[int]:
-    """Train to the end, one step at a time, writing the curve into `run`.
+    """Train to the end, one step at a time, and record the curves in `run`.
 
     Yields:
-        The number of each step when it is done, from 1.
+        The number of each finished step, from 1.
     """
     every = max(1, options.steps // EVALUATIONS)
     batches = training_batches(corpus, options.steps, options.batch_size, options.context, options.seed)
@@ -130,7 +130,7 @@ def training_step(run: Run, x: Tensor, y: Tensor) -> float:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, corpus: Corpus, options: Options, count: int) -> float:
-    """Mean loss over `count` fixed batches of held-out text, in nats per byte."""
+    """Compute the mean loss over `count` fixed batches of held-out text, in nats per byte."""
     model.eval()
     batches = validation_batches(corpus, count, options.batch_size, options.context)
     losses = [loss_of(model, x, y).item() for x, y in batches]
@@ -138,13 +138,13 @@ def evaluate(model: nn.Module, corpus: Corpus, options: Options, count: int) -> 
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Mean cross entropy of the next byte, in nats; `x` and `y` are `[batch, context]`."""
+    """Compute the mean cross entropy of the next byte, in nats; `x` and `y` are `[batch, context]`."""
     logits = model(x).logits  # [batch, context, 256]
     return cross_entropy(logits.flatten(0, 1), y.flatten())
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warmup, then a cosine down to a tenth of the peak; `step` counts from 1."""
+    """Return the learning rate: linear warmup, then a cosine down to a tenth of the peak; `step` counts from 1."""
     warmup = max(1, round(WARMUP * steps))
     if step <= warmup:
         return PEAK_RATE * step / warmup

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ecospa_fx.api import compile
-from ecospa_fx.checkpoint.directory import reading
+from ecospa_fx.checkpoint.directory import read_save
 from ecospa_fx.checkpoint.rebuild import read_model, rebuild
 from ecospa_fx.checkpoint.save_load import resume, save
 from ecospa_fx.errors import CheckpointError
@@ -72,7 +72,7 @@ class EcoSpaCallback(TrainerCallback):
                     f"training resumes at step {state.global_step}, but {source} is missing, which says how far the "
                     "model had shrunk; resume from a checkpoint in output_dir that was saved with this callback"
                 )
-            rebuild(reading(source, read_model), lambda: model, None)
+            rebuild(read_save(source, read_model), lambda: model, None)
         if self.trainer is None:
             self.trainer = EcoSpaTrainer(model, given["optimizer"], **self.settings)
             if state.global_step:

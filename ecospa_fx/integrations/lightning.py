@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ecospa_fx.api import compile
-from ecospa_fx.checkpoint.metadata import check_description, described
+from ecospa_fx.checkpoint.metadata import check_description, describe
 from ecospa_fx.checkpoint.packing import Packer, Unpacker
-from ecospa_fx.checkpoint.rebuild import Saved, rebuild, transient
+from ecospa_fx.checkpoint.rebuild import Saved, rebuild, transient_buffers
 from ecospa_fx.checkpoint.rng_state import random_state
 from ecospa_fx.checkpoint.training_state import Training, resume_training
 from ecospa_fx.errors import CheckpointError, EcoSpaError
@@ -228,10 +228,10 @@ class EcoSpaCallback(Callback):
             return {}
         model, packer = self.trainer.model, Packer()
         compiled: CompiledModel = model.__dict__[MODEL]
-        own, passing = named_tensors(model), transient(model)
+        own, passing = named_tensors(model), transient_buffers(model)
         document = {
             "plan": compiled.plan.to_json(),
-            "model": described(model, compiled),
+            "model": describe(model, compiled),
             "buffers": {name: own[name] for name in compiled.plan.original_shapes if name in passing},
             "trainer": {"class": type(self.trainer).__name__, "state": self.trainer.state_dict()},
             "random": random_state(),
@@ -305,7 +305,7 @@ def fill(model: nn.Module, state: Mapping[str, Any], weights: Mapping[str, Any],
     read = _unpacked(state)
     about = read["model"]
     check_description(about, "the checkpoint")
-    own, passing = named_tensors(model), transient(model)
+    own, passing = named_tensors(model), transient_buffers(model)
     tensors = {
         name: weights[prefix + name].detach().clone()
         for name in own

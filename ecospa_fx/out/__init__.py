@@ -1,1 +1,1 @@
-"""Out: models as other programs read them."""
+"""Output of models in formats that other programs read."""

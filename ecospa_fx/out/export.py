@@ -1,8 +1,8 @@
-"""export: a compiled and shrunk model as a program of torch.export, for files that run without this library.
+"""Export: a compiled and shrunk model as a program of torch.export, for files that run without this library.
 
 export(model, args)
-  -> torch.export.export    the generated code of the regions, traced with the model's own Python around them
-  -> _meeting               a call that a region sees only while it is exported: captured outside, then again
+  -> torch.export.export    traces the generated code of the regions, with the model's own Python around them
+  -> _new_calls_raise       stops at a call that a region has no graph for; it is captured outside, then again
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.ir.state_access import flattened, foreign
 
 
-class _Unmet(Exception):
-    """A region was called in a way that it has no graph for."""
+class _NewCall(Exception):
+    """A call of a region that it has no graph for.
 
-    def __init__(self, meet: Callable[[], Any]) -> None:
+    Attributes:
+        capture: captures a graph for the call.
+    """
+
+    def __init__(self, capture: Callable[[], Any]) -> None:
         super().__init__()
-        self.meet = meet
+        self.capture = capture
 
 
 def export(
@@ -38,50 +42,50 @@ def export(
     *,
     dynamic_shapes: Any = None,
 ) -> ExportedProgram:
-    """`torch.export.export` of a compiled model at the sizes it has now.
+    """Export a compiled model with `torch.export.export`, at the sizes it has now.
 
     >>> program = ecospa_fx.export(model, (x,))
     >>> torch.export.save(program, "model.pt2")
     >>> torch.onnx.export(program).save("model.onnx")
 
-    Some models behave otherwise while they are exported: those of transformers make their causal mask as a tensor, so
-    that their blocks are called as they never were. Such calls are captured here, and compared with the model's own
-    Python as any other; plain `torch.export.export` ends with an error at the first.
+    Some models behave differently while they are exported: those of transformers build their causal mask as a tensor,
+    so that their blocks get calls they never had before. Such calls are captured here, and compared with the model's
+    own Python like any other; plain `torch.export.export` fails at the first.
 
     Args:
         model: a compiled model. Its mode, train or eval, is part of what is exported.
         args: positional arguments of a call.
         kwargs: keyword arguments of that call.
-        dynamic_shapes: see `torch.export.export`; without it all sizes are those of this call.
+        dynamic_shapes: see `torch.export.export`; without it, all sizes are those of this call.
 
     Returns:
-        The program. Nothing of this library is in it.
+        The program, which does not use this library.
 
     Raises:
         EcoSpaError: the model is not compiled.
-        CaptureError: a region cannot be captured in the way it is called while it is exported.
-        PinnedAxisError: called in that way, it needs an axis whole that has shrunk.
+        CaptureError: a region cannot be captured as it is called during the export.
+        PinnedAxisError: that call needs an axis at full size which has shrunk.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
-    if regions_of(model) and not is_captured(model):  # it was loaded, and not called since
+    if regions_of(model) and not is_captured(model):  # it was loaded, and has not been called since
         with torch.no_grad(), isolated(model):
             model(*args, **kwargs)
     state_of(model)
     while True:
         try:
-            with _meeting(model):
+            with _new_calls_raise(model):
                 return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-        except _Unmet as unmet:
-            meet = unmet.meet
-        meet()
+        except _NewCall as call:
+            capture = call.capture
+        capture()
 
 
 @contextmanager
-def _meeting(model: nn.Module) -> Iterator[None]:
-    """Regions say what they would have to capture, in place of doing it: inside of an export they cannot."""
+def _new_calls_raise(model: nn.Module) -> Iterator[None]:
+    """Make regions raise `_NewCall` in place of capturing, which they cannot do inside an export."""
     regions = list(regions_of(model).values())
     for region in regions:
-        region.__dict__["add"] = _adder(region)
+        region.__dict__["add"] = _raise_new_call(region)
     try:
         yield
     finally:
@@ -89,36 +93,37 @@ def _meeting(model: nn.Module) -> Iterator[None]:
             del region.__dict__["add"]
 
 
-def _adder(region: Region) -> Callable[..., Any]:
+def _raise_new_call(region: Region) -> Callable[..., Any]:
     def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = flattened((args, kwargs))
         odd = next((leaf for leaf in leaves if foreign(leaf)), None)
         if odd is not None:
             raise CaptureError(
-                f"region `{region.name}` is called with a {type(odd).__name__} while the model is exported, in a way "
-                "it has not been called in before: export a call without one (of a cache, `use_cache=False` as a rule)"
+                f"region `{region.name}` has no graph for a call that it gets during the export, with a "
+                f"{type(odd).__name__}: export a call without one (for a cache, pass `use_cache=False`)"
             )
-        seen = [_Seen(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # what is traced dies with it
+        # Traced tensors die with the export, so only their metadata is kept.
+        metadata = [_TensorLike(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
-        def meet() -> None:
-            call = pytree.tree_unflatten([leaf.made() if isinstance(leaf, _Seen) else leaf for leaf in seen], spec)
-            region.add(module, *call)
+        def capture() -> None:
+            made = [leaf.make() if isinstance(leaf, _TensorLike) else leaf for leaf in metadata]
+            region.add(module, *pytree.tree_unflatten(made, spec))
 
-        raise _Unmet(meet)
+        raise _NewCall(capture)
 
     return add
 
 
-class _Seen:
-    """A tensor that was seen in an export."""
+class _TensorLike:
+    """The shape, dtype and device of a tensor in an export."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.shape = [int(n.node.hint) if isinstance(n, torch.SymInt) else int(n) for n in tensor.shape]
         self.dtype, self.device = tensor.dtype, tensor.device
 
-    def made(self) -> Tensor:
-        """One like it, with values that any code takes: nothing is masked out, the first entry of every table."""
-        made = torch.ones if self.dtype == torch.bool else torch.zeros
+    def make(self) -> Tensor:
+        """Make such a tensor, with values that any code accepts: nothing is masked, indices are 0."""
+        factory = torch.ones if self.dtype == torch.bool else torch.zeros
         if self.dtype.is_floating_point or self.dtype.is_complex:
-            made = torch.randn
-        return made(self.shape, dtype=self.dtype, device=self.device)
+            factory = torch.randn
+        return factory(self.shape, dtype=self.dtype, device=self.device)

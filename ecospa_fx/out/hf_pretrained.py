@@ -1,10 +1,10 @@
-"""save_pretrained, from_pretrained: a shrunk transformers model in the layout of transformers.
+"""Pretrained directories: a shrunk transformers model in the layout of transformers.
 
 config.json, model.safetensors or its shards, ...   as transformers writes them
-ecospa_fx.json                                      the plan, and what else it takes to go on
+ecospa_fx.json                                      the plan, and the rest of the compiled state
 
-Where a configuration can say what is left (a smaller number for every layer alike, or `per_layer_config` where a
-model's classes read it), config.json says it, and plain `AutoModel.from_pretrained` loads the model as well.
+If a configuration can express the sizes now (a smaller number for all layers alike, or `per_layer_config` if the
+model's classes read it), config.json has it, and plain `AutoModel.from_pretrained` loads the model as well.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from ecospa_fx.checkpoint.directory import write_text
-from ecospa_fx.checkpoint.metadata import about_execution, check_about
-from ecospa_fx.checkpoint.rebuild import attached
+from ecospa_fx.checkpoint.metadata import check_execution, describe_execution
+from ecospa_fx.checkpoint.rebuild import attach_compiled
 from ecospa_fx.errors import CheckpointError, EcoSpaError
-from ecospa_fx.json_text import parsed, written
+from ecospa_fx.json_text import format_json, parse_json
 from ecospa_fx.model.compiled import MODEL, CompiledModel
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.plan import Plan
@@ -35,90 +35,90 @@ NamedShapes = dict[str, tuple[int, ...]]
 
 
 def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **options: Any) -> str | None:
-    """Write a compiled transformers model as `model.save_pretrained` does, and beside it what is left of it.
+    """Write a compiled transformers model as `model.save_pretrained` does, and its plan beside it.
 
     Args:
         model: a compiled model of transformers.
-        directory: where.
-        options: of `model.save_pretrained`.
+        directory: the directory.
+        options: options of `model.save_pretrained`.
 
     Returns:
-        None where plain `from_pretrained` of transformers loads it too; else why only `ecospa_fx.from_pretrained` does.
+        None if plain `from_pretrained` of transformers loads it too; else why only `ecospa_fx.from_pretrained` does.
 
     Raises:
-        EcoSpaError: it is not compiled, or not of transformers.
+        EcoSpaError: the model is not compiled, or not of transformers.
     """
     compiled: CompiledModel | None = model.__dict__.get(MODEL)
     if compiled is None:
         raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise EcoSpaError(
-            f"{type(model).__name__} is no model of transformers: it has no save_pretrained; use ecospa_fx.save"
+            f"{type(model).__name__} is not a model of transformers: it has no save_pretrained; use ecospa_fx.save"
         )
     writable: Any = model
-    found = configuration_for(model, compiled)
-    own = writable.config
+    config = configuration_for(model, compiled)
+    original = writable.config
     try:
-        writable.config = own if isinstance(found, str) else found
+        writable.config = original if isinstance(config, str) else config
         writable.save_pretrained(directory, **options)
     finally:
-        writable.config = own
+        writable.config = original
     about = {
         "format": FORMAT,
         "class": type(model).__name__,
         "plan": json.loads(compiled.plan.to_json()),
-        **about_execution(compiled),
+        **describe_execution(compiled),
     }
-    write_text(Path(directory) / FILE, written(about))
-    return found if isinstance(found, str) else None
+    write_text(Path(directory) / FILE, format_json(about))
+    return config if isinstance(config, str) else None
 
 
 def from_pretrained(directory: str | os.PathLike[str], **options: Any) -> Any:
-    """The model that `save_pretrained` wrote, compiled and at the sizes it was saved at.
+    """Load a model that `save_pretrained` wrote, compiled and at the sizes at which it was saved.
 
     Args:
-        directory: where.
-        options: of `from_pretrained` of the model's class: `dtype`, `device_map`, `attn_implementation`, ...
+        directory: the directory.
+        options: options of `from_pretrained` of the model's class: `dtype`, `device_map`, `attn_implementation`, ...
 
     Raises:
-        CheckpointError: the directory holds none, or what it says contradicts itself.
+        CheckpointError: the directory holds no such model, or its files contradict each other.
     """
     import transformers
 
     source = Path(directory)
     path = source / FILE
     if not path.is_file():
-        raise CheckpointError(f"{source} holds no {FILE}: it was not written by ecospa_fx.save_pretrained")
-    about = parsed(path.read_text(encoding="utf-8"), str(path))
+        raise CheckpointError(f"{source} has no {FILE}: it was not written by ecospa_fx.save_pretrained")
+    about = parse_json(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(about, dict) or about.get("format") != FORMAT:
-        given = about.get("format") if isinstance(about, dict) else None
-        raise CheckpointError(f"{path} has format {given!r}; this version of ecospa_fx reads {FORMAT}")
+        version = about.get("format") if isinstance(about, dict) else None
+        raise CheckpointError(f"{path} has format {version!r}; this version of ecospa_fx reads {FORMAT}")
     name = about.get("class")
     cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise CheckpointError(f"{path} names a class {name!s:.60} that transformers does not have")
     plan = Plan.from_json(json.dumps(about.get("plan")))
-    attributes = check_about(about, str(path))
+    attributes = check_execution(about, str(path))
 
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        super(made, self).__init__(config, *args, **kwargs)
+        super(resized, self).__init__(config, *args, **kwargs)
         _resize(self, plan, str(path))
 
-    # Weights are loaded into what the constructor makes, so that is where sizes must be those that are left.
+    # transformers loads weights into the tensors that the constructor makes, so these must have the small sizes.
     body = {"__init__": init, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    made: Any = type(cls.__name__, (cls,), body)
-    model = made.from_pretrained(source, **options)
+    resized: Any = type(cls.__name__, (cls,), body)
+    model = resized.from_pretrained(source, **options)
     model.__class__ = cls
-    attached(model, about, plan, attributes)
+    attach_compiled(model, about, plan, attributes)
     return model
 
 
 def _resize(model: nn.Module, plan: Plan, where: str) -> None:
-    held, done = named_tensors(model), set[int]()
+    tensors, done = named_tensors(model), set[int]()
     for name, original in plan.original_shapes.items():
-        if name not in held:
+        if name not in tensors:
             raise CheckpointError(f"{where} shrinks `{name}`, which a {type(model).__name__} does not have")
-        tensor, shape = held[name], plan.shape(name)
+        tensor, shape = tensors[name], plan.shape(name)
         if id(tensor) in done or tuple(tensor.shape) == shape:
             continue
         done.add(id(tensor))
@@ -134,41 +134,41 @@ def _resize(model: nn.Module, plan: Plan, where: str) -> None:
 
 
 def configuration_for(model: nn.Module, compiled: CompiledModel) -> Any:
-    """A configuration from which transformers makes the model at the sizes it has now; or why there is none."""
+    """Return a configuration from which transformers makes the model at the sizes it has now, or why there is none."""
     config: Any = getattr(model, "config")  # noqa: B009
     if not compiled.plan.original_shapes:
         return config
     kind = type(model).__name__
     if compiled.execution == "graph":
         return (
-            f"this {kind} runs as graphs, and what has shrunk may be what its own Python cannot run; compile it with "
-            "execution='module' to keep to what it can"
+            f"this {kind} runs as graphs, and its own Python may not run at these sizes; compile it with "
+            "execution='module' to shrink only what its Python can follow"
         )
     wanted = {name: tuple(t.shape) for name, t in named_tensors(model).items()}
     fields = {name: v for name, v in vars(config).items() if type(v) is int and v > 1 and not name.startswith("_")}
     best = copy.deepcopy(config)
-    wrong = differing(model, best, wanted)
+    wrong = shape_differences(model, best, wanted)
     for proposals in (_for_all(fields, compiled.plan), _per_layer(fields, compiled.plan)):
         for change in proposals:
             if not wrong:
                 return best
             trial = copy.deepcopy(best)
             change(trial)
-            now = differing(model, trial, wanted)
+            now = shape_differences(model, trial, wanted)
             if len(now) < len(wrong):
                 best, wrong = trial, now
     if not wrong:
         return best
     first = sorted(wrong)[0]
     return (
-        f"a {type(config).__name__} cannot say what is left of this {kind}: `{first}` is {wanted[first]}, and no "
-        "number in it, for all layers or for one, makes it so; plain from_pretrained of transformers cannot load it, "
-        "ecospa_fx.from_pretrained can"
+        f"a {type(config).__name__} cannot express the sizes of this {kind}: `{first}` is {wanted[first]}, and no "
+        "number in it, for all layers or for one, gives that shape; ecospa_fx.from_pretrained loads it, plain "
+        "from_pretrained of transformers does not"
     )
 
 
 def _for_all(fields: Mapping[str, int], plan: Plan) -> Iterator[Any]:
-    """Changes of one number for all layers."""
+    """Propose changes of one number for all layers."""
     for field, value in fields.items():
         for new in sorted(_proportional(value, plan, plan.original_shapes)):
 
@@ -179,7 +179,7 @@ def _for_all(fields: Mapping[str, int], plan: Plan) -> Iterator[Any]:
 
 
 def _per_layer(fields: Mapping[str, int], plan: Plan) -> Iterator[Any]:
-    """Changes of one number for every layer its own."""
+    """Propose changes of one number per layer."""
     layers: dict[int, list[str]] = {}
     for name in plan.original_shapes:
         number = re.search(r"\.(\d+)\.", name)
@@ -187,13 +187,13 @@ def _per_layer(fields: Mapping[str, int], plan: Plan) -> Iterator[Any]:
             layers.setdefault(int(number.group(1)), []).append(name)
     for field, value in fields.items():
         choices = {layer: _proportional(value, plan, names) for layer, names in layers.items()}
-        # One entry of an axis is what the others of a layer are counted against: the smallest and the largest share.
+        # A number may count one of several axes of a layer: try the smallest and the largest proportional value.
         for pick in (min, max):
-            values = {layer: pick(found) for layer, found in choices.items() if found}
+            values = {layer: pick(numbers) for layer, numbers in choices.items() if numbers}
 
             def change(config: Any, field: str = field, values: Mapping[int, int] = values) -> None:
-                held = getattr(config, "_heterogeneity_spec", None)
-                overrides = {k: dict(v) for k, v in (held.per_layer_overrides if held else {}).items()}
+                spec = getattr(config, "_heterogeneity_spec", None)
+                overrides = {k: dict(v) for k, v in (spec.per_layer_overrides if spec else {}).items()}
                 for layer, new in values.items():
                     overrides.setdefault(layer, {})[field] = new
                 config.per_layer_config = overrides
@@ -202,22 +202,22 @@ def _per_layer(fields: Mapping[str, int], plan: Plan) -> Iterator[Any]:
 
 
 def _proportional(value: int, plan: Plan, names: Any) -> set[int]:
-    """What a number may have become, if it is proportional to a dim that has shrunk."""
-    found = set()
+    """Return the possible new values of a number that is proportional to a dim which has shrunk."""
+    values = set()
     for name in names:
         for before, after in zip(plan.original_shapes[name], plan.shape(name), strict=True):
             if before != after and value * after % before == 0:
-                found.add(value * after // before)
-    return found
+                values.add(value * after // before)
+    return values
 
 
-def differing(model: nn.Module, config: Any, wanted: NamedShapes) -> set[str]:
-    """The names whose shapes differ in a model that is made from a configuration; all where none can be made."""
+def shape_differences(model: nn.Module, config: Any, wanted: NamedShapes) -> set[str]:
+    """Return the names whose shapes differ in a model made from a configuration; all of them if none can be made."""
     cls: Any = type(model)
     try:
         with torch.device("meta"):
-            made = cls(copy.deepcopy(config))
+            candidate = cls(copy.deepcopy(config))
     except Exception:  # a configuration may refuse its numbers in any way
         return set(wanted)
-    shapes = {name: tuple(t.shape) for name, t in named_tensors(made).items()}
+    shapes = {name: tuple(t.shape) for name, t in named_tensors(candidate).items()}
     return {name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name)}

@@ -1,10 +1,10 @@
-"""explain: what was found in a model, what was refused and why, without changing the model."""
+"""Explanation: the couplings and refusals of a model, with reasons, found without changing the model."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,50 +21,25 @@ from ecospa_fx.model.compiled import MODEL, CompiledModel, find_followed
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.state import Execution
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
-from ecospa_fx.passes.find.discover import Refusal
 from ecospa_fx.passes.find.regions import choose
 from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.graph.nodes import place
 from ecospa_fx.text import plural
 
-from .savings import Savings, savings_of
-from .snapshot import Snapshot, snapshot_of
+from .findings import Findings
+from .report import write_report
+from .snapshot import snapshot_of
 from .tables import json_of, markdown_of, rich_of, text_of
 from .why_not import WhyNot, why_not
 
 
 @dataclass(frozen=True, eq=False)
-class Explanation:
-    """What is known of a model: print it, ask it, draw it (`ecospa_fx.graphs`), write it as a report.
+class Explanation(Findings):
+    """Findings that can be printed, questioned, drawn (`ecospa_fx.graphs`) and written as a report.
 
-    Attributes:
-        model: name of the model's class.
-        regions: names of what was captured, `""` for the root.
-        couplings: what can shrink.
-        refusals: weights that meet along an axis which cannot, with the reasons.
-        missing_rules: ops that no axis rule is known for -> how often, first where; the axes they touch stay whole.
-        experiments: ops whose rule is an experiment's, verified and not proved -> how often, first where.
-        not_captured: submodules that could not be captured -> why.
-        seconds: wall-clock per pass, summed over regions, where this call captured.
-        known: the picture that questions are answered from.
-        make_graph: builds `graph`.
+    >>> explanation = ecospa_fx.explain(model, example_inputs=(x,))
+    >>> print(explanation.why("layers.0.q_proj", "layers.0.k_proj"))
     """
-
-    model: str
-    regions: tuple[str, ...]
-    couplings: tuple[Coupling, ...]
-    refusals: tuple[Refusal, ...]
-    missing_rules: dict[str, str]
-    experiments: dict[str, str]
-    not_captured: dict[str, str]
-    seconds: dict[str, float]
-    known: Snapshot
-    make_graph: Callable[[], nx.Graph]
-
-    @property
-    def graph(self) -> nx.Graph:
-        """The coupling graph: parameter axes, atoms and ops as nodes, see `ecospa_fx.couple.why.axis_graph`."""
-        return self.make_graph()
 
     def __repr__(self) -> str:
         where = "the root" if self.regions == ("",) else plural(len(self.regions), "region")
@@ -80,48 +55,44 @@ class Explanation:
         return rich_of(self)
 
     def to_markdown(self) -> str:
-        """All of it as Markdown, for an issue or a pull request."""
+        """Return everything as Markdown, for an issue or a pull request."""
         return markdown_of(self)
 
     def to_json(self) -> str:
-        """All of it as JSON."""
+        """Return everything as JSON."""
         return json_of(self)
 
-    def savings(self) -> Savings:
-        """What each coupling can give, in parameters, bytes and FLOPs."""
-        return savings_of(self.known, self.couplings)
-
     def by_module(self) -> dict[str, tuple[Coupling, ...]]:
-        """The couplings that run along parameters of each module, for the modules that hold some."""
+        """Return the couplings along the parameters of each module that has any, by module name."""
         modules: dict[str, dict[str, Coupling]] = {}
         for coupling in self.couplings:
             for member in coupling.members:
                 modules.setdefault(member.parameter.rpartition(".")[0], {})[coupling.name] = coupling
-        return {name: tuple(modules[name].values()) for name in self.known.modules if name in modules}
+        return {name: tuple(modules[name].values()) for name in self.snapshot.modules if name in modules}
 
     def why(self, a: str, b: str) -> Why:
-        """How two weights are coupled: a path through the graph per coupling, a sentence per op.
+        """Explain how two weights are coupled: a path through the graph per coupling, a sentence per op.
 
         Args:
-            a: a parameter, or a module that holds one matrix; an end of its name will do where it is unique.
-            b: another.
+            a: a parameter, or a module that holds one matrix; the end of its name is enough if it is unique.
+            b: another one.
 
         Raises:
-            NoCouplingError: they share no axis, or there is nothing of that name.
+            NoCouplingError: they share no axis, or the model has nothing of that name.
         """
-        first, second = self.known.matrix_of(a), self.known.matrix_of(b)
-        region = self.known.region_of(first)
+        first, second = self.snapshot.matrix_of(a), self.snapshot.matrix_of(b)
+        region = self.snapshot.region_of(first)
         paths: dict[str, Path] = {}
         refused: dict[str, tuple[str, ...]] = {}
-        if region is not None and region is self.known.region_of(second):
+        if region is not None and region is self.snapshot.region_of(second):
             prefix = f"{region.name}." if region.name else ""
-            inside = [self.known.ties.get(name, name).removeprefix(prefix) for name in (first, second)]
+            inside = [self.snapshot.ties.get(name, name).removeprefix(prefix) for name in (first, second)]
             names = {atom: name for name, atom in region.couplings()}
             for atom in self._shared_atoms(region.axis_facts.parameters, inside):
                 try:
                     path = path_between(region.axis_facts, atom, inside[0], inside[1])
                 except NoCouplingError:
-                    continue  # one weight twice: there is a path only where it meets itself
+                    continue  # one weight given twice has a path only if it is multiplied by itself
                 reasons = tuple(region.reasons(atom))
                 if atom in names:
                     paths[names[atom]] = path
@@ -130,37 +101,38 @@ class Explanation:
                     paths[label], refused[label] = path, reasons
         if not paths:
             raise NoCouplingError(
-                f"`{first}` and `{second}` share no axis along which weights meet; why_not says what each runs along"
+                f"`{first}` and `{second}` share no axis along which weights meet; why_not(name) says what lies along "
+                "each of their dims"
             )
         return Why(first, second, paths, refused)
 
     @staticmethod
     def _shared_atoms(parameters: Mapping[str, Any], names: Sequence[str]) -> list[Atom]:
-        held = [dict.fromkeys(atom for expr in parameters.get(name, ()) for atom in atoms_of(expr)) for name in names]
-        return [atom for atom in held[0] if atom in held[1]]
+        first, second = (
+            dict.fromkeys(atom for expr in parameters.get(name, ()) for atom in atoms_of(expr)) for name in names
+        )
+        return [atom for atom in first if atom in second]
 
     def why_not(self, name: str) -> WhyNot:
-        """What keeps a weight from shrinking, dim by dim, in sentences.
+        """Explain what keeps a weight from shrinking, dim by dim, in sentences.
 
         >>> explanation.why_not("layers.3.self_attn.q_proj")
 
         Args:
-            name: a parameter or a module; an end of its name will do where it is unique.
+            name: a parameter or a module; the end of its name is enough if it is unique.
 
         Raises:
-            NoCouplingError: there is nothing of that name.
+            NoCouplingError: the model has nothing of that name.
         """
-        return why_not(self.known, self.couplings, name)
+        return why_not(self.snapshot, self.couplings, name)
 
     def report(self, path: str | os.PathLike[str], *, training: Mapping[str, Any] | None = None) -> None:
-        """Write one HTML file with all of it, which works from disk and without a network.
+        """Write everything as one HTML file, which opens from disk and needs no network.
 
         Args:
             path: the file.
-            training: what `ecospa_fx.report.training_of(trainer, losses)` gives, for curves and widths over time.
+            training: the result of `ecospa_fx.report.training_of(trainer, losses)`, for curves and widths over time.
         """
-        from .report import write_report
-
         write_report(self, path, training)
 
 
@@ -173,30 +145,30 @@ def explain(
     experiments: bool = False,
     execution: Execution = "graph",
 ) -> Explanation:
-    """What can shrink in a model, what cannot, and why. Changes nothing; works on the meta device.
+    """Find what can shrink in a model, what cannot, and why. Changes nothing; works on the meta device.
 
     >>> print(ecospa_fx.explain(model, example_inputs=(x,)))
 
     Args:
         model: any module, compiled or not.
-        example_inputs: positional arguments of a call. A model that is compiled and has been called needs none.
+        example_inputs: positional arguments of a call. A compiled model that has been called needs none.
         example_kwargs: keyword arguments of that call.
         regions: as for `ecospa_fx.compile`.
         experiments: as for `ecospa_fx.compile`; on the meta device none can be verified, so none is used.
-        execution: as for `ecospa_fx.compile`, of a model that is not compiled. With `"module"` it says which integers
-            change with each coupling, and what only graphs can follow; that takes values, so it says of a model on the
-            meta device that it cannot be tried.
+        execution: as for `ecospa_fx.compile`, for a model that is not compiled yet. With `"module"` the result names
+            the integers that change with each coupling, and the couplings that need graph execution. Finding these
+            takes values, so on the meta device the reason reads that it cannot be tried.
 
     Raises:
-        NoInputsError: there are no inputs, and the model offers none (`dummy_inputs`, `example_input_array`).
-        CaptureError: it cannot be captured; with `execution="module"` that includes every call with a cache.
+        NoInputsError: no inputs are given, and the model offers none (`dummy_inputs`, `example_input_array`).
+        CaptureError: the model cannot be captured; with `execution="module"` that includes every call with a cache.
     """
     compiled = model.__dict__.get(MODEL)
     if compiled is not None and compiled.captured:
         return _explanation(model, compiled, {})
     args, kwargs = example_call(model, example_inputs, example_kwargs)
     if compiled is not None and compiled.regions:
-        # Loaded at its small sizes: only its own regions can run it, and they capture what they are called with.
+        # Loaded at its small sizes: only its own regions can run it, and they capture the calls they get.
         with isolated(model), torch.no_grad():
             model(*args, **kwargs)
         return _explanation(model, compiled, {})
@@ -206,11 +178,11 @@ def explain(
     waiting = type(model)
     model.__class__ = original_class(model)
     try:
-        found, scratch.not_captured = choose(model, args, kwargs, regions, options=scratch.state.options)
+        analyses, scratch.not_captured = choose(model, args, kwargs, regions, options=scratch.state.options)
     finally:
         model.__class__ = waiting
     seconds: Counter[str] = Counter()
-    for name, analysis in found.items():
+    for name, analysis in analyses.items():
         scratch.regions[name] = region = Region(name, scratch.state, {})
         for each in (analysis, *analysis.others):
             region.remember(each)
@@ -223,10 +195,10 @@ def explain(
 def example_call(
     model: nn.Module, inputs: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call to capture with: what was given, else what the model itself offers.
+    """Return the arguments to capture with: those given, else those that the model itself offers.
 
     Raises:
-        NoInputsError: neither.
+        NoInputsError: none are given and the model offers none.
     """
     if inputs is not None or kwargs is not None:
         return tuple(inputs or ()), dict(kwargs or {})
@@ -237,36 +209,36 @@ def example_call(
     if offered is not None:
         return (tuple(offered) if isinstance(offered, (tuple, list)) else (offered,)), {}
     raise NoInputsError(
-        f"nothing to capture {type(model).__name__} with: pass example_inputs=(x,) or example_kwargs={{...}}, the "
-        "arguments of one call"
+        f"there are no inputs to capture {type(model).__name__} with: pass the arguments of one call as "
+        "example_inputs=(x,) or example_kwargs={...}"
     )
 
 
 def _explanation(model: nn.Module, compiled: CompiledModel, seconds: dict[str, float]) -> Explanation:
-    inferences = [each.axis_facts for region in compiled.regions.values() for each in reversed(region.specializations)]
+    axis_facts = [each.axis_facts for region in compiled.regions.values() for each in reversed(region.specializations)]
     return Explanation(
         model=type(model).__name__,
         regions=tuple(compiled.regions),
         couplings=compiled.couplings(),
         refusals=tuple(refusal for region in compiled.regions.values() for refusal in region.offers.refusals()),
-        missing_rules=_uses((i.captured.region, i.missing) for i in inferences),
-        experiments=_uses((i.captured.region, i.experiments) for i in inferences),
+        missing_rules=_uses((i.captured.region, i.missing) for i in axis_facts),
+        experiments=_uses((i.captured.region, i.experiments) for i in axis_facts),
         not_captured=dict(compiled.not_captured),
         seconds=seconds,
-        known=snapshot_of(model, compiled),
+        snapshot=snapshot_of(model, compiled),
         make_graph=lambda: nx.union_all(
-            [nx.relabel_nodes(axis_graph(i), lambda key, n=n: (n, *key)) for n, i in enumerate(inferences)]
+            [nx.relabel_nodes(axis_graph(i), lambda key, n=n: (n, *key)) for n, i in enumerate(axis_facts)]
         ),
     )
 
 
-def _uses(met: Iterable[tuple[str, Mapping[str, Sequence[Any]]]]) -> dict[str, str]:
-    """Per op how often it was met, and where first, from the nodes per op of each region."""
-    found: dict[str, list[tuple[str, Any]]] = {}
-    for region, by_op in met:
-        for op, nodes in by_op.items():
-            found.setdefault(op, []).extend((region, node) for node in nodes)
+def _uses(nodes_by_op: Iterable[tuple[str, Mapping[str, Sequence[Any]]]]) -> dict[str, str]:
+    """Describe the uses of each op (their number, and the first one), from the nodes per op of each region."""
+    uses: dict[str, list[tuple[str, Any]]] = {}
+    for region, nodes_of in nodes_by_op:
+        for op, nodes in nodes_of.items():
+            uses.setdefault(op, []).extend((region, node) for node in nodes)
     return {
         op: f"{plural(len(nodes), 'use')}, first in {place(nodes[0][1], nodes[0][0])}"
-        for op, nodes in sorted(found.items())
+        for op, nodes in sorted(uses.items())
     }

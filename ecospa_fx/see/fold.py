@@ -1,4 +1,4 @@
-"""Fold: equal couplings and refusals of repeated blocks as one, for people to read."""
+"""Fold: the equal couplings or refusals of repeated blocks as one entry, for people to read."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ecospa_fx.text import starred
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """Couplings that are alike but for the number of their block.
+    """The couplings that are alike except for the number of their block.
 
     Attributes:
-        module: what they are named after, `*` for the number where there are several.
+        module: name of the module that their names begin with; `*` is the block number if there are several.
         tail: the rest of their names.
-        couplings: one or more; the first stands for all.
+        couplings: one or more; the first represents all.
     """
 
     module: str
@@ -27,7 +27,7 @@ class Fold:
 
     @property
     def members(self) -> list[str]:
-        """What the first runs along, below `module`, the parts of one dim of a fused projection in one."""
+        """The members of the first coupling, named below `module`; parts of one fused dim are one word."""
         first = self.couplings[0]
         prefix = first.name.rpartition(".")[0]
         grouped: dict[str, list[Member]] = {}
@@ -42,14 +42,14 @@ class Fold:
 
 
 def fold_couplings(couplings: Iterable[Coupling]) -> list[Fold]:
-    """One fold per sort of coupling, in the order in which they first occur, those of a module together."""
-    folded: dict[tuple[Any, ...], list[Coupling]] = {}
+    """Group couplings that are alike, in order of first occurrence, those of a module together."""
+    groups: dict[tuple[Any, ...], list[Coupling]] = {}
     for c in couplings:
         members = tuple(starred(str(member)) for member in c.members)
         key = starred(c.name), c.kind, c.size, c.original_size, c.linear, members
-        folded.setdefault(key, []).append(c)
+        groups.setdefault(key, []).append(c)
     folds = []
-    for (name, *_), group in folded.items():
+    for (name, *_), group in groups.items():
         module, _, tail = (name if len(group) > 1 else group[0].name).rpartition(".")
         folds.append(Fold(module, tail, tuple(group)))
     order = list(dict.fromkeys(fold.module for fold in folds))
@@ -57,13 +57,13 @@ def fold_couplings(couplings: Iterable[Coupling]) -> list[Fold]:
 
 
 def fold_refusals(refusals: Sequence[Refusal]) -> list[tuple[Refusal, int]]:
-    """The first of each sort of refusal, and how many there are."""
-    folded: dict[str, list[Refusal]] = {}
+    """Group refusals that are alike: the first of each group, and the size of the group."""
+    groups: dict[str, list[Refusal]] = {}
     for refusal in refusals:
-        folded.setdefault(starred(str(refusal)), []).append(refusal)
-    return [(group[0], len(group)) for group in folded.values()]
+        groups.setdefault(starred(str(refusal)), []).append(refusal)
+    return [(group[0], len(group)) for group in groups.values()]
 
 
 def heading(module: str) -> str:
-    """A module's name as a heading; the model itself has none."""
+    """Return a module's name as a heading; the root has an empty name."""
     return module or "the model itself"

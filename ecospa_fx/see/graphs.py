@@ -1,6 +1,6 @@
-"""Graphs: which weights are coupled, as networkx, and as DOT, SVG, Mermaid, GraphML and JSON.
+"""Graphs of coupled weights: as networkx graphs, and as DOT, SVG, Mermaid, GraphML and JSON.
 
-block_graph      weights and couplings, equal blocks as one ("x24"): readable for a model of any depth
+block_graph      weights and couplings, equal blocks drawn once ("x24"): readable for a model of any depth
 coupling_graph   every weight and every coupling
 full_graph       every axis, atom and op, with the rule behind each edge: the proof itself
 """
@@ -19,9 +19,26 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.text import starred
 
-from .explanation import Explanation
+from .findings import Findings
 from .fold import fold_couplings, fold_refusals
 from .tables import size_of
+
+__all__ = [
+    "COLOURS",
+    "LEVELS",
+    "REFUSED",
+    "WRITERS",
+    "block_graph",
+    "check_format",
+    "coupling_graph",
+    "full_graph",
+    "graphviz",
+    "to_dot",
+    "to_graphml",
+    "to_json",
+    "to_mermaid",
+    "to_svg",
+]
 
 COLOURS = {
     "qk": "#4269d0", "vo": "#2a9d8f", "heads": "#8e6bbf", "groups": "#c26fb0", "ffn": "#e08b2d", "glu": "#d1652c",
@@ -32,26 +49,26 @@ COLOURS = {
 REFUSED = "#c0392b"
 
 
-def coupling_graph(explanation: Explanation) -> nx.Graph:
-    """Every weight and every coupling.
+def coupling_graph(findings: Findings) -> nx.Graph:
+    """Build the graph of every weight and every coupling.
 
     Returns:
         A graph whose nodes have `kind` (`weight`, `coupling`), `label`, `block` and, for couplings, `coupling` (its
         kind), `size` and `times`; edges have `dim`.
     """
-    graph = nx.Graph(name=explanation.model)
-    for coupling in explanation.couplings:
+    graph = nx.Graph(name=findings.model)
+    for coupling in findings.couplings:
         _add(graph, coupling, 1, lambda name: name)
     return graph
 
 
-def block_graph(explanation: Explanation) -> nx.Graph:
-    """Weights and couplings, those of equal blocks as one, refused axes too; attributes as in `coupling_graph`."""
-    graph = nx.Graph(name=explanation.model)
-    for fold in fold_couplings(explanation.couplings):
+def block_graph(findings: Findings) -> nx.Graph:
+    """Build the graph of weights, couplings and refusals, equal blocks once; attributes as in `coupling_graph`."""
+    graph = nx.Graph(name=findings.model)
+    for fold in fold_couplings(findings.couplings):
         name = starred if len(fold.couplings) > 1 else (lambda text: text)
         _add(graph, fold.couplings[0], len(fold.couplings), name)
-    for refusal, times in fold_refusals(explanation.refusals):
+    for refusal, times in fold_refusals(findings.refusals):
         name = starred if times > 1 else (lambda text: text)
         key = f"refused: {name(' '.join(refusal.members))}"
         block = _common([name(member) for member in refusal.members])
@@ -65,10 +82,10 @@ def block_graph(explanation: Explanation) -> nx.Graph:
     return graph
 
 
-def full_graph(explanation: Explanation) -> nx.Graph:
-    """Every axis, atom and op, with attributes that every format can hold; `explanation.graph` keeps the objects."""
-    source = explanation.graph
-    graph = nx.Graph(name=explanation.model)
+def full_graph(findings: Findings) -> nx.Graph:
+    """Build the graph of every axis, atom and op, with plain attributes; `findings.graph` has the objects."""
+    source = findings.graph
+    graph = nx.Graph(name=findings.model)
     names = {key: f"n{number}" for number, key in enumerate(source)}
     for key, attributes in source.nodes(data=True):
         label = attributes.get("label", "")
@@ -115,7 +132,7 @@ def _common(members: Iterable[str]) -> str:
 
 
 def _blocks(graph: nx.Graph) -> dict[str, list[str]]:
-    """Nodes by the block they are drawn in."""
+    """Group nodes by the block they are drawn in."""
     blocks: dict[str, list[str]] = {}
     for key, block in graph.nodes(data="block"):
         blocks.setdefault(block or "", []).append(key)
@@ -127,7 +144,7 @@ def _times(graph: nx.Graph, keys: Iterable[str]) -> int:
 
 
 def to_dot(graph: nx.Graph) -> str:
-    """A graph in the language of graphviz."""
+    """Format a graph in the language of graphviz."""
     ids = {key: f"n{number}" for number, key in enumerate(graph)}
     lines = [
         f"graph {_quoted(graph.name)} {{",
@@ -168,7 +185,7 @@ def _dot_style(attributes: dict[str, Any]) -> str:
 
 
 def to_mermaid(graph: nx.Graph) -> str:
-    """A graph as a Mermaid flowchart, which GitHub and GitLab draw in Markdown."""
+    """Format a graph as a Mermaid flowchart, which GitHub and GitLab draw in Markdown."""
     ids = {key: f"n{number}" for number, key in enumerate(graph)}
     lines = ["flowchart LR"]
     for number, (block, keys) in enumerate(_blocks(graph).items()):
@@ -196,17 +213,17 @@ def to_mermaid(graph: nx.Graph) -> str:
 
 
 def to_graphml(graph: nx.Graph) -> str:
-    """A graph as GraphML, for yEd, Gephi and the like."""
+    """Format a graph as GraphML, for yEd, Gephi and the like."""
     return "\n".join(nx.generate_graphml(graph)) + "\n"
 
 
 def to_json(graph: nx.Graph) -> str:
-    """A graph as node-link JSON, which `networkx.node_link_graph` reads."""
+    """Format a graph as node-link JSON, which `networkx.node_link_graph` reads."""
     return json.dumps(nx.node_link_data(graph, edges="edges"), indent=1) + "\n"
 
 
 def graphviz() -> str:
-    """Path of graphviz's `dot`.
+    """Find the program `dot` of graphviz.
 
     Raises:
         EcoSpaError: it is not installed.
@@ -214,14 +231,14 @@ def graphviz() -> str:
     path = shutil.which("dot")
     if path is None:
         raise EcoSpaError(
-            "SVG is drawn by graphviz, and its program `dot` is not installed (apt install graphviz, brew install "
-            "graphviz); DOT text, Mermaid and GraphML need nothing"
+            "SVG needs the program `dot` of graphviz, which is not installed (apt install graphviz, brew install "
+            "graphviz); DOT, Mermaid, GraphML and JSON need no program"
         )
     return path
 
 
 def to_svg(graph: nx.Graph) -> str:
-    """A graph as a picture.
+    """Draw a graph as SVG.
 
     Raises:
         EcoSpaError: graphviz is not installed, or fails.
@@ -237,6 +254,13 @@ def _quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
+LEVELS: dict[str, Callable[[Findings], nx.Graph]] = {
+    "blocks": block_graph,
+    "couplings": coupling_graph,
+    "full": full_graph,
+}
+"""The graphs, by level of detail; the command line takes its choices from here."""
+
 WRITERS: dict[str, Callable[[nx.Graph], str]] = {
     "dot": to_dot,
     "svg": to_svg,
@@ -244,4 +268,14 @@ WRITERS: dict[str, Callable[[nx.Graph], str]] = {
     "graphml": to_graphml,
     "json": to_json,
 }
-"""How each format is written, by its name."""
+"""The writer of each format; the command line takes its choices from here."""
+
+
+def check_format(name: str) -> None:
+    """Check that the program that a format needs is installed, before a graph is built for it.
+
+    Raises:
+        EcoSpaError: it is not installed.
+    """
+    if WRITERS[name] is to_svg:
+        graphviz()

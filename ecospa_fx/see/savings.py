@@ -1,4 +1,4 @@
-"""Savings: what each coupling can give, in parameters, bytes and FLOPs. Arithmetic on axes; no tensor is touched."""
+"""Savings: the parameters, bytes and FLOPs that each coupling can save. Arithmetic on axes; no tensor is touched."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .snapshot import RegionSnapshot, Snapshot
 
 @dataclass(frozen=True)
 class Saving:
-    """What removing entries of one coupling saves.
+    """The savings from removing entries of one coupling.
 
     Attributes:
-        coupling: its name.
-        entries: how many can go: all but one.
-        parameters: per entry removed.
-        bytes: of weights, per entry removed. Gradients and AdamW's two moments make it four times as much in training.
-        flops: per entry removed, in one forward of the call that was captured; a backward takes about twice as many.
-        most_parameters: with all but one removed.
-        most_bytes: with all but one removed.
-        most_flops: with all but one removed.
+        coupling: name of the coupling.
+        entries: number of entries that can be removed: all but one.
+        parameters: parameters saved per entry.
+        bytes: bytes of weights saved per entry; four times as many in training, with gradients and AdamW's two moments.
+        flops: FLOPs saved per entry in one forward of the captured call; a backward takes about twice as many.
+        most_parameters: parameters saved if all but one entry are removed.
+        most_bytes: bytes saved if all but one entry are removed.
+        most_flops: FLOPs saved if all but one entry are removed.
     """
 
     coupling: str
@@ -46,14 +46,14 @@ class Saving:
 
 @dataclass(frozen=True, eq=False)
 class Savings:
-    """What each coupling can give. Entries that two couplings share (a head's dims) count in both: they do not add up.
+    """The savings of all couplings. Entries that two couplings share (a head's dims) count in both: do not add them up.
 
     Attributes:
-        by_coupling: by name.
-        parameters: of the model now.
-        bytes: of its parameters.
-        flops: of one forward of the captured regions, as they were called: products of matrices and convolutions.
-        couplings: the couplings it is about.
+        by_coupling: savings by name of the coupling.
+        parameters: parameters of the model now.
+        bytes: bytes of its parameters.
+        flops: FLOPs of one forward of the captured regions: matrix products and convolutions.
+        couplings: the couplings.
     """
 
     by_coupling: dict[str, Saving]
@@ -106,7 +106,7 @@ class Savings:
         return f"{head}\n\n{plain(self.__rich__())}"
 
     def to_json(self) -> str:
-        """All of it as JSON."""
+        """Return the savings as JSON."""
         document = {
             "parameters": self.parameters,
             "bytes": self.bytes,
@@ -116,16 +116,16 @@ class Savings:
         return json.dumps(document, indent=1)
 
 
-def savings_of(known: Snapshot, couplings: tuple[Coupling, ...]) -> Savings:
-    """What each of `couplings` can give."""
+def savings_of(snapshot: Snapshot, couplings: tuple[Coupling, ...]) -> Savings:
+    """Compute the savings of each coupling."""
     offered = {coupling.name: coupling for coupling in couplings}
     by_coupling: dict[str, Saving] = {}
     flops = 0
-    shared: dict[tuple[int, str], Saving] = {}  # blocks that are equal, and whole, share their inference
+    shared: dict[tuple[int, str], Saving] = {}  # equal blocks of original size share their axis facts
     totals: dict[int, int] = {}
-    for region in known.regions.values():
+    for region in snapshot.regions.values():
         key = id(region.axis_facts.facts)
-        costs = _Costs(known, region)
+        costs = _Costs(snapshot, region)
         if region.sizes:
             flops += costs.flops(region.sizes)
         else:
@@ -141,15 +141,15 @@ def savings_of(known: Snapshot, couplings: tuple[Coupling, ...]) -> Savings:
             if mark not in shared:
                 shared[mark] = costs.saving(name, atom, offered[name].size)
             by_coupling[name] = replace(shared[mark], coupling=name)
-    weights = sum(prod(shape) * width for name, (shape, width) in known.tensors.items() if name not in known.ties)
-    return Savings(by_coupling, known.parameters, weights, flops, couplings)
+    weights = sum(prod(shape) * width for name, (shape, width) in snapshot.tensors.items() if name not in snapshot.ties)
+    return Savings(by_coupling, snapshot.parameters, weights, flops, couplings)
 
 
 class _Costs:
     """Parameters, bytes and FLOPs of one region as functions of the sizes of its atoms."""
 
-    def __init__(self, known: Snapshot, region: RegionSnapshot) -> None:
-        self.known, self.region = known, region
+    def __init__(self, snapshot: Snapshot, region: RegionSnapshot) -> None:
+        self.snapshot, self.region = snapshot, region
         self.terms = list(flop_terms(region.axis_facts))
 
     def saving(self, name: str, atom: Atom, now: int) -> Saving:
@@ -164,17 +164,17 @@ class _Costs:
         parameters = weights = 0
         for name, exprs in self.region.axis_facts.parameters.items():
             full = join(self.region.name, name)
-            if full not in self.known.tensors or full in self.known.ties:
+            if full not in self.snapshot.tensors or full in self.snapshot.ties:
                 continue
             if any(atom in atoms_of(expr) for expr in exprs):
-                gone = prod(self.region.count(e, before) for e in exprs)
-                gone -= prod(self.region.count(e, after) for e in exprs)
-                parameters += gone
-                weights += gone * self.known.tensors[full][1]
+                removed = prod(self.region.count(e, before) for e in exprs)
+                removed -= prod(self.region.count(e, after) for e in exprs)
+                parameters += removed
+                weights += removed * self.snapshot.tensors[full][1]
         return parameters, weights, self.flops(before, atom) - self.flops(after, atom)
 
     def flops(self, sizes: Mapping[Atom, int], only: Atom | None = None) -> int:
-        """FLOPs of the region with atoms at `sizes`, of the products that `only` is in alone if it is given."""
+        """Count the FLOPs of the region with atoms at `sizes`; with `only`, of the products that involve this atom."""
         total = 0.0
         for factor, exprs in self.terms:
             if only is None or any(only in atoms_of(expr) for expr in exprs):

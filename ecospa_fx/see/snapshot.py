@@ -1,4 +1,4 @@
-"""Known: a still picture of what was found in a model. What is asked of an `Explanation` is answered from it."""
+"""Snapshot: axes, sizes and names of a model at one moment, from which an `Explanation` answers questions."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class RegionSnapshot:
     """One captured submodule.
 
     Attributes:
-        name: of the region in the model.
-        axis_facts: axes of its first graph, which names are taken from.
-        discovery: what was found in that graph.
-        sizes: atom -> entries now, for those that have shrunk.
-        symbols: dynamic size -> what it was in the call that was captured.
+        name: name of the region in the model.
+        axis_facts: axes of its first graph, which couplings are named after.
+        discovery: couplings and refusals of that graph.
+        sizes: atom -> entries now, for atoms that have shrunk.
+        symbols: dynamic size -> its value in the captured call.
     """
 
     name: str
@@ -40,12 +40,12 @@ class RegionSnapshot:
     symbols: Mapping[sympy.Symbol, int]
 
     def couplings(self) -> Iterator[tuple[str, Atom]]:
-        """Names of the couplings in the model, with their atoms."""
-        for found in self.discovery.couplings:
-            yield join(self.name, found.name), found.atom
+        """Iterate over the couplings: the name in the model, and the atom."""
+        for coupling in self.discovery.couplings:
+            yield join(self.name, coupling.name), coupling.atom
 
     def count(self, expr: Expr, sizes: Mapping[Atom, int] | None = None) -> int:
-        """Entries along `expr` with atoms at `sizes`, by default those now."""
+        """Count the entries along `expr` with atoms at `sizes`, by default at their sizes now."""
         sizes = self.sizes if sizes is None else sizes
         match expr:
             case Atom():
@@ -60,16 +60,16 @@ class RegionSnapshot:
                 return sum(self.count(part, sizes) for part in expr.parts)
 
     def pins(self, atom: Atom) -> list[Fact]:
-        """What needs `atom` whole."""
+        """List the facts that pin `atom`."""
         return [fact for fact in self.axis_facts.facts if fact.role == "pinned" and atom in atoms_of(fact.expr)]
 
     def reasons(self, atom: Atom) -> list[str]:
-        """What needs `atom` whole, in words, each reason once."""
+        """List the reasons that pin `atom`, in words, each once."""
         captured = self.axis_facts.captured
         return list(dict.fromkeys(reason_text(fact.reason, fact.node, captured.region) for fact in self.pins(atom)))
 
     def axes_along(self, atom: Atom) -> list[tuple[str, int]]:
-        """The parameter dims, by name in the model, that `atom` lies on."""
+        """List the parameter dims that `atom` lies on, by name in the model."""
         parameters = self.axis_facts.parameters.items()
         return [
             (join(self.name, name), dim)
@@ -79,14 +79,14 @@ class RegionSnapshot:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """What was found in a model: the regions, and what the model holds.
+    """The regions, tensors and modules of a model at one moment.
 
     Attributes:
-        regions: by name.
+        regions: regions by name.
         tensors: parameter -> (shape now, bytes per entry); tied ones under each of their names.
-        ties: name of a parameter -> first name of the same one.
+        ties: name of a tied parameter -> its first name.
         modules: name of a submodule -> name of its class.
-        buffers: shapes of the buffers.
+        buffers: buffer -> shape.
     """
 
     regions: dict[str, RegionSnapshot]
@@ -97,7 +97,7 @@ class Snapshot:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the model now, tied ones once."""
+        """Number of parameters of the model now, tied ones counted once."""
         total = 0
         for name, (shape, _) in self.tensors.items():
             if name not in self.ties:
@@ -105,15 +105,15 @@ class Snapshot:
         return total
 
     def region_of(self, parameter: str) -> RegionSnapshot | None:
-        """The region that a parameter lies in, if any."""
+        """Return the region that a parameter lies in, or None."""
         inside = [r for name, r in self.regions.items() if not name or parameter.startswith(f"{name}.")]
         return max(inside, key=lambda region: len(region.name), default=None)
 
     def resolve(self, name: str) -> str:
-        """The full name of a parameter or module that is given by its full name or by an end of it that is unique.
+        """Return the full name of a parameter or module, given in full or by an end of it that is unique.
 
         Raises:
-            NoCouplingError: there is none, or there are several.
+            NoCouplingError: no name, or more than one, ends like that.
         """
         names = [*self.tensors, *(module for module in self.modules if module)]
         if name in names:
@@ -122,43 +122,43 @@ class Snapshot:
         if len(ends) == 1:
             return ends[0]
         if ends:
-            raise NoCouplingError(f"`{name}` is the end of {len(ends)} names: {', '.join(ends[:3])}; write one in full")
-        close = difflib.get_close_matches(name, names, n=3)
-        hint = f"; close to it are {', '.join(close)}" if close else ""
+            raise NoCouplingError(f"{len(ends)} names end with `{name}`: {', '.join(ends[:3])}; write one in full")
+        similar = difflib.get_close_matches(name, names, n=3)
+        hint = f"; similar names: {', '.join(similar)}" if similar else ""
         raise NoCouplingError(f"the model has no parameter or module `{name}`{hint}")
 
     def parameters_of(self, name: str) -> list[str]:
-        """The parameters that a name stands for: itself, or those that a module holds directly.
+        """List the parameters that a name stands for: itself, or those that a module holds directly.
 
         Raises:
-            NoCouplingError: there is nothing of that name, or it holds no parameters itself.
+            NoCouplingError: the model has nothing of that name, or it is a module without parameters of its own.
         """
         full = self.resolve(name)
         if full in self.tensors:
             return [full]
-        own = [parameter for parameter in self.tensors if parameter.rpartition(".")[0] == full]
-        if not own:
+        parameters = [parameter for parameter in self.tensors if parameter.rpartition(".")[0] == full]
+        if not parameters:
             below = [module for module in self.modules if re.fullmatch(rf"{re.escape(full)}\.[^.]+", module)]
             raise NoCouplingError(
-                f"`{full}` holds no parameters itself; ask for a part of it: {', '.join(below) or 'there is none'}"
+                f"`{full}` holds no parameters itself; name one of its submodules: {', '.join(below) or 'it has none'}"
             )
-        return own
+        return parameters
 
     def matrix_of(self, name: str) -> str:
-        """The one parameter that a name stands for in a question about two weights: of several the matrix."""
-        own = self.parameters_of(name)
-        matrices = [parameter for parameter in own if len(self.tensors[parameter][0]) > 1]
-        if len(own) > 1 and len(matrices) != 1:
-            raise NoCouplingError(f"`{name}` holds several parameters; name one of {', '.join(own)}")
-        return (matrices or own)[0]
+        """Return the one parameter that a name stands for in `why`: the matrix, if a module holds several."""
+        parameters = self.parameters_of(name)
+        matrices = [parameter for parameter in parameters if len(self.tensors[parameter][0]) > 1]
+        if len(parameters) > 1 and len(matrices) != 1:
+            raise NoCouplingError(f"`{name}` holds several parameters; name one of {', '.join(parameters)}")
+        return (matrices or parameters)[0]
 
 
 def snapshot_of(model: nn.Module, compiled: CompiledModel) -> Snapshot:
-    """Take the picture.
+    """Take a snapshot of a model.
 
     Args:
         model: the model.
-        compiled: its state, or a state made for the purpose.
+        compiled: its compiled state, or a temporary one for a model that is not compiled.
     """
     regions = {}
     for name, region in compiled.regions.items():
@@ -183,7 +183,7 @@ def snapshot_of(model: nn.Module, compiled: CompiledModel) -> Snapshot:
 
 
 def entries_left(choice: Selected) -> int:
-    """Entries that a selection keeps, in each context where it differs by one."""
+    """Count the entries that a selection keeps, per context if it differs between contexts."""
     return int((choice.mask[0] if isinstance(choice, PerContext) else choice).sum())
 
 

@@ -1,4 +1,4 @@
-"""summary: a model layer by layer, in the manner of torchinfo: shapes, parameters, and what shrinks along them."""
+"""Summary: a model layer by layer, in the manner of torchinfo: shapes, parameters, couplings along them."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class Layer:
     """One module of a summary, or several that are alike.
 
     Attributes:
-        name: its name in its parent; `0-23` for several.
-        cls: name of its class.
-        depth: how deep it lies.
-        times: how many are alike.
-        shape: of its weight now.
-        original: of its weight before any shrink.
-        output: of its output, if the summary was given inputs.
-        parameters: of it and all below, of all that are alike; what another layer holds already is not counted again.
-        couplings: tails of the names of the couplings that run along its own parameters.
+        name: name in the parent; `0-23` for several.
+        cls: name of the class.
+        depth: levels below the root.
+        times: number of modules that are alike.
+        shape: shape of the weight now.
+        original: shape of the weight before any shrink.
+        output: shape of the output, if inputs were given.
+        parameters: parameters of these modules and all below; those of an earlier layer (tied) are not counted again.
+        couplings: last parts of the names of the couplings along its own parameters.
     """
 
     name: str
@@ -55,12 +55,12 @@ class Summary:
     """A model layer by layer; print it.
 
     Attributes:
-        model: name of its class.
-        layers: from the root down.
-        parameters: tied ones once.
-        original_parameters: before any shrink.
-        trainable: of the parameters.
-        bytes: of the parameters.
+        model: name of the model's class.
+        layers: the layers from the root down.
+        parameters: number of parameters, tied ones counted once.
+        original_parameters: number of parameters before any shrink.
+        trainable: number of parameters that require gradients.
+        bytes: bytes of the parameters.
     """
 
     model: str
@@ -74,12 +74,12 @@ class Summary:
         return f"<Summary of {self.model}: {self.parameters:,} parameters>"
 
     def total(self) -> str:
-        """The last lines."""
+        """Format the last line: sizes of the whole model."""
         of = f" of {self.original_parameters:,}" if self.original_parameters != self.parameters else ""
         return f"{self.parameters:,}{of} parameters, {self.trainable:,} trainable, {size(self.bytes)}"
 
     def table(self) -> Table:
-        """A row per layer."""
+        """Build the table with a row per layer."""
         table = Table(box=None, pad_edge=False, show_edge=False)
         outputs, coupled = any(x.output for x in self.layers), any(x.couplings for x in self.layers)
         table.add_column("layer", overflow="fold")
@@ -120,10 +120,10 @@ class _Walk:
     seen: set[int] = field(default_factory=set)
 
     def visit(self, run: list[nn.Module], name: str, path: str, depth: int) -> None:
-        """Add a layer, or a run of layers that are alike, and what lies in the first of them."""
+        """Add a layer, or a run of equal layers, and the layers inside the first of them."""
         module = run[0]
-        own = dict(module.named_parameters(recurse=False))
-        weight = next(((n, p) for n, p in own.items() if p.ndim > 1), None) or next(iter(own.items()), None)
+        direct = dict(module.named_parameters(recurse=False))
+        weight = next(((n, p) for n, p in direct.items() if p.ndim > 1), None) or next(iter(direct.items()), None)
         shape: OutputShape = tuple(weight[1].shape) if weight else ()
         full = f"{path}.{weight[0]}" if weight and path else (weight[0] if weight else "")
         fresh = {id(p): p for each in run for p in each.parameters() if id(p) not in self.seen}
@@ -141,7 +141,7 @@ class _Walk:
         self.seen |= fresh.keys()
 
     def _alike(self, module: nn.Module, path: str) -> list[tuple[str, str, list[nn.Module]]]:
-        """Children, runs of equal ones in a list as one: (first, last, all of them)."""
+        """List the children, runs of equal ones as one: (first name, last name, modules)."""
         runs: list[tuple[str, str, list[nn.Module]]] = []
         marks: list[Any] = []
         for name, child in module.named_children():
@@ -155,7 +155,7 @@ class _Walk:
         return runs
 
     def _mark(self, module: nn.Module, path: str) -> Any:
-        """What must be equal for two children to be shown as one."""
+        """Return the properties that must be equal for two children to be shown as one."""
         kinds = tuple((n, type(m).__name__) for n, m in module.named_modules())
         return kinds, tuple((n, tuple(p.shape)) for n, p in module.named_parameters()), self.shapes.get(path)
 
@@ -167,17 +167,17 @@ def summary(
     example_kwargs: Mapping[str, Any] | None = None,
     depth: int | None = None,
 ) -> Summary:
-    """A model layer by layer: class, weight, parameters; equal blocks as one.
+    """Summarise a model layer by layer: class, weight, parameters; equal blocks as one.
 
     >>> print(ecospa_fx.summary(model))
 
     A compiled model that has been called also shows original sizes and the couplings along each layer.
 
     Args:
-        model: any module; on the meta device too, then without inputs.
+        model: any module; on the meta device too, without inputs.
         example_inputs: positional arguments of a call, to show the shapes of outputs as well.
         example_kwargs: keyword arguments of that call.
-        depth: levels below the model that are shown; by default all.
+        depth: number of levels below the model to show; by default all.
     """
     compiled = model.__dict__.get(MODEL)
     couplings: dict[str, list[str]] = {}
@@ -206,7 +206,7 @@ def summary(
 
 
 def _output_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, OutputShape]:
-    """The shape of the first tensor that each module returns; modules inside a compiled region do not run as such."""
+    """Return the shape of the first tensor that each module returns, but for modules inside a compiled region."""
     shapes: dict[str, OutputShape] = {}
 
     def hook(name: str) -> Any:

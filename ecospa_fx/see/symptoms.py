@@ -1,8 +1,8 @@
-"""Signs that shrinking goes wrong: the failures of the paper (arXiv 2511.11641), seen and said.
+"""Symptoms of shrinking gone wrong: the failures that the paper names (arXiv 2511.11641), found while training.
 
-the loss stays up after a shrink      spike
-one layer is all but gone             collapse
-widths that run no faster             width
+spike      the loss stays up after a shrink
+collapse   one layer has lost almost all of its entries
+width      widths that run no faster on this hardware
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.train.loss_spikes import LossSpikes
 
 COLLAPSED = 0.1
-"""Share of its entries at which a coupling may have collapsed, if the others have kept much more."""
+"""Remaining share of its entries at which a coupling counts as collapsed, if the others have kept much more."""
 
 APART = 4
-"""How many times as much of it the median coupling then has."""
+"""Factor by which the share of the median coupling must be larger then."""
 
 SymptomKind = Literal["spike", "collapse", "width"]
 
 
 @dataclass(frozen=True)
 class Symptom:
-    """Something a person should look at.
+    """A warning that a person should look at.
 
     Attributes:
         kind: `"spike"`, `"collapse"` or `"width"`.
-        step: training step it was seen at.
-        about: the coupling or weight; empty where it is the model.
-        text: what it is, with the numbers, and what to do.
+        step: training step at which it was found.
+        about: name of the coupling or weight; empty for the model.
+        text: the trouble, with the numbers, and the way out.
     """
 
     kind: SymptomKind
@@ -47,32 +47,32 @@ class Symptom:
 
 
 def spike(spikes: LossSpikes, step: int, shrunk_at: int, waits: bool) -> Symptom | None:
-    """The loss has not got over the last shrink.
+    """Check whether the loss has recovered from the last shrink; None if it has.
 
     Args:
-        spikes: has seen the losses and the shrink.
-        step: now.
-        shrunk_at: step of that shrink.
-        waits: the trainer is told the loss too, and waits with the next one.
+        spikes: the losses and shrinks so far.
+        step: the step now.
+        shrunk_at: step of the last shrink.
+        waits: the trainer gets the loss too, and postpones the next shrink.
     """
     if not spikes.spiking or spikes.before is None or spikes.level is None:
         return None
-    way = "the next one waits for it" if waits else "trainer.step(loss=loss) lets the next one wait for it"
+    way = "the next shrink waits for it" if waits else "with trainer.step(loss=loss) the next shrink would wait for it"
     rise = f", {spikes.level / spikes.before - 1:.0%} above" if spikes.before > 0 else ", above"
     text = (
         f"the loss is {spikes.level:.4g}{rise} the {spikes.before:.4g} before the shrink at step {shrunk_at}; {way}. "
-        "If it does not come down, shrink less at a time: a larger theta, a smaller top_k, more steps between"
+        "If it does not come down, shrink less at a time: a larger theta, a smaller top_k, a longer interval"
     )
     return Symptom("spike", step, "", text)
 
 
 def collapses(couplings: Iterable[Coupling], step: int, said: Collection[str] = ()) -> list[Symptom]:
-    """Couplings that have lost almost all, while the others have not.
+    """Find couplings that have lost almost all entries, while the others have not.
 
     Args:
-        couplings: at their sizes now.
-        step: now.
-        said: names of those that need not be said again.
+        couplings: the couplings at their sizes now.
+        step: the step now.
+        said: names of couplings that were reported before.
     """
     shares = {c: c.size / c.original_size for c in couplings}
     middle = median(shares.values()) if shares else 0.0
@@ -82,7 +82,7 @@ def collapses(couplings: Iterable[Coupling], step: int, said: Collection[str] = 
             step,
             coupling.name,
             f"`{coupling.name}` has {coupling.size} of {coupling.original_size} entries left ({share:.1%}), the median "
-            f"coupling {middle:.0%}: its layer takes hardly part any more. min_keep= or frozen= keeps more of it",
+            f"coupling {middle:.0%}: its layer contributes almost nothing. min_keep= or frozen= keeps more of it",
         )
         for coupling, share in shares.items()
         if share <= COLLAPSED and share * APART <= middle and coupling.name not in said
@@ -90,13 +90,13 @@ def collapses(couplings: Iterable[Coupling], step: int, said: Collection[str] = 
 
 
 def odd_widths(model: nn.Module, couplings: Iterable[Coupling], step: int, multiple: int) -> Symptom | None:
-    """Widths that have shrunk to what the hardware does not like.
+    """Find widths that have shrunk to sizes which run slowly on the hardware.
 
     Args:
-        model: whose weights they are.
-        couplings: at their sizes now.
-        step: now.
-        multiple: what the hardware does like: of 8 entries, as a rule, with tensor cores and 16 bits.
+        model: the model that has the weights.
+        couplings: the couplings at their sizes now.
+        step: the step now.
+        multiple: number that widths should be multiples of: 8 as a rule, for tensor cores with 16 bits.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     changed = [c for c in couplings if c.size != c.original_size]
@@ -106,7 +106,7 @@ def odd_widths(model: nn.Module, couplings: Iterable[Coupling], step: int, multi
         return None
     name, size = next(iter(odd.items()))
     text = (
-        f"{len(odd)} of {len(sizes)} widths that have shrunk are no multiples of {multiple}, such as {size} of "
+        f"{len(odd)} of {len(sizes)} widths that have shrunk are not multiples of {multiple}, such as {size} of "
         f"`{name}`: they may run no faster than {size + -size % multiple}. round_to={multiple} keeps multiples"
     )
     return Symptom("width", step, name, text)

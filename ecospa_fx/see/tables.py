@@ -1,11 +1,11 @@
-"""What an explanation says, as text for 80 columns, as rich tables, Markdown and JSON."""
+"""Tables: findings as text for 80 columns, as rich tables, Markdown and JSON."""
 
 from __future__ import annotations
 
 import json
 import textwrap
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group
 from rich.padding import Padding
@@ -14,26 +14,17 @@ from rich.text import Text
 
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.passes.find.discover import Refusal
-from ecospa_fx.text import plain, plural
+from ecospa_fx.text import plain
 
+from .findings import Findings
 from .fold import Fold, fold_couplings, fold_refusals, heading
-
-if TYPE_CHECKING:
-    from .explanation import Explanation
 
 MOST_MEMBERS, MOST_REASONS = 6, 3
 WIDTH = 80
 
 
-def title(explanation: Explanation) -> str:
-    """The first line."""
-    regions = explanation.regions
-    where = "the whole model" if regions == ("",) else plural(len(regions), "region")
-    return f"{explanation.model}: {plural(len(explanation.couplings), 'coupling')} in {where}"
-
-
 def couplings_table(couplings: tuple[Coupling, ...]) -> Table:
-    """A row per sort of coupling, under the module that its members share."""
+    """Build a table with a row per group of equal couplings, of one module."""
     table = Table(box=None, pad_edge=False, show_edge=False)
     table.add_column("coupling", overflow="fold", style="bold")
     table.add_column("size", justify="right", no_wrap=True)
@@ -48,7 +39,7 @@ def couplings_table(couplings: tuple[Coupling, ...]) -> Table:
 
 
 def size_of(coupling: Coupling) -> str:
-    """Entries now, of how many; `16 x 8` where each of eight contexts (heads) may keep others."""
+    """Format a coupling's size, and its original one; `16 x 8` if each of eight contexts (heads) chooses its own."""
     size = str(coupling.size)
     if coupling.size != coupling.original_size:
         size += f" of {coupling.original_size}"
@@ -57,7 +48,7 @@ def size_of(coupling: Coupling) -> str:
 
 
 def by_module(couplings: tuple[Coupling, ...]) -> Iterator[tuple[str, tuple[Coupling, ...]]]:
-    """Couplings by the module they are named after, equal modules of repeated blocks together."""
+    """Iterate over couplings by the module of their names, equal modules of repeated blocks as one."""
     grouped: dict[str, list[Fold]] = {}
     for fold in fold_couplings(couplings):
         grouped.setdefault(fold.module, []).append(fold)
@@ -66,7 +57,7 @@ def by_module(couplings: tuple[Coupling, ...]) -> Iterator[tuple[str, tuple[Coup
 
 
 def refusal_lines(refusal: Refusal, times: int) -> tuple[str, list[str]]:
-    """The weights that meet, and a line per reason."""
+    """Format the weights that meet in a refusal, and a line per reason."""
     more = len(refusal.members) - MOST_MEMBERS
     again = f", {times} times" if times > 1 else ""
     head = ", ".join(refusal.members[:MOST_MEMBERS]) + (f" and {more} more" if more > 0 else "")
@@ -76,41 +67,41 @@ def refusal_lines(refusal: Refusal, times: int) -> tuple[str, list[str]]:
     return f"{head} (size {refusal.size}{again})", reasons
 
 
-def _notes(explanation: Explanation) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
-    """The sections below the couplings: a heading, and items with lines of their own."""
-    if explanation.refusals:
-        folded = fold_refusals(explanation.refusals)
+def _notes(findings: Findings) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
+    """Iterate over the sections below the couplings: a heading, and items with their detail lines."""
+    if findings.refusals:
+        folded = fold_refusals(findings.refusals)
         yield "Refused, and why", [refusal_lines(refusal, times) for refusal, times in folded]
-    changing = [(fold, changes) for fold in fold_couplings(explanation.couplings) if (changes := _changes(fold))]
+    changing = [(fold, changes) for fold in fold_couplings(findings.couplings) if (changes := _changes(fold))]
     if changing:
         lines: list[tuple[str, list[str]]] = [
             (f"{'.'.join(filter(None, (fold.module, fold.tail)))}: {', '.join(changes)}", [])
             for fold, changes in changing
         ]
         yield "Integers that change with it (execution='module')", lines
-    if explanation.missing_rules:
-        items: list[tuple[str, list[str]]] = [(f"{op}: {uses}", []) for op, uses in explanation.missing_rules.items()]
-        yield "Ops without an axis rule (what they touch stays whole)", items
-    if explanation.experiments:
-        tried: list[tuple[str, list[str]]] = [(f"{op}: {uses}", []) for op, uses in explanation.experiments.items()]
-        yield "Ops whose axis rule is an experiment's (verified, not proved)", tried
-    if explanation.not_captured:
-        yield "Not captured", [(f"{name or 'the model'}: {why}", []) for name, why in explanation.not_captured.items()]
+    if findings.missing_rules:
+        items: list[tuple[str, list[str]]] = [(f"{op}: {uses}", []) for op, uses in findings.missing_rules.items()]
+        yield "Ops without an axis rule (the axes they touch stay whole)", items
+    if findings.experiments:
+        uncertain: list[tuple[str, list[str]]] = [(f"{op}: {uses}", []) for op, uses in findings.experiments.items()]
+        yield "Ops whose axis rule comes from an experiment (verified, not proved)", uncertain
+    if findings.not_captured:
+        yield "Not captured", [(f"{name or 'the model'}: {why}", []) for name, why in findings.not_captured.items()]
 
 
 def _changes(fold: Fold) -> list[str]:
-    """The attributes that change with a sort of coupling, named from the module that its members share."""
+    """Name the attributes that change with a group of couplings, from the module that its members share."""
     first = fold.couplings[0]
     prefix = f"{first.name.rpartition('.')[0]}."
     return [change.removeprefix(prefix) for change in first.changes]
 
 
-def text_of(explanation: Explanation) -> str:
-    """All of it for a terminal of 80 columns."""
-    parts = [title(explanation)]
-    for module, couplings in by_module(explanation.couplings):
+def text_of(findings: Findings) -> str:
+    """Format findings as text for a terminal of 80 columns."""
+    parts = [findings.title]
+    for module, couplings in by_module(findings.couplings):
         parts.append(f"{module}\n{textwrap.indent(plain(couplings_table(couplings), WIDTH - 2), '  ')}")
-    for name, items in _notes(explanation):
+    for name, items in _notes(findings):
         lines = [f"{name}:"]
         for item, details in items:
             lines.append(_wrapped(item, "  ", "    "))
@@ -119,12 +110,12 @@ def text_of(explanation: Explanation) -> str:
     return "\n\n".join(parts)
 
 
-def rich_of(explanation: Explanation) -> Group:
-    """All of it for a terminal of any width, in colour."""
-    parts: list[Any] = [Text(title(explanation), style="bold")]
-    for module, couplings in by_module(explanation.couplings):
+def rich_of(findings: Findings) -> Group:
+    """Format findings for a terminal of any width, in colour."""
+    parts: list[Any] = [Text(findings.title, style="bold")]
+    for module, couplings in by_module(findings.couplings):
         parts += [Text(), Text(module, style="cyan"), Padding(couplings_table(couplings), (0, 0, 0, 2))]
-    for name, items in _notes(explanation):
+    for name, items in _notes(findings):
         parts += [Text(), Text(f"{name}:", style="bold")]
         for item, details in items:
             parts.append(Padding(Text(item), (0, 0, 0, 2)))
@@ -132,10 +123,10 @@ def rich_of(explanation: Explanation) -> Group:
     return Group(*parts)
 
 
-def markdown_of(explanation: Explanation) -> str:
-    """All of it as Markdown."""
-    parts = [f"## {title(explanation)}"]
-    for module, couplings in by_module(explanation.couplings):
+def markdown_of(findings: Findings) -> str:
+    """Format findings as Markdown."""
+    parts = [f"## {findings.title}"]
+    for module, couplings in by_module(findings.couplings):
         rows = ["| coupling | size | times | between | members |", "|---|---:|---:|---|---|"]
         for fold in fold_couplings(couplings):
             between = "linear" if fold.couplings[0].linear else "pointwise"
@@ -143,7 +134,7 @@ def markdown_of(explanation: Explanation) -> str:
             cells = fold.tail, size_of(fold.couplings[0]), str(len(fold.couplings)), between, members
             rows.append(f"| {' | '.join(cells)} |")
         parts.append(f"### `{module}`\n\n" + "\n".join(rows))
-    for name, items in _notes(explanation):
+    for name, items in _notes(findings):
         lines = []
         for item, details in items:
             lines += [f"- {item}", *(f"  - {detail}" for detail in details)]
@@ -151,25 +142,25 @@ def markdown_of(explanation: Explanation) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def document_of(explanation: Explanation) -> dict[str, Any]:
-    """All of it as plain values."""
+def document_of(findings: Findings) -> dict[str, Any]:
+    """Convert findings to plain values."""
     return {
-        "model": explanation.model,
-        "regions": list(explanation.regions),
-        "couplings": [coupling_document(coupling) for coupling in explanation.couplings],
+        "model": findings.model,
+        "regions": list(findings.regions),
+        "couplings": [coupling_document(coupling) for coupling in findings.couplings],
         "refusals": [
             {"members": list(r.members), "size": r.size, "reasons": list(r.reasons), "region": r.region}
-            for r in explanation.refusals
+            for r in findings.refusals
         ],
-        "missing_rules": explanation.missing_rules,
-        "experiments": explanation.experiments,
-        "given_up": explanation.not_captured,
-        "seconds": explanation.seconds,
+        "missing_rules": findings.missing_rules,
+        "experiments": findings.experiments,
+        "given_up": findings.not_captured,
+        "seconds": findings.seconds,
     }
 
 
 def coupling_document(coupling: Coupling) -> dict[str, Any]:
-    """A coupling as plain values; the index of its members is left out."""
+    """Convert a coupling to plain values, without the index of its members."""
     return {
         "name": coupling.name,
         "kind": coupling.kind,
@@ -184,9 +175,9 @@ def coupling_document(coupling: Coupling) -> dict[str, Any]:
     }
 
 
-def json_of(explanation: Explanation) -> str:
-    """All of it as JSON."""
-    return json.dumps(document_of(explanation), indent=1)
+def json_of(findings: Findings) -> str:
+    """Format findings as JSON."""
+    return json.dumps(document_of(findings), indent=1)
 
 
 def _wrapped(text: str, first: str, rest: str) -> str:

@@ -1,4 +1,4 @@
-"""verify: the numeric proof that removal equals masking, coupling by coupling and all together."""
+"""Verification: the numeric proof that removal equals masking, coupling by coupling and all together."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from ecospa_fx.passes.rewrite.verify import Comparison, compare
 
 @dataclass(frozen=True)
 class Verification:
-    """Result of `verify`.
+    """The result of `verify`.
 
     Attributes:
-        by_coupling: a comparison per coupling alone, and `all of <region>` per region for all together.
+        by_coupling: a comparison per coupling alone, and `all of <region>` per region for all its couplings together.
     """
 
     by_coupling: dict[str, Comparison]
 
     @property
     def ok(self) -> bool:
-        """Every comparison is within tolerance."""
+        """True if every comparison is within tolerance."""
         return all(comparison.ok for comparison in self.by_coupling.values())
 
     @property
@@ -50,10 +50,10 @@ class Verification:
         )
 
     def raise_if_failed(self) -> None:
-        """Raise where any comparison failed.
+        """Raise if any comparison failed.
 
         Raises:
-            VerificationError: with every coupling that failed.
+            VerificationError: names every coupling that failed.
         """
         failed = [c for c in self.by_coupling.values() if not c.ok]
         if failed:
@@ -82,7 +82,7 @@ def verify(
         model: a compiled model.
         example_inputs: positional arguments of a call.
         example_kwargs: keyword arguments of a call.
-        seed: of the random selections, and of stand-ins for entries that are gone already.
+        seed: seed of the random selections, and of the noise that replaces entries removed earlier.
 
     Raises:
         NoInputsError: the model has not been called yet and no inputs are given.
@@ -90,25 +90,25 @@ def verify(
     args, kwargs = tuple(example_inputs), dict(example_kwargs or {})
     modes = {module: module.training for module in model.modules()}
     try:
-        # Dropout would draw other masks at other sizes; entry by entry it is the same in both modes.
+        # Dropout would draw other masks at other sizes; entry by entry, train and eval mode agree.
         model.eval()
         if args or kwargs:
             with isolated(model), torch.no_grad():
-                model(*args, **kwargs)  # captures what has not been called so far
-        found = sorted(comparisons(model, args, kwargs, seed), key=lambda c: c.coupling.startswith("all of "))
-        return Verification({c.coupling: c for c in found})
+                model(*args, **kwargs)  # captures regions that have not been called so far
+        results = sorted(comparisons(model, args, kwargs, seed), key=lambda c: c.coupling.startswith("all of "))
+        return Verification({c.coupling: c for c in results})
     finally:
         for module, training in modes.items():
             module.training = training
 
 
 def comparisons(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 0) -> Iterator[Comparison]:
-    """One comparison after another, for those who cannot wait for all: a region's couplings together, then each alone.
+    """Iterate over comparisons as they are made: the couplings of a region together, then each alone.
 
     Args:
         model: a compiled model, in eval mode.
         args: positional arguments of a call.
-        kwargs: keyword arguments of it.
+        kwargs: keyword arguments of that call.
         seed: as for `verify`.
     """
     compiled = state_of(model)
@@ -121,32 +121,32 @@ def comparisons(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         program, inputs = region.program_for(module, *calls[name])
         tensors = _originals(region, module, generator)
         axis_facts = program.axis_facts
-        known = {f.key: f for f in region.discovery_of(program).couplings}
-        found = [known[f.key] for f in region.naming_graph.discovery.couplings if f.key in known]
-        kept = {coupling.atom: _half(coupling.atom, coupling.context, generator) for coupling in found}
+        of_program = {c.key: c for c in region.discovery_of(program).couplings}
+        couplings = [of_program[c.key] for c in region.naming_graph.discovery.couplings if c.key in of_program]
+        kept = {coupling.atom: _half(coupling.atom, coupling.context, generator) for coupling in couplings}
         yield compare(axis_facts, kept, module, tensors, inputs, f"all of {name or 'the model'}")
-        for coupling in found:
+        for coupling in couplings:
             alone = {coupling.atom: kept[coupling.atom]}
             yield compare(axis_facts, alone, module, tensors, inputs, join(name, coupling.name))
 
 
 def _half(atom: Atom, context: Atom | None, generator: torch.Generator) -> Selected:
-    """A random half of the entries of `atom`; another one in each entry of its context, where it has one."""
+    """Select a random half of the entries of `atom`, a different one in each entry of its context, if it has one."""
     rows = torch.stack([torch.randperm(atom.size, generator=generator) for _ in range(context.size if context else 1)])
     masks = rows < max(1, atom.size // 2)
     return masks[0] if context is None else per_context_or_shared(context, masks, whole(context))
 
 
 def _originals(region: Region, module: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """Every parameter and buffer of a region at its original size, what is gone filled with noise."""
+    """Return the parameters and buffers of a region at original sizes, removed entries filled with noise."""
     plan = region.state.plan
     tensors = {}
     for name, tensor in named_tensors(module).items():
         full = join(region.name, name)
         if full in plan.original_shapes:
-            whole = unshrunk(tensor, plan, full).detach()
-            gone = ~unshrunk(torch.ones_like(tensor), plan, full).bool()
-            noise = torch.randn(whole.shape, generator=generator).to(whole) * tensor.detach().abs().mean()
-            tensor = torch.where(gone, noise.abs(), whole)
+            original = unshrunk(tensor, plan, full).detach()
+            removed = ~unshrunk(torch.ones_like(tensor), plan, full).bool()
+            noise = torch.randn(original.shape, generator=generator).to(original) * tensor.detach().abs().mean()
+            tensor = torch.where(removed, noise.abs(), original)
         tensors[name] = tensor.detach()
     return tensors

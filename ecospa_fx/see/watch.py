@@ -1,7 +1,7 @@
-"""Watch: how a model shrinks while it trains, to look at and to keep.
+"""Watch: the record of a model that shrinks while it trains, shown live and written down.
 
 trainer, losses -> Watch -> progress (rich) | a table | JSON lines | TensorBoard | a plot of widths
-                         -> signs that it goes wrong, as warnings
+                         -> symptoms of trouble, as warnings
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from ecospa_fx.model.lookup import couplings
 from ecospa_fx.text import plain
 from ecospa_fx.train.loss_spikes import LossSpikes
 
+from .report.training import training_of
 from .symptoms import Symptom, collapses, odd_widths, spike
 
 if TYPE_CHECKING:
     from ecospa_fx.train.trainer import EcoSpaTrainer
 
 AROUND = 10
-"""Steps before and after a shrink whose mean loss the table shows."""
+"""Steps before and after a shrink over which the table averages the loss."""
 
 MULTIPLE = 8
-"""Entries that widths on a GPU should be multiples of."""
+"""Number of entries that widths on a GPU should be multiples of."""
 
 
 class Watch:
-    """Shows how a model shrinks while it trains, writes it down, and warns when it goes wrong.
+    """A record of a model that shrinks while it trains: shown live, written to a file, with warnings of trouble.
 
     >>> with ecospa_fx.Watch(trainer, steps=len(loader), lines="run.jsonl") as watch:
     ...     for batch in loader:
@@ -47,23 +48,23 @@ class Watch:
     ...         watch.step(loss)
     >>> print(watch)
 
-    What it warns of: a loss that stays up after a shrink, a layer that is all but gone, and, where the model is on a
-    GPU, widths that will run no faster. Warnings go to the log `shrink` and are kept in `signs`.
+    It warns of a loss that stays up after a shrink, of a layer that has lost almost all entries, and, on a GPU, of
+    widths that will run no faster. Warnings go to the log `shrink` and are kept in `signs`.
 
     Args:
-        trainer: of the run.
-        steps: how many there will be, for a progress bar; None shows none. It is shown in a terminal only.
-        lines: a file to which each step, shrink, wait and sign is appended as one line of JSON.
+        trainer: the trainer of the run.
+        steps: number of steps, for a progress bar, which is shown in a terminal only; None: no progress bar.
+        lines: a file to which each step, shrink, wait and warning is appended as one line of JSON.
         tensorboard: a directory, or a `SummaryWriter`: loss, size, importance and width of each coupling.
-        multiple: of which widths should be multiples; None means of 8 where the model is on a GPU, of nothing else.
+        multiple: number that widths should be multiples of; None: 8 if the model is on a GPU, else no check.
 
     Attributes:
-        losses: of each step.
+        losses: loss of each step.
         sizes: parameters after each step.
-        signs: what was warned of.
+        signs: the warnings so far.
 
     Raises:
-        EcoSpaError: TensorBoard is not there, or the file cannot be written.
+        EcoSpaError: TensorBoard is not installed, or the file cannot be written.
     """
 
     def __init__(
@@ -81,12 +82,12 @@ class Watch:
         self.signs: list[Symptom] = []
         self._first = trainer.steps
         self._seen = len(trainer.history), len(trainer.postponed)
-        self._whole = trainer.size
+        self._original = trainer.size
         self._spikes, self._said_spike = LossSpikes(), True
         self._writer = tensorboard if hasattr(tensorboard, "add_scalar") else _writer(tensorboard)
-        self._own_writer = self._writer is not tensorboard
+        self._opened_writer = self._writer is not tensorboard
         self._lines = None if lines is None else Path(lines)
-        self._write()  # nothing, to see whether it can
+        self._write()  # an empty write finds out now if the file cannot be written
         self._progress: Progress | None = None
         if steps is not None:
             self._progress, self._task = _bar(steps)
@@ -102,18 +103,18 @@ class Watch:
         self.close()
 
     def close(self) -> None:
-        """Close what it has opened."""
+        """Close the progress bar, and the TensorBoard writer if this class opened it."""
         if self._progress is not None:
             self._progress.stop()
-        if self._writer is not None and self._own_writer:
+        if self._writer is not None and self._opened_writer:
             self._writer.close()
             self._writer = None
 
     def step(self, loss: Tensor | float) -> None:
-        """Take up a training step; call it after `trainer.step()`.
+        """Record a training step; call it after `trainer.step()`.
 
         Args:
-            loss: of the step. Where it is a tensor it is read at once, which a GPU waits for.
+            loss: the loss of the step. A tensor is read at once, which synchronises with a GPU.
         """
         value = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
         trainer, step, size = self.trainer, self.trainer.steps, self.trainer.size
@@ -121,34 +122,34 @@ class Watch:
         self.sizes.append(size)
         self._spikes.update(value)
         self._write({"step": step, "loss": value if math.isfinite(value) else str(value), "size": size})
-        self._scalars(step, {"loss": value, "size": size, "share": size / self._whole})
-        shrinks, waits = self._seen
-        for entry in trainer.postponed[waits:]:
+        self._scalars(step, {"loss": value, "size": size, "share": size / self._original})
+        shrinks, postponed = self._seen
+        for entry in trainer.postponed[postponed:]:
             self._write({"event": "wait", **entry})
         for entry in trainer.history[shrinks:]:
             self._shrunk(entry)
         self._seen = len(trainer.history), len(trainer.postponed)
         if not self._said_spike:
-            told = trainer.hears_the_loss
-            self._say(spike(self._spikes, step, trainer.history[-1]["step"], told))
+            waits = trainer.hears_the_loss
+            self._say(spike(self._spikes, step, trainer.history[-1]["step"], waits))
         if self._progress is not None:
             self._progress.update(self._task, completed=step - self._first, shown=self._shown(value, size))
 
     def _shrunk(self, entry: dict[str, Any]) -> None:
-        step, found = entry["step"], couplings(self.trainer.model)
+        step, now = entry["step"], couplings(self.trainer.model)
         self._spikes.mark_shrink()
         self._said_spike = False
-        widths = {coupling.name: coupling.size for coupling in found}
+        widths = {coupling.name: coupling.size for coupling in now}
         self._write({"event": "shrink", **entry, "widths": widths})
         self._scalars(step, {f"width/{name}": size for name, size in widths.items()})
         self._scalars(step, {f"importance/{name}": value for name, value in entry["importance"].items()})
-        for sign in collapses(found, step, {sign.about for sign in self.signs if sign.kind == "collapse"}):
+        for sign in collapses(now, step, {sign.about for sign in self.signs if sign.kind == "collapse"}):
             self._say(sign)
         multiple = self.multiple
         if multiple is None and any(p.device.type != "cpu" for p in self.trainer.model.parameters()):
             multiple = MULTIPLE
         if multiple is not None and not any(sign.kind == "width" for sign in self.signs):
-            self._say(odd_widths(self.trainer.model, found, step, multiple))
+            self._say(odd_widths(self.trainer.model, now, step, multiple))
 
     def _say(self, sign: Symptom | None) -> None:
         if sign is None:
@@ -162,7 +163,7 @@ class Watch:
         if self._lines is None:
             return
         try:
-            with self._lines.open("a") as file:  # closed at once: what is written stays, whatever is killed
+            with self._lines.open("a") as file:  # closed at once, so that lines survive a kill
                 file.write("" if record is None else json.dumps(record) + "\n")
         except OSError as error:
             raise EcoSpaError(f"lines={str(self._lines)!r} cannot be written: {error.strerror or error}") from error
@@ -173,11 +174,11 @@ class Watch:
                 self._writer.add_scalar(name, value, step)
 
     def _shown(self, loss: float, size: int) -> str:
-        return f"loss {loss:.3f}  size x {size / self._whole:.2f}{importance_range(self.trainer)}"
+        return f"loss {loss:.3f}  size x {size / self._original:.2f}{importance_range(self.trainer)}"
 
     def table(self) -> Table:
-        """The shrinks so far: size, what went, and the loss around each."""
-        title = f"{self._whole:,} -> {self.trainer.size:,} parameters (x {self.trainer.size / self._whole:.3f})"
+        """Build a table of the shrinks so far: size, removed entries, and the loss around each."""
+        title = f"{self._original:,} -> {self.trainer.size:,} parameters (x {self.trainer.size / self._original:.3f})"
         table = Table(box=None, pad_edge=False, title=title, title_justify="left")
         for column in ("step", "parameters", "share", "couplings", "entries", "loss before", "after"):
             table.add_column(column, justify="right")
@@ -185,7 +186,7 @@ class Watch:
             at = entry["step"] - self._first
             before, after = self.losses[max(0, at - AROUND) : at], self.losses[at : at + AROUND]
             table.add_row(
-                str(entry["step"]), f"{entry['size']:,}", f"x {entry['size'] / self._whole:.3f}",
+                str(entry["step"]), f"{entry['size']:,}", f"x {entry['size'] / self._original:.3f}",
                 str(len(entry["removed"])), str(sum(entry["removed"].values())), _mean(before), _mean(after),
             )  # fmt: skip
         return table
@@ -197,14 +198,12 @@ class Watch:
         return "\n".join([plain(self.table()), *(f"! {sign}" for sign in self.signs)])
 
     def report(self) -> dict[str, Any]:
-        """What `Explanation.report(training=...)` and `save_widths` take."""
-        from ecospa_fx.see.report.training import training_of
-
+        """Return the data that `Explanation.report(training=...)` and `save_widths` take."""
         return training_of(self.trainer, self.losses, sizes=self.sizes)
 
 
 def importance_range(trainer: EcoSpaTrainer) -> str:
-    """What the least and the most important coupling scored at the last shrink, as a progress display shows it."""
+    """Format the lowest and the highest importance of a coupling at the last shrink, for a progress display."""
     scored = [entry["importance"].values() for entry in trainer.history[-1:] if entry["importance"]]
     return f"  importance {min(scored[0]):.0e} to {max(scored[0]):.0e}" if scored else ""
 
@@ -229,5 +228,5 @@ def _writer(directory: Any) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise EcoSpaError("tensorboard= needs TensorBoard; pip install tensorboard") from None
+        raise EcoSpaError("tensorboard= needs TensorBoard: pip install tensorboard") from None
     return SummaryWriter(str(directory))

@@ -1,4 +1,4 @@
-"""For the tests of people who use ecospa_fx: is this model's shrinking exact?
+"""Testing of exactness, for the test suites of people who use ecospa_fx.
 
 >>> from ecospa_fx.testing import assert_exact
 >>> assert_exact(model, (x,))

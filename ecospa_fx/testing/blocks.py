@@ -1,41 +1,41 @@
-"""Blocks: the parts that networks are made of, in the many ways in which people spell them.
+"""Block moves: the parts of networks, in the many spellings that people use.
 
 `b` batch, `s` sequence, `d` model width, `f` hidden width, `c` channels.
 """
 
 from __future__ import annotations
 
-from .moves import activated, move, projected
+from .moves import activate, move, project
 from .programs import Dead, Value, Writer
 
 
 def tokens(w: Writer) -> Value:
-    """Something of `[B, S, D]`."""
+    """Draw a value `[B, S, D]`."""
     return w.pick(3, 3)
 
 
 @move(3, "mlp")
 def mlp(w: Writer) -> None:
-    """Two weights with something nonlinear between them."""
+    """Write two weights with a nonlinearity between them."""
     x = w.pick(2)
     d, f = x.shape[-1], w.size()
-    hidden = activated(w, projected(w, x, f))
+    hidden = activate(w, project(w, x, f))
     if w.chance(0.2):
         hidden = w.put(f"{hidden} * {w.parameter(f)}")
-    out = projected(w, hidden, d)
+    out = project(w, hidden, d)
     if w.chance(0.5):
         w.put(f"{x} + {out}")
 
 
 @move(3, "glu")
 def glu(w: Writer) -> None:
-    """A product of two branches, from two weights or one."""
+    """Write a product of two branches, from two weights or a fused one."""
     x = w.pick(2)
     d, f = x.shape[-1], w.size()
     if w.chance(0.5):
-        gate, up = projected(w, x, f), projected(w, x, f)
+        gate, up = project(w, x, f), project(w, x, f)
     else:
-        both = projected(w, x, 2 * f)
+        both = project(w, x, 2 * f)
         match w.rng.randrange(4):
             case 0:
                 gate, up = w.put_all(f"{both}.chunk(2, dim=-1)", 2)
@@ -47,38 +47,38 @@ def glu(w: Writer) -> None:
                 gate, up = w.put_all(f"{both}.unflatten(-1, (2, {f})).unbind(-2)", 2)
     if w.chance(0.3):
         gate, up = up, gate
-    hidden = w.put(f"{activated(w, gate)} * {up}")
-    projected(w, hidden, d)
+    hidden = w.put(f"{activate(w, gate)} * {up}")
+    project(w, hidden, d)
 
 
 @move(1, "glu")
 def torch_glu(w: Writer) -> None:
-    """What torch calls a gated unit."""
+    """Write a gated unit with `F.glu`."""
     x = w.pick(2)
     f = w.size()
-    hidden = w.put(f"F.glu({projected(w, x, 2 * f)}, dim=-1)")
-    projected(w, hidden, w.size())
+    hidden = w.put(f"F.glu({project(w, x, 2 * f)}, dim=-1)")
+    project(w, hidden, w.size())
 
 
 @move(2, "residual")
 def residual(w: Writer) -> None:
-    """A norm, a branch, and the way around it; maybe with a scale per layer."""
+    """Write a norm, a branch and a residual connection, perhaps with a layer scale."""
     x = w.pick(2)
     d, f = x.shape[-1], w.size()
     if d == 1:
         raise Dead("a norm of one entry")
     norm = w.hold(w.rng.choice((f"nn.LayerNorm({d})", f"nn.RMSNorm({d}, eps=1e-3)")))
     if w.chance(0.5):
-        out = projected(w, activated(w, projected(w, w.put(f"{norm}({x})"), f)), d)
+        out = project(w, activate(w, project(w, w.put(f"{norm}({x})"), f)), d)
         scaled = f"{w.parameter(d)} * {out}" if w.chance(0.3) else str(out)
         w.put(f"{x} + {scaled}")
     else:
-        w.put(f"{norm}({x} + {projected(w, activated(w, projected(w, x, f)), d)})")
+        w.put(f"{norm}({x} + {project(w, activate(w, project(w, x, f)), d)})")
 
 
 @move(2, "experts")
 def experts(w: Writer) -> None:
-    """A mixture of experts: weights of three dims, all run or some picked, or a list of layers."""
+    """Write a mixture of experts: weights of three dims, dense or selected, or a list of layers."""
     x = tokens(w)
     b, s, d = x.shape
     count, f = w.rng.choice((2, 3, 4)), w.size()
@@ -89,41 +89,41 @@ def experts(w: Writer) -> None:
     match w.rng.randrange(4):
         case 0:
             up, down = w.parameter(count, d, f), w.parameter(count, f, d)
-            hidden = activated(w, w.put(f"torch.einsum('bsd,edf->bsef', {x}, {up})"))
+            hidden = activate(w, w.put(f"torch.einsum('bsd,edf->bsef', {x}, {up})"))
             w.put(f"torch.einsum('bsef,efd,bse->bsd', {hidden}, {down}, {gate})")
         case 1:
             up, down = w.parameter(count, d, 2 * f), w.parameter(count, f, d)
             rows = w.put(f"{x}.reshape(1, {b * s}, {d}).expand({count}, {b * s}, {d})")
             left, right = w.put_all(f"torch.bmm({rows}, {up}).chunk(2, dim=-1)", 2)
-            out = w.put(f"torch.bmm({activated(w, left)} * {right}, {down})")
+            out = w.put(f"torch.bmm({activate(w, left)} * {right}, {down})")
             w.put(f"({out}.view({count}, {b}, {s}, {d}) * {gate}.permute(2, 0, 1)[..., None]).sum(0)")
         case 2:
             total = None
             for i in range(count):
-                out = projected(w, activated(w, projected(w, x, f)), d)
+                out = project(w, activate(w, project(w, x, f)), d)
                 share = f"{gate}[..., {i}:{i + 1}] * {out}"
                 total = w.put(share if total is None else f"{total} + {share}")
         case _:
             up, down = w.parameter(count, f, d), w.parameter(count, d, f)
             rows, chosen = w.put(f"{x}.reshape(-1, {d})"), w.put(f"{gate}.reshape(-1, {count}).argmax(-1)")
-            hidden = activated(w, w.put(f"torch.bmm({up}[{chosen}], {rows}.unsqueeze(-1)).squeeze(-1)"))
+            hidden = activate(w, w.put(f"torch.bmm({up}[{chosen}], {rows}.unsqueeze(-1)).squeeze(-1)"))
             w.put(f"torch.bmm({down}[{chosen}], {hidden}.unsqueeze(-1)).squeeze(-1).view({b}, {s}, {d})")
 
 
 @move(1, "conv")
 def squeeze_excite(w: Writer) -> None:
-    """A gate per channel, from averages over positions."""
+    """Write a gate per channel, from averages over positions."""
     x = w.pick(3, 5)
     dims = list(range(2, x.ndim))
     c, f = x.shape[1], w.size()
     pooled = w.put(f"{x}.mean({dims})")
-    gate = w.put(f"torch.sigmoid({projected(w, activated(w, projected(w, pooled, f)), c)})")
+    gate = w.put(f"torch.sigmoid({project(w, activate(w, project(w, pooled, f)), c)})")
     w.put(f"{x} * {gate}[{', '.join([':', ':', *('None' for _ in dims)])}]")
 
 
 @move(1.5, "conv")
 def conv_block(w: Writer) -> None:
-    """Convolutions with a norm between, depthwise, or as linear layers over channels."""
+    """Write convolutions with a norm between them, depthwise, or as linear layers over channels."""
     x = w.pick(3, 4)
     kind, c, f = x.ndim - 2, x.shape[1], w.size()
     first = w.put(f"{w.hold(f'nn.Conv{kind}d({c}, {f}, 1)')}({x})")
@@ -136,39 +136,39 @@ def conv_block(w: Writer) -> None:
             order = (0, *range(2, x.ndim), 1)
             last = w.put(f"{first}.permute({', '.join(map(str, order))})")
             back = (0, x.ndim - 1, *range(1, x.ndim - 1))
-            first = w.put(f"{activated(w, projected(w, last, f))}.permute({', '.join(map(str, back))})")
+            first = w.put(f"{activate(w, project(w, last, f))}.permute({', '.join(map(str, back))})")
         case _:
             pass
-    out = w.put(f"{w.hold(f'nn.Conv{kind}d({f}, {c}, 3, padding=1)')}({activated(w, first)})")
+    out = w.put(f"{w.hold(f'nn.Conv{kind}d({f}, {c}, 3, padding=1)')}({activate(w, first)})")
     if w.chance(0.5):
         w.put(f"{x} + {out}")
 
 
 @move(1, "view")
 def windows(w: Writer) -> None:
-    """Positions in windows, maybe shifted, and the way back."""
+    """Write a layer on windows of positions, perhaps shifted, and merge the windows."""
     x = w.pick(3, 3, lambda v: v.shape[1] % 2 == 0)
     b, s, d = x.shape
     shifted = w.put(f"{x}.roll(1, 1)") if w.chance(0.5) else x
     inside = w.put(f"{shifted}.view({b}, 2, {s // 2}, {d}).reshape({b * 2}, {s // 2}, {d})")
-    out = projected(w, activated(w, projected(w, inside, w.size())), d)
+    out = project(w, activate(w, project(w, inside, w.size())), d)
     w.put(f"{out}.view({b}, 2, {s // 2}, {d}).reshape({b}, {s}, {d}) + {x}")
 
 
 @move(0.7, "view")
 def patches(w: Writer) -> None:
-    """Neighbours of a grid into one row (patch merging)."""
+    """Merge neighbours of a grid into one row (patch merging)."""
     x = w.pick(4, 4, lambda v: v.shape[2] % 2 == 0 and v.shape[3] % 2 == 0)
     b, c, rows, columns = x.shape
     code = f"{x}.reshape({b}, {c}, {rows // 2}, 2, {columns // 2}, 2).permute(0, 2, 4, 3, 5, 1).flatten(3)"
     if w.chance(0.5):
         code = f"torch.cat([{x}[..., ::2, ::2], {x}[..., 1::2, ::2], {x}[..., ::2, 1::2]], 1).permute(0, 2, 3, 1)"
-    projected(w, w.put(code), w.size())
+    project(w, w.put(code), w.size())
 
 
 @move(0.7, "view")
 def class_token(w: Writer) -> None:
-    """A learnt token before the others, and maybe learnt positions."""
+    """Prepend a learnt token, and perhaps add learnt positions."""
     x = tokens(w)
     b, s, d = x.shape
     longer = w.put(f"torch.cat([{w.parameter(1, 1, d)}.expand({b}, -1, -1), {x}], dim=1)")
@@ -180,7 +180,7 @@ def class_token(w: Writer) -> None:
 
 @move(0.7, "scan")
 def state_space(w: Writer) -> None:
-    """A scan over positions with a state per channel, step by step."""
+    """Write a scan over positions with a state per channel, step by step."""
     x = tokens(w)
     _, s, d = x.shape
     if s > 5:
@@ -196,7 +196,7 @@ def state_space(w: Writer) -> None:
 
 @move(0.5, "attention")
 def torch_attention(w: Writer) -> None:
-    """The attention that torch has."""
+    """Write a call of `nn.MultiheadAttention`."""
     x = tokens(w)
     d = x.shape[-1]
     heads = w.rng.choice([h for h in range(1, d + 1) if d % h == 0])
@@ -206,7 +206,7 @@ def torch_attention(w: Writer) -> None:
 
 @move(0.7, "mlp")
 def low_rank(w: Writer) -> None:
-    """A layer and its low-rank companion."""
+    """Write a layer with a low-rank adapter."""
     x = w.pick(2)
     n, rank = w.size(), w.rng.choice((1, 2, 3))
     layer = w.hold(f"nn.Linear({x.shape[-1]}, {n})")

@@ -1,8 +1,8 @@
-"""check: is everything that is found in one random program exact?
+"""Check of one random program: everything found in it must be exact.
 
-Two judges. Masking in the captured graph (`passes.rewrite.verify`) is the definition. The second knows no graph: the
-program's own Python, with the rows and columns that a shrink takes away set to zero. It judges wherever zero weights
-make zero contributions, which is looked up in the values that the graph computes.
+There are two references. Masking in the captured graph (`passes.rewrite.verify`) is the definition. The second uses no
+graph: the program's own Python, with the removed rows and columns set to zero. It applies if zero weights make zero
+contributions, which is checked on the values that the graph computes.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from .programs import RandomProgram
 from .trace import trace
 
 TOLERANCE = 1e-9  # in float64, of the largest entry
-MOST_ALONE = 1  # couplings that are tried alone, beside all together
+MOST_ALONE = 1  # number of couplings checked alone, beside all of them together
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a program shows a bug: `kind` is the sort of bug, `what` says more."""
+    """A bug that a program shows: its kind, and details in `what`."""
 
     kind: str
     what: str
@@ -58,16 +58,16 @@ class Failure:
 
 @dataclass
 class Tally:
-    """What has been checked so far.
+    """Counts of the checks so far.
 
     Attributes:
-        programs: that run.
-        shrinkable: of these, in how many something can shrink.
-        comparisons: of shrunk with masked.
-        twins: of shrunk with zeroed weights, where that says something.
+        programs: programs that ran.
+        shrinkable: programs with couplings.
+        comparisons: comparisons of shrunk with masked programs.
+        twins: comparisons of shrunk programs with zeroed weights, where these apply.
         exported: programs that went through torch.export too.
         kinds: couplings found, by kind.
-        missing: programs in which an op without a rule occurs, by op.
+        missing: programs with an op that has no rule, by op.
     """
 
     programs: int = 0
@@ -89,7 +89,7 @@ class Tally:
 
 
 def check(program: RandomProgram, tally: Tally | None = None, seed: int = 0) -> Failure | None:
-    """The first failure of a program, or None. One that does not run has none."""
+    """Return the first failure of a program, or None. A program that does not run has none."""
     try:
         model, args = program.build()
     except Exception:  # a program cut short may fail in any way
@@ -100,7 +100,7 @@ def check(program: RandomProgram, tally: Tally | None = None, seed: int = 0) -> 
 def check_model(
     model: nn.Module, args: tuple[Tensor, ...], tally: Tally | None = None, seed: int = 0
 ) -> Failure | None:
-    """The first failure of a module in float64 that takes and returns tensors, or None. See `check`."""
+    """Return the first failure of a module in float64 that takes and returns tensors, or None. See `check`."""
     tally = Tally() if tally is None else tally
     try:
         with torch.no_grad():
@@ -113,18 +113,18 @@ def check_model(
     tally.programs += 1
     try:
         captured = trace(model, args)
-        return _checked(model, args, captured, outputs, tally, seed)
+        return _first_failure(model, args, captured, outputs, tally, seed)
     except EcoSpaError as error:
         return Failure(type(error).__name__, str(error))
     except Exception as error:
-        trace_back = error.__traceback__
-        while trace_back is not None and trace_back.tb_next is not None:
-            trace_back = trace_back.tb_next
-        where = f"{trace_back.tb_frame.f_code.co_name}" if trace_back is not None else ""
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        where = frame.tb_frame.f_code.co_name if frame is not None else ""
         return Failure(f"{type(error).__name__} in {where}", str(error).split("\n")[0])
 
 
-def _checked(
+def _first_failure(
     model: nn.Module,
     args: tuple[Tensor, ...],
     captured: RegionGraph,
@@ -137,16 +137,16 @@ def _checked(
         if output_error(a, b) > TOLERANCE:
             return Failure("capture", "the graph differs from the program")
     axis_facts = infer_axes(captured)
-    found = discover(axis_facts).couplings
+    couplings = discover(axis_facts).couplings
     tally.missing.update(axis_facts.missing.keys())
-    tally.kinds.update(coupling.kind for coupling in found)
-    tally.shrinkable += bool(found)
+    tally.kinds.update(coupling.kind for coupling in couplings)
+    tally.shrinkable += bool(couplings)
     rng = random.Random(seed)
-    masks = {coupling.atom: _choice(coupling, rng) for coupling in found}
-    selections: list[tuple[str, Selection]] = [(c.name, {c.atom: masks[c.atom]}) for c in found]
-    if len(found) > MOST_ALONE:
+    masks = {coupling.atom: _choice(coupling, rng) for coupling in couplings}
+    selections: list[tuple[str, Selection]] = [(c.name, {c.atom: masks[c.atom]}) for c in couplings]
+    if len(couplings) > MOST_ALONE:
         selections = rng.sample(selections, MOST_ALONE)
-    if len(found) > 1:
+    if len(couplings) > 1:
         selections.insert(0, ("all together", masks))
     for name, kept in selections:
         comparison = compare(axis_facts, kept, model, tensors, args, name)
@@ -165,7 +165,7 @@ def _checked(
 
 
 def _choice(coupling: RegionCoupling, rng: random.Random) -> Selected:
-    """A random part of the entries of a coupling, one at least and not all; mostly others in each of its contexts."""
+    """Select some entries of a coupling at random, not all; mostly different ones in each of its contexts."""
     size, context = coupling.atom.size, coupling.context
     amount = rng.randint(1, size - 1)
     rows = context.size if context is not None and rng.random() < 0.8 else 1
@@ -175,16 +175,16 @@ def _choice(coupling: RegionCoupling, rng: random.Random) -> Selected:
     return masks[0] if context is None or rows == 1 else per_context_or_shared(context, masks, whole(context))
 
 
-# The twin that knows no graph
+# The twin that uses no graph
 
 
 def _differs_from_zeroed(
     axis_facts: AxisFacts, kept: Selection, model: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Tensor, ...]
 ) -> str | None:
-    """How the shrunk program differs from the model with zeroed weights; `""` if not, None where that says nothing."""
+    """Describe how a shrunk program differs from zeroed weights; `""` if it does not, None if that says nothing."""
     captured = axis_facts.captured
     parameters = {captured.tensors[name] for name in captured.parameters}
-    steps = _steps(axis_facts, kept)
+    masks_of = _masks(axis_facts, kept)
     zeroed = _zeroed(axis_facts, kept, tensors)
     if not _zero_at_contractions(axis_facts, kept, zeroed, args):
         return None
@@ -195,16 +195,16 @@ def _differs_from_zeroed(
     named = dict(twin.named_parameters())
     inputs = [arg.clone().requires_grad_(arg.is_floating_point()) for arg in args]
     expected, gradients = _results(twin(*inputs), [*named.values(), *inputs])
-    keep = {name: {dim: mask.nonzero().flatten() for dim, mask in masks.items()} for name, masks in steps.items()}
+    keep = {name: {dim: mask.nonzero().flatten() for dim, mask in masks.items()} for name, masks in masks_of.items()}
     small = {n: sliced(t, keep.get(n, {})).clone().requires_grad_(n in parameters) for n, t in tensors.items()}
     for name, first in captured.same_storage.items():
         small[name] = small[first]
     program = rewrite(axis_facts, kept, model)
     small_inputs = [arg.clone().requires_grad_(arg.is_floating_point()) for arg in args]
     with forked_rng(model), swapped(model, small):
-        made = program.run(model, *small_inputs, *program.constants)
-    found, small_gradients = _results(made, [*(small[name] for name in named), *small_inputs])
-    for i, (a, b) in enumerate(zip(expected, found, strict=True)):
+        outputs = program.run(model, *small_inputs, *program.constants)
+    actual, small_gradients = _results(outputs, [*(small[name] for name in named), *small_inputs])
+    for i, (a, b) in enumerate(zip(expected, actual, strict=True)):
         if not bool(a.isfinite().all()):
             return None
         if output_error(a, b) > TOLERANCE:
@@ -225,8 +225,8 @@ def _differs_from_zeroed(
     return ""
 
 
-def _steps(axis_facts: AxisFacts, kept: Selection) -> dict[str, dict[int, Tensor]]:
-    """What stays of each tensor along each dim that loses entries."""
+def _masks(axis_facts: AxisFacts, kept: Selection) -> dict[str, dict[int, Tensor]]:
+    """Return the masks of kept entries of each tensor, along each dim that loses entries."""
     return {
         name: {dim: mask_of(expr, kept) for dim, expr in enumerate(exprs) if touched(expr, kept)}
         for name, exprs in axis_facts.parameters.items()
@@ -234,11 +234,11 @@ def _steps(axis_facts: AxisFacts, kept: Selection) -> dict[str, dict[int, Tensor
 
 
 def _zeroed(axis_facts: AxisFacts, kept: Selection, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters with zeros for what is removed, buffers as they are."""
+    """Return parameters with removed entries set to zero, and buffers as they are."""
     captured = axis_facts.captured
     parameters = {captured.tensors[name] for name in captured.parameters}
     zeroed = dict(tensors)
-    for name, masks in _steps(axis_facts, kept).items():
+    for name, masks in _masks(axis_facts, kept).items():
         for dim, mask in masks.items():
             if name in parameters:
                 zeroed[name] = zeroed[name].index_fill(dim, (~mask).nonzero().flatten(), 0.0)
@@ -246,7 +246,7 @@ def _zeroed(axis_facts: AxisFacts, kept: Selection, tensors: Mapping[str, Tensor
 
 
 def _results(outputs: Any, leaves: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Outputs, and gradients of a fixed projection of them."""
+    """Compute outputs, and gradients of a fixed projection of them."""
     outs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
     generator = torch.Generator().manual_seed(2)
     terms = [
@@ -255,15 +255,15 @@ def _results(outputs: Any, leaves: Iterable[Tensor]) -> tuple[list[Tensor], list
         if out.requires_grad
     ]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    made = torch.autograd.grad(sum(terms[1:], terms[0]), wanted, allow_unused=True) if terms else [None] * len(wanted)
-    found = dict(zip(map(id, wanted), made, strict=True))
-    return [out.detach() for out in outs], [found.get(id(leaf)) for leaf in leaves]
+    grads = torch.autograd.grad(sum(terms[1:], terms[0]), wanted, allow_unused=True) if terms else [None] * len(wanted)
+    grad_of = dict(zip(map(id, wanted), grads, strict=True))
+    return [out.detach() for out in outs], [grad_of.get(id(leaf)) for leaf in leaves]
 
 
 def _zero_at_contractions(
     axis_facts: AxisFacts, kept: Selection, zeroed: Mapping[str, Tensor], args: tuple[Tensor, ...]
 ) -> bool:
-    """Whether, with zeroed weights, every contraction has a factor that is zero at each removed entry."""
+    """Check that, with zeroed weights, every contraction has a factor that is zero at each removed entry."""
     wanted: dict[str, list[list[tuple[int, Tensor]]]] = {}
     for fact in axis_facts.facts:
         if fact.role == "contracted" and touched(fact.expr, kept):
@@ -292,7 +292,7 @@ def _zero_at_contractions(
 
 
 def zeroing_is_removing(model: nn.Module, args: tuple[Tensor, ...]) -> bool:
-    """Whether something can shrink in a model and zero weights stand for removed ones, whichever they are."""
+    """Check that a model has couplings, and that zero weights are equal to removed ones for each of them."""
     axis_facts = infer_axes(trace(model, args))
     tensors = {name: tensor.detach() for name, tensor in named_tensors(model).items()}
     selections = [{c.atom: _choice(c, random.Random(0))} for c in discover(axis_facts).couplings]

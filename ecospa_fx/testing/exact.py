@@ -1,4 +1,4 @@
-"""assert_exact: one line in a test suite that says a model may be shrunk."""
+"""Exactness of a model's shrinking, asserted in one line of a test suite."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ecospa_fx.api import compile
 from ecospa_fx.errors import VerificationError
 from ecospa_fx.model.compiled import MODEL
-from ecospa_fx.model.state import Execution
 from ecospa_fx.model.lookup import couplings
+from ecospa_fx.model.state import Execution
 from ecospa_fx.see.explanation import example_call
 from ecospa_fx.see.verification import Verification, verify
 
@@ -28,26 +28,26 @@ def assert_exact(
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Verification:
-    """Assert that shrinking a model equals masking it: for every coupling alone, and for all together.
+    """Assert that shrinking a model equals masking it, for every coupling alone and for all together.
 
     >>> assert_exact(model, (x,), dtype=torch.float64)
 
-    Compiles a copy, so the model stays as it is. What is compared are outputs and gradients in eval mode.
+    A copy is compiled, so the model stays as it is. Outputs and gradients in eval mode are compared.
 
     Args:
         model: any module, compiled or not.
-        example_inputs: positional arguments of a call; without any, those that the model itself offers
+        example_inputs: positional arguments of a call; by default those that the model itself offers
             (`dummy_inputs`, `example_input_array`).
         example_kwargs: keyword arguments of that call.
         regions: as for `ecospa_fx.compile`.
-        dtype: compute in it. In `torch.float64` nothing hides behind rounding; None leaves the model's own.
-        seed: of the selections that are tried.
+        dtype: dtype of the computation. In `torch.float64`, rounding hides nothing; None: the dtype of the model.
+        seed: seed of the random selections.
 
     Returns:
-        The comparisons that were made; there is at least one per coupling.
+        The comparisons, at least one per coupling.
 
     Raises:
-        VerificationError: some coupling differs from masking, or was never compared.
+        VerificationError: a coupling differs from masking, or was never compared.
         NoCouplingError: nothing can shrink, so there is nothing to assert.
         NoInputsError: there are no inputs.
         CaptureError: the model cannot be captured.
@@ -67,6 +67,6 @@ def assert_exact(
     if missed:
         raise VerificationError(
             f"`{missed[0]}` was never compared{f', nor were {len(missed) - 1} more' if missed[1:] else ''}: this call "
-            "of the model does not run it. Call it in a way that does"
+            "of the model does not run it; pass example_inputs that do"
         )
     return result

@@ -1,4 +1,4 @@
-"""Moves in which entries of one value meet: sums, statistics, products of activations, convolutions."""
+"""Mixing moves, in which entries of one value are combined: sums, statistics, products, convolutions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .programs import Dead, Writer
 
 @move(1.2, "reduction")
 def reduced(w: Writer) -> None:
-    """One dim summed over, averaged or worse."""
+    """Sum over a dim, average it, or reduce it nonlinearly."""
     x = w.pick(2)
     dim, keep = w.rng.randrange(x.ndim), w.chance(0.5)
     how = w.rng.choice(("sum", "sum", "mean", "amax", "var"))
@@ -19,7 +19,7 @@ def reduced(w: Writer) -> None:
 
 @move(2, "norm")
 def normed(w: Writer) -> None:
-    """Statistics over a dim."""
+    """Normalise by statistics over a dim."""
     x = w.pick()
     n, dim = x.shape[-1], w.rng.randrange(x.ndim)
     if n == 1:
@@ -40,7 +40,7 @@ def normed(w: Writer) -> None:
 
 @move(1, "norm")
 def channel_norm(w: Writer) -> None:
-    """Statistics over positions, per channel or group of channels."""
+    """Normalise by statistics over positions, per channel or group of channels."""
     x = w.pick(3, 5)
     c = x.shape[1]
     kind = {3: "1d", 4: "2d", 5: "3d"}[x.ndim]
@@ -58,7 +58,7 @@ def channel_norm(w: Writer) -> None:
 
 @move(1.5, "contraction")
 def product_of_activations(w: Writer) -> None:
-    """Two activations multiplied and summed over, in one of several spellings."""
+    """Multiply two activations and sum over a dim, in one of several spellings."""
     x = w.pick(3, 4)
     if w.chance(0.5):
         y = w.pick(x.ndim, x.ndim, lambda v: v.shape[:-2] == x.shape[:-2] and v.shape[-1] == x.shape[-1])
@@ -71,7 +71,7 @@ def product_of_activations(w: Writer) -> None:
 
 @move(1.5, "conv")
 def convolved(w: Writer) -> None:
-    """A convolution of any kind."""
+    """Apply a convolution of any kind."""
     x = w.pick(3, 5)
     kind, c = x.ndim - 2, x.shape[1]
     k = w.rng.choice((1, 1, 2, 3))
@@ -90,7 +90,7 @@ def convolved(w: Writer) -> None:
 
 @move(0.8, "conv")
 def resampled(w: Writer) -> None:
-    """Positions pooled, resized or moved into channels."""
+    """Pool or resize positions, or move them into channels."""
     x = w.pick(3, 4)
     kind = x.ndim - 2
     w.put(

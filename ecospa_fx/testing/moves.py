@@ -1,6 +1,6 @@
-"""Moves: single steps of a random program. Each takes values that are there and writes a statement or two.
+"""Moves: single steps of a random program. Each takes earlier values and writes a statement or two.
 
-A move raises `Dead` where nothing fits it; `random_program` then draws another.
+A move raises `Dead` if no value fits it; `random_program` then draws another move.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 from .programs import Dead, Value, Writer
 
 Move = Callable[[Writer], Any]
-MOVES: list[tuple[Move, float, str]] = []  # a step, how often it is drawn, and what kind of step it is
+MOVES: list[tuple[Move, float, str]] = []  # a step, its weight in the draw, and its kind
 
-# At zero all of these are zero, as are the entries of a masked model that are removed.
+# All of these map zero to zero, so they keep the removed entries of a masked model at zero.
 QUIET = ("F.relu({})", "F.gelu({})", "F.silu({})", "torch.tanh({})", "{} * {}.sigmoid()", "F.leaky_relu({}, 0.1)",
          "F.hardswish({})", "F.elu({})", "torch.sin({})", "F.relu({}).square()", "torch.erf({})",
          "F.softplus({}) - 0.6931471805599453", "{}.clamp(-0.5, 0.7)", "F.mish({})")  # fmt: skip
@@ -22,7 +22,7 @@ LOUD = ("torch.sigmoid({})", "torch.cos({})", "torch.exp(-{}.square())", "1 + {}
 
 
 def move(weight: float, kind: str) -> Callable[[Move], Move]:
-    """Register a step that is drawn that often, relative to others."""
+    """Register a step, with its weight in the draw and its kind."""
 
     def register(step: Move) -> Move:
         MOVES.append((step, weight, kind))
@@ -31,14 +31,14 @@ def move(weight: float, kind: str) -> Callable[[Move], Move]:
     return register
 
 
-def activated(w: Writer, x: Value, loud: float = 0.3) -> Value:
-    """Something nonlinear, entry by entry."""
+def activate(w: Writer, x: Value, loud: float = 0.3) -> Value:
+    """Apply a nonlinearity, entry by entry."""
     code = w.rng.choice(LOUD if w.chance(loud) else QUIET)
     return w.put(code.replace("{}", str(x)))
 
 
-def projected(w: Writer, x: Value, width: int) -> Value:
-    """A weight along the last dim, in one of the ways in which people write that."""
+def project(w: Writer, x: Value, width: int) -> Value:
+    """Multiply by a weight along the last dim, in one of the ways in which people write that."""
     n = x.shape[-1]
     match w.rng.randrange(9):
         case 0 if x.ndim > 1:
@@ -60,12 +60,12 @@ def projected(w: Writer, x: Value, width: int) -> Value:
 
 
 def alike(w: Writer, x: Value) -> Value:
-    """Another value of the shape of `x`, made of one that differs in the last dim only, or there already."""
+    """Return another value of the shape of `x`: an earlier one, or a projection of one that differs in the last dim."""
     same = [v for v in w.values if v.floating and v.shape == x.shape and v is not x]
     if same and w.chance(0.6):
         return w.rng.choice(same)
     source = w.pick(max(1, x.ndim), x.ndim, lambda v: v.shape[:-1] == x.shape[:-1])
-    return projected(w, source, x.shape[-1])
+    return project(w, source, x.shape[-1])
 
 
 # Weights
@@ -73,18 +73,18 @@ def alike(w: Writer, x: Value) -> Value:
 
 @move(7, "linear")
 def linear(w: Writer) -> None:
-    """A weight along the last dim."""
-    projected(w, w.pick(), w.size())
+    """Multiply by a weight along the last dim."""
+    project(w, w.pick(), w.size())
 
 
 @move(1.5, "tied")
 def linear_again(w: Writer) -> None:
-    """A layer that has been used before, or another that shares its weight."""
+    """Use a layer a second time, or another layer that shares its weight."""
     x = w.pick()
-    held = [name for name, code in w.linears() if code.startswith(f"nn.Linear({x.shape[-1]},")]
-    if not held:
+    layers = [name for name, code in w.linears() if code.startswith(f"nn.Linear({x.shape[-1]},")]
+    if not layers:
         raise Dead("no layer fits")
-    name = f"self.{w.rng.choice(held)}"
+    name = f"self.{w.rng.choice(layers)}"
     if w.chance(0.4):
         other = w.hold(dict(w.linears())[name.removeprefix("self.")])
         w.tie(other, name)
@@ -94,17 +94,17 @@ def linear_again(w: Writer) -> None:
 
 @move(0.7, "tied")
 def linear_back(w: Writer) -> None:
-    """The weight of a layer the other way round, as a tied head has it."""
+    """Use the weight of a layer transposed, like a tied head."""
     x = w.pick()
-    held = [name for name, code in w.linears() if code.endswith(f", {x.shape[-1]})")]
-    if not held:
+    layers = [name for name, code in w.linears() if code.endswith(f", {x.shape[-1]})")]
+    if not layers:
         raise Dead("no layer fits")
-    w.put(f"F.linear({x}, self.{w.rng.choice(held)}.weight.t())")
+    w.put(f"F.linear({x}, self.{w.rng.choice(layers)}.weight.t())")
 
 
 @move(0.7, "linear")
 def joined_weights(w: Writer) -> None:
-    """Two weights as one: end to end, added, or multiplied."""
+    """Combine two weights into one: end to end, added, or multiplied."""
     x, a, b = w.pick(), w.size(), w.size()
     n = x.shape[-1]
     weight = w.rng.choice(
@@ -123,7 +123,7 @@ def joined_weights(w: Writer) -> None:
 
 @move(1, "linear")
 def heads_weight(w: Writer) -> None:
-    """A weight of three dims."""
+    """Multiply by a weight of three dims."""
     x = w.pick(2, 4)
     lead, h, e = "abcf"[: x.ndim - 1], w.size(), w.size()
     if w.chance(0.5):
@@ -136,14 +136,14 @@ def heads_weight(w: Writer) -> None:
 
 @move(0.7, "linear")
 def batched_weight(w: Writer) -> None:
-    """A weight per entry of the first dim."""
+    """Multiply by a weight per entry of the first dim."""
     x = w.pick(3, 3)
     w.put(f"torch.bmm({x}, {w.parameter(x.shape[0], x.shape[-1], w.size())})")
 
 
 @move(1.5, "linear")
 def vector(w: Writer) -> None:
-    """A parameter that is added or multiplied, along some dims."""
+    """Add or multiply a parameter along some dims."""
     x = w.pick()
     dims = x.shape[-w.rng.randint(1, x.ndim) :]
     dims = tuple(1 if w.chance(0.2) else d for d in dims)
@@ -155,13 +155,13 @@ def vector(w: Writer) -> None:
 
 @move(5, "pointwise")
 def activation(w: Writer) -> None:
-    """Something nonlinear."""
-    activated(w, w.pick())
+    """Apply a nonlinearity."""
+    activate(w, w.pick())
 
 
 @move(4, "pointwise")
 def binary(w: Writer) -> None:
-    """Two values of one shape."""
+    """Combine two values of one shape."""
     x = w.pick()
     y = alike(w, x)
     code = w.rng.choice(
@@ -175,7 +175,7 @@ def binary(w: Writer) -> None:
 
 @move(1, "pointwise")
 def broadcast(w: Writer) -> None:
-    """Two values of which one repeats."""
+    """Combine two values, of which one is broadcast."""
     x = w.pick(2)
 
     def fits(v: Value) -> bool:
@@ -186,7 +186,7 @@ def broadcast(w: Writer) -> None:
 
 @move(0.7, "pointwise")
 def masked(w: Writer) -> None:
-    """By position, or by value."""
+    """Mask entries by position, or by value."""
     x = w.pick(2)
     a, b = x.shape[-2:]
     w.put(
@@ -204,7 +204,7 @@ def masked(w: Writer) -> None:
 
 @move(1, "in_place")
 def in_place(w: Writer) -> None:
-    """Something written into a copy."""
+    """Write into a copy in place."""
     x = w.pick()
     y = alike(w, x)
     k = max(1, x.shape[-1] // 2)

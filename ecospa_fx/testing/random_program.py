@@ -1,4 +1,4 @@
-"""random_program: a random module, as code."""
+"""Random programs: random modules as code."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import random
 from collections.abc import Sequence
 from contextlib import suppress
 
-from . import attention, blocks, mixing, rearranging  # noqa: F401  (they register their moves)
+from . import attention, blocks, mixing, rearranging  # noqa: F401  (these modules register moves)
 from .moves import MOVES, Move
-from .programs import Dead, RandomProgram, Value, Writer, freed
+from .programs import Dead, RandomProgram, Value, Writer, free_sizes
 
-# Few sizes make many dims equal, and axes must meet by position all the same; with ones among them, dims may vanish.
+# Few sizes make many dims equal, so axes must be told apart by position; with size 1, dims may be squeezed.
 SIZES = ((4,), (2, 4), (3, 4, 5, 6, 7), (2, 3, 4, 6, 8), (6, 8, 12), (1, 2, 3, 6))
 
 
-# Where a program begins: tokens, token numbers, rows, images, or tokens and a memory of another length.
+# Inputs and their weights: tokens, token numbers, rows, images, or tokens and a memory of another length.
 INPUTS = {"tokens": 5.0, "words": 1.0, "rows": 1.0, "images": 1.5, "two": 1.0}
-BATCH, LENGTH = 53, 59  # primes that no other size of a program is a multiple of
+BATCH, LENGTH = 53, 59  # primes, of which no other size in a program is a multiple
 KINDS = tuple(sorted({kind for _, _, kind in MOVES}))
 
 
 def random_program(
     rng: random.Random, kinds: Sequence[str] = (), most: int = 10, inputs: Sequence[str] = tuple(INPUTS)
 ) -> RandomProgram:
-    """A program of up to `most` random moves, all of which run.
+    """Make a program of up to `most` random moves, all of which run.
 
     Args:
-        rng: where every choice comes from; the same state makes the same program.
-        kinds: the kinds of moves to draw from, of `KINDS`; by default all.
-        most: most moves; a block such as an attention is one.
-        inputs: how it may begin, of `INPUTS`.
+        rng: the generator of every choice; equal states make equal programs.
+        kinds: kinds of moves to draw from, of `KINDS`; by default all.
+        most: largest number of moves; a block such as an attention is one.
+        inputs: possible inputs, of `INPUTS`.
     """
     w = Writer(rng, rng.choice(SIZES))
     _begin(w, rng.choices(inputs, [INPUTS[kind] for kind in inputs])[0])
@@ -38,14 +38,14 @@ def random_program(
 
 
 def free_program(rng: random.Random, kinds: Sequence[str] = (), most: int = 4) -> RandomProgram:
-    """A program of tokens `[b, s, d]` that takes them in any number `b` and of any length `s`, as far as it can.
+    """Make a program of tokens `[b, s, d]` that takes any batch size `b` and any length `s`, as far as it can.
 
-    Some read a length off a parameter; call one in two ways to know.
+    Some programs have a length in a parameter; calling one with two sizes shows it.
     """
     w = Writer(rng, rng.choice(SIZES[1:5]), most_entries=2**21)
     w.input(f"torch.randn({BATCH}, {LENGTH}, {w.size()}, dtype=torch.float64)")
     _draw(w, kinds, most)
-    return freed(w.finish(), {BATCH: "x0.shape[0]", LENGTH: "x0.shape[1]"})
+    return free_sizes(w.finish(), {BATCH: "x0.shape[0]", LENGTH: "x0.shape[1]"})
 
 
 def _draw(w: Writer, kinds: Sequence[str], most: int) -> None:
@@ -80,8 +80,8 @@ def _try(w: Writer, step: Move) -> None:
 
 
 def _end(w: Writer) -> None:
-    """Weights that take up what is loose, so that what made it meets something."""
-    for value in _loose(w)[-3:]:
+    """Add weights after unused values, so that the weights before these have a partner."""
+    for value in _unused(w)[-3:]:
         try:
             for _ in range(w.rng.randint(0, 2)):
                 value = w.put(f"{w.hold(f'nn.Linear({value.shape[-1]}, {w.size()})')}({value})")
@@ -91,6 +91,6 @@ def _end(w: Writer) -> None:
             continue
 
 
-def _loose(w: Writer) -> list[Value]:
+def _unused(w: Writer) -> list[Value]:
     used = w.used()
     return [v for v in w.values if v.floating and v.ndim and v.name not in used and not v.name.startswith("x")]

@@ -1,4 +1,4 @@
-"""Moves that rearrange entries: the same ones in other dims, parts of a dim, several end to end."""
+"""Rearranging moves: the same entries in other dims, parts of a dim, several values end to end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .programs import Dead, Value, Writer
 
 @move(2.5, "view")
 def cut_dim(w: Writer) -> None:
-    """One dim into two."""
+    """Split a dim into two."""
     x = w.pick(1, 4)
     dim = x.ndim - 1 if w.chance(0.7) else w.rng.randrange(x.ndim)
     inner = [d for d in range(1, x.shape[dim] + 1) if x.shape[dim] % d == 0]
@@ -25,7 +25,7 @@ def cut_dim(w: Writer) -> None:
 
 @move(2.5, "view")
 def merge_dims(w: Writer) -> None:
-    """Two neighbouring dims into one."""
+    """Merge two neighbouring dims."""
     x = w.pick(2)
     dim = x.ndim - 2 if w.chance(0.6) else w.rng.randrange(x.ndim - 1)
     if w.chance(0.5):
@@ -37,7 +37,7 @@ def merge_dims(w: Writer) -> None:
 
 @move(0.7, "view")
 def regroup(w: Writer) -> None:
-    """All dims but the first into others, whatever they were."""
+    """Reshape all dims but the first."""
     x = w.pick(2, 4)
     rest = 1
     for d in x.shape[1:]:
@@ -48,7 +48,7 @@ def regroup(w: Writer) -> None:
 
 @move(2.5, "view")
 def permuted(w: Writer) -> None:
-    """Dims in another order."""
+    """Permute the dims."""
     x = w.pick(2)
     order = list(range(x.ndim))
     w.rng.shuffle(order)
@@ -67,7 +67,7 @@ def permuted(w: Writer) -> None:
 
 @move(1, "view")
 def unit_dims(w: Writer) -> None:
-    """A dim of one entry comes, goes or repeats."""
+    """Add, drop or expand a dim of one entry."""
     x = w.pick(1, 5)
     dim = w.rng.randrange(x.ndim + 1)
     units = [d for d, n in enumerate(x.shape) if n == 1]
@@ -81,7 +81,7 @@ def unit_dims(w: Writer) -> None:
 
 @move(2, "view")
 def parts(w: Writer) -> None:
-    """A dim in pieces, some or all of which are used."""
+    """Divide a dim into pieces, and use some or all of them."""
     x = w.pick(1, 6, lambda v: max(v.shape) > 1)
     dim = x.ndim - 1 if w.chance(0.7) and x.shape[-1] > 1 else w.rng.choice([d for d, n in enumerate(x.shape) if n > 1])
     n = x.shape[dim]
@@ -102,7 +102,7 @@ def parts(w: Writer) -> None:
 
 @move(1.5, "view")
 def sliced(w: Writer) -> None:
-    """A part of the last dim, or every other entry."""
+    """Take a part of the last dim, or every second entry."""
     x = w.pick()
     where = "..., " if x.ndim > 1 else ""
     n = x.shape[-1]
@@ -113,7 +113,7 @@ def sliced(w: Writer) -> None:
 
 @move(2, "view")
 def together(w: Writer) -> None:
-    """End to end, or side by side."""
+    """Concatenate or stack values."""
     x = w.pick(1, 5)
     dim = x.ndim - 1 if w.chance(0.7) else w.rng.randrange(x.ndim)
     if w.chance(0.4):
@@ -132,7 +132,7 @@ def together(w: Writer) -> None:
 
 @move(1, "view")
 def repeated(w: Writer) -> None:
-    """Copies of a value along its own dims."""
+    """Repeat a value along its dims."""
     x = w.pick(1, 4)
     times = [w.rng.choice((1, 1, 2, 3)) for _ in x.shape]
     dim = w.rng.randrange(x.ndim)
@@ -148,7 +148,7 @@ def repeated(w: Writer) -> None:
 
 @move(0.7, "view")
 def moved(w: Writer) -> None:
-    """Entries along a dim change places."""
+    """Move entries along a dim."""
     x = w.pick()
     dim = w.rng.randrange(x.ndim)
     order = list(range(x.shape[dim]))

@@ -1,4 +1,4 @@
-"""hypothesis strategies for random modules, for property tests of anything that takes a module.
+"""Strategies of hypothesis for random modules, for property tests of code that takes a module.
 
 >>> from hypothesis import given
 >>> from ecospa_fx.testing.strategies import programs
@@ -6,7 +6,7 @@
 ... def test_mine(program):
 ...     model, args = program.build()
 
-A program that fails is printed by hypothesis as code that can be run.
+hypothesis prints a program that fails as runnable code.
 """
 
 from __future__ import annotations
@@ -19,21 +19,19 @@ try:
     from hypothesis import strategies as st
     from hypothesis.strategies import SearchStrategy
 except ImportError as error:
-    raise ImportError(
-        "ecospa_fx.testing.strategies draws through hypothesis, which is not installed; pip install hypothesis"
-    ) from error
+    raise ImportError("ecospa_fx.testing.strategies needs hypothesis: pip install hypothesis") from error
 
 from .programs import RandomProgram
 from .random_program import INPUTS, KINDS, random_program
 
 
 def programs(*kinds: str, most: int = 10, inputs: Sequence[str] = tuple(INPUTS)) -> SearchStrategy[RandomProgram]:
-    """Random modules as code: `program.build()` makes one and the arguments of a call, `print(program)` shows it.
+    """Draw random modules as code: `program.build()` makes the module and the arguments of a call, `print` shows it.
 
     Args:
-        kinds: of what they are made, of `KINDS` (`"attention"`, `"glu"`, `"conv"`, `"view"`, ...); by default all.
-        most: most steps; a block such as an attention is one.
-        inputs: what they may take: `"tokens"` `[b, s, d]`, `"words"` (whole numbers `[b, s]`, embedded), `"rows"`
+        kinds: kinds of steps, of `KINDS` (`"attention"`, `"glu"`, `"conv"`, `"view"`, ...); by default all.
+        most: largest number of steps; a block such as an attention is one.
+        inputs: possible inputs: `"tokens"` `[b, s, d]`, `"words"` (whole numbers `[b, s]`, embedded), `"rows"`
             `[b, d]`, `"images"` `[b, c, h, w]`, `"two"` (tokens of two lengths).
 
     Raises:
@@ -41,12 +39,12 @@ def programs(*kinds: str, most: int = 10, inputs: Sequence[str] = tuple(INPUTS))
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
-        raise ValueError(f"there is no kind of step `{unknown[0]}`; there are {', '.join(KINDS)}")
+        raise ValueError(f"there is no kind of step `{unknown[0]}`; the kinds are {', '.join(KINDS)}")
     return st.builds(
         random_program, st.randoms(use_true_random=False), st.just(kinds), st.just(most), st.just(tuple(inputs))
     )
 
 
 def modules(*kinds: str, most: int = 10) -> SearchStrategy[tuple[nn.Module, tuple[Tensor, ...]]]:
-    """Random modules in float64 and eval mode, with the arguments of a call; see `programs`."""
+    """Draw random modules in float64 and eval mode, with the arguments of a call; see `programs`."""
     return programs(*kinds, most=most).map(RandomProgram.build)

@@ -1,6 +1,6 @@
-"""trace: a captured graph without torch.export, many times as fast, for thousands of small programs.
+"""Trace of a module without torch.export, many times as fast, for thousands of small programs.
 
-torch.export is what the library captures with. Recording what a module dispatches before autograd gives the same ATen
+The library captures with torch.export. Recording the ops that a module dispatches before autograd gives the same ATen
 ops at static sizes; a sample of the programs goes through torch.export too (see `ecospa_fx.testing.fuzz`).
 """
 
@@ -33,16 +33,16 @@ def trace(module: nn.Module, args: tuple[Tensor, ...]) -> RegionGraph:
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     first: dict[Any, str] = {}
     same: dict[str, str] = {}
-    held, inputs = {}, []
+    placeholders = {}
     for name, tensor in named.items():
         if first.setdefault(storage_key(tensor), name) == name:
-            held[recorder.placeholder(tensor)] = name
+            placeholders[recorder.placeholder(tensor)] = name
         else:
             same[name] = first[storage_key(tensor)]
     inputs = [recorder.placeholder(tensor) for tensor in args]
     with enable_python_dispatcher(), enable_pre_dispatch(), recorder:
-        made = module(*args)
-    out_leaves, out_spec = pytree.tree_flatten(made)
+        outputs = module(*args)
+    out_leaves, out_spec = pytree.tree_flatten(outputs)
     graph.output(tuple(recorder.nodes[out] for out in out_leaves))
     clean(graph)
     canonicalise(graph, recorder.constants)
@@ -52,30 +52,31 @@ def trace(module: nn.Module, args: tuple[Tensor, ...]) -> RegionGraph:
         training_flags(module), {}, autocast_now(),
     )  # fmt: skip
     return RegionGraph(
-        region="", graph=graph, tensors=held, parameters=frozenset(p for p, name in held.items() if name in parameters),
+        region="", graph=graph, tensors=placeholders,
+        parameters=frozenset(p for p, name in placeholders.items() if name in parameters),
         constants=recorder.constants, inputs=tuple(inputs), signature=signature,
-        sizes={name: named[name].shape for name in held.values()}, out_spec=out_spec,
+        sizes={name: named[name].shape for name in placeholders.values()}, out_spec=out_spec,
         out_leaves=tuple(TENSOR for _ in out_leaves), same_storage=same,
     )  # fmt: skip
 
 
 class _Recorder(ProxyTorchDispatchMode):
-    """Runs each op and writes it down, before autograd would take it apart.
+    """A dispatch mode that runs each op and records it, before autograd decomposes it.
 
-    Of its base class it is only the kind: torch lets no other mode listen before autograd.
+    It uses nothing of its base class: torch lets no other kind of mode see ops before autograd.
     """
 
     def __init__(self) -> None:
         nothing: Any = None
         super().__init__(nothing, "real", pre_dispatch=True)
         self.graph = fx.Graph()
-        # Weak, because torch hands the result of a factory on as it is only where nobody else holds it.
+        # Weak, because torch returns the result of a factory unchanged only if nothing else refers to it.
         self.nodes: Any = WeakIdKeyDictionary()
         self.constants: dict[str, Tensor] = {}
 
     def placeholder(self, tensor: Tensor) -> str:
         node = self.graph.placeholder(f"p{len(self.graph.nodes)}")
-        self._made(tensor, node)
+        self._record(tensor, node)
         return node.name
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -86,15 +87,15 @@ class _Recorder(ProxyTorchDispatchMode):
         node_args, node_kwargs = pytree.tree_map_only(Tensor, self._node, (args, kwargs))
         node = self.graph.call_function(func, node_args, node_kwargs)
         if isinstance(result, Tensor):
-            self._made(result, node)
+            self._record(result, node)
         else:
-            node.meta["val"] = tuple(map(_shown, result))
+            node.meta["val"] = tuple(map(_stand_in, result))
             for i, item in enumerate(result):
-                self._made(item, self.graph.call_function(operator.getitem, (node, i)))
+                self._record(item, self.graph.call_function(operator.getitem, (node, i)))
         return result
 
-    def _made(self, tensor: Tensor, node: fx.Node) -> None:
-        node.meta["val"] = _shown(tensor)
+    def _record(self, tensor: Tensor, node: fx.Node) -> None:
+        node.meta["val"] = _stand_in(tensor)
         self.nodes[tensor] = node
 
     def _node(self, tensor: Tensor) -> fx.Node:
@@ -103,12 +104,12 @@ class _Recorder(ProxyTorchDispatchMode):
             with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
                 node = self.graph.placeholder(f"c{len(self.constants)}")
             self.constants[node.name] = tensor
-            self._made(tensor, node)
+            self._record(tensor, node)
         return node
 
 
-def _shown(tensor: Tensor) -> Tensor:
-    """What stands for a tensor in a graph: its shape and dtype, without its values."""
-    shown: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-    vars(shown)["fake_mode"] = nullcontext()
-    return shown
+def _stand_in(tensor: Tensor) -> Tensor:
+    """Make a stand-in for a tensor in a graph: its shape and dtype, without its values."""
+    stand_in: Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    vars(stand_in)["fake_mode"] = nullcontext()
+    return stand_in

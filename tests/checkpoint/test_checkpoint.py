@@ -115,7 +115,7 @@ def test_saving_again_replaces(saved):
     (directory / "mine.txt").write_text("kept")
     ecospa_fx.save(model, directory)
     assert sorted(path.name for path in directory.iterdir()) == [".lock", "checkpoint.json", "mine.txt", "save-2"]
-    with pytest.raises(errors.CheckpointError, match="holds no optimizer state; it was saved without optimizer="):
+    with pytest.raises(errors.CheckpointError, match="holds no optimizer state: it was saved without optimizer="):
         ecospa_fx.resume(directory, model, optimizer=torch.optim.AdamW(model.parameters()))
 
 
@@ -229,7 +229,7 @@ DAMAGE = {
     "about edited": (touched(ABOUT, lambda b: b.replace(b"true", b"false")), f"{ABOUT} {NEW}it has "),
     "missing file": (lambda d: (d / "save-1" / WEIGHTS).unlink(), f"is incomplete: {WEIGHTS} is missing"),
     "missing save": (lambda d: shutil.rmtree(d / "save-1"), "is incomplete: model.safetensors is missing"),
-    "missing manifest": (lambda d: (d / "checkpoint.json").unlink(), "is no saved model: it has no checkpoint.json"),
+    "missing manifest": (lambda d: (d / "checkpoint.json").unlink(), "is not a saved model: it has no checkpoint.json"),
     "manifest cut": (
         lambda d: (d / "checkpoint.json").write_bytes((d / "checkpoint.json").read_bytes()[:100]),
         "checkpoint.json cannot be read: JSONDecodeError",
@@ -253,28 +253,33 @@ DAMAGE = {
     "absolute file": (
         manifest(lambda m: m["files"].update({"/etc/passwd": {}})), "names a file outside its directory: '/etc/passwd'",
     ),
-    "no plan listed": (manifest(lambda m: m["files"].pop("plan.json")), "holds no plan.json"),
+    "no plan listed": (manifest(lambda m: m["files"].pop("plan.json")), "has no plan.json"),
     "said twice": (
-        lambda d: (d / "checkpoint.json").write_text('{"format": 2, "format": 3}'), "'format' is there twice",
+        lambda d: (d / "checkpoint.json").write_text('{"format": 2, "format": 3}'), "the key 'format' appears twice",
     ),
     "unknown region": (
         hostile(ABOUT, edited(lambda a: a["regions"].append("layers.9"))),
         "the saved model has a region `layers.9`, this Net has none",
     ),
-    "region no name": (hostile(ABOUT, edited(lambda a: a["regions"].append(3))), "has a `regions` that holds no names"),
-    "no regions": (hostile(ABOUT, edited(lambda a: a.pop("regions"))), "has no `regions`, or one of another kind"),
-    "alias no name": (hostile(ABOUT, edited(lambda a: a.update(aliases={"head.weight": [1]}))), "has a `aliases` that"),
+    "region no name": (
+        hostile(ABOUT, edited(lambda a: a["regions"].append(3))), ": `regions` holds something that is not a name",
+    ),
+    "no regions": (hostile(ABOUT, edited(lambda a: a.pop("regions"))), ": `regions` is missing or not a list"),
+    "alias no name": (
+        hostile(ABOUT, edited(lambda a: a.update(aliases={"head.weight": [1]}))),
+        ": `aliases` holds something that is not a name",
+    ),
     "state of no module": (
         hostile(ABOUT, edited(lambda a: a.update(extra={"layers.7": 1}))),
         "the saved model has state of a module `layers.7`, this Net has none",
     ),
     "alias of nothing": (
         hostile(ABOUT, edited(lambda a: a.update(aliases={"head.weight": "nothing"}))),
-        "`head.weight` is saved as `nothing`, which is not there",
+        "`head.weight` is saved as `nothing`, which is missing",
     ),
     "layout of another tensor": (
         hostile(ABOUT, edited(lambda a: a["layouts"].update({UP: {"order": [5, 5]}}))),
-        f"lays out `{UP}` in a way it does not have: ",
+        f"gives `{UP}` a memory layout that does not fit: ",
     ),
     "header of exabytes": (
         hostile(WEIGHTS, lambda b: (2**62).to_bytes(8, "little") + b[8:]), f"{WEIGHTS} cannot be read: ",
@@ -324,5 +329,5 @@ def test_state_of_another_optimizer_is_refused(saved):
     with pytest.raises(errors.CheckpointError, match="holds state of AdamW, not of SGD"):
         ecospa_fx.resume(directory, model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     groups = [{"params": [p]} for p in model.parameters()]
-    with pytest.raises(errors.CheckpointError, match="groups parameters in another way than the saved one"):
+    with pytest.raises(errors.CheckpointError, match="groups parameters differently from the saved one"):
         ecospa_fx.resume(directory, model, optimizer=torch.optim.AdamW(groups))

@@ -16,7 +16,7 @@ from torch.optim import lr_scheduler as lrs
 import ecospa_fx
 from ecospa_fx import errors
 from ecospa_fx.checkpoint.packing import Packer, Unpacker
-from ecospa_fx.json_text import written
+from ecospa_fx.json_text import format_json
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool,
@@ -26,7 +26,7 @@ DTYPES = [
 
 def there_and_back(value):
     packer = Packer()
-    text = written(packer.pack(value, "it"))
+    text = format_json(packer.pack(value, "it"))
     return Unpacker(packer.tensors, "it").unpack(json.loads(text))
 
 
@@ -136,10 +136,10 @@ def test_what_cannot_be_saved_is_said(value, words):
         ({"$tensor": "a", "order": [2**40]}, "it cannot be read: "),
         ({"$pickle": "gASV"}, "it holds `$pickle`, which this version of ecospa_fx does not know"),
         ({"$set": [[1]]}, "it cannot be read: TypeError: unhashable"),
-        ({"$scalar": ["V1000000", 3]}, "it cannot be read: ValueError: 'V1000000' is no dtype of numbers"),
-        ({"$array": ["O", {"$tensor": "a"}]}, "it cannot be read: ValueError: 'O' is no dtype of numbers"),
+        ({"$scalar": ["V1000000", 3]}, "it cannot be read: ValueError: 'V1000000' is not a dtype of numbers"),
+        ({"$array": ["O", {"$tensor": "a"}]}, "it cannot be read: ValueError: 'O' is not a dtype of numbers"),
         ({"$dtype": "load"}, "it cannot be read: ValueError: torch has no dtype 'load'"),
-        ({"$float": "1" * 9}, "it cannot be read: ValueError: '111111111' is none of inf, -inf, nan"),
+        ({"$float": "1" * 9}, "it cannot be read: ValueError: '111111111' is not one of inf, -inf, nan"),
         ({"$bytes": "?"}, "it cannot be read: Error: "),
         ({"$deque": []}, "it cannot be read: IndexError"),
     ],
@@ -360,20 +360,20 @@ def test_other_things_than_were_saved_are_refused(base, tmp_path):
     sgd = torch.optim.SGD(matrices(loaded), lr=0.1)
     adamw = torch.optim.AdamW([loaded.up.bias, loaded.down.bias])
     refused(
-        "RUN holds the state of 2 optimizers, and 1 is to go on with it; pass as many as were saved, in the same order",
+        "RUN holds the state of 2 optimizers, and resume was given 1; pass as many as were saved, in the same order",
         optimizer=sgd,
     )
     refused("RUN holds state of SGD, not of AdamW", optimizer=[adamw, sgd])
     refused(
-        "the optimizer groups parameters in another way than the saved one: 1 groups of [2] parameters, saved [2]; the "
+        "the optimizer groups parameters differently from the saved one: 1 groups of [2] parameters, saved [2]; the "
         "first that differs is `down.bias`, saved `up.bias`",
         optimizer=[sgd, torch.optim.AdamW([loaded.down.bias, loaded.up.bias])],
     )
     refused("RUN holds state of StepLR, not of ExponentialLR", scheduler=lrs.ExponentialLR(sgd, 0.9))
-    refused("RUN holds no scaler state; it was saved without scaler=", scaler=torch.amp.GradScaler("cpu"))
+    refused("RUN holds no scaler state: it was saved without scaler=", scaler=torch.amp.GradScaler("cpu"))
     refused(
-        "the trainer has interval=4 and the saved one interval=3; make it with the same settings, or leave trainer= "
-        "out to begin a new schedule",
+        "the trainer has interval=4 and the saved one interval=3; make it with the same settings, or omit trainer= "
+        "to begin a new schedule",
         trainer=ecospa_fx.EcoSpaTrainer(loaded, sgd, target=0.9, interval=4),
     )
     loaded(torch.randn(3, 6))

@@ -225,7 +225,7 @@ def test_what_was_never_saved_is_not_made_up(tmp_path):
     assert float(ecospa_fx.load(tmp_path, Table).scale) == 2
     refused(
         tmp_path, lambda: meta(Table),
-        "`scale` is on the meta device, and neither a parameter nor a buffer, so that it was not saved; make it a "
+        "`scale` is on the meta device and was not saved, because it is neither a parameter nor a buffer; make it a "
         "buffer, or let the factory make the model on a real device",
     )  # fmt: skip
 
@@ -289,7 +289,12 @@ def test_a_hostile_config_runs_nothing(hugging_face, tmp_path):
     rewritten(directory, "config.json", edited(lambda c: c.update(auto_map=auto)))
     assert type(ecospa_fx.load(directory)).__name__ == "GPT2LMHeadModel"
     rewritten(directory, "model.json", edited(lambda m: m.update(implementations={"": {"attn": "someone/kernels"}})))
-    refused(directory, None, f"{where} was saved with the kernels 'someone/kernels'; pass a factory")
+    refused(
+        directory,
+        None,
+        f"{where} was saved with the implementation 'someone/kernels', which is not part of transformers; pass a "
+        "factory",
+    )
     rewritten(directory, "model.json", edited(lambda m: m.update({"class": "Trainer", "implementations": {}})))
     refused(directory, None, "transformers has no model class Trainer; pass a factory")
     rewritten(directory, "model.json", edited(lambda m: m.update({"class": "GPT2LMHeadModel"})))
@@ -297,4 +302,4 @@ def test_a_hostile_config_runs_nothing(hugging_face, tmp_path):
     with pytest.raises(errors.CheckpointError, match=r"config\.json makes no GPT2LMHeadModel: .*; pass a factory"):
         ecospa_fx.load(directory)
     rewritten(directory, "config.json", lambda _: json.dumps([1]).encode())
-    refused(directory, None, f"{where}/config.json cannot be read: it holds no object")
+    refused(directory, None, f"{where}/config.json cannot be read: it is not a JSON object")

@@ -46,7 +46,7 @@ def plan(shape=(12, 8), dim=0, kept=(0, 2), **more):
 
 
 NOT_INCREASING = f"the plan's positions of `{UP}` dim 0 are not increasing within 0..11"
-NO_SHAPE = "the plan's original shape of `up.weight`, {}, is none of a tensor"
+NO_SHAPE = "the plan's original shape of `up.weight`, {}, is not a shape of a tensor"
 AXIS = {"parameter": UP, "dim": 0, "kept": [0, 1]}
 REFUSED = {
     "beyond": (plan(kept=[3, 12]), NOT_INCREASING),
@@ -59,13 +59,13 @@ REFUSED = {
     "one axis twice": (plan(axes=[AXIS, AXIS]), f"the plan keeps entries of `{UP}` dim 0 twice"),
     "one axis twice, spelt apart": (
         plan(axes=[AXIS, {**AXIS, "dim": False}]),
-        f"the plan keeps entries of `{UP}` dim False, which it gives no original shape for",
+        f"the plan keeps entries of `{UP}` dim False, but has no original shape for it",
     ),
-    "no such dim": (plan(dim=2), f"the plan keeps entries of `{UP}` dim 2, which it gives no original shape for"),
-    "negative dim": (plan(dim=-1), f"the plan keeps entries of `{UP}` dim -1, which it gives no original shape for"),
-    "dim no number": (plan(dim="0"), f"the plan keeps entries of `{UP}` dim 0, which it gives no original shape for"),
+    "no such dim": (plan(dim=2), f"the plan keeps entries of `{UP}` dim 2, but has no original shape for it"),
+    "negative dim": (plan(dim=-1), f"the plan keeps entries of `{UP}` dim -1, but has no original shape for it"),
+    "dim no number": (plan(dim="0"), f"the plan keeps entries of `{UP}` dim 0, but has no original shape for it"),
     "no shape": (
-        plan(original_shapes={}), f"the plan keeps entries of `{UP}` dim 0, which it gives no original shape for",
+        plan(original_shapes={}), f"the plan keeps entries of `{UP}` dim 0, but has no original shape for it",
     ),
     "negative size": (plan((-12, 8)), NO_SHAPE.format([-12, 8])),
     "size with a point": (plan((12.7, 8)), NO_SHAPE.format([12.7, 8])),
@@ -75,12 +75,12 @@ REFUSED = {
     "more than any memory": (plan((2**62, 8)), NO_SHAPE.format([2**62, 8])),
     "more than a number": (plan((0, 10**30)), NO_SHAPE.format([0, 10**30])),
     "other version": (plan(format=2), "the plan has format 2; this version reads 1"),
-    "no object": ("[]", "this is no plan: TypeError: list indices must be integers or slices, not str"),
+    "no object": ("[]", "this is not a plan: TypeError: list indices must be integers or slices, not str"),
     "no JSON": ("", "the plan cannot be read: JSONDecodeError: Expecting value: line 1 column 1 (char 0)"),
-    "no number": ('{"format": NaN}', "the plan cannot be read: ValueError: NaN is no number of JSON"),
+    "no number": ('{"format": NaN}', "the plan cannot be read: ValueError: NaN is not a number in JSON"),
     "a name twice": (
         '{"format": 1, "original_shapes": {"a": [2], "a": [3]}}',
-        "the plan cannot be read: ValueError: 'a' is there twice",
+        "the plan cannot be read: ValueError: the key 'a' appears twice",
     ),
 }  # fmt: skip
 

@@ -172,7 +172,7 @@ def test_asked_for_it_is_used_exact_and_named(monkeypatch: pytest.MonkeyPatch) -
     (where,) = explanation.experiments.values()
     assert where.startswith("1 use, first in test_experiment.py:")
     assert str(explanation).endswith(
-        f"Ops whose axis rule is an experiment's (verified, not proved):\n  aten.mish: {where}"
+        f"Ops whose axis rule comes from an experiment (verified, not proved):\n  aten.mish: {where}"
     )
     model = ecospa_fx.compile(copy.deepcopy(plain).double(), example_inputs=(x.double(),), experiments=True)
     assert assert_exact(model, (x.double(),)).worst.tolerance == 1e-10

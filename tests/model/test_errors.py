@@ -69,7 +69,8 @@ def test_no_inputs_and_none_derivable():
     with pytest.raises(errors.NoInputsError) as caught:
         ecospa_fx.explain(MLP())
     assert str(caught.value) == (
-        "nothing to capture MLP with: pass example_inputs=(x,) or example_kwargs={...}, the arguments of one call"
+        "there are no inputs to capture MLP with: pass the arguments of one call as example_inputs=(x,) or "
+        "example_kwargs={...}"
     )
     with pytest.raises(errors.NoInputsError) as caught:
         ecospa_fx.couplings(ecospa_fx.compile(MLP()))

@@ -42,7 +42,7 @@ def test_layers_of_unequal_sizes_come_back(tmp_path, execution):
     assert (
         why is not None
         and (
-            "a LlamaConfig cannot say what is left of this LlamaForCausalLM"
+            "a LlamaConfig cannot express the sizes of this LlamaForCausalLM"
             if execution == "module"
             else "runs as graphs"
         )
@@ -91,9 +91,9 @@ def test_errors(tmp_path):
     plain = ecospa_fx.compile(
         nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)), example_inputs=(torch.ones(1, 2),)
     )
-    with pytest.raises(errors.EcoSpaError, match=r"Sequential is no model of transformers.*use ecospa_fx\.save"):
+    with pytest.raises(errors.EcoSpaError, match=r"Sequential is not a model of transformers.*use ecospa_fx\.save"):
         ecospa_fx.save_pretrained(plain, tmp_path)
-    with pytest.raises(errors.CheckpointError, match=r"holds no ecospa_fx\.json"):
+    with pytest.raises(errors.CheckpointError, match=r"has no ecospa_fx\.json"):
         ecospa_fx.from_pretrained(tmp_path)
     model, _ = llama()
     shrink(model)
@@ -103,8 +103,8 @@ def test_errors(tmp_path):
     for change, message in (
         ({"format": 9}, "has format 9; this version of ecospa_fx reads 1"),
         ({"class": "os"}, "names a class os that transformers does not have"),
-        ({"execution": "magic"}, "has an `execution` that is none: magic"),
-        ({"regions": [3]}, "has a `regions` that holds no names"),
+        ({"execution": "magic"}, ": `execution` is magic, not one of graph, module"),
+        ({"regions": [3]}, ": `regions` holds something that is not a name"),
         ({"attributes": [[1, 2]]}, "has an attribute that is none"),
         ({"plan": {**about["plan"], "original_shapes": {"nothing": [3]}, "axes": []}}, "shrinks `nothing`, which a"),
     ):

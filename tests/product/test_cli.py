@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 import ecospa_fx
-from ecospa_fx import cli
+from ecospa_fx import cli, graphs
 from ecospa_fx.cli import main
 from ecospa_fx.cli.models import fields_of, named_model
 
@@ -101,6 +102,16 @@ def test_explain_as_json_markdown_and_to_a_file(capsys, here):
     assert sentences["ffn"][1].startswith("aten.relu takes it to relu[1]: ")
     assert "hidden" not in run(capsys, "explain", "own.py:make", "--savings")[1]
     assert "416 parameters" in run(capsys, "explain", "own.py:make", "--summary")[1]
+
+
+@pytest.mark.parametrize("form", [name for name in graphs.WRITERS if name != "svg" or shutil.which("dot")])
+def test_graph_offers_every_format_and_level(capsys, here, form):
+    for level, draw in graphs.LEVELS.items():
+        code, out, err = run(capsys, "graph", "own.py:make", "--format", form, "--level", level)
+        assert (code, err) == (0, "")
+        model, inputs = named_model("own.py:make").model, named_model("own.py:make").args
+        assert out == graphs.WRITERS[form](draw(ecospa_fx.explain(model, example_inputs=inputs))) + "\n"
+    assert "|".join(graphs.WRITERS) in "".join(run(capsys, "graph", "--help")[1].split())
 
 
 def test_verify(capsys, here):
@@ -194,7 +205,7 @@ def test_doctor_says_what_is_wrong_and_the_cure(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("hf/lama", "transformers has no model type `lama`; close to it are llama, "),
+        ("hf/lama", "transformers has no model type `lama`; similar names: llama, "),
         ("nowhere", "there is no model `nowhere`: name hf/TYPE (hf/llama), timm/NAME, a directory that is there, or "),
         ("none.py:make", "there is no file none.py"),
         ("own.py:absent", "own.py has no factory `absent`; it has "),
@@ -211,10 +222,10 @@ def test_an_unknown_model_is_one_line_and_exit_code_2(capsys, command, name, mes
 @pytest.mark.parametrize(
     ("name", "code", "message"),
     [
-        ("timm/vit_tini", 2, "timm has no model `vit_tini`; close to it are "),
-        ("own.py:silent", 2, "own.py:silent says nothing about its inputs: pass --input 2x16:long for each, "),
+        ("timm/vit_tini", 2, "timm has no model `vit_tini`; similar names: "),
+        ("own.py:silent", 2, "the inputs of own.py:silent are unknown: pass --input 2x16:long for each, "),
         ("own.py:broken", 1, "own.py:broken failed with ValueError: out of luck"),
-        ("own.py:text", 2, "own.py:text gives a str, not a module or (module, inputs)"),
+        ("own.py:text", 2, "own.py:text returns a str, not a module or (module, inputs)"),
         ("empty", 2, "empty holds no model: neither checkpoint.json (ecospa_fx.save) nor config.json (transformers)"),
     ],
 )
@@ -287,7 +298,7 @@ def test_without_a_network(capsys, command, monkeypatch):
     code, _, err = run(capsys, *arguments)
     assert code == 1 and err == (
         f"ecospa-fx {command}: error: the configuration of `someone/model` cannot be read from the hub: We couldn't "
-        "connect to the hub to load someone/model. Without a network name hf/TYPE or a directory\n"
+        "connect to the hub to load someone/model. Without a network, name hf/TYPE or a directory\n"
     )
 
 
@@ -304,11 +315,11 @@ def test_a_real_hub_that_is_out_of_reach_is_one_line():
         (["explain", "own.py:make", "--nope"], "ecospa-fx explain: error: No such option: --nope "),
         (
             ["explain", "own.py:make", "--set", "x"],
-            "ecospa-fx explain: error: `x` is no FIELD=VALUE, hidden_size=64 say",
+            "ecospa-fx explain: error: `x` is not of the form FIELD=VALUE, such as hidden_size=64",
         ),
         (
             ["explain", "own.py:make", "--why", "0"],
-            "ecospa-fx explain: error: --why 0: name two weights with a comma between",
+            "ecospa-fx explain: error: --why 0: give two names of weights, separated by a comma: --why q_proj,k_proj",
         ),
         (
             ["explain", "own.py:silent", "--input", "2,8"],

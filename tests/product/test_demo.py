@@ -189,12 +189,12 @@ def test_break_pairing_parts_q_from_k_in_one_fused_matrix():
         (["--target", "1.5"], "--target 1.5 is not between 0 and 1; 0.5 keeps half of the parameters"),
         (["--target", "nan"], "--target nan is not between 0 and 1; 0.5 keeps half of the parameters"),
         (["--text", "no/such"], "--text no/such: no such file or folder"),
-        (["--steps", "3"], "--steps 3 is too small; the least is 20"),
+        (["--steps", "3"], "--steps 3 is too small; the minimum is 20"),
         (["--width", "50"], "--width 50 is not a positive multiple of 32, the width of one head"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many' (see --help)"),
         (
             ["--arch", "gpt17"],
-            "--arch gpt17: transformers knows no such model type; try gpt2, llama, gpt_neox or qwen2",
+            "--arch gpt17: transformers has no such model type; try gpt2, llama, gpt_neox or qwen2",
         ),
     ],
 )

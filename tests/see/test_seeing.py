@@ -95,7 +95,7 @@ layers.1.gate.weight[1] cannot shrink along its axis of 8, which it shares with 
 layers.1.q.weight[0] can shrink along its axis of 2 (of 16 in all): layers.1.heads may lose all but one of its 2 entries.
 layers.1.q.weight[0] can shrink along its axis of 2 (of 16 in all): layers.1.groups may lose all but one of its 2 entries.
 layers.1.q.weight[0] can shrink along its axis of 2 (of 16 in all): layers.1.qk may lose all but one of its 2 entries.
-layers.1.q.weight[1] has no partner along its axis of 8: no weight of the region brings it into a product in which another one sums over it.""",
+layers.1.q.weight[1] has no partner along its axis of 8: no weight of the region sums over entries that another one produces along it.""",
     )
 
 
@@ -115,7 +115,7 @@ def test_why_not_names_the_norm_between():
         """\
 q.weight[0] cannot shrink along its axis of 8, which it shares with q.bias[0], k.weight[0], k.bias[0], q_norm.weight[0] and 1 more, because
   aten.layer_norm: the statistics are averages over the axis (q_norm, normalization.py).
-q.weight[1] has no partner along its axis of 8: no weight of the region brings it into a product in which another one sums over it.""",
+q.weight[1] has no partner along its axis of 8: no weight of the region sums over entries that another one produces along it.""",
     )
     assert_expected_inline(
         without_lines(str(explanation.why("q", "k"))),
@@ -161,10 +161,10 @@ They meet so:
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        (lambda e: e.why("layers.0.q", "layers.1.k"), "`layers.0.q.weight` and `layers.1.k.weight` share no axis along which weights meet; why_not says what each runs along"),
-        (lambda e: e.why_not("gate"), "`gate` is the end of 3 names: layers.0.gate, layers.1.gate, layers.2.gate; write one in full"),
-        (lambda e: e.why_not("layers.0.gat"), "the model has no parameter or module `layers.0.gat`; close to it are layers.0.gate, layers.2.gate, layers.1.gate"),
-        (lambda e: e.why_not("layers.0"), "`layers.0` holds no parameters itself; ask for a part of it: layers.0.q, layers.0.k, layers.0.v, layers.0.o, layers.0.norm, layers.0.gate, layers.0.up, layers.0.down"),
+        (lambda e: e.why("layers.0.q", "layers.1.k"), "`layers.0.q.weight` and `layers.1.k.weight` share no axis along which weights meet; why_not(name) says what lies along each of their dims"),
+        (lambda e: e.why_not("gate"), "3 names end with `gate`: layers.0.gate, layers.1.gate, layers.2.gate; write one in full"),
+        (lambda e: e.why_not("layers.0.gat"), "the model has no parameter or module `layers.0.gat`; similar names: layers.0.gate, layers.2.gate, layers.1.gate"),
+        (lambda e: e.why_not("layers.0"), "`layers.0` holds no parameters itself; name one of its submodules: layers.0.q, layers.0.k, layers.0.v, layers.0.o, layers.0.norm, layers.0.gate, layers.0.up, layers.0.down"),
     ],
 )  # fmt: skip
 def test_questions_without_an_answer(explanation, question, message):
@@ -184,8 +184,8 @@ def test_what_lies_outside_the_regions_is_said_to():
 
     explanation = ecospa_fx.explain(Headed(), example_inputs=(X,))
     assert str(explanation.why_not("head.weight")) == (
-        "head.weight stays whole: it lies outside the regions that were captured (layers.0, layers.1, ...), where "
-        'nothing is looked at; regions="root" captures the whole model.'
+        "head.weight stays whole: it lies outside the captured regions (layers.0, layers.1, ...), and only these "
+        'are analysed; regions="root" captures the whole model.'
     )
 
 
@@ -373,8 +373,8 @@ def test_svg_without_graphviz_says_what_to_do(explanation, monkeypatch):
     with pytest.raises(errors.EcoSpaError) as caught:
         graphs.to_svg(graphs.block_graph(explanation))
     assert str(caught.value) == (
-        "SVG is drawn by graphviz, and its program `dot` is not installed (apt install graphviz, brew install "
-        "graphviz); DOT text, Mermaid and GraphML need nothing"
+        "SVG needs the program `dot` of graphviz, which is not installed (apt install graphviz, brew install "
+        "graphviz); DOT, Mermaid, GraphML and JSON need no program"
     )
 
 
@@ -511,7 +511,7 @@ def test_a_log_that_does_not_exist_is_named():
     with pytest.raises(errors.EcoSpaError) as caught:
         logs.set_logs("capture,shirnk")
     assert str(caught.value) == (
-        "ECOSPA_LOGS: there is no log `shirnk`; there are capture, axes, discover, shrink, recaptures and all"
+        "ECOSPA_LOGS: there is no log `shirnk`; the logs are capture, axes, discover, shrink, recaptures, and `all`"
     )
 
 

@@ -95,7 +95,7 @@ def test_waits_are_written_down(tmp_path):
     waits = [json.loads(line) for line in path.read_text().splitlines() if '"wait"' in line]
     assert [{k: v for k, v in line.items() if k != "event"} for line in waits] == trainer.postponed and waits
     (sign,) = watch.signs
-    assert "; the next one waits for it. If it does not come down, " in sign.text
+    assert "; the next shrink waits for it. If it does not come down, " in sign.text
 
 
 def test_curves_for_tensorboard(tmp_path):
@@ -134,7 +134,7 @@ def test_no_tensorboard_and_files_that_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(EcoSpaError) as caught:
         run(steps=1, tensorboard=tmp_path / "board")
-    assert str(caught.value) == "tensorboard= needs TensorBoard; pip install tensorboard"
+    assert str(caught.value) == "tensorboard= needs TensorBoard: pip install tensorboard"
     with pytest.raises(EcoSpaError) as caught:
         run(steps=1, lines=tmp_path / "nowhere" / "run.jsonl")
     assert str(caught.value) == (
@@ -189,9 +189,9 @@ def test_a_loss_that_stays_up_after_a_shrink_is_said_once_for_each(caplog):
     spikes = [sign for sign in watch.signs if sign.kind == "spike"]
     assert len({*shrinks}) > 1 and spikes and len(spikes) <= len(shrinks)
     assert str(spikes[0]) == (
-        "step 5: the loss is 4.5, 12% above the 4 before the shrink at step 4; trainer.step(loss=loss) lets the next "
-        "one wait for it. If it does not come down, shrink less at a time: a larger theta, a smaller top_k, more steps "
-        "between"
+        "step 5: the loss is 4.5, 12% above the 4 before the shrink at step 4; with trainer.step(loss=loss) the "
+        "next shrink would wait for it. If it does not come down, shrink less at a time: a larger theta, a smaller "
+        "top_k, a longer interval"
     )
     assert [record.getMessage() for record in caplog.records] == [str(sign) for sign in watch.signs]
     assert str(watch).splitlines()[-1].startswith("! step ")
@@ -210,8 +210,8 @@ def test_a_layer_that_is_all_but_gone_is_said_once():
     ecospa_fx.shrink(model, {found["layers.1.ffn"]: torch.tensor([3])})
     (sign,) = collapses(ecospa_fx.couplings(model), 7)
     assert str(sign) == (
-        "step 7: `layers.1.ffn` has 1 of 20 entries left (5.0%), the median coupling 100%: its layer takes hardly part "
-        "any more. min_keep= or frozen= keeps more of it"
+        "step 7: `layers.1.ffn` has 1 of 20 entries left (5.0%), the median coupling 100%: its layer contributes "
+        "almost nothing. min_keep= or frozen= keeps more of it"
     )
     assert collapses(ecospa_fx.couplings(model), 8, said={"layers.1.ffn"}) == []
     model, _, _ = setting()
@@ -226,7 +226,7 @@ def test_widths_that_run_no_faster():
     ecospa_fx.shrink(model, {"layers.0.ffn": torch.arange(13), "layers.1.ffn": torch.arange(16)})
     sign = odd_widths(model, ecospa_fx.couplings(model), 3, 8)
     assert str(sign) == (
-        "step 3: 2 of 4 widths that have shrunk are no multiples of 8, such as 13 of `layers.0.up.weight`: they may "
+        "step 3: 2 of 4 widths that have shrunk are not multiples of 8, such as 13 of `layers.0.up.weight`: they may "
         "run no faster than 16. round_to=8 keeps multiples"
     )
     assert not [sign for sign in default().signs if sign.kind == "width"]  # on a CPU they are as good as any

@@ -15,7 +15,7 @@ from ecospa_fx.passes.capture.capture import capture
 from ecospa_fx.passes.ir.relations import SameDims
 from ecospa_fx.passes.rules import OPS, OpInfo
 from ecospa_fx.testing.check import Failure, Tally, check
-from ecospa_fx.testing.fuzz import FuzzCounts, check_exported, fuzz, main, program_number, smallest
+from ecospa_fx.testing.fuzz import FuzzFailure, check_exported, fuzz, main, program_number, smallest
 from ecospa_fx.testing.random_program import KINDS, random_program
 from ecospa_fx.testing.strategies import modules, programs
 from ecospa_fx.testing.trace import trace
@@ -68,7 +68,7 @@ def test_a_planted_bug_is_found_and_made_small(capsys: pytest.CaptureFixture[str
     number = next(n for n, program in candidates if "softmax" in str(program) and check(program, seed=n))
     assert main(["1", "--start", str(number), "--seed", "3", "--every", "0"]) == 1
     printed = capsys.readouterr().out
-    assert "# program " in printed and "of seed 3, made smaller: masking: " in printed
+    assert "# program " in printed and "of seed 3, minimised: masking: " in printed
     code = printed[printed.index("# program ") :].split("\n\n# program")[0]
     body = code.split("def forward")[1].split("return")[0].strip().splitlines()[1:]
     # A weight, the softmax, and a weight that takes up its entries.
@@ -84,7 +84,7 @@ def test_the_same_numbers_make_the_same_program() -> None:
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
     assert check(first) is None and check_exported(first) is None
-    source = FuzzCounts(1, 2, first, Failure("exported", "so it is")).source()
+    source = FuzzFailure(1, 2, first, Failure("exported", "so it is")).source()
     assert source.endswith('\n\nassert_exact(model, args, regions="root")\n')
 
 
@@ -104,7 +104,7 @@ def test_a_program_is_traced_as_it_is_exported() -> None:
 def test_a_kind_that_is_none_is_named() -> None:
     with pytest.raises(ValueError) as error:
         programs("atention")
-    assert str(error.value) == f"there is no kind of step `atention`; there are {', '.join(KINDS)}"
+    assert str(error.value) == f"there is no kind of step `atention`; the kinds are {', '.join(KINDS)}"
 
 
 def test_without_hypothesis_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

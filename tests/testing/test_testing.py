@@ -35,7 +35,7 @@ def test_assert_exact_computes_in_another_dtype() -> None:
 
 def test_assert_exact_takes_what_the_model_offers_and_a_compiled_model() -> None:
     model: Any = ZOO["mlp"].build()
-    with pytest.raises(NoInputsError, match="nothing to capture mlp with"):
+    with pytest.raises(NoInputsError, match="there are no inputs to capture mlp with"):
         assert_exact(model)
     model.example_input_array = torch.randn(2, 5, 6)
     assert set(assert_exact(model).by_coupling) == {"ffn", "all of the model"}

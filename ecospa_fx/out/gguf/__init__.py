@@ -1,1 +1,1 @@
-"""GGUF: files of llama.cpp at the sizes that are left."""
+"""GGUF files for llama.cpp, at the sizes of the shrunk model."""

@@ -1,10 +1,10 @@
-"""cut_gguf: a GGUF file of a shrunk model, cut from one at the original sizes in which what is gone is marked.
+"""Cut of a GGUF file to the sizes of a shrunk model, from a file at original sizes with removed entries marked.
 
 save_unshrunk(model, directory, mark=True)     removed entries are NaN
-  -> convert_hf_to_gguf.py directory           llama.cpp's own: it knows each architecture, and how rows are to lie
-  -> gguf_files.read                           slices that are NaN throughout are what was removed, wherever they lie
-  -> gguf_units, gguf_widths                   which sizes of the format these are, and what it can say of them
-  -> gguf_files.write                          without them
+  -> convert_hf_to_gguf.py directory           llama.cpp's converter: it knows each architecture and its order of rows
+  -> files.read                                slices that are NaN throughout were removed, wherever they lie now
+  -> units, widths                             the sizes of the format that these are, and whether it can express them
+  -> files.write                               the file without them
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from ecospa_fx.errors import FormatError
 
 from .files import Marked, read, write
 from .units import Names, units_of
-from .widths import check_followed, kept_axes, left_over, metadata, settle
+from .widths import check_other_tensors, choose_widths, kept_axes, metadata, unsupported_marks
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What `cut_gguf` did.
+    """The result of `cut_gguf`.
 
     Attributes:
-        before: entries of all tensors of the marked file.
-        left: those of them that the shrunk model has.
-        written: entries of the new file: those that are left, and zeros where the format cannot do without.
-        metadata: what changed: the number for all layers, or one for each.
+        before: number of entries of all tensors in the marked file.
+        left: number of entries that the shrunk model has.
+        written: number of entries in the new file: those left, and zeros where the format needs an entry.
+        metadata: changed metadata: a number for all layers, or one per layer.
     """
 
     before: int
@@ -40,9 +40,9 @@ class Cut:
     metadata: Mapping[str, int | list[int]]
 
     def __str__(self) -> str:
-        said = ", ".join(f"{key} = {value}" for key, value in self.metadata.items()) or "no metadata changed"
+        changes = ", ".join(f"{key} = {value}" for key, value in self.metadata.items()) or "no metadata changed"
         zeros = f", {self.written - self.left:,} of them zeros" if self.written > self.left else ""
-        return f"{self.before:,} -> {self.written:,} entries{zeros}; {said}"
+        return f"{self.before:,} -> {self.written:,} entries{zeros}; {changes}"
 
 
 def cut_gguf(
@@ -61,43 +61,42 @@ def cut_gguf(
     >>> # python convert_hf_to_gguf.py marked --outtype f32 --outfile marked.gguf
     >>> ecospa_fx.cut_gguf("marked.gguf", "small.gguf", zeros=True)
 
-    GGUF has numbers for the width of feed-forward layers and for heads; these can shrink. One head is as long as every
-    other, and most loaders take one width for all layers. What is gone beyond that can only be zero. A loader compares
-    all shapes with the metadata, so that a file which is not for it is refused there.
+    GGUF has numbers for the width of feed-forward layers and for heads, so these can shrink. All heads have one length,
+    and most loaders take one width for all layers. Other removed entries can only be zeros. A loader compares all
+    shapes with the metadata, so it refuses a file that it does not support.
 
     Args:
-        source: what llama.cpp's converter made of a marked model, as float32, float16 or bfloat16.
-        target: where to.
-        zeros: put zeros where the format cannot do without what is gone; the model computes the same.
-        per_layer: write one width for each layer where they differ. The loader of the architecture must read them.
-        heads: cut whole heads too, where their number has no other meaning for the loader (slopes by head, say); else
+        source: the file that llama.cpp's converter made of a marked model, in float32, float16 or bfloat16.
+        target: the file to write.
+        zeros: write zeros for removed entries that the format needs; the model computes the same.
+        per_layer: write one width per layer if they differ. The loader of the architecture must read them.
+        heads: cut whole heads too, if the loader derives nothing else from their number (such as slopes by head); else
             they stay, as zeros.
-        round_to: keep feed-forward widths at multiples of this, with zeros (32 for most kinds of quantisation).
-        architecture: write the file as of another architecture, one that computes the same and reads widths per layer.
+        round_to: round feed-forward widths up to multiples of this, with zeros (32 for most kinds of quantisation).
+        architecture: write the file as one of another architecture, which computes the same and reads widths per layer.
 
     Returns:
-        What was done.
+        The sizes and the metadata that changed.
 
     Raises:
-        CheckpointError: `source` cannot be read, or `target` not written.
-        FormatError: nothing is marked; the format cannot hold what is left (without zeros); or it is not known how to
-            cut a tensor.
+        CheckpointError: `source` cannot be read, or `target` cannot be written.
+        FormatError: nothing is marked; the format cannot express the sizes (without zeros); or a tensor cannot be cut.
     """
     if type(round_to) is not int or round_to < 1:
-        raise FormatError(f"round_to={round_to!r} is no number of entries; give 1 or more")
+        raise FormatError(f"round_to={round_to!r} is not a number of entries; pass 1 or more")
     file = read(Path(source))
     names = Names(file)
     fields = dict(file.fields) if architecture is None else _renamed(names, architecture)
     layers = units_of(names)
-    reasons = settle(names, layers, per_layer=per_layer, round_to=round_to, heads=heads)
-    reasons = [*left_over(names, layers), *reasons]
+    reasons = choose_widths(names, layers, per_layer=per_layer, round_to=round_to, heads=heads)
+    reasons = [*unsupported_marks(names, layers), *reasons]
     if reasons and not zeros:
         more = f" (and {len(reasons) - 1} more such)" if len(reasons) > 1 else ""
         raise FormatError(
-            f"GGUF cannot hold what is left of {file.path.name}: {reasons[0]}{more}. zeros=True puts zeros there, "
-            "which compute the same; to be rid of them, keep such couplings whole while training (frozen=[...])"
+            f"GGUF cannot express the sizes in {file.path.name}: {reasons[0]}{more}. zeros=True puts zeros there, "
+            "which compute the same; to avoid them, keep such couplings at full size while training (frozen=[...])"
         )
-    check_followed(names, layers)
+    check_other_tensors(names, layers)
     changed = metadata(names, layers)
     for key, value in changed.items():
         fields[_key(key, names, architecture)] = _field(names, file, key, value)
@@ -121,15 +120,15 @@ def _key(key: str, names: Names, architecture: str | None) -> str:
 
 
 def _renamed(names: Names, architecture: str) -> dict[str, tuple[Any, Any, Any]]:
-    """The metadata under the name of another architecture, which must have all tensors of this file."""
+    """Rename the metadata to another architecture, which must have all tensors of this file."""
     gguf = names.gguf
-    known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    if architecture not in known:
-        raise FormatError(f"architecture={architecture!r} is none that the gguf package {_version()} knows")
-    allowed = {gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[known[architecture]]}
+    architectures = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture not in architectures:
+        raise FormatError(f"architecture={architecture!r} is not known to the gguf package {_version()}")
+    allowed = {gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[architectures[architecture]]}
     for name in names.file.tensors:
         if re.sub(r"^blk\.\d+\.", "blk.{bid}.", name.rpartition(".")[0]) not in allowed:
-            raise FormatError(f"`{name}` is no tensor of {architecture!r}, which cannot compute the same then")
+            raise FormatError(f"`{name}` is not a tensor of {architecture!r}, which therefore computes something else")
     here, named = f"{names.architecture}.", gguf.Keys.General.ARCHITECTURE
     fields = {
         f"{architecture}.{key.removeprefix(here)}" if key.startswith(here) else key: value

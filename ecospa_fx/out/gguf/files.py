@@ -1,7 +1,7 @@
-"""GGUF files: which entries of one are marked as removed, and the same file without them.
+"""GGUF files: one with entries marked as removed, and the same file without them.
 
-read  -> Marked   a file of llama.cpp's converter, each tensor with the slices of it that are NaN throughout
-write -> a file   with what is kept of each axis, and other metadata; there whole, or not there
+read  -> Marked   a file of llama.cpp's converter, each tensor with its slices that are NaN throughout
+write -> a file   with the kept slices of each axis, and new metadata; it appears complete or not at all
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ecospa_fx.checkpoint.directory import synced
+from ecospa_fx.checkpoint.directory import sync
 from ecospa_fx.errors import CheckpointError, EcoSpaError, FormatError
 
 Mask = npt.NDArray[np.bool_]
-KeptSlices = Mapping[tuple[str, int], Mask]  # (tensor, axis) -> what stays of it; what is absent is whole
+KeptSlices = Mapping[tuple[str, int], Mask]  # (tensor, axis) -> slices kept; absent axes keep all
 
-MOST = 2**24  # entries that are looked at in one piece
+MOST = 2**24  # entries that are examined at a time
 
 
 @dataclass(frozen=True)
@@ -30,28 +30,28 @@ class MarkedTensor:
     """A tensor of a GGUF file.
 
     Attributes:
-        name: in the file.
-        shape: as in torch: rows first. The file itself counts the other way round.
-        gone: for each axis, which of its slices are NaN throughout.
-        holes: entries that are NaN.
-        held: what the `gguf` package read.
+        name: name in the file.
+        shape: shape as in torch, rows first; the file has the reverse order.
+        removed: for each axis, a mask of the slices that are NaN throughout.
+        holes: number of entries that are NaN.
+        source: the tensor as read by the `gguf` package.
     """
 
     name: str
     shape: tuple[int, ...]
-    gone: tuple[Mask, ...]
+    removed: tuple[Mask, ...]
     holes: int
-    held: Any
+    source: Any
 
     @property
     def size(self) -> int:
-        """Entries."""
+        """Number of entries."""
         return prod(self.shape)
 
     def values(self, keep: tuple[Mask, ...] | None = None) -> npt.NDArray[Any]:
-        """What is left of it, in the numbers of the file: bfloat16 as its 16 bits."""
-        data: npt.NDArray[Any] = self.held.data
-        if self.held.tensor_type.name == "BF16":
+        """Return the kept values in the dtype of the file; bfloat16 as its 16 bits."""
+        data: npt.NDArray[Any] = self.source.data
+        if self.source.tensor_type.name == "BF16":
             data = data.view(np.uint16).reshape(self.shape)
         if keep is None:
             return data
@@ -61,11 +61,11 @@ class MarkedTensor:
         return data
 
     def marks(self, values: npt.NDArray[Any]) -> Mask:
-        """Which of its values are NaN."""
-        if values.dtype.kind != "f" and self.held.tensor_type.name != "BF16":
+        """Return a mask of the values that are NaN."""
+        if values.dtype.kind != "f" and self.source.tensor_type.name != "BF16":
             return np.zeros(values.shape, dtype=np.bool_)
-        found: Mask = (values & 0x7FFF) > 0x7F80 if values.dtype == np.uint16 else np.isnan(values)
-        return found
+        marks: Mask = (values & 0x7FFF) > 0x7F80 if values.dtype == np.uint16 else np.isnan(values)
+        return marks
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ class Marked:
     """A GGUF file of a marked model.
 
     Attributes:
-        path: where it is.
-        tensors: by their names, in its order.
-        fields: its metadata: key -> (value, type, type of the entries of an array), types of the `gguf` package.
-        alignment: of its tensors, in bytes.
+        path: path of the file.
+        tensors: tensors by name, in the order of the file.
+        fields: metadata: key -> (value, type, type of the entries of an array), with types of the `gguf` package.
+        alignment: alignment of tensors in bytes.
     """
 
     path: Path
@@ -85,16 +85,16 @@ class Marked:
     alignment: int
 
     def value(self, key: str) -> Any:
-        """What a key holds; None where it is absent."""
+        """Return the value of a key, or None if it is absent."""
         return self.fields[key][0] if key in self.fields else None
 
 
 def read(path: Path) -> Marked:
-    """Read a GGUF file, and find what is marked in it.
+    """Read a GGUF file, and find the marked entries.
 
     Raises:
-        EcoSpaError: the `gguf` package is not there.
-        CheckpointError: it is no GGUF file, or one that is not whole.
+        EcoSpaError: the `gguf` package is not installed.
+        CheckpointError: it is not a GGUF file, or an incomplete one.
         FormatError: it is quantised, in big-endian order, or split; or nothing in it is marked.
     """
     try:
@@ -114,26 +114,27 @@ def read(path: Path) -> Marked:
     if gguf.Keys.General.ARCHITECTURE not in fields:
         raise CheckpointError(f"{path} holds no model: it has no {gguf.Keys.General.ARCHITECTURE}")
     if reader.endianess != gguf.GGUFEndian.LITTLE:
-        raise FormatError(f"{path} is in big-endian order; cut a little-endian one, then convert it")
+        raise FormatError(f"{path} is in big-endian order; cut a little-endian file, then convert it")
     if fields.get(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, (1,))[0] > 1:
         raise FormatError(f"{path} is one of several parts; convert again without splitting")
-    tensors = {held.name: _marked(held, path) for held in reader.tensors}
+    tensors = {source.name: _marked(source, path) for source in reader.tensors}
     if not any(tensor.holes for tensor in tensors.values()):
         raise FormatError(
-            f"nothing in {path} is marked as removed: convert what ecospa_fx.save_unshrunk(model, ..., mark=True) wrote"
+            f"nothing in {path} is marked as removed: convert a model that "
+            "ecospa_fx.save_unshrunk(model, ..., mark=True) wrote"
         )
     return Marked(path, tensors, fields, int(reader.alignment))
 
 
-def _marked(held: Any, path: Path) -> MarkedTensor:
-    kind = held.tensor_type.name
+def _marked(source: Any, path: Path) -> MarkedTensor:
+    kind = source.tensor_type.name
     if kind not in ("F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64"):
         raise FormatError(
-            f"`{held.name}` in {path} is {kind}; only what is not quantised can be cut: convert with --outtype f32, "
+            f"`{source.name}` in {path} is {kind}; a quantised tensor cannot be cut: convert with --outtype f32, "
             "f16 or bf16, and quantise the smaller file"
         )
-    shape = tuple(int(n) for n in reversed(held.shape))
-    tensor = MarkedTensor(held.name, shape, tuple(np.zeros(n, dtype=np.bool_) for n in shape), 0, held)
+    shape = tuple(int(n) for n in reversed(source.shape))
+    tensor = MarkedTensor(source.name, shape, tuple(np.zeros(n, dtype=np.bool_) for n in shape), 0, source)
     if kind.startswith("I") or not tensor.size:
         return tensor
     values = tensor.values()
@@ -144,28 +145,28 @@ def _marked(held: Any, path: Path) -> MarkedTensor:
         if holes.any():
             for axis, count in enumerate(counts):
                 others = tuple(a for a in range(len(shape)) if a != axis)
-                found = holes.sum(axis=others, dtype=np.int64)
+                added = holes.sum(axis=others, dtype=np.int64)
                 if axis:
-                    count += found
+                    count += added
                 else:
-                    count[start : start + step] = found
-    gone = tuple(count == tensor.size // n for count, n in zip(counts, shape, strict=True))
-    if gone[0].all():
-        raise FormatError(f"`{held.name}` in {path} is NaN throughout, and something must be left of every tensor")
-    return MarkedTensor(held.name, shape, gone, int(counts[0].sum()), held)
+                    count[start : start + step] = added
+    removed = tuple(count == tensor.size // n for count, n in zip(counts, shape, strict=True))
+    if removed[0].all():
+        raise FormatError(f"`{source.name}` in {path} is NaN throughout, and every tensor needs at least one entry")
+    return MarkedTensor(source.name, shape, removed, int(counts[0].sum()), source)
 
 
 def write(source: Marked, target: Path, kept: KeptSlices, fields: Mapping[str, tuple[Any, Any, Any]]) -> int:
-    """Write what is kept of a file, zeros where it is marked, and return how many entries that is.
+    """Write the kept slices of a file, with zeros for marked entries, and return the number of entries.
 
     Raises:
-        FormatError: it would take the place of its source.
-        CheckpointError: it cannot be written. What was there before is there still.
+        FormatError: the target is the source itself.
+        CheckpointError: the target cannot be written. An earlier file there stays.
     """
     import gguf
 
     if target.exists() and os.path.samefile(target, source.path):
-        raise FormatError(f"{target} is the file that is cut; name another")
+        raise FormatError(f"{target} is the source itself; name another target")
     keep = {
         name: tuple(kept.get((name, axis), np.ones(n, dtype=np.bool_)) for axis, n in enumerate(tensor.shape))
         for name, tensor in source.tensors.items()
@@ -180,10 +181,10 @@ def write(source: Marked, target: Path, kept: KeptSlices, fields: Mapping[str, t
     for name, tensor in source.tensors.items():
         shape = [int(mask.sum()) for mask in keep[name]]
         written += prod(shape)
-        bits = tensor.held.data.dtype == np.uint8  # bfloat16: the writer is told bytes
+        bits = tensor.source.data.dtype == np.uint8  # bfloat16: the writer takes sizes in bytes
         nbytes = prod(shape) * tensor.values().dtype.itemsize
-        told = [*shape[:-1], shape[-1] * 2] if bits else shape
-        writer.add_tensor_info(name, told, tensor.held.data.dtype, nbytes, raw_dtype=tensor.held.tensor_type)
+        declared = [*shape[:-1], shape[-1] * 2] if bits else shape
+        writer.add_tensor_info(name, declared, tensor.source.data.dtype, nbytes, raw_dtype=tensor.source.tensor_type)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -194,7 +195,7 @@ def write(source: Marked, target: Path, kept: KeptSlices, fields: Mapping[str, t
                 values = np.where(holes, values.dtype.type(0), values)
             writer.write_tensor_data(values)
         writer.close()
-        synced(beside)
+        sync(beside)
         os.replace(beside, target)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror or error}") from error

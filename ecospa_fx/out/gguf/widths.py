@@ -1,8 +1,8 @@
-"""Widths: how much of each unit of a GGUF file stays, so that what its metadata can say is what its tensors are.
+"""Widths of a GGUF file: the number of units that stay, so that its metadata can describe its tensors.
 
-settle     layers that must be alike, key heads that must have as many heads each, multiples of a number
-left_over  what is gone and the format cannot do without
-metadata   the numbers that say what stays
+choose_widths      layers that must be equal, key heads that need equal groups, multiples of a number
+unsupported_marks  removed entries that the format needs
+metadata           the numbers of units that stay
 """
 
 from __future__ import annotations
@@ -16,28 +16,30 @@ from .units import Layers, Names, UnitRange, Units
 
 
 def put_back(keep: Mask, count: int) -> Mask:
-    """As many as asked for: the first of those that are gone stay too."""
+    """Keep `count` entries: the first of the removed ones are put back."""
     keep = keep.copy()
     keep[np.flatnonzero(~keep)[: max(0, count - int(keep.sum()))]] = True
     return keep
 
 
-def settle(names: Names, layers: Layers, *, per_layer: bool, round_to: int, heads: bool) -> list[str]:
-    """Choose what stays, and say what cannot go although it is gone: unequal layers, or key heads with unequal groups.
+def choose_widths(names: Names, layers: Layers, *, per_layer: bool, round_to: int, heads: bool) -> list[str]:
+    """Choose the units that stay, and give reasons for putting some back: unequal layers or groups of heads.
 
     Args:
-        names: of the file.
-        layers: their `keep` is changed.
-        per_layer: each block has the widths that are left in it.
-        round_to: feed-forward lengths are multiples of this, or as before.
-        heads: whether heads go.
+        names: names of the file.
+        layers: the units, whose `keep` is changed.
+        per_layer: keep the width of each block.
+        round_to: make feed-forward lengths multiples of this, or keep the original length.
+        heads: cut heads.
 
     Raises:
-        FormatError: heads should go, and their slopes follow from how many there are.
+        FormatError: heads are to be cut, and their slopes depend on their number.
     """
     slopes = names.key(names.gguf.Keys.Attention.MAX_ALIBI_BIAS)
     if heads and names.file.value(slopes):
-        raise FormatError(f"{slopes} is set: each head has a slope by its number, so that none can go; use heads=False")
+        raise FormatError(
+            f"{slopes} is set: each head has a slope by its position, so none can be cut; use heads=False"
+        )
     reasons = []
     for key in dict.fromkeys(units.key for units in layers.feeds):
         feeds = [units for units in layers.feeds if units.key == key]
@@ -51,31 +53,31 @@ def settle(names: Names, layers: Layers, *, per_layer: bool, round_to: int, head
         for units in feeds:
             count = counts[units.block] if separate else most
             units.keep = put_back(units.keep, min(-(-count // round_to) * round_to, len(units.keep)))
-    return reasons + _settle_heads(names, layers, per_layer, heads)
+    return reasons + _choose_heads(names, layers, per_layer, heads)
 
 
-def _settle_heads(names: Names, layers: Layers, per_layer: bool, heads: bool) -> list[str]:
+def _choose_heads(names: Names, layers: Layers, per_layer: bool, heads: bool) -> list[str]:
     reasons, grouped = [], {}
     for block, queries in layers.queries.items():
         kv = layers.keys[block]
-        asked = queries.keep.reshape(len(kv.keep), -1)  # [key heads, query heads of each]
-        if (asked.any(axis=1) & ~kv.keep).any():
-            reasons.append(f"some {kv.what} are gone, and not the heads that ask for them")
-            kv.keep = kv.keep | asked.any(axis=1)
+        groups = queries.keep.reshape(len(kv.keep), -1)  # [key heads, query heads of each]
+        if (groups.any(axis=1) & ~kv.keep).any():
+            reasons.append(f"some {kv.what} are removed, but not the query heads that use them")
+            kv.keep = kv.keep | groups.any(axis=1)
         if not heads:
             if not queries.keep.all():
                 reasons.append(
-                    f"{int((~queries.keep).sum())} of the {len(queries.keep)} {queries.what} are gone, which "
-                    "heads=True cuts: some loaders derive more from their number (see docs/going-out.md)"
+                    f"{int((~queries.keep).sum())} of the {len(queries.keep)} {queries.what} are removed, which "
+                    "heads=True cuts; some loaders derive more from their number (see docs/going-out.md)"
                 )
-            kv.keep, asked = np.ones_like(kv.keep), np.ones_like(asked)
-        sizes = asked.sum(axis=1)[kv.keep]
+            kv.keep, groups = np.ones_like(kv.keep), np.ones_like(groups)
+        sizes = groups.sum(axis=1)[kv.keep]
         if sizes.min() < sizes.max():
             reasons.append(
-                f"key heads of block {block} have {sizes.min()} to {sizes.max()} query heads, and the format gives all "
-                "as many"
+                f"key heads of block {block} have {sizes.min()} to {sizes.max()} query heads, and the format has one "
+                "number for all"
             )
-        grouped[block] = asked, int(sizes.max())
+        grouped[block] = groups, int(sizes.max())
     if not grouped:
         return reasons
     key = next(iter(layers.queries.values())).key
@@ -85,33 +87,33 @@ def _settle_heads(names: Names, layers: Layers, per_layer: bool, heads: bool) ->
     if not separate and set(counts.values()) != {most}:
         totals = [kv * size for kv, size in counts.values()]
         reasons.append(_unequal(key, min(totals), most[0] * most[1]))
-    for block, (asked, _) in grouped.items():
+    for block, (groups, _) in grouped.items():
         kv, queries = layers.keys[block], layers.queries[block]
         many, size = counts[block] if separate else most
         kv.keep = put_back(kv.keep, many)
         queries.keep = np.stack(
-            [put_back(row, size) if stays else np.zeros_like(row) for row, stays in zip(asked, kv.keep, strict=True)]
+            [put_back(row, size) if stays else np.zeros_like(row) for row, stays in zip(groups, kv.keep, strict=True)]
         ).ravel()
     return reasons
 
 
 def _unequal(key: str, least: int, most: int) -> str:
     return (
-        f"layers keep {least} to {most} of {key}, and one number for all is what most loaders take (per_layer=True "
-        "writes one for each: see docs/going-out.md for those that read it)"
+        f"layers keep {least} to {most} of {key}, and most loaders take one number for all (per_layer=True writes one "
+        "per layer: docs/going-out.md lists the loaders that read it)"
     )
 
 
 def metadata(names: Names, layers: Layers) -> dict[str, int | list[int]]:
-    """What of the metadata changes: a number where all layers agree and the file has one, else one for each layer.
+    """Return the changed metadata: one number if all layers agree and the file has one, else one per layer.
 
     Raises:
-        FormatError: the length of heads would have to be said, and is not the same in all blocks.
+        FormatError: the length of heads must be written, and differs between blocks.
     """
     changed: dict[str, int | list[int]] = {}
     for key in dict.fromkeys(units.key for units in layers.all()):
         before = names.values(key)
-        if before is None:  # as many key heads as heads, then and now
+        if before is None:  # as many key heads as query heads, before and now
             continue
         counts: dict[int, int] = {}
         for units in layers.all():
@@ -124,19 +126,21 @@ def metadata(names: Names, layers: Layers) -> dict[str, int | list[int]]:
             changed[key] = next(iter(counts.values())) if alike and not listed else now
     keys = names.gguf.Keys.Attention
     if names.key(keys.HEAD_COUNT) in changed:
-        # Absent, they are derived from the number of heads, which is another one now.
+        # If absent, loaders derive them from the number of heads, which has changed.
         for template, kinds in ((keys.KEY_LENGTH, layers.keys), (keys.VALUE_LENGTH, layers.queries)):
             key = names.key(template)
             lengths = {units.runs[0].size for units in kinds.values()}
             if names.file.value(key) is None:
                 if len(lengths) > 1:
-                    raise FormatError(f"heads are {sorted(lengths)} long in different blocks, and {key} is one number")
+                    raise FormatError(
+                        f"heads of different blocks have lengths {sorted(lengths)}, and {key} is one number"
+                    )
                 changed[key] = lengths.pop()
     return changed
 
 
 def kept_axes(layers: Layers) -> dict[tuple[str, int], Mask]:
-    """What stays of each axis on which units lie."""
+    """Return the mask of entries that stay, for each axis with units."""
     kept: dict[tuple[str, int], Mask] = {}
     for units in layers.all():
         for run in units.runs:
@@ -145,38 +149,39 @@ def kept_axes(layers: Layers) -> dict[tuple[str, int], Mask]:
     return kept
 
 
-def left_over(names: Names, layers: Layers) -> list[str]:
-    """What is marked and lies on no unit that is gone as a whole: why the format cannot do without it."""
+def unsupported_marks(names: Names, layers: Layers) -> list[str]:
+    """Give reasons for the marked entries outside of removed units, which the format needs."""
     reasons = []
-    on: dict[tuple[str, int], list[tuple[Units, UnitRange]]] = {}
+    units_on: dict[tuple[str, int], list[tuple[Units, UnitRange]]] = {}
     for units in layers.all():
         for run in units.runs:
-            on.setdefault((run.tensor.name, run.axis), []).append((units, run))
+            units_on.setdefault((run.tensor.name, run.axis), []).append((units, run))
     for tensor in names.file.tensors.values():
         if not tensor.holes:
             continue
         rest, why = [], None
-        for axis, gone in enumerate(tensor.gone):
-            free = gone.copy()
-            for _, run in on.get((tensor.name, axis), ()):
-                whole = np.logical_and.reduce([other.gone.all(axis=1) for other in _together(layers, run)])
-                free[run.start : run.start + run.units * run.size] &= ~np.repeat(whole, run.size)
-                if free[run.start : run.start + run.units * run.size].any():
-                    kept = (~run.gone).sum(axis=1)[~whole]
+        for axis, removed in enumerate(tensor.removed):
+            outside = removed.copy()
+            for _, run in units_on.get((tensor.name, axis), ()):
+                cut = np.logical_and.reduce([other.removed.all(axis=1) for other in _together(layers, run)])
+                outside[run.start : run.start + run.units * run.size] &= ~np.repeat(cut, run.size)
+                if outside[run.start : run.start + run.units * run.size].any():
+                    kept = (~run.removed).sum(axis=1)[~cut]
                     why = (
                         f"`{tensor.name}`: heads keep {kept.min()} to {kept.max()} of {run.size} entries, and GGUF "
-                        "knows one length of heads for all layers, from which scale and rotary angles follow"
+                        "has one length of heads for all layers, from which scale and rotary angles follow"
                         if run.size > 1
-                        else f"`{tensor.name}` has lost {int(free.sum())} of {len(free)} entries that others have not"
+                        else f"`{tensor.name}` has lost {int(outside.sum())} of {len(outside)} entries that "
+                        "other tensors have kept"
                     )
-            rest.append(gone & ~free)
-            if why is None and free.any():
+            rest.append(removed & ~outside)
+            if why is None and outside.any():
                 why = (
-                    f"`{tensor.name}` has lost {int(free.sum())} of {len(free)} entries along dim {axis}, and GGUF has "
-                    "no name for their number"
+                    f"`{tensor.name}` has lost {int(outside.sum())} of {len(outside)} entries along dim {axis}, and "
+                    "GGUF has no key for their number"
                 )
-        if why is None and tensor.marks(tensor.values(tuple(~gone for gone in rest))).any():
-            why = f"`{tensor.name}` has lost single entries: experts that keep other rows each, say"
+        if why is None and tensor.marks(tensor.values(tuple(~removed for removed in rest))).any():
+            why = f"`{tensor.name}` has lost single entries: experts that keep different rows, for example"
         if why is not None:
             reasons.append(why)
     return reasons
@@ -186,11 +191,11 @@ def _together(layers: Layers, run: UnitRange) -> list[UnitRange]:
     return next(units.runs for units in layers.all() if any(other is run for other in units.runs))
 
 
-def check_followed(names: Names, layers: Layers) -> None:
-    """Refuse to cut units where another tensor of their block has as many entries and lost others.
+def check_other_tensors(names: Names, layers: Layers) -> None:
+    """Check that no other tensor of a block has as many entries as the cut units and lost different ones.
 
     Raises:
-        FormatError: there is one.
+        FormatError: there is such a tensor.
     """
     taken = {(run.tensor.name, run.axis) for units in layers.all() for run in units.runs}
     for units in layers.all():
@@ -198,10 +203,10 @@ def check_followed(names: Names, layers: Layers) -> None:
             continue
         sizes = {run.units * run.size for run in units.runs} | {len(units.keep)}
         for tensor in names.file.tensors.values():
-            for axis, gone in enumerate(tensor.gone):
+            for axis, removed in enumerate(tensor.removed):
                 inside = tensor.name.startswith(f"blk.{units.block}.") and (tensor.name, axis) not in taken
-                if inside and gone.any() and len(gone) in sizes and not names.of_embedding(gone):
+                if inside and removed.any() and len(removed) in sizes and not names.of_embedding(removed):
                     raise FormatError(
-                        f"`{tensor.name}` has lost {int(gone.sum())} of {len(gone)} entries, others than the "
-                        f"{units.what}, and may have to be as wide as these; it is not known how to cut it"
+                        f"`{tensor.name}` has lost {int(removed.sum())} of {len(removed)} entries, not those of the "
+                        f"{units.what}, although it may need the same width; cut_gguf does not know this tensor"
                     )

@@ -1,9 +1,9 @@
-"""Report: one HTML file with what was found in a model, which needs no network and no server.
+"""Report: the findings of a model as one HTML file, which needs no network and no server.
 
-document.py   what the page knows, as plain values
+document.py   the content of the page, as plain values
 training.py   the curves of a training run
-widths.py     the widths of every layer over time, as a picture of its own
-page.html.j2  the page: report.css and report.js beside it are put into it
+widths.py     the widths of every layer over time, as a separate picture
+page.html.j2  the page, into which report.css and report.js are put
 """
 
 from .page import write_report

@@ -1,72 +1,73 @@
-"""What the page of a report knows, as plain values: modules, couplings with their proofs, refusals, savings."""
+"""Document: the content of a report's page, as plain values: modules, couplings with proofs, refusals, savings."""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.couple.why import Path
 from ecospa_fx.errors import NoCouplingError
+from ecospa_fx.see.findings import Findings
 from ecospa_fx.see.fold import Fold, fold_couplings, fold_refusals
 from ecospa_fx.see.graphs import COLOURS
 from ecospa_fx.see.savings import Savings
-from ecospa_fx.see.tables import size_of, title
+from ecospa_fx.see.tables import size_of
 from ecospa_fx.text import size as in_words
 
-if TYPE_CHECKING:
-    from ecospa_fx.see.explanation import Explanation
 
-
-def document_of(explanation: Explanation) -> dict[str, Any]:
-    """All that the page shows."""
-    savings = explanation.savings()
-    folds = fold_couplings(explanation.couplings)
+def document_of(findings: Findings) -> dict[str, Any]:
+    """Collect everything that the page shows."""
+    savings = findings.savings()
+    folds = fold_couplings(findings.couplings)
     proof_of = {coupling.name: i for i, fold in enumerate(folds) for coupling in fold.couplings}
     return {
-        "title": title(explanation),
-        "model": explanation.model,
+        "title": findings.title,
+        "model": findings.model,
         "parameters": savings.parameters,
         "size": in_words(savings.bytes),
         "flops": savings.flops,
         "colours": COLOURS,
-        "modules": _modules(explanation),
-        "couplings": [_coupling(c, savings, proof_of[c.name]) for c in explanation.couplings],
+        "modules": _modules(findings),
+        "couplings": [_coupling(c, savings, proof_of[c.name]) for c in findings.couplings],
         "proofs": [_proof(fold) for fold in folds],
         "refusals": [
             {"members": list(r.members), "size": r.size, "reasons": list(r.reasons), "times": times}
-            for r, times in fold_refusals(explanation.refusals)
+            for r, times in fold_refusals(findings.refusals)
         ],
-        "missing": explanation.missing_rules,
-        "experiments": explanation.experiments,
-        "given_up": {name or "the model": why for name, why in explanation.not_captured.items()},
+        "missing": findings.missing_rules,
+        "experiments": findings.experiments,
+        "given_up": {name or "the model": why for name, why in findings.not_captured.items()},
         "figures": None,
     }
 
 
-def _modules(explanation: Explanation) -> list[dict[str, Any]]:
-    """Modules in the model's order; those with parameters say what lies along each dim, by number."""
+def _modules(findings: Findings) -> list[dict[str, Any]]:
+    """List the modules in order, with the couplings (by number) and refusals along each dim of their parameters."""
     along: dict[str, dict[int, list[int]]] = {}
-    for number, coupling in enumerate(explanation.couplings):
+    for number, coupling in enumerate(findings.couplings):
         for member in coupling.members:
             numbers = along.setdefault(member.parameter, {}).setdefault(member.dim, [])
             if number not in numbers:
                 numbers.append(number)
     refused: dict[str, dict[int, list[str]]] = {}
-    for refusal in explanation.refusals:
+    for refusal in findings.refusals:
         for axis in refusal.members:
             parameter, _, dim = axis.rpartition("[")
             refused.setdefault(parameter, {}).setdefault(int(dim[:-1]), []).extend(refusal.reasons)
-    own: dict[str, list[dict[str, Any]]] = {}
-    for name, (shape, _) in explanation.known.tensors.items():
+    parameters_of: dict[str, list[dict[str, Any]]] = {}
+    for name, (shape, _) in findings.snapshot.tensors.items():
         module, _, tail = name.rpartition(".")
         dims = [
             {"size": size, "couplings": along.get(name, {}).get(i, []), "refused": refused.get(name, {}).get(i, [])}
             for i, size in enumerate(shape)
         ]
-        own.setdefault(module, []).append({"name": tail, "dims": dims, "tied": explanation.known.ties.get(name)})
+        parameters_of.setdefault(module, []).append(
+            {"name": tail, "dims": dims, "tied": findings.snapshot.ties.get(name)}
+        )
     return [
-        {"path": path, "class": cls, "parameters": own.get(path, [])} for path, cls in explanation.known.modules.items()
+        {"path": path, "class": cls, "parameters": parameters_of.get(path, [])}
+        for path, cls in findings.snapshot.modules.items()
     ]
 
 
@@ -85,7 +86,7 @@ def _coupling(coupling: Coupling, savings: Savings, proof: int) -> dict[str, Any
 
 
 def _proof(fold: Fold) -> dict[str, Any]:
-    """The paths of the first of a fold, from each matrix to the next; they are alike in the others."""
+    """Collect the paths of the first coupling of a fold, from each matrix to the next; the others have equal ones."""
     first = fold.couplings[0]
     names = list(dict.fromkeys(member.parameter for member in first.members if member.matrix))
     pairs = list(pairwise(names)) or [(names[0], names[0])] if names else []
@@ -93,7 +94,7 @@ def _proof(fold: Fold) -> dict[str, Any]:
     for a, b in pairs:
         try:
             paths.append(_path(first.why(a, b)))
-        except NoCouplingError:  # one weight that meets itself in no product
+        except NoCouplingError:  # one weight that is never multiplied by itself
             continue
     return {"of": first.name, "times": len(fold.couplings), "paths": paths}
 

@@ -1,4 +1,4 @@
-"""The page: template, style, script and what was found, in one file."""
+"""Page: template, style, script and findings in one HTML file."""
 
 from __future__ import annotations
 
@@ -7,30 +7,26 @@ import os
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ecospa_fx.errors import EcoSpaError
+from ecospa_fx.see.findings import Findings
 
 from .document import document_of
 from .training import figures_of
 
-if TYPE_CHECKING:
-    from ecospa_fx.see.explanation import Explanation
 
-
-def write_report(
-    explanation: Explanation, path: str | os.PathLike[str], training: Mapping[str, Any] | None = None
-) -> None:
-    """Write the report of an explanation. With a training run it carries plotly.js, which is 4.8 MB.
+def write_report(findings: Findings, path: str | os.PathLike[str], training: Mapping[str, Any] | None = None) -> None:
+    """Write the report of findings. With a training run it includes plotly.js, which is 4.8 MB.
 
     Raises:
-        EcoSpaError: jinja2, or plotly where there are curves to draw, is not installed.
+        EcoSpaError: jinja2 is not installed, or plotly is not and there are curves to draw.
     """
     try:
         import jinja2
     except ModuleNotFoundError:
         raise EcoSpaError("a report needs jinja2: pip install 'ecospa-fx[report]'") from None
-    document = document_of(explanation)
+    document = document_of(findings)
     plotly = ""
     if training is not None:
         document["figures"] = figures_of(training)
@@ -51,7 +47,7 @@ def write_report(
 
 
 def _inside_script(document: Any) -> str:
-    """JSON that nothing in it can end the script element around."""
+    """Format as JSON inside a script element, which no string in it can end."""
     text = json.dumps(document, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

@@ -232,8 +232,8 @@
       element("ul", {}, ...r.reasons.map((reason) => element("li", { class: "reason" }, reason)))));
     if (fitting.length > limit) parts.push(more(fitting.length - limit, drawRefusals));
     if (!parts.length) parts.push(element("p", { class: "faint" }, found.refusals.length ? "No refusal fits the filter." : "Nothing was refused."));
-    const lists = [["Ops without an axis rule (what they touch stays whole)", found.missing],
-      ["Ops whose axis rule is an experiment's (verified, not proved)", found.experiments], ["Not captured", found.given_up]];
+    const lists = [["Ops without an axis rule (the axes they touch stay whole)", found.missing],
+      ["Ops whose axis rule comes from an experiment (verified, not proved)", found.experiments], ["Not captured", found.given_up]];
     for (const [name, items] of lists) {
       const lines = Object.entries(items);
       if (lines.length) parts.push(element("h3", {}, name), element("ul", {}, ...lines.map(([what, why]) => element("li", { class: "mono" }, `${what}: ${why}`))));

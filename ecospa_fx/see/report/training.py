@@ -1,4 +1,4 @@
-"""The curves of a training run: loss and size, widths over time, importance."""
+"""Training curves: loss and size, widths over time, importance."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from ecospa_fx.train.trainer import EcoSpaTrainer
 
 ROW = 18
-"""Pixels per row of a heatmap."""
+"""Height of a heatmap row in pixels."""
 POINTS = 60
-"""Of a curve."""
+"""Points of a forecast curve."""
 
 
 def training_of(
@@ -24,13 +24,13 @@ def training_of(
     sizes: Sequence[int | None] | None = None,
     valid: Sequence[tuple[int, float]] = (),
 ) -> dict[str, Any]:
-    """What a report needs to know of a training run, as plain values that JSON can hold.
+    """Collect the data that a report shows of a training run, as plain values that JSON can hold.
 
     Args:
-        trainer: after the run.
-        losses: per step, as `EcoSpaTrainer.fit` returns them.
-        sizes: parameters after each step; by default read off the trainer's history.
-        valid: (step, loss on held-out data).
+        trainer: the trainer after the run.
+        losses: the loss of each step, as `EcoSpaTrainer.fit` returns them.
+        sizes: parameters after each step; by default taken from the trainer's history.
+        valid: (step, loss on held-out data) pairs.
     """
     history = trainer.history
     if sizes is None:
@@ -49,7 +49,7 @@ def training_of(
 
 
 def _forecast(trainer: EcoSpaTrainer) -> dict[str, Any] | None:
-    """What each kind of coupling was expected to cost at the last sparsification step, by the share of it that goes."""
+    """Sample the last forecast: the expected rise of the loss per kind of coupling, by the share that is removed."""
     if trainer.forecast is None:
         return None
     kinds = {}
@@ -60,33 +60,33 @@ def _forecast(trainer: EcoSpaTrainer) -> dict[str, Any] | None:
     return {"in_nats": trainer.forecast.positions is not None, "kinds": kinds}
 
 
-def _size_at(step: int, history: Sequence[Mapping[str, Any]], whole: int | None) -> int | None:
-    """Parameters after a step; None before the first shrink, whose size nobody wrote down."""
-    done = [entry["size"] for entry in history if entry["step"] <= step]
-    return done[-1] if done else whole
+def _size_at(step: int, history: Sequence[Mapping[str, Any]], first: int | None) -> int | None:
+    """Return the parameters after a step; `first` before the first shrink, None if that size was not recorded."""
+    sizes = [entry["size"] for entry in history if entry["step"] <= step]
+    return sizes[-1] if sizes else first
 
 
 def widths_of(training: Mapping[str, Any]) -> tuple[list[int], dict[str, list[int]]]:
-    """Steps at which the model shrank, with 0 before them, and the entries of each coupling after each."""
+    """Return the steps of shrinks, after a step 0, and the entries of each coupling after each of them."""
     now = dict(training["original"])
     steps, widths = [0], {name: [size] for name, size in now.items()}
     for entry in training["history"]:
         steps.append(entry["step"])
-        for name, gone in entry["removed"].items():
-            now[name] -= gone
+        for name, removed in entry["removed"].items():
+            now[name] -= removed
         for name, size in now.items():
             widths[name].append(size)
     return steps, widths
 
 
 def figures_of(training: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Figures as plotly.js takes them: a title, traces and a layout each."""
+    """Build the figures for plotly.js: a title, traces and a layout each."""
     figures = [_loss(training)]
     steps, widths = widths_of(training)
     names = list(widths)
-    whole = training["original"]
-    shares = [[size / whole[name] for size in widths[name]] for name in names]
-    words = [[f"{size} of {whole[name]}" for size in widths[name]] for name in names]
+    original = training["original"]
+    shares = [[size / original[name] for size in widths[name]] for name in names]
+    words = [[f"{size} of {original[name]}" for size in widths[name]] for name in names]
     figures.append(_heatmap("Width of each coupling over time, share left", steps, names, shares, words, (0, 1)))
     scored = [entry for entry in training["history"] if entry.get("importance")]
     if scored:
@@ -100,7 +100,7 @@ def figures_of(training: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _expected(forecast: Mapping[str, Any]) -> dict[str, Any]:
-    """How far each kind of coupling can go."""
+    """Build the figure of the forecast: the expected rise of the loss by the share that is removed."""
     traces = [
         {
             "type": "scatter", "mode": "lines+markers", "name": kind, "marker": {"size": 4},
@@ -108,10 +108,10 @@ def _expected(forecast: Mapping[str, Any]) -> dict[str, Any]:
         }
         for kind, points in forecast["kinds"].items()
     ]  # fmt: skip
-    unit = "in the unit of the loss" if forecast["in_nats"] else "no unit"
+    unit = "in the unit of the loss" if forecast["in_nats"] else "without a unit"
     layout = {
         "height": 360,
-        "xaxis": {"title": {"text": "share of the entries that goes, the cheapest first"}, "tickformat": ".0%"},
+        "xaxis": {"title": {"text": "share of the entries removed, the cheapest first"}, "tickformat": ".0%"},
         "yaxis": {"title": {"text": f"expected rise, {unit}"}, "type": "log", "exponentformat": "power"},
         "legend": {"orientation": "h", "y": 1.15},
     }

@@ -1,4 +1,4 @@
-"""The widths of every layer over time, as one picture: a panel per kind of coupling, a line per layer."""
+"""Widths of every layer over time, as one picture: a panel per kind of coupling, a line per layer."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ COLUMNS = 3
 
 
 def save_widths(training: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw how wide each layer was at each step.
+    """Draw the width of each layer at each step.
 
     Args:
-        training: what `training_of` or `Watch.report` gives.
-        path: a picture; its name ends in what matplotlib can write: png, svg, pdf.
+        training: the result of `training_of` or `Watch.report`.
+        path: the picture to write; its suffix is a format of matplotlib: png, svg, pdf.
 
     Raises:
-        EcoSpaError: matplotlib is not there.
+        EcoSpaError: matplotlib is not installed.
     """
     try:
         from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise EcoSpaError("a plot of widths needs matplotlib; pip install matplotlib") from None
+        raise EcoSpaError("save_widths needs matplotlib: pip install matplotlib") from None
     steps, widths = widths_of(training)
     last = max(len(training["loss"]), steps[-1])
     kinds: dict[str, list[str]] = {}
@@ -36,7 +36,7 @@ def save_widths(training: Mapping[str, Any], path: str | os.PathLike[str]) -> No
         kinds.setdefault(name.rpartition(".")[2], []).append(name)
     rows = max(1, -(-len(kinds) // COLUMNS))
     figure = Figure(figsize=(3.4 * min(COLUMNS, max(1, len(kinds))), 2.6 * rows + 0.6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)  # draws into memory: no display is looked for
+    FigureCanvasAgg(figure)  # draws into memory, without a display
     panels = figure.subplots(rows, min(COLUMNS, max(1, len(kinds))), squeeze=False, sharex=True).flat
     colours = colormaps["viridis"]
     for (kind, names), panel in zip(kinds.items(), panels, strict=False):
@@ -47,7 +47,7 @@ def save_widths(training: Mapping[str, Any], path: str | os.PathLike[str]) -> No
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    for panel in panels:  # what is left over
+    for panel in panels:  # the panels without a kind
         panel.set_visible(False)
     figure.suptitle("entries of each coupling over training steps; first layers dark, last ones light", fontsize=9)
     figure.savefig(os.fspath(path))
