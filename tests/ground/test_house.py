@@ -35,10 +35,12 @@ def room_of(module: str) -> str:
         return f"passes/{parts[1]}" if len(parts) > 2 else "__init__"
     if parts[0] == "kernels":
         return "kernels"
+    if parts[1] == "__main__":
+        return "cli"
     return "__init__" if len(parts) == 2 and parts[1] in PUBLIC_FILES else parts[1]
 
 
-PUBLIC_FILES = {"__init__", "__main__", "graphs", "report", "optimizers", "scores", "rotation"}
+PUBLIC_FILES = {"__init__", "graphs", "report", "optimizers", "scores", "rotation"}
 
 
 def imports() -> nx.DiGraph:

@@ -9,9 +9,9 @@ NAMES = {
     "graphs": ["COLOURS", "WRITERS", "block_graph", "coupling_graph", "full_graph", "to_dot", "to_graphml", "to_json",
                "to_mermaid", "to_svg"],
     "logs": ["set_logs"],
-    "optimizers": ["AVERAGES", "elementwise", "factored", "state_rule", "take"],
+    "optimizers": ["elementwise", "factored", "register", "state_rule", "take"],
     "report": ["save_widths", "training_of", "write_report"],
-    "rotation": ["TURNS", "Rotation", "rotate"],
+    "rotation": ["Rotation", "rotate"],
     "scores": ["SCORES", "Score", "index_scores", "score_named"],
 }  # fmt: skip
 
@@ -34,9 +34,7 @@ def test_star_imports_give_the_names_and_nothing_else(name):
 
 def test_a_rule_of_the_first_layout_is_the_library_s():
     import ecospa_fx
-    from ecospa_fx.compensate.rotation import TURNS
-    from ecospa_fx.model.optimizer_state import state_rule, take
+    from ecospa_fx.model.optimizer_table import state_rule, take
 
     assert ecospa_fx.state_rule is ecospa_fx.optimizers.state_rule is state_rule
     assert ecospa_fx.optimizers.take is take
-    assert ecospa_fx.rotation.TURNS is TURNS
