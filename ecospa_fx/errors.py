@@ -19,6 +19,10 @@ class RuleError(EcoSpaError, RuntimeError):
     """An axis rule failed on an op: a bug in the rule, not in the model."""
 
 
+class PatternError(RuleError):
+    """A pattern of an axis rule that is malformed or does not fit the op: a bug in the rule, not in the model."""
+
+
 class NoCouplingError(EcoSpaError, ValueError):
     """The model has no coupling that can shrink, or none by the name that was asked for."""
 

@@ -22,7 +22,7 @@ import sympy
 import torch
 from torch import fx
 
-from ecospa_fx.errors import RuleError
+from ecospa_fx.errors import PatternError, RuleError
 from ecospa_fx.passes.axes.algebra import Expr, Mismatch, Size, as_size, size_of
 from ecospa_fx.passes.axes.selection import on_diagonal, static_end
 from ecospa_fx.passes.graph.nodes import (
@@ -38,6 +38,7 @@ from ecospa_fx.passes.graph.nodes import (
 from ecospa_fx.passes.ir import relations as r
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Source
 from ecospa_fx.passes.ir.captured import RegionGraph
+from ecospa_fx.passes.ir.patterns import bind
 from ecospa_fx.passes.ir.state_access import ObjectPath
 from ecospa_fx.passes.rules import Rule, rule_for
 
@@ -274,7 +275,17 @@ class _Walk:
                 f"({place(node, self.captured.region)}) with {type(error).__name__}: {error}; this is a bug in the "
                 "rule, nothing was changed"
             ) from error
-        return r.Pattern(relation, operands) if isinstance(relation, str) else relation
+        if isinstance(relation, str):
+            relation = r.Pattern(relation, operands)
+        if isinstance(relation, r.Pattern):
+            try:
+                bind(relation.spec, len(relation.operands), tuple(relation.sizes))
+            except PatternError as error:
+                raise PatternError(
+                    f"the axis rule `{rule.axes.__name__}` gives {op_name(node)} ({place(node, self.captured.region)}) "
+                    f"a pattern that is wrong: {error}\nthis is a bug in the rule, nothing was changed"
+                ) from error
+        return relation
 
     def _operands(self, node: fx.Node) -> tuple[r.Operand, ...]:
         """The tensor arguments of `node` in order; sources get fresh axes for this use."""

@@ -22,6 +22,7 @@ from ecospa_fx.passes.axes.algebra import (
 from ecospa_fx.passes.graph.nodes import op_name
 from ecospa_fx.passes.ir import relations as r
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Exprs, Fact, Role
+from ecospa_fx.passes.ir.patterns import DOTS, Term, bind
 
 
 class Solver:
@@ -236,109 +237,78 @@ class Solver:
             self.known.facts.append(Fact("gate" if relation.how != "linear" else "merge", expr, node, operands=meeting))
 
     def _pattern(self, relation: r.Pattern, node: fx.Node, shape: tuple[Size, ...], why: str) -> Exprs:
-        terms = [_Term(term) for term in relation.spec.split("->")[0].split(",")][: len(relation.operands)]
-        out = _Term(relation.spec.split("->")[1])
-        letters: dict[str, Expr] = {letter: self.axes.fresh(size) for letter, size in relation.sizes.items()}
-        held: dict[str, list[r.Operand]] = {}
+        pattern = bind(relation.spec, len(relation.operands), tuple(relation.sizes))
+        terms, output = pattern.operands, pattern.output
+        axis_of: dict[str, Expr] = {name: self.axes.fresh(size) for name, size in relation.sizes.items()}
+        carriers: dict[str, list[r.Operand]] = {}  # the operands, but added ones, that have a name
 
-        def meet(letter: str, expr: Expr) -> None:
-            if letter not in letters or letters[letter] == UNIT:
-                letters[letter] = expr
-            elif expr != UNIT and (node not in self.apart or letter in out.letters or letter[0] == "."):
-                self._meet(letters[letter], expr, node)
+        def meet(name: str, expr: Expr) -> None:
+            if name not in axis_of or axis_of[name] == UNIT:
+                axis_of[name] = expr
+            elif expr != UNIT and (node not in self.apart or name in output.keys or name[0] == DOTS):
+                self._meet(axis_of[name], expr, node)
 
-        placed = [
-            (term, operand, name, expr)
+        dims = [
+            (term, operand, key, expr)
             for term, operand in zip(terms, relation.operands, strict=True)
-            for name, expr in zip(term.names(operand.ndim), operand.exprs, strict=True)
+            for key, expr in zip(term.keys_of(operand.shape), operand.exprs, strict=True)
         ]
-        for term, operand, name, expr in placed:
-            for letter in name if isinstance(name, tuple) else (name,):
+        for term, operand, key, expr in dims:
+            for name in key if isinstance(key, tuple) else (key,):
                 if not term.added:
-                    held.setdefault(letter, []).append(operand)
-            if not isinstance(name, tuple):
-                meet(name, expr)
-        # Products come second: single dims of other operands may name their letters.
-        for _, _, name, expr in placed:
-            if isinstance(name, tuple) and expr != UNIT:
-                self._meet_product(name, expr, letters, node)
-        for _, _, name, expr in placed:
-            if isinstance(name, tuple) and expr == UNIT:
-                for letter in name:
-                    letters.setdefault(letter, UNIT)  # one entry is one of each, unless others say more
+                    carriers.setdefault(name, []).append(operand)
+            if not isinstance(key, tuple):
+                meet(key, expr)
+        # Groups come second: single dims of other operands may tell the axes of their names.
+        for _, _, key, expr in dims:
+            if isinstance(key, tuple) and expr != UNIT:
+                self._meet_product(key, expr, axis_of, node)
+        for _, _, key, expr in dims:
+            if isinstance(key, tuple) and expr == UNIT:
+                for name in key:
+                    axis_of.setdefault(name, UNIT)  # one entry is one of each, unless others say more
         exprs = []
-        for name, size in zip(out.names(len(shape)), shape, strict=True):
-            if isinstance(name, tuple):
-                exprs.append(product(*(letters[letter] for letter in name)))
+        for key, size in zip(output.keys_of(shape), shape, strict=True):
+            if isinstance(key, tuple):
+                exprs.append(product(*(axis_of[name] for name in key)))
             else:
-                exprs.append(letters.setdefault(name, self.axes.fresh(size)))
-        for letter in {letter for term in (*terms, out) for letter in term.pinned}:
-            if letter in letters:
-                self._pin(letters[letter], node, why)
-        for term, operand, name, expr in placed:
+                exprs.append(axis_of.setdefault(key, self.axes.fresh(size)))
+        for name in pattern.pinned:
+            if name in axis_of:
+                self._pin(axis_of[name], node, why)
+        for term, operand, key, expr in dims:
             # One entry meets many: the axis is one that this operand repeats along, as `expand` would have made it.
-            if not (term.added or isinstance(name, tuple)) and expr == UNIT and letters[name] != UNIT:
-                self.known.facts.append(Fact("expanded", letters[name], node, operands=(operand,)))
-        self._pattern_facts(node, out, letters, held, sum(not term.added for term in terms))
+            if not (term.added or isinstance(key, tuple)) and expr == UNIT and axis_of[key] != UNIT:
+                self.known.facts.append(Fact("expanded", axis_of[key], node, operands=(operand,)))
+        self._pattern_facts(node, output, axis_of, carriers, sum(not term.added for term in terms))
         if relation.apart:
-            for letter in held.keys() & set(out.letters):
-                self.known.facts.append(Fact("nonlinear", letters[letter], node))
+            for name in carriers:
+                if name in output.keys:
+                    self.known.facts.append(Fact("nonlinear", axis_of[name], node))
         return tuple(exprs)
 
-    def _meet_product(self, name: tuple[str, ...], expr: Expr, letters: dict[str, Expr], node: fx.Node) -> None:
-        """Unify a dim that is a product of letters, of which all but one may be known already."""
+    def _meet_product(self, names: tuple[str, ...], expr: Expr, axis_of: dict[str, Expr], node: fx.Node) -> None:
+        """Unify a dim with a product of named axes, all of which but one have axes already."""
         rest = size_of(expr)
-        for letter in name:
-            if letter in letters:
-                rest = _exactly(rest, size_of(letters[letter]))
-        for letter in name:
-            if letter not in letters:
-                letters[letter] = self.axes.fresh(rest)
+        for name in names:
+            if name in axis_of:
+                rest = _exactly(rest, size_of(axis_of[name]))
+        for name in names:
+            if name not in axis_of:
+                axis_of[name] = self.axes.fresh(rest)
                 rest = 1
-        self._meet(product(*(letters[letter] for letter in name)), expr, node)
+        self._meet(product(*(axis_of[name] for name in names)), expr, node)
 
     def _pattern_facts(
-        self, node: fx.Node, out: _Term, letters: dict[str, Expr], held: dict[str, list[r.Operand]], factors: int
+        self, node: fx.Node, output: Term, axis_of: dict[str, Expr], carriers: dict[str, list[r.Operand]], factors: int
     ) -> None:
-        for letter, operands in held.items():
-            if letter not in out.letters and not (letter[0] == "." and "." in out.letters):
+        """Record for each name whether it is contracted, shared by all factors of the product, or free."""
+        for name, operands in carriers.items():
+            if name not in output.keys and not (name[0] == DOTS and DOTS in output.keys):
                 role: Role = "contracted"
             else:
                 role = "batch" if len(operands) == factors else "free"
-            self.known.facts.append(Fact(role, letters[letter], node, operands=tuple(operands)))
-
-
-class _Term:
-    """One operand of a pattern, parsed: `... (h g) s! d`."""
-
-    def __init__(self, text: str) -> None:
-        text = text.strip()
-        self.added = text.startswith("+")
-        tokens = text.lstrip("+").replace("(", " ( ").replace(")", " ) ").split()
-        self.pinned = {token.rstrip("!") for token in tokens if token.endswith("!")}
-        self.dims: list[str | tuple[str, ...]] = []
-        group: list[str] | None = None
-        for token in (token.rstrip("!") for token in tokens):
-            if token == "(":
-                group = []
-            elif token == ")":
-                self.dims.append(tuple(group or ()))
-                group = None
-            elif group is not None:
-                group.append(token)
-            else:
-                self.dims.append("." if token == "..." else token)
-        self.letters = {letter for dim in self.dims for letter in (dim if isinstance(dim, tuple) else (dim,))}
-
-    def names(self, ndim: int) -> list[str | tuple[str, ...]]:
-        """The letter (or product of letters) of each of `ndim` dims; dims under `...` are numbered from the right."""
-        if "." not in self.dims:
-            if len(self.dims) != ndim:
-                raise Mismatch(f"the rule names {len(self.dims)} dims of {ndim}")
-            return self.dims
-        at = self.dims.index(".")
-        hidden = ndim - (len(self.dims) - 1)
-        return [*self.dims[:at], *(f".{i}" for i in range(hidden, 0, -1)), *self.dims[at + 1 :]][max(0, -hidden) :]
+            self.known.facts.append(Fact(role, axis_of[name], node, operands=tuple(operands)))
 
 
 def _replaced(exprs: Exprs, dim: int, expr: Expr) -> Exprs:

@@ -37,13 +37,14 @@ class Operand:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Dims related by letters, see the module docstring. Letters that occur only on the right are new axes.
+    """Dims related by names, in the language of `passes.ir.patterns`.
 
     Attributes:
-        spec: the letters.
-        operands: the tensors that its terms speak of, in order.
-        sizes: of letters whose number of entries only the arguments of the op tell.
-        apart: what is carried is bent, or scaled entry by entry: a change of basis does not pass.
+        spec: the pattern.
+        operands: the tensors whose dims it names, in order.
+        sizes: sizes of names that only the arguments of the op tell.
+        apart: the op is nonlinear in, or scales, each entry along the axes that it carries: a change of basis does not
+            pass.
     """
 
     spec: str

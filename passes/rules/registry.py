@@ -4,9 +4,7 @@ A rule takes the arguments of its op (tensors as `Operand`s, the rest as they ar
 state; `passes.infer.solve` is the one solver that reads relations. The first line of a rule's docstring is what a user
 reads as the reason when the rule pins an axis.
 
-Contractions are strings, `"b m k, b k n -> b m n"`: one letter per dim, `...` for leading dims that broadcast, `(h g)`
-for a dim that is a product, `k!` for a dim that must stay whole, `+n` for an operand that is only added. A letter that
-is missing on the right is summed over.
+Contractions are strings, `"b m k, b k n -> b m n"`, in the language of `passes.ir.patterns`.
 """
 
 from __future__ import annotations
