@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -293,3 +295,24 @@ def test_a_rule_for_other_numbers_of_dims_is_a_refusal() -> None:
     axis_facts = infer_axes(capture(model, (torch.ones(2, 4),), {}))
     pinned = {fact.reason for fact in axis_facts.facts if fact.role == "pinned" and size_of(fact.expr) == 3}
     assert pinned == {"aten.linear: the rule names 2 dims, `n k`, of a tensor with 1, [3]"}
+
+
+def test_the_page_about_patterns_is_true(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code in docs/patterns.md runs in its order and prints what it says."""
+    page = (Path(__file__).parents[2] / "docs" / "patterns.md").read_text()
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"```(python|text)\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.setitem(RULES, "docs::scale", None)  # so that the rule which the page adds is taken out again
+    monkeypatch.delitem(RULES, "docs::scale")
+    for language, text in blocks:
+        if language == "python":
+            capsys.readouterr()
+            exec(compile(text, "patterns.md", "exec"), names)
+        else:
+            assert settled(capsys.readouterr().out) == settled(text)
+    assert len(blocks) == 29
+
+
+def settled(text: str) -> list[str]:
+    """The lines without what depends on versions of torch."""
+    return [line.rstrip() for line in re.sub(r"\(\w*\.\w+:\d+\)", "(FILE:LINE)", text).strip().splitlines()]
