@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from ecospa_fx.couple.coupling import Coupling, CouplingSelection
 from ecospa_fx.errors import CaptureError, EcoSpaError, NoCouplingError, ShrinkError
-from ecospa_fx.passes.axes.selection import mask_of, narrowed, whole
+from ecospa_fx.passes.axes.selection import mask_of, narrow, whole
 from ecospa_fx.passes.capture.dry_run import carrying
 from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.find.analyse import Analysis, Captures, shared_outside
@@ -329,7 +329,7 @@ class CompiledModel:
             if keep is not None:
                 choice = now.get(found.atom, whole(found.atom))
                 live = mask_of(found.context, now) if found.context is not None else None
-                kept[found.atom] = narrowed(choice, keep.cpu(), found.context, live)
+                kept[found.atom] = narrow(choice, keep.cpu(), found.context, live)
         region.write(after, kept)
 
 

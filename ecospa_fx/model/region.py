@@ -18,7 +18,7 @@ from ecospa_fx.couple.why import Path, path_between
 from ecospa_fx.errors import CaptureError, EcoSpaError, PinnedAxisError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.axes.algebra import Atom, size_of
-from ecospa_fx.passes.axes.selection import Selected, Selection, entries, mask_of, narrowed, whole
+from ecospa_fx.passes.axes.selection import Selected, Selection, entries, mask_of, narrow, whole
 from ecospa_fx.passes.capture.dry_run import carrying
 from ecospa_fx.passes.capture.hooks import backward_hooked, calls_itself, inner_hooks
 from ecospa_fx.passes.find.analyse import Analysis, analyse_once, shared_outside
@@ -359,7 +359,7 @@ class Region:
                 live = mask_of(context, kept) if context is not None else None
                 # Other entries go in the first context than in the rest.
                 keep = left[1:] if live is None else torch.stack([left[1:]] + [left[left != 1]] * (int(live.sum()) - 1))
-                choice = narrowed(choice, keep, context, live)
+                choice = narrow(choice, keep, context, live)
             self.write(trial, {**kept, found.atom: choice})
             try:
                 theirs = replay(program.axis_facts, trial)

@@ -1,4 +1,4 @@
-"""Solve: what a relation says about the axes of one op, carried out. The one reader of the rules' vocabulary."""
+"""Solver: it applies the relation that a rule gives to the axes of one op. Nothing else reads relations."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ from ecospa_fx.passes.ir.patterns import DOTS, Term, bind
 
 
 class Solver:
-    """Carries out relations on the axes of one inference."""
+    """Applies relations to the axes of one graph."""
 
-    def __init__(self, known: AxisFacts, apart: Collection[fx.Node] = ()) -> None:
-        self.known, self.axes, self.apart = known, known.axes, apart
+    def __init__(self, axis_facts: AxisFacts, apart: Collection[fx.Node] = ()) -> None:
+        self.axis_facts, self.axes, self.apart = axis_facts, axis_facts.axes, apart
 
     def opaque(self, node: fx.Node, operands: tuple[r.Operand, ...], shapes: list[Any], reason: str) -> None:
         """Pin everything that goes into `node` and comes out of it."""
         for operand in operands:
             for expr in operand.exprs:
-                self.known.pin(expr, node, reason)
+                self.axis_facts.pin(expr, node, reason)
         outputs = tuple(tuple(self.axes.fresh(size) for size in shape) for shape in shapes)
         for expr in (expr for exprs in outputs for expr in exprs):
-            self.known.pin(expr, node, reason)
-        self.known.values[node] = outputs
+            self.axis_facts.pin(expr, node, reason)
+        self.axis_facts.values[node] = outputs
 
     def _pin(self, expr: Expr, node: fx.Node, why: str) -> None:
-        self.known.pin(expr, node, f"{op_name(node)}: {why[:1].lower()}{why[1:]}")
+        self.axis_facts.pin(expr, node, f"{op_name(node)}: {why[:1].lower()}{why[1:]}")
 
     def solve(
         self, relation: r.Relation, node: fx.Node, operands: tuple[r.Operand, ...], shapes: list[Any], why: str
     ) -> list[Exprs]:
-        """The axes of the outputs of `node`, after recording what `relation` says about those of its operands."""
+        """Record what `relation` says about the axes of the operands of `node`, and return those of its outputs."""
         axes, shape = self.axes, shapes[0]
         match relation:
             case r.Pattern():
-                made = self._pattern(relation, node, shape, why)
-                return [made for _ in shapes]
+                exprs = self._pattern(relation, node, shape, why)
+                return [exprs for _ in shapes]
             case r.Pointwise():
-                made = self._pointwise(relation, node, shape)
-                return [made for _ in shapes]
+                exprs = self._pointwise(relation, node, shape)
+                return [exprs for _ in shapes]
             case r.Regrouped(x, like):
                 exprs = tuple(axes.regroup(x.exprs, shape))
                 for a, b in zip(exprs, like.exprs if like else (), strict=like is not None):
@@ -67,7 +67,7 @@ class Solver:
                 for i in pinned:
                     self._pin(x.exprs[i], node, why)
                 for i in set(dropped) - set(pinned):
-                    self.known.facts.append(Fact("contracted", x.exprs[i], node, operands=(x,)))
+                    self.axis_facts.facts.append(Fact("contracted", x.exprs[i], node, operands=(x,)))
                 if keepdim:
                     exprs = tuple(UNIT if i in dropped else expr for i, expr in enumerate(x.exprs))
                 else:
@@ -84,7 +84,7 @@ class Solver:
             case r.Halved(x, dim):
                 return [_replaced(x.exprs, dim, self._halved(x, dim, node))]
             case r.Joined(xs, dim):
-                # The empty 1-d tensors that torch lets one concatenate carry nothing.
+                # torch lets one concatenate empty 1-d tensors with any others; they carry nothing.
                 xs = tuple(x for x in xs if x.ndim == len(shape))
                 for i in range(len(shape)):
                     for other in xs[1:]:
@@ -104,32 +104,33 @@ class Solver:
                 return [self._repeated(relation, node)]
             case r.Indexed(x, dim, index):
                 self._pin(x.exprs[dim], node, why)
-                if x.parameter is None or x.ndim < 3:  # a matrix that is picked meets something only later
+                if x.parameter is None or x.ndim < 3:  # a picked matrix is multiplied only later
                     self._free(x.exprs[dim + 1 :] + x.exprs[:dim], node, x)
                 return [(*x.exprs[:dim], *index.exprs, *x.exprs[dim + 1 :])]
             case r.Created():
                 return [tuple(axes.fresh(size) for size in shape) for shape in shapes]
             case r.Probed():
-                return self._tried(relation, node, shapes, why)
+                return self._probed(relation, node, shapes, why)
             case r.Opaque(xs):
                 self.opaque(node, xs, shapes, f"{op_name(node)}: {why[:1].lower()}{why[1:]}")
-                return list(self.known.values[node])
+                return list(self.axis_facts.values[node])
 
-    def _tried(self, relation: r.Probed, node: fx.Node, shapes: list[Any], why: str) -> list[Exprs]:
-        known: dict[int, Expr] = {}
+    def _probed(self, relation: r.Probed, node: fx.Node, shapes: list[Any], why: str) -> list[Exprs]:
+        axis_of: dict[int, Expr] = {}
         for x, numbers in zip(relation.operands, relation.axes, strict=True):
             for expr, number in zip(x.exprs, numbers, strict=True):
-                self.axes.unify(known.setdefault(number, expr), expr)
-        carried = {number for output in relation.outputs for number in output}
-        for number, expr in known.items():
-            if number in carried:
-                self.known.facts.append(Fact("nonlinear", expr, node))
+                self.axes.unify(axis_of.setdefault(number, expr), expr)
+        passing = {number for output in relation.outputs for number in output}
+        for number, expr in axis_of.items():
+            if number in passing:
+                self.axis_facts.facts.append(Fact("nonlinear", expr, node))
             else:
                 self._pin(expr, node, why)
         results = []
         for output, shape in zip(relation.outputs, shapes, strict=True):
             exprs = [
-                self.axes.fresh(size) if axis is None else known[axis] for axis, size in zip(output, shape, strict=True)
+                self.axes.fresh(size) if axis is None else axis_of[axis]
+                for axis, size in zip(output, shape, strict=True)
             ]
             for axis, expr in zip(output, exprs, strict=True):
                 if axis is None:
@@ -138,12 +139,12 @@ class Solver:
         return results
 
     def _meet(self, a: Expr, b: Expr, node: fx.Node) -> None:
-        """Unify two axes; where that cannot be, the op is right as long as both stay whole, and the others go on."""
+        """Unify two axes. Where they cannot be one, pin both: the op is right while both stay whole."""
         try:
             self.axes.unify(a, b)
         except Mismatch as mismatch:
             for expr in (a, b):
-                self.known.pin(expr, node, f"{op_name(node)}: {mismatch}")
+                self.axis_facts.pin(expr, node, f"{op_name(node)}: {mismatch}")
 
     def _parted(self, relation: r.Parted, node: fx.Node) -> list[Expr]:
         expr = relation.x.exprs[relation.dim]
@@ -152,12 +153,12 @@ class Solver:
         except Mismatch as mismatch:
             pieces = [self.axes.fresh(size) for size in relation.sizes]
             for each in (expr, *pieces):
-                self.known.pin(each, node, f"{op_name(node)}: {mismatch}")
+                self.axis_facts.pin(each, node, f"{op_name(node)}: {mismatch}")
             return pieces
 
     def _free(self, exprs: Exprs, node: fx.Node, x: r.Operand) -> None:
         for expr in exprs:
-            self.known.facts.append(Fact("free", expr, node, operands=(x,)))
+            self.axis_facts.facts.append(Fact("free", expr, node, operands=(x,)))
 
     def _halved(self, x: r.Operand, dim: int, node: fx.Node) -> Expr:
         size = x.shape[dim]
@@ -166,8 +167,8 @@ class Solver:
         first, second = self.axes.cut(x.exprs[dim], [size // 2, size // 2])
         self.axes.unify(first, second)
         first = self.axes.resolve(first)
-        self.known.facts.append(Fact("nonlinear", first, node))
-        self.known.facts.append(Fact("gate", first, node, operands=(x,)))
+        self.axis_facts.facts.append(Fact("nonlinear", first, node))
+        self.axis_facts.facts.append(Fact("gate", first, node, operands=(x,)))
         return first
 
     def _sliced(self, relation: r.Sliced, node: fx.Node, why: str) -> Expr:
@@ -199,16 +200,16 @@ class Solver:
                 exprs.append(x.exprs[i - new])
             else:
                 exprs.append(self.axes.fresh(size))
-                self.known.facts.append(Fact("expanded", exprs[-1], node, operands=(x,)))
+                self.axis_facts.facts.append(Fact("expanded", exprs[-1], node, operands=(x,)))
         return tuple(exprs)
 
     def _repeated(self, relation: r.Repeated, node: fx.Node) -> Exprs:
         x, times = relation.x, relation.times
         exprs = (*(UNIT for _ in range(len(times) - x.ndim)), *x.exprs)
         copies = tuple(self.axes.fresh(n) for n in times)
-        self.known.made[node] = copies
+        self.axis_facts.made[node] = copies
         for copy in copies:
-            self.known.facts.append(Fact("expanded", copy, node, operands=(x,)))
+            self.axis_facts.facts.append(Fact("expanded", copy, node, operands=(x,)))
         if relation.interleaved:
             return tuple(product(expr, copy) for expr, copy in zip(exprs, copies, strict=True))
         return tuple(product(copy, expr) for expr, copy in zip(exprs, copies, strict=True))
@@ -228,13 +229,16 @@ class Solver:
         return tuple(exprs)
 
     def _pointwise_facts(self, relation: r.Pointwise, node: fx.Node, expr: Expr, here: list[r.Operand]) -> None:
+        """Record what a pointwise op does to an axis that the operands `here` have."""
         activations = [x for x in here if x.weighted and x.parameter is None]
         meeting = tuple(activations) if len({x.node for x in activations}) > 1 else ()
         scaled = relation.how == "product" and len(here) > 1
         if relation.how == "nonlinear" or scaled:
-            self.known.facts.append(Fact("nonlinear", expr, node))
+            self.axis_facts.facts.append(Fact("nonlinear", expr, node))
         if meeting:
-            self.known.facts.append(Fact("gate" if relation.how != "linear" else "merge", expr, node, operands=meeting))
+            self.axis_facts.facts.append(
+                Fact("gate" if relation.how != "linear" else "merge", expr, node, operands=meeting)
+            )
 
     def _pattern(self, relation: r.Pattern, node: fx.Node, shape: tuple[Size, ...], why: str) -> Exprs:
         pattern = bind(relation.spec, len(relation.operands), tuple(relation.sizes))
@@ -277,14 +281,14 @@ class Solver:
             if name in axis_of:
                 self._pin(axis_of[name], node, why)
         for term, operand, key, expr in dims:
-            # One entry meets many: the axis is one that this operand repeats along, as `expand` would have made it.
+            # One entry meets many: the operand repeats along that axis, as after `expand`.
             if not (term.added or isinstance(key, tuple)) and expr == UNIT and axis_of[key] != UNIT:
-                self.known.facts.append(Fact("expanded", axis_of[key], node, operands=(operand,)))
+                self.axis_facts.facts.append(Fact("expanded", axis_of[key], node, operands=(operand,)))
         self._pattern_facts(node, output, axis_of, carriers, sum(not term.added for term in terms))
         if relation.apart:
             for name in carriers:
                 if name in output.keys:
-                    self.known.facts.append(Fact("nonlinear", axis_of[name], node))
+                    self.axis_facts.facts.append(Fact("nonlinear", axis_of[name], node))
         return tuple(exprs)
 
     def _meet_product(self, names: tuple[str, ...], expr: Expr, axis_of: dict[str, Expr], node: fx.Node) -> None:
@@ -308,7 +312,7 @@ class Solver:
                 role: Role = "contracted"
             else:
                 role = "batch" if len(operands) == factors else "free"
-            self.known.facts.append(Fact(role, axis_of[name], node, operands=tuple(operands)))
+            self.axis_facts.facts.append(Fact(role, axis_of[name], node, operands=tuple(operands)))
 
 
 def _replaced(exprs: Exprs, dim: int, expr: Expr) -> Exprs:
@@ -318,5 +322,5 @@ def _replaced(exprs: Exprs, dim: int, expr: Expr) -> Exprs:
 def _exactly(size: Size, divisor: Size) -> Size:
     result = quotient(size, divisor)
     if result is None:
-        raise Mismatch(f"an axis of {size} is no multiple of {divisor}")
+        raise Mismatch(f"an axis of {size} is not a multiple of {divisor}")
     return result
