@@ -40,16 +40,16 @@ class Operand:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Dims related by letters, see the module docstring. Letters that occur only on the right are new axes.
+    """Dims related by names, in the language of `passes.ir.patterns`.
 
     Attributes:
-        spec: the letters.
-        operands: the tensors that its terms speak of, in order.
-        sizes: of letters whose number of entries only the arguments of the op tell.
-        apart: carried entries are bent, or scaled one by one, or each has a result of its own: a change of basis
-            does not pass. Where False the op is linear in each operand, along every letter.
-        window: of a convolution, how its input is cut into what the columns of the weight meet: kernel, dilation,
-            padding and stride per dim of space; empty where padding differs between the ends of a dim.
+        spec: the pattern.
+        operands: the tensors whose dims it names, in order.
+        sizes: sizes of names that only the arguments of the op tell.
+        apart: the op is nonlinear in, or scales, each entry along the axes that it carries, or gives each a result of
+            its own: a change of basis does not pass. Where False the op is linear in each operand, along every name.
+        window: of a convolution, how its input is cut into the rows that the columns of the weight meet: kernel,
+            dilation, padding and stride per dim of space; empty where the two ends of a dim are padded differently.
         attention: the operands are queries, keys and values, and a softmax over keys lies between the two products.
         rescaled: the operand whose entries the output holds, each multiplied by some number.
     """

@@ -4,9 +4,7 @@ A rule takes the arguments of its op (tensors as `Operand`s, the rest as they ar
 state; `passes.infer.solve` is the one solver that reads relations. The first line of a rule's docstring is what a user
 reads as the reason when the rule pins an axis.
 
-Contractions are strings, `"b m k, b k n -> b m n"`: one letter per dim, `...` for leading dims that broadcast, `(h g)`
-for a dim that is a product, `k!` for a dim that must stay whole, `+n` for an operand that is only added. A letter that
-is missing on the right is summed over.
+Contractions are strings, `"b m k, b k n -> b m n"`, in the language of `passes.ir.patterns`.
 """
 
 from __future__ import annotations
@@ -19,9 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import torch
 from torch import fx
 
-from ecospa_fx.errors import RuleError
+from ecospa_fx.errors import PatternError, RuleError
 from ecospa_fx.passes.axes.algebra import UNIT, as_size
 from ecospa_fx.passes.graph.nodes import is_tensor, op_name, place, tensor_meta, tensors_of
+from ecospa_fx.passes.ir.patterns import bind
 from ecospa_fx.passes.ir.relations import Created, Operand, Pattern, Relation
 
 from .formulas import Formula
@@ -130,7 +129,17 @@ def relation_of(node: fx.Node, operands: Sequence[Operand] | None = None, region
             f"the axis rule `{info.axes.__name__}` failed on {op_name(node)} ({place(node, region)}) with "
             f"{type(error).__name__}: {error}; this is a bug in the rule, nothing was changed"
         ) from error
-    return Pattern(relation, tuple(operands)) if isinstance(relation, str) else relation
+    if isinstance(relation, str):
+        relation = Pattern(relation, tuple(operands))
+    if isinstance(relation, Pattern):
+        try:
+            bind(relation.spec, len(relation.operands), tuple(relation.sizes))
+        except PatternError as error:
+            raise PatternError(
+                f"the axis rule `{info.axes.__name__}` gives {op_name(node)} ({place(node, region)}) a pattern that is "
+                f"wrong: {error}\nthis is a bug in the rule, nothing was changed"
+            ) from error
+    return relation
 
 
 def _operands_without_axes(node: fx.Node) -> tuple[Operand, ...]:
