@@ -69,7 +69,8 @@ class EcoSpaCallback(TrainerCallback):
             if not source.is_dir():
                 raise CheckpointError(
                     f"training resumes at step {state.global_step}, but {source} is missing, without which it is "
-                    "unknown how far the model had shrunk; resume from a checkpoint in output_dir that was saved with this callback"
+                    "unknown how far the model had shrunk; resume from a checkpoint in output_dir that was saved with "
+                    "this callback"
                 )
             rebuild(reading(source, read_model), lambda: model, None)
         if self.trainer is None:

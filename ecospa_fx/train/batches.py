@@ -19,13 +19,15 @@ def loss_of(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor] | N
         loss: `loss(outputs, targets)` for pairs.
 
     Raises:
-        EcoSpaError: the batch is a pair, and there is no `loss`.
+        EcoSpaError: the batch is a pair, and `loss` is missing.
     """
     if isinstance(batch, Mapping):
         value: Tensor = model(**batch).loss
         return value
     if loss is None:
-        raise EcoSpaError("batches are no mappings; pass loss=, a function of outputs and targets")
+        raise EcoSpaError(
+            f"a batch is a {type(batch).__name__}, not a mapping; pass loss=, a function of outputs and targets"
+        )
     inputs, targets = batch
     return loss(model(inputs), targets)
 

@@ -120,7 +120,7 @@ class EcoSpaTrainer:
     Raises:
         TargetError: a setting is out of range, or the target is below what can be reached.
         OptimizerError: the optimizer holds none of the model's parameters, or cannot be carried through a shrink.
-        ShrinkError: something in `also` is no copy of the model.
+        ShrinkError: something in `also` is not a copy of the model.
     """
 
     def __init__(
