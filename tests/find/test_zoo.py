@@ -1,4 +1,4 @@
-"""The zoo: what is found in each model is what is written beside it, and taking any of it away is exact."""
+"""The zoo: the couplings found in each model are those written beside it, and shrinking any of them is exact."""
 
 from __future__ import annotations
 
