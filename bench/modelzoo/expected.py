@@ -34,7 +34,7 @@ ACTIVATIONS = (
 
 @dataclass
 class Tally:
-    """The expected axes of each part, counted by result (found, refused, missing, unmet), and the reasons of refusals."""
+    """Counts of expected axes of each part by result (found, refused, missing, unmet), and reasons of refusals."""
 
     counts: dict[str, Counter[str]] = field(default_factory=lambda: {part: Counter() for part in PARTS})
     reasons: dict[str, Counter[str]] = field(default_factory=lambda: {part: Counter() for part in PARTS})
