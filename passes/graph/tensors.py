@@ -60,7 +60,7 @@ def storage_key(tensor: Tensor) -> Any:
 
 
 def sliced(tensor: Tensor, positions: dict[int, Tensor]) -> Tensor:
-    """Slice out the given positions of each given dim, into memory of their own."""
+    """Slice out the given positions of each given dim, into memory of their own; without dims, return `tensor`."""
     for dim, index in positions.items():
         tensor = tensor.detach().index_select(dim, index.to(tensor.device))
     return tensor
