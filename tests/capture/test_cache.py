@@ -209,8 +209,8 @@ def test_what_was_filled_before_a_shrink_is_refused():
         with pytest.raises(errors.EcoSpaError) as caught:
             model(x[:, :1], cache)
     assert str(caught.value) == (
-        "`layers[0].keys` of the Cache that `blocks.0` is called with has sizes (2, 4, 9, 6), and (2, 2, 9, 3) fit: it "
-        "was filled by another model, or before this one shrank to what it is now. Start with an empty one"
+        "`layers[0].keys` of the Cache that `blocks.0` is called with has sizes (2, 4, 9, 6) and needs (2, 2, 9, 3): "
+        "it was filled by another model, or by this one before its last shrink. Start with an empty one"
     )
     assert cache.layers[0].keys.shape == (2, HEADS, 9, DIM)
 

@@ -78,7 +78,7 @@ def test_refusals_give_the_reason_written_by_hand(name: str) -> None:
 def test_a_model_without_couplings_is_left_as_it_was() -> None:
     model, args = made(ZOO["softmax_features"])
     before = type(model), {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(NoCouplingError, match="softmax: every entry along the axis feeds others"):
+    with pytest.raises(NoCouplingError, match="softmax: every result along the axis depends on all its entries"):
         ecospa_fx.compile(model, example_inputs=args, regions="root")
     assert type(model) is before[0] and all(torch.equal(p, before[1][n]) for n, p in model.named_parameters())
 
