@@ -52,7 +52,10 @@ class sorted_features(nn.Module):
         return self.down(self.up(x).sort(-1).values)
 
 
-@specimen(inputs=floats(6), refused={"up[0] down.weight[1]": "softmax: every result along the axis depends on all its entries"})
+@specimen(
+    inputs=floats(6),
+    refused={"up[0] down.weight[1]": "softmax: every result along the axis depends on all its entries"},
+)
 class softmax_features(nn.Module):
     def __init__(self):
         super().__init__()

@@ -15,7 +15,7 @@ from ecospa_fx.errors import NoCouplingError, OptimizerError
 from ecospa_fx.passes.transform.rotate import balanced, near_old_basis
 
 ATTENTION = {"qk": "", "vo": ""}
-ROTARY = {"qk": "brings in values that cannot turn with it", "vo": ""}
+ROTARY = {"qk": "brings in values that keep the old basis", "vo": ""}
 EXPECTED = {  # kind -> why not; nothing where it turns
     "attention": ATTENTION,
     "attention_without_bias": ATTENTION,
