@@ -85,7 +85,7 @@ def sides(axis_facts: AxisFacts, coupling: RegionCoupling) -> dict[WeightDim, Te
     if reason is not None:
         return reason
     if not coupling.linear:
-        return "its entries go through products one by one"
+        return "its entries go through nonlinear ops or products of their own, one by one"
     sums = [f for f in axis_facts.facts if f.role == "contracted" and coupling.atom in atoms_of(f.expr)]
     if not sums:
         return "no op sums over it"
