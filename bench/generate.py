@@ -45,7 +45,7 @@ def halves(model: nn.Module) -> dict[Any, torch.Tensor]:
 
 
 def graphs(model: nn.Module) -> int:
-    """How many there are, in all regions."""
+    """Count the graphs of all regions."""
     return sum(len(region.specializations) for region in model.__dict__[MODEL].regions.values())
 
 

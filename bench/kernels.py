@@ -366,7 +366,7 @@ def plot(rows: list[dict], path: str) -> None:
 
 
 def sections(options: argparse.Namespace) -> Iterator[Callable[[], list[dict]]]:
-    """What there is to measure, the most telling first."""
+    """Iterate over the measurements, the most important first."""
     cuda = options.device == "cuda"
     dtypes = (torch.bfloat16, torch.float32)
     for model in options.models:

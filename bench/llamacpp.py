@@ -127,7 +127,7 @@ def shrunk(name: str, kinds: Sequence[str] | None) -> tuple[nn.Module, Tensor, T
 
 
 def convert(llama_cpp: str, source: Path, target: Path) -> None:
-    """What `convert_hf_to_gguf.py source --outtype f32 --outfile target` does, for a model without a vocabulary."""
+    """Run `convert_hf_to_gguf.py source --outtype f32 --outfile target` for a model without a vocabulary."""
     command = [sys.executable, __file__, "--llama-cpp", llama_cpp, "--convert", str(source), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -156,7 +156,7 @@ def _convert(llama_cpp: str, source: str, target: str) -> None:
 
 
 def logits(path: Path, ids: Tensor) -> Tensor:
-    """What llama.cpp gives, with keys and values in float32."""
+    """Compute logits with llama.cpp, with keys and values in float32."""
     import llama_cpp
 
     model = llama_cpp.Llama(

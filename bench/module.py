@@ -123,7 +123,7 @@ def _double(tensor: Tensor) -> Tensor:
 
 
 def first_tensor(result: Any) -> Tensor:
-    """What a call gives, or the first tensor of it."""
+    """Return the first tensor in the result of a call."""
     return next(leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, Tensor))
 
 
@@ -165,7 +165,7 @@ def measure(name: str, directory: str) -> dict[str, Any]:
 
 
 def _against_masked(model: nn.Module, twin: nn.Module, args: Any, kwargs: Call, out: Tensor) -> float:
-    """How far it is from the original model with zeros where it has shrunk."""
+    """Compute the difference from the original model with removed entries set to zero."""
     plan, held = ecospa_fx.plan(model), named_tensors(model)
     with torch.no_grad():
         for name, tensor in named_tensors(twin).items():
@@ -236,7 +236,7 @@ def report(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def is_fine(row: Mapping[str, Any]) -> bool:
-    """Whether a row has nothing in it to complain of. Norms that compute in float32 allow no more than that."""
+    """Check that a row has no failure. The tolerance is that of norms which compute in float32."""
     if row.get("error") or row.get("target") != "reached" or row.get("backward") != "finite":
         return False
     try:

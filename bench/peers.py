@@ -200,7 +200,7 @@ def ecospa(model: nn.Module, case: Case, left: float) -> None:
 
 
 def places(before: Tensor, after: Tensor) -> list[Tensor] | None:
-    """Which positions of each dim are left, by the values; None if these are no part of those there were."""
+    """Find the positions of each dim that are left, by their values; None if `after` is not a part of `before`."""
     values, order = before.flatten().sort()
     found = []
     for dim in range(before.ndim):

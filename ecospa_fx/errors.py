@@ -19,6 +19,10 @@ class RuleError(EcoSpaError, RuntimeError):
     """An axis rule that failed on an op: a bug in the rule, not in the model."""
 
 
+class PatternError(RuleError):
+    """A pattern of an axis rule that is malformed or does not fit the op: a bug in the rule, not in the model."""
+
+
 class NoCouplingError(EcoSpaError, ValueError):
     """A model without a coupling that can shrink, or without one of the given name."""
 

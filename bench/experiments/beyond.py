@@ -3,8 +3,8 @@
 PYTHONPATH=bench python -m experiments.beyond [--data DIR] [--seeds 3] [--steps 480] [--scale gpu]
 
 A small GPT-2 on source text loses 50, 60 and 70% of the entries of couplings, in five shrinks early (25-65% of the run)
-or late (70-90%); and, with --data, in fine-tuning on WikiText-2 (20-70% of half the steps, at a quarter of the rate)
-after a whole run on source text. At 60% in every way, at 50 and 70% by the paper's rule and the adaptive one:
+or late (70-90%); and, with --data, in fine-tuning on WikiText-2 (20-70% of half as many steps, at a quarter of the
+rate) after a whole run on source text. At 60% in every way, at 50 and 70% by the paper's rule and the adaptive one:
 
 paper        Fisher importance of couplings, product of the slice norms in them
 random       aligned, at random

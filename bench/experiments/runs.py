@@ -228,7 +228,7 @@ def _validated(task: Task, model: nn.Module) -> dict[str, float]:
 
 
 def row_of(job: Job, training: Training, name: str, labels: Mapping[str, Any], curve: list[Any]) -> dict[str, Any]:
-    """What came of a run."""
+    """Summarise a run as one row."""
     found = _validated(job.task, training.model)
     curve.append([job.steps, round(found["loss"], 5), round(training.seconds, 2)])
     size = sum(p.numel() for p in training.model.parameters())

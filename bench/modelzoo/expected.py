@@ -34,7 +34,7 @@ ACTIVATIONS = (
 
 @dataclass
 class Tally:
-    """How many expected axes of each part were found, refused, missing, unmet; and the reasons of the refused."""
+    """Counts of expected axes of each part by result (found, refused, missing, unmet), and reasons of refusals."""
 
     counts: dict[str, Counter[str]] = field(default_factory=lambda: {part: Counter() for part in PARTS})
     reasons: dict[str, Counter[str]] = field(default_factory=lambda: {part: Counter() for part in PARTS})

@@ -75,7 +75,7 @@ def stir(model: nn.Module) -> None:
 
 
 def summed_over(shape: torch.Size) -> int:
-    """How many entries of a weight of that shape go into one of what it makes, as near as a shape tells."""
+    """Estimate from the shape of a weight how many of its entries are summed into one output entry."""
     if shape[0] == 1 or (len(shape) == 3 and shape[2] > 11):  # a table; a stack of matrices, not a kernel
         return max(shape[1:])
     return shape[1:].numel()
@@ -144,7 +144,7 @@ def verified(model: nn.Module, args: Any, kwargs: Any, budget: float) -> Row:
 
 
 def analysed(model: nn.Module, found: dict[str, Analysis]) -> Row:
-    """What the analyses say."""
+    """Summarise the analyses of a model as one row."""
     couplings = [(analysis, coupling) for analysis in found.values() for coupling in analysis.discovery.couplings]
     kinds = Counter(coupling.kind for _, coupling in couplings)
     named = dict(model.named_parameters(remove_duplicate=False))

@@ -76,7 +76,7 @@ def report(rows: Iterable[Row], console: Console) -> None:
 
 
 def most_used(rows: list[Row]) -> Table:
-    """What became of the expected axes in each of the most used types."""
+    """Build the table of expected axes in each of the most used types."""
     by_name = {row["name"]: row for row in rows if row["library"] == "transformers"}
     title = f"the {len(USED)} most used types of transformers: axes found/refused/without a rule/unmet"
     narrow = [Column(name, no_wrap=True) for name in ("type", *PARTS)]
@@ -119,7 +119,7 @@ def _captured(rows: list[Row]) -> list[Row]:
 
 
 def _expected(part: str) -> Callable[[list[Row]], str]:
-    """How many axes that one expects (see `expected`) came out how."""
+    """Count the expected axes (see `expected`) by their result."""
 
     def count(rows: list[Row]) -> str:
         total: Counter[str] = Counter()
@@ -132,7 +132,7 @@ def _expected(part: str) -> Callable[[list[Row]], str]:
     return count
 
 
-# What is counted, in words -> how, over the rows of one library.
+# Description of a count -> function that counts the rows of one library.
 COVERAGE: dict[str, Callable[[list[Row]], str]] = {
     "names": lambda rows: str(len(rows)),
     "built and run": lambda rows: str(len(_ran(rows))),

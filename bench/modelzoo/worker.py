@@ -45,8 +45,8 @@ def _warm() -> None:
     """Have in memory before forking what every model would load again: it takes longer than a small model itself."""
     for _ in measure(lambda: build("transformers/llama"), budget=1.0):
         pass
-    # What is there by now stays. Collections that look through all of it would be charged to whatever pass they
-    # happen to fall into: 0.6 s, often ten times what the analysis of a small model takes.
+    # Freeze the objects so far. A garbage collection over all of them would be charged to the pass in which it
+    # happens: 0.6 s, often ten times the analysis of a small model.
     gc.collect()
     gc.freeze()
 
@@ -70,7 +70,7 @@ class _Child:
         return not chunk
 
     def overdue(self) -> bool:
-        """Whether its time is up; then it is killed."""
+        """Check whether the time limit has passed, and kill the process then."""
         if time.perf_counter() - self.start < 4 * self.seconds:
             return False
         os.kill(self.process, signal.SIGKILL)

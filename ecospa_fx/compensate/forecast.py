@@ -89,8 +89,8 @@ class Forecast:
 
     def __rich__(self) -> Table:
         table = Table(box=None, pad_edge=False, show_edge=False)
-        for name in ("kind", "couplings", "entries", "what goes is"):
-            table.add_column(name, justify="left" if name in ("kind", "what goes is") else "right")
+        for name in ("kind", "couplings", "entries", "way"):
+            table.add_column(name, justify="left" if name in ("kind", "way") else "right")
         rises = self.by_kind()
         for limit in LIMITS:
             table.add_column(f"can go at {limit:g}", justify="right")

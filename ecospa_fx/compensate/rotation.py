@@ -90,9 +90,9 @@ def rotate(
         The energy of each entry, and why some couplings keep their basis.
 
     Raises:
-        NoCouplingError: there is no such coupling.
+        NoCouplingError: the coupling does not exist.
         OptimizerError: the optimizer holds none of the parameters, or its state cannot be carried through a change.
-        ShrinkError: something in `also` is no copy of the model.
+        ShrinkError: something in `also` is not a copy of the model.
     """
     compiled, optimizers = state_of(model), several(optimizer)
     for each in optimizers:

@@ -69,8 +69,9 @@ class EcoSpaCallback(TrainerCallback):
         if state.global_step and self.trainer is None:
             if not source.is_dir():
                 raise CheckpointError(
-                    f"training resumes at step {state.global_step}, but {source} is missing, which says how far the "
-                    "model had shrunk; resume from a checkpoint in output_dir that was saved with this callback"
+                    f"training resumes at step {state.global_step}, but {source} is missing, without which it is "
+                    "unknown how far the model had shrunk; resume from a checkpoint in output_dir that was saved with "
+                    "this callback"
                 )
             rebuild(read_save(source, read_model), lambda: model, None)
         if self.trainer is None:

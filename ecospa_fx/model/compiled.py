@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from ecospa_fx.couple.coupling import Coupling, CouplingSelection
 from ecospa_fx.errors import CaptureError, NoCouplingError, ShrinkError
-from ecospa_fx.passes.axes.selection import mask_of, narrowed, whole
+from ecospa_fx.passes.axes.selection import mask_of, narrow, whole
 from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.find.analyse import Analysis, shared_outside
 from ecospa_fx.passes.find.regions import choose
@@ -346,7 +346,7 @@ def _plan_region(after: Plan, region: Region, keeps: Mapping[str, Tensor]) -> No
             choice = before.get(coupling.atom, whole(coupling.atom))
             # Contexts are counted as they are before this shrink, which may take some of them too.
             live = mask_of(coupling.context, before) if coupling.context is not None else None
-            selection[coupling.atom] = narrowed(choice, keep.cpu(), coupling.context, live)
+            selection[coupling.atom] = narrow(choice, keep.cpu(), coupling.context, live)
     region.offers.write(after, selection)
 
 

@@ -14,7 +14,7 @@ from ecospa_fx.couple.coupling_index import CouplingIndex, by_part
 from ecospa_fx.couple.why import Path, path_between
 from ecospa_fx.errors import PinnedAxisError
 from ecospa_fx.passes.axes.algebra import Atom
-from ecospa_fx.passes.axes.selection import Selected, Selection, entries, mask_of, narrowed, whole
+from ecospa_fx.passes.axes.selection import Selected, Selection, entries, mask_of, narrow, whole
 from ecospa_fx.passes.find.discover import Refusal, RegionCoupling
 from ecospa_fx.passes.follow.follow import PythonSupport
 from ecospa_fx.passes.graph.tensors import join
@@ -114,7 +114,7 @@ class Offers:
             keep = positions[1:]
             if live is not None:  # other entries go in the first context than in the rest
                 keep = torch.stack([keep] + [positions[positions != 1]] * (int(live.sum()) - 1))
-            choice = narrowed(choice, keep, context, live)
+            choice = narrow(choice, keep, context, live)
         selection = {**self.kept, coupling.atom: choice}
         trial = self.plan.copy()
         self.write(trial, selection)

@@ -59,7 +59,7 @@ class CoupledEstimator:
         reader: reads, sums up and judges the score's kind of input.
 
     Raises:
-        TargetError: there is no such score, `decay` is not between 0 and 1, `window` is not a whole number from 1, or
+        TargetError: the score does not exist, `decay` is not between 0 and 1, `window` is not a whole number from 1, or
             both are given.
     """
 
@@ -188,7 +188,7 @@ class CoupledEstimator:
         return self.reader.empty
 
     def reset(self) -> None:
-        """Forget what was accumulated."""
+        """Drop the sums, and count steps from 0."""
         self._count.reset()
         self._backwards.clear()
         self.reader.reset()
@@ -229,7 +229,7 @@ class CoupledEstimator:
         return self.reader.at_once()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was accumulated: `steps`, and `tensors` by name."""
+        """Return the number of `steps` and the sums: `tensors` by name."""
         tensors = self.reader.tensors()
         if self._count.skipped is not None:
             tensors["skipped"] = self._count.skipped

@@ -123,7 +123,7 @@ class GateReader:
         return nullcontext()
 
     def reset(self) -> None:
-        """Forget what was read."""
+        """Drop the sums."""
         self.sums.clear()
 
     def detach(self) -> None:

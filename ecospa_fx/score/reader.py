@@ -43,11 +43,11 @@ class GradientStep:
 
 @dataclass(frozen=True, eq=False)
 class ReaderOptions:
-    """What readers are made with; each takes what it needs.
+    """The arguments of a reader; each uses those that it needs.
 
     Attributes:
         model: a compiled model.
-        score: what is made of the input.
+        score: the score that is computed from the input.
         rule: how steps are added up.
         count: training steps since the last reset; the estimator counts.
         optimizers: those that hold the parameters; None where none were given.
@@ -67,7 +67,7 @@ class Reader(Protocol):
 
     @property
     def sums(self) -> Mapping[SliceKey, Tensor]:
-        """Sums over steps by (name, dim), where that is what it sums up; else empty."""
+        """Sums over steps by (name, dim); empty for a reader without such sums."""
 
     @property
     def empty(self) -> bool:
@@ -92,22 +92,22 @@ class Reader(Protocol):
         """Take note of a training step, after its backward and before its gradients are zeroed."""
 
     def importance(self, coupling: Coupling) -> float | None:
-        """Return the importance of a coupling; None where the input says nothing of it."""
+        """Return the importance of a coupling; None if the input says nothing of it."""
 
     def entries(self, coupling: Coupling, *, by_context: bool) -> Tensor | None:
-        """Score each entry, float64 `[size]` or `[contexts, size]`; None where the input says nothing of it."""
+        """Score each entry, float64 `[size]` or `[contexts, size]`; None if the input says nothing of the coupling."""
 
     def at_once(self) -> AbstractContextManager[None]:
         """Judge several couplings from one reading, added up over ranks once."""
 
     def reset(self) -> None:
-        """Forget what was read."""
+        """Drop the sums."""
 
     def detach(self) -> None:
         """Stop watching the model."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what was summed up, by name."""
+        """Return the sums by name."""
 
     def load_tensors(self, named: Mapping[str, Tensor]) -> None:
         """Go on with what `tensors` returned."""

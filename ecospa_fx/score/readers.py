@@ -33,7 +33,7 @@ NO_ACTIVATION = (
 
 
 class SliceReader:
-    """Base of the readers of tensors in the shapes of the weights: sums per row and column are what it judges by.
+    """Base of the readers of tensors in the shapes of the weights, which judge by sums per row and column.
 
     Args:
         options: of all readers.
@@ -66,7 +66,7 @@ class SliceReader:
         """Do nothing: it reads when a decision is due."""
 
     def refresh(self) -> None:
-        """Read what is read when a decision is due."""
+        """Read the input, if that is done when a decision is due."""
 
     def importance(self, coupling: Coupling) -> float:
         """Return the mean score of the coupling's matrices; 0 for one of which nothing was read."""
@@ -93,7 +93,7 @@ class SliceReader:
             self._means = before
 
     def reset(self) -> None:
-        """Forget what was read."""
+        """Drop the sums."""
         self.totals.reset()
 
     def detach(self) -> None:
@@ -201,15 +201,15 @@ class ActivationReader:
         return None if entries is None else float(entries.mean())
 
     def entries(self, coupling: Coupling, *, by_context: bool) -> Tensor | None:
-        """Score each entry; None where nothing was seen of the coupling."""
+        """Score each entry; None if nothing was seen of the coupling."""
         return None if self._scores is None else self._scores.entries(coupling, by_context=by_context)
 
     def at_once(self) -> AbstractContextManager[None]:
-        """Do nothing: what was seen is read coupling by coupling."""
+        """Do nothing: sums are read coupling by coupling."""
         return nullcontext()
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Drop the sums."""
         if self._scores is not None:
             self._scores.reset()
 
@@ -219,7 +219,7 @@ class ActivationReader:
             self._scores.detach()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what was seen, by name."""
+        """Return the sums by name."""
         return {} if self._scores is None else self._scores.state_dict()
 
     def load_tensors(self, named: Mapping[str, Tensor]) -> None:

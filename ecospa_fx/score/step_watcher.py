@@ -44,7 +44,7 @@ class StepWatcher:
         self._found_inf: list[Tensor | None] = [None] * len(self.optimizers)
         self._handles: list[Any] = []
         for number, optimizer in enumerate(self.optimizers):
-            # A wrapper's own hooks may never be called; those of what it wraps are.
+            # A wrapper's own hooks may never be called; those of the optimizers it wraps are.
             for each in layers(optimizer):
                 if hasattr(each, "_optimizer_step_pre_hooks"):
                     hook = lambda held, *_, number=number: self._note(number, held)  # noqa: E731

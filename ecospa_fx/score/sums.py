@@ -1,4 +1,4 @@
-"""Sums: what is added up over training steps, how, and how it follows the model through shrinks.
+"""Sums: sums of scores over training steps, by one of several rules, that follow the model through shrinks.
 
 tensors of one step -> SliceTotals -> SliceSums, one launch -> means per (parameter, dim)
                          and a rule: Total, Average, LastSteps, Latest
@@ -110,7 +110,7 @@ class LastSteps(Total):
     def record(
         self, sums: Mapping[SliceKey, Tensor], names: Container[str], new_step: bool, found_inf: Tensor | None
     ) -> None:
-        """Keep what was added, unless the step was left out, for which a GPU must be waited for."""
+        """Keep the sums of the step, unless it was left out, for which a GPU must be waited for."""
         if found_inf is not None and bool(found_inf):
             return
         if new_step or not self.steps:
@@ -163,7 +163,7 @@ class SliceTotals:
         weighted: add up `(w * g)²` in place of `g²`.
 
     Attributes:
-        sums: (parameter, dim) -> sums of each slice; only of what has been added. Where parameters are sharded, the
+        sums: (parameter, dim) -> sums of each slice; only of tensors that were added. Where parameters are sharded, the
             share of this rank.
     """
 
@@ -195,7 +195,7 @@ class SliceTotals:
         rule.record(self.sums, tensors, new_step, found_inf)
 
     def replace(self, tensors: Mapping[str, Tensor], parameters: Mapping[str, Any]) -> None:
-        """Forget what was added, and add this instead."""
+        """Replace the sums by those of these tensors."""
         self.sums.clear()
         self.add(tensors, parameters)
 
@@ -211,7 +211,7 @@ class SliceTotals:
         }
 
     def reset(self) -> None:
-        """Forget what was added, in the same memory."""
+        """Set the sums to 0, in the same memory."""
         self.sums.clear()
         self.rule.steps.clear()
         if self._slices is not None:

@@ -1,1 +1,1 @@
-"""See: findings, tables, graphs and reports that people read."""
+"""See: the findings of a model as explanations, tables, graphs, reports and warnings for people."""

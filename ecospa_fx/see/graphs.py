@@ -1,4 +1,4 @@
-"""Graphs of coupled weights: as networkx graphs, and as DOT, SVG, Mermaid, GraphML and JSON.
+"""Graphs of coupled weights, as networkx graphs and as DOT, SVG, Mermaid, GraphML and JSON.
 
 block_graph      weights and couplings, equal blocks drawn once ("x24"): readable for a model of any depth
 coupling_graph   every weight and every coupling

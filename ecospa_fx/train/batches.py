@@ -1,13 +1,20 @@
-"""Batches: the loss of a batch, and the number of tokens in it."""
+"""Batches: the loss of a batch, the number of tokens in it, and a listener to the losses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from ecospa_fx.errors import EcoSpaError
+
+
+class LossListener(Protocol):
+    """An object that follows training, such as `ecospa_fx.Watch`."""
+
+    def step(self, loss: float) -> None:
+        """Take the loss of a training step, after the trainer has taken that step."""
 
 
 def loss_of(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor] | None) -> Tensor:
@@ -19,13 +26,14 @@ def loss_of(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor] | N
         loss: `loss(outputs, targets)` for pairs.
 
     Raises:
-        EcoSpaError: the batch is a pair, and there is no `loss`.
+        EcoSpaError: the batch is a pair, and `loss` is missing.
     """
     if isinstance(batch, Mapping):
         value: Tensor = model(**batch).loss
         return value
     if loss is None:
-        raise EcoSpaError("batches are no mappings; pass loss=, a function of outputs and targets")
+        kind = type(batch).__name__
+        raise EcoSpaError(f"a batch is a {kind}, not a mapping; pass loss=, a function of outputs and targets")
     inputs, targets = batch
     return loss(model(inputs), targets)
 

@@ -1,7 +1,7 @@
 """Policies: the rules that decide which entries of which couplings go at a sparsification step.
 
 Paper       scores -> the least important couplings lose their weakest slices       `CoupledSparsifier`
-Adaptive    saliency, and what stays can take over -> expected rise of the loss     `AdaptiveSparsifier`
+Adaptive    saliency, and how far others take over -> expected rise of the loss     `AdaptiveSparsifier`
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Adaptive:
     def decide(self, at_most: int | None) -> Decision:
         """Decide by one price for all couplings."""
         sparsifier = self.ready()
-        assert at_most is not None, "a schedule with an end says what is due"
+        assert at_most is not None, "a schedule with an end sets a cost"
         judged = [coupling for coupling in couplings(self.model) if self.saliency.judges(coupling)]
         by_context = sparsifier.constraints.head_dims == "per_head"
         worth = {coupling: worth_of(coupling, self.saliency, by_context=by_context) for coupling in judged}

@@ -119,6 +119,17 @@ def check_option(name: str, value: object, options: Collection[str]) -> None:
         raise TargetError(f"{name}={value!r} is none of {', '.join(map(repr, options))}")
 
 
+def check_options(policy: PolicyName, preset: Preset, gradients: Gradients) -> None:
+    """Refuse options of a trainer that do not exist.
+
+    Raises:
+        TargetError: naming the setting, its value and the options.
+    """
+    check_option("policy", policy, get_args(PolicyName))
+    check_option("preset", preset, PRESETS)
+    check_option("gradients", gradients, get_args(Gradients))
+
+
 def check_adaptive(
     end: float | None, shape: SparsityCurve, scores: ScoreSettings, top_k: float | None, theta: float | None
 ) -> None:

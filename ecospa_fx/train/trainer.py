@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from typing import Any, Protocol, get_args
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,7 +22,7 @@ from ecospa_fx.model.optimizer_state import check_can_follow, several
 from ecospa_fx.model.shrinking import shrink
 from ecospa_fx.score.step_watcher import StepWatcher
 
-from .batches import loss_of, tokens_of
+from .batches import LossListener, loss_of, tokens_of
 from .clock import Clock
 from .latency import Latency
 from .loss_spikes import LossSpikes
@@ -38,18 +38,11 @@ from .settings import (
     Preset,
     ScoreSettings,
     check_adaptive,
-    check_option,
+    check_options,
 )
 from .sparsifier import CoupledSparsifier
 
 BeforeShrink = Callable[[nn.Module, Mapping[Coupling, Tensor], Any], None]
-
-
-class LossListener(Protocol):
-    """An object that follows training, such as `ecospa_fx.Watch`."""
-
-    def step(self, loss: float) -> None:
-        """Take the loss of a training step, after the trainer has taken that step."""
 
 
 class EcoSpaTrainer:
@@ -120,7 +113,7 @@ class EcoSpaTrainer:
     Raises:
         TargetError: a setting is out of range, or the target is below what can be reached.
         OptimizerError: the optimizer holds none of the model's parameters, or cannot be carried through a shrink.
-        ShrinkError: something in `also` is no copy of the model.
+        ShrinkError: something in `also` is not a copy of the model.
     """
 
     def __init__(
@@ -160,9 +153,7 @@ class EcoSpaTrainer:
     ) -> None:
         if MODEL not in model.__dict__:
             raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
-        check_option("policy", policy, get_args(PolicyName))
-        check_option("preset", preset, PRESETS)
-        check_option("gradients", gradients, get_args(Gradients))
+        check_options(policy, preset, gradients)
         scores = ScoreSettings(score, index_score, decay, window, seed)
         adaptive = policy == "adaptive"
         if adaptive:

@@ -1,4 +1,4 @@
-"""The axis algebra: a small type system for the dims of tensors.
+"""Axis algebra: a small type system for the dims of tensors.
 
 Every dim of every tensor carries an *axis expression* over *atoms* (named extents):
 
@@ -8,41 +8,38 @@ Every dim of every tensor carries an *axis expression* over *atoms* (named exten
     UNIT     :  the empty product, one entry, nothing to select
     EMPTY    :  the empty segments, no entry
 
-`Axes` holds what is known so far as a substitution from atoms to expressions. There is one operation that adds
-knowledge, `unify(a, b)` ("these two dims are the same axis"), and three that look inside an axis and refine it where
-they must: `split` (a view regroups it), `cut` (a slice divides it), `regroup` (a view regroups several at once).
+`Axes` holds the equalities found so far, as a substitution from atoms to expressions. One operation adds an equality,
+`unify(a, b)` ("these two dims are the same axis"). Three look inside an axis and refine it where they must: `split` (a
+view regroups it), `cut` (a slice divides it), `regroup` (a view regroups several at once).
 
 Normal form, kept by `product` and `segments`: products and segments are flat, units vanish from products, and what runs
 faster than a segmented factor is distributed over its parts, `(a | b) c == a c | b c`. Two expressions over the same
 atoms are the same axis exactly if their normal forms are equal.
 
-No parameter value and no tensor is ever read here: sizes are ints, or sympy expressions where torch.export found a
-dim to be dynamic.
+No parameter value and no tensor is read here, only sizes: ints, or sympy expressions for dynamic dims (`sizes.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import accumulate, chain
 from typing import Any, TypeAlias
 
-import sympy
-import torch
-from torch.utils._sympy.functions import FloorDiv, Max
+from .sizes import Size as Size
+from .sizes import as_size as as_size
+from .sizes import quotient as quotient
 
-Size: TypeAlias = Any  # int | sympy.Expr; sympy is untyped
 Expr: TypeAlias = "Atom | Product | Segments"
 
 
 class Mismatch(Exception):
-    """Two axes cannot be the same, or an axis cannot be divided as asked. The solver turns it into a refusal."""
+    """Axes that cannot be the same, or an axis that cannot be divided as asked. The solver turns it into a refusal."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Atom:
-    """A named extent: what selection acts on. Compared by identity."""
+    """A named extent, the unit that a selection acts on. Compared by identity."""
 
     serial: int
     size: Size
@@ -80,7 +77,7 @@ class Segments:
 
 
 def atoms_of(expr: Expr) -> tuple[Atom, ...]:
-    """The atoms of `expr` from left to right, repeated where they repeat."""
+    """Return the atoms of `expr` from left to right, each as often as it occurs."""
     return (expr,) if isinstance(expr, Atom) else expr.atoms
 
 
@@ -88,50 +85,8 @@ UNIT = Product(())
 EMPTY = Segments(())
 
 
-def as_size(size: int | torch.SymInt | sympy.Expr) -> Size:
-    """Normal form of a size: an int where the value is known, else the sympy expression behind a SymInt."""
-    if type(size) is int:
-        return size
-    expr = size.node.expr if isinstance(size, torch.SymInt) else size
-    return _normal(expr) if isinstance(expr, sympy.Expr) else int(expr)
-
-
-@lru_cache(maxsize=1 << 14)  # a graph has few sizes, and asks for them at every node; sympy is slow
-def _normal(expr: sympy.Expr) -> Size:
-    if expr.has(FloorDiv):
-        # torch divides without looking whether it comes out even: `(s*s) // s`, say.
-        expr = expr.replace(FloorDiv, lambda a, b: FloorDiv(a, b) if (whole := quotient(a, b)) is None else whole)
-    if expr.has(Max):
-        # `max(0, -s - 1)`, which torch leaves as it is, although sizes are positive.
-        expr = expr.replace(Max, _largest)
-    if expr.has(sympy.Add):
-        expr = sympy.expand(expr)  # sums of products have many forms, which compare as different
-    return int(expr) if isinstance(expr, sympy.Integer) else expr
-
-
-def _largest(*args: sympy.Expr) -> sympy.Expr:
-    """The largest of some sizes, without those that are provably no larger than another."""
-    left = [a for i, a in enumerate(args) if not any((b - a).is_nonnegative for j, b in enumerate(args) if j != i)]
-    return left[0] if len(left) == 1 else Max(*args)
-
-
-def quotient(size: Size, divisor: Size) -> Size | None:
-    """`size / divisor` where that is provably a whole number, else None."""
-    if type(size) is int and type(divisor) is int:
-        return size // divisor if divisor and size % divisor == 0 else None
-    return 1 if size == divisor else _ratio(size, divisor)
-
-
-@lru_cache(maxsize=1 << 14)
-def _ratio(size: Size, divisor: Size) -> Size | None:
-    ratio = size / sympy.sympify(divisor)
-    if isinstance(size, sympy.Add):
-        ratio = sympy.cancel(ratio)
-    return as_size(ratio) if sympy.fraction(ratio)[1] == 1 and ratio.is_integer else None
-
-
 def size_of(expr: Expr) -> Size:
-    """Number of entries along `expr`."""
+    """Return the number of entries along `expr`."""
     match expr:
         case Atom():
             return expr.size
@@ -145,7 +100,7 @@ def size_of(expr: Expr) -> Size:
 
 
 def sized(expr: Expr, symbols: Mapping[Any, int]) -> Expr:
-    """`expr` with a number in place of every dynamic size; atoms of a known size stay the same atoms."""
+    """Put numbers in place of the dynamic sizes in `expr`; atoms of a known size stay the same atoms."""
     match expr:
         case Atom():
             size = expr.size if type(expr.size) is int else as_size(expr.size.subs(symbols))
@@ -157,7 +112,7 @@ def sized(expr: Expr, symbols: Mapping[Any, int]) -> Expr:
 
 
 def product(*factors: Expr) -> Expr:
-    """The normal form of the row-major flattening of `factors`."""
+    """Return the normal form of the row-major flattening of `factors`."""
     flat: list[Expr] = []
     for factor in factors:
         flat.extend(factor.factors if isinstance(factor, Product) else (factor,))
@@ -173,7 +128,7 @@ def product(*factors: Expr) -> Expr:
 
 
 def segments(*parts: Expr) -> Expr:
-    """The normal form of the concatenation of `parts`."""
+    """Return the normal form of the concatenation of `parts`."""
     flat: list[Expr] = []
     for part in parts:
         flat.extend(part.parts if isinstance(part, Segments) else (part,))
@@ -181,10 +136,10 @@ def segments(*parts: Expr) -> Expr:
 
 
 class Axes:
-    """What is known about the axes of one graph: a substitution from atoms to expressions.
+    """Equalities between the axes of one graph: a substitution from atoms to expressions.
 
-    Knowledge only grows. Whatever order facts arrive in, the classes come out the same, because each fact is an
-    equality and refinement only ever replaces an atom by an expression of the same size.
+    Equalities are only added. The classes do not depend on the order in which they arrive, because refinement only
+    replaces an atom by an expression of the same size.
     """
 
     def __init__(self) -> None:
@@ -194,18 +149,18 @@ class Axes:
         self._serial = 0
 
     def fresh(self, size: Size) -> Expr:
-        """A new axis of `size` entries about which nothing is known (`UNIT` if it has just one, `EMPTY` if none)."""
+        """Make a new axis of `size` entries, equal to no other (`UNIT` if it has one entry, `EMPTY` if none)."""
         if type(size) is int and size <= 1:
             return UNIT if size else EMPTY
         self._serial += 1
         return Atom(self._serial, size)
 
     def resolve(self, expr: Expr) -> Expr:
-        """`expr` in normal form over atoms that are not refined further."""
+        """Return `expr` in normal form over atoms that are not refined further."""
         if isinstance(expr, Atom):
             if expr not in self._bound:
                 return expr
-            # Chains of substitutions are shortened as they are read, so that reading stays cheap.
+            # Path compression: chains of substitutions are shortened as they are read.
             self._bound[expr] = resolved = self.resolve(self._bound[expr])
             return resolved
         if id(expr) in self._resolved:
@@ -222,8 +177,8 @@ class Axes:
         """Record that `a` and `b` are the same axis, entry by entry.
 
         Raises:
-            Mismatch: the sizes differ or the boundaries inside them do not nest. Equalities found before that stay:
-                callers pin both axes, for which they do no harm.
+            Mismatch: the sizes differ or the boundaries inside them do not nest. Equalities recorded before that stay;
+                they do no harm, since callers pin both axes.
         """
         a, b = self.resolve(a), self.resolve(b)
         if a == b:
@@ -232,7 +187,7 @@ class Axes:
             raise Mismatch(f"an axis of {size_of(a)} meets one of {size_of(b)}")
         match a, b:
             case Atom(), Atom():
-                # The older atom stays, so that what is printed does not depend on the order of facts.
+                # The older atom stays, so that printed atoms do not depend on the order of facts.
                 old, new = sorted((a, b), key=lambda atom: atom.serial)
                 self._bind(new, old)
             case Atom(), _:
@@ -245,7 +200,7 @@ class Axes:
                 self._unify_segments(a, b)
 
     def split(self, expr: Expr, inner: Size) -> tuple[Expr, Expr]:
-        """`expr` as `outer * inner`, where the inner axis has `inner` entries and runs fastest.
+        """Refine `expr` to `outer * inner`, where the inner axis has `inner` entries and runs fastest.
 
         Raises:
             Mismatch: `inner` does not divide the axis, or falls across a boundary inside it.
@@ -274,7 +229,7 @@ class Axes:
                 return self.resolve(segments(*outers)), self.resolve(inners[0])
 
     def cut(self, expr: Expr, sizes: Sequence[Size]) -> list[Expr]:
-        """The consecutive pieces of `expr` that have `sizes` entries.
+        """Refine `expr` to consecutive pieces of `sizes` entries.
 
         Raises:
             Mismatch: the sizes do not add up, or a boundary falls inside a row of a product.
@@ -298,14 +253,14 @@ class Axes:
                 counts = [quotient(size, size_of(rows)) for size in sizes]
                 if any(count is None for count in counts):
                     raise Mismatch(f"a cut into {list(sizes)} falls inside rows of {size_of(rows)}")
-                # Cutting may refine atoms that the rows have too, so they are read again afterwards.
+                # Cutting may refine atoms that also occur in the rows, so they are resolved again afterwards.
                 pieces = self.cut(outer, counts)
                 return [self.resolve(product(piece, rows)) for piece in pieces]
             case Segments():
                 return self._cut_segments(expr, sizes)
 
     def regroup(self, exprs: Sequence[Expr], sizes: Sequence[Size]) -> list[Expr]:
-        """The axes of a view: the same entries in the same order, grouped into dims of `sizes`.
+        """Group the entries of several axes, in the same order, into dims of `sizes`, as a view does.
 
         Raises:
             Mismatch: the old and the new boundaries do not nest.
@@ -351,7 +306,7 @@ class Axes:
         while left or right:
             if not (left and right):
                 raise Mismatch(f"{a} and {b} do not line up")
-            # Unifying one pair may refine the factors still to come, so each is read when its turn comes.
+            # Unifying one pair may refine the factors still to come, so each is resolved when its turn comes.
             f, g = self.resolve(left.pop()), self.resolve(right.pop())
             if isinstance(f, Product) or isinstance(g, Product):
                 left.extend(f.factors if isinstance(f, Product) else (f,))
@@ -397,7 +352,7 @@ def _part_sizes(expr: Expr) -> list[Size]:
 
 
 def _common_sizes(a: list[Size], b: list[Size]) -> list[Size]:
-    """Sizes of the pieces between all boundaries of two concatenations of one length."""
+    """Return the sizes of the pieces between all boundaries of two concatenations of one length."""
     if a == b:
         return a
     if len(a) == 1 or len(b) == 1:

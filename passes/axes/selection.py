@@ -1,10 +1,10 @@
-"""Selection: what keeping some entries of some atoms means for any axis.
+"""Selection: the entries of atoms that stay, and with them those of any axis.
 
 Everything that a shrink changes follows from one boolean mask per atom: the mask of an axis is read off its
 expression, new sizes are counts, new slice and split bounds are prefix sums, parameters are index-selected.
 
-An atom may keep other entries in each entry of another atom, its *context* (other dims in each head): then its mask has
-a row per context, and every row keeps the same number of entries, so that tensors stay dense.
+An atom may keep different entries in each entry of another atom, its *context* (different dims in each head). Its mask
+then has a row per context, and every row keeps the same number of entries, so that tensors stay dense.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class PerContext:
 
     @property
     def count(self) -> int:
-        """Number of entries that stay in each context."""
+        """The number of entries that stay in each context."""
         return int(self.mask[0].sum())
 
 
@@ -42,29 +42,29 @@ Selection: TypeAlias = Mapping[Atom, Selected]  # an atom that is absent keeps e
 
 
 def touched(expr: Expr, kept: Selection) -> bool:
-    """Whether `expr` loses any entry under `kept`."""
+    """Return whether `expr` loses any entry under `kept`."""
     return any(atom in kept for atom in atoms_of(expr))
 
 
 def mask_of(expr: Expr, kept: Selection) -> Tensor:
-    """The bool mask `[size]` of the entries of `expr` that stay.
+    """Return the bool mask `[size]` of the entries of `expr` that stay.
 
-    `expr` must have a known size, and the context of every atom that has one beside it.
+    `expr` must have a known size, and carry the context of each of its atoms that differs by one.
     """
     mask = _uniform_mask(expr, kept)
     for atom in set(atoms_of(expr)):
         choice = kept.get(atom)
         if isinstance(choice, PerContext):
             index, context = index_of(expr, atom), index_of(expr, choice.context)
-            owned = index >= 0
-            if bool((context[owned] < 0).any()):
+            inside = index >= 0
+            if bool((context[inside] < 0).any()):
                 raise ValueError(f"{atom} differs by {choice.context}, which {expr} does not carry")
-            mask[owned] &= choice.mask[context[owned], index[owned]]
+            mask[inside] &= choice.mask[context[inside], index[inside]]
     return mask
 
 
 def _uniform_mask(expr: Expr, kept: Selection) -> Tensor:
-    """`mask_of` as far as it does not differ by context."""
+    """Return the mask without the atoms that differ by context."""
     match expr:
         case Atom():
             choice = kept.get(expr)
@@ -79,9 +79,9 @@ def _uniform_mask(expr: Expr, kept: Selection) -> Tensor:
 
 
 def broadcast_mask(exprs: Sequence[Expr], dim: int, kept: Selection) -> Tensor:
-    """The mask of one dim of a tensor with axes `exprs`, in a shape that broadcasts over the tensor.
+    """Return the mask of one dim of a tensor with axes `exprs`, in a shape that broadcasts over the tensor.
 
-    Where the dim varies by a context that another dim carries, the mask has both.
+    If the dim differs by a context that another dim carries, the mask has both dims.
     """
     shape = [1] * len(exprs)
     expr = exprs[dim]
@@ -98,7 +98,7 @@ def broadcast_mask(exprs: Sequence[Expr], dim: int, kept: Selection) -> Tensor:
 
 
 def in_context(kept: Selection, context: Atom, entry: int) -> dict[Atom, Selected]:
-    """The selection as it is in one entry of `context`."""
+    """Return the selection in one entry of `context`."""
     return {
         atom: choice.mask[entry] if isinstance(choice, PerContext) and choice.context is context else choice
         for atom, choice in kept.items()
@@ -106,28 +106,28 @@ def in_context(kept: Selection, context: Atom, entry: int) -> dict[Atom, Selecte
 
 
 def in_first_contexts(kept: Selection) -> dict[Atom, Tensor]:
-    """The masks of the first context stand for all, where only numbers of entries matter."""
+    """Return the selection in the first entry of each context, for uses in which only numbers of entries matter."""
     return {atom: choice.mask[0] if isinstance(choice, PerContext) else choice for atom, choice in kept.items()}
 
 
 def entries(choice: Selected) -> int:
-    """Number of entries that a choice keeps (in each context)."""
+    """Return the number of entries that a choice keeps, in each context."""
     return choice.count if isinstance(choice, PerContext) else int(choice.sum())
 
 
 def whole(atom: Atom) -> Tensor:
-    """The choice that keeps all of an atom."""
+    """Make the choice that keeps all of an atom."""
     return torch.ones(atom.size, dtype=torch.bool)
 
 
-def narrowed(choice: Selected, keep: Tensor, context: Atom | None = None, live: Tensor | None = None) -> Selected:
-    """What is left of `choice` when of its entries only those at the positions `keep` stay.
+def narrow(choice: Selected, keep: Tensor, context: Atom | None = None, live: Tensor | None = None) -> Selected:
+    """Keep, of the entries that `choice` keeps, only those at the positions `keep`.
 
     Args:
-        choice: what is kept now.
-        keep: LongTensor `[kept]`, or `[contexts that are left, kept]` where it differs by context.
+        choice: the present choice.
+        keep: LongTensor `[kept]`, or `[remaining contexts, kept]` where it differs by context.
         context: the atom by which `keep` differs.
-        live: bool mask `[context.size]` of the contexts that are left.
+        live: bool mask `[context.size]` of the remaining contexts.
     """
     if keep.ndim == 1 and not isinstance(choice, PerContext):
         return _at(choice, keep)
@@ -143,21 +143,21 @@ def narrowed(choice: Selected, keep: Tensor, context: Atom | None = None, live: 
 
 
 def _at(mask: Tensor, positions: Tensor) -> Tensor:
-    """Of the entries that `mask` keeps only those at `positions`."""
-    chosen = torch.zeros_like(mask)
-    chosen[mask.nonzero().flatten()[positions]] = True
-    return chosen
+    """Keep, of the entries in `mask`, only those at `positions`."""
+    narrower = torch.zeros_like(mask)
+    narrower[mask.nonzero().flatten()[positions]] = True
+    return narrower
 
 
 def per_context_or_shared(context: Atom, masks: Tensor, live: Tensor) -> Selected:
-    """A choice from one mask per context; contexts that are gone follow the first one that is left."""
+    """Make a choice from one mask per context; removed contexts get the mask of the first remaining one."""
     first = masks[live][0]
     masks = torch.where(live[:, None], masks, first)
     return first if bool((masks == first).all()) else PerContext(context, masks)
 
 
 def count(expr: Expr, kept: Selection) -> Size:
-    """Number of entries of `expr` that stay."""
+    """Return the number of entries of `expr` that stay."""
     match expr:
         case Atom():
             return entries(kept[expr]) if expr in kept else expr.size
@@ -171,7 +171,7 @@ def count(expr: Expr, kept: Selection) -> Size:
 
 
 def index_of(expr: Expr, atom: Atom) -> Tensor:
-    """For each entry of `expr` the entry of `atom` it belongs to, or -1: a LongTensor `[size]`."""
+    """Return for each entry of `expr` the entry of `atom` that it belongs to, or -1: a LongTensor `[size]`."""
     match expr:
         case Atom():
             return torch.arange(expr.size) if expr is atom else torch.full((expr.size,), -1)
@@ -186,27 +186,27 @@ def index_of(expr: Expr, atom: Atom) -> Tensor:
 
 
 def placed(expr: Expr, atom: Atom) -> tuple[tuple[int, int], ...]:
-    """Where `atom` lies along `expr`: (offset, stride) per occurrence, which with its size says what it owns."""
+    """Return (offset, stride) of each occurrence of `atom` along `expr`."""
     match expr:
         case Atom():
             return ((0, 1),) if expr is atom else ()
         case Product():
-            found: list[tuple[int, int]] = []
+            places: list[tuple[int, int]] = []
             inner = 1
             for factor in reversed(expr.factors):
-                found += [(offset * inner, stride * inner) for offset, stride in placed(factor, atom)]
+                places += [(offset * inner, stride * inner) for offset, stride in placed(factor, atom)]
                 inner *= size_of(factor)
-            return tuple(found)
+            return tuple(places)
         case Segments():
-            found, start = [], 0
+            places, start = [], 0
             for part in expr.parts:
-                found += [(start + offset, stride) for offset, stride in placed(part, atom)]
+                places += [(start + offset, stride) for offset, stride in placed(part, atom)]
                 start += size_of(part)
-            return tuple(found)
+            return tuple(places)
 
 
 def on_diagonal(expr: Expr) -> set[Atom]:
-    """Atoms that occur in two factors of one product: one entry of the axis then belongs to two of theirs."""
+    """Collect atoms that occur in two factors of one product: an entry of the axis belongs to two of their entries."""
     match expr:
         case Atom():
             return set()
@@ -223,37 +223,37 @@ def on_diagonal(expr: Expr) -> set[Atom]:
 
 
 def static_end(expr: Expr) -> tuple[bool, Expr] | None:
-    """The factors of known size at one end of a product with dynamic ones, heads folded into a batch say.
+    """Return the factors of known size at one end of a product with dynamic ones: heads folded into a batch, say.
 
     Returns:
-        Whether that is the end that runs fastest, and the factors; None where there are others of known size.
+        Whether that end runs fastest, and the factors; None if factors elsewhere have known sizes, too.
     """
     if not isinstance(expr, Product):
         return None
-    known = [all(type(atom.size) is int for atom in atoms_of(factor)) for factor in expr.factors]
-    number = sum(known)
-    for fastest, part in ((True, expr.factors[len(known) - number :]), (False, expr.factors[:number])):
-        rest = expr.factors[: len(known) - number] if fastest else expr.factors[number:]
+    static = [all(type(atom.size) is int for atom in atoms_of(factor)) for factor in expr.factors]
+    number = sum(static)
+    for fastest, part in ((True, expr.factors[len(static) - number :]), (False, expr.factors[:number])):
+        rest = expr.factors[: len(static) - number] if fastest else expr.factors[number:]
         if number and not any(type(atom.size) is int for factor in rest for atom in atoms_of(factor)):
             return fastest, product(*part)
     return None
 
 
 def project(expr: Expr, mask: Tensor, contexts: Mapping[Atom, Atom]) -> dict[Atom, Tensor]:
-    """The smallest masks of the atoms of `expr` whose selection covers `mask` `[size]`.
+    """Return the smallest masks of the atoms of `expr` whose selection covers `mask` `[size]`.
 
-    The inverse of `mask_of` wherever there is one; compare `mask_of` of it with `mask` to know. An atom that has one of
+    This is the inverse of `mask_of` where one exists: compare `mask_of` of the result with `mask`. An atom with one of
     `contexts` gets a mask `[context.size, atom.size]`.
     """
     kept = {}
     for atom in set(atoms_of(expr)):
         index = index_of(expr, atom)
-        there = mask & (index >= 0)
+        inside = mask & (index >= 0)
         if atom in contexts:
             context = contexts[atom]
             kept[atom] = torch.zeros(context.size, atom.size, dtype=torch.bool)
-            kept[atom][index_of(expr, context)[there], index[there]] = True
+            kept[atom][index_of(expr, context)[inside], index[inside]] = True
         else:
             kept[atom] = torch.zeros(atom.size, dtype=torch.bool)
-            kept[atom][index[there]] = True
+            kept[atom][index[inside]] = True
     return kept

@@ -14,7 +14,7 @@ from ecospa_fx.passes.graph.isolate import forked_rng, fresh_leaf
 from ecospa_fx.passes.graph.tensors import named_tensors, swapped
 from ecospa_fx.passes.ir.region_graph import Forward
 from ecospa_fx.passes.ir.signature import AUTOCAST, autocast_now
-from ecospa_fx.passes.ir.state_access import Held, copy_objects, flattened, parted
+from ecospa_fx.passes.ir.state_access import ObjectLeaf, copy_objects, flattened, parted
 
 if TYPE_CHECKING:
     from ecospa_fx.passes.ir.region_graph import RegionGraph
@@ -110,7 +110,7 @@ def _difference(
     def eager(inputs: list[Any]) -> list[Any]:
         state = dict(zip(places, cloned_state(inputs), strict=True))
         twins = copy_objects(objects, lambda place, t: state[place] if place in state else t.detach().clone())
-        call = [twins[leaf.number] if isinstance(leaf, Held) else leaf for leaf in inputs[:call_leaves]]
+        call = [twins[leaf.number] if isinstance(leaf, ObjectLeaf) else leaf for leaf in inputs[:call_leaves]]
         call_args, call_kwargs = pytree.tree_unflatten(call, spec)
         results, _ = flattened(forward(module, *call_args, **call_kwargs))
         return [*results, *(place.find(twins) for place in captured.carried.stored), *state.values()]

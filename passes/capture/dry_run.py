@@ -13,7 +13,7 @@ from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.graph.tensors import at_original_sizes
 from ecospa_fx.passes.ir.region_graph import Forward, Originals, described
-from ecospa_fx.passes.ir.state_access import Held, IndexAttributes, ObjectPath, copy_objects, flattened, parted
+from ecospa_fx.passes.ir.state_access import IndexAttributes, ObjectLeaf, ObjectPath, copy_objects, flattened, parted
 from ecospa_fx.passes.objects.layer_numbers import index_attributes
 from ecospa_fx.passes.objects.tracker import Tracker
 
@@ -60,7 +60,7 @@ def dry_run(
         tracker = Tracker(marking=False)
         proxies = tracker.proxies(copy_objects(objects, lambda _, t: t.detach().clone()))
         run_args, run_kwargs = pytree.tree_unflatten(
-            [proxies[leaf.number] if isinstance(leaf, Held) else leaf for leaf in leaves], spec
+            [proxies[leaf.number] if isinstance(leaf, ObjectLeaf) else leaf for leaf in leaves], spec
         )
         forward(module, *run_args, **run_kwargs)
         tracker.carried()

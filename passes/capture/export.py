@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.ir.region_graph import Forward, Point, described
-from ecospa_fx.passes.ir.state_access import PLAIN, TENSOR, Held, ObjectPath, foreign
+from ecospa_fx.passes.ir.state_access import PLAIN, TENSOR, ObjectLeaf, ObjectPath, foreign
 from ecospa_fx.passes.objects.tracker import Tracker
 
 from .hooks import points
@@ -66,7 +66,7 @@ class Flat(nn.Module):
         leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         self.tracker = Tracker(torch.compiler.is_exporting())
         proxies = self.tracker.proxies(self.objects, dict(zip(self.state, remaining, strict=True)))
-        leaves = [proxies[leaf.number] if isinstance(leaf, Held) else leaf for leaf in leaves]
+        leaves = [proxies[leaf.number] if isinstance(leaf, ObjectLeaf) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         with points(self.region, self.observe) as seen:
             out_leaves, self.out_spec = self._flattened(self.own_forward(self.region, *args, **kwargs))
@@ -85,7 +85,7 @@ class Flat(nn.Module):
     def _flattened(self, value: Any) -> tuple[list[Any], pytree.TreeSpec]:
         leaves, spec = pytree.tree_flatten(value, is_leaf=foreign)
         numbers = [self.tracker.number_of(leaf) for leaf in leaves]
-        return [leaf if n is None else Held(n) for leaf, n in zip(leaves, numbers, strict=True)], spec
+        return [leaf if n is None else ObjectLeaf(n) for leaf, n in zip(leaves, numbers, strict=True)], spec
 
 
 def export(
@@ -135,7 +135,9 @@ def export(
 
 def refuse_foreign(module: nn.Module, region: str, leaves: Iterable[Any], does: str, way_out: str) -> None:
     """Refuse objects that may hold tensors, or change: a graph would hold them as constants."""
-    odd = sorted({type(leaf).__name__ for leaf in leaves if leaf is not None and not isinstance(leaf, (*PLAIN, Held))})
+    odd = sorted(
+        {type(leaf).__name__ for leaf in leaves if leaf is not None and not isinstance(leaf, (*PLAIN, ObjectLeaf))}
+    )
     if odd:
         raise CaptureError(
             f"{described(region)} ({type(module).__name__}) {does} a {', a '.join(odd)}, which cannot go in or out "

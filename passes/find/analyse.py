@@ -1,4 +1,4 @@
-"""Analyse: capture one region as it was called, infer its axes and discover its couplings."""
+"""Analysis: capture one region as it was called, infer its axes and discover its couplings."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Graph: what is true of any FX graph or tensor, without axes."""
+"""Graph: small tools for any FX graph or tensor, without axes."""

@@ -1,8 +1,8 @@
-"""Edge: marks in a traced graph where a tensor goes into a method of an object, or comes out of it.
+"""Boundary op: a mark in a traced graph where a tensor enters or leaves a method of an object.
 
     edge(x, call, place, out) -> x
 
-`call` numbers the calls of methods, `place` the leaves of their arguments or results.
+`call` numbers the method calls, `place` the leaves of their arguments or results.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _library.define("edge(Tensor x, int call, int place, bool out) -> Tensor")
 _library.impl("edge", lambda x, call, place, out: x.clone(), "CompositeImplicitAutograd")
 
 edge: Any = torch.ops.ecospa_fx.edge.default
-torch.fx.node.has_side_effect(edge)  # one that nothing uses is an argument nevertheless
+torch.fx.node.has_side_effect(edge)  # a mark without users is an argument nevertheless
 
-LATE = 1 << 20  # places from here on are of what is read of an object when a method has returned
-END = -1  # the place that says where a method has returned, in case it returns no tensor
+LATE = 1 << 20  # places from here on number the tensors that are read from an object after a method has returned
+END = -1  # the place that marks the return of a method, in case it returns no tensor

@@ -1,4 +1,4 @@
-"""Isolate: run a forward without leaving a trace in buffers, generators or the autocast cache."""
+"""Isolation: a forward leaves no trace in buffers, random generators or the autocast cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .tensors import named_tensors, swapped
 
 
 def fresh_leaf(leaf: Any) -> Any:
-    """A copy of a tensor to differentiate by, where it can be; what is no tensor as it is."""
+    """Return a detached copy of a tensor, to differentiate by where its dtype allows; anything else as it is."""
     if not isinstance(leaf, Tensor):
         return leaf
     leaf = leaf.detach().clone()
@@ -21,7 +21,7 @@ def fresh_leaf(leaf: Any) -> Any:
 
 
 def forked_rng(module: nn.Module) -> AbstractContextManager[None]:
-    """Random draws inside leave the generators of the CPU and of the module's devices as they were."""
+    """Return a context that restores the random generators of the CPU and of the module's devices."""
     devices = {tensor.device.index for tensor in named_tensors(module).values() if tensor.is_cuda}
     forked: AbstractContextManager[None] = torch.random.fork_rng(devices=sorted(devices))
     return forked
@@ -29,18 +29,18 @@ def forked_rng(module: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def uncached_autocast() -> Iterator[None]:
-    """Autocast keeps the casts of parameters it makes; those made here without gradients must not be met later."""
-    cached = torch.is_autocast_cache_enabled()
+    """Turn the autocast cache off: casts of parameters made here, without gradients, must not serve later calls."""
+    enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
         yield
     finally:
-        torch.set_autocast_cache_enabled(cached)
+        torch.set_autocast_cache_enabled(enabled)
 
 
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
-    """Forwards inside leave buffers (running statistics) and the random state as they were."""
+    """Restore buffers (running statistics) and the random state after the forwards inside."""
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     with forked_rng(model), swapped(model, buffers):
         yield

@@ -1,4 +1,4 @@
-"""Reading FX nodes: what they make, what they take, where they come from, what they write into."""
+"""Nodes: queries on FX nodes, about their outputs, arguments, source lines and memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 
 def tensor_meta(node: fx.Node) -> tuple[Tensor, ...]:
-    """The fake tensors that stand for the outputs of `node`; empty for what is no tensor."""
+    """Return the fake tensors that stand for the outputs of `node`; empty unless all of them are tensors."""
     val = node.meta.get("val")
     if isinstance(val, Tensor):
         return (val,)
@@ -21,19 +21,19 @@ def tensor_meta(node: fx.Node) -> tuple[Tensor, ...]:
 
 
 def is_tensor(node: fx.Node) -> bool:
-    """Whether `node` makes one tensor, not several and not a number."""
+    """Return True if `node` makes one tensor, not several and not a number."""
     return isinstance(node.meta.get("val"), Tensor)
 
 
 def op_name(node: fx.Node) -> str:
-    """Short name of the op of `node`, as a user would write it: `aten.softmax`."""
+    """Return the short name of the op of `node`, as a user would write it: `aten.softmax`."""
     if isinstance(node.target, torch._ops.OpOverload):
         return f"{node.target.namespace}.{node.target._opname}"
     return getattr(node.target, "__name__", str(node.target))
 
 
 def place(node: fx.Node, region: str = "") -> str:
-    """Where `node` comes from: module path in the model and, where known, file and line."""
+    """Return the origin of `node`: module path in the model and, where known, file and line."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
     inside = paths[-1].removeprefix("region").lstrip(".") if paths else ""
@@ -48,36 +48,36 @@ def place(node: fx.Node, region: str = "") -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """The line of code that `node` comes from, where it is known."""
+    """Return the line of code that `node` comes from; empty where it is not known."""
     trace = (node.meta.get("stack_trace") or "").splitlines()
     frames = [i for i, line in enumerate(trace) if line.strip().startswith("File")]
     return trace[frames[-1] + 1].strip() if frames and frames[-1] + 1 < len(trace) else ""
 
 
 def reason_text(reason: str, node: fx.Node, region: str = "") -> str:
-    """A reason to pin an axis, and where it arose; the end of a region is nowhere in particular."""
+    """Return a reason to pin an axis with the place of its op; the output of a region has no place."""
     return reason if node.op == "output" else f"{reason} ({place(node, region)})"
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
-    """The positional arguments of `node`; their types are those that its op takes."""
+    """Return the positional arguments of `node`, typed as Any: their types are those that its op takes."""
     return node.args
 
 
 def argument_nodes(node: fx.Node) -> list[fx.Node]:
-    """The nodes among the arguments of `node`, in order, repeated where they repeat."""
-    found: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), found.append)
-    return found
+    """Return the nodes among the arguments of `node`, in order, repeated where they repeat."""
+    nodes: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), nodes.append)
+    return nodes
 
 
 def tensors_of(node: fx.Node) -> list[fx.Node]:
-    """The arguments of `node` that are one tensor each."""
+    """Return the arguments of `node` that are one tensor each."""
     return [arg for arg in argument_nodes(node) if is_tensor(arg)]
 
 
 def written_arguments(node: fx.Node) -> Iterator[fx.Node]:
-    """The arguments whose memory `node` writes into."""
+    """Yield the arguments whose memory `node` writes to."""
     if isinstance(node.target, torch._ops.OpOverload):
         for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
@@ -85,7 +85,7 @@ def written_arguments(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def memory_behind(node: fx.Node) -> Iterator[fx.Node]:
-    """`node` and what it is a view of, back to where the memory was made."""
+    """Yield `node` and the nodes that it is a view of, back to the one that made the memory."""
     while node.op == "call_function":
         yield node
         if not _shares_memory(node):
@@ -94,7 +94,7 @@ def memory_behind(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _shares_memory(node: fx.Node) -> bool:
-    """Whether the result of `node` may lie in the memory of its first argument: by its schema, whatever the op."""
+    """Return True if the result of `node` may share the memory of its first argument, by the schema of any op."""
     if node.target is operator.getitem:
         return True
     returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()

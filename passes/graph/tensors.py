@@ -1,4 +1,4 @@
-"""Names: what the tensors of a module are called, in it and in the model around it."""
+"""Tensors: the parameters and buffers of a module by name; swapping, tying and slicing them."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from torch.nn.utils import stateless
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers under every name they have: a tied one occurs once per name."""
+    """Return parameters and buffers under every name they have: a tied one occurs once per name."""
     return dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
 
 
 @contextmanager
 def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """A module with other parameters and buffers, by any of their names, for a while; then with its own again.
+    """Swap parameters and buffers of a module, by any of their names, and put its own back on exit.
 
-    They are put back last first. A module under two names has one place for both: it was taken twice, and what it held
-    before the first time is what must come back last.
+    They are put back in reverse order. A tensor of a module that has two names is swapped twice, in one place: the
+    tensor that lay there before the first swap must come back last.
     """
     with stateless._reparametrize_module(module, dict(tensors), stack_weights=True):
         yield
 
 
 def join(region: str, name: str) -> str:
-    """The name in the model of something that a region calls `name`."""
+    """Return the name in the model of something that a region calls `name`."""
     return f"{region}.{name}" if region else name
 
 
 @contextmanager
 def at_original_sizes(module: nn.Module, originals: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """A module with stand-ins at original sizes for what has shrunk."""
+    """Swap in stand-ins at original sizes for the tensors of a module that have shrunk; None: for none."""
     if not originals:
         yield
         return
@@ -42,25 +42,25 @@ def at_original_sizes(module: nn.Module, originals: Mapping[str, Tensor] | None)
 
 
 def same_storage(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Tied weights: name -> the first of `names` with the same storage."""
+    """Return the tied weights: name -> the first of `names` with the same storage."""
     named = named_tensors(module)
     first: dict[Any, str] = {}
-    same: dict[str, str] = {}
+    tied: dict[str, str] = {}
     for name in names:
         key = storage_key(named[name])
         if key in first:
-            same[name] = first[key]
+            tied[name] = first[key]
         first.setdefault(key, name)
-    return same
+    return tied
 
 
 def storage_key(tensor: Tensor) -> Any:
-    """Identity of the memory behind a tensor, also where there is none (meta)."""
+    """Return the identity of the memory behind a tensor, on the meta device too, where there is none."""
     return tensor.untyped_storage()._cdata
 
 
-def sliced(tensor: Tensor, steps: dict[int, Tensor]) -> Tensor:
-    """`tensor` with only the given positions of each given dim, in memory of its own."""
-    for dim, index in steps.items():
+def sliced(tensor: Tensor, positions: dict[int, Tensor]) -> Tensor:
+    """Slice out the given positions of each given dim, into memory of their own; without dims, return `tensor`."""
+    for dim, index in positions.items():
         tensor = tensor.detach().index_select(dim, index.to(tensor.device))
     return tensor

@@ -1,8 +1,8 @@
-"""Contexts: which atoms may keep different entries in each entry of another (different dims in each head).
+"""Contexts: atoms that may keep different entries in each entry of another atom (different dims in each head).
 
-    contexts(inference) -> {atom: context}
+    contexts(axis_facts) -> {atom: context}
 
-Head `h` may keep other dims than head `g` where nothing ever brings a dim of `h` together with the same dim of `g`:
+Head `h` may keep other dims than head `g` if no op brings a dim of `h` together with the same dim of `g`:
 
 - every parameter axis that carries the dims carries the heads too, row by row, `(h d)`;
 - so does every tensor on the way, in one of its dims, for all of its entries;
@@ -10,7 +10,7 @@ Head `h` may keep other dims than head `g` where nothing ever brings a dim of `h
   every other, so that its result has heads along two dims;
 - a source without heads (rotary tables) meets the dims in a pointwise op only, where it can be gathered per head.
 
-Where several atoms would do, the one with the most entries is taken: it leaves the most freedom.
+Of several possible contexts the one with the most entries is taken, because it leaves the most freedom.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ecospa_fx.passes.ir.axis_facts import AxisFacts, Exprs, Source
 
 
 def contexts(axis_facts: AxisFacts) -> dict[Atom, Atom]:
-    """The context of every atom that may vary by one."""
+    """Return the context of every atom that may differ by one."""
     carried: dict[Atom, dict[tuple[int, ...], Exprs]] = defaultdict(dict)
     nodes: dict[Atom, set[fx.Node]] = defaultdict(set)
     for node, exprs in _tensors(axis_facts):
-        same = tuple(map(id, exprs))  # many tensors have the same axes; one of them is enough to look at
+        same = tuple(map(id, exprs))  # many tensors have the same axes; one of them is enough
         for atom in {atom for expr in exprs for atom in atoms_of(expr)}:
             carried[atom][same] = exprs
             nodes[atom].add(node)
@@ -51,7 +51,7 @@ def contexts(axis_facts: AxisFacts) -> dict[Atom, Atom]:
                 crossed[same] = _along_two(exprs)
             if crossed[same]:
                 mixed[node] |= crossed[same]
-    found = {}
+    context_of = {}
     for atom, beside in _beside(axis_facts).items():
         for context in sorted(beside, key=lambda other: (-other.size, other.serial)):
             if (
@@ -59,16 +59,16 @@ def contexts(axis_facts: AxisFacts) -> dict[Atom, Atom]:
                 and all(_selectable(source, atom, context, axis_facts) for source in sources[atom])
                 and not any(context in mixed[node] for node in nodes[atom])
             ):  # fmt: skip
-                found[atom] = context
+                context_of[atom] = context
                 break
-    return found
+    return context_of
 
 
 def _selectable(source: Source, atom: Atom, context: Atom, axis_facts: AxisFacts) -> bool:
-    """Whether one use of a source can be selected per entry of `context`, which it may have to be repeated along.
+    """Return whether a use of a source can be selected per entry of `context`, repeated along it if it lacks that dim.
 
-    Index tensors are made ahead, so the dim of the contexts must have a known size; and only a pointwise op says which
-    dim that would be in a source that lacks it.
+    Index tensors are made at rewriting, so the dim of the contexts must have a known size. Where the source lacks it,
+    only a pointwise op says where it would be.
     """
     along = [expr for expr in source.exprs if context in atoms_of(expr)]
     if along:
@@ -83,7 +83,7 @@ def _selectable(source: Source, atom: Atom, context: Atom, axis_facts: AxisFacts
 
 
 def _along_two(exprs: Exprs) -> set[Atom]:
-    """The atoms that run along two dims of a tensor, or twice along one."""
+    """Return the atoms that run along two dims of a tensor, or twice along one."""
     seen: set[Atom] = set()
     twice: set[Atom] = set()
     for expr in exprs:
@@ -94,7 +94,7 @@ def _along_two(exprs: Exprs) -> set[Atom]:
 
 
 def covers(expr: Expr, context: Atom) -> bool:
-    """Whether every entry of `expr` belongs to an entry of `context`."""
+    """Return whether every entry of `expr` belongs to an entry of `context`."""
     match expr:
         case Atom():
             return expr is context
@@ -105,7 +105,7 @@ def covers(expr: Expr, context: Atom) -> bool:
 
 
 def _tensors(axis_facts: AxisFacts) -> Iterable[tuple[fx.Node, Exprs]]:
-    """Every tensor that depends on a parameter, at the op that makes it and at those that use it."""
+    """Yield the axes of every tensor that depends on a parameter, at the op that makes it and at those that use it."""
     for node, outputs in axis_facts.values.items():
         for exprs in outputs:
             yield node, exprs
@@ -116,7 +116,7 @@ def _tensors(axis_facts: AxisFacts) -> Iterable[tuple[fx.Node, Exprs]]:
 
 
 def _beside(axis_facts: AxisFacts) -> dict[Atom, set[Atom]]:
-    """Per atom on parameter axes the atoms that stand beside it, as factors of one product, on every one of them."""
+    """Map each atom on parameter axes to the atoms that are factors of one product with it on all of these axes."""
     beside: dict[Atom, set[Atom]] = {}
     for exprs in axis_facts.parameters.values():
         for expr in exprs:
@@ -127,10 +127,10 @@ def _beside(axis_facts: AxisFacts) -> dict[Atom, set[Atom]]:
 
 
 def _paired(expr: Expr, atom: Atom, context: Atom) -> bool:
-    """Whether every entry of `expr` that belongs to `atom` belongs to `context` too, in one way, context by context.
+    """Return whether every entry of `expr` that belongs to `atom` belongs to `context`, too, context by context.
 
-    The context must run slower: what is left of `(h d)` lies head by head as the tensors inside do. Of `(d h)` it would
-    lie in the order of the dims, which are others in each head.
+    The context must run slower: the remaining entries of `(h d)` lie head by head, as in the tensors inside. Those of
+    `(d h)` would lie in the order of the dims, which differ by head.
     """
     if atom is context:
         return False
@@ -150,7 +150,7 @@ def _paired(expr: Expr, atom: Atom, context: Atom) -> bool:
 
 
 def _varies(exprs: Exprs, atom: Atom, context: Atom) -> bool:
-    """Whether in a tensor every entry of `atom` has an entry of `context` beside it, in exactly one of its dims."""
+    """Return whether every entry of `atom` in a tensor has an entry of `context` beside it, in exactly one dim."""
     with_context = [dim for dim, expr in enumerate(exprs) if context in atoms_of(expr)]
     if len(with_context) != 1:
         return False

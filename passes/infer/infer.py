@@ -1,14 +1,15 @@
-"""Infer: give every dim of every tensor in a captured graph its axis expression.
+"""Inference: an axis expression for every dim of every tensor in a captured graph.
 
-    infer(captured)
-      -> weighted_nodes   which values depend on a parameter; only ops on those need a rule
+    infer_axes(captured)
+      -> weighted_nodes   the values that depend on a parameter; only ops on these need a rule
       -> per node: the relation its rule gives -> Solver -> Axes.unify / split / cut
-      -> facts            who contracts, produces or pins which axis, and where
-      -> contexts         which axes may be selected differently along others
+      -> facts            which op contracts, produces or pins an axis
+      -> contexts         the axes that may be selected differently along others
 
 A value that depends on no parameter (an input, a mask, RoPE's cos and sin) is a *source*: each use gets axes of its own
-and is index-selected where it enters, so that one table shared by all layers does not tie them together. What leaves
-the region is pinned. What no rule is known for is pinned and counted. Sizes never decide: axes meet by position.
+and is index-selected where it enters, so that one table shared by all layers does not tie them together. The axes of
+tensors that leave the region are pinned. So are those of an op without a rule, which is counted. Equal sizes prove
+nothing: axes are unified because of their position in an op.
 """
 
 from __future__ import annotations
@@ -46,25 +47,24 @@ from .taint import weighted_nodes
 def infer_axes(
     captured: RegionGraph,
     experiments: bool = False,
-    distrusted: Collection[str] = (),
+    unconfirmed_ops: Collection[str] = (),
     apart: Collection[fx.Node] = (),
 ) -> AxisFacts:
     """Infer the axes of `captured`.
 
     Args:
         captured: the graph.
-        experiments: try ops that have no rule, see `passes.infer.probe`.
-        distrusted: names of ops that are not to be tried.
-        apart: products of which it is not taken for known that what they sum over is one axis, see
-            `passes.transform.rotate`.
+        experiments: probe ops that have no rule, see `passes.infer.probe`.
+        unconfirmed_ops: names of ops that are not probed.
+        apart: products whose contracted dims are not unified, see `passes.transform.rotate`.
 
     Returns:
         An `AxisFacts` with every expression in normal form.
 
     Raises:
-        RuleError: a registered rule fails on an op.
+        RuleError: a registered rule fails on an op, or its pattern is malformed or does not fit (`PatternError`).
     """
-    walk = _Walk(captured, experiments, distrusted, apart)
+    walk = _Walk(captured, experiments, unconfirmed_ops, apart)
     for node in captured.graph.nodes:
         walk.visit(node)
     return walk.finish()
@@ -72,28 +72,28 @@ def infer_axes(
 
 class _Walk:
     def __init__(
-        self, captured: RegionGraph, experiments: bool, distrusted: Collection[str], apart: Collection[fx.Node]
+        self, captured: RegionGraph, experiments: bool, unconfirmed_ops: Collection[str], apart: Collection[fx.Node]
     ) -> None:
-        self.experiments, self.distrusted = experiments, distrusted
+        self.experiments, self.unconfirmed_ops = experiments, unconfirmed_ops
         self.captured = captured
-        self.known = AxisFacts(captured)
-        self.axes = self.known.axes
+        self.axis_facts = AxisFacts(captured)
+        self.axes = self.axis_facts.axes
         self.weighted = weighted_nodes(captured)
-        self.solver = Solver(self.known, apart)
+        self.solver = Solver(self.axis_facts, apart)
 
     def visit(self, node: fx.Node) -> None:
         if node not in self.weighted:
             return
         if node.op == "placeholder" and node.name in self.captured.state:
-            self.known.values[node] = (tuple(self.axes.fresh(size) for size in _shape(node.meta["val"])),)
+            self.axis_facts.values[node] = (tuple(self.axes.fresh(size) for size in _shape(node.meta["val"])),)
         elif node.op == "placeholder":
             self._enter(node)
         elif node.op == "output":
-            # Those after what the region returns go to hooks, which look at what is there.
+            # Outputs after those that the region returns go to hooks, which take any size.
             operands = self._operands(node)
             for i, operand in enumerate(operands[: self.captured.returned]):
                 for expr in operand.exprs:
-                    self.known.pin(expr, node, f"it leaves the region as output {i}")
+                    self.axis_facts.pin(expr, node, f"it leaves the region as output {i}")
             self._store(node)
         elif node.op == "call_function" and tensor_meta(node):
             self._call(node)
@@ -101,32 +101,32 @@ class _Walk:
             self._several(node)
 
     def _store(self, output: fx.Node) -> None:
-        """What objects hold after a call lies along the axes of what they held before it."""
+        """Unify the axes of tensors in objects after a call with those before it."""
         carried = self.captured.carried
-        held: list[Any] = list(output.args[0])  # type: ignore[arg-type]
-        after = dict(zip(carried.stored, held[len(held) - len(carried.stored) :], strict=True))
+        results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+        after = dict(zip(carried.stored, results[len(results) - len(carried.stored) :], strict=True))
         before = {node.name: node for node in self.weighted if node.op == "placeholder"}
         for name, at in self.captured.state.items():
             if name not in before:
                 continue
-            (exprs,) = self.known.values[before[name]]
+            (exprs,) = self.axis_facts.values[before[name]]
             if at in after and after[at] in self.weighted:
-                (others,) = self.known.values[after[at]]
+                (others,) = self.axis_facts.values[after[at]]
                 for a, b in zip(exprs, others, strict=True) if len(exprs) == len(others) else ():
                     self._same(a, b, output, at)
             if at in self.captured.strangers or (at in after and after[at] not in self.weighted):
                 of = carried.types[at.number].__name__
                 for expr in exprs:
-                    self.known.pin(expr, before[name], f"it meets `{at}` of a {of}, which something else fills")
+                    self.axis_facts.pin(expr, before[name], f"it meets `{at}` of a {of}, which something else fills")
         for at, node in after.items():
             if node in self.weighted:
-                self.known.stored[at] = self.known.values[node][0]
+                self.axis_facts.stored[at] = self.axis_facts.values[node][0]
         for name, at in self.captured.state.items():
             if name in before:
-                self.known.stored.setdefault(at, self.known.values[before[name]][0])
+                self.axis_facts.stored.setdefault(at, self.axis_facts.values[before[name]][0])
 
     def _same(self, a: Expr, b: Expr, output: fx.Node, at: ObjectPath) -> None:
-        """One dim of a tensor in an object before and after a call. One that grows belongs to no parameter."""
+        """Unify one dim of a tensor in an object before and after a call. A dim that grows belongs to no parameter."""
         try:
             if size_of(a) == size_of(b):
                 self.axes.unify(a, b)
@@ -134,32 +134,36 @@ class _Walk:
         except Mismatch:
             pass
         for expr in (a, b):
-            self.known.pin(expr, output, f"it is a dim of `{at}`, which has other sizes before and after a call")
+            self.axis_facts.pin(expr, output, f"it is a dim of `{at}`, which has other sizes before and after a call")
 
     def finish(self) -> AxisFacts:
-        known = self.known
-        for axis_set in known.parameters.values():
+        axis_facts = self.axis_facts
+        for axis_set in axis_facts.parameters.values():
             for expr in axis_set:
-                for atom in on_diagonal(known.axes.resolve(expr)):
-                    known.pin(atom, self._last, "it runs along two factors of one axis, a diagonal")
-        for source in known.sources:
-            for expr in known.resolve(source.exprs):
+                for atom in on_diagonal(axis_facts.axes.resolve(expr)):
+                    axis_facts.pin(atom, self._last, "it runs along two factors of one axis, a diagonal")
+        for source in axis_facts.sources:
+            for expr in axis_facts.resolve(source.exprs):
                 if type(size_of(expr)) is not int and static_end(expr) is None:
-                    known.pin(expr, source.user, "an input has it folded into a dynamic dim")
-        known.values = {
-            node: tuple(known.resolve(exprs) for exprs in outputs) for node, outputs in known.values.items()
+                    axis_facts.pin(expr, source.user, "an input has it folded into a dynamic dim")
+        axis_facts.values = {
+            node: tuple(axis_facts.resolve(exprs) for exprs in outputs) for node, outputs in axis_facts.values.items()
         }
-        known.stored = {place: known.resolve(exprs) for place, exprs in known.stored.items()}
-        known.parameters = {name: known.resolve(exprs) for name, exprs in known.parameters.items()}
-        known.made = {node: known.resolve(exprs) for node, exprs in known.made.items()}
-        known.sources = [replace(s, exprs=known.resolve(s.exprs)) for s in known.sources]
-        known.operands = {
-            node: tuple(r.Operand(known.resolve(o.exprs), o.shape, o.node, o.weighted, o.parameter) for o in operands)
-            for node, operands in known.operands.items()
+        axis_facts.stored = {place: axis_facts.resolve(exprs) for place, exprs in axis_facts.stored.items()}
+        axis_facts.parameters = {name: axis_facts.resolve(exprs) for name, exprs in axis_facts.parameters.items()}
+        axis_facts.made = {node: axis_facts.resolve(exprs) for node, exprs in axis_facts.made.items()}
+        axis_facts.sources = [replace(s, exprs=axis_facts.resolve(s.exprs)) for s in axis_facts.sources]
+        axis_facts.operands = {
+            node: tuple(
+                r.Operand(axis_facts.resolve(o.exprs), o.shape, o.node, o.weighted, o.parameter) for o in operands
+            )
+            for node, operands in axis_facts.operands.items()
         }
-        known.facts = [Fact(f.role, known.axes.resolve(f.expr), f.node, f.reason, f.operands) for f in known.facts]
-        known.contexts = contexts(known)
-        return known
+        axis_facts.facts = [
+            Fact(f.role, axis_facts.axes.resolve(f.expr), f.node, f.reason, f.operands) for f in axis_facts.facts
+        ]
+        axis_facts.contexts = contexts(axis_facts)
+        return axis_facts
 
     @property
     def _last(self) -> fx.Node:
@@ -167,53 +171,54 @@ class _Walk:
         return last
 
     def _enter(self, node: fx.Node) -> None:
-        """A parameter, or a buffer that shrinks with them."""
+        """Give axes to a parameter, or to a buffer that shrinks with them."""
         name = self.captured.tensors[node.name]
         first = self.captured.same_storage.get(name, name)
         shape = _shape(node.meta["val"])
-        if first in self.known.parameters and tuple(map(size_of, self.known.parameters[first])) == shape:
-            exprs = self.known.parameters[first]
+        if first in self.axis_facts.parameters and tuple(map(size_of, self.axis_facts.parameters[first])) == shape:
+            exprs = self.axis_facts.parameters[first]
         else:
             exprs = tuple(self.axes.fresh(size) for size in shape)
-        if first != name and exprs is not self.known.parameters.get(first):
-            for expr in (*exprs, *self.known.parameters.get(first, ())):
-                self.known.pin(expr, node, f"`{name}` and `{first}` are different views of one storage")
+        if first != name and exprs is not self.axis_facts.parameters.get(first):
+            for expr in (*exprs, *self.axis_facts.parameters.get(first, ())):
+                self.axis_facts.pin(expr, node, f"`{name}` and `{first}` are different views of one storage")
         if name in self.captured.shared_outside:
             for expr in exprs:
-                self.known.pin(
+                self.axis_facts.pin(
                     expr, node, f"`{name}` is used outside the region too, {self.captured.shared_outside[name]}"
                 )
-        self.known.parameters[name] = exprs
-        self.known.values[node] = (exprs,)
+        self.axis_facts.parameters[name] = exprs
+        self.axis_facts.values[node] = (exprs,)
 
     def _call(self, node: fx.Node) -> None:
-        before = len(self.known.sources)
+        before = len(self.axis_facts.sources)
         operands = self._operands(node)
         if node.target is operator.getitem:
             source, i = arguments(node)
-            self.known.values[node] = (self.known.values[source][i],)
+            self.axis_facts.values[node] = (self.axis_facts.values[source][i],)
             return
-        self.known.operands[node] = operands
+        self.axis_facts.operands[node] = operands
         shapes = [_shape(meta) for meta in tensor_meta(node)]
         if not any(shapes) and not any(operand.exprs for operand in operands):
-            self.known.values[node] = tuple(() for _ in shapes)  # numbers have no axes
+            self.axis_facts.values[node] = tuple(() for _ in shapes)  # numbers have no axes
             return
         info = op_info(node.target)
         name = op_name(node)
-        if info is None and self.experiments and name not in self.distrusted:
-            found = probe(node, operands)
-            if found is not None:
-                self.known.experiments.setdefault(name, []).append(node)
-                self._carry_out(found, node, operands, shapes, "In experiments, its entries depend on others along it")
+        if info is None and self.experiments and name not in self.unconfirmed_ops:
+            probed = probe(node, operands)
+            if probed is not None:
+                self.axis_facts.experiments.setdefault(name, []).append(node)
+                why = "In experiments, its entries depend on others along it"
+                self._carry_out(probed, node, operands, shapes, why)
                 return
         if info is None:
-            self.known.missing.setdefault(name, []).append(node)
+            self.axis_facts.missing.setdefault(name, []).append(node)
             self.solver.opaque(node, operands, shapes, f"no axis rule for {name}")
             return
         relation = relation_of(node, operands, self.captured.region)
         assert relation is not None
         if isinstance(relation, r.Pointwise) or (isinstance(relation, r.Expanded) and relation.like is not None):
-            self.known.sources[before:] = [replace(s, aligned=True) for s in self.known.sources[before:]]
+            self.axis_facts.sources[before:] = [replace(s, aligned=True) for s in self.axis_facts.sources[before:]]
         self._carry_out(relation, node, operands, shapes, info.why)
 
     def _carry_out(
@@ -228,31 +233,31 @@ class _Walk:
                 raise Mismatch(
                     f"the rule gives dims of {[tuple(map(size_of, o)) for o in outputs]}, the op has {shapes}"
                 )
-            self.known.values[node] = tuple(outputs)
-            self.known.relations[node] = relation
+            self.axis_facts.values[node] = tuple(outputs)
+            self.axis_facts.relations[node] = relation
         except Mismatch as mismatch:
             for size in (size for operand in operands for size in operand.shape if isinstance(size, sympy.Expr)):
-                self.known.unsolved |= size.free_symbols
+                self.axis_facts.unsolved |= size.free_symbols
             self.solver.opaque(node, operands, shapes, f"{op_name(node)}: {mismatch}")
 
     def _differ(self, expr: Expr, size: Size, node: fx.Node) -> bool:
-        """Whether an axis has another size than the op's output; one that nothing proves equal stays whole."""
-        own = size_of(expr)
-        if own != size and not (type(own) is int and type(size) is int):
-            self.known.pin(expr, node, f"{op_name(node)}: nothing proves that {own} is {size}")
+        """Return whether an axis has another size than the output; pin it if nothing proves the sizes equal."""
+        extent = size_of(expr)
+        if extent != size and not (type(extent) is int and type(size) is int):
+            self.axis_facts.pin(expr, node, f"{op_name(node)}: nothing proves that {extent} is {size}")
             return False
-        return bool(own != size)
+        return bool(extent != size)
 
     def _several(self, node: fx.Node) -> None:
-        """An op that gives tensors and numbers: one that runs a graph of its own, of which nothing is known."""
-        operands = self.known.operands[node] = self._operands(node)
+        """Pin the axes of an op that returns tensors and numbers: it runs a graph of its own, which is not inferred."""
+        operands = self.axis_facts.operands[node] = self._operands(node)
         name = op_name(node)
-        self.known.missing.setdefault(name, []).append(node)
+        self.axis_facts.missing.setdefault(name, []).append(node)
         shapes = [_shape(val) if isinstance(val, torch.Tensor) else () for val in node.meta["val"]]
         self.solver.opaque(node, operands, shapes, f"no axis rule for {name}")
 
     def _operands(self, node: fx.Node) -> tuple[r.Operand, ...]:
-        """The tensor arguments of `node` in order; sources get fresh axes for this use."""
+        """Return the tensor arguments of `node` in order; sources get fresh axes for this use."""
         operands = []
         written = set(written_arguments(node))
         for occurrence, arg in enumerate(argument_nodes(node)):
@@ -260,23 +265,23 @@ class _Walk:
                 continue
             shape = _shape(arg.meta["val"])
             if arg in self.weighted:
-                operand = r.Operand(self.known.values[arg][0], shape, arg, True, self.parameter_behind(arg))
+                operand = r.Operand(self.axis_facts.values[arg][0], shape, arg, True, self.parameter_behind(arg))
             else:
                 operand = r.Operand(tuple(self.axes.fresh(size) for size in shape), shape, arg, False)
-                self.known.sources.append(Source(node, occurrence, arg, operand.exprs))
+                self.axis_facts.sources.append(Source(node, occurrence, arg, operand.exprs))
                 if arg in written:
                     for expr in operand.exprs:
-                        self.known.pin(expr, node, f"{op_name(node)} writes into memory that does not shrink")
+                        self.axis_facts.pin(expr, node, f"{op_name(node)} writes into memory that does not shrink")
             operands.append(operand)
         return tuple(operands)
 
     def parameter_behind(self, node: fx.Node) -> str | None:
-        """The parameter (of tied ones the first) that `node` is, or that ops before it only hand on as a weight."""
+        """Return the parameter (of tied ones the first) that `node` is, or that ops before it hand on as a weight."""
         while node.op == "call_function":
             if node.target is operator.getitem:
                 node = arguments(node)[0]
                 continue
-            relation = self.known.relations.get(node)
+            relation = self.axis_facts.relations.get(node)
             handed_on = None if relation is None else r.source_weight(relation)
             if handed_on is None:
                 return None

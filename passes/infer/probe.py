@@ -1,15 +1,16 @@
-"""Experiment: what an op without a rule does to axes, read off what it does to small random tensors.
+"""Probe: experiments on small random tensors that show how an op without a rule treats axes.
 
-    tried(node, operands) -> Tried | None
+    probe(node, operands) -> Probed | None
       -> _Trial            the op at sizes of our choice, in eager, on the CPU
-      -> _tied_dims        which dims of the operands can only change their size together: one axis
+      -> _tied_dims        the dims of the operands that can change their size only together: one axis
       -> _carriers         the dim of each output that has the size of that axis, whatever size that is
-      -> _selects          perturbing one entry moves that entry of the outputs and no other, bit for bit;
-                           selecting entries before the op is selecting them after it
+      -> _selects          perturbing one entry changes that entry of the outputs and no other, bit for bit;
+                           selecting entries before the op equals selecting them after it
 
 An experiment is evidence, not proof, so it decides as little as possible: an axis either passes through the op entry by
-entry, or it stays whole. Never that an axis is summed over, never an op with state, chance, memory that it shares or
-writes to, or numbers that are no floats. What it finds must hold at the sizes of the model too, not only at small ones.
+entry, or it stays whole. It never decides that an axis is summed over, and never probes an op with state or randomness,
+one that shares or writes memory, or one on numbers other than floats. The result must hold at the sizes of the model,
+too, not only at small ones.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from ecospa_fx.passes.ir.relations import Operand, Probed
 Dim: TypeAlias = tuple[int, int]  # (number of the operand, dim)
 OperandShapes: TypeAlias = tuple[tuple[int, ...], ...]
 
-MOST_ENTRIES = 2**22  # of an operand at the sizes of the model; an op on larger ones is not tried
-SIZES = (7, 11, 5, 13, 3, 17, 19, 23)  # no two axes get the same, so that none is taken for another
+MOST_ENTRIES = 2**22  # of an operand at the sizes of the model; ops on larger operands are not probed
+SIZES = (7, 11, 5, 13, 3, 17, 19, 23)  # each axis gets a size of its own, so that none is taken for another
 SCALES = (1.0, 1e-2, 1e2)  # of the random entries
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
-_FOUND: dict[Any, tuple[tuple[tuple[int, ...], ...], tuple[tuple[int | None, ...], ...]] | None] = {}
+_RESULTS: dict[Any, tuple[tuple[tuple[int, ...], ...], tuple[tuple[int | None, ...], ...]] | None] = {}
 
 
 def probe(node: fx.Node, operands: tuple[Operand, ...]) -> Probed | None:
-    """What experiments say about the op of `node`, or None where they cannot or must not say anything."""
-    if not _may_be_tried(node):
+    """Return what experiments show about the op of `node`, or None if they show nothing or must not be run."""
+    if not _may_be_probed(node):
         return None
     constants = fx.node.map_arg((node.args, node.kwargs), lambda arg: _TENSOR)
     shapes = _numbers([operand.shape for operand in operands])
@@ -47,13 +48,13 @@ def probe(node: fx.Node, operands: tuple[Operand, ...]) -> Probed | None:
     if shapes is None or any(math.prod(shape) > MOST_ENTRIES for shape in shapes):
         return None
     key = (node.target, repr(constants), shapes, dtypes)
-    if key not in _FOUND:
+    if key not in _RESULTS:
         trial = _Trial(node.target, constants, dtypes)
         with torch.random.fork_rng(devices=()), torch.no_grad():
             torch.manual_seed(0)
-            _FOUND[key] = _investigate(trial, shapes)
-    found = _FOUND[key]
-    return None if found is None else Probed(operands, *found)
+            _RESULTS[key] = _investigate(trial, shapes)
+    result = _RESULTS[key]
+    return None if result is None else Probed(operands, *result)
 
 
 class _Placeholder:
@@ -63,24 +64,25 @@ class _Placeholder:
 
 _TENSOR: Any = _Placeholder()  # stands for a tensor among the arguments of an op
 
-_UNTRIED = ("nondeterministic_seeded", "data_dependent_output", "dynamic_output_shape", "inplace_view")
+_NOT_PROBED = ("nondeterministic_seeded", "data_dependent_output", "dynamic_output_shape", "inplace_view")
 
 
-def _may_be_tried(node: fx.Node) -> bool:
+def _may_be_probed(node: fx.Node) -> bool:
+    """Return whether the op of `node` is deterministic, writes and shares no memory, and takes and returns floats."""
     op = node.target
     if not isinstance(op, torch._ops.OpOverload) or op._schema.is_mutable:
         return False
-    if any(getattr(torch.Tag, name) in op.tags for name in _UNTRIED):
+    if any(getattr(torch.Tag, name) in op.tags for name in _NOT_PROBED):
         return False
     if any(result.alias_info is not None for result in op._schema.returns):
-        return False  # what is written into its result would be written into its operand
-    results, taken = tensor_meta(node), node.all_input_nodes
-    floating = [meta for source in taken for meta in (tensor_meta(source) or (None,))]
-    return bool(results) and all(meta is not None and meta.is_floating_point() for meta in (*results, *floating))
+        return False  # a write into its result would be a write into its operand
+    results = tensor_meta(node)
+    operands = [meta for source in node.all_input_nodes for meta in (tensor_meta(source) or (None,))]
+    return bool(results) and all(meta is not None and meta.is_floating_point() for meta in (*results, *operands))
 
 
 def _numbers(shapes: Sequence[tuple[Any, ...]]) -> OperandShapes | None:
-    """Shapes with small numbers for dynamic sizes."""
+    """Return shapes with small numbers in place of dynamic sizes."""
     symbols = sorted(
         {s for shape in shapes for size in shape if isinstance(size, sympy.Expr) for s in size.free_symbols}, key=str
     )
@@ -93,43 +95,43 @@ def _numbers(shapes: Sequence[tuple[Any, ...]]) -> OperandShapes | None:
 
 
 class _Trial:
-    """An op with its constant arguments, to be run on tensors of any shape."""
+    """An op with its constant arguments, which runs on tensors of any shape."""
 
     def __init__(self, op: Any, constants: Any, dtypes: tuple[torch.dtype, ...]) -> None:
         self.op, self.constants = op, constants
         self.dtypes = tuple(dtype if dtype in TOLERANCE else torch.float32 for dtype in dtypes)
 
     def draw(self, shapes: OperandShapes, scale: float = 1.0) -> list[Tensor]:
-        """Random operands, some entries of which are exactly zero."""
-        drawn = [torch.randn(shape, dtype=dtype) * scale for shape, dtype in zip(shapes, self.dtypes, strict=True)]
-        return [x * (torch.rand(x.shape) > 0.1) for x in drawn]
+        """Draw random operands, some entries of which are exactly zero."""
+        operands = [torch.randn(shape, dtype=dtype) * scale for shape, dtype in zip(shapes, self.dtypes, strict=True)]
+        return [x * (torch.rand(x.shape) > 0.1) for x in operands]
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-        """The outputs, or None where the op refuses these operands."""
-        waiting = iter(tensors)
-        args, kwargs = _filled(self.constants, waiting)
+        """Return the outputs, or None if the op refuses these operands."""
+        args, kwargs = _fill(self.constants, iter(tensors))
         try:
-            made = self.op(*args, **kwargs)
+            result = self.op(*args, **kwargs)
         except (RuntimeError, ValueError, IndexError, NotImplementedError):
             return None
-        outputs = (made,) if isinstance(made, Tensor) else tuple(made)
+        outputs = (result,) if isinstance(result, Tensor) else tuple(result)
         return outputs if all(isinstance(out, Tensor) for out in outputs) else None
 
 
-def _filled(value: Any, waiting: Iterator[Tensor]) -> Any:
+def _fill(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """Put the next of `tensors` in each place of `value` that stands for one."""
     if value is _TENSOR:
-        return next(waiting)
+        return next(tensors)
     if isinstance(value, (list, tuple)):
-        return type(value)([_filled(item, waiting) for item in value])
+        return type(value)([_fill(item, tensors) for item in value])
     if isinstance(value, dict):
-        return {key: _filled(item, waiting) for key, item in value.items()}
+        return {key: _fill(item, tensors) for key, item in value.items()}
     return value
 
 
 def _investigate(
     trial: _Trial, shapes: OperandShapes
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int | None, ...], ...]] | None:
-    """The number of the axis of each dim of each operand, and of each output where one carries it."""
+    """Return the number of the axis of each dim of each operand, and of each dim of each output that carries one."""
     operands = trial.draw(shapes)
     first, second = trial(operands), trial(operands)
     if first is None or second is None or not all(map(_same, first, second)):
@@ -141,37 +143,36 @@ def _investigate(
     if not free:
         return None
     assignments = [
-        _resized(shapes, {dims: SIZES[(i + turn) % len(SIZES)] for i, (_, dims) in enumerate(free)})
-        for turn in range(3)
+        _resize(shapes, {dims: SIZES[(i + turn) % len(SIZES)] for i, (_, dims) in enumerate(free)}) for turn in range(3)
     ]
     if len(free) > len(SIZES):
         return None
     outputs = [trial(trial.draw(assignment)) for assignment in assignments]
     if any(out is None for out in outputs):
         return None
-    letters = {dim: number for number, (_, dims) in enumerate(axes) for dim in dims}
-    carried: dict[int, tuple[int, ...]] = {}
+    axis_number = {dim: number for number, (_, dims) in enumerate(axes) for dim in dims}
+    carriers: dict[int, tuple[int, ...]] = {}
     for number, (movable, dims) in enumerate(axes):
         places = _carriers(dims, assignments, outputs, shapes, first) if movable else None
         at_every_size = places is not None and all(
             _selects(trial, sizes, dims, places) for sizes in (*assignments, shapes)
         )
         if places is not None and at_every_size:
-            carried[number] = places
-    if not carried:
+            carriers[number] = places
+    if not carriers:
         return None
-    numbers = tuple(tuple(letters[i, d] for d in range(len(shape))) for i, shape in enumerate(shapes))
+    numbers = tuple(tuple(axis_number[i, d] for d in range(len(shape))) for i, shape in enumerate(shapes))
     results = tuple(
-        tuple(next((n for n, places in carried.items() if places[k] == d), None) for d in range(out.ndim))
+        tuple(next((n for n, places in carriers.items() if places[k] == d), None) for d in range(out.ndim))
         for k, out in enumerate(first)
     )
     return numbers, results
 
 
 def _tied_dims(trial: _Trial, shapes: OperandShapes) -> list[tuple[bool, tuple[Dim, ...]]] | None:
-    """The dims of the operands in groups that change their size together, and whether they can change it at all.
+    """Group the dims of the operands that change their size together, and tell whether they can change it at all.
 
-    Dims of other sizes cannot be one axis. Of equal ones, the fewest that can be changed by themselves are.
+    Dims of different sizes cannot be one axis. Of equal ones, the smallest set that can be resized alone is one.
     """
     by_size: dict[int, list[Dim]] = {}
     groups: list[tuple[bool, tuple[Dim, ...]]] = []
@@ -180,38 +181,38 @@ def _tied_dims(trial: _Trial, shapes: OperandShapes) -> list[tuple[bool, tuple[D
             if size > 1:
                 by_size.setdefault(size, []).append((i, d))
             else:
-                groups.append((False, ((i, d),)))  # it may stand for an axis along which it repeats
+                groups.append((False, ((i, d),)))  # it may be an axis along which the operand repeats
     for size, dims in by_size.items():
-        left = list(dims)
-        while left:
-            group = next((g for g in _subsets(left) if _changes(trial, shapes, g, size + 1)), None)
+        remaining = list(dims)
+        while remaining:
+            group = next((g for g in _subsets(remaining) if _changes(trial, shapes, g, size + 1)), None)
             movable = group is not None
-            group = group or (left[0],)
-            if movable and any(_changes(trial, shapes, part, size + 1) for part in _proper(group)):
+            group = group or (remaining[0],)
+            if movable and any(_changes(trial, shapes, part, size + 1) for part in _proper_subsets(group)):
                 return None
             groups.append((movable, group))
-            left = [dim for dim in left if dim not in group]
+            remaining = [dim for dim in remaining if dim not in group]
     return groups
 
 
 def _subsets(dims: list[Dim]) -> Iterator[tuple[Dim, ...]]:
-    """The subsets with the first of `dims`, small ones first; of many dims not all."""
+    """Yield subsets with the first of `dims`, small ones first; of many dims not all."""
     for count in (*range(min(3, len(dims))), *([len(dims) - 1] if len(dims) > 3 else [])):
         for others in itertools.combinations(dims[1:], count):
             yield (dims[0], *others)
 
 
-def _proper(group: tuple[Dim, ...]) -> Iterator[tuple[Dim, ...]]:
+def _proper_subsets(group: tuple[Dim, ...]) -> Iterator[tuple[Dim, ...]]:
     for count in range(1, len(group)):
         yield from itertools.combinations(group, count)
 
 
 def _changes(trial: _Trial, shapes: OperandShapes, dims: tuple[Dim, ...], size: int) -> bool:
-    """Whether the op takes these dims, and these alone, at another size."""
-    return trial(trial.draw(_resized(shapes, {dims: size}))) is not None
+    """Return whether the op takes these dims, and these alone, at another size."""
+    return trial(trial.draw(_resize(shapes, {dims: size}))) is not None
 
 
-def _resized(shapes: OperandShapes, sizes: Mapping[tuple[Dim, ...], int]) -> OperandShapes:
+def _resize(shapes: OperandShapes, sizes: Mapping[tuple[Dim, ...], int]) -> OperandShapes:
     new = [list(shape) for shape in shapes]
     for dims, size in sizes.items():
         for i, d in dims:
@@ -226,26 +227,26 @@ def _carriers(
     shapes: OperandShapes,
     first: tuple[Tensor, ...],
 ) -> tuple[int, ...] | None:
-    """The dim of each output that has the size of an axis under every assignment; None unless each has just one."""
+    """Return the dim of each output that has the size of an axis under every assignment; None unless each has one."""
     i, d = dims[0]
     places = []
     for k, out in enumerate(first):
-        found = [
+        carrying = [
             dim
             for dim in range(out.ndim)
             if out.shape[dim] == shapes[i][d]
             and all(
-                made is not None and made[k].shape[dim] == a[i][d] for a, made in zip(assignments, outputs, strict=True)
+                run is not None and run[k].shape[dim] == a[i][d] for a, run in zip(assignments, outputs, strict=True)
             )
         ]
-        if len(found) != 1:
+        if len(carrying) != 1:
             return None
-        places.append(found[0])
+        places.append(carrying[0])
     return tuple(places)
 
 
 def _selects(trial: _Trial, shapes: OperandShapes, dims: tuple[Dim, ...], places: tuple[int, ...]) -> bool:
-    """Whether entries along an axis pass through the op one by one."""
+    """Return whether entries along an axis pass through the op one by one."""
     i, d = dims[0]
     size = shapes[i][d]
     informative = False
@@ -256,7 +257,7 @@ def _selects(trial: _Trial, shapes: OperandShapes, dims: tuple[Dim, ...], places
             return False
         informative |= all(bool(out.isfinite().float().mean() > 0.5) for out in before)
         for entry in {0, size - 1, int(torch.randint(size, ()))}:
-            after = trial(_perturbed(operands, dims, entry, scale))
+            after = trial(_perturb(operands, dims, entry, scale))
             others = torch.tensor([j for j in range(size) if j != entry])
             if after is None or not all(
                 _same(a.index_select(at, others), b.index_select(at, others))
@@ -271,20 +272,20 @@ def _selects(trial: _Trial, shapes: OperandShapes, dims: tuple[Dim, ...], places
             ]
             if len({j for j, _ in dims}) != len(dims):
                 return False  # twice along one operand: a diagonal
-            made = trial(small)
-            if made is None or not all(
-                _close(a.index_select(at, keep), b) for a, b, at in zip(before, made, places, strict=True)
+            selected = trial(small)
+            if selected is None or not all(
+                _close(a.index_select(at, keep), b) for a, b, at in zip(before, selected, places, strict=True)
             ):
                 return False
     return informative
 
 
-def _perturbed(operands: Sequence[Tensor], dims: tuple[Dim, ...], entry: int, scale: float) -> list[Tensor]:
-    changed = [x.clone() for x in operands]
+def _perturb(operands: Sequence[Tensor], dims: tuple[Dim, ...], entry: int, scale: float) -> list[Tensor]:
+    copies = [x.clone() for x in operands]
     for i, d in dims:
-        row = changed[i].select(d, entry)
+        row = copies[i].select(d, entry)
         row.copy_(torch.randn(row.shape, dtype=row.dtype) * 10 * scale)
-    return changed
+    return copies
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Sizes: what the dynamic sizes of a graph were in the call that it was captured from."""
+"""Called sizes: the dynamic sizes of a graph in the call that it was captured from."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ecospa_fx.passes.ir.axis_facts import AxisFacts
 
 
 def symbols_of(axis_facts: AxisFacts, called: Sequence[Sequence[int]] | None = None) -> dict[sympy.Symbol, int]:
-    """What each dynamic size of a graph was in the call that it was captured from.
+    """Map each dynamic size of a graph to its value in the call that the graph was captured from.
 
     Args:
         axis_facts: of the graph.
-        called: what `called_sizes` gave for the same graph in an earlier process, to be read in place of that.
+        called: the result of `called_sizes` for the same graph in an earlier process, read in place of the graph's own.
     """
     shapes = list(_dynamic_shapes(axis_facts))
     here = [[_hint(size) for size in shape] for shape in shapes]
@@ -31,7 +31,7 @@ def symbols_of(axis_facts: AxisFacts, called: Sequence[Sequence[int]] | None = N
 
 
 def called_sizes(axis_facts: AxisFacts) -> list[list[int]]:
-    """The shapes that a graph was called with when it was captured, of those inputs that may have others."""
+    """Return the shapes of the inputs with dynamic dims in the call that a graph was captured from."""
     return [[_hint(size) for size in shape] for shape in _dynamic_shapes(axis_facts)]
 
 

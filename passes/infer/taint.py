@@ -1,4 +1,4 @@
-"""Taint: which values of a graph depend on a parameter. Only ops on those need an axis rule."""
+"""Taint: the values of a graph that depend on a parameter. Only ops on these need an axis rule."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ecospa_fx.passes.ir.region_graph import RegionGraph
 
 
 def weighted_nodes(captured: RegionGraph) -> set[fx.Node]:
-    """The nodes that depend on a parameter, through data flow or through a write into memory they are a view of."""
+    """Return the nodes that depend on a parameter, by data flow or by a write into memory that they are a view of."""
     weighted: set[fx.Node] = set()
 
     def direct(node: fx.Node) -> bool:
@@ -27,7 +27,7 @@ def weighted_nodes(captured: RegionGraph) -> set[fx.Node]:
                     or (node.name in captured.tensors and _follows_parameters(node, weighted))
                 ):
                     weighted.add(node)
-            # A size may be that of a tensor which depends on parameters; it does not.
+            # The size of a tensor that depends on parameters does not itself depend on them.
             elif node.op != "get_attr" and node.target is not torch.ops.aten.sym_size.int and direct(node):
                 weighted.add(node)
                 weighted.update(made for value in written_arguments(node) for made in memory_behind(value))
@@ -35,12 +35,12 @@ def weighted_nodes(captured: RegionGraph) -> set[fx.Node]:
 
 
 def _is_state(node: fx.Node, captured: RegionGraph) -> bool:
-    """Whether a placeholder is what an object holds that was made of parameters in an earlier call."""
+    """Return whether a placeholder is a tensor in an object, made of parameters in an earlier call."""
     return node.name in captured.state and node.meta["val"].is_floating_point() and node.meta["val"].ndim > 0
 
 
 def _follows_parameters(buffer: fx.Node, weighted: set[fx.Node]) -> bool:
-    """Whether a buffer is used like a parameter (a batch norm's statistics) and so shrinks with them."""
+    """Return whether a buffer is used like a parameter (a batch norm's statistics) and so shrinks with them."""
     val = buffer.meta["val"]
     return bool(
         val.is_floating_point() and val.ndim and buffer.users and all(user in weighted for user in buffer.users)

@@ -1,4 +1,4 @@
-"""Inference: what is known about the axes of one captured graph."""
+"""Axis facts: the axis expressions of one captured graph, and the role of each axis in each op."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Role = Literal["pinned", "contracted", "free", "batch", "expanded", "nonlinear",
 
 @dataclass(frozen=True, eq=False)
 class Fact:
-    """What one op does to one axis. `reason` says it in words where the axis is pinned."""
+    """The role of one axis in one op. If the axis is pinned, `reason` says why."""
 
     role: Role
     expr: Expr
@@ -33,7 +33,7 @@ class Fact:
 class Source:
     """One use of a value that depends on no parameter: argument number `occurrence` of `user`.
 
-    `aligned`: counted from the right, its dims are those of the result, as in any pointwise op.
+    `aligned`: its dims are those of the result, counted from the right, as in any pointwise op.
     """
 
     user: fx.Node
@@ -45,20 +45,22 @@ class Source:
 
 @dataclass(eq=False)
 class AxisFacts:
-    """All that is known about the axes of a captured graph.
+    """The axes of a captured graph, as inferred from its ops.
 
     Attributes:
-        captured: the graph it is about.
+        captured: the graph.
+        axes: the equalities between axes.
         values: axis expressions per output of each node that depends on a parameter.
-        parameters: axis expressions per parameter and per buffer that shrinks with them, by name in the region.
+        operands: the tensor arguments of each op on such values.
+        parameters: axis expressions of each parameter and each buffer that shrinks with them, by name in the region.
         sources: uses of values that do not depend on a parameter.
-        made: axes that an op made itself by repeating an operand.
-        relations: relation of each op that a rule, or an experiment, describes rightly.
-        facts: what ops do to axes.
-        missing: ops met that have no rule, with the nodes where.
-        contexts: atom -> the atom in each of whose entries it may keep other entries, see `passes.infer.contexts`.
-        experiments: ops met that have a rule by experiment only, with the nodes where.
-        stored: axis expressions of what objects hold after a call, or before one that does not change it.
+        made: new axes along which an op repeats its operand.
+        relations: the relation of each op, where its rule or an experiment fits its operands.
+        facts: the role of each axis in each op.
+        missing: ops without a rule, and their nodes.
+        contexts: atom -> the atom in each of whose entries it may keep different entries, see `passes.infer.contexts`.
+        experiments: ops that have a rule by experiment only, and their nodes.
+        stored: axis expressions of tensors in objects after a call, or before it if the call does not change them.
         unsolved: dynamic sizes of operands whose axes did not fit the rule of an op.
     """
 
@@ -78,13 +80,13 @@ class AxisFacts:
     unsolved: set[sympy.Symbol] = field(default_factory=set)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AxisFacts:
-        return self  # never changed once made
+        return self  # not changed after inference
 
     def resolve(self, exprs: Exprs) -> Exprs:
-        """`exprs` in normal form over final atoms."""
+        """Return `exprs` in normal form over atoms that are not refined further."""
         return tuple(self.axes.resolve(expr) for expr in exprs)
 
     def pin(self, expr: Expr, node: fx.Node, reason: str) -> None:
-        """Record that `expr` must stay whole."""
+        """Record that `expr` must stay at its full size."""
         if expr != UNIT:
             self.facts.append(Fact("pinned", expr, node, reason))

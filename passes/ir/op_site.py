@@ -16,14 +16,14 @@ from .relations import Operand
 
 
 class OpSite:
-    """One op whose arguments a rule's `resize` may rewrite for the new sizes.
+    """One op of a program, whose arguments a rule's `resize` may rewrite for the new sizes.
 
     Attributes:
-        target: the op; assign to make it another.
-        args: every argument by its name in the op's schema, defaults filled in; assign to change one.
-        operands: the tensor arguments with their axes at original sizes.
-        outputs: axes of each output.
-        made: axes that the op made itself by repeating.
+        target: the op; assign to change it to another.
+        args: every argument by its name in the op's schema, with defaults; assign to change one.
+        operands: the tensor arguments, with their axes at original sizes.
+        outputs: the axes of each output.
+        made: the axes that the op makes itself by repeating.
     """
 
     def __init__(self, node: fx.Node, original: fx.Node, axis_facts: AxisFacts, kept: Selection) -> None:
@@ -38,29 +38,29 @@ class OpSite:
         self.args |= {a.name: value for a, value in zip(arguments, node.args, strict=False)}
 
     def touched(self, expr: Expr) -> bool:
-        """Whether `expr` has lost entries."""
+        """Return True if `expr` has lost entries."""
         return touched(expr, self._kept)
 
     def count(self, expr: Expr) -> int:
-        """Number of entries of `expr` that stay."""
+        """Return the number of entries of `expr` that stay."""
         return int(count(expr, self._kept))
 
     def kept_before(self, expr: Expr, bound: int) -> int:
-        """Number of entries of `expr` that stay before position `bound`, read as Python reads slice bounds."""
+        """Count the entries of `expr` that stay before position `bound`, read as Python reads slice bounds."""
         return int(mask_of(expr, self._kept)[:bound].sum()) if bound < size_of(expr) else bound
 
     def resized(self, size: Any, expr: Expr) -> Any:
-        """`size`, an int or a node that computes one, scaled from the original extent of `expr` to what stays."""
+        """Scale `size`, an int or a node that computes one, from the original extent of `expr` to the kept one."""
         if isinstance(size, int):
             return size if size == -1 else self.count(expr)
-        # A dynamic factor times static ones: the ratio of the static ones is exact.
+        # The extent is a dynamic factor times static ones: the ratio of the static ones is exact.
         ratio = sympy.sympify(count(expr, self._kept)) / size_of(expr)
         with self._node.graph.inserting_before(self._node):
             scaled = self._node.graph.call_function(operator.mul, (size, int(ratio.p)))
             return self._node.graph.call_function(operator.floordiv, (scaled, int(ratio.q)))
 
     def resize_output(self, *names: str) -> None:
-        """Rewrite the argument that lists the sizes of the output, under whichever of `names` the op has it."""
+        """Rewrite the argument that lists the sizes of the output; `names` are the names it may have."""
         name = next(name for name in names if name in self.args)
         # `expand` may name more dims than the operand has, never fewer than the output.
         self.args[name] = [
@@ -69,10 +69,10 @@ class OpSite:
         ]
 
     def repeats(self) -> Any:
-        """The numbers of copies that stay, as `repeat` (a list) or `repeat_interleave` (one int) takes them."""
-        given = self.args["repeats"]
-        if isinstance(given, (list, tuple)):
-            return [self.count(m) if self.touched(m) else n for n, m in zip(given, self.made, strict=True)]
+        """Return the numbers of copies that stay, as `repeat` (a list) or `repeat_interleave` (one int) takes them."""
+        times = self.args["repeats"]
+        if isinstance(times, (list, tuple)):
+            return [self.count(copy) if self.touched(copy) else n for n, copy in zip(times, self.made, strict=True)]
         return next(self.count(copy) for copy in self.made if self.touched(copy))
 
     def apply(self) -> None:

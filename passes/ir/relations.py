@@ -1,6 +1,6 @@
-"""Relations: what one op can do to the axes of its operands, and what follows from that.
+"""Relations: the ways in which an op acts on the axes of its operands, and the properties that follow from them.
 
-Passes ask the relation of an op, never its name: an op that some rule describes is known to all of them.
+Passes ask for the relation of an op, never for its name: an op with a rule is known to all of them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ecospa_fx.passes.axes.algebra import Expr, Size
 
 @dataclass(frozen=True, eq=False)
 class Operand:
-    """A tensor argument as a rule sees it.
+    """A tensor argument of an op, as its rule sees it.
 
     Attributes:
         exprs: one axis expression per dim.
         shape: one size per dim.
         node: the FX node that made it.
-        weighted: it depends on a parameter; otherwise it is a source, and selected where it enters.
-        parameter: name of the parameter it is (a view of), if any.
+        weighted: it depends on a parameter; otherwise it is a source, and is index-selected where it enters.
+        parameter: name of the parameter that it is, or is a view of, if any.
     """
 
     exprs: tuple[Expr, ...]
@@ -34,22 +34,22 @@ class Operand:
 
     @property
     def ndim(self) -> int:
-        """Number of dims."""
+        """The number of dims."""
         return len(self.shape)
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Dims related by letters, see the module docstring. Letters that occur only on the right are new axes.
+    """Dims related by names, in the language of `passes.ir.patterns`.
 
     Attributes:
-        spec: the letters.
-        operands: the tensors that its terms speak of, in order.
-        sizes: of letters whose number of entries only the arguments of the op tell.
-        apart: carried entries are bent, or scaled one by one, or each has a result of its own: a change of basis
-            does not pass. Where False the op is linear in each operand, along every letter.
-        window: of a convolution, how its input is cut into what the columns of the weight meet: kernel, dilation,
-            padding and stride per dim of space; empty where padding differs between the ends of a dim.
+        spec: the pattern.
+        operands: the tensors whose dims it names, in order.
+        sizes: name -> number of entries, where only the arguments of the op tell it.
+        apart: the op is nonlinear in entries, scales them one by one, or gives each a result of its own, so a change of
+            basis does not pass. If False, the op is linear in each operand, along every name.
+        window: kernel, dilation, padding and stride per dim of space of a convolution, which cut its input into the
+            rows that the weight is multiplied with; empty where padding differs between the ends of a dim.
         attention: the operands are queries, keys and values, and a softmax over keys lies between the two products.
         rescaled: the operand whose entries the output holds, each multiplied by some number.
     """
@@ -65,11 +65,11 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Pointwise:
-    """Every output entry depends on the operands' entries at the same (broadcast) place.
+    """Output entries that each depend on the operands' entries at the same (broadcast) position.
 
     Attributes:
         operands: the tensors that meet.
-        how: `"copy"` (the entries of the one operand, in another dtype or layout at most), `"linear"` (in all operands
+        how: `"copy"` (the entries of the one operand, at most in another dtype or layout), `"linear"` (in all operands
             together), `"affine"` (linear, and a number added), `"product"` (linear in each operand), `"quotient"`
             (linear in the first), `"nonlinear"`.
     """
@@ -80,15 +80,15 @@ class Pointwise:
 
 @dataclass(frozen=True)
 class SameDims:
-    """The output has the dims of `x`; `pinned` ones mix their entries, `dropped` ones are reduced away or to one.
+    """The dims of `x`, of which `pinned` ones mix their entries and `dropped` ones are reduced away or to one entry.
 
     Attributes:
         x: the operand.
-        pinned: dims along which entries meet in a way that needs all of them.
+        pinned: dims along which the op needs all entries.
         dropped: dims that are reduced; those that are not pinned are summed over.
         keepdim: dropped dims stay, with one entry.
-        apart: the result is not linear in what is summed over: a change of basis does not pass.
-        shares: entries along the pinned dim become shares of one: a softmax.
+        apart: the result is not linear in the entries that are summed over, so a change of basis does not pass.
+        shares: entries along the pinned dim become shares of 1, as in a softmax.
     """
 
     x: Operand
@@ -101,7 +101,7 @@ class SameDims:
 
 @dataclass(frozen=True)
 class Regrouped:
-    """The output has the same entries in the same order as `x`, in other dims: those of `like`, if given."""
+    """The entries of `x` in the same order, in other dims: those of `like`, if given."""
 
     x: Operand
     like: Operand | None = None
@@ -109,7 +109,7 @@ class Regrouped:
 
 @dataclass(frozen=True)
 class Permuted:
-    """Dim `i` of the output is dim `order[i]` of `x`."""
+    """The dims of `x` in another order: dim `i` of the output is dim `order[i]` of `x`."""
 
     x: Operand
     order: tuple[int, ...]
@@ -128,7 +128,7 @@ class Sliced:
 
 @dataclass(frozen=True)
 class Parted:
-    """Consecutive pieces of `dim`, as several outputs."""
+    """Consecutive pieces along `dim`, each an output of its own."""
 
     x: Operand
     dim: int
@@ -137,7 +137,7 @@ class Parted:
 
 @dataclass(frozen=True)
 class Picked:
-    """Entry `index` of `dim`, or (None) each entry as an output of its own; the dim disappears, and stays whole."""
+    """Entry `index` along `dim`, or each (None) as an output of its own; the dim of `x` stays whole, and disappears."""
 
     x: Operand
     dim: int
@@ -146,7 +146,7 @@ class Picked:
 
 @dataclass(frozen=True)
 class Halved:
-    """The two halves of `dim` are multiplied entry by entry."""
+    """The product of the two halves of `dim`, entry by entry."""
 
     x: Operand
     dim: int
@@ -170,7 +170,7 @@ class Stacked:
 
 @dataclass(frozen=True)
 class Expanded:
-    """Dims of one entry, and new leading dims, become new axes along which `x` repeats: those of `like`, if given."""
+    """Repetition of `x` along dims of one entry and new leading dims, as new axes: those of `like`, if given."""
 
     x: Operand
     like: Operand | None = None
@@ -178,7 +178,7 @@ class Expanded:
 
 @dataclass(frozen=True)
 class Repeated:
-    """`x` repeated `times[dim]` times per dim: the whole dim end to end, or (`interleaved`) each entry in place."""
+    """Repetition of `x`, `times[dim]` times per dim: the dim end to end, or (`interleaved`) each entry in place."""
 
     x: Operand
     times: tuple[Size, ...]
@@ -187,7 +187,7 @@ class Repeated:
 
 @dataclass(frozen=True)
 class Indexed:
-    """Entries of `dim` of `x` chosen by the values of `index`, whose dims take its place."""
+    """Entries along `dim` of `x`, chosen by the values of `index`, whose dims replace it."""
 
     x: Operand
     dim: int
@@ -196,17 +196,17 @@ class Indexed:
 
 @dataclass(frozen=True)
 class Created:
-    """A tensor that takes nothing but sizes from its operands."""
+    """A new tensor that takes at most sizes from its operands."""
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What an experiment found: dims with equal numbers are one axis, and pass through entry by entry or stay whole.
+    """The result of an experiment: dims with equal numbers are one axis, which passes entry by entry or stays whole.
 
     Attributes:
         operands: the tensor arguments.
         axes: the number of the axis of each dim of each operand.
-        outputs: for each dim of each output the number of the axis it carries, None for a new one.
+        outputs: the number of the axis that each dim of each output carries, None for a new one.
     """
 
     operands: tuple[Operand, ...]
@@ -216,7 +216,7 @@ class Probed:
 
 @dataclass(frozen=True)
 class Opaque:
-    """Nothing is known about which entries meet: every axis stays whole."""
+    """An op of which is not known which entries meet: every axis stays whole."""
 
     operands: tuple[Operand, ...]
 
@@ -228,7 +228,7 @@ Relation: TypeAlias = (
 
 
 def copied_operand(relation: Relation | None) -> Operand | None:
-    """The operand whose entries an op gives at the same places, in another dtype or layout at most."""
+    """Return the operand whose entries an op keeps at their positions, at most in another dtype or layout, or None."""
     match relation:
         case Pointwise((x,), "copy"):
             return x
@@ -237,7 +237,7 @@ def copied_operand(relation: Relation | None) -> Operand | None:
 
 
 def moved_operand(relation: Relation) -> Operand | None:
-    """The operand whose entries an op only moves, leaves out or repeats; None where it computes."""
+    """Return the operand whose entries an op only moves, leaves out or repeats; None where it computes."""
     match relation:
         case (
             Regrouped(x) | Permuted(x) | Sliced(x) | Parted(x) | Picked(x) | Expanded(x) | Repeated(x) | Indexed(x)
@@ -249,7 +249,7 @@ def moved_operand(relation: Relation) -> Operand | None:
 
 
 def source_weight(relation: Relation) -> Operand | None:
-    """The operand that an op hands on as a weight: moved, or changed entry by entry by numbers that are no tensor."""
+    """Return the operand that an op hands on as a weight, moved or changed entry by entry by plain numbers, or None."""
     match relation:
         case Indexed(x):  # rows of a matrix are activations, as of an embedding; rows of matrices are matrices
             return x if x.ndim > 2 else None
@@ -262,7 +262,7 @@ def source_weight(relation: Relation) -> Operand | None:
 
 
 def is_linear(relation: Relation, carrying: Collection[fx.Node]) -> bool:
-    """Whether an op does the same linear thing to every entry of an axis that the operands `carrying` have."""
+    """Return True if an op applies one linear map to every entry of an axis, which its operands `carrying` have."""
     match relation:
         case Pattern(apart=apart):
             return not apart

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.passes.axes.algebra import Size
 
-from .state_access import TENSOR, Held, foreign
+from .state_access import TENSOR, ObjectLeaf, foreign
 
 AUTOCAST = ("cpu", "cuda")  # device types whose autocast state is part of a signature
 
@@ -243,7 +243,7 @@ def _describe(value: Any, key: list[Any], tensors: list[Tensor], objects: list[A
         number = next((i for i, other in enumerate(objects) if other is value), len(objects))
         if number == len(objects):
             objects.append(value)
-        key += (kind, Held(number))
+        key += (kind, ObjectLeaf(number))
         return True
     else:
         return False

@@ -4,7 +4,7 @@ A graph holds no such object. Values that its control flow depends on are looked
 (`StateAccess.read`), tensors in it are inputs, and calls of its methods with tensors stay calls of the object that the
 caller passed, whose own Python does the rest: counters, memory and all.
 
-    Held             stands for an object among the leaves of a call
+    ObjectLeaf       stands for an object among the leaves of a call
     ObjectPath       the path to a part of one: `layers[0].keys`
     StateAccess      all reads, writes and method calls of a graph
     IndexAttributes  integers of a region that select its own part of an object
@@ -40,7 +40,7 @@ _NEW: Any = object.__new__
 
 
 @dataclass(frozen=True)
-class Held:
+class ObjectLeaf:
     """A stand-in for an object among the leaves of arguments and results, by its number."""
 
     number: int
@@ -201,7 +201,7 @@ def flattened(call: Any) -> tuple[list[Any], pytree.TreeSpec]:
 
 
 def parted(leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Return leaves with a `Held` for every object, and the objects, each once."""
+    """Return leaves with a `ObjectLeaf` for every object, and the objects, each once."""
     objects: list[Any] = []
     plain: list[Any] = []
     for leaf in leaves:
@@ -209,14 +209,14 @@ def parted(leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
             number = next((i for i, other in enumerate(objects) if other is leaf), len(objects))
             if number == len(objects):
                 objects.append(leaf)
-            leaf = Held(number)
+            leaf = ObjectLeaf(number)
         plain.append(leaf)
     return plain, objects
 
 
 def resolve_object(leaf: Any, objects: Sequence[Any]) -> Any:
     """Return a leaf, or the object that it stands for."""
-    return objects[leaf.number] if isinstance(leaf, Held) else leaf
+    return objects[leaf.number] if isinstance(leaf, ObjectLeaf) else leaf
 
 
 def copy_object(

@@ -1,4 +1,4 @@
-"""Proxies: objects, lists and dicts like those of a call, which tell a `Listener` what happens to them."""
+"""Proxies: objects, lists and dicts like those of a call, which report their uses to a `Listener`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Step: TypeAlias = Callable[[ObjectPath], ObjectPath]  # from the path of an obje
 
 
 class Listener(Protocol):
-    """The one whom proxies tell what happens to them: a `Tracker`."""
+    """The receiver of all that happens to proxies, such as a `Tracker`."""
 
     def key(self, owner: Any, key: Any) -> Any:
         """Return the plain key that an entry of the list or dict `owner` is looked up by."""

@@ -1,1 +1,1 @@
-"""Rewrite: generated code at the sizes that a plan leaves, and its proof against masking."""
+"""Rewrite: generated code at the sizes that a plan leaves, and its verification against masking."""

@@ -1,10 +1,10 @@
-"""Generate: Python code that runs a graph on a live region, as fast as the region's own code would.
+"""Generated code: Python that runs a graph on a live region, as fast as the region's own code would.
 
     generate(graph) -> a function `forward(self, *placeholders)`, its source
 
-What a small model spends its time on is Python, so this writes what a person would: `torch.add(x, y)` and not
-`torch.ops.aten.add.Tensor(x, y)`, whose look-up and boxing cost more than the sum; submodules are looked up once per
-call, and names dropped after their last use, so that memory is freed as in eager.
+A small model spends its time in Python, so this is the code that a person would write: `torch.add(x, y)` instead of
+`torch.ops.aten.add.Tensor(x, y)`, whose look-up and boxing cost more than the sum. Submodules are looked up once per
+call, and names are dropped after their last use, so that memory is freed as in eager mode.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ aten = torch.ops.aten
 
 
 def generate(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
-    """Python code for `graph`.
+    """Write and compile Python code for `graph`.
 
     Args:
-        graph: `get_attr` nodes name tensors, and `call_module` nodes submodules, of the region that it will run on.
+        graph: its `get_attr` nodes name tensors, its `call_module` nodes submodules, of the region it will run on.
 
     Returns:
         `forward(region, *placeholders)`, and its source.
     """
-    source, scope = _Source(graph).written()
-    exec(_compiled(source), scope)
+    source, scope = _Source(graph).write()
+    exec(_compile(source), scope)
     return scope["forward"], source
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(source: str) -> CodeType:
-    """Equal blocks at equal sizes have equal code, which is compiled once."""
+def _compile(source: str) -> CodeType:
+    """Compile a source, only once for equal blocks at equal sizes, whose code is equal."""
     name = f"<ecospa_fx {hashlib.sha1(source.encode()).hexdigest()[:8]}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)  # tracebacks show its lines
     return compile(source, name, "exec")
@@ -55,26 +55,26 @@ class _Source:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.scope: dict[str, Any] = {"torch": torch}
-        self.globals: dict[Any, str] = {}  # what a global stands for -> its name
-        self.modules: dict[str, str] = {"": "self"}  # path of a submodule -> the local it is in
+        self.globals: dict[Any, str] = {}  # identity of a global value -> its name
+        self.modules: dict[str, str] = {"": "self"}  # path of a submodule -> the local that holds it
         self.taken = {"self", "torch", *keyword.kwlist}
         self.names: dict[fx.Node, str] = {node: self._free(node.name) for node in graph.nodes}
         self.lines: list[str] = []
 
-    def written(self) -> tuple[str, dict[str, Any]]:
-        """The source, and the globals that it needs."""
-        held = {node for node in self.graph.nodes if node.op == "get_attr"}
+    def write(self) -> tuple[str, dict[str, Any]]:
+        """Return the source, and the globals that it needs."""
+        unread = {node for node in self.graph.nodes if node.op == "get_attr"}
         last = _last_uses(self.graph)
         for node in self.graph.nodes:
-            if node.op == "placeholder" or node in held:
+            if node.op == "placeholder" or node in unread:
                 continue
-            for used in node.all_input_nodes:
-                if used in held:
-                    self._line(f"{self.names[used]} = {self._attribute(used.target)}")
-                    held.discard(used)
-            dropped = [self.names[used] for used in last.get(node, ())]
-            done = f";  {' = '.join(dropped)} = None" if dropped and node.op != "output" else ""
-            self._line(self._statement(node) + done)
+            for arg in node.all_input_nodes:
+                if arg in unread:
+                    self._line(f"{self.names[arg]} = {self._attribute(arg.target)}")
+                    unread.discard(arg)
+            names = [self.names[arg] for arg in last.get(node, ())]
+            drop = f";  {' = '.join(names)} = None" if names and node.op != "output" else ""
+            self._line(self._statement(node) + drop)
         names = ["self", *(self.names[node] for node in self.graph.nodes if node.op == "placeholder")]
         return "\n".join([f"def forward({', '.join(names)}):", *self.lines, ""]), self.scope
 
@@ -87,29 +87,29 @@ class _Source:
         return f"{self.names[node]} = {self._value(node)}"
 
     def _value(self, node: fx.Node) -> str:
-        given = [self._text(arg) for arg in node.args]
-        named = [f"{key}={self._text(value)}" for key, value in node.kwargs.items()]
+        args = [self._text(arg) for arg in node.args]
+        kwargs = [f"{key}={self._text(value)}" for key, value in node.kwargs.items()]
         if node.op == "call_module":
-            return f"{self._module(str(node.target))}({', '.join(given + named)})"
+            return f"{self._module(str(node.target))}({', '.join(args + kwargs)})"
         target: Any = node.target
         if target is operator.getitem:
-            return f"{given[0]}[{given[1]}]"
+            return f"{args[0]}[{args[1]}]"
         if target is aten.sym_size.int:
-            return f"{given[0]}.size({given[1]})"
-        if target is aten.slice.Tensor and not named:
-            return f"{given[0]}[{self._slice(node)}]"
+            return f"{args[0]}.size({args[1]})"
+        if target is aten.slice.Tensor and not kwargs:
+            return f"{args[0]}[{self._slice(node)}]"
         match spelling(target):
             case "torch", name:
-                return f"torch.{name}({', '.join(given + named)})"
+                return f"torch.{name}({', '.join(args + kwargs)})"
             case "nn", name:
-                return f"{self._global(getattr(torch._C._nn, name), 'nn_' + name)}({', '.join(given + named)})"
+                return f"{self._global(getattr(torch._C._nn, name), 'nn_' + name)}({', '.join(args + kwargs)})"
             # `to` takes a memory format by name only.
             case "method", name if "layout" not in node.kwargs and not any(
                 isinstance(arg, torch.memory_format) for arg in node.args
             ):
-                return f"{given[0]}.{name}({', '.join(given[1:] + named)})"
+                return f"{args[0]}.{name}({', '.join(args[1:] + kwargs)})"
         label = "_".join(str(target).split(".")) if isinstance(target, torch._ops.OpOverload) else target.__name__
-        return f"{self._global(target, label)}({', '.join(given + named)})"
+        return f"{self._global(target, label)}({', '.join(args + kwargs)})"
 
     def _slice(self, node: fx.Node) -> str:
         rest: tuple[Any, ...] = (0, None, None, 1)[len(node.args) - 1 :]
@@ -147,15 +147,15 @@ class _Source:
         return f"{owner}.{name}" if plain else f"getattr({owner}, {name!r})"
 
     def _module(self, path: str) -> str:
-        """The local that holds a submodule. `_modules` would be faster to look in, but wrappers may lie between."""
+        """Return the local that holds a submodule; `_modules` would be faster to read, but wrappers may lie between."""
         if path not in self.modules:
-            found = self._attribute(path)
+            attribute = self._attribute(path)
             self.modules[path] = local = self._free(path)
-            self._line(f"{local} = {found}")
+            self._line(f"{local} = {attribute}")
         return self.modules[path]
 
     def _free(self, label: str) -> str:
-        """A name that nothing has."""
+        """Take a name that is still free."""
         base = name = "".join(c if c.isalnum() or c == "_" else "_" for c in label)
         if not name.isidentifier():
             base = name = f"_{name}"
@@ -167,15 +167,15 @@ class _Source:
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """For each node, the values that nothing after it uses; arguments stay, as their caller holds them anyway."""
+    """Map each node to the values that no later node uses; not arguments, which their caller holds anyway."""
     last: dict[fx.Node, list[fx.Node]] = {}
     seen: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        for used in _once(node.all_input_nodes):
-            if used not in seen:
-                seen.add(used)
-                if used.op != "placeholder":
-                    last.setdefault(node, []).append(used)
+        for arg in _once(node.all_input_nodes):
+            if arg not in seen:
+                seen.add(arg)
+                if arg.op != "placeholder":
+                    last.setdefault(node, []).append(arg)
     return last
 
 

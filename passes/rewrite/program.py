@@ -20,13 +20,13 @@ class Program:
     """A region's forward as generated code.
 
     Attributes:
-        captured: the graph it was made from, at original sizes.
+        captured: the captured graph, at original sizes.
         axis_facts: the axes of that graph.
         run: `run(region, *inputs, *objects, *constants)` returns the output tensors.
         constants: lifted tensors, subgraphs and index tensors that `run` takes.
         source: the generated code, to read.
-        called: submodules that the code calls as they are.
-        state: sizes of the tensors in objects of the call that it takes.
+        called: submodules that the code calls as modules.
+        state: the sizes that tensors in the objects of a call must have.
         check: see `fits`; made when it is first needed.
     """
 
@@ -43,28 +43,28 @@ class Program:
         return self  # holds no module: it runs on whichever region calls it
 
     def __call__(self, region: nn.Module, inputs: Sequence[Any]) -> Any:
-        """Run one call and give its results the structure that the region's own forward gives them.
+        """Run one call and return its results in the structure that the region's own forward gives them.
 
         Args:
             region: the live region.
-            inputs: the tensors of the call, those in its objects, and these.
+            inputs: the tensors of the call, those in its objects, then the objects.
         """
         return self.returned(region, inputs, self.run(region, *inputs, *self.constants))
 
     def returned(self, region: nn.Module, inputs: Sequence[Any], tensors: Any) -> Any:
-        """What the region returns where the code returned `tensors`; those that hooks look at go to them."""
+        """Turn the tensors that the code returned into results of the region; fill its objects and fire its hooks."""
         captured = self.captured
         objects: Sequence[Any] = inputs[len(captured.inputs) :]
         if captured.carried.effects:
-            waiting = iter(tensors[len(tensors) - sum(isinstance(v, Stored) for _, v in captured.carried.effects) :])
+            stored = iter(tensors[len(tensors) - sum(isinstance(v, Stored) for _, v in captured.carried.effects) :])
             for place, value in captured.carried.effects:
-                place.put(objects, next(waiting) if isinstance(value, Stored) else value)
+                place.put(objects, next(stored) if isinstance(value, Stored) else value)
         if captured.observed:
             fire(region, captured.observed, tensors[captured.returned :], captured.region, objects)
         return captured.result(tensors[: captured.returned], objects)
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the sizes of a call, of its tensors and of what objects hold, are such as the program serves."""
+        """Return True if the program serves the sizes of a call's tensors, including those in its objects."""
         if self.check is None:
             self.check = self.captured.signature.checker(self.state)
         return self.check(tensors)

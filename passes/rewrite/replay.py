@@ -1,4 +1,4 @@
-"""Replay: read a plan, which speaks of parameters, as a selection of the atoms of one captured graph."""
+"""Replay: a plan, which speaks of parameters, read as a selection of the atoms of one captured graph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ecospa_fx.plan import Plan
 
 
 def replay(axis_facts: AxisFacts, plan: Plan, difference: str = "") -> dict[Atom, Selected]:
-    """What `plan` keeps of each atom of a graph.
+    """Select the entries of each atom of a graph that `plan` keeps.
 
     Args:
         axis_facts: axes of the graph.
@@ -23,7 +23,8 @@ def replay(axis_facts: AxisFacts, plan: Plan, difference: str = "") -> dict[Atom
         difference: how the call that the graph serves differs from earlier ones, for the message.
 
     Raises:
-        PinnedAxisError: the graph needs an axis whole that has shrunk, or ties axes together that shrank apart.
+        PinnedAxisError: the graph needs an axis whole that has shrunk, or ties axes together that have shrunk
+            differently.
     """
     region = axis_facts.captured.region
     masks: dict[Atom, Tensor] = {}
@@ -36,38 +37,42 @@ def replay(axis_facts: AxisFacts, plan: Plan, difference: str = "") -> dict[Atom
                 for atom, part in project(expr, mask, axis_facts.contexts).items():
                     masks[atom] = masks[atom] | part if atom in masks else part
     why = f" The call differs from earlier ones: {difference}." if difference else ""
-    kept = _choices(axis_facts, masks)
+    kept = _selection(axis_facts, masks)
     for fact in axis_facts.facts:
         if fact.role == "pinned":
             for atom in atoms_of(fact.expr):
                 if atom in kept:
                     reason = reason_text(fact.reason, fact.node, region)
                     raise PinnedAxisError(
-                        f"this call needs an axis of {atom.size} whole that has shrunk to {entries(kept[atom])} "
+                        f"this call needs all {atom.size} entries of an axis that has shrunk to {entries(kept[atom])} "
                         f"({_members(axis_facts, atom)}): {reason}.{why} Call the model as before, or make this call "
                         "once before the first shrink, so that the axis is never offered"
                     )
-    held = set(axis_facts.captured.tensors.values())
     for name, exprs in axis_facts.parameters.items():
         full = join(region, name)
         for dim, expr in enumerate(exprs):
-            wanted = plan.mask(full, dim) if full in plan.original_shapes else None
-            mine = mask_of(expr, kept)
-            if not (mine.all() if wanted is None else torch.equal(mine, wanted)):
+            planned = plan.mask(full, dim) if full in plan.original_shapes else None
+            mask = mask_of(expr, kept)
+            if not (mask.all() if planned is None else torch.equal(mask, planned)):
+                left = len(mask) if planned is None else int(planned.sum())
                 raise PinnedAxisError(
-                    f"this call ties dim {dim} of `{full}` to axes that have shrunk differently.{why} Call the model "
-                    "as before"
+                    f"this call ties dim {dim} of `{full}`, which keeps {left} of {len(mask)} entries, to an axis that "
+                    f"has shrunk differently.{why} Call the model as before, or make this call once before the first "
+                    "shrink, so that they shrink alike"
                 )
+    names = set(axis_facts.captured.tensors.values())
     for name in plan.under(region):
-        if name in held and name not in axis_facts.parameters:
+        if name in names and name not in axis_facts.parameters:
+            full = join(region, name)
             raise PinnedAxisError(
-                f"this call uses `{join(region, name)}`, which has shrunk, in a way that cannot follow.{why}"
+                f"this call uses `{full}`, which has shrunk from {plan.original_shapes[full]}, in a way that cannot "
+                f"follow the shrink.{why} Call the model as before"
             )
     return kept
 
 
-def _choices(axis_facts: AxisFacts, masks: dict[Atom, Tensor]) -> dict[Atom, Selected]:
-    """Masks read off the parameters as choices: what is whole left out, what is equal in every context made one."""
+def _selection(axis_facts: AxisFacts, masks: dict[Atom, Tensor]) -> dict[Atom, Selected]:
+    """Turn masks read off the parameters into a selection: without whole atoms, equal contexts merged."""
     kept: dict[Atom, Selected] = {}
     for atom, mask in masks.items():
         if atom not in axis_facts.contexts:
@@ -78,10 +83,10 @@ def _choices(axis_facts: AxisFacts, masks: dict[Atom, Tensor]) -> dict[Atom, Sel
         if len(counts) > 1:
             raise PinnedAxisError(
                 f"the plan keeps {counts[0]} entries of an axis of {atom.size} in one context, {counts[-1]} in another "
-                f"({_members(axis_facts, atom)}); tensors are dense, so every one must keep as many"
+                f"({_members(axis_facts, atom)}); tensors are dense, so keep the same number in every context"
             )
         kept[atom] = per_context_or_shared(axis_facts.contexts[atom], mask, live)
-    return {atom: choice for atom, choice in kept.items() if entries(choice) < atom.size}
+    return {atom: selected for atom, selected in kept.items() if entries(selected) < atom.size}
 
 
 def _members(axis_facts: AxisFacts, atom: Atom) -> str:

@@ -1,13 +1,13 @@
 """Rewrite: the graph of a region at the sizes that a plan leaves.
 
-    rewrite(inference, kept, region)
-      -> _copy        the captured graph, with inputs and constants as arguments
-      -> sources      see there: they are index-selected where they are used
-      -> resize       sizes held as arguments become counts, bounds become prefix sums (one `resize` per rule)
-      -> _bind        parameters are read from the live region; its nn.Linears are called as modules
-      -> Program      Python code that runs with the region as `self`
+    rewrite(axis_facts, kept, region)
+      -> _copy            the captured graph, with inputs and constants as arguments
+      -> select_sources   values that depend on no parameter are index-selected where they are used
+      -> resize           sizes in arguments become counts, bounds become prefix sums (one `resize` per rule)
+      -> _bind            parameters are read from the live region; its nn.Linears are called as modules
+      -> Program          Python code that runs with the region as `self`
 
-Always starts from the captured graph at original sizes, so shrinking twice is shrinking once by the composition.
+Every rewrite starts from the captured graph at original sizes, so shrinking twice is shrinking once by the composition.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ aten = torch.ops.aten
 def rewrite(
     axis_facts: AxisFacts, kept: Selection, region: nn.Module, watched: Sequence[fx.Node] = (), live: bool = True
 ) -> Program:
-    """The program of a region under a selection.
+    """Generate the program of a region under a selection.
 
     Args:
         axis_facts: axes of the captured graph.
-        kept: what stays of each atom.
-        region: the live region; only the types of its modules are looked at.
+        kept: the entries of each atom that stay.
+        region: the live region; only the types of its modules matter.
         watched: nodes of the captured graph whose values `run` returns after the outputs.
         live: methods of objects are called, not computed as they were traced; `run` takes the objects then.
 
     Raises:
-        RuleError: the `resize` of a rule fails.
+        RuleError: the `resize` of a rule failed.
     """
     captured = axis_facts.captured
     graph, new, objects, constants = _copy(captured, live)
@@ -100,7 +100,11 @@ def _sizes_now(axis_facts: AxisFacts, kept: Selection) -> Callable[[fx.Node], Se
 def _copy(
     captured: RegionGraph, live: bool
 ) -> tuple[fx.Graph, dict[fx.Node, fx.Node], list[fx.Node], dict[fx.Node, Any]]:
-    """The captured graph as a new one that takes inputs, objects, then constants; and which node became which."""
+    """Copy the captured graph into one that takes inputs, objects, then constants.
+
+    Returns:
+        The copy, node of the captured graph -> node of the copy, and the placeholders of objects and of constants.
+    """
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     constants: dict[fx.Node, Any] = {}
@@ -111,9 +115,9 @@ def _copy(
     for name, value in captured.constants.items():
         new[by_name[name]] = node = graph.placeholder(name)
         constants[node] = value
-    for name, held in captured.tensors.items():
+    for name, tensor in captured.tensors.items():
         if by_name[name].users:
-            new[by_name[name]] = graph.get_attr(held)
+            new[by_name[name]] = graph.get_attr(tensor)
     for node in captured.graph.nodes:
         if node not in new and node.op not in ("placeholder", "get_attr"):
             new[node] = graph.node_copy(node, new.__getitem__)
@@ -121,7 +125,7 @@ def _copy(
 
 
 def _bind(captured: RegionGraph, region: nn.Module, graph: fx.Graph, new: dict[fx.Node, fx.Node]) -> None:
-    """Call the region's own nn.Linears, so that hooks and wrappers put on them later work too; drop what is unused."""
+    """Call the region's own nn.Linears, so that later hooks and wrappers on them work; erase unused attributes."""
     for node in list(graph.nodes):
         if node.target is not aten.linear.default:
             continue
@@ -130,9 +134,9 @@ def _bind(captured: RegionGraph, region: nn.Module, graph: fx.Graph, new: dict[f
             continue
         path = weight.target.rpartition(".")[0]
         module = region.get_submodule(path)
-        own = (f"{path}.weight", f"{path}.bias" if getattr(module, "bias", None) is not None else None)
-        free = path not in captured.hooked  # else its hooks would run twice
-        if free and calls_itself(module) and own == (weight.target, bias.target if bias else None):
+        names = (f"{path}.weight", f"{path}.bias" if getattr(module, "bias", None) is not None else None)
+        unhooked = path not in captured.hooked  # else its hooks would run twice
+        if unhooked and calls_itself(module) and names == (weight.target, bias.target if bias else None):
             with graph.inserting_before(node):
                 call = graph.call_module(path, (node.args[0],))
             node.replace_all_uses_with(call)

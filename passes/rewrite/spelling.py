@@ -2,8 +2,8 @@
 
 Most ops of `aten` have a function or a method of the same name that torch generates from the same schema, so that its
 arguments are the same in the same order. Calling it skips the look-up and boxing that `torch.ops.aten.add.Tensor(x, y)`
-pays for. Which ops have one is asked of torch: functions that torch writes by hand, in Python or over several ops, are
-told by not being among the generated ones, and are not used.
+pays for. Torch itself tells which ops have one: functions that are written by hand, in Python or over several ops, are
+not among the generated ones, and are not used.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Spelling: TypeAlias = tuple[Literal["torch", "nn", "method"], str]
 
 @functools.cache
 def spelling(op: Any) -> Spelling | None:
-    """Find how an op is called quickest: `torch.add`, `torch._C._nn.gelu`, `x.expand`; None: as the op itself."""
+    """Return the quickest way to call an op: `torch.add`, `torch._C._nn.gelu`, `x.expand`; None: the op itself."""
     if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten":
         return None
     arguments = op._schema.arguments
     if not arguments or "Tensor" not in str(arguments[0].type):
-        return None  # makes a tensor of sizes alone: written by hand in torch
+        return None  # it makes a tensor from sizes alone; torch's function for it is written by hand
     name = op._opname
     generated = getattr(torch._C._VariableFunctions, name, None)
     if generated is not None and getattr(torch, name, None) is generated:

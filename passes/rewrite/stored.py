@@ -1,9 +1,11 @@
-"""Stored: what objects hold between calls, keys and values as a rule, at the sizes that a plan leaves.
+"""Stored state: tensors in objects between calls, keys and values as a rule, at the sizes that a plan leaves.
 
-layout(exprs, kept)   which entries of a tensor are there
--> compressed         a tensor at its original sizes to these
--> expanded           and back, zeros where entries are gone
-agree(...)            every graph of a region takes what another leaves as it is
+    layout(exprs, kept)       the entries of a tensor that are left
+      -> compressed           a tensor from its original sizes to these
+      -> expanded             and back, with zeros where entries are gone
+    check_state_layouts(..)   every graph of a region takes from an object the entries that another leaves in it
+
+Programs read and fill objects at these sizes; the original ones are needed to capture a graph and to verify one.
 """
 
 from __future__ import annotations
@@ -23,43 +25,48 @@ from ecospa_fx.passes.ir.state_access import ObjectPath, copy_objects
 if TYPE_CHECKING:
     from ecospa_fx.passes.ir.axis_facts import AxisFacts
 
-StateKey = tuple[type, tuple[Any, ...]]  # the class of an object, and the way to something in it
+StateKey = tuple[type, tuple[Any, ...]]  # the class of an object, and the path to a tensor in it
 
 
 @dataclass(frozen=True, eq=False)
 class StateLayout:
-    """Which entries of a tensor are left.
+    """The entries of a tensor that are left.
 
     Attributes:
-        mask: of these; it broadcasts over the tensor at its original sizes.
-        sizes: what is left of each dim, None where all is.
+        mask: True for these entries; it broadcasts over the tensor at its original sizes.
+        sizes: number of entries left along each dim, None where all are.
     """
 
     mask: Tensor
     sizes: tuple[int | None, ...]
 
-    def fits(self, shape: Sequence[int]) -> list[int]:
-        """The sizes that a tensor with as many entries as one of `shape` along other dims must have."""
+    def shape_left(self, shape: Sequence[int]) -> list[int]:
+        """Return the shape that is left of a tensor whose whole dims have the sizes of `shape`."""
         return [size if left is None else left for size, left in zip(shape, self.sizes, strict=True)]
 
-    def over(self, tensor: Tensor) -> Tensor:
-        """The mask over a tensor at its original sizes, where dims that are whole are as in `tensor`."""
-        whole = [
+    def mask_over(self, tensor: Tensor) -> Tensor:
+        """Expand the mask over a tensor at its original sizes, whose whole dims are as in `tensor`."""
+        original = [
             n if left is None else self.mask.size(d)
             for d, (n, left) in enumerate(zip(tensor.shape, self.sizes, strict=True))
         ]
-        return self.mask.to(tensor.device).expand(whole)
+        return self.mask.to(tensor.device).expand(original)
 
 
 def layout(exprs: Sequence[Expr], kept: Selection) -> StateLayout | None:
-    """Which entries of a tensor along `exprs` are left, None where all are."""
+    """Return the layout of a tensor along `exprs`, None where all of its entries are left.
+
+    Raises:
+        PinnedAxisError: a dim that has shrunk is folded together with a dynamic one.
+    """
     mask: Tensor | None = None
     for dim, expr in enumerate(exprs):
         if touched(expr, kept):
             if type(size_of(expr)) is not int:
                 raise PinnedAxisError(
-                    f"an axis of {size_of(expr)} that has shrunk is held by an object that a region is called with, "
-                    "folded together with one whose size changes; that cannot be followed"
+                    f"an object that a region is called with holds a tensor whose dim {dim} of size {size_of(expr)} "
+                    "folds an axis that has shrunk together with one whose size changes, which cannot be resized. Give "
+                    "each a dim of its own, or do not shrink that axis"
                 )
             here = broadcast_mask(exprs, dim, kept)
             mask = here if mask is None else mask & here
@@ -71,20 +78,20 @@ def layout(exprs: Sequence[Expr], kept: Selection) -> StateLayout | None:
 
 
 def expanded(tensor: Tensor, left: StateLayout) -> Tensor:
-    """A tensor of which a layout is left in its places among zeros."""
-    mask = left.over(tensor)
-    whole = tensor.new_zeros(mask.shape)
-    whole[mask] = tensor.detach().flatten()
-    return whole
+    """Expand a tensor to its original sizes, with zeros where entries are gone."""
+    mask = left.mask_over(tensor)
+    original = tensor.new_zeros(mask.shape)
+    original[mask] = tensor.detach().flatten()
+    return original
 
 
 def compressed(tensor: Tensor, left: StateLayout) -> Tensor:
-    """What a layout leaves of a tensor."""
-    return tensor[left.mask.to(tensor.device).expand(tensor.shape)].reshape(left.fits(tensor.shape))
+    """Compress a tensor at its original sizes to the entries that are left."""
+    return tensor[left.mask.to(tensor.device).expand(tensor.shape)].reshape(left.shape_left(tensor.shape))
 
 
 def keys_of(axis_facts: AxisFacts, stored: bool = False) -> dict[StateKey, Sequence[Expr]]:
-    """What a graph knows of objects: axes by the class of the object and the way to them; or what it fills only."""
+    """Return the axes of tensors in objects that a graph uses, or (`stored`) only of those that it fills."""
     carried = axis_facts.captured.carried
     return {
         (carried.types[place.number], place.path): exprs
@@ -94,52 +101,56 @@ def keys_of(axis_facts: AxisFacts, stored: bool = False) -> dict[StateKey, Seque
 
 
 def check_state_layouts(graphs: Iterable[tuple[AxisFacts, Selection]], difference: str = "") -> None:
-    """Check that what one graph leaves in an object is what the others take from it.
+    """Check that the entries that one graph leaves in an object are those that the others take from it.
 
     Raises:
-        PinnedAxisError: it is not.
+        PinnedAxisError: two graphs use different entries.
     """
-    seen: dict[StateKey, StateLayout | None] = {}
+    layouts: dict[StateKey, StateLayout | None] = {}
     for axis_facts, kept in graphs:
         for key, exprs in keys_of(axis_facts).items():
-            mine = layout(exprs, kept)
-            other = seen.setdefault(key, mine)
-            if (mine is None) != (other is None) or (mine and other and not torch.equal(mine.mask, other.mask)):
+            this = layout(exprs, kept)
+            other = layouts.setdefault(key, this)
+            if (this is None) != (other is None) or (this and other and not torch.equal(this.mask, other.mask)):
                 cls, path = key
                 why = f" The call differs from earlier ones: {difference}." if difference else ""
                 raise PinnedAxisError(
-                    f"`{ObjectPath(0, path)}` of a {cls.__name__} is filled by one call of "
-                    f"`{axis_facts.captured.region}` and read by another that would need other entries of it.{why} "
-                    "Call the model as before"
+                    f"two calls of `{axis_facts.captured.region}` share `{ObjectPath(0, path)}` of a {cls.__name__}, "
+                    f"but use different entries of it ({_entries_text(other)}; {_entries_text(this)}).{why} Call the "
+                    "model as before"
                 )
 
 
+def _entries_text(left: StateLayout | None) -> str:
+    return ", ".join(f"{n} along dim {d}" for d, n in enumerate(left.sizes) if n is not None) if left else "all"
+
+
 def whole_objects(objects: Sequence[Any], graphs: Iterable[tuple[AxisFacts, Selection]], who: str) -> list[Any]:
-    """Copies of the objects of a call that hold what graphs have put there as it would be had nothing shrunk.
+    """Copy the objects of a call, with the tensors that graphs have put there at original sizes.
 
     Args:
-        objects: they.
-        graphs: of the region that is called, and what they keep.
-        who: the region, for the message.
+        objects: the objects.
+        graphs: the graphs of the region that is called, each with the entries that it keeps.
+        who: name of the region, for the message.
 
     Raises:
-        EcoSpaError: what one holds is not what the region as it is now leaves in it.
+        EcoSpaError: a tensor in an object does not have the sizes that the region leaves now.
     """
-    known = {key: layout(exprs, kept) for axis_facts, kept in graphs for key, exprs in keys_of(axis_facts).items()}
+    layouts = {key: layout(exprs, kept) for axis_facts, kept in graphs for key, exprs in keys_of(axis_facts).items()}
 
-    def whole(place: ObjectPath, tensor: Tensor) -> Tensor:
-        left = known.get((type(objects[place.number]), place.path))
+    def expand(place: ObjectPath, tensor: Tensor) -> Tensor:
+        left = layouts.get((type(objects[place.number]), place.path))
         if left is None:
             return tensor.detach().clone()
-        if tensor.ndim == len(left.sizes) and list(tensor.shape) == left.fits(tensor.shape):
+        if tensor.ndim == len(left.sizes) and list(tensor.shape) == left.shape_left(tensor.shape):
             return expanded(tensor, left)
-        fit = (
-            f"{tuple(left.fits(tensor.shape))} fit" if tensor.ndim == len(left.sizes) else f"{len(left.sizes)} dims fit"
+        needed = (
+            str(tuple(left.shape_left(tensor.shape))) if tensor.ndim == len(left.sizes) else f"{len(left.sizes)} dims"
         )
         raise EcoSpaError(
             f"`{place}` of the {type(objects[place.number]).__name__} that `{who}` is called with has sizes "
-            f"{tuple(tensor.shape)}, and {fit}: it was filled by another model, or before this one shrank to what it "
-            "is now. Start with an empty one"
+            f"{tuple(tensor.shape)} and needs {needed}: it was filled by another model, or by this one before its last "
+            "shrink. Start with an empty one"
         )
 
-    return copy_objects(objects, whole)
+    return copy_objects(objects, expand)

@@ -1,7 +1,7 @@
-"""Verify: a shrunk region equals the masked one, outputs and gradients, numerically.
+"""Verification: a numerical check that a shrunk region equals the masked one, in outputs and gradients.
 
 Masking is the definition of removal: at every contraction over an axis, the removed entries count as zero. `Masked`
-runs the captured graph at original sizes so; the rewritten program must agree with it to rounding.
+runs the captured graph so, at original sizes; the rewritten program must agree with it up to rounding.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from .rewrite import rewrite
 from .stored import compressed, layout
 
-# Relative error up to which shrunk and masked count as equal; sums in another order account for it.
+# Relative error up to which shrunk and masked count as equal; it comes from sums in another order.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-# Difference of a gradient, relative to the largest entry of all, up to which it is rounding: 1024 roundings in float64
-# (hundreds are left of gradients that are zero, deep below a group norm with one entry per group), 64 in float32.
+# Difference of a gradient, relative to the largest entry of all, that counts as rounding: 1024 roundings in float64
+# (gradients that are zero, deep below a group norm with one entry per group, come out as hundreds), 64 in float32.
 NOISE = {torch.float64: 2.3e-13, torch.float32: 7.6e-6, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 class Masked(fx.Interpreter):
-    """Runs a captured graph with every contraction over a selected axis masked.
+    """Interpreter of a captured graph that masks every contraction over a selected axis.
 
     Attributes:
-        masks: node -> (which of its node arguments, mask that broadcasts over it) to multiply in.
+        masks: node -> (index among its node arguments, mask that broadcasts over this argument).
     """
 
     masks: dict[str, list[tuple[int, Tensor]]]
@@ -49,10 +49,10 @@ class Masked(fx.Interpreter):
         position = iter(range(len(argument_nodes(n))))
 
         def value(arg: fx.Node) -> Any:
-            here = next(position)
+            number = next(position)
             result = self.env[arg]
             for occurrence, mask in masks:
-                if occurrence == here:
+                if occurrence == number:
                     result = result.masked_fill(~mask.to(result.device), 0)
             return result
 
@@ -63,13 +63,13 @@ class Masked(fx.Interpreter):
 def contraction_masks(
     axis_facts: AxisFacts, kept: Selection, inputs: Sequence[Tensor]
 ) -> dict[str, list[tuple[int, Tensor]]]:
-    """Where to multiply masks in so that removed entries count as zero in every contraction of a call with `inputs`."""
+    """Return the masks, by node, that make removed entries zero in every contraction of a call with `inputs`."""
     sizes = axis_facts.captured.signature.dynamic_sizes(inputs)
     masks: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
     for fact in axis_facts.facts:
         if fact.role != "contracted" or not touched(fact.expr, kept):
             continue
-        # One operand is enough: the other's entries are multiplied by zero.
+        # Masking one operand is enough: the other's entries are then multiplied by zero.
         node = fact.node
         occurrences = [i for i, arg in enumerate(argument_nodes(node)) if tensor_meta(arg)]
         for occurrence, operand in zip(occurrences, axis_facts.operands[node], strict=True):
@@ -78,7 +78,7 @@ def contraction_masks(
             alone = {atom: kept[atom] for atom in atoms if atom in kept}
             dims = [dim for dim, expr in enumerate(operand.exprs) if atoms <= set(atoms_of(expr))]
             if dims and operand.node in [o.node for o in fact.operands]:
-                # Other dims along the same axis lose these entries anyway.
+                # Other dims along the same axis lose these entries as well.
                 axes = [sized(expr, sizes) for expr in operand.exprs]
                 masks[node.name].extend((occurrence, broadcast_mask(axes, dim, alone)) for dim in dims)
                 break
@@ -87,7 +87,16 @@ def contraction_masks(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Shrunk against masked, one selection. Errors are relative to the largest entry."""
+    """The errors of a shrunk region against the masked one, for one selection, relative to the largest entry.
+
+    Attributes:
+        coupling: name of the comparison.
+        removed: number of entries that the selection removes.
+        output_error: largest difference of an output.
+        gradient_error: largest difference of a gradient.
+        worst_gradient: name of the parameter or argument with that gradient.
+        tolerance: error up to which both count as equal.
+    """
 
     coupling: str
     removed: int
@@ -98,7 +107,7 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        """Both errors are within tolerance."""
+        """The verdict: both errors are within tolerance."""
         return max(self.output_error, self.gradient_error) <= self.tolerance
 
 
@@ -110,15 +119,15 @@ def compare(
     inputs: Sequence[Tensor],
     coupling: str,
 ) -> Comparison:
-    """Run one call masked and shrunk.
+    """Run one call masked and shrunk, and compare outputs and gradients.
 
     Args:
         axis_facts: axes of the captured graph.
         kept: the selection.
-        region: the live region, whose module types matter and whose parameters do not.
+        region: the live region; the types of its modules matter, its parameters do not.
         tensors: parameters and buffers at original sizes, by name in the region.
         inputs: the tensors of a call, and those in its objects, at original sizes.
-        coupling: what the comparison is called.
+        coupling: name of the comparison.
     """
     captured = axis_facts.captured
 
@@ -126,31 +135,31 @@ def compare(
         masks = contraction_masks(axis_facts, kept, inputs)
 
     floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
-    # A buffer stays one: torch refuses gradients of running statistics.
+    # A buffer stays a buffer: torch refuses gradients of running statistics.
     trained = {captured.tensors[name] for name in captured.parameters} & floating.keys()
-    steps = {
+    positions = {
         name: {dim: mask_of(expr, kept).nonzero().flatten() for dim, expr in enumerate(exprs) if touched(expr, kept)}
         for name, exprs in axis_facts.parameters.items()
     }
 
-    whole = {name: fresh_leaf(t) if name in trained else t.clone() for name, t in tensors.items()}
-    called = len(inputs) - len(captured.state)
-    whole_inputs = [*(fresh_leaf(t) for t in inputs[:called]), *(t.detach().clone() for t in inputs[called:])]
+    full = {name: fresh_leaf(t) if name in trained else t.clone() for name, t in tensors.items()}
+    count = len(inputs) - len(captured.state)
+    full_inputs = [*(fresh_leaf(t) for t in inputs[:count]), *(t.detach().clone() for t in inputs[count:])]
     by_name = {node.name: node for node in captured.graph.nodes if node.op == "placeholder"}
     layouts = [
         layout(axis_facts.values[by_name[name]][0], kept) if by_name[name] in axis_facts.values else None
         for name in captured.state
     ]
-    held = [
-        t.detach().clone() if mask is None else compressed(t.detach(), mask)
-        for t, mask in zip(inputs[called:], layouts, strict=True)
+    small_state = [
+        t.detach().clone() if left is None else compressed(t.detach(), left)
+        for t, left in zip(inputs[count:], layouts, strict=True)
     ]
     with forked_rng(region):
         torch.manual_seed(0)
-        outputs = run(captured, whole, whole_inputs, interpreter=Here)
+        outputs = run(captured, full, full_inputs, interpreter=Here)
 
-    small = {name: sliced(t, steps.get(name, {})).clone() for name, t in tensors.items()}
-    small_inputs = [*(fresh_leaf(t) for t in inputs[:called]), *held]
+    small = {name: sliced(t, positions.get(name, {})).clone() for name, t in tensors.items()}
+    small_inputs = [*(fresh_leaf(t) for t in inputs[:count]), *small_state]
     program = rewrite(axis_facts, kept, region, live=False)
     parameters = {name: nn.Parameter(t) if name in trained else t for name, t in small.items()}
     with forked_rng(region), swapped(region, parameters):
@@ -159,13 +168,13 @@ def compare(
 
     outputs_error = max((output_error(a, b) for a, b in zip(outputs, small_outputs, strict=True)), default=0.0)
     gradient_error, worst, tolerance = 0.0, "", _tolerance(axis_facts)
-    gradients = _gradients(outputs, [*whole.values(), *whole_inputs])
+    gradients = _gradients(outputs, [*full.values(), *full_inputs])
     small_gradients = _gradients(small_outputs, [*parameters.values(), *small_inputs])
-    names = [*whole, *(f"argument {i}" for i in range(len(inputs)))]
+    names = [*full, *(f"argument {i}" for i in range(len(inputs)))]
     scale = max((float(g.abs().max()) for g in gradients if g is not None and g.numel()), default=0.0)
     for name, a, b in zip(names, gradients, small_gradients, strict=True):
         if a is not None:
-            expected = sliced(a, steps.get(name, {}))
+            expected = sliced(a, positions.get(name, {}))
         elif b is not None:
             expected = torch.zeros_like(b)
         else:
@@ -173,18 +182,18 @@ def compare(
         error = _gradient_error(expected, torch.zeros_like(expected) if b is None else b, scale, tolerance)
         if error > gradient_error:
             gradient_error, worst = error, name
-    removed = sum(atom.size - entries(choice) for atom, choice in kept.items())
+    removed = sum(atom.size - entries(selected) for atom, selected in kept.items())
     return Comparison(coupling, removed, outputs_error, gradient_error, worst, tolerance)
 
 
 def _tolerance(axis_facts: AxisFacts) -> float:
-    """That of the least precise numbers on the way: a norm may compute in float32 whatever it is given."""
+    """Return the tolerance of the least precise dtype in the graph: a norm may compute in float32 for any input."""
     dtypes = {meta.dtype for node in axis_facts.values for meta in tensor_meta(node)}
     return max((TOLERANCE[dtype] for dtype in dtypes & TOLERANCE.keys()), default=1e-5)
 
 
 def _gradients(outputs: Sequence[Any], leaves: list[Tensor]) -> list[Tensor | None]:
-    """Gradients of a fixed random projection of the outputs."""
+    """Return the gradients of a fixed random projection of the outputs."""
     generator = torch.Generator().manual_seed(1)
     terms = [
         (out * torch.randn(out.shape, generator=generator).to(out)).sum()
@@ -194,14 +203,14 @@ def _gradients(outputs: Sequence[Any], leaves: list[Tensor]) -> list[Tensor | No
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     if not terms or not wanted:
         return [None] * len(leaves)
-    found = iter(torch.autograd.grad(sum(terms[1:], terms[0]), wanted, allow_unused=True))
-    return [next(found) if leaf.requires_grad else None for leaf in leaves]
+    gradients = iter(torch.autograd.grad(sum(terms[1:], terms[0]), wanted, allow_unused=True))
+    return [next(gradients) if leaf.requires_grad else None for leaf in leaves]
 
 
 def output_error(a: Tensor, b: Tensor) -> float:
-    """Largest difference relative to the largest entry; none where all that is left of both is rounding.
+    """Return the largest difference relative to the largest entry; 0 where both tensors are nothing but rounding.
 
-    A sum over what has been normalised is zero but for that, whatever the weights are.
+    A sum over normalised values is zero but for rounding, whatever the weights are.
     """
     if a.shape == b.shape and a.is_floating_point() and a.numel() and _is_rounding(a) and _is_rounding(b):
         return 0.0
@@ -213,11 +222,11 @@ def _is_rounding(tensor: Tensor) -> bool:
 
 
 def _gradient_error(a: Tensor, b: Tensor, scale: float, tolerance: float) -> float:
-    """Largest difference relative to the largest entry; relative to `scale` where it is rounding of larger numbers.
+    """Return the largest difference relative to the largest entry, or to `scale` if it is rounding of larger numbers.
 
     Where terms cancel (in the gradient of a key's bias under softmax, or of a bias before a group norm over many
-    positions) what is left is noise, and its error relative to itself means nothing. `scale` is the largest entry of
-    all gradients; beside it, `NOISE` is taken for rounding.
+    positions) only noise is left, and its error relative to itself means nothing. `scale` is the largest entry of all
+    gradients; differences up to `NOISE` times that count as rounding.
     """
     error = relative_error(a, b)
     if a.shape != b.shape or not a.numel():
@@ -226,6 +235,6 @@ def _gradient_error(a: Tensor, b: Tensor, scale: float, tolerance: float) -> flo
     if _is_rounding(a) and _is_rounding(b):
         return 0.0
     difference = float((a - b).abs().max())
-    # Where something on the way computed in float32, its rounding is left in gradients of float64 too.
+    # Where an op on the way computes in float32, gradients in float64 carry its rounding too.
     noise = max(NOISE.get(a.dtype, 64 * eps), tolerance / 100 if tolerance > TOLERANCE.get(a.dtype, 0.0) else 0.0)
     return min(error, difference / scale) if difference <= noise * scale else error

@@ -1,8 +1,8 @@
-"""Watch: run a program and look at values inside it, which is what scores of activations are made of.
+"""Watch: a program that also returns values inside it, of which scores of activations are made.
 
-    watch(program, kept, region, nodes) -> a function like `program.run` that returns the values of `nodes` as well
+    watch(program, kept, region, nodes) -> a call of the region that returns the values of `nodes` as well
 
-The code is generated anew with these values among its outputs, so that nothing is paid for where nobody watches.
+The code is generated anew with these values among its outputs, so a call that nobody watches costs nothing more.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ Watched = Callable[[nn.Module, Sequence[Tensor]], tuple[Any, tuple[Tensor, ...]]
 
 
 def watch(program: Program, kept: Selection, region: nn.Module, nodes: Sequence[fx.Node]) -> Watched:
-    """A call of the region that also returns what `nodes` of its captured graph came to.
+    """Make a call of the region that also returns the values of `nodes` of its captured graph.
 
     Args:
-        program: what serves the call.
-        kept: what the program keeps of each atom.
+        program: the program that serves the call.
+        kept: the entries of each atom that the program keeps.
         region: the live region.
-        nodes: of `program.captured.graph`.
+        nodes: nodes of `program.captured.graph`.
 
     Returns:
-        `call(region, inputs)` -> what the program returns, and the values of `nodes`, detached.
+        `call(region, inputs)` -> the results of the program, and the values of `nodes`, detached.
     """
-    seeing = rewrite(program.axis_facts, kept, region, watched=nodes)
+    watching = rewrite(program.axis_facts, kept, region, watched=nodes)
 
     def call(module: nn.Module, inputs: Sequence[Any]) -> tuple[Any, tuple[Tensor, ...]]:
-        tensors = seeing.run(module, *inputs, *seeing.constants)
+        tensors = watching.run(module, *inputs, *watching.constants)
         count = len(tensors) - len(nodes)
-        return seeing.returned(module, inputs, tensors[:count]), tuple(value.detach() for value in tensors[count:])
+        return watching.returned(module, inputs, tensors[:count]), tuple(value.detach() for value in tensors[count:])
 
     return call

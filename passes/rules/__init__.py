@@ -1,4 +1,4 @@
-"""What each op does to axes: one file per class of op. Importing this package fills the table."""
+"""Rules: the effect of each op on axes, one file per class of op. Importing this package fills the table."""
 
 from . import contraction, convolution, indexing, norm, pointwise, recurrent, reduction, shape, spectrum, window  # noqa: F401  (they register)
 from .formulas import Formula

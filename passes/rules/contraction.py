@@ -1,4 +1,4 @@
-"""Ops in which axes are multiplied together and summed over: where weights meet."""
+"""Contractions: ops in which axes are multiplied together and summed over, where weights meet."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ aten = torch.ops.aten
 
 @axis_rule(aten.linear.default)
 def linear(x: Operand, weight: Operand, bias: Operand | None = None) -> str:
-    """`k` is contracted with the weight, which brings `n`."""
+    """`k` is contracted with the weight, whose `n` stays free."""
     return "... k, n k, +n -> ... n"
 
 
 @axis_rule(aten.addmm.default)
 def addmm(bias: Operand, x: Operand, weight: Operand, **_: Any) -> str:
-    """A matrix product with something added."""
+    """`k` is contracted, `m` and `n` stay free; the bias is added to the product."""
     return f"+{'m n' if bias.ndim == 2 else 'n'}, m k, k n -> m n"
 
 
@@ -43,7 +43,7 @@ def bmm(a: Operand, b: Operand) -> str:
 
 @axis_rule(aten.baddbmm.default)
 def baddbmm(bias: Operand, a: Operand, b: Operand, **_: Any) -> str:
-    """A batched product with something added."""
+    """`k` is contracted, `b` is shared, `m` and `n` stay free; the bias is added to the product."""
     return f"+{' '.join('bmn'[-bias.ndim :])}, b m k, b k n -> b m n"
 
 
@@ -57,7 +57,7 @@ def matmul(a: Operand, b: Operand) -> str:
 
 @axis_rule(aten.einsum.default)
 def einsum(equation: str, operands: list[Operand], **_: Any) -> Pattern:
-    """Sums over the letters that the output does not have."""
+    """Letters that the output does not have are summed over."""
     equation = equation.replace(" ", "")
     if "->" not in equation:
         letters = sorted(set(equation) - set(".,"))
@@ -68,14 +68,14 @@ def einsum(equation: str, operands: list[Operand], **_: Any) -> Pattern:
 
 
 def _spaced(term: str) -> str:
-    """`...ij` as `... i j`."""
+    """Write `...ij` as `... i j`."""
     return " ".join(term.replace("...", ".")).replace(".", "...")
 
 
 @axis_rule("transformers::grouped_mm_fallback", aten._grouped_mm.default)
 def grouped_mm(x: Operand, weight: Operand, groups: Operand | None = None, bias: Operand | None = None,
                *_: Any) -> Pattern | Opaque:  # fmt: skip
-    """Consecutive rows meet the matrix of their group, which their number says."""
+    """The position of a row decides which matrix it is multiplied with."""
     if groups is None or bias is not None or (x.ndim, weight.ndim) != (2, 3):
         return Opaque(tuple(operand for operand in (x, weight, groups, bias) if operand is not None))
     return Pattern("s! k, e! k n, +e! -> s! n", (x, weight, groups))
@@ -88,7 +88,7 @@ def cdist(a: Operand, b: Operand, *_: Any) -> Pattern:
 
 
 def write_scale(site: OpSite) -> None:
-    """Attention without a scale takes 1/sqrt(d) from the shape it sees: write that of the original `d` in."""
+    """Write in the scale of the original `d`: without one, attention takes 1/sqrt(d) from the shape it sees."""
     query = site.operands[0]
     if site.args["scale"] is None and site.touched(query.exprs[-1]):
         site.args["scale"] = 1.0 / math.sqrt(query.shape[-1])
@@ -97,7 +97,7 @@ def write_scale(site: OpSite) -> None:
 @axis_rule(aten.scaled_dot_product_attention.default, resize=write_scale)
 def attention(q: Operand, k: Operand, v: Operand, mask: Operand | None = None, dropout: float = 0.0,
               causal: bool = False, *, enable_gqa: bool = False, **_: Any) -> Pattern:  # fmt: skip
-    """Every key position feeds the softmax over them."""
+    """The softmax runs over all key positions, and a causal mask counts positions."""
     s = "s!" if causal else "s"
     heads = "(h g) " if enable_gqa else ""
     shared = "h " if enable_gqa else ""

@@ -1,4 +1,4 @@
-"""Convolutions and their pooling and resizing companions: channels are contracted, positions stay whole."""
+"""Convolutions, pooling, resizing and padding: channels are contracted or carried, positions stay whole."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _letters(prefix: str, count: int, pinned: bool = True) -> str:
 
 
 def _window(kernel: Sequence[Size], dilation: Any, padding: Any, stride: Any) -> tuple[tuple[int, ...], ...]:
-    """Kernel, dilation, padding and stride per dim of space; nothing where the two ends are padded differently."""
+    """Return kernel, dilation, padding and stride per dim of space; `()` where the two ends are padded differently."""
     space = len(kernel)
 
     def per_dim(value: Any) -> tuple[int, ...]:
@@ -41,7 +41,7 @@ def _window(kernel: Sequence[Size], dilation: Any, padding: Any, stride: Any) ->
 
 
 def resize_groups(site: OpSite) -> None:
-    """Whole groups may go: there are as many as the channels of one fit into all."""
+    """Count the groups that are left: only whole groups go, so divide all channels by those of one group."""
     x, weight = site.operands[:2]
     if site.args["groups"] > 1:
         site.args["groups"] = site.count(x.exprs[1 - weight.ndim]) // site.count(weight.exprs[1])
@@ -50,7 +50,7 @@ def resize_groups(site: OpSite) -> None:
 @axis_rule(aten.conv1d, aten.conv2d, aten.conv3d, resize=resize_groups)
 def conv(x: Operand, weight: Operand, bias: Operand | None = None, stride: Any = 1, padding: Any = 0,
          dilation: Any = 1, groups: int = 1) -> Pattern:  # fmt: skip
-    """Neighbouring positions, and the channels of a group, are summed over."""
+    """Neighbouring positions are summed over, together with the channels of a group."""
     window = _window(weight.shape[2:], dilation, padding, stride)
     if groups == 1:
         return _convolution("c", "n c", "n", x, weight, bias, window)
@@ -61,7 +61,7 @@ def conv(x: Operand, weight: Operand, bias: Operand | None = None, stride: Any =
 
 
 def resize_transposed_groups(site: OpSite) -> None:
-    """As for a convolution; here it is the outputs that the weight lists per group."""
+    """Count the groups that are left, by the channels of the output: here the weight lists those of one group."""
     weight = site.operands[1]
     if site.args["groups"] > 1:
         site.args["groups"] = site.count(site.outputs[0][1 - weight.ndim]) // site.count(weight.exprs[1])
@@ -70,7 +70,7 @@ def resize_transposed_groups(site: OpSite) -> None:
 @axis_rule(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d, resize=resize_transposed_groups)
 def conv_transpose(x: Operand, weight: Operand, bias: Operand | None = None, stride: Any = 1, padding: Any = 0,
                    output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> Pattern:  # fmt: skip
-    """The channels of a group are summed over, and spread over neighbouring positions."""
+    """Each position is spread over its neighbours, after the channels of a group are summed over."""
     window = _window((1,) * (weight.ndim - 2), 1, 0, 1)  # the channels at each position are summed before they spread
     if groups == 1:
         return _convolution("c", "c n", "n", x, weight, bias, window)
@@ -81,7 +81,7 @@ def conv_transpose(x: Operand, weight: Operand, bias: Operand | None = None, str
 
 def _convolution(channels: str, matrix: str, results: str, x: Operand, weight: Operand, bias: Operand | None,
                  window: tuple[tuple[int, ...], ...], **how: Any) -> Pattern:  # fmt: skip
-    """A convolution by its channels: those of the input, of the weight, and of the output."""
+    """Write the pattern of a convolution, given the letters of its channels in the input, the weight and the output."""
     space = weight.ndim - 2
     batch = "b " if x.ndim == weight.ndim else ""
     here, kernel, there = _letters("x", space), _letters("k", space), _letters("y", space)
@@ -92,7 +92,7 @@ def _convolution(channels: str, matrix: str, results: str, x: Operand, weight: O
 
 def _resampled(space: int) -> Callable[..., Pattern]:
     def resampled(x: Operand, *_: Any, **__: Any) -> Pattern:
-        """Neighbouring positions are combined."""
+        """Each result along the axis is computed from neighbouring positions."""
         # The batch dim may be missing, so positions are counted from the right.
         before = " ".join("bc"[: x.ndim - space])
         return Pattern(f"{before} {_letters('x', space)} -> {before} {_letters('y', space)}", (x,), apart=True)
@@ -112,7 +112,7 @@ axis_rule(aten.max_pool3d, aten.avg_pool3d, aten.adaptive_avg_pool3d)(_resampled
 
 @axis_rule(aten.pad.default, aten.constant_pad_nd.default)
 def pad(x: Operand, padding: list[Any], *how: Any, **more: Any) -> Pattern:
-    """Entries are added at the ends of the axis."""
+    """New entries are added at the ends of the axis."""
     dims = [f"d{i}" for i in range(x.ndim)]
     grown = {x.ndim - 1 - i // 2 for i, amount in enumerate(padding) if amount != 0}
     before = " ".join(f"{d}!" if i in grown else d for i, d in enumerate(dims))

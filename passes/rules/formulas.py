@@ -1,7 +1,7 @@
-"""Formulas: an entry of a result, where it is an integer or a condition, from those of the operands at its place.
+"""Formulas: an entry of a result, an integer or a condition, as a function of the operands' entries at its position.
 
-Masks are made of such ops. `passes.simplify.symbolic_entries` computes with them at a symbolic index, and what comes
-out is true of every size.
+Masks are made of such ops. `passes.simplify.symbolic_entries` computes with them at a symbolic index, so that its
+result holds at every size.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ class Formula:
     """An op as arithmetic on entries.
 
     Attributes:
-        takes: the kind of its operands; of others nothing is known.
-        entry: takes a function that makes the condition that an integer expression is at least 0, and the operands.
+        takes: the kind of its operands; there is no formula for others.
+        entry: function of `nonnegative`, which makes the condition that an integer expression is at least 0, and of the
+            operands' entries.
     """
 
     takes: Literal["integers", "conditions"]

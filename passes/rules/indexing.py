@@ -1,4 +1,4 @@
-"""Ops that choose entries by the values of an index tensor."""
+"""Indexing: ops that choose entries by the values of an index tensor."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ aten = torch.ops.aten
 
 @axis_rule(aten.embedding.default)
 def embedding(weight: Operand, index: Operand, *_: Any) -> str:
-    """Rows are chosen by the values of an index."""
+    """Entries along the axis are chosen by the values of an index."""
     return "v! e, ... -> ... e"
 
 
 @axis_rule(aten.index_select.default)
 def index_select(x: Operand, dim: int, index: Operand) -> Indexed | Opaque:
-    """Entries are chosen by the values of an index."""
+    """Entries along the axis are chosen by the values of an index."""
     if x.ndim == 0:
         return Opaque((x, index))
     return Indexed(x, dim % x.ndim, index)
@@ -29,7 +29,7 @@ def index_select(x: Operand, dim: int, index: Operand) -> Indexed | Opaque:
 
 @axis_rule(aten.index.Tensor)
 def index(x: Operand, indices: list[Operand | None]) -> Indexed | Pattern | Opaque:
-    """Entries are chosen by the values of an index."""
+    """Entries along the axis are chosen by the values of an index."""
     chosen = [(dim, i) for dim, i in enumerate(indices) if i is not None]
     if any(_is_condition(i) for _, i in chosen):
         return _chosen(x, *chosen[0]) if len(chosen) == 1 else Opaque((x, *(i for _, i in chosen)))
@@ -48,7 +48,7 @@ def _is_condition(index: Operand) -> bool:
 
 
 def _chosen(x: Operand, dim: int, condition: Operand) -> Pattern:
-    """The entries where a condition holds, whose dims become one."""
+    """Write the pattern of the entries at which a condition holds; its dims become one."""
     letters = [f"d{i}" for i in range(x.ndim)]
     here = slice(dim, dim + condition.ndim)
     picked = " ".join(f"{letter}!" for letter in letters[here])
@@ -57,13 +57,13 @@ def _chosen(x: Operand, dim: int, condition: Operand) -> Pattern:
 
 
 def _in_order(x: Operand, indices: list[Operand | None]) -> list[str]:
-    """A letter per dim of `x`: `p` where an index picks, `d` elsewhere."""
+    """Return a letter per dim of `x`: `p` where an index picks, `d` elsewhere."""
     picks = {dim for dim, i in enumerate(indices) if i is not None}
     return [f"{'p' if dim in picks else 'd'}{dim}" for dim in range(x.ndim)]
 
 
 def _places(x: Operand, indices: list[Operand | None]) -> tuple[list[str], list[str], list[str], list[str]]:
-    """The letters of dims before the picked ones, of the picked, of those after; and the dims of each index."""
+    """Return the letters of dims before the picked ones, of the picked ones, of those after, and of each index."""
     letters = _in_order(x, indices)
     picked = [letter for letter in letters if letter[0] == "p"]
     first = letters.index(picked[0])
@@ -74,7 +74,7 @@ def _places(x: Operand, indices: list[Operand | None]) -> tuple[list[str], list[
 
 @axis_rule(aten.index_put_.default, aten.index_put.default)
 def index_put(x: Operand, indices: list[Operand | None], values: Operand, *_: Any) -> Pattern | Opaque:
-    """Entries are written where the values of an index say."""
+    """The values of an index decide which entries along the axis are written."""
     chosen = [i for i in indices if i is not None]
     everything = (x, *chosen, values)
     picks = [dim for dim, i in enumerate(indices) if i is not None]
@@ -83,21 +83,21 @@ def index_put(x: Operand, indices: list[Operand | None], values: Operand, *_: An
         return Opaque(everything)
     before, _picked, after, terms = _places(x, indices)
     longest = max((term.split() for term in terms), key=len)
-    whole = [f"{letter}!" for letter in longest]  # what is not written stays as it was, which is not zero
-    written = [*before, *whole, *after][len(before) + len(whole) + len(after) - values.ndim :]
+    places = [f"{letter}!" for letter in longest]  # entries that are not written stay as they were, which is not zero
+    written = [*before, *places, *after][len(before) + len(places) + len(after) - values.ndim :]
     own = " ".join(f"{n}!" if n[0] == "p" else n for n in _in_order(x, indices))
     placed = ", ".join("+" + " ".join(f"{letter}!" for letter in term.split()) for term in terms)
     return Pattern(f"{own}, {placed}, +{' '.join(written)} -> {own}", everything, apart=True)
 
 
 def _all_but(x: Operand, dim: int, own: str) -> str:
-    """A letter per dim of `x`, with `own` at `dim`."""
+    """Return a letter per dim of `x`, with `own` at `dim`."""
     return " ".join(own if d == dim % x.ndim else f"d{d}" for d in range(x.ndim))
 
 
 @axis_rule(aten.gather.default)
 def gather(x: Operand, dim: int, index: Operand, **_: Any) -> Pattern | Opaque:
-    """Entries are chosen by the values of an index."""
+    """Entries along the axis are chosen by the values of an index."""
     if x.ndim == 0 or not _alike(x, index, dim):
         return Opaque((x, index))
     spec = f"{_all_but(x, dim, 'from!')}, +{_all_but(x, dim, 'to')} -> {_all_but(x, dim, 'to')}"
@@ -106,7 +106,7 @@ def gather(x: Operand, dim: int, index: Operand, **_: Any) -> Pattern | Opaque:
 
 @axis_rule(aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_, aten.scatter_reduce, aten.scatter_reduce_)
 def scatter(x: Operand, dim: int, index: Operand, values: Any, *_: Any, **__: Any) -> Pattern | Opaque:
-    """Entries are written where the values of an index say."""
+    """The values of an index decide which entries along the axis are written."""
     written = (index, values) if isinstance(values, Operand) and values.ndim else (index,)
     everything = (x, index, values) if isinstance(values, Operand) else (x, index)
     if x.ndim == 0 or len(everything) - 1 != len(written) or not all(_alike(x, w, dim) for w in written):
@@ -117,36 +117,36 @@ def scatter(x: Operand, dim: int, index: Operand, values: Any, *_: Any, **__: An
 
 
 def _alike(x: Operand, other: Operand, dim: int) -> bool:
-    """Whether two operands have the same sizes but along `dim`."""
+    """Return True if two operands have the same sizes, except along `dim`."""
     sizes = zip(x.shape, other.shape, strict=False)
     return x.ndim == other.ndim and all(a == b for d, (a, b) in enumerate(sizes) if d != dim % x.ndim)
 
 
 @axis_rule(aten.index_add, aten.index_add_, aten.index_copy, aten.index_copy_)
 def index_add(x: Operand, dim: int, index: Operand, source: Operand, **_: Any) -> Pattern | Opaque:
-    """Entries are added where the values of an index say."""
+    """The values of an index decide which entries along the axis are written or added to."""
     if x.ndim == 0 or index.ndim != 1 or not _alike(x, source, dim):
         return Opaque((x, index, source))
     own, added = _all_but(x, dim, "to!"), _all_but(x, dim, "from!")
-    # As many as the index has, which nothing may prove where sizes depend on values.
+    # There are as many entries to add as the index has, but nothing proves it where sizes depend on values.
     return Pattern(f"{own}, +chosen!, +{added} -> {own}", (x, index, source), apart=True)
 
 
 @axis_rule(aten.masked_scatter.default, aten.masked_scatter_.default, aten.masked_select.default, aten.nonzero.default)
 def by_count(*args: Any) -> Opaque:
-    """Where an entry goes depends on how many were chosen before it."""
+    """The position of an entry in the result depends on how many were chosen before it."""
     return Opaque(tuple(arg for arg in args if isinstance(arg, Operand)))
 
 
 @axis_rule(aten.as_strided.default)
 def as_strided(x: Operand, *_: Any) -> Opaque:
-    """Which entries are read depends on how they lie in memory, which is another after a shrink."""
+    """The entries that are read depend on the layout in memory, which a shrink changes."""
     return Opaque((x,))
 
 
 @axis_rule(aten.one_hot.default)
 def one_hot(x: Operand, *_: Any) -> str:
-    """A class becomes a position."""
+    """The axis has one entry per class."""
     return "... -> ... classes!"
 
 
@@ -155,11 +155,11 @@ def one_hot(x: Operand, *_: Any) -> str:
     resize=lambda site: site.resize_output("size"),
 )  # fmt: skip
 def created(*_: Any, **__: Any) -> Created:
-    """A new tensor of a given size."""
+    """A new tensor of a given size is made."""
     return Created()
 
 
 @axis_rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
 def arange(*_: Any, **__: Any) -> Opaque:
-    """Entries are their own positions."""
+    """Each entry along the axis is its own position."""
     return Opaque(())

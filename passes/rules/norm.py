@@ -18,25 +18,25 @@ aten = torch.ops.aten
 
 @axis_rule(aten.softmax, aten._softmax, aten._safe_softmax)
 def softmax(x: Operand, dim: int, *_: Any, **__: Any) -> SameDims:
-    """Every entry along the axis feeds others along it."""
+    """Every result along the axis depends on all its entries."""
     return SameDims(x, pinned=(dim % x.ndim,), shares=True)
 
 
 @axis_rule(aten.log_softmax, aten._log_softmax, aten.cumsum, aten.cumsum_, aten.cumprod, aten.logcumsumexp)
 def accumulated(x: Operand, dim: int, *_: Any, **__: Any) -> SameDims:
-    """Every entry along the axis feeds others along it."""
+    """Results along the axis depend on other entries along it."""
     return SameDims(x, pinned=(dim % x.ndim,))
 
 
 @axis_rule(aten.flip.default)
 def flip(x: Operand, dims: list[int]) -> SameDims:
-    """Entries along the axis change places."""
+    """Entries along the axis move to other positions."""
     return SameDims(x, pinned=tuple(dim % x.ndim for dim in dims))
 
 
 @axis_rule(aten.roll.default)
 def roll(x: Operand, shifts: list[int], dims: tuple[int, ...] = ()) -> SameDims:
-    """Entries along the axis change places."""
+    """Entries along the axis move to other positions."""
     if not dims:
         return SameDims(x, pinned=tuple(range(x.ndim)))
     moved = {dim % x.ndim for shift, dim in zip(shifts, dims, strict=True) if shift != 0}
@@ -54,7 +54,7 @@ def layer_norm(x: Operand, normalized_shape: list[int], weight: Operand | None =
 
 
 def resize_norm_groups(site: OpSite) -> None:
-    """Whole groups may go."""
+    """Count the groups that are left: only whole groups go."""
     x, groups = site.operands[0], site.args["num_groups"]
     site.args["num_groups"] = site.count(x.exprs[1]) // (x.shape[1] // groups)
 

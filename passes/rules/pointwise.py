@@ -1,4 +1,4 @@
-"""Ops that act entry by entry: operands that meet at one place share their axes."""
+"""Pointwise ops: they act entry by entry, and operands that meet at one position share their axes."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ aten = torch.ops.aten
 
 
 def tensors(*args: Any) -> tuple[Operand, ...]:
-    """The tensors among the arguments of an op."""
+    """Return the tensors among the arguments of an op."""
     return tuple(arg for arg in args if isinstance(arg, Operand))
 
 
 def linear(*args: Any, **_: Any) -> Pointwise:
-    """Entries of a sum meet only entries at the same place."""
+    """Entries of a sum meet only entries at the same position."""
     operands = tensors(*args)
     return Pointwise(operands, "linear" if len(operands) == len(args) else "affine")
 
 
 def multiplied(*args: Any, **_: Any) -> Pointwise:
-    """Entries of a product meet only entries at the same place."""
+    """Entries of a product meet only entries at the same position."""
     return Pointwise(tensors(*args), "product")
 
 
 def divided(*args: Any, rounding_mode: str | None = None, **_: Any) -> Pointwise:
-    """Entries of a quotient meet only entries at the same place."""
+    """Entries of a quotient meet only entries at the same position."""
     return Pointwise(tensors(*args), "quotient" if rounding_mode is None else "nonlinear")
 
 
 def nonlinear(*args: Any, **_: Any) -> Pointwise:
-    """Entries meet only entries at the same place."""
+    """Entries meet only entries at the same position."""
     return Pointwise(tensors(*args), "nonlinear")
 
 
 @axis_rule(aten.broadcast_tensors.default)
 def broadcast_tensors(xs: list[Operand]) -> Pointwise:
-    """The operands repeat to the shape of all."""
+    """The operands are repeated to one shape."""
     return Pointwise(tuple(xs), "linear")
 
 
@@ -54,17 +54,17 @@ def dropout(x: Operand, p: float, train: bool) -> Pointwise:
 
 
 def copied(x: Operand, *_: Any, **__: Any) -> Pointwise:
-    """Another dtype, device or memory layout; the same entries at the same places."""
+    """Entries stay at their positions, at most in another dtype, device or memory layout."""
     return Pointwise((x,), "copy")
 
 
 def component(x: Operand) -> Pointwise:
-    """One component of each complex number."""
+    """One component of each complex number is taken."""
     return Pointwise((x,), "linear")
 
 
 def shaped_like(x: Operand, *_: Any, **__: Any) -> SameDims:
-    """New values, of the shape of the operand."""
+    """New values are made, in the shape of the operand."""
     return SameDims(x)
 
 

@@ -1,4 +1,4 @@
-"""Reductions along dims. A sum is a contraction with ones; anything else needs the axis whole."""
+"""Reductions along dims: a sum is a contraction with ones; most others need the axis whole."""
 
 from __future__ import annotations
 
@@ -38,58 +38,58 @@ def reduced(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Sam
 
 @axis_rule(aten.any.default, aten.any.dim, aten.any.dims)
 def any_of(x: Operand, dim: Any = None, keepdim: bool = False) -> SameDims:
-    """Entries along the axis that hold are counted."""
+    """The result holds where any entry along the axis does."""
     return SameDims(x, dropped=_dims(x, dim), keepdim=keepdim, apart=True)
 
 
 @axis_rule(aten.linalg_vector_norm, aten.linalg_norm)
 def norm(x: Operand, order: Any = None, dim: Any = None, keepdim: bool = False, **_: Any) -> SameDims:
     """Every entry along the axis counts in the norm over it."""
-    # Zeros add nothing to a norm: a root of a sum, a largest entry or singular value, a number of entries.
+    # Zeros add nothing to these norms: a root of a sum, a largest entry or singular value, a number of entries.
     adds_up = order is None or isinstance(order, str) or order >= 0
     return SameDims(x, pinned=() if adds_up else _dims(x, dim), dropped=_dims(x, dim), keepdim=keepdim, apart=True)
 
 
 @axis_rule(aten.var, aten.std, aten.var_mean, aten.std_mean)
 def spread(x: Operand, dim: Any = None, *flags: bool, keepdim: bool = False, **_: Any) -> SameDims:
-    """Every entry along the axis counts in the norm or variance over it."""
+    """Every entry along the axis counts in the variance over it."""
     dims = _dims(x, None if isinstance(dim, bool) else dim)  # `var(x, unbiased)` is over all of them
     return SameDims(x, pinned=dims, dropped=dims, keepdim=keepdim or flags[1:] == (True,))
 
 
 @axis_rule(aten.max.dim, aten.min.dim, aten.max.default, aten.min.default)
 def extremum(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> SameDims:
-    """Every entry along the axis competes in the extremum over it."""
+    """Every entry along the axis is compared with the others."""
     dims = _dims(x, dim)
     return SameDims(x, pinned=dims, dropped=dims, keepdim=keepdim)
 
 
 @axis_rule(aten.sort.default, aten.argsort.default)
 def ordered(x: Operand, dim: int = -1, *_: Any, **__: Any) -> SameDims:
-    """Entries along the axis are put in order."""
+    """Entries along the axis are sorted."""
     return SameDims(x, pinned=_dims(x, dim) if x.ndim else ())
 
 
 @axis_rule(aten.sort.stable, aten.argsort.stable)
 def ordered_stably(x: Operand, *, dim: int = -1, **_: Any) -> SameDims:
-    """Entries along the axis are put in order."""
+    """Entries along the axis are sorted."""
     return ordered(x, dim)
 
 
 @axis_rule(aten.topk.default)
 def topk(x: Operand, k: int, dim: int = -1, *_: Any, **__: Any) -> Pattern | Opaque:
-    """Entries along the axis are put in order."""
+    """Entries along the axis are sorted."""
     return along(x, dim)
 
 
 @axis_rule(aten.diff.default)
 def difference(x: Operand, n: int = 1, dim: int = -1, *more: Operand | None) -> Pattern | Opaque:
-    """Neighbours along the axis meet."""
+    """Each entry along the axis is subtracted from the next."""
     return Opaque((x, *(other for other in more if other is not None))) if any(more) else along(x, dim)
 
 
 def along(x: Operand, dim: int) -> Pattern | Opaque:
-    """Entries along a dim mix and make new ones; each place along the others is on its own."""
+    """Write the pattern of an op that mixes entries along a dim into new ones, apart at each position of other dims."""
     if x.ndim == 0:
         return Opaque((x,))
     letters = [f"d{i}" for i in range(x.ndim)]
@@ -100,7 +100,7 @@ def along(x: Operand, dim: int) -> Pattern | Opaque:
 
 @axis_rule(aten.histc.default)
 def counted(*args: Any, **_: Any) -> Opaque:
-    """Where an entry goes depends on its value."""
+    """The value of an entry decides where it is counted."""
     return Opaque(tuple(arg for arg in args if isinstance(arg, Operand)))
 
 

@@ -1,12 +1,10 @@
-"""The table of ops: one `OpInfo` each, which holds all that is known of an op.
+"""Registry: the table of ops, one `OpInfo` each, which holds all that is known of an op.
 
 A rule takes the arguments of its op (tensors as `Operand`s, the rest as they are), returns a *relation* and touches no
-state; `passes.infer.solve` is the one solver that reads relations. The first line of a rule's docstring is what a user
-reads as the reason when the rule pins an axis.
+state; `passes.infer.solve` is the one solver that reads relations. The first line of a rule's docstring is a sentence
+about the axis, which users read as the reason when the rule pins it.
 
-Contractions are strings, `"b m k, b k n -> b m n"`: one letter per dim, `...` for leading dims that broadcast, `(h g)`
-for a dim that is a product, `k!` for a dim that must stay whole, `+n` for an operand that is only added. A letter that
-is missing on the right is summed over.
+Contractions are strings, `"b m k, b k n -> b m n"`, in the language of `passes.ir.patterns`.
 """
 
 from __future__ import annotations
@@ -19,9 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import torch
 from torch import fx
 
-from ecospa_fx.errors import RuleError
+from ecospa_fx.errors import PatternError, RuleError
 from ecospa_fx.passes.axes.algebra import UNIT, as_size
 from ecospa_fx.passes.graph.nodes import is_tensor, op_name, place, tensor_meta, tensors_of
+from ecospa_fx.passes.ir.patterns import bind
 from ecospa_fx.passes.ir.relations import Created, Operand, Pattern, Relation
 
 from .formulas import Formula
@@ -40,14 +39,14 @@ _AxisRule = TypeVar("_AxisRule", bound=Callable[..., Any])
 class OpInfo:
     """The knowledge about one op.
 
-    Whether it moves entries, is linear, or hands a weight on follows from its relation (`passes.ir.relations`), and its
-    spelling in Python from torch (`passes.rewrite.spelling`): neither is written down a second time.
+    Its relation (`passes.ir.relations`) tells if it moves entries, is linear, or hands a weight on; torch tells its
+    spelling in Python (`passes.rewrite.spelling`). Neither is written down a second time.
 
     Attributes:
-        axes: takes the arguments of the op and gives the relation between the axes of its operands and results.
-        resize: writes the sizes that the op holds as arguments anew after a shrink.
+        axes: takes the arguments of the op and returns the relation between the axes of its operands and results.
+        resize: rewrites the sizes among the op's arguments after a shrink.
         formula: gives an entry of the result, where it is an integer or a condition, from those of the operands at the
-            same place; see `passes.simplify.symbolic_entries`.
+            same position; see `passes.simplify.symbolic_entries`.
     """
 
     axes: Callable[..., Relation | str]
@@ -56,7 +55,7 @@ class OpInfo:
 
     @property
     def why(self) -> str:
-        """The reason given when this rule pins an axis."""
+        """The reason that users read when this rule pins an axis."""
         return (self.axes.__doc__ or "").strip().split("\n")[0].rstrip(".")
 
 
@@ -66,12 +65,12 @@ OPS: dict[Any, OpInfo] = {operator.getitem: OpInfo(lambda *_: Created())}
 def axis_rule(
     *ops: Any, resize: Resize | None = None, formula: Formula | None = None
 ) -> Callable[[_AxisRule], _AxisRule]:
-    """Register a class of ops by a function that says what they do to axes.
+    """Register the axis rule of a class of ops, with what else is known of them.
 
     Args:
         ops: overloads (`aten.view.default`), packets (`aten.gelu`, meaning each of its overloads), or the
             qualified name of an op that another library may register later.
-        resize: writes new sizes into the op's arguments after a shrink, see `passes.ir.op_site.OpSite`.
+        resize: rewrites the sizes among the op's arguments after a shrink, see `passes.ir.op_site.OpSite`.
         formula: see `OpInfo`.
 
     Raises:
@@ -90,7 +89,7 @@ def axis_rule(
 
 
 def op_info(target: Any) -> OpInfo | None:
-    """The entry of an op in the table, if it has one."""
+    """Return the entry of an op in the table, or None."""
     info = OPS.get(target)
     if info is None and isinstance(target, torch._ops.OpOverload):
         info = OPS.get(target.name())
@@ -98,15 +97,15 @@ def op_info(target: Any) -> OpInfo | None:
 
 
 def relation_of(node: fx.Node, operands: Sequence[Operand] | None = None, region: str = "") -> Relation | None:
-    """The relation that the rule of an op gives for one of its calls; None where it has no rule.
+    """Return the relation that the rule of an op gives for one of its calls; None where it has no rule.
 
     Args:
         node: the call.
-        operands: its tensor arguments in order; without them the relation speaks of operands whose axes are unknown.
+        operands: its tensor arguments in order; without them, the operands of the relation have no known axes.
         region: name of the region, for messages.
 
     Raises:
-        RuleError: the rule fails.
+        RuleError: the rule failed.
     """
     info = op_info(node.target)
     if info is None or not tensor_meta(node):
@@ -130,19 +129,29 @@ def relation_of(node: fx.Node, operands: Sequence[Operand] | None = None, region
             f"the axis rule `{info.axes.__name__}` failed on {op_name(node)} ({place(node, region)}) with "
             f"{type(error).__name__}: {error}; this is a bug in the rule, nothing was changed"
         ) from error
-    return Pattern(relation, tuple(operands)) if isinstance(relation, str) else relation
+    if isinstance(relation, str):
+        relation = Pattern(relation, tuple(operands))
+    if isinstance(relation, Pattern):
+        try:
+            bind(relation.spec, len(relation.operands), tuple(relation.sizes))
+        except PatternError as error:
+            raise PatternError(
+                f"the axis rule `{info.axes.__name__}` gives {op_name(node)} ({place(node, region)}) a pattern that is "
+                f"wrong: {error}\nthis is a bug in the rule, nothing was changed"
+            ) from error
+    return relation
 
 
 def _operands_without_axes(node: fx.Node) -> tuple[Operand, ...]:
-    """The tensor arguments of a call, of whose axes nothing is known but their sizes."""
+    """Return the tensor arguments of a call, with sizes but without known axes."""
     shapes = [(arg, tuple(map(as_size, arg.meta["val"].shape))) for arg in tensors_of(node)]
     return tuple(Operand(tuple(UNIT for _ in shape), shape, arg, False) for arg, shape in shapes)
 
 
 def overloads(op: Any) -> Sequence[Any]:
-    """The overloads an op stands for."""
+    """Return the overloads that an op stands for."""
     if isinstance(op, torch._ops.OpOverloadPacket):
         every = [getattr(op, name) for name in op.overloads()]
-        # By their arguments, not by name: `dtype_layout` has an "out" in it too.
+        # `out` variants are told by their arguments, not by name: `dtype_layout` has an "out" in it too.
         return [overload for overload in every if not any(a.is_out for a in overload._schema.arguments)]
     return [op]

@@ -1,4 +1,4 @@
-"""Ops that move entries without changing them: views, slices, joins."""
+"""Shape ops: they move entries without changing them, as views, slices and joins do."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ aten = torch.ops.aten
 
 
 def regrouped(x: Operand, *_: Any, **__: Any) -> Regrouped:
-    """The same entries in the same order, in other dims."""
+    """Entries keep their order, in other dims."""
     return Regrouped(x)
 
 
@@ -41,7 +41,7 @@ axis_rule(aten.unsqueeze.default, aten.flatten.using_ints)(regrouped)
 
 
 def resize_squeeze(site: OpSite) -> None:
-    """A dim that comes down to one entry stays a dim: name those that had one at first."""
+    """Name the dims that had one entry at first: a dim that shrinks to one entry stays a dim."""
     x = site.operands[0]
     dims = site.args.get("dim", list(range(x.ndim)))
     dims = dims if isinstance(dims, (list, tuple)) else [dims]
@@ -54,12 +54,12 @@ axis_rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, resize=resi
 
 @axis_rule(aten.view_as.default, aten.reshape_as.default)
 def view_as(x: Operand, other: Operand) -> Regrouped:
-    """The same entries in the same order, in the dims of another."""
+    """Entries keep their order, in the dims of another tensor."""
     return Regrouped(x, other)
 
 
 def resize_unflatten(site: OpSite) -> None:
-    """`unflatten` names only the new dims, so it is written as a view."""
+    """Write the sizes of the new dims, the only ones that `unflatten` names."""
     dim = site.args["dim"] % site.operands[0].ndim
     sizes = list(site.args["sizes"])
     for i, expr in enumerate(site.outputs[0][dim : dim + len(sizes)]):
@@ -81,7 +81,7 @@ def transpose(x: Operand, a: int, b: int) -> Permuted:
 
 @axis_rule(aten.t.default, aten.numpy_T.default)
 def reversed_dims(x: Operand) -> Permuted:
-    """Dims in reverse order."""
+    """The dims come in reverse order."""
     return Permuted(x, tuple(reversed(range(x.ndim))))
 
 
@@ -93,13 +93,13 @@ def transposed(x: Operand) -> Permuted:
 
 @axis_rule(aten.permute.default)
 def permute(x: Operand, dims: list[int]) -> Permuted:
-    """Dims in another order."""
+    """The dims come in another order."""
     return Permuted(x, tuple(d % x.ndim for d in dims))
 
 
 @axis_rule(aten.movedim.int, aten.moveaxis.int)
 def movedim(x: Operand, source: int, destination: int) -> Permuted:
-    """One dim moves to another place."""
+    """One dim moves to another position."""
     order = [d for d in range(x.ndim) if d != source % x.ndim]
     order.insert(destination % x.ndim, source % x.ndim)
     return Permuted(x, tuple(order))
@@ -107,30 +107,30 @@ def movedim(x: Operand, source: int, destination: int) -> Permuted:
 
 @axis_rule(aten.expand.default, aten.broadcast_to.default, resize=lambda site: site.resize_output("size"))
 def expand(x: Operand, *_: Any, **__: Any) -> Expanded:
-    """The operand repeats along new axes."""
+    """The operand is repeated along new axes."""
     return Expanded(x)
 
 
 @axis_rule(aten.expand_as.default)
 def expand_as(x: Operand, other: Operand) -> Expanded:
-    """The operand repeats to the shape of another."""
+    """The operand is repeated to the shape of another."""
     return Expanded(x, other)
 
 
 def resize_repeats(site: OpSite) -> None:
-    """Copies are an axis of their own and can be selected like any other."""
+    """Write the numbers of copies that are left: they are axes of their own, selected like any other."""
     if any(site.touched(expr) for expr in site.made):
         site.args["repeats"] = site.repeats()
 
 
 @axis_rule(aten.repeat.default, resize=resize_repeats)
 def repeat(x: Operand, repeats: list[Any]) -> Repeated:
-    """The whole axis repeats end to end."""
+    """The whole axis is repeated end to end."""
     return Repeated(x, tuple(map(as_size, repeats)))
 
 
 def resize_tiles(site: OpSite) -> None:
-    """As for `repeat`, which wants a number for every dim."""
+    """Turn the op into a `repeat`, which takes a number for every dim, and resize that."""
     if any(site.touched(expr) for expr in site.made):
         site.target = aten.repeat.default
         times = [*(1 for _ in range(len(site.made) - len(site.args["dims"]))), *site.args["dims"]]
@@ -140,26 +140,26 @@ def resize_tiles(site: OpSite) -> None:
 
 @axis_rule(aten.tile.default, resize=resize_tiles)
 def tile(x: Operand, dims: list[Any]) -> Repeated:
-    """The whole axis repeats end to end."""
+    """The whole axis is repeated end to end."""
     return Repeated(x, tuple(map(as_size, [*(1 for _ in range(x.ndim - len(dims))), *dims])))
 
 
 @axis_rule(aten.repeat_interleave.self_int, resize=resize_repeats)
 def repeat_interleave(x: Operand, repeats: int, dim: int | None = None, **_: Any) -> Repeated | SameDims:
-    """Each entry repeats in place."""
+    """Each entry along the axis is repeated in place."""
     if dim is None:
         return SameDims(x, pinned=tuple(range(x.ndim)))
     return Repeated(x, tuple(repeats if d == dim % x.ndim else 1 for d in range(x.ndim)), interleaved=True)
 
 
 def resize_bounds(site: OpSite) -> None:
-    """New bounds are the numbers of kept entries before the old ones."""
+    """Write the new bounds: the numbers of kept entries before the old ones."""
     x = site.operands[0]
     expr = x.exprs[site.args["dim"] % x.ndim]
     if not site.touched(expr):
         return
     if site.args["step"] != 1:
-        # Whole rows stay, of which the slice takes the same column as before.
+        # Only whole rows go, and the slice takes the same column of each row as before.
         site.args["start"] = _bound(site.args["start"], 0, x.shape[site.args["dim"] % x.ndim])
         site.args["end"] = None
         return
@@ -170,14 +170,14 @@ def resize_bounds(site: OpSite) -> None:
 
 @axis_rule(aten.slice.Tensor, resize=resize_bounds)
 def slice_(x: Operand, dim: int = 0, start: Any = None, stop: Any = None, step: int = 1) -> Sliced:
-    """A part of the axis is cut out."""
+    """A slice of the axis is taken."""
     dim %= x.ndim
     size = x.shape[dim]
     return Sliced(x, dim, _bound(start, 0, size), _bound(stop, size, size), step)
 
 
 def resize_narrow(site: OpSite) -> None:
-    """As for a slice, whose length is named instead of its end."""
+    """Write the new start and length of a slice that names its length instead of its end."""
     x, dim = site.operands[0], site.args["dim"] % site.operands[0].ndim
     if site.touched(x.exprs[dim]):
         site.args["start"] = site.kept_before(x.exprs[dim], _bound(site.args["start"], 0, x.shape[dim]))
@@ -186,14 +186,14 @@ def resize_narrow(site: OpSite) -> None:
 
 @axis_rule(aten.narrow.default, resize=resize_narrow)
 def narrow(x: Operand, dim: int, start: Any, length: Any) -> Sliced:
-    """A part of the axis is cut out."""
+    """A slice of the axis is taken."""
     dim %= x.ndim
     start = _bound(start, 0, x.shape[dim])
     return Sliced(x, dim, start, as_size(start + as_size(length)), 1)
 
 
 def _bound(bound: Any, default: Any, size: Any) -> Any:
-    """A slice bound as Python reads it: None, negative, or beyond the end."""
+    """Return a slice bound as Python reads it: None, negative, or beyond the end."""
     if bound is None:
         return default
     bound = as_size(bound)
@@ -205,7 +205,7 @@ def _bound(bound: Any, default: Any, size: Any) -> Any:
 
 
 def resize_parts(site: OpSite) -> None:
-    """Parts may come out unequal: name each one's size."""
+    """Name the size of each part, since they may come out unequal."""
     x = site.operands[0]
     dim = site.args.get("dim", 0) % x.ndim
     if site.touched(x.exprs[dim]):
@@ -216,13 +216,13 @@ def resize_parts(site: OpSite) -> None:
 
 @axis_rule(aten.split_with_sizes.default, aten.split.sizes, resize=resize_parts)
 def split_with_sizes(x: Operand, sizes: list[Any], dim: int = 0) -> Parted:
-    """The axis is cut into parts."""
+    """The axis is split into parts."""
     return Parted(x, dim % x.ndim, tuple(map(as_size, sizes)))
 
 
 @axis_rule(aten.split.Tensor, resize=resize_parts)
 def split(x: Operand, size: int, dim: int = 0) -> Parted | SameDims:
-    """The axis is cut into parts."""
+    """The axis is split into parts."""
     total = x.shape[dim % x.ndim]
     if type(total) is not int or type(size) is not int:
         return SameDims(x, pinned=(dim % x.ndim,))
@@ -231,20 +231,20 @@ def split(x: Operand, size: int, dim: int = 0) -> Parted | SameDims:
 
 @axis_rule(aten.chunk.default, resize=resize_parts)
 def chunk(x: Operand, chunks: int, dim: int = 0) -> Parted | SameDims:
-    """The axis is cut into parts."""
+    """The axis is split into parts."""
     total = x.shape[dim % x.ndim]
     return split(x, -(-total // chunks) if type(total) is int else total, dim)
 
 
 @axis_rule(aten.select.int)
 def select(x: Operand, dim: int, index: Any) -> Picked:
-    """One entry is picked by its position."""
+    """One entry along the axis is picked by its position."""
     return Picked(x, dim % x.ndim, index)
 
 
 @axis_rule(aten.unbind.int)
 def unbind(x: Operand, dim: int = 0) -> Picked:
-    """Every entry is picked by its position."""
+    """Every entry along the axis is picked by its position."""
     return Picked(x, dim % x.ndim)
 
 
@@ -256,17 +256,17 @@ def glu(x: Operand, dim: int = -1) -> Halved:
 
 @axis_rule(aten.cat.default, aten.concat.default, aten.concatenate.default)
 def cat(tensors: list[Operand], dim: int = 0) -> Joined:
-    """Axes are put end to end."""
+    """The axes of the operands are joined end to end."""
     return Joined(tuple(tensors), dim % tensors[0].ndim)
 
 
 @axis_rule(aten.stack.default)
 def stack(tensors: list[Operand], dim: int = 0) -> Stacked:
-    """Tensors are put side by side."""
+    """The tensors are put side by side along a new axis."""
     return Stacked(tuple(tensors), dim % (tensors[0].ndim + 1))
 
 
 @axis_rule(aten.tril.default, aten.triu.default)
 def triangular(x: Operand, *_: Any) -> SameDims:
-    """Which entries stay depends on their position."""
+    """Entries are kept or zeroed by their position along the axis."""
     return SameDims(x, pinned=(x.ndim - 2, x.ndim - 1))

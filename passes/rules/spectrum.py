@@ -1,4 +1,4 @@
-"""Fourier transforms and complex numbers."""
+"""Spectra: Fourier transforms and complex numbers."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ aten = torch.ops.aten
 
 @axis_rule(aten.fft_fft, aten.fft_ifft)
 def fft(x: Operand, n: int | None = None, dim: int = -1, norm: str | None = None) -> SameDims | Pattern:
-    """Every entry along the axis is in every frequency."""
+    """Every frequency depends on all entries along the axis."""
     return SameDims(x, pinned=(dim % x.ndim,)) if n is None else _transformed(x, (dim,))
 
 
 @axis_rule(aten.fft_rfft, aten.fft_irfft, aten.fft_hfft, aten.fft_ihfft)
 def rfft(x: Operand, n: int | None = None, dim: int = -1, norm: str | None = None) -> Pattern:
-    """Every entry along the axis is in every frequency."""
+    """Every frequency depends on all entries along the axis."""
     return _transformed(x, (dim,))
 
 
 @axis_rule(aten.fft_fft2, aten.fft_ifft2, aten.fft_rfft2, aten.fft_irfft2)
 def fft2(x: Operand, s: list[int] | None = None, dim: tuple[int, ...] = (-2, -1), norm: str | None = None) -> Pattern:
-    """Every entry along the axes is in every frequency."""
+    """Every frequency depends on all entries along the axes."""
     return _transformed(x, dim)
 
 
 @axis_rule(aten.fft_fftn, aten.fft_ifftn, aten.fft_rfftn, aten.fft_irfftn)
 def fftn(x: Operand, s: list[int] | None = None, dim: list[int] | None = None, norm: str | None = None) -> Pattern:
-    """Every entry along the axes is in every frequency."""
+    """Every frequency depends on all entries along the axes."""
     return _transformed(x, dim or (range(x.ndim) if s is None else range(x.ndim - len(s), x.ndim)))
 
 
@@ -46,17 +46,17 @@ def _transformed(x: Operand, dims: Any) -> Pattern:
 
 @axis_rule(aten.fft_fftshift.default, aten.fft_ifftshift.default)
 def shifted(x: Operand, dim: list[int] | None = None) -> SameDims:
-    """Entries along the axis change places."""
+    """Entries along the axis move to other positions."""
     return SameDims(x, pinned=tuple(d % x.ndim for d in (range(x.ndim) if dim is None else dim)))
 
 
 @axis_rule(aten.view_as_complex.default)
 def view_as_complex(x: Operand) -> SameDims:
-    """Two entries become one number."""
+    """The two entries along the axis become one complex number."""
     return SameDims(x, pinned=(x.ndim - 1,), dropped=(x.ndim - 1,), keepdim=False)
 
 
 @axis_rule(aten.view_as_real.default)
 def view_as_real(x: Operand) -> str:
-    """One number becomes two entries."""
+    """Each complex number becomes two entries along the axis."""
     return "... -> ... two!"

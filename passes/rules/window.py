@@ -1,4 +1,4 @@
-"""Windows over positions: cut out, put back, sampled; and positions traded for channels."""
+"""Windows over positions: taken out, put back, sampled; and positions traded for channels."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ aten = torch.ops.aten
 
 @axis_rule(aten.im2col.default)
 def im2col(x: Operand, kernel: list[int], *_: Any) -> Pattern:
-    """Windows of positions are laid out beside each other."""
+    """Windows of neighbouring positions are laid out side by side."""
     batch = "b " if x.ndim == 4 else ""
     return Pattern(f"{batch}c h! w! -> {batch}(c k!) l!", (x,), sizes={"k": kernel[0] * kernel[1]})
 
 
 @axis_rule(aten.col2im.default)
 def col2im(x: Operand, size: list[int], kernel: list[int], *_: Any) -> Pattern:
-    """Windows of positions are added where they overlap."""
+    """Windows of neighbouring positions are added where they overlap."""
     batch = "b " if x.ndim == 3 else ""
     return Pattern(f"{batch}(c k!) l! -> {batch}c h! w!", (x,), sizes={"k": kernel[0] * kernel[1]})
 
 
 @axis_rule(aten.unfold.default)
 def unfold(x: Operand, dim: int, size: int, step: int) -> Pattern:
-    """Windows of positions are laid out beside each other."""
+    """Windows of neighbouring positions are laid out side by side."""
     letters = [f"d{d}" for d in range(x.ndim)]
     before, after = list(letters), list(letters)
     if x.ndim:
@@ -47,11 +47,11 @@ def grid_sampler(x: Operand, grid: Operand, *_: Any) -> Pattern:
 
 @axis_rule(aten.pixel_shuffle.default)
 def pixel_shuffle(x: Operand, factor: int) -> Pattern:
-    """Channels become positions."""
+    """Blocks of channels become blocks of positions."""
     return Pattern("... (c r! s!) h w -> ... c (h r!) (w s!)", (x,), sizes={"r": factor, "s": factor})
 
 
 @axis_rule(aten.pixel_unshuffle.default)
 def pixel_unshuffle(x: Operand, factor: int) -> Pattern:
-    """Positions become channels."""
+    """Blocks of positions become blocks of channels."""
     return Pattern("... c (h r!) (w s!) -> ... (c r! s!) h w", (x,), sizes={"r": factor, "s": factor})

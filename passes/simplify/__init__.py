@@ -1,1 +1,1 @@
-"""Simplify: a captured graph in fewer spellings, with the same values."""
+"""Simplify: passes that bring a captured graph into fewer, simpler forms, with the same values."""

@@ -1,16 +1,17 @@
-"""Canonicalise: write what means the same in the same way, before axes are inferred.
+"""Canonical form: one spelling for ops that mean the same, before axes are inferred.
 
     canonicalise(graph, constants)
       -> view becomes reshape, which needs no particular layout in memory
       -> _as_slice    x[..., [-2], :] with constants   becomes   a slice, copied
       -> _unstack     view(x, .., n, h, d), permute, unbind   becomes   split x in n, unflatten each, permute each
 
-What a kernel lays out so that a view of it works, another lays out in another way: attention chooses its kernel by the
-sizes, which a shrink changes. And `x.contiguous()` leaves no trace in a graph where `x` happened to be.
+A view relies on the memory layout that one kernel gives its result, and another kernel gives it another: attention
+chooses its kernel by the sizes, which a shrink changes. And `x.contiguous()` leaves no trace in a graph where `x`
+happened to be contiguous.
 
 A stacked projection keeps its n parts in one tensor until they are picked apart, so the parts would share their axes:
-what is removed from the queries would have to go from the values too. Cut apart first, they are axes of their own. The
-entries, their order in memory and the one matrix product that made them stay the same. Parts may be several entries
+entries removed from the queries would have to go from the values too. Split first, the parts have axes of their own.
+The entries, their order in memory and the one matrix product that made them stay the same. Parts may be several entries
 wide, too: all heads of the queries, then one of the keys, then one of the values.
 """
 
@@ -43,7 +44,7 @@ def canonicalise(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
 
     Args:
         graph: an ATen graph.
-        constants: the tensors that are part of it, by name of the node that stands for them.
+        constants: the tensors that are part of it, by the name of the node that stands for each.
     """
     for node in list(graph.nodes):
         if node.target is aten.index.Tensor:
@@ -58,7 +59,7 @@ def canonicalise(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
 
 
 def _as_slice(graph: fx.Graph, node: fx.Node, constants: Mapping[str, Any]) -> None:
-    """An index by constants that are consecutive; copied, as an index is: someone may write into the result."""
+    """Turn an index by consecutive constants into a slice, copied as an index is: an op may write to the result."""
     x, indices = arguments(node)
     chosen = [(dim, index) for dim, index in enumerate(indices) if index is not None]
     if len(chosen) != 1:
@@ -78,7 +79,7 @@ def _as_slice(graph: fx.Graph, node: fx.Node, constants: Mapping[str, Any]) -> N
 
 
 def _constant(node: fx.Node, constants: Mapping[str, Any]) -> Tensor | None:
-    """The row of numbers that `node` always is, if it is one."""
+    """Return the row of integers that `node` always is, or None."""
     while True:
         if any(node in written_arguments(user) for user in node.users):
             return None
@@ -94,7 +95,7 @@ def _constant(node: fx.Node, constants: Mapping[str, Any]) -> Tensor | None:
 
 @dataclass(frozen=True, eq=False)
 class _Pick:
-    """What `node` picks of a stack: entries `start` to `stop`; `one`: a single one, without the dim for it."""
+    """A pick from a stack by `node`: entries `start` to `stop`; `one`: a single entry, without the dim for it."""
 
     node: fx.Node
     start: int
@@ -104,15 +105,15 @@ class _Pick:
 
 @dataclass(frozen=True, eq=False)
 class _Stack:
-    """A view that stacks `parts` tensors along its dim `at`, and where they are picked apart again.
+    """A view that stacks tensors along its dim `at`, and the picks that take them apart again.
 
     Attributes:
         view: the view node; its last `view.ndim - lead` dims come from the last dim of its argument.
         lead: dims that the view leaves as they are.
         at: the dim of the view that numbers the parts.
-        order: dim `i` of the picked-apart tensor, counting `at`, is dim `order[i]` of the view.
-        packed: a copy in memory order lies between; what follows may rely on it.
-        picks: where they are picked apart.
+        order: dim `i` of the tensor that is picked apart, counting `at`, is dim `order[i]` of the view.
+        packed: a copy in memory order lies between; later ops may rely on it.
+        picks: the ops that pick the parts.
     """
 
     view: fx.Node
@@ -134,34 +135,34 @@ def _stack(view: fx.Node) -> _Stack | None:
     if not isinstance(relation_of(view), Regrouped):
         return None
     node, packed = view, False
-    order: list[int | None] = list(range(len(after)))  # None: a dim of one entry that came in between
+    order: list[int | None] = list(range(len(after)))  # None: a dim of one entry that was inserted in between
     while len(node.users) == 1:
         (user,) = node.users
         if not _moves(user, order):
             break
         packed |= user.target is aten.contiguous.default
         node = user
-    picked = _picks(node)
-    if picked is None:
+    dim_and_picks = _picks(node)
+    if dim_and_picks is None:
         return None
-    dim, picks = picked
+    dim, picks = dim_and_picks
     at = order[dim % len(order)]
-    # One part, or parts of single entries, have nothing to come apart.
-    whole = all(pick.stop - pick.start == after[at] for pick in picks) if at is not None else True
-    if at is None or whole or None in order or at < lead or after[at] < 2 or prod(after[at + 1 :]) == 1:
+    # One part, or parts of single entries, need no split.
+    undivided = all(pick.stop - pick.start == after[at] for pick in picks) if at is not None else True
+    if at is None or undivided or None in order or at < lead or after[at] < 2 or prod(after[at + 1 :]) == 1:
         return None
     return _Stack(view, lead, at, tuple(d for d in order if d is not None), packed, picks)
 
 
 def _moves(node: fx.Node, order: list[int | None]) -> bool:
-    """Whether `node` only moves dims about; if so, `order` follows it."""
+    """Return True if `node` only moves dims, after applying its move to `order`."""
     match relation_of(node):
         case Permuted(order=places):
             order[:] = [order[d] for d in places]
         case Regrouped(x):
             before = dims_before(x.shape, _shape(node))
-            lost = None if before is None else {*range(x.ndim)} - {*before}
-            if before is None or lost is None or any(order[d] is not None for d in lost):
+            removed = None if before is None else {*range(x.ndim)} - {*before}
+            if before is None or removed is None or any(order[d] is not None for d in removed):
                 return False
             order[:] = [None if d is None else order[d] for d in before]
         case _:
@@ -170,7 +171,7 @@ def _moves(node: fx.Node, order: list[int | None]) -> bool:
 
 
 def _picks(node: fx.Node) -> tuple[int, tuple[_Pick, ...]] | None:
-    """The dim along which all users of `node` pick entries by position, and what each picks."""
+    """Return the dim along which all users of `node` pick entries by position, and their picks, or None."""
     users = [(user, relation_of(user)) for user in node.users]
     match users:
         case [(user, Picked(dim=dim, index=None))]:
@@ -192,13 +193,13 @@ def _picks(node: fx.Node) -> tuple[int, tuple[_Pick, ...]] | None:
 
 
 def _apart(picks: Sequence[_Pick]) -> bool:
-    """Whether picks of entries have none in common, or all."""
+    """Return True if any two picks share either none of their entries or all of them."""
     spans = sorted({(pick.start, pick.stop) for pick in picks})
     return all(stop <= start for (_, stop), (start, _) in pairwise(spans))
 
 
 def _pieces(spans: set[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
-    """All of `size` entries, cut where one of the `spans` starts or stops."""
+    """Yield pieces of `size` entries, cut where one of the `spans` starts or stops."""
     yield from pairwise(sorted({0, size, *(bound for span in spans for bound in span)}))
 
 
@@ -213,10 +214,10 @@ def _unstack(graph: fx.Graph, stack: _Stack) -> None:
             base = _call(graph, aten.unflatten.int, (base, -1, [*sizes[lead:at], parts * rows]), view)
         widths = [rows * (stop - start) for start, stop in pieces]
         split = _call(graph, aten.split_with_sizes.default, (base, widths, base.meta["val"].ndim - 1), view)
-        made: dict[tuple[int, int, bool], fx.Node] = {}
+        results: dict[tuple[int, int, bool], fx.Node] = {}
         for pick in stack.picks:
             key = pick.start, pick.stop, pick.one
-            if key in made:
+            if key in results:
                 continue
             part = _call(graph, operator.getitem, (split, pieces.index(key[:2])), view)
             inner = [*([] if pick.one else [pick.stop - pick.start]), *sizes[at + 1 :]]
@@ -225,13 +226,13 @@ def _unstack(graph: fx.Graph, stack: _Stack) -> None:
             order = [d - (pick.one and d > at) for d in stack.order if not (pick.one and d == at)]
             if order != sorted(order):
                 part = _call(graph, aten.permute.default, (part, order), view)
-            made[key] = _call(graph, aten.contiguous.default, (part,), view) if stack.packed else part
+            results[key] = _call(graph, aten.contiguous.default, (part,), view) if stack.packed else part
     for pick in stack.picks:
-        pick.node.replace_all_uses_with(made[pick.start, pick.stop, pick.one])
+        pick.node.replace_all_uses_with(results[pick.start, pick.stop, pick.one])
 
 
 def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], origin: fx.Node) -> fx.Node:
-    """A new node that says where it comes from and what it makes."""
+    """Add a call to the graph, with the source line of `origin` and its own `meta["val"]`."""
     node = graph.call_function(target, args)
     node.meta = {key: value for key, value in origin.meta.items() if key in ("nn_module_stack", "stack_trace")}
     values = fx.node.map_arg(args, lambda arg: arg.meta["val"])

@@ -1,4 +1,4 @@
-"""Clean: what a traced graph holds that is no computation, out of it."""
+"""Clean-up: removal of nodes that compute nothing: asserts, aliases, slices of everything."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ aten = torch.ops.aten
 
 
 def settle(graph: fx.Graph, names: Collection[str]) -> None:
-    """Sizes of inputs that were specialised become numbers: what objects hold may shrink, and would give others."""
+    """Write specialised sizes of inputs as numbers: tensors in objects may shrink, and would give other sizes.
+
+    Args:
+        graph: the graph to write into.
+        names: the placeholders of those inputs.
+    """
     for node in list(graph.nodes):
         if node.target is not aten.sym_size.int or node.args[0].name not in names:
             continue
@@ -28,13 +33,14 @@ def settle(graph: fx.Graph, names: Collection[str]) -> None:
 
 
 def clean(graph: fx.Graph) -> None:
-    """Remove what guards and records but does not compute: it costs time and would fail after a shrink."""
+    """Remove nodes that guard and record but do not compute: they cost time and would fail after a shrink."""
     for node in reversed(graph.nodes):
         name = str(node.target)
         if name.startswith(("aten._assert", "aten.sym_constrain")) or node.target is torch._check:
             graph.erase_node(node)
     for node in list(graph.nodes):
-        # A view of the whole only costs a dispatch. A cast to what a tensor is already stays: under autocast it is one.
+        # A view of a whole tensor only costs a dispatch. A cast to the dtype that a tensor has already stays: under
+        # autocast it does cast.
         same = node.target is aten.alias.default or (node.target is aten.slice.Tensor and _whole(node))
         if same and not _written_to(node):
             node.replace_all_uses_with(node.args[0])
@@ -43,20 +49,20 @@ def clean(graph: fx.Graph) -> None:
 
 
 def erase_unused(graph: fx.Graph) -> None:
-    """Erase the ops whose results nothing takes, and that do nothing else."""
+    """Erase the ops whose results are not used, and that do nothing else."""
     for node in reversed(graph.nodes):
         if not node.users and node.op == "call_function" and _pure(node):
             graph.erase_node(node)
 
 
 def _whole(node: fx.Node) -> bool:
-    """Whether a slice takes all of its dim, whatever the size."""
+    """Return True if a slice takes all of its dim, whatever the size."""
     start, end, step = (*node.args, *([None] * 4))[2:5]
     return start in (0, None) and end in (None, torch.iinfo(torch.int64).max) and step in (1, None)
 
 
 def _written_to(node: fx.Node) -> bool:
-    """Whether an in-place op writes into this node's memory by name; then its identity matters."""
+    """Return True if an in-place op writes to this very node; then its identity matters."""
     return any(
         isinstance(user.target, torch._ops.OpOverload) and user.target._schema.is_mutable and user.args[:1] == (node,)
         for user in node.users

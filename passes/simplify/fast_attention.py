@@ -1,11 +1,11 @@
-"""Fast attention: give attention in a graph the arguments that its fast kernels take.
+"""Fast attention: attention calls with the arguments that its fast kernels take.
 
     fast_attention(graph)
       -> _causal       a mask that is causal at every size   becomes   is_causal=True
       -> _unrepeated   keys and values repeated per group    become    enable_gqa=True
 
-A model that is exported whole makes its causal mask as a tensor and repeats key heads, where eagerly it would have done
-neither. A mask that depends on an input, or is not provably causal, stays.
+A model that is exported as a whole makes its causal mask as a tensor and repeats key heads, where in eager mode it
+would have done neither. A mask that depends on an input, or is not provably causal, stays.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 
 def fast_attention(graph: fx.Graph) -> None:
-    """Rewrite the attentions of `graph` in place; what made masks and copies is left without users."""
+    """Rewrite the attention calls of `graph` in place; nodes that made masks and copies are left without users."""
     causal: dict[fx.Node, bool] = {}
     for node in graph.nodes:
         if node.target is not aten.scaled_dot_product_attention.default:
@@ -50,7 +50,7 @@ def fast_attention(graph: fx.Graph) -> None:
 
 
 def _causal(graph: fx.Graph, mask: fx.Node) -> bool:
-    """Whether a mask lets query q see key k if and only if k <= q, whatever the sizes."""
+    """Return True if a mask lets query q see key k if and only if k <= q, whatever the sizes."""
     sizes = tuple(map(as_size, mask.meta["val"].shape))
     if len(sizes) < 2 or sizes[-1] != sizes[-2]:
         return False
@@ -60,14 +60,14 @@ def _causal(graph: fx.Graph, mask: fx.Node) -> bool:
     seen = entries.nonnegative(symbols[-2] - symbols[-1])
     if not isinstance(entry, Select):
         return bool(mask.meta["val"].dtype is torch.bool and entry == seen)
-    # Added to a score: nothing where the key is seen, and what no score can outweigh where not.
+    # A mask of numbers is added to the scores: 0 where the key is seen, elsewhere so low that no score outweighs it.
     hidden = torch.finfo(mask.meta["val"].dtype).min
     shown, other = (entry.a, entry.b) if entry.condition == seen else (entry.b, entry.a)
     return entry.condition in (seen, sympy.Not(seen)) and shown == 0.0 and other <= hidden
 
 
 def _unrepeated(node: Any) -> Any:
-    """The keys or values that `node` is copies of, each head several times in a row; None where it is not."""
+    """Return the keys or values that `node` repeats, each head several times in a row; None where it does not."""
     node = _uncopied(node)
     match relation_of(node):
         case Repeated(x, (1, times, 1, 1), interleaved=True) if x.ndim == 4 and type(times) is int:
@@ -95,7 +95,7 @@ def _unrepeated(node: Any) -> Any:
 
 
 def _uncopied(node: fx.Node) -> fx.Node:
-    """The value that `node` copies as it is, or cuts nothing off."""
+    """Return the value that `node` copies as it is, or slices without cutting anything off."""
     while True:
         match relation_of(node):
             case Pointwise((x,), "copy") if x.node.meta["val"].dtype is node.meta["val"].dtype:

@@ -1,12 +1,12 @@
-"""Inline: parts that run without gradients or autocast, as a subgraph behind one op, become part of the graph.
+"""Inlining: subgraphs behind one op, which run without gradients or autocast, become part of the graph around them.
 
     inline(graph, root)
       -> wrap_with_set_grad_enabled(False, subgraph, *args)   becomes   the nodes of the subgraph, results detached
 
-      -> wrap_with_autocast(.., False, .., subgraph, *args)   becomes   enter, those nodes, exit: whoever turns autocast
-         on around the region does not turn it on in there
+      -> wrap_with_autocast(.., False, .., subgraph, *args)   becomes   enter, those nodes, exit: autocast that is on
+         around the region stays off inside
 
-Weights may meet in there as anywhere else. Detaching what comes out blocks the gradients just as well.
+Weights may meet inside as anywhere else. Detaching the results blocks the gradients just as well.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ecospa_fx.passes.graph.nodes import arguments
 
 aten = torch.ops.aten
 
-# Op -> how many arguments come before the subgraph, and which of them says whether it is on.
+# Op -> the number of arguments before the subgraph, and the index of the one that turns the setting on or off.
 _SETTINGS = {"wrap_with_set_grad_enabled": (1, 0), "wrap_with_autocast": (4, 2)}
 
 
@@ -32,13 +32,13 @@ def inline(graph: fx.Graph, root: nn.Module) -> None:
         settings, flag = _SETTINGS.get(getattr(node.target, "__name__", ""), (0, 0))
         if not settings or arguments(node)[flag] is not False:
             continue
-        held = arguments(node)[settings]
-        inner: Any = getattr(root, held.target)
+        subgraph = arguments(node)[settings]
+        inner: Any = getattr(root, subgraph.target)
         if any(n.op in ("get_attr", "call_module") for n in inner.graph.nodes):
             continue
         _replace(graph, node, inner.graph, settings)
-        if not held.users:
-            graph.erase_node(held)
+        if not subgraph.users:
+            graph.erase_node(subgraph)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, inner: fx.Graph, settings: int) -> None:

@@ -1,10 +1,10 @@
-"""Entries: what each entry of a tensor that depends on sizes alone is, as a formula of its index.
+"""Symbolic entries: the entries of a tensor that depends on sizes alone, as formulas of their index.
 
-    Entries(graph).at(node, index) -> an affine integer | a condition | Choice(condition, number, number) | None
+    SymbolicEntries(graph, sizes).at(node, index) -> an affine integer | a condition | Select(condition, a, b) | None
 
-A mask is often built from aranges and comparisons, dozens of ops of it. Its value at a few sizes proves nothing: a
-window of 4096 looks causal up to there. Its entry at `(b, h, q, k)`, for symbols q and k, does: if that comes out as
-`q - k >= 0`, then for every size. What no formula is known for is None, and so is all that depends on it.
+A mask is often built from aranges and comparisons, in dozens of ops. Its value at a few sizes proves nothing: a window
+of 4096 looks causal up to there. Its entry at `(b, h, q, k)`, for symbols q and k, does: if that is `q - k >= 0`, it is
+so at every size. An entry without a known formula is None, and so is every entry that depends on it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ true, false = sympy.true, sympy.false
 
 @dataclass(frozen=True)
 class Select:
-    """`a` where `condition` holds, else `b`; both plain numbers."""
+    """A choice of two plain numbers: `a` where `condition` holds, else `b`."""
 
     condition: Any
     a: float
@@ -43,32 +43,35 @@ class SymbolicEntries:
     """Formulas of the entries of one graph.
 
     Attributes:
-        sizes: index symbol -> size of the dim it runs along, for what `at` is asked about.
+        sizes: index symbol -> size of the dim it runs along.
+        written: nodes in whose memory some op writes; their entries are not known.
+        cache: entries computed so far.
     """
 
     def __init__(self, graph: fx.Graph, sizes: Mapping[sympy.Symbol, Any]) -> None:
         self.sizes = dict(sizes)
-        self.written = {made for node in graph.nodes for arg in written_arguments(node) for made in memory_behind(arg)}
-        self.known: dict[tuple[fx.Node, Index], Any] = {}
+        self.written = {view for node in graph.nodes for arg in written_arguments(node) for view in memory_behind(arg)}
+        self.cache: dict[tuple[fx.Node, Index], Any] = {}
 
     def at(self, node: Any, index: Index) -> Any:
-        """The entry of `node` at `index`, or None where that is not known."""
+        """Return the entry of `node` at `index`, or None where it is not known."""
         if not isinstance(node, fx.Node):
             return node if isinstance(node, (int, float)) else None
         key = (node, index)
-        if key not in self.known:
-            self.known[key] = None  # for the walk below, which never comes back here in a graph without cycles
-            self.known[key] = self._entry(node, index)
-        return self.known[key]
+        if key not in self.cache:
+            self.cache[key] = None  # for the walk below, which never comes back here in a graph without cycles
+            self.cache[key] = self._entry(node, index)
+        return self.cache[key]
 
     def nonnegative(self, expr: Any) -> Any:
-        """The condition `expr >= 0`: true or false where the ranges of index and sizes decide it, else a symbol."""
+        """Return the condition `expr >= 0`: true or false where the ranges of indices and sizes decide it."""
         expr = sympy.expand(expr)
         if self._least(expr) >= 0:
             return true
         if self._least(-expr - 1) >= 0:
             return false
-        # For integers, not(e >= 0) is -e - 1 >= 0: of the two the one with a positive leading term stands for both.
+        # Undecided, it is a symbol. For integers, not(e >= 0) is -e - 1 >= 0: of the two, the one with a positive
+        # leading term stands for both.
         terms = expr.as_ordered_terms()
         leading = next((t for t in terms if t.free_symbols), sympy.Integer(1))
         if leading.as_coeff_Mul()[0] < 0:
@@ -76,7 +79,7 @@ class SymbolicEntries:
         return sympy.Symbol(f"{expr} >= 0")
 
     def _least(self, expr: Any) -> float:
-        """A lower bound of an affine expression: an index is at least 0 and less than its size, a size at least 0."""
+        """Return a lower bound of an affine expression, where 0 <= index < its size and 0 <= size."""
         for symbol, size in self.sizes.items():
             coefficient = expr.coeff(symbol)
             if coefficient.is_number and expr.has(symbol):
@@ -107,7 +110,7 @@ class SymbolicEntries:
             case aten.index.Tensor:
                 return self._indexed(args[0], args[1], index)
             case aten.cumsum.default:
-                # Of what does not change along the dim.
+                # Only for a value that does not change along the dim.
                 dim = args[1] % len(index)
                 value = self.at(args[0], (*index[:dim], _along, *index[dim + 1 :]))
                 value = {true: 1, false: 0}.get(value, value)
@@ -141,19 +144,19 @@ class SymbolicEntries:
         return formula.entry(self.nonnegative, *values) if all(map(fits, values)) else None
 
     def _moved(self, node: fx.Node, index: Index) -> Any:
-        """An entry of an op that moves entries: that of its operand, wherever it lay."""
+        """Return an entry of an op that moves entries: that of its operand, at its position there."""
         match relation_of(node):
             case Pointwise((x,), "copy"):
                 return self._cast(self.at(x.node, index), node)
             case Permuted(x, order):
-                places = dict(zip(order, index, strict=True))
-                return self.at(x.node, tuple(places[d] for d in range(x.ndim)))
+                positions = dict(zip(order, index, strict=True))
+                return self.at(x.node, tuple(positions[d] for d in range(x.ndim)))
             case Regrouped(x):
                 before = dims_before(x.shape, _shape(node))
                 if before is None:
                     return None
-                places = {d: i for d, i in zip(before, index, strict=True) if d is not None}
-                return self.at(x.node, tuple(places.get(d, 0) for d in range(x.ndim)))
+                positions = {d: i for d, i in zip(before, index, strict=True) if d is not None}
+                return self.at(x.node, tuple(positions.get(d, 0) for d in range(x.ndim)))
             case Expanded(x):
                 return self._broadcast(x.node, index)
             case Picked(x, dim, int(at)) if at >= 0:
@@ -164,7 +167,7 @@ class SymbolicEntries:
                 return None
 
     def _broadcast(self, node: Any, index: Index) -> Any:
-        """The entry of an operand that broadcasts to what `index` is of."""
+        """Return the entry of an operand that broadcasts to the shape in which `index` is a position."""
         if not isinstance(node, fx.Node):
             return node if isinstance(node, (bool, int, float)) else None
         val = node.meta.get("val")
@@ -177,31 +180,31 @@ class SymbolicEntries:
         return self.at(node, tuple(0 if size == 1 else i for size, i in zip(shape, last, strict=True)))
 
     def _indexed(self, x: fx.Node, given: Sequence[Any], index: Index) -> Any:
-        """Each dim of `x` looked up by a tensor, all of which broadcast."""
+        """Return an entry of `x` looked up by one index tensor per dim, which broadcast."""
         if len(given) != len(_shape(x)) or any(t is None or _dtype(t) is torch.bool for t in given):
             return None
-        places = [self._broadcast(t, index) for t in given]
-        if not all(_is_integer(place) and self.nonnegative(place) == true for place in places):
-            return None  # a negative place counts from the end
-        return self.at(x, tuple(places))
+        positions = [self._broadcast(t, index) for t in given]
+        if not all(_is_integer(position) and self.nonnegative(position) == true for position in positions):
+            return None  # a negative position counts from the end
+        return self.at(x, tuple(positions))
 
     def _differences(self, node: fx.Node, index: Index) -> Any:
-        """Between neighbours, where these are all the same; the first one is to `prepend`."""
+        """Return the difference between neighbours, where all are the same; the first one is to `prepend`."""
         rest: tuple[Any, ...] = (None, 1, -1, None, None)[len(node.args) :]
         x, n, dim, prepend, append = (*arguments(node), *rest)
         if n != 1 or append is not None or node.kwargs:
             return None
         dim %= len(index)
 
-        def put(place: Any) -> Index:
-            return (*index[:dim], place, *index[dim + 1 :])
+        def index_at(position: Any) -> Index:
+            return (*index[:dim], position, *index[dim + 1 :])
 
-        a, b = self.at(x, put(_along + 1)), self.at(x, put(_along))
+        a, b = self.at(x, index_at(_along + 1)), self.at(x, index_at(_along))
         pairs = [(a, b)]
         if prepend is not None:
             if _shape(prepend)[dim] != 1:
                 return None
-            pairs.append((self.at(x, put(0)), self.at(prepend, put(0))))
+            pairs.append((self.at(x, index_at(0)), self.at(prepend, index_at(0))))
         if not all(_is_integer(value) for pair in pairs for value in pair):
             return None
         steps = {sympy.expand(a - b) for a, b in pairs}
@@ -209,7 +212,7 @@ class SymbolicEntries:
         return None if more or not step.is_number else step
 
     def _cast(self, value: Any, node: fx.Node) -> Any:
-        """A value under the dtype of `node`, where that says the same."""
+        """Cast a value to the dtype of `node`; None where no formula is known for the result."""
         if _dtype(node) is torch.bool:
             return sympy.sympify(value) if _is_condition(value) else None
         if _is_condition(value):

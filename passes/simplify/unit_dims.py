@@ -1,4 +1,4 @@
-"""Unit dims: which dims of a tensor are which after dims of one entry have come in or gone."""
+"""Unit dims: the dims of a tensor, matched before and after dims of one entry are added or removed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ def dims_before(before: Sequence[Any], after: Sequence[Any]) -> list[int | None]
     """Match the dims of two shapes of the same entries that differ in dims of one entry only.
 
     Returns:
-        For each dim after, the dim before that it is, None where it came in; None where more differs.
+        For each dim of `after` the dim of `before` that it is, None for an added one; None where the shapes differ in
+        more than dims of one entry.
     """
     matched: list[int | None] = []
     i = 0

@@ -27,8 +27,8 @@ from ecospa_fx.passes.graph.nodes import (
     tensor_meta,
     written_arguments,
 )
-from ecospa_fx.passes.infer.solve import parse_pattern
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
+from ecospa_fx.passes.ir.patterns import bind
 from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.ir.relations import Pattern, Permuted, Pointwise
 
@@ -224,20 +224,20 @@ def _use(user: fx.Node, given: fx.Node, order: tuple[int, ...], axis_facts: Axis
 
 def _product(relation: Pattern, node: fx.Node, weight: fx.Node) -> _Use | None:
     """Read a product of a weight and an activation that sums over one dim of both; None where it is another op."""
-    *terms, out = parse_pattern(relation.spec, len(relation.operands))
-    placed = [(t, o, t.names(o.ndim)) for t, o in zip(terms, relation.operands, strict=True)]
+    pattern = bind(relation.spec, len(relation.operands), tuple(relation.sizes))
+    placed = [(t, o, list(t.keys_of(o.shape))) for t, o in zip(pattern.operands, relation.operands, strict=True)]
     factors = [(operand, names) for term, operand, names in placed if not term.added]
     if len(factors) != 2:
         return None
     (mine, theirs) = sorted(factors, key=lambda factor: factor[0].node is not weight)
     (w, w_names), (x, x_names) = mine, theirs
     shared = [name for name in w_names if name in x_names]
-    if w.node is not weight or w.ndim < 2 or len(shared) != 1 or shared[0] in out.letters:
+    if w.node is not weight or w.ndim < 2 or len(shared) != 1 or shared[0] in pattern.output.keys:
         return None
     if any(isinstance(name, tuple) or names.count(name) > 1 for names in (w_names, x_names) for name in names):
         return None
     left = [name for name in w_names if name != shared[0]]
-    if any(name not in out.letters for name in left) and relation.window is None:
+    if any(name not in pattern.output.keys for name in left) and relation.window is None:
         return None  # another of its dims is summed over, or chosen from
     window, columns = _window(relation.window)
     if window == ():

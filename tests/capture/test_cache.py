@@ -14,7 +14,7 @@ HEADS, DIM, WIDTH = 4, 6, 10
 
 
 class Layer:
-    """What one block keeps."""
+    """The part of a cache that belongs to one block."""
 
     def __init__(self):
         self.keys = self.values = None
@@ -29,7 +29,7 @@ class Layer:
 
 
 class Fixed(Layer):
-    """The same in memory that is there from the first call on."""
+    """The same, with memory of full length from the first call on."""
 
     def update(self, keys, values):
         new = keys.shape[2]
@@ -46,7 +46,7 @@ class Fixed(Layer):
 
 
 class Cache:
-    """Of all blocks."""
+    """The parts of all blocks."""
 
     def __init__(self, blocks=2, layer=Layer):
         self.layers = [layer() for _ in range(blocks)]
@@ -120,7 +120,7 @@ def halved(model):
 
 
 def stepwise(model, cache, x, first=3):
-    """A sequence with a cache: the beginning at once, then one by one."""
+    """Run a sequence with a cache: the beginning at once, then token by token."""
     parts = [x[:, :first], *(x[:, i : i + 1] for i in range(first, x.shape[1]))]
     return torch.cat([model(part, cache) for part in parts], 1)
 
@@ -209,8 +209,8 @@ def test_what_was_filled_before_a_shrink_is_refused():
         with pytest.raises(errors.EcoSpaError) as caught:
             model(x[:, :1], cache)
     assert str(caught.value) == (
-        "`layers[0].keys` of the Cache that `blocks.0` is called with has sizes (2, 4, 9, 6), and (2, 2, 9, 3) fit: it "
-        "was filled by another model, or before this one shrank to what it is now. Start with an empty one"
+        "`layers[0].keys` of the Cache that `blocks.0` is called with has sizes (2, 4, 9, 6) and needs (2, 2, 9, 3): "
+        "it was filled by another model, or by this one before its last shrink. Start with an empty one"
     )
     assert cache.layers[0].keys.shape == (2, HEADS, 9, DIM)
 
@@ -253,7 +253,7 @@ def test_captured_with_a_cache_from_the_first_call_on():
 
 
 class Crossing(Block):
-    """Keys of what it looks at are made once, as encoder-decoders do."""
+    """A block that computes the keys of another sequence once, as encoder-decoders do."""
 
     def forward(self, x, mask, cache=None):
         own = self.attention
@@ -287,7 +287,7 @@ def test_what_is_filled_once_and_read_ever_after():
 
 def test_what_something_else_fills_stays_whole():
     class Borrowing(Crossing):
-        """The second looks at what the first has made."""
+        """A block that reads the keys of the first one."""
 
         def forward(self, x, mask, cache=None):
             if self.attention.number == 0 or cache is None:

@@ -1,4 +1,4 @@
-"""What capture makes of regions that torch.export alone would not give as one wants them."""
+"""Capture of regions that torch.export alone would not give in the form that is needed."""
 
 from __future__ import annotations
 

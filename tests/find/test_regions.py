@@ -1,4 +1,4 @@
-"""Regions: which submodules are captured, where that fails, and what is said of it."""
+"""Regions: the submodules that are captured, where that fails, and the reasons given."""
 
 import copy
 

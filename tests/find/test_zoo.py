@@ -1,4 +1,4 @@
-"""The zoo: what is found in each model is what is written beside it, and taking any of it away is exact."""
+"""The zoo: the couplings found in each model are those written beside it, and shrinking any of them is exact."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_refusals_give_the_reason_written_by_hand(name: str) -> None:
 def test_a_model_without_couplings_is_left_as_it_was() -> None:
     model, args = made(ZOO["softmax_features"])
     before = type(model), {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(NoCouplingError, match="softmax: every entry along the axis feeds others"):
+    with pytest.raises(NoCouplingError, match="softmax: every result along the axis depends on all its entries"):
         ecospa_fx.compile(model, example_inputs=args, regions="root")
     assert type(model) is before[0] and all(torch.equal(p, before[1][n]) for n, p in model.named_parameters())
 

@@ -79,7 +79,7 @@ def test_a_checkpoint_of_another_callback_is_refused(whole, tmp_path):
     shutil.copytree(out / "checkpoint-8", tmp_path / "checkpoint-8")
     shutil.rmtree(tmp_path / "checkpoint-8" / "ecospa_fx")
     again, _ = trainer_of(tmp_path)
-    with pytest.raises(ecospa_fx.errors.CheckpointError, match=r"resumes at step 8, but .*ecospa_fx is not there"):
+    with pytest.raises(ecospa_fx.errors.CheckpointError, match=r"resumes at step 8, but .*ecospa_fx is missing"):
         again.train(resume_from_checkpoint=True)
 
 

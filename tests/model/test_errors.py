@@ -253,7 +253,7 @@ def test_call_that_pins_an_axis_already_shrunk():
         model(X, show_hidden=True)
     message = str(caught.value)
     assert message.startswith(
-        "this call needs an axis of 10 whole that has shrunk to 4 (up.weight[0], up.bias[0], down.weight[1])"
+        "this call needs all 10 entries of an axis that has shrunk to 4 (up.weight[0], up.bias[0], down.weight[1])"
     )
     assert "it leaves the region as output 1" in message
     assert "The call differs from earlier ones: the arguments are structured differently." in message

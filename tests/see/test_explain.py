@@ -100,13 +100,13 @@ def test_why_word_for_word():
         """\
 layers.0.q.weight[0] is coupled with layers.0.o.weight[1]:
    1. aten.linear takes it to linear[2]: brought into a product by one side (layers.0.q, linear.py).
-   2. aten.reshape takes it to view[2]: the same entries in the same order, in other dims (layers.0, test_explain.py).
+   2. aten.reshape takes it to view[2]: entries keep their order, in other dims (layers.0, test_explain.py).
    3. aten.transpose takes it to transpose[1]: two dims change places (layers.0, test_explain.py).
-   4. aten.mul takes it to mul[1]: entries of a product meet only entries at the same place (layers.0, test_explain.py).
-   5. aten.add takes it to add[1]: entries of a sum meet only entries at the same place (layers.0, test_explain.py).
+   4. aten.mul takes it to mul[1]: entries of a product meet only entries at the same position (layers.0, test_explain.py).
+   5. aten.add takes it to add[1]: entries of a sum meet only entries at the same position (layers.0, test_explain.py).
    6. aten.scaled_dot_product_attention takes it to scaled_dot_product_attention[1]: brought into a product by one side (layers.0, test_explain.py).
    7. aten.transpose takes it to transpose_3[2]: two dims change places (layers.0, test_explain.py).
-   8. aten.reshape takes it to reshape[2]: the same entries in the same order, in other dims (layers.0, test_explain.py).
+   8. aten.reshape takes it to reshape[2]: entries keep their order, in other dims (layers.0, test_explain.py).
    9. aten.linear takes it to layers.0.o.weight[1]: multiplied entry by entry and summed over (layers.0.o, linear.py).""",
     )
     with pytest.raises(errors.NoCouplingError) as caught:

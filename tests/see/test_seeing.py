@@ -142,8 +142,8 @@ def test_why_by_ends_of_names(explanation):
         """\
 layers.2.glu: layers.2.gate.weight[0] is coupled with layers.2.down.weight[1]:
    1. aten.linear takes it to linear_4[2]: brought into a product by one side (layers.2.gate, linear.py).
-   2. aten.silu takes it to silu[2]: entries meet only entries at the same place (layers.2, test_explain.py).
-   3. aten.mul takes it to mul_4[2]: entries of a product meet only entries at the same place (layers.2, test_explain.py).
+   2. aten.silu takes it to silu[2]: entries meet only entries at the same position (layers.2, test_explain.py).
+   3. aten.mul takes it to mul_4[2]: entries of a product meet only entries at the same position (layers.2, test_explain.py).
    4. aten.linear takes it to layers.2.down.weight[1]: multiplied entry by entry and summed over (layers.2.down, linear.py).
 
 layers.2.gate.weight[1] meets layers.2.down.weight[0] along an axis of 8, which cannot shrink because
@@ -152,7 +152,7 @@ layers.2.gate.weight[1] meets layers.2.down.weight[0] along an axis of 8, which 
 They meet so:
    1. aten.linear takes it to layer_norm[2]: multiplied entry by entry and summed over (layers.2.gate, linear.py).
    2. aten.layer_norm takes it to add_2[2]: one product per entry (layers.2.norm, normalization.py).
-   3. aten.add takes it to linear_6[2]: entries of a sum meet only entries at the same place (layers.2, test_explain.py).
+   3. aten.add takes it to linear_6[2]: entries of a sum meet only entries at the same position (layers.2, test_explain.py).
    4. aten.linear takes it to layers.2.down.weight[0]: brought into a product by one side (layers.2.down, linear.py).""",
     )
     assert all(step.code for step in why.paths["layers.2.glu"].steps)

@@ -11,7 +11,7 @@ from torch import nn
 @specimen(
     pair("ffn", 7, "down[0] head.weight[1]"),
     inputs=floats(6),
-    refused={"up[0] spectrum.weight[1]": "every entry along the axis is in every frequency"},
+    refused={"up[0] spectrum.weight[1]": "every frequency depends on all entries along the axis"},
 )
 class fourier_mixing(nn.Module):
     """FNet's: what a transform runs along stays whole, and what it does not touch shrinks."""
@@ -41,7 +41,7 @@ class recurrent(nn.Module):
 
 @specimen(
     inputs=floats(6),
-    refused={"up[0] down.weight[1]": "entries along the axis are put in order"},
+    refused={"up[0] down.weight[1]": "entries along the axis are sorted"},
 )
 class sorted_features(nn.Module):
     def __init__(self):
@@ -52,7 +52,10 @@ class sorted_features(nn.Module):
         return self.down(self.up(x).sort(-1).values)
 
 
-@specimen(inputs=floats(6), refused={"up[0] down.weight[1]": "softmax: every entry along the axis feeds others"})
+@specimen(
+    inputs=floats(6),
+    refused={"up[0] down.weight[1]": "softmax: every result along the axis depends on all its entries"},
+)
 class softmax_features(nn.Module):
     def __init__(self):
         super().__init__()

@@ -112,6 +112,4 @@ def test_without_hypothesis_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "hypothesis", None)
     with pytest.raises(ImportError) as error:
         importlib.import_module("ecospa_fx.testing.strategies")
-    assert str(error.value) == (
-        "ecospa_fx.testing.strategies draws through hypothesis, which is not installed; pip install hypothesis"
-    )
+    assert str(error.value) == ("ecospa_fx.testing.strategies needs hypothesis: pip install hypothesis")

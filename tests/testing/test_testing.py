@@ -83,7 +83,7 @@ def test_assert_exact_misses_no_region() -> None:
     with pytest.raises(VerificationError) as error:
         assert_exact(copy.deepcopy(model), (x, False))
     assert str(error.value) == (
-        "`b.ffn` was never compared: this call of the model does not run it. Call it in a way that does"
+        "`b.ffn` was never compared: this call of the model does not run it; pass example_inputs that do"
     )
 
 

@@ -1,0 +1,56 @@
+"""Sizes: ints, or sympy expressions where torch.export found a dim to be dynamic, in a normal form that compares."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from torch.utils._sympy.functions import FloorDiv, Max
+
+Size: TypeAlias = Any  # int | sympy.Expr; sympy is untyped
+
+
+def as_size(size: int | torch.SymInt | sympy.Expr) -> Size:
+    """Return the normal form of a size: an int where the value is known, else the sympy expression behind a SymInt."""
+    if type(size) is int:
+        return size
+    expr = size.node.expr if isinstance(size, torch.SymInt) else size
+    return _normal(expr) if isinstance(expr, sympy.Expr) else int(expr)
+
+
+@lru_cache(maxsize=1 << 14)  # a graph has few sizes and asks for them at every node, and sympy is slow
+def _normal(expr: sympy.Expr) -> Size:
+    if expr.has(FloorDiv):
+        # torch writes a floor division even where the division is exact: `(s*s) // s`, say.
+        expr = expr.replace(FloorDiv, lambda a, b: FloorDiv(a, b) if (exact := quotient(a, b)) is None else exact)
+    if expr.has(Max):
+        # torch keeps `max(0, -s - 1)`, although sizes are positive.
+        expr = expr.replace(Max, _largest)
+    if expr.has(sympy.Add):
+        expr = sympy.expand(expr)  # sums of products have many forms, which compare as different
+    return int(expr) if isinstance(expr, sympy.Integer) else expr
+
+
+def _largest(*args: sympy.Expr) -> sympy.Expr:
+    """Return the maximum of sizes, without those that are provably not larger than another."""
+    candidates = [
+        a for i, a in enumerate(args) if not any((b - a).is_nonnegative for j, b in enumerate(args) if j != i)
+    ]
+    return candidates[0] if len(candidates) == 1 else Max(*args)
+
+
+def quotient(size: Size, divisor: Size) -> Size | None:
+    """Return `size / divisor` where that is provably an integer, else None."""
+    if type(size) is int and type(divisor) is int:
+        return size // divisor if divisor and size % divisor == 0 else None
+    return 1 if size == divisor else _ratio(size, divisor)
+
+
+@lru_cache(maxsize=1 << 14)
+def _ratio(size: Size, divisor: Size) -> Size | None:
+    ratio = size / sympy.sympify(divisor)
+    if isinstance(size, sympy.Add):
+        ratio = sympy.cancel(ratio)
+    return as_size(ratio) if sympy.fraction(ratio)[1] == 1 and ratio.is_integer else None
