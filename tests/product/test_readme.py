@@ -1,8 +1,10 @@
 """The README is true: its code runs in the order it stands there, and what it says is printed is printed."""
 
+import ast
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -56,6 +58,38 @@ def test_a_save_can_be_read_without_the_library(tmp_path, monkeypatch, capsys):
     mask[[1, 3, 7]] = True
     assert torch.equal(names["original"]["0.weight"], whole * mask)
     assert capsys.readouterr().out.startswith("0.weight [3, 6] {'step': torch.Size([]), 'exp_avg': torch.Size([3, 6])")
+
+
+def test_the_architecture_draws_the_rooms_in_the_order_in_which_they_import():
+    """The order that tests/ground/test_house.py holds, each room with a file that exists."""
+    house = ast.parse((ROOT / "tests" / "ground" / "test_house.py").read_text())
+    product, compiler, ground = (
+        ast.literal_eval(node.value).split()
+        for name in ("PRODUCT", "COMPILER", "GROUND")
+        for node in house.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == name
+    )
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    drawn = re.findall(r"^    [↓│┌] (\w+) .* (\w+\.py)$", text, flags=re.MULTILINE)
+    assert [room for room, _ in drawn] == [*product, *compiler, ground[-1]]
+    (line,) = re.findall(r"^    the ground .*: (.*)$", text, flags=re.MULTILINE)
+    assert line.split(", ") == ground[:-1]
+    for room, file in drawn:
+        within = "passes" if room in compiler else "." if room in ground else "ecospa_fx"
+        folder = ROOT / within / room
+        assert (folder / file if folder.is_dir() else ROOT / within / file).is_file(), room
+
+
+PAGES = [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
+    text = page.read_text()
+    named = re.findall(r"`((?:ecospa_fx|passes|kernels|tests|bench|docs|examples)/[\w/.]+)`", text)
+    assert [path for path in named if not (ROOT / path).exists()] == []
+    linked = re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", text)
+    assert [path for path in linked if not (page.parent / path).exists()] == []
 
 
 def settled(text):
