@@ -54,7 +54,7 @@ class Walk:
 
     @property
     def columns(self) -> bool:
-        """Whether the kept axis is the contiguous one."""
+        """True if the kept axis is the contiguous one."""
         return self.kept.stride == 1 and self.summed.stride != 1
 
 

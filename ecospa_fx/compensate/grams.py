@@ -121,7 +121,7 @@ class Grams:
 
     @property
     def empty(self) -> bool:
-        """Whether no moments have been gathered."""
+        """True if no moments have been gathered."""
         return not self._grams
 
     @property
@@ -159,11 +159,11 @@ class Grams:
     # The methods of an observer of regions, see `ecospa_fx.model.observers`.
 
     def wants(self, module: nn.Module) -> bool:
-        """At every forward, or those that train."""
+        """Return True at every forward, or at those that train."""
         return self.active and (not self.training or (torch.is_grad_enabled() and module.training))
 
     def nodes_of(self, region: Region, program: Program) -> tuple[list[fx.Node], list[GramInput | ProductSite]]:
-        """What the weights of a region meet."""
+        """Return the nodes whose values the weights of a region meet, and which input each is."""
         self._read(region)
         here = self._consumers(program.axis_facts)
         found: list[GramInput | ProductSite] = list(pair_sites(region, program))

@@ -179,12 +179,12 @@ class CoupledEstimator:
 
     @property
     def attached(self) -> bool:
-        """Whether gradients are read by hooks."""
+        """True if gradients are read by hooks."""
         return bool(self._handles)
 
     @property
     def empty(self) -> bool:
-        """Whether nothing has been accumulated yet that a decision could be made from."""
+        """True if nothing has been accumulated yet that a decision could be made from."""
         return self.reader.empty
 
     def reset(self) -> None:

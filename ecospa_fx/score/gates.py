@@ -74,7 +74,7 @@ class GateReader:
 
     @property
     def empty(self) -> bool:
-        """Whether no gradient has been read since the last reset."""
+        """True if no gradient has been read since the last reset."""
         return not self.sums
 
     def observe(self) -> None:

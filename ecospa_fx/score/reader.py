@@ -71,7 +71,7 @@ class Reader(Protocol):
 
     @property
     def empty(self) -> bool:
-        """Whether it still lacks the input that a decision could be made from."""
+        """True if it still lacks the input that a decision could be made from."""
 
     @property
     def if_empty(self) -> str:

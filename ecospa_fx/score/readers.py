@@ -118,7 +118,7 @@ class GradientReader(SliceReader):
 
     @property
     def empty(self) -> bool:
-        """Whether no gradient has been read since the last reset."""
+        """True if no gradient has been read since the last reset."""
         return not self.totals.sums
 
     def add(self, step: GradientStep) -> None:
@@ -183,7 +183,7 @@ class ActivationReader:
 
     @property
     def empty(self) -> bool:
-        """Whether no activation has been seen since the last reset."""
+        """True if no activation has been seen since the last reset."""
         return self._scores is None or not self._scores.sums
 
     def observe(self) -> None:

@@ -51,7 +51,7 @@ class Clock:
 
     @property
     def due(self) -> bool:
-        """Whether a sparsification step falls on the last training step."""
+        """True if a sparsification step falls on the last training step."""
         return self.schedule.due(self._before - self.waited, self.now - self.waited)
 
     def due_within(self, amount: float) -> bool:

@@ -42,7 +42,7 @@ class LossSpikes:
 
     @property
     def spiking(self) -> bool:
-        """Whether the loss is still further above its level before the last shrink than is allowed."""
+        """True if the loss is still further above its level before the last shrink than is allowed."""
         if self.level is None:
             return False
         if not math.isfinite(self.level):

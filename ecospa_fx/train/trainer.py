@@ -213,7 +213,7 @@ class EcoSpaTrainer:
 
     @property
     def hears_the_loss(self) -> bool:
-        """Whether `step` has been told a loss, so that shrinks wait while it is high."""
+        """True if `step` has been told a loss, so that shrinks wait while it is high."""
         return self._spikes.level is not None
 
     @property
