@@ -82,7 +82,7 @@ class Solver:
                     exprs = tuple(expr for i, expr in enumerate(x.exprs) if i not in dropped)
                 return [exprs for _ in shapes]
             case r.Sliced(x, dim):
-                return [_replaced(x.exprs, dim, self._sliced(relation, node, why))]
+                return [_replaced(x.exprs, dim, self._sliced(relation, node, shape[dim], why))]
             case r.Parted(x, dim):
                 return [_replaced(x.exprs, dim, piece) for piece in self._parted(relation, node)]
             case r.Picked(x, dim, index):
@@ -181,7 +181,17 @@ class Solver:
         self.axis_facts.facts.append(Fact("gate", first, node, operands=(x,)))
         return first
 
-    def _sliced(self, relation: r.Sliced, node: fx.Node, why: str) -> Expr:
+    def _sliced(self, relation: r.Sliced, node: fx.Node, left: Size, why: str) -> Expr:
+        """Return the axis of a slice with `left` entries; where no axis is cut so, it stays whole, and the slice too."""
+        try:
+            return self._cut_out(relation, node, why)
+        except Mismatch as mismatch:
+            piece = self.axes.fresh(left)
+            for expr in (relation.x.exprs[relation.dim], piece):
+                self.axis_facts.pin(expr, node, f"{op_name(node)}: {mismatch}")
+            return piece
+
+    def _cut_out(self, relation: r.Sliced, node: fx.Node, why: str) -> Expr:
         x, (start, stop, step) = relation.x, (relation.start, relation.stop, relation.step)
         expr = x.exprs[relation.dim]
         size = x.shape[relation.dim]

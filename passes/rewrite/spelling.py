@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from ecospa_fx.passes.rules import op_info
+
 Spelling: TypeAlias = tuple[Literal["torch", "nn", "method"], str]
 
 
@@ -22,9 +24,15 @@ def spelling(op: Any) -> Spelling | None:
     """Return the quickest way to call an op: `torch.add`, `torch._C._nn.gelu`, `x.expand`; None: the op itself."""
     if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten":
         return None
+    if op_info(op) is None:
+        return None  # only of ops with a rule do tests compare the two ways to call them
     arguments = op._schema.arguments
     if not arguments or "Tensor" not in str(arguments[0].type):
         return None  # it makes a tensor from sizes alone; torch's function for it is written by hand
+    if any(argument.name == "reduction" for argument in arguments):
+        return None  # torch's functions do not read the default of the schema, `Mean`, and reduce nothing
+    if any(str(argument.type) == "List[Optional[Tensor]]" for argument in arguments):
+        return None  # Python writes such an index as `x[:, i]`, and takes no list with None in it
     name = op._opname
     generated = getattr(torch._C._VariableFunctions, name, None)
     if generated is not None and getattr(torch, name, None) is generated:

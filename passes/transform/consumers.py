@@ -243,7 +243,9 @@ def _product(relation: Pattern, node: fx.Node, weight: fx.Node) -> _Use | None:
     if window == ():
         return None
     bias = None
-    if not any(value != 1 for value in node.kwargs.values() if isinstance(value, (int, float))):
+    scaled = any(value != 1 for value in node.kwargs.values() if isinstance(value, (int, float)))
+    per_row = columns > 1 or all(w.shape[w_names.index(name)] == 1 for name in others[1:])
+    if others and per_row and not scaled:
         bias = next((o.node for t, o, names in named if t.added and names == [others[0]]), None)
     return _Use(w_names.index(shared[0]), Input(x.node, x_names.index(shared[0]) - x.ndim, window), columns, bias)
 
