@@ -156,7 +156,7 @@ def test_a_target_in_time_is_measured_and_corrected():
     flops = CostModel(model, model.__dict__[MODEL], "flops")
     assert cost.seconds(flops.total({})) == pytest.approx(area(model))
     other = ecospa_fx.EcoSpaTrainer(model, optimizer, target=0.9, cost=ecospa_fx.Latency((x,), repeats=2))
-    assert all(seconds > 0 for _, seconds in other._latency.points)  # the clock, once
+    assert all(seconds > 0 for _, seconds in other._decisions.latency.points)  # the clock, once
     state = trainer.state_dict()
     assert state["settings"]["cost"] == "latency" and state["latencies"] == cost.points
 
