@@ -89,14 +89,14 @@ def named_model(
     )
 
 
-def fields_of(given: Iterable[str]) -> dict[str, Any]:
+def fields_of(texts: Iterable[str]) -> dict[str, Any]:
     """Parse `FIELD=VALUE` texts: the values are numbers, booleans, lists, else text.
 
     Raises:
         CommandError: one has no `=`, or no field name before it.
     """
     fields = {}
-    for text in given:
+    for text in texts:
         field, equals, value = text.partition("=")
         if not equals or not field.isidentifier():
             raise CommandError(f"`{text}` is not of the form FIELD=VALUE, such as hidden_size=64")
@@ -225,8 +225,8 @@ def _from_file(name: str, full: bool, changes: Mapping[str, Any], shapes: Sequen
         raise CommandError(f"{name} failed with {type(error).__name__}: {_first_line(error)}", FAILED) from error
     args: tuple[Any, ...] = ()
     if isinstance(result, tuple) and len(result) == 2:
-        result, given = result
-        args = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+        result, inputs = result
+        args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     if not isinstance(result, nn.Module):
         raise CommandError(f"{name} returns a {type(result).__name__}, not a module or (module, inputs)")
     with device(full):

@@ -45,11 +45,11 @@ def _config(context: typer.Context, value: Path | None) -> Path | None:
             options = tomllib.loads(value.read_text())
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise CommandError(f"--config {value} cannot be read: {error}") from None
-        known = {parameter.opts[-1].lstrip("-"): str(parameter.name) for parameter in context.command.params}
-        unknown = [name for name in options if name.replace("_", "-") not in known]
+        names = {parameter.opts[-1].lstrip("-"): str(parameter.name) for parameter in context.command.params}
+        unknown = [name for name in options if name.replace("_", "-") not in names]
         if unknown:
             raise CommandError(f"--config {value}: there is no option `{unknown[0]}`")
-        named = {known[name.replace("_", "-")]: setting for name, setting in options.items()}
+        named = {names[name.replace("_", "-")]: setting for name, setting in options.items()}
         context.default_map = {**(context.default_map or {}), **named}
     return value
 
@@ -104,18 +104,18 @@ def train(
     with at_work(f"making {model}"):
         if images is None:
             data = read_text(text, batch_size, context)
-            given = _bytes(model, fields)
-            named = named_model(model, fields=given, factory=factory, causal=True)
+            fields = _bytes(model, fields)
+            named = named_model(model, fields=fields, factory=factory, causal=True)
         else:
-            given = _classes(model, images, batch_size, fields)
-            named, data = _classifier(model, images, batch_size, given, factory)
+            fields = _classes(model, images, batch_size, fields)
+            named, data = _classifier(model, images, batch_size, fields, factory)
     forward = _forward(named, data)
     run = _Run(named.model, data, forward, settings, lr, weight_decay)
     with watching(run.trainer, out, steps, tensorboard) as watch:
         for loss in run.steps(steps, seed):
             watch.step(loss)
     with at_work("saving and writing the report"):
-        _write(run, out, model, given)
+        _write(run, out, model, fields)
     _tell(run, out, as_json)
 
 
@@ -130,21 +130,21 @@ def watching(trainer: ecospa_fx.EcoSpaTrainer, out: Path, steps: int, tensorboar
         raise CommandError(f"{out} cannot be written: {error}" if isinstance(error, OSError) else str(error)) from None
 
 
-def _more(given: list[str]) -> dict[str, Any]:
+def _more(texts: list[str]) -> dict[str, Any]:
     """Parse settings of the trainer that have no option of their own."""
-    settings = fields_of(given)
-    known = [name for name in inspect.signature(ecospa_fx.EcoSpaTrainer).parameters if name not in OWN]
+    settings = fields_of(texts)
+    names = [name for name in inspect.signature(ecospa_fx.EcoSpaTrainer).parameters if name not in OWN]
     for name in settings:
-        if name not in known:
-            raise CommandError(f"--trainer {name}: EcoSpaTrainer has no such setting; it has {', '.join(known)}")
+        if name not in names:
+            raise CommandError(f"--trainer {name}: EcoSpaTrainer has no such setting; it has {', '.join(names)}")
     return settings
 
 
 def _bytes(name: str, fields: list[str] | None) -> list[str]:
     """Add a vocabulary of bytes to the fields of a model that is made here."""
-    given = list(fields or [])
-    made = name.startswith("hf/") and not any(field.startswith("vocab_size=") for field in given)
-    return [*given, "vocab_size=256"] if made else given
+    fields = list(fields or [])
+    chosen = not name.startswith("hf/") or any(field.startswith("vocab_size=") for field in fields)
+    return fields if chosen else [*fields, "vocab_size=256"]
 
 
 def _classes(name: str, folder: Path, batch_size: int, fields: list[str] | None) -> list[str]:
@@ -201,7 +201,7 @@ class _Run:
     def steps(self, count: int, seed: int) -> Iterator[float]:
         """Train, and yield the loss of each step."""
         warmup = max(1, count // 20)
-        rate = lambda done: min((done + 1) / warmup, 0.1 + 0.9 * max(0.0, 1 - done / count))  # noqa: E731
+        rate = lambda step: min((step + 1) / warmup, 0.1 + 0.9 * max(0.0, 1 - step / count))  # noqa: E731
         schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
         every = max(1, count // EVALUATIONS)
         for step, (x, y) in enumerate(self.data.training(count, seed), 1):

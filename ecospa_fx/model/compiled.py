@@ -25,7 +25,6 @@ from torch.optim import Optimizer
 
 from ecospa_fx.couple.coupling import Coupling, CouplingSelection
 from ecospa_fx.errors import CaptureError, NoCouplingError, ShrinkError
-from ecospa_fx.passes.axes.selection import mask_of, narrow, whole
 from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.find.analyse import Analysis, shared_outside
 from ecospa_fx.passes.find.regions import choose
@@ -41,6 +40,7 @@ from .class_swap import original_class, own_forward_aside, swap_forward, swap_li
 from .copies import Copy, check_plan
 from .full_size import outside_forward, outside_inference
 from .optimizer_state import averages_of
+from .planning import planned
 from .region import Region
 from .slicing import Absorber, prepare_tensors
 from .specialization import Specialization
@@ -233,7 +233,7 @@ class CompiledModel:
         """Keep only the selected entries of each coupling, everywhere; see `ecospa_fx.shrink`."""
         self.follow_ties(model)
         self._check_shapes(model)
-        after = self.planned(selection)
+        after = planned(self.plan, self.regions, self.couplings(), selection)
         # Everything new is made beside the old; then come assignments only.
         rewritten: dict[Program, Program] = {}
         specializations = self._rewritten(model, after, rewritten)
@@ -314,65 +314,6 @@ class CompiledModel:
             if theirs.regions:
                 return theirs
         return copy.deepcopy(self)
-
-    def planned(self, selection: CouplingSelection) -> Plan:
-        """Return the plan after keeping only the selected entries of each coupling.
-
-        Raises:
-            ShrinkError: a selection is empty, out of range or not increasing.
-            NoCouplingError: there is no such coupling.
-        """
-        couplings = {coupling.name: coupling for coupling in self.couplings()}
-        by_region: dict[str, dict[str, Tensor]] = {}
-        for given, keep in selection.items():
-            name = given if isinstance(given, str) else given.name
-            if name not in couplings:
-                raise NoCouplingError(f"the model has no coupling `{name}`; it has {', '.join(couplings) or 'none'}")
-            _check_keep(couplings[name], keep)
-            by_region.setdefault(couplings[name].region, {})[name] = keep
-        after = self.plan.copy()
-        for region_name, keeps in by_region.items():
-            _plan_region(after, self.regions[region_name], keeps)
-        return after
-
-
-def _plan_region(after: Plan, region: Region, keeps: Mapping[str, Tensor]) -> None:
-    """Write into `after` the entries that stay of one region."""
-    before = region.kept(region.naming_graph.program)
-    selection = dict(before)
-    for coupling in region.naming_graph.discovery.couplings:
-        keep = keeps.get(join(region.name, coupling.name))
-        if keep is not None:
-            choice = before.get(coupling.atom, whole(coupling.atom))
-            # Contexts are counted as they are before this shrink, which may take some of them too.
-            live = mask_of(coupling.context, before) if coupling.context is not None else None
-            selection[coupling.atom] = narrow(choice, keep.cpu(), coupling.context, live)
-    region.offers.write(after, selection)
-
-
-def _check_keep(coupling: Coupling, keep: Tensor) -> None:
-    where, way = f"`{coupling.name}`", "keep is a sorted LongTensor of positions that stay"
-    if coupling.context is not None:
-        way += f", or one row of them for each of its {coupling.contexts} contexts"
-    if not isinstance(keep, Tensor) or keep.dtype != torch.long or keep.ndim not in (1, 2):
-        shape = f"{keep.dtype} of shape {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
-        raise ShrinkError(f"cannot shrink {where}: keep is {shape}; {way}")
-    if keep.ndim == 2 and coupling.context is None:
-        raise ShrinkError(
-            f"cannot shrink {where}: keep has {len(keep)} rows, but this coupling keeps the same entries in every "
-            f"context; {way}"
-        )
-    if keep.ndim == 2 and len(keep) != coupling.contexts:
-        raise ShrinkError(f"cannot shrink {where}: keep has {len(keep)} rows; it has {coupling.contexts} contexts now")
-    if not keep.numel():
-        raise ShrinkError(f"cannot shrink {where} to nothing; at least one of its {coupling.size} entries must stay")
-    if int(keep.min()) < 0 or int(keep.max()) >= coupling.size:
-        raise ShrinkError(
-            f"cannot shrink {where}: keep reaches from {int(keep.min())} to {int(keep.max())}, and it has entries 0 to "
-            f"{coupling.size - 1} now"
-        )
-    if bool((keep.diff(dim=-1) <= 0).any()):
-        raise ShrinkError(f"cannot shrink {where}: keep is not increasing; {way}, sort it and drop repeats")
 
 
 def find_followed(model: nn.Module, regions: Mapping[str, Region]) -> None:

@@ -35,7 +35,7 @@ def averages_of(parameters: Mapping[str, Tensor], optimizers: Iterable[Optimizer
     return averages
 
 
-class States:
+class OptimizerStates:
     """The states of some optimizers, which follow a shrink one parameter after another.
 
     Raises:

@@ -19,7 +19,7 @@ from ecospa_fx.kernels import compacted
 from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 from ecospa_fx.plan import Plan
 
-from .optimizer_state import States
+from .optimizer_state import OptimizerStates
 from .optimizer_table import SliceLater
 
 
@@ -100,7 +100,7 @@ def prepare_tensors(
     Raises:
         OptimizerError: an optimizer holds state of a shrinking parameter that cannot follow.
     """
-    optimizer_states = States(optimizers)
+    optimizer_states = OptimizerStates(optimizers)
     # The source of each new tensor, and the positions that stay. Tensors that share storage go on sharing it.
     jobs: list[tuple[Tensor, dict[int, Tensor]]] = []
     numbers: dict[Any, int] = {}

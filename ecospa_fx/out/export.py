@@ -106,8 +106,8 @@ def _raise_new_call(region: Region) -> Callable[..., Any]:
         metadata = [_TensorLike(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
         def capture() -> None:
-            made = [leaf.make() if isinstance(leaf, _TensorLike) else leaf for leaf in metadata]
-            region.add(module, *pytree.tree_unflatten(made, spec))
+            call = [leaf.make() if isinstance(leaf, _TensorLike) else leaf for leaf in metadata]
+            region.add(module, *pytree.tree_unflatten(call, spec))
 
         raise _NewCall(capture)
 

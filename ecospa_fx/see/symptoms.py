@@ -66,13 +66,13 @@ def spike(spikes: LossSpikes, step: int, shrunk_at: int, waits: bool) -> Symptom
     return Symptom("spike", step, "", text)
 
 
-def collapses(couplings: Iterable[Coupling], step: int, said: Collection[str] = ()) -> list[Symptom]:
+def collapses(couplings: Iterable[Coupling], step: int, reported: Collection[str] = ()) -> list[Symptom]:
     """Find couplings that have lost almost all entries, while the others have not.
 
     Args:
         couplings: the couplings at their sizes now.
         step: the step now.
-        said: names of couplings that were reported before.
+        reported: names of couplings that were reported before.
     """
     shares = {c: c.size / c.original_size for c in couplings}
     middle = median(shares.values()) if shares else 0.0
@@ -85,7 +85,7 @@ def collapses(couplings: Iterable[Coupling], step: int, said: Collection[str] = 
             f"coupling {middle:.0%}: its layer contributes almost nothing. min_keep= or frozen= keeps more of it",
         )
         for coupling, share in shares.items()
-        if share <= COLLAPSED and share * APART <= middle and coupling.name not in said
+        if share <= COLLAPSED and share * APART <= middle and coupling.name not in reported
     ]
 
 

@@ -1,1 +1,1 @@
-"""Axes: the algebra of axis expressions, and selections of their entries. Knows nothing but sizes."""
+"""Axes: the algebra of axis expressions and selections of their entries, which know nothing of tensors but sizes."""

@@ -1,1 +1,1 @@
-"""Infer: an axis expression for every dim of every value."""
+"""Inference: an axis expression for every dim of every value, by rules and, for ops without one, by experiment."""

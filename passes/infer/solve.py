@@ -22,7 +22,7 @@ from ecospa_fx.passes.axes.algebra import (
 from ecospa_fx.passes.graph.nodes import op_name
 from ecospa_fx.passes.ir import relations as r
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Exprs, Fact, Role
-from ecospa_fx.passes.ir.patterns import DOTS, Term, bind
+from ecospa_fx.passes.ir.patterns import DOTS, TensorDims, bind
 
 
 class Solver:
@@ -313,7 +313,12 @@ class Solver:
         self._meet(product(*(axis_of[name] for name in names)), expr, node)
 
     def _pattern_facts(
-        self, node: fx.Node, output: Term, axis_of: dict[str, Expr], carriers: dict[str, list[r.Operand]], factors: int
+        self,
+        node: fx.Node,
+        output: TensorDims,
+        axis_of: dict[str, Expr],
+        carriers: dict[str, list[r.Operand]],
+        factors: int,
     ) -> None:
         """Record for each name whether it is contracted, shared by all factors of the product, or free."""
         for name, operands in carriers.items():

@@ -29,7 +29,7 @@ from ecospa_fx.errors import PatternError
 from ecospa_fx.passes.axes.algebra import Mismatch, Size
 
 DOTS = "."  # the key of `...`; the dims it stands for are `.1`, `.2`, ..., counted from the right
-Key: TypeAlias = "str | tuple[str, ...]"  # of one dim: a name, or the names of a product
+DimKey: TypeAlias = "str | tuple[str, ...]"  # of one dim: a name, or the names of a product
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Dots:
 
 
 @dataclass(frozen=True)
-class Term:
+class TensorDims:
     """The dims of one tensor.
 
     Attributes:
@@ -83,10 +83,10 @@ class Term:
     added: bool = False
     names: tuple[Name, ...] = field(init=False, compare=False)
     keys: frozenset[str] = field(init=False, compare=False)
-    _dim_keys: tuple[Key, ...] = field(init=False, compare=False, repr=False)
+    _dim_keys: tuple[DimKey, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        def key(dim: Name | Group | Dots) -> Key:
+        def key(dim: Name | Group | Dots) -> DimKey:
             return dim.text if isinstance(dim, Name) else tuple(name.text for name in _names(dim)) or DOTS
 
         names = tuple(name for dim in self.dims for name in _names(dim))
@@ -98,7 +98,7 @@ class Term:
     def __str__(self) -> str:
         return "+" * self.added + " ".join(map(str, self.dims))
 
-    def keys_of(self, shape: Sequence[Size]) -> Sequence[Key]:
+    def keys_of(self, shape: Sequence[Size]) -> Sequence[DimKey]:
         """Return the key of each dim of a tensor.
 
         Raises:
@@ -125,8 +125,8 @@ class ParsedPattern:
         pinned: the names that are marked with `!` anywhere, in order.
     """
 
-    operands: tuple[Term, ...]
-    output: Term
+    operands: tuple[TensorDims, ...]
+    output: TensorDims
     pinned: tuple[str, ...] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -267,7 +267,7 @@ class _Parser:
         self.check_distinct(output.names, "twice in the output; expected each name once")
         return ParsedPattern(tuple(operands), output)
 
-    def term(self) -> Term:
+    def term(self) -> TensorDims:
         added = self.token == "+"
         if added:
             self.advance()
@@ -284,7 +284,7 @@ class _Parser:
                 self.fail("`)` without `(`; expected a name or `,` or `->`")
             else:
                 dims.append(self.name())
-        return Term(tuple(dims), added)
+        return TensorDims(tuple(dims), added)
 
     def group(self) -> Group:
         start = self.at

@@ -216,7 +216,7 @@ class Probed:
 
 @dataclass(frozen=True)
 class Opaque:
-    """An op of which is not known which entries meet: every axis stays whole."""
+    """An op whose entries may all meet: every axis stays whole."""
 
     operands: tuple[Operand, ...]
 

@@ -58,7 +58,7 @@ def replay(axis_facts: AxisFacts, plan: Plan, difference: str = "") -> dict[Atom
                 raise PinnedAxisError(
                     f"this call ties dim {dim} of `{full}`, which keeps {left} of {len(mask)} entries, to an axis that "
                     f"has shrunk differently.{why} Call the model as before, or make this call once before the first "
-                    "shrink, so that they shrink alike"
+                    "shrink, so that neither is offered"
                 )
     names = set(axis_facts.captured.tensors.values())
     for name in plan.under(region):

@@ -28,7 +28,7 @@ from .stored import compressed, layout
 # Relative error up to which shrunk and masked count as equal; it comes from sums in another order.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 # Difference of a gradient, relative to the largest entry of all, that counts as rounding: 1024 roundings in float64
-# (gradients that are zero, deep below a group norm with one entry per group, come out as hundreds), 64 in float32.
+# (hundreds are left of a gradient that is zero, deep below a group norm with one entry per group), 64 in float32.
 NOISE = {torch.float64: 2.3e-13, torch.float32: 7.6e-6, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 

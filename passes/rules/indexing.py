@@ -39,8 +39,8 @@ def index(x: Operand, indices: list[Operand | None]) -> Indexed | Pattern | Opaq
     adjacent = chosen[-1][0] - chosen[0][0] == len(chosen) - 1
     longest = max((term.split() for term in terms), key=len)
     out = [*before, *longest, *after] if adjacent else [*longest, *before, *after]
-    own = " ".join(f"{n}!" if n in picked else n for n in _in_order(x, indices))
-    return Pattern(f"{own}, {', '.join(terms)} -> {' '.join(out)}", (x, *(i for _, i in chosen)))
+    letters = " ".join(f"{n}!" if n in picked else n for n in _in_order(x, indices))
+    return Pattern(f"{letters}, {', '.join(terms)} -> {' '.join(out)}", (x, *(i for _, i in chosen)))
 
 
 def _is_condition(index: Operand) -> bool:
@@ -85,14 +85,14 @@ def index_put(x: Operand, indices: list[Operand | None], values: Operand, *_: An
     longest = max((term.split() for term in terms), key=len)
     places = [f"{letter}!" for letter in longest]  # entries that are not written stay as they were, which is not zero
     written = [*before, *places, *after][len(before) + len(places) + len(after) - values.ndim :]
-    own = " ".join(f"{n}!" if n[0] == "p" else n for n in _in_order(x, indices))
+    letters = " ".join(f"{n}!" if n[0] == "p" else n for n in _in_order(x, indices))
     placed = ", ".join("+" + " ".join(f"{letter}!" for letter in term.split()) for term in terms)
-    return Pattern(f"{own}, {placed}, +{' '.join(written)} -> {own}", everything, apart=True)
+    return Pattern(f"{letters}, {placed}, +{' '.join(written)} -> {letters}", everything, apart=True)
 
 
-def _all_but(x: Operand, dim: int, own: str) -> str:
-    """Return a letter per dim of `x`, with `own` at `dim`."""
-    return " ".join(own if d == dim % x.ndim else f"d{d}" for d in range(x.ndim))
+def _letters(x: Operand, dim: int, letter: str) -> str:
+    """Return a letter per dim of `x`, with `letter` at `dim`."""
+    return " ".join(letter if d == dim % x.ndim else f"d{d}" for d in range(x.ndim))
 
 
 @axis_rule(aten.gather.default)
@@ -100,7 +100,7 @@ def gather(x: Operand, dim: int, index: Operand, **_: Any) -> Pattern | Opaque:
     """Entries along the axis are chosen by the values of an index."""
     if x.ndim == 0 or not _alike(x, index, dim):
         return Opaque((x, index))
-    spec = f"{_all_but(x, dim, 'from!')}, +{_all_but(x, dim, 'to')} -> {_all_but(x, dim, 'to')}"
+    spec = f"{_letters(x, dim, 'from!')}, +{_letters(x, dim, 'to')} -> {_letters(x, dim, 'to')}"
     return Pattern(spec, (x, index), apart=True)
 
 
@@ -111,9 +111,9 @@ def scatter(x: Operand, dim: int, index: Operand, values: Any, *_: Any, **__: An
     everything = (x, index, values) if isinstance(values, Operand) else (x, index)
     if x.ndim == 0 or len(everything) - 1 != len(written) or not all(_alike(x, w, dim) for w in written):
         return Opaque(everything)
-    own = _all_but(x, dim, "to!")
-    more = "".join(f", +{_all_but(x, dim, f'from{i}!')}" for i in range(len(written)))
-    return Pattern(f"{own}{more} -> {own}", (x, *written), apart=True)
+    letters = _letters(x, dim, "to!")
+    more = "".join(f", +{_letters(x, dim, f'from{i}!')}" for i in range(len(written)))
+    return Pattern(f"{letters}{more} -> {letters}", (x, *written), apart=True)
 
 
 def _alike(x: Operand, other: Operand, dim: int) -> bool:
@@ -127,9 +127,9 @@ def index_add(x: Operand, dim: int, index: Operand, source: Operand, **_: Any) -
     """The values of an index decide which entries along the axis are written or added to."""
     if x.ndim == 0 or index.ndim != 1 or not _alike(x, source, dim):
         return Opaque((x, index, source))
-    own, added = _all_but(x, dim, "to!"), _all_but(x, dim, "from!")
+    letters, added = _letters(x, dim, "to!"), _letters(x, dim, "from!")
     # There are as many entries to add as the index has, but nothing proves it where sizes depend on values.
-    return Pattern(f"{own}, +chosen!, +{added} -> {own}", (x, index, source), apart=True)
+    return Pattern(f"{letters}, +chosen!, +{added} -> {letters}", (x, index, source), apart=True)
 
 
 @axis_rule(aten.masked_scatter.default, aten.masked_scatter_.default, aten.masked_select.default, aten.nonzero.default)

@@ -1,1 +1,1 @@
-"""Transform: weights that compute the same, or nearly, in other entries: absorb, rotate, eliminate."""
+"""Transform: other weights that compute the same, or nearly: absorb, rotate, eliminate."""

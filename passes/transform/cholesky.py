@@ -1,4 +1,4 @@
-"""Cholesky factors of Gram matrices, which rounding may have made indefinite: with as small a ridge as will do."""
+"""Cholesky factors of Gram matrices, which rounding may have made indefinite: with the smallest ridge that works."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from torch import Tensor
 
 
 def factor(grams: Tensor, ridge: float, least: float = 1e-14) -> Tensor:
-    """The lower factor of `grams + ridge * mean diagonal`, `[..., n, n]`; where that fails, with ten times the ridge.
+    """Return the lower factor of `grams + ridge * mean diagonal`; where that fails, try ten times the ridge.
 
     Args:
-        grams: finite.
-        ridge: share of the mean diagonal, 0 or more.
-        least: the ridge after none.
+        grams: `[..., n, n]`, finite.
+        ridge: fraction of the mean diagonal, 0 or more.
+        least: the ridge to try after 0.
     """
     scale = grams.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    scale = torch.where(scale > 0, scale, 1.0)  # of what carries nothing at all
+    scale = torch.where(scale > 0, scale, 1.0)  # a matrix may be all zeros
     while True:
         raised = grams.clone()
         raised.diagonal(dim1=-2, dim2=-1).add_(ridge * scale)
-        found, failed = torch.linalg.cholesky_ex(raised)
+        factors, failed = torch.linalg.cholesky_ex(raised)
         if not bool(failed.any()):
-            made: Tensor = found
-            return made
+            lower: Tensor = factors
+            return lower
         ridge = max(10 * ridge, least)

@@ -1,12 +1,12 @@
-"""Eliminate: which entries of an axis the weights that sum over it can do without, in order, if what stays takes over.
+"""Elimination: the order in which weights can do without entries of an axis, if the entries that stay take over.
 
-    y = W x,  x[gone] ~ C x[kept]  ->  what is left of y is  W[:, gone] (x[gone] - C x[kept])
+    y = W x,  x[gone] ~ C x[kept]  ->  the error of y is  W[:, gone] (x[gone] - C x[kept])
                                    ->  its sum of squares is tr(W[:, gone].T W[:, gone] S[gone | kept])
 
 Alone, an entry costs `|w|**2 / inv(S)[j, j]` (the optimal brain surgeon, Hassibi & Stork 1993, of a layer's output;
-Frantar & Alistarh 2022), and with each that goes all others come to cost more. So they go one by one. That is quick
-among a few: a round takes the cheapest as candidates, keeps their part of the inverse and of `W.T W` up to date as
-entries go, and then does the same for all columns at once.
+Frantar & Alistarh 2022), and with each that goes all others cost more. So they go one by one. That is quick among a
+few: a round takes the cheapest as candidates, keeps their part of the inverse and of `W.T W` up to date as entries go,
+and then updates all columns at once.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from .absorb import Moments
 from .cholesky import factor
 
 CANDIDATES = 2
-"""Times as many as are to go in a round."""
+"""Number of candidates in a round, as a multiple of the entries that go."""
 LARGE = 1024
-"""Columns from which on float32 is good enough for an order; the ridge keeps the condition number low."""
+"""Number of columns above which float32 is good enough for an order; the ridge keeps the condition number low."""
 LAZY = 32
-"""Entries that go before matrices are brought up to date."""
+"""Number of entries that go before matrices are brought up to date."""
 
 
 @dataclass(frozen=True, eq=False)
 class Summing:
-    """A weight that sums over an axis, and what it meets.
+    """A weight that sums over an axis, and the moments of its input.
 
     Attributes:
-        matrix: `[rows, columns]`.
-        moments: of the columns.
-        unit: LongTensor `[columns]`, which of the units (entries, in each context) a column belongs to; -1 for none.
-        constant: whether a bias may take up what is constant.
+        matrix: `[rows, columns]`, the weight.
+        moments: moments of the input, by column.
+        unit: LongTensor `[columns]`, the unit (an entry in a context) that each column belongs to; -1 for none.
+        constant: True if a bias may take up a constant.
     """
 
     matrix: Tensor
@@ -47,12 +47,12 @@ class Summing:
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """In which order entries go, and what that costs.
+    """The order in which entries go, and its cost.
 
     Attributes:
         order: LongTensor `[contexts, size]`, the entry that goes first, then the next, and so on.
         cost: float64 `[contexts, size]`, the squares of outputs that are lost with each, given those before it.
-        alone: what every entry costs where nothing takes over, `[contexts, size]`, by entry.
+        alone: `[contexts, size]`, the cost of every entry where nothing takes over, by entry.
     """
 
     order: Tensor
@@ -64,55 +64,55 @@ class Order:
 def eliminate(
     summing: list[Summing], contexts: int, size: int, *, ridge: float, at_least: int, share: float = 1 / 8
 ) -> Order | None:
-    """Order the entries by what the outputs lose, as many in each context at a time.
+    """Order the entries by the loss of the outputs, as many in each context at a time.
 
     Args:
-        summing: the weights; what they lose adds up.
-        contexts: groups of entries that lose equally many.
-        size: entries in each.
+        summing: the weights; their losses add up.
+        contexts: number of groups of entries, which lose equally many.
+        size: entries in each group.
         ridge: see `passes.transform.absorb.absorb`.
-        at_least: entries per context to which the order is found in rounds; the rest is ordered by one more round.
-        share: of the entries left that go in a round.
+        at_least: entries per context that are left after the rounds; one more round orders these.
+        share: fraction of the entries left that go in a round.
 
     Returns:
-        None where some moments hold an inf or a NaN.
+        The order; None where some moments hold an inf or a NaN.
     """
     states = [_State.of(each, contexts * size, ridge) for each in summing]
-    if any(state is None for state in states):
+    finite = [state for state in states if state is not None]
+    if len(finite) < len(states):
         return None
-    held = [state for state in states if state is not None]
-    alone = torch.stack([state.alone for state in held]).sum(0).view(contexts, size)
+    alone = torch.stack([state.alone for state in finite]).sum(0).view(contexts, size)
     left = torch.ones(contexts, size, dtype=torch.bool)
     order = torch.empty(contexts, size, dtype=torch.long)
     cost = torch.empty(contexts, size, dtype=torch.float64)
     done = 0
     while done < size:
         count = size - done
-        each = torch.stack([state.costs() for state in held]).sum(0).view(contexts, size)
-        ranked = torch.where(left, each, torch.inf).argsort(dim=-1, stable=True)[:, :count]
-        if count <= max(1, at_least):  # each next to all that are left: a lower bound
-            order[:, done:], cost[:, done:] = ranked, each.gather(-1, ranked)
+        costs = torch.stack([state.costs() for state in finite]).sum(0).view(contexts, size)
+        ranked = torch.where(left, costs, torch.inf).argsort(dim=-1, stable=True)[:, :count]
+        if count <= max(1, at_least):  # the cost of each with all others left: a lower bound
+            order[:, done:], cost[:, done:] = ranked, costs.gather(-1, ranked)
             break
         goes = max(1, min(round(share * count), count - max(1, at_least)))
         candidates = torch.zeros_like(left).scatter_(1, ranked[:, : CANDIDATES * goes], True)
-        near = [state.focus(candidates) for state in held]
-        for place in range(done, done + goes):
+        parts = [state.focus(candidates) for state in finite]
+        for position in range(done, done + goes):
             for context in range(contexts):
-                now = torch.stack([part.costs() for part in near]).sum(0).view(contexts, size)[context]
+                now = torch.stack([part.costs() for part in parts]).sum(0).view(contexts, size)[context]
                 entry = int(torch.where(candidates[context], now, torch.inf).argmin())
-                order[context, place], cost[context, place] = entry, now[entry]
+                order[context, position], cost[context, position] = entry, now[entry]
                 candidates[context, entry] = left[context, entry] = False
-                for part in near:
+                for part in parts:
                     part.remove(context * size + entry)
-        for state in held:
+        for state in finite:
             state.drop(left)
         done += goes
-    # What goes later is not cheaper: a curve that bends down would promise what cannot be had.
+    # Later entries are not cheaper than earlier ones: a curve that bends down would promise savings nobody gets.
     return Order(order, cost.cummax(-1).values, alone)
 
 
 class _State:
-    """One weight as entries go: its columns that are left, and the inverse of their second moments."""
+    """A weight while entries go: its columns that are left, and the inverse of their second moments."""
 
     def __init__(self, matrix: Tensor, inverse: Tensor, unit: Tensor, units: int, alone: Tensor) -> None:
         self.matrix, self.inverse, self.unit, self.units, self.alone = matrix, inverse, unit, units, alone
@@ -132,18 +132,18 @@ class _State:
         return cls(matrix, _inverse(squares), unit, units, alone.cpu())
 
     def costs(self) -> Tensor:
-        """What each unit that is left costs alone, `[units]`."""
+        """Return the cost of each unit that is left, if it goes alone, `[units]`."""
         return _over_units(self.matrix, self.inverse, self.unit, self.units, torch.linalg.inv).cpu()
 
     def focus(self, candidates: Tensor) -> _Narrow | _Wide:
-        """The columns of some units alone."""
+        """Narrow the state down to the columns of some units."""
         mine = self._columns_of(candidates).nonzero().flatten()
         weights, unit = self.matrix[:, mine], self.unit[mine]
         kind = _Narrow if len(unit.unique()) == len(unit) else _Wide
         return kind(weights.T @ weights, self.inverse[mine][:, mine], unit, self.units)
 
     def drop(self, left: Tensor) -> None:
-        """Let the columns of all units that have gone be taken over."""
+        """Remove the columns of all units that have gone, and let the others take them over."""
         stays = (self.unit < 0) | self._columns_of(left)
         gone, kept = (~stays).nonzero().flatten(), stays.nonzero().flatten()
         across = self.inverse[gone][:, kept]
@@ -157,21 +157,21 @@ class _State:
 
 
 class _Wide:
-    """Candidates of several columns each: few, as heads are."""
+    """Candidates of several columns each, of which there are few, as of heads."""
 
     def __init__(self, weights: Tensor, inverse: Tensor, unit: Tensor, units: int) -> None:
         self.weights, self.inverse, self.unit, self.units = weights, inverse, unit, units
 
     def costs(self) -> Tensor:
-        """What each candidate costs now, `[units]`."""
-        found = torch.zeros(self.units, dtype=torch.float64, device=self.weights.device)
-        for mine, columns in _columns(self.unit):
+        """Return the current cost of each candidate, `[units]`."""
+        costs = torch.zeros(self.units, dtype=torch.float64, device=self.weights.device)
+        for same, columns in _columns(self.unit):
             rows, across = columns[:, :, None], columns[:, None, :]
-            found[mine] = (self.weights[rows, across] * torch.linalg.inv(self.inverse[rows, across])).sum((1, 2))
-        return found.cpu()
+            costs[same] = (self.weights[rows, across] * torch.linalg.inv(self.inverse[rows, across])).sum((1, 2))
+        return costs.cpu()
 
     def remove(self, unit: int) -> None:
-        """Let the others take over what one did."""
+        """Remove a candidate, and let the others take it over."""
         gone = (self.unit == unit).nonzero().flatten()
         share = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])
         added = share.T @ (self.weights[gone] - 0.5 * self.weights[gone][:, gone] @ share)
@@ -181,7 +181,7 @@ class _Wide:
 
 
 class _Narrow:
-    """Candidates of one column each: many. The same as `_Wide`, but matrices are brought up to date now and then only.
+    """Candidates of one column each, of which there are many: as `_Wide`, but matrices are updated now and then only.
 
     In between they lack a few products of vectors, `weights -= r q.T + q r.T` and `inverse -= d r r.T`.
     """
@@ -194,14 +194,14 @@ class _Narrow:
         self.d = weights.new_empty(0)
 
     def costs(self) -> Tensor:
-        """What each candidate costs now, `[units]`."""
+        """Return the current cost of each candidate, `[units]`."""
         above, below = self.diagonals
-        found = above.new_zeros(self.units)
-        found[self.unit] = above.clamp(min=0) / below.clamp(min=1e-300)
-        return found.cpu()
+        costs = above.new_zeros(self.units)
+        costs[self.unit] = above.clamp(min=0) / below.clamp(min=1e-300)
+        return costs.cpu()
 
     def remove(self, unit: int) -> None:
-        """Let the others take over what one did."""
+        """Remove a candidate, and let the others take it over."""
         j = int(self.place[unit])
         weights = self.weights[j] - self.r[:, j] @ self.q - self.q[:, j] @ self.r
         inverse = self.inverse[j] - (self.d * self.r[:, j]) @ self.r
@@ -224,28 +224,28 @@ class _Narrow:
 
 
 def _over_units(matrix: Tensor, squares: Tensor, unit: Tensor, units: int, of: Callable[[Tensor], Tensor]) -> Tensor:
-    """`tr(W.T W of(squares))` over the columns of each unit, `[units]`, of a matrix W `[rows, columns]`."""
-    found = torch.zeros(units, dtype=torch.float64, device=matrix.device)
-    for mine, columns in _columns(unit):
+    """Return `tr(W.T W of(squares))` over the columns of each unit, `[units]`, of a matrix W `[rows, columns]`."""
+    traces = torch.zeros(units, dtype=torch.float64, device=matrix.device)
+    for same, columns in _columns(unit):
         weights = matrix.T[columns]  # [units, columns, rows]
         blocks = of(squares[columns[:, :, None], columns[:, None, :]])
-        found[mine] = ((weights @ weights.mT) * blocks).sum((1, 2))
-    return found
+        traces[same] = ((weights @ weights.mT) * blocks).sum((1, 2))
+    return traces
 
 
 def _columns(unit: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Units that own equally many columns, and these: LongTensors `[n]` and `[n, columns]`."""
+    """Yield the units that have equally many columns, and these columns: LongTensors `[n]` and `[n, columns]`."""
     order = unit.argsort(stable=True)[int((unit < 0).sum()) :]
     counts = torch.bincount(unit[order])
     begins = counts.cumsum(0) - counts
     for width in counts.unique().tolist():
         if width:
-            mine = (counts == width).nonzero().flatten()
-            yield mine, order[begins[mine][:, None] + torch.arange(width, device=unit.device)]
+            same = (counts == width).nonzero().flatten()
+            yield same, order[begins[same][:, None] + torch.arange(width, device=unit.device)]
 
 
 def _inverse(squares: Tensor) -> Tensor:
-    """The inverse, float64, by Cholesky: large ones in float32, in half the time; where that fails, with a ridge."""
+    """Invert by Cholesky, to float64: a large matrix in float32, in half the time; where that fails, with a ridge."""
     if len(squares) > LARGE:
         lower, failed = torch.linalg.cholesky_ex(squares.float())
         if not int(failed):

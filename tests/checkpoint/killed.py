@@ -145,7 +145,7 @@ def everywhere(directory: Path) -> None:
                 found = files(run.directory)
                 outcomes[over].append("old" if found == old else "new" if found == new else "neither")
             except CheckpointError as error:
-                none = str(error).endswith("is no saved model: it has no checkpoint.json")
+                none = str(error).endswith("is not a saved model: it has no checkpoint.json")
                 outcomes[over].append("none" if none else str(error))
             if over and n == 1:  # a reader in another process does not mind
                 assert not killed(forked(lambda: Run(run.directory) and None))

@@ -116,5 +116,5 @@ def test_what_cannot_be_written_is_said(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
-    with pytest.raises(errors.CheckpointError, match=r"is no saved model: it has no checkpoint\.json"):
+    with pytest.raises(errors.CheckpointError, match=r"is not a saved model: it has no checkpoint\.json"):
         ecospa_fx.load(tmp_path / "run")

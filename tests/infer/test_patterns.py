@@ -19,7 +19,7 @@ from ecospa_fx.passes.axes.algebra import Mismatch, size_of
 from ecospa_fx.passes.capture.capture import capture
 from ecospa_fx.passes.graph.nodes import place
 from ecospa_fx.passes.infer.infer import infer_axes
-from ecospa_fx.passes.ir.patterns import Dots, Group, Name, ParsedPattern, Term, bind, parse
+from ecospa_fx.passes.ir.patterns import Dots, Group, Name, ParsedPattern, TensorDims, bind, parse
 from ecospa_fx.passes.ir.relations import Pattern
 from ecospa_fx.passes.rules import OPS, OpInfo
 
@@ -173,10 +173,10 @@ def test_a_pattern_that_does_not_fit_its_op_is_shown(arguments: tuple[Any, ...])
 def test_it_is_read_as_it_is_meant() -> None:
     assert parse("... (h g) s! , + n->(h g)s") == ParsedPattern(
         (
-            Term((Dots(), Group((Name("h"), Name("g"))), Name("s", pinned=True))),
-            Term((Name("n"),), added=True),
+            TensorDims((Dots(), Group((Name("h"), Name("g"))), Name("s", pinned=True))),
+            TensorDims((Name("n"),), added=True),
         ),
-        Term((Group((Name("h"), Name("g"))), Name("s"))),
+        TensorDims((Group((Name("h"), Name("g"))), Name("s"))),
     )
     assert str(parse("... (h g) s! , + n->(h g)s")) == "... (h g) s!, +n -> (h g) s"
 
@@ -184,7 +184,7 @@ def test_it_is_read_as_it_is_meant() -> None:
 def test_tensors_without_dims_are_written_as_nothing() -> None:
     assert str(parse("k,k->")) == "k, k ->"
     assert str(parse(" , n, + -> n")) == ", n, + -> n"
-    assert parse("->").operands == (Term(()),)
+    assert parse("->").operands == (TensorDims(()),)
     assert bind("-> n", 0).operands == ()  # or no tensor
 
 
@@ -211,14 +211,14 @@ groups = st.builds(
 
 
 @st.composite
-def terms(draw: st.DrawFn, output: bool = False) -> Term:
+def terms(draw: st.DrawFn, output: bool = False) -> TensorDims:
     dims: list[Name | Group | Dots] = []
     for dim in draw(st.lists(st.one_of(names, groups, st.just(Dots())), max_size=4)):
-        texts = {name.text for name in Term(tuple(dims)).names}
-        again = {name.text for name in Term((dim,)).names} & texts
+        texts = {name.text for name in TensorDims(tuple(dims)).names}
+        again = {name.text for name in TensorDims((dim,)).names} & texts
         if not (output and again) and not (dim == Dots() and dim in dims):
             dims.append(dim)
-    return Term(tuple(dims), added=not output and draw(st.booleans()))
+    return TensorDims(tuple(dims), added=not output and draw(st.booleans()))
 
 
 patterns = st.builds(

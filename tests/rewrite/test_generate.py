@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 class Odd(nn.Module):
-    """Ops with arguments in every place, and names that are none in Python or taken."""
+    """Ops with arguments in every place, and names that Python does not allow or that are taken."""
 
     def __init__(self):
         super().__init__()

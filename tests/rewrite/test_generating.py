@@ -62,7 +62,7 @@ def halved(model):
 
 
 def masked(plain, model):
-    """The original, with zeros where the model has shrunk."""
+    """Write the model's weights into the original, with zeros where the model has shrunk."""
     plan, held = ecospa_fx.plan(model), named_tensors(model)
     with torch.no_grad():
         for name, tensor in named_tensors(plain).items():

@@ -39,7 +39,7 @@ UNUSED = torch.zeros(2)  # a region takes at least one tensor
 
 
 def inferred(calls: Sequence[Call]) -> list[tuple[Calls, AxisFacts]]:
-    """Captured and inferred in one graph, or one by one where a call cannot be exported."""
+    """Capture and infer calls in one graph, or one by one where a call cannot be exported."""
     module = Calls(calls)
     try:
         captured = capture(module, (UNUSED,), {}, check=False)
@@ -51,7 +51,7 @@ def inferred(calls: Sequence[Call]) -> list[tuple[Calls, AxisFacts]]:
 
 
 def pinned(axis_facts: AxisFacts, name: str | None = None) -> set[Atom]:
-    """Atoms that an op pins, or one op by name. Results may leave the region: they are sliced, then compared."""
+    """Return the atoms that an op pins, or one op by name; not results of the region, which are sliced and compared."""
     facts = [fact for fact in axis_facts.facts if fact.role == "pinned" and not fact.reason.startswith(LEAVES)]
     facts = [fact for fact in facts if name in (None, getattr(fact.node.target, "_opname", ""))]
     return {atom for fact in facts for atom in atoms_of(fact.expr)}
@@ -65,14 +65,14 @@ def atoms(axis_facts: AxisFacts) -> list[Atom]:
 
 
 def results_of(axis_facts: AxisFacts) -> list[tuple[Expr, ...] | None]:
-    """Axes of each result, None where it depends on no parameter."""
+    """Return the axes of each result, None where it depends on no parameter."""
     (out,) = (node for node in axis_facts.captured.graph.nodes if node.op == "output")
     nodes = pytree.tree_leaves(out.args)
     return [axis_facts.values[node][0] if node in axis_facts.values else None for node in nodes]
 
 
 def unpredictable(axis_facts: AxisFacts) -> bool:
-    """Whether results are random or uninitialised; their sizes can be compared all the same."""
+    """Return True if results are random or uninitialised; their sizes can be compared all the same."""
     targets = [
         node.target for node in axis_facts.captured.graph.nodes if isinstance(node.target, torch._ops.OpOverload)
     ]
@@ -84,7 +84,7 @@ def steps(exprs: Sequence[Expr], kept: dict[Atom, Tensor]) -> dict[int, Tensor]:
 
 
 def selections(free: Sequence[Atom]) -> Iterator[dict[Atom, Tensor]]:
-    """Every free atom alone, by one entry and by a random part, and all at once."""
+    """Yield selections of every free atom alone, by one entry and by a random part, and of all at once."""
     together = {}
     for atom in free:
         order = torch.randperm(atom.size)
@@ -144,7 +144,7 @@ def check_entry(module: Calls, axis_facts: AxisFacts, name: str, free: Sequence[
 
 
 def related(exprs: tuple[Expr, ...], result: Tensor, atom: Atom, here: set[int]) -> Tensor:
-    """Where a result is at a position of `atom` that is in `here`, or does not run along it."""
+    """Mark the entries of a result at positions of `atom` that are in `here`, and those that do not run along it."""
     at, bare = torch.zeros_like(result), torch.ones_like(result)
     for dim, expr in enumerate(exprs):
         if atom in atoms_of(expr):
@@ -155,13 +155,13 @@ def related(exprs: tuple[Expr, ...], result: Tensor, atom: Atom, here: set[int])
 
 
 def groups(calls: Sequence[Call]) -> Iterator[tuple[Calls, AxisFacts]]:
-    """Captured and inferred, some at a time: most of the time goes into captures."""
+    """Capture and infer calls, some at a time: most of the time goes into captures."""
     return (found for i in range(0, len(calls), 4) for found in inferred(calls[i : i + 4]))
 
 
 @pytest.fixture(scope="module", params=registered())
 def op(request: pytest.FixtureRequest) -> tuple[str, list[tuple[Calls, AxisFacts]]]:
-    """An op by name, and its calls; tests of one op run one after another and share them."""
+    """Return an op by name, and its calls; tests of one op run one after another and share them."""
     return request.param, list(groups(calls_of(request.param)))
 
 
@@ -198,7 +198,7 @@ def test_rule_is_not_stricter_than_it_need_be(op: tuple[str, list[tuple[Calls, A
 
 
 def let_through(module: Calls, axis_facts: AxisFacts, atom: Atom) -> Iterator[tuple[str, str]]:
-    """The dims along a pinned atom, if selecting its entries selects results, or removed entries count as zero."""
+    """Yield the dims along a pinned atom, if selecting its entries selects results, or removed ones count as zero."""
     tensors = {name: tensor.detach() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     exprs = dict(axis_facts.parameters)
     for source in axis_facts.sources:
@@ -240,7 +240,7 @@ def let_through(module: Calls, axis_facts: AxisFacts, atom: Atom) -> Iterator[tu
 def narrowed_down(
     before: list[set[int]] | None, whole: list[Tensor], part: list[Tensor], keep: Tensor
 ) -> list[set[int]] | None:
-    """The dims of each result along which `part` is a selection of `whole`; None where it is none."""
+    """Return the dims of each result along which `part` is a selection of `whole`; None where it is not."""
     found = []
     for i, (a, b) in enumerate(zip(whole, part, strict=True)):
         dims = {
@@ -255,7 +255,7 @@ def narrowed_down(
 
 
 def redrawn(tensor: Tensor, sign: int) -> Tensor:
-    """Other entries of the same kind, of any sign or (1 and -1) of one; classes and conditions stay."""
+    """Draw other entries of the same kind, of any sign or (1 and -1) of one; classes and conditions stay."""
     if not tensor.is_floating_point():
         return tensor
     drawn = torch.randn_like(tensor)
@@ -307,7 +307,7 @@ def test_a_rule_that_raises_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(error.value.__cause__, KeyError)
 
 
-def test_a_follow_that_raises_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resize_that_raises_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(site: Any) -> None:
         raise IndexError("too far")
 

@@ -213,7 +213,7 @@ def test_a_layer_that_is_all_but_gone_is_said_once():
         "step 7: `layers.1.ffn` has 1 of 20 entries left (5.0%), the median coupling 100%: its layer contributes "
         "almost nothing. min_keep= or frozen= keeps more of it"
     )
-    assert collapses(ecospa_fx.couplings(model), 8, said={"layers.1.ffn"}) == []
+    assert collapses(ecospa_fx.couplings(model), 8, reported={"layers.1.ffn"}) == []
     model, _, _ = setting()
     ecospa_fx.shrink(model, {c: torch.arange(max(1, c.size // 5)) for c in ecospa_fx.couplings(model)})
     assert collapses(ecospa_fx.couplings(model), 9) == []  # all have gone as far: that is what was asked for

@@ -1,4 +1,4 @@
-"""Absorption: what goes is taken over, exactly where it can be, and never to the worse."""
+"""Absorption: entries that go are taken over, exactly where that is possible, and never to the worse."""
 
 import copy
 import logging
@@ -49,7 +49,7 @@ def same(coupling, model):
 
 @torch.no_grad()
 def make_equal(model, summing, coupling, a, b):
-    """Let entry `b` be computed as entry `a` is: by the same rows of whatever makes them, biases with them."""
+    """Let entry `b` be computed as entry `a` is, by equal rows of the weights and biases that make them."""
     parameters = dict(model.named_parameters())
     for member in coupling.members:
         if (member.parameter, member.dim) not in summing:
@@ -59,7 +59,7 @@ def make_equal(model, summing, coupling, a, b):
 
 
 def absorbing(model, grams):
-    """The couplings of which every weight that sums over them absorbs, that have two entries."""
+    """Yield the couplings of at least two entries that every weight summing over them can absorb."""
     for coupling in ecospa_fx.couplings(model):
         keys = {(m.parameter, m.dim) for m in coupling.members if m.matrix}
         if keys & set(grams.absorbing) and not keys & grams.refused.keys() and coupling.size > 1:
@@ -109,7 +109,7 @@ def mlp(**sizes):
     bias=st.booleans(),
 )
 def test_what_a_weight_computes_changes_no_more_than_without(keep, rows, ridge, bias):
-    """On what was gathered, output by output: taking over nothing is among what the regression may choose."""
+    """On the gathered positions, output by output: the regression may choose to take over nothing."""
     whole, x = mlp(bias=bias)
     x, keep = x[:rows], torch.tensor(sorted(keep))
     plain, taking = copy.deepcopy(whole), copy.deepcopy(whole)
@@ -205,7 +205,7 @@ def test_heads_that_keep_different_dims_take_over_together():
 
 
 def test_what_was_gathered_before_a_shrink_serves_the_next_one():
-    """Of what stays it says as much as before."""
+    """Moments of the columns that stay are as good as before."""
     model, x = mlp()
     twin = copy.deepcopy(model)
     grams = gathered(model, (x,), ridge=1e-9)
@@ -359,7 +359,7 @@ def test_activations_may_be_scored_at_the_same_time():
 
 
 def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(tmp_path):
-    """Saved while a trainer looks at what weights meet; heads rotate, a hidden layer absorbs."""
+    """It is saved while the trainer gathers moments; heads rotate, a hidden layer absorbs."""
 
     class Small(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Rotation: the model computes what it did, and what goes afterwards is the least that can."""
+"""Rotation: the model computes what it did, and removing entries afterwards costs the least possible."""
 
 import copy
 import logging
@@ -15,8 +15,8 @@ from ecospa_fx.model.optimizer_table import rules_for
 from ecospa_fx.passes.transform.rotate import balanced, near_old_basis
 
 ATTENTION = {"qk": "", "vo": ""}
-ROTARY = {"qk": "brings in values that cannot turn with it", "vo": ""}
-EXPECTED = {  # kind -> why not; nothing where it turns
+ROTARY = {"qk": "brings in values that keep the old basis", "vo": ""}
+EXPECTED = {  # kind -> the reason against a rotation, empty where it turns
     "attention": ATTENTION,
     "attention_without_bias": ATTENTION,
     "eager_attention": ATTENTION,
@@ -50,7 +50,7 @@ def params(names):
 
 
 def computed(model, x):
-    """Outputs, and gradients of the inputs."""
+    """Return the outputs, and the gradients of the inputs."""
     x = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in x]
     out = model(*x)
     out.square().sum().backward()
@@ -97,14 +97,14 @@ def test_what_is_not_linear_keeps_its_basis(name):
 
 
 def product(model, head, size):
-    """Of values and outputs of one head, the bias of the values as a column: what the two weights do together."""
+    """Multiply the output weight of one head with its value weight, the bias of the values as one more column."""
     rows = slice(head * size, (head + 1) * size)
     return model.o.weight[:, rows] @ torch.cat([model.v.weight[rows], model.v.bias[rows, None]], 1)
 
 
 @pytest.mark.parametrize("keep", [None, {"vo": 2}])
 def test_what_stays_is_the_best_that_so_few_can_do(keep):
-    """Eckart and Young: no product of that rank is nearer, for any head; in whatever coordinates."""
+    """Eckart and Young: no product of that rank is nearer, for any head, in any coordinates."""
     model, _ = built("attention")
     before = [product(model, head, 4) for head in range(3)]
     done = ecospa_fx.rotate(model, ["vo"], keep=keep)
@@ -120,7 +120,7 @@ def test_what_stays_is_the_best_that_so_few_can_do(keep):
 
 
 def test_coordinates_stay_near_to_those_there_were():
-    """Each entry that will stay is an old one, and what it takes over of those that will go; in order."""
+    """Each entry that will stay is an old one plus a part of those that will go; they stay in order."""
     torch.manual_seed(0)
     near, far = torch.randn(2, 6, 9, dtype=torch.float64), torch.randn(2, 6, 7, dtype=torch.float64)
     near[:, 5] *= 30  # large ones stay
@@ -166,7 +166,7 @@ def test_gradients_turn_as_gradients_do(name):
 
 
 def by_hand(before, after, blocks):
-    """What rows of `after` are of those of `before`, block by block: `[blocks, d, d]`."""
+    """Return the matrices `[blocks, d, d]` that make the rows of `after` of those of `before`, block by block."""
     before, after = (t.detach().view(blocks, -1, t.shape[-1]) for t in (before, after))
     return after @ torch.linalg.pinv(before)
 

@@ -1,0 +1,84 @@
+"""Planning: the plan of a shrink, from the entries of couplings that a user keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from ecospa_fx.couple.coupling import Coupling, CouplingSelection
+from ecospa_fx.errors import NoCouplingError, ShrinkError
+from ecospa_fx.passes.axes.selection import mask_of, narrow, whole
+from ecospa_fx.passes.graph.tensors import join
+from ecospa_fx.plan import Plan
+
+from .region import Region
+
+
+def planned(
+    plan: Plan, regions: Mapping[str, Region], couplings: Iterable[Coupling], selection: CouplingSelection
+) -> Plan:
+    """Return the plan after keeping only the selected entries of each coupling.
+
+    Args:
+        plan: the plan now.
+        regions: the regions of the model by name.
+        couplings: its couplings, at their sizes now.
+        selection: coupling or its name -> positions that stay.
+
+    Raises:
+        ShrinkError: a selection is empty, out of range or not increasing.
+        NoCouplingError: there is no such coupling.
+    """
+    by_name = {coupling.name: coupling for coupling in couplings}
+    by_region: dict[str, dict[str, Tensor]] = {}
+    for given, keep in selection.items():
+        name = given if isinstance(given, str) else given.name
+        if name not in by_name:
+            raise NoCouplingError(f"the model has no coupling `{name}`; it has {', '.join(by_name) or 'none'}")
+        _check_keep(by_name[name], keep)
+        by_region.setdefault(by_name[name].region, {})[name] = keep
+    after = plan.copy()
+    for region_name, keeps in by_region.items():
+        _plan_region(after, regions[region_name], keeps)
+    return after
+
+
+def _plan_region(after: Plan, region: Region, keeps: Mapping[str, Tensor]) -> None:
+    """Write into `after` the entries that stay of one region."""
+    before = region.kept(region.naming_graph.program)
+    selection = dict(before)
+    for coupling in region.naming_graph.discovery.couplings:
+        keep = keeps.get(join(region.name, coupling.name))
+        if keep is not None:
+            choice = before.get(coupling.atom, whole(coupling.atom))
+            # Contexts are counted as they are before this shrink, which may take some of them too.
+            live = mask_of(coupling.context, before) if coupling.context is not None else None
+            selection[coupling.atom] = narrow(choice, keep.cpu(), coupling.context, live)
+    region.offers.write(after, selection)
+
+
+def _check_keep(coupling: Coupling, keep: Tensor) -> None:
+    where, way = f"`{coupling.name}`", "keep is a sorted LongTensor of positions that stay"
+    if coupling.context is not None:
+        way += f", or one row of them for each of its {coupling.contexts} contexts"
+    if not isinstance(keep, Tensor) or keep.dtype != torch.long or keep.ndim not in (1, 2):
+        shape = f"{keep.dtype} of shape {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+        raise ShrinkError(f"cannot shrink {where}: keep is {shape}; {way}")
+    if keep.ndim == 2 and coupling.context is None:
+        raise ShrinkError(
+            f"cannot shrink {where}: keep has {len(keep)} rows, but this coupling keeps the same entries in every "
+            f"context; {way}"
+        )
+    if keep.ndim == 2 and len(keep) != coupling.contexts:
+        raise ShrinkError(f"cannot shrink {where}: keep has {len(keep)} rows; it has {coupling.contexts} contexts now")
+    if not keep.numel():
+        raise ShrinkError(f"cannot shrink {where} to nothing; at least one of its {coupling.size} entries must stay")
+    if int(keep.min()) < 0 or int(keep.max()) >= coupling.size:
+        raise ShrinkError(
+            f"cannot shrink {where}: keep reaches from {int(keep.min())} to {int(keep.max())}, and it has entries 0 to "
+            f"{coupling.size - 1} now"
+        )
+    if bool((keep.diff(dim=-1) <= 0).any()):
+        raise ShrinkError(f"cannot shrink {where}: keep is not increasing; {way}, sort it and drop repeats")
