@@ -1,4 +1,4 @@
-# Every target sets up what it needs; a fresh machine needs only Python >= 3.11, git and make.
+# Every target sets up its environment; a fresh machine needs only Python >= 3.11, git and make.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -15,9 +15,9 @@ TEST_READY := $(VENV)/.test-installed
 DEV_READY := $(VENV)/.dev-installed
 LINKED := build/types
 
-# The folder `kernels` must not pass for the PyPI package of that name: keep the repository root off sys.path.
+# Keep the repository root off sys.path: the folder `kernels` must not be imported as the PyPI package of that name.
 export PYTHONSAFEPATH := 1
-# Threads that wait should sleep: on shared cores, spinning ones slow a training step down many times over.
+# Waiting threads should sleep: on shared cores, spinning ones slow a training step down many times over.
 export OMP_WAIT_POLICY := passive
 
 help:  ## list the targets
@@ -29,7 +29,7 @@ demo: $(TEST_READY)  ## run the demo; ARGS="..." is passed on
 test: $(TEST_READY)  ## run the tests, the long sweeps left out; ARGS="..." goes to pytest
 	$(RUN) -m pytest -n auto $(ARGS)
 
-fuzz: $(TEST_READY)  ## check N random programs against masking, those of SEED
+fuzz: $(TEST_READY)  ## check the first N random programs of SEED against masking
 	$(RUN) -m ecospa_fx.testing.fuzz $(N) --seed $(SEED) $(ARGS)
 
 check: lint types test  ## everything that must pass before a push
@@ -49,7 +49,7 @@ bench: $(TEST_READY)  ## run the benchmarks; ARGS="..." goes to bench/rewrite.py
 	PYTHONPATH=bench $(RUN) bench/explain.py
 	PYTHONPATH=bench $(RUN) bench/rewrite.py $(ARGS)
 
-bench-kernels: $(TEST_READY)  ## kernels and the estimator on the CPU; what the compiler makes of them for GPUs
+bench-kernels: $(TEST_READY)  ## kernels and the estimator on the CPU, and the compiler output of the kernels for GPUs
 	PYTHONPATH=bench $(RUN) bench/aot.py
 	PYTHONPATH=bench $(RUN) bench/estimator.py
 	PYTHONPATH=bench $(RUN) bench/kernels.py --device cpu $(ARGS)
