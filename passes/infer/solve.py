@@ -182,7 +182,7 @@ class Solver:
         return first
 
     def _sliced(self, relation: r.Sliced, node: fx.Node, left: Size, why: str) -> Expr:
-        """Return the axis of a slice of `left` entries; an axis that cannot be cut so stays whole, as does the slice."""
+        """Return the axis of a slice of `left` entries; an axis that cannot be cut so is pinned, as is the slice."""
         try:
             return self._cut_out(relation, node, why)
         except Mismatch as mismatch:
