@@ -89,6 +89,7 @@ class SameDims:
         keepdim: dropped dims stay, with one entry.
         apart: the result is not linear in the entries that are summed over, so a change of basis does not pass.
         shares: entries along the pinned dim become shares of 1, as in a softmax.
+        moves: entries go to other positions along the pinned dims, or become zero there.
     """
 
     x: Operand
@@ -97,6 +98,7 @@ class SameDims:
     keepdim: bool = True
     apart: bool = False
     shares: bool = False
+    moves: bool = False
 
 
 @dataclass(frozen=True)
@@ -241,7 +243,7 @@ def moved_operand(relation: Relation) -> Operand | None:
     match relation:
         case (
             Regrouped(x) | Permuted(x) | Sliced(x) | Parted(x) | Picked(x) | Expanded(x) | Repeated(x) | Indexed(x)
-            | Pointwise((x,), "copy")
+            | Pointwise((x,), "copy") | SameDims(x, moves=True)
         ):  # fmt: skip
             return x
         case _:

@@ -31,16 +31,16 @@ def accumulated(x: Operand, dim: int, *_: Any, **__: Any) -> SameDims:
 @axis_rule(aten.flip.default)
 def flip(x: Operand, dims: list[int]) -> SameDims:
     """Entries along the axis move to other positions."""
-    return SameDims(x, pinned=tuple(dim % x.ndim for dim in dims))
+    return SameDims(x, pinned=tuple(dim % x.ndim for dim in dims), moves=True)
 
 
 @axis_rule(aten.roll.default)
 def roll(x: Operand, shifts: list[int], dims: tuple[int, ...] = ()) -> SameDims:
     """Entries along the axis move to other positions."""
     if not dims:
-        return SameDims(x, pinned=tuple(range(x.ndim)))
+        return SameDims(x, pinned=tuple(range(x.ndim)), moves=True)
     moved = {dim % x.ndim for shift, dim in zip(shifts, dims, strict=True) if shift != 0}
-    return SameDims(x, pinned=tuple(sorted(moved)))
+    return SameDims(x, pinned=tuple(sorted(moved)), moves=True)
 
 
 @axis_rule(aten.layer_norm.default, aten.rms_norm.default, aten._fused_rms_norm.default)

@@ -269,4 +269,4 @@ def stack(tensors: list[Operand], dim: int = 0) -> Stacked:
 @axis_rule(aten.tril.default, aten.triu.default)
 def triangular(x: Operand, *_: Any) -> SameDims:
     """Entries are kept or zeroed by their position along the axis."""
-    return SameDims(x, pinned=(x.ndim - 2, x.ndim - 1))
+    return SameDims(x, pinned=(x.ndim - 2, x.ndim - 1), moves=True)

@@ -47,7 +47,7 @@ def _transformed(x: Operand, dims: Any) -> Pattern:
 @axis_rule(aten.fft_fftshift.default, aten.fft_ifftshift.default)
 def shifted(x: Operand, dim: list[int] | None = None) -> SameDims:
     """Entries along the axis move to other positions."""
-    return SameDims(x, pinned=tuple(d % x.ndim for d in (range(x.ndim) if dim is None else dim)))
+    return SameDims(x, pinned=tuple(d % x.ndim for d in (range(x.ndim) if dim is None else dim)), moves=True)
 
 
 @axis_rule(aten.view_as_complex.default)

@@ -161,10 +161,16 @@ def _moves(node: fx.Node, order: list[int | None]) -> bool:
             order[:] = [order[d] for d in places]
         case Regrouped(x):
             before = dims_before(x.shape, _shape(node))
-            removed = None if before is None else {*range(x.ndim)} - {*before}
-            if before is None or removed is None or any(order[d] is not None for d in removed):
+            if before is None:
                 return False
-            order[:] = [None if d is None else order[d] for d in before]
+            after = [None if d is None else order[d] for d in before]
+            # Dims of one entry are interchangeable: one of the view's own takes the place of one that came in.
+            for d in sorted({*range(x.ndim)} - {*before}):
+                if order[d] is not None:
+                    if None not in after:
+                        return False
+                    after[after.index(None)] = order[d]
+            order[:] = after
         case _:
             return node.target is aten.contiguous.default
     return True

@@ -27,7 +27,7 @@ from ecospa_fx.passes.graph.nodes import place
 from ecospa_fx.passes.graph.tensors import sliced, swapped
 from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
-from ecospa_fx.passes.ir.relations import SameDims
+from ecospa_fx.passes.ir.relations import SameDims, moved_operand
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.verify import Masked, contraction_masks
 from ecospa_fx.passes.rules import OPS, OpInfo, axis_rule
@@ -195,6 +195,52 @@ def test_rule_is_not_stricter_than_it_need_be(op: tuple[str, list[tuple[Calls, A
             if type(atom.size) is int and atom.size > 2:
                 free |= {f"{place} {how}": None for place, how in let_through(module, axis_facts, atom)}
     assert bool(free) == (name in STRICT), f"{name}: {'; '.join(free) or 'nothing is stricter than it need be'}"
+
+
+# Ops that only move entries without their relation saying so, and why not.
+COMPUTED: dict[str, str] = {}
+
+
+def test_an_op_that_only_moves_entries_is_known_to(op: tuple[str, list[tuple[Calls, AxisFacts]]]) -> None:
+    """That an op moves entries follows from its relation, and experiments agree: a weight is told through such ops."""
+    name, analysed = op
+    unknown = []
+    for module, axis_facts in analysed:
+        named = {p: n for p, n in axis_facts.captured.tensors.items() if n in axis_facts.parameters}
+        for node, (x, *others) in (
+            (n, o) for n, o in axis_facts.operands.items() if o and not unpredictable(axis_facts)
+        ):
+            if getattr(node.target, "_opname", "") != name or others or x.node.name not in named:
+                continue
+            number = int(named[x.node.name].split("_")[0][1:])
+            call = module.calls[number]
+            if call.in_place or call.cast or not isinstance(call.function, type(torch.add)):
+                continue
+            moves = only_moves(module, number, named[x.node.name])
+            told = node in axis_facts.relations and moved_operand(axis_facts.relations[node]) is not None
+            assert moves or not told, f"{name} is told to move entries, and computes"
+            if moves and not told:
+                unknown.append(f"call {number}: {axis_facts.relations.get(node)}")
+    assert bool(unknown) == (name in COMPUTED), f"{name}: {'; '.join(unknown) or 'nothing is unknown'}"
+
+
+def only_moves(module: Calls, number: int, name: str) -> bool:
+    """Whether each entry of the results of a call is one of the operand's, the same whatever the values, or zero."""
+    whole = {n: tensor.detach() for n, tensor in (*module.named_parameters(), *module.named_buffers())}
+    origins: Tensor | None = None
+    for factor in (1.0, -0.37):
+        values = (torch.arange(whole[name].numel(), dtype=torch.float64) + 1) * factor
+        results = module.results(number, whole | {name: values.view(whole[name].shape)})
+        if not all(result.is_floating_point() for result in results):
+            return False
+        exact = torch.cat([result.flatten().double() for result in results]) / factor
+        places = exact.round()
+        if not exact.allclose(places) or not torch.isin(places, torch.arange(len(values) + 1)).all():
+            return False
+        if origins is not None and not torch.equal(origins, places):
+            return False
+        origins = places
+    return origins is not None and bool((origins > 0).any())
 
 
 def let_through(module: Calls, axis_facts: AxisFacts, atom: Atom) -> Iterator[tuple[str, str]]:

@@ -103,6 +103,15 @@ def test_two_weights_that_keep_their_shape_are_an_ffn(name):
     assert kinds(Two(KEEPING[name], False)) == {("ffn", 12)}
 
 
+@pytest.mark.parametrize("how", [lambda w: w.flip(0), lambda w: w.roll(1, 0), lambda w: w.roll((2, 0), (0, 1))])
+def test_an_axis_that_must_stay_whole_does_not_hide_the_other(how):
+    class Shuffled(Two):
+        def forward(self, x):
+            return torch.relu(x @ how(self.a)) @ self.b
+
+    assert kinds(Shuffled(None, False)) == {("ffn", 12)}
+
+
 @pytest.mark.parametrize("name", ["swapaxes", "movedim", "mH", "permute", "adjoint"])
 def test_attention_finds_what_it_finds_with_T(name):
     torch.manual_seed(0)
