@@ -51,6 +51,7 @@ class Pattern:
         window: kernel, dilation, padding and stride per dim of space of a convolution, which cut its input into the
             rows that the weight is multiplied with; empty where padding differs between the ends of a dim.
         attention: the operands are queries, keys and values, and a softmax over keys lies between the two products.
+        moves: entries of the one operand go to other positions, and zeros may come between them.
         rescaled: the operand whose entries the output holds, each multiplied by some number.
     """
 
@@ -60,6 +61,7 @@ class Pattern:
     apart: bool = False
     window: tuple[tuple[int, ...], ...] | None = None
     attention: bool = False
+    moves: bool = False
     rescaled: Operand | None = None
 
 
@@ -243,7 +245,8 @@ def moved_operand(relation: Relation) -> Operand | None:
     match relation:
         case (
             Regrouped(x) | Permuted(x) | Sliced(x) | Parted(x) | Picked(x) | Expanded(x) | Repeated(x) | Indexed(x)
-            | Pointwise((x,), "copy") | SameDims(x, moves=True)
+            | Pointwise((x,), "copy") | SameDims(x, moves=True) | Joined((x,))
+            | Stacked((x,)) | Pattern(operands=(x,), moves=True)
         ):  # fmt: skip
             return x
         case _:

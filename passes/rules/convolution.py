@@ -118,4 +118,4 @@ def pad(x: Operand, padding: list[Any], *how: Any, **more: Any) -> Pattern:
     before = " ".join(f"{d}!" if i in grown else d for i, d in enumerate(dims))
     after = " ".join(f"{d}new!" if i in grown else d for i, d in enumerate(dims))
     zeros = not any(value not in (None, 0, "constant") for value in (*how, *more.values()))
-    return Pattern(f"{before} -> {after}", (x,), apart=not zeros)
+    return Pattern(f"{before} -> {after}", (x,), apart=not zeros, moves=zeros)

@@ -60,7 +60,7 @@ def copied(x: Operand, *_: Any, **__: Any) -> Pointwise:
 
 def component(x: Operand) -> Pointwise:
     """One component of each complex number is taken."""
-    return Pointwise((x,), "linear")
+    return Pointwise((x,), "linear" if x.node.meta["val"].is_complex() else "copy")
 
 
 def shaped_like(x: Operand, *_: Any, **__: Any) -> SameDims:

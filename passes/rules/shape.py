@@ -11,8 +11,10 @@ from ecospa_fx.passes.ir.relations import (
     Expanded,
     Halved,
     Joined,
+    Opaque,
     Operand,
     Parted,
+    Pattern,
     Permuted,
     Picked,
     Regrouped,
@@ -97,11 +99,13 @@ def permute(x: Operand, dims: list[int]) -> Permuted:
     return Permuted(x, tuple(d % x.ndim for d in dims))
 
 
-@axis_rule(aten.movedim.int, aten.moveaxis.int)
-def movedim(x: Operand, source: int, destination: int) -> Permuted:
-    """One dim moves to another position."""
-    order = [d for d in range(x.ndim) if d != source % x.ndim]
-    order.insert(destination % x.ndim, source % x.ndim)
+@axis_rule(aten.movedim, aten.moveaxis)
+def movedim(x: Operand, source: Any, destination: Any) -> Permuted:
+    """Dims move to other positions."""
+    sources, destinations = (dims if isinstance(dims, (list, tuple)) else [dims] for dims in (source, destination))
+    order = [d for d in range(x.ndim) if d not in {s % x.ndim for s in sources}]
+    for to, dim in sorted((d % x.ndim, s % x.ndim) for s, d in zip(sources, destinations, strict=True)):
+        order.insert(to, dim)
     return Permuted(x, tuple(order))
 
 
@@ -150,6 +154,17 @@ def repeat_interleave(x: Operand, repeats: int, dim: int | None = None, **_: Any
     if dim is None:
         return SameDims(x, pinned=tuple(range(x.ndim)))
     return Repeated(x, tuple(repeats if d == dim % x.ndim else 1 for d in range(x.ndim)), interleaved=True)
+
+
+@axis_rule(aten.repeat_interleave.self_Tensor)
+def repeat_unevenly(x: Operand, repeats: Operand, dim: int | None = None, **_: Any) -> Pattern | Opaque:
+    """The position of an entry depends on how often those before it are repeated."""
+    if dim is None or x.ndim == 0 or repeats.ndim != 1:
+        return Opaque((x, repeats))
+    letters = [f"d{d}" for d in range(x.ndim)]
+    before, after = list(letters), list(letters)
+    before[dim], after[dim] = f"{letters[dim]}!", "new!"
+    return Pattern(f"{' '.join(before)}, +times! -> {' '.join(after)}", (x, repeats))
 
 
 def resize_bounds(site: OpSite) -> None:

@@ -17,7 +17,7 @@ aten = torch.ops.aten
 def im2col(x: Operand, kernel: list[int], *_: Any) -> Pattern:
     """Windows of neighbouring positions are laid out side by side."""
     batch = "b " if x.ndim == 4 else ""
-    return Pattern(f"{batch}c h! w! -> {batch}(c k!) l!", (x,), sizes={"k": kernel[0] * kernel[1]})
+    return Pattern(f"{batch}c h! w! -> {batch}(c k!) l!", (x,), sizes={"k": kernel[0] * kernel[1]}, moves=True)
 
 
 @axis_rule(aten.col2im.default)
@@ -34,7 +34,7 @@ def unfold(x: Operand, dim: int, size: int, step: int) -> Pattern:
     before, after = list(letters), list(letters)
     if x.ndim:
         before[dim], after[dim] = f"{letters[dim]}!", "windows!"
-    return Pattern(f"{' '.join(before)} -> {' '.join(after)} inside!", (x,))
+    return Pattern(f"{' '.join(before)} -> {' '.join(after)} inside!", (x,), moves=True)
 
 
 @axis_rule(aten.grid_sampler.default)
@@ -48,10 +48,10 @@ def grid_sampler(x: Operand, grid: Operand, *_: Any) -> Pattern:
 @axis_rule(aten.pixel_shuffle.default)
 def pixel_shuffle(x: Operand, factor: int) -> Pattern:
     """Blocks of channels become blocks of positions."""
-    return Pattern("... (c r! s!) h w -> ... c (h r!) (w s!)", (x,), sizes={"r": factor, "s": factor})
+    return Pattern("... (c r! s!) h w -> ... c (h r!) (w s!)", (x,), sizes={"r": factor, "s": factor}, moves=True)
 
 
 @axis_rule(aten.pixel_unshuffle.default)
 def pixel_unshuffle(x: Operand, factor: int) -> Pattern:
     """Blocks of positions become blocks of channels."""
-    return Pattern("... c (h r!) (w s!) -> ... (c r! s!) h w", (x,), sizes={"r": factor, "s": factor})
+    return Pattern("... c (h r!) (w s!) -> ... (c r! s!) h w", (x,), sizes={"r": factor, "s": factor}, moves=True)
