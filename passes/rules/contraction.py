@@ -26,7 +26,7 @@ def linear(x: Operand, weight: Operand, bias: Operand | None = None) -> str:
 @axis_rule(aten.addmm.default)
 def addmm(bias: Operand, x: Operand, weight: Operand, **_: Any) -> str:
     """`k` is contracted, `m` and `n` stay free; the bias is added to the product."""
-    return f"+{'m n' if bias.ndim == 2 else 'n'}, m k, k n -> m n"
+    return f"+{' '.join('mn'[2 - bias.ndim :])}, m k, k n -> m n"
 
 
 @axis_rule(aten.mm.default)
@@ -44,7 +44,7 @@ def bmm(a: Operand, b: Operand) -> str:
 @axis_rule(aten.baddbmm.default)
 def baddbmm(bias: Operand, a: Operand, b: Operand, **_: Any) -> str:
     """`k` is contracted, `b` is shared, `m` and `n` stay free; the bias is added to the product."""
-    return f"+{' '.join('bmn'[-bias.ndim :])}, b m k, b k n -> b m n"
+    return f"+{' '.join('bmn'[3 - bias.ndim :])}, b m k, b k n -> b m n"
 
 
 @axis_rule(aten.matmul.default, aten.mv.default, aten.dot.default)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,22 +22,30 @@ def _letters(prefix: str, count: int, pinned: bool = True) -> str:
     return " ".join(f"{prefix}{i}{'!' if pinned else ''}" for i in range(count))
 
 
+def _per_dim(value: Any, space: int) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return values * space if len(values) == 1 else values
+
+
 def _window(kernel: Sequence[Size], dilation: Any, padding: Any, stride: Any) -> tuple[tuple[int, ...], ...]:
-    """Return kernel, dilation, padding and stride per dim of space; `()` where the two ends are padded differently."""
+    """Return kernel, dilation, padding and stride per dim of space; nothing where two ends are padded differently."""
     space = len(kernel)
-
-    def per_dim(value: Any) -> tuple[int, ...]:
-        values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-        return values * space if len(values) == 1 else values
-
     if padding == "valid":
         padding = 0
     if padding == "same":
-        around = [d * (k - 1) for d, k in zip(per_dim(dilation), kernel, strict=True)]
+        around = [d * (k - 1) for d, k in zip(_per_dim(dilation, space), kernel, strict=True)]
         if any(type(total) is not int or total % 2 for total in around):
             return ()
         padding = [total // 2 for total in around]
-    return tuple(kernel), per_dim(dilation), per_dim(padding), per_dim(stride)
+    return tuple(kernel), _per_dim(dilation, space), _per_dim(padding, space), _per_dim(stride, space)
+
+
+def _one_by_one(kernel: Sequence[Size], padding: Any, stride: Any) -> set[int]:
+    """Return the dims of space of which each position has a window of its own, so that they are carried through."""
+    space = len(kernel)
+    pads = (0,) * space if isinstance(padding, str) else _per_dim(padding, space)
+    windows = zip(kernel, pads, _per_dim(stride, space), strict=True)
+    return {i for i, window in enumerate(windows) if window == (1, 0, 1)}
 
 
 def resize_groups(site: OpSite) -> None:
@@ -52,12 +60,13 @@ def conv(x: Operand, weight: Operand, bias: Operand | None = None, stride: Any =
          dilation: Any = 1, groups: int = 1) -> Pattern:  # fmt: skip
     """Neighbouring positions are summed over, together with the channels of a group."""
     window = _window(weight.shape[2:], dilation, padding, stride)
+    own = _one_by_one(weight.shape[2:], padding, stride)
     if groups == 1:
-        return _convolution("c", "n c", "n", x, weight, bias, window)
+        return _convolution("c", "n c", "n", x, weight, bias, window, own)
     if weight.shape[0] == groups == x.shape[1 - weight.ndim]:
         # Each channel has a kernel of its own, so channels are carried through rather than contracted.
-        return _convolution("c", "c one!", "c", x, weight, bias, window, apart=True)
-    return _convolution("(g c)", "(g n) c", "(g n)", x, weight, bias, window, sizes={"g": groups}, apart=True)
+        return _convolution("c", "c one!", "c", x, weight, bias, window, own, apart=True)
+    return _convolution("(g c)", "(g n) c", "(g n)", x, weight, bias, window, own, sizes={"g": groups}, apart=True)
 
 
 def resize_transposed_groups(site: OpSite) -> None:
@@ -80,12 +89,13 @@ def conv_transpose(x: Operand, weight: Operand, bias: Operand | None = None, str
 
 
 def _convolution(channels: str, matrix: str, results: str, x: Operand, weight: Operand, bias: Operand | None,
-                 window: tuple[tuple[int, ...], ...], **how: Any) -> Pattern:  # fmt: skip
+                 window: tuple[tuple[int, ...], ...], own: Collection[int] = (), **how: Any) -> Pattern:  # fmt: skip
     """Write the pattern of a convolution, given the letters of its channels in the input, the weight and the output."""
     space = weight.ndim - 2
     batch = "b " if x.ndim == weight.ndim else ""
-    here, kernel, there = _letters("x", space), _letters("k", space), _letters("y", space)
-    spec = f"{batch}{channels} {here}, {matrix} {kernel}, +{results} -> {batch}{results} {there}"
+    here = " ".join(f"x{i}" if i in own else f"x{i}!" for i in range(space))
+    there = " ".join(f"x{i}" if i in own else f"y{i}!" for i in range(space))
+    spec = f"{batch}{channels} {here}, {matrix} {_letters('k', space)}, +{results} -> {batch}{results} {there}"
     operands = tuple(operand for operand in (x, weight, bias) if operand is not None)
     return Pattern(spec, operands, window=window, **how)
 

@@ -83,9 +83,16 @@ def topk(x: Operand, k: int, dim: int = -1, *_: Any, **__: Any) -> Pattern | Opa
 
 
 @axis_rule(aten.diff.default)
-def difference(x: Operand, n: int = 1, dim: int = -1, *more: Operand | None) -> Pattern | Opaque:
+def difference(x: Operand, n: int = 1, dim: int = -1, *ends: Operand | None) -> Pattern:
     """Each entry along the axis is subtracted from the next."""
-    return Opaque((x, *(other for other in more if other is not None))) if any(more) else along(x, dim)
+    letters = [f"d{i}" for i in range(x.ndim)]
+    operands = (x, *(end for end in ends if end is not None))
+    terms = [[*letters] for _ in (*operands, None)]
+    for i, term in enumerate(terms):
+        if n > 0 or 0 < i < len(operands):  # those at the ends have entries of their own along the dim
+            term[dim] = f"along{i}{'!' if n > 0 else ''}"
+    *inputs, output = (" ".join(term) for term in terms)
+    return Pattern(f"{', +'.join(inputs)} -> {output}", operands, apart=True)
 
 
 def along(x: Operand, dim: int) -> Pattern | Opaque:

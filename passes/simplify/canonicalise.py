@@ -29,7 +29,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ecospa_fx.passes.axes.algebra import as_size
-from ecospa_fx.passes.graph.nodes import arguments, is_tensor, tensors_of, written_arguments
+from ecospa_fx.passes.graph.nodes import arguments, is_tensor, memory_behind, tensors_of, written_arguments
 from ecospa_fx.passes.ir.relations import Permuted, Picked, Regrouped, Sliced, copied_operand
 from ecospa_fx.passes.rules import relation_of
 
@@ -49,10 +49,12 @@ def canonicalise(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
     for node in list(graph.nodes):
         if node.target is aten.index.Tensor:
             _as_slice(graph, node, constants)
+    # Parts of a split may not be written into: what someone writes into stays as it is.
+    written = {made for node in graph.nodes for arg in written_arguments(node) for made in memory_behind(arg)}
     for node in list(graph.nodes):
         if node.target is aten.view.default:
             node.target = aten.reshape.default
-        stack = _stack(node)
+        stack = _stack(node) if node not in written else None
         if stack is not None:
             _unstack(graph, stack)
     erase_unused(graph)
