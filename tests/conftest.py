@@ -2,8 +2,10 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
 # transformers looks for a package `kernels`; the folder of that name must not be it, or its ops are registered twice.
@@ -26,3 +28,13 @@ torch.set_num_threads(1)
 def pytest_runtest_setup() -> None:
     """Whatever a test before this one has set (Lightning does): more threads add up in another order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Take back what a test does to the environment: Lightning writes ranks into it, which other libraries read."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)

@@ -271,6 +271,8 @@ def is_linear(relation: Relation, carrying: Collection[fx.Node]) -> bool:
     match relation:
         case Pattern(apart=apart):
             return not apart
+        case SameDims():  # statistics, orders and positions
+            return False
         case Joined() | Stacked():
             return True
         case Pointwise(xs, "linear"):

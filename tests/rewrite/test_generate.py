@@ -89,7 +89,7 @@ def test_every_spelling_is_generated_by_torch_from_the_schema_of_the_op():
             kinds[kind].append(name)
     assert {"add", "softmax", "layer_norm", "var"} <= set(kinds["torch"])
     assert {"gelu", "linear", "scaled_dot_product_attention"} <= set(kinds["nn"])
-    assert {"view", "expand", "to", "type_as", "expand_as"} <= set(kinds["method"])
+    assert {"view", "expand", "to", "type_as"} <= set(kinds["method"])
     for written_by_hand in (aten.split.Tensor, aten.arange.start, aten.einsum.default, aten.full.default):
         assert spelling(written_by_hand) is None
 
