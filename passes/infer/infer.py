@@ -282,6 +282,9 @@ class _Walk:
                 node = arguments(node)[0]
                 continue
             relation = self.axis_facts.relations.get(node)
+            if isinstance(relation, (r.Joined, r.Stacked)):  # parts of one weight, put together again
+                names = {self.parameter_behind(x.node) for x in relation.operands}
+                return names.pop() if len(names) == 1 else None
             handed_on = None if relation is None else r.source_weight(relation)
             if handed_on is None:
                 return None

@@ -103,6 +103,10 @@ def test_two_weights_that_keep_their_shape_are_an_ffn(name):
     assert kinds(Two(KEEPING[name], False)) == {("ffn", 12)}
 
 
+def test_parts_of_a_weight_that_are_put_together_again_are_couplings_of_their_own():
+    assert kinds(Two(lambda w: torch.cat(w.chunk(2)), False)) == {("ffn", 6)}
+
+
 @pytest.mark.parametrize("how", [lambda w: w.flip(0), lambda w: w.roll(1, 0), lambda w: w.roll((2, 0), (0, 1))])
 def test_an_axis_that_must_stay_whole_does_not_hide_the_other(how):
     class Shuffled(Two):
