@@ -18,12 +18,12 @@ class Formula:
     """An op as arithmetic on entries.
 
     Attributes:
-        takes: the kind of its operands; there is no formula for others.
+        takes: the kind of its operands; there is no formula for others. Of `"arguments"`, every entry is one number.
         entry: function of `nonnegative`, which makes the condition that an integer expression is at least 0, and of the
-            operands' entries.
+            operands' entries, or of the op's arguments.
     """
 
-    takes: Literal["integers", "conditions"]
+    takes: Literal["integers", "conditions", "arguments"]
     entry: Callable[..., Any]
 
 
@@ -38,3 +38,8 @@ UNEQUAL = Formula("integers", lambda nonnegative, a, b: sympy.Not(sympy.And(nonn
 BOTH = Formula("conditions", lambda _, a, b: sympy.And(a, b))
 EITHER = Formula("conditions", lambda _, a, b: sympy.Or(a, b))
 NOT = Formula("conditions", lambda _, a: sympy.Not(a))
+ZEROS = Formula("arguments", lambda _, *arguments: 0)
+ONES = Formula("arguments", lambda _, *arguments: 1)
+FIRST = Formula("arguments", lambda _, *arguments: arguments[0])
+SECOND = Formula("arguments", lambda _, *arguments: arguments[1])
+THIRD = Formula("arguments", lambda _, *arguments: arguments[2])

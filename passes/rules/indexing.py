@@ -8,6 +8,7 @@ import torch
 
 from ecospa_fx.passes.ir.relations import Created, Indexed, Opaque, Operand, Pattern
 
+from . import formulas as f
 from .registry import axis_rule
 
 aten = torch.ops.aten
@@ -150,13 +151,17 @@ def one_hot(x: Operand, *_: Any) -> str:
     return "... -> ... classes!"
 
 
-@axis_rule(
-    aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full, aten.zeros, aten.ones, aten.empty, aten.full,
-    resize=lambda site: site.resize_output("size"),
-)  # fmt: skip
 def created(*_: Any, **__: Any) -> Created:
     """A new tensor of a given size is made."""
     return Created()
+
+
+for _ops, _formula in (
+    ((aten.empty, aten.new_empty), None), ((aten.zeros, aten.new_zeros), f.ZEROS), ((aten.ones, aten.new_ones), f.ONES),
+    ((aten.full,), f.SECOND), ((aten.new_full,), f.THIRD),
+):  # fmt: skip
+    axis_rule(*_ops, resize=lambda site: site.resize_output("size"), formula=_formula)(created)
+axis_rule(aten.scalar_tensor, formula=f.FIRST)(created)
 
 
 @axis_rule(aten.arange.default, aten.arange.start, aten.arange.start_step)

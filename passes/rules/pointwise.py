@@ -80,9 +80,10 @@ axis_rule(
 )(copied)  # fmt: skip
 axis_rule(edge)(copied)
 axis_rule(aten.real, aten.imag)(component)
-axis_rule(aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten.rand_like, aten.randn_like)(
-    shaped_like
-)
+axis_rule(aten.empty_like, aten.rand_like, aten.randn_like)(shaped_like)
+axis_rule(aten.zeros_like, formula=f.ZEROS)(shaped_like)
+axis_rule(aten.ones_like, formula=f.ONES)(shaped_like)
+axis_rule(aten.full_like, formula=f.SECOND)(shaped_like)
 for _op, _formula in (
     (aten.ge, f.AT_LEAST), (aten.le, f.AT_MOST), (aten.gt, f.MORE), (aten.lt, f.LESS), (aten.eq, f.EQUAL),
     (aten.ne, f.UNEQUAL),

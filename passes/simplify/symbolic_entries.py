@@ -102,11 +102,6 @@ class SymbolicEntries:
                 return index[0] if _whole(node) else None
             case aten.arange.start:
                 return _number(args[0]) + index[0] if _whole(node) else None
-            case t if t in _FILLED:
-                value = _FILLED[t](args)
-                if not isinstance(value, (bool, int, float)):
-                    return None
-                return sympy.sympify(bool(value)) if _dtype(node) is torch.bool else value
             case aten.index.Tensor:
                 return self._indexed(args[0], args[1], index)
             case aten.cumsum.default:
@@ -133,9 +128,16 @@ class SymbolicEntries:
                     return None if value is None else sympy.And(kept, value)
                 return self._where(kept, self.at(args[0], index), 0)
         info = op_info(node.target)
+        if info is not None and info.formula is not None and info.formula.takes == "arguments":
+            return self._fill(info.formula.entry(self.nonnegative, *args), node)
         if info is not None and info.formula is not None and not kwargs:
             return self._formula(info.formula, node, [self._broadcast(arg, index) for arg in args])
         return self._moved(node, index)
+
+    def _fill(self, value: Any, node: fx.Node) -> Any:
+        if not isinstance(value, (bool, int, float)):
+            return None
+        return sympy.sympify(bool(value)) if _dtype(node) is torch.bool else value
 
     def _formula(self, formula: Formula, node: fx.Node, values: list[Any]) -> Any:
         if formula.takes == "conditions" and _dtype(node) is torch.bool:
@@ -230,14 +232,6 @@ class SymbolicEntries:
 
 
 _along = sympy.Symbol("_along", integer=True)  # an index that a formula must not depend on
-_FILLED: dict[Any, Any] = {
-    aten.full.default: lambda args: args[1],
-    aten.full_like.default: lambda args: args[1],
-    aten.new_full.default: lambda args: args[2],
-    aten.scalar_tensor.default: lambda args: args[0],
-    **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), lambda _: 1),
-    **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), lambda _: 0),
-}
 
 
 def _is_integer(value: Any) -> bool:

@@ -265,6 +265,7 @@ BY_HAND["squeeze"].append(Call(lambda x: torch.squeeze(x), (t(3, 1, 4),)))
 ONLY_BY_HAND = {"as_strided", "one_hot"}
 UNREACHED: dict[str, str] = {
     "_grouped_mm": "it takes no float64",
+    "scalar_tensor": "it makes a number, which has no axes",
     "lift_fresh": "it is of constants, of which no axis is asked",
     "view": "canonicalise makes a reshape of it",
 }  # name -> why no sample can reach it here
