@@ -91,7 +91,7 @@ def offsets() -> Tensor:
     return torch.tensor([2, 2, 6], dtype=torch.int32)
 
 
-# What op_db does not reach, or not with every dim larger than one. A new rule for an op that op_db knows needs no line.
+# Calls that op_db does not reach, or not with every dim larger than one. A new rule for an op that op_db knows needs no line.
 BY_HAND: dict[str, list[Call]] = {
     "_fused_rms_norm": [Call(aten._fused_rms_norm.default, (t(3, 4), [4], t(4), 1e-6))],
     "_log_softmax": [Call(aten._log_softmax.default, (t(2, 3, 4), 1, False))],
@@ -261,7 +261,7 @@ BY_HAND["einsum"] += [
     Call(lambda x, y: torch.einsum("b...i,io", x, y), (t(2, 3, 4), t(4, 5))),
 ]
 BY_HAND["squeeze"].append(Call(lambda x: torch.squeeze(x), (t(3, 1, 4),)))
-# What is a class must stay one when an entry moves; samples of as_strided read beyond the tensor that they are given.
+# A class must stay one when an entry moves; samples of as_strided read beyond the tensor that they are given.
 ONLY_BY_HAND = {"as_strided", "one_hot"}
 UNREACHED: dict[str, str] = {
     "_grouped_mm": "it takes no float64",

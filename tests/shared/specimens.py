@@ -1,4 +1,4 @@
-"""What a specimen of the zoo is, and the table of them all."""
+"""Specimen: one model of the zoo, and the table of them all."""
 
 from __future__ import annotations
 

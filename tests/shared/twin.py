@@ -47,14 +47,14 @@ def selections(couplings: Sequence[ecospa_fx.Coupling], seed: int = 0) -> Iterat
 
 
 def _stays(member: ecospa_fx.Member, keep: Tensor) -> Tensor:
-    """Which rows of a member a selection keeps, as far as they belong to the coupling."""
+    """Return the rows of a member that a selection keeps, as far as they belong to the coupling."""
     if keep.ndim == 1:
         return torch.isin(member.index, keep)
     return torch.stack([torch.isin(i, keep[c]) for i, c in zip(member.index, member.context)])
 
 
 def kept_positions(plain: nn.Module, keeps: Keeps) -> Positions:
-    """What is left of each (parameter name, dim) that a selection touches."""
+    """Return the positions left of each (parameter name, dim) that a selection touches."""
     shapes = {name: p.shape for name, p in plain.named_parameters(remove_duplicate=False)}
     masks: dict[tuple[str, int], Tensor] = {}
     for coupling, keep in keeps.items():

@@ -118,7 +118,7 @@ class weight_norm(nn.Module):
 
 @specimen(pair("conv", 6, "conv[0] out.weight[1]"), inputs=images(3))
 class pixel_shuffled(nn.Module):
-    """What makes four positions of one channel goes as one entry."""
+    """The rows that make four positions of one channel go as one entry."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What cannot shrink, with the reason."""
+"""Models that cannot shrink, with the reasons."""
 
 from __future__ import annotations
 
