@@ -237,7 +237,7 @@ def test_an_op_that_only_moves_entries_is_known_to(op: tuple[str, list[tuple[Cal
 
 
 def only_moves(module: Calls, number: int, name: str) -> bool:
-    """Return True if the results of a call hold entries of the operand, from the same positions every time, and zeros."""
+    """Return True if the results of a call hold the operand's entries, from the same positions each time, and zeros."""
     whole = {n: tensor.detach() for n, tensor in (*module.named_parameters(), *module.named_buffers())}
     origins: Tensor | None = None
     for _ in range(3):
