@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-def _letters(prefix: str, count: int, pinned: bool = True) -> str:
-    return " ".join(f"{prefix}{i}{'!' if pinned else ''}" for i in range(count))
+def _letters(prefix: str, count: int) -> str:
+    return " ".join(f"{prefix}{i}!" for i in range(count))
 
 
 def _per_dim(value: Any, space: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import torch
 from ecospa_fx.passes.ir.relations import Created, Indexed, Opaque, Operand, Pattern
 
 from . import formulas as f
+from .operands import letters, tensors
 from .registry import axis_rule
 
 aten = torch.ops.aten
@@ -40,8 +41,8 @@ def index(x: Operand, indices: list[Operand | None]) -> Indexed | Pattern | Opaq
     adjacent = chosen[-1][0] - chosen[0][0] == len(chosen) - 1
     longest = max((term.split() for term in terms), key=len)
     out = [*before, *longest, *after] if adjacent else [*longest, *before, *after]
-    letters = " ".join(f"{n}!" if n in picked else n for n in _in_order(x, indices))
-    return Pattern(f"{letters}, {', '.join(terms)} -> {' '.join(out)}", (x, *(i for _, i in chosen)))
+    own = " ".join(f"{n}!" if n in picked else n for n in _in_order(x, indices))
+    return Pattern(f"{own}, {', '.join(terms)} -> {' '.join(out)}", (x, *(i for _, i in chosen)))
 
 
 def _is_condition(index: Operand) -> bool:
@@ -50,10 +51,10 @@ def _is_condition(index: Operand) -> bool:
 
 def _chosen(x: Operand, dim: int, condition: Operand) -> Pattern:
     """Write the pattern of the entries at which a condition holds; its dims become one."""
-    letters = [f"d{i}" for i in range(x.ndim)]
+    dims = [f"d{i}" for i in range(x.ndim)]
     here = slice(dim, dim + condition.ndim)
-    picked = " ".join(f"{letter}!" for letter in letters[here])
-    before, after = " ".join(letters[: here.start]), " ".join(letters[here.stop :])
+    picked = " ".join(f"{letter}!" for letter in dims[here])
+    before, after = " ".join(dims[: here.start]), " ".join(dims[here.stop :])
     return Pattern(f"{before} {picked} {after}, +{picked} -> {before} chosen! {after}", (x, condition))
 
 
@@ -65,10 +66,10 @@ def _in_order(x: Operand, indices: list[Operand | None]) -> list[str]:
 
 def _places(x: Operand, indices: list[Operand | None]) -> tuple[list[str], list[str], list[str], list[str]]:
     """Return the letters of dims before the picked ones, of the picked ones, of those after, and of each index."""
-    letters = _in_order(x, indices)
-    picked = [letter for letter in letters if letter[0] == "p"]
-    first = letters.index(picked[0])
-    before, after = letters[:first], [letter for letter in letters[first:] if letter[0] == "d"]
+    dims = _in_order(x, indices)
+    picked = [letter for letter in dims if letter[0] == "p"]
+    first = dims.index(picked[0])
+    before, after = dims[:first], [letter for letter in dims[first:] if letter[0] == "d"]
     terms = [" ".join(f"i{n}" for n in range(i.ndim, 0, -1)) for i in indices if i is not None]
     return before, picked, after, terms
 
@@ -86,14 +87,9 @@ def index_put(x: Operand, indices: list[Operand | None], values: Operand, *_: An
     longest = max((term.split() for term in terms), key=len)
     places = [f"{letter}!" for letter in longest]  # entries that are not written stay as they were, which is not zero
     written = [*before, *places, *after][len(before) + len(places) + len(after) - values.ndim :]
-    letters = " ".join(f"{n}!" if n[0] == "p" else n for n in _in_order(x, indices))
+    own = " ".join(f"{n}!" if n[0] == "p" else n for n in _in_order(x, indices))
     placed = ", ".join("+" + " ".join(f"{letter}!" for letter in term.split()) for term in terms)
-    return Pattern(f"{letters}, {placed}, +{' '.join(written)} -> {letters}", everything, apart=True)
-
-
-def _letters(x: Operand, dim: int, letter: str) -> str:
-    """Return a letter per dim of `x`, with `letter` at `dim`."""
-    return " ".join(letter if d == dim % x.ndim else f"d{d}" for d in range(x.ndim))
+    return Pattern(f"{own}, {placed}, +{' '.join(written)} -> {own}", everything, apart=True)
 
 
 @axis_rule(aten.gather.default)
@@ -101,7 +97,7 @@ def gather(x: Operand, dim: int, index: Operand, **_: Any) -> Pattern | Opaque:
     """Entries along the axis are chosen by the values of an index."""
     if x.ndim == 0 or not _alike(x, index, dim):
         return Opaque((x, index))
-    spec = f"{_letters(x, dim, 'from!')}, +{_letters(x, dim, 'to')} -> {_letters(x, dim, 'to')}"
+    spec = f"{letters(x, dim, 'from!')}, +{letters(x, dim, 'to')} -> {letters(x, dim, 'to')}"
     return Pattern(spec, (x, index), apart=True)
 
 
@@ -112,9 +108,9 @@ def scatter(x: Operand, dim: int, index: Operand, values: Any, *_: Any, **__: An
     everything = (x, index, values) if isinstance(values, Operand) else (x, index)
     if x.ndim == 0 or len(everything) - 1 != len(written) or not all(_alike(x, w, dim) for w in written):
         return Opaque(everything)
-    letters = _letters(x, dim, "to!")
-    more = "".join(f", +{_letters(x, dim, f'from{i}!')}" for i in range(len(written)))
-    return Pattern(f"{letters}{more} -> {letters}", (x, *written), apart=True)
+    own = letters(x, dim, "to!")
+    more = "".join(f", +{letters(x, dim, f'from{i}!')}" for i in range(len(written)))
+    return Pattern(f"{own}{more} -> {own}", (x, *written), apart=True)
 
 
 def _alike(x: Operand, other: Operand, dim: int) -> bool:
@@ -128,15 +124,15 @@ def index_add(x: Operand, dim: int, index: Operand, source: Operand, **_: Any) -
     """The values of an index decide which entries along the axis are written or added to."""
     if x.ndim == 0 or index.ndim != 1 or not _alike(x, source, dim):
         return Opaque((x, index, source))
-    letters, added = _letters(x, dim, "to!"), _letters(x, dim, "from!")
+    own, added = letters(x, dim, "to!"), letters(x, dim, "from!")
     # There are as many entries to add as the index has, but nothing proves it where sizes depend on values.
-    return Pattern(f"{letters}, +chosen!, +{added} -> {letters}", (x, index, source), apart=True)
+    return Pattern(f"{own}, +chosen!, +{added} -> {own}", (x, index, source), apart=True)
 
 
 @axis_rule(aten.masked_scatter.default, aten.masked_scatter_.default, aten.masked_select.default, aten.nonzero.default)
 def by_count(*args: Any) -> Opaque:
     """The position of an entry in the result depends on how many were chosen before it."""
-    return Opaque(tuple(arg for arg in args if isinstance(arg, Operand)))
+    return Opaque(tensors(*args))
 
 
 @axis_rule(aten.as_strided.default)

@@ -10,14 +10,10 @@ from ecospa_fx.passes.graph.boundary_op import edge
 from ecospa_fx.passes.ir.relations import Operand, Pointwise, SameDims
 
 from . import formulas as f
+from .operands import tensors
 from .registry import axis_rule
 
 aten = torch.ops.aten
-
-
-def tensors(*args: Any) -> tuple[Operand, ...]:
-    """Return the tensors among the arguments of an op."""
-    return tuple(arg for arg in args if isinstance(arg, Operand))
 
 
 def linear(*args: Any, **_: Any) -> Pointwise:

@@ -8,6 +8,7 @@ import torch
 
 from ecospa_fx.passes.ir.relations import Opaque, Operand, Pattern, Pointwise, SameDims
 
+from .operands import letters, tensors
 from .registry import axis_rule
 
 aten = torch.ops.aten
@@ -85,30 +86,25 @@ def topk(x: Operand, k: int, dim: int = -1, *_: Any, **__: Any) -> Pattern | Opa
 @axis_rule(aten.diff.default)
 def difference(x: Operand, n: int = 1, dim: int = -1, *ends: Operand | None) -> Pattern:
     """Each entry along the axis is subtracted from the next."""
-    letters = [f"d{i}" for i in range(x.ndim)]
     operands = (x, *(end for end in ends if end is not None))
-    terms = [[*letters] for _ in (*operands, None)]
-    for i, term in enumerate(terms):
-        if n > 0 or 0 < i < len(operands):  # those at the ends have entries of their own along the dim
-            term[dim] = f"along{i}{'!' if n > 0 else ''}"
-    *inputs, output = (" ".join(term) for term in terms)
-    return Pattern(f"{', +'.join(inputs)} -> {output}", operands, apart=True)
+    pin = "!" if n > 0 else ""  # not at all subtracted, entries stay as they are, and those at the ends have no part
+    before, *others, after = (letters(x, dim, f"along{i}{pin}") for i in range(len(operands) + 1))
+    if n == 0:
+        before = after
+    return Pattern(f"{', +'.join((before, *others))} -> {after}", operands, apart=True)
 
 
 def along(x: Operand, dim: int) -> Pattern | Opaque:
     """Write the pattern of an op that mixes entries along a dim into new ones, apart at each position of other dims."""
     if x.ndim == 0:
         return Opaque((x,))
-    letters = [f"d{i}" for i in range(x.ndim)]
-    before, after = list(letters), list(letters)
-    before[dim], after[dim] = f"{letters[dim]}!", "new!"
-    return Pattern(f"{' '.join(before)} -> {' '.join(after)}", (x,), apart=True)
+    return Pattern(f"{letters(x, dim, 'along!')} -> {letters(x, dim, 'new!')}", (x,), apart=True)
 
 
 @axis_rule(aten.histc.default)
 def counted(*args: Any, **_: Any) -> Opaque:
     """The value of an entry decides where it is counted."""
-    return Opaque(tuple(arg for arg in args if isinstance(arg, Operand)))
+    return Opaque(tensors(*args))
 
 
 @axis_rule(aten.mse_loss.default)
@@ -120,4 +116,4 @@ def squared_error(x: Operand, target: Operand, reduction: int = 1) -> Opaque | P
 @axis_rule(aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default)
 def classified(*args: Any, **_: Any) -> Opaque:
     """Every class counts in the loss."""
-    return Opaque(tuple(arg for arg in args if isinstance(arg, Operand)))
+    return Opaque(tensors(*args))

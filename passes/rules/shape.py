@@ -24,6 +24,7 @@ from ecospa_fx.passes.ir.relations import (
     Stacked,
 )
 
+from .operands import letters
 from .registry import axis_rule
 
 if TYPE_CHECKING:
@@ -161,10 +162,7 @@ def repeat_unevenly(x: Operand, repeats: Operand, dim: int | None = None, **_: A
     """The position of an entry depends on how often those before it are repeated."""
     if dim is None or x.ndim == 0 or repeats.ndim != 1:
         return Opaque((x, repeats))
-    letters = [f"d{d}" for d in range(x.ndim)]
-    before, after = list(letters), list(letters)
-    before[dim], after[dim] = f"{letters[dim]}!", "new!"
-    return Pattern(f"{' '.join(before)}, +times! -> {' '.join(after)}", (x, repeats))
+    return Pattern(f"{letters(x, dim, 'along!')}, +times! -> {letters(x, dim, 'new!')}", (x, repeats))
 
 
 def resize_bounds(site: OpSite) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from ecospa_fx.passes.ir.relations import Operand, Pattern
 
+from .operands import letters
 from .registry import axis_rule
 
 aten = torch.ops.aten
@@ -30,11 +31,7 @@ def col2im(x: Operand, size: list[int], kernel: list[int], *_: Any) -> Pattern:
 @axis_rule(aten.unfold.default)
 def unfold(x: Operand, dim: int, size: int, step: int) -> Pattern:
     """Windows of neighbouring positions are laid out side by side."""
-    letters = [f"d{d}" for d in range(x.ndim)]
-    before, after = list(letters), list(letters)
-    if x.ndim:
-        before[dim], after[dim] = f"{letters[dim]}!", "windows!"
-    return Pattern(f"{' '.join(before)} -> {' '.join(after)} inside!", (x,), moves=True)
+    return Pattern(f"{letters(x, dim, 'along!')} -> {letters(x, dim, 'windows!')} inside!", (x,), moves=True)
 
 
 @axis_rule(aten.grid_sampler.default)

@@ -112,9 +112,7 @@ class SymbolicEntries:
                 return None if not _is_integer(value) or sympy.sympify(value).has(_along) else value * (index[dim] + 1)
             case aten.diff.default:
                 return self._differences(node, index)
-            case aten.where.self:
-                return self._where(self._broadcast(args[0], index), *(self._broadcast(a, index) for a in args[1:]))
-            case aten.where.ScalarOther | aten.where.Scalar | aten.where.ScalarSelf:
+            case aten.where.self | aten.where.ScalarOther | aten.where.Scalar | aten.where.ScalarSelf:
                 return self._where(self._broadcast(args[0], index), *(self._broadcast(a, index) for a in args[1:]))
             case aten.masked_fill.Scalar | aten.masked_fill.Tensor:
                 return self._where(
