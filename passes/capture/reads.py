@@ -186,7 +186,11 @@ def executed() -> Iterator[dict[CodeType, dict[str, Any]]]:
     try:
         yield seen
     finally:
-        sys.setprofile(before)
+        if hasattr(before, "enable"):  # cProfile, which Python cannot put back as a function
+            sys.setprofile(None)
+            before.enable()
+        else:
+            sys.setprofile(before)
 
 
 def _add_globals(reads: Reads, code: Iterable[tuple[CodeType, dict[str, Any]]]) -> None:
