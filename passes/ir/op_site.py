@@ -8,7 +8,7 @@ from typing import Any
 import sympy
 from torch import fx
 
-from ecospa_fx.passes.axes.algebra import Expr, size_of
+from ecospa_fx.passes.axes.algebra import UNIT, Expr, quotient, size_of
 from ecospa_fx.passes.axes.selection import Selection, count, in_first_contexts, mask_of, touched
 
 from .axis_facts import AxisFacts
@@ -49,12 +49,23 @@ class OpSite:
         """Count the entries of `expr` that stay before position `bound`, read as Python reads slice bounds."""
         return int(mask_of(expr, self._kept)[:bound].sum()) if bound < size_of(expr) else bound
 
-    def resized(self, size: Any, expr: Expr) -> Any:
-        """Scale `size`, an int or a node that computes one, from the original extent of `expr` to the kept one."""
+    def resized(self, size: Any, expr: Expr, per: Expr = UNIT) -> Any:
+        """Scale `size` from the original extent of `expr` to the kept one, counted in entries of `per`.
+
+        Args:
+            size: an int, or a node that computes one.
+            expr: the axis that it counts.
+            per: the axis that runs along `expr` once per counted entry: the channels of a group, say.
+        """
+        if size == -1:
+            return size
+        kept = quotient(count(expr, self._kept), count(per, self._kept))
         if isinstance(size, int):
-            return size if size == -1 else self.count(expr)
+            return int(kept)
         # The extent is a dynamic factor times static ones: the ratio of the static ones is exact.
-        ratio = sympy.sympify(count(expr, self._kept)) / size_of(expr)
+        ratio = sympy.sympify(kept) / quotient(size_of(expr), size_of(per))
+        if ratio == 1:
+            return size
         with self._node.graph.inserting_before(self._node):
             scaled = self._node.graph.call_function(operator.mul, (size, int(ratio.p)))
             return self._node.graph.call_function(operator.floordiv, (scaled, int(ratio.q)))

@@ -51,8 +51,8 @@ def _one_by_one(kernel: Sequence[Size], padding: Any, stride: Any) -> set[int]:
 def resize_groups(site: OpSite) -> None:
     """Count the groups that are left: only whole groups go, so divide all channels by those of one group."""
     x, weight = site.operands[:2]
-    if site.args["groups"] > 1:
-        site.args["groups"] = site.count(x.exprs[1 - weight.ndim]) // site.count(weight.exprs[1])
+    if site.args["groups"] != 1:
+        site.args["groups"] = site.resized(site.args["groups"], x.exprs[1 - weight.ndim], weight.exprs[1])
 
 
 @axis_rule(aten.conv1d, aten.conv2d, aten.conv3d, resize=resize_groups)
@@ -72,8 +72,8 @@ def conv(x: Operand, weight: Operand, bias: Operand | None = None, stride: Any =
 def resize_transposed_groups(site: OpSite) -> None:
     """Count the groups that are left, by the channels of the output: here the weight lists those of one group."""
     weight = site.operands[1]
-    if site.args["groups"] > 1:
-        site.args["groups"] = site.count(site.outputs[0][1 - weight.ndim]) // site.count(weight.exprs[1])
+    if site.args["groups"] != 1:
+        site.args["groups"] = site.resized(site.args["groups"], site.outputs[0][1 - weight.ndim], weight.exprs[1])
 
 
 @axis_rule(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d, resize=resize_transposed_groups)
