@@ -28,7 +28,7 @@ from typing import Any, TypeAlias
 
 from .sizes import Size as Size
 from .sizes import as_size as as_size
-from .sizes import in_words
+from .sizes import in_words as in_words
 from .sizes import quotient as quotient
 
 Expr: TypeAlias = "Atom | Product | Segments"

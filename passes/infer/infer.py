@@ -195,7 +195,10 @@ class _Walk:
         operands = self._operands(node)
         if node.target is operator.getitem:
             source, i = arguments(node)
-            self.axis_facts.values[node] = (self.axis_facts.values[source][i],)
+            if not isinstance(source.meta["val"][i], torch.Tensor) or not tensor_meta(source):
+                self._several(node)  # one of a list among the results, say
+            else:
+                self.axis_facts.values[node] = (self.axis_facts.values[source][i],)
             return
         self.axis_facts.operands[node] = operands
         shapes = [_shape(meta) for meta in tensor_meta(node)]

@@ -270,9 +270,7 @@ class Solver:
             role: Role = "merge" if relation.how in ("linear", "affine") else "gate"
             self.axis_facts.facts.append(Fact(role, expr, node, operands=meeting))
 
-    def _pattern(
-        self, relation: r.Pattern, node: fx.Node, shapes: Sequence[tuple[Size, ...]], why: str
-    ) -> list[Exprs]:
+    def _pattern(self, relation: r.Pattern, node: fx.Node, shapes: Sequence[tuple[Size, ...]], why: str) -> list[Exprs]:
         pattern = bind(relation.spec, len(relation.operands), tuple(relation.sizes))
         terms, outputs = pattern.operands, pattern.outputs
         if len(outputs) == 1:

@@ -61,6 +61,7 @@ class OpSite:
             return size
         kept = quotient(count(expr, self._kept), count(per, self._kept))
         if isinstance(size, int):
+            assert kept is not None  # only whole entries of `per` go
             return int(kept)
         # The extent is a dynamic factor times static ones: the ratio of the static ones is exact.
         ratio = sympy.sympify(kept) / quotient(size_of(expr), size_of(per))

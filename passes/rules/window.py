@@ -8,7 +8,7 @@ import torch
 
 from ecospa_fx.passes.ir.relations import Operand, Pattern
 
-from .operands import letters
+from .operands import letters, spaced
 from .registry import axis_rule
 
 aten = torch.ops.aten
@@ -52,3 +52,10 @@ def pixel_shuffle(x: Operand, factor: int) -> Pattern:
 def pixel_unshuffle(x: Operand, factor: int) -> Pattern:
     """Blocks of positions become blocks of channels."""
     return Pattern("... c (h r!) (w s!) -> ... (c r! s!) h w", (x,), sizes={"r": factor, "s": factor}, moves=True)
+
+
+@axis_rule(aten.channel_shuffle.default)
+def channel_shuffle(x: Operand, groups: int) -> Pattern:
+    """The channels of all groups take turns."""
+    space = spaced("x", x.ndim - 2)
+    return Pattern(f"b (g! n) {space} -> b (n g!) {space}", (x,), sizes={"g": groups}, moves=True)

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import ecospa_fx
 from ecospa_fx.passes.axes.algebra import atoms_of
 from ecospa_fx.passes.capture.capture import capture
 from ecospa_fx.passes.infer.infer import infer_axes
@@ -19,7 +18,7 @@ DYNAMIC: dict[str, Callable[[Tensor], Tensor]] = {
     "every second token": lambda x: x[:, ::2],
     "every second but the last": lambda x: x[:, :-1:2],
     "every third sample, every second token": lambda x: x[1::3, ::2],
-    "both halves of the time": lambda x: x[:, ::2] + x[:, 1::2],
+    "even and odd tokens": lambda x: x[:, :-1:2] + x[:, 1::2],
     "a gate along time": lambda x: F.glu(torch.cat([x, x], 1), 1),
     "a grid of tokens, every second": lambda x: x.view(-1, 3, 3, 8)[:, ::2, ::2].flatten(1, 2),
     "every second row of a flat batch": lambda x: x.reshape(-1, 8)[::2],
@@ -42,7 +41,7 @@ class Between(nn.Module):
 
 @pytest.mark.parametrize("function", DYNAMIC.values(), ids=DYNAMIC)
 def test_an_op_on_a_dynamic_dim_leaves_the_others_alone(function: Callable[[Tensor], Tensor]) -> None:
-    facts = infer_axes(capture(Between(function), (torch.randn(4, 10 if function(torch.ones(4, 10, 8)) is None else 9, 6),), {}))
+    facts = infer_axes(capture(Between(function), (torch.randn(4, 9, 6),), {}))
     (columns,) = (set(atoms_of(facts.parameters["first.weight"][0])),)
     pinned = [fact for fact in facts.facts if fact.role == "pinned"]
     assert not columns & {atom for fact in pinned for atom in atoms_of(fact.expr)}
