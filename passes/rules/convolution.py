@@ -85,6 +85,12 @@ def conv_transpose(x: Operand, weight: Operand, bias: Operand | None = None, str
     return _convolution("(g c)", "(g c) n", "(g n)", x, weight, bias, window, sizes={"g": groups}, apart=True)
 
 
+@axis_rule(aten.conv_tbc.default)
+def conv_tbc(x: Operand, weight: Operand, bias: Operand, *_: Any) -> Pattern:
+    """Neighbouring positions are summed over, together with the channels."""
+    return Pattern("t! b c, k! c n, +n -> y! b n", (x, weight, bias), window=())
+
+
 def _convolution(channels: str, matrix: str, results: str, x: Operand, weight: Operand, bias: Operand | None,
                  window: tuple[tuple[int, ...], ...], own: Collection[int] = (), **how: Any) -> Pattern:  # fmt: skip
     """Write the pattern of a convolution, given the letters of its channels in the input, the weight and the output."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,6 +10,9 @@ from ecospa_fx.passes.ir.relations import Operand, Pattern
 
 from .operands import letters, spaced
 from .registry import axis_rule
+
+if TYPE_CHECKING:
+    from ecospa_fx.passes.ir.op_site import OpSite
 
 aten = torch.ops.aten
 
@@ -32,6 +35,18 @@ def col2im(x: Operand, size: list[int], kernel: list[int], *_: Any) -> Pattern:
 def unfold(x: Operand, dim: int, size: int, step: int) -> Pattern:
     """Windows of neighbouring positions are laid out side by side."""
     return Pattern(f"{letters(x, dim, 'along!')} -> {letters(x, dim, 'windows!')} inside!", (x,), moves=True)
+
+
+def resize_grid(site: OpSite) -> None:
+    """Write the number of samples that are left."""
+    size = site.args["size"]
+    site.args["size"] = [site.resized(size[0], site.operands[0].exprs[0]), *size[1:]]
+
+
+@axis_rule(aten.affine_grid_generator.default, resize=resize_grid)
+def affine_grid(theta: Operand, size: list[Any], *_: Any) -> Pattern:
+    """All entries of a map decide where each position lies."""
+    return Pattern(f"b m! n! -> b {spaced('x', len(size) - 2, '!')} place!", (theta,))
 
 
 @axis_rule(aten.grid_sampler.default)

@@ -349,7 +349,7 @@ def test_the_page_about_patterns_is_true(capsys: pytest.CaptureFixture[str], mon
             exec(compile(text, "patterns.md", "exec"), names)
         else:
             assert settled(capsys.readouterr().out) == settled(text)
-    assert len(blocks) == 29
+    assert len(blocks) == 31
 
 
 def settled(text: str) -> list[str]:

@@ -330,6 +330,8 @@ BY_HAND |= {
     "embedding_renorm_": [
         Call(lambda w, i: aten.embedding_renorm_.default(w.clone(), i, 1.0, 2.0), (t(5, 4), classes(3)))
     ],
+    "affine_grid_generator": [Call(torch.nn.functional.affine_grid, (t(2, 2, 3), [2, 3, 4, 5]))],
+    "conv_tbc": [Call(torch.conv_tbc, (t(5, 2, 3), t(2, 3, 4), t(4), 1))],
     "gru_cell": [Call(aten.gru_cell.default, (t(2, 3), t(2, 4), t(12, 3), t(12, 4), t(12), t(12)))],
     "lstm_cell": [
         Call(
