@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ecospa_fx.passes.axes.algebra import as_size
+from ecospa_fx.passes.axes.algebra import as_size, quotient
 from ecospa_fx.passes.ir.relations import Halved, Joined, Opaque, Operand, Parted, Pattern, SameDims, Stacked
 
 from .operands import letters
@@ -23,10 +23,14 @@ def resize_parts(site: OpSite, dim: int | None = None) -> None:
     """Name the size of each part, since they may come out unequal."""
     x = site.operands[0]
     dim = (site.args.get("dim", 0) if dim is None else dim) % x.ndim
-    if site.touched(x.exprs[dim]):
-        sizes = [site.count(output[dim]) for output in site.outputs]
-        site.target = aten.split_with_sizes.default
-        site.args = {"self": next(iter(site.args.values())), "split_sizes": sizes, "dim": dim}
+    if not site.touched(x.exprs[dim]):
+        return
+    tensor = next(iter(site.args.values()))
+    left = [site.count(output[dim]) for output in site.outputs]
+    if not all(type(size) is int for size in left):
+        left = [site.share(tensor, dim, x.exprs[dim], output[dim]) for output in site.outputs]
+    site.target = aten.split_with_sizes.default
+    site.args = {"self": tensor, "split_sizes": left, "dim": dim}
 
 
 @axis_rule(aten.split_with_sizes.default, aten.split.sizes, aten.unsafe_split_with_sizes.default, resize=resize_parts)
@@ -40,7 +44,10 @@ def split(x: Operand, size: int, dim: int = 0) -> Parted | SameDims:
     """The axis is split into parts."""
     total = x.shape[dim % x.ndim]
     if type(total) is not int or type(size) is not int:
-        return SameDims(x, pinned=(dim % x.ndim,))
+        pieces = quotient(total, size)
+        if type(pieces) is not int:
+            return SameDims(x, pinned=(dim % x.ndim,))
+        return Parted(x, dim % x.ndim, (size,) * pieces)
     return Parted(x, dim % x.ndim, tuple(min(size, total - start) for start in range(0, total, size or 1)) or (total,))
 
 
@@ -48,7 +55,10 @@ def split(x: Operand, size: int, dim: int = 0) -> Parted | SameDims:
 def chunk(x: Operand, chunks: int, dim: int = 0) -> Parted | SameDims:
     """The axis is split into parts."""
     total = x.shape[dim % x.ndim]
-    return split(x, -(-total // chunks) if type(total) is int and type(chunks) is int else total, dim)
+    if type(total) is int and type(chunks) is int:
+        return split(x, -(-total // chunks), dim)
+    size = quotient(total, chunks)
+    return SameDims(x, pinned=(dim % x.ndim,)) if size is None else split(x, size, dim)
 
 
 @axis_rule(aten.tensor_split.sections, aten.tensor_split.indices, resize=resize_parts)

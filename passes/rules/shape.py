@@ -180,7 +180,7 @@ def resize_bounds(site: OpSite) -> None:
         site.args["end"] = None
         return
     for name in ("start", "end"):
-        if isinstance(site.args[name], int):
+        if site.args[name] is not None:
             site.args[name] = site.kept_before(expr, site.args[name])
 
 
@@ -196,8 +196,8 @@ def resize_narrow(site: OpSite) -> None:
     """Write the new start and length of a slice that names its length instead of its end."""
     x, dim = site.operands[0], site.args["dim"] % site.operands[0].ndim
     if site.touched(x.exprs[dim]):
-        site.args["start"] = site.kept_before(x.exprs[dim], bound_of(site.args["start"], 0, x.shape[dim]))
-        site.args["length"] = site.count(site.outputs[0][dim])
+        site.args["start"] = site.kept_before(x.exprs[dim], site.args["start"])
+        site.args["length"] = site.resized(site.args["length"], site.outputs[0][dim])
 
 
 @axis_rule(aten.narrow.default, resize=resize_narrow)
@@ -220,7 +220,7 @@ def bound_of(bound: Any, default: Any, size: Any) -> Any:
         return default
     bound = as_size(bound)
     if type(bound) is not int:
-        return bound
+        return as_size(size + bound) if bound.is_negative else bound
     if type(size) is not int:
         return bound if 0 <= bound < 2**62 else (size if bound > 0 else as_size(size + bound))
     return min(max(bound + size if bound < 0 else bound, 0), size)

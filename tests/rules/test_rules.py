@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from rule_calls import UNREACHED, Call, Calls, calls_of, registered
+from rule_calls import UNREACHED, Call, Calls, calls_of, registered, repeated
 from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError, RuleError
@@ -157,9 +157,9 @@ def related(exprs: tuple[Expr, ...], result: Tensor, atom: Atom, here: set[int])
     return at | bare
 
 
-def groups(calls: Sequence[Call]) -> Iterator[tuple[Calls, AxisFacts]]:
+def groups(calls: Sequence[Call], size: int = 4) -> Iterator[tuple[Calls, AxisFacts]]:
     """Capture and infer calls, some at a time: most of the time goes into captures."""
-    return (found for i in range(0, len(calls), 4) for found in inferred(calls[i : i + 4]))
+    return (found for i in range(0, len(calls), size) for found in inferred(calls[i : i + size]))
 
 
 @pytest.fixture(scope="module", params=registered())
@@ -181,6 +181,14 @@ def test_rule_is_exact(op: tuple[str, list[tuple[Calls, AxisFacts]]]) -> None:
             for parameter in axis_facts.parameters:
                 check_entry(module, axis_facts, parameter, free)
     assert exercised != (name in UNREACHED), f"{name}: {'reached' if exercised else 'no sample reaches it'}"
+
+
+def test_an_op_in_place_or_under_another_name_is_called_as_it_is() -> None:
+    """Its rule is that of another; the way in which programs call it is its own."""
+    calls = [call for name in repeated() for call in calls_of(name)[:1]]
+    assert len(calls) > 100
+    for module, axis_facts in groups(calls, 12):
+        check_selection(module, axis_facts, {})
 
 
 # Ops whose rule pins an axis that experiments on these calls let through, and why the rule is right.

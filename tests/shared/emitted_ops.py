@@ -6,16 +6,17 @@ import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
+CALLS = 3  # kept of each op
 KINDS = 2  # of samples per op: which tensors and arguments it is given
 DTYPES = (torch.float64, torch.float32, torch.bool, torch.int64, torch.complex64)
 
@@ -136,9 +137,16 @@ def public_names() -> set[str]:
     return {name for name in ours | modules if not name.startswith("_")}
 
 
-def emitted() -> tuple[dict[Any, set[str]], dict[str, str]]:
-    """The ops in the graphs of all functions and modules, with the names of those; and what could not be traced."""
-    seen: dict[Any, set[str]] = defaultdict(set)
+class Seen(NamedTuple):
+    """Who emits an op, and its first few calls in their graphs."""
+
+    names: set[str]
+    nodes: list[fx.Node]
+
+
+def emitted() -> tuple[dict[Any, Seen], dict[str, str]]:
+    """The ops in the graphs of all functions and modules; and what could not be traced."""
+    seen: dict[Any, Seen] = defaultdict(lambda: Seen(set(), []))
     failed: dict[str, str] = {}
     with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
         warnings.simplefilter("ignore")
@@ -147,8 +155,10 @@ def emitted() -> tuple[dict[Any, set[str]], dict[str, str]]:
             traced = 0
             for call in calls:
                 try:
-                    for target in targets(call):
-                        seen[target].add(name)
+                    for node in nodes_of(call):
+                        seen[node.target].names.add(name)
+                        if len(seen[node.target].nodes) < CALLS:
+                            seen[node.target].nodes.append(node)
                     traced += 1
                 except Exception as error:  # whatever torch raises where it cannot trace
                     failed.setdefault(name, f"{type(error).__name__}: {error}"[:200])
@@ -157,10 +167,10 @@ def emitted() -> tuple[dict[Any, set[str]], dict[str, str]]:
     return seen, failed
 
 
-def targets(call: Callable[[], Any]) -> set[Any]:
-    """The ops of one call that make tensors."""
+def nodes_of(call: Callable[[], Any]) -> list[fx.Node]:
+    """The nodes of one call that make tensors."""
     graph = make_fx(lambda _: call(), pre_dispatch=True)(torch.zeros(1)).graph
-    return {node.target for node in graph.nodes if node.op == "call_function" and makes_tensors(node.target)}
+    return [node for node in graph.nodes if node.op == "call_function" and makes_tensors(node.target)]
 
 
 def makes_tensors(target: Any) -> bool:

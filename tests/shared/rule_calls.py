@@ -392,16 +392,30 @@ def named(op: Any) -> str:
 
 def registered() -> list[str]:
     """The names of all ops that have a rule of their own, or a refusal that a sample reaches."""
-    sampled = {name for op in op_db for name in known_as(op)} | set(BY_HAND)
-    first: dict[int, str] = {}  # torch has some ops under several names
-    rules: dict[str, OpInfo] = {}
-    for op, info in OPS.items():
-        if op is not operator.getitem and first.setdefault(id(info), named(op)) == named(op):
-            rules.setdefault(named(op), info)
+    rules = _rules()
+    refused = {n for n in rules if rules[n].refused and (n not in sampled() or n in UNCHECKED)}
+    return sorted(rules.keys() - set(repeated()) - refused)
+
+
+def repeated() -> list[str]:
+    """The names of ops that have the rule of another: in place, into a copy, or under another name."""
+    rules = _rules()
+    first: dict[int, str] = {}
     bases = {name: name.removesuffix("_") if name[-1] == "_" else name.removesuffix("_copy") for name in rules}
     variants = {n for n, base in bases.items() if base != n and base in rules and rules[base].axes is rules[n].axes}
-    refused = {n for n in rules if rules[n].refused and (n not in sampled or n in UNCHECKED)}
-    return sorted(set(rules) - variants - refused)
+    return sorted(n for n, info in rules.items() if n in variants or first.setdefault(id(info), n) != n)
+
+
+def _rules() -> dict[str, OpInfo]:
+    rules: dict[str, OpInfo] = {}
+    for op, info in OPS.items():
+        if op is not operator.getitem:
+            rules.setdefault(named(op), info)
+    return rules
+
+
+def sampled() -> set[str]:
+    return {name for op in op_db for name in known_as(op)} | set(BY_HAND)
 
 
 def known_as(op: Any) -> set[str]:
