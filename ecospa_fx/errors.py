@@ -15,6 +15,10 @@ class CaptureError(EcoSpaError, RuntimeError):
     """A region that torch.export cannot capture, or whose captured graph disagrees with eager."""
 
 
+class TooManyCallsError(EcoSpaError, RuntimeError):
+    """A shrunk region that has been called in too many ways, each with a graph of its own."""
+
+
 class RuleError(EcoSpaError, RuntimeError):
     """An axis rule that failed on an op: a bug in the rule, not in the model."""
 
@@ -41,6 +45,10 @@ class TargetError(EcoSpaError, ValueError):
 
 class OptimizerError(EcoSpaError, ValueError):
     """An optimizer that does not belong to the model, or whose state cannot follow a shrink."""
+
+
+class WrapperError(EcoSpaError, RuntimeError):
+    """A model that is spread over devices by something that a shrink cannot bring along."""
 
 
 class RestoreError(EcoSpaError, RuntimeError):
