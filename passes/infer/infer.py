@@ -23,7 +23,7 @@ import sympy
 import torch
 from torch import fx
 
-from ecospa_fx.passes.axes.algebra import Expr, Mismatch, Size, as_size, size_of
+from ecospa_fx.passes.axes.algebra import Expr, Mismatch, Size, as_size, in_words, size_of
 from ecospa_fx.passes.axes.selection import on_diagonal, static_end
 from ecospa_fx.passes.graph.nodes import (
     argument_nodes,
@@ -212,7 +212,10 @@ class _Walk:
         operands = self._operands(node)
         if node.target is operator.getitem:
             source, i = arguments(node)
-            self.axis_facts.values[node] = (self.axis_facts.values[source][i],)
+            if not isinstance(source.meta["val"][i], torch.Tensor) or not tensor_meta(source):
+                self._several(node)  # one of a list among the results, say
+            else:
+                self.axis_facts.values[node] = (self.axis_facts.values[source][i],)
             return
         self.axis_facts.operands[node] = operands
         shapes = [_shape(meta) for meta in tensor_meta(node)]
@@ -248,7 +251,8 @@ class _Walk:
                 for o, s in zip(outputs, shapes, strict=True)
             ):
                 raise Mismatch(
-                    f"the rule gives dims of {[tuple(map(size_of, o)) for o in outputs]}, the op has {shapes}"
+                    f"the rule gives dims of {in_words([[*map(size_of, o)] for o in outputs])}, "
+                    f"the op has {in_words(shapes)}"
                 )
             self.axis_facts.values[node] = tuple(outputs)
             self.axis_facts.relations[node] = relation
@@ -261,7 +265,8 @@ class _Walk:
         """Return whether an axis has another size than the output; pin it if nothing proves the sizes equal."""
         extent = size_of(expr)
         if extent != size and not (type(extent) is int and type(size) is int):
-            self.axis_facts.pin(expr, node, f"{op_name(node)}: nothing proves that {extent} is {size}")
+            reason = f"nothing proves that a dim of {in_words(extent)} comes out as one of {in_words(size)}"
+            self.axis_facts.pin(expr, node, f"{op_name(node)}: {reason}")
             return False
         return bool(extent != size)
 
