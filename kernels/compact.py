@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .launch import compiled_for, jit, tl
+from .register import operator
 from .windows import BYTES, COLS, LONGEST, ROWS, table
 
 COMPACT_WIDTH = 13
@@ -201,7 +202,14 @@ def compact_triton(x: list[Tensor], indices: list[Tensor], tensors: list[int], d
     return made
 
 
-@torch.library.custom_op("ecospa_fx::compact", mutates_args=())
+def _empty(x: list[Tensor], indices: list[Tensor], tensors: list[int], dims: list[int]) -> list[Tensor]:
+    shapes = [list(t.shape) for t in x]
+    for index, tensor, dim in zip(indices, tensors, dims, strict=True):
+        shapes[tensor][dim] = index.shape[0]
+    return [t.new_empty(shape) for t, shape in zip(x, shapes, strict=True)]
+
+
+@operator("compact", fake=_empty)
 def compact(x: list[Tensor], indices: list[Tensor], tensors: list[int], dims: list[int]) -> list[Tensor]:
     """Copy many tensors with only the chosen positions of some dims.
 
@@ -216,14 +224,6 @@ def compact(x: list[Tensor], indices: list[Tensor], tensors: list[int], dims: li
     """
     way = compact_triton if x and compiled_for(x[0].device) else compact_ref
     return way(x, indices, tensors, dims)
-
-
-@compact.register_fake
-def _(x: list[Tensor], indices: list[Tensor], tensors: list[int], dims: list[int]) -> list[Tensor]:
-    shapes = [list(t.shape) for t in x]
-    for index, tensor, dim in zip(indices, tensors, dims, strict=True):
-        shapes[tensor][dim] = index.shape[0]
-    return [t.new_empty(shape) for t, shape in zip(x, shapes, strict=True)]
 
 
 def compacted(jobs: list[tuple[Tensor, dict[int, Tensor]]]) -> list[Tensor]:
