@@ -233,10 +233,12 @@ def compacted(jobs: list[tuple[Tensor, dict[int, Tensor]]]) -> list[Tensor]:
         jobs: tensors, and per dim the positions to keep.
     """
     made: dict[int, Tensor] = {}
-    for device in {tensor.device for tensor, _ in jobs}:
-        here = [k for k, (tensor, _) in enumerate(jobs) if tensor.device == device]
+    # A sparse tensor (the gradient of an embedding) has no addresses for a kernel to read.
+    kinds = {(tensor.device, tensor.layout is torch.strided) for tensor, _ in jobs}
+    for device, strided in kinds:
+        here = [k for k, (t, _) in enumerate(jobs) if (t.device, t.layout is torch.strided) == (device, strided)]
         picked = [(n, dim, index) for n, k in enumerate(here) for dim, index in jobs[k][1].items()]
-        way = compact if compiled_for(device) else compact_ref
+        way = compact if strided and compiled_for(device) else compact_ref
         new = way(
             [jobs[k][0].detach() for k in here],
             [index for _, _, index in picked],

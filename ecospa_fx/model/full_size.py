@@ -91,6 +91,7 @@ def full_of(tensor: Tensor, shape: Sequence[int], fill: float = 0.0) -> Tensor:
 
     A forward may ask for that order: `torch.view_as_complex(weight)` takes pairs that lie side by side.
     """
-    order = sorted(range(tensor.ndim), key=lambda dim: -tensor.stride(dim))
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
     full = torch.empty_permuted(tuple(shape), order, dtype=tensor.dtype, device=tensor.device)
     return full.fill_(fill)

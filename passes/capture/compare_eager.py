@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from ecospa_fx.passes.graph.isolate import forked_rng, fresh_leaf
-from ecospa_fx.passes.graph.tensors import named_tensors, swapped
+from ecospa_fx.passes.graph.tensors import dense, named_tensors, swapped
 from ecospa_fx.passes.ir.region_graph import Forward
 from ecospa_fx.passes.ir.signature import AUTOCAST, autocast_now
 from ecospa_fx.passes.ir.state_access import ObjectLeaf, copy_objects, flattened, parted
@@ -105,7 +105,7 @@ def _difference(
                 torch.manual_seed(1)
                 loss: Any = sum((out * torch.randn_like(out)).sum() for out in floating)
                 grads = list(torch.autograd.grad(loss, list(wanted.values()), allow_unused=True))
-        return outputs, grads, list(wanted)
+        return [dense(out) for out in outputs], [g if g is None else dense(g) for g in grads], list(wanted)
 
     def eager(inputs: list[Any]) -> list[Any]:
         state = dict(zip(places, cloned_state(inputs), strict=True))

@@ -155,10 +155,9 @@ def difference(module: nn.Module, program: Program, forward: Forward, args: Any,
         torch.manual_seed(0)
         try:
             expected = program.run(module, *(t.clone() for t in inputs), *program.constants)
-        except Exception as error:
-            raise NotTried(
-                f"its graph does not run on a made-up call ({str(error).strip().split(chr(10))[0]})"
-            ) from error
+        except Exception as failure:
+            line = str(failure).strip().split("\n")[0]
+            raise NotTried(f"its graph does not run on a made-up call ({line})") from failure
     with forked_rng(module):
         torch.manual_seed(0)
         try:
@@ -230,7 +229,8 @@ def example_calls(axis_facts: AxisFacts) -> Iterator[tuple[Any, Any]]:
 
     Sizes may depend on each other, and on what the forward asks of them: the call that was captured answers to that.
     """
-    signature, called = axis_facts.captured.signature, symbols_of(axis_facts)
+    signature, decided = axis_facts.captured.signature, axis_facts.captured.data_sizes
+    called = {symbol: size for symbol, size in symbols_of(axis_facts).items() if symbol not in decided}
     small = {}
     for i, symbol in enumerate(sorted(called, key=str)):
         low, high = signature.ranges.get(symbol, (0, math.inf))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
@@ -74,6 +75,7 @@ class RegionGraph:
         filled: the parts of objects that other calls of the region fill, as far as known when this one was captured.
         index_attributes: integers of the region that only select its own part of an object.
         settings: (submodule, attribute) -> a constant that the forward reads there and does not change itself.
+        data_sizes: sizes that values in tensors decide -> what they were in the captured call, where it had values.
     """
 
     region: str
@@ -95,6 +97,7 @@ class RegionGraph:
     filled: Filled = frozenset()
     index_attributes: IndexAttributes = field(default_factory=IndexAttributes)
     settings: Mapping[tuple[str, str], Any] = field(default_factory=dict)
+    data_sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict)
     _plain_result: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

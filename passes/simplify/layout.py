@@ -45,7 +45,9 @@ def free_of_layout(graph: fx.Graph, written: Collection[fx.Node]) -> None:
         order = _order(operand)
         if shared and operand is not node and operand not in in_order and order is not None:
             copies = _in_order(graph, operand, order)
-            operand.replace_all_uses_with(copies[-1], delete_user_cb=lambda user, first=copies[0]: user is not first)
+            for user in list(operand.users):
+                if user is not copies[0]:
+                    user.replace_input_with(operand, copies[-1])
             in_order |= {operand, *copies}
         elif node.target in _ORDERED and not shared:
             if order is None and node.target is aten.view_as_complex.default:
