@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ecospa_fx.arguments import FLAG, FUNCTION, MODULE, PATH, STATEFUL, TRAINING, optional, takes
 from ecospa_fx.errors import CheckpointError, EcoSpaError
 from ecospa_fx.model.compiled import MODEL, CompiledModel
 from ecospa_fx.model.lookup import check_optimizer
@@ -28,6 +29,7 @@ from .rebuild import read_model, rebuild, write_model
 from .training_state import Training, as_tuple, by_name, read_training, resume_training, write_training
 
 
+@takes(model=MODULE, directory=PATH, **TRAINING)
 def save(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -68,6 +70,7 @@ def save(
     compiled.save = draft.files["model.safetensors"]["sha256"]
 
 
+@takes(directory=PATH, factory=optional(FUNCTION))
 def load(
     directory: str | os.PathLike[str],
     factory: Callable[[], nn.Module] | None = None,
@@ -93,6 +96,14 @@ def load(
     return model
 
 
+@takes(
+    directory=PATH,
+    model=MODULE,
+    rng=FLAG,
+    scheduler=optional(STATEFUL),
+    scaler=optional(STATEFUL),
+    trainer=optional(STATEFUL),
+)
 def resume(
     directory: str | os.PathLike[str],
     model: nn.Module,

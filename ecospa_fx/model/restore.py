@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ecospa_fx.arguments import CALL, MODULE, takes
 from ecospa_fx.errors import EcoSpaError, NoInputsError, RestoreError
 from ecospa_fx.passes.follow.attributes import fitted, sync_layer_sizes
 from ecospa_fx.passes.follow.trial import NotTried, difference, example_calls, modes
@@ -22,11 +23,13 @@ from ecospa_fx.passes.rewrite.program import Program
 
 from .class_swap import ShrinkableLinear, original_class, unswap_forward
 from .compiled import MODEL, REGION, CompiledModel
+from .lookup import try_call
 from .region import Region
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
+@takes(model=MODULE, **CALL)
 def restore(
     model: Module,
     *,
@@ -59,8 +62,9 @@ def restore(
         raise EcoSpaError(f"{type(model).__name__} is not compiled; there is nothing to restore")
     if compiled.plan.original_shapes:
         if example_inputs is not None or example_kwargs is not None:
-            with isolated(model), torch.no_grad():
-                model(*(example_inputs or ()), **(example_kwargs or {}))  # captures what has not been called so far
+            try_call(
+                model, tuple(example_inputs or ()), dict(example_kwargs or {})
+            )  # captures what has not been called
         with fitted(model):
             for name, region in compiled.regions.items():
                 if any(True for _ in compiled.plan.under(name)):

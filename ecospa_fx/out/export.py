@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from ecospa_fx.arguments import INPUTS, KEYWORDS, MODULE, optional, takes
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.model.lookup import is_captured, regions_of, state_of
 from ecospa_fx.model.region import Region
@@ -35,6 +36,7 @@ class _NewCall(Exception):
         self.capture = capture
 
 
+@takes(model=MODULE, args=INPUTS, kwargs=optional(KEYWORDS))
 def export(
     model: nn.Module,
     args: Sequence[Any] = (),
