@@ -73,12 +73,18 @@ def optional(kind: Kind) -> Kind:
 
 
 CALL: Mapping[str, Kind] = {"example_inputs": optional(INPUTS), "example_kwargs": optional(KEYWORDS)}
-TRAINING: Mapping[str, Kind] = {name: optional(STATEFUL) for name in ("trainer", "scheduler", "scaler")}
 
 
 def either(*kinds: Kind) -> Kind:
     """Return the kind of what is of any of these."""
     return Kind(", or ".join(kind.words for kind in kinds), lambda value: any(kind.fits(value) for kind in kinds))
+
+
+TRAINING: Mapping[str, Kind] = {
+    "trainer": optional(STATEFUL),
+    "scheduler": optional(either(STATEFUL, SEVERAL)),
+    "scaler": optional(STATEFUL),
+}
 
 
 def instance(words: str, *classes: type) -> Kind:

@@ -91,6 +91,16 @@ def try_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         ) from error
 
 
+def check_values(model: nn.Module, what: str) -> None:
+    """Refuse a model on the meta device.
+
+    Raises:
+        EcoSpaError: it has no values.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        raise EcoSpaError(f"{type(model).__name__} is on the meta device and has no values to {what}")
+
+
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     """Refuse an optimizer that holds none of the model's parameters.
 

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ecospa_fx.arguments import FLAG, MODULE, NAMED, WHOLE, check_state, instance, takes
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
-from ecospa_fx.model.lookup import couplings
+from ecospa_fx.model.lookup import check_values, couplings
 from ecospa_fx.model.optimizer_state import innermost, several
 
 from .reader import GradientStep, Reader, ReaderOptions
@@ -204,6 +204,7 @@ class CoupledEstimator:
         Raises:
             OptimizerError: the optimizer holds no second moments to read.
         """
+        check_values(self.model, "score")
         with self.reader.at_once():
             judged = {coupling: self.reader.importance(coupling) for coupling in couplings(self.model)}
         return {coupling: value for coupling, value in judged.items() if value is not None}
@@ -221,6 +222,7 @@ class CoupledEstimator:
         Returns:
             float64 `[coupling.size]`, or `[coupling.contexts, coupling.size]`.
         """
+        check_values(self.model, "score")
         entries = self.reader.entries(coupling, by_context=by_context)
         if entries is not None:
             return entries

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ecospa_fx.arguments import CALL, MODULE, WHOLE, takes
 from ecospa_fx.errors import VerificationError
 from ecospa_fx.model.full_size import unshrunk
-from ecospa_fx.model.lookup import plan, state_of, try_call
+from ecospa_fx.model.lookup import check_values, plan, state_of, try_call
 from ecospa_fx.model.region import Region
 from ecospa_fx.passes.axes.algebra import Atom
 from ecospa_fx.passes.axes.selection import Selected, per_context_or_shared, whole
@@ -90,6 +90,7 @@ def verify(
     """
     args, kwargs = tuple(example_inputs or ()), dict(example_kwargs or {})
     plan(model)  # raises where the model is not compiled
+    check_values(model, "compare")
     modes = {module: module.training for module in model.modules()}
     try:
         # Dropout would draw other masks at other sizes; entry by entry, train and eval mode agree.
