@@ -15,8 +15,6 @@ TEST_READY := $(VENV)/.test-installed
 DEV_READY := $(VENV)/.dev-installed
 LINKED := build/types
 
-# Keep the repository root off sys.path: the folder `kernels` must not be imported as the PyPI package of that name.
-export PYTHONSAFEPATH := 1
 # Waiting threads should sleep: on shared cores, spinning ones slow a training step down many times over.
 export OMP_WAIT_POLICY := passive
 

@@ -13,11 +13,13 @@ from ecospa_fx.model.lookup import plan
 from ecospa_fx.model.lookup import regions_of as regions_of
 from ecospa_fx.model.state import Execution
 
+from .arguments import CALL, FLAG, MODULE, TEXT, takes
 from .errors import EcoSpaError
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
+@takes(model=MODULE, **CALL, experiments=FLAG, execution=TEXT)
 def compile(
     model: Module,
     *,
@@ -76,6 +78,7 @@ def compile(
     return model
 
 
+@takes(model=MODULE)
 def diff(model: nn.Module) -> ModuleDiff:
     """Compare the sizes of every layer before any shrink and now; print the result.
 

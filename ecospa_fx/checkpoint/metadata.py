@@ -14,7 +14,7 @@ from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.state import EXECUTIONS
 from ecospa_fx.passes.follow.attributes import Changes, changes_in
-from ecospa_fx.passes.graph.tensors import named_tensors
+from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 from ecospa_fx.passes.infer.sizes import called_sizes
 
 from .hf_config import implementations
@@ -109,7 +109,8 @@ def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[Any, str] = {}
     aliases = {}
     for name, tensor in tensors.items():
-        key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
+        place = (tensor.storage_offset(), tensor.stride()) if tensor.layout is torch.strided else ()
+        key = (storage_key(tensor), tensor.shape, *place)
         if tensor.numel() and first.setdefault(key, name) != name:
             aliases[name] = first[key]
     return aliases

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ecospa_fx.arguments import FLAG, MODULE, takes
 from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
@@ -76,6 +77,7 @@ class Grams:
         TargetError: `rows` or `ridge` is out of range.
     """
 
+    @takes(model=MODULE, training=FLAG)
     def __init__(
         self, model: nn.Module, *, rows: int | None = None, ridge: float = RIDGE, training: bool = False
     ) -> None:

@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ecospa_fx.arguments import MODULE, NAMED, SEVERAL, instance, optional, takes
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import NoCouplingError
 from ecospa_fx.logs import logger
@@ -59,6 +60,12 @@ class Rotation:
         return "\n".join([*lines, *(f"{name}: as it was, {reason}" for name, reason in self.refused.items())])
 
 
+@takes(
+    model=MODULE,
+    couplings=optional(SEVERAL),
+    keep=optional(NAMED),
+    grams=optional(instance("an ecospa_fx.Grams", Grams)),
+)
 @torch.no_grad()
 def rotate(
     model: nn.Module,
@@ -100,9 +107,9 @@ def rotate(
         check_can_follow(each)
     copies = copies_of(model, also)
     known = {coupling.name: coupling for coupling in compiled.couplings()}
-    wanted = list(known) if couplings is None else [c if isinstance(c, str) else c.name for c in couplings]
+    wanted = list(known) if couplings is None else [c.name if isinstance(c, Coupling) else c for c in couplings]
     for name in wanted:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise NoCouplingError(f"the model has no coupling `{name}`; it has {', '.join(known)}")
     result, log = Rotation(), logger("shrink")
     for name in dict.fromkeys(wanted):

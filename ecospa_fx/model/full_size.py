@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -55,14 +55,14 @@ class FullSizeTensors:
         }
 
     def shapes(self) -> dict[str, Tensor]:
-        """Return parameters as one expanded entry each; buffers, which a forward may write into, as in `values`."""
-        return self._tied(expanded=True)
+        """Return zeros: tracing reads no entries."""
+        return self._tied(empty=True)
 
     def values(self) -> dict[str, Tensor]:
         """Return the entries that are left in their places among zeros."""
-        return self._tied(expanded=False)
+        return self._tied(empty=False)
 
-    def _tied(self, expanded: bool) -> dict[str, Tensor]:
+    def _tied(self, empty: bool) -> dict[str, Tensor]:
         """Make the stand-ins; tied tensors get one and the same."""
         stand_ins: dict[int, Tensor] = {}
         for name, tensor in self.named.items():
@@ -71,9 +71,8 @@ class FullSizeTensors:
             full_name, parameter = join(self.region, name), name in self.parameters
             value = tensor.detach()
             if full_name in self.plan.original_shapes:
-                value = value.new_zeros(()).expand(self.plan.original_shapes[full_name])
-                if not (expanded and parameter):
-                    value = unshrunk(tensor, self.plan, full_name)
+                shape = self.plan.original_shapes[full_name]
+                value = full_of(tensor, shape) if empty else unshrunk(tensor, self.plan, full_name)
             stand_ins[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if parameter else value
         return {name: stand_ins[id(tensor)] for name, tensor in self.named.items()}
 
@@ -81,7 +80,18 @@ class FullSizeTensors:
 def unshrunk(tensor: Tensor, plan: Plan, name: str, fill: float = 0.0) -> Tensor:
     """Return a tensor at its original shape, with `fill` (zero in a tensor of integers) in place of removed entries."""
     fill = fill if tensor.is_floating_point() else 0
-    full = torch.full(plan.original_shapes[name], fill, dtype=tensor.dtype, device=tensor.device)
+    full = full_of(tensor, plan.original_shapes[name], fill)
     index = [plan.kept.get((name, dim), torch.arange(size)).to(tensor.device) for dim, size in enumerate(full.shape)]
     full[torch.meshgrid(*index, indexing="ij")] = tensor.detach()
     return full
+
+
+def full_of(tensor: Tensor, shape: Sequence[int], fill: float = 0.0) -> Tensor:
+    """Return a tensor of `fill` with another shape, its dims in the same order in memory.
+
+    A forward may ask for that order: `torch.view_as_complex(weight)` takes pairs that lie side by side.
+    """
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
+    full = torch.empty_permuted(tuple(shape), order, dtype=tensor.dtype, device=tensor.device)
+    return full.fill_(fill)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ecospa_fx.arguments import MODULE, takes
 from ecospa_fx.couple.coupling import Coupling
-from ecospa_fx.errors import EcoSpaError, NoInputsError, OptimizerError
+from ecospa_fx.errors import CaptureError, EcoSpaError, NoInputsError, OptimizerError
+from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.plan import Plan
 
 from .compiled import MODEL, CompiledModel
@@ -44,6 +49,7 @@ def regions_of(model: nn.Module) -> dict[str, Region]:
     return {} if compiled is None else compiled.regions
 
 
+@takes(model=MODULE)
 def couplings(model: nn.Module) -> tuple[Coupling, ...]:
     """Return the couplings of a compiled model, at their sizes now.
 
@@ -53,6 +59,7 @@ def couplings(model: nn.Module) -> tuple[Coupling, ...]:
     return state_of(model).couplings()
 
 
+@takes(model=MODULE)
 def plan(model: nn.Module) -> Plan:
     """Return a copy of the plan: the entries of the original model that are left.
 
@@ -64,6 +71,34 @@ def plan(model: nn.Module) -> Plan:
         raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
     result: Plan = compiled.plan.copy()
     return result
+
+
+def try_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run a call that changes nothing in a model but the graphs that it has.
+
+    Raises:
+        CaptureError: the model cannot be called so.
+    """
+    try:
+        with isolated(model), torch.no_grad():
+            model(*args, **kwargs)
+    except EcoSpaError:
+        raise
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise CaptureError(
+            f"{type(model).__name__} cannot be called with these inputs, it fails with {type(error).__name__}: {line}"
+        ) from error
+
+
+def check_values(model: nn.Module, what: str) -> None:
+    """Refuse a model on the meta device.
+
+    Raises:
+        EcoSpaError: it has no values.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        raise EcoSpaError(f"{type(model).__name__} is on the meta device and has no values to {what}")
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:

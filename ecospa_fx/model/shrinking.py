@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from ecospa_fx.arguments import MAPPING, MODULE, having, optional, takes
 from ecospa_fx.couple.coupling import CouplingSelection
 from ecospa_fx.logs import logger
 
@@ -19,6 +20,7 @@ from .slicing import Absorber
 from .wrappers import check_wrappers
 
 
+@takes(model=MODULE, selection=MAPPING, absorb=optional(having("the moments of ecospa_fx.Grams", "absorbed")))
 def shrink(
     model: nn.Module,
     selection: CouplingSelection,

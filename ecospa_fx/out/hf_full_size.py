@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ecospa_fx.arguments import FLAG, MODULE, PATH, takes
 from ecospa_fx.errors import EcoSpaError, FormatError
 from ecospa_fx.model.compiled import MODEL, CompiledModel
 from ecospa_fx.model.full_size import unshrunk
@@ -27,6 +28,7 @@ from .hf_pretrained import shape_differences
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
+@takes(model=MODULE, directory=PATH, mark=FLAG)
 def save_unshrunk(model: nn.Module, directory: str | os.PathLike[str], *, mark: bool = False, **options: Any) -> None:
     """Write a compiled transformers model at its original sizes, as `save_pretrained` of transformers writes it.
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ecospa_fx.arguments import MODULE, PATH, takes
 from ecospa_fx.checkpoint.directory import write_text
 from ecospa_fx.checkpoint.metadata import check_execution, describe_execution
 from ecospa_fx.checkpoint.rebuild import attach_compiled
@@ -34,6 +35,7 @@ FILE, FORMAT = "ecospa_fx.json", 1
 NamedShapes = dict[str, tuple[int, ...]]
 
 
+@takes(model=MODULE, directory=PATH)
 def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **options: Any) -> str | None:
     """Write a compiled transformers model as `model.save_pretrained` does, and its plan beside it.
 
@@ -73,6 +75,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **optio
     return config if isinstance(config, str) else None
 
 
+@takes(directory=PATH)
 def from_pretrained(directory: str | os.PathLike[str], **options: Any) -> Any:
     """Load a model that `save_pretrained` wrote, compiled and at the sizes at which it was saved.
 

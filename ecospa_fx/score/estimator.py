@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ecospa_fx.arguments import FLAG, MODULE, NAMED, WHOLE, check_state, instance, takes
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
-from ecospa_fx.model.lookup import couplings
+from ecospa_fx.model.lookup import check_values, couplings
 from ecospa_fx.model.optimizer_state import innermost, several
 
 from .reader import GradientStep, Reader, ReaderOptions
@@ -63,6 +64,7 @@ class CoupledEstimator:
             both are given.
     """
 
+    @takes(model=MODULE, seed=WHOLE)
     def __init__(
         self,
         model: nn.Module,
@@ -202,10 +204,12 @@ class CoupledEstimator:
         Raises:
             OptimizerError: the optimizer holds no second moments to read.
         """
+        check_values(self.model, "score")
         with self.reader.at_once():
             judged = {coupling: self.reader.importance(coupling) for coupling in couplings(self.model)}
         return {coupling: value for coupling, value in judged.items() if value is not None}
 
+    @takes(coupling=instance("an ecospa_fx.Coupling", Coupling), by_context=FLAG)
     def entries(self, coupling: Coupling, *, by_context: bool = False) -> Tensor:
         """Return the importance of each entry of a coupling: the mean over its matrices of that of the entry's slices.
 
@@ -218,6 +222,7 @@ class CoupledEstimator:
         Returns:
             float64 `[coupling.size]`, or `[coupling.contexts, coupling.size]`.
         """
+        check_values(self.model, "score")
         entries = self.reader.entries(coupling, by_context=by_context)
         if entries is not None:
             return entries
@@ -235,8 +240,14 @@ class CoupledEstimator:
             tensors["skipped"] = self._count.skipped
         return {"steps": self.steps, "fired": dict(self._backwards), "tensors": tensors}
 
+    @takes(state=NAMED)
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ArgumentError: the state is none that `state_dict` returned.
+        """
+        check_state(state, ("steps", "tensors"), "CoupledEstimator")
         self._count.seen, self._backwards = state["steps"], dict(state.get("fired", {}))
         tensors = dict(state["tensors"])
         self._count.skipped = tensors.pop("skipped", None)

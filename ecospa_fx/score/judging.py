@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.couple.coupling import Coupling, Member
 from ecospa_fx.kernels import slice_sums
+from ecospa_fx.model.lookup import check_values
 
 from .slices import SliceKey
 
@@ -84,6 +85,7 @@ def index_scores(model: nn.Module, coupling: Coupling, *, by_context: bool = Fal
     Returns:
         float64 `[coupling.size]`, or `[coupling.contexts, coupling.size]`.
     """
+    check_values(model, "score")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     rows = coupling.contexts if by_context else 1
     squares: dict[str, Tensor] = {}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.passes.graph.tensors import dense
 
 from .scores import Score
 from .slices import SliceKey
@@ -36,9 +37,9 @@ class GradientStep:
     new_step: bool = True
 
     def tensors(self) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
-        """Return the parameters that have a gradient, and their gradients, by name."""
+        """Return the parameters that have a gradient, and their gradients, by name; sparse ones with all entries."""
         parameters = {name: p for name, p in self.named if p.grad is not None}
-        return parameters, {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        return parameters, {name: dense(p.grad) for name, p in parameters.items() if p.grad is not None}
 
 
 @dataclass(frozen=True, eq=False)

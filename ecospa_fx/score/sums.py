@@ -143,9 +143,9 @@ def accumulation(decay: float | None, window: int | None) -> Total:
     Raises:
         TargetError: one is out of range, or both are given.
     """
-    if decay is not None and not 0.0 < decay < 1.0:
+    if decay is not None and (not isinstance(decay, (int, float)) or not 0.0 < decay < 1.0):
         raise TargetError(f"decay={decay!r} is not between 0 and 1; None adds all steps up")
-    if window is not None and (not isinstance(window, int) or window < 1):
+    if window is not None and (not isinstance(window, int) or not 1 <= window < 2**31):
         raise TargetError(f"window={window!r} is out of range; it is a whole number of steps, at least 1")
     if window is not None and decay is not None:
         raise TargetError(f"decay={decay!r} and window={window!r}: one of them forgets, not both; leave one out")

@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
-import torch
 from rich.console import Group
 from torch import nn
 
+from ecospa_fx.arguments import CALL, FLAG, MODULE, NAMED, PATH, TEXT, optional, takes
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.couple.why import Path, Why, axis_graph, path_between
 from ecospa_fx.errors import NoCouplingError, NoInputsError
 from ecospa_fx.model.class_swap import original_class
 from ecospa_fx.model.compiled import MODEL, CompiledModel, find_followed
+from ecospa_fx.model.lookup import try_call
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.state import Execution
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.find.regions import choose
-from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.graph.nodes import place
 from ecospa_fx.text import plural
 
@@ -70,6 +70,7 @@ class Explanation(Findings):
                 modules.setdefault(member.parameter.rpartition(".")[0], {})[coupling.name] = coupling
         return {name: tuple(modules[name].values()) for name in self.snapshot.modules if name in modules}
 
+    @takes(a=TEXT, b=TEXT)
     def why(self, a: str, b: str) -> Why:
         """Explain how two weights are coupled: a path through the graph per coupling, a sentence per op.
 
@@ -113,6 +114,7 @@ class Explanation(Findings):
         )
         return [atom for atom in first if atom in second]
 
+    @takes(name=TEXT)
     def why_not(self, name: str) -> WhyNot:
         """Explain what keeps a weight from shrinking, dim by dim, in sentences.
 
@@ -126,6 +128,7 @@ class Explanation(Findings):
         """
         return why_not(self.snapshot, self.couplings, name)
 
+    @takes(path=PATH, training=optional(NAMED))
     def report(self, path: str | os.PathLike[str], *, training: Mapping[str, Any] | None = None) -> None:
         """Write everything as one HTML file, which opens from disk and needs no network.
 
@@ -136,6 +139,7 @@ class Explanation(Findings):
         write_report(self, path, training)
 
 
+@takes(model=MODULE, **CALL, experiments=FLAG, execution=TEXT)
 def explain(
     model: nn.Module,
     *,
@@ -169,8 +173,7 @@ def explain(
     args, kwargs = example_call(model, example_inputs, example_kwargs)
     if compiled is not None and compiled.regions:
         # Loaded at its small sizes: only its own regions can run it, and they capture the calls they get.
-        with isolated(model), torch.no_grad():
-            model(*args, **kwargs)
+        try_call(model, args, kwargs)
         return _explanation(model, compiled, {})
     if compiled is not None:  # it waits for a first call that this is not, and will be captured as it was compiled
         experiments, execution = experiments or compiled.experiments, compiled.execution

@@ -12,12 +12,12 @@ from torch import nn
 
 from ecospa_fx.errors import NoCouplingError
 from ecospa_fx.model.compiled import CompiledModel
-from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, as_size, atoms_of
+from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, atoms_of
 from ecospa_fx.passes.axes.selection import PerContext, Selected
 from ecospa_fx.passes.find.discover import Discovery
 from ecospa_fx.passes.graph.nodes import reason_text
 from ecospa_fx.passes.graph.tensors import join, named_tensors
-from ecospa_fx.passes.infer.sizes import symbols_of
+from ecospa_fx.passes.infer.sizes import size_in_call, symbols_of
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact
 
 
@@ -50,7 +50,7 @@ class RegionSnapshot:
         match expr:
             case Atom():
                 size = sizes.get(expr, expr.size)
-                return size if type(size) is int else int(as_size(sympy.sympify(size).subs(self.symbols)))
+                return size if type(size) is int else size_in_call(size, self.symbols)
             case Product():
                 total = 1
                 for factor in expr.factors:

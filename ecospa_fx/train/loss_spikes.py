@@ -5,7 +5,26 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import Tensor
+
+from ecospa_fx.arguments import NUMBER, shown
 from ecospa_fx.errors import TargetError
+
+
+def number_of(loss: Tensor | float) -> float:
+    """Return the loss of a step as a number.
+
+    Raises:
+        TargetError: it is none, or several.
+    """
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1 or loss.is_meta or loss.is_complex():
+            raise TargetError(f"loss is {shown(loss)}; it is one number of a step: loss.mean(), say")
+        return float(loss.detach())
+    if not NUMBER.fits(loss):
+        raise TargetError(f"loss is {shown(loss)}; it is one number of a step")
+    return float(loss)
+
 
 FADE = 0.9
 """Share of the smoothed loss that stays at a step: it follows the loss over some ten steps."""

@@ -10,6 +10,7 @@ from typing import Protocol, Self
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ecospa_fx.arguments import FUNCTION, MAPPING, MODULE, SEVERAL, instance, optional, takes
 from ecospa_fx.couple.constraints import Constraints, TiedCouplings
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
@@ -54,6 +55,12 @@ class CoupledSparsifier:
         TargetError: a setting is out of range, or the target is below what can be reached.
     """
 
+    @takes(
+        model=MODULE,
+        constraints=optional(instance("an ecospa_fx.Constraints", Constraints)),
+        optimizers=SEVERAL,
+        entries=optional(FUNCTION),
+    )
     def __init__(
         self,
         model: nn.Module,
@@ -128,6 +135,7 @@ class CoupledSparsifier:
         units, self.whole = self.constraints.units(self.model, couplings(self.model))
         return units
 
+    @takes(importance=MAPPING)
     def decide(self, importance: Mapping[Coupling, float], at_most: int | None = None) -> dict[Coupling, Tensor]:
         """Decide which entries to keep.
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ecospa_fx.arguments import FLAG, FUNCTION, MODULE, NAMED, SEVERAL, WHOLE, check_state, having, optional, takes
 from ecospa_fx.compensate.compensation import GATHERING, Compensation, CompensationSettings
 from ecospa_fx.compensate.forecast import Forecast
 from ecospa_fx.couple.constraints import Constraints, Frozen, HeadDims
@@ -26,7 +27,7 @@ from ecospa_fx.score.step_watcher import StepWatcher
 from .batches import LossListener, loss_of, tokens_of
 from .clock import Clock
 from .latency import Latency
-from .loss_spikes import LossSpikes
+from .loss_spikes import LossSpikes, number_of
 from .policies import Adaptive, Decision, Paper, Policy
 from .schedule import Schedule, ScheduleUnit, SparsityCurve
 from .settings import (
@@ -118,6 +119,7 @@ class EcoSpaTrainer:
         WrapperError: the model is spread over devices, in a wrapper that cannot follow a shrink.
     """
 
+    @takes(model=MODULE, seed=WHOLE, before_shrink=optional(FUNCTION), absorb=optional(FLAG), rotate=optional(FLAG))
     def __init__(
         self,
         model: nn.Module,
@@ -239,10 +241,11 @@ class EcoSpaTrainer:
             OptimizerError: no parameter of a coupling has a gradient.
             TargetError: the schedule counts tokens or epochs, and they are not given.
         """
+        value = None if loss is None else number_of(loss)
         amount = self._clock.advance(tokens, epochs)
         self.steps += 1
-        if loss is not None:
-            self._spikes.update(float(loss.detach()) if isinstance(loss, Tensor) else float(loss))
+        if value is not None:
+            self._spikes.update(value)
         if self.done:
             return
         self._ready()
@@ -317,6 +320,10 @@ class EcoSpaTrainer:
             return None
         return round(self._initial_cost - share * (self._initial_cost - sparsifier.target_size(sizes)))
 
+    @takes(
+        loader=SEVERAL, loss=optional(FUNCTION), scheduler=optional(having("a scheduler with step()", "step")),
+        watch=optional(having("an object with step(loss)", "step")),
+    )  # fmt: skip
     def fit(
         self,
         loader: Iterable[Any],
@@ -386,8 +393,14 @@ class EcoSpaTrainer:
             "compensation": self._compensation.state_dict(),
         }
 
+    @takes(state=NAMED)
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ArgumentError: the state is none that `state_dict` returned.
+        """
+        check_state(state, self.state_dict(), "EcoSpaTrainer")
         self.steps, self.done, self.history = state["steps"], state["done"], list(state["history"])
         clock, latency = self._clock, self._decisions.latency
         clock.now, clock.postponed = state["now"], list(state["postponed"])

@@ -172,7 +172,7 @@ def executed() -> Iterator[dict[CodeType, dict[str, Any]]]:
     """Record the functions that run inside the `with` block, with their globals; not those of torch."""
     seen: dict[CodeType, dict[str, Any]] = {}
     others: set[CodeType] = set()
-    before = sys.getprofile()
+    before: Any = sys.getprofile()
 
     def profile(frame: Any, event: str, arg: Any) -> None:
         code = frame.f_code
