@@ -1,0 +1,260 @@
+"""Fuzzing of state: random stateful modules in random loops, compiled beside plain.
+
+    python -m ecospa_fx.testing.fuzz_state 1000 --seed 0
+
+It prints the smallest program of each kind of failure as runnable code, and exits with 1 if there is any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from . import stateful_parts  # noqa: F401  (it registers parts)
+from .beside import Beside, Ended
+from .stateful import StatefulModule, Weight, random_module
+from .worlds import Differs
+
+
+@dataclass(frozen=True)
+class StateProgram:
+    """A module and a loop.
+
+    Attributes:
+        module: the module.
+        steps: calls of `Beside`, in order.
+        execution: as for `compile`.
+        regions: as for `compile`.
+    """
+
+    module: StatefulModule
+    steps: tuple[str, ...]
+    execution: str
+    regions: str
+
+    def __len__(self) -> int:
+        return len(self.steps) + 3 * len(self.module.parts) + self.module.blocks
+
+    def source(self) -> str:
+        """Return runnable code, which raises at the first difference."""
+        options = f"execution={self.execution!r}, regions={self.regions!r}"
+        options += ", sized=True" if self.module.sized else ""
+        options += ", tokens=True" if self.module.tokens else ""
+        return (
+            f"{self.module.source()}\n\n"
+            'if __name__ == "__main__":\n'
+            "    from pathlib import Path\n\n"
+            "    from ecospa_fx.testing.beside import Beside\n\n"
+            f"    both = Beside(Path(__file__).read_text(), {options})\n"
+            + "".join(f"    both.{step}\n" for step in self.steps)
+            + '    print("PASS")\n'
+        )
+
+
+def random_steps(rng: random.Random, module: StatefulModule, most: int = 9) -> tuple[str, ...]:
+    """Draw a loop."""
+    changes = [change for part in module.parts for change in part.changes]
+    batch = lambda: rng.choice((2, 3, 3, 3, 5))  # noqa: E731
+    steps: list[str] = []
+    if rng.random() < 0.1:
+        steps.append("explain()")
+    if rng.random() < 0.15:
+        steps.append(f"train({batch()})")
+    if rng.random() < 0.2:
+        steps.append("mode(False)")
+    steps.append(f"compile({batch()})" if rng.random() < 0.4 else "compile()")
+    kinds: dict[str, float] = {
+        "train": 5, "call": 2, "mode": 1.5, "change": 4 if changes else 0, "shrink": 2, "save_and_load": 0.4,
+        "state_dict": 0.5, "deepcopy": 0.5, "pickle": 0.5, "explain": 0.3, "verify": 0.5, "interrupt": 0.5, "keep": 0.3,
+    }  # fmt: skip
+    for _ in range(rng.randint(3, most)):
+        (kind,) = rng.choices([*kinds], [*kinds.values()])
+        block = rng.randrange(module.blocks)
+        if kind == "change":
+            steps.append(f"change({rng.choice(changes)!r}, {block})")
+        elif kind == "mode":
+            steps.append(f"mode({rng.random() < 0.5})")
+        elif kind == "shrink":
+            steps.append(f"shrink({rng.randrange(1000)})")
+        elif kind == "interrupt":
+            steps.append(f"shrink({rng.randrange(1000)}, line={rng.randint(1, 3000)})")
+        elif kind == "keep":
+            steps.append(f"keep('block.down.weight', {block})")
+        elif kind in ("train", "call"):
+            steps.append(f"{kind}({batch()})")
+        else:
+            steps.append(f"{kind}()")
+    steps.append(f"train({batch()})")
+    return tuple(steps)
+
+
+def program_number(seed: int, number: int) -> StateProgram:
+    """Make a program, which is the same for the same two numbers."""
+    rng = random.Random(f"{seed}/{number}")
+    module = random_module(rng)
+    regions = rng.choice(("auto", "root", "blocks") if module.blocks > 1 else ("auto", "root"))
+    return StateProgram(module, random_steps(rng, module), rng.choice(("graph", "graph", "module")), regions)
+
+
+@dataclass(frozen=True)
+class StateFailure:
+    """A difference that a program shows.
+
+    Attributes:
+        kind: the difference, without numbers.
+        what: the difference.
+        step: number of the step.
+    """
+
+    kind: str
+    what: str
+    step: int
+
+
+@dataclass
+class StateTally:
+    """Counts of the programs so far."""
+
+    programs: int = 0
+    compiled: int = 0
+    shrunk: int = 0
+    steps: int = 0
+    refusals: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        refusals = "".join(f"\n{count:6} {text}" for text, count in self.refusals.most_common(30))
+        return (
+            f"{self.programs} programs with {self.steps} steps, {self.compiled} compiled at the end, {self.shrunk} "
+            f"shrunk; refusals:{refusals or ' none'}"
+        )
+
+
+def check(program: StateProgram, tally: StateTally | None = None) -> StateFailure | None:
+    """Return the first failure of a program, or None."""
+    tally = StateTally() if tally is None else tally
+    tally.programs += 1
+    number = -1
+    try:
+        module = program.module
+        both = Beside(
+            module.source(), program.execution, program.regions, module.sized, module.tokens  # type: ignore[arg-type]
+        )
+        for number, step in enumerate(program.steps):
+            exec(f"both.{step}", {"both": both})
+            tally.steps += 1
+    except Ended:
+        pass
+    except Differs as error:
+        return StateFailure(_kind(str(error)), str(error), number)
+    except Exception as error:
+        where = [frame for frame in traceback.extract_tb(error.__traceback__) if "ecospa_fx" in frame.filename]
+        at = next((f"{frame.filename.split('ecospa_fx/')[-1]}:{frame.lineno}" for frame in reversed(where)
+                   if "/testing/" not in frame.filename), "")  # fmt: skip
+        text = f"{type(error).__name__} in {at}: {str(error)[:300]}"
+        return StateFailure(_kind(f"{type(error).__name__} {at}"), text, number)
+    tally.compiled += both.compiled
+    tally.shrunk += both.shrinks > 0
+    tally.refusals.update(_kind(each)[:150] for each in both.refusals)
+    return None
+
+
+def _kind(text: str) -> str:
+    """Return the step and the sort of thing that differs, without names and numbers."""
+    text = re.sub(r" (is|has|expected|differs) .*", "", text.split("\n")[0])
+    text = re.sub(r"\((\w* ?\d*[^ )]*|tuple|list|deque|keys|Model)\)|\d+", "", text)
+    return re.sub(r"\b(attribute|buffer|parameter|gradient|global|memory|optimizer) .*", r"\1", text)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A program that failed, with the seed and number that make it again."""
+
+    seed: int
+    number: int
+    program: StateProgram
+    failure: StateFailure
+
+    def __str__(self) -> str:
+        what = f"# program {self.number} of seed {self.seed}, minimised: {self.failure.what}"
+        return "{}\n{}".format(what.replace("\n", "\n# "), self.program.source())
+
+
+def smallest(found: Found) -> Found:
+    """Find the same failure in a program that is as small as possible."""
+    program, failure = found.program, found.failure
+    program = replace(program, steps=program.steps[: failure.step + 1])
+
+    def fails(smaller: StateProgram) -> bool:
+        again = check(smaller)
+        return again is not None and again.kind == failure.kind
+
+    going = True
+    while going:
+        going = False
+        for smaller in _smaller(program):
+            if fails(smaller):
+                program, going = smaller, True
+                break
+    return Found(found.seed, found.number, program, check(program) or failure)
+
+
+def _smaller(program: StateProgram) -> Iterator[StateProgram]:
+    module = program.module
+    for i in range(len(module.parts)):
+        yield replace(program, module=replace(module, parts=module.parts[:i] + module.parts[i + 1 :]))
+    for i in range(len(program.steps)):
+        yield replace(program, steps=program.steps[:i] + program.steps[i + 1 :])
+    if module.weight.name != "plain":
+        yield replace(program, module=replace(module, weight=Weight()))
+    if module.blocks > 1 and not any(", 1)" in step for step in program.steps):
+        yield replace(program, module=replace(module, blocks=1))
+    if module.tokens and not any("(0, 1)" in line or "transpose" in line for part in module.parts for line in part.forward):
+        yield replace(program, module=replace(module, tokens=False))
+    if program.regions != "root":
+        yield replace(program, regions="root")
+
+
+def fuzz(numbers: Sequence[int], seed: int, tally: StateTally) -> Iterator[Found]:
+    """Iterate over the failures among the programs of a seed."""
+    for number in numbers:
+        program = program_number(seed, number)
+        failure = check(program, tally)
+        if failure is not None:
+            yield Found(seed, number, program, failure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fuzz from the command line, and return 0 if everything is exact, else 1."""
+    parser = argparse.ArgumentParser(prog="python -m ecospa_fx.testing.fuzz_state", description=__doc__.split("\n")[0])
+    parser.add_argument("programs", type=int, nargs="?", default=1000, metavar="N", help="number of programs (1000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the programs (0)")
+    parser.add_argument("--start", type=int, default=0, help="number of the first (0)")
+    parser.add_argument("--show", type=int, default=5, help="failures that are minimised and printed (5)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    tally, start = StateTally(), time.perf_counter()
+    failures: dict[str, list[Found]] = {}
+    for found in fuzz(range(options.start, options.start + options.programs), options.seed, tally):
+        failures.setdefault(found.failure.kind, []).append(found)
+        print(f"program {found.number}: {found.failure.what[:300]}", flush=True)
+    count = sum(map(len, failures.values()))
+    print(f"seed {options.seed}: {time.perf_counter() - start:.0f} s, {count} failed; {tally}")
+    for same in sorted(failures.values(), key=lambda same: -len(same))[: options.show]:
+        print(f"\n# {len(same)} like this\n{smallest(min(same, key=lambda found: len(found.program)))}", flush=True)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
