@@ -66,11 +66,31 @@ def _swapped(original: type[nn.Module], attribute: str) -> type[nn.Module]:
             return _blank, (original, attribute), *reduced[2:]
         return reduced
 
-    body = {"forward": forward, "__reduce_ex__": reduce_ex, "_ecospa_class": original, "__doc__": original.__doc__}
-    swapped = type(original.__name__, (original,), body)
-    swapped.__module__, swapped.__qualname__ = original.__module__, original.__qualname__
+    body = {
+        "forward": forward, "__reduce_ex__": reduce_ex, "_ecospa_class": original, "__doc__": original.__doc__,
+        "__module__": original.__module__, "__qualname__": original.__qualname__,
+    }  # fmt: skip
+    swapped: type = _writing_through(type(original))(original.__name__, (original,), body)
     _SWAPPED[original, attribute] = swapped
     return swapped
+
+
+@functools.cache
+def _writing_through(meta: type[type]) -> type[type]:
+    """Make a metaclass whose classes hand what is assigned to them to the original: `type(self).calls += 1`."""
+
+    def owner(cls: type, name: str) -> type:
+        return cls if name.startswith("__") else cls.__dict__["_ecospa_class"]
+
+    def assign(cls: type, name: str, value: Any) -> None:
+        where = owner(cls, name)
+        meta.__setattr__(cls, name, value) if where is cls else setattr(where, name, value)
+
+    def remove(cls: type, name: str) -> None:
+        where = owner(cls, name)
+        meta.__delattr__(cls, name) if where is cls else delattr(where, name)
+
+    return type(meta.__name__, (meta,), {"__setattr__": assign, "__delattr__": remove})
 
 
 def _blank(original: type[nn.Module], attribute: str) -> nn.Module:
