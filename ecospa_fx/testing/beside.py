@@ -51,7 +51,12 @@ class Beside:
     """
 
     def __init__(
-        self, source: str, execution: Execution = "graph", regions: str = "auto", sized: bool = False, tokens: bool = False
+        self,
+        source: str,
+        execution: Execution = "graph",
+        regions: str = "auto",
+        sized: bool = False,
+        tokens: bool = False,
     ) -> None:
         self.execution, self.regions, self.sized, self.tokens = execution, regions, sized, tokens
         Generators.seeded(1)
@@ -121,7 +126,11 @@ class Beside:
         self._changed.append(statement)
         for world in (self.plain, self.ours):
             model: Any = world.model
-            exec(statement, dict(vars(world.module)), {"model": model, "block": model.blocks[block], "world": world.module})
+            exec(
+                statement,
+                dict(vars(world.module)),
+                {"model": model, "block": model.blocks[block], "world": world.module},
+            )
 
     def keep(self, code: str, block: int = 0) -> None:
         """Let the loop keep an object of the model, which is compared from then on."""
@@ -221,7 +230,9 @@ class Beside:
     def verify(self, batch: int = 2) -> None:
         """Verify the model, which leaves it as it is."""
         if self.compiled:
-            done = self._library("verify", lambda: ecospa_fx.verify(self.ours.model, example_inputs=(self._input(batch),)))
+            done = self._library(
+                "verify", lambda: ecospa_fx.verify(self.ours.model, example_inputs=(self._input(batch),))
+            )
             if done and not done[0].ok:
                 raise Differs(f"verify: {done[0]}")
 
@@ -422,7 +433,11 @@ def _listed(value: Any) -> list[Any]:
 def _words(statement: str) -> list[str]:
     """Return the names of what a statement changes."""
     target = statement.split(" = ")[0].split(".fill_")[0].split(".mul_")[0]
-    return [word for word in target.replace("[", ".").replace("]", "").split(".") if word[:1].isalpha() and word not in ("block", "world", "model", "Block", "a", "s")]
+    return [
+        word
+        for word in target.replace("[", ".").replace("]", "").split(".")
+        if word[:1].isalpha() and word not in ("block", "world", "model", "Block", "a", "s")
+    ]
 
 
 def _fit(fresh: nn.Module, model: nn.Module) -> None:

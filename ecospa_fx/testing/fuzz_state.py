@@ -148,7 +148,11 @@ def check(program: StateProgram, tally: StateTally | None = None) -> StateFailur
     try:
         module = program.module
         both = Beside(
-            module.source(), program.execution, program.regions, module.sized, module.tokens  # type: ignore[arg-type]
+            module.source(),
+            program.execution,
+            program.regions,
+            module.sized,
+            module.tokens,  # type: ignore[arg-type]
         )
         for number, step in enumerate(program.steps):
             exec(f"both.{step}", {"both": both})
@@ -219,7 +223,9 @@ def _smaller(program: StateProgram) -> Iterator[StateProgram]:
         yield replace(program, module=replace(module, weight=Weight()))
     if module.blocks > 1 and not any(", 1)" in step for step in program.steps):
         yield replace(program, module=replace(module, blocks=1))
-    if module.tokens and not any("(0, 1)" in line or "transpose" in line for part in module.parts for line in part.forward):
+    if module.tokens and not any(
+        "(0, 1)" in line or "transpose" in line for part in module.parts for line in part.forward
+    ):
         yield replace(program, module=replace(module, tokens=False))
     if program.regions != "root":
         yield replace(program, regions="root")

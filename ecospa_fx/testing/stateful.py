@@ -221,7 +221,9 @@ def random_module(rng: random.Random, most: int = 3) -> StatefulModule:
 
 WEIGHTS = (
     Weight("scaled", "self.w * 0.5"),
-    Weight("masked", "self.w * self.mask", (f'self.register_buffer("mask", (torch.rand({HIDDEN}, {STREAM}) > 0.3) * 1.0)',)),
+    Weight(
+        "masked", "self.w * self.mask", (f'self.register_buffer("mask", (torch.rand({HIDDEN}, {STREAM}) > 0.3) * 1.0)',)
+    ),
     Weight("squashed", "torch.tanh(self.w)"),
     Weight("plus zero", "self.w + 0"),
     Weight("straight through", "self.w + (self.w.round(decimals=1) - self.w).detach()"),

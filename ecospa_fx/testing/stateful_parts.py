@@ -8,7 +8,9 @@ from .stateful import HIDDEN, STREAM, Draw, Part, held, holders, part
 @part(4.0)
 def running_tensor(draw: Draw) -> Part:
     """A running mean: a buffer, an attribute or elsewhere, changed in place or assigned."""
-    start = draw.pick(f"torch.zeros({draw.width}, dtype=torch.float64)", f"torch.ones({draw.width}, dtype=torch.float64)")
+    start = draw.pick(
+        f"torch.zeros({draw.width}, dtype=torch.float64)", f"torch.ones({draw.width}, dtype=torch.float64)"
+    )
     place = draw.rng.choice(holders(draw.number, start, tensor=True))
     s, mean = place.read, draw.mean
     update = draw.rng.choice((
@@ -49,7 +51,9 @@ def counter(draw: Draw) -> Part:
 @part(1.0)
 def tensor_counter(draw: Draw) -> Part:
     """A count in a tensor."""
-    place = draw.rng.choice(holders(draw.number, draw.pick("torch.tensor(0)", "torch.zeros((), dtype=torch.float64)"), tensor=True))
+    place = draw.rng.choice(
+        holders(draw.number, draw.pick("torch.tensor(0)", "torch.zeros((), dtype=torch.float64)"), tensor=True)
+    )
     s, v = place.read, draw.place
     update = draw.pick(f"{s} += 1", f"{s} = {s} + 1", f"{s}.add_(1)")
     use = draw.rng.choice(((), (f"{v} = {v} / (1 + {s})",), (f"if {s} > 2:", f"    {v} = {v} * 2"),
@@ -233,11 +237,15 @@ def scheduled(draw: Draw) -> Part:
         "none": (f"if {s} is not None:", f"    {v} = {v} * {s}"),
     }[kind]
     if kind == "float" and draw.chance(0.3):
-        use = draw.rng.choice(((f"if {s} > 0.6:", f"    {v} = -{v}"), (f"{v} = F.dropout({v}, {s} * 0, self.training)",)))
+        use = draw.rng.choice(
+            ((f"if {s} > 0.6:", f"    {v} = -{v}"), (f"{v} = F.dropout({v}, {s} * 0, self.training)",))
+        )
     if place.name == "own class":
         use = tuple(line.replace("type(self).", "self.") for line in use)
     if kind == "function" and place.name in ("class", "own class"):
-        place = draw.rng.choice([p for p in holders(draw.number, start, False) if p.name in ("attribute", "object", "global")])
+        place = draw.rng.choice(
+            [p for p in holders(draw.number, start, False) if p.name in ("attribute", "object", "global")]
+        )
         use = (f"{v} = {place.read}({v})",)
     changes = [f"{place.outside} = {other}" for other in (start, *others)]
     if kind == "tensor":

@@ -163,8 +163,11 @@ def _inside(place: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any]]
 def frozen(world: World) -> dict[str, Any]:
     """Copy all that a world holds."""
     return {
-        place: value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, Tensor)
-        else value.copy() if isinstance(value, np.ndarray) else value
+        place: value.detach().clone().requires_grad_(value.requires_grad)
+        if isinstance(value, Tensor)
+        else value.copy()
+        if isinstance(value, np.ndarray)
+        else value
         for place, value in everything(world)
     }
 
