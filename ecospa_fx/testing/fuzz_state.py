@@ -15,14 +15,16 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
+from ecospa_fx.model.state import Execution
+
 from . import stateful_parts  # noqa: F401  (it registers parts)
 from .beside import Beside, Ended
+from .loops import random_loop
 from .stateful import StatefulModule, Weight, random_module
 from .worlds import Differs
 
@@ -40,7 +42,7 @@ class StateProgram:
 
     module: StatefulModule
     steps: tuple[str, ...]
-    execution: str
+    execution: Execution
     regions: str
 
     def __len__(self) -> int:
@@ -62,41 +64,7 @@ class StateProgram:
         )
 
 
-def random_steps(rng: random.Random, module: StatefulModule, most: int = 9) -> tuple[str, ...]:
-    """Draw a loop."""
-    changes = [change for part in module.parts for change in part.changes]
-    batch = lambda: rng.choice((2, 3, 3, 3, 5))  # noqa: E731
-    steps: list[str] = []
-    if rng.random() < 0.1:
-        steps.append("explain()")
-    if rng.random() < 0.15:
-        steps.append(f"train({batch()})")
-    if rng.random() < 0.2:
-        steps.append("mode(False)")
-    steps.append(f"compile({batch()})" if rng.random() < 0.4 else "compile()")
-    kinds: dict[str, float] = {
-        "train": 5, "call": 2, "mode": 1.5, "change": 4 if changes else 0, "shrink": 2, "save_and_load": 0.4,
-        "state_dict": 0.5, "deepcopy": 0.5, "pickle": 0.5, "explain": 0.3, "verify": 0.5, "interrupt": 0.5, "keep": 0.3,
-    }  # fmt: skip
-    for _ in range(rng.randint(3, most)):
-        (kind,) = rng.choices([*kinds], [*kinds.values()])
-        block = rng.randrange(module.blocks)
-        if kind == "change":
-            steps.append(f"change({rng.choice(changes)!r}, {block})")
-        elif kind == "mode":
-            steps.append(f"mode({rng.random() < 0.5})")
-        elif kind == "shrink":
-            steps.append(f"shrink({rng.randrange(1000)})")
-        elif kind == "interrupt":
-            steps.append(f"shrink({rng.randrange(1000)}, line={rng.randint(1, 3000)})")
-        elif kind == "keep":
-            steps.append(f"keep('block.down.weight', {block})")
-        elif kind in ("train", "call"):
-            steps.append(f"{kind}({batch()})")
-        else:
-            steps.append(f"{kind}()")
-    steps.append(f"train({batch()})")
-    return tuple(steps)
+EXECUTIONS: tuple[Execution, ...] = ("graph", "graph", "module")
 
 
 def program_number(seed: int, number: int) -> StateProgram:
@@ -104,7 +72,7 @@ def program_number(seed: int, number: int) -> StateProgram:
     rng = random.Random(f"{seed}/{number}")
     module = random_module(rng)
     regions = rng.choice(("auto", "root", "blocks") if module.blocks > 1 else ("auto", "root"))
-    return StateProgram(module, random_steps(rng, module), rng.choice(("graph", "graph", "module")), regions)
+    return StateProgram(module, random_loop(rng, module), rng.choice(EXECUTIONS), regions)
 
 
 @dataclass(frozen=True)
@@ -144,29 +112,23 @@ def check(program: StateProgram, tally: StateTally | None = None) -> StateFailur
     """Return the first failure of a program, or None."""
     tally = StateTally() if tally is None else tally
     tally.programs += 1
-    number = -1
+    module, taken = program.module, 0
     try:
-        module = program.module
-        both = Beside(
-            module.source(),
-            program.execution,
-            program.regions,
-            module.sized,
-            module.tokens,  # type: ignore[arg-type]
-        )
-        for number, step in enumerate(program.steps):
+        both = Beside(module.source(), program.execution, program.regions, module.sized, module.tokens)
+        for step in program.steps:
             exec(f"both.{step}", {"both": both})
-            tally.steps += 1
+            taken += 1
     except Ended:
         pass
     except Differs as error:
-        return StateFailure(_kind(str(error)), str(error), number)
+        return StateFailure(_kind(str(error)), str(error), taken)
     except Exception as error:
-        where = [frame for frame in traceback.extract_tb(error.__traceback__) if "ecospa_fx" in frame.filename]
-        at = next((f"{frame.filename.split('ecospa_fx/')[-1]}:{frame.lineno}" for frame in reversed(where)
-                   if "/testing/" not in frame.filename), "")  # fmt: skip
-        text = f"{type(error).__name__} in {at}: {str(error)[:300]}"
-        return StateFailure(_kind(f"{type(error).__name__} {at}"), text, number)
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "/ecospa_fx/" in f.filename]
+        own = [f for f in frames if "/testing/" not in f.filename]
+        at = f"{own[-1].filename.split('/ecospa_fx/')[-1]}:{own[-1].lineno}" if own else "a call"
+        kind = _kind(f"{type(error).__name__} at {at}")
+        return StateFailure(kind, f"{type(error).__name__} at {at}: {str(error)[:300]}", taken)
+    tally.steps += taken
     tally.compiled += both.compiled
     tally.shrunk += both.shrinks > 0
     tally.refusals.update(_kind(each)[:150] for each in both.refusals)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from .stateful import HIDDEN, STREAM, Draw, Part, held, holders, part
+from typing import TypeAlias
+
+from .stateful import Draw, Part, held, holders, part
+
+Lines: TypeAlias = tuple[str, ...]
 
 
 @part(4.0)
 def running_tensor(draw: Draw) -> Part:
     """A running mean: a buffer, an attribute or elsewhere, changed in place or assigned."""
-    start = draw.pick(
-        f"torch.zeros({draw.width}, dtype=torch.float64)", f"torch.ones({draw.width}, dtype=torch.float64)"
-    )
+    start = f"torch.{draw.pick('zeros', 'ones')}({draw.width}, dtype=torch.float64)"
     place = draw.rng.choice(holders(draw.number, start, tensor=True))
     s, mean = place.read, draw.mean
-    update = draw.rng.choice((
+    update: Lines = draw.rng.choice((
         (f"{s} = 0.9 * {s} + 0.1 * {mean}",),
         (f"{s} = torch.lerp({s}, {mean}, 0.1)",),
         (f"{s}.mul_(0.9).add_(0.1 * {mean})",),
@@ -36,7 +38,7 @@ def counter(draw: Draw) -> Part:
     """A number that the forward counts up."""
     place = draw.rng.choice(holders(draw.number, "0", tensor=False))
     s, v = place.read, draw.place
-    update = draw.rng.choice((
+    update: Lines = draw.rng.choice((
         (f"{s} += 1",), (f"{s} = {s} + 1",), ("if self.training:", f"    {s} += 1"), (f"{s} = {v}.shape[0]",),
         (f"{s} += {v}.shape[0]",), (f"{s} = float({v}.detach().mean())",), (f"{s} += {v}.detach().mean().item()",),
     ))  # fmt: skip
@@ -83,7 +85,7 @@ def left_for_the_loop(draw: Draw) -> Part:
     i, v = draw.number, draw.place
     value = draw.pick(
         f"{v}.pow(2).mean()", f"{v}.softmax(-1).mean(0).pow(2).sum()", f"{v}.abs().sum(-1).mean()",
-        f"(self.down.weight ** 2).mean()", f"{v}.mean(-1).pow(2).sum()",
+        "(self.down.weight ** 2).mean()", f"{v}.mean(-1).pow(2).sum()",
     )  # fmt: skip
     where = draw.pick(f"self.aux{i}", f"self.aux{i}", f"self.c{i}.aux")
     init = draw.rng.choice(((), (f"self.aux{i} = None",), (f"self.aux{i} = 0.0",)))
@@ -115,12 +117,12 @@ def momentum_copy(draw: Draw) -> Part:
         "q.data.lerp_(p.data, 0.1)",
     )  # fmt: skip
     guard = draw.pick("", "if self.training:")
-    body = (
+    body: Lines = (
         "with torch.no_grad():",
         f"    for p, q in zip(self.down.parameters(), self.k{i}.parameters()):",
         f"        {update}",
     )
-    lines = (guard, *(f"    {line}" for line in body)) if guard else body
+    lines: Lines = (guard, *(f"    {line}" for line in body)) if guard else body
     use = draw.rng.choice(((f"y = y + self.k{i}(h)",), (f"y = y + self.k{i}(h).detach()",), ()))
     init = (f"self.k{i} = copy.deepcopy(self.down).requires_grad_(False)",)
     return Part("momentum copy", "y", (*lines, *use), init)
@@ -133,7 +135,7 @@ def parameters_changed(draw: Draw) -> Part:
         "self.down.weight.data.clamp_(-0.4, 0.4)", "self.down.weight.data = self.down.weight.data.clamp(-0.4, 0.4)",
         "self.down.bias.data.mul_(0.9)",
     )  # fmt: skip
-    lines = (line,)
+    lines: Lines = (line,)
     if draw.chance(0.3):
         lines = ("with torch.no_grad():", "    self.down.weight.mul_(0.99)")
     return Part("parameters changed", "h", lines)
@@ -143,35 +145,29 @@ def parameters_changed(draw: Draw) -> Part:
 def cache(draw: Draw) -> Part:
     """Something made at the first call, or at the first of each size."""
     i, v, n = draw.number, draw.place, draw.width
-    kind = draw.pick("size", "once", "none", "buffer", "hasattr", "computed")
-    if kind == "size":
-        init = (f"self.cache{i} = {{}}",)
-        lines = (
+    if draw.chance(0.2):
+        entry = f"self.cache{i}[{v}.shape[0]]"
+        return Part("cache of sizes", v, (
             f"if {v}.shape[0] not in self.cache{i}:",
-            f"    self.cache{i}[{v}.shape[0]] = torch.linspace(0.5, 1, {v}.shape[0], dtype={v}.dtype)",
-            f"{v} = ({v}.transpose(0, -1) * self.cache{i}[{v}.shape[0]]).transpose(0, -1)",
-        )
-        return Part("cache of sizes", v, lines, init)
+            f"    {entry} = torch.linspace(0.5, 1, {v}.shape[0], dtype={v}.dtype)",
+            f"{v} = ({v}.transpose(0, -1) * {entry}).transpose(0, -1)",
+        ), (f"self.cache{i} = {{}}",))  # fmt: skip
     made = draw.pick(
         f"torch.full(({n},), 0.5, dtype={v}.dtype)", f"torch.linspace(0.5, 1, {n}, dtype={v}.dtype)",
         f"torch.rand({n}, dtype={v}.dtype)", f"1 + {draw.mean}",
     )  # fmt: skip
-    use = f"{v} = {v} * self.made{i}" if kind != "once" else f'{v} = {v} * self.cache{i}["made"]'
-    if kind == "once":
-        lines = (f'if "made" not in self.cache{i}:', f'    self.cache{i}["made"] = {made}', use)
-        return Part("cache", v, lines, (f"self.cache{i} = {{}}",))
-    if kind == "none":
-        return Part("made once", v, (f"if self.made{i} is None:", f"    self.made{i} = {made}", use),
-                    (f"self.made{i} = None",))  # fmt: skip
-    if kind == "buffer":
-        lines = (f'if not hasattr(self, "made{i}"):', f'    self.register_buffer("made{i}", {made})', use)
-        return Part("buffer made once", v, lines)
-    if kind == "computed":
-        lines = (f"if not self.ready{i}:", f"    self.made{i}.copy_({made})", f"    self.ready{i}.fill_(True)", use)
-        return Part("buffer filled once", v, lines, (
-            f'self.register_buffer("made{i}", torch.zeros({n}))', f'self.register_buffer("ready{i}", torch.tensor(False))',
-        ))  # fmt: skip
-    return Part("attribute made once", v, (f'if not hasattr(self, "made{i}"):', f"    self.made{i} = {made}", use))
+    name = f"self.made{i}"
+    ready, buffer = f"self.ready{i}", f'self.register_buffer("ready{i}", torch.tensor(False))'
+    kind, read, missing, makes, init = draw.rng.choice((
+        ("cache", f'self.cache{i}["a"]', f'"a" not in self.cache{i}', None, (f"self.cache{i} = {{}}",)),
+        ("attribute that was None", name, f"{name} is None", None, (f"{name} = None",)),
+        ("new attribute", name, f'not hasattr(self, "made{i}")', None, ()),
+        ("new buffer", name, f'not hasattr(self, "made{i}")', f'self.register_buffer("made{i}", {made})', ()),
+        ("buffer filled once", name, f"not {ready}", f"{name}.copy_({made}); {ready}.fill_(True)",
+         (f'self.register_buffer("made{i}", torch.zeros({n}))', buffer)),
+    ))  # fmt: skip
+    lines = (f"if {missing}:", f"    {makes or f'{read} = {made}'}", f"{v} = {v} * {read}")
+    return Part(kind, v, lines, init, sized="rand" in made)
 
 
 @part(4.0)
@@ -200,6 +196,7 @@ def noise(draw: Draw) -> Part:
     """Random tensors."""
     v = draw.place
     batch = f"torch.rand({v}.shape[0], *[1] * ({v}.ndim - 1), dtype={v}.dtype)"
+    lines: Lines
     lines, sized = draw.rng.choice((
         ((f"{v} = F.dropout({v}, 0.3, self.training)",), True),
         ((f"{v} = {v} + 0.1 * torch.randn_like({v})",), True),
@@ -224,7 +221,7 @@ def scheduled(draw: Draw) -> Part:
     ))  # fmt: skip
     place = draw.rng.choice(holders(draw.number, start, tensor=kind == "tensor"))
     s = place.read
-    use = {
+    use: Lines = {
         "float": (f"{v} = {v} * {s}",),
         "int": (f"{v} = {v} * {s}",),
         "bool": (f"if {s}:", f"    {v} = {v} * 2"),
@@ -240,16 +237,12 @@ def scheduled(draw: Draw) -> Part:
         use = draw.rng.choice(
             ((f"if {s} > 0.6:", f"    {v} = -{v}"), (f"{v} = F.dropout({v}, {s} * 0, self.training)",))
         )
-    if place.name == "own class":
-        use = tuple(line.replace("type(self).", "self.") for line in use)
-    if kind == "function" and place.name in ("class", "own class"):
-        place = draw.rng.choice(
-            [p for p in holders(draw.number, start, False) if p.name in ("attribute", "object", "global")]
-        )
-        use = (f"{v} = {place.read}({v})",)
+    if "class" in place.name:  # a function in a class would be a method
+        place = place if kind != "function" else holders(draw.number, start, tensor=False)[0]
+        use = tuple(line.replace(s, f"self.S{draw.number}" if kind != "function" else place.read) for line in use)
     changes = [f"{place.outside} = {other}" for other in (start, *others)]
     if kind == "tensor":
-        changes += [f"{place.outside}.fill_({0.3})", f"{place.outside}.mul_(1.1)"]
+        changes += [f"{place.outside}.fill_(0.3)", f"{place.outside}.mul_(1.1)"]
     if kind == "array":
         changes += [f"{place.outside}[0] = 0.7"]
     return held(draw, f"scheduled {kind}", place, use, changes)
@@ -259,6 +252,8 @@ def scheduled(draw: Draw) -> Part:
 def by_mode(draw: Draw) -> Part:
     """Another computation in train than in eval mode."""
     v, n, i = draw.place, draw.width, draw.number
+    lines: Lines
+    init: Lines
     lines, init = draw.rng.choice((
         (("if self.training:", f"    {v} = {v} * 2"), ()),
         ((f"{v} = torch.relu({v}) if self.training else {v}",), ()),
@@ -289,6 +284,3 @@ def scheduled_dropout(draw: Draw) -> Part:
     changes = tuple(f"block.drop{i}.p = {p}" for p in (0.0, 0.1, 0.2, 0.3))
     return Part("scheduled dropout", v, (f"{v} = self.drop{i}({v})",), (f"self.drop{i} = nn.Dropout(0.1)",),
                 changes=changes, sized=True)  # fmt: skip
-
-
-assert (HIDDEN, STREAM) != (0, 0)
