@@ -32,7 +32,7 @@ from ecospa_fx.model.state import Execution
 
 from .interrupting import Interrupting
 from .twins import Axis, Cut, fitted
-from .worlds import Differs, Generators, World, check_same, check_value, everything, frozen, optimizer_of
+from .worlds import WORLDS, Differs, Generators, World, check_same, check_value, everything, frozen, optimizer_of
 
 
 class Ended(Exception):
@@ -66,7 +66,7 @@ class Beside:
     ) -> None:
         self.execution, self.regions, self.sized, self.tokens = execution, regions, sized, tokens
         Generators.seeded(1)
-        self.plain, self.ours = World(source, "plain_program"), World(source, "compiled_program")
+        self.plain, self.ours = (World(source, name) for name in WORLDS)
         self.refusals: list[str] = []
         self.shrinks = 0
         self._cut = Cut()

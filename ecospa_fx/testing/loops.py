@@ -14,10 +14,16 @@ KINDS = {
     "state_dict": 0.5, "deepcopy": 0.5, "pickle": 0.5, "explain": 0.3, "verify": 0.5, "keep": 0.3,
 }  # fmt: skip
 
+ALWAYS = (
+    "block.down.requires_grad_(False)", "block.down.requires_grad_(True)", "block.down.weight.data.mul_(0.9)",
+    "block.flag = True",
+)  # fmt: skip
+
 
 def random_loop(rng: random.Random, module: StatefulModule, most: int = 9) -> tuple[str, ...]:
     """Draw a loop of up to `most` steps after `compile`, and a last one that trains."""
     changes = [change for part in module.parts for change in part.changes]
+    changes = changes or [*ALWAYS]
     step: dict[str, Callable[[], str]] = {
         "train": lambda: f"train({rng.choice(BATCHES)})",
         "call": lambda: f"call({rng.choice(BATCHES)})",
@@ -27,7 +33,7 @@ def random_loop(rng: random.Random, module: StatefulModule, most: int = 9) -> tu
         "interrupted": lambda: f"shrink({rng.randrange(1000)}, line={rng.randint(1, LINES)})",
         "keep": lambda: f"keep('block.down.weight', {rng.randrange(module.blocks)})",
     }
-    weights = {kind: weight for kind, weight in KINDS.items() if changes or kind != "change"}
+    weights = KINDS | ({"change": 0.5} if changes == [*ALWAYS] else {})
     steps = [before for before, share in (("explain()", 0.1), ("train(3)", 0.15), ("mode(False)", 0.2))
              if rng.random() < share]  # fmt: skip
     steps.append(f"compile({rng.choice(BATCHES)})" if rng.random() < 0.4 else "compile()")

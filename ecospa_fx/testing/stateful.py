@@ -14,6 +14,7 @@ IN, STREAM, HIDDEN, OUT = 3, 4, 6, 2  # sizes: of the arguments, between blocks,
 
 IMPORTS = """import collections
 import copy
+import dataclasses
 import random
 import types
 
@@ -21,6 +22,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+@dataclasses.dataclass
+class Config:
+    a: object
 """
 
 
@@ -38,6 +44,7 @@ class Part:
         names: globals that the forward assigns to.
         changes: statements of a loop, on `block` and `world`, the module that the file is.
         sized: True if it draws random tensors whose sizes shrink with the model.
+        wide: True if it holds a tensor of the value's width outside of buffers.
     """
 
     name: str
@@ -49,6 +56,7 @@ class Part:
     names: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
     sized: bool = False
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,6 +180,9 @@ def holders(i: int, value: str, tensor: bool) -> list[Holder]:
         Holder("dict", f'self.s{i}["a"]', f'block.s{i}["a"]', (f'self.s{i} = {{"a": {value}}}',)),
         Holder("object", f"self.s{i}.a", f"block.s{i}.a", (f"self.s{i} = types.SimpleNamespace(a={value})",)),
         Holder("child", f"self.c{i}.s", f"block.c{i}.s", (f"self.c{i} = nn.Module()", f"self.c{i}.s = {value}")),
+        Holder("nested list", f"self.s{i}[0][0]", f"block.s{i}[0][0]", (f"self.s{i} = [[{value}]]",)),
+        Holder("dataclass", f"self.s{i}.a", f"block.s{i}.a", (f"self.s{i} = Config({value})",)),
+        Holder("function", f"FN{i}.a", f"world.FN{i}.a", file=(f"def FN{i}():", "    pass", "", f"FN{i}.a = {value}")),
         Holder("global", f"S{i}", f"world.S{i}", file=(f"S{i} = {value}",), names=(f"S{i}",)),
         Holder("global object", f"CFG{i}.a", f"world.CFG{i}.a", file=(f"CFG{i} = types.SimpleNamespace(a={value})",)),
         Holder("class", f"Block.S{i}", f"world.Block.S{i}", body=(f"S{i} = {value}",)),
@@ -186,11 +197,13 @@ def holders(i: int, value: str, tensor: bool) -> list[Holder]:
     return own
 
 
-def held(draw: Draw, kind: str, place: Holder, forward: Sequence[str], changes: Sequence[str] = ()) -> Part:
+def held(
+    draw: Draw, kind: str, place: Holder, forward: Sequence[str], changes: Sequence[str] = (), wide: bool = False
+) -> Part:
     """Return the part whose state lies in a holder."""
     return Part(
         f"{kind} in {place.name}", draw.place, tuple(forward), place.init, place.body, place.file, place.names,
-        tuple(changes),
+        tuple(changes), wide=wide and "buffer" not in place.name,
     )  # fmt: skip
 
 
@@ -210,11 +223,13 @@ def part(weight: float) -> Callable[[MakePart], MakePart]:
 
 def random_module(rng: random.Random, most: int = 3) -> StatefulModule:
     """Draw a module with up to `most` parts."""
-    tokens, blocks = rng.random() < 0.4, rng.choice((1, 2, 2))
+    tokens, blocks = rng.random() < 0.4, rng.choice((1, 1, 2))
     parts = []
     for number in range(rng.choice([*range(1, most + 1), 1])):
         (make,) = rng.choices([make for make, _ in PARTS], [weight for _, weight in PARTS])
         parts.append(make(Draw(rng, rng.choice("xhhy"), number, tokens)))
+    if any(part.sized for part in parts):  # the plain model will be made smaller, which keeps no such state
+        parts = [part for part in parts if not part.wide]
     weight = rng.choice(WEIGHTS) if rng.random() < 0.3 else Weight()
     return StatefulModule(tuple(parts), weight, blocks, tokens, rng.choice(("F.gelu", "F.relu", "torch.tanh")))
 

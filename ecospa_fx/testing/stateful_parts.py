@@ -30,7 +30,7 @@ def running_tensor(draw: Draw) -> Part:
     use = draw.rng.choice(((), (f"{v} = {v} - {s}",), (f"{v} = {v} * torch.rsqrt({s}.abs() + 1)",),
                            ("if not self.training:", f"    {v} = {v} - {s}")))  # fmt: skip
     lines = (*update, *use) if draw.chance(0.5) else (*use, *update)
-    return held(draw, "running tensor", place, lines)
+    return held(draw, "running tensor", place, lines, wide=True)
 
 
 @part(3.0)
@@ -154,7 +154,7 @@ def cache(draw: Draw) -> Part:
         ), (f"self.cache{i} = {{}}",))  # fmt: skip
     made = draw.pick(
         f"torch.full(({n},), 0.5, dtype={v}.dtype)", f"torch.linspace(0.5, 1, {n}, dtype={v}.dtype)",
-        f"torch.rand({n}, dtype={v}.dtype)", f"1 + {draw.mean}",
+        f"torch.rand((), dtype={v}.dtype).expand({n})", f"1 + {draw.mean}",
     )  # fmt: skip
     name = f"self.made{i}"
     ready, buffer = f"self.ready{i}", f'self.register_buffer("ready{i}", torch.tensor(False))'
@@ -167,7 +167,7 @@ def cache(draw: Draw) -> Part:
          (f'self.register_buffer("made{i}", torch.zeros({n}))', buffer)),
     ))  # fmt: skip
     lines = (f"if {missing}:", f"    {makes or f'{read} = {made}'}", f"{v} = {v} * {read}")
-    return Part(kind, v, lines, init, sized="rand" in made)
+    return Part(kind, v, lines, init, wide=True)
 
 
 @part(4.0)
@@ -284,3 +284,47 @@ def scheduled_dropout(draw: Draw) -> Part:
     changes = tuple(f"block.drop{i}.p = {p}" for p in (0.0, 0.1, 0.2, 0.3))
     return Part("scheduled dropout", v, (f"{v} = self.drop{i}({v})",), (f"self.drop{i} = nn.Dropout(0.1)",),
                 changes=changes, sized=True)  # fmt: skip
+
+
+@part(2.0)
+def own_generator(draw: Draw) -> Part:
+    """A number or a branch of a generator that the module holds."""
+    i, v = draw.number, draw.place
+    value, number = draw.rng.choice((
+        ("random.Random(0)", ".random()"), ("np.random.default_rng(0)", ".random()"),
+        ("torch.Generator().manual_seed(0)", ""), ("iter((0.2, 0.7, 0.4) * 99)", ""),
+    ))  # fmt: skip
+    place = draw.rng.choice([each for each in holders(i, value, tensor=False) if "class" not in each.name])
+    s = place.read
+    number = f"{s}{number}" if number else f"next({s})" if "iter" in value else f"torch.rand((), generator={s})"
+    skip = "return x" if v == "x" else f"{v} = {v} * 0.5"
+    lines = draw.rng.choice((
+        (f"{v} = {v} * (0.5 + {number})",), (f"if {number} < 0.5:", f"    {skip}"),
+        ("if self.training:", f"    {v} = {v} * (0.5 + {number})"), (f"{number}",),
+    ))  # fmt: skip
+    return held(draw, "own generator", place, lines)
+
+
+@part(1.0)
+def closure(draw: Draw) -> Part:
+    """A function that remembers, or whose arguments do."""
+    i, v = draw.number, draw.place
+    file = draw.rng.choice((
+        ("def make():", "    n = 0", "", "    def count():", "        nonlocal n", "        n += 1", "        return n",
+         "", "    return count", "", "", f"COUNT{i} = make()"),
+        (f"def COUNT{i}(seen=[0]):", "    seen[0] += 1", "    return seen[0]"),
+    ))  # fmt: skip
+    lines = draw.rng.choice(((f"COUNT{i}()",), (f"{v} = {v} / COUNT{i}()",)))
+    return Part("closure", v, lines, file=file)
+
+
+@part(1.0)
+def hook(draw: Draw) -> Part:
+    """A hook of a layer that writes something down."""
+    i, v = draw.number, draw.place
+    line = draw.pick(
+        f"CALLS{i}.append(module.training)", f"CALLS{i}.append(out.shape[0])", f"CALLS{i}.append(out.detach().mean())",
+        "module.seen = out.shape[0]", "return out * 2", "module.aux = out.pow(2).mean()",
+    )  # fmt: skip
+    file = (f"CALLS{i} = []", "", "", f"def hook{i}(module, args, out):", f"    {line}")
+    return Part("hook", v, (), (f"self.down.register_forward_hook(hook{i})",), file=file)

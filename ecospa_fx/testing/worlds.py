@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import linecache
+import operator
 import random
 import sys
 import types
@@ -21,6 +23,7 @@ from ecospa_fx.model.class_swap import ShrinkableLinear, original_class
 from .twins import Cut
 
 TOLERANCE = 1e-9  # in float64, of the largest entry
+WORLDS = "plain_program", "compiled_program"
 _SIZES = ("in_features", "out_features", "num_features")  # of layers, which may or may not follow a shrink
 _OURS = "_ecospa"
 _MODULE = frozenset(nn.Module().__dict__) - {"training"}
@@ -97,7 +100,7 @@ class World:
 
     def file_state(self) -> dict[str, Any]:
         """Return what the globals and the attributes of classes hold."""
-        state = {name: value for name, value in self.module.__dict__.items() if name.isupper() or name[:-1].isupper()}
+        state = {name: value for name, value in self.module.__dict__.items() if name.isupper() and name != "F"}
         for cls in (self.module.Block, self.module.Model):
             state |= {f"{cls.__name__}.{name}": v for name, v in vars(cls).items() if name[:1].isupper()}
         return state
@@ -150,12 +153,26 @@ def _inside(place: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any]]
         yield f"{place} (keys)", list(map(str, value))
         for key, each in value.items():
             yield from _inside(f"{place}[{key!r}]", each, seen)
-    elif isinstance(value, types.SimpleNamespace):
+    elif isinstance(value, types.SimpleNamespace) or dataclasses.is_dataclass(value):
         if id(value) not in seen:
             seen.add(id(value))
             yield from _inside(f"{place}.", vars(value), seen)
     elif isinstance(value, nn.Module):
         yield place, f"the module {_class_name(value)}"
+    elif isinstance(value, torch.Generator):
+        yield place, value.get_state()
+    elif isinstance(value, random.Random):
+        yield place, value.getstate()
+    elif isinstance(value, np.random.Generator):
+        yield place, str(value.bit_generator.state)
+    elif isinstance(value, type(iter(()))):
+        yield place, f"{operator.length_hint(value)} left"
+    elif isinstance(value, types.FunctionType):
+        yield place, f"the function {value.__name__}"
+        if value.__module__ in WORLDS:
+            cells = [cell.cell_contents for cell in value.__closure__ or ()]
+            for held in (vars(value), value.__defaults__, cells):
+                yield from _inside(f"{place}()", held, seen)
     elif callable(value):
         yield place, f"the function {getattr(value, '__name__', value)}"
     else:
