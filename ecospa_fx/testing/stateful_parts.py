@@ -7,6 +7,7 @@ from typing import TypeAlias
 from .stateful import Draw, Part, held, holders, part
 
 Lines: TypeAlias = tuple[str, ...]
+CLASSES = "class", "own class"
 
 
 @part(4.0)
@@ -237,7 +238,7 @@ def scheduled(draw: Draw) -> Part:
         use = draw.rng.choice(
             ((f"if {s} > 0.6:", f"    {v} = -{v}"), (f"{v} = F.dropout({v}, {s} * 0, self.training)",))
         )
-    if "class" in place.name:  # a function in a class would be a method
+    if place.name in CLASSES:  # a function in a class would be a method
         place = place if kind != "function" else holders(draw.number, start, tensor=False)[0]
         use = tuple(line.replace(s, f"self.S{draw.number}" if kind != "function" else place.read) for line in use)
     changes = [f"{place.outside} = {other}" for other in (start, *others)]
@@ -294,7 +295,7 @@ def own_generator(draw: Draw) -> Part:
         ("random.Random(0)", ".random()"), ("np.random.default_rng(0)", ".random()"),
         ("torch.Generator().manual_seed(0)", ""), ("iter((0.2, 0.7, 0.4) * 99)", ""),
     ))  # fmt: skip
-    place = draw.rng.choice([each for each in holders(i, value, tensor=False) if "class" not in each.name])
+    place = draw.rng.choice([each for each in holders(i, value, tensor=False) if each.name not in CLASSES])
     s = place.read
     number = f"{s}{number}" if number else f"next({s})" if "iter" in value else f"torch.rand((), generator={s})"
     skip = "return x" if v == "x" else f"{v} = {v} * 0.5"
