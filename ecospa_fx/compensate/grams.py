@@ -20,6 +20,7 @@ from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.logs import logger
+from ecospa_fx.model.journal import Journal
 from ecospa_fx.model.lookup import plan, regions_of
 from ecospa_fx.model.observers import ignore, observe
 from ecospa_fx.model.region import Region
@@ -246,8 +247,10 @@ class Grams:
             summing.append(Summing(matrix, over_ranks(gram.moments), unit, absorber.consumer.bias is not None))
         return summing or None
 
-    def follow(self, coupling: Coupling, parts: Sequence[Part], change: BasisChange) -> None:
+    def follow(self, coupling: Coupling, parts: Sequence[Part], change: BasisChange, journal: Journal) -> None:
         """Follow a change of basis."""
+        for moments in (*self._grams.values(), *self._pairs.values()):
+            journal.note_object(moments)
         if coupling.name in self._pairs:
             self._pairs[coupling.name].follow(change)
         done: set[int] = set()

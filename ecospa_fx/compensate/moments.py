@@ -90,8 +90,8 @@ class InputMoments:
         remaining = torch.isin(then, positions)
         if int(remaining.sum()) != len(positions):
             return False
-        self.moments = self.moments.at(columns(remaining.nonzero().flatten(), self.window))
-        self.positions = positions
+        narrower = self.moments.at(columns(remaining.nonzero().flatten(), self.window))
+        self.moments, self.positions = narrower, positions  # at once: an interrupt must not come between
         return True
 
     def add_blocks(self, part: Part, centred: bool, into: Tensor) -> None:

@@ -176,7 +176,8 @@ class CoupledEstimator:
     def detach(self) -> None:
         """Remove the hooks of `attach` and `attach_backward`, and stop observing the model."""
         while self._handles:
-            self._handles.pop().remove()
+            self._handles[-1].remove()
+            self._handles.pop()
         self.reader.detach()
 
     @property

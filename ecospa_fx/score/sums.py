@@ -256,11 +256,8 @@ class SliceTotals:
 
         for key, old in carried.items():
             slices.views[key].copy_(remaining(key, old))
-        for step in self.rule.steps:
-            for key in list(step):
-                old = step.pop(key)
-                if key in slices.views:
-                    step[key] = remaining(key, old)
+        steps = [{key: remaining(key, old) for key, old in s.items() if key in slices.views} for s in self.rule.steps]
+        self.rule.steps = deque(steps, maxlen=self.rule.steps.maxlen)
         self.sums = {key: slices.views[key] for key in carried}
         self._slices, self._built_for, self._positions = slices, (offered[0], self.sums), kept
         return slices

@@ -18,17 +18,19 @@ from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.copies import copies_of, listed
 from ecospa_fx.model.cost import Cost
 from ecospa_fx.model.diff import ModuleDiff
+from ecospa_fx.model.journal import Journal, all_or_nothing
 from ecospa_fx.model.lookup import check_optimizer, is_captured
 from ecospa_fx.model.optimizer_state import check_can_follow, several
-from ecospa_fx.model.shrinking import shrink
+from ecospa_fx.model.shrinking import shrink_within
 from ecospa_fx.model.wrappers import check_wrappers
+from ecospa_fx.score.estimator import CoupledEstimator
 from ecospa_fx.score.step_watcher import StepWatcher
 
 from .batches import LossListener, loss_of, tokens_of
 from .clock import Clock
 from .latency import Latency
 from .loss_spikes import LossSpikes, number_of
-from .policies import Adaptive, Decision, Paper, Policy
+from .policies import Adaptive, Paper, Policy
 from .schedule import Schedule, ScheduleUnit, SparsityCurve
 from .settings import (
     PRESETS,
@@ -192,6 +194,7 @@ class EcoSpaTrainer:
             CompensationSettings(adaptive if absorb is None else absorb, adaptive if rotate is None else rotate),
         )
         self._owed = False  # a sparsification step that came before anything was read
+        self._unfinished: tuple[CoupledEstimator | Compensation, ...] = ()  # what still has to begin anew
         self._scores = scores
         self.policy: Policy
         if adaptive:
@@ -241,6 +244,7 @@ class EcoSpaTrainer:
             OptimizerError: no parameter of a coupling has a gradient.
             TargetError: the schedule counts tokens or epochs, and they are not given.
         """
+        self._finish()
         value = None if loss is None else number_of(loss)
         amount = self._clock.advance(tokens, epochs)
         self.steps += 1
@@ -259,17 +263,46 @@ class EcoSpaTrainer:
         self._compensation.gather(soon)
 
     def sparsify(self) -> None:
-        """Take a sparsification step now."""
+        """Take a sparsification step now: as a whole, or not at all, whatever interrupts it."""
+        self._finish()
         sparsifier = self._ready()
         for estimator in self.policy.estimators:
             if estimator.empty:
                 raise OptimizerError(estimator.reader.if_empty)
+        all_or_nothing(lambda journal: self._decide_and_shrink(sparsifier, journal))
+        self._finish()
+
+    def _decide_and_shrink(self, sparsifier: CoupledSparsifier, journal: Journal) -> None:
+        """Shrink by a decision of the policy, and write it into the history."""
+        journal.note_object(self)
+        journal.note_object(self._spikes)
+        journal.note_list(self.history)
         decision = self.policy.decide(self._cost_due(sparsifier))
         self.forecast = decision.forecast
-        if decision.keeps:
-            self._shrink(decision)
-        for estimator in self.policy.estimators:
-            estimator.reset()
+        self._unfinished = tuple(self.policy.estimators)
+        if not decision.keeps:
+            return
+        keeps = self._compensation.rotated(decision.keeps, self.optimizers, self.also, journal)
+        if self.before_shrink is not None:
+            self.before_shrink(self.model, keeps, self.optimizer)
+        self._spikes.mark_shrink()
+        removed = {coupling.name: coupling.size - keep.shape[-1] for coupling, keep in keeps.items()}
+        entry: dict[str, Any] = {"step": self.steps, "removed": removed, "importance": decision.importance}
+        if decision.forecast is not None:
+            entry["expected"] = decision.forecast.rises(removed)
+        self.last_shrink = shrink_within(
+            journal, self.model, keeps, optimizer=self.optimizers, also=self.also, absorb=self._compensation.absorb
+        )
+        self._unfinished = (*self._unfinished, self._compensation)
+        self.history.append(entry | {"size": self.size})
+
+    def _finish(self) -> None:
+        """Begin anew after a sparsification step; a part that Ctrl-C leaves undone, the next call does."""
+        if not self._unfinished:
+            return
+        for each in self._unfinished:
+            each.reset()
+        sparsifier = self.policy.ready()
         sparsifier.measure()
         self.done = sparsifier.reached()
         if self.done:
@@ -278,22 +311,7 @@ class EcoSpaTrainer:
             if self._optimizer_steps is not None:
                 self._optimizer_steps.detach()
             self._compensation.detach()
-
-    def _shrink(self, decision: Decision) -> None:
-        """Carry a decision out, and write it into the history."""
-        keeps = self._compensation.rotated(decision.keeps, self.optimizers, self.also)
-        if self.before_shrink is not None:
-            self.before_shrink(self.model, keeps, self.optimizer)
-        self._spikes.mark_shrink()
-        removed = {coupling.name: coupling.size - keep.shape[-1] for coupling, keep in keeps.items()}
-        entry: dict[str, Any] = {"step": self.steps, "removed": removed, "importance": decision.importance}
-        if decision.forecast is not None:
-            entry["expected"] = decision.forecast.rises(removed)
-        self.last_shrink = shrink(
-            self.model, keeps, optimizer=self.optimizers, also=self.also, absorb=self._compensation.absorb
-        )
-        self._compensation.reset()
-        self.history.append(entry | {"size": self.size})
+        self._unfinished = ()
 
     def _read(self) -> bool:
         """Read the gradients of this step, unless hooks do; return whether an optimizer took the step."""
@@ -363,6 +381,7 @@ class EcoSpaTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the schedule's state: plain numbers and the accumulated sums."""
+        self._finish()
         latency = self._decisions.latency
         return {
             "steps": self.steps,
