@@ -10,7 +10,6 @@ state_dict           the plan of the module and the state of the schedule, as pl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +18,12 @@ from torch import Tensor, nn
 from ecospa_fx.api import compile
 from ecospa_fx.checkpoint.metadata import check_description, describe
 from ecospa_fx.checkpoint.packing import Packer, Unpacker
-from ecospa_fx.checkpoint.rebuild import Saved, rebuild, transient_buffers
+from ecospa_fx.checkpoint.rebuild import Saved, refit, transient_buffers
 from ecospa_fx.checkpoint.rng_state import random_state
 from ecospa_fx.checkpoint.training_state import Training, resume_training
 from ecospa_fx.errors import CheckpointError, EcoSpaError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.compiled import MODEL, CompiledModel
-from ecospa_fx.model.full_size import unshrunk
 from ecospa_fx.model.state import Execution
 from ecospa_fx.passes.follow.attributes import changes_in
 from ecospa_fx.passes.graph.tensors import named_tensors
@@ -316,31 +314,7 @@ def fill(model: nn.Module, state: Mapping[str, Any], weights: Mapping[str, Any],
         about, Plan.from_json(read["plan"]), tensors | read["buffers"], frozenset(passing), {}, None, changes,
         "the checkpoint",
     )  # fmt: skip
-    compiled: CompiledModel | None = model.__dict__.get(MODEL)
-    plan = Plan() if compiled is None else compiled.plan
-    before = {name: own[name].data for name in plan.original_shapes}
-    for name in before:
-        full = unshrunk(own[name], plan, name)
-        if own[name].shape != full.shape:  # tied weights have several names
-            own[name].data = full
-    try:
-        if compiled is not None:
-            compiled.state.plan = Plan()
-            for attribute, (original, _) in compiled.attributes.items():
-                attribute.write(model, original)
-        rebuild(saved, partial(_same, model), None)
-    except BaseException:
-        for name, data in before.items():
-            own[name].data = data
-        if compiled is not None:
-            compiled.state.plan = plan
-            for attribute, (_, now) in compiled.attributes.items():
-                attribute.write(model, now)
-        raise
-
-
-def _same(model: nn.Module) -> nn.Module:
-    return model
+    refit(model, saved)
 
 
 def _unpacked(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,10 @@ def _swapped(original: type[nn.Module], attribute: str) -> type[nn.Module]:
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[attribute](self, args, kwargs)
+        run = self.__dict__.get(attribute)
+        if run is None:  # somebody kept this function, and the module has been restored since
+            return original.forward(self, *args, **kwargs)
+        return run(self, args, kwargs)
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         reduced = original.__reduce_ex__(self, protocol)
@@ -97,6 +100,21 @@ def own_forward_aside(module: nn.Module) -> Iterator[None]:
     finally:
         if outer is not None:
             module.__dict__["forward"] = outer
+
+
+def forwards_to(module: nn.Module, attribute: str) -> bool:
+    """Decide whether a `forward` on the instance ends in a function of `swap_forward`.
+
+    So it does where a module was compiled before accelerate wrapped its forward: that wrapper kept the function.
+    """
+    wanted = _SWAPPED.get((original_class(module), attribute))
+    function = module.__dict__.get("forward")
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        if wanted is not None and function is wanted.__dict__["forward"]:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

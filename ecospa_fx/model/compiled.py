@@ -36,7 +36,7 @@ from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts
 from ecospa_fx.plan import Plan
 
-from .class_swap import original_class, own_forward_aside, swap_forward, swap_linears, unswap_forward
+from .class_swap import forwards_to, original_class, own_forward_aside, swap_forward, swap_linears, unswap_forward
 from .copies import Copy, check_plan
 from .full_size import outside_forward, outside_inference
 from .optimizer_state import averages_of
@@ -98,7 +98,7 @@ class CompiledModel:
         Raises:
             CaptureError: its calls go to a forward on the instance, and would not be seen.
         """
-        if "forward" in model.__dict__:
+        if "forward" in model.__dict__ and not forwards_to(model, MODEL):
             raise CaptureError(
                 f"the forward of this {type(model).__name__} has been replaced on the instance, as accelerate does "
                 "for mixed precision, so its first call would not be seen: compile the model before that (before "
@@ -114,12 +114,13 @@ class CompiledModel:
         """
         if not self.captured:
             with own_forward_aside(model):
-                if self.regions and self.execution == "module":
+                if not self.regions:
+                    self.capture(model, args, kwargs)
+                elif self.execution == "module":
                     if not torch.is_grad_enabled():  # to generate, say, which needs none
                         return original_class(model).forward(model, *args, **kwargs)
                     self.capture_again(model, args, kwargs)
-                else:
-                    self.capture(model, args, kwargs)
+                # The regions of a loaded model capture the calls that they get.
         return type(model).forward(model, *args, **kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

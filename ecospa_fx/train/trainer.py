@@ -267,11 +267,15 @@ class EcoSpaTrainer:
         sparsifier.measure()
         self.done = sparsifier.reached()
         if self.done:
-            for estimator in self.policy.estimators:
-                estimator.detach()
-            if self._optimizer_steps is not None:
-                self._optimizer_steps.detach()
-            self._compensation.detach()
+            self.detach()
+
+    def detach(self) -> None:
+        """Remove all hooks from the model and its optimizers, for a trainer that takes no further step."""
+        for estimator in self.policy.estimators:
+            estimator.detach()
+        if self._optimizer_steps is not None:
+            self._optimizer_steps.detach()
+        self._compensation.detach()
 
     def _shrink(self, decision: Decision) -> None:
         """Carry a decision out, and write it into the history."""
@@ -395,8 +399,6 @@ class EcoSpaTrainer:
             latency.points = [(int(flops), float(seconds)) for flops, seconds in state["latencies"]]
         for estimator, scores in zip(self.policy.estimators, state["scores"], strict=True):
             estimator.load_state_dict(scores)
-            if self.done:
-                estimator.detach()
         self._compensation.load_state_dict(state.get("compensation", {}))
         if self.done:
-            self._compensation.detach()
+            self.detach()
