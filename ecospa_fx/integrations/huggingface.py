@@ -22,7 +22,7 @@ from ecospa_fx.api import compile
 from ecospa_fx.checkpoint.directory import read_save
 from ecospa_fx.checkpoint.rebuild import Saved, read_model
 from ecospa_fx.checkpoint.save_load import resume, save
-from ecospa_fx.errors import CaptureError, CheckpointError
+from ecospa_fx.errors import CaptureError, CheckpointError, WrapperError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.lookup import plan
@@ -76,7 +76,12 @@ class EcoSpaCallback(TrainerCallback):
         return model
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Compile the model, and prepare it to be given the weights of a shrunk checkpoint."""
+        """Compile the model, and prepare it to be given the weights of a shrunk checkpoint.
+
+        Raises:
+            WrapperError: the Trainer will spread the model over devices.
+        """
+        _check_one_device(args)
         self._sizes.look_in(args)
         if given.get("model") is not None:
             self.prepare(given["model"])
@@ -171,6 +176,22 @@ class EcoSpaCallback(TrainerCallback):
             "the best checkpoint is %s: the model has its sizes again, %s parameters, after %d of %d shrinks",
             source.parent, f"{self.trainer.size:,}", len(self.trainer.history), last,
         )  # fmt: skip
+
+
+def _check_one_device(args: TrainingArguments) -> None:
+    spread = {
+        "DistributedDataParallel": args.world_size > 1,
+        "DataParallel": args.n_gpu > 1,
+        "FSDP": bool(args.fsdp),
+        "DeepSpeed": bool(args.deepspeed),
+    }
+    for wrapper, used in reversed(spread.items()):
+        if used:
+            raise WrapperError(
+                f"this Trainer wraps the model in {wrapper} (world_size={args.world_size}, n_gpu={args.n_gpu}), whose "
+                "gradients are kept at sizes of their own, which a shrink would change under it: ranks would drift "
+                "apart. Train in one process on one device: without torchrun, with CUDA_VISIBLE_DEVICES=0"
+            )
 
 
 __all__ = ["EcoSpaCallback"]
