@@ -21,6 +21,7 @@ from ecospa_fx.errors import TargetError
 from ecospa_fx.model.lookup import couplings
 from ecospa_fx.model.optimizer_state import innermost, several
 
+from .judging import frozen_names
 from .reader import GradientStep, Reader, ReaderOptions
 from .readers import READERS
 from .scores import Score, ScoreFunction, score_named
@@ -183,6 +184,12 @@ class CoupledEstimator:
         return bool(self._handles)
 
     @property
+    def all_skipped(self) -> bool:
+        """True if a gradient scaler has left out every step so far."""
+        skipped = self._count.skipped
+        return skipped is not None and self.steps > 0 and int(skipped) >= self.steps
+
+    @property
     def empty(self) -> bool:
         """True if nothing has been accumulated yet that a decision could be made from."""
         return self.reader.empty
@@ -196,14 +203,20 @@ class CoupledEstimator:
     def importance(self) -> dict[Coupling, float]:
         """Return the importance of every coupling that the score can judge; 0 for one that had no gradient.
 
-        `"attention_entropy"` judges heads and groups of heads, `"activation"` couplings that a product was seen of; the
+        `"attention_entropy"` judges heads and groups of heads, `"activation"` couplings that a product was seen of.
+        Scores of gradients and of optimizer state judge those of which some weight trains, by such weights alone; the
         others judge all. Where parameters are sharded, every rank must call it: one all-reduce adds their shares up.
 
         Raises:
             OptimizerError: the optimizer holds no second moments to read.
         """
         with self.reader.at_once():
-            judged = {coupling: self.reader.importance(coupling) for coupling in couplings(self.model)}
+            frozen = frozen_names(self.model) if self.reader.learns else set()
+            judged = {
+                coupling: self.reader.importance(coupling)
+                for coupling in couplings(self.model)
+                if not all(member.parameter in frozen for member in coupling.members if member.matrix)
+            }
         return {coupling: value for coupling, value in judged.items() if value is not None}
 
     def entries(self, coupling: Coupling, *, by_context: bool = False) -> Tensor:

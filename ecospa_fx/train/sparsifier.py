@@ -170,10 +170,12 @@ class CoupledSparsifier:
     def reached(self) -> bool:
         """Return whether no coupling can lose another entry without passing the target."""
         sizes = self.sizes()
-        smallest = (
-            sizes.total(named_sizes([unit], {unit: unit.sizes[-2]})) for unit in self._units() if len(unit.sizes) > 1
-        )
+        smallest = (sizes.total(named_sizes([unit], {unit: unit.sizes[-2]})) for unit in self.shrinkable())
         return sizes.total({}) <= self.target_size(sizes) or all(total < self.target_size(sizes) for total in smallest)
+
+    def shrinkable(self) -> list[TiedCouplings]:
+        """Return the couplings that can lose another entry, target aside, those that shrink together as one."""
+        return [unit for unit in self._units() if len(unit.sizes) > 1]
 
     def _scores(self, coupling: Coupling) -> Tensor:
         """Score the entries, `[contexts, size]`; one row where all contexts keep the same."""

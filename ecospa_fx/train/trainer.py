@@ -26,6 +26,7 @@ from ecospa_fx.score.step_watcher import StepWatcher
 from .batches import LossListener, loss_of, tokens_of
 from .clock import Clock
 from .latency import Latency
+from .left_out import FROZEN_ALL, LeftOut, all_frozen, check_offered, say_if_short
 from .loss_spikes import LossSpikes
 from .policies import Adaptive, Decision, Paper, Policy
 from .schedule import Schedule, ScheduleUnit, SparsityCurve
@@ -189,6 +190,7 @@ class EcoSpaTrainer:
             model,
             CompensationSettings(adaptive if absorb is None else absorb, adaptive if rotate is None else rotate),
         )
+        self._left_out = LeftOut()
         self._owed = False  # a sparsification step that came before anything was read
         self._scores = scores
         self.policy: Policy
@@ -215,6 +217,11 @@ class EcoSpaTrainer:
         return self._clock.postponed
 
     @property
+    def left_out(self) -> dict[str, str]:
+        """Name of each coupling that the last sparsification step could not judge -> the reason."""
+        return dict(self._left_out.reasons)
+
+    @property
     def hears_the_loss(self) -> bool:
         """True if `step` has been told a loss, so that shrinks wait while it is high."""
         return self._spikes.level is not None
@@ -236,7 +243,8 @@ class EcoSpaTrainer:
             epochs: share of an epoch in this step, `1 / len(loader)`, if the schedule counts these.
 
         Raises:
-            OptimizerError: no parameter of a coupling has a gradient.
+            OptimizerError: no parameter of a coupling has a gradient, or all gradients are zero.
+            NoCouplingError: calls of the model since have withdrawn every coupling.
             TargetError: the schedule counts tokens or epochs, and they are not given.
         """
         amount = self._clock.advance(tokens, epochs)
@@ -248,20 +256,30 @@ class EcoSpaTrainer:
         self._ready()
         read = self._read()
         due = self._clock.due or self._owed
-        # If a gradient scaler has left out every step so far, wait for the first one that is taken.
-        self._owed = due and not read and any(estimator.empty for estimator in self.policy.estimators)
+        self._owed = due and self._must_wait(read)
         if due and not self._owed and not self._clock.postpone(self.steps):
             self.sparsify()
         soon = not self.done and (self._owed or self._clock.due_within(GATHERING * amount))
         self._compensation.gather(soon)
 
+    def _must_wait(self, read: bool) -> bool:
+        """Return whether a sparsification step waits, for a step that a scaler does not skip or a weight that trains."""
+        estimators = self.policy.estimators
+        if all_frozen(self.model, estimators):
+            self._left_out.note(self.model, {}, self._ready().whole)
+            return True
+        return any((not read and estimator.empty) or estimator.all_skipped for estimator in estimators)
+
     def sparsify(self) -> None:
         """Take a sparsification step now."""
         sparsifier = self._ready()
+        check_offered(self.model)
         for estimator in self.policy.estimators:
-            if estimator.empty:
-                raise OptimizerError(estimator.reader.if_empty)
+            lacking = FROZEN_ALL if all_frozen(self.model, [estimator]) else estimator.reader.lacking()
+            if lacking is not None:
+                raise OptimizerError(lacking)
         decision = self.policy.decide(self._cost_due(sparsifier))
+        self._left_out.note(self.model, decision.importance, sparsifier.whole)
         self.forecast = decision.forecast
         if decision.keeps:
             self._shrink(decision)
@@ -270,6 +288,7 @@ class EcoSpaTrainer:
         sparsifier.measure()
         self.done = sparsifier.reached()
         if self.done:
+            say_if_short(sparsifier)
             self.detach()
 
     def detach(self) -> None:
