@@ -51,6 +51,23 @@ def swap_forward(module: nn.Module, attribute: str) -> None:
     module.__class__ = _swapped(type(module), attribute)
 
 
+def swap_pickle(module: nn.Module, attribute: str) -> None:
+    """Let a copy of the module, by copy or pickle, wait for its first call as after `swap_forward`.
+
+    The module itself runs its own forward, without a detour.
+    """
+    original = original_class(module)
+    if (original, f"{attribute} of copies") not in _SWAPPED:
+        body = {"__reduce_ex__": _swapped(original, attribute).__dict__["__reduce_ex__"]}
+        _SWAPPED[original, f"{attribute} of copies"] = _subclass(original, body)
+    module.__class__ = _SWAPPED[original, f"{attribute} of copies"]
+
+
+def is_waiting(module: nn.Module, attribute: str) -> bool:
+    """Decide whether the class of a module routes its forward to the callable in that attribute."""
+    return type(module) is _SWAPPED.get((original_class(module), attribute))
+
+
 def _swapped(original: type[nn.Module], attribute: str) -> type[nn.Module]:
     if (original, attribute) in _SWAPPED:
         return _SWAPPED[original, attribute]
@@ -69,11 +86,15 @@ def _swapped(original: type[nn.Module], attribute: str) -> type[nn.Module]:
             return _blank, (original, attribute), *reduced[2:]
         return reduced
 
-    body = {"forward": forward, "__reduce_ex__": reduce_ex, "_ecospa_class": original, "__doc__": original.__doc__}
-    swapped = type(original.__name__, (original,), body)
-    swapped.__module__, swapped.__qualname__ = original.__module__, original.__qualname__
-    _SWAPPED[original, attribute] = swapped
+    _SWAPPED[original, attribute] = swapped = _subclass(original, {"forward": forward, "__reduce_ex__": reduce_ex})
     return swapped
+
+
+def _subclass(original: type[nn.Module], body: dict[str, Any]) -> type[nn.Module]:
+    """Make a subclass under the same name."""
+    made = type(original.__name__, (original,), {**body, "_ecospa_class": original, "__doc__": original.__doc__})
+    made.__module__, made.__qualname__ = original.__module__, original.__qualname__
+    return made
 
 
 def _blank(original: type[nn.Module], attribute: str) -> nn.Module:

@@ -36,7 +36,16 @@ from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts
 from ecospa_fx.plan import Plan
 
-from .class_swap import forwards_to, original_class, own_forward_aside, swap_forward, swap_linears, unswap_forward
+from .class_swap import (
+    forwards_to,
+    is_waiting,
+    original_class,
+    own_forward_aside,
+    swap_forward,
+    swap_linears,
+    swap_pickle,
+    unswap_forward,
+)
 from .copies import Copy, check_plan
 from .full_size import outside_forward, outside_inference
 from .optimizer_state import averages_of
@@ -121,6 +130,8 @@ class CompiledModel:
                         return original_class(model).forward(model, *args, **kwargs)
                     self.capture_again(model, args, kwargs)
                 # The regions of a loaded model capture the calls that they get.
+        elif is_waiting(model, MODEL):  # a copy of a model whose own Python runs
+            swap_pickle(model, MODEL)
         return type(model).forward(model, *args, **kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -159,8 +170,8 @@ class CompiledModel:
         Raises:
             CaptureError: this call cannot be captured. Without gradients the model can run it nevertheless.
         """
-        waiting = type(model) is not original_class(model)
-        unswap_forward(model)
+        waiting = is_waiting(model, MODEL)
+        swap_pickle(model, MODEL)
         try:
             calls = record(model, *outside_inference((args, kwargs)), set(self.regions))
             missing = [name for name in self.regions if name not in calls]
@@ -183,6 +194,8 @@ class CompiledModel:
                 module.__dict__[REGION] = region
                 swap_forward(module, REGION)
             swap_linears(module)
+        if self.execution == "module":
+            swap_pickle(model, MODEL)
 
     def couplings(self) -> tuple[Coupling, ...]:
         """Return every coupling of the model at its size now."""

@@ -23,6 +23,7 @@ from ecospa_fx.passes.follow.attributes import Attribute, holding, numbers_in, r
 from ecospa_fx.passes.follow.follow import PythonSupport, follow
 from ecospa_fx.passes.graph.tensors import join, same_storage, swapped
 from ecospa_fx.passes.infer.infer import infer_axes
+from ecospa_fx.passes.infer.sizes import called_sizes
 from ecospa_fx.passes.ir.signature import call_key, training_flags
 from ecospa_fx.passes.ir.state_access import flattened, parted, resolve_object
 from ecospa_fx.passes.rewrite.program import Program
@@ -73,7 +74,8 @@ class Region:
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle writes: without programs, which the next call captures and generates again."""
         fresh = {"specializations": [], "routing": Routing(), "watcher": None, "python_support": None}
-        return {**self.__dict__, **fresh}
+        known = {"called": self.first_sizes, "unsupported_marks": frozenset(self.offers.marks())}
+        return {**self.__dict__, **fresh, **known}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
         """Copy the region for a copy of the model, which can run at once: programs hold no module and are shared."""
@@ -117,6 +119,13 @@ class Region:
     def offers(self) -> Offers:
         """The couplings that the region offers under the plan as it is now."""
         return Offers(self.name, self.state.plan, self.specializations, self.python_support, self.unsupported_marks)
+
+    @property
+    def first_sizes(self) -> list[list[int]] | None:
+        """The sizes of the tensors of the first call; None before it."""
+        if self.called is None and self.specializations:
+            return called_sizes(self.naming_graph.axis_facts)
+        return self.called
 
     @property
     def shrunk(self) -> bool:

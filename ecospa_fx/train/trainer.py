@@ -263,7 +263,7 @@ class EcoSpaTrainer:
         self._compensation.gather(soon)
 
     def _must_wait(self, read: bool) -> bool:
-        """Return whether a sparsification step waits, for a step that a scaler does not skip or a weight that trains."""
+        """Return whether a sparsification step waits: for a step that no scaler skips, or a weight that trains."""
         estimators = self.policy.estimators
         if all_frozen(self.model, estimators):
             self._left_out.note(self.model, {}, self._ready().whole)
