@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,16 +52,26 @@ def swap_forward(module: nn.Module, attribute: str) -> None:
     module.__class__ = _swapped(type(module), attribute)
 
 
-def swap_pickle(module: nn.Module, attribute: str) -> None:
-    """Let a copy of the module, by copy or pickle, wait for its first call as after `swap_forward`.
+class CopiesWait:
+    """An entry of a module's `__dict__`: copies of the module, by copy or pickle, wait for their first call.
 
-    The module itself runs its own forward, without a detour.
+    The module itself has its own class and runs its own forward; each copy is made as after `swap_forward`.
+
+    Args:
+        module: the module.
+        attribute: as for `swap_forward`.
     """
-    original = original_class(module)
-    if (original, f"{attribute} of copies") not in _SWAPPED:
-        body = {"__reduce_ex__": _swapped(original, attribute).__dict__["__reduce_ex__"]}
-        _SWAPPED[original, f"{attribute} of copies"] = _subclass(original, body)
-    module.__class__ = _SWAPPED[original, f"{attribute} of copies"]
+
+    def __init__(self, module: nn.Module, attribute: str) -> None:
+        self.module, self.attribute = weakref.ref(module), attribute
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _copy_waits, (self.module(), self.attribute)
+
+
+def _copy_waits(copied: nn.Module, attribute: str) -> CopiesWait:
+    swap_forward(copied, attribute)
+    return CopiesWait(copied, attribute)
 
 
 def is_waiting(module: nn.Module, attribute: str) -> bool:
@@ -86,15 +97,11 @@ def _swapped(original: type[nn.Module], attribute: str) -> type[nn.Module]:
             return _blank, (original, attribute), *reduced[2:]
         return reduced
 
-    _SWAPPED[original, attribute] = swapped = _subclass(original, {"forward": forward, "__reduce_ex__": reduce_ex})
+    body = {"forward": forward, "__reduce_ex__": reduce_ex, "_ecospa_class": original, "__doc__": original.__doc__}
+    swapped = type(original.__name__, (original,), body)
+    swapped.__module__, swapped.__qualname__ = original.__module__, original.__qualname__
+    _SWAPPED[original, attribute] = swapped
     return swapped
-
-
-def _subclass(original: type[nn.Module], body: dict[str, Any]) -> type[nn.Module]:
-    """Make a subclass under the same name."""
-    made = type(original.__name__, (original,), {**body, "_ecospa_class": original, "__doc__": original.__doc__})
-    made.__module__, made.__qualname__ = original.__module__, original.__qualname__
-    return made
 
 
 def _blank(original: type[nn.Module], attribute: str) -> nn.Module:

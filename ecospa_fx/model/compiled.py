@@ -37,13 +37,13 @@ from ecospa_fx.passes.rewrite.stored import check_state_layouts
 from ecospa_fx.plan import Plan
 
 from .class_swap import (
+    CopiesWait,
     forwards_to,
     is_waiting,
     original_class,
     own_forward_aside,
     swap_forward,
     swap_linears,
-    swap_pickle,
     unswap_forward,
 )
 from .copies import Copy, check_plan
@@ -55,7 +55,7 @@ from .slicing import Absorber, prepare_tensors
 from .specialization import Specialization
 from .state import Execution, ModelState
 
-MODEL, REGION = "_ecospa_model", "_ecospa_region"  # keys in a module's __dict__
+MODEL, REGION, COPIES = "_ecospa_model", "_ecospa_region", "_ecospa_copies"  # keys in a module's __dict__
 
 
 class CompiledModel:
@@ -131,7 +131,7 @@ class CompiledModel:
                     self.capture_again(model, args, kwargs)
                 # The regions of a loaded model capture the calls that they get.
         elif is_waiting(model, MODEL):  # a copy of a model whose own Python runs
-            swap_pickle(model, MODEL)
+            unswap_forward(model)
         return type(model).forward(model, *args, **kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -171,7 +171,7 @@ class CompiledModel:
             CaptureError: this call cannot be captured. Without gradients the model can run it nevertheless.
         """
         waiting = is_waiting(model, MODEL)
-        swap_pickle(model, MODEL)
+        unswap_forward(model)
         try:
             calls = record(model, *outside_inference((args, kwargs)), set(self.regions))
             missing = [name for name in self.regions if name not in calls]
@@ -195,7 +195,7 @@ class CompiledModel:
                 swap_forward(module, REGION)
             swap_linears(module)
         if self.execution == "module":
-            swap_pickle(model, MODEL)
+            model.__dict__[COPIES] = CopiesWait(model, MODEL)
 
     def couplings(self) -> tuple[Coupling, ...]:
         """Return every coupling of the model at its size now."""

@@ -20,7 +20,7 @@ from ecospa_fx.passes.follow.trial import difference, example_call, modes
 from ecospa_fx.passes.graph.isolate import isolated
 
 from .class_swap import ShrinkableLinear, original_class, unswap_forward
-from .compiled import MODEL, REGION, CompiledModel
+from .compiled import COPIES, MODEL, REGION, CompiledModel
 from .region import Region
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -80,7 +80,7 @@ def plain(module: nn.Module) -> None:
             child.__class__ = nn.Linear  # type: ignore[assignment]
             child.in_features, child.out_features = sizes
     unswap_forward(module)
-    for key in (MODEL, REGION):
+    for key in (MODEL, REGION, COPIES):
         module.__dict__.pop(key, None)
 
 
