@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ecospa_fx.errors import CheckpointError, EcoSpaError
-from ecospa_fx.model.compiled import MODEL, CompiledModel
-from ecospa_fx.model.lookup import check_optimizer
+from ecospa_fx.errors import CheckpointError
+from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.model.lookup import check_optimizer, compiled_state
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.train.trainer import EcoSpaTrainer
 
 from .directory import read_save, saving
@@ -28,6 +29,7 @@ from .rebuild import read_model, rebuild, write_model
 from .training_state import Training, as_tuple, by_name, read_training, resume_training, write_training
 
 
+@looks_inside
 def save(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -58,7 +60,7 @@ def save(
         OptimizerError: an optimizer holds none of its parameters.
         CheckpointError: some state cannot be saved without pickle, or another process is saving there.
     """
-    compiled = _compiled(model)
+    compiled = compiled_state(model)
     training = Training(as_tuple(optimizer), as_tuple(scheduler), scaler, trainer, by_name(also))
     for each in training.optimizer:
         check_optimizer(model, each)
@@ -93,6 +95,7 @@ def load(
     return model
 
 
+@looks_inside
 def resume(
     directory: str | os.PathLike[str],
     model: nn.Module,
@@ -123,7 +126,7 @@ def resume(
         CheckpointError: the directory does not hold this state, or holds that of other objects or of another model.
         OptimizerError: an optimizer holds none of the model's parameters.
     """
-    compiled, source = _compiled(model), Path(directory)
+    compiled, source = compiled_state(model), Path(directory)
     training = Training(as_tuple(optimizer), as_tuple(scheduler), scaler, trainer, by_name(also))
     for each in training.optimizer:
         check_optimizer(model, each)
@@ -131,10 +134,3 @@ def resume(
     if compiled.save not in (None, digest):
         raise CheckpointError(f"{source} has been saved to since this model was loaded from it; load it again")
     resume_training(model, training, saved, str(source))
-
-
-def _compiled(model: nn.Module) -> CompiledModel:
-    compiled: CompiledModel | None = model.__dict__.get(MODEL)
-    if compiled is None:
-        raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
-    return compiled

@@ -23,6 +23,7 @@ from ecospa_fx.model.lookup import plan, regions_of
 from ecospa_fx.model.observers import ignore, observe
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import kept_positions
+from ecospa_fx.model.wrappers import unwrapped
 from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.region_graph import RegionGraph
@@ -79,6 +80,7 @@ class Grams:
     def __init__(
         self, model: nn.Module, *, rows: int | None = None, ridge: float = RIDGE, training: bool = False
     ) -> None:
+        model = unwrapped(model)
         if rows is not None and (not isinstance(rows, int) or rows < 1):
             raise TargetError(f"rows={rows!r} is out of range; it is a whole number of positions, at least 1")
         if not isinstance(ridge, (int, float)) or not ridge >= 0:

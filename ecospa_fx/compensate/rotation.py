@@ -24,6 +24,7 @@ from ecospa_fx.model.optimizer_state import check_can_follow, layers, several
 from ecospa_fx.model.optimizer_table import TransformsAs, rules_for
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import Change
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.axes.algebra import atoms_of
 from ecospa_fx.passes.find.discover import RegionCoupling
 from ecospa_fx.passes.graph.tensors import join, named_tensors, storage_key
@@ -59,6 +60,7 @@ class Rotation:
         return "\n".join([*lines, *(f"{name}: as it was, {reason}" for name, reason in self.refused.items())])
 
 
+@looks_inside
 @torch.no_grad()
 def rotate(
     model: nn.Module,

@@ -22,10 +22,12 @@ from ecospa_fx.passes.graph.isolate import isolated
 from .class_swap import ShrinkableLinear, original_class, unswap_forward
 from .compiled import COPIES, MODEL, REGION, CompiledModel
 from .region import Region
+from .wrappers import looks_inside
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
+@looks_inside
 def restore(
     model: Module,
     *,

@@ -16,7 +16,7 @@ from .diff import ModuleDiff, diff_of, shapes_of
 from .lookup import check_optimizer, state_of
 from .optimizer_state import several
 from .slicing import Absorber
-from .wrappers import check_wrappers
+from .wrappers import check_wrappers, unwrapped
 
 
 def shrink(
@@ -52,6 +52,7 @@ def shrink(
         WrapperError: the model is spread over devices, in a wrapper that cannot follow.
     """
     check_wrappers(model)
+    model = unwrapped(model)
     compiled = state_of(model)
     optimizers = several(optimizer)
     for each in optimizers:

@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.model.lookup import is_captured, regions_of, state_of
 from ecospa_fx.model.region import Region
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.ir.state_access import flattened, foreign
 
@@ -35,6 +36,7 @@ class _NewCall(Exception):
         self.capture = capture
 
 
+@looks_inside
 def export(
     model: nn.Module,
     args: Sequence[Any] = (),

@@ -20,6 +20,7 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.model.lookup import couplings
 from ecospa_fx.model.optimizer_state import innermost, several
+from ecospa_fx.model.wrappers import unwrapped
 
 from .judging import frozen_names
 from .reader import GradientStep, Reader, ReaderOptions
@@ -74,6 +75,7 @@ class CoupledEstimator:
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         seed: int = 0,
     ) -> None:
+        model = unwrapped(model)
         self.score = score_named(score)
         self.model, self.decay, self.window, self.seed = model, decay, window, seed
         optimizers = None if optimizer is None else several(optimizer)

@@ -20,6 +20,7 @@ from ecospa_fx.model.class_swap import original_class
 from ecospa_fx.model.compiled import MODEL, CompiledModel, find_followed
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.state import Execution
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.find.regions import choose
 from ecospa_fx.passes.graph.isolate import isolated
@@ -136,6 +137,7 @@ class Explanation(Findings):
         write_report(self, path, training)
 
 
+@looks_inside
 def explain(
     model: nn.Module,
     *,

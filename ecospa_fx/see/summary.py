@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.diff import words
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.plan import Plan
 from ecospa_fx.text import count, plain, size
@@ -160,6 +161,7 @@ class _Walk:
         return kinds, tuple((n, tuple(p.shape)) for n, p in module.named_parameters()), self.shapes.get(path)
 
 
+@looks_inside
 def summary(
     model: nn.Module,
     *,

@@ -13,6 +13,7 @@ from ecospa_fx.errors import VerificationError
 from ecospa_fx.model.full_size import unshrunk
 from ecospa_fx.model.lookup import state_of
 from ecospa_fx.model.region import Region
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.axes.algebra import Atom
 from ecospa_fx.passes.axes.selection import Selected, per_context_or_shared, whole
 from ecospa_fx.passes.capture.record import record
@@ -66,6 +67,7 @@ class Verification:
             )
 
 
+@looks_inside
 def verify(
     model: nn.Module,
     *,

@@ -15,6 +15,7 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.model.cost import Cost, CostModel
 from ecospa_fx.model.lookup import couplings, state_of
+from ecospa_fx.model.wrappers import unwrapped
 from ecospa_fx.score.judging import index_scores
 
 from .latency import Latency, LatencyModel
@@ -68,10 +69,10 @@ class CoupledSparsifier:
         entries: EntryScores | None = None,
     ) -> None:
         DecisionSettings(target, cost, among, top_k, theta).check()
-        self.model, self.target, self.top_k, self.theta = model, target, top_k, theta
+        self.model, self.target, self.top_k, self.theta = unwrapped(model), target, top_k, theta
         self.cost, self.among, self.optimizers = cost, among, tuple(optimizers)
         self.constraints = constraints or Constraints()
-        self.entries: EntryScores = entries or partial(index_scores, model)
+        self.entries: EntryScores = entries or partial(index_scores, self.model)
         self.measure()
         sizes = self.sizes()
         units = self._units()

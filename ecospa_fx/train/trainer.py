@@ -12,15 +12,14 @@ from ecospa_fx.compensate.compensation import GATHERING, Compensation, Compensat
 from ecospa_fx.compensate.forecast import Forecast
 from ecospa_fx.couple.constraints import Constraints, Frozen, HeadDims
 from ecospa_fx.couple.coupling import Coupling
-from ecospa_fx.errors import EcoSpaError, OptimizerError
-from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.errors import OptimizerError
 from ecospa_fx.model.copies import copies_of, listed
 from ecospa_fx.model.cost import Cost
 from ecospa_fx.model.diff import ModuleDiff
-from ecospa_fx.model.lookup import check_optimizer, is_captured
+from ecospa_fx.model.lookup import check_optimizer, compiled_state, is_captured
 from ecospa_fx.model.optimizer_state import check_can_follow, several
 from ecospa_fx.model.shrinking import shrink
-from ecospa_fx.model.wrappers import check_wrappers
+from ecospa_fx.model.wrappers import check_wrappers, unwrapped
 from ecospa_fx.score.step_watcher import StepWatcher
 
 from .batches import LossListener, loss_of, tokens_of
@@ -155,8 +154,8 @@ class EcoSpaTrainer:
         rotate: bool | None = None,
     ) -> None:
         check_wrappers(model)
-        if MODEL not in model.__dict__:
-            raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
+        self._called, model = model, unwrapped(model)
+        compiled_state(model)
         check_options(policy, preset, gradients)
         scores = ScoreSettings(score, index_score, decay, window, seed)
         adaptive = policy == "adaptive"
@@ -363,7 +362,7 @@ class EcoSpaTrainer:
         losses = []
         epoch = 1 / len(loader) if isinstance(loader, Sized) and len(loader) else None
         for batch in loader:
-            value = loss_of(self.model, batch, loss)
+            value = loss_of(self._called, batch, loss)
             value.backward()
             for optimizer in self.optimizers:
                 optimizer.step()
