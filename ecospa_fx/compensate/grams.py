@@ -20,7 +20,7 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.lookup import plan, regions_of
-from ecospa_fx.model.observers import ignore, observe
+from ecospa_fx.model.observers import check_observable, ignore, observe
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import kept_positions
 from ecospa_fx.model.wrappers import unwrapped
@@ -94,6 +94,8 @@ class Grams:
         self._graphs: dict[int, tuple[AxisFacts, Mapping[WeightDim, Consumer | str]]] = {}
         self._absorbers: dict[WeightDim, _Absorber] = {}
         self._regions = list(regions_of(model).values())
+        if self._regions:
+            check_observable(model)
         for region in self._regions:
             observe(region, self)
 

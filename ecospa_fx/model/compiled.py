@@ -47,7 +47,7 @@ from .class_swap import (
     unswap_forward,
 )
 from .copies import Copy, check_plan
-from .full_size import outside_forward, outside_inference
+from .full_size import in_transform, outside_forward, outside_inference
 from .optimizer_state import averages_of
 from .planning import planned
 from .region import Region
@@ -122,6 +122,12 @@ class CompiledModel:
         Later calls come here from whoever has kept the forward of that time.
         """
         if not self.captured:
+            if in_transform() and not (self.regions and self.execution == "graph"):
+                raise CaptureError(
+                    f"the first call of this {type(model).__name__} is inside a transform of torch.func, where nothing "
+                    "can be captured; call it once with the same arguments before, or compile it with "
+                    "example_inputs=(x,)"
+                )
             with own_forward_aside(model):
                 if not self.regions:
                     self.capture(model, args, kwargs)

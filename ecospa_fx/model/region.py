@@ -32,7 +32,7 @@ from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts, keys_of, whole_objects
 
 from .class_swap import original_class
-from .full_size import FullSizeTensors, outside_forward, outside_inference
+from .full_size import FullSizeTensors, in_transform, outside_forward, outside_inference
 from .offers import Offers
 from .routing import Routing
 from .specialization import Specialization
@@ -168,7 +168,7 @@ class Region:
                 "(pad to common lengths, pass the same arguments; put a number that changes from call to call into a "
                 "tensor, an argument or a buffer, whose values are not part of a graph)"
             )
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if in_transform():
             raise CaptureError(
                 f"{self._named()} is called in a new way inside a transform of torch.func, where nothing can be "
                 "captured; call the model once with the same arguments before"

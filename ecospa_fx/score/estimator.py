@@ -8,7 +8,7 @@ judging         sums of slices -> couplings, entries   `judging.py`
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -29,6 +29,17 @@ from .scores import Score, ScoreFunction, score_named
 from .slices import SliceKey
 from .step_watcher import names_of
 from .sums import StepCount, accumulation
+
+
+def _hooked_first(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> Any:
+    """Register a hook that runs once backward has a gradient, before all others of its kind; return its handle."""
+    handle = parameter.register_post_accumulate_grad_hook(hook)
+    hooks = parameter._post_accumulate_grad_hooks
+    before = {key: each for key, each in hooks.items() if each is not hook}
+    for key in before:  # they run in the order in which they were put there
+        del hooks[key]
+    hooks.update(before)
+    return handle
 
 
 class CoupledEstimator:
@@ -150,8 +161,8 @@ class CoupledEstimator:
     def attach_backward(self, every: int = 1) -> None:
         """Read each gradient as soon as backward has it, for optimizers that step in backward and free it at once.
 
-        Attach before the hooks that step. These are gradients before clipping. With a `GradScaler` use `attach`: here
-        they are still multiplied by its scale.
+        It reads before other hooks of the same kind run, which may step. These are gradients before clipping. With a
+        `GradScaler` use `attach`: here they are still multiplied by its scale.
 
         Args:
             every: micro-batches per step. Gradients sum up over them, so they are read at the last one only.
@@ -172,7 +183,7 @@ class CoupledEstimator:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 hook = lambda held, name=name: ready(name, held)  # noqa: E731
-                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+                self._handles.append(_hooked_first(parameter, hook))
 
     def detach(self) -> None:
         """Remove the hooks of `attach` and `attach_backward`, and stop observing the model."""

@@ -22,6 +22,10 @@ ZERO_GRADIENT = (
     "that no entry is worth less than another: call trainer.step() before zero_grad(), or make the trainer with "
     'gradients="optimizer"'
 )
+FREED_GRADIENT = (
+    'gradients="backward" reads each gradient as soon as backward has it, but something has freed them before, such as '
+    'a hook on a tensor that steps; read them at the steps of the optimizers, gradients="optimizer"'
+)
 
 
 @dataclass(frozen=True, eq=False)

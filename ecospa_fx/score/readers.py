@@ -16,6 +16,7 @@ from torch import Tensor
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.model.lookup import couplings, regions_of
+from ecospa_fx.model.observers import check_observable
 from ecospa_fx.model.optimizer_state import second_moments
 
 from .activations import ActivationScores
@@ -190,6 +191,7 @@ class ActivationReader:
     unjudged = 1.0
 
     def __init__(self, options: ReaderOptions, *, attention: bool = False) -> None:
+        check_observable(options.model)
         self.model, self.attention = options.model, attention
         self.kinds = ("heads", "groups") if attention else None
         self.sums: dict[SliceKey, Tensor] = {}

@@ -26,16 +26,39 @@ def loss_of(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor] | N
         loss: `loss(outputs, targets)` for pairs.
 
     Raises:
-        EcoSpaError: the batch is a pair, and `loss` is missing.
+        EcoSpaError: the batch is a pair, and `loss` is missing; or the loss is not one number.
     """
     if isinstance(batch, Mapping):
         value: Tensor = model(**batch).loss
-        return value
+        return _one(value)
     if loss is None:
         kind = type(batch).__name__
         raise EcoSpaError(f"a batch is a {kind}, not a mapping; pass loss=, a function of outputs and targets")
     inputs, targets = batch
-    return loss(model(inputs), targets)
+    return _one(loss(model(inputs), targets))
+
+
+def _one(loss: Tensor) -> Tensor:
+    number_of(loss.detach() if loss.numel() != 1 else 0.0)  # without waiting for a GPU
+    return loss
+
+
+def number_of(loss: Any) -> float:
+    """Return a loss as a number.
+
+    Raises:
+        EcoSpaError: it is not one number.
+    """
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise EcoSpaError(
+            f"the loss is a tensor of shape {tuple(loss.shape)}, and it must be one number: pass its mean, loss.mean()"
+        )
+    try:
+        return float(loss.detach() if isinstance(loss, Tensor) else loss)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise EcoSpaError(
+            f"the loss is a {type(loss).__name__}, and it must be one number: pass a float or a tensor of one entry"
+        ) from error
 
 
 def tokens_of(batch: Any) -> int | None:

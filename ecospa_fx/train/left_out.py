@@ -84,7 +84,7 @@ def check_offered(model: nn.Module) -> None:
         refusals = [str(refusal) for region in regions_of(model).values() for refusal in region.offers.refusals()]
         raise NoCouplingError(
             f"no coupling of {type(model).__name__} is left to shrink: a call of the model, in another mode or with "
-            f"other arguments than the first, needs their axes whole. {'; '.join(refusals[:3])}"
+            f"other arguments than the first, needs their axes whole{': ' if refusals else ''}{'; '.join(refusals[:3])}"
         )
 
 

@@ -20,14 +20,14 @@ from ecospa_fx.model.lookup import check_optimizer, compiled_state, is_captured
 from ecospa_fx.model.optimizer_state import check_can_follow, several
 from ecospa_fx.model.shrinking import shrink
 from ecospa_fx.model.wrappers import check_wrappers, unwrapped
-from ecospa_fx.score.step_watcher import StepWatcher
 
-from .batches import LossListener, loss_of, tokens_of
+from .batches import LossListener, loss_of, number_of, tokens_of
 from .clock import Clock
 from .latency import Latency
-from .left_out import FROZEN_ALL, LeftOut, all_frozen, check_offered, say_if_short
+from .left_out import LeftOut, say_if_short
 from .loss_spikes import LossSpikes
 from .policies import Adaptive, Decision, Paper, Policy
+from .readings import Readings
 from .schedule import Schedule, ScheduleUnit, SparsityCurve
 from .settings import (
     PRESETS,
@@ -184,7 +184,6 @@ class EcoSpaTrainer:
         self._clock = Clock(self.schedule, self._spikes)
         self._initial_cost: int | None = None  # when the first sparsification step came
         self._gradients: Gradients = gradients
-        self._optimizer_steps = StepWatcher(model, self.optimizers) if gradients == "step" else None
         self._compensation = Compensation(
             model,
             CompensationSettings(adaptive if absorb is None else absorb, adaptive if rotate is None else rotate),
@@ -197,11 +196,7 @@ class EcoSpaTrainer:
             self.policy = Adaptive(model, self.optimizers, self._decisions, self._constraints, self._compensation)
         else:
             self.policy = Paper(model, self.optimizers, self._decisions, self._constraints, scores)
-        for estimator in self.policy.estimators:
-            if gradients == "optimizer":
-                estimator.attach(*self.optimizers)
-            elif gradients == "backward":
-                estimator.attach_backward()
+        self._readings = Readings(model, self.optimizers, self.policy.estimators, gradients)
         if is_captured(model):
             self._ready()
 
@@ -242,48 +237,39 @@ class EcoSpaTrainer:
             epochs: share of an epoch in this step, `1 / len(loader)`, if the schedule counts these.
 
         Raises:
-            OptimizerError: no parameter of a coupling has a gradient, or all gradients are zero.
+            EcoSpaError: the loss is not one number.
+            OptimizerError: no parameter of a coupling has a gradient, or all are zero; or another optimizer steps.
             NoCouplingError: calls of the model since have withdrawn every coupling.
             TargetError: the schedule counts tokens or epochs, and they are not given.
         """
+        value = None if loss is None else number_of(loss)
         amount = self._clock.advance(tokens, epochs)
         self.steps += 1
-        if loss is not None:
-            self._spikes.update(float(loss.detach()) if isinstance(loss, Tensor) else float(loss))
+        if value is not None:
+            self._spikes.update(value)
         if self.done:
             return
         self._ready()
-        read = self._read()
+        read = self._readings.read()
         due = self._clock.due or self._owed
-        self._owed = due and self._must_wait(read)
+        self._owed = due and self._readings.must_wait(read)
+        if self._owed and self._readings.all_frozen:
+            self._left_out.note(self.model, {}, self._ready().whole)
         if due and not self._owed and not self._clock.postpone(self.steps):
             self.sparsify()
         soon = not self.done and (self._owed or self._clock.due_within(GATHERING * amount))
         self._compensation.gather(soon)
 
-    def _must_wait(self, read: bool) -> bool:
-        """Return whether a sparsification step waits: for a step that no scaler skips, or a weight that trains."""
-        estimators = self.policy.estimators
-        if all_frozen(self.model, estimators):
-            self._left_out.note(self.model, {}, self._ready().whole)
-            return True
-        return any((not read and estimator.empty) or estimator.all_skipped for estimator in estimators)
-
     def sparsify(self) -> None:
         """Take a sparsification step now."""
         sparsifier = self._ready()
-        check_offered(self.model)
-        for estimator in self.policy.estimators:
-            lacking = FROZEN_ALL if all_frozen(self.model, [estimator]) else estimator.reader.lacking()
-            if lacking is not None:
-                raise OptimizerError(lacking)
+        self._readings.check()
         decision = self.policy.decide(self._cost_due(sparsifier))
         self._left_out.note(self.model, decision.importance, sparsifier.whole)
         self.forecast = decision.forecast
         if decision.keeps:
             self._shrink(decision)
-        for estimator in self.policy.estimators:
-            estimator.reset()
+        self._readings.reset()
         sparsifier.measure()
         self.done = sparsifier.reached()
         if self.done:
@@ -292,10 +278,7 @@ class EcoSpaTrainer:
 
     def detach(self) -> None:
         """Remove all hooks from the model and its optimizers, for a trainer that takes no further step."""
-        for estimator in self.policy.estimators:
-            estimator.detach()
-        if self._optimizer_steps is not None:
-            self._optimizer_steps.detach()
+        self._readings.detach()
         self._compensation.detach()
 
     def _shrink(self, decision: Decision) -> None:
@@ -313,16 +296,6 @@ class EcoSpaTrainer:
         )
         self._compensation.reset()
         self.history.append(entry | {"size": self.size})
-
-    def _read(self) -> bool:
-        """Read the gradients of this step, unless hooks do; return whether an optimizer took the step."""
-        if self._optimizer_steps is None:
-            return True
-        readings = list(self._optimizer_steps.readings())
-        for estimator in self.policy.estimators:
-            for number, reading in enumerate(readings):
-                estimator.accumulate(**reading._asdict(), new_step=number == 0)
-        return bool(readings)
 
     def _ready(self) -> CoupledSparsifier:
         """Return the sparsifier, made once the couplings are known."""

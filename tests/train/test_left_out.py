@@ -151,7 +151,7 @@ def test_couplings_that_a_later_call_withdraws(policy, caplog):
         trained(model.train(), 10, policy=policy)
     assert str(caught.value).startswith(
         "no coupling of Modes is left to shrink: a call of the model, in another mode or with other arguments than the "
-        "first, needs their axes whole. ups.0.weight[0], ups.0.bias[0], downs.0.weight[1] (32): aten.sort: "
+        "first, needs their axes whole: ups.0.weight[0], ups.0.bias[0], downs.0.weight[1] (32): aten.sort: "
     )
     # With others left it goes on with these, as far as they reach.
     model = ecospa_fx.compile(Modes(2))
