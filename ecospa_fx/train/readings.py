@@ -35,7 +35,7 @@ class Readings:
         gradients: Gradients,
     ) -> None:
         self.model, self.estimators, self.gradients = model, estimators, gradients
-        self._steps = StepWatcher(model, optimizers) if gradients == "step" else None
+        self.steps = StepWatcher(model, optimizers) if gradients == "step" else None
         self._foreign = ForeignSteps(model, optimizers)
         for estimator in estimators:
             if gradients == "optimizer":
@@ -49,11 +49,11 @@ class Readings:
         Raises:
             OptimizerError: hooks read in backward, and others have freed the gradients before.
         """
-        if self._steps is None:
+        if self.steps is None:
             if self.gradients == "backward" and any(e.empty and e.steps for e in self.estimators):
                 raise OptimizerError(FREED_GRADIENT)
             return True
-        readings = list(self._steps.readings())
+        readings = list(self.steps.readings())
         for estimator in self.estimators:
             for number, reading in enumerate(readings):
                 estimator.accumulate(**reading._asdict(), new_step=number == 0)
@@ -91,6 +91,6 @@ class Readings:
         """Remove all hooks."""
         for estimator in self.estimators:
             estimator.detach()
-        if self._steps is not None:
-            self._steps.detach()
+        if self.steps is not None:
+            self.steps.detach()
         self._foreign.detach()

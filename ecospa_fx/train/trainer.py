@@ -197,6 +197,7 @@ class EcoSpaTrainer:
         else:
             self.policy = Paper(model, self.optimizers, self._decisions, self._constraints, scores)
         self._readings = Readings(model, self.optimizers, self.policy.estimators, gradients)
+        self._optimizer_steps = self._readings.steps
         if is_captured(model):
             self._ready()
 

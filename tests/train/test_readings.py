@@ -143,8 +143,8 @@ def test_gradients_that_are_gone_before_any_hook_of_ours_are_named_at_the_first_
     with pytest.raises(OptimizerError) as caught:
         trainer.step()
     assert str(caught.value) == (
-        'gradients="backward" reads each gradient as soon as backward has it, but something has freed them before, such '
-        'as a hook on a tensor that steps; read them at the steps of the optimizers, gradients="optimizer"'
+        'gradients="backward" reads each gradient as soon as backward has it, but something has freed them before, '
+        'such as a hook on a tensor that steps; read them at the steps of the optimizers, gradients="optimizer"'
     )
 
 
