@@ -76,8 +76,8 @@ class EcoSpaCallback(Callback):
         settings: of `EcoSpaTrainer`. `interval`, `start` and `end` count batches at which an optimizer of the module
             took a step. The averages of Lightning's callbacks shrink along; such a run cannot be resumed.
 
-    Of several optimizers (a GAN's) those count that hold parameters of the module. A module that is frozen when training
-    begins, as by `BackboneFinetuning`, has its schedule begin when an optimizer is given its parameters.
+    Of several optimizers (a GAN's) those count that hold parameters of the module. For a module that is frozen when
+    training begins, as by `BackboneFinetuning`, the schedule begins when an optimizer is given its parameters.
 
     Attributes:
         trainer: the `EcoSpaTrainer`, once training has begun.
@@ -150,10 +150,8 @@ class EcoSpaCallback(Callback):
         state = checkpoint["callbacks"].get(self.state_key)
         if state is None or self._model is None:
             return  # of a run without this callback; if that has shrunk, `_check_loaded` says so
-        averaged = [each.state_key for each in trainer.callbacks if isinstance(each, AVERAGING)]
-        if trainer.training and (
-            "averaging_state" in checkpoint or any(key in checkpoint["callbacks"] for key in averaged)
-        ):
+        keys = [each.state_key for each in trainer.callbacks if isinstance(each, AVERAGING)]
+        if trainer.training and ("averaging_state" in checkpoint or checkpoint["callbacks"].keys() & keys):
             raise CheckpointError(
                 "this checkpoint holds averaged weights, which Lightning puts in place before their copy of the model "
                 "can be told its sizes; resume from a run without an averaging callback"
