@@ -49,6 +49,7 @@ from .class_swap import (
 from .copies import Copy, check_plan
 from .full_size import in_transform, outside_forward, outside_inference
 from .optimizer_state import averages_of
+from .parametrized import first_removal
 from .planning import planned
 from .region import Region
 from .slicing import Absorber, prepare_tensors
@@ -361,12 +362,13 @@ def _nothing_followed(model: nn.Module, regions: Mapping[str, Region]) -> str:
 
 
 def _nothing_found(model: nn.Module, analyses: Mapping[str, Analysis]) -> str:
-    refusals = [str(refusal) for analysis in analyses.values() for refusal in analysis.discovery.refusals]
+    refusals = [refusal for analysis in analyses.values() for refusal in analysis.discovery.refusals]
     missing = sorted({op for analysis in analyses.values() for op in analysis.axis_facts.missing})
     if refusals:
-        detail = f" Refused: {'; '.join(refusals[:3])}"
+        detail = f" Refused: {'; '.join(map(str, refusals[:3]))}"
     elif missing:
         detail = f" No axis rule is known for {', '.join(missing)}; axes that these touch stay full size"
     else:
         detail = " No two of its weights multiply each other"
+    detail += first_removal(model)
     return f"{type(model).__name__} has no coupling that can shrink, and is left as it was.{detail}"
