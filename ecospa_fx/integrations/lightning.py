@@ -129,9 +129,8 @@ class EcoSpaCallback(Callback):
         self._hook = self._model.register_load_state_dict_pre_hook(self._defer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the hook from the module, which stays compiled."""
-        if self._hook is not None:
-            self._hook.remove()
+        """Remove all hooks; the module stays compiled."""
+        self._defer_no_more()
         while self._handles:
             self._handles.pop().remove()
 
@@ -160,7 +159,14 @@ class EcoSpaCallback(Callback):
         self._deferred = []
         self._saved = state
 
+    def _defer_no_more(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
     def _check_loaded(self) -> None:
+        """Check that no weights wait any more; from here on those of other sizes are refused, as by any module."""
+        self._defer_no_more()
         if self._deferred:
             raise CheckpointError(
                 f"{len(self._deferred)} weights of this checkpoint have other sizes than the model's, the first is "

@@ -108,6 +108,8 @@ class EcoSpaTrainer:
             context), `importance` (coupling name -> its score), and of `"adaptive"` also `expected` (coupling name ->
             expected rise of the loss).
         forecast: with `policy="adaptive"`, the expected cost of each coupling at the last sparsification step.
+        left_out: name of each coupling that the last sparsification step could not judge -> the reason, such as weights
+            that are frozen (`requires_grad=False`) where the score reads gradients. The log says so too, once.
         last_shrink: sizes of every layer before and after the last shrink, once there was one.
         also: a list, to which a copy that is made later may be added.
 
@@ -213,7 +215,7 @@ class EcoSpaTrainer:
 
     @property
     def left_out(self) -> dict[str, str]:
-        """Name of each coupling that the last sparsification step could not judge -> the reason."""
+        """The couplings that could not be judged."""
         return dict(self._left_out.reasons)
 
     @property

@@ -349,6 +349,17 @@ def test_a_backbone_that_thaws(tmp_path, name, caplog):
     assert all(state["exp_avg"].shape == p.shape for p, state in optimizer.state.items())
 
 
+def test_weights_of_other_sizes_are_refused_once_training_has_begun(tmp_path):
+    class Loading(Lit):
+        def on_train_batch_start(self, batch, index):
+            wrong = {name: tensor[..., :3] for name, tensor in self.model.state_dict().items()}
+            with pytest.raises(RuntimeError, match="size mismatch"):
+                self.model.load_state_dict(wrong)
+
+    trainer, lit, _ = run(tmp_path, Stateful(), made=Loading, max_epochs=1, validate=False)
+    assert trainer.global_step == 6 and not lit.model._load_state_dict_pre_hooks
+
+
 class Weights(lightning.Callback):
     """One weight of the backbone as each epoch begins, where its entries were before any shrink."""
 
