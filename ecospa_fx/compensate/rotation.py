@@ -26,6 +26,7 @@ from ecospa_fx.model.optimizer_state import check_can_follow, layers, several
 from ecospa_fx.model.optimizer_table import TransformsAs, rules_for
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import Change
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.axes.algebra import atoms_of
 from ecospa_fx.passes.find.discover import RegionCoupling
 from ecospa_fx.passes.graph.tensors import join, named_tensors, storage_key
@@ -67,6 +68,7 @@ class Rotation:
     keep=optional(NAMED),
     grams=optional(instance("an ecospa_fx.Grams", Grams)),
 )
+@looks_inside
 @torch.no_grad()
 def rotate(
     model: nn.Module,

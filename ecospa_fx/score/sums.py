@@ -241,7 +241,8 @@ class SliceTotals:
         """Return the sums of the model as it is now; they are carried over, without what a shrink removed."""
         offered = couplings(self.model)
         built_for, sums = self._built_for
-        if self._slices is not None and sums is self.sums and built_for is offered[0]:
+        first = offered[0] if offered else None
+        if self._slices is not None and sums is self.sums and built_for is first:
             return self._slices
         parameters, kept = dict(self.model.named_parameters()), plan(self.model).kept
         slices = SliceSums(parameters, _scored_dims(offered, parameters), weighted=self.weighted)
@@ -259,7 +260,7 @@ class SliceTotals:
         steps = [{key: remaining(key, old) for key, old in s.items() if key in slices.views} for s in self.rule.steps]
         self.rule.steps = deque(steps, maxlen=self.rule.steps.maxlen)
         self.sums = {key: slices.views[key] for key in carried}
-        self._slices, self._built_for, self._positions = slices, (offered[0], self.sums), kept
+        self._slices, self._built_for, self._positions = slices, (first, self.sums), kept
         return slices
 
 

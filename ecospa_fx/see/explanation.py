@@ -19,8 +19,10 @@ from ecospa_fx.errors import NoCouplingError, NoInputsError
 from ecospa_fx.model.class_swap import original_class
 from ecospa_fx.model.compiled import MODEL, CompiledModel, find_followed
 from ecospa_fx.model.lookup import try_call
+from ecospa_fx.model.parametrized import removals, with_way_out
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.state import Execution
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.find.regions import choose
 from ecospa_fx.passes.graph.nodes import place
@@ -140,6 +142,7 @@ class Explanation(Findings):
 
 
 @takes(model=MODULE, **CALL, experiments=FLAG, execution=TEXT)
+@looks_inside
 def explain(
     model: nn.Module,
     *,
@@ -219,11 +222,14 @@ def example_call(
 
 def _explanation(model: nn.Module, compiled: CompiledModel, seconds: dict[str, float]) -> Explanation:
     axis_facts = [each.axis_facts for region in compiled.regions.values() for each in reversed(region.specializations)]
+    calls = removals(model)
     return Explanation(
         model=type(model).__name__,
         regions=tuple(compiled.regions),
         couplings=compiled.couplings(),
-        refusals=tuple(refusal for region in compiled.regions.values() for refusal in region.offers.refusals()),
+        refusals=tuple(
+            with_way_out(refusal, calls) for region in compiled.regions.values() for refusal in region.offers.refusals()
+        ),
         missing_rules=_uses((i.captured.region, i.missing) for i in axis_facts),
         experiments=_uses((i.captured.region, i.experiments) for i in axis_facts),
         not_captured=dict(compiled.not_captured),
