@@ -87,11 +87,11 @@ def discover(axis_facts: AxisFacts) -> Discovery:
     couplings, refusals = [], []
     taken: set[str] = set()
     for atom, key in axes.items():
-        roles = _by_role(facts[atom])
+        roles = _by_role(facts[atom], axis_facts.derivations)
         matrices = {name for name, _ in key if len(axis_facts.parameters[name]) > 1}
         producers = _producers(roles, matrices)
         # A fused projection has several matrices in one parameter, end to end; a tied parameter is several matrices.
-        meetings = max(_occurrences(atom, key, matrices, axis_facts), _contractions(roles, matrices))
+        meetings = max(_occurrences(atom, matrices, roles, axis_facts), _contractions(roles, matrices))
         if type(size_of(atom)) is not int or meetings < 2 or not producers:
             continue
         if roles["pinned"]:
@@ -113,29 +113,43 @@ def discover(axis_facts: AxisFacts) -> Discovery:
     return Discovery(tuple(couplings), tuple(refusals))
 
 
-def _by_role(facts: list[Fact]) -> dict[Role, list[Fact]]:
+def _by_role(facts: list[Fact], derivations: Collection[fx.Node]) -> dict[Role, list[Fact]]:
+    """Sort facts by role. A product inside a weight brings nothing into another one, unless nothing else does."""
     roles: dict[Role, list[Fact]] = defaultdict(list)
     for fact in facts:
         roles[fact.role].append(fact)
+    for role in ("free", "contracted"):
+        outside = [fact for fact in roles[role] if fact.node not in derivations]
+        roles[role] = outside or roles[role]
     return roles
 
 
 def _producers(roles: dict[Role, list[Fact]], matrices: set[str]) -> tuple[str, ...]:
     """Return the matrices that have the atom as a free axis of a contraction."""
-    names = (operand.parameter for fact in roles["free"] for operand in fact.operands)
+    names = (name for fact in roles["free"] for operand in fact.operands for name in operand.parameters)
     return tuple(dict.fromkeys(name for name in names if name in matrices))
 
 
-def _occurrences(atom: Atom, axes: Iterable[ParameterDim], names: Collection[str], axis_facts: AxisFacts) -> int:
-    """Count the occurrences of an atom on the axes of the named parameters."""
-    exprs = (axis_facts.parameters[name][dim] for name, dim in axes if name in names)
-    return sum(atoms_of(expr).count(atom) for expr in exprs)
+def _occurrences(atom: Atom, names: set[str], roles: dict[Role, list[Fact]], axis_facts: AxisFacts) -> int:
+    """Count the occurrences of an atom on the named parameters; those that one weight is made of count once."""
+    weights = [{name} for name in names]
+    for operand in (operand for role in ("free", "contracted") for fact in roles[role] for operand in fact.operands):
+        together = set(operand.parameters) & set(names)
+        if len(together) > 1 and any(atom in atoms_of(expr) for expr in operand.exprs):
+            meeting = [weight for weight in weights if weight & together]
+            weights = [weight for weight in weights if not weight & together] + [set().union(*meeting)]
+    counts = {name: sum(atoms_of(e).count(atom) for e in axis_facts.parameters[name]) for name in names}
+    apart = sum(max(counts[name] for name in weight) for weight in weights)
+    # Weights end to end are several, also where all of them are made of one more parameter.
+    facts = (*roles["free"], *roles["contracted"])
+    joined = (f for f in facts if any(names & set(o.parameters) for o in f.operands))
+    return max(apart, *(atoms_of(fact.expr).count(atom) for fact in joined), 0)
 
 
 def _contractions(roles: dict[Role, list[Fact]], matrices: set[str]) -> int:
     """Count the contractions that a matrix brings the atom into."""
     facts = (*roles["free"], *roles["contracted"])
-    return len({fact.node for fact in facts if any(operand.parameter in matrices for operand in fact.operands)})
+    return len({fact.node for fact in facts if any(matrices & set(o.parameters) for o in fact.operands)})
 
 
 def _kind(atom: Atom, roles: dict[Role, list[Fact]], axis_facts: AxisFacts, matrices: set[str]) -> Kind:
@@ -150,9 +164,7 @@ def _kind(atom: Atom, roles: dict[Role, list[Fact]], axis_facts: AxisFacts, matr
         return "groups" if _grouped(activations["free"], axis_facts) else "vo"
     if any(op_name(fact.node).startswith("aten.conv") for facts in roles.values() for fact in facts):
         return "conv"
-    produced = _producers(roles, matrices)
-    axes = [(name, dim) for name in produced for dim in range(len(axis_facts.parameters[name]))]
-    if _occurrences(atom, axes, produced, axis_facts) > 1:
+    if _occurrences(atom, set(_producers(roles, matrices)), roles, axis_facts) > 1:
         if roles["gate"]:
             return "glu"
         if roles["merge"]:
@@ -161,7 +173,7 @@ def _kind(atom: Atom, roles: dict[Role, list[Fact]], axis_facts: AxisFacts, matr
 
 
 def _of_activations(fact: Fact) -> bool:
-    return all(o.weighted and o.parameter is None for o in fact.operands)
+    return all(o.weighted and not o.parameters for o in fact.operands)
 
 
 def _meets_another(fact: Fact) -> bool:
@@ -195,7 +207,7 @@ def _between_activations(fact: Fact, axis_facts: AxisFacts) -> bool:
     """Return whether the axis is free in a product that sums over an axis of two activations."""
 
     def activations(operands: Iterable[r.Operand]) -> int:
-        return sum(o.weighted and o.parameter is None for o in operands)
+        return sum(o.weighted and not o.parameters for o in operands)
 
     return activations(axis_facts.operands[fact.node]) > 1 and any(
         other.node is fact.node and other.role == "contracted" and activations(other.operands) > 1

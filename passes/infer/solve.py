@@ -114,7 +114,7 @@ class Solver:
                 return [self._repeated(relation, node)]
             case r.Indexed(x, dim, index):
                 self._pin(x.exprs[dim], node, why)
-                if x.parameter is None or x.ndim < 3:  # a picked matrix is multiplied only later
+                if not x.parameters or x.ndim < 3:  # a picked matrix is multiplied only later
                     self._free(x.exprs[dim + 1 :] + x.exprs[:dim], node, x)
                 return [(*x.exprs[:dim], *index.exprs, *x.exprs[dim + 1 :])]
             case r.Created():
@@ -250,7 +250,7 @@ class Solver:
 
     def _pointwise_facts(self, relation: r.Pointwise, node: fx.Node, expr: Expr, here: list[r.Operand]) -> None:
         """Record what a pointwise op does to an axis that the operands `here` have."""
-        activations = [x for x in here if x.weighted and x.parameter is None]
+        activations = [x for x in here if x.weighted and not x.parameters]
         meeting = tuple(activations) if len({x.node for x in activations}) > 1 else ()
         scaled = relation.how in ("product", "quotient") and len(here) > 1
         if relation.how == "nonlinear" or scaled:
