@@ -104,6 +104,16 @@ class Snapshot:
                 total += _prod(shape)
         return total
 
+    @property
+    def share_outside(self) -> float:
+        """The share of the parameters that lie outside of the regions."""
+        outside = sum(
+            _prod(shape)
+            for name, (shape, _) in self.tensors.items()
+            if name not in self.ties and self.region_of(name) is None
+        )
+        return outside / max(1, self.parameters)
+
     def region_of(self, parameter: str) -> RegionSnapshot | None:
         """Return the region that a parameter lies in, or None."""
         inside = [r for name, r in self.regions.items() if not name or parameter.startswith(f"{name}.")]

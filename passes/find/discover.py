@@ -19,10 +19,12 @@ from torch import fx
 
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of, size_of
 from ecospa_fx.passes.axes.selection import placed
-from ecospa_fx.passes.graph.nodes import op_name, reason_text
+from ecospa_fx.passes.graph.nodes import op_name
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.ir import relations as r
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Role
+
+from .left_whole import Refusal, UncoupledAxis, pinned_by, uncoupled
 
 Kind = Literal["qk", "vo", "ffn", "glu", "heads", "groups", "conv", "residual"]
 
@@ -60,10 +62,11 @@ class RegionCoupling:
 
 @dataclass(frozen=True, eq=False)
 class Discovery:
-    """The couplings and the refusals of one captured graph."""
+    """The couplings and the refusals of one captured graph, and the axes of matrices that are neither."""
 
     couplings: tuple[RegionCoupling, ...]
     refusals: tuple[Refusal, ...]
+    uncoupled: tuple[UncoupledAxis, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Discovery:
         return self  # its atoms are compared by identity
@@ -84,20 +87,21 @@ def discover(axis_facts: AxisFacts) -> Discovery:
             facts[atom].append(fact)
     region = axis_facts.captured.region
     scores = {fact.node for fact in axis_facts.facts if fact.role == "contracted" and _meets_another(fact)}
-    couplings, refusals = [], []
+    couplings, refusals, others = [], [], []
     taken: set[str] = set()
     for atom, key in axes.items():
         roles = _by_role(facts[atom], axis_facts.derivations)
         matrices = {name for name, _ in key if len(axis_facts.parameters[name]) > 1}
         producers = _producers(roles, matrices)
         # A fused projection has several matrices in one parameter, end to end; a tied parameter is several matrices.
-        meetings = max(_occurrences(atom, matrices, roles, axis_facts), _contractions(roles, matrices))
+        meetings = max(_occurrences(atom, matrices, roles, axis_facts), _contractions(roles, matrices, axis_facts))
         if type(size_of(atom)) is not int or meetings < 2 or not producers:
+            if matrices:
+                others.append(uncoupled(axis_facts, key, atom.size, roles, producers))
             continue
         if roles["pinned"]:
-            reasons = dict.fromkeys(reason_text(fact.reason, fact.node, region) for fact in roles["pinned"])
             members = tuple(f"{join(region, name)}[{dim}]" for name, dim in key)
-            refusals.append(Refusal(members, atom.size, tuple(reasons), region))
+            refusals.append(Refusal(members, atom.size, pinned_by(roles["pinned"], region), region))
             continue
         kind = _kind(atom, roles, axis_facts, matrices)
         name = _name(kind, sorted(matrices), taken)
@@ -110,7 +114,7 @@ def discover(axis_facts: AxisFacts) -> Discovery:
                 _attention(roles, axis_facts, scores) if kind in ("qk", "vo") else None,
             )
         )  # fmt: skip
-    return Discovery(tuple(couplings), tuple(refusals))
+    return Discovery(tuple(couplings), tuple(refusals), tuple(others))
 
 
 def _by_role(facts: list[Fact], derivations: Collection[fx.Node]) -> dict[Role, list[Fact]]:
@@ -118,9 +122,8 @@ def _by_role(facts: list[Fact], derivations: Collection[fx.Node]) -> dict[Role, 
     roles: dict[Role, list[Fact]] = defaultdict(list)
     for fact in facts:
         roles[fact.role].append(fact)
-    for role in ("free", "contracted"):
-        outside = [fact for fact in roles[role] if fact.node not in derivations]
-        roles[role] = outside or roles[role]
+    roles["contracted"] = [fact for fact in roles["contracted"] if fact.node not in derivations]
+    roles["free"] = [fact for fact in roles["free"] if fact.node not in derivations] or roles["free"]
     return roles
 
 
@@ -146,9 +149,9 @@ def _occurrences(atom: Atom, names: set[str], roles: dict[Role, list[Fact]], axi
     return max(apart, *(atoms_of(fact.expr).count(atom) for fact in joined), 0)
 
 
-def _contractions(roles: dict[Role, list[Fact]], matrices: set[str]) -> int:
+def _contractions(roles: dict[Role, list[Fact]], matrices: set[str], axis_facts: AxisFacts) -> int:
     """Count the contractions that a matrix brings the atom into."""
-    facts = (*roles["free"], *roles["contracted"])
+    facts = [fact for fact in (*roles["free"], *roles["contracted"]) if fact.node not in axis_facts.derivations]
     return len({fact.node for fact in facts if any(matrices & set(o.parameters) for o in fact.operands)})
 
 
@@ -236,23 +239,3 @@ def _name(kind: Kind, matrices: list[str], taken: set[str]) -> str:
         name, number = f"{base}{number}", number + 1
     taken.add(name)
     return name
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Weights that meet along an axis that cannot shrink, with the reasons.
-
-    Attributes:
-        members: `parameter[dim]` of each weight that has the axis.
-        size: number of its entries.
-        reasons: why and where all entries are needed; one sentence each.
-        region: name of the region it was found in.
-    """
-
-    members: tuple[str, ...]
-    size: int
-    reasons: tuple[str, ...]
-    region: str
-
-    def __str__(self) -> str:
-        return f"{', '.join(self.members)} ({self.size}): {'; '.join(self.reasons)}"
