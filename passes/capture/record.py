@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ecospa_fx.passes.ir.region_graph import Call
 from ecospa_fx.passes.ir.signature import call_key
 from ecospa_fx.passes.ir.state_access import PLAIN, copy_objects, flattened, foreign, parted, resolve_object
 
+from .ends import Ends
 from .outside_uses import OutsideUses
 
 
@@ -35,6 +36,7 @@ def record_all(
     kwargs: dict[str, Any],
     names: set[str],
     used_outside: dict[str, str] | None = None,
+    ends: set[str] | None = None,
 ) -> dict[str, list[Call]]:
     """Return the calls of each named submodule in one forward of the model, one of each signature.
 
@@ -44,6 +46,7 @@ def record_all(
         kwargs: keyword arguments of it.
         names: of the submodules.
         used_outside: gets, by submodule, a sentence about a parameter of it that is used while it does not run.
+        ends: gets the names of parameters at the ends of the model, see `passes.capture.ends`.
     """
     calls: dict[str, list[Call]] = {}
     seen: set[Any] = set()
@@ -69,10 +72,13 @@ def record_all(
             if used_outside is None:
                 model(*call_args, **call_kwargs)
             else:
-                with OutsideUses(model, names) as watch:
+                with OutsideUses(model, names) as watch, Ends(model) if ends is not None else nullcontext() as at_ends:
                     handles += watch.register_hooks()
-                    model(*call_args, **call_kwargs)
+                    results = model(*call_args, **call_kwargs)
                 used_outside |= watch.reasons
+                if ends is not None and at_ends is not None:
+                    at_ends.leave(results)
+                    ends |= at_ends.names
     finally:
         for handle in handles:
             handle.remove()
