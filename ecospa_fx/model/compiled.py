@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from ecospa_fx.couple.coupling import Coupling, CouplingSelection
 from ecospa_fx.errors import CaptureError, NoCouplingError, ShrinkError
+from ecospa_fx.logs import logger
 from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.find.analyse import Analysis, shared_outside
 from ecospa_fx.passes.find.regions import choose
@@ -40,6 +41,7 @@ from .class_swap import original_class, own_forward_aside, swap_forward, swap_li
 from .copies import Copy, check_plan
 from .full_size import outside_forward, outside_inference
 from .optimizer_state import averages_of
+from .outside import outside_text
 from .planning import planned
 from .region import Region
 from .slicing import Absorber, prepare_tensors
@@ -147,6 +149,9 @@ class CompiledModel:
             model.__dict__.pop(MODEL, None)
             raise
         self.regions = regions
+        outside = outside_text(model, regions)
+        if outside:
+            logger("capture").info("%s: %s", type(model).__name__, outside)
         model.__dict__[MODEL] = self
         self.route(model)
 
@@ -347,5 +352,7 @@ def _nothing_found(model: nn.Module, analyses: Mapping[str, Analysis]) -> str:
     elif missing:
         detail = f" No axis rule is known for {', '.join(missing)}; axes that these touch stay full size"
     else:
-        detail = " No two of its weights multiply each other"
+        axes = [axis for analysis in analyses.values() for axis in analysis.discovery.uncoupled]
+        why = f": {'; '.join(map(str, axes[:2]))}" if axes else ""
+        detail = f" No two of its weights multiply each other{why}"
     return f"{type(model).__name__} has no coupling that can shrink, and is left as it was.{detail}"

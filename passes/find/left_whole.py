@@ -59,9 +59,9 @@ def uncoupled(
     if not reasons:
         facts = [*roles["contracted"], *roles["free"]]
         if producers:
-            why = "no other weight sums over the entries that it produces"
+            why = "no weight of the region sums over the entries that it produces"
         elif facts:
-            why = "no weight produces the entries that it sums over: they come in as they are"
+            why = "no weight of the region produces the entries that it sums over"
         elif {name for name, _ in axes} <= _unused(axis_facts):
             why = "the captured call does not use it"
         else:
