@@ -43,6 +43,10 @@ class OptimizerError(EcoSpaError, ValueError):
     """An optimizer that does not belong to the model, or whose state cannot follow a shrink."""
 
 
+class WrapperError(EcoSpaError, RuntimeError):
+    """A model that is spread over devices by something that a shrink cannot bring along."""
+
+
 class RestoreError(EcoSpaError, RuntimeError):
     """A module whose own forward cannot run with the shrunk weights, or returns something else with them."""
 

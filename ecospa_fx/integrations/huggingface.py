@@ -19,7 +19,7 @@ from ecospa_fx.api import compile
 from ecospa_fx.checkpoint.directory import read_save
 from ecospa_fx.checkpoint.rebuild import read_model, rebuild
 from ecospa_fx.checkpoint.save_load import resume, save
-from ecospa_fx.errors import CheckpointError
+from ecospa_fx.errors import CheckpointError, WrapperError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.state import Execution
@@ -55,7 +55,12 @@ class EcoSpaCallback(TrainerCallback):
         self._loss: float | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
-        """Compile the model, and prepare it to be given the weights of a shrunk checkpoint."""
+        """Compile the model, and prepare it to be given the weights of a shrunk checkpoint.
+
+        Raises:
+            WrapperError: the Trainer will spread the model over devices.
+        """
+        _check_one_device(args)
         model = given["model"]
         compile(model, execution=self.execution)
         model.register_load_state_dict_pre_hook(_keep_for_later)
@@ -103,6 +108,22 @@ class EcoSpaCallback(TrainerCallback):
         if args.should_save:
             directory = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / DIRECTORY
             save(given["model"], directory, trainer=self.trainer)
+
+
+def _check_one_device(args: TrainingArguments) -> None:
+    spread = {
+        "DistributedDataParallel": args.world_size > 1,
+        "DataParallel": args.n_gpu > 1,
+        "FSDP": bool(args.fsdp),
+        "DeepSpeed": bool(args.deepspeed),
+    }
+    for wrapper, used in reversed(spread.items()):
+        if used:
+            raise WrapperError(
+                f"this Trainer wraps the model in {wrapper} (world_size={args.world_size}, n_gpu={args.n_gpu}), whose "
+                "gradients are kept at sizes of their own, which a shrink would change under it: ranks would drift "
+                "apart. Train in one process on one device: without torchrun, with CUDA_VISIBLE_DEVICES=0"
+            )
 
 
 def _keep_for_later(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

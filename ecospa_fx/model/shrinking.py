@@ -16,6 +16,7 @@ from .diff import ModuleDiff, diff_of, shapes_of
 from .lookup import check_optimizer, state_of
 from .optimizer_state import several
 from .slicing import Absorber
+from .wrappers import check_wrappers
 
 
 def shrink(
@@ -48,7 +49,9 @@ def shrink(
         NoCouplingError: there is no such coupling.
         OptimizerError: the optimizer holds none of the parameters, or state that cannot follow.
         PinnedAxisError: another call signature of the model needs an axis at full size.
+        WrapperError: the model is spread over devices, in a wrapper that cannot follow.
     """
+    check_wrappers(model)
     compiled = state_of(model)
     optimizers = several(optimizer)
     for each in optimizers:

@@ -20,6 +20,7 @@ from ecospa_fx.model.diff import ModuleDiff
 from ecospa_fx.model.lookup import check_optimizer, is_captured
 from ecospa_fx.model.optimizer_state import check_can_follow, several
 from ecospa_fx.model.shrinking import shrink
+from ecospa_fx.model.wrappers import check_wrappers
 from ecospa_fx.score.step_watcher import StepWatcher
 
 from .batches import LossListener, loss_of, tokens_of
@@ -114,6 +115,7 @@ class EcoSpaTrainer:
         TargetError: a setting is out of range, or the target is below what can be reached.
         OptimizerError: the optimizer holds none of the model's parameters, or cannot be carried through a shrink.
         ShrinkError: something in `also` is not a copy of the model.
+        WrapperError: the model is spread over devices, in a wrapper that cannot follow a shrink.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ class EcoSpaTrainer:
         absorb: bool | None = None,
         rotate: bool | None = None,
     ) -> None:
+        check_wrappers(model)
         if MODEL not in model.__dict__:
             raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
         check_options(policy, preset, gradients)

@@ -7,6 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
 import ecospa_fx
+from ecospa_fx.errors import WrapperError
 from ecospa_fx.integrations.huggingface import EcoSpaCallback
 
 
@@ -91,3 +92,13 @@ def test_a_checkpoint_with_other_settings_is_refused(whole, tmp_path):
         ecospa_fx.errors.CheckpointError, match=r"the trainer has theta=0.5 and the saved one theta=0.9"
     ):
         again.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "wrapper"), [({"world_size": 2}, "DistributedDataParallel"), ({"n_gpu": 2}, "DataParallel")]
+)
+def test_several_devices_are_refused_before_the_model_is_touched(tmp_path, monkeypatch, given, wrapper):
+    ((name, value),) = given.items()
+    monkeypatch.setattr(TrainingArguments, name, property(lambda self: value))
+    with pytest.raises(WrapperError, match=f"wraps the model in {wrapper} .* ranks would drift apart. Train in one"):
+        trainer_of(tmp_path)

@@ -1,0 +1,90 @@
+"""Wrappers: classes that spread a model over devices, with sizes of their own that a shrink would change under them.
+
+Buckets, flat parameters and shards are made once, for the sizes of that moment. After a shrink the gradients of some
+parameters are no longer reduced, and the ranks drift apart, often without an error: the reducer of
+`DistributedDataParallel` holds on to the gradient accumulators that it was made with.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ecospa_fx.collectives import is_distributed
+from ecospa_fx.errors import WrapperError
+
+HOLDS = {
+    "DistributedDataParallel": "gradient buckets",
+    "FullyShardedDataParallel": "flat parameters",
+    "FSDPModule": "shards",
+    "DataParallel": "replicas",
+    "DeepSpeedEngine": "flat parameters",
+}
+"""The class of a wrapper, by name because its library need not be installed -> what it keeps at sizes of its own."""
+
+WAY_OUT = "Train without it, in one process on one device; or shrink the plain model first, and wrap it afterwards"
+
+
+def check_wrappers(model: nn.Module) -> None:
+    """Refuse a model that is spread over devices.
+
+    Args:
+        model: the model that is to shrink, or a wrapper of it.
+
+    Raises:
+        WrapperError: the model or a part of it is wrapped, or parameters are sharded.
+    """
+    name = type(model).__name__
+    for where, module in model.named_modules():
+        wrapper = _wrapper(module)
+        if wrapper is not None:
+            inner = getattr(module, "module", None)
+            if isinstance(inner, nn.Module):
+                where, name = "", type(inner).__name__
+            raise WrapperError(_wrapped(f"`{where}` of {name}" if where else name, wrapper))
+    for wrapper in _wrappers_around(model):
+        raise WrapperError(_wrapped(name, wrapper))
+    for parameter_name, parameter in model.named_parameters():
+        if any(cls.__name__ == "DTensor" for cls in type(parameter).__mro__):
+            raise WrapperError(
+                f"`{parameter_name}` of {name} is sharded (a DTensor), as in tensor parallelism, and its shards would "
+                f"keep their sizes when the model shrinks. {WAY_OUT}"
+            )
+
+
+def _wrapped(where: str, wrapper: str) -> str:
+    return (
+        f"{where} is wrapped in {wrapper}, whose {HOLDS[wrapper]} would keep their sizes when the model shrinks: "
+        f"gradients would no longer be reduced, and the ranks drift apart. {WAY_OUT}"
+    )
+
+
+def _wrappers_around(model: nn.Module) -> Iterator[str]:
+    """Yield the classes of the wrappers that hold the model. No reference leads there, so all objects are searched."""
+    if not (is_distributed() or torch.cuda.device_count() > 1):
+        return
+    if next(_around(model), None) is not None:
+        gc.collect()  # of wrappers that nobody holds any more
+        yield from _around(model)
+
+
+def _around(model: nn.Module) -> Iterator[str]:
+    for each in gc.get_objects():
+        # The class is asked and not the object: lazy objects of other libraries import something when asked.
+        if issubclass(type(each), nn.Module):
+            wrapper = _wrapper(each)
+            if wrapper is not None and any(module is model for module in each.modules()):
+                yield wrapper
+
+
+def _wrapper(module: nn.Module) -> str | None:
+    """Return the class among `HOLDS` that a module is of, if it is of any and on several devices."""
+    classes = {
+        cls.__name__ for cls in type(module).__mro__ if cls.__module__.partition(".")[0] in ("torch", "deepspeed")
+    }
+    name = next((name for name in HOLDS if name in classes), None)
+    one_device = name == "DataParallel" and len(getattr(module, "device_ids", ())) < 2  # it calls the model itself
+    return None if one_device else name
