@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.model.region import Region
 from ecospa_fx.passes.find.left_whole import Refusal, UncoupledAxis
+from ecospa_fx.passes.graph.tensors import join
 
 from .snapshot import Snapshot
 
@@ -27,11 +28,13 @@ def uncoupled_axes(
             yield axis
     for name, (shape, _) in snapshot.tensors.items():
         for dim, size in enumerate(shape) if len(shape) > 1 and name not in snapshot.ties else ():
-            axis_name = f"{name}[{dim}]"
-            if size > 1 and axis_name not in told:
-                inside = snapshot.region_of(name)
-                reason = _outside(name, not_captured) if inside is None else "the captured call does not use it"
-                yield UncoupledAxis((axis_name,), size, (reason,), "" if inside is None else inside.name)
+            inside = snapshot.region_of(name)
+            if size == 1 or f"{name}[{dim}]" in told:
+                continue
+            if inside is None:
+                yield UncoupledAxis((f"{name}[{dim}]",), size, (_outside(name, not_captured),), "")
+            elif name not in {join(inside.name, used) for used in inside.axis_facts.parameters}:
+                yield UncoupledAxis((f"{name}[{dim}]",), size, ("the captured call does not use it",), inside.name)
 
 
 def _outside(parameter: str, not_captured: Mapping[str, str]) -> str:

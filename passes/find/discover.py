@@ -24,7 +24,7 @@ from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.ir import relations as r
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Role
 
-from .left_whole import Refusal, UncoupledAxis, pinned_by, uncoupled
+from .left_whole import Refusal, UncoupledAxis, one_by_one, pinned_by, uncoupled
 
 Kind = Literal["qk", "vo", "ffn", "glu", "heads", "groups", "conv", "residual"]
 
@@ -114,7 +114,7 @@ def discover(axis_facts: AxisFacts) -> Discovery:
                 _attention(roles, axis_facts, scores) if kind in ("qk", "vo") else None,
             )
         )  # fmt: skip
-    return Discovery(tuple(couplings), tuple(refusals), tuple(others))
+    return Discovery(tuple(couplings), tuple(refusals), (*others, *one_by_one(axis_facts)))
 
 
 def _by_role(facts: list[Fact], derivations: Collection[fx.Node]) -> dict[Role, list[Fact]]:
@@ -138,7 +138,7 @@ def _occurrences(atom: Atom, names: set[str], roles: dict[Role, list[Fact]], axi
     weights = [{name} for name in names]
     for operand in (operand for role in ("free", "contracted") for fact in roles[role] for operand in fact.operands):
         together = set(operand.parameters) & set(names)
-        if len(together) > 1 and any(atom in atoms_of(expr) for expr in operand.exprs):
+        if len(together) > 1:
             meeting = [weight for weight in weights if weight & together]
             weights = [weight for weight in weights if not weight & together] + [set().union(*meeting)]
     counts = {name: sum(atoms_of(e).count(atom) for e in axis_facts.parameters[name]) for name in names}

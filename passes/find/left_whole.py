@@ -5,9 +5,10 @@ uncoupled(axis_facts, axes, ...)   an axis along which no two weights meet, with
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ecospa_fx.passes.axes.algebra import atoms_of, size_of
 from ecospa_fx.passes.graph.nodes import reason_text
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Role
@@ -68,6 +69,17 @@ def uncoupled(
             why = "no op multiplies it with another weight along it"
         reasons = (reason_text(why, facts[0].node, region) if facts else why,)
     return UncoupledAxis(tuple(f"{join(region, name)}[{dim}]" for name, dim in axes), size, reasons, region)
+
+
+def one_by_one(axis_facts: AxisFacts) -> Iterator[UncoupledAxis]:
+    """Yield the dims of matrices of which each entry is cut out for itself, so that there is no axis to select from."""
+    captured = axis_facts.captured
+    for name, exprs in axis_facts.parameters.items():
+        for dim, expr in enumerate(exprs if len(exprs) > 1 and name not in captured.same_storage else ()):
+            size = size_of(expr)
+            if type(size) is int and size > 1 and not atoms_of(expr):
+                axis = f"{join(captured.region, name)}[{dim}]"
+                yield UncoupledAxis((axis,), size, ("each of its entries is cut out for itself",), captured.region)
 
 
 def _unused(axis_facts: AxisFacts) -> set[str]:

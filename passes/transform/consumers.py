@@ -218,6 +218,8 @@ def _use(user: fx.Node, argument: fx.Node, order: tuple[int, ...], axis_facts: A
     where = f"{op_name(user)} ({place(user, axis_facts.captured.region)})"
     if argument_nodes(user).count(argument) != 1 or user.op != "call_function":
         return f"{where} takes it more than once, or not as a matrix"
+    if user in axis_facts.derivations:
+        return f"{where} makes another weight of it, whose columns are not its own"
     relation = axis_facts.relations.get(user)
     use = _product(relation, user, argument) if isinstance(relation, Pattern) and not relation.apart else None
     if use is None:
