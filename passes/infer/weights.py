@@ -14,16 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import fx
 
 from ecospa_fx.passes.axes.algebra import UNIT, Atom, Size, atoms_of
 from ecospa_fx.passes.axes.sizes import as_size
-from ecospa_fx.passes.graph.nodes import memory_behind, op_name, tensor_meta, tensors_of, written_arguments
+from ecospa_fx.passes.graph.nodes import op_name, tensor_meta, tensors_of
 from ecospa_fx.passes.ir import relations as r
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact
 from ecospa_fx.passes.ir.patterns import bind
 from ecospa_fx.passes.ir.region_graph import RegionGraph
+
+from .taint import given_nodes
 
 
 class Weights:
@@ -31,7 +32,7 @@ class Weights:
 
     def __init__(self, captured: RegionGraph) -> None:
         self._captured = captured
-        self._given = _given_nodes(captured)
+        self._given = given_nodes(captured)
         self._made_of: dict[fx.Node, tuple[str, ...]] = {}  # of values that nothing given enters: their parameters
         self._weights: dict[fx.Node, tuple[str, ...]] = {}
 
@@ -165,16 +166,3 @@ def _factors_that_meet_apart(relation: r.Pattern) -> tuple[r.Operand, ...]:
     if len(set(summed)) < len(summed):
         return ()
     return tuple(o for t, o in named if pattern.output.keys <= t.keys)
-
-
-def _given_nodes(captured: RegionGraph) -> set[fx.Node]:
-    """Return the nodes whose values depend on the tensors of a call."""
-    given: set[fx.Node] = set()
-    for node in captured.graph.nodes:
-        if node.op == "placeholder":
-            if node.name in captured.inputs:
-                given.add(node)
-        elif node.target is not torch.ops.aten.sym_size.int and any(arg in given for arg in node.all_input_nodes):
-            given.add(node)
-            given.update(made for value in written_arguments(node) for made in memory_behind(value))
-    return given

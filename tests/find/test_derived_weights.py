@@ -229,6 +229,49 @@ def test_masks_of_pruning_are_followed_while_training(kind):
         torch.testing.assert_close(step(model, optimizers[1]), step(masked, optimizers[0]))
 
 
+@pytest.mark.filterwarnings("ignore:forward hooks on:UserWarning")
+@pytest.mark.parametrize("kind", ["hook", "parametrization"])
+def test_masks_of_pruning_shrink_with_their_weights(kind):
+    """So the model's own Python can run at the sizes left, and the mask can be made permanent."""
+    twin, model = hooked(kind), hooked(kind)
+    ecospa_fx.compile(model, example_inputs=(X,), execution="module")
+    (coupling,) = ecospa_fx.couplings(model)
+    ecospa_fx.shrink(model, {coupling: KEEP})
+    hidden = twin[1](twin[0](X)) * torch.zeros(8, dtype=torch.float64).index_fill(0, KEEP, 1.0)
+    torch.testing.assert_close(model(X), twin[2](hidden))
+    assert {t.shape for name, t in model.named_buffers() if "mask" in name} == {(5, 4), (3, 5)}
+    if kind == "hook":
+        prune.remove(model[0], "weight")
+        assert model[0].weight.shape == (5, 4)
+
+
+@pytest.mark.parametrize(
+    "masking",
+    [
+        lambda w, mask: w * mask,
+        lambda w, mask: w.masked_fill(~mask, 0.0),
+        lambda w, mask: torch.where(mask.to(torch.uint8) > 0, w, 0.0),
+    ],
+)
+def test_masks_of_booleans_shrink_with_their_weights(masking):
+    class Layer(nn.Linear):
+        def __init__(self, *sizes):
+            super().__init__(*sizes, dtype=torch.float64)
+            self.register_buffer("mask", torch.rand(self.weight.shape) > 0.4)
+
+        def forward(self, x):
+            return F.linear(x, masking(self.weight, self.mask), self.bias)
+
+    model = nn.Sequential(Layer(4, 8), nn.ReLU(), Layer(8, 3))
+    twin = copy.deepcopy(model)
+    ecospa_fx.compile(model, example_inputs=(X,))
+    (coupling,) = ecospa_fx.couplings(model)
+    ecospa_fx.shrink(model, {coupling: KEEP})
+    hidden = twin[1](twin[0](X)) * torch.zeros(8, dtype=torch.float64).index_fill(0, KEEP, 1.0)
+    torch.testing.assert_close(model(X), twin[2](hidden))
+    assert model[0].mask.shape == (5, 4) and model[2].mask.shape == (3, 5)
+
+
 def test_a_weight_that_is_a_function_takes_over_nothing_and_keeps_its_basis():
     def identity(x):
         return x + 0
