@@ -93,6 +93,13 @@ class Changes:
 
 
 @contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Run submodules without their hooks."""
+    with _other_hooks(module, inner_hooks(module), lambda _path, _hook: None):
+        yield
+
+
+@contextmanager
 def noted(module: nn.Module, paths: Iterable[str]) -> Iterator[Changes]:
     """Run hooks as usual, and note what they change: what goes through the module, or tensors that it reads."""
     changes = Changes()

@@ -15,7 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-from ecospa_fx.passes.graph.isolate import isolated, uncached_autocast
+from ecospa_fx.passes.graph.isolate import Draws, isolated, uncached_autocast
 from ecospa_fx.passes.graph.tensors import named_tensors, swapped
 from ecospa_fx.passes.ir.region_graph import Call
 from ecospa_fx.passes.ir.signature import call_key
@@ -23,6 +23,9 @@ from ecospa_fx.passes.ir.state_access import PLAIN, copy_objects, flattened, for
 
 from .ends import Ends
 from .outside_uses import OutsideUses
+
+# Forwards in which a submodule is looked for that others, drawn at random, may leave out (stochastic depth).
+_ATTEMPTS = 16
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: set[str]) -> dict[str, Call]:
@@ -39,6 +42,8 @@ def record_all(
     ends: set[str] | None = None,
 ) -> dict[str, list[Call]]:
     """Return the calls of each named submodule in one forward of the model, one of each signature.
+
+    Where a forward leaves submodules out at random, it is run several times.
 
     Args:
         model: the model; left as it is.
@@ -69,16 +74,24 @@ def record_all(
         with isolated(model), _computable(model) as fake, torch.no_grad(), uncached_autocast():
             copied = pytree.tree_map(_copied, (args, kwargs), is_leaf=foreign)
             call_args, call_kwargs = pytree.tree_map_only(Tensor, fake, copied, is_leaf=foreign)
-            if used_outside is None:
-                model(*call_args, **call_kwargs)
-            else:
-                with OutsideUses(model, names) as watch, Ends(model) if ends is not None else nullcontext() as at_ends:
-                    handles += watch.register_hooks()
+            watch = OutsideUses(model, names if used_outside is not None else ())
+            at_ends = None if ends is None else Ends(model)
+            handles += watch.register_hooks()
+            for attempt in range(_ATTEMPTS):
+                draws = Draws()
+                if attempt:
+                    copied = pytree.tree_map(_copied, (args, kwargs), is_leaf=foreign)
+                    call_args, call_kwargs = pytree.tree_map_only(Tensor, fake, copied, is_leaf=foreign)
+                with watch, at_ends or nullcontext():
                     results = model(*call_args, **call_kwargs)
-                used_outside |= watch.reasons
-                if ends is not None and at_ends is not None:
+                if at_ends is not None:
                     at_ends.leave(results)
-                    ends |= at_ends.names
+                if calls.keys() == names or not draws.moved():
+                    break  # all are called, or none of the others ever is in such a call
+            if used_outside is not None:
+                used_outside |= watch.reasons
+            if ends is not None and at_ends is not None:
+                ends |= at_ends.names
     finally:
         for handle in handles:
             handle.remove()

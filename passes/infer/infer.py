@@ -100,11 +100,28 @@ class _Walk:
             for i, operand in enumerate(operands[: self.captured.returned]):
                 for expr in operand.exprs:
                     self.axis_facts.pin(expr, node, f"it leaves the region as output {i}")
+            self._assign(node)
             self._store(node)
         elif node.op == "call_function" and tensor_meta(node):
             self._call(node)
         elif node.op == "call_function" and isinstance(node.meta.get("val"), (tuple, list)):
             self._several(node)
+
+    def _assign(self, output: fx.Node) -> None:
+        """Unify the axes of a buffer with those of the tensor that is assigned to it; pin those of other attributes."""
+        results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+        for place, node in zip(self.captured.assigned, self.captured.assigned_among(results), strict=True):
+            if node not in self.weighted:
+                continue
+            (exprs,) = self.axis_facts.values[node]
+            name = place.full_name
+            before = self.axis_facts.parameters.get(name, ())
+            if place.buffer and tuple(map(size_of, before)) == tuple(map(size_of, exprs)):
+                for a, b in zip(exprs, before, strict=True):
+                    self.axes.unify(a, b)
+                continue
+            for expr in (*exprs, *before):
+                self.axis_facts.pin(expr, output, f"it is kept as `{name}`, whose other uses are unknown")
 
     def _store(self, output: fx.Node) -> None:
         """Unify the axes of tensors in objects after a call with those before it."""
