@@ -48,6 +48,7 @@ types: $(DEV_READY)  ## mypy --strict on the source tree
 
 bench: $(TEST_READY)  ## run the benchmarks; ARGS="..." goes to bench/rewrite.py
 	PYTHONPATH=bench $(RUN) bench/explain.py
+	PYTHONPATH=bench $(RUN) bench/coverage.py
 	PYTHONPATH=bench $(RUN) bench/rewrite.py $(ARGS)
 
 bench-kernels: $(TEST_READY)  ## kernels and the estimator on the CPU, and the compiler output of the kernels for GPUs

@@ -40,9 +40,9 @@ def compile(
         model: any module; of `torch.compile(module)` and the like the module inside is compiled.
         example_inputs: positional arguments of a call, to capture now.
         example_kwargs: keyword arguments of that call.
-        regions: the submodules to capture as graphs: `"auto"` (repeated blocks where couplings close inside them, else
-            the whole model, else the largest submodules that can be captured), `"blocks"`, `"root"`, or names of
-            submodules.
+        regions: the submodules to capture as graphs: `"auto"` (repeated blocks where couplings close inside them and
+            reach most of what those of the whole model do, else the whole model, else the largest submodules that can
+            be captured), `"blocks"`, `"root"`, or names of submodules. `explain` says what lies outside.
         experiments: find an axis rule by experiment for an op that has none, where shrinking by it has been verified on
             this call. Evidence and not proof, so off unless asked for; `explain` names these ops.
         execution: `"graph"` runs generated code and offers every coupling. `"module"` runs the model's own Python,

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from ecospa_fx.couple.coupling import Coupling, CouplingSelection
 from ecospa_fx.errors import CaptureError, NoCouplingError, ShrinkError
+from ecospa_fx.logs import logger
 from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.find.analyse import Analysis, shared_outside
 from ecospa_fx.passes.find.regions import choose
@@ -49,6 +50,7 @@ from .copies import Copy, check_plan
 from .full_size import in_transform, outside_forward, outside_inference
 from .journal import Journal, all_or_nothing
 from .optimizer_state import averages_of
+from .outside import outside_text
 from .parametrized import first_removal
 from .planning import planned
 from .region import Region
@@ -167,6 +169,9 @@ class CompiledModel:
             model.__dict__.pop(MODEL, None)
             raise
         self.regions = regions
+        outside = outside_text(model, regions)
+        if outside:
+            logger("capture").info("%s: %s", type(model).__name__, outside)
         model.__dict__[MODEL] = self
         self.route(model)
 
@@ -412,6 +417,8 @@ def _nothing_found(model: nn.Module, analyses: Mapping[str, Analysis]) -> str:
     elif missing:
         detail = f" No axis rule is known for {', '.join(missing)}; axes that these touch stay full size"
     else:
-        detail = " No two of its weights multiply each other"
+        axes = [axis for analysis in analyses.values() for axis in analysis.discovery.uncoupled]
+        why = f": {'; '.join(map(str, axes[:2]))}" if axes else ""
+        detail = f" No two of its weights multiply each other{why}"
     detail += first_removal(model)
     return f"{type(model).__name__} has no coupling that can shrink, and is left as it was.{detail}"

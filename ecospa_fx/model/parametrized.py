@@ -14,7 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ecospa_fx.passes.find.discover import Refusal
+from ecospa_fx.passes.find.left_whole import Refusal
 from ecospa_fx.passes.graph.tensors import join
 
 HOOKS: tuple[tuple[type, str, str, str], ...] = (

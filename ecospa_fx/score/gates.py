@@ -2,7 +2,8 @@
 
 An entry's gate multiplies it wherever it is summed over. The gradient along the gate is `sum(w * g)` over the weights
 that the entry is multiplied by: over columns of the weights that sum over it, or, where two activations meet along it,
-over the rows that make either.
+over the rows that make either. Where a weight is a function of its parameters, these are the parameters: the sum is the
+gradient along the gate if the function is linear in them (a mask, a fixed scale), and close to it if it is not.
 """
 
 from __future__ import annotations

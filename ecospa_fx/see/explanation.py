@@ -32,6 +32,7 @@ from .findings import Findings
 from .report import write_report
 from .snapshot import snapshot_of
 from .tables import json_of, markdown_of, rich_of, text_of
+from .uncoupled import uncoupled_axes
 from .why_not import WhyNot, why_not
 
 
@@ -221,20 +222,21 @@ def example_call(
 
 
 def _explanation(model: nn.Module, compiled: CompiledModel, seconds: dict[str, float]) -> Explanation:
-    axis_facts = [each.axis_facts for region in compiled.regions.values() for each in reversed(region.specializations)]
-    calls = removals(model)
+    regions = list(compiled.regions.values())
+    axis_facts = [each.axis_facts for region in regions for each in reversed(region.specializations)]
+    couplings, snapshot, calls = compiled.couplings(), snapshot_of(model, compiled), removals(model)
+    refusals = tuple(with_way_out(refusal, calls) for region in regions for refusal in region.offers.refusals())
     return Explanation(
         model=type(model).__name__,
         regions=tuple(compiled.regions),
-        couplings=compiled.couplings(),
-        refusals=tuple(
-            with_way_out(refusal, calls) for region in compiled.regions.values() for refusal in region.offers.refusals()
-        ),
+        couplings=couplings,
+        refusals=refusals,
+        uncoupled=tuple(uncoupled_axes(snapshot, regions, couplings, refusals, compiled.not_captured)),
         missing_rules=_uses((i.captured.region, i.missing) for i in axis_facts),
         experiments=_uses((i.captured.region, i.experiments) for i in axis_facts),
         not_captured=dict(compiled.not_captured),
         seconds=seconds,
-        snapshot=snapshot_of(model, compiled),
+        snapshot=snapshot,
         make_graph=lambda: nx.union_all(
             [nx.relabel_nodes(axis_graph(i), lambda key, n=n: (n, *key)) for n, i in enumerate(axis_facts)]
         ),

@@ -16,6 +16,7 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.model.cost import Cost, CostModel
 from ecospa_fx.model.lookup import couplings, state_of
+from ecospa_fx.model.outside import beyond
 from ecospa_fx.model.wrappers import unwrapped
 from ecospa_fx.score.judging import index_scores
 
@@ -90,12 +91,13 @@ class CoupledSparsifier:
             limits = [f"min_keep={self.constraints.min_keep}"]
             limits += [f"round_to={self.constraints.round_to}"] if self.constraints.round_to > 1 else []
             limits += [f"{len(self.whole)} couplings that stay whole"] if self.whole else []
+            state = state_of(model)
             of = f"{sizes.original:,} {'ns' if isinstance(cost, Latency) else cost}"
             of = of if among == "all" else f"the {base:,} prunable ones of {of}"
             raise TargetError(
                 f"target={target:g} of {of} is {self.target_size(sizes):,}, but the couplings reach "
                 f"down to {floor:,} only; the smallest reachable target is {least:g} with "
-                f"{', '.join(limits)}"
+                f"{', '.join(limits)}{beyond(model, state.regions, state.not_captured)}"
             )
 
     @classmethod
