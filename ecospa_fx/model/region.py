@@ -23,8 +23,8 @@ from ecospa_fx.passes.find.discover import Discovery, discover
 from ecospa_fx.passes.find.numbers import with_numbers
 from ecospa_fx.passes.follow.attributes import Attribute, holding, numbers_in, restore_layer_sizes, sync_layer_sizes
 from ecospa_fx.passes.follow.follow import PythonSupport, follow
+from ecospa_fx.passes.graph.python_state import StateChange
 from ecospa_fx.passes.graph.tensors import join, same_storage, swapped
-from ecospa_fx.passes.graph.world import Change
 from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.infer.sizes import called_sizes
 from ecospa_fx.passes.ir.region_graph import Call
@@ -78,7 +78,7 @@ class Region:
         self.uncaptured: str | None = None
         self._warned = False
         self._not_inputs: set[str] = set()  # numbers that a graph cannot take as inputs
-        self._fills: tuple[Change, ...] = ()  # the changes that the last captured call makes to caches
+        self._fills: tuple[StateChange, ...] = ()  # the changes that the last captured call makes to caches
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle writes: without programs, which the next call captures and generates again."""
