@@ -14,14 +14,14 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
-from ecospa_fx.passes.graph.namespaces import ABSENT, Watching, foreign_code, namespaces, value_in
+from ecospa_fx.passes.graph.namespaces import ABSENT, Code, Watching, foreign_code, namespaces, value_in
 from ecospa_fx.passes.graph.python_state import OWN, StateChange, contents, is_constant, is_record, same
 from ecospa_fx.passes.ir.guards import Contents, ModuleRoot, OfClass, Read
 from ecospa_fx.passes.ir.state_access import PathItem
@@ -151,17 +151,17 @@ def _flat(value: Any) -> bool:
 
 
 @contextmanager
-def recorded_reads(module: nn.Module, code: Iterable[tuple[CodeType, dict[str, Any]]] = ()) -> Iterator[Reads]:
+def recorded_reads(module: nn.Module, code: Code | None = None) -> Iterator[Reads]:
     """Record all that a forward of a module reads in Python inside the `with` block.
 
     Args:
         module: the module.
-        code: functions that the forward runs, with their globals, see `executed`.
+        code: functions that the forward runs, see `executed`.
     """
     reads = Reads(module)
     try:
         reads.watch()
-        _add_globals(reads, code)
+        _add_globals(reads, code or {})
         yield reads
     finally:
         reads.unwatch()
@@ -193,7 +193,7 @@ def executed() -> Iterator[dict[CodeType, dict[str, Any]]]:
             sys.setprofile(before)
 
 
-def _add_globals(reads: Reads, code: Iterable[tuple[CodeType, dict[str, Any]]]) -> None:
+def _add_globals(reads: Reads, code: Code) -> None:
     for namespace, name, where in namespaces(reads.module, code):
         entry, value = isinstance(namespace, dict), value_in(namespace, name)
         if value is not ABSENT and not isinstance(value, ModuleType):

@@ -13,9 +13,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.graph.isolate import Draws, isolated, uncached_autocast
-from ecospa_fx.passes.graph.namespaces import ABSENT, foreign_code, put_in, value_in
+from ecospa_fx.passes.graph.namespaces import ABSENT, Code, code_of, foreign_code, put_in, value_in
 from ecospa_fx.passes.graph.python_state import PythonState, StateChange, contents, put_back, same
 from ecospa_fx.passes.graph.tensors import at_original_sizes
 from ecospa_fx.passes.ir.region_graph import Assigned, Forward, Originals, described
@@ -33,20 +33,18 @@ from ecospa_fx.passes.ir.state_access import ObjectLeaf, copy_objects, flattened
 from .hooks import without_hooks
 from .reads import executed, recorded_reads
 
-Code = Sequence[tuple[CodeType, dict[str, Any]]]
-
 
 @dataclass(frozen=True)
 class Rehearsal:
     """The side effects of a forward.
 
     Attributes:
-        code: the functions that it runs, with their globals.
+        code: the functions that it runs.
         assigned: the places to which every call assigns a tensor.
         filled: the changes that only its first call makes, to caches.
     """
 
-    code: Code = ()
+    code: Code = field(default_factory=dict)
     assigned: tuple[Assigned, ...] = ()
     filled: tuple[StateChange, ...] = ()
 
@@ -95,7 +93,8 @@ def rehearsed(
         world = PythonState(module)
         with executed() as seen:
             run()
-        code = tuple(seen.items())
+        # Cells of closures are known from functions, which a frame does not name.
+        code = seen | {key: function for key, function in code_of(module).items() if key in seen}
         first = tuple(world.changes())
         again, draws = PythonState(module, code), Draws()
         try:

@@ -74,12 +74,12 @@ def uncached_autocast() -> Iterator[None]:
 def isolated(model: nn.Module) -> Iterator[None]:
     """Restore everything that forwards inside change: parameters, buffers, attributes and the random generators."""
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    world = PythonState(model)
+    state = PythonState(model)
     try:
         with forked_rng(model), restored_parameters(model), swapped(model, buffers):
             yield
     finally:
-        world.restore()
+        state.restore()
 
 
 class restored_parameters(TorchFunctionMode):

@@ -10,7 +10,7 @@ import dis
 import functools
 import gc
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -44,31 +44,46 @@ class Watching:
         """Keep quiet."""
 
 
-def code_of(module: nn.Module) -> dict[CodeType, dict[str, Any]]:
-    """Find the functions that the forwards of a module and its submodules can reach by their names, with their globals.
+Code = Mapping[CodeType, FunctionType | dict[str, Any]]
+"""Code -> the function that it is of, or its globals where that is not known."""
+
+
+def code_of(module: nn.Module) -> dict[CodeType, FunctionType | dict[str, Any]]:
+    """Find the functions that the forwards of a module and its submodules can reach by their names.
 
     These are methods of their classes that are named in the code, and functions among its globals; not those of torch.
     """
-    found: dict[CodeType, dict[str, Any]] = {}
-    classes: dict[type, list[Any]] = {}
+    found: dict[CodeType, FunctionType | dict[str, Any]] = {}
+    classes: dict[type, list[FunctionType]] = {}
     for child in module.modules():
         held = [value for value in child.__dict__.values() if isinstance(value, FunctionType)]
-        classes.setdefault(type(child), [getattr(type(child), "forward", None)]).extend(held)
-    for cls, waiting in classes.items():
-        while waiting:
-            function: Any = waiting.pop()
-            function = getattr(function, "__func__", function)
-            if not isinstance(function, FunctionType) or function.__code__ in found:
-                continue
-            if foreign_code(function.__globals__.get("__name__")):
-                continue
-            found[function.__code__] = function.__globals__
-            for code in _nested(function.__code__):
-                found.setdefault(code, function.__globals__)
-                waiting += [getattr(cls, name, None) for name in code.co_names if hasattr(cls, name)]
-                waiting += [function.__globals__.get(name) for name in code.co_names]
-            waiting += [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
+        classes.setdefault(type(child), []).extend(held)
+    for cls, held in classes.items():
+        for function in (*_reached(cls), *held):
+            if function.__code__ not in found and not foreign_code(function.__globals__.get("__name__")):
+                found |= dict.fromkeys(_nested(function.__code__), function.__globals__)
+                found[function.__code__] = function
     return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _reached(cls: type) -> tuple[FunctionType, ...]:
+    """Find the functions that the forward of a class can reach by their names."""
+    found: dict[CodeType, FunctionType] = {}
+    waiting: list[Any] = [getattr(cls, "forward", None)]
+    while waiting:
+        function = waiting.pop()
+        function = getattr(function, "__func__", function)
+        if not isinstance(function, FunctionType) or function.__code__ in found:
+            continue
+        if foreign_code(function.__globals__.get("__name__")):
+            continue
+        found[function.__code__] = function
+        for code in _nested(function.__code__):
+            waiting += [getattr(cls, name, None) for name in code.co_names]
+            waiting += [function.__globals__.get(name) for name in code.co_names]
+        waiting += [value_in(cell, "") for cell in function.__closure__ or ()]
+    return tuple(found.values())
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:
@@ -78,14 +93,10 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
             yield from _nested(constant)
 
 
-def _filled(cell: CellType) -> bool:
-    return value_in(cell, "") is not ABSENT
-
-
-def namespaces(module: nn.Module, code: Iterable[tuple[CodeType, dict[str, Any]]]) -> Iterator[tuple[Any, str, str]]:
+def namespaces(module: nn.Module, code: Code) -> Iterator[tuple[Any, str, str]]:
     """Yield the names outside of a module's attributes that code reads or writes: (namespace, name, words for it)."""
-    by_code = dict(code)
-    for each, namespace in by_code.items():
+    for each, function in code.items():
+        namespace = function.__globals__ if isinstance(function, FunctionType) else function
         for name in _global_names(each):
             if name in namespace:
                 yield namespace, name, f"{namespace.get('__name__', '')}.{name}"
@@ -93,7 +104,7 @@ def namespaces(module: nn.Module, code: Iterable[tuple[CodeType, dict[str, Any]]
             held = namespace.get(owner)
             if isinstance(held, (ModuleType, type, FunctionType)) and not foreign_code(_package(held)):
                 yield held, attribute, f"{owner}.{attribute}"
-    for function in _functions_with_cells(by_code):
+    for function in _functions_with_cells(code):
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             yield cell, name, f"{name} in {function.__qualname__}"
     classes = {cls for child in module.modules() for cls in type(child).__mro__}
@@ -101,7 +112,7 @@ def namespaces(module: nn.Module, code: Iterable[tuple[CodeType, dict[str, Any]]
         if not foreign_code(cls.__module__) and not issubclass(cls, Watching):
             for name, value in list(vars(cls).items()):
                 if name[:2] != "__" and (
-                    value.__code__ in by_code if isinstance(value, FunctionType) else not hasattr(value, "__get__")
+                    value.__code__ in code if isinstance(value, FunctionType) else not hasattr(value, "__get__")
                 ):
                     yield cls, name, f"{cls.__name__}.{name}"
 
@@ -162,9 +173,12 @@ def _attributes_of_globals(code: CodeType) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def _functions_with_cells(code: Mapping[CodeType, Any]) -> list[FunctionType]:
-    """Find the functions whose code ran and reads variables of an enclosing function."""
-    codes = [each for each in code if each.co_freevars and set(each.co_freevars) != {"__class__"}]
-    if not codes:
-        return []
-    return [value for value in gc.get_referrers(*codes) if isinstance(value, FunctionType) and value.__closure__]
+def _functions_with_cells(code: Code) -> list[FunctionType]:
+    """Find the functions that read variables of an enclosing function, unless that is among them and runs anew."""
+    known = [function for function in code.values() if isinstance(function, FunctionType) and function.__closure__]
+    inner = {each for outer in code for each in _nested(outer) if each is not outer}
+    others = [each for each, function in code.items() if not isinstance(function, FunctionType)
+              and each not in inner and each.co_freevars and set(each.co_freevars) != {"__class__"}]  # fmt: skip
+    if others:  # a search of all objects
+        known += [f for f in gc.get_referrers(*others) if isinstance(f, FunctionType) and f.__closure__]
+    return known

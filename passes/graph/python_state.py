@@ -11,16 +11,16 @@ import pickle
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .namespaces import ABSENT, code_of, foreign_code, namespaces, put_in, value_in
+from .namespaces import ABSENT, Code, code_of, foreign_code, namespaces, put_in, value_in
 
 TENSORS = ("_parameters", "_buffers", "_modules")  # the dicts in which a module keeps its tensors and children
 
@@ -149,15 +149,15 @@ class PythonState:
 
     Args:
         module: the module.
-        code: the functions that its forward runs, with their globals; by default all that it can reach.
+        code: the functions that its forward runs; by default all that it can reach.
     """
 
-    def __init__(self, module: nn.Module, code: Iterable[tuple[CodeType, dict[str, Any]]] | None = None) -> None:
+    def __init__(self, module: nn.Module, code: Code | None = None) -> None:
         self._nodes: list[tuple[Any, str, Any]] = []  # an owner, its name, and a copy of its contents
         seen: set[int] = set()
         names = {id(child): path for path, child in module.named_modules()}
         waiting: deque[tuple[str, Any]] = deque((path, child) for path, child in module.named_modules())
-        code = code_of(module).items() if code is None else code
+        code = code_of(module) if code is None else code
         self._names = [(space, name, where, value_in(space, name)) for space, name, where in namespaces(module, code)]
         waiting.extend((where, value) for _, _, where, value in self._names)
         while waiting and len(self._nodes) < _MOST:
