@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from zoo_refused import centred
 
 import ecospa_fx
 from ecospa_fx import errors
@@ -88,13 +89,13 @@ def test_not_compiled():
 def test_no_coupling_that_a_rule_could_find():
     class Running(nn.Linear):
         def forward(self, x):
-            return super().forward(x).cummax(-1).values
+            return centred(super().forward(x))
 
     with pytest.raises(errors.NoCouplingError) as caught:
         ecospa_fx.compile(Running(6, 6), example_inputs=(X,))
     assert str(caught.value) == (
-        "Running has no coupling that can shrink, and is left as it was. No axis rule is known for aten.cummax; axes "
-        "that these touch stay full size"
+        "Running has no coupling that can shrink, and is left as it was. No axis rule is known for specimens.centred; "
+        "axes that these touch stay full size"
     )
     with pytest.raises(errors.NoCouplingError, match=r"is left as it was. No two of its weights multiply each other"):
         ecospa_fx.compile(nn.Linear(6, 6), example_inputs=(X,))
