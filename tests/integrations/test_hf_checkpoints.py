@@ -15,7 +15,7 @@ from ecospa_fx.integrations.huggingface import EcoSpaCallback
 TOKENS = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(9))
 ROWS = [torch.randint(0, 50, (12,), generator=torch.Generator().manual_seed(i)) for i in range(16)]
 DATA = [{"input_ids": row, "labels": row} for row in ROWS]
-EXECUTIONS = pytest.mark.parametrize("execution", ["graph", "module"])
+EXECUTIONS = pytest.mark.parametrize("execution", ["graph", pytest.param("module", marks=pytest.mark.sweep)])
 
 
 def make():
@@ -88,6 +88,7 @@ def test_a_best_checkpoint_of_other_sizes_is_the_model_in_the_end(tmp_path, exec
     assert callback.trainer.done and callback.trainer.size <= last and callback.trainer.steps == 8
 
 
+@pytest.mark.sweep
 def test_the_last_checkpoint_may_be_the_best(tmp_path, caplog):
     trainer, callback = best_of(tmp_path)
     trainer.best = 6
