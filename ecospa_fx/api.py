@@ -10,6 +10,7 @@ from torch import nn
 from ecospa_fx.model.compiled import MODEL, CompiledModel
 from ecospa_fx.model.diff import ModuleDiff, diff_since
 from ecospa_fx.model.lookup import plan
+from ecospa_fx.model.lookup import regions_of as regions_of
 from ecospa_fx.model.state import Execution
 
 from .arguments import CALL, FLAG, MODULE, TEXT, takes

@@ -19,6 +19,10 @@ class CaptureError(EcoSpaError, RuntimeError):
     """A region that torch.export cannot capture, or whose captured graph disagrees with eager."""
 
 
+class TooManyCallsError(EcoSpaError, RuntimeError):
+    """A shrunk region that has been called in too many ways, each with a graph of its own."""
+
+
 class RuleError(EcoSpaError, RuntimeError):
     """An axis rule that failed on an op: a bug in the rule, not in the model."""
 

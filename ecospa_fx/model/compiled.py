@@ -138,6 +138,7 @@ class CompiledModel:
             for name, analysis in analyses.items():
                 regions[name] = region = Region(name, self.state, analysis.captured.shared_outside)
                 for each in (analysis, *analysis.others):
+                    region.settle_buffers(model.get_submodule(name), each)
                     region.install(each, model.get_submodule(name), {})
             if self.execution == "module":
                 find_followed(model, regions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,8 +18,7 @@ from ecospa_fx.passes.axes.selection import Selected, Selection, entries, mask_o
 from ecospa_fx.passes.find.discover import Refusal, RegionCoupling
 from ecospa_fx.passes.follow.follow import PythonSupport
 from ecospa_fx.passes.graph.tensors import join
-from ecospa_fx.passes.ir.region_graph import RegionGraph
-from ecospa_fx.passes.rewrite.replay import replay
+from ecospa_fx.passes.rewrite.replay import replay, selected_by
 from ecospa_fx.passes.rewrite.stored import check_state_layouts
 from ecospa_fx.plan import Plan
 
@@ -37,6 +36,7 @@ class Offers:
             first graph, so that they never change.
         python_support: where the region's own Python runs, what that can follow; else None.
         unsupported_marks: marks (see `_mark`) of couplings that some call before a save could not follow.
+        uncaptured: why a call could not be captured, if there is one: then nothing can shrink.
     """
 
     region: str
@@ -44,6 +44,7 @@ class Offers:
     specializations: Sequence[Specialization]
     python_support: PythonSupport | None
     unsupported_marks: frozenset[str]
+    uncaptured: str | None = None
 
     @property
     def naming_graph(self) -> Specialization:
@@ -77,12 +78,22 @@ class Offers:
         """Return the axes that cannot shrink in some call signature, with the reasons."""
         discoveries = [each.discovery for each in reversed(self.specializations)]
         by_members = {refusal.members: refusal for discovery in discoveries for refusal in discovery.refusals}
-        return [*by_members.values(), *self._refused_by_python()]
+        return [*by_members.values(), *self._refused_by_python(), *self._refused_for_a_call()]
 
     def write(self, plan: Plan, kept: Selection) -> None:
         """Write into `plan` the entries that parameters keep under a selection of the naming graph's atoms."""
-        for name, exprs in self.naming_graph.axis_facts.parameters.items():
-            masks = [mask_of(expr, kept) for expr in exprs]
+        known = self.naming_graph.axis_facts.parameters
+        self._write(plan, kept, self.naming_graph, known)
+        for other in self.specializations[1:]:
+            # A graph may use tensors that the others do not: statistics that only training updates.
+            more = other.axis_facts.parameters.keys() - known.keys()
+            if more:
+                self._write(plan, selected_by(other.axis_facts, plan), other, more)
+                known = known | {name: other.axis_facts.parameters[name] for name in more}
+
+    def _write(self, plan: Plan, kept: Selection, of: Specialization, names: Iterable[str]) -> None:
+        for name in names:
+            masks = [mask_of(expr, kept) for expr in of.axis_facts.parameters[name]]
             if all(bool(mask.all()) for mask in masks):
                 continue
             plan.original_shapes[join(self.region, name)] = tuple(len(mask) for mask in masks)
@@ -92,6 +103,8 @@ class Offers:
 
     def _supported(self, coupling: RegionCoupling, context: Atom | None = None) -> bool:
         """Decide whether every graph can follow a coupling of the first, or (`context`) one that differs by context."""
+        if self.uncaptured is not None:
+            return False
         if self.unsupported_marks and _mark(coupling, context) in self.unsupported_marks:
             return False
         support = self.python_support
@@ -124,6 +137,13 @@ class Offers:
         except PinnedAxisError:
             return False
         return True
+
+    def _refused_for_a_call(self) -> Iterator[Refusal]:
+        """Yield the couplings that no longer shrink, because the region has been called as no graph can be."""
+        if self.uncaptured is not None and self.specializations:
+            for coupling in self.naming_graph.discovery.couplings:
+                members = tuple(f"{join(self.region, name)}[{dim}]" for name, dim in coupling.axes)
+                yield Refusal(members, coupling.atom.size, (f"a call has no graph: {self.uncaptured}",), self.region)
 
     def _refused_by_python(self) -> Iterator[Refusal]:
         """Yield the couplings that only execution='graph' can shrink."""
@@ -170,7 +190,7 @@ class Offers:
         axis_facts = self.naming_graph.axis_facts
         matrices = [name for name, _ in offered.axes if len(axis_facts.parameters[name]) > 1]
         for name, dim in offered.axes:
-            if not _is_parameter(axis_facts.captured, name):
+            if not axis_facts.captured.is_parameter(name):
                 continue
             expr = axis_facts.parameters[name][dim]
             matrix = name in matrices
@@ -192,10 +212,6 @@ def _mark(coupling: RegionCoupling, context: Atom | None) -> str:
     """Return a hash of the positions of a coupling, and of the context that it may differ by, on the parameters."""
     where = coupling.key if context is None else (coupling.key, coupling.context_key)
     return hashlib.sha256(repr(where).encode()).hexdigest()[:16]
-
-
-def _is_parameter(captured: RegionGraph, name: str) -> bool:
-    return any(captured.tensors[placeholder] == name for placeholder in captured.parameters)
 
 
 def _nearest(name: str, matrices: Sequence[str]) -> str:

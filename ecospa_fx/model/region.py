@@ -12,17 +12,21 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ecospa_fx.errors import CaptureError, EcoSpaError, PinnedAxisError
+from ecospa_fx.errors import CaptureError, EcoSpaError, PinnedAxisError, TooManyCallsError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.axes.algebra import Atom, size_of
 from ecospa_fx.passes.axes.selection import Selected, Selection
 from ecospa_fx.passes.capture.hooks import backward_hooked, calls_itself, inner_hooks
+from ecospa_fx.passes.capture.rehearse import make
 from ecospa_fx.passes.find.analyse import Analysis, analyse_once, shared_outside
 from ecospa_fx.passes.find.discover import Discovery, discover
+from ecospa_fx.passes.find.numbers import with_numbers
 from ecospa_fx.passes.follow.attributes import Attribute, holding, numbers_in, restore_layer_sizes, sync_layer_sizes
 from ecospa_fx.passes.follow.follow import PythonSupport, follow
 from ecospa_fx.passes.graph.tensors import join, same_storage, swapped
+from ecospa_fx.passes.graph.world import Change
 from ecospa_fx.passes.infer.infer import infer_axes
+from ecospa_fx.passes.ir.region_graph import Call
 from ecospa_fx.passes.ir.signature import call_key, training_flags
 from ecospa_fx.passes.ir.state_access import flattened, parted, resolve_object
 from ecospa_fx.passes.rewrite.program import Program
@@ -57,6 +61,7 @@ class Region:
         called: sizes of the tensors of the first call, where that was before a save.
         unsupported_marks: marks of couplings that some call before a save could not follow.
         python_support: where the region's own Python runs, the couplings that it can follow.
+        uncaptured: why a call could not be captured that its own Python serves while it is whole; else None.
     """
 
     def __init__(self, name: str, state: ModelState, shared_outside: Mapping[str, str]) -> None:
@@ -69,16 +74,20 @@ class Region:
         self.called: list[list[int]] | None = None
         self.unsupported_marks: frozenset[str] = frozenset()
         self.python_support: PythonSupport | None = None
+        self.uncaptured: str | None = None
+        self._warned = False
+        self._not_inputs: set[str] = set()  # numbers that a graph cannot take as inputs
+        self._fills: tuple[Change, ...] = ()  # the changes that the last captured call makes to caches
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle writes: without programs, which the next call captures and generates again."""
-        fresh = {"specializations": [], "routing": Routing(), "watcher": None, "python_support": None}
+        fresh = {"specializations": [], "routing": Routing(), "watcher": None, "python_support": None, "_fills": ()}
         return {**self.__dict__, **fresh}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
         """Copy the region for a copy of the model, which can run at once: programs hold no module and are shared."""
         memo[id(self)] = twin = object.__new__(type(self))
-        fresh: dict[str, Any] = {"routing": Routing(), "watcher": None}
+        fresh: dict[str, Any] = {"routing": Routing(), "watcher": None, "_fills": ()}
         twin.__dict__ |= {key: copy.deepcopy(value, memo) for key, value in (self.__dict__ | fresh).items()}
         return twin
 
@@ -102,7 +111,15 @@ class Region:
                     "and runs as one graph, in which it would not be called. Remove it, or put it on an nn.Linear, on "
                     "a parameter or on the region"
                 )
-            program = program or self.add(module, args, kwargs)
+            if program is None and not self.shrunk:
+                program = self._add_or_none(module, args, kwargs)
+                if program is None or self.routing.changed_constant(self.specializations, module, program) is not None:
+                    # It fills a cache, say, which its own Python does.
+                    return original_class(module).forward(module, *args, **kwargs)
+            elif program is None:
+                program = self.add(module, args, kwargs)
+                for change in self._fills:
+                    make(change)
             self.routing.remember(key, program)
         if objects:
             inputs = [*inputs, *(program.captured.carried.read(objects) or ()), *objects]
@@ -116,7 +133,14 @@ class Region:
     @property
     def offers(self) -> Offers:
         """The couplings that the region offers under the plan as it is now."""
-        return Offers(self.name, self.state.plan, self.specializations, self.python_support, self.unsupported_marks)
+        return Offers(
+            self.name,
+            self.state.plan,
+            self.specializations,
+            self.python_support,
+            self.unsupported_marks,
+            self.uncaptured,
+        )
 
     @property
     def shrunk(self) -> bool:
@@ -148,12 +172,35 @@ class Region:
         graphs = [(program.axis_facts, self.kept(program)) for program in programs]
         return whole_objects(objects, graphs, self.name or "the model")
 
+    def _add_or_none(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
+        """Capture a call of a new signature; None for one that only the region's own Python can serve.
+
+        The region has not shrunk, so that its own Python is right. It cannot shrink any more: see `Offers`.
+        """
+        try:
+            program: Program = self.add(module, args, kwargs)
+            return program
+        except TooManyCallsError as error:  # it may be called in fewer ways by the time that it shrinks
+            self._warn(str(error))
+        except CaptureError as error:
+            if not self.specializations:
+                raise
+            self._warn(str(error))
+            self.uncaptured = str(error)
+            self.state.forget_couplings()
+        return None
+
+    def _warn(self, why: str) -> None:
+        if not self._warned:
+            self._warned = True
+            logger("recaptures").warning("%s runs its own Python from now on: %s", self._named(), why)
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @outside_forward()
     def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         """Capture a call of a new signature at original sizes and replay the plan on it."""
         if len(self.specializations) >= MOST_PROGRAMS:
-            raise EcoSpaError(
+            raise TooManyCallsError(
                 f"{self._named()} has been called in {MOST_PROGRAMS} different ways, each with its own graph; "
                 f"this call differs from the last: {self._difference(module, args, kwargs)}. Call it in fewer ways "
                 "(pad to common lengths, pass the same arguments; put a number that changes from call to call into a "
@@ -175,24 +222,55 @@ class Region:
         state = self.state
         filled = {key for each in self.specializations for key in keys_of(each.axis_facts, stored=True)}
         originals = FullSizeTensors(module, self.name, state.plan)
+        settled: dict[str, Any] = {
+            "forward": original_class(module).forward, "originals": originals if originals.named else None,
+            "filled": frozenset(filled), "moving": self._moving(), "options": state.options,
+        }  # fmt: skip
         with self._original_attributes(module, originals):
-            analysis = analyse_once(
-                module, self.name, (args, kwargs), self.shared_outside, state.captures,
-                forward=original_class(module).forward, originals=originals if originals.named else None,
-                filled=frozenset(filled), options=state.options,
-            )  # fmt: skip
+            numbered = self._with_numbers(module, (args, kwargs), settled)
+            if numbered is not None:
+                return numbered
+            analysis = analyse_once(module, self.name, (args, kwargs), self.shared_outside, state.captures, **settled)
             if state.execution == "module" and self.python_support is None:
                 self.remember(analysis)
                 with swapped(module, originals.values()):
                     self.follow(module, numbers_in(module))
                 self.specializations = []
+        self._fills = analysis.filled
         number = len(self.specializations) + 1
         if number > 1:
             logger("recaptures").info("%s, graph %d: %s", self.name or "the model", number, difference)
+        self.settle_buffers(module, analysis)
         kept = replay(analysis.axis_facts, state.plan, difference)
         graphs = [(each.axis_facts, self.kept(each.program)) for each in reversed(self.specializations)]
         check_state_layouts([*graphs, (analysis.axis_facts, kept)], difference)
         return self.install(analysis, module, kept)
+
+    def _with_numbers(self, module: nn.Module, call: Call, settled: dict[str, Any]) -> Program | None:
+        """Make inputs of the numbers by which alone a call differs from a captured one; None where that is not so."""
+        hooks, training = inner_hooks(module), training_flags(module)
+        for position, each in enumerate(self.specializations):
+            if (
+                not each.captured.serves(hooks, each.program.called)
+                or each.captured.mismatch(call, training) is not None
+            ):
+                continue
+            reads = self.routing.changed_numbers(module, each.program)
+            if not reads or self._not_inputs & {read.where for read in reads}:
+                continue
+            captured = with_numbers(each.captured, module, call, reads, self.name, self.shared_outside, settled)
+            if captured is None:
+                self._not_inputs |= {read.where for read in reads}
+                continue
+            axis_facts = replace(each.axis_facts, captured=captured)
+            program = rewrite(axis_facts, replay(axis_facts, self.state.plan), module)
+            self.specializations[position] = Specialization(program, each.discovery)
+            self.state.forget_couplings()
+            logger("recaptures").info(
+                "%s: %s is an input of the graph from now on", self._named(), ", ".join(read.where for read in reads)
+            )
+            return program
+        return None
 
     @contextmanager
     def _original_attributes(self, module: nn.Module, originals: FullSizeTensors) -> Iterator[None]:
@@ -237,6 +315,28 @@ class Region:
         # Looks up the constants of the graph now: torch.compile would trace that look-up.
         self.routing.changed_constant(self.specializations, module, program)
         return program
+
+    def _moving(self, *more: Analysis) -> frozenset[str]:
+        """Return the buffers that some graph computes from parameters, or that have shrunk with them."""
+        shrunk = self.state.plan.under(self.name)
+        graphs = [(each.captured, each.axis_facts) for each in self.specializations]
+        graphs += [(each.captured, each.axis_facts) for each in more]
+        inside = {name for captured, axis_facts in graphs for name in (*axis_facts.parameters, *shrunk)
+                  if name in captured.tensors.values() and not captured.is_parameter(name)}  # fmt: skip
+        return frozenset(inside)
+
+    def settle_buffers(self, module: nn.Module, *more: Analysis) -> None:
+        """Let buffers that one graph computes from parameters shrink with these in the graphs that only read them."""
+        moving = self._moving(*more)
+        for number, each in enumerate(self.specializations):
+            if moving & each.captured.used() <= each.axis_facts.parameters.keys():
+                continue
+            refuted = each.axis_facts.missing.keys() - each.axis_facts.experiments.keys()
+            captured = replace(each.captured, moving=moving)
+            axis_facts = infer_axes(captured, self.state.experiments, refuted)
+            program = rewrite(axis_facts, replay(axis_facts, self.state.plan), module)
+            self.specializations[number] = Specialization(program, discover(axis_facts))
+            self.state.forget_couplings()
 
     def retied(self, model: nn.Module) -> list[Specialization] | None:
         """Return the specializations as they must be after weights were tied or untied; None if none were.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -108,7 +109,8 @@ class _Held:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.cls, self.attributes = module, module.__class__, dict(module.__dict__)
-        self.inside = [(held, dict(held)) for held in (module._parameters, module._buffers, module._modules)]
+        inside: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
+        self.inside = [(held, dict(held)) for held in inside]
 
     def put_back(self) -> None:
         """Make it that again."""

@@ -12,16 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ecospa_fx.passes.ir.guards import Read, first_changed, guard, setting_read, told
 from ecospa_fx.passes.ir.region_graph import RegionGraph
-from ecospa_fx.passes.ir.signature import Signature, training_flags
-from ecospa_fx.passes.ir.state_access import ABSENT
+from ecospa_fx.passes.ir.signature import Signature, below, training_flags
 from ecospa_fx.passes.rewrite.program import Program
 
 from .specialization import Specialization
 
 MOST_ROUTES = 1024  # calls remembered per region, one per combination of sizes
-
-Constant = tuple[dict[str, Any], str, Any, Any]  # the __dict__ of a module, a name in it, the default, the value
 
 
 class Routing:
@@ -30,8 +28,7 @@ class Routing:
     def __init__(self) -> None:
         # A key leads to several signatures where only the contents of objects tell calls apart.
         self._routes: dict[Any, tuple[Signature, ...]] = {}
-        # Per graph the attributes of the live region that it was captured with as constants.
-        self._constants: dict[int, tuple[RegionGraph, list[Constant]]] = {}
+        self._bound: dict[int, _Bound] = {}  # per graph
 
     def remembered(
         self,
@@ -85,20 +82,46 @@ class Routing:
     def changed_constant(
         self, specializations: Sequence[Specialization], module: nn.Module, program: Program
     ) -> str | None:
-        """Return the first captured constant whose value has changed, with both values, or None."""
+        """Return the first value held by a graph that has changed, with both values, or None."""
         if len(specializations) == 1 and torch.compiler.is_compiling():
             return None  # torch.compile guards what a traced forward reads, and traces again where it changes
-        captured = program.captured
-        entry = self._constants.get(id(captured))
-        if entry is None or entry[0] is not captured:
-            named = dict(module.named_modules(remove_duplicate=False))
-            constants = [
-                (named[path].__dict__, name, getattr(type(named[path]), name, ABSENT), value)
-                for (path, name), value in captured.settings.items()
-            ]
-            self._constants[id(captured)] = entry = (captured, constants)
-        for (attributes, name, default, value), where in zip(entry[1], captured.settings, strict=True):
-            now = attributes.get(name, default)
-            if now is not value and (type(now) is not type(value) or now != value):
-                return f"`{'.'.join(part for part in where if part)}` is {now!r} and was {value!r}"
+        return self._bind(module, program.captured).changed()
+
+    def changed_numbers(self, module: nn.Module, program: Program) -> list[Read] | None:
+        """Return the numbers held by a graph that have changed; None if something else has changed, too."""
+        return self._bind(module, program.captured).changed_numbers()
+
+    def _bind(self, module: nn.Module, captured: RegionGraph) -> _Bound:
+        bound = self._bound.get(id(captured))
+        if bound is None or bound.captured is not captured:
+            self._bound[id(captured)] = bound = _Bound(captured, module)
+        return bound
+
+
+class _Bound:
+    """The values that a graph holds as constants, bound to the places in a live region where it read them."""
+
+    def __init__(self, captured: RegionGraph, module: nn.Module) -> None:
+        self.captured, self.module = captured, module
+        self.modules = below(module)
+        self.named = dict(module.named_modules(remove_duplicate=False))
+        settings = [setting_read(path, name, value) for (path, name), value in captured.settings.items()]
+        self.reads = (*settings, *captured.reads)
+        self.holds = guard(self.reads, self.named)
+
+    def changed(self) -> str | None:
+        """Return the first value that has changed, in words."""
+        if torch.compiler.is_compiling() or not self.holds():
+            found = first_changed(self.reads, self.named)
+            return told(*found) if found is not None else None
+        for number in self.captured.numbers:
+            if not number.fits(self.named):
+                return told(number.read, number.read.now(self.named))
         return None
+
+    def changed_numbers(self) -> list[Read] | None:
+        """Return the numbers that have changed, of those that the graph holds; None if something else has changed."""
+        changed = [read for read in self.reads if not read.holds(self.named)]
+        changed = [entry for read in changed for entry in read.entries() if not entry.holds(self.named)]
+        numbers = [read for read in changed if type(read.value) is float and type(read.now(self.named)) is float]
+        return numbers if len(numbers) == len(changed) else None

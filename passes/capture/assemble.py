@@ -90,6 +90,7 @@ def assemble(
         same_storage=same_storage(module, names),
         hooked={path: number for path, number in inner_hooks(module).items() if path not in flat.observe},
         observed=tuple(flat.points),
+        assigned=flat.assigned,
         carried=carried,
         strangers=frozenset(strangers),
         filled=filled,

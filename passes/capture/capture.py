@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import warnings
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.graph.tensors import at_original_sizes
-from ecospa_fx.passes.ir.region_graph import Filled, Forward, Originals, RegionGraph, described
+from ecospa_fx.passes.ir.region_graph import Assigned, Filled, Forward, Originals, RegionGraph, described
 from ecospa_fx.passes.ir.state_access import TENSOR, flattened, parted
 
 from .assemble import assemble
@@ -48,6 +48,7 @@ def capture(
     check: bool = True,
     static: Set[tuple[int, int]] = frozenset(),
     filled: Filled = frozenset(),
+    assigned: Sequence[Assigned] = (),
     options: CaptureOptions = DEFAULTS,
 ) -> RegionGraph:
     """Capture `module` as called with `args` and `kwargs`.
@@ -62,6 +63,7 @@ def capture(
         check: compare the graph with eager, outputs and gradients, once.
         static: dims, as (tensor argument, dim), to specialise; torch.export decides about the others.
         filled: the parts of objects that other calls of the region fill.
+        assigned: places to which the forward assigns tensors at every call.
         options: of the model's captures.
 
     Raises:
@@ -83,7 +85,7 @@ def capture(
     def attempt(observe: Iterable[str]) -> RegionGraph:
         # Tracing needs shapes only; the comparison with eager needs values.
         with at_original_sizes(module, originals.shapes() if originals else None):
-            captured = _traced(module, args, kwargs, region, forward, static, observe, dry, filled)
+            captured = _traced(module, args, kwargs, region, forward, static, observe, dry, filled, assigned)
         if check:
             with (
                 at_original_sizes(module, originals.values() if originals else None),
@@ -137,11 +139,12 @@ def _traced(
     observe: Iterable[str],
     dry: DryRun,
     filled: Filled,
+    assigned: Sequence[Assigned],
 ) -> RegionGraph:
     """Trace the region into a graph of which the hooks of the submodules `observe` are no part."""
     leaves, spec = flattened((args, kwargs))
     leaves, objects = parted(leaves)
-    flat = Flat(module, forward, leaves, spec, observe, objects)
+    flat = Flat(module, forward, leaves, spec, observe, objects, assigned)
     call_tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     state = dry.state
     while True:

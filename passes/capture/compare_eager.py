@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from ecospa_fx.passes.graph.isolate import forked_rng, fresh_leaf
-from ecospa_fx.passes.graph.tensors import dense, named_tensors, swapped
+from ecospa_fx.passes.graph.isolate import fresh_leaf, isolated
+from ecospa_fx.passes.graph.tensors import dense, named_tensors
 from ecospa_fx.passes.ir.region_graph import Forward
 from ecospa_fx.passes.ir.signature import AUTOCAST, autocast_now
 from ecospa_fx.passes.ir.state_access import ObjectLeaf, copy_objects, flattened, parted
@@ -36,7 +37,8 @@ def run(captured: RegionGraph, tensors: Mapping[str, Tensor], inputs: Sequence[T
 
     Returns:
         The output tensors of the region, without those that the graph gives to hooks; with `stored=True` in
-        `interpreter`, then the tensors that objects hold after the call.
+        `interpreter`, then the tensors that objects hold after the call. With `assigned=module`, tensors that the
+        forward assigns to attributes are assigned to those of the module.
     """
     make_interpreter = interpreter.get("interpreter", fx.Interpreter)
     values = {placeholder: tensors[name] for placeholder, name in captured.tensors.items()} | dict(
@@ -51,6 +53,9 @@ def run(captured: RegionGraph, tensors: Mapping[str, Tensor], inputs: Sequence[T
     outputs = make_interpreter(root, graph=captured.graph).run(
         *(values.get(name, constants.get(name)) for name in order)
     )
+    if "assigned" in interpreter:
+        for place, value in zip(captured.assigned, captured.assigned_among(outputs), strict=True):
+            place.put(interpreter["assigned"], value)
     stored = outputs[len(outputs) - len(captured.carried.stored) :] if interpreter.get("stored") else ()
     return (*outputs[: captured.returned], *stored)
 
@@ -75,6 +80,39 @@ def difference_from_eager(
     return error
 
 
+@dataclass(frozen=True)
+class _Results:
+    """The outcome of two calls in a row: outputs, gradients by the names of inputs and parameters, and state left."""
+
+    outputs: list[Tensor]
+    grads: list[Tensor | None]
+    names: list[str]
+    state: dict[str, Tensor]
+    again: list[Tensor]
+    state_again: dict[str, Tensor]
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.layout is torch.strided else id(tensor)
+
+
+def _state_of(
+    captured: RegionGraph, module: nn.Module, before: Mapping[str, tuple[Tensor, int, int, bool]]
+) -> dict[str, Tensor]:
+    """Copy the buffers, the tensors that a forward assigns to attributes, and the parameters that it has changed."""
+    state = {name: dense(buffer.detach().clone()) for name, buffer in module.named_buffers()}
+    for place in captured.assigned:
+        value = place.value(module)
+        if isinstance(value, Tensor):
+            state[place.full_name] = value.detach().clone()
+    for name, (parameter, version, address, needed) in before.items():
+        if parameter.requires_grad != needed:
+            state[f"{name}.requires_grad"] = torch.tensor(parameter.requires_grad)
+        if (parameter._version, _address(parameter)) != (version, address):
+            state[name] = dense(parameter.detach().clone())
+    return state
+
+
 def _difference(
     captured: RegionGraph,
     module: nn.Module,
@@ -89,23 +127,28 @@ def _difference(
     places = captured.carried.state
     leaves += [place.find(objects) for place in places]
     call_leaves = len(leaves) - len(places)
-    buffers = dict(module.named_buffers())
 
-    def results(call: Callable[[list[Any]], Sequence[Any]]) -> tuple[list[Tensor], list[Tensor | None], list[str]]:
+    def results(call: Callable[[list[Any]], Sequence[Any]]) -> _Results:
+        """Make two calls in a row, with gradients of the first: the second starts from the state that it leaves."""
         inputs = [fresh_leaf(leaf) for leaf in leaves]
         wanted = {f"argument {i}": leaf for i, leaf in enumerate(inputs) if _differentiable(leaf)}
         wanted |= {f"`{name}`": p for name, p in parameters.items()}
-        with forked_rng(module), torch.enable_grad():
+        with isolated(module), torch.enable_grad():
+            versions = {name: (p, p._version, _address(p), p.requires_grad) for name, p in module.named_parameters()}
             torch.manual_seed(0)
-            with swapped(module, {n: b.detach().clone() for n, b in buffers.items()}):
-                outputs = [out for out in call(inputs) if isinstance(out, Tensor)]
+            outputs = [out for out in call(inputs) if isinstance(out, Tensor)]
+            state = _state_of(captured, module, versions)
             floating = [out for out in outputs if out.requires_grad and out.is_floating_point()]
             grads: list[Tensor | None] = [None] * len(wanted)
             if floating and wanted:
                 torch.manual_seed(1)
                 loss: Any = sum((out * torch.randn_like(out)).sum() for out in floating)
                 grads = list(torch.autograd.grad(loss, list(wanted.values()), allow_unused=True))
-        return [dense(out) for out in outputs], [g if g is None else dense(g) for g in grads], list(wanted)
+            torch.manual_seed(2)
+            again = [dense(out) for out in call([fresh_leaf(leaf) for leaf in leaves]) if isinstance(out, Tensor)]
+            whole = [dense(out) for out in outputs]
+            gradients = [gradient if gradient is None else dense(gradient) for gradient in grads]
+            return _Results(whole, gradients, list(wanted), state, again, _state_of(captured, module, versions))
 
     def eager(inputs: list[Any]) -> list[Any]:
         state = dict(zip(places, cloned_state(inputs), strict=True))
@@ -119,7 +162,7 @@ def _difference(
         named = named_tensors(module)
         state = cloned_state(inputs)
         call = [leaf for leaf in inputs[:call_leaves] if isinstance(leaf, Tensor)]
-        outputs: Sequence[Any] = run(captured, named, [*call, *state], stored=True)
+        outputs: Sequence[Any] = run(captured, named, [*call, *state], stored=True, assigned=module)
         return [*outputs, *state]
 
     def cloned_state(inputs: list[Any]) -> list[Tensor]:
@@ -127,15 +170,26 @@ def _difference(
         return [tensor.clone() for tensor in inputs[call_leaves:]]
 
     try:
-        outs, grads, names = results(eager)
-        graph_outs, graph_grads, _ = results(graph)
+        mine, theirs = results(eager), results(graph)
     except RuntimeError as error:
         return f"its graph does not run: {str(error).splitlines()[0]}"
-    if len(outs) != len(graph_outs):
-        return f"the graph gives {len(graph_outs)} tensors, eager {len(outs)}"
-    for i, (out, graph_out) in enumerate(zip(outs, graph_outs, strict=True)):
-        if not _close(out, graph_out, tolerance):
-            return f"output {i} of the graph differs from eager by {relative_error(out, graph_out):.1e}"
+    for which, outs, graph_outs in (
+        ("", mine.outputs, theirs.outputs),
+        (" of a second call", mine.again, theirs.again),
+    ):
+        if len(outs) != len(graph_outs):
+            return f"the graph gives {len(graph_outs)} tensors{which}, eager {len(outs)}"
+        for i, (out, graph_out) in enumerate(zip(outs, graph_outs, strict=True)):
+            if not _close(out, graph_out, tolerance):
+                return f"output {i}{which} of the graph differs from eager by {relative_error(out, graph_out):.1e}"
+    for left, graph_left in ((mine.state, theirs.state), (mine.state_again, theirs.state_again)):
+        for name in left.keys() | graph_left.keys():
+            if name not in left or name not in graph_left:
+                return f"`{name}` is written to by {'eager' if name in left else 'the graph'} only"
+            if not _close(left[name], graph_left[name], tolerance):
+                apart = relative_error(left[name], graph_left[name])
+                return f"`{name}`, which a call changes, differs from eager by {apart:.1e} after it"
+    grads, graph_grads, names = mine.grads, theirs.grads, mine.names
     largest = max(
         (float(grad.detach().abs().max()) for grad in grads if grad is not None and grad.numel()), default=0.0
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.fx.experimental import _config as symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ecospa_fx.errors import CaptureError
-from ecospa_fx.passes.ir.region_graph import Forward, Point, described
+from ecospa_fx.passes.ir.region_graph import Assigned, Forward, Point, described
 from ecospa_fx.passes.ir.state_access import PLAIN, TENSOR, ObjectLeaf, ObjectPath, foreign
 from ecospa_fx.passes.objects.tracker import Tracker
 
@@ -49,16 +49,17 @@ class Flat(nn.Module):
         spec: pytree.TreeSpec,
         observe: Iterable[str],
         objects: list[Any],
+        assigned: Sequence[Assigned] = (),
     ) -> None:
         super().__init__()
         self.region = region
         self.training = region.training
         self.own_forward, self.leaves, self.spec, self.observe = forward, leaves, spec, observe
-        self.objects = objects
+        self.objects, self.assigned = objects, tuple(assigned)
         self.state: tuple[ObjectPath, ...] = ()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Return the region's result tensors, those for hooks that only look, and those that objects hold afterwards.
+        """Return the region's result tensors, those for hooks, those assigned, and those that objects hold afterwards.
 
         The other leaves of results are kept in attributes.
         """
@@ -68,6 +69,7 @@ class Flat(nn.Module):
         proxies = self.tracker.proxies(self.objects, dict(zip(self.state, remaining, strict=True)))
         leaves = [proxies[leaf.number] if isinstance(leaf, ObjectLeaf) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        before = [(place, place.value(self.region)) for place in self.assigned]
         with points(self.region, self.observe) as seen:
             out_leaves, self.out_spec = self._flattened(self.own_forward(self.region, *args, **kwargs))
         self.out_leaves = [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in out_leaves]
@@ -78,6 +80,9 @@ class Flat(nn.Module):
             stands_in = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in call_leaves)
             self.points.append(Point(path, stands_in, call_spec))
             results += [leaf for leaf in call_leaves if isinstance(leaf, Tensor)]
+        results += [place.value(self.region) for place in self.assigned]
+        for place, value in before:
+            place.put(self.region, value)
         stored = self.tracker.stored()
         self.carried = self.tracker.carried([place for place, _ in stored])
         return (*results, *(tensor for _, tensor in stored))

@@ -73,6 +73,13 @@ def points(module: nn.Module, paths: Iterable[str]) -> Iterator[list[tuple[str, 
 
 
 @contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Run submodules without their hooks."""
+    with _other_hooks(module, inner_hooks(module), lambda _path, _hook: None):
+        yield
+
+
+@contextmanager
 def noted(module: nn.Module, paths: Iterable[str]) -> Iterator[set[str]]:
     """Run hooks as usual, and record the submodules where one returned something: it changes values."""
     changed: set[str] = set()

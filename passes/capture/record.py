@@ -15,13 +15,16 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-from ecospa_fx.passes.graph.isolate import isolated, uncached_autocast
+from ecospa_fx.passes.graph.isolate import Draws, isolated, uncached_autocast
 from ecospa_fx.passes.graph.tensors import named_tensors, swapped
 from ecospa_fx.passes.ir.region_graph import Call
 from ecospa_fx.passes.ir.signature import call_key
 from ecospa_fx.passes.ir.state_access import PLAIN, copy_objects, flattened, foreign, parted, resolve_object
 
 from .outside_uses import OutsideUses
+
+# Forwards in which a submodule is looked for that others, drawn at random, may leave out (stochastic depth).
+_ATTEMPTS = 16
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: set[str]) -> dict[str, Call]:
@@ -37,6 +40,8 @@ def record_all(
     used_outside: dict[str, str] | None = None,
 ) -> dict[str, list[Call]]:
     """Return the calls of each named submodule in one forward of the model, one of each signature.
+
+    Where a forward leaves submodules out at random, it is run several times.
 
     Args:
         model: the model; left as it is.
@@ -66,12 +71,18 @@ def record_all(
         with isolated(model), _computable(model) as fake, torch.no_grad(), uncached_autocast():
             copied = pytree.tree_map(_copied, (args, kwargs), is_leaf=foreign)
             call_args, call_kwargs = pytree.tree_map_only(Tensor, fake, copied, is_leaf=foreign)
-            if used_outside is None:
-                model(*call_args, **call_kwargs)
-            else:
-                with OutsideUses(model, names) as watch:
-                    handles += watch.register_hooks()
+            watch = OutsideUses(model, names if used_outside is not None else ())
+            handles += watch.register_hooks()
+            for attempt in range(_ATTEMPTS):
+                draws = Draws()
+                if attempt:
+                    copied = pytree.tree_map(_copied, (args, kwargs), is_leaf=foreign)
+                    call_args, call_kwargs = pytree.tree_map_only(Tensor, fake, copied, is_leaf=foreign)
+                with watch:
                     model(*call_args, **call_kwargs)
+                if calls.keys() == names or not draws.moved():
+                    break  # all are called, or none of the others ever is in such a call
+            if used_outside is not None:
                 used_outside |= watch.reasons
     finally:
         for handle in handles:

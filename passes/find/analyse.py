@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,17 +16,21 @@ from ecospa_fx.passes.axes.algebra import atoms_of, size_of
 from ecospa_fx.passes.capture.capture import capture
 from ecospa_fx.passes.capture.compare_eager import difference_from_eager
 from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
+from ecospa_fx.passes.capture.reads import AttributeReads, filled_read, recorded_reads
+from ecospa_fx.passes.capture.rehearse import rehearsed
 from ecospa_fx.passes.graph.tensors import at_original_sizes, named_tensors, storage_key
+from ecospa_fx.passes.graph.world import OWN, Change, same
 from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
+from ecospa_fx.passes.ir.guards import same_contents
+from ecospa_fx.passes.ir.region_graph import Assigned, Filled, Forward, Originals, RegionGraph
 from ecospa_fx.passes.ir.region_graph import Call as Call
-from ecospa_fx.passes.ir.region_graph import Filled, Forward, Originals, RegionGraph
 from ecospa_fx.passes.ir.signature import autocast_now, training_flags
 from ecospa_fx.passes.ir.state_access import ObjectPath, flattened, parted
 
 from .confirm import unconfirmed_ops
 from .discover import Discovery, discover
-from .fingerprint import OWN, AttributeReads, Fingerprint, fingerprint, recorded_reads, settings
+from .fingerprint import Fingerprint, fingerprint, settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +43,7 @@ class Analysis:
         axis_facts: the axes of that graph.
         discovery: its couplings and refusals.
         seconds: CPU time per pass; none for a graph that was captured of an equal block.
+        filled: the changes to caches that the first call of this kind makes; the graph is that of later calls.
         others: analyses of other calls of the region in the same forward, which this graph does not serve.
     """
 
@@ -47,6 +52,7 @@ class Analysis:
     axis_facts: AxisFacts
     discovery: Discovery
     seconds: dict[str, float]
+    filled: tuple[Change, ...] = ()
     others: tuple[Analysis, ...] = ()
 
 
@@ -62,6 +68,8 @@ def analyse(
     forward: Forward | None = None,
     originals: Originals | None = None,
     filled: Filled = frozenset(),
+    moving: frozenset[str] = frozenset(),
+    assigned: Sequence[Assigned] = (),
     check: bool = True,
     options: CaptureOptions = DEFAULTS,
 ) -> Analysis:
@@ -75,6 +83,8 @@ def analyse(
         forward: see `capture`.
         originals: see `capture`.
         filled: see `capture`.
+        moving: see `RegionGraph`.
+        assigned: see `capture`.
         check: see `capture`.
         options: of the model's captures.
 
@@ -87,9 +97,9 @@ def analyse(
         start = time.thread_time()
         captured = capture(
             module, *call, region=name, forward=forward, originals=originals, check=check, static=static,
-            filled=filled, options=options,
+            filled=filled, assigned=assigned, options=options,
         )  # fmt: skip
-        captured = replace(captured, shared_outside=shared_outside or {})
+        captured = replace(captured, shared_outside=shared_outside or {}, moving=moving)
         captured_at = time.thread_time()
         axis_facts = infer_axes(captured, options.experiments)
         seconds["export"] += captured_at - start
@@ -182,6 +192,7 @@ def analyse_once(
     forward: Forward | None = None,
     originals: Originals | None = None,
     filled: Filled = frozenset(),
+    moving: frozenset[str] = frozenset(),
     options: CaptureOptions = DEFAULTS,
 ) -> Analysis:
     """Analyse a region, or share the analysis of an equal block that was captured for an equal call.
@@ -195,22 +206,27 @@ def analyse_once(
         forward: see `capture`.
         originals: see `capture`.
         filled: see `capture`.
+        moving: see `RegionGraph`.
         options: of the model's captures.
 
     Raises:
         CaptureError: it cannot be captured, or the graph disagrees with eager.
     """
     forward = forward or type(module).forward
-    settled: dict[str, Any] = {"forward": forward, "originals": originals, "filled": filled, "options": options}
+    settled: dict[str, Any] = {
+        "forward": forward, "originals": originals, "filled": filled, "moving": moving, "options": options
+    }  # fmt: skip
     if outside:  # axes are pinned that equal blocks may shrink
         return _analyse_watched(module, name, call, outside, **settled)[0]
     with at_original_sizes(module, originals.shapes() if originals else None):
         equal = [analysis for analysis, mark in captures if mark.fits(module)]
     for analysis in equal:
-        shared = _shared(analysis, module, name, call, forward, originals, filled)
+        shared = _shared(analysis, module, name, call, forward, originals, filled, moving)
         if shared is not None:
             return shared
     analysis, reads = _analyse_watched(module, name, call, outside, **settled)
+    if analysis.filled:
+        return analysis  # it speaks of the caches of this block
     with at_original_sizes(module, originals.shapes() if originals else None):
         captures.append((analysis, fingerprint(module, reads, analysis.captured.index_attributes.values)))
     return analysis
@@ -219,19 +235,29 @@ def analyse_once(
 def _analyse_watched(
     module: nn.Module, name: str, call: Call, outside: Mapping[str, str], **arguments: Any
 ) -> tuple[Analysis, AttributeReads]:
-    """Analyse a region, and record which of its attributes were read; constants among them become its settings."""
-    every = {(path, name) for path, child in module.named_modules() for name in vars(child)}
-    before = settings(module, every)
-    with recorded_reads(module) as reads:
-        analysis = analyse(module, name, call, outside, **arguments)
-    created = {(path, name) for path, child in module.named_modules() for name in vars(child)} - every
-    read = {(path, name) for path, names in reads.items() for name in names - OWN}
-    # An attribute that a forward changes itself (a counter) is not a setting.
-    constants = {
-        where: value for where, value in settings(module, read - created).items() if before.get(where, value) == value
-    }
-    captured = replace(analysis.captured, settings=constants)
-    return replace(analysis, captured=captured, axis_facts=replace(analysis.axis_facts, captured=captured)), reads
+    """Analyse a region, and record all that its forward reads in Python."""
+    forward, originals = arguments["forward"], arguments.get("originals")
+    with rehearsed(module, *call, name, forward, originals) as rehearsal:
+        every = {(path, name) for path, child in module.named_modules() for name in vars(child)}
+        before = settings(module, every)
+        with recorded_reads(module, rehearsal.code) as reads:
+            analysis = analyse(module, name, call, outside, assigned=rehearsal.assigned, **arguments)
+        created = {(path, name) for path, child in module.named_modules() for name in vars(child)} - every
+        read = {(path, name) for path, names in reads.attributes.items() for name in names - OWN}
+        # An attribute that a forward changes itself (a counter) is not a setting.
+        constants = {
+            where: value
+            for where, value in settings(module, read - created).items()
+            if same(before.get(where, value), value) or same_contents(before.get(where), value)
+        }
+    replaced = {(place.path, place.name) for place in rehearsal.assigned if not place.buffer}
+    constants = {where: value for where, value in constants.items() if where not in replaced}
+    others = reads.others({*constants, *replaced})
+    others += tuple(filled_read(module, change) for change in rehearsal.filled)
+    captured = replace(analysis.captured, settings=constants, reads=others)
+    analysis = replace(analysis, filled=rehearsal.filled)
+    analysis = replace(analysis, captured=captured, axis_facts=replace(analysis.axis_facts, captured=captured))
+    return analysis, reads.attributes
 
 
 def _shared(
@@ -242,6 +268,7 @@ def _shared(
     forward: Any,
     originals: Originals | None,
     filled: Filled,
+    moving: frozenset[str],
 ) -> Analysis | None:
     """Return the analysis of an equal block for this one, if it serves the call and agrees with the eager forward."""
     start = time.thread_time()
@@ -260,7 +287,9 @@ def _shared(
             strangers=frozenset(indices.put(place, values) for place in captured.strangers),
             filled=frozenset((cls, indices.put(ObjectPath(0, path), values).path) for cls, path in captured.filled),
         )
-    if captured.filled != filled or captured.mismatch(call, training_flags(module)) is not None:
+    if (captured.filled, captured.moving) != (filled, moving) or captured.mismatch(
+        call, training_flags(module)
+    ) is not None:
         return None
     on_meta = any(t.is_meta for t in (*pytree.tree_leaves(call), *module.parameters()) if isinstance(t, Tensor))
     if not on_meta:

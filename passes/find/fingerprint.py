@@ -7,48 +7,17 @@ is captured; another block may use the graph if its classes, its shapes and *tho
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ecospa_fx.passes.capture.reads import AttributeReads
+from ecospa_fx.passes.graph.namespaces import ABSENT
 from ecospa_fx.passes.graph.tensors import named_tensors
-from ecospa_fx.passes.ir.state_access import ABSENT
-
-AttributeReads = dict[str, set[str]]  # submodule path -> names of the instance attributes that forward reads
-
-# Attributes of every module: tensors, children, hooks and the training flag are compared apart.
-OWN = frozenset(vars(nn.Module()))
-
-
-@contextmanager
-def recorded_reads(module: nn.Module) -> Iterator[AttributeReads]:
-    """Record the instance attributes of a module and its submodules that are read inside the `with` block."""
-    reads: AttributeReads = {}
-    classes = [(child, type(child)) for child in module.modules()]
-    try:
-        for path, child in module.named_modules():
-            _watch(child, reads.setdefault(path, set()))
-        yield reads
-    finally:
-        for child, cls in classes:
-            child.__class__ = cls
-
-
-def _watch(module: nn.Module, names: set[str]) -> None:
-    cls = type(module)
-
-    def getattribute(self: nn.Module, name: str) -> Any:
-        if name[:2] != "__":
-            names.add(name)
-        return cls.__getattribute__(self, name)
-
-    watched = type(cls.__name__, (cls,), {"__getattribute__": getattribute, "__doc__": cls.__doc__})
-    watched.__module__, watched.__qualname__ = cls.__module__, cls.__qualname__
-    module.__class__ = watched
+from ecospa_fx.passes.graph.world import OWN, is_constant
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +53,6 @@ class Fingerprint:
 
 Settings = dict[tuple[str, str], Any]  # (submodule path, attribute) -> a constant that forward reads
 
-_CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device)
 _MOST_ENTRIES = 64  # of a list or dict of constants, which is compared at every call
 
 
@@ -95,11 +63,11 @@ def frozen(value: Any) -> Any:
 
 def is_setting(value: Any) -> bool:
     """Return whether a value is a constant, or a small container of constants, and can be compared at every call."""
-    if value is None or isinstance(value, _CONSTANTS):
+    if is_constant(value):
         return True
-    if type(value) in (list, tuple, set, frozenset, dict):
+    if type(value) in (list, set, dict):
         parts = [*value, *value.values()] if type(value) is dict else value
-        return len(parts) <= _MOST_ENTRIES and all(part is None or isinstance(part, _CONSTANTS) for part in parts)
+        return len(parts) <= _MOST_ENTRIES and all(map(is_constant, parts))
     return False
 
 

@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ecospa_fx.errors import CheckpointError
-from ecospa_fx.passes.find.fingerprint import OWN, AttributeReads
+from ecospa_fx.passes.capture.reads import AttributeReads
+from ecospa_fx.passes.graph.world import OWN
 
 
 @dataclass(frozen=True, order=True)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, product, segments, size_of
 from ecospa_fx.passes.axes.selection import Selection, mask_of, touched
 from ecospa_fx.passes.capture.compare_eager import TOLERANCE, relative_error
-from ecospa_fx.passes.find.fingerprint import recorded_reads
-from ecospa_fx.passes.graph.isolate import forked_rng
+from ecospa_fx.passes.capture.reads import recorded_reads
+from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.graph.tensors import named_tensors, sliced, swapped
 from ecospa_fx.passes.infer.sizes import symbols_of
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
@@ -65,7 +65,7 @@ class Trial:
                 self.unable = self._compare(program, self.tensors, {})
                 if self.unable is None:
                     break
-        self.held = held_integers(module, reads, numbers)
+        self.held = held_integers(module, reads.attributes, numbers)
         every = {path: set(child.__dict__) for path, child in module.named_modules()}
         self.unread = {
             attribute: value
@@ -105,7 +105,7 @@ class Trial:
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (self.args, self.kwargs))
         shapes = {name: t.to("meta") for name, t in tensors.items()}
         try:
-            with self._ready(shapes, values):
+            with self._ready(shapes, values), isolated(self.module):
                 own_forward(self.module, self.forward, args, kwargs)
         except Failed as failed:
             return str(failed)
@@ -151,14 +151,14 @@ def difference(module: nn.Module, program: Program, forward: Forward, args: Any,
         NotTried: the program fails: values that were made up (lengths, positions) may be none that it takes.
     """
     inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    with forked_rng(module):
+    with isolated(module):
         torch.manual_seed(0)
         try:
             expected = program.run(module, *(t.clone() for t in inputs), *program.constants)
         except Exception as failure:
             line = str(failure).strip().split("\n")[0]
             raise NotTried(f"its graph does not run on a made-up call ({line})") from failure
-    with forked_rng(module):
+    with isolated(module):
         torch.manual_seed(0)
         try:
             result = own_forward(module, forward, args, kwargs)

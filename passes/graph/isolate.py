@@ -1,15 +1,20 @@
-"""Isolation: a forward leaves no trace in buffers, random generators or the autocast cache."""
+"""Isolation: a forward leaves no trace in parameters, buffers, attributes, random generators or the autocast cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import random
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .tensors import named_tensors, swapped
+from .world import World
 
 
 def fresh_leaf(leaf: Any) -> Any:
@@ -20,11 +25,38 @@ def fresh_leaf(leaf: Any) -> Any:
     return leaf.requires_grad_() if leaf.is_floating_point() else leaf
 
 
-def forked_rng(module: nn.Module) -> AbstractContextManager[None]:
-    """Return a context that restores the random generators of the CPU and of the module's devices."""
+@contextmanager
+def forked_rng(module: nn.Module) -> Iterator[None]:
+    """Restore the random generators after the forwards inside: torch's on the module's devices, Python's, numpy's."""
     devices = {tensor.device.index for tensor in named_tensors(module).values() if tensor.is_cuda}
-    forked: AbstractContextManager[None] = torch.random.fork_rng(devices=sorted(devices))
-    return forked
+    python, numpy = random.getstate(), sys.modules.get("numpy")
+    drawn = numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(drawn)
+
+
+class Draws:
+    """The states of the random generators, to see whether something has drawn from them."""
+
+    def __init__(self) -> None:
+        self._before = self.state()
+
+    def state(self) -> dict[str, Any]:
+        """Return the state of each generator."""
+        numpy = sys.modules.get("numpy")
+        drawn = numpy.random.get_state() if numpy else None
+        numbers = None if drawn is None else (drawn[1].tobytes(), *drawn[2:])
+        return {"Python": random.getstate(), "numpy": numbers, "torch": torch.get_rng_state().numpy().tobytes()}
+
+    def moved(self, among: Collection[str] = ("Python", "numpy", "torch")) -> str | None:
+        """Return the name of a generator that has moved."""
+        now = self.state()
+        return next((name for name in among if self._before[name] not in (None, now[name])), None)
 
 
 @contextmanager
@@ -40,7 +72,74 @@ def uncached_autocast() -> Iterator[None]:
 
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
-    """Restore buffers (running statistics) and the random state after the forwards inside."""
+    """Restore everything that forwards inside change: parameters, buffers, attributes and the random generators."""
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    with forked_rng(model), swapped(model, buffers):
-        yield
+    world = World(model)
+    try:
+        with forked_rng(model), restored_parameters(model), swapped(model, buffers):
+            yield
+    finally:
+        world.restore()
+
+
+class restored_parameters(TorchFunctionMode):
+    """A context that puts back the parameters that a forward writes into, such as those of a momentum encoder.
+
+    A parameter is copied when something is about to write into it, because a copy of all may not fit into memory.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._parameters = {storage_of(p): p for p in model.parameters() if not p.is_meta}
+        self._needing = [(p, p.requires_grad) for p in model.parameters()]
+        self._data: dict[int, tuple[Tensor, Tensor]] = {}  # a parameter and its data, which may be replaced
+        self._values: dict[Any, tuple[Tensor, Tensor]] = {}  # a view of its data, and a copy
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func`; copy first the parameters that it may write into."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__set__" and args and isinstance(args[0], nn.Parameter):  # parameter.data = ...
+            with torch._C.DisableTorchFunctionSubclass():
+                self._data.setdefault(id(args[0]), (args[0], args[0].detach()))
+        elif _writes(name, kwargs):
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor) and storage_of(leaf) in self._parameters:
+                    key = storage_of(leaf)
+                    if key not in self._values:
+                        whole = self._parameters[key].detach()
+                        self._values[key] = whole, whole.clone()
+        return func(*args, **kwargs)
+
+    def __exit__(self, *error: Any) -> None:
+        """Put the parameters back."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for parameter, needed in self._needing:
+            if not parameter.is_leaf:  # written into with gradients
+                Tensor.detach_(parameter)
+            if parameter.requires_grad != needed:
+                parameter.requires_grad_(needed)
+        with torch.no_grad():
+            for written, data in self._data.values():
+                written.data = data
+            for whole, value in self._values.values():
+                whole.copy_(value)
+
+
+def storage_of(tensor: Tensor) -> Any:
+    """Return the identity of the memory behind a tensor; None where it has none of its own."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _writes(name: str, kwargs: Any) -> bool:
+    """Decide whether a function of torch writes into its arguments, by its name."""
+    if name in _IN_PLACE or "out" in kwargs:
+        return True
+    return name.endswith("_") and not name.endswith("__")
+
+
+_IN_PLACE = frozenset(("__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod",
+                       "pow", "and", "or", "xor", "lshift", "rshift"))))  # fmt: skip

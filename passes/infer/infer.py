@@ -23,7 +23,7 @@ import sympy
 import torch
 from torch import fx
 
-from ecospa_fx.passes.axes.algebra import Expr, Mismatch, Size, as_size, size_of
+from ecospa_fx.passes.axes.algebra import Expr, Mismatch, Size, as_size, in_words, size_of
 from ecospa_fx.passes.axes.selection import on_diagonal, static_end
 from ecospa_fx.passes.graph.nodes import (
     argument_nodes,
@@ -94,11 +94,28 @@ class _Walk:
             for i, operand in enumerate(operands[: self.captured.returned]):
                 for expr in operand.exprs:
                     self.axis_facts.pin(expr, node, f"it leaves the region as output {i}")
+            self._assign(node)
             self._store(node)
         elif node.op == "call_function" and tensor_meta(node):
             self._call(node)
         elif node.op == "call_function" and isinstance(node.meta.get("val"), (tuple, list)):
             self._several(node)
+
+    def _assign(self, output: fx.Node) -> None:
+        """Unify the axes of a buffer with those of the tensor that is assigned to it; pin those of other attributes."""
+        results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+        for place, node in zip(self.captured.assigned, self.captured.assigned_among(results), strict=True):
+            if node not in self.weighted:
+                continue
+            (exprs,) = self.axis_facts.values[node]
+            name = place.full_name
+            before = self.axis_facts.parameters.get(name, ())
+            if place.buffer and tuple(map(size_of, before)) == tuple(map(size_of, exprs)):
+                for a, b in zip(exprs, before, strict=True):
+                    self.axes.unify(a, b)
+                continue
+            for expr in (*exprs, *before):
+                self.axis_facts.pin(expr, output, f"it is kept as `{name}`, whose other uses are unknown")
 
     def _store(self, output: fx.Node) -> None:
         """Unify the axes of tensors in objects after a call with those before it."""
@@ -195,7 +212,10 @@ class _Walk:
         operands = self._operands(node)
         if node.target is operator.getitem:
             source, i = arguments(node)
-            self.axis_facts.values[node] = (self.axis_facts.values[source][i],)
+            if not isinstance(source.meta["val"][i], torch.Tensor) or not tensor_meta(source):
+                self._several(node)  # one of a list among the results, say
+            else:
+                self.axis_facts.values[node] = (self.axis_facts.values[source][i],)
             return
         self.axis_facts.operands[node] = operands
         shapes = [_shape(meta) for meta in tensor_meta(node)]
@@ -231,7 +251,8 @@ class _Walk:
                 for o, s in zip(outputs, shapes, strict=True)
             ):
                 raise Mismatch(
-                    f"the rule gives dims of {[tuple(map(size_of, o)) for o in outputs]}, the op has {shapes}"
+                    f"the rule gives dims of {in_words([[*map(size_of, o)] for o in outputs])}, "
+                    f"the op has {in_words(shapes)}"
                 )
             self.axis_facts.values[node] = tuple(outputs)
             self.axis_facts.relations[node] = relation
@@ -244,7 +265,8 @@ class _Walk:
         """Return whether an axis has another size than the output; pin it if nothing proves the sizes equal."""
         extent = size_of(expr)
         if extent != size and not (type(extent) is int and type(size) is int):
-            self.axis_facts.pin(expr, node, f"{op_name(node)}: nothing proves that {extent} is {size}")
+            reason = f"nothing proves that a dim of {in_words(extent)} comes out as one of {in_words(size)}"
+            self.axis_facts.pin(expr, node, f"{op_name(node)}: {reason}")
             return False
         return bool(extent != size)
 

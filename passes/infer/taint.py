@@ -16,6 +16,11 @@ def weighted_nodes(captured: RegionGraph) -> set[fx.Node]:
     def direct(node: fx.Node) -> bool:
         return any(arg in weighted for arg in node.all_input_nodes)
 
+    output = next(node for node in reversed(captured.graph.nodes) if node.op == "output")
+    assigned = {
+        place.full_name: node
+        for place, node in zip(captured.assigned, captured.assigned_among(output.args[0]), strict=True)
+    }
     before = -1
     while before != len(weighted):
         before = len(weighted)
@@ -24,6 +29,8 @@ def weighted_nodes(captured: RegionGraph) -> set[fx.Node]:
                 if (
                     node.name in captured.parameters
                     or _is_state(node, captured)
+                    or assigned.get(captured.tensors.get(node.name, "")) in weighted
+                    or (node.users and captured.tensors.get(node.name) in captured.moving)
                     or (node.name in captured.tensors and _follows_parameters(node, weighted))
                 ):
                     weighted.add(node)

@@ -9,10 +9,12 @@ from typing import Any, Protocol
 import sympy
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ecospa_fx.passes.axes.algebra import Size
 
+from .guards import Read
+from .numbers import Number
 from .signature import Signature
 from .state_access import TENSOR, IndexAttributes, ObjectPath, StateAccess, flattened, parted, resolve_object
 
@@ -50,6 +52,39 @@ class Point:
     spec: pytree.TreeSpec
 
 
+@dataclass(frozen=True)
+class Assigned:
+    """A place in a submodule to which a forward assigns a tensor at every call.
+
+    Attributes:
+        path: of the submodule in the region.
+        name: of the buffer or attribute.
+        buffer: whether it is a registered buffer.
+    """
+
+    path: str
+    name: str
+    buffer: bool
+
+    @property
+    def full_name(self) -> str:
+        """The name in the region."""
+        return f"{self.path}.{self.name}" if self.path else self.name
+
+    def _held(self, region: nn.Module) -> dict[str, Any]:
+        owner = region.get_submodule(self.path)
+        held: dict[str, Any] = owner._buffers if self.buffer else owner.__dict__
+        return held
+
+    def value(self, region: nn.Module) -> Any:
+        """Return the value there now; None where there is none."""
+        return self._held(region).get(self.name)
+
+    def put(self, region: nn.Module, value: Any) -> None:
+        """Assign a tensor."""
+        self._held(region)[self.name] = value
+
+
 @dataclass(frozen=True, eq=False)
 class RegionGraph:
     """A region as a graph at original sizes. Frozen: `dataclasses.replace` gives another one around the same graph.
@@ -70,12 +105,16 @@ class RegionGraph:
         hooked: submodules whose forward hooks ran while the region was captured, and so are part of the graph -> the
             number of hooks.
         observed: calls of submodules whose tensors leave the graph after its results, for hooks that only look.
+        assigned: places to which it assigns tensors, which leave the graph after those for hooks.
         carried: how the graph reads and changes the objects of its calls, such as caches.
         strangers: paths of the tensors in these objects that something else fills, at sizes of its own.
         filled: the parts of objects that other calls of the region fill, as far as known when this one was captured.
         index_attributes: integers of the region that only select its own part of an object.
+        moving: buffers that some call of the region computes from parameters, and that shrink with these everywhere.
         settings: (submodule, attribute) -> a constant that the forward reads there and does not change itself.
         data_sizes: sizes that values in tensors decide -> what they were in the captured call, where it had values.
+        numbers: constants among those that it takes as inputs, because they change from call to call.
+        reads: the other values that the forward reads in Python, which its graph holds as constants.
     """
 
     region: str
@@ -92,12 +131,16 @@ class RegionGraph:
     shared_outside: Mapping[str, str] = field(default_factory=dict)
     hooked: Mapping[str, int] = field(default_factory=dict)
     observed: tuple[Point, ...] = ()
+    assigned: tuple[Assigned, ...] = ()
     carried: StateAccess = field(default_factory=StateAccess)
     strangers: frozenset[ObjectPath] = frozenset()
     filled: Filled = frozenset()
     index_attributes: IndexAttributes = field(default_factory=IndexAttributes)
+    moving: frozenset[str] = frozenset()
     settings: Mapping[tuple[str, str], Any] = field(default_factory=dict)
     data_sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict)
+    reads: tuple[Read, ...] = ()
+    numbers: tuple[Number, ...] = ()
     _plain_result: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -106,6 +149,25 @@ class RegionGraph:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RegionGraph:
         return self  # frozen, and its nodes are compared by identity
+
+    def assigned_among(self, outputs: Sequence[Any]) -> Sequence[Any]:
+        """Return the part of the graph's outputs that goes to `assigned`."""
+        end = len(outputs) - len(self.carried.stored)
+        return outputs[end - len(self.assigned) : end]
+
+    def is_parameter(self, name: str) -> bool:
+        """Return whether a tensor of the region is a parameter and not a buffer."""
+        return any(self.tensors[placeholder] == name for placeholder in self.parameters)
+
+    def used(self) -> set[str]:
+        """Return the names of the parameters and buffers that the graph uses; an exported graph lists all."""
+        nodes = self.graph.find_nodes(op="placeholder")
+        return {self.tensors[node.name] for node in nodes if node.users and node.name in self.tensors}
+
+    def numbers_now(self, region: nn.Module) -> list[float]:
+        """Return the values of `numbers` in a live region."""
+        modules = _Paths(region)
+        return [number.read.now(modules) for number in self.numbers]
 
     @property
     def returned(self) -> int:
@@ -160,6 +222,17 @@ class RegionGraph:
         remaining = iter(tensors)
         leaves = [next(remaining) if leaf is TENSOR else resolve_object(leaf, objects) for leaf in self.out_leaves]
         return pytree.tree_unflatten(leaves, self.out_spec)
+
+
+class _Paths(dict[str, nn.Module]):
+    """The submodules of a region by path, looked up when asked for."""
+
+    def __init__(self, region: nn.Module) -> None:
+        super().__init__()
+        self.region = region
+
+    def __missing__(self, path: str) -> nn.Module:
+        return self.region.get_submodule(path)
 
 
 def _plain_structure(out_leaves: Sequence[Any], out_spec: pytree.TreeSpec) -> str:

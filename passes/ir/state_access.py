@@ -23,6 +23,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ecospa_fx.passes.graph.namespaces import ABSENT
+
 AttributePath = tuple[str, str]  # path of a submodule, name of an attribute of it
 
 OPERATORS = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
@@ -110,14 +112,6 @@ class TypeCheck:
     """A read of an object on the way to a part of it: its class."""
 
     cls: type
-
-
-class _Absent:
-    def __repr__(self) -> str:
-        return "absent"
-
-
-ABSENT = _Absent()  # stands for the value of an attribute or entry that does not exist
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,7 +283,7 @@ def _reader(carried: StateAccess) -> Callable[[Sequence[Any]], list[Tensor] | No
         unless(f"type(objects[{number}]) is not {named(cls)}")
     for place, wanted in carried.reads:
         match wanted:
-            case _Absent():
+            case _ if wanted is ABSENT:
                 owner, step = local(ObjectPath(place.number, place.path[:-1])), place.path[-1]
                 unless(f"{named(step.key)} in {owner}" if step.entry else f"hasattr({owner}, {step.key!r})")
             case Length(length):

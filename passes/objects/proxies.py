@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, ClassVar, Protocol, TypeAlias
 
-from ecospa_fx.passes.ir.state_access import ABSENT, Keys, Length, ObjectPath
+from ecospa_fx.passes.graph.namespaces import ABSENT
+from ecospa_fx.passes.ir.state_access import Keys, Length, ObjectPath
 
 from .int_proxy import IntProxy
 

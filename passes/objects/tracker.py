@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.graph.boundary_op import END, LATE, edge
+from ecospa_fx.passes.graph.namespaces import ABSENT
 from ecospa_fx.passes.ir.state_access import (
-    ABSENT,
     PLAIN,
     TENSOR,
     Keys,

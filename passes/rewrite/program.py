@@ -23,7 +23,7 @@ class Program:
         captured: the captured graph, at original sizes.
         axis_facts: the axes of that graph.
         run: `run(region, *inputs, *objects, *constants)` returns the output tensors.
-        constants: lifted tensors, subgraphs and index tensors that `run` takes.
+        constants: lifted tensors, subgraphs and index tensors that `run` takes, and `RegionGraph.numbers` as captured.
         source: the generated code, to read.
         called: submodules that the code calls as modules.
         state: the sizes that tensors in the objects of a call must have.
@@ -49,7 +49,13 @@ class Program:
             region: the live region.
             inputs: the tensors of the call, those in its objects, then the objects.
         """
-        return self.returned(region, inputs, self.run(region, *inputs, *self.constants))
+        return self.returned(region, inputs, self.run(region, *inputs, *self.constants_now(region)))
+
+    def constants_now(self, region: nn.Module) -> tuple[Any, ...]:
+        """Return `constants` with the numbers that a live region has now."""
+        if not self.captured.numbers:
+            return self.constants
+        return (*self.constants[: -len(self.captured.numbers)], *self.captured.numbers_now(region))
 
     def returned(self, region: nn.Module, inputs: Sequence[Any], tensors: Any) -> Any:
         """Turn the tensors that the code returned into results of the region; fill its objects and fire its hooks."""
@@ -59,9 +65,19 @@ class Program:
             stored = iter(tensors[len(tensors) - sum(isinstance(v, Stored) for _, v in captured.carried.effects) :])
             for place, value in captured.carried.effects:
                 place.put(objects, next(stored) if isinstance(value, Stored) else value)
+        for attribute, tensor in zip(captured.assigned, self._assigned(tensors), strict=True):
+            attribute.put(region, tensor)
         if captured.observed:
             fire(region, captured.observed, tensors[captured.returned :], captured.region, objects)
         return captured.result(tensors[: captured.returned], objects)
+
+    def _assigned(self, tensors: Any) -> Sequence[Any]:
+        captured = self.captured
+        if not captured.assigned:
+            return ()
+        end = len(tensors) - sum(isinstance(v, Stored) for _, v in captured.carried.effects)
+        assigned: Sequence[Any] = tensors[end - len(captured.assigned) : end]
+        return assigned
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Return True if the program serves the sizes of a call's tensors, including those in its objects."""

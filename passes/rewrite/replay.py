@@ -27,17 +27,8 @@ def replay(axis_facts: AxisFacts, plan: Plan, difference: str = "") -> dict[Atom
             differently.
     """
     region = axis_facts.captured.region
-    masks: dict[Atom, Tensor] = {}
-    for name in plan.under(region):
-        if name not in axis_facts.parameters:
-            continue
-        for dim, expr in enumerate(axis_facts.parameters[name]):
-            mask = plan.mask(join(region, name), dim)
-            if not mask.all():
-                for atom, part in project(expr, mask, axis_facts.contexts).items():
-                    masks[atom] = masks[atom] | part if atom in masks else part
     why = f" The call differs from earlier ones: {difference}." if difference else ""
-    kept = _selection(axis_facts, masks)
+    kept = selected_by(axis_facts, plan)
     for fact in axis_facts.facts:
         if fact.role == "pinned":
             for atom in atoms_of(fact.expr):
@@ -60,7 +51,7 @@ def replay(axis_facts: AxisFacts, plan: Plan, difference: str = "") -> dict[Atom
                     f"has shrunk differently.{why} Call the model as before, or make this call once before the first "
                     "shrink, so that neither is offered"
                 )
-    names = set(axis_facts.captured.tensors.values())
+    names = axis_facts.captured.used()
     for name in plan.under(region):
         if name in names and name not in axis_facts.parameters:
             full = join(region, name)
@@ -69,6 +60,25 @@ def replay(axis_facts: AxisFacts, plan: Plan, difference: str = "") -> dict[Atom
                 f"follow the shrink.{why} Call the model as before"
             )
     return kept
+
+
+def selected_by(axis_facts: AxisFacts, plan: Plan) -> dict[Atom, Selected]:
+    """Select the entries that a plan keeps of the atoms of a graph, without asking whether the graph can follow.
+
+    Raises:
+        PinnedAxisError: other numbers of entries are kept in each context.
+    """
+    region = axis_facts.captured.region
+    masks: dict[Atom, Tensor] = {}
+    for name in plan.under(region):
+        if name not in axis_facts.parameters:
+            continue
+        for dim, expr in enumerate(axis_facts.parameters[name]):
+            mask = plan.mask(join(region, name), dim)
+            if not mask.all():
+                for atom, part in project(expr, mask, axis_facts.contexts).items():
+                    masks[atom] = masks[atom] | part if atom in masks else part
+    return _selection(axis_facts, masks)
 
 
 def _selection(axis_facts: AxisFacts, masks: dict[Atom, Tensor]) -> dict[Atom, Selected]:

@@ -24,6 +24,7 @@ from ecospa_fx.passes.axes.selection import Selection, count, in_first_contexts,
 from ecospa_fx.passes.capture.hooks import calls_itself
 from ecospa_fx.passes.graph.nodes import op_name, place
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
+from ecospa_fx.passes.ir.numbers import put_number
 from ecospa_fx.passes.ir.op_site import OpSite
 from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.objects.live_calls import go_live, pass_edges
@@ -54,6 +55,7 @@ def rewrite(
     captured = axis_facts.captured
     graph, new, objects, constants = _copy(captured, live)
     constants |= select_sources(graph, axis_facts, kept, new)
+    constants |= _number_inputs(captured, graph, new)
     for original, node in new.items():
         rule = op_info(original.target)
         if rule is None or rule.resize is None or original not in axis_facts.operands:
@@ -122,6 +124,21 @@ def _copy(
         if node not in new and node.op not in ("placeholder", "get_attr"):
             new[node] = graph.node_copy(node, new.__getitem__)
     return graph, new, objects, constants
+
+
+def _number_inputs(captured: RegionGraph, graph: fx.Graph, new: dict[fx.Node, fx.Node]) -> dict[fx.Node, Any]:
+    """Make arguments of the numbers that change from call to call; return placeholder -> the value at capture."""
+    by_name = {old.name: node for old, node in new.items()}
+    numbers: dict[fx.Node, Any] = {}
+    for i, number in enumerate(captured.numbers):
+        last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+        with graph.inserting_after(last):
+            placeholder = graph.placeholder(f"number_{i}")
+        numbers[placeholder] = number.read.value
+        for name, position in number.places:
+            node = by_name[name]
+            node.args, node.kwargs = put_number((node.args, node.kwargs), position, placeholder)
+    return numbers
 
 
 def _bind(captured: RegionGraph, region: nn.Module, graph: fx.Graph, new: dict[fx.Node, fx.Node]) -> None:

@@ -35,7 +35,7 @@ def watch(program: Program, kept: Selection, region: nn.Module, nodes: Sequence[
     watching = rewrite(program.axis_facts, kept, region, watched=nodes)
 
     def call(module: nn.Module, inputs: Sequence[Any]) -> tuple[Any, tuple[Tensor, ...]]:
-        tensors = watching.run(module, *inputs, *watching.constants)
+        tensors = watching.run(module, *inputs, *watching.constants_now(module))
         count = len(tensors) - len(nodes)
         return watching.returned(module, inputs, tensors[:count]), tuple(value.detach() for value in tensors[count:])
 

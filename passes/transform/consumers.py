@@ -232,12 +232,12 @@ def _product(relation: Pattern, node: fx.Node, weight: fx.Node) -> _Use | None:
         return None
     (w, w_names), (x, x_names) = sorted(factors, key=lambda factor: factor[0].node is not weight)
     shared = [name for name in w_names if name in x_names]
-    if w.node is not weight or w.ndim < 2 or len(shared) != 1 or shared[0] in pattern.output.keys:
+    if w.node is not weight or w.ndim < 2 or len(shared) != 1 or shared[0] in pattern.kept:
         return None
     if any(isinstance(name, tuple) or names.count(name) > 1 for names in (w_names, x_names) for name in names):
         return None
     others = [name for name in w_names if name != shared[0]]
-    if any(name not in pattern.output.keys for name in others) and relation.window is None:
+    if any(name not in pattern.kept for name in others) and relation.window is None:
         return None  # another of its dims is summed over, or chosen from
     window, columns = _window(relation.window)
     if window == ():

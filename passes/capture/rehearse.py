@@ -1,0 +1,243 @@
+"""Rehearsal: a region's own forward, run twice in a row, to see what it does beside computing its results.
+
+    rehearsed(module, call, ...)
+      -> code       the functions that run, whose globals a graph depends on
+      -> refuse     a draw from Python's or numpy's generators, which a graph would make once; state that it assigns
+      -> (with)     capture goes on in the state in which further calls change nothing: caches are filled
+
+Everything is put back in the end, but for what the forward's own next call would do again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ecospa_fx.errors import CaptureError
+from ecospa_fx.passes.graph.isolate import Draws, isolated, uncached_autocast
+from ecospa_fx.passes.graph.namespaces import ABSENT, foreign_code, put_in, value_in
+from ecospa_fx.passes.graph.tensors import at_original_sizes
+from ecospa_fx.passes.graph.world import Change, World, contents, put_back, same
+from ecospa_fx.passes.ir.region_graph import Assigned, Forward, Originals, described
+from ecospa_fx.passes.ir.state_access import ObjectLeaf, copy_objects, flattened, parted
+
+from .hooks import without_hooks
+from .reads import executed, recorded_reads
+
+Code = Sequence[tuple[CodeType, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """The side effects of a forward.
+
+    Attributes:
+        code: the functions that it runs, with their globals.
+        assigned: the places to which every call assigns a tensor.
+        filled: the changes that only its first call makes, to caches.
+    """
+
+    code: Code = ()
+    assigned: tuple[Assigned, ...] = ()
+    filled: tuple[Change, ...] = ()
+
+
+@contextmanager
+def rehearsed(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    region: str,
+    forward: Forward,
+    originals: Originals | None,
+) -> Iterator[Rehearsal]:
+    """Run a forward twice, and stay in the state after that for the time inside.
+
+    Args:
+        module: the region.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of it.
+        region: its name, for messages.
+        forward: its own forward.
+        originals: see `capture`.
+
+    Raises:
+        CaptureError: it draws from Python's or numpy's generators, or changes state that a graph would not change.
+    """
+    leaves, spec = flattened((args, kwargs))
+    if any(t.is_meta for t in (*leaves, *module.parameters()) if isinstance(t, Tensor)):
+        yield Rehearsal()
+        return
+    leaves, objects = parted(leaves)
+
+    def run() -> Any:
+        twins = copy_objects(objects, lambda _, t: t.detach().clone())
+        inputs = [twins[x.number] if isinstance(x, ObjectLeaf) else _cloned(x) for x in leaves]
+        call_args, call_kwargs = pytree.tree_unflatten(inputs, spec)
+        with without_hooks(module):  # which are captured, or called beside the graph
+            return forward(module, *call_args, **call_kwargs)
+
+    with (
+        at_original_sizes(module, originals.values() if originals else None),
+        isolated(module),
+        torch.enable_grad(),
+        uncached_autocast(),
+    ):
+        world = World(module)
+        with executed() as seen:
+            run()
+        code = tuple(seen.items())
+        first = tuple(world.changes())
+        again, draws = World(module, code), Draws()
+        try:
+            again.mark()
+            try:
+                run()
+            finally:
+                equal = again.unmark()
+            generator = draws.moved(among=("Python", "numpy"))
+            if generator:
+                raise CaptureError(
+                    f"{described(region)} ({type(module).__name__}) draws from the random generator of {generator}"
+                    f"{_line(run, draws.state)}, and a graph would hold that one outcome for ever. Draw with torch, or "
+                    "let smaller submodules be captured, which do not draw (regions='auto' finds them)"
+                )
+            assigned = tuple(_assigned(module, region, [*again.changes(), *equal], run))
+            if any(not place.buffer for place in assigned):
+                with recorded_reads(module) as reads:
+                    run()
+                for place in assigned:
+                    if not place.buffer and reads.read_before(place.path, place.name):
+                        raise CaptureError(
+                            f"{described(region)} ({type(module).__name__}) reads and replaces the tensor "
+                            f"`{place.full_name}` at every call, which its graph would not follow. Register it as a "
+                            "buffer"
+                        )
+        finally:
+            again.restore()
+    places = {(place.path, place.name) for place in assigned}
+    filled = tuple(change for change in first if _place(module, change) not in places)
+    registered = next((change for change in filled if isinstance(change.key, tuple)), None)
+    if registered is not None:
+        raise CaptureError(
+            f"{described(region)} ({type(module).__name__}) registers `{registered.where}` in its first call; call the "
+            "model once before it is compiled"
+        )
+    before = World(module)
+    try:
+        for change in filled:
+            make(change)
+        yield Rehearsal(code, assigned, filled)
+    finally:
+        before.restore()
+
+
+def _place(module: nn.Module, change: Change) -> tuple[str, str] | None:
+    """Return the path of the submodule of which a change is in an attribute or a buffer, and its name; else None."""
+    if not isinstance(change.owner, nn.Module) or change.key is None:
+        return None
+    path = next((path for path, child in module.named_modules() if child is change.owner), None)
+    name = change.key
+    if isinstance(name, tuple):
+        kind, name = name
+        if kind != "_buffers":
+            return None
+    return None if path is None else (path, name)
+
+
+def _assigned(module: nn.Module, region: str, changes: Sequence[Change], run: Callable[[], Any]) -> Iterator[Assigned]:
+    """Yield the places to which a forward assigns tensors, which its graph can do too.
+
+    Raises:
+        CaptureError: it changes something else.
+    """
+    for change in changes:
+        place = _place(module, change)
+        if place is None or type(change.after) is not Tensor:
+            raise CaptureError(_assigns(module, region, change, run))
+        buffer = isinstance(change.key, tuple)
+        if buffer and not (
+            isinstance(change.before, Tensor)
+            and (change.before.shape, change.before.dtype) == (change.after.shape, change.after.dtype)
+        ):
+            raise CaptureError(_assigns(module, region, change, run))
+        yield Assigned(*place, buffer)
+
+
+def _cloned(leaf: Any) -> Any:
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+
+
+def _assigns(module: nn.Module, region: str, change: Change, run: Callable[[], Any]) -> str:
+    def now() -> Any:
+        owner, key = change.owner, change.key
+        if key is None:
+            return contents(owner)
+        if isinstance(owner, nn.Module):
+            return owner.__dict__[key[0]].get(key[1]) if isinstance(key, tuple) else owner.__dict__.get(key, ABSENT)
+        return value_in(owner, key)
+
+    line = _line(run, now)
+    does = "changes" if change.key is None or change.before is not ABSENT else "sets"
+    return (
+        f"{described(region)} ({type(module).__name__}) {does} `{change.where}`{line} at every call, which its graph "
+        "would not do. Keep such values in registered buffers, return them, or let smaller submodules be captured "
+        "(regions='auto' finds them)"
+    )
+
+
+def _line(run: Callable[[], Any], state: Callable[[], Any]) -> str:
+    """Say at which line of a forward a state changes: `at model.py:41`. It runs the forward once more."""
+    last: tuple[str, int] | None = None
+    found: tuple[str, int] | None = None
+    before = state()
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal last, found
+        if found is not None or foreign_code(frame.f_globals.get("__name__")):
+            return None
+        if last is not None and not _equal(before, state()):
+            found = last
+            return None
+        if event == "line":
+            last = frame.f_code.co_filename, frame.f_lineno
+        return trace
+
+    outer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(outer)
+    found = found or last
+    return f" at {Path(found[0]).name}:{found[1]}" if found else ""
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b if isinstance(a, dict) else same(a, b)
+
+
+def make(change: Change) -> None:
+    """Make a change that a forward made."""
+    owner, key, after = change.owner, change.key, change.after
+    if key is None:
+        put_back(owner, after)
+        return
+    if not isinstance(owner, nn.Module):
+        put_in(owner, key, after)
+        return
+    held = owner.__dict__
+    if isinstance(key, tuple):
+        held, key = held[key[0]], key[1]
+    put_in(held, key, after)

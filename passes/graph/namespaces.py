@@ -1,0 +1,170 @@
+"""Namespaces: where the code of a forward keeps values beside the attributes of its modules.
+
+code_of(module)           the functions that a forward can reach, by name
+-> namespaces(module, c)  globals, cells of closures and attributes of classes that they read or write
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import gc
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from types import CellType, CodeType, FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "absent"
+
+    def __reduce__(self) -> str:
+        return "ABSENT"
+
+
+ABSENT = _Absent()  # stands for the value of an attribute or entry that does not exist
+
+# Packages whose functions read nothing that a training loop changes between calls.
+_OTHERS = frozenset({"torch", "numpy", "ecospa_fx", "functorch", "sympy", "networkx", "triton"})
+
+
+def foreign_code(package: str | None) -> bool:
+    """Return whether code is of torch, of this library or of the standard library."""
+    root = (package or "").partition(".")[0]
+    return root in _OTHERS or (root in sys.stdlib_module_names and root != "__main__")
+
+
+class Watching:
+    """The first base of a subclass that is made to watch an object; no registry of subclasses hears of it."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep quiet."""
+
+
+def code_of(module: nn.Module) -> dict[CodeType, dict[str, Any]]:
+    """Find the functions that the forwards of a module and its submodules can reach by their names, with their globals.
+
+    These are methods of their classes that are named in the code, and functions among its globals; not those of torch.
+    """
+    found: dict[CodeType, dict[str, Any]] = {}
+    classes: dict[type, list[Any]] = {}
+    for child in module.modules():
+        held = [value for value in child.__dict__.values() if isinstance(value, FunctionType)]
+        classes.setdefault(type(child), [getattr(type(child), "forward", None)]).extend(held)
+    for cls, waiting in classes.items():
+        while waiting:
+            function: Any = waiting.pop()
+            function = getattr(function, "__func__", function)
+            if not isinstance(function, FunctionType) or function.__code__ in found:
+                continue
+            if foreign_code(function.__globals__.get("__name__")):
+                continue
+            found[function.__code__] = function.__globals__
+            for code in _nested(function.__code__):
+                found.setdefault(code, function.__globals__)
+                waiting += [getattr(cls, name, None) for name in code.co_names if hasattr(cls, name)]
+                waiting += [function.__globals__.get(name) for name in code.co_names]
+            waiting += [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
+    return found
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)
+
+
+def _filled(cell: CellType) -> bool:
+    return value_in(cell, "") is not ABSENT
+
+
+def namespaces(module: nn.Module, code: Iterable[tuple[CodeType, dict[str, Any]]]) -> Iterator[tuple[Any, str, str]]:
+    """Yield the names outside of a module's attributes that code reads or writes: (namespace, name, words for it)."""
+    by_code = dict(code)
+    for each, namespace in by_code.items():
+        for name in _global_names(each):
+            if name in namespace:
+                yield namespace, name, f"{namespace.get('__name__', '')}.{name}"
+        for owner, attribute in _attributes_of_globals(each):
+            held = namespace.get(owner)
+            if isinstance(held, (ModuleType, type, FunctionType)) and not foreign_code(_package(held)):
+                yield held, attribute, f"{owner}.{attribute}"
+    for function in _functions_with_cells(by_code):
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            yield cell, name, f"{name} in {function.__qualname__}"
+    classes = {cls for child in module.modules() for cls in type(child).__mro__}
+    for cls in classes:
+        if not foreign_code(cls.__module__) and not issubclass(cls, Watching):
+            for name, value in list(vars(cls).items()):
+                if name[:2] != "__" and (
+                    value.__code__ in by_code if isinstance(value, FunctionType) else not hasattr(value, "__get__")
+                ):
+                    yield cls, name, f"{cls.__name__}.{name}"
+
+
+def _package(held: Any) -> str | None:
+    return held.__name__ if isinstance(held, ModuleType) else held.__module__
+
+
+def value_in(namespace: Any, name: str) -> Any:
+    """Return the value of a name in globals, a cell, a module or a class; `ABSENT` where it has none."""
+    if isinstance(namespace, dict):
+        return namespace.get(name, ABSENT)
+    if isinstance(namespace, CellType):
+        try:
+            return namespace.cell_contents
+        except ValueError:  # empty
+            return ABSENT
+    return getattr(namespace, name, ABSENT)
+
+
+def put_in(namespace: Any, name: str, value: Any) -> None:
+    """Give a name in globals, a cell, a module or a class a value; take it away where that is `ABSENT`."""
+    if isinstance(namespace, CellType):
+        if value is ABSENT:
+            del namespace.cell_contents
+        else:
+            namespace.cell_contents = value
+    elif isinstance(namespace, dict):
+        if value is ABSENT:
+            namespace.pop(name, None)
+        else:
+            namespace[name] = value
+    elif value is ABSENT:
+        delattr(namespace, name)
+    else:
+        setattr(namespace, name, value)
+
+
+@functools.lru_cache(maxsize=4096)
+def _global_names(code: CodeType) -> tuple[str, ...]:
+    opcodes = ("LOAD_GLOBAL", "STORE_GLOBAL", "LOAD_NAME", "DELETE_GLOBAL")
+    return tuple(dict.fromkeys(i.argval for i in dis.get_instructions(code) if i.opname in opcodes))
+
+
+@functools.lru_cache(maxsize=4096)
+def _attributes_of_globals(code: CodeType) -> tuple[tuple[str, str], ...]:
+    """Return the attributes that code reads or writes right after a global: `settings.tau`, `Net.tau`."""
+    found: dict[tuple[str, str], None] = {}
+    owner = None
+    for each in dis.get_instructions(code):
+        if each.opname == "LOAD_GLOBAL":
+            owner = each.argval
+        elif owner is not None and each.opname in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR"):
+            found[owner, each.argval] = None
+            owner = None
+        elif each.opname not in ("CACHE", "PUSH_NULL", "COPY"):
+            owner = None
+    return tuple(found)
+
+
+def _functions_with_cells(code: Mapping[CodeType, Any]) -> list[FunctionType]:
+    """Find the functions whose code ran and reads variables of an enclosing function."""
+    codes = [each for each in code if each.co_freevars and set(each.co_freevars) != {"__class__"}]
+    if not codes:
+        return []
+    return [value for value in gc.get_referrers(*codes) if isinstance(value, FunctionType) and value.__closure__]

@@ -1,0 +1,336 @@
+"""World: all that a forward may change in Python: attributes of modules, and the containers and objects that they hold.
+
+World(module)    everything that is reachable from the modules, as it is now
+-> changes()     the places that are other than they were
+-> restore()     everything as it was
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .namespaces import ABSENT, code_of, foreign_code, namespaces, put_in, value_in
+
+TENSORS = ("_parameters", "_buffers", "_modules")  # the dicts in which a module keeps its tensors and children
+
+OWN = frozenset(vars(nn.Module()))
+"""Attributes of every module: tensors, children, hooks and the training flag."""
+
+CONSTANTS = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, torch.Size, torch.memory_format)
+
+_OTHERS = ("torch", "numpy", "ecospa_fx", "sympy", "triton")  # packages whose objects no forward is taken to change
+_RECORDS = (
+    ("types", "SimpleNamespace"),
+    ("argparse", "Namespace"),
+)  # classes of the standard library that hold settings
+_MOST = 20_000  # containers and objects, in which a forward's state is looked for
+
+
+@dataclass(frozen=True)
+class Change:
+    """A place that is other than it was.
+
+    Attributes:
+        owner: the module, object or container.
+        where: the place in words, from the module on: `blocks.0.cache['keys']`.
+        key: the attribute or entry that changed; None for a list or set as a whole.
+        before: its value before, or `ABSENT`.
+        after: its value now, or `ABSENT`.
+    """
+
+    owner: Any
+    where: str
+    key: Any
+    before: Any
+    after: Any
+
+
+def is_constant(value: Any) -> bool:
+    """Decide whether a value is immutable and compared by value."""
+    if value is None or isinstance(value, CONSTANTS):
+        return True
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        return True
+    return type(value) in (tuple, frozenset) and all(map(is_constant, value))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Decide whether two values are certainly equal: objects that may change are equal only to themselves."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, MethodType):
+        return a.__self__ is b.__self__ and a.__func__ is b.__func__
+    return is_constant(a) and bool(a == b or (a != a and b != b))
+
+
+def is_record(value: Any) -> bool:
+    """Decide whether a value is an object with attributes of its own that a forward may read or change."""
+    if isinstance(value, (nn.Module, Tensor, type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, Enum)):
+        return False
+    cls = type(value)
+    package = (cls.__module__ or "").partition(".")[0]
+    if package in _OTHERS:
+        return False
+    if package in sys.stdlib_module_names and package != "__main__":
+        return any((base.__module__, base.__name__) in _RECORDS for base in cls.__mro__)
+    return hasattr(value, "__dict__") or bool(_slots(cls))
+
+
+def _slots(cls: type) -> list[str]:
+    """Return the attributes that a class keeps in slots."""
+    held = [base.__dict__.get("__slots__", ()) for base in cls.__mro__]
+    names = [name for slots in held for name in ((slots,) if isinstance(slots, str) else slots)]
+    return [name for name in names if name[:2] != "__"]
+
+
+class _State:
+    """The state of a leaf that changes in place: a random generator, an array, a tensor that no module registers."""
+
+    def __init__(self, leaf: Any) -> None:
+        self.value, self._put = _state_of(leaf)
+
+    def put(self, leaf: Any) -> None:
+        """Bring a leaf back to this state."""
+        self._put(leaf, self.value)
+
+    def equal(self, other: _State) -> bool:
+        """Compare two states of one leaf; what happens to a tensor in place is part of a graph, and no difference."""
+        if isinstance(self.value, tuple) and self.value and isinstance(self.value[0], Tensor):
+            return True
+        return pickle.dumps(self.value) == pickle.dumps(other.value)
+
+
+def _state_of(leaf: Any) -> tuple[Any, Callable[[Any, Any], None]]:
+    """Return the state of a leaf, and a function that brings it back to one."""
+    if isinstance(leaf, Tensor):
+        return (leaf.detach().clone(), leaf._version), _put_tensor
+    if hasattr(leaf, "bit_generator"):  # numpy.random.Generator
+        return leaf.bit_generator.state, lambda generator, was: setattr(generator.bit_generator, "state", was)
+    if hasattr(leaf, "set_state"):  # torch.Generator, numpy.random.RandomState
+        return leaf.get_state(), lambda generator, was: generator.set_state(was)
+    if isinstance(leaf, random.Random):
+        return leaf.getstate(), lambda generator, was: generator.setstate(was)
+    return leaf.copy(), lambda array, was: array.__setitem__(..., was)
+
+
+def _put_tensor(tensor: Tensor, was: tuple[Tensor, int]) -> None:
+    if tensor._version != was[1]:
+        with torch.no_grad():
+            tensor.copy_(was[0])
+
+
+def _has_state(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not isinstance(value, nn.Parameter) and type(value) is Tensor and value.layout is torch.strided
+    if isinstance(value, (torch.Generator, random.Random)):
+        return True
+    if type(value).__module__.partition(".")[0] != "numpy":
+        return False
+    return hasattr(value, "bit_generator") or hasattr(value, "set_state") or getattr(value, "ndim", 0) > 0
+
+
+class World:
+    """The mutable state that is reachable from a module, as it was when this was made.
+
+    Args:
+        module: the module.
+        code: the functions that its forward runs, with their globals; by default all that it can reach.
+    """
+
+    def __init__(self, module: nn.Module, code: Iterable[tuple[CodeType, dict[str, Any]]] | None = None) -> None:
+        self._nodes: list[tuple[Any, str, Any]] = []  # an owner, its name, and a copy of its contents
+        seen: set[int] = set()
+        names = {id(child): path for path, child in module.named_modules()}
+        waiting: deque[tuple[str, Any]] = deque((path, child) for path, child in module.named_modules())
+        code = code_of(module).items() if code is None else code
+        self._names = [(space, name, where, value_in(space, name)) for space, name, where in namespaces(module, code)]
+        waiting.extend((where, value) for _, _, where, value in self._names)
+        while waiting and len(self._nodes) < _MOST:
+            where, value = waiting.popleft()
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            held = contents(value)
+            if held is None:
+                continue
+            self._nodes.append((value, where, held))
+            inner = [(label, item) for label, item in _items(value, held, where) if not is_constant(item)]
+            waiting.extend((names.get(id(item), label), item) for label, item in inner)
+
+    def changes(self) -> Iterator[Change]:
+        """Yield the places that are other than they were."""
+        for space, name, where, was in self._names:
+            now = value_in(space, name)
+            if not same(was, now):
+                yield Change(space, where, name, was, now)
+        for owner, where, before in self._nodes:
+            after = contents(owner)
+            if isinstance(before, dict):
+                for key in dict.fromkeys((*before, *(after or ()))):
+                    was, now = before.get(key, ABSENT), after.get(key, ABSENT)
+                    if not same(was, now):
+                        yield Change(owner, _label(owner, where, key), key, was, now)
+            elif isinstance(before, _State):
+                if not before.equal(after):
+                    yield Change(owner, where, None, "as it was", "in another state")
+            elif len(before) != len(after) or not all(map(same, before, after)):
+                yield Change(owner, where, None, before, after)
+
+    def mark(self) -> None:
+        """Put an equal copy in place of every constant, for `unmark` to see which are assigned anew at the same value.
+
+        It is the same value only for the same sizes of inputs: `self.length = x.shape[1]`.
+        """
+        self._marks: list[tuple[Any, str, Any, Any, Any]] = []
+        for owner, where, held in self._nodes:
+            if not isinstance(held, dict) or (foreign_code(type(owner).__module__) and not isinstance(owner, dict)):
+                continue
+            for key, value in held.items():
+                mark = _equal_copy(value)
+                if mark is not value and not isinstance(key, tuple):
+                    self._marks.append((owner, where, key, value, mark))
+                    _put_item(owner, key, mark)
+
+    def unmark(self) -> list[Change]:
+        """Take the copies away, and return the places that hold an equal value that is no longer the copy."""
+        anew = []
+        for owner, where, key, value, mark in self._marks:
+            now = contents(owner).get(key, ABSENT)
+            if now is mark:
+                _put_item(owner, key, value)
+            elif same(now, value):
+                anew.append(Change(owner, _label(owner, where, key), key, value, now))
+        return anew
+
+    def restore(self) -> None:
+        """Put everything back as it was."""
+        for space, name, _, was in self._names:
+            if value_in(space, name) is not was:
+                put_in(space, name, was)
+        for owner, _, before in self._nodes:
+            put_back(owner, before)
+
+
+class _Int(int):
+    """An int that is equal to another, and not the same object."""
+
+
+class _Float(float):
+    """A float that is equal to another, and not the same object."""
+
+
+def _equal_copy(value: Any) -> Any:
+    if type(value) is int:
+        return _Int(value)
+    if type(value) is float:
+        return _Float(value)
+    if type(value) in (tuple, torch.Size) and value:
+        return type(value)(list(value))
+    return value
+
+
+def _put_item(owner: Any, key: Any, value: Any) -> None:
+    if isinstance(owner, nn.Module):
+        owner.__dict__[key] = value
+    elif isinstance(owner, dict):
+        dict.__setitem__(owner, key, value)
+    else:
+        object.__setattr__(owner, key, value)
+
+
+def contents(value: Any) -> Any:
+    """Copy the contents of a module, container or object: a dict or a tuple; None for anything else."""
+    if isinstance(value, nn.Module):
+        held = {key: item for key, item in value.__dict__.items() if key not in OWN and not key.startswith("_ecospa")}
+        for kind in TENSORS:
+            held |= {(kind, key): item for key, item in value.__dict__.get(kind, {}).items()}
+        return held
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, (list, deque, set)):
+        return tuple(value)
+    if type(value) is tuple:
+        return value
+    if _has_state(value):
+        return _State(value)
+    if isinstance(value, FunctionType):
+        return dict(value.__dict__) or None
+    if not is_record(value):
+        return None
+    held = dict(getattr(value, "__dict__", ()))
+    return held | {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
+
+
+def _items(owner: Any, held: Any, where: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(held, _State):
+        return
+    if isinstance(held, dict):
+        for key, item in held.items():
+            if not (isinstance(key, tuple) and key[:1] and key[0] in TENSORS and not isinstance(item, nn.Module)):
+                yield _label(owner, where, key), item
+    else:
+        for i, item in enumerate(held):
+            yield f"{where}[{i}]", item
+
+
+def _label(owner: Any, where: str, key: Any) -> str:
+    if isinstance(owner, nn.Module) and isinstance(key, tuple):
+        key = key[1]
+    if isinstance(owner, (dict, list, tuple)):
+        return f"{where}[{key!r}]"
+    return f"{where}.{key}" if where else str(key)
+
+
+def put_back(owner: Any, before: Any) -> None:
+    """Give a module, container or object the contents that `contents` has copied."""
+    if isinstance(before, _State):
+        if not before.equal(_State(owner)) or isinstance(owner, Tensor):
+            before.put(owner)
+    elif isinstance(owner, nn.Module):
+        attributes = owner.__dict__
+        plain = {key: item for key, item in before.items() if not isinstance(key, tuple)}
+        now = {key for key in attributes if key not in OWN and not key.startswith("_ecospa")}
+        for key in now - plain.keys():
+            del attributes[key]
+        attributes.update(plain)
+        for kind in TENSORS:
+            held = attributes[kind]
+            wanted = {key[1]: item for key, item in before.items() if isinstance(key, tuple) and key[0] == kind}
+            if list(held) != list(wanted) or any(held[key] is not item for key, item in wanted.items()):
+                held.clear()
+                held.update(wanted)
+    elif isinstance(owner, (list, deque)):
+        if len(owner) != len(before) or any(a is not b for a, b in zip(owner, before, strict=True)):
+            owner.clear()
+            owner.extend(before)
+    elif isinstance(owner, set):
+        if owner != set(before):
+            owner.clear()
+            owner.update(before)
+    elif isinstance(owner, dict):
+        if len(owner) != len(before) or any(dict.get(owner, key, ABSENT) is not item for key, item in before.items()):
+            dict.clear(owner)
+            for key, item in before.items():
+                dict.__setitem__(owner, key, item)
+    elif not isinstance(owner, tuple):
+        there: dict[str, Any] = contents(owner) or {}
+        for key in there.keys() - before.keys():
+            object.__delattr__(owner, key)
+        for key, item in before.items():
+            if there.get(key, ABSENT) is not item:
+                object.__setattr__(owner, key, item)

@@ -1,0 +1,245 @@
+"""Guards: values that a forward read in Python while it was captured, and that a graph holds as constants.
+
+    Read            the place of one such value: attributes, entries, globals, cells, classes
+    guard(reads)    a generated function that says whether all are as they were, because it runs at every call
+    first_changed   the first that is not, in words
+
+The attributes of modules that are constants are `RegionGraph.settings`; everything else that was read is a `Read`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import CellType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ecospa_fx.passes.graph.namespaces import ABSENT, put_in
+from ecospa_fx.passes.graph.world import same
+
+from .state_access import PathItem
+
+
+@dataclass(frozen=True)
+class ModuleRoot:
+    """A submodule of the region, by its path."""
+
+    path: str
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """A shallow copy of a list, dict, set or array; its items are compared by `same`."""
+
+    copy: Any
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of a dict, in order; the length of a list."""
+
+    keys: Any
+
+
+@dataclass(frozen=True)
+class OfClass:
+    """The class of an object on the way to a value."""
+
+    cls: type
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """One value that a forward read.
+
+    Attributes:
+        root: a `ModuleRoot`, or the namespace itself: the globals of a function, one of its cells, a class.
+        steps: from the root to the value.
+        value: a constant, a tensor or function, which must be the same object, `Contents`, `OfClass` or `ABSENT`.
+        where: the place in words.
+    """
+
+    root: Any
+    steps: tuple[PathItem, ...]
+    value: Any
+    where: str
+
+    def now(self, modules: Mapping[str, nn.Module]) -> Any:
+        """Return the value at this place now, `ABSENT` where there is none."""
+        owner = modules[self.root.path] if isinstance(self.root, ModuleRoot) else self.root
+        try:
+            for number, step in enumerate(self.steps):
+                if number == 0 and isinstance(self.root, ModuleRoot):
+                    owner = attribute_of(owner, step.key)
+                else:
+                    owner = _step(owner, step)
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+            return ABSENT
+        return owner
+
+    def entries(self) -> tuple[Read, ...]:
+        """Return a read for each entry of a list or dict; the read itself for any other value."""
+        copy = self.value.copy if isinstance(self.value, Contents) else self.value
+        if type(copy) not in (list, dict):
+            return (self,)
+        items = copy.items() if isinstance(copy, dict) else enumerate(copy)
+        entries = [
+            Read(self.root, (*self.steps, PathItem(key, entry=True)), value, f"{self.where}[{key!r}]")
+            for key, value in items
+        ]
+        keys = Read(self.root, self.steps, Keys(tuple(copy) if isinstance(copy, dict) else len(copy)), self.where)
+        return (keys, *entries)
+
+    def put(self, modules: Mapping[str, nn.Module], value: Any) -> None:
+        """Put a value at this place."""
+        owner = modules[self.root.path] if isinstance(self.root, ModuleRoot) else self.root
+        *way, last = self.steps
+        for number, step in enumerate(way):
+            first = number == 0 and isinstance(self.root, ModuleRoot)
+            owner = attribute_of(owner, step.key) if first else _step(owner, step)
+        if isinstance(owner, nn.Module):
+            owner.__dict__[last.key] = value
+        elif last.entry:
+            owner[last.key] = value
+        else:
+            put_in(owner, last.key, value)
+
+    def holds(self, modules: Mapping[str, nn.Module]) -> bool:
+        """Return whether the value is as it was read."""
+        return as_read(self.value, self.now(modules))
+
+
+def attribute_of(module: nn.Module, name: str) -> Any:
+    """Return an attribute of a module, or else of its class; `ABSENT` where neither has it.
+
+    A module that has been made shrinkable computes some of its attributes, which its dict holds as they were read.
+    """
+    value = module.__dict__.get(name, ABSENT)
+    return getattr(type(module), name, ABSENT) if value is ABSENT else value
+
+
+def _step(owner: Any, step: PathItem) -> Any:
+    if isinstance(owner, CellType):
+        return owner.cell_contents
+    return owner[step.key] if step.entry else getattr(owner, step.key)
+
+
+def as_read(value: Any, now: Any) -> bool:
+    """Return whether a value is as it was read; see `Read.value`."""
+    if isinstance(value, OfClass):
+        return type(now) is value.cls
+    if isinstance(value, Keys):
+        return bool((tuple(now) if isinstance(now, dict) else len(now)) == value.keys)
+    if isinstance(value, Contents):
+        return same_contents(value.copy, now)
+    return same(value, now)
+
+
+def same_contents(copy: Any, now: Any) -> bool:
+    """Return whether a container or array still has the contents of its copy."""
+    if type(copy) is not type(now):
+        return False
+    if not isinstance(copy, (dict, set, frozenset, list, tuple, deque)) and not hasattr(copy, "tobytes"):
+        return False
+    if isinstance(copy, dict):
+        return list(copy) == list(now) and all(same(copy[key], now[key]) for key in copy)
+    if isinstance(copy, (set, frozenset)):
+        return bool(copy == now)
+    if hasattr(copy, "tobytes"):
+        return bool(copy.shape == now.shape and copy.dtype == now.dtype and copy.tobytes() == now.tobytes())
+    return len(copy) == len(now) and all(map(same, copy, now))
+
+
+def setting_read(path: str, name: str, value: Any) -> Read:
+    """Return the read of a constant attribute of a submodule; a container of constants is compared by its contents."""
+    held = Contents(value) if type(value) in (list, dict, set) else value
+    return Read(ModuleRoot(path), (PathItem(name),), held, f"{path}.{name}" if path else name)
+
+
+def first_changed(reads: Sequence[Read], modules: Mapping[str, nn.Module]) -> tuple[Read, Any] | None:
+    """Return the first read that is other than it was, and its value now; None where all hold."""
+    for read in reads:
+        now = read.now(modules)
+        if not as_read(read.value, now):
+            return read, now
+    return None
+
+
+def told(read: Read, now: Any) -> str:
+    """Say that the value of a read has changed, with both values where they are short."""
+    before = read.value.copy if isinstance(read.value, Contents) else read.value
+    if isinstance(before, OfClass):
+        return f"`{read.where}` is a {type(now).__name__} and was a {before.cls.__name__}"
+    if isinstance(before, Tensor) or isinstance(now, Tensor):
+        return f"`{read.where}` is another tensor" if isinstance(now, Tensor) else f"`{read.where}` is {_short(now)}"
+    return f"`{read.where}` is {_short(now)} and was {_short(before)}"
+
+
+def _short(value: Any) -> str:
+    text = "a tensor" if isinstance(value, Tensor) else getattr(value, "__name__", None) or repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def guard(reads: Sequence[Read], modules: Mapping[str, nn.Module]) -> Callable[[], bool]:
+    """Generate a function that returns whether all reads hold for these modules; see `Read.holds`."""
+    scope: dict[str, Any] = {"same": same, "same_contents": same_contents, "as_read": as_read, "ABSENT": ABSENT}
+    lines: list[str] = []
+    names: dict[Any, str] = {}
+
+    def named(value: Any) -> str:
+        scope[name := f"c{len(scope)}"] = value
+        return name
+
+    def local(read: Read, length: int) -> str:
+        key = (read.root if isinstance(read.root, ModuleRoot) else id(read.root), read.steps[:length])
+        if key not in names:
+            if length == 0:
+                names[key] = named(modules[read.root.path] if isinstance(read.root, ModuleRoot) else read.root)
+            else:
+                owner, step = local(read, length - 1), read.steps[length - 1]
+                names[key] = name = f"v{len(names)}"
+                if length == 1 and isinstance(read.root, ModuleRoot):
+                    held = named(modules[read.root.path].__dict__)
+                    lines.append(f"{name} = {held}.get({step.key!r}, ABSENT)")
+                    lines.append(f"if {name} is ABSENT: {name} = getattr(type({owner}), {step.key!r}, ABSENT)")
+                elif length == 1 and isinstance(read.root, CellType):
+                    lines.append(f"{name} = {owner}.cell_contents")
+                elif step.entry:
+                    lines.append(f"{name} = {owner}[{_literal(step.key) or named(step.key)}]")
+                elif step.key.isidentifier() and step.key[:2] != "__":
+                    lines.append(f"{name} = {owner}.{step.key}")
+                else:
+                    lines.append(f"{name} = getattr({owner}, {step.key!r})")
+        return names[key]
+
+    for read in reads:
+        if read.value is ABSENT and not (len(read.steps) == 1 and isinstance(read.root, ModuleRoot)):
+            owner, step = local(read, len(read.steps) - 1), read.steps[-1]
+            lines.append(f"if {named(step.key)} in {owner}: return False" if step.entry else
+                         f"if hasattr({owner}, {step.key!r}): return False")  # fmt: skip
+            continue
+        value = local(read, len(read.steps))
+        match read.value:
+            case OfClass(cls):
+                lines.append(f"if type({value}) is not {named(cls)}: return False")
+            case Keys():
+                lines.append(f"if not as_read({named(read.value)}, {value}): return False")
+            case Contents(copy):
+                lines.append(f"if not same_contents({named(copy)}, {value}): return False")
+            case None | True | False:
+                lines.append(f"if {value} is not {read.value!r}: return False")
+            case _:
+                constant = named(read.value)
+                lines.append(f"if {value} is not {constant} and not same({constant}, {value}): return False")
+    body = "\n        ".join([*lines, "return True"])
+    failures = "AttributeError, KeyError, IndexError, TypeError, ValueError"
+    exec(f"def holds():\n    try:\n        {body}\n    except ({failures}):\n        return False\n", scope)
+    holds: Callable[[], bool] = scope["holds"]
+    return holds
+
+
+def _literal(key: Any) -> str | None:
+    return repr(key) if type(key) in (int, str) else None
