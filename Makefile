@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz check lint types bench bench-kernels bench-gpu clean
+.PHONY: help demo test fuzz fuzz-state check lint types bench bench-kernels bench-gpu clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -30,6 +30,9 @@ test: $(TEST_READY)  ## run the tests, the long sweeps left out; ARGS="..." goes
 fuzz: $(TEST_READY)  ## check the first N random programs of SEED against masking
 	$(RUN) -m ecospa_fx.testing.fuzz $(N) --seed $(SEED) $(ARGS)
 
+fuzz-state: $(TEST_READY)  ## check N stateful modules in loops of SEED beside the plain ones
+	$(RUN) -m ecospa_fx.testing.fuzz_state $(N) --seed $(SEED) $(ARGS)
+
 check: lint types test  ## everything that must pass before a push
 
 lint: $(DEV_READY)  ## ruff: lint and format
@@ -45,6 +48,7 @@ types: $(DEV_READY)  ## mypy --strict on the source tree
 
 bench: $(TEST_READY)  ## run the benchmarks; ARGS="..." goes to bench/rewrite.py
 	PYTHONPATH=bench $(RUN) bench/explain.py
+	PYTHONPATH=bench $(RUN) bench/coverage.py
 	PYTHONPATH=bench $(RUN) bench/rewrite.py $(ARGS)
 
 bench-kernels: $(TEST_READY)  ## kernels and the estimator on the CPU, and the compiler output of the kernels for GPUs

@@ -19,10 +19,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ecospa_fx.arguments import FLAG, FUNCTION, MODULE, PATH, TRAINING, optional, shown, takes
-from ecospa_fx.errors import ArgumentError, CheckpointError, EcoSpaError
-from ecospa_fx.model.compiled import MODEL, CompiledModel
-from ecospa_fx.model.lookup import check_optimizer
+from ecospa_fx.errors import ArgumentError, CheckpointError
+from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.model.lookup import check_optimizer, compiled_state
 from ecospa_fx.model.optimizer_state import several
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.train.trainer import EcoSpaTrainer
 
 from .directory import read_save, saving
@@ -31,6 +32,7 @@ from .training_state import Training, as_tuple, by_name, read_training, resume_t
 
 
 @takes(model=MODULE, directory=PATH, **TRAINING)
+@looks_inside
 def save(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -61,7 +63,7 @@ def save(
         OptimizerError: an optimizer holds none of its parameters.
         CheckpointError: some state cannot be saved without pickle, or another process is saving there.
     """
-    compiled = _compiled(model)
+    compiled = compiled_state(model)
     training = Training(
         tuple(several(() if optimizer is None else optimizer)), as_tuple(scheduler), scaler, trainer, by_name(also)
     )
@@ -100,6 +102,7 @@ def load(
 
 
 @takes(directory=PATH, model=MODULE, rng=FLAG, **TRAINING)
+@looks_inside
 def resume(
     directory: str | os.PathLike[str],
     model: nn.Module,
@@ -130,7 +133,7 @@ def resume(
         CheckpointError: the directory does not hold this state, or holds that of other objects or of another model.
         OptimizerError: an optimizer holds none of the model's parameters.
     """
-    compiled, source = _compiled(model), Path(directory)
+    compiled, source = compiled_state(model), Path(directory)
     training = Training(
         tuple(several(() if optimizer is None else optimizer)), as_tuple(scheduler), scaler, trainer, by_name(also)
     )
@@ -140,13 +143,6 @@ def resume(
     if compiled.save not in (None, digest):
         raise CheckpointError(f"{source} has been saved to since this model was loaded from it; load it again")
     resume_training(model, training, saved, str(source))
-
-
-def _compiled(model: nn.Module) -> CompiledModel:
-    compiled: CompiledModel | None = model.__dict__.get(MODEL)
-    if compiled is None:
-        raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
-    return compiled
 
 
 def _device(device: torch.device | str) -> torch.device:

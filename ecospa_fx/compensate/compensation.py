@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.model.journal import Journal
 from ecospa_fx.model.lookup import regions_of
+from ecospa_fx.model.observers import check_observable
 
 from .grams import Grams
-from .rotation import rotate
+from .rotation import rotate_within
 
 GATHERING = 16
 """Training steps before a shrink during which input statistics are collected."""
@@ -45,6 +47,8 @@ class Compensation:
         self.model, self.settings = model, settings
         self.steps = 0  # during which statistics were collected
         self.grams: Grams | None = None
+        if settings.absorb or settings.rotate:
+            check_observable(model)
         self.observe()
 
     def observe(self) -> None:
@@ -66,9 +70,15 @@ class Compensation:
             self.steps += soon
 
     def rotated(
-        self, keeps: dict[Coupling, Tensor], optimizers: Sequence[Optimizer], also: Sequence[Any]
+        self, keeps: dict[Coupling, Tensor], optimizers: Sequence[Optimizer], also: Sequence[Any], journal: Journal
     ) -> dict[Coupling, Tensor]:
         """Rotate where the basis is free, and return what to keep then.
+
+        Args:
+            keeps: coupling -> entries to keep.
+            optimizers: those that hold the parameters.
+            also: copies of the model that follow.
+            journal: that of the shrink, of which this is a part.
 
         Returns:
             As many entries of each coupling as in `keeps`: of those that were rotated the first ones, which carry most.
@@ -76,7 +86,9 @@ class Compensation:
         if not self.settings.rotate:
             return keeps
         linear = {coupling.name: keep.shape[-1] for coupling, keep in keeps.items() if coupling.linear}
-        done = rotate(self.model, linear, keep=linear, grams=self.grams, optimizer=optimizers, also=also)
+        done = rotate_within(
+            journal, self.model, linear, keep=linear, grams=self.grams, optimizer=optimizers, also=also
+        )
         return {
             coupling: torch.arange(keep.shape[-1]) if coupling.name in done.energy else keep
             for coupling, keep in keeps.items()

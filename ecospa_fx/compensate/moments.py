@@ -90,8 +90,8 @@ class InputMoments:
         remaining = torch.isin(then, positions)
         if int(remaining.sum()) != len(positions):
             return False
-        self.moments = self.moments.at(columns(remaining.nonzero().flatten(), self.window))
-        self.positions = positions
+        narrower = self.moments.at(columns(remaining.nonzero().flatten(), self.window))
+        self.moments, self.positions = narrower, positions  # at once: an interrupt must not come between
         return True
 
     def add_blocks(self, part: Part, centred: bool, into: Tensor) -> None:
@@ -158,7 +158,7 @@ def pair_sites(region: Region, program: Program) -> Iterator[ProductSite]:
     names = {found.key: found.name for found in region.naming_graph.discovery.couplings}
     offered = {coupling.name: coupling for coupling in region.offers.couplings()}
     kept = region.kept(program)
-    weights = {o.node for each in program.axis_facts.operands.values() for o in each if o.parameter is not None}
+    weights = {o.node for each in program.axis_facts.operands.values() for o in each if o.parameters}
     for found in region.discovery_of(program).couplings:
         coupling = offered.get(join(region.name, names.get(found.key, "")))
         if coupling is None or not coupling.linear:

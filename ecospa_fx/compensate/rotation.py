@@ -20,11 +20,13 @@ from ecospa_fx.errors import NoCouplingError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.model.copies import copies_of
+from ecospa_fx.model.journal import Journal, all_or_nothing
 from ecospa_fx.model.lookup import check_optimizer, state_of
 from ecospa_fx.model.optimizer_state import check_can_follow, layers, several
 from ecospa_fx.model.optimizer_table import TransformsAs, rules_for
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import Change
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.axes.algebra import atoms_of
 from ecospa_fx.passes.find.discover import RegionCoupling
 from ecospa_fx.passes.graph.tensors import join, named_tensors, storage_key
@@ -66,6 +68,7 @@ class Rotation:
     keep=optional(NAMED),
     grams=optional(instance("an ecospa_fx.Grams", Grams)),
 )
+@looks_inside
 @torch.no_grad()
 def rotate(
     model: nn.Module,
@@ -101,6 +104,23 @@ def rotate(
         OptimizerError: the optimizer holds none of the parameters, or its state cannot be carried through a change.
         ShrinkError: something in `also` is not a copy of the model.
     """
+    return all_or_nothing(
+        lambda journal: rotate_within(journal, model, couplings, keep=keep, grams=grams, optimizer=optimizer, also=also)
+    )
+
+
+@torch.no_grad()
+def rotate_within(
+    journal: Journal,
+    model: nn.Module,
+    couplings: Iterable[Coupling | str] | None = None,
+    *,
+    keep: Mapping[str, int] | None = None,
+    grams: Grams | None = None,
+    optimizer: Optimizer | Iterable[Optimizer] = (),
+    also: Any = (),
+) -> Rotation:
+    """Rotate as `rotate` does, as a part of a larger change."""
     compiled, optimizers = state_of(model), several(optimizer)
     for each in optimizers:
         check_optimizer(model, each)
@@ -112,10 +132,10 @@ def rotate(
         if not isinstance(name, str) or name not in known:
             raise NoCouplingError(f"the model has no coupling `{name}`; it has {', '.join(known)}")
     result, log = Rotation(), logger("shrink")
+    of_copies = [copy.tensors for copy in copies]
     for name in dict.fromkeys(wanted):
-        reason = _rotate(
-            model, compiled, known[name], (keep or {}).get(name), grams, optimizers, [c.tensors for c in copies], result
-        )
+        size = (keep or {}).get(name)
+        reason = _rotate(model, compiled, known[name], size, grams, optimizers, of_copies, result, journal)
         if reason is not None:
             result.refused[name] = reason
             log.info("%s keeps its basis: %s", name, reason)
@@ -131,6 +151,7 @@ def _rotate(
     optimizers: Sequence[Optimizer],
     copies: Sequence[Mapping[str, Tensor]],
     result: Rotation,
+    journal: Journal,
 ) -> str | None:
     """Rotate one coupling as a whole, or return the reason why it keeps its basis."""
     basis = free_basis(model, compiled, coupling, grams, optimizers)
@@ -148,9 +169,9 @@ def _rotate(
         states = _states_of(optimizers, tensor)
         assert not isinstance(states, str), states  # `free_basis` has refused these
         pending.states += [(state, entry, _changed(value, own, change, how)) for state, entry, value, how in states]
-    pending.commit()
+    pending.commit(journal)
     if grams is not None:
-        grams.follow(coupling, parts, change)
+        grams.follow(coupling, parts, change, journal)
     result.energy[coupling.name] = change.energy.cpu()
     return None
 

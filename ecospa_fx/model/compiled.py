@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -25,10 +24,11 @@ from torch.optim import Optimizer
 
 from ecospa_fx.couple.coupling import Coupling, CouplingSelection
 from ecospa_fx.errors import CaptureError, NoCouplingError, ShrinkError
+from ecospa_fx.logs import logger
 from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.find.analyse import Analysis, shared_outside
 from ecospa_fx.passes.find.regions import choose
-from ecospa_fx.passes.follow.attributes import Changes, assigned, numbers_in, sync_layer_sizes
+from ecospa_fx.passes.follow.attributes import Changes, numbers_in, sync_layer_sizes
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.replay import replay
@@ -36,17 +36,29 @@ from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts
 from ecospa_fx.plan import Plan
 
-from .class_swap import original_class, own_forward_aside, swap_forward, swap_linears, unswap_forward
+from .class_swap import (
+    CopiesWait,
+    forwards_to,
+    is_waiting,
+    original_class,
+    own_forward_aside,
+    swap_forward,
+    swap_linears,
+    unswap_forward,
+)
 from .copies import Copy, check_plan
-from .full_size import outside_forward, outside_inference
+from .full_size import in_transform, outside_forward, outside_inference
+from .journal import Journal, all_or_nothing
 from .optimizer_state import averages_of
+from .outside import outside_text
+from .parametrized import first_removal
 from .planning import planned
 from .region import Region
 from .slicing import Absorber, prepare_tensors
 from .specialization import Specialization
 from .state import Execution, ModelState
 
-MODEL, REGION = "_ecospa_model", "_ecospa_region"  # keys in a module's __dict__
+MODEL, REGION, COPIES = "_ecospa_model", "_ecospa_region", "_ecospa_copies"  # keys in a module's __dict__
 
 
 class CompiledModel:
@@ -98,7 +110,7 @@ class CompiledModel:
         Raises:
             CaptureError: its calls go to a forward on the instance, and would not be seen.
         """
-        if "forward" in model.__dict__:
+        if "forward" in model.__dict__ and not forwards_to(model, MODEL):
             raise CaptureError(
                 f"the forward of this {type(model).__name__} has been replaced on the instance, as accelerate does "
                 "for mixed precision, so its first call would not be seen: compile the model before that (before "
@@ -113,13 +125,22 @@ class CompiledModel:
         Later calls come here from whoever has kept the forward of that time.
         """
         if not self.captured:
+            if in_transform() and not (self.regions and self.execution == "graph"):
+                raise CaptureError(
+                    f"the first call of this {type(model).__name__} is inside a transform of torch.func, where nothing "
+                    "can be captured; call it once with the same arguments before, or compile it with "
+                    "example_inputs=(x,)"
+                )
             with own_forward_aside(model):
-                if self.regions and self.execution == "module":
+                if not self.regions:
+                    self.capture(model, args, kwargs)
+                elif self.execution == "module":
                     if not torch.is_grad_enabled():  # to generate, say, which needs none
                         return original_class(model).forward(model, *args, **kwargs)
                     self.capture_again(model, args, kwargs)
-                else:
-                    self.capture(model, args, kwargs)
+                # The regions of a loaded model capture the calls that they get.
+        elif is_waiting(model, MODEL):  # a copy of a model whose own Python runs
+            unswap_forward(model)
         return type(model).forward(model, *args, **kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -148,6 +169,9 @@ class CompiledModel:
             model.__dict__.pop(MODEL, None)
             raise
         self.regions = regions
+        outside = outside_text(model, regions)
+        if outside:
+            logger("capture").info("%s: %s", type(model).__name__, outside)
         model.__dict__[MODEL] = self
         self.route(model)
 
@@ -159,7 +183,7 @@ class CompiledModel:
         Raises:
             CaptureError: this call cannot be captured. Without gradients the model can run it nevertheless.
         """
-        waiting = type(model) is not original_class(model)
+        waiting = is_waiting(model, MODEL)
         unswap_forward(model)
         try:
             calls = record(model, *outside_inference((args, kwargs)), set(self.regions))
@@ -183,6 +207,8 @@ class CompiledModel:
                 module.__dict__[REGION] = region
                 swap_forward(module, REGION)
             swap_linears(module)
+        if self.execution == "module":
+            model.__dict__[COPIES] = CopiesWait(model, MODEL)
 
     def couplings(self) -> tuple[Coupling, ...]:
         """Return every coupling of the model at its size now."""
@@ -198,14 +224,21 @@ class CompiledModel:
             EcoSpaError: weights were tied that have shrunk apart.
         """
         retied = {name: region.retied(model) for name, region in self.regions.items()}
-        for name, specializations in retied.items():
-            if specializations is not None:
-                region = self.regions[name]
-                region.specializations = specializations
-                region.shared_outside = shared_outside(model, name)
-                self.state.forget_couplings()
-        if any(specializations is not None for specializations in retied.values()):
-            self.state.captures.clear()
+        changed = {name: found for name, found in retied.items() if found is not None}
+        if not changed:
+            return
+        outside = {name: shared_outside(model, name) for name in changed}
+
+        def take_up(journal: Journal) -> None:
+            journal.note_object(self.state)
+            for name, specializations in changed.items():
+                journal.note_object(self.regions[name])
+                self.regions[name].specializations = specializations
+                self.regions[name].shared_outside = outside[name]
+            self.state.forget_couplings()
+            self.state.captures = []
+
+        all_or_nothing(take_up)
 
     def _check_shapes(self, model: nn.Module) -> None:
         """Refuse tensors whose sizes have changed other than by a shrink."""
@@ -230,8 +263,18 @@ class CompiledModel:
         optimizers: Iterable[Optimizer] = (),
         copies: Sequence[Copy] = (),
         absorb: Absorber | None = None,
+        journal: Journal | None = None,
     ) -> None:
-        """Keep only the selected entries of each coupling, everywhere; see `ecospa_fx.shrink`."""
+        """Keep only the selected entries of each coupling, everywhere; see `ecospa_fx.shrink`.
+
+        Args:
+            model: the compiled model.
+            selection: coupling (or its name) -> entries to keep.
+            optimizers: the optimizers that hold the parameters.
+            copies: copies of the model that shrink with it.
+            absorb: statistics by which entries that stay take over.
+            journal: that of a larger change, of which this is a part.
+        """
         self.follow_ties(model)
         self._check_shapes(model)
         after = planned(self.plan, self.regions, self.couplings(), selection)
@@ -250,22 +293,33 @@ class CompiledModel:
             replaced = absorb.absorbed(self.plan, after, weights)
         change = prepare_tensors(named, self.plan, after, optimizers, replaced)
         attributes = self._attributes_under(after)
-        values = {attribute: now for attribute, (_, now) in attributes.items()}
-        modules = [model, *(module for module, _ in twins)]
-        with ExitStack() as stack:
-            for module in modules:
-                stack.enter_context(assigned(module, values))
-            change.commit()
-        if self.execution == "module":
-            for module in modules:
-                sync_layer_sizes(module)
-        self._adopt(after, specializations, attributes)
-        for (module, twin), theirs in zip(twins, of_twins, strict=True):
-            twin._adopt(after.copy(), theirs, dict(attributes))
-            if module.__dict__.get(MODEL) is not twin:
-                unswap_forward(module)  # it may have been waiting for its first call
-                module.__dict__[MODEL] = twin
-                twin.route(module)
+
+        def commit(journal: Journal) -> None:
+            for module in (model, *(module for module, _ in twins)):
+                _note_modules(module, journal)
+                self._hold(module, attributes)
+            change.commit(journal)
+            if self.execution == "module":
+                for module in (model, *(module for module, _ in twins)):
+                    sync_layer_sizes(module)
+            self._adopt(after, specializations, attributes, journal)
+            for (module, twin), theirs in zip(twins, of_twins, strict=True):
+                twin._adopt(after.copy(), theirs, dict(attributes), journal)
+                if module.__dict__.get(MODEL) is not twin:
+                    unswap_forward(module)  # it may have been waiting for its first call
+                    module.__dict__[MODEL] = twin
+                    twin.route(module)
+
+        if journal is None:
+            all_or_nothing(commit)
+        else:
+            commit(journal)
+
+    def _hold(self, module: nn.Module, attributes: Changes) -> None:
+        """Let the integers of modules follow."""
+        for attribute, (_, now) in attributes.items():
+            if attribute.read(module) != now:
+                attribute.write(module, now)
 
     def _rewritten(
         self, model: nn.Module, plan: Plan, rewritten: dict[Program, Program]
@@ -302,9 +356,17 @@ class CompiledModel:
                 attributes |= {a.within(region.name): (before[a], now[a]) for a in before if before[a] != now[a]}
         return attributes
 
-    def _adopt(self, plan: Plan, specializations: Mapping[str, list[Specialization]], attributes: Changes) -> None:
+    def _adopt(
+        self,
+        plan: Plan,
+        specializations: Mapping[str, list[Specialization]],
+        attributes: Changes,
+        journal: Journal,
+    ) -> None:
         for name, region in self.regions.items():
+            journal.note_attribute(region, "specializations")
             region.specializations = specializations[name]
+        journal.note_object(self.state)
         self.state.adopt(plan, attributes)
 
     def _of_copy(self, copied: Copy) -> CompiledModel:
@@ -315,6 +377,13 @@ class CompiledModel:
             if theirs.regions:
                 return theirs
         return copy.deepcopy(self)
+
+
+def _note_modules(root: nn.Module, journal: Journal) -> None:
+    """Note the class of every module, and the attributes by which it is compiled or knows a size."""
+    for module in root.modules():
+        journal.note_attribute(module, "__class__")
+        journal.note_object(module)
 
 
 def find_followed(model: nn.Module, regions: Mapping[str, Region]) -> None:
@@ -341,12 +410,15 @@ def _nothing_followed(model: nn.Module, regions: Mapping[str, Region]) -> str:
 
 
 def _nothing_found(model: nn.Module, analyses: Mapping[str, Analysis]) -> str:
-    refusals = [str(refusal) for analysis in analyses.values() for refusal in analysis.discovery.refusals]
+    refusals = [refusal for analysis in analyses.values() for refusal in analysis.discovery.refusals]
     missing = sorted({op for analysis in analyses.values() for op in analysis.axis_facts.missing})
     if refusals:
-        detail = f" Refused: {'; '.join(refusals[:3])}"
+        detail = f" Refused: {'; '.join(map(str, refusals[:3]))}"
     elif missing:
         detail = f" No axis rule is known for {', '.join(missing)}; axes that these touch stay full size"
     else:
-        detail = " No two of its weights multiply each other"
+        axes = [axis for analysis in analyses.values() for axis in analysis.discovery.uncoupled]
+        why = f": {'; '.join(map(str, axes[:2]))}" if axes else ""
+        detail = f" No two of its weights multiply each other{why}"
+    detail += first_removal(model)
     return f"{type(model).__name__} has no coupling that can shrink, and is left as it was.{detail}"

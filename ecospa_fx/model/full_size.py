@@ -15,6 +15,11 @@ from ecospa_fx.passes.ir.state_access import foreign
 from ecospa_fx.plan import Plan
 
 
+def in_transform() -> bool:
+    """Return whether a transform of torch.func (`vmap`, `grad`) is running, inside of which nothing can be captured."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 @contextmanager
 def outside_forward() -> Iterator[None]:
     """Leave inference mode and saved-tensor hooks, to capture in the middle of a forward.
@@ -23,7 +28,7 @@ def outside_forward() -> Iterator[None]:
     the gradients by which a graph is compared with eager.
     """
     with torch.inference_mode(False), ExitStack() as stack:
-        if torch._C._functorch.peek_interpreter_stack() is None:  # transforms of torch.func refuse such hooks
+        if not in_transform():  # they refuse such hooks
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
         yield
 

@@ -100,6 +100,16 @@ class OptimizerStates:
         return self._proved[number, entry] and oblong
 
 
+def forget_resized(optimizer: Optimizer | Iterable[Optimizer]) -> None:
+    """Drop the state of parameters that have other sizes by now, by weights of a checkpoint: it begins anew."""
+    for each in [layer for one in several(optimizer) for layer in layers(one)]:
+        states = getattr(each, "state", {})
+        for p in [p for p in states if isinstance(p, Tensor)]:
+            held = [leaf for leaf in pytree.tree_leaves(dict(states[p])) if isinstance(leaf, Tensor)]
+            if any(leaf.shape != p.shape and leaf.numel() > 1 for leaf in held):
+                del states[p]
+
+
 def several(optimizer: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
     """Return one optimizer or several as a list.
 

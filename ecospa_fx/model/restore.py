@@ -22,14 +22,16 @@ from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.rewrite.program import Program
 
 from .class_swap import ShrinkableLinear, original_class, unswap_forward
-from .compiled import MODEL, REGION, CompiledModel
+from .compiled import COPIES, MODEL, REGION, CompiledModel
 from .lookup import try_call
 from .region import Region
+from .wrappers import looks_inside
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 @takes(model=MODULE, **CALL)
+@looks_inside
 def restore(
     model: Module,
     *,
@@ -85,7 +87,7 @@ def plain(module: nn.Module) -> None:
             child.__class__ = nn.Linear  # type: ignore[assignment]
             child.in_features, child.out_features = sizes
     unswap_forward(module)
-    for key in (MODEL, REGION):
+    for key in (MODEL, REGION, COPIES):
         module.__dict__.pop(key, None)
 
 

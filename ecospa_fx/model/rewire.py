@@ -24,9 +24,11 @@ from .compiled import MODEL, CompiledModel
 from .lookup import plan
 from .region import Region
 from .restore import plain
+from .wrappers import looks_inside
 
 
 @takes(model=MODULE, change=FUNCTION)
+@looks_inside
 def rewire(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """Let a function change the modules of a compiled model, and go on with the result as compiled and shrunk.
 

@@ -14,10 +14,11 @@ from ecospa_fx.logs import logger
 
 from .copies import copies_of
 from .diff import ModuleDiff, diff_of, shapes_of
+from .journal import Journal
 from .lookup import check_optimizer, state_of
 from .optimizer_state import several
 from .slicing import Absorber
-from .wrappers import check_wrappers
+from .wrappers import check_wrappers, unwrapped
 
 
 @takes(model=MODULE, selection=MAPPING, absorb=optional(having("the moments of ecospa_fx.Grams", "absorbed")))
@@ -54,12 +55,26 @@ def shrink(
         WrapperError: the model is spread over devices, in a wrapper that cannot follow.
     """
     check_wrappers(model)
+    return shrink_within(None, model, selection, optimizer=optimizer, also=also, absorb=absorb)
+
+
+def shrink_within(
+    journal: Journal | None,
+    model: nn.Module,
+    selection: CouplingSelection,
+    *,
+    optimizer: Optimizer | Iterable[Optimizer] = (),
+    also: Any = (),
+    absorb: Absorber | None = None,
+) -> ModuleDiff:
+    """Shrink as `shrink` does, as a part of a larger change if a journal of one is given."""
+    model = unwrapped(model)
     compiled = state_of(model)
     optimizers = several(optimizer)
     for each in optimizers:
         check_optimizer(model, each)
     before, sizes = shapes_of(model), {coupling.name: coupling.size for coupling in compiled.couplings()}
-    compiled.shrink(model, selection, optimizers, copies_of(model, also), absorb)
+    compiled.shrink(model, selection, optimizers, copies_of(model, also), absorb, journal)
     change = diff_of(model, before)
     log = logger("shrink")
     log.info("%s", change.headline())

@@ -1,7 +1,7 @@
 """Slicing: remove from parameters, gradients and optimizer state the entries that a plan drops, all or nothing.
 
 prepare(model, before, after, optimizers)   every new tensor is made beside the old one, or from its replacement
--> Change.commit()                          assignments only; the Parameter objects stay the same
+-> Change.commit(journal)                   assignments only; the Parameter objects stay the same
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ecospa_fx.kernels import compacted
 from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 from ecospa_fx.plan import Plan
 
+from .journal import Journal
 from .optimizer_state import OptimizerStates
 from .optimizer_table import SliceLater
 
@@ -42,32 +43,12 @@ class Change:
     tensors: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
     states: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
 
-    def commit(self) -> None:
-        """Put every new tensor in place; whatever fails, all are as before."""
-        undo = [(tensor, tensor.data, tensor.grad) for tensor, _, _ in self.tensors]
-        undo_states = [(state, key, state[key]) for state, key, _ in self.states]
-        try:
-            for tensor, data, grad in self.tensors:
-                _assign(tensor, data, grad)
-            for state, key, value in self.states:
-                state[key] = value
-        except BaseException:
-            for tensor, data, grad in undo:
-                _assign(tensor, data, grad)
-            for state, key, value in undo_states:
-                state[key] = value
-            raise
-
-
-def _assign(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
-    # A gradient must have its parameter's shape at every moment.
-    tensor.grad = None
-    if tensor.requires_grad:
-        # A graph that is still alive (a loss someone holds) keeps the parameter's gradient accumulator, which knows the
-        # old shape. torch makes a new one when the dtype changes, so it does change for a moment.
-        tensor.data = data.new_empty(0, dtype=torch.float16 if data.dtype != torch.float16 else torch.float32)
-    tensor.data = data
-    tensor.grad = grad
+    def commit(self, journal: Journal) -> None:
+        """Put every new tensor in place."""
+        for tensor, data, grad in self.tensors:
+            journal.set_tensor(tensor, data, grad)
+        for state, key, value in self.states:
+            journal.set_item(state, key, value)
 
 
 def prepare(model: nn.Module, before: Plan, after: Plan, optimizers: Iterable[Optimizer] = ()) -> Change:

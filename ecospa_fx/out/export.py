@@ -20,6 +20,7 @@ from ecospa_fx.arguments import INPUTS, KEYWORDS, MODULE, optional, takes
 from ecospa_fx.errors import CaptureError, EcoSpaError
 from ecospa_fx.model.lookup import is_captured, regions_of, state_of, try_call
 from ecospa_fx.model.region import Region
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.graph.isolate import forked_rng
 from ecospa_fx.passes.ir.state_access import flattened, foreign
 
@@ -37,6 +38,7 @@ class _NewCall(Exception):
 
 
 @takes(model=MODULE, args=INPUTS, kwargs=optional(KEYWORDS))
+@looks_inside
 def export(
     model: nn.Module,
     args: Sequence[Any] = (),

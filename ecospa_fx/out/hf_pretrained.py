@@ -26,7 +26,9 @@ from ecospa_fx.checkpoint.metadata import check_execution, describe_execution
 from ecospa_fx.checkpoint.rebuild import attach_compiled
 from ecospa_fx.errors import CheckpointError, EcoSpaError
 from ecospa_fx.json_text import format_json, parse_json
-from ecospa_fx.model.compiled import MODEL, CompiledModel
+from ecospa_fx.model.compiled import CompiledModel
+from ecospa_fx.model.lookup import compiled_state
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.plan import Plan
 
@@ -36,6 +38,7 @@ NamedShapes = dict[str, tuple[int, ...]]
 
 
 @takes(model=MODULE, directory=PATH)
+@looks_inside
 def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **options: Any) -> str | None:
     """Write a compiled transformers model as `model.save_pretrained` does, and its plan beside it.
 
@@ -50,9 +53,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **optio
     Raises:
         EcoSpaError: the model is not compiled, or not of transformers.
     """
-    compiled: CompiledModel | None = model.__dict__.get(MODEL)
-    if compiled is None:
-        raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
+    compiled = compiled_state(model)
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise EcoSpaError(
             f"{type(model).__name__} is not a model of transformers: it has no save_pretrained; use ecospa_fx.save"

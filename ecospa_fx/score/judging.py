@@ -33,6 +33,11 @@ def places_of(member: Member, coupling: Coupling, *, by_context: bool) -> tuple[
     return owned, places
 
 
+def frozen_names(model: nn.Module) -> set[str]:
+    """Return the names of parameters that do not train, tied ones under each name."""
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
 def coupling_importance(coupling: Coupling, means: Mapping[SliceKey, Tensor]) -> float:
     """Return the mean score of the coupling's matrices; 0 where none was scored.
 

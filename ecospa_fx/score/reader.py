@@ -18,6 +18,15 @@ from .slices import SliceKey
 from .sums import StepCount, Total
 
 NO_GRADIENT = "no parameter of a coupling has a gradient: call trainer.step() after backward() and before zero_grad()"
+ZERO_GRADIENT = (
+    "every gradient that was read since the last sparsification step is 0, as after zero_grad(set_to_none=False), so "
+    "that no entry is worth less than another: call trainer.step() before zero_grad(), or make the trainer with "
+    'gradients="optimizer"'
+)
+FREED_GRADIENT = (
+    'gradients="backward" reads each gradient as soon as backward has it, but something has freed them before, such as '
+    'a hook on a tensor that steps; read them at the steps of the optimizers, gradients="optimizer"'
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +84,11 @@ class Reader(Protocol):
         """True if it still lacks the input that a decision could be made from."""
 
     @property
-    def if_empty(self) -> str:
-        """The message for a decision that comes while it is empty."""
+    def learns(self) -> bool:
+        """True if it says nothing of weights that are frozen."""
+
+    def lacking(self) -> str | None:
+        """Return the message for a decision that comes while there is nothing to make it from; None if there is."""
 
     @property
     def kinds(self) -> tuple[str, ...] | None:

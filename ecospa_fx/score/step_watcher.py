@@ -78,7 +78,8 @@ class StepWatcher:
     def detach(self) -> None:
         """Stop watching."""
         while self._handles:
-            self._handles.pop().remove()
+            self._handles[-1].remove()
+            self._handles.pop()
 
 
 def names_of(model: nn.Module, optimizers: Sequence[Optimizer], number: int) -> set[str] | None:

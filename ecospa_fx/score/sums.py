@@ -241,7 +241,8 @@ class SliceTotals:
         """Return the sums of the model as it is now; they are carried over, without what a shrink removed."""
         offered = couplings(self.model)
         built_for, sums = self._built_for
-        if self._slices is not None and sums is self.sums and built_for is offered[0]:
+        first = offered[0] if offered else None
+        if self._slices is not None and sums is self.sums and built_for is first:
             return self._slices
         parameters, kept = dict(self.model.named_parameters()), plan(self.model).kept
         slices = SliceSums(parameters, _scored_dims(offered, parameters), weighted=self.weighted)
@@ -256,13 +257,10 @@ class SliceTotals:
 
         for key, old in carried.items():
             slices.views[key].copy_(remaining(key, old))
-        for step in self.rule.steps:
-            for key in list(step):
-                old = step.pop(key)
-                if key in slices.views:
-                    step[key] = remaining(key, old)
+        steps = [{key: remaining(key, old) for key, old in s.items() if key in slices.views} for s in self.rule.steps]
+        self.rule.steps = deque(steps, maxlen=self.rule.steps.maxlen)
         self.sums = {key: slices.views[key] for key in carried}
-        self._slices, self._built_for, self._positions = slices, (offered[0], self.sums), kept
+        self._slices, self._built_for, self._positions = slices, (first, self.sums), kept
         return slices
 
 

@@ -19,8 +19,10 @@ from ecospa_fx.errors import NoCouplingError, NoInputsError
 from ecospa_fx.model.class_swap import original_class
 from ecospa_fx.model.compiled import MODEL, CompiledModel, find_followed
 from ecospa_fx.model.lookup import try_call
+from ecospa_fx.model.parametrized import removals, with_way_out
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.state import Execution
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.find.regions import choose
 from ecospa_fx.passes.graph.nodes import place
@@ -30,6 +32,7 @@ from .findings import Findings
 from .report import write_report
 from .snapshot import snapshot_of
 from .tables import json_of, markdown_of, rich_of, text_of
+from .uncoupled import uncoupled_axes
 from .why_not import WhyNot, why_not
 
 
@@ -140,6 +143,7 @@ class Explanation(Findings):
 
 
 @takes(model=MODULE, **CALL, experiments=FLAG, execution=TEXT)
+@looks_inside
 def explain(
     model: nn.Module,
     *,
@@ -218,17 +222,21 @@ def example_call(
 
 
 def _explanation(model: nn.Module, compiled: CompiledModel, seconds: dict[str, float]) -> Explanation:
-    axis_facts = [each.axis_facts for region in compiled.regions.values() for each in reversed(region.specializations)]
+    regions = list(compiled.regions.values())
+    axis_facts = [each.axis_facts for region in regions for each in reversed(region.specializations)]
+    couplings, snapshot, calls = compiled.couplings(), snapshot_of(model, compiled), removals(model)
+    refusals = tuple(with_way_out(refusal, calls) for region in regions for refusal in region.offers.refusals())
     return Explanation(
         model=type(model).__name__,
         regions=tuple(compiled.regions),
-        couplings=compiled.couplings(),
-        refusals=tuple(refusal for region in compiled.regions.values() for refusal in region.offers.refusals()),
+        couplings=couplings,
+        refusals=refusals,
+        uncoupled=tuple(uncoupled_axes(snapshot, regions, couplings, refusals, compiled.not_captured)),
         missing_rules=_uses((i.captured.region, i.missing) for i in axis_facts),
         experiments=_uses((i.captured.region, i.experiments) for i in axis_facts),
         not_captured=dict(compiled.not_captured),
         seconds=seconds,
-        snapshot=snapshot_of(model, compiled),
+        snapshot=snapshot,
         make_graph=lambda: nx.union_all(
             [nx.relabel_nodes(axis_graph(i), lambda key, n=n: (n, *key)) for n, i in enumerate(axis_facts)]
         ),

@@ -12,6 +12,7 @@ from torch import nn
 
 from ecospa_fx.errors import NoCouplingError
 from ecospa_fx.model.compiled import CompiledModel
+from ecospa_fx.model.outside import share_outside
 from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, atoms_of
 from ecospa_fx.passes.axes.selection import PerContext, Selected
 from ecospa_fx.passes.find.discover import Discovery
@@ -87,6 +88,7 @@ class Snapshot:
         ties: name of a tied parameter -> its first name.
         modules: name of a submodule -> name of its class.
         buffers: buffer -> shape.
+        share_outside: share of the parameters that lie outside of the regions.
     """
 
     regions: dict[str, RegionSnapshot]
@@ -94,6 +96,7 @@ class Snapshot:
     ties: dict[str, str]
     modules: dict[str, str]
     buffers: dict[str, tuple[int, ...]]
+    share_outside: float
 
     @property
     def parameters(self) -> int:
@@ -179,6 +182,7 @@ def snapshot_of(model: nn.Module, compiled: CompiledModel) -> Snapshot:
         ties=ties,
         modules={name: type(module).__name__ for name, module in model.named_modules()},
         buffers={name: tuple(t.shape) for name, t in named_tensors(model).items() if name not in named},
+        share_outside=share_outside(model, regions) if regions else 0.0,
     )
 
 

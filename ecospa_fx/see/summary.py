@@ -17,6 +17,7 @@ from ecospa_fx.arguments import CALL, MODULE, WHOLE, optional, takes
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.diff import words
 from ecospa_fx.model.lookup import try_call
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.plan import Plan
 from ecospa_fx.text import count, plain, size
 
@@ -161,6 +162,7 @@ class _Walk:
 
 
 @takes(model=MODULE, **CALL, depth=optional(WHOLE))
+@looks_inside
 def summary(
     model: nn.Module,
     *,

@@ -14,6 +14,7 @@ from ecospa_fx.errors import VerificationError
 from ecospa_fx.model.full_size import unshrunk
 from ecospa_fx.model.lookup import check_values, plan, state_of, try_call
 from ecospa_fx.model.region import Region
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.axes.algebra import Atom
 from ecospa_fx.passes.axes.selection import Selected, per_context_or_shared, whole
 from ecospa_fx.passes.capture.record import record
@@ -67,6 +68,7 @@ class Verification:
 
 
 @takes(model=MODULE, **CALL, seed=WHOLE)
+@looks_inside
 def verify(
     model: nn.Module,
     *,

@@ -17,12 +17,16 @@ def number_of(loss: Tensor | float) -> float:
     Raises:
         TargetError: it is none, or several.
     """
-    if isinstance(loss, Tensor):
-        if loss.numel() != 1 or loss.is_meta or loss.is_complex():
-            raise TargetError(f"loss is {shown(loss)}; it is one number of a step: loss.mean(), say")
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise TargetError(
+            f"the loss is a tensor of shape {tuple(loss.shape)}, and it must be one number: pass its mean, loss.mean()"
+        )
+    if isinstance(loss, Tensor) and not loss.is_meta and not loss.is_complex():
         return float(loss.detach())
-    if not NUMBER.fits(loss):
-        raise TargetError(f"loss is {shown(loss)}; it is one number of a step")
+    if isinstance(loss, Tensor) or not NUMBER.fits(loss):
+        raise TargetError(
+            f"the loss is {shown(loss)}, and it must be one number: pass a float or a tensor of one entry"
+        )
     return float(loss)
 
 

@@ -13,22 +13,23 @@ from ecospa_fx.compensate.compensation import GATHERING, Compensation, Compensat
 from ecospa_fx.compensate.forecast import Forecast
 from ecospa_fx.couple.constraints import Constraints, Frozen, HeadDims
 from ecospa_fx.couple.coupling import Coupling
-from ecospa_fx.errors import EcoSpaError, OptimizerError
-from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.errors import OptimizerError
 from ecospa_fx.model.copies import copies_of, listed
 from ecospa_fx.model.cost import Cost
 from ecospa_fx.model.diff import ModuleDiff
-from ecospa_fx.model.lookup import check_optimizer, is_captured
+from ecospa_fx.model.journal import Journal, all_or_nothing
+from ecospa_fx.model.lookup import check_optimizer, compiled_state, is_captured
 from ecospa_fx.model.optimizer_state import check_can_follow, several
-from ecospa_fx.model.shrinking import shrink
-from ecospa_fx.model.wrappers import check_wrappers
-from ecospa_fx.score.step_watcher import StepWatcher
+from ecospa_fx.model.shrinking import shrink_within
+from ecospa_fx.model.wrappers import check_wrappers, unwrapped
 
 from .batches import LossListener, loss_of, tokens_of
 from .clock import Clock
 from .latency import Latency
+from .left_out import LeftOut, say_if_short
 from .loss_spikes import LossSpikes, number_of
-from .policies import Adaptive, Decision, Paper, Policy
+from .policies import Adaptive, Paper, Policy
+from .readings import Readings
 from .schedule import Schedule, ScheduleUnit, SparsityCurve
 from .settings import (
     PRESETS,
@@ -109,6 +110,8 @@ class EcoSpaTrainer:
             context), `importance` (coupling name -> its score), and of `"adaptive"` also `expected` (coupling name ->
             expected rise of the loss).
         forecast: with `policy="adaptive"`, the expected cost of each coupling at the last sparsification step.
+        left_out: name of each coupling that the last sparsification step could not judge -> the reason, such as weights
+            that are frozen (`requires_grad=False`) where the score reads gradients. The log says so too, once.
         last_shrink: sizes of every layer before and after the last shrink, once there was one.
         also: a list, to which a copy that is made later may be added.
 
@@ -156,8 +159,8 @@ class EcoSpaTrainer:
         rotate: bool | None = None,
     ) -> None:
         check_wrappers(model)
-        if MODEL not in model.__dict__:
-            raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
+        self._called, model = model, unwrapped(model)
+        compiled_state(model)
         check_options(policy, preset, gradients)
         scores = ScoreSettings(score, index_score, decay, window, seed)
         adaptive = policy == "adaptive"
@@ -186,23 +189,21 @@ class EcoSpaTrainer:
         self._clock = Clock(self.schedule, self._spikes)
         self._initial_cost: int | None = None  # when the first sparsification step came
         self._gradients: Gradients = gradients
-        self._optimizer_steps = StepWatcher(model, self.optimizers) if gradients == "step" else None
         self._compensation = Compensation(
             model,
             CompensationSettings(adaptive if absorb is None else absorb, adaptive if rotate is None else rotate),
         )
+        self._left_out = LeftOut()
         self._owed = False  # a sparsification step that came before anything was read
+        self._unfinished: tuple[Readings | Compensation, ...] = ()  # what still has to begin anew
         self._scores = scores
         self.policy: Policy
         if adaptive:
             self.policy = Adaptive(model, self.optimizers, self._decisions, self._constraints, self._compensation)
         else:
             self.policy = Paper(model, self.optimizers, self._decisions, self._constraints, scores)
-        for estimator in self.policy.estimators:
-            if gradients == "optimizer":
-                estimator.attach(*self.optimizers)
-            elif gradients == "backward":
-                estimator.attach_backward()
+        self._readings = Readings(model, self.optimizers, self.policy.estimators, gradients)
+        self._optimizer_steps = self._readings.steps
         if is_captured(model):
             self._ready()
 
@@ -215,6 +216,11 @@ class EcoSpaTrainer:
     def postponed(self) -> list[dict[str, Any]]:
         """A dict per sparsification step that waited for the loss: `step`, `loss` (smoothed), `before`."""
         return self._clock.postponed
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """The couplings that could not be judged."""
+        return dict(self._left_out.reasons)
 
     @property
     def hears_the_loss(self) -> bool:
@@ -238,9 +244,12 @@ class EcoSpaTrainer:
             epochs: share of an epoch in this step, `1 / len(loader)`, if the schedule counts these.
 
         Raises:
-            OptimizerError: no parameter of a coupling has a gradient.
+            EcoSpaError: the loss is not one number.
+            OptimizerError: no parameter of a coupling has a gradient, or all are zero; or another optimizer steps.
+            NoCouplingError: calls of the model since have withdrawn every coupling.
             TargetError: the schedule counts tokens or epochs, and they are not given.
         """
+        self._finish()
         value = None if loss is None else number_of(loss)
         amount = self._clock.advance(tokens, epochs)
         self.steps += 1
@@ -249,39 +258,36 @@ class EcoSpaTrainer:
         if self.done:
             return
         self._ready()
-        read = self._read()
+        read = self._readings.read()
         due = self._clock.due or self._owed
-        # If a gradient scaler has left out every step so far, wait for the first one that is taken.
-        self._owed = due and not read and any(estimator.empty for estimator in self.policy.estimators)
+        self._owed = due and self._readings.must_wait(read)
+        if self._owed and self._readings.all_frozen:
+            self._left_out.note(self.model, {}, self._ready().whole)
         if due and not self._owed and not self._clock.postpone(self.steps):
             self.sparsify()
         soon = not self.done and (self._owed or self._clock.due_within(GATHERING * amount))
         self._compensation.gather(soon)
 
     def sparsify(self) -> None:
-        """Take a sparsification step now."""
+        """Take a sparsification step now: as a whole, or not at all, whatever interrupts it."""
+        self._finish()
         sparsifier = self._ready()
-        for estimator in self.policy.estimators:
-            if estimator.empty:
-                raise OptimizerError(estimator.reader.if_empty)
-        decision = self.policy.decide(self._cost_due(sparsifier))
-        self.forecast = decision.forecast
-        if decision.keeps:
-            self._shrink(decision)
-        for estimator in self.policy.estimators:
-            estimator.reset()
-        sparsifier.measure()
-        self.done = sparsifier.reached()
-        if self.done:
-            for estimator in self.policy.estimators:
-                estimator.detach()
-            if self._optimizer_steps is not None:
-                self._optimizer_steps.detach()
-            self._compensation.detach()
+        self._readings.check()
+        all_or_nothing(lambda journal: self._decide_and_shrink(sparsifier, journal))
+        self._finish()
 
-    def _shrink(self, decision: Decision) -> None:
-        """Carry a decision out, and write it into the history."""
-        keeps = self._compensation.rotated(decision.keeps, self.optimizers, self.also)
+    def _decide_and_shrink(self, sparsifier: CoupledSparsifier, journal: Journal) -> None:
+        """Shrink by a decision of the policy, and write it into the history."""
+        journal.note_object(self)
+        journal.note_object(self._spikes)
+        journal.note_list(self.history)
+        decision = self.policy.decide(self._cost_due(sparsifier))
+        self._left_out.note(self.model, decision.importance, sparsifier.whole)
+        self.forecast = decision.forecast
+        self._unfinished = (self._readings,)
+        if not decision.keeps:
+            return
+        keeps = self._compensation.rotated(decision.keeps, self.optimizers, self.also, journal)
         if self.before_shrink is not None:
             self.before_shrink(self.model, keeps, self.optimizer)
         self._spikes.mark_shrink()
@@ -289,21 +295,30 @@ class EcoSpaTrainer:
         entry: dict[str, Any] = {"step": self.steps, "removed": removed, "importance": decision.importance}
         if decision.forecast is not None:
             entry["expected"] = decision.forecast.rises(removed)
-        self.last_shrink = shrink(
-            self.model, keeps, optimizer=self.optimizers, also=self.also, absorb=self._compensation.absorb
+        self.last_shrink = shrink_within(
+            journal, self.model, keeps, optimizer=self.optimizers, also=self.also, absorb=self._compensation.absorb
         )
-        self._compensation.reset()
+        self._unfinished = (*self._unfinished, self._compensation)
         self.history.append(entry | {"size": self.size})
 
-    def _read(self) -> bool:
-        """Read the gradients of this step, unless hooks do; return whether an optimizer took the step."""
-        if self._optimizer_steps is None:
-            return True
-        readings = list(self._optimizer_steps.readings())
-        for estimator in self.policy.estimators:
-            for number, reading in enumerate(readings):
-                estimator.accumulate(**reading._asdict(), new_step=number == 0)
-        return bool(readings)
+    def _finish(self) -> None:
+        """Begin anew after a sparsification step; a part that Ctrl-C leaves undone, the next call does."""
+        if not self._unfinished:
+            return
+        for each in self._unfinished:
+            each.reset()
+        sparsifier = self.policy.ready()
+        sparsifier.measure()
+        self.done = sparsifier.reached()
+        if self.done:
+            say_if_short(sparsifier)
+            self.detach()
+        self._unfinished = ()
+
+    def detach(self) -> None:
+        """Remove all hooks from the model and its optimizers, for a trainer that takes no further step."""
+        self._readings.detach()
+        self._compensation.detach()
 
     def _ready(self) -> CoupledSparsifier:
         """Return the sparsifier, made once the couplings are known."""
@@ -347,7 +362,7 @@ class EcoSpaTrainer:
         losses = []
         epoch = 1 / len(loader) if isinstance(loader, Sized) and len(loader) else None
         for batch in loader:
-            value = loss_of(self.model, batch, loss)
+            value = loss_of(self._called, batch, loss)
             value.backward()
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -363,6 +378,7 @@ class EcoSpaTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the schedule's state: plain numbers and the accumulated sums."""
+        self._finish()
         latency = self._decisions.latency
         return {
             "steps": self.steps,
@@ -411,8 +427,6 @@ class EcoSpaTrainer:
             latency.points = [(int(flops), float(seconds)) for flops, seconds in state["latencies"]]
         for estimator, scores in zip(self.policy.estimators, state["scores"], strict=True):
             estimator.load_state_dict(scores)
-            if self.done:
-                estimator.detach()
         self._compensation.load_state_dict(state.get("compensation", {}))
         if self.done:
-            self._compensation.detach()
+            self.detach()

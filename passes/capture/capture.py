@@ -89,13 +89,13 @@ def capture(
         if check:
             with (
                 at_original_sizes(module, originals.values() if originals else None),
-                noted(module, observe) as changed,
+                noted(module, observe) as changes,
             ):
                 error = difference_from_eager(captured, module, forward, args, kwargs)
                 captured = replace(captured, data_sizes={} if error else data_sizes(captured, module, args, kwargs))
             if error is not None:
                 raise CaptureError(f"{described(region)} was captured, but {error}; it is left as it is")
-            if changed:
+            if changes.reach(captured.constants.values()):
                 raise _HookChanges
         return captured
 

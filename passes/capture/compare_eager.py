@@ -146,9 +146,9 @@ def _difference(
                 grads = list(torch.autograd.grad(loss, list(wanted.values()), allow_unused=True))
             torch.manual_seed(2)
             again = [dense(out) for out in call([fresh_leaf(leaf) for leaf in leaves]) if isinstance(out, Tensor)]
-            whole = [dense(out) for out in outputs]
-            gradients = [gradient if gradient is None else dense(gradient) for gradient in grads]
-            return _Results(whole, gradients, list(wanted), state, again, _state_of(captured, module, versions))
+            state_again = _state_of(captured, module, versions)
+        grads = [grad if grad is None else dense(grad) for grad in grads]
+        return _Results([dense(out) for out in outputs], grads, list(wanted), state, again, state_again)
 
     def eager(inputs: list[Any]) -> list[Any]:
         state = dict(zip(places, cloned_state(inputs), strict=True))

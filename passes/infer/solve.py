@@ -32,11 +32,24 @@ class Solver:
     def __init__(self, axis_facts: AxisFacts, apart: Collection[fx.Node] = ()) -> None:
         self.axis_facts, self.axes, self.apart = axis_facts, axis_facts.axes, apart
 
-    def opaque(self, node: fx.Node, operands: tuple[r.Operand, ...], shapes: list[Any], reason: str) -> None:
-        """Pin everything that goes into `node` and comes out of it."""
+    def opaque(
+        self,
+        node: fx.Node,
+        operands: tuple[r.Operand, ...],
+        shapes: list[Any],
+        reason: str,
+        summed: tuple[tuple[r.Operand, int], ...] = (),
+    ) -> None:
+        """Pin everything that goes into `node` and comes out of it, but the dims that it sums over first."""
         for operand in operands:
-            for expr in operand.exprs:
-                self.axis_facts.pin(expr, node, reason)
+            for dim, expr in enumerate(operand.exprs):
+                if (operand, dim) not in summed:
+                    self.axis_facts.pin(expr, node, reason)
+        for operand, dim in summed:
+            self._meet(summed[0][0].exprs[summed[0][1]], operand.exprs[dim], node)
+        if summed:
+            together = tuple(operand for operand, _ in summed)
+            self.axis_facts.facts.append(Fact("contracted", together[0].exprs[summed[0][1]], node, operands=together))
         outputs = tuple(tuple(self.axes.fresh(size) for size in shape) for shape in shapes)
         for expr in (expr for exprs in outputs for expr in exprs):
             self.axis_facts.pin(expr, node, reason)
@@ -108,15 +121,15 @@ class Solver:
                 return [self._repeated(relation, node)]
             case r.Indexed(x, dim, index):
                 self._pin(x.exprs[dim], node, why)
-                if x.parameter is None or x.ndim < 3:  # a picked matrix is multiplied only later
+                if not x.parameters or x.ndim < 3:  # a picked matrix is multiplied only later
                     self._free(x.exprs[dim + 1 :] + x.exprs[:dim], node, x)
                 return [(*x.exprs[:dim], *index.exprs, *x.exprs[dim + 1 :])]
             case r.Created():
                 return [tuple(axes.fresh(size) for size in shape) for shape in shapes]
             case r.Probed():
                 return self._probed(relation, node, shapes, why)
-            case r.Opaque(xs):
-                self.opaque(node, xs, shapes, f"{op_name(node)}: {why[:1].lower()}{why[1:]}")
+            case r.Opaque(xs, summed):
+                self.opaque(node, xs, shapes, f"{op_name(node)}: {why[:1].lower()}{why[1:]}", summed)
                 return list(self.axis_facts.values[node])
 
     def _probed(self, relation: r.Probed, node: fx.Node, shapes: list[Any], why: str) -> list[Exprs]:
@@ -261,7 +274,7 @@ class Solver:
 
     def _pointwise_facts(self, relation: r.Pointwise, node: fx.Node, expr: Expr, here: list[r.Operand]) -> None:
         """Record what a pointwise op does to an axis that the operands `here` have."""
-        activations = [x for x in here if x.weighted and x.parameter is None]
+        activations = [x for x in here if x.weighted and not x.parameters]
         meeting = tuple(activations) if len({x.node for x in activations}) > 1 else ()
         scaled = relation.how in ("product", "quotient") and len(here) > 1
         if relation.how == "nonlinear" or scaled:

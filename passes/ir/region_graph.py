@@ -112,9 +112,9 @@ class RegionGraph:
         index_attributes: integers of the region that only select its own part of an object.
         moving: buffers that some call of the region computes from parameters, and that shrink with these everywhere.
         settings: (submodule, attribute) -> a constant that the forward reads there and does not change itself.
-        data_sizes: sizes that values in tensors decide -> what they were in the captured call, where it had values.
         numbers: constants among those that it takes as inputs, because they change from call to call.
         reads: the other values that the forward reads in Python, which its graph holds as constants.
+        data_sizes: sizes that values in tensors decide -> what they were in the captured call, where it had values.
     """
 
     region: str
@@ -138,9 +138,9 @@ class RegionGraph:
     index_attributes: IndexAttributes = field(default_factory=IndexAttributes)
     moving: frozenset[str] = frozenset()
     settings: Mapping[tuple[str, str], Any] = field(default_factory=dict)
-    data_sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict)
     reads: tuple[Read, ...] = ()
     numbers: tuple[Number, ...] = ()
+    data_sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict)
     _plain_result: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

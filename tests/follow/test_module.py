@@ -194,7 +194,7 @@ def test_a_shrink_that_fails_changes_no_integer(monkeypatch):
     model, _, x = net(2)
     before = model.layers[1].attention.shape, model(x)
 
-    def fail(self):
+    def fail(self, journal):
         raise RuntimeError("no memory")
 
     monkeypatch.setattr("ecospa_fx.model.slicing.Change.commit", fail)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn, optim
 
+from ecospa_fx.model.journal import Journal
 from ecospa_fx.model.optimizer_table import factored
 from ecospa_fx.model.slicing import prepare
 from ecospa_fx.plan import Plan
@@ -77,7 +78,7 @@ def keeps_of(run) -> Keeps:
 def shrink(model: nn.Module, keeps: Keeps, *optimizers: optim.Optimizer) -> None:
     """What `ecospa_fx.shrink` does to tensors, without a graph."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if any(name == n for n, _ in keeps)}
-    prepare(model, Plan(), Plan(dict(keeps), shapes), optimizers).commit()
+    prepare(model, Plan(), Plan(dict(keeps), shapes), optimizers).commit(Journal())
 
 
 def cut(tensor: Tensor, name: str, keeps: Keeps) -> Tensor:

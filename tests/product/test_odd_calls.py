@@ -114,9 +114,9 @@ def test_a_selection_on_the_meta_device():
 @pytest.mark.parametrize(
     ("loss", "said"),
     [
-        (torch.ones(3), "loss is a tensor torch.float32 (3,); it is one number of a step: loss.mean(), say"),
-        ("0.5", "loss is '0.5'; it is one number of a step"),
-        (np.ones(2), "loss is a ndarray; it is one number of a step"),
+        (torch.ones(3), "the loss is a tensor of shape (3,), and it must be one number: pass its mean, loss.mean()"),
+        ("0.5", "the loss is '0.5', and it must be one number: pass a float or a tensor of one entry"),
+        (np.ones(2), "the loss is a ndarray, and it must be one number: pass a float or a tensor of one entry"),
     ],
 )
 def test_a_loss_that_is_no_number_is_refused_before_the_step_counts(loss, said):

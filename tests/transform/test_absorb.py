@@ -274,14 +274,14 @@ def test_all_of_it_or_nothing(monkeypatch):
     model, x = mlp()
     grams = gathered(model, (x,))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    monkeypatch.setattr("ecospa_fx.model.slicing._assign", failing_after(2))
+    monkeypatch.setattr("ecospa_fx.model.journal._assign", failing_after(2))
     with pytest.raises(RuntimeError, match="no more"):
         ecospa_fx.shrink(model, {"ffn": torch.arange(4)}, absorb=grams)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def failing_after(count):
-    from ecospa_fx.model.slicing import _assign
+    from ecospa_fx.model.journal import _assign
 
     calls = []
 

@@ -1,0 +1,134 @@
+"""Journal: what a change of a model has replaced so far, so that an error or Ctrl-C at any line takes all of it back.
+
+all_or_nothing(change) -> change(journal): note what is there, then assign
+                          an exception of any kind -> everything noted is put back, the latest first
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, MutableMapping
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
+_MISSING = object()
+
+
+class Journal:
+    """A list of what a change has replaced."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def note(self, undo: Callable[[], None]) -> None:
+        """Note a function that takes a change back. It may be called twice, and before the change was made."""
+        self._undo.append(undo)
+
+    def note_object(self, held: object) -> None:
+        """Note the attributes of an object."""
+        before = dict(vars(held))
+
+        def undo() -> None:
+            for name in [name for name in vars(held) if name not in before]:
+                vars(held).pop(name, None)
+            vars(held).update(before)
+
+        self.note(undo)
+
+    def note_list(self, held: list[Any]) -> None:
+        """Note the items of a list."""
+        before = list(held)
+        self.note(lambda: held.__setitem__(slice(None), before))
+
+    def note_item(self, held: MutableMapping[Any, Any], key: Any) -> None:
+        """Note the value of a key, which may be missing."""
+        value = held.get(key, _MISSING)
+        self.note(lambda: held.pop(key, None) if value is _MISSING else held.__setitem__(key, value))
+
+    def note_attribute(self, held: object, name: str) -> None:
+        """Note one attribute, or the class of an object."""
+        value = getattr(held, name)
+        self.note(lambda: setattr(held, name, value))
+
+    def set_tensor(self, tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+        """Give a tensor other data and another gradient."""
+        data_before, grad_before = tensor.data, tensor.grad
+        self.note(lambda: _assign(tensor, data_before, grad_before))
+        _assign(tensor, data, grad)
+
+    def set_item(self, held: MutableMapping[Any, Any], key: Any, value: Any) -> None:
+        """Give a key another value."""
+        self.note_item(held, key)
+        held[key] = value
+
+    def undo(self) -> None:
+        """Put back everything noted. Ctrl-C waits for it."""
+        with _Held():
+            for undo in reversed(self._undo):
+                undo()
+
+    def close(self) -> None:
+        """Keep everything as it is now."""
+        self._undo = []
+
+
+def all_or_nothing(change: Callable[[Journal], Result]) -> Result:
+    """Make a change as a whole: whatever is raised inside, Ctrl-C included, leaves everything as it was before."""
+    journal = Journal()
+    try:
+        try:
+            result = change(journal)
+            journal.close()
+        except BaseException:
+            journal.undo()
+            raise
+    except BaseException:
+        journal.undo()  # an exception may have come at any line of the first attempt
+        raise
+    return result
+
+
+def _assign(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    # A gradient must have its parameter's shape at every moment.
+    tensor.grad = None
+    if tensor.requires_grad:
+        # A graph that is still alive (a loss someone holds) keeps the parameter's gradient accumulator, which knows the
+        # old shape. torch makes a new one when the dtype changes, so it does change for a moment.
+        tensor.data = data.new_empty(0, dtype=torch.float16 if data.dtype != torch.float16 else torch.float32)
+    tensor.data = data
+    tensor.grad = grad
+
+
+class _Held:
+    """A context in which Ctrl-C waits until its end. Outside of the main thread no signals arrive."""
+
+    def __init__(self) -> None:
+        self.inside = False
+        self.before: Any = None
+        self.came: tuple[int, FrameType | None] | None = None
+
+    def __enter__(self) -> None:
+        """Hold signals back."""
+        if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT)):
+            self.before, self.inside = signal.getsignal(signal.SIGINT), True
+            signal.signal(signal.SIGINT, self._arrive)
+
+    def __exit__(self, *_: object) -> None:
+        """Hand on the signal that came, if one did."""
+        self.inside = False
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+            if self.came is not None:
+                self.before(*self.came)
+
+    def _arrive(self, number: int, frame: FrameType | None) -> None:
+        if self.inside:
+            self.came = (number, frame)
+        else:  # an exception in `__exit__` has left this in place
+            signal.signal(number, self.before)
+            self.before(number, frame)

@@ -1,0 +1,361 @@
+"""Beside: a compiled model and the plain one through the same loop, compared after every step.
+
+    both = Beside(source, execution="graph", regions="root")
+    both.compile()
+    both.train(3)
+    both.change("block.tau = 0.5")
+    both.shrink(0)
+    both.train(3)
+
+Each step leaves both equal in outputs, gradients, all state and all generators, or is refused by an error of this
+library, which leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ecospa_fx
+from ecospa_fx.errors import EcoSpaError, NoInputsError
+from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.model.state import Execution
+
+from .interrupting import Interrupting
+from .twins import Axis, Cut, fitted
+from .worlds import WORLDS, Differs, Generators, World, check_same, check_value, everything, frozen, optimizer_of
+
+
+class Ended(Exception):
+    """The end of a program: a shrunk model cannot run a call, and says why."""
+
+
+class Beside:
+    """Two worlds of one file: the plain model, and one compiled by this library.
+
+    Args:
+        source: code of the file, which has a class `Model`.
+        execution: as for `compile`.
+        regions: as for `compile`.
+        sized: whether it draws random tensors whose sizes shrink.
+        tokens: whether its arguments are `[batch, token, entry]`, else `[batch, entry]`.
+
+    Attributes:
+        plain: the world of the plain model.
+        ours: the world of the other.
+        refusals: the errors of this library so far.
+        shrinks: how many shrinks there were.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        execution: Execution = "graph",
+        regions: str = "auto",
+        sized: bool = False,
+        tokens: bool = False,
+    ) -> None:
+        self.execution, self.regions, self.sized, self.tokens = execution, regions, sized, tokens
+        Generators.seeded(1)
+        self.plain, self.ours = (World(source, name) for name in WORLDS)
+        self.refusals: list[str] = []
+        self.shrinks = 0
+        self._cut = Cut()
+        self._inputs = 0  # drawn so far
+        self._changed: list[str] = []  # statements of the loop since the last shrink
+        self._compare("before compile")
+
+    @property
+    def compiled(self) -> bool:
+        """True while the model is compiled."""
+        return MODEL in self.ours.model.__dict__
+
+    # Steps of both: each is one line of a program
+
+    def call(self, batch: int) -> None:
+        """Run the model without gradients."""
+        x = self._input(batch)
+
+        def run(world: World) -> Any:
+            with torch.no_grad():
+                return world.model(x)
+
+        self._both(f"call({batch})", run)
+
+    def train(self, batch: int) -> None:
+        """Run the model, its backward, and a step of the optimizer."""
+        x = self._input(batch)
+        for world in (self.plain, self.ours):
+            world.model.zero_grad()
+
+        def run(world: World) -> Any:
+            y = world.model(x)
+            loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
+            for module in world.model.modules():
+                loss = loss + sum(v for k, v in vars(module).items() if k.startswith("aux") and isinstance(v, Tensor))
+            loss.backward()
+            return y, loss
+
+        self._both(f"train({batch})", run)
+        if not self.sized:
+            self._cut.zero(self.plain.model, self.plain.optimizer)
+        for world in (self.plain, self.ours):
+            for parameter in world.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.clamp_(-1, 1)
+            world.optimizer.step()
+        self._compare(f"train({batch}), step of the optimizer")
+
+    def mode(self, training: bool) -> None:
+        """Go to train or eval mode."""
+        for world in (self.plain, self.ours):
+            world.model.train(training)
+
+    def change(self, statement: str, block: int = 0) -> None:
+        """Run a statement of the loop, on `block`, `model` and `world`."""
+        self._changed.append(statement)
+        for world in (self.plain, self.ours):
+            exec(statement, dict(vars(world.module)), _scope(world, block))
+
+    def keep(self, code: str, block: int = 0) -> None:
+        """Let the loop keep an object of the model, which is compared from then on."""
+        for world in (self.plain, self.ours):
+            place = code.replace("block.", f"blocks.{block}.")
+            world.memory[place] = eval(code, dict(vars(world.module)), _scope(world, block))
+
+    def state_dict(self) -> None:
+        """Change all weights, and load those from before."""
+        expected, found = (world.model.state_dict() for world in (self.plain, self.ours))
+        check_same(expected, found, "state_dict", self._cut)
+        for world, state in ((self.plain, copy.deepcopy(expected)), (self.ours, copy.deepcopy(found))):
+            with torch.no_grad():
+                for tensor in world.model.parameters():
+                    tensor.mul_(2)
+            world.model.load_state_dict(state)
+        self._compare("state_dict")
+
+    def deepcopy(self) -> None:
+        """Go on with a copy of the model and its optimizer."""
+        self._copied("deepcopy", copy.deepcopy)
+
+    def pickle(self) -> None:
+        """Go on with the model and its optimizer, pickled and read again."""
+        self._copied("pickle", lambda each: pickle.loads(pickle.dumps(each)))
+
+    # Steps of this library
+
+    def compile(self, batch: int = 0) -> None:
+        """Compile the model; with a batch size, capture a call now."""
+        options: dict[str, Any] = {"regions": self.regions, "execution": self.execution}
+        if batch:
+            options["example_inputs"] = (self._input(batch),)
+        self._library("compile", lambda: ecospa_fx.compile(self.ours.model, **options))
+
+    def explain(self, batch: int = 2) -> None:
+        """Explain the model, which leaves it as it is."""
+        x = self._input(batch)
+        self._library("explain", lambda: str(ecospa_fx.explain(self.ours.model, example_inputs=(x,))))
+
+    def verify(self, batch: int = 2) -> None:
+        """Verify the model, which leaves it as it is."""
+        if not self.compiled:
+            return
+        x = self._input(batch)
+        for result in self._library("verify", lambda: ecospa_fx.verify(self.ours.model, example_inputs=(x,))):
+            if not result.ok:
+                raise Differs(f"verify: {result}")
+
+    def shrink(self, seed: int, line: int = 0) -> None:
+        """Remove some entries of one coupling, or of all.
+
+        Args:
+            seed: seed of the choice.
+            line: the line of this library at which Ctrl-C is pressed; 0: at none.
+        """
+        if not self.compiled:
+            return
+        dice, model = random.Random(seed), self.ours.model
+        try:
+            found = [c for c in ecospa_fx.couplings(model) if c.size > 1]
+        except NoInputsError:  # nothing has been called so far
+            return
+        if not found:
+            return
+        chosen = found if dice.random() < 0.3 else [dice.choice(found)]
+        keeps = {c: torch.tensor(sorted(dice.sample(range(c.size), dice.randint(1, c.size - 1)))) for c in chosen}
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+
+        def shrink() -> bool:
+            try:
+                with Interrupting(line):
+                    ecospa_fx.shrink(model, keeps, optimizer=self.ours.optimizer)
+            except KeyboardInterrupt:
+                return {name: p.shape for name, p in model.named_parameters()} != shapes
+            return True
+
+        if any(self._library(f"shrink({seed})", shrink, changes=True)):
+            self.shrinks += 1
+            self._changed.clear()
+            self._follow(keeps)
+        self._compare(f"shrink({seed}{f', line={line}' if line else ''})")
+
+    def save_and_load(self) -> None:
+        """Save the model, make a new one and load it."""
+
+        def reload() -> tuple[nn.Module, Any]:
+            with tempfile.TemporaryDirectory() as folder:
+                where = Path(folder) / "saved"
+                ecospa_fx.save(self.ours.model, where, optimizer=self.ours.optimizer)
+                loaded = ecospa_fx.load(where, self.ours.made)
+                optimizer = optimizer_of(loaded)
+                ecospa_fx.resume(where, loaded, optimizer=optimizer)
+            return loaded, optimizer
+
+        for loaded, optimizer in self._library("save_and_load", reload) if self.compiled else ():
+            loaded.train(self.ours.model.training)
+            self.ours.model, self.ours.optimizer = loaded, optimizer
+            fresh = fitted(self.plain.made(), self.plain.model)
+            fresh.load_state_dict(self.plain.model.state_dict())
+            fresh.train(self.plain.model.training)
+            plain_optimizer = optimizer_of(fresh)
+            plain_optimizer.load_state_dict(self.plain.optimizer.state_dict())
+            self.plain.model, self.plain.optimizer = fresh, plain_optimizer
+            self._forget()
+            self._compare("save_and_load")
+
+    # Comparison
+
+    def _input(self, batch: int) -> Tensor:
+        self._inputs += 1
+        generator = torch.Generator().manual_seed(self._inputs)
+        shape = (batch, 3, 3) if self.tokens else (batch, 3)
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    def _both(self, what: str, run: Callable[[World], Any]) -> None:
+        """Run something in both worlds, and compare all that there is."""
+        before = Generators.now()
+        expected, error = _tried(lambda: run(self.plain))
+        after = Generators.now()
+        before.put_back()
+        state = frozen(self.ours)
+        found, ours_error = _tried(lambda: run(self.ours))
+        if isinstance(ours_error, EcoSpaError):
+            self._check_refused(what, ours_error, state, before)
+            before.put_back()
+            found, ours_error = _tried(lambda: run(self.ours))
+        if error is None and ours_error is not None:
+            raise ours_error
+        if error is not None and type(error) is not type(ours_error):
+            raise Differs(f"{what}: {type(ours_error).__name__}, expected {type(error).__name__}: {error}")
+        after.check(what)
+        for name, a, b in zip(("output", "loss"), _listed(expected), _listed(found), strict=False):
+            check_value(a, b, f"{what}: {name}")
+        self._compare(what)
+
+    def _check_refused(self, what: str, error: EcoSpaError, state: dict[str, Any], generators: Generators) -> None:
+        """Check that a call may be refused, and has left the model as it was.
+
+        Only the first call may be, which leaves the model plain, and one of a shrunk model whose cause is named.
+        """
+        self.refusals.append(f"{type(error).__name__}: {error}")
+        generators.check(f"refused {what} ({error})")
+        check_same(state, frozen(self.ours), f"refused {what} ({error})")
+        if not self.compiled:
+            return
+        if self.shrinks and any(name in str(error) for each in self._changed for name in _names(each)):
+            raise Ended
+        raise Differs(f"{what}: a {'shrunk' if self.shrinks else 'compiled'} model refuses a call: {error}")
+
+    def _library(self, what: str, run: Callable[[], Any], changes: bool = False) -> list[Any]:
+        """Run something that belongs to this library alone, and, unless it is to change the model, leaves it as it is.
+
+        Returns:
+            Its result in a list; an empty one if it was refused.
+        """
+        generators, state = Generators.now(), frozen(self.ours)
+        try:
+            result = [run()]
+        except EcoSpaError as error:
+            self.refusals.append(f"{what.split('(')[0]}: {type(error).__name__}: {error}")
+            result, changes, what = [], False, f"refused {what} ({error})"
+        generators.check(what)
+        if not changes:
+            check_same(state, frozen(self.ours), what)
+        return result
+
+    def _copied(self, what: str, copied: Callable[[Any], Any]) -> None:
+        plain, error = _tried(lambda: copied((self.plain.model, self.plain.optimizer)))
+        ours, ours_error = _tried(lambda: copied((self.ours.model, self.ours.optimizer)))
+        if error is not None:
+            if ours_error is None:
+                raise Differs(f"{what}: works, expected {type(error).__name__}: {error}")
+            return
+        if ours_error is not None:
+            raise ours_error
+        originals = [*self.plain.model.parameters(), *self.ours.model.parameters()]
+        self.plain.model, self.plain.optimizer = plain
+        self.ours.model, self.ours.optimizer = ours
+        self._forget()
+        with torch.no_grad():  # whatever happens to the originals is of no concern to the copies
+            for parameter in originals:
+                parameter.fill_(7.0)
+        self._compare(what)
+
+    def _forget(self) -> None:
+        """Drop what the loop has kept of a model that is no longer the one that trains."""
+        for world in (self.plain, self.ours):
+            world.memory.clear()
+
+    def _compare(self, what: str) -> None:
+        check_same(dict(everything(self.plain)), dict(everything(self.ours)), what, self._cut)
+
+    def _follow(self, keeps: Mapping[ecospa_fx.Coupling, Tensor]) -> None:
+        """Note which entries are left, and remove the others from the plain model."""
+        gone: dict[Axis, Tensor] = {}
+        for coupling, keep in keeps.items():
+            for member in coupling.members:
+                goes = (member.index >= 0) & ~torch.isin(member.index, keep)
+                axis = member.parameter, member.dim
+                gone[axis] = gone[axis] | goes if axis in gone else goes
+        before, sizes = dict(self._cut.left), dict(self.plain.made().named_parameters())
+        plan = ecospa_fx.plan(self.ours.model).kept
+        self._cut.take(gone, {axis: kept for axis, kept in plan.items() if axis[0] not in sizes}, sizes)
+        for axis, left in self._cut.left.items():
+            if axis not in plan or not torch.equal(plan[axis], left):
+                raise Differs(f"shrink: the plan keeps {plan.get(axis)} of {axis}, expected {left}")
+        if self.sized:
+            self._cut.slice(self.plain.model, self.plain.optimizer, before)
+        else:
+            self._cut.zero(self.plain.model, self.plain.optimizer, buffers=True)
+
+
+def _scope(world: World, block: int) -> dict[str, Any]:
+    """Return the names that statements of a loop know."""
+    model: Any = world.model
+    return {"model": model, "block": model.blocks[block], "world": world.module}
+
+
+def _tried(run: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return run(), None
+    except Exception as error:
+        return None, error
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (tuple, list)) else [] if value is None else [value]
+
+
+def _names(statement: str) -> list[str]:
+    """Return the names of what a statement of the loop changes, such as `tau` of `block.tau = 0.5`."""
+    target = re.split(r" = |\.fill_|\.mul_", statement)[0]
+    return [name for name in re.findall(r"[A-Za-z]\w*", target) if name not in ("block", "world", "model", "Block")]

@@ -1,0 +1,228 @@
+"""Fuzzing of state: random stateful modules in random loops, compiled beside plain.
+
+    python -m ecospa_fx.testing.fuzz_state 1000 --seed 0
+
+It prints the smallest program of each kind of failure as runnable code, and exits with 1 if there is any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ecospa_fx.model.state import Execution
+
+from . import stateful_parts  # noqa: F401  (it registers parts)
+from .beside import Beside, Ended
+from .loops import random_loop
+from .stateful import StatefulModule, Weight, random_module
+from .worlds import Differs
+
+
+@dataclass(frozen=True)
+class StateProgram:
+    """A module and a loop.
+
+    Attributes:
+        module: the module.
+        steps: calls of `Beside`, in order.
+        execution: as for `compile`.
+        regions: as for `compile`.
+    """
+
+    module: StatefulModule
+    steps: tuple[str, ...]
+    execution: Execution
+    regions: str
+
+    def __len__(self) -> int:
+        return len(self.steps) + 3 * len(self.module.parts) + self.module.blocks
+
+    def source(self) -> str:
+        """Return runnable code, which raises at the first difference."""
+        options = f"execution={self.execution!r}, regions={self.regions!r}"
+        options += ", sized=True" if self.module.sized else ""
+        options += ", tokens=True" if self.module.tokens else ""
+        return (
+            f"{self.module.source()}\n\n"
+            'if __name__ == "__main__":\n'
+            "    from pathlib import Path\n\n"
+            "    from ecospa_fx.testing.beside import Beside\n\n"
+            f"    both = Beside(Path(__file__).read_text(), {options})\n"
+            + "".join(f"    both.{step}\n" for step in self.steps)
+            + '    print("PASS")\n'
+        )
+
+
+EXECUTIONS: tuple[Execution, ...] = ("graph", "graph", "module")
+
+
+def program_number(seed: int, number: int) -> StateProgram:
+    """Make a program, which is the same for the same two numbers."""
+    rng = random.Random(f"{seed}/{number}")
+    module = random_module(rng)
+    regions = rng.choice(("auto", "root", "blocks") if module.blocks > 1 else ("auto", "root"))
+    return StateProgram(module, random_loop(rng, module), rng.choice(EXECUTIONS), regions)
+
+
+@dataclass(frozen=True)
+class StateFailure:
+    """A difference that a program shows.
+
+    Attributes:
+        kind: the difference, without numbers.
+        what: the difference.
+        step: number of the step.
+    """
+
+    kind: str
+    what: str
+    step: int
+
+
+@dataclass
+class StateTally:
+    """Counts of the programs so far."""
+
+    programs: int = 0
+    compiled: int = 0
+    shrunk: int = 0
+    steps: int = 0
+    refusals: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        refusals = "".join(f"\n{count:6} {text}" for text, count in self.refusals.most_common(30))
+        return (
+            f"{self.programs} programs with {self.steps} steps, {self.compiled} compiled at the end, {self.shrunk} "
+            f"shrunk; refusals:{refusals or ' none'}"
+        )
+
+
+def check(program: StateProgram, tally: StateTally | None = None) -> StateFailure | None:
+    """Return the first failure of a program, or None."""
+    tally = StateTally() if tally is None else tally
+    tally.programs += 1
+    module, taken = program.module, 0
+    try:
+        both = Beside(module.source(), program.execution, program.regions, module.sized, module.tokens)
+        for step in program.steps:
+            exec(f"both.{step}", {"both": both})
+            taken += 1
+    except Ended:
+        pass
+    except Differs as error:
+        return StateFailure(_kind(str(error)), str(error), taken)
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "/ecospa_fx/" in f.filename]
+        own = [f for f in frames if "/testing/" not in f.filename]
+        at = f"{own[-1].filename.split('/ecospa_fx/')[-1]}:{own[-1].lineno}" if own else "a call"
+        kind = _kind(f"{type(error).__name__} at {at}")
+        return StateFailure(kind, f"{type(error).__name__} at {at}: {str(error)[:300]}", taken)
+    tally.steps += taken
+    tally.compiled += both.compiled
+    tally.shrunk += both.shrinks > 0
+    tally.refusals.update(_kind(each)[:150] for each in both.refusals)
+    return None
+
+
+def _kind(text: str) -> str:
+    """Return the step and the sort of thing that differs, without names and numbers."""
+    text = re.sub(r" (is|has|expected|differs) .*", "", text.split("\n")[0])
+    text = re.sub(r"\((\w* ?\d*[^ )]*|tuple|list|deque|keys|Model)\)|\d+", "", text)
+    return re.sub(r"\b(attribute|buffer|parameter|gradient|global|memory|optimizer) .*", r"\1", text)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A program that failed, with the seed and number that make it again."""
+
+    seed: int
+    number: int
+    program: StateProgram
+    failure: StateFailure
+
+    def __str__(self) -> str:
+        what = f"# program {self.number} of seed {self.seed}, minimised: {self.failure.what}"
+        return "{}\n{}".format(what.replace("\n", "\n# "), self.program.source())
+
+
+def smallest(found: Found) -> Found:
+    """Find the same failure in a program that is as small as possible."""
+    program, failure = found.program, found.failure
+    program = replace(program, steps=program.steps[: failure.step + 1])
+
+    def fails(smaller: StateProgram) -> bool:
+        again = check(smaller)
+        return again is not None and again.kind == failure.kind
+
+    going = True
+    while going:
+        going = False
+        for smaller in _smaller(program):
+            if fails(smaller):
+                program, going = smaller, True
+                break
+    return Found(found.seed, found.number, program, check(program) or failure)
+
+
+def _smaller(program: StateProgram) -> Iterator[StateProgram]:
+    module = program.module
+    for i in range(len(module.parts)):
+        yield replace(program, module=replace(module, parts=module.parts[:i] + module.parts[i + 1 :]))
+    for i in range(len(program.steps)):
+        yield replace(program, steps=program.steps[:i] + program.steps[i + 1 :])
+    if module.weight.name != "plain":
+        yield replace(program, module=replace(module, weight=Weight()))
+    if module.blocks > 1 and not any(", 1)" in step for step in program.steps):
+        yield replace(program, module=replace(module, blocks=1))
+    if module.tokens and not any(
+        "(0, 1)" in line or "transpose" in line for part in module.parts for line in part.forward
+    ):
+        yield replace(program, module=replace(module, tokens=False))
+    if program.regions != "root":
+        yield replace(program, regions="root")
+
+
+def fuzz(numbers: Sequence[int], seed: int, tally: StateTally) -> Iterator[Found]:
+    """Iterate over the failures among the programs of a seed."""
+    for number in numbers:
+        program = program_number(seed, number)
+        failure = check(program, tally)
+        if failure is not None:
+            yield Found(seed, number, program, failure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fuzz from the command line, and return 0 if everything is exact, else 1."""
+    parser = argparse.ArgumentParser(prog="python -m ecospa_fx.testing.fuzz_state", description=__doc__.split("\n")[0])
+    parser.add_argument("programs", type=int, nargs="?", default=1000, metavar="N", help="number of programs (1000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the programs (0)")
+    parser.add_argument("--start", type=int, default=0, help="number of the first (0)")
+    parser.add_argument("--show", type=int, default=5, help="failures that are minimised and printed (5)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    tally, start = StateTally(), time.perf_counter()
+    failures: dict[str, list[Found]] = {}
+    for found in fuzz(range(options.start, options.start + options.programs), options.seed, tally):
+        failures.setdefault(found.failure.kind, []).append(found)
+        print(f"program {found.number}: {found.failure.what[:300]}", flush=True)
+    count = sum(map(len, failures.values()))
+    print(f"seed {options.seed}: {time.perf_counter() - start:.0f} s, {count} failed; {tally}")
+    for same in sorted(failures.values(), key=lambda same: -len(same))[: options.show]:
+        print(f"\n# {len(same)} like this\n{smallest(min(same, key=lambda found: len(found.program)))}", flush=True)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
