@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -53,14 +54,16 @@ def rewire(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Mod
     compiled: CompiledModel = model.__dict__[MODEL]
     tensors = {id(tensor): name for name, tensor in reversed(named_tensors(model).items())}
     modules = {module: name for name, module in model.named_modules()}
-    for name in compiled.regions:
-        plain(model.get_submodule(name))
-    plain(model)
+    held = [_Held(module) for module in model.modules()]
     try:
+        for name in compiled.regions:
+            plain(model.get_submodule(name))
+        plain(model)
         result = change(model)
         moved = _moved(compiled, result, before, tensors, modules)
     except BaseException:
-        _put_back(model, compiled)
+        for each in held:
+            each.put_back()
         raise
     if moved.regions:
         result.__dict__[MODEL] = moved
@@ -103,9 +106,19 @@ def _moved(
     return moved
 
 
-def _put_back(model: nn.Module, compiled: CompiledModel) -> None:
-    if compiled.regions:
-        model.__dict__[MODEL] = compiled
-        compiled.route(model)
-    if not compiled.regions or compiled.execution == "module":
-        compiled.attach(model)
+class _Held:
+    """A module as it was: its class, its attributes, and the tensors and modules in it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.cls, self.attributes = module, module.__class__, dict(module.__dict__)
+        inside: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module._modules)
+        self.inside = [(held, dict(held)) for held in inside]
+
+    def put_back(self) -> None:
+        """Make it that again."""
+        self.module.__class__ = self.cls
+        self.module.__dict__.clear()
+        self.module.__dict__.update(self.attributes)
+        for held, entries in self.inside:
+            held.clear()
+            held.update(entries)

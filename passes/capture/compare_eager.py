@@ -92,11 +92,15 @@ class _Results:
     state_again: dict[str, Tensor]
 
 
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.layout is torch.strided else id(tensor)
+
+
 def _state_of(
     captured: RegionGraph, module: nn.Module, before: Mapping[str, tuple[Tensor, int, int, bool]]
 ) -> dict[str, Tensor]:
     """Copy the buffers, the tensors that a forward assigns to attributes, and the parameters that it has changed."""
-    state = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    state = {name: dense(buffer.detach().clone()) for name, buffer in module.named_buffers()}
     for place in captured.assigned:
         value = place.value(module)
         if isinstance(value, Tensor):
@@ -104,8 +108,8 @@ def _state_of(
     for name, (parameter, version, address, needed) in before.items():
         if parameter.requires_grad != needed:
             state[f"{name}.requires_grad"] = torch.tensor(parameter.requires_grad)
-        if (parameter._version, parameter.data_ptr()) != (version, address):
-            state[name] = parameter.detach().clone()
+        if (parameter._version, _address(parameter)) != (version, address):
+            state[name] = dense(parameter.detach().clone())
     return state
 
 
@@ -130,7 +134,7 @@ def _difference(
         wanted = {f"argument {i}": leaf for i, leaf in enumerate(inputs) if _differentiable(leaf)}
         wanted |= {f"`{name}`": p for name, p in parameters.items()}
         with isolated(module), torch.enable_grad():
-            versions = {name: (p, p._version, p.data_ptr(), p.requires_grad) for name, p in module.named_parameters()}
+            versions = {name: (p, p._version, _address(p), p.requires_grad) for name, p in module.named_parameters()}
             torch.manual_seed(0)
             outputs = [out for out in call(inputs) if isinstance(out, Tensor)]
             state = _state_of(captured, module, versions)

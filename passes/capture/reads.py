@@ -186,9 +186,10 @@ def executed() -> Iterator[dict[CodeType, dict[str, Any]]]:
     try:
         yield seen
     finally:
-        if hasattr(before, "enable"):  # cProfile, which Python cannot put back as a function
+        enable: Any = getattr(before, "enable", None)
+        if enable is not None:  # cProfile, which Python cannot put back as a function
             sys.setprofile(None)
-            before.enable()
+            enable()
         else:
             sys.setprofile(before)
 

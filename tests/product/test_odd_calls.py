@@ -178,3 +178,20 @@ def test_batches_of_any_size(rows):
     ecospa_fx.shrink(model, {"ffn": torch.arange(3)})
     plain.b.weight.data[:, 3:] = 0.0
     torch.testing.assert_close(model(X[:rows]), plain(X[:rows]))
+
+
+@pytest.mark.parametrize("execution", ["graph", "module"])
+def test_a_change_that_fails_half_way_is_taken_back(execution):
+    model = ecospa_fx.compile(Tiny().eval(), example_inputs=(X,), execution=execution)
+    ecospa_fx.shrink(model, {"ffn": torch.arange(3)})
+    before, expected = [(m, type(m), dict(m.__dict__)) for m in model.modules()], model(X)
+
+    def change(whole):
+        whole.c = nn.Linear(8, 7)
+        whole.a.weight = nn.Parameter(torch.zeros(1, 4))
+        raise KeyError("in the middle")
+
+    with pytest.raises(KeyError):
+        ecospa_fx.rewire(model, change)
+    assert before == [(m, type(m), dict(m.__dict__)) for m in model.modules()]
+    assert torch.equal(model(X), expected)
