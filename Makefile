@@ -15,8 +15,6 @@ TEST_READY := $(VENV)/.test-installed
 DEV_READY := $(VENV)/.dev-installed
 LINKED := build/types
 
-# Keep the repository root off sys.path: the folder `kernels` must not be imported as the PyPI package of that name.
-export PYTHONSAFEPATH := 1
 # Waiting threads should sleep: on shared cores, spinning ones slow a training step down many times over.
 export OMP_WAIT_POLICY := passive
 
@@ -50,6 +48,7 @@ types: $(DEV_READY)  ## mypy --strict on the source tree
 
 bench: $(TEST_READY)  ## run the benchmarks; ARGS="..." goes to bench/rewrite.py
 	PYTHONPATH=bench $(RUN) bench/explain.py
+	PYTHONPATH=bench $(RUN) bench/coverage.py
 	PYTHONPATH=bench $(RUN) bench/rewrite.py $(ARGS)
 
 bench-kernels: $(TEST_READY)  ## kernels and the estimator on the CPU, and the compiler output of the kernels for GPUs

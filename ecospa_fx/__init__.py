@@ -20,7 +20,7 @@ from ecospa_fx.out.export import export
 from ecospa_fx.out.gguf.cut import Cut, cut_gguf
 from ecospa_fx.out.hf_full_size import save_unshrunk
 from ecospa_fx.out.hf_pretrained import from_pretrained, save_pretrained
-from ecospa_fx.passes.find.discover import Refusal
+from ecospa_fx.passes.find.left_whole import Refusal
 from ecospa_fx.score.estimator import CoupledEstimator
 from ecospa_fx.see.explanation import Explanation, explain
 from ecospa_fx.see.summary import Summary, summary

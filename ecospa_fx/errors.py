@@ -7,6 +7,10 @@ class EcoSpaError(Exception):
     """Base class of all errors of ecospa_fx. Whenever one is raised, the model is unchanged, bit for bit."""
 
 
+class ArgumentError(EcoSpaError, TypeError):
+    """An argument of a kind that the function does not take."""
+
+
 class NoInputsError(EcoSpaError, ValueError):
     """No inputs to capture with: none were given and the model offers none."""
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 
+from .arguments import TEXT, takes
 from .errors import EcoSpaError
 
 PARTS = ("capture", "axes", "discover", "shrink", "recaptures")
@@ -27,6 +28,7 @@ def logger(part: str) -> logging.Logger:
     return logging.getLogger(f"{ROOT}.{part}")
 
 
+@takes(parts=TEXT)
 def set_logs(parts: str) -> None:
     """Show the logs of the named parts on stderr, and silence the others.
 

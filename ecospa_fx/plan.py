@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from .arguments import TEXT, takes
+from .errors import CheckpointError, EcoSpaError
 from .json_text import parse_json
 
 FORMAT = 1
@@ -35,12 +36,23 @@ class Plan:
         """Return the shape now of a parameter that has shrunk."""
         return tuple(
             len(self.kept[name, dim]) if (name, dim) in self.kept else size
-            for dim, size in enumerate(self.original_shapes[name])
+            for dim, size in enumerate(self._original(name))
         )
+
+    def _original(self, name: str) -> tuple[int, ...]:
+        try:
+            return self.original_shapes[name]
+        except (KeyError, TypeError):
+            raise EcoSpaError(
+                f"the plan has no shrunk tensor {name!r}; it has {', '.join(self.original_shapes) or 'none'}"
+            ) from None
 
     def mask(self, name: str, dim: int) -> Tensor:
         """Return the bool mask `[original size]` of the entries kept along one dim of a parameter that has shrunk."""
-        size = self.original_shapes[name][dim]
+        shape = self._original(name)
+        if type(dim) is not int or not 0 <= dim < len(shape):
+            raise EcoSpaError(f"`{name}` has dims 0 to {len(shape) - 1}, and no dim {dim!r}")
+        size = shape[dim]
         if (name, dim) not in self.kept:
             return torch.ones(size, dtype=torch.bool)
         mask = torch.zeros(size, dtype=torch.bool)
@@ -82,6 +94,7 @@ class Plan:
         return f'{{\n  "format": {FORMAT},\n  "original_shapes": {shapes},\n  "axes": [\n    {lines}\n  ]\n}}\n'
 
     @classmethod
+    @takes(text=TEXT)
     def from_json(cls, text: str) -> Plan:
         """Read a plan written by `to_json`.
 

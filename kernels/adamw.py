@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .launch import Pointers, cached, compiled_for, hold_for_graph, jit, tl
+from .register import operator
 from .slice_sums import ELEMENTS, FINAL_COLS, FINAL_ROWS, add_slice_sums, add_slice_sums_ref, finish_kernel
 from .windows import BYTES, COLS, WIDTH, long_first, table, walks, windows
 
@@ -242,7 +243,7 @@ def adamw_slice_sums_triton(
         add_slice_sums(out, gradients, [], *picked, decay, gain)
 
 
-@torch.library.custom_op("ecospa_fx::adamw_slice_sums", mutates_args=("out", "parameters", "first", "second"))
+@operator("adamw_slice_sums", mutates=("out", "parameters", "first", "second"))
 def adamw_slice_sums(
     out: Tensor,
     parameters: list[Tensor],

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .launch import compiled_for, jit, tl
+from .register import operator
 from .windows import BYTES, COLS, LONGEST, ROWS, table
 
 COMPACT_WIDTH = 13
@@ -201,7 +202,14 @@ def compact_triton(x: list[Tensor], indices: list[Tensor], tensors: list[int], d
     return made
 
 
-@torch.library.custom_op("ecospa_fx::compact", mutates_args=())
+def _empty(x: list[Tensor], indices: list[Tensor], tensors: list[int], dims: list[int]) -> list[Tensor]:
+    shapes = [list(t.shape) for t in x]
+    for index, tensor, dim in zip(indices, tensors, dims, strict=True):
+        shapes[tensor][dim] = index.shape[0]
+    return [t.new_empty(shape) for t, shape in zip(x, shapes, strict=True)]
+
+
+@operator("compact", fake=_empty)
 def compact(x: list[Tensor], indices: list[Tensor], tensors: list[int], dims: list[int]) -> list[Tensor]:
     """Copy many tensors with only the chosen positions of some dims.
 
@@ -218,14 +226,6 @@ def compact(x: list[Tensor], indices: list[Tensor], tensors: list[int], dims: li
     return way(x, indices, tensors, dims)
 
 
-@compact.register_fake
-def _(x: list[Tensor], indices: list[Tensor], tensors: list[int], dims: list[int]) -> list[Tensor]:
-    shapes = [list(t.shape) for t in x]
-    for index, tensor, dim in zip(indices, tensors, dims, strict=True):
-        shapes[tensor][dim] = index.shape[0]
-    return [t.new_empty(shape) for t, shape in zip(x, shapes, strict=True)]
-
-
 def compacted(jobs: list[tuple[Tensor, dict[int, Tensor]]]) -> list[Tensor]:
     """Compact tensors on any devices: those on a GPU in one launch, the others one by one.
 
@@ -233,10 +233,12 @@ def compacted(jobs: list[tuple[Tensor, dict[int, Tensor]]]) -> list[Tensor]:
         jobs: tensors, and per dim the positions to keep.
     """
     made: dict[int, Tensor] = {}
-    for device in {tensor.device for tensor, _ in jobs}:
-        here = [k for k, (tensor, _) in enumerate(jobs) if tensor.device == device]
+    # A sparse tensor (the gradient of an embedding) has no addresses for a kernel to read.
+    kinds = {(tensor.device, tensor.layout is torch.strided) for tensor, _ in jobs}
+    for device, strided in kinds:
+        here = [k for k, (t, _) in enumerate(jobs) if (t.device, t.layout is torch.strided) == (device, strided)]
         picked = [(n, dim, index) for n, k in enumerate(here) for dim, index in jobs[k][1].items()]
-        way = compact if compiled_for(device) else compact_ref
+        way = compact if strided and compiled_for(device) else compact_ref
         new = way(
             [jobs[k][0].detach() for k in here],
             [index for _, _, index in picked],

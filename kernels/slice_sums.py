@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .launch import Pointers, cached, compiled_for, hold_for_graph, jit, tl
+from .register import operator
 from .windows import BYTES, COLS, ROWS, WIDTH, long_first, table, walks, windows
 
 FINAL_ROWS, FINAL_COLS = 16, 128
@@ -381,7 +382,7 @@ def add_slice_sums_now(
 
 
 # For where it is traced. Else the plain function does without the time that the dispatcher takes.
-add_slice_sums = torch.library.custom_op("ecospa_fx::add_slice_sums", mutates_args=("out",))(add_slice_sums_now)
+add_slice_sums = operator("add_slice_sums", mutates=("out",))(add_slice_sums_now)
 
 
 def slice_sums(x: list[Tensor], dims: list[int]) -> list[Tensor]:

@@ -2,3 +2,6 @@
 
 capture -> infer (axes, rules) -> discover -> rewrite -> shrink -> verify
 """
+
+if __name__ != "ecospa_fx.passes":
+    raise ImportError(f"the folder of `{__name__}` is the package ecospa_fx.passes: import it by that name")

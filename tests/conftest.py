@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# transformers looks for a package `kernels`; the folder of that name must not be it, or its ops are registered twice.
 TESTS = Path(__file__).parent
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != TESTS.parent]
 # Tests of one room use models and helpers of another, and those in `shared`.
 sys.path += [str(room) for room in sorted(TESTS.iterdir()) if room.is_dir() and room.name != "__pycache__"]
 

@@ -136,7 +136,10 @@ def saving(directory: Path) -> Iterator[Draft]:
         CheckpointError: another process is saving to the directory.
     """
     fresh = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be made a directory: {error.strerror or error}") from error
     if fresh:
         sync(directory.parent)
     with _locked(directory):

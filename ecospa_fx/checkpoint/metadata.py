@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from ecospa_fx.errors import CheckpointError
 from ecospa_fx.model.compiled import CompiledModel
-from ecospa_fx.model.region import Region
 from ecospa_fx.model.state import EXECUTIONS
 from ecospa_fx.passes.follow.attributes import Changes, changes_in
-from ecospa_fx.passes.graph.tensors import named_tensors
-from ecospa_fx.passes.infer.sizes import called_sizes
+from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 
 from .hf_config import implementations
 
@@ -47,7 +45,7 @@ def describe_execution(compiled: CompiledModel) -> dict[str, Any]:
         "attributes": [[*astuple(a), *values] for a, values in sorted(compiled.attributes.items(), key=str)],
         "given_up": compiled.not_captured,
         "withheld": {name: marks for name, region in compiled.regions.items() if (marks := region.offers.marks())},
-        "called": {name: sizes for name, region in compiled.regions.items() if (sizes := _first_sizes(region))},
+        "called": {name: sizes for name, region in compiled.regions.items() if (sizes := region.first_sizes)},
     }
 
 
@@ -98,18 +96,13 @@ def _type_name(kind: type | tuple[type, ...]) -> str:
     return " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
 
 
-def _first_sizes(region: Region) -> list[list[int]] | None:
-    if region.called is None and region.specializations:
-        return called_sizes(region.naming_graph.axis_facts)
-    return region.called
-
-
 def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Map each name of a tensor that has an earlier name to that one."""
     first: dict[Any, str] = {}
     aliases = {}
     for name, tensor in tensors.items():
-        key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
+        place = (tensor.storage_offset(), tensor.stride()) if tensor.layout is torch.strided else ()
+        key = (storage_key(tensor), tensor.shape, *place)
         if tensor.numel() and first.setdefault(key, name) != name:
             aliases[name] = first[key]
     return aliases

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.errors import CheckpointError
 from ecospa_fx.model.compiled import MODEL, CompiledModel
+from ecospa_fx.model.full_size import unshrunk
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.restore import restore
 from ecospa_fx.passes.find.analyse import shared_outside
@@ -138,6 +139,35 @@ def rebuild(saved: Saved, factory: Callable[[], nn.Module] | None, device: torch
         module.training = about["training"] != (name in about["other_mode"])
     attach_compiled(model, about, saved.plan, saved.attributes)
     return model
+
+
+def refit(model: nn.Module, saved: Saved) -> None:
+    """Give a model the sizes and weights of a save, whatever its sizes are now: one that has shrunk gets its full size.
+
+    Raises:
+        CheckpointError: the save is of another model; this one is unchanged then.
+    """
+    compiled: CompiledModel | None = model.__dict__.get(MODEL)
+    own, plan = named_tensors(model), Plan() if compiled is None else compiled.plan
+    before = {name: own[name].data for name in plan.original_shapes}
+    for name in before:
+        full = unshrunk(own[name], plan, name)
+        if own[name].shape != full.shape:  # tied weights have several names
+            own[name].data = full
+    try:
+        if compiled is not None:
+            compiled.state.plan = Plan()
+            for attribute, (original, _) in compiled.attributes.items():
+                attribute.write(model, original)
+        rebuild(saved, lambda: model, None)
+    except BaseException:
+        for name, data in before.items():
+            own[name].data = data
+        if compiled is not None:
+            compiled.state.plan = plan
+            for attribute, (_, now) in compiled.attributes.items():
+                attribute.write(model, now)
+        raise
 
 
 def attach_compiled(model: nn.Module, about: Mapping[str, Any], plan: Plan, attributes: Changes) -> None:

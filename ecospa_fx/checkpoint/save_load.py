@@ -18,9 +18,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ecospa_fx.errors import CheckpointError, EcoSpaError
-from ecospa_fx.model.compiled import MODEL, CompiledModel
-from ecospa_fx.model.lookup import check_optimizer
+from ecospa_fx.arguments import FLAG, FUNCTION, MODULE, PATH, TRAINING, optional, shown, takes
+from ecospa_fx.errors import ArgumentError, CheckpointError
+from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.model.lookup import check_optimizer, compiled_state
+from ecospa_fx.model.optimizer_state import several
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.train.trainer import EcoSpaTrainer
 
 from .directory import read_save, saving
@@ -28,6 +31,8 @@ from .rebuild import read_model, rebuild, write_model
 from .training_state import Training, as_tuple, by_name, read_training, resume_training, write_training
 
 
+@takes(model=MODULE, directory=PATH, **TRAINING)
+@looks_inside
 def save(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -58,8 +63,10 @@ def save(
         OptimizerError: an optimizer holds none of its parameters.
         CheckpointError: some state cannot be saved without pickle, or another process is saving there.
     """
-    compiled = _compiled(model)
-    training = Training(as_tuple(optimizer), as_tuple(scheduler), scaler, trainer, by_name(also))
+    compiled = compiled_state(model)
+    training = Training(
+        tuple(several(() if optimizer is None else optimizer)), as_tuple(scheduler), scaler, trainer, by_name(also)
+    )
     for each in training.optimizer:
         check_optimizer(model, each)
     with saving(Path(directory)) as draft:
@@ -68,6 +75,7 @@ def save(
     compiled.save = draft.files["model.safetensors"]["sha256"]
 
 
+@takes(directory=PATH, factory=optional(FUNCTION))
 def load(
     directory: str | os.PathLike[str],
     factory: Callable[[], nn.Module] | None = None,
@@ -88,11 +96,13 @@ def load(
         CheckpointError: the directory is incomplete, altered, of another format version, or of another model.
     """
     saved, digest = read_save(Path(directory), lambda save: (read_model(save), save.digest))
-    model = rebuild(saved, factory, None if device is None else torch.device(device))
+    model = rebuild(saved, factory, None if device is None else _device(device))
     model.__dict__[MODEL].save = digest
     return model
 
 
+@takes(directory=PATH, model=MODULE, rng=FLAG, **TRAINING)
+@looks_inside
 def resume(
     directory: str | os.PathLike[str],
     model: nn.Module,
@@ -123,8 +133,10 @@ def resume(
         CheckpointError: the directory does not hold this state, or holds that of other objects or of another model.
         OptimizerError: an optimizer holds none of the model's parameters.
     """
-    compiled, source = _compiled(model), Path(directory)
-    training = Training(as_tuple(optimizer), as_tuple(scheduler), scaler, trainer, by_name(also))
+    compiled, source = compiled_state(model), Path(directory)
+    training = Training(
+        tuple(several(() if optimizer is None else optimizer)), as_tuple(scheduler), scaler, trainer, by_name(also)
+    )
     for each in training.optimizer:
         check_optimizer(model, each)
     saved, digest = read_save(source, lambda save: (read_training(save, training, rng), save.digest))
@@ -133,8 +145,9 @@ def resume(
     resume_training(model, training, saved, str(source))
 
 
-def _compiled(model: nn.Module) -> CompiledModel:
-    compiled: CompiledModel | None = model.__dict__.get(MODEL)
-    if compiled is None:
-        raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
-    return compiled
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except Exception as error:
+        line = str(error).split("\n")[0]
+        raise ArgumentError(f"load: `device` is {shown(device)}; it must be a device: {line}") from error

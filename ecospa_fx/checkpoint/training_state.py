@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ecospa_fx.arguments import SEVERAL, STATEFUL
 from ecospa_fx.errors import CheckpointError, EcoSpaError
 from ecospa_fx.model.lookup import check_optimizer
 
@@ -62,7 +63,7 @@ def as_tuple(objects: Any) -> tuple[Any, ...]:
     """Convert one object, several, or None to a tuple."""
     if objects is None:
         return ()
-    several = isinstance(objects, Iterable) and not hasattr(objects, "state_dict")
+    several = SEVERAL.fits(objects) and not hasattr(objects, "state_dict")
     return tuple(objects) if several else (objects,)
 
 
@@ -187,7 +188,7 @@ def _state_of(owner: Any, name: str) -> Any:
         return owner.bit_generator.state
     if isinstance(owner, random.Random):
         return owner.getstate()
-    if not (hasattr(owner, "state_dict") and hasattr(owner, "load_state_dict")):
+    if not STATEFUL.fits(owner):
         raise CheckpointError(f"{name} is a {type(owner).__name__}, which has no state_dict and load_state_dict")
     state = owner.state_dict()
     return dict(state) if isinstance(owner, nn.Module) else state

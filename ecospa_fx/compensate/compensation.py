@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.model.journal import Journal
 from ecospa_fx.model.lookup import regions_of
+from ecospa_fx.model.observers import check_observable
 
 from .grams import Grams
 from .rotation import rotate_within
@@ -46,6 +47,8 @@ class Compensation:
         self.model, self.settings = model, settings
         self.steps = 0  # during which statistics were collected
         self.grams: Grams | None = None
+        if settings.absorb or settings.rotate:
+            check_observable(model)
         self.observe()
 
     def observe(self) -> None:

@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ecospa_fx.arguments import FLAG, MODULE, takes
 from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.journal import Journal
 from ecospa_fx.model.lookup import plan, regions_of
-from ecospa_fx.model.observers import ignore, observe
+from ecospa_fx.model.observers import check_observable, ignore, observe
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import kept_positions
+from ecospa_fx.model.wrappers import unwrapped
 from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.region_graph import RegionGraph
@@ -77,9 +79,11 @@ class Grams:
         TargetError: `rows` or `ridge` is out of range.
     """
 
+    @takes(model=MODULE, training=FLAG)
     def __init__(
         self, model: nn.Module, *, rows: int | None = None, ridge: float = RIDGE, training: bool = False
     ) -> None:
+        model = unwrapped(model)
         if rows is not None and (not isinstance(rows, int) or rows < 1):
             raise TargetError(f"rows={rows!r} is out of range; it is a whole number of positions, at least 1")
         if not isinstance(ridge, (int, float)) or not ridge >= 0:
@@ -93,6 +97,8 @@ class Grams:
         self._graphs: dict[int, tuple[AxisFacts, Mapping[WeightDim, Consumer | str]]] = {}
         self._absorbers: dict[WeightDim, _Absorber] = {}
         self._regions = list(regions_of(model).values())
+        if self._regions:
+            check_observable(model)
         for region in self._regions:
             observe(region, self)
 

@@ -158,7 +158,7 @@ def pair_sites(region: Region, program: Program) -> Iterator[ProductSite]:
     names = {found.key: found.name for found in region.naming_graph.discovery.couplings}
     offered = {coupling.name: coupling for coupling in region.offers.couplings()}
     kept = region.kept(program)
-    weights = {o.node for each in program.axis_facts.operands.values() for o in each if o.parameter is not None}
+    weights = {o.node for each in program.axis_facts.operands.values() for o in each if o.parameters}
     for found in region.discovery_of(program).couplings:
         coupling = offered.get(join(region.name, names.get(found.key, "")))
         if coupling is None or not coupling.linear:

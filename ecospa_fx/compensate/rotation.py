@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ecospa_fx.arguments import MODULE, NAMED, SEVERAL, instance, optional, takes
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import NoCouplingError
 from ecospa_fx.logs import logger
@@ -25,6 +26,7 @@ from ecospa_fx.model.optimizer_state import check_can_follow, layers, several
 from ecospa_fx.model.optimizer_table import TransformsAs, rules_for
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import Change
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.axes.algebra import atoms_of
 from ecospa_fx.passes.find.discover import RegionCoupling
 from ecospa_fx.passes.graph.tensors import join, named_tensors, storage_key
@@ -60,6 +62,13 @@ class Rotation:
         return "\n".join([*lines, *(f"{name}: as it was, {reason}" for name, reason in self.refused.items())])
 
 
+@takes(
+    model=MODULE,
+    couplings=optional(SEVERAL),
+    keep=optional(NAMED),
+    grams=optional(instance("an ecospa_fx.Grams", Grams)),
+)
+@looks_inside
 @torch.no_grad()
 def rotate(
     model: nn.Module,
@@ -118,9 +127,9 @@ def rotate_within(
         check_can_follow(each)
     copies = copies_of(model, also)
     known = {coupling.name: coupling for coupling in compiled.couplings()}
-    wanted = list(known) if couplings is None else [c if isinstance(c, str) else c.name for c in couplings]
+    wanted = list(known) if couplings is None else [c.name if isinstance(c, Coupling) else c for c in couplings]
     for name in wanted:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise NoCouplingError(f"the model has no coupling `{name}`; it has {', '.join(known)}")
     result, log = Rotation(), logger("shrink")
     of_copies = [copy.tensors for copy in copies]

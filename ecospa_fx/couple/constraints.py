@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import nn
 
+from ecospa_fx.arguments import FLAG, SEVERAL, check
 from ecospa_fx.errors import TargetError
 
 from .coupling import Coupling
@@ -45,10 +46,12 @@ class Constraints:
         for name, value in (("min_keep", self.min_keep), ("round_to", self.round_to)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise TargetError(f"{name}={value!r} is out of range; it is a whole number, at least 1")
-        if self.head_dims not in get_args(HeadDims):
+        if not isinstance(self.head_dims, str) or self.head_dims not in get_args(HeadDims):
             raise TargetError(f"head_dims={self.head_dims!r} is none of {', '.join(map(repr, get_args(HeadDims)))}")
+        check(self.equal_head_dims, FLAG, "equal_head_dims", "Constraints")
         if isinstance(self.frozen, str):
             raise TargetError(f"frozen={self.frozen!r} is one string; pass a list of them")
+        check(self.frozen, SEVERAL, "frozen", "Constraints")
 
     def described(self) -> dict[str, object]:
         """Return the constraints as plain values, to be saved."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 
+from ecospa_fx.arguments import TEXT, takes
 from ecospa_fx.passes.find.discover import Kind
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Coupling:
         """Rows or columns of one entry in the narrowest of its matrices, per context: 2 for a rotary pair."""
         return min(int((m.index >= 0).sum()) for m in self.members if m.matrix) // (self.size * self.contexts)
 
+    @takes(a=TEXT, b=TEXT)
     def why(self, a: str, b: str) -> Path:
         """Return the path through the graph by which two of its parameters are coupled.
 

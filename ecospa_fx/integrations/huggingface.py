@@ -4,6 +4,9 @@ on_init_end      compile; the model waits for its first call
 on_train_begin   the schedule begins, or goes on where the checkpoint was taken
 on_step_end      a sparsification step, if one is due (gradients were read right before the optimizer's step)
 on_save          `ecospa_fx.save` into the Trainer's checkpoint
+on_train_end     the best checkpoint, if the Trainer has loaded it, at its own sizes
+
+`hf_checkpoints.py` brings the model to the sizes of weights that the Trainer loads.
 """
 
 from __future__ import annotations
@@ -11,23 +14,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ecospa_fx.api import compile
 from ecospa_fx.checkpoint.directory import read_save
-from ecospa_fx.checkpoint.rebuild import read_model, rebuild
+from ecospa_fx.checkpoint.rebuild import Saved, read_model
 from ecospa_fx.checkpoint.save_load import resume, save
-from ecospa_fx.errors import CheckpointError, WrapperError
+from ecospa_fx.errors import CaptureError, CheckpointError, WrapperError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.model.lookup import plan
+from ecospa_fx.model.optimizer_state import forget_resized
 from ecospa_fx.model.state import Execution
-from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.train.trainer import EcoSpaTrainer
 
-DIRECTORY = "ecospa_fx"
-"""The directory inside a checkpoint that `ecospa_fx.save` writes and `ecospa_fx.load` reads."""
+from .hf_checkpoints import DIRECTORY, CheckpointSizes, take
+
+HOOK = "_ecospa_checkpoint_sizes"  # key in a model's __dict__ of the hook that this callback has put on it
 
 
 class EcoSpaCallback(TrainerCallback):
@@ -39,6 +44,12 @@ class EcoSpaCallback(TrainerCallback):
     The optimizer's state shrinks along, the learning-rate schedule goes on. After an interruption build the model as
     for a new run, from its config, and call `trainer.train(resume_from_checkpoint=True)`. Each checkpoint holds a
     directory `ecospa_fx`, from which `ecospa_fx.load` builds the shrunk model.
+
+    With `load_best_model_at_end=True` the model has the sizes of the best checkpoint in the end, and a warning in the
+    log `ecospa_fx.shrink` says so where these are not the last ones: the best model may be larger than the target.
+
+    With `model_init` every `train()` begins with another model. Let `model_init` return `callback.prepare(model)` to
+    train in mixed precision or to resume: the Trainer prepares and fills that model before it calls any callback.
 
     Args:
         execution: see `ecospa_fx.compile`; with `"module"` the model generates with a cache after training as before.
@@ -52,7 +63,17 @@ class EcoSpaCallback(TrainerCallback):
         self.execution = execution
         self.settings = {"gradients": "optimizer", **settings}
         self.trainer: EcoSpaTrainer | None = None
+        self._state: Any = None  # the compiled state that `trainer` was made for: another one has other sizes
+        self._sizes = CheckpointSizes()
         self._loss: float | None = None
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Compile a model, and let it take the sizes of a checkpoint whose weights it is given; return it."""
+        if MODEL not in model.__dict__ or not plan(model).original_shapes:
+            compile(model, execution=self.execution)  # one that has taken sizes of a checkpoint is as it was there
+        if HOOK not in model.__dict__:
+            model.__dict__[HOOK] = model.register_load_state_dict_pre_hook(self._sizes)
+        return model
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Compile the model, and prepare it to be given the weights of a shrunk checkpoint.
@@ -61,28 +82,48 @@ class EcoSpaCallback(TrainerCallback):
             WrapperError: the Trainer will spread the model over devices.
         """
         _check_one_device(args)
-        model = given["model"]
-        compile(model, execution=self.execution)
-        model.register_load_state_dict_pre_hook(_keep_for_later)
+        self._sizes.look_in(args)
+        if given.get("model") is not None:
+            self.prepare(given["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Begin the schedule, or go on with it."""
-        model = given["model"]
-        source = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / DIRECTORY
-        if state.global_step and self.trainer is None:
+        model, optimizer = given["model"], given["optimizer"]
+        self._sizes.look_in(args)
+        try:
+            self.prepare(model)
+        except CaptureError as error:
+            raise CaptureError(
+                f"the Trainer has prepared this {type(model).__name__} for mixed precision before the callback was "
+                "told of it, so its first call would not be seen. Pass the callback to Trainer(callbacks=[...]); with "
+                "model_init, let that return callback.prepare(model)"
+            ) from error
+        self._loss = None
+        if state.global_step:
+            source = self._sizes.of_step(state)
             if not source.is_dir():
-                raise CheckpointError(
-                    f"training resumes at step {state.global_step}, but {source} is missing, without which it is "
-                    "unknown how far the model had shrunk; resume from a checkpoint in output_dir that was saved with "
-                    "this callback"
-                )
-            rebuild(read_save(source, read_model), lambda: model, None)
-        if self.trainer is None:
-            self.trainer = EcoSpaTrainer(model, given["optimizer"], **self.settings)
-            if state.global_step:
-                resume(source, model, trainer=self.trainer, rng=False)  # the Trainer has its own for the rest
+                raise self._sizes.missing(state.global_step, source)
+            self._go_on_from(source, read_save(source, read_model), model, optimizer)
+        elif self.trainer is None or self.trainer.model is not model:
+            self._begin(model, optimizer)
+        elif self.trainer.optimizer is not optimizer or self._state is not model.__dict__[MODEL]:
+            before = self.trainer.state_dict()
+            self._begin(model, optimizer)
+            self.trainer.load_state_dict(before)
+
+    def _begin(self, model: nn.Module, optimizer: Optimizer) -> None:
+        if self.trainer is not None:
+            self.trainer.detach()
+        self.trainer = EcoSpaTrainer(model, optimizer, **self.settings)
+        self._state = model.__dict__[MODEL]
+
+    def _go_on_from(self, source: Path, saved: Saved, model: nn.Module, optimizer: Optimizer) -> None:
+        """Give the model the sizes and weights of a save, and the schedule the state in it."""
+        take(model, saved)
+        self._begin(model, optimizer)
+        resume(source, model, trainer=self.trainer, rng=False)  # the Trainer has its own for the rest
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Count the step, and shrink if a shrink is due."""
@@ -106,8 +147,35 @@ class EcoSpaCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Save the shrunk model and the schedule into the checkpoint that has just been written."""
         if args.should_save:
-            directory = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / DIRECTORY
-            save(given["model"], directory, trainer=self.trainer)
+            save(given["model"], self._sizes.of_step(state), trainer=self.trainer)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        """Go to the sizes of the best checkpoint, if the Trainer has loaded its weights."""
+        model = given["model"]
+        if self.trainer is not None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._finish_with(Path(state.best_model_checkpoint) / DIRECTORY, model, given["optimizer"])
+        hook = model.__dict__.pop(HOOK, None)
+        if hook is not None:
+            hook.remove()
+
+    def _finish_with(self, source: Path, model: nn.Module, optimizer: Optimizer) -> None:
+        if not source.is_dir():
+            raise CheckpointError(
+                f"the best checkpoint is {source.parent}, but {source} is missing, without which it is unknown how far "
+                "the model had shrunk there; ecospa_fx.load gives the model of a checkpoint that has it"
+            )
+        saved = read_save(source, read_model)
+        # Its weights have been loaded, at their sizes: those of an adapter alone may have fitted before.
+        if plan(model) == saved.plan and model.__dict__[MODEL] is self._state:
+            return
+        assert self.trainer is not None
+        last = len(self.trainer.history)
+        self._go_on_from(source, saved, model, optimizer)
+        forget_resized(optimizer)
+        logger("shrink").warning(
+            "the best checkpoint is %s: the model has its sizes again, %s parameters, after %d of %d shrinks",
+            source.parent, f"{self.trainer.size:,}", len(self.trainer.history), last,
+        )  # fmt: skip
 
 
 def _check_one_device(args: TrainingArguments) -> None:
@@ -124,18 +192,6 @@ def _check_one_device(args: TrainingArguments) -> None:
                 "gradients are kept at sizes of their own, which a shrink would change under it: ranks would drift "
                 "apart. Train in one process on one device: without torchrun, with CUDA_VISIBLE_DEVICES=0"
             )
-
-
-def _keep_for_later(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Replace weights of other sizes by the model's own: `on_train_begin` loads them, with their checkpoint's plan.
-
-    The Trainer loads weights before it calls any callback.
-    """
-    if MODEL not in model.__dict__:
-        return
-    own = named_tensors(model)
-    for name in [name for name, value in state_dict.items() if name in own and own[name].shape != value.shape]:
-        state_dict[name] = own[name].detach()
 
 
 __all__ = ["EcoSpaCallback"]

@@ -10,7 +10,6 @@ state_dict           the plan of the module and the state of the schedule, as pl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +18,14 @@ from torch import Tensor, nn
 from ecospa_fx.api import compile
 from ecospa_fx.checkpoint.metadata import check_description, describe
 from ecospa_fx.checkpoint.packing import Packer, Unpacker
-from ecospa_fx.checkpoint.rebuild import Saved, rebuild, transient_buffers
+from ecospa_fx.checkpoint.rebuild import Saved, refit, transient_buffers
 from ecospa_fx.checkpoint.rng_state import random_state
 from ecospa_fx.checkpoint.training_state import Training, resume_training
 from ecospa_fx.errors import CheckpointError, EcoSpaError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.compiled import MODEL, CompiledModel
-from ecospa_fx.model.full_size import unshrunk
+from ecospa_fx.model.copies import listed
+from ecospa_fx.model.optimizer_state import innermost
 from ecospa_fx.model.state import Execution
 from ecospa_fx.passes.follow.attributes import changes_in
 from ecospa_fx.passes.graph.tensors import named_tensors
@@ -35,6 +35,7 @@ from ecospa_fx.train.trainer import EcoSpaTrainer
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import callbacks as lightning_callbacks
     from lightning.pytorch.strategies import SingleDeviceStrategy
     from lightning.pytorch.utilities.model_helpers import is_overridden
 except ImportError as error:
@@ -43,6 +44,12 @@ except ImportError as error:
     ) from error
 
 FORMAT = 1
+AVERAGING = tuple(
+    getattr(lightning_callbacks, name)
+    for name in ("StochasticWeightAveraging", "WeightAveraging")
+    if hasattr(lightning_callbacks, name)
+)
+"""The callbacks of Lightning that average weights: in a copy of the LightningModule, which shrinks along."""
 
 
 class EcoSpaCallback(Callback):
@@ -66,8 +73,11 @@ class EcoSpaCallback(Callback):
         wait_for_loss: let shrinks wait while the training loss is high. It is read at every step, which a GPU waits
             for.
         rng: restore the generators of Python, numpy and torch from the checkpoint.
-        settings: of `EcoSpaTrainer`. `interval`, `start` and `end` count batches at which an optimizer took a step. A
-            Lightning callback that averages weights may be named in `also`; such a run cannot be resumed.
+        settings: of `EcoSpaTrainer`. `interval`, `start` and `end` count batches at which an optimizer of the module
+            took a step. The averages of Lightning's callbacks shrink along; such a run cannot be resumed.
+
+    Of several optimizers (a GAN's) those count that hold parameters of the module. For a module that is frozen when
+    training begins, as by `BackboneFinetuning`, the schedule begins when an optimizer is given its parameters.
 
     Attributes:
         trainer: the `EcoSpaTrainer`, once training has begun.
@@ -97,6 +107,8 @@ class EcoSpaCallback(Callback):
         self._generators: Mapping[str, Any] | None = None  # their state, for when the loader has been started
         self._hook: Any = None
         self._seen, self._batches, self._tokens = 0, 0, 0  # optimizer steps; batches and tokens since the last one
+        self._before: EcoSpaTrainer | None = None  # that of the `fit` before
+        self._all_own, self._stepped, self._handles = True, False, list[Any]()  # whether optimizers of the module step
 
     @property
     def state_key(self) -> str:
@@ -117,9 +129,10 @@ class EcoSpaCallback(Callback):
         self._hook = self._model.register_load_state_dict_pre_hook(self._defer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the hook from the module, which stays compiled."""
-        if self._hook is not None:
-            self._hook.remove()
+        """Remove all hooks; the module stays compiled."""
+        self._defer_no_more()
+        while self._handles:
+            self._handles.pop().remove()
 
     def _defer(self, model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Replace weights of other sizes by the module's own: Lightning loads them before it calls any callback."""
@@ -136,7 +149,8 @@ class EcoSpaCallback(Callback):
         state = checkpoint["callbacks"].get(self.state_key)
         if state is None or self._model is None:
             return  # of a run without this callback; if that has shrunk, `_check_loaded` says so
-        if "averaging_state" in checkpoint and trainer.training:
+        keys = [each.state_key for each in trainer.callbacks if isinstance(each, AVERAGING)]
+        if trainer.training and ("averaging_state" in checkpoint or checkpoint["callbacks"].keys() & keys):
             raise CheckpointError(
                 "this checkpoint holds averaged weights, which Lightning puts in place before their copy of the model "
                 "can be told its sizes; resume from a run without an averaging callback"
@@ -145,7 +159,14 @@ class EcoSpaCallback(Callback):
         self._deferred = []
         self._saved = state
 
+    def _defer_no_more(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
     def _check_loaded(self) -> None:
+        """Check that no weights wait any more; from here on those of other sizes are refused, as by any module."""
+        self._defer_no_more()
         if self._deferred:
             raise CheckpointError(
                 f"{len(self._deferred)} weights of this checkpoint have other sizes than the model's, the first is "
@@ -154,18 +175,48 @@ class EcoSpaCallback(Callback):
                 "save_weights_only=True"
             )
 
+    def _settings(self, pl_module: LightningModule) -> dict[str, Any]:
+        return {"gradients": "step" if pl_module.automatic_optimization else "optimizer", **self.settings}
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the schedule, or go on with it."""
         self._check_loaded()
-        settings = {"gradients": "step" if pl_module.automatic_optimization else "optimizer", **self.settings}
+        settings = self._settings(pl_module)
         if pl_module.automatic_optimization and settings["gradients"] == "optimizer":
             raise EcoSpaError(
                 'gradients="optimizer" reads them as a step of the optimizer begins, and Lightning runs backward '
                 'inside of it; use gradients="step"'
             )
+        self._before, self.trainer = self.trainer, None
+        self._seen = trainer.global_step
+        self._begin(trainer, settings)
+        if self.trainer is None:
+            logger("shrink").warning(
+                "%s is frozen, and no optimizer holds its parameters: it shrinks once one does", self._named
+            )
+
+    @property
+    def _named(self) -> str:
+        return self._prefix[:-1] or "the module"
+
+    def _begin(self, trainer: Trainer, settings: Mapping[str, Any]) -> None:
+        """Begin the schedule, unless the module is frozen and waits for an optimizer."""
         assert self._model is not None
-        before, saved, self._saved = self.trainer, self._saved, None
-        self.trainer = EcoSpaTrainer(self._model, trainer.optimizers, **settings)
+        mine = {id(p) for p in self._model.parameters()}
+        own = [
+            each
+            for each in trainer.optimizers
+            if any(id(p) in mine for group in each.param_groups for p in group["params"])
+        ]
+        if not own and not any(p.requires_grad for p in self._model.parameters()):
+            return
+        also = list(listed(settings.get("also", ())))
+        also += [each for each in trainer.callbacks if isinstance(each, AVERAGING) and each not in also]
+        before, self._before, saved, self._saved = self._before, None, self._saved, None
+        self.trainer = EcoSpaTrainer(self._model, own or trainer.optimizers, **{**settings, "also": also})
+        self._all_own = len(own) == len(trainer.optimizers)
+        for each in (inner for one in own for inner in innermost(one)):
+            self._handles.append(each.register_step_post_hook(self._note_step))
         if saved is not None:
             read = _unpacked(saved)
             self._seen = read["optimizer_steps"]
@@ -175,9 +226,16 @@ class EcoSpaCallback(Callback):
                 self._generators = parts["random"] if read["within_epoch"] else None
             resume_training(self._model, Training(trainer=self.trainer), parts, "the checkpoint")
         elif before is not None:  # training goes on in the same process
+            before.detach()
             self.trainer.load_state_dict(before.state_dict())
-        else:
-            self._seen = trainer.global_step
+
+    def _note_step(self, *_: Any) -> None:
+        self._stepped = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin the schedule of a module that was frozen."""
+        if self.trainer is None:
+            self._begin(trainer, self._settings(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Within an epoch, restore the generators once its loader has been started."""
@@ -190,13 +248,13 @@ class EcoSpaCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the step, if an optimizer took one, and shrink if a shrink is due."""
-        assert self.trainer is not None
         self._within_epoch = not trainer.is_last_batch
         self._batches += 1
         self._tokens += tokens_of(batch) or 0
-        if trainer.global_step == self._seen:
-            return  # gradients are being accumulated
-        self._seen = trainer.global_step
+        stepped = trainer.global_step != self._seen and (self._all_own or self._stepped)
+        if self.trainer is None or not stepped:
+            return  # gradients are being accumulated, or only other networks have learned
+        self._seen, self._stepped = trainer.global_step, False
         shrinks = len(self.trainer.history)
         loss = outputs.get("loss") if self.wait_for_loss and isinstance(outputs, Mapping) else None
         share = self._batches / trainer.num_training_batches
@@ -316,31 +374,7 @@ def fill(model: nn.Module, state: Mapping[str, Any], weights: Mapping[str, Any],
         about, Plan.from_json(read["plan"]), tensors | read["buffers"], frozenset(passing), {}, None, changes,
         "the checkpoint",
     )  # fmt: skip
-    compiled: CompiledModel | None = model.__dict__.get(MODEL)
-    plan = Plan() if compiled is None else compiled.plan
-    before = {name: own[name].data for name in plan.original_shapes}
-    for name in before:
-        full = unshrunk(own[name], plan, name)
-        if own[name].shape != full.shape:  # tied weights have several names
-            own[name].data = full
-    try:
-        if compiled is not None:
-            compiled.state.plan = Plan()
-            for attribute, (original, _) in compiled.attributes.items():
-                attribute.write(model, original)
-        rebuild(saved, partial(_same, model), None)
-    except BaseException:
-        for name, data in before.items():
-            own[name].data = data
-        if compiled is not None:
-            compiled.state.plan = plan
-            for attribute, (_, now) in compiled.attributes.items():
-                attribute.write(model, now)
-        raise
-
-
-def _same(model: nn.Module) -> nn.Module:
-    return model
+    refit(model, saved)
 
 
 def _unpacked(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,13 +53,43 @@ def swap_forward(module: nn.Module, attribute: str) -> None:
     module.__class__ = _swapped(type(module), attribute)
 
 
+class CopiesWait:
+    """An entry of a module's `__dict__`: copies of the module, by copy or pickle, wait for their first call.
+
+    The module itself has its own class and runs its own forward; each copy is made as after `swap_forward`.
+
+    Args:
+        module: the module.
+        attribute: as for `swap_forward`.
+    """
+
+    def __init__(self, module: nn.Module, attribute: str) -> None:
+        self.module, self.attribute = weakref.ref(module), attribute
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _copy_waits, (self.module(), self.attribute)
+
+
+def _copy_waits(copied: nn.Module, attribute: str) -> CopiesWait:
+    swap_forward(copied, attribute)
+    return CopiesWait(copied, attribute)
+
+
+def is_waiting(module: nn.Module, attribute: str) -> bool:
+    """Decide whether the class of a module routes its forward to the callable in that attribute."""
+    return type(module) is _SWAPPED.get((original_class(module), attribute))
+
+
 def _swapped(original: type[nn.Module], attribute: str) -> type[nn.Module]:
     if (original, attribute) in _SWAPPED:
         return _SWAPPED[original, attribute]
 
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[attribute](self, args, kwargs)
+        run = self.__dict__.get(attribute)
+        if run is None:  # somebody kept this function, and the module has been restored since
+            return original.forward(self, *args, **kwargs)
+        return run(self, args, kwargs)
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         reduced = original.__reduce_ex__(self, protocol)
@@ -123,6 +154,21 @@ def own_forward_aside(module: nn.Module) -> Iterator[None]:
     finally:
         if outer is not None:
             module.__dict__["forward"] = outer
+
+
+def forwards_to(module: nn.Module, attribute: str) -> bool:
+    """Decide whether a `forward` on the instance ends in a function of `swap_forward`.
+
+    So it does where a module was compiled before accelerate wrapped its forward: that wrapper kept the function.
+    """
+    wanted = _SWAPPED.get((original_class(module), attribute))
+    function = module.__dict__.get("forward")
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        if wanted is not None and function is wanted.__dict__["forward"]:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

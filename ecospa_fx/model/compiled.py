@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from ecospa_fx.couple.coupling import Coupling, CouplingSelection
 from ecospa_fx.errors import CaptureError, NoCouplingError, ShrinkError
+from ecospa_fx.logs import logger
 from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.find.analyse import Analysis, shared_outside
 from ecospa_fx.passes.find.regions import choose
@@ -35,18 +36,29 @@ from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts
 from ecospa_fx.plan import Plan
 
-from .class_swap import original_class, own_forward_aside, swap_forward, swap_linears, unswap_forward
+from .class_swap import (
+    CopiesWait,
+    forwards_to,
+    is_waiting,
+    original_class,
+    own_forward_aside,
+    swap_forward,
+    swap_linears,
+    unswap_forward,
+)
 from .copies import Copy, check_plan
-from .full_size import outside_forward, outside_inference
+from .full_size import in_transform, outside_forward, outside_inference
 from .journal import Journal, all_or_nothing
 from .optimizer_state import averages_of
+from .outside import outside_text
+from .parametrized import first_removal
 from .planning import planned
 from .region import Region
 from .slicing import Absorber, prepare_tensors
 from .specialization import Specialization
 from .state import Execution, ModelState
 
-MODEL, REGION = "_ecospa_model", "_ecospa_region"  # keys in a module's __dict__
+MODEL, REGION, COPIES = "_ecospa_model", "_ecospa_region", "_ecospa_copies"  # keys in a module's __dict__
 
 
 class CompiledModel:
@@ -98,7 +110,7 @@ class CompiledModel:
         Raises:
             CaptureError: its calls go to a forward on the instance, and would not be seen.
         """
-        if "forward" in model.__dict__:
+        if "forward" in model.__dict__ and not forwards_to(model, MODEL):
             raise CaptureError(
                 f"the forward of this {type(model).__name__} has been replaced on the instance, as accelerate does "
                 "for mixed precision, so its first call would not be seen: compile the model before that (before "
@@ -113,13 +125,22 @@ class CompiledModel:
         Later calls come here from whoever has kept the forward of that time.
         """
         if not self.captured:
+            if in_transform() and not (self.regions and self.execution == "graph"):
+                raise CaptureError(
+                    f"the first call of this {type(model).__name__} is inside a transform of torch.func, where nothing "
+                    "can be captured; call it once with the same arguments before, or compile it with "
+                    "example_inputs=(x,)"
+                )
             with own_forward_aside(model):
-                if self.regions and self.execution == "module":
+                if not self.regions:
+                    self.capture(model, args, kwargs)
+                elif self.execution == "module":
                     if not torch.is_grad_enabled():  # to generate, say, which needs none
                         return original_class(model).forward(model, *args, **kwargs)
                     self.capture_again(model, args, kwargs)
-                else:
-                    self.capture(model, args, kwargs)
+                # The regions of a loaded model capture the calls that they get.
+        elif is_waiting(model, MODEL):  # a copy of a model whose own Python runs
+            unswap_forward(model)
         return type(model).forward(model, *args, **kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -148,6 +169,9 @@ class CompiledModel:
             model.__dict__.pop(MODEL, None)
             raise
         self.regions = regions
+        outside = outside_text(model, regions)
+        if outside:
+            logger("capture").info("%s: %s", type(model).__name__, outside)
         model.__dict__[MODEL] = self
         self.route(model)
 
@@ -159,7 +183,7 @@ class CompiledModel:
         Raises:
             CaptureError: this call cannot be captured. Without gradients the model can run it nevertheless.
         """
-        waiting = type(model) is not original_class(model)
+        waiting = is_waiting(model, MODEL)
         unswap_forward(model)
         try:
             calls = record(model, *outside_inference((args, kwargs)), set(self.regions))
@@ -183,6 +207,8 @@ class CompiledModel:
                 module.__dict__[REGION] = region
                 swap_forward(module, REGION)
             swap_linears(module)
+        if self.execution == "module":
+            model.__dict__[COPIES] = CopiesWait(model, MODEL)
 
     def couplings(self) -> tuple[Coupling, ...]:
         """Return every coupling of the model at its size now."""
@@ -384,12 +410,15 @@ def _nothing_followed(model: nn.Module, regions: Mapping[str, Region]) -> str:
 
 
 def _nothing_found(model: nn.Module, analyses: Mapping[str, Analysis]) -> str:
-    refusals = [str(refusal) for analysis in analyses.values() for refusal in analysis.discovery.refusals]
+    refusals = [refusal for analysis in analyses.values() for refusal in analysis.discovery.refusals]
     missing = sorted({op for analysis in analyses.values() for op in analysis.axis_facts.missing})
     if refusals:
-        detail = f" Refused: {'; '.join(refusals[:3])}"
+        detail = f" Refused: {'; '.join(map(str, refusals[:3]))}"
     elif missing:
         detail = f" No axis rule is known for {', '.join(missing)}; axes that these touch stay full size"
     else:
-        detail = " No two of its weights multiply each other"
+        axes = [axis for analysis in analyses.values() for axis in analysis.discovery.uncoupled]
+        why = f": {'; '.join(map(str, axes[:2]))}" if axes else ""
+        detail = f" No two of its weights multiply each other{why}"
+    detail += first_removal(model)
     return f"{type(model).__name__} has no coupling that can shrink, and is left as it was.{detail}"

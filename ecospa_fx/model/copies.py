@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ecospa_fx.arguments import SEVERAL
 from ecospa_fx.errors import ShrinkError
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.plan import Plan
@@ -73,9 +74,9 @@ def check_plan(copy: Copy, theirs: Plan, plan: Plan) -> None:
 
 def listed(also: Any) -> Iterable[Any]:
     """Return the objects in `also=`, which may be one or several."""
-    if isinstance(also, (nn.Module, Mapping)) or not isinstance(also, Iterable):
+    if isinstance(also, (nn.Module, Mapping)) or not SEVERAL.fits(also):
         return [also]
-    return also
+    return list(also)
 
 
 def _copies_in(given: Any, model: nn.Module, mine: Mapping[str, Tensor]) -> list[Copy]:

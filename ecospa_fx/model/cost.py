@@ -15,10 +15,10 @@ import sympy
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, as_size, atoms_of
+from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, atoms_of
 from ecospa_fx.passes.axes.selection import entries
 from ecospa_fx.passes.graph.tensors import join
-from ecospa_fx.passes.infer.sizes import symbols_of
+from ecospa_fx.passes.infer.sizes import size_in_call, symbols_of
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.relations import Pattern
 
@@ -111,8 +111,7 @@ class CostModel:
         match expr:
             case Atom():
                 size = counts.get(expr, expr.size)
-                symbols = self._symbols[region]
-                return size if type(size) is int else int(as_size(sympy.sympify(size).subs(symbols)))
+                return size if type(size) is int else size_in_call(size, self._symbols[region])
             case Product():
                 return prod(self._count(factor, region, counts) for factor in expr.factors)
             case _:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -15,6 +15,11 @@ from ecospa_fx.passes.ir.state_access import foreign
 from ecospa_fx.plan import Plan
 
 
+def in_transform() -> bool:
+    """Return whether a transform of torch.func (`vmap`, `grad`) is running, inside of which nothing can be captured."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 @contextmanager
 def outside_forward() -> Iterator[None]:
     """Leave inference mode and saved-tensor hooks, to capture in the middle of a forward.
@@ -23,7 +28,7 @@ def outside_forward() -> Iterator[None]:
     the gradients by which a graph is compared with eager.
     """
     with torch.inference_mode(False), ExitStack() as stack:
-        if torch._C._functorch.peek_interpreter_stack() is None:  # transforms of torch.func refuse such hooks
+        if not in_transform():  # they refuse such hooks
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
         yield
 
@@ -55,14 +60,14 @@ class FullSizeTensors:
         }
 
     def shapes(self) -> dict[str, Tensor]:
-        """Return parameters as one expanded entry each; buffers, which a forward may write into, as in `values`."""
-        return self._tied(expanded=True)
+        """Return zeros: tracing reads no entries."""
+        return self._tied(empty=True)
 
     def values(self) -> dict[str, Tensor]:
         """Return the entries that are left in their places among zeros."""
-        return self._tied(expanded=False)
+        return self._tied(empty=False)
 
-    def _tied(self, expanded: bool) -> dict[str, Tensor]:
+    def _tied(self, empty: bool) -> dict[str, Tensor]:
         """Make the stand-ins; tied tensors get one and the same."""
         stand_ins: dict[int, Tensor] = {}
         for name, tensor in self.named.items():
@@ -71,9 +76,8 @@ class FullSizeTensors:
             full_name, parameter = join(self.region, name), name in self.parameters
             value = tensor.detach()
             if full_name in self.plan.original_shapes:
-                value = value.new_zeros(()).expand(self.plan.original_shapes[full_name])
-                if not (expanded and parameter):
-                    value = unshrunk(tensor, self.plan, full_name)
+                shape = self.plan.original_shapes[full_name]
+                value = full_of(tensor, shape) if empty else unshrunk(tensor, self.plan, full_name)
             stand_ins[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if parameter else value
         return {name: stand_ins[id(tensor)] for name, tensor in self.named.items()}
 
@@ -81,7 +85,18 @@ class FullSizeTensors:
 def unshrunk(tensor: Tensor, plan: Plan, name: str, fill: float = 0.0) -> Tensor:
     """Return a tensor at its original shape, with `fill` (zero in a tensor of integers) in place of removed entries."""
     fill = fill if tensor.is_floating_point() else 0
-    full = torch.full(plan.original_shapes[name], fill, dtype=tensor.dtype, device=tensor.device)
+    full = full_of(tensor, plan.original_shapes[name], fill)
     index = [plan.kept.get((name, dim), torch.arange(size)).to(tensor.device) for dim, size in enumerate(full.shape)]
     full[torch.meshgrid(*index, indexing="ij")] = tensor.detach()
     return full
+
+
+def full_of(tensor: Tensor, shape: Sequence[int], fill: float = 0.0) -> Tensor:
+    """Return a tensor of `fill` with another shape, its dims in the same order in memory.
+
+    A forward may ask for that order: `torch.view_as_complex(weight)` takes pairs that lie side by side.
+    """
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
+    full = torch.empty_permuted(tuple(shape), order, dtype=tensor.dtype, device=tensor.device)
+    return full.fill_(fill)

@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ecospa_fx.arguments import MODULE, takes
 from ecospa_fx.couple.coupling import Coupling
-from ecospa_fx.errors import EcoSpaError, NoInputsError, OptimizerError
+from ecospa_fx.errors import CaptureError, EcoSpaError, NoInputsError, OptimizerError
+from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.plan import Plan
 
-from .compiled import MODEL, CompiledModel
+from .compiled import MODEL, REGION, CompiledModel
 from .region import Region
+from .wrappers import looks_inside
+
+
+def compiled_state(model: nn.Module) -> CompiledModel:
+    """Return the state of a compiled model, whether it has been called or not.
+
+    Raises:
+        EcoSpaError: the model is not compiled; the message names what is, in it or around it.
+    """
+    compiled: CompiledModel | None = model.__dict__.get(MODEL)
+    if compiled is not None:
+        return compiled
+    kind = type(model).__name__
+    inside = [(name, each) for name, each in model.named_modules() if MODEL in each.__dict__]
+    if inside:
+        names = ", ".join(f"`{name}` ({type(each).__name__})" for name, each in inside[:3])
+        raise EcoSpaError(
+            f"{kind} is not compiled, but {names} in it is: pass that, model.get_submodule({inside[0][0]!r}), and not "
+            f"the {kind} around it"
+        )
+    if REGION in model.__dict__:
+        raise EcoSpaError(
+            f"{kind} is `{model.__dict__[REGION].name}` of a compiled model: pass that model, and not a part of it"
+        )
+    raise EcoSpaError(f"{kind} is not compiled; call ecospa_fx.compile(model) first")
 
 
 def state_of(model: nn.Module) -> CompiledModel:
@@ -20,9 +50,7 @@ def state_of(model: nn.Module) -> CompiledModel:
         EcoSpaError: the model is not compiled, or weights were tied that have shrunk apart.
         NoInputsError: the model is compiled, and has not been called yet.
     """
-    compiled: CompiledModel | None = model.__dict__.get(MODEL)
-    if compiled is None:
-        raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
+    compiled = compiled_state(model)
     if not compiled.captured:
         raise NoInputsError(
             f"{type(model).__name__} is compiled but has not been called yet, so its couplings are not known; call it "
@@ -44,6 +72,8 @@ def regions_of(model: nn.Module) -> dict[str, Region]:
     return {} if compiled is None else compiled.regions
 
 
+@takes(model=MODULE)
+@looks_inside
 def couplings(model: nn.Module) -> tuple[Coupling, ...]:
     """Return the couplings of a compiled model, at their sizes now.
 
@@ -53,17 +83,43 @@ def couplings(model: nn.Module) -> tuple[Coupling, ...]:
     return state_of(model).couplings()
 
 
+@takes(model=MODULE)
+@looks_inside
 def plan(model: nn.Module) -> Plan:
     """Return a copy of the plan: the entries of the original model that are left.
 
     Raises:
         EcoSpaError: the model is not compiled.
     """
-    compiled = model.__dict__.get(MODEL)
-    if compiled is None:
-        raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
-    result: Plan = compiled.plan.copy()
-    return result
+    return compiled_state(model).plan.copy()
+
+
+def try_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run a call that changes nothing in a model but the graphs that it has.
+
+    Raises:
+        CaptureError: the model cannot be called so.
+    """
+    try:
+        with isolated(model), torch.no_grad():
+            model(*args, **kwargs)
+    except EcoSpaError:
+        raise
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise CaptureError(
+            f"{type(model).__name__} cannot be called with these inputs, it fails with {type(error).__name__}: {line}"
+        ) from error
+
+
+def check_values(model: nn.Module, what: str) -> None:
+    """Refuse a model on the meta device.
+
+    Raises:
+        EcoSpaError: it has no values.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        raise EcoSpaError(f"{type(model).__name__} is on the meta device and has no values to {what}")
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, fx, nn
 
@@ -16,8 +16,8 @@ from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.watch import Watched, watch
 
-if TYPE_CHECKING:
-    from .region import Region
+from .lookup import compiled_state
+from .region import Region
 
 
 class Observer(Protocol):
@@ -74,17 +74,21 @@ def _observed_program(region: Region, program: Program, module: nn.Module, obser
     return _Observed(program, watch(program, region.kept(program), module, nodes), numbered)
 
 
-def observe(region: Region, observer: Observer) -> None:
-    """Subscribe an observer to a region.
+def check_observable(model: nn.Module) -> None:
+    """Refuse to observe a compiled model whose own Python runs, and no generated graph.
 
     Raises:
-        EcoSpaError: the region's own Python runs, and no generated graph.
+        EcoSpaError: it is compiled with `execution="module"`.
     """
-    if region.state.execution == "module":
+    if compiled_state(model).execution == "module":
         raise EcoSpaError(
             "scores of activations, and Gram matrices, are read off the graphs that run, and with execution='module' "
             "the model's own Python runs; use another score, absorb=False and rotate=False, or execution='graph'"
         )
+
+
+def observe(region: Region, observer: Observer) -> None:
+    """Subscribe an observer to a region of a model that can be observed."""
     if not isinstance(region.watcher, Observers):
         region.watcher = Observers()
     region.watcher.observers.append(observer)

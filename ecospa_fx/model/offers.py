@@ -15,7 +15,8 @@ from ecospa_fx.couple.why import Path, path_between
 from ecospa_fx.errors import PinnedAxisError
 from ecospa_fx.passes.axes.algebra import Atom
 from ecospa_fx.passes.axes.selection import Selected, Selection, entries, mask_of, narrow, whole
-from ecospa_fx.passes.find.discover import Refusal, RegionCoupling
+from ecospa_fx.passes.find.discover import RegionCoupling
+from ecospa_fx.passes.find.left_whole import Refusal, UncoupledAxis
 from ecospa_fx.passes.follow.follow import PythonSupport
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.rewrite.replay import replay, selected_by
@@ -79,6 +80,18 @@ class Offers:
         discoveries = [each.discovery for each in reversed(self.specializations)]
         by_members = {refusal.members: refusal for discovery in discoveries for refusal in discovery.refusals}
         return [*by_members.values(), *self._refused_by_python(), *self._refused_for_a_call()]
+
+    def uncoupled(self) -> list[UncoupledAxis]:
+        """Return the axes of matrices that are neither on a coupling nor refused, with the reasons."""
+        discovery = self.naming_graph.discovery
+        offered, refused = set(self.offered()), {axis for refusal in self.refusals() for axis in refusal.members}
+        axes = list(discovery.uncoupled)
+        for coupling in discovery.couplings:
+            members = tuple(f"{join(self.region, name)}[{dim}]" for name, dim in coupling.axes)
+            if coupling not in offered and not set(members) <= refused:
+                why = "another captured call of the model needs it whole"
+                axes.append(UncoupledAxis(members, coupling.atom.size, (why,), self.region))
+        return axes
 
     def write(self, plan: Plan, kept: Selection) -> None:
         """Write into `plan` the entries that parameters keep under a selection of the naming graph's atoms."""

@@ -18,6 +18,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ecospa_fx.arguments import SEVERAL, shown
 from ecospa_fx.errors import OptimizerError
 
 from .optimizer_table import Keep, SliceLater, State, rules_for
@@ -99,9 +100,35 @@ class OptimizerStates:
         return self._proved[number, entry] and oblong
 
 
+def forget_resized(optimizer: Optimizer | Iterable[Optimizer]) -> None:
+    """Drop the state of parameters that have other sizes by now, by weights of a checkpoint: it begins anew."""
+    for each in [layer for one in several(optimizer) for layer in layers(one)]:
+        states = getattr(each, "state", {})
+        for p in [p for p in states if isinstance(p, Tensor)]:
+            held = [leaf for leaf in pytree.tree_leaves(dict(states[p])) if isinstance(leaf, Tensor)]
+            if any(leaf.shape != p.shape and leaf.numel() > 1 for leaf in held):
+                del states[p]
+
+
 def several(optimizer: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
-    """Return one optimizer or several as a list."""
-    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    """Return one optimizer or several as a list.
+
+    Raises:
+        OptimizerError: it is something else.
+    """
+    given: Any = optimizer
+    if isinstance(given, Optimizer) or _holds_groups(given):
+        return [given]
+    several = list(given) if SEVERAL.fits(given) else [given]
+    for each in several:
+        if not isinstance(each, Optimizer) and not _holds_groups(each):
+            raise OptimizerError(f"optimizer is {shown(each)}; pass the one made from model.parameters(), or several")
+    return several
+
+
+def _holds_groups(value: Any) -> bool:
+    """Return whether an object may be taken for an optimizer, as wrappers of one may."""
+    return not isinstance(value, type) and hasattr(value, "param_groups") and hasattr(value, "state")
 
 
 def check_can_follow(optimizer: Optimizer) -> None:

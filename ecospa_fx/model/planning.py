@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from ecospa_fx.arguments import shown
 from ecospa_fx.couple.coupling import Coupling, CouplingSelection
 from ecospa_fx.errors import NoCouplingError, ShrinkError
 from ecospa_fx.passes.axes.selection import mask_of, narrow, whole
@@ -34,6 +35,10 @@ def planned(
     by_name = {coupling.name: coupling for coupling in couplings}
     by_region: dict[str, dict[str, Tensor]] = {}
     for given, keep in selection.items():
+        if not isinstance(given, (str, Coupling)):
+            raise ShrinkError(
+                f"a selection names couplings, and {shown(given)} is none; its keys are names or couplings"
+            )
         name = given if isinstance(given, str) else given.name
         if name not in by_name:
             raise NoCouplingError(f"the model has no coupling `{name}`; it has {', '.join(by_name) or 'none'}")
@@ -63,6 +68,8 @@ def _check_keep(coupling: Coupling, keep: Tensor) -> None:
     where, way = f"`{coupling.name}`", "keep is a sorted LongTensor of positions that stay"
     if coupling.context is not None:
         way += f", or one row of them for each of its {coupling.contexts} contexts"
+    if isinstance(keep, Tensor) and keep.is_meta:
+        raise ShrinkError(f"cannot shrink {where}: keep is on the meta device and has no values; {way}")
     if not isinstance(keep, Tensor) or keep.dtype != torch.long or keep.ndim not in (1, 2):
         shape = f"{keep.dtype} of shape {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
         raise ShrinkError(f"cannot shrink {where}: keep is {shape}; {way}")

@@ -23,9 +23,10 @@ from ecospa_fx.passes.find.discover import Discovery, discover
 from ecospa_fx.passes.find.numbers import with_numbers
 from ecospa_fx.passes.follow.attributes import Attribute, holding, numbers_in, restore_layer_sizes, sync_layer_sizes
 from ecospa_fx.passes.follow.follow import PythonSupport, follow
+from ecospa_fx.passes.graph.python_state import StateChange
 from ecospa_fx.passes.graph.tensors import join, same_storage, swapped
-from ecospa_fx.passes.graph.world import Change
 from ecospa_fx.passes.infer.infer import infer_axes
+from ecospa_fx.passes.infer.sizes import called_sizes
 from ecospa_fx.passes.ir.region_graph import Call
 from ecospa_fx.passes.ir.signature import call_key, training_flags
 from ecospa_fx.passes.ir.state_access import flattened, parted, resolve_object
@@ -35,7 +36,7 @@ from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts, keys_of, whole_objects
 
 from .class_swap import original_class
-from .full_size import FullSizeTensors, outside_forward, outside_inference
+from .full_size import FullSizeTensors, in_transform, outside_forward, outside_inference
 from .offers import Offers
 from .routing import Routing
 from .specialization import Specialization
@@ -77,12 +78,13 @@ class Region:
         self.uncaptured: str | None = None
         self._warned = False
         self._not_inputs: set[str] = set()  # numbers that a graph cannot take as inputs
-        self._fills: tuple[Change, ...] = ()  # the changes that the last captured call makes to caches
+        self._fills: tuple[StateChange, ...] = ()  # the changes that the last captured call makes to caches
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle writes: without programs, which the next call captures and generates again."""
         fresh = {"specializations": [], "routing": Routing(), "watcher": None, "python_support": None, "_fills": ()}
-        return {**self.__dict__, **fresh}
+        known = {"called": self.first_sizes, "unsupported_marks": frozenset(self.offers.marks())}
+        return {**self.__dict__, **fresh, **known}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
         """Copy the region for a copy of the model, which can run at once: programs hold no module and are shared."""
@@ -141,6 +143,13 @@ class Region:
             self.unsupported_marks,
             self.uncaptured,
         )
+
+    @property
+    def first_sizes(self) -> list[list[int]] | None:
+        """The sizes of the tensors of the first call; None before it."""
+        if self.called is None and self.specializations:
+            return called_sizes(self.naming_graph.axis_facts)
+        return self.called
 
     @property
     def shrunk(self) -> bool:
@@ -206,7 +215,7 @@ class Region:
                 "(pad to common lengths, pass the same arguments; put a number that changes from call to call into a "
                 "tensor, an argument or a buffer, whose values are not part of a graph)"
             )
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if in_transform():
             raise CaptureError(
                 f"{self._named()} is called in a new way inside a transform of torch.func, where nothing can be "
                 "captured; call the model once with the same arguments before"

@@ -14,18 +14,24 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ecospa_fx.arguments import CALL, MODULE, takes
 from ecospa_fx.errors import EcoSpaError, NoInputsError, RestoreError
 from ecospa_fx.passes.follow.attributes import fitted, sync_layer_sizes
-from ecospa_fx.passes.follow.trial import difference, example_call, modes
+from ecospa_fx.passes.follow.trial import NotTried, difference, example_calls, modes
 from ecospa_fx.passes.graph.isolate import isolated
+from ecospa_fx.passes.rewrite.program import Program
 
 from .class_swap import ShrinkableLinear, original_class, unswap_forward
-from .compiled import MODEL, REGION, CompiledModel
+from .compiled import COPIES, MODEL, REGION, CompiledModel
+from .lookup import try_call
 from .region import Region
+from .wrappers import looks_inside
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
+@takes(model=MODULE, **CALL)
+@looks_inside
 def restore(
     model: Module,
     *,
@@ -58,8 +64,9 @@ def restore(
         raise EcoSpaError(f"{type(model).__name__} is not compiled; there is nothing to restore")
     if compiled.plan.original_shapes:
         if example_inputs is not None or example_kwargs is not None:
-            with isolated(model), torch.no_grad():
-                model(*(example_inputs or ()), **(example_kwargs or {}))  # captures what has not been called so far
+            try_call(
+                model, tuple(example_inputs or ()), dict(example_kwargs or {})
+            )  # captures what has not been called
         with fitted(model):
             for name, region in compiled.regions.items():
                 if any(True for _ in compiled.plan.under(name)):
@@ -80,7 +87,7 @@ def plain(module: nn.Module) -> None:
             child.__class__ = nn.Linear  # type: ignore[assignment]
             child.in_features, child.out_features = sizes
     unswap_forward(module)
-    for key in (MODEL, REGION):
+    for key in (MODEL, REGION, COPIES):
         module.__dict__.pop(key, None)
 
 
@@ -97,17 +104,28 @@ def _try(region: Region, module: nn.Module) -> None:
             "forward cannot be tried; pass example_inputs=(x,)"
         )
     for program in [each.program for each in reversed(region.specializations)]:
-        args, kwargs = example_call(program.captured.signature)
-        with modes(module, program.captured.signature.training), isolated(module), torch.no_grad():
-            why = difference(module, program, original_class(module).forward, args, kwargs)
+        why = _difference(program, module)
         if why is None:
             continue
-        way = (
-            "It reads a size from an attribute; keep the model compiled, or change that attribute in a class of yours"
-            if why.startswith("fails")
-            else "It derives a number from their sizes (a scale, a split); keep the model compiled"
-        )
+        way = "Keep the model compiled"
+        if why.startswith("fails"):
+            way = "It reads a size from an attribute; keep the model compiled, or change that attribute in a class "
+            way += "of yours"
+        elif why.startswith("runs"):
+            way = "It derives a number from their sizes (a scale, a split); keep the model compiled"
         raise RestoreError(f"with the weights that are left, {_named(region.name, module)} {why}. {way}")
+
+
+def _difference(program: Program, module: nn.Module) -> str | None:
+    """Say how the own forward of a module differs from a program on a call that both take."""
+    why: str | None = None
+    for args, kwargs in example_calls(program.axis_facts):
+        with modes(module, program.captured.signature.training), isolated(module), torch.no_grad():
+            try:
+                return difference(module, program, original_class(module).forward, args, kwargs)
+            except NotTried as error:
+                why = f"cannot be tried: {error}"
+    return why
 
 
 def _named(name: str, module: nn.Module) -> str:

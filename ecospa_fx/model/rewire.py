@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from ecospa_fx.arguments import FUNCTION, MODULE, takes
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.passes.find.analyse import shared_outside
 from ecospa_fx.passes.graph.tensors import named_tensors
@@ -22,8 +23,11 @@ from .compiled import MODEL, CompiledModel
 from .lookup import plan
 from .region import Region
 from .restore import plain
+from .wrappers import looks_inside
 
 
+@takes(model=MODULE, change=FUNCTION)
+@looks_inside
 def rewire(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """Let a function change the modules of a compiled model, and go on with the result as compiled and shrunk.
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from ecospa_fx.arguments import MAPPING, MODULE, having, optional, takes
 from ecospa_fx.couple.coupling import CouplingSelection
 from ecospa_fx.logs import logger
 
@@ -17,9 +18,10 @@ from .journal import Journal
 from .lookup import check_optimizer, state_of
 from .optimizer_state import several
 from .slicing import Absorber
-from .wrappers import check_wrappers
+from .wrappers import check_wrappers, unwrapped
 
 
+@takes(model=MODULE, selection=MAPPING, absorb=optional(having("the moments of ecospa_fx.Grams", "absorbed")))
 def shrink(
     model: nn.Module,
     selection: CouplingSelection,
@@ -66,6 +68,7 @@ def shrink_within(
     absorb: Absorber | None = None,
 ) -> ModuleDiff:
     """Shrink as `shrink` does, as a part of a larger change if a journal of one is given."""
+    model = unwrapped(model)
     compiled = state_of(model)
     optimizers = several(optimizer)
     for each in optimizers:

@@ -1,4 +1,4 @@
-"""Wrappers: classes that spread a model over devices, with sizes of their own that a shrink would change under them.
+"""Wrappers: modules that call a model. Some spread it over devices, with sizes that a shrink would change under them.
 
 Buckets, flat parameters and shards are made once, for the sizes of that moment. After a shrink the gradients of some
 parameters are no longer reduced, and the ranks drift apart, often without an error: the reducer of
@@ -7,8 +7,10 @@ parameters are no longer reduced, and the ranks drift apart, often without an er
 
 from __future__ import annotations
 
+import functools
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -25,7 +27,32 @@ HOLDS = {
 }
 """The class of a wrapper, by name because its library need not be installed -> what it keeps at sizes of its own."""
 
+INSIDE = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+"""The class of a wrapper of torch that computes the same as the module in it -> the attribute that holds that."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 WAY_OUT = "Train without it, in one process on one device; or shrink the plain model first, and wrap it afterwards"
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside `torch.compile(model)`, `DistributedDataParallel(model)` and `DataParallel(model)`.
+
+    The wrapper computes the same, and its parameters are those of the model under longer names.
+    """
+    while (attribute := _torch_class(model, INSIDE)) is not None:
+        model = getattr(model, INSIDE[attribute])
+    return model
+
+
+def looks_inside(function: Function) -> Function:
+    """Let a function of a model take `torch.compile(model)` and the like for the model, see `unwrapped`."""
+
+    @functools.wraps(function)
+    def inner(model: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(unwrapped(model), *args, **kwargs)
+
+    return cast(Function, inner)
 
 
 def check_wrappers(model: nn.Module) -> None:
@@ -82,9 +109,14 @@ def _around(model: nn.Module) -> Iterator[str]:
 
 def _wrapper(module: nn.Module) -> str | None:
     """Return the class among `HOLDS` that a module is of, if it is of any and on several devices."""
+    name = _torch_class(module, HOLDS)
+    one_device = name == "DataParallel" and len(getattr(module, "device_ids", ())) < 2  # it calls the model itself
+    return None if one_device else name
+
+
+def _torch_class(module: nn.Module, names: Iterable[str]) -> str | None:
+    """Return the first of these classes, of torch or deepspeed, that a module is of."""
     classes = {
         cls.__name__ for cls in type(module).__mro__ if cls.__module__.partition(".")[0] in ("torch", "deepspeed")
     }
-    name = next((name for name in HOLDS if name in classes), None)
-    one_device = name == "DataParallel" and len(getattr(module, "device_ids", ())) < 2  # it calls the model itself
-    return None if one_device else name
+    return next((name for name in names if name in classes), None)

@@ -16,10 +16,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from ecospa_fx.errors import CaptureError
-from ecospa_fx.model.lookup import is_captured, regions_of, state_of
+from ecospa_fx.arguments import INPUTS, KEYWORDS, MODULE, optional, takes
+from ecospa_fx.errors import CaptureError, EcoSpaError
+from ecospa_fx.model.lookup import is_captured, regions_of, state_of, try_call
 from ecospa_fx.model.region import Region
-from ecospa_fx.passes.graph.isolate import isolated
+from ecospa_fx.model.wrappers import looks_inside
+from ecospa_fx.passes.graph.isolate import forked_rng
 from ecospa_fx.passes.ir.state_access import flattened, foreign
 
 
@@ -35,6 +37,8 @@ class _NewCall(Exception):
         self.capture = capture
 
 
+@takes(model=MODULE, args=INPUTS, kwargs=optional(KEYWORDS))
+@looks_inside
 def export(
     model: nn.Module,
     args: Sequence[Any] = (),
@@ -68,16 +72,22 @@ def export(
     """
     args, kwargs = tuple(args), dict(kwargs or {})
     if regions_of(model) and not is_captured(model):  # it was loaded, and has not been called since
-        with torch.no_grad(), isolated(model):
-            model(*args, **kwargs)
+        try_call(model, args, kwargs)
     state_of(model)
     while True:
         try:
-            with _new_calls_raise(model):
+            with _new_calls_raise(model), forked_rng(model):
                 return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
         except _NewCall as call:
             capture = call.capture
-        capture()
+        except EcoSpaError:
+            raise
+        except Exception as error:
+            line = (str(error).strip().splitlines() or [""])[0]
+            kinds = f"{type(model).__name__} with this call, it fails with {type(error).__name__}"
+            raise CaptureError(f"torch.export cannot export the {kinds}: {line}") from error
+        with forked_rng(model):
+            capture()
 
 
 @contextmanager

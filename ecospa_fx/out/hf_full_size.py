@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ecospa_fx.arguments import FLAG, MODULE, PATH, takes
 from ecospa_fx.errors import EcoSpaError, FormatError
-from ecospa_fx.model.compiled import MODEL, CompiledModel
 from ecospa_fx.model.full_size import unshrunk
+from ecospa_fx.model.lookup import compiled_state
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.plan import Plan
 
@@ -27,6 +29,8 @@ from .hf_pretrained import shape_differences
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
+@takes(model=MODULE, directory=PATH, mark=FLAG)
+@looks_inside
 def save_unshrunk(model: nn.Module, directory: str | os.PathLike[str], *, mark: bool = False, **options: Any) -> None:
     """Write a compiled transformers model at its original sizes, as `save_pretrained` of transformers writes it.
 
@@ -43,10 +47,7 @@ def save_unshrunk(model: nn.Module, directory: str | os.PathLike[str], *, mark: 
         EcoSpaError: the model is not compiled, or not of transformers.
         FormatError: its configuration is not that of the original sizes; or, with `mark`, its weights hold NaN already.
     """
-    compiled: CompiledModel | None = model.__dict__.get(MODEL)
-    kind = type(model).__name__
-    if compiled is None:
-        raise EcoSpaError(f"{kind} is not compiled; call ecospa_fx.compile(model) first")
+    compiled, kind = compiled_state(model), type(model).__name__
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise EcoSpaError(f"{kind} is not a model of transformers: it has no save_pretrained")
     writable: Any = model

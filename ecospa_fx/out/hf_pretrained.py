@@ -20,12 +20,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ecospa_fx.arguments import MODULE, PATH, takes
 from ecospa_fx.checkpoint.directory import write_text
 from ecospa_fx.checkpoint.metadata import check_execution, describe_execution
 from ecospa_fx.checkpoint.rebuild import attach_compiled
 from ecospa_fx.errors import CheckpointError, EcoSpaError
 from ecospa_fx.json_text import format_json, parse_json
-from ecospa_fx.model.compiled import MODEL, CompiledModel
+from ecospa_fx.model.compiled import CompiledModel
+from ecospa_fx.model.lookup import compiled_state
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.plan import Plan
 
@@ -34,6 +37,8 @@ FILE, FORMAT = "ecospa_fx.json", 1
 NamedShapes = dict[str, tuple[int, ...]]
 
 
+@takes(model=MODULE, directory=PATH)
+@looks_inside
 def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **options: Any) -> str | None:
     """Write a compiled transformers model as `model.save_pretrained` does, and its plan beside it.
 
@@ -48,9 +53,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **optio
     Raises:
         EcoSpaError: the model is not compiled, or not of transformers.
     """
-    compiled: CompiledModel | None = model.__dict__.get(MODEL)
-    if compiled is None:
-        raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
+    compiled = compiled_state(model)
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise EcoSpaError(
             f"{type(model).__name__} is not a model of transformers: it has no save_pretrained; use ecospa_fx.save"
@@ -73,6 +76,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **optio
     return config if isinstance(config, str) else None
 
 
+@takes(directory=PATH)
 def from_pretrained(directory: str | os.PathLike[str], **options: Any) -> Any:
     """Load a model that `save_pretrained` wrote, compiled and at the sizes at which it was saved.
 

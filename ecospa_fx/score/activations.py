@@ -22,7 +22,7 @@ from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.couple.coupling_index import CouplingIndex
 from ecospa_fx.model.lookup import regions_of
-from ecospa_fx.model.observers import ignore, observe
+from ecospa_fx.model.observers import check_observable, ignore, observe
 from ecospa_fx.model.region import Region
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.axes.selection import Selected, index_of, mask_of, touched
@@ -55,6 +55,7 @@ class ActivationScores:
     def __init__(self, model: nn.Module, *, attention: bool = False) -> None:
         self.model, self.attention = model, attention
         self.sums: dict[str, _Sum] = {}
+        check_observable(model)
         for region in regions_of(model).values():
             observe(region, self)
 

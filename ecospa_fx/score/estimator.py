@@ -8,7 +8,7 @@ judging         sums of slices -> couplings, entries   `judging.py`
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,17 +16,31 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ecospa_fx.arguments import FLAG, MODULE, NAMED, WHOLE, check_state, instance, takes
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
-from ecospa_fx.model.lookup import couplings
+from ecospa_fx.model.lookup import check_values, couplings
 from ecospa_fx.model.optimizer_state import innermost, several
+from ecospa_fx.model.wrappers import unwrapped
 
+from .judging import frozen_names
 from .reader import GradientStep, Reader, ReaderOptions
 from .readers import READERS
 from .scores import Score, ScoreFunction, score_named
 from .slices import SliceKey
 from .step_watcher import names_of
 from .sums import StepCount, accumulation
+
+
+def _hooked_first(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> Any:
+    """Register a hook that runs once backward has a gradient, before all others of its kind; return its handle."""
+    handle = parameter.register_post_accumulate_grad_hook(hook)
+    hooks = parameter._post_accumulate_grad_hooks
+    before = {key: each for key, each in hooks.items() if each is not hook}
+    for key in before:  # they run in the order in which they were put there
+        del hooks[key]
+    hooks.update(before)
+    return handle
 
 
 class CoupledEstimator:
@@ -63,6 +77,7 @@ class CoupledEstimator:
             both are given.
     """
 
+    @takes(model=MODULE, seed=WHOLE)
     def __init__(
         self,
         model: nn.Module,
@@ -73,6 +88,7 @@ class CoupledEstimator:
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         seed: int = 0,
     ) -> None:
+        model = unwrapped(model)
         self.score = score_named(score)
         self.model, self.decay, self.window, self.seed = model, decay, window, seed
         optimizers = None if optimizer is None else several(optimizer)
@@ -147,8 +163,8 @@ class CoupledEstimator:
     def attach_backward(self, every: int = 1) -> None:
         """Read each gradient as soon as backward has it, for optimizers that step in backward and free it at once.
 
-        Attach before the hooks that step. These are gradients before clipping. With a `GradScaler` use `attach`: here
-        they are still multiplied by its scale.
+        It reads before other hooks of the same kind run, which may step. These are gradients before clipping. With a
+        `GradScaler` use `attach`: here they are still multiplied by its scale.
 
         Args:
             every: micro-batches per step. Gradients sum up over them, so they are read at the last one only.
@@ -169,7 +185,7 @@ class CoupledEstimator:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 hook = lambda held, name=name: ready(name, held)  # noqa: E731
-                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+                self._handles.append(_hooked_first(parameter, hook))
 
     def detach(self) -> None:
         """Remove the hooks of `attach` and `attach_backward`, and stop observing the model."""
@@ -182,6 +198,12 @@ class CoupledEstimator:
     def attached(self) -> bool:
         """True if gradients are read by hooks."""
         return bool(self._handles)
+
+    @property
+    def all_skipped(self) -> bool:
+        """True if a gradient scaler has left out every step so far."""
+        skipped = self._count.skipped
+        return skipped is not None and self.steps > 0 and int(skipped) >= self.steps
 
     @property
     def empty(self) -> bool:
@@ -197,16 +219,24 @@ class CoupledEstimator:
     def importance(self) -> dict[Coupling, float]:
         """Return the importance of every coupling that the score can judge; 0 for one that had no gradient.
 
-        `"attention_entropy"` judges heads and groups of heads, `"activation"` couplings that a product was seen of; the
+        `"attention_entropy"` judges heads and groups of heads, `"activation"` couplings that a product was seen of.
+        Scores of gradients and of optimizer state judge those of which some weight trains, by such weights alone; the
         others judge all. Where parameters are sharded, every rank must call it: one all-reduce adds their shares up.
 
         Raises:
             OptimizerError: the optimizer holds no second moments to read.
         """
+        check_values(self.model, "score")
         with self.reader.at_once():
-            judged = {coupling: self.reader.importance(coupling) for coupling in couplings(self.model)}
+            frozen = frozen_names(self.model) if self.reader.learns else set()
+            judged = {
+                coupling: self.reader.importance(coupling)
+                for coupling in couplings(self.model)
+                if not all(member.parameter in frozen for member in coupling.members if member.matrix)
+            }
         return {coupling: value for coupling, value in judged.items() if value is not None}
 
+    @takes(coupling=instance("an ecospa_fx.Coupling", Coupling), by_context=FLAG)
     def entries(self, coupling: Coupling, *, by_context: bool = False) -> Tensor:
         """Return the importance of each entry of a coupling: the mean over its matrices of that of the entry's slices.
 
@@ -219,6 +249,7 @@ class CoupledEstimator:
         Returns:
             float64 `[coupling.size]`, or `[coupling.contexts, coupling.size]`.
         """
+        check_values(self.model, "score")
         entries = self.reader.entries(coupling, by_context=by_context)
         if entries is not None:
             return entries
@@ -236,8 +267,14 @@ class CoupledEstimator:
             tensors["skipped"] = self._count.skipped
         return {"steps": self.steps, "fired": dict(self._backwards), "tensors": tensors}
 
+    @takes(state=NAMED)
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ArgumentError: the state is none that `state_dict` returned.
+        """
+        check_state(state, ("steps", "tensors"), "CoupledEstimator")
         self._count.seen, self._backwards = state["steps"], dict(state.get("fired", {}))
         tensors = dict(state["tensors"])
         self._count.skipped = tensors.pop("skipped", None)

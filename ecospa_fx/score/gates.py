@@ -2,7 +2,8 @@
 
 An entry's gate multiplies it wherever it is summed over. The gradient along the gate is `sum(w * g)` over the weights
 that the entry is multiplied by: over columns of the weights that sum over it, or, where two activations meet along it,
-over the rows that make either.
+over the rows that make either. Where a weight is a function of its parameters, these are the parameters: the sum is the
+gradient along the gate if the function is linear in them (a mask, a fixed scale), and close to it if it is not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.transform.consumers import WeightDim, consumers
 
 from .judging import places_of
-from .reader import NO_GRADIENT, GradientStep, ReaderOptions
+from .reader import NO_GRADIENT, ZERO_GRADIENT, GradientStep, ReaderOptions
 from .slices import SliceKey
 from .sums import key_of, label_of
 
@@ -62,7 +63,7 @@ class GateReader:
         sums: (coupling name, 0) -> sums over steps, `[contexts * size]`.
     """
 
-    if_empty = NO_GRADIENT
+    learns = True
     kinds: tuple[str, ...] | None = None
     unjudged = 0.0
 
@@ -76,6 +77,12 @@ class GateReader:
     def empty(self) -> bool:
         """True if no gradient has been read since the last reset."""
         return not self.sums
+
+    def lacking(self) -> str | None:
+        """Return the message where there was no gradient, or none but zeros."""
+        if self.empty:
+            return NO_GRADIENT
+        return None if any(bool((total != 0).any()) for total in self.sums.values()) else ZERO_GRADIENT
 
     def observe(self) -> None:
         """Do nothing: it reads gradients."""
@@ -123,8 +130,9 @@ class GateReader:
         return nullcontext()
 
     def reset(self) -> None:
-        """Drop the sums."""
+        """Drop the sums, and look again at which weights train."""
         self.sums.clear()
+        self._built_for = None
 
     def detach(self) -> None:
         """Do nothing: there is nothing to take off."""
@@ -143,8 +151,9 @@ class GateReader:
         Each side alone adds up to the gradients along the gates.
         """
         offered = couplings(self.model)
-        if self._built_for is not offered[0]:
-            self._built_for = offered[0]
+        first = offered[0] if offered else None
+        if first is None or self._built_for is not first:
+            self._built_for = first
             summing = {
                 (join(region.name, name), dim)
                 for region in regions_of(self.model).values()

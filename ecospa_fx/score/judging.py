@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.couple.coupling import Coupling, Member
 from ecospa_fx.kernels import slice_sums
+from ecospa_fx.model.lookup import check_values
 
 from .slices import SliceKey
 
@@ -30,6 +31,11 @@ def places_of(member: Member, coupling: Coupling, *, by_context: bool) -> tuple[
     if by_context and member.context is not None:
         places = member.context[owned] * coupling.size + places
     return owned, places
+
+
+def frozen_names(model: nn.Module) -> set[str]:
+    """Return the names of parameters that do not train, tied ones under each name."""
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
 def coupling_importance(coupling: Coupling, means: Mapping[SliceKey, Tensor]) -> float:
@@ -84,6 +90,7 @@ def index_scores(model: nn.Module, coupling: Coupling, *, by_context: bool = Fal
     Returns:
         float64 `[coupling.size]`, or `[coupling.contexts, coupling.size]`.
     """
+    check_values(model, "score")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     rows = coupling.contexts if by_context else 1
     squares: dict[str, Tensor] = {}

@@ -11,12 +11,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.passes.graph.tensors import dense
 
 from .scores import Score
 from .slices import SliceKey
 from .sums import StepCount, Total
 
 NO_GRADIENT = "no parameter of a coupling has a gradient: call trainer.step() after backward() and before zero_grad()"
+ZERO_GRADIENT = (
+    "every gradient that was read since the last sparsification step is 0, as after zero_grad(set_to_none=False), so "
+    "that no entry is worth less than another: call trainer.step() before zero_grad(), or make the trainer with "
+    'gradients="optimizer"'
+)
+FREED_GRADIENT = (
+    'gradients="backward" reads each gradient as soon as backward has it, but something has freed them before, such as '
+    'a hook on a tensor that steps; read them at the steps of the optimizers, gradients="optimizer"'
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +46,9 @@ class GradientStep:
     new_step: bool = True
 
     def tensors(self) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
-        """Return the parameters that have a gradient, and their gradients, by name."""
+        """Return the parameters that have a gradient, and their gradients, by name; sparse ones with all entries."""
         parameters = {name: p for name, p in self.named if p.grad is not None}
-        return parameters, {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        return parameters, {name: dense(p.grad) for name, p in parameters.items() if p.grad is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +84,11 @@ class Reader(Protocol):
         """True if it still lacks the input that a decision could be made from."""
 
     @property
-    def if_empty(self) -> str:
-        """The message for a decision that comes while it is empty."""
+    def learns(self) -> bool:
+        """True if it says nothing of weights that are frozen."""
+
+    def lacking(self) -> str | None:
+        """Return the message for a decision that comes while there is nothing to make it from; None if there is."""
 
     @property
     def kinds(self) -> tuple[str, ...] | None:

@@ -16,12 +16,13 @@ from torch import Tensor
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.model.lookup import couplings, regions_of
+from ecospa_fx.model.observers import check_observable
 from ecospa_fx.model.optimizer_state import second_moments
 
 from .activations import ActivationScores
 from .gates import GateReader
 from .judging import coupling_entries, coupling_importance
-from .reader import NO_GRADIENT, GradientStep, Reader, ReaderOptions
+from .reader import NO_GRADIENT, ZERO_GRADIENT, GradientStep, Reader, ReaderOptions
 from .scores import Score, ScoreInput
 from .slices import SliceKey
 from .sums import Latest, SliceTotals, Total
@@ -40,7 +41,7 @@ class SliceReader:
         rule: how readings are added up.
     """
 
-    if_empty = NO_GRADIENT
+    learns = False
     kinds: tuple[str, ...] | None = None
     unjudged = 1.0
 
@@ -58,6 +59,10 @@ class SliceReader:
     def empty(self) -> bool:
         """False: a decision can be made at any time."""
         return False
+
+    def lacking(self) -> str | None:
+        """Return None: a decision can be made at any time."""
+        return None
 
     def observe(self) -> None:
         """Do nothing: it reads the model's parameters."""
@@ -111,6 +116,8 @@ class SliceReader:
 class GradientReader(SliceReader):
     """Gradients with the weights: a score of each weight, added up over training steps."""
 
+    learns = True
+
     def __init__(self, options: ReaderOptions) -> None:
         super().__init__(options, options.rule)
         # The kernel sums squares; of any other score it is given the roots.
@@ -120,6 +127,12 @@ class GradientReader(SliceReader):
     def empty(self) -> bool:
         """True if no gradient has been read since the last reset."""
         return not self.totals.sums
+
+    def lacking(self) -> str | None:
+        """Return the message where there was no gradient, or none but zeros."""
+        if self.empty:
+            return NO_GRADIENT
+        return None if any(bool((mean != 0).any()) for mean in self.means().values()) else ZERO_GRADIENT
 
     def add(self, step: GradientStep) -> None:
         """Add the scores of one step."""
@@ -151,6 +164,8 @@ class WeightReader(SliceReader):
 class OptimizerReader(SliceReader):
     """Second moments that the optimizers hold when a decision is due."""
 
+    learns = True
+
     def __init__(self, options: ReaderOptions) -> None:
         super().__init__(options, Latest())
         if options.optimizers is None:
@@ -172,10 +187,11 @@ class ActivationReader:
         attention: score heads by their attention rather than entries by their activations.
     """
 
-    if_empty = NO_ACTIVATION
+    learns = False
     unjudged = 1.0
 
     def __init__(self, options: ReaderOptions, *, attention: bool = False) -> None:
+        check_observable(options.model)
         self.model, self.attention = options.model, attention
         self.kinds = ("heads", "groups") if attention else None
         self.sums: dict[SliceKey, Tensor] = {}
@@ -185,6 +201,10 @@ class ActivationReader:
     def empty(self) -> bool:
         """True if no activation has been seen since the last reset."""
         return self._scores is None or not self._scores.sums
+
+    def lacking(self) -> str | None:
+        """Return the message where no activation has been seen."""
+        return NO_ACTIVATION if self.empty else None
 
     def observe(self) -> None:
         """Watch the regions: those of a loaded model before its first call, which must not be missed."""
@@ -233,13 +253,17 @@ class RandomReader:
     """Nothing: random numbers, the same for the same seed, step and coupling on every rank and after a resume."""
 
     empty = False
-    if_empty = ""
+    learns = False
     kinds: tuple[str, ...] | None = None
     unjudged = 1.0
 
     def __init__(self, options: ReaderOptions) -> None:
         self.seed, self.count = options.seed, options.count
         self.sums: dict[SliceKey, Tensor] = {}
+
+    def lacking(self) -> str | None:
+        """Return None: it lacks nothing."""
+        return None
 
     def observe(self) -> None:
         """Do nothing."""

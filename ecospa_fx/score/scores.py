@@ -67,7 +67,7 @@ def score_named(score: str | ScoreFunction | Score, option: str = "score") -> Sc
         return score
     if callable(score):
         return Score(getattr(score, "__name__", type(score).__name__), "gradients", score, "your own")
-    if score not in SCORES:
+    if not isinstance(score, str) or score not in SCORES:
         raise TargetError(
             f"{option}={score!r} is none of {', '.join(map(repr, SCORES))}, nor a function of a weight and its gradient"
         )

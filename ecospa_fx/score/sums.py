@@ -143,9 +143,9 @@ def accumulation(decay: float | None, window: int | None) -> Total:
     Raises:
         TargetError: one is out of range, or both are given.
     """
-    if decay is not None and not 0.0 < decay < 1.0:
+    if decay is not None and (not isinstance(decay, (int, float)) or not 0.0 < decay < 1.0):
         raise TargetError(f"decay={decay!r} is not between 0 and 1; None adds all steps up")
-    if window is not None and (not isinstance(window, int) or window < 1):
+    if window is not None and (not isinstance(window, int) or not 1 <= window < 2**31):
         raise TargetError(f"window={window!r} is out of range; it is a whole number of steps, at least 1")
     if window is not None and decay is not None:
         raise TargetError(f"decay={decay!r} and window={window!r}: one of them forgets, not both; leave one out")
@@ -241,7 +241,8 @@ class SliceTotals:
         """Return the sums of the model as it is now; they are carried over, without what a shrink removed."""
         offered = couplings(self.model)
         built_for, sums = self._built_for
-        if self._slices is not None and sums is self.sums and built_for is offered[0]:
+        first = offered[0] if offered else None
+        if self._slices is not None and sums is self.sums and built_for is first:
             return self._slices
         parameters, kept = dict(self.model.named_parameters()), plan(self.model).kept
         slices = SliceSums(parameters, _scored_dims(offered, parameters), weighted=self.weighted)
@@ -259,7 +260,7 @@ class SliceTotals:
         steps = [{key: remaining(key, old) for key, old in s.items() if key in slices.views} for s in self.rule.steps]
         self.rule.steps = deque(steps, maxlen=self.rule.steps.maxlen)
         self.sums = {key: slices.views[key] for key in carried}
-        self._slices, self._built_for, self._positions = slices, (offered[0], self.sums), kept
+        self._slices, self._built_for, self._positions = slices, (first, self.sums), kept
         return slices
 
 

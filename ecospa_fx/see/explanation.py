@@ -9,20 +9,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
-import torch
 from rich.console import Group
 from torch import nn
 
+from ecospa_fx.arguments import CALL, FLAG, MODULE, NAMED, PATH, TEXT, optional, takes
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.couple.why import Path, Why, axis_graph, path_between
 from ecospa_fx.errors import NoCouplingError, NoInputsError
 from ecospa_fx.model.class_swap import original_class
 from ecospa_fx.model.compiled import MODEL, CompiledModel, find_followed
+from ecospa_fx.model.lookup import try_call
+from ecospa_fx.model.parametrized import removals, with_way_out
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.state import Execution
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.find.regions import choose
-from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.graph.nodes import place
 from ecospa_fx.text import plural
 
@@ -30,6 +32,7 @@ from .findings import Findings
 from .report import write_report
 from .snapshot import snapshot_of
 from .tables import json_of, markdown_of, rich_of, text_of
+from .uncoupled import uncoupled_axes
 from .why_not import WhyNot, why_not
 
 
@@ -70,6 +73,7 @@ class Explanation(Findings):
                 modules.setdefault(member.parameter.rpartition(".")[0], {})[coupling.name] = coupling
         return {name: tuple(modules[name].values()) for name in self.snapshot.modules if name in modules}
 
+    @takes(a=TEXT, b=TEXT)
     def why(self, a: str, b: str) -> Why:
         """Explain how two weights are coupled: a path through the graph per coupling, a sentence per op.
 
@@ -113,6 +117,7 @@ class Explanation(Findings):
         )
         return [atom for atom in first if atom in second]
 
+    @takes(name=TEXT)
     def why_not(self, name: str) -> WhyNot:
         """Explain what keeps a weight from shrinking, dim by dim, in sentences.
 
@@ -126,6 +131,7 @@ class Explanation(Findings):
         """
         return why_not(self.snapshot, self.couplings, name)
 
+    @takes(path=PATH, training=optional(NAMED))
     def report(self, path: str | os.PathLike[str], *, training: Mapping[str, Any] | None = None) -> None:
         """Write everything as one HTML file, which opens from disk and needs no network.
 
@@ -136,6 +142,8 @@ class Explanation(Findings):
         write_report(self, path, training)
 
 
+@takes(model=MODULE, **CALL, experiments=FLAG, execution=TEXT)
+@looks_inside
 def explain(
     model: nn.Module,
     *,
@@ -169,8 +177,7 @@ def explain(
     args, kwargs = example_call(model, example_inputs, example_kwargs)
     if compiled is not None and compiled.regions:
         # Loaded at its small sizes: only its own regions can run it, and they capture the calls they get.
-        with isolated(model), torch.no_grad():
-            model(*args, **kwargs)
+        try_call(model, args, kwargs)
         return _explanation(model, compiled, {})
     if compiled is not None:  # it waits for a first call that this is not, and will be captured as it was compiled
         experiments, execution = experiments or compiled.experiments, compiled.execution
@@ -215,17 +222,21 @@ def example_call(
 
 
 def _explanation(model: nn.Module, compiled: CompiledModel, seconds: dict[str, float]) -> Explanation:
-    axis_facts = [each.axis_facts for region in compiled.regions.values() for each in reversed(region.specializations)]
+    regions = list(compiled.regions.values())
+    axis_facts = [each.axis_facts for region in regions for each in reversed(region.specializations)]
+    couplings, snapshot, calls = compiled.couplings(), snapshot_of(model, compiled), removals(model)
+    refusals = tuple(with_way_out(refusal, calls) for region in regions for refusal in region.offers.refusals())
     return Explanation(
         model=type(model).__name__,
         regions=tuple(compiled.regions),
-        couplings=compiled.couplings(),
-        refusals=tuple(refusal for region in compiled.regions.values() for refusal in region.offers.refusals()),
+        couplings=couplings,
+        refusals=refusals,
+        uncoupled=tuple(uncoupled_axes(snapshot, regions, couplings, refusals, compiled.not_captured)),
         missing_rules=_uses((i.captured.region, i.missing) for i in axis_facts),
         experiments=_uses((i.captured.region, i.experiments) for i in axis_facts),
         not_captured=dict(compiled.not_captured),
         seconds=seconds,
-        snapshot=snapshot_of(model, compiled),
+        snapshot=snapshot,
         make_graph=lambda: nx.union_all(
             [nx.relabel_nodes(axis_graph(i), lambda key, n=n: (n, *key)) for n, i in enumerate(axis_facts)]
         ),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import networkx as nx
 
 from ecospa_fx.couple.coupling import Coupling
-from ecospa_fx.passes.find.discover import Refusal
+from ecospa_fx.passes.find.left_whole import Refusal, UncoupledAxis
 from ecospa_fx.text import plural
 
 from .savings import Savings, savings_of
@@ -24,6 +24,8 @@ class Findings:
         regions: names of the captured regions; `""` is the root.
         couplings: the couplings that can shrink.
         refusals: axes along which weights meet that cannot shrink, with the reasons.
+        uncoupled: axes of matrices along which no two weights meet, and those that lie outside of the regions, with the
+            reasons. Each dim of each matrix is here, in a refusal or in a coupling.
         missing_rules: ops without an axis rule -> number of uses and the first one. Axes that they touch stay whole.
         experiments: ops whose axis rule comes from an experiment (verified, not proved) -> number of uses and the
             first one.
@@ -37,6 +39,7 @@ class Findings:
     regions: tuple[str, ...]
     couplings: tuple[Coupling, ...]
     refusals: tuple[Refusal, ...]
+    uncoupled: tuple[UncoupledAxis, ...]
     missing_rules: dict[str, str]
     experiments: dict[str, str]
     not_captured: dict[str, str]
@@ -53,7 +56,9 @@ class Findings:
     def title(self) -> str:
         """The headline: the model and its number of couplings."""
         where = "the whole model" if self.regions == ("",) else plural(len(self.regions), "region")
-        return f"{self.model}: {plural(len(self.couplings), 'coupling')} in {where}"
+        share = self.snapshot.share_outside
+        outside = f", {share:.0%} of the parameters outside" if share >= 0.005 else ""
+        return f"{self.model}: {plural(len(self.couplings), 'coupling')} in {where}{outside}"
 
     def savings(self) -> Savings:
         """Compute the parameters, bytes and FLOPs that each coupling can save."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ecospa_fx.couple.coupling import Coupling, Member
-from ecospa_fx.passes.find.discover import Refusal
+from ecospa_fx.passes.find.left_whole import Refusal, UncoupledAxis
 from ecospa_fx.text import starred
 
 
@@ -62,6 +63,18 @@ def fold_refusals(refusals: Sequence[Refusal]) -> list[tuple[Refusal, int]]:
     for refusal in refusals:
         groups.setdefault(starred(str(refusal)), []).append(refusal)
     return [(group[0], len(group)) for group in groups.values()]
+
+
+def fold_uncoupled(axes: Sequence[UncoupledAxis]) -> dict[str, list[str]]:
+    """Group axes by their first reason, without its place: reason -> names of the dims, those of most first."""
+    groups: dict[str, list[str]] = {}
+    for axis in axes:
+        reason = starred(_PLACE.sub("", axis.reasons[0]))
+        groups.setdefault(reason, []).extend(axis.members)
+    return dict(sorted(groups.items(), key=lambda group: -len(group[1])))
+
+
+_PLACE = re.compile(r" \([^()]*\)$")
 
 
 def heading(module: str) -> str:

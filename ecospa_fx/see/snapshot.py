@@ -12,12 +12,13 @@ from torch import nn
 
 from ecospa_fx.errors import NoCouplingError
 from ecospa_fx.model.compiled import CompiledModel
-from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, as_size, atoms_of
+from ecospa_fx.model.outside import share_outside
+from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, atoms_of
 from ecospa_fx.passes.axes.selection import PerContext, Selected
 from ecospa_fx.passes.find.discover import Discovery
 from ecospa_fx.passes.graph.nodes import reason_text
 from ecospa_fx.passes.graph.tensors import join, named_tensors
-from ecospa_fx.passes.infer.sizes import symbols_of
+from ecospa_fx.passes.infer.sizes import size_in_call, symbols_of
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact
 
 
@@ -50,7 +51,7 @@ class RegionSnapshot:
         match expr:
             case Atom():
                 size = sizes.get(expr, expr.size)
-                return size if type(size) is int else int(as_size(sympy.sympify(size).subs(self.symbols)))
+                return size if type(size) is int else size_in_call(size, self.symbols)
             case Product():
                 total = 1
                 for factor in expr.factors:
@@ -87,6 +88,7 @@ class Snapshot:
         ties: name of a tied parameter -> its first name.
         modules: name of a submodule -> name of its class.
         buffers: buffer -> shape.
+        share_outside: share of the parameters that lie outside of the regions.
     """
 
     regions: dict[str, RegionSnapshot]
@@ -94,6 +96,7 @@ class Snapshot:
     ties: dict[str, str]
     modules: dict[str, str]
     buffers: dict[str, tuple[int, ...]]
+    share_outside: float
 
     @property
     def parameters(self) -> int:
@@ -179,6 +182,7 @@ def snapshot_of(model: nn.Module, compiled: CompiledModel) -> Snapshot:
         ties=ties,
         modules={name: type(module).__name__ for name, module in model.named_modules()},
         buffers={name: tuple(t.shape) for name, t in named_tensors(model).items() if name not in named},
+        share_outside=share_outside(model, regions) if regions else 0.0,
     )
 
 

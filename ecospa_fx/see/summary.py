@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from ecospa_fx.arguments import CALL, MODULE, WHOLE, optional, takes
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.diff import words
-from ecospa_fx.passes.graph.isolate import isolated
+from ecospa_fx.model.lookup import try_call
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.plan import Plan
 from ecospa_fx.text import count, plain, size
 
@@ -160,6 +161,8 @@ class _Walk:
         return kinds, tuple((n, tuple(p.shape)) for n, p in module.named_parameters()), self.shapes.get(path)
 
 
+@takes(model=MODULE, **CALL, depth=optional(WHOLE))
+@looks_inside
 def summary(
     model: nn.Module,
     *,
@@ -219,8 +222,7 @@ def _output_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
     handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
     try:
-        with isolated(model), torch.no_grad():
-            model(*args, **kwargs)
+        try_call(model, args, kwargs)
     finally:
         for handle in handles:
             handle.remove()

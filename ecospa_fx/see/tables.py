@@ -13,13 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ecospa_fx.couple.coupling import Coupling
-from ecospa_fx.passes.find.discover import Refusal
+from ecospa_fx.passes.find.left_whole import Refusal
 from ecospa_fx.text import plain
 
 from .findings import Findings
-from .fold import Fold, fold_couplings, fold_refusals, heading
+from .fold import Fold, fold_couplings, fold_refusals, fold_uncoupled, heading
 
-MOST_MEMBERS, MOST_REASONS = 6, 3
+MOST_MEMBERS, MOST_REASONS, MOST_GROUPS = 6, 3, 6
 WIDTH = 80
 
 
@@ -72,6 +72,8 @@ def _notes(findings: Findings) -> Iterator[tuple[str, list[tuple[str, list[str]]
     if findings.refusals:
         folded = fold_refusals(findings.refusals)
         yield "Refused, and why", [refusal_lines(refusal, times) for refusal, times in folded]
+    if findings.uncoupled:
+        yield "On no coupling, and why", _uncoupled_items(findings)
     changing = [(fold, changes) for fold in fold_couplings(findings.couplings) if (changes := _changes(fold))]
     if changing:
         lines: list[tuple[str, list[str]]] = [
@@ -87,6 +89,19 @@ def _notes(findings: Findings) -> Iterator[tuple[str, list[tuple[str, list[str]]
         yield "Ops whose axis rule comes from an experiment (verified, not proved)", uncertain
     if findings.not_captured:
         yield "Not captured", [(f"{name or 'the model'}: {why}", []) for name, why in findings.not_captured.items()]
+
+
+def _uncoupled_items(findings: Findings) -> list[tuple[str, list[str]]]:
+    """Format the axes that meet no others, a line per reason."""
+    groups = fold_uncoupled(findings.uncoupled)
+    items: list[tuple[str, list[str]]] = [
+        (f"{reason}: {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""), [])
+        for reason, names in list(groups.items())[:MOST_GROUPS]
+    ]
+    rest = list(groups.values())[MOST_GROUPS:]
+    if rest:
+        items.append((f"{len(rest)} more reasons, for {sum(map(len, rest))} axes: see why_not(name)", []))
+    return items
 
 
 def _changes(fold: Fold) -> list[str]:
@@ -151,6 +166,10 @@ def document_of(findings: Findings) -> dict[str, Any]:
         "refusals": [
             {"members": list(r.members), "size": r.size, "reasons": list(r.reasons), "region": r.region}
             for r in findings.refusals
+        ],
+        "uncoupled": [
+            {"members": list(axis.members), "size": axis.size, "reasons": list(axis.reasons), "region": axis.region}
+            for axis in findings.uncoupled
         ],
         "missing_rules": findings.missing_rules,
         "experiments": findings.experiments,

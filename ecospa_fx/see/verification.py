@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ecospa_fx.arguments import CALL, MODULE, WHOLE, takes
 from ecospa_fx.errors import VerificationError
 from ecospa_fx.model.full_size import unshrunk
-from ecospa_fx.model.lookup import state_of
+from ecospa_fx.model.lookup import check_values, plan, state_of, try_call
 from ecospa_fx.model.region import Region
+from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.axes.algebra import Atom
 from ecospa_fx.passes.axes.selection import Selected, per_context_or_shared, whole
 from ecospa_fx.passes.capture.record import record
-from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.rewrite.verify import Comparison, compare
 
@@ -66,6 +67,8 @@ class Verification:
             )
 
 
+@takes(model=MODULE, **CALL, seed=WHOLE)
+@looks_inside
 def verify(
     model: nn.Module,
     *,
@@ -87,14 +90,15 @@ def verify(
     Raises:
         NoInputsError: the model has not been called yet and no inputs are given.
     """
-    args, kwargs = tuple(example_inputs), dict(example_kwargs or {})
+    args, kwargs = tuple(example_inputs or ()), dict(example_kwargs or {})
+    plan(model)  # raises where the model is not compiled
+    check_values(model, "compare")
     modes = {module: module.training for module in model.modules()}
     try:
         # Dropout would draw other masks at other sizes; entry by entry, train and eval mode agree.
         model.eval()
         if args or kwargs:
-            with isolated(model), torch.no_grad():
-                model(*args, **kwargs)  # captures regions that have not been called so far
+            try_call(model, args, kwargs)  # captures regions that have not been called so far
         results = sorted(comparisons(model, args, kwargs, seed), key=lambda c: c.coupling.startswith("all of "))
         return Verification({c.coupling: c for c in results})
     finally:

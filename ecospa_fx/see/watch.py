@@ -18,11 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from torch import Tensor
 
+from ecospa_fx.arguments import NUMBER, PATH, WHOLE, either, having, optional, takes
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.lookup import couplings
 from ecospa_fx.text import plain
-from ecospa_fx.train.loss_spikes import LossSpikes
+from ecospa_fx.train.loss_spikes import LossSpikes, number_of
 
 from .report.training import training_of
 from .symptoms import Symptom, collapses, odd_widths, spike
@@ -67,6 +68,11 @@ class Watch:
         EcoSpaError: TensorBoard is not installed, or the file cannot be written.
     """
 
+    @takes(
+        trainer=having("an EcoSpaTrainer", "steps", "history", "postponed", "size"), steps=optional(WHOLE),
+        lines=optional(PATH), tensorboard=optional(either(PATH, having("a writer of TensorBoard", "add_scalar"))),
+        multiple=optional(NUMBER),
+    )  # fmt: skip
     def __init__(
         self,
         trainer: EcoSpaTrainer,
@@ -116,7 +122,7 @@ class Watch:
         Args:
             loss: the loss of the step. A tensor is read at once, which synchronises with a GPU.
         """
-        value = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+        value = number_of(loss)
         trainer, step, size = self.trainer, self.trainer.steps, self.trainer.size
         self.losses.append(value)
         self.sizes.append(size)
@@ -229,4 +235,7 @@ def _writer(directory: Any) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise EcoSpaError("tensorboard= needs TensorBoard: pip install tensorboard") from None
-    return SummaryWriter(str(directory))
+    try:
+        return SummaryWriter(str(directory))
+    except OSError as error:
+        raise EcoSpaError(f"tensorboard={str(directory)!r} cannot be written: {error.strerror or error}") from error

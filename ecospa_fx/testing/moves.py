@@ -104,9 +104,14 @@ def linear_back(w: Writer) -> None:
 
 @move(0.7, "linear")
 def joined_weights(w: Writer) -> None:
-    """Combine two weights into one: end to end, added, or multiplied."""
+    """Combine two weights into one: end to end, added, or multiplied; or make one of entries or rows of another."""
     x, a, b = w.pick(), w.size(), w.size()
     n = x.shape[-1]
+
+    def by_rows() -> str:
+        name = w.parameter(a, n)
+        return w.rng.choice((f"{name} - {name}.mean(1, True)", f"{name} / (1 + {name}.square().sum(1, True))"))
+
     weight = w.rng.choice(
         (
             lambda: f"torch.cat([{w.parameter(a, n)}, {w.parameter(b, n)}])",
@@ -116,6 +121,9 @@ def joined_weights(w: Writer) -> None:
             lambda: f"{w.parameter(n, a)}.t().contiguous()",
             lambda: f"{w.parameter(a * b, n)}.view({a}, {b}, {n}).transpose(0, 1).reshape({a * b}, {n})",
             lambda: f"{w.parameter(a, b, n)}.flatten(0, 1)",
+            lambda: f"{w.parameter(a, n)} + {w.parameter(a, b)} @ {w.parameter(b, n)}",
+            lambda: f"{w.parameter(a, n)} * torch.tanh({w.parameter(a, n)})",
+            by_rows,
         )
     )()
     w.put(f"F.linear({x}, {weight})")

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from ecospa_fx.errors import EcoSpaError
 
+from .loss_spikes import number_of
+
 
 class LossListener(Protocol):
     """An object that follows training, such as `ecospa_fx.Watch`."""
@@ -26,16 +28,21 @@ def loss_of(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor] | N
         loss: `loss(outputs, targets)` for pairs.
 
     Raises:
-        EcoSpaError: the batch is a pair, and `loss` is missing.
+        EcoSpaError: the batch is a pair, and `loss` is missing; or the loss is not one number.
     """
     if isinstance(batch, Mapping):
         value: Tensor = model(**batch).loss
-        return value
+        return _one(value)
     if loss is None:
         kind = type(batch).__name__
         raise EcoSpaError(f"a batch is a {kind}, not a mapping; pass loss=, a function of outputs and targets")
     inputs, targets = batch
-    return loss(model(inputs), targets)
+    return _one(loss(model(inputs), targets))
+
+
+def _one(loss: Tensor) -> Tensor:
+    number_of(loss.detach() if loss.numel() != 1 else 0.0)  # without waiting for a GPU
+    return loss
 
 
 def tokens_of(batch: Any) -> int | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from ecospa_fx.arguments import NUMBER
 from ecospa_fx.errors import TargetError
 from ecospa_fx.logs import logger
 
@@ -46,6 +48,8 @@ class Clock:
         amount = {"steps": 1, "tokens": tokens, "epochs": epochs}[unit]
         if amount is None:
             raise TargetError(f"the schedule counts {unit}: call trainer.step({unit}=...)")
+        if not NUMBER.fits(amount) or not 0 <= amount < math.inf:
+            raise TargetError(f"{unit}={amount!r} of a step is out of range; it is a number, at least 0")
         self._before, self.now = self.now, self.now + amount
         return amount
 

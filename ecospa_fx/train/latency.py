@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ecospa_fx.arguments import FUNCTION, INPUTS, KEYWORDS, optional, takes
 from ecospa_fx.errors import TargetError
 from ecospa_fx.model.cost import CostModel
 from ecospa_fx.model.lookup import couplings
@@ -43,6 +44,7 @@ class Latency:
         points: (FLOPs, seconds) of every measurement, ascending; of the same FLOPs the last one counts.
     """
 
+    @takes(inputs=INPUTS, kwargs=optional(KEYWORDS), measure=optional(FUNCTION))
     def __init__(
         self,
         inputs: Sequence[Any] = (),

@@ -5,7 +5,30 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import Tensor
+
+from ecospa_fx.arguments import NUMBER, shown
 from ecospa_fx.errors import TargetError
+
+
+def number_of(loss: Tensor | float) -> float:
+    """Return the loss of a step as a number.
+
+    Raises:
+        TargetError: it is none, or several.
+    """
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise TargetError(
+            f"the loss is a tensor of shape {tuple(loss.shape)}, and it must be one number: pass its mean, loss.mean()"
+        )
+    if isinstance(loss, Tensor) and not loss.is_meta and not loss.is_complex():
+        return float(loss.detach())
+    if isinstance(loss, Tensor) or not NUMBER.fits(loss):
+        raise TargetError(
+            f"the loss is {shown(loss)}, and it must be one number: pass a float or a tensor of one entry"
+        )
+    return float(loss)
+
 
 FADE = 0.9
 """Share of the smoothed loss that stays at a step: it follows the loss over some ten steps."""

@@ -86,9 +86,10 @@ class Paper:
         self.model, self.optimizers, self.settings, self.constraints = model, optimizers, settings, constraints
         self.estimator = scores.estimator(model, scores.score, optimizers)
         self.index: CoupledEstimator | None = None
-        if scores.index_score != "norms":
-            same = scores.index_score == scores.score
-            self.index = self.estimator if same else scores.estimator(model, scores.index_score, optimizers)
+        if not isinstance(scores.index_score, str) or scores.index_score != "norms":
+            index, score = scores.index_score, scores.score
+            same = index is score or (isinstance(index, str) and isinstance(score, str) and index == score)
+            self.index = self.estimator if same else scores.estimator(model, index, optimizers)
         self._sparsifier: CoupledSparsifier | None = None
 
     @property

@@ -44,7 +44,7 @@ class Schedule:
             ("shape", self.shape, get_args(SparsityCurve)),
             ("unit", self.unit, get_args(ScheduleUnit)),
         ):
-            if chosen not in options:
+            if not isinstance(chosen, str) or chosen not in options:
                 raise TargetError(f"{name}={chosen!r} is none of {', '.join(map(repr, options))}")
         whole = self.unit != "epochs"
         for name, value, least in (("interval", self.interval, 1), ("start", self.start, 0)):

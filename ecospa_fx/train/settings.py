@@ -115,7 +115,7 @@ def check_option(name: str, value: object, options: Collection[str]) -> None:
     Raises:
         TargetError: naming the setting, its value and the options.
     """
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise TargetError(f"{name}={value!r} is none of {', '.join(map(repr, options))}")
 
 
@@ -140,8 +140,11 @@ def check_adaptive(
     """
     unread = {"top_k": top_k, "theta": theta, "decay": scores.decay, "window": scores.window}
     given: dict[str, object] = {name: value for name, value in unread.items() if value is not None}
-    given |= {"score": scores.score} if scores.score != "fisher" else {}
-    given |= {"index_score": scores.index_score} if scores.index_score != "norms" else {}
+    defaults: dict[str, tuple[object, str]] = {
+        "score": (scores.score, "fisher"),
+        "index_score": (scores.index_score, "norms"),
+    }
+    given |= {name: value for name, (value, own) in defaults.items() if not isinstance(value, str) or value != own}
     for name, value in given.items():
         raise TargetError(f'policy="adaptive" weighs couplings and entries itself; leave {name}={value!r} out')
     if end is None and shape != "one_shot":

@@ -10,11 +10,14 @@ from typing import Protocol, Self
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ecospa_fx.arguments import FUNCTION, MAPPING, MODULE, SEVERAL, instance, optional, takes
 from ecospa_fx.couple.constraints import Constraints, TiedCouplings
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.model.cost import Cost, CostModel
 from ecospa_fx.model.lookup import couplings, state_of
+from ecospa_fx.model.outside import beyond
+from ecospa_fx.model.wrappers import unwrapped
 from ecospa_fx.score.judging import index_scores
 
 from .latency import Latency, LatencyModel
@@ -54,6 +57,12 @@ class CoupledSparsifier:
         TargetError: a setting is out of range, or the target is below what can be reached.
     """
 
+    @takes(
+        model=MODULE,
+        constraints=optional(instance("an ecospa_fx.Constraints", Constraints)),
+        optimizers=SEVERAL,
+        entries=optional(FUNCTION),
+    )
     def __init__(
         self,
         model: nn.Module,
@@ -68,10 +77,10 @@ class CoupledSparsifier:
         entries: EntryScores | None = None,
     ) -> None:
         DecisionSettings(target, cost, among, top_k, theta).check()
-        self.model, self.target, self.top_k, self.theta = model, target, top_k, theta
+        self.model, self.target, self.top_k, self.theta = unwrapped(model), target, top_k, theta
         self.cost, self.among, self.optimizers = cost, among, tuple(optimizers)
         self.constraints = constraints or Constraints()
-        self.entries: EntryScores = entries or partial(index_scores, model)
+        self.entries: EntryScores = entries or partial(index_scores, self.model)
         self.measure()
         sizes = self.sizes()
         units = self._units()
@@ -82,12 +91,13 @@ class CoupledSparsifier:
             limits = [f"min_keep={self.constraints.min_keep}"]
             limits += [f"round_to={self.constraints.round_to}"] if self.constraints.round_to > 1 else []
             limits += [f"{len(self.whole)} couplings that stay whole"] if self.whole else []
+            state = state_of(model)
             of = f"{sizes.original:,} {'ns' if isinstance(cost, Latency) else cost}"
             of = of if among == "all" else f"the {base:,} prunable ones of {of}"
             raise TargetError(
                 f"target={target:g} of {of} is {self.target_size(sizes):,}, but the couplings reach "
                 f"down to {floor:,} only; the smallest reachable target is {least:g} with "
-                f"{', '.join(limits)}"
+                f"{', '.join(limits)}{beyond(model, state.regions, state.not_captured)}"
             )
 
     @classmethod
@@ -128,6 +138,7 @@ class CoupledSparsifier:
         units, self.whole = self.constraints.units(self.model, couplings(self.model))
         return units
 
+    @takes(importance=MAPPING)
     def decide(self, importance: Mapping[Coupling, float], at_most: int | None = None) -> dict[Coupling, Tensor]:
         """Decide which entries to keep.
 
@@ -170,10 +181,12 @@ class CoupledSparsifier:
     def reached(self) -> bool:
         """Return whether no coupling can lose another entry without passing the target."""
         sizes = self.sizes()
-        smallest = (
-            sizes.total(named_sizes([unit], {unit: unit.sizes[-2]})) for unit in self._units() if len(unit.sizes) > 1
-        )
+        smallest = (sizes.total(named_sizes([unit], {unit: unit.sizes[-2]})) for unit in self.shrinkable())
         return sizes.total({}) <= self.target_size(sizes) or all(total < self.target_size(sizes) for total in smallest)
+
+    def shrinkable(self) -> list[TiedCouplings]:
+        """Return the couplings that can lose another entry, target aside, those that shrink together as one."""
+        return [unit for unit in self._units() if len(unit.sizes) > 1]
 
     def _scores(self, coupling: Coupling) -> Tensor:
         """Score the entries, `[contexts, size]`; one row where all contexts keep the same."""

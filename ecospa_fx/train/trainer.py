@@ -8,28 +8,28 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ecospa_fx.arguments import FLAG, FUNCTION, MODULE, NAMED, SEVERAL, WHOLE, check_state, having, optional, takes
 from ecospa_fx.compensate.compensation import GATHERING, Compensation, CompensationSettings
 from ecospa_fx.compensate.forecast import Forecast
 from ecospa_fx.couple.constraints import Constraints, Frozen, HeadDims
 from ecospa_fx.couple.coupling import Coupling
-from ecospa_fx.errors import EcoSpaError, OptimizerError
-from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.errors import OptimizerError
 from ecospa_fx.model.copies import copies_of, listed
 from ecospa_fx.model.cost import Cost
 from ecospa_fx.model.diff import ModuleDiff
 from ecospa_fx.model.journal import Journal, all_or_nothing
-from ecospa_fx.model.lookup import check_optimizer, is_captured
+from ecospa_fx.model.lookup import check_optimizer, compiled_state, is_captured
 from ecospa_fx.model.optimizer_state import check_can_follow, several
 from ecospa_fx.model.shrinking import shrink_within
-from ecospa_fx.model.wrappers import check_wrappers
-from ecospa_fx.score.estimator import CoupledEstimator
-from ecospa_fx.score.step_watcher import StepWatcher
+from ecospa_fx.model.wrappers import check_wrappers, unwrapped
 
 from .batches import LossListener, loss_of, tokens_of
 from .clock import Clock
 from .latency import Latency
-from .loss_spikes import LossSpikes
+from .left_out import LeftOut, say_if_short
+from .loss_spikes import LossSpikes, number_of
 from .policies import Adaptive, Paper, Policy
+from .readings import Readings
 from .schedule import Schedule, ScheduleUnit, SparsityCurve
 from .settings import (
     PRESETS,
@@ -110,6 +110,8 @@ class EcoSpaTrainer:
             context), `importance` (coupling name -> its score), and of `"adaptive"` also `expected` (coupling name ->
             expected rise of the loss).
         forecast: with `policy="adaptive"`, the expected cost of each coupling at the last sparsification step.
+        left_out: name of each coupling that the last sparsification step could not judge -> the reason, such as weights
+            that are frozen (`requires_grad=False`) where the score reads gradients. The log says so too, once.
         last_shrink: sizes of every layer before and after the last shrink, once there was one.
         also: a list, to which a copy that is made later may be added.
 
@@ -120,6 +122,7 @@ class EcoSpaTrainer:
         WrapperError: the model is spread over devices, in a wrapper that cannot follow a shrink.
     """
 
+    @takes(model=MODULE, seed=WHOLE, before_shrink=optional(FUNCTION), absorb=optional(FLAG), rotate=optional(FLAG))
     def __init__(
         self,
         model: nn.Module,
@@ -156,8 +159,8 @@ class EcoSpaTrainer:
         rotate: bool | None = None,
     ) -> None:
         check_wrappers(model)
-        if MODEL not in model.__dict__:
-            raise EcoSpaError(f"{type(model).__name__} is not compiled; call ecospa_fx.compile(model) first")
+        self._called, model = model, unwrapped(model)
+        compiled_state(model)
         check_options(policy, preset, gradients)
         scores = ScoreSettings(score, index_score, decay, window, seed)
         adaptive = policy == "adaptive"
@@ -186,24 +189,21 @@ class EcoSpaTrainer:
         self._clock = Clock(self.schedule, self._spikes)
         self._initial_cost: int | None = None  # when the first sparsification step came
         self._gradients: Gradients = gradients
-        self._optimizer_steps = StepWatcher(model, self.optimizers) if gradients == "step" else None
         self._compensation = Compensation(
             model,
             CompensationSettings(adaptive if absorb is None else absorb, adaptive if rotate is None else rotate),
         )
+        self._left_out = LeftOut()
         self._owed = False  # a sparsification step that came before anything was read
-        self._unfinished: tuple[CoupledEstimator | Compensation, ...] = ()  # what still has to begin anew
+        self._unfinished: tuple[Readings | Compensation, ...] = ()  # what still has to begin anew
         self._scores = scores
         self.policy: Policy
         if adaptive:
             self.policy = Adaptive(model, self.optimizers, self._decisions, self._constraints, self._compensation)
         else:
             self.policy = Paper(model, self.optimizers, self._decisions, self._constraints, scores)
-        for estimator in self.policy.estimators:
-            if gradients == "optimizer":
-                estimator.attach(*self.optimizers)
-            elif gradients == "backward":
-                estimator.attach_backward()
+        self._readings = Readings(model, self.optimizers, self.policy.estimators, gradients)
+        self._optimizer_steps = self._readings.steps
         if is_captured(model):
             self._ready()
 
@@ -216,6 +216,11 @@ class EcoSpaTrainer:
     def postponed(self) -> list[dict[str, Any]]:
         """A dict per sparsification step that waited for the loss: `step`, `loss` (smoothed), `before`."""
         return self._clock.postponed
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """The couplings that could not be judged."""
+        return dict(self._left_out.reasons)
 
     @property
     def hears_the_loss(self) -> bool:
@@ -239,21 +244,25 @@ class EcoSpaTrainer:
             epochs: share of an epoch in this step, `1 / len(loader)`, if the schedule counts these.
 
         Raises:
-            OptimizerError: no parameter of a coupling has a gradient.
+            EcoSpaError: the loss is not one number.
+            OptimizerError: no parameter of a coupling has a gradient, or all are zero; or another optimizer steps.
+            NoCouplingError: calls of the model since have withdrawn every coupling.
             TargetError: the schedule counts tokens or epochs, and they are not given.
         """
         self._finish()
+        value = None if loss is None else number_of(loss)
         amount = self._clock.advance(tokens, epochs)
         self.steps += 1
-        if loss is not None:
-            self._spikes.update(float(loss.detach()) if isinstance(loss, Tensor) else float(loss))
+        if value is not None:
+            self._spikes.update(value)
         if self.done:
             return
         self._ready()
-        read = self._read()
+        read = self._readings.read()
         due = self._clock.due or self._owed
-        # If a gradient scaler has left out every step so far, wait for the first one that is taken.
-        self._owed = due and not read and any(estimator.empty for estimator in self.policy.estimators)
+        self._owed = due and self._readings.must_wait(read)
+        if self._owed and self._readings.all_frozen:
+            self._left_out.note(self.model, {}, self._ready().whole)
         if due and not self._owed and not self._clock.postpone(self.steps):
             self.sparsify()
         soon = not self.done and (self._owed or self._clock.due_within(GATHERING * amount))
@@ -263,9 +272,7 @@ class EcoSpaTrainer:
         """Take a sparsification step now: as a whole, or not at all, whatever interrupts it."""
         self._finish()
         sparsifier = self._ready()
-        for estimator in self.policy.estimators:
-            if estimator.empty:
-                raise OptimizerError(estimator.reader.if_empty)
+        self._readings.check()
         all_or_nothing(lambda journal: self._decide_and_shrink(sparsifier, journal))
         self._finish()
 
@@ -275,8 +282,9 @@ class EcoSpaTrainer:
         journal.note_object(self._spikes)
         journal.note_list(self.history)
         decision = self.policy.decide(self._cost_due(sparsifier))
+        self._left_out.note(self.model, decision.importance, sparsifier.whole)
         self.forecast = decision.forecast
-        self._unfinished = tuple(self.policy.estimators)
+        self._unfinished = (self._readings,)
         if not decision.keeps:
             return
         keeps = self._compensation.rotated(decision.keeps, self.optimizers, self.also, journal)
@@ -303,22 +311,14 @@ class EcoSpaTrainer:
         sparsifier.measure()
         self.done = sparsifier.reached()
         if self.done:
-            for estimator in self.policy.estimators:
-                estimator.detach()
-            if self._optimizer_steps is not None:
-                self._optimizer_steps.detach()
-            self._compensation.detach()
+            say_if_short(sparsifier)
+            self.detach()
         self._unfinished = ()
 
-    def _read(self) -> bool:
-        """Read the gradients of this step, unless hooks do; return whether an optimizer took the step."""
-        if self._optimizer_steps is None:
-            return True
-        readings = list(self._optimizer_steps.readings())
-        for estimator in self.policy.estimators:
-            for number, reading in enumerate(readings):
-                estimator.accumulate(**reading._asdict(), new_step=number == 0)
-        return bool(readings)
+    def detach(self) -> None:
+        """Remove all hooks from the model and its optimizers, for a trainer that takes no further step."""
+        self._readings.detach()
+        self._compensation.detach()
 
     def _ready(self) -> CoupledSparsifier:
         """Return the sparsifier, made once the couplings are known."""
@@ -335,6 +335,10 @@ class EcoSpaTrainer:
             return None
         return round(self._initial_cost - share * (self._initial_cost - sparsifier.target_size(sizes)))
 
+    @takes(
+        loader=SEVERAL, loss=optional(FUNCTION), scheduler=optional(having("a scheduler with step()", "step")),
+        watch=optional(having("an object with step(loss)", "step")),
+    )  # fmt: skip
     def fit(
         self,
         loader: Iterable[Any],
@@ -358,7 +362,7 @@ class EcoSpaTrainer:
         losses = []
         epoch = 1 / len(loader) if isinstance(loader, Sized) and len(loader) else None
         for batch in loader:
-            value = loss_of(self.model, batch, loss)
+            value = loss_of(self._called, batch, loss)
             value.backward()
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -405,8 +409,14 @@ class EcoSpaTrainer:
             "compensation": self._compensation.state_dict(),
         }
 
+    @takes(state=NAMED)
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ArgumentError: the state is none that `state_dict` returned.
+        """
+        check_state(state, self.state_dict(), "EcoSpaTrainer")
         self.steps, self.done, self.history = state["steps"], state["done"], list(state["history"])
         clock, latency = self._clock, self._decisions.latency
         clock.now, clock.postponed = state["now"], list(state["postponed"])
@@ -417,8 +427,6 @@ class EcoSpaTrainer:
             latency.points = [(int(flops), float(seconds)) for flops, seconds in state["latencies"]]
         for estimator, scores in zip(self.policy.estimators, state["scores"], strict=True):
             estimator.load_state_dict(scores)
-            if self.done:
-                estimator.detach()
         self._compensation.load_state_dict(state.get("compensation", {}))
         if self.done:
-            self._compensation.detach()
+            self.detach()

@@ -28,6 +28,7 @@ from typing import Any, TypeAlias
 
 from .sizes import Size as Size
 from .sizes import as_size as as_size
+from .sizes import in_words as in_words
 from .sizes import quotient as quotient
 
 Expr: TypeAlias = "Atom | Product | Segments"
@@ -184,7 +185,7 @@ class Axes:
         if a == b:
             return
         if size_of(a) != size_of(b):
-            raise Mismatch(f"an axis of {size_of(a)} meets one of {size_of(b)}")
+            raise Mismatch(f"an axis of {in_words(size_of(a))} meets one of {in_words(size_of(b))}")
         match a, b:
             case Atom(), Atom():
                 # The older atom stays, so that printed atoms do not depend on the order of facts.
@@ -208,7 +209,7 @@ class Axes:
         expr = self.resolve(expr)
         outer = quotient(size_of(expr), inner)
         if outer is None:
-            raise Mismatch(f"an axis of {size_of(expr)} does not split into rows of {inner}")
+            raise Mismatch(f"an axis of {in_words(size_of(expr))} does not split into rows of {in_words(inner)}")
         if outer == 1:
             return UNIT, expr
         if inner == 1:
@@ -236,9 +237,9 @@ class Axes:
         """
         expr = self.resolve(expr)
         if as_size(sum(sizes)) != size_of(expr):
-            raise Mismatch(f"pieces of {list(sizes)} do not fill an axis of {size_of(expr)}")
+            raise Mismatch(f"pieces of {in_words(sizes)} do not fill an axis of {in_words(size_of(expr))}")
         if any(type(size) is int and size <= 0 for size in sizes):
-            raise Mismatch(f"an empty piece among {list(sizes)}")
+            raise Mismatch(f"an empty piece among {in_words(sizes)}")
         if len(sizes) == 1:
             return [expr]
         match expr:
@@ -247,12 +248,12 @@ class Axes:
                 self._bind(expr, segments(*pieces))
                 return pieces
             case Product(()):
-                raise Mismatch(f"pieces of {list(sizes)} in a single entry")
+                raise Mismatch(f"pieces of {in_words(sizes)} in a single entry")
             case Product():
                 outer, rows = expr.factors[0], product(*expr.factors[1:])
                 counts = [quotient(size, size_of(rows)) for size in sizes]
                 if any(count is None for count in counts):
-                    raise Mismatch(f"a cut into {list(sizes)} falls inside rows of {size_of(rows)}")
+                    raise Mismatch(f"a cut into {in_words(sizes)} falls inside rows of {in_words(size_of(rows))}")
                 # Cutting may refine atoms that also occur in the rows, so they are resolved again afterwards.
                 pieces = self.cut(outer, counts)
                 return [self.resolve(product(piece, rows)) for piece in pieces]
@@ -270,12 +271,12 @@ class Axes:
             factors.extend(expr.factors if isinstance(expr, Product) else (expr,))
         grouped = [self._take(factors, size) for size in reversed(sizes)]
         if factors:
-            raise Mismatch(f"a view to {list(sizes)} leaves {factors} over")
+            raise Mismatch(f"a view to {in_words(sizes)} leaves {in_words([*map(size_of, factors)])} over")
         return [self.resolve(expr) for expr in reversed(grouped)]
 
     def _bind(self, atom: Atom, expr: Expr) -> None:
         if atom in atoms_of(expr):
-            raise Mismatch(f"{atom} would contain itself in {expr}")
+            raise Mismatch(f"an axis of {in_words(atom.size)} would contain itself in one of {in_words(size_of(expr))}")
         self._bound[atom] = expr
         self._resolved.clear()
 
@@ -284,7 +285,7 @@ class Axes:
         taken: list[Expr] = []
         while not (type(size) is int and size == 1):
             if not factors:
-                raise Mismatch(f"nothing is left to take {size} entries from")
+                raise Mismatch(f"nothing is left to take {in_words(size)} entries from")
             factor = self.resolve(factors.pop())
             if isinstance(factor, Product):
                 factors.extend(factor.factors)
@@ -293,7 +294,7 @@ class Axes:
             rest = quotient(size, extent)
             if rest is None:
                 if quotient(extent, size) is None:
-                    raise Mismatch(f"boundaries of {extent} and {size} do not nest")
+                    raise Mismatch(f"boundaries of {in_words(extent)} and {in_words(size)} do not nest")
                 outer, factor = self.split(factor, size)
                 factors.append(outer)
                 rest = 1
@@ -305,7 +306,7 @@ class Axes:
         left, right = list(a.factors), list(b.factors)
         while left or right:
             if not (left and right):
-                raise Mismatch(f"{a} and {b} do not line up")
+                raise Mismatch(f"axes of {in_words(size_of(a))} and {in_words(size_of(b))} do not line up")
             # Unifying one pair may refine the factors still to come, so each is resolved when its turn comes.
             f, g = self.resolve(left.pop()), self.resolve(right.pop())
             if isinstance(f, Product) or isinstance(g, Product):
@@ -320,7 +321,7 @@ class Axes:
                     outer, g = self.split(g, size_of(f))
                     right.append(outer)
                 else:
-                    raise Mismatch(f"boundaries of {size_of(f)} and {size_of(g)} do not nest")
+                    raise Mismatch(f"boundaries of {in_words(size_of(f))} and {in_words(size_of(g))} do not nest")
             self.unify(f, g)
 
     def _unify_segments(self, a: Expr, b: Expr) -> None:
@@ -337,7 +338,7 @@ class Axes:
                 size = size_of(part)
                 rest = as_size(wanted - size)
                 if type(rest) is not int:
-                    raise Mismatch(f"cannot compare a piece of {wanted} with a part of {size}")
+                    raise Mismatch(f"cannot compare a piece of {in_words(wanted)} with a part of {in_words(size)}")
                 if rest < 0:
                     part, other = self.cut(part, [wanted, as_size(size - wanted)])
                     parts.append(other)
@@ -358,6 +359,6 @@ def _common_sizes(a: list[Size], b: list[Size]) -> list[Size]:
     if len(a) == 1 or len(b) == 1:
         return a if len(b) == 1 else b
     if not all(type(size) is int for size in (*a, *b)):
-        raise Mismatch(f"cannot order the boundaries of {a} and {b}")
+        raise Mismatch(f"cannot order the boundaries of {in_words(a)} and {in_words(b)}")
     ends = sorted({*accumulate(a), *accumulate(b)})
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .algebra import Atom, Expr, Product, Segments, Size, as_size, atoms_of, product, size_of
+from .algebra import Atom, Expr, Product, Segments, Size, as_size, atoms_of, product, quotient, size_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,6 +168,35 @@ def count(expr: Expr, kept: Selection) -> Size:
             return as_size(size)
         case Segments():
             return as_size(sum(count(part, kept) for part in expr.parts))
+
+
+def count_before(expr: Expr, bound: Size, kept: Selection) -> Size:
+    """Return the number of entries of `expr` that stay before position `bound`, either of which may be dynamic.
+
+    Raises:
+        ValueError: no number of whole pieces lies before `bound`.
+    """
+    if not touched(expr, kept) or bound == 0:
+        return bound
+    if bound == size_of(expr):
+        return count(expr, kept)
+    if type(bound) is int and type(size_of(expr)) is int:
+        return int(mask_of(expr, kept)[:bound].sum())
+    if isinstance(expr, Product):
+        rows = product(*expr.factors[1:])
+        whole_rows = quotient(bound, size_of(rows))
+        if whole_rows is not None:
+            return as_size(count_before(expr.factors[0], whole_rows, kept) * count(rows, kept))
+    if isinstance(expr, Segments):
+        before: Size = 0
+        for part in expr.parts:
+            rest = as_size(bound - size_of(part))
+            if rest < 0 if type(rest) is int else rest.is_negative:
+                return as_size(before + count_before(part, bound, kept))
+            before, bound = as_size(before + count(part, kept)), rest
+            if bound == 0:
+                return before
+    raise ValueError(f"{bound} of {size_of(expr)} entries are not whole pieces")
 
 
 def index_of(expr: Expr, atom: Atom) -> Tensor:

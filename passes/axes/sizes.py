@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -31,6 +32,13 @@ def _normal(expr: sympy.Expr) -> Size:
     if expr.has(sympy.Add):
         expr = sympy.expand(expr)  # sums of products have many forms, which compare as different
     return int(expr) if isinstance(expr, sympy.Integer) else expr
+
+
+def in_words(size: Size | Sequence[Size]) -> str:
+    """Return a size, or a list of them, for a reason: symbols of torch.export say nothing to who reads it."""
+    if isinstance(size, (list, tuple)):
+        return f"[{', '.join(map(in_words, size))}]"
+    return str(size) if type(size) is int else "a dynamic size"
 
 
 def _largest(*args: sympy.Expr) -> sympy.Expr:

@@ -25,6 +25,7 @@ from ecospa_fx.passes.axes.algebra import as_size
 from ecospa_fx.passes.graph.tensors import named_tensors, same_storage
 from ecospa_fx.passes.ir.region_graph import Filled, RegionGraph
 from ecospa_fx.passes.ir.signature import Signature, autocast_now, training_flags
+from ecospa_fx.passes.ir.size_guards import SizeGuards
 from ecospa_fx.passes.ir.state_access import TENSOR
 from ecospa_fx.passes.objects.live_calls import mark_bodies
 from ecospa_fx.passes.simplify.canonicalise import canonicalise
@@ -128,17 +129,20 @@ def _signature(
 ) -> Signature:
     """Describe the calls that a graph serves: sizes are those that torch.export left dynamic."""
     names = set(inputs)
-    nodes = (node for node in graph.nodes if node.name in names)
+    nodes = [node for node in graph.nodes if node.name in names]
+    shapes = [tuple(as_size(size) for size in node.meta["val"].shape) for node in nodes]
+    symbols = [size for shape in shapes for size in shape if isinstance(size, sympy.Symbol)]
+    environment = nodes[0].meta["val"].fake_mode.shape_env if symbols else None
     return Signature(
         flat.spec,
         tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in flat.leaves),
-        tuple(
-            (tensor.dtype, tensor.device, tuple(as_size(size) for size in node.meta["val"].shape))
-            for tensor, node in zip(tensors, nodes, strict=True)
-        ),
+        tuple((tensor.dtype, tensor.device, shape) for tensor, shape in zip(tensors, shapes, strict=True)),
         training_flags(flat.region),
         {symbol: (_number(span.lower), _number(span.upper)) for symbol, span in program.range_constraints.items()},
         autocast_now(),
+        SizeGuards.of(
+            (environment.replace(guard.expr) for guard in environment.guards) if environment else (), symbols
+        ),
     )
 
 

@@ -30,6 +30,7 @@ from ecospa_fx.passes.ir.state_access import TENSOR, flattened, parted
 
 from .assemble import assemble
 from .compare_eager import difference_from_eager
+from .data_sizes import data_sizes
 from .dry_run import DryRun, dry_run
 from .export import Flat, export, refuse_foreign
 from .hooks import inner_hooks, noted
@@ -88,12 +89,13 @@ def capture(
         if check:
             with (
                 at_original_sizes(module, originals.values() if originals else None),
-                noted(module, observe) as changed,
+                noted(module, observe) as changes,
             ):
                 error = difference_from_eager(captured, module, forward, args, kwargs)
+                captured = replace(captured, data_sizes={} if error else data_sizes(captured, module, args, kwargs))
             if error is not None:
                 raise CaptureError(f"{described(region)} was captured, but {error}; it is left as it is")
-            if changed:
+            if changes.reach(captured.constants.values()):
                 raise _HookChanges
         return captured
 

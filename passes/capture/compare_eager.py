@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from ecospa_fx.passes.graph.isolate import fresh_leaf, isolated
-from ecospa_fx.passes.graph.tensors import named_tensors
+from ecospa_fx.passes.graph.tensors import dense, named_tensors
 from ecospa_fx.passes.ir.region_graph import Forward
 from ecospa_fx.passes.ir.signature import AUTOCAST, autocast_now
 from ecospa_fx.passes.ir.state_access import ObjectLeaf, copy_objects, flattened, parted
@@ -141,8 +141,10 @@ def _difference(
                 loss: Any = sum((out * torch.randn_like(out)).sum() for out in floating)
                 grads = list(torch.autograd.grad(loss, list(wanted.values()), allow_unused=True))
             torch.manual_seed(2)
-            again = [out for out in call([fresh_leaf(leaf) for leaf in leaves]) if isinstance(out, Tensor)]
-            return _Results(outputs, grads, list(wanted), state, again, _state_of(captured, module, versions))
+            again = [dense(out) for out in call([fresh_leaf(leaf) for leaf in leaves]) if isinstance(out, Tensor)]
+            state_again = _state_of(captured, module, versions)
+        grads = [grad if grad is None else dense(grad) for grad in grads]
+        return _Results([dense(out) for out in outputs], grads, list(wanted), state, again, state_again)
 
     def eager(inputs: list[Any]) -> list[Any]:
         state = dict(zip(places, cloned_state(inputs), strict=True))

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ecospa_fx.errors import EcoSpaError
+from ecospa_fx.passes.graph.tensors import storage_key
 from ecospa_fx.passes.ir.region_graph import Point
 from ecospa_fx.passes.ir.state_access import TENSOR, resolve_object
 
@@ -72,6 +74,24 @@ def points(module: nn.Module, paths: Iterable[str]) -> Iterator[list[tuple[str, 
                 handle.remove()
 
 
+@dataclass(frozen=True)
+class Changes:
+    """The traces that hooks left in what they were called with.
+
+    Attributes:
+        returned: submodules where a hook returned something: it changes values.
+        replaced: the tensors in attributes of submodules that a hook put others in place of.
+    """
+
+    returned: set[str] = field(default_factory=set)
+    replaced: list[Tensor] = field(default_factory=list)
+
+    def reach(self, constants: Iterable[Any]) -> bool:
+        """Return whether hooks change what a graph computes, which has `constants`."""
+        held = {storage_key(value) for value in constants if isinstance(value, Tensor)}
+        return bool(self.returned) or any(storage_key(tensor) in held for tensor in self.replaced)
+
+
 @contextmanager
 def without_hooks(module: nn.Module) -> Iterator[None]:
     """Run submodules without their hooks."""
@@ -80,21 +100,23 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def noted(module: nn.Module, paths: Iterable[str]) -> Iterator[set[str]]:
-    """Run hooks as usual, and record the submodules where one returned something: it changes values."""
-    changed: set[str] = set()
+def noted(module: nn.Module, paths: Iterable[str]) -> Iterator[Changes]:
+    """Run hooks as usual, and note what they change: what goes through the module, or tensors that it reads."""
+    changes = Changes()
 
     def noting(path: str, hook: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            result = hook(*args)
+        def call(child: nn.Module, *args: Any) -> Any:
+            before = {name: value for name, value in vars(child).items() if isinstance(value, Tensor)}
+            result = hook(child, *args)
             if result is not None:
-                changed.add(path)
+                changes.returned.add(path)
+            changes.replaced.extend(value for name, value in before.items() if vars(child).get(name) is not value)
             return result
 
         return call
 
     with _other_hooks(module, paths, noting):
-        yield changed
+        yield changes
 
 
 @contextmanager

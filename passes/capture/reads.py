@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ecospa_fx.passes.graph.namespaces import ABSENT, Watching, foreign_code, namespaces, value_in
-from ecospa_fx.passes.graph.world import OWN, Change, contents, is_constant, is_record, same
+from ecospa_fx.passes.graph.python_state import OWN, StateChange, contents, is_constant, is_record, same
 from ecospa_fx.passes.ir.guards import Contents, ModuleRoot, OfClass, Read
 from ecospa_fx.passes.ir.state_access import PathItem
 
@@ -172,7 +172,7 @@ def executed() -> Iterator[dict[CodeType, dict[str, Any]]]:
     """Record the functions that run inside the `with` block, with their globals; not those of torch."""
     seen: dict[CodeType, dict[str, Any]] = {}
     others: set[CodeType] = set()
-    before = sys.getprofile()
+    before: Any = sys.getprofile()
 
     def profile(frame: Any, event: str, arg: Any) -> None:
         code = frame.f_code
@@ -186,7 +186,11 @@ def executed() -> Iterator[dict[CodeType, dict[str, Any]]]:
     try:
         yield seen
     finally:
-        sys.setprofile(before)
+        if hasattr(before, "enable"):  # cProfile, which Python cannot put back as a function
+            sys.setprofile(None)
+            before.enable()
+        else:
+            sys.setprofile(before)
 
 
 def _add_globals(reads: Reads, code: Iterable[tuple[CodeType, dict[str, Any]]]) -> None:
@@ -196,7 +200,7 @@ def _add_globals(reads: Reads, code: Iterable[tuple[CodeType, dict[str, Any]]]) 
             reads.add(namespace, (PathItem(name, entry=entry),), value, where)
 
 
-def filled_read(module: nn.Module, change: Change) -> Read:
+def filled_read(module: nn.Module, change: StateChange) -> Read:
     """Return the read that holds once a forward has made a change to a cache."""
     owner, key, value = change.owner, change.key, change.after
     root: Any = owner

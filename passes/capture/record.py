@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ecospa_fx.passes.ir.region_graph import Call
 from ecospa_fx.passes.ir.signature import call_key
 from ecospa_fx.passes.ir.state_access import PLAIN, copy_objects, flattened, foreign, parted, resolve_object
 
+from .ends import Ends
 from .outside_uses import OutsideUses
 
 # Forwards in which a submodule is looked for that others, drawn at random, may leave out (stochastic depth).
@@ -38,6 +39,7 @@ def record_all(
     kwargs: dict[str, Any],
     names: set[str],
     used_outside: dict[str, str] | None = None,
+    ends: set[str] | None = None,
 ) -> dict[str, list[Call]]:
     """Return the calls of each named submodule in one forward of the model, one of each signature.
 
@@ -49,6 +51,7 @@ def record_all(
         kwargs: keyword arguments of it.
         names: of the submodules.
         used_outside: gets, by submodule, a sentence about a parameter of it that is used while it does not run.
+        ends: gets the names of parameters at the ends of the model, see `passes.capture.ends`.
     """
     calls: dict[str, list[Call]] = {}
     seen: set[Any] = set()
@@ -72,18 +75,23 @@ def record_all(
             copied = pytree.tree_map(_copied, (args, kwargs), is_leaf=foreign)
             call_args, call_kwargs = pytree.tree_map_only(Tensor, fake, copied, is_leaf=foreign)
             watch = OutsideUses(model, names if used_outside is not None else ())
+            at_ends = None if ends is None else Ends(model)
             handles += watch.register_hooks()
             for attempt in range(_ATTEMPTS):
                 draws = Draws()
                 if attempt:
                     copied = pytree.tree_map(_copied, (args, kwargs), is_leaf=foreign)
                     call_args, call_kwargs = pytree.tree_map_only(Tensor, fake, copied, is_leaf=foreign)
-                with watch:
-                    model(*call_args, **call_kwargs)
+                with watch, at_ends or nullcontext():
+                    results = model(*call_args, **call_kwargs)
+                if at_ends is not None:
+                    at_ends.leave(results)
                 if calls.keys() == names or not draws.moved():
                     break  # all are called, or none of the others ever is in such a call
             if used_outside is not None:
                 used_outside |= watch.reasons
+            if ends is not None and at_ends is not None:
+                ends |= at_ends.names
     finally:
         for handle in handles:
             handle.remove()

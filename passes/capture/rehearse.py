@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.graph.isolate import Draws, isolated, uncached_autocast
 from ecospa_fx.passes.graph.namespaces import ABSENT, foreign_code, put_in, value_in
+from ecospa_fx.passes.graph.python_state import PythonState, StateChange, contents, put_back, same
 from ecospa_fx.passes.graph.tensors import at_original_sizes
-from ecospa_fx.passes.graph.world import Change, World, contents, put_back, same
 from ecospa_fx.passes.ir.region_graph import Assigned, Forward, Originals, described
 from ecospa_fx.passes.ir.state_access import ObjectLeaf, copy_objects, flattened, parted
 
@@ -48,7 +48,7 @@ class Rehearsal:
 
     code: Code = ()
     assigned: tuple[Assigned, ...] = ()
-    filled: tuple[Change, ...] = ()
+    filled: tuple[StateChange, ...] = ()
 
 
 @contextmanager
@@ -92,12 +92,12 @@ def rehearsed(
         torch.enable_grad(),
         uncached_autocast(),
     ):
-        world = World(module)
+        world = PythonState(module)
         with executed() as seen:
             run()
         code = tuple(seen.items())
         first = tuple(world.changes())
-        again, draws = World(module, code), Draws()
+        again, draws = PythonState(module, code), Draws()
         try:
             again.mark()
             try:
@@ -132,7 +132,7 @@ def rehearsed(
             f"{described(region)} ({type(module).__name__}) registers `{registered.where}` in its first call; call the "
             "model once before it is compiled"
         )
-    before = World(module)
+    before = PythonState(module)
     try:
         for change in filled:
             make(change)
@@ -141,7 +141,7 @@ def rehearsed(
         before.restore()
 
 
-def _place(module: nn.Module, change: Change) -> tuple[str, str] | None:
+def _place(module: nn.Module, change: StateChange) -> tuple[str, str] | None:
     """Return the path of the submodule of which a change is in an attribute or a buffer, and its name; else None."""
     if not isinstance(change.owner, nn.Module) or change.key is None:
         return None
@@ -154,7 +154,9 @@ def _place(module: nn.Module, change: Change) -> tuple[str, str] | None:
     return None if path is None else (path, name)
 
 
-def _assigned(module: nn.Module, region: str, changes: Sequence[Change], run: Callable[[], Any]) -> Iterator[Assigned]:
+def _assigned(
+    module: nn.Module, region: str, changes: Sequence[StateChange], run: Callable[[], Any]
+) -> Iterator[Assigned]:
     """Yield the places to which a forward assigns tensors, which its graph can do too.
 
     Raises:
@@ -177,7 +179,7 @@ def _cloned(leaf: Any) -> Any:
     return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 
 
-def _assigns(module: nn.Module, region: str, change: Change, run: Callable[[], Any]) -> str:
+def _assigns(module: nn.Module, region: str, change: StateChange, run: Callable[[], Any]) -> str:
     def now() -> Any:
         owner, key = change.owner, change.key
         if key is None:
@@ -228,7 +230,7 @@ def _equal(a: Any, b: Any) -> bool:
     return a == b if isinstance(a, dict) else same(a, b)
 
 
-def make(change: Change) -> None:
+def make(change: StateChange) -> None:
     """Make a change that a forward made."""
     owner, key, after = change.owner, change.key, change.after
     if key is None:

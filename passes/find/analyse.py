@@ -18,8 +18,8 @@ from ecospa_fx.passes.capture.compare_eager import difference_from_eager
 from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
 from ecospa_fx.passes.capture.reads import AttributeReads, filled_read, recorded_reads
 from ecospa_fx.passes.capture.rehearse import rehearsed
+from ecospa_fx.passes.graph.python_state import OWN, StateChange, same
 from ecospa_fx.passes.graph.tensors import at_original_sizes, named_tensors, storage_key
-from ecospa_fx.passes.graph.world import OWN, Change, same
 from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.guards import same_contents
@@ -52,7 +52,7 @@ class Analysis:
     axis_facts: AxisFacts
     discovery: Discovery
     seconds: dict[str, float]
-    filled: tuple[Change, ...] = ()
+    filled: tuple[StateChange, ...] = ()
     others: tuple[Analysis, ...] = ()
 
 

@@ -19,10 +19,12 @@ from torch import fx
 
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of, size_of
 from ecospa_fx.passes.axes.selection import placed
-from ecospa_fx.passes.graph.nodes import op_name, reason_text
+from ecospa_fx.passes.graph.nodes import op_name
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.ir import relations as r
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Role
+
+from .left_whole import Refusal, UncoupledAxis, one_by_one, pinned_by, uncoupled
 
 Kind = Literal["qk", "vo", "ffn", "glu", "heads", "groups", "conv", "residual"]
 
@@ -60,10 +62,11 @@ class RegionCoupling:
 
 @dataclass(frozen=True, eq=False)
 class Discovery:
-    """The couplings and the refusals of one captured graph."""
+    """The couplings and the refusals of one captured graph, and the axes of matrices that are neither."""
 
     couplings: tuple[RegionCoupling, ...]
     refusals: tuple[Refusal, ...]
+    uncoupled: tuple[UncoupledAxis, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Discovery:
         return self  # its atoms are compared by identity
@@ -84,20 +87,21 @@ def discover(axis_facts: AxisFacts) -> Discovery:
             facts[atom].append(fact)
     region = axis_facts.captured.region
     scores = {fact.node for fact in axis_facts.facts if fact.role == "contracted" and _meets_another(fact)}
-    couplings, refusals = [], []
+    couplings, refusals, others = [], [], []
     taken: set[str] = set()
     for atom, key in axes.items():
-        roles = _by_role(facts[atom])
+        roles = _by_role(facts[atom], axis_facts.derivations)
         matrices = {name for name, _ in key if len(axis_facts.parameters[name]) > 1}
         producers = _producers(roles, matrices)
         # A fused projection has several matrices in one parameter, end to end; a tied parameter is several matrices.
-        meetings = max(_occurrences(atom, key, matrices, axis_facts), _contractions(roles, matrices))
+        meetings = max(_occurrences(atom, matrices, roles, axis_facts), _contractions(roles, matrices, axis_facts))
         if type(size_of(atom)) is not int or meetings < 2 or not producers:
+            if matrices:
+                others.append(uncoupled(axis_facts, key, atom.size, roles, producers))
             continue
         if roles["pinned"]:
-            reasons = dict.fromkeys(reason_text(fact.reason, fact.node, region) for fact in roles["pinned"])
             members = tuple(f"{join(region, name)}[{dim}]" for name, dim in key)
-            refusals.append(Refusal(members, atom.size, tuple(reasons), region))
+            refusals.append(Refusal(members, atom.size, pinned_by(roles["pinned"], region), region))
             continue
         kind = _kind(atom, roles, axis_facts, matrices)
         name = _name(kind, sorted(matrices), taken)
@@ -110,32 +114,45 @@ def discover(axis_facts: AxisFacts) -> Discovery:
                 _attention(roles, axis_facts, scores) if kind in ("qk", "vo") else None,
             )
         )  # fmt: skip
-    return Discovery(tuple(couplings), tuple(refusals))
+    return Discovery(tuple(couplings), tuple(refusals), (*others, *one_by_one(axis_facts)))
 
 
-def _by_role(facts: list[Fact]) -> dict[Role, list[Fact]]:
+def _by_role(facts: list[Fact], derivations: Collection[fx.Node]) -> dict[Role, list[Fact]]:
+    """Sort facts by role. A product inside a weight brings nothing into another one, unless nothing else does."""
     roles: dict[Role, list[Fact]] = defaultdict(list)
     for fact in facts:
         roles[fact.role].append(fact)
+    roles["contracted"] = [fact for fact in roles["contracted"] if fact.node not in derivations]
+    roles["free"] = [fact for fact in roles["free"] if fact.node not in derivations] or roles["free"]
     return roles
 
 
 def _producers(roles: dict[Role, list[Fact]], matrices: set[str]) -> tuple[str, ...]:
     """Return the matrices that have the atom as a free axis of a contraction."""
-    names = (operand.parameter for fact in roles["free"] for operand in fact.operands)
+    names = (name for fact in roles["free"] for operand in fact.operands for name in operand.parameters)
     return tuple(dict.fromkeys(name for name in names if name in matrices))
 
 
-def _occurrences(atom: Atom, axes: Iterable[ParameterDim], names: Collection[str], axis_facts: AxisFacts) -> int:
-    """Count the occurrences of an atom on the axes of the named parameters."""
-    exprs = (axis_facts.parameters[name][dim] for name, dim in axes if name in names)
-    return sum(atoms_of(expr).count(atom) for expr in exprs)
-
-
-def _contractions(roles: dict[Role, list[Fact]], matrices: set[str]) -> int:
-    """Count the contractions that a matrix brings the atom into."""
+def _occurrences(atom: Atom, names: set[str], roles: dict[Role, list[Fact]], axis_facts: AxisFacts) -> int:
+    """Count the occurrences of an atom on the named parameters; those that one weight is made of count once."""
+    weights = [{name} for name in names]
+    for operand in (operand for role in ("free", "contracted") for fact in roles[role] for operand in fact.operands):
+        together = set(operand.parameters) & set(names)
+        if len(together) > 1:
+            meeting = [weight for weight in weights if weight & together]
+            weights = [weight for weight in weights if not weight & together] + [set().union(*meeting)]
+    counts = {name: sum(atoms_of(e).count(atom) for e in axis_facts.parameters[name]) for name in names}
+    apart = sum(max(counts[name] for name in weight) for weight in weights)
+    # Weights end to end are several, also where all of them are made of one more parameter.
     facts = (*roles["free"], *roles["contracted"])
-    return len({fact.node for fact in facts if any(operand.parameter in matrices for operand in fact.operands)})
+    joined = (f for f in facts if any(names & set(o.parameters) for o in f.operands))
+    return max(apart, *(atoms_of(fact.expr).count(atom) for fact in joined), 0)
+
+
+def _contractions(roles: dict[Role, list[Fact]], matrices: set[str], axis_facts: AxisFacts) -> int:
+    """Count the contractions that a matrix brings the atom into."""
+    facts = [fact for fact in (*roles["free"], *roles["contracted"]) if fact.node not in axis_facts.derivations]
+    return len({fact.node for fact in facts if any(matrices & set(o.parameters) for o in fact.operands)})
 
 
 def _kind(atom: Atom, roles: dict[Role, list[Fact]], axis_facts: AxisFacts, matrices: set[str]) -> Kind:
@@ -150,9 +167,7 @@ def _kind(atom: Atom, roles: dict[Role, list[Fact]], axis_facts: AxisFacts, matr
         return "groups" if _grouped(activations["free"], axis_facts) else "vo"
     if any(op_name(fact.node).startswith("aten.conv") for facts in roles.values() for fact in facts):
         return "conv"
-    produced = _producers(roles, matrices)
-    axes = [(name, dim) for name in produced for dim in range(len(axis_facts.parameters[name]))]
-    if _occurrences(atom, axes, produced, axis_facts) > 1:
+    if _occurrences(atom, set(_producers(roles, matrices)), roles, axis_facts) > 1:
         if roles["gate"]:
             return "glu"
         if roles["merge"]:
@@ -161,7 +176,7 @@ def _kind(atom: Atom, roles: dict[Role, list[Fact]], axis_facts: AxisFacts, matr
 
 
 def _of_activations(fact: Fact) -> bool:
-    return all(o.weighted and o.parameter is None for o in fact.operands)
+    return all(o.weighted and not o.parameters for o in fact.operands)
 
 
 def _meets_another(fact: Fact) -> bool:
@@ -195,7 +210,7 @@ def _between_activations(fact: Fact, axis_facts: AxisFacts) -> bool:
     """Return whether the axis is free in a product that sums over an axis of two activations."""
 
     def activations(operands: Iterable[r.Operand]) -> int:
-        return sum(o.weighted and o.parameter is None for o in operands)
+        return sum(o.weighted and not o.parameters for o in operands)
 
     return activations(axis_facts.operands[fact.node]) > 1 and any(
         other.node is fact.node and other.role == "contracted" and activations(other.operands) > 1
@@ -224,23 +239,3 @@ def _name(kind: Kind, matrices: list[str], taken: set[str]) -> str:
         name, number = f"{base}{number}", number + 1
     taken.add(name)
     return name
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Weights that meet along an axis that cannot shrink, with the reasons.
-
-    Attributes:
-        members: `parameter[dim]` of each weight that has the axis.
-        size: number of its entries.
-        reasons: why and where all entries are needed; one sentence each.
-        region: name of the region it was found in.
-    """
-
-    members: tuple[str, ...]
-    size: int
-    reasons: tuple[str, ...]
-    region: str
-
-    def __str__(self) -> str:
-        return f"{', '.join(self.members)} ({self.size}): {'; '.join(self.reasons)}"

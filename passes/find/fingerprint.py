@@ -16,8 +16,8 @@ from torch import nn
 
 from ecospa_fx.passes.capture.reads import AttributeReads
 from ecospa_fx.passes.graph.namespaces import ABSENT
+from ecospa_fx.passes.graph.python_state import OWN, is_constant
 from ecospa_fx.passes.graph.tensors import named_tensors
-from ecospa_fx.passes.graph.world import OWN, is_constant
 
 
 @dataclass(frozen=True, eq=False)

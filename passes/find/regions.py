@@ -6,20 +6,22 @@
       -> Search         where that fails, the submodules below
 
 By default the regions are the repeated blocks (the children of ModuleLists and Sequentials), where couplings close
-inside every one of them; else the root; and where the root cannot be captured, the largest submodules that can. Around
-regions the model's own Python keeps running: loops, caches, checkpointing.
+inside every one of them and the root would not bring much more onto couplings (`coverage.py`); else the root; and where
+the root cannot be captured, the largest submodules that can. Around regions the model's own Python keeps running:
+loops, caches, checkpointing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError
+from ecospa_fx.logs import logger
 from ecospa_fx.passes.capture.capture import class_forward
 from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
 from ecospa_fx.passes.capture.record import record_all
@@ -28,6 +30,7 @@ from ecospa_fx.passes.ir.region_graph import Call as Call
 from ecospa_fx.passes.ir.signature import training_flags
 
 from .analyse import Analysis, Captures, _analyse_watched, analyse_once, shared_outside
+from .coverage import KEPT, Coverage
 from .search import Search
 
 
@@ -64,7 +67,8 @@ def choose(
         raise CaptureError(f"regions={how!r} is none of 'auto', 'blocks', 'root' or a list of submodule names")
     candidates = set(_candidates(model))
     used_outside: dict[str, str] = {}
-    calls = record_all(model, args, kwargs, candidates, used_outside) if candidates else {}
+    ends: set[str] = set()
+    calls = record_all(model, args, kwargs, candidates, used_outside, ends) if candidates else {}
     named = named_tensors(model)
     search = Search(model, lambda name: _analyse_all(model, name, calls[name], captures, named, used_outside, options))
     blocks = [name for name in calls if not any(name.startswith(f"{other}.") for other in calls)]
@@ -72,7 +76,8 @@ def choose(
         search.attempt(name)
     uncalled = {name: _UNCALLED for name in candidates - calls.keys() if _is_callable(model.get_submodule(name))}
     if blocks and len(search.coupled()) == len(blocks):
-        return search.analyses, uncalled
+        root = _root_if_it_covers_more(model, args, kwargs, search.analyses, ends, options) if how == "auto" else None
+        return (search.analyses, uncalled) if root is None else ({"": root}, {})
     if how == "auto" or not blocks:
         try:
             return {"": _root(model, args, kwargs, options)}, search.failed
@@ -94,6 +99,31 @@ def choose(
         raise CaptureError(_nothing_captured(search.failed))
     in_order = {name: search.analyses[name] for name, _ in model.named_modules() if name in search.analyses}
     return in_order, search.failed | uncalled
+
+
+def _root_if_it_covers_more(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    blocks: Mapping[str, Analysis],
+    ends: Set[str],
+    options: CaptureOptions,
+) -> Analysis | None:
+    """Analyse the root if blocks leave so much without coupling that it may be worth it; None where it is not."""
+    coverage = Coverage(model, ends)
+    share, most = coverage.share(coverage.on_couplings(blocks)), coverage.share(coverage.most(blocks))
+    text = f"{len(blocks)} blocks bring {share:.0%} of the entries of matrices onto couplings, the root "
+    if share >= KEPT * most:
+        logger("discover").info("%sat most %.0f%%", text, 100 * most)
+        return None
+    try:
+        root = _root(model, args, kwargs, options)
+    except CaptureError as error:
+        logger("discover").info("%scannot be captured: %s", text, error)
+        return None
+    whole = coverage.share(coverage.on_couplings({"": root}))
+    logger("discover").info("%s%.0f%%", text, 100 * whole)
+    return root if share < KEPT * whole else None
 
 
 _UNCALLED = "it is not called in this forward of the model, so its computation is unknown; it stays whole"

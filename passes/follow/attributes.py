@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.errors import CheckpointError
 from ecospa_fx.passes.capture.reads import AttributeReads
-from ecospa_fx.passes.graph.world import OWN
+from ecospa_fx.passes.graph.python_state import OWN
 
 
 @dataclass(frozen=True, order=True)

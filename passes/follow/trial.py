@@ -7,6 +7,7 @@ device first, which takes no time; if it succeeds there, it is compared in value
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -47,7 +48,6 @@ class Trial:
         self, module: nn.Module, axis_facts: AxisFacts, forward: Forward, numbers: Set[tuple[type, str]] = frozenset()
     ) -> None:
         self.module, self.axis_facts, self.forward = module, axis_facts, forward
-        self.args, self.kwargs = example_call(axis_facts.captured.signature)
         self.unable: str | None = None
         self.held: dict[Attribute, int] = {}
         self.unread: dict[Attribute, int] = {}
@@ -61,14 +61,10 @@ class Trial:
         self.tensors = drawn(tensors)
         program = rewrite(axis_facts, {}, module)
         with recorded_reads(module) as reads:
-            try:
+            for self.args, self.kwargs in example_calls(axis_facts):
                 self.unable = self._compare(program, self.tensors, {})
-            except Exception:  # dynamic sizes depend on each other: take those of the captured call
-                self.args, self.kwargs = example_call(axis_facts.captured.signature, symbols_of(axis_facts))
-                try:
-                    self.unable = self._compare(program, self.tensors, {})
-                except Exception as error:
-                    self.unable = f"cannot be tried: its graph does not run on a made-up call ({error})"
+                if self.unable is None:
+                    break
         self.held = held_integers(module, reads.attributes, numbers)
         every = {path: set(child.__dict__) for path, child in module.named_modules()}
         self.unread = {
@@ -117,7 +113,10 @@ class Trial:
 
     def _compare(self, program: Program, tensors: Mapping[str, Tensor], values: Values) -> str | None:
         with self._ready(tensors, values):
-            return difference(self.module, program, self.forward, self.args, self.kwargs)
+            try:
+                return difference(self.module, program, self.forward, self.args, self.kwargs)
+            except NotTried as error:
+                return f"cannot be tried: {error}"
 
     @contextmanager
     def _ready(self, tensors: Mapping[str, Tensor], values: Values) -> Iterator[None]:
@@ -139,15 +138,26 @@ class Failed(Exception):
     """A forward fails; the message says where and why."""
 
 
+class NotTried(Exception):
+    """The graph itself does not run on a made-up call."""
+
+
 def difference(module: nn.Module, program: Program, forward: Forward, args: Any, kwargs: Any) -> str | None:
     """Say how a region's own forward differs from its program on one call with its weights of now; None if it does not.
 
-    Raises nothing: an error of the forward is a difference too.
+    An error of the forward is a difference too.
+
+    Raises:
+        NotTried: the program fails: values that were made up (lengths, positions) may be none that it takes.
     """
     inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     with isolated(module):
         torch.manual_seed(0)
-        expected = program.run(module, *(t.clone() for t in inputs), *program.constants)
+        try:
+            expected = program.run(module, *(t.clone() for t in inputs), *program.constants)
+        except Exception as failure:
+            line = str(failure).strip().split("\n")[0]
+            raise NotTried(f"its graph does not run on a made-up call ({line})") from failure
     with isolated(module):
         torch.manual_seed(0)
         try:
@@ -155,6 +165,8 @@ def difference(module: nn.Module, program: Program, forward: Forward, args: Any,
         except Failed as failed:
             return str(failed)
     tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    if len(tensors) != program.captured.returned:
+        return f"runs, but gives {len(tensors)} tensors and not {program.captured.returned}"
     for mine, theirs in zip(tensors, expected[: program.captured.returned], strict=True):
         if mine.shape != theirs.shape:
             return f"runs, but gives a result of {tuple(mine.shape)} and not of {tuple(theirs.shape)}"
@@ -212,18 +224,24 @@ def modes(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
             child.training = flag
 
 
-def example_call(signature: Signature, known: Mapping[sympy.Symbol, int] | None = None) -> tuple[Any, Any]:
-    """Make a small call of a signature, with random values.
+def example_calls(axis_facts: AxisFacts) -> Iterator[tuple[Any, Any]]:
+    """Make up calls that a graph serves, with random values: a small one if its sizes may be so, and one as captured.
 
-    Args:
-        signature: of the call.
-        known: dynamic sizes to use instead of small ones.
+    Sizes may depend on each other, and on what the forward asks of them: the call that was captured answers to that.
     """
+    signature, decided = axis_facts.captured.signature, axis_facts.captured.data_sizes
+    called = {symbol: size for symbol, size in symbols_of(axis_facts).items() if symbol not in decided}
+    small = {}
+    for i, symbol in enumerate(sorted(called, key=str)):
+        low, high = signature.ranges.get(symbol, (0, math.inf))
+        small[symbol] = int(min(max(low, 3 + i), high))
+    if small != called and signature.admits(small):
+        yield _call(signature, small)
+    yield _call(signature, called)
+
+
+def _call(signature: Signature, sizes: Mapping[sympy.Symbol, int]) -> tuple[Any, Any]:
     generator = torch.Generator().manual_seed(0)
-    sizes = dict(known or {})
-    for i, (symbol, (low, high)) in enumerate(sorted(signature.ranges.items(), key=lambda item: str(item[0]))):
-        if isinstance(symbol, sympy.Symbol):  # bounds of `4*s0` follow from those of `s0`
-            sizes.setdefault(symbol, int(min(max(low, 3 + i), high)))
     leaves: list[Any] = []
     tensors = iter(signature.tensors)
     for leaf in signature.leaves:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-_library = torch.library.Library("ecospa_fx", "FRAGMENT")
-_library.define("edge(Tensor x, int call, int place, bool out) -> Tensor")
-_library.impl("edge", lambda x, call, place, out: x.clone(), "CompositeImplicitAutograd")
+if not hasattr(torch.ops.ecospa_fx, "edge"):  # torch keeps the definition alive, also where this file is loaded again
+    torch.library.define("ecospa_fx::edge", "(Tensor x, int call, int place, bool out) -> Tensor")
+    torch.library.impl("ecospa_fx::edge", "CompositeImplicitAutograd", lambda x, call, place, out: x.clone())
 
 edge: Any = torch.ops.ecospa_fx.edge.default
 torch.fx.node.has_side_effect(edge)  # a mark without users is an argument nevertheless

@@ -13,8 +13,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .python_state import PythonState
 from .tensors import named_tensors, swapped
-from .world import World
 
 
 def fresh_leaf(leaf: Any) -> Any:
@@ -74,7 +74,7 @@ def uncached_autocast() -> Iterator[None]:
 def isolated(model: nn.Module) -> Iterator[None]:
     """Restore everything that forwards inside change: parameters, buffers, attributes and the random generators."""
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    world = World(model)
+    world = PythonState(model)
     try:
         with forked_rng(model), restored_parameters(model), swapped(model, buffers):
             yield

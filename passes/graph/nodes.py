@@ -79,7 +79,9 @@ def tensors_of(node: fx.Node) -> list[fx.Node]:
 def written_arguments(node: fx.Node) -> Iterator[fx.Node]:
     """Yield the arguments whose memory `node` writes to."""
     if isinstance(node.target, torch._ops.OpOverload):
-        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+        schema = node.target._schema.arguments
+        named = [(argument, node.kwargs[argument.name]) for argument in schema if argument.name in node.kwargs]
+        for argument, value in (*zip(schema, node.args, strict=False), *named):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
                 yield value
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import stateless
 
@@ -55,8 +56,16 @@ def same_storage(module: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def storage_key(tensor: Tensor) -> Any:
-    """Return the identity of the memory behind a tensor, on the meta device too, where there is none."""
-    return tensor.untyped_storage()._cdata
+    """Return the identity of the memory behind a tensor, on the meta device too, where there is none.
+
+    A tensor whose entries do not lie in one piece of memory (sparse, opaque) is tied to itself only.
+    """
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Return a tensor with all of its entries in one piece of memory: `tensor` itself where it is not sparse."""
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
 def sliced(tensor: Tensor, positions: dict[int, Tensor]) -> Tensor:

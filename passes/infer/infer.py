@@ -23,7 +23,7 @@ import sympy
 import torch
 from torch import fx
 
-from ecospa_fx.passes.axes.algebra import Expr, Mismatch, Size, as_size, size_of
+from ecospa_fx.passes.axes.algebra import Expr, Mismatch, Size, as_size, in_words, size_of
 from ecospa_fx.passes.axes.selection import on_diagonal, static_end
 from ecospa_fx.passes.graph.nodes import (
     argument_nodes,
@@ -42,6 +42,7 @@ from .contexts import contexts
 from .probe import probe
 from .solve import Solver
 from .taint import weighted_nodes
+from .weights import Weights, is_statistic, normalised_over
 
 
 def infer_axes(
@@ -79,11 +80,16 @@ class _Walk:
         self.axis_facts = AxisFacts(captured)
         self.axes = self.axis_facts.axes
         self.weighted = weighted_nodes(captured)
+        self.weights = Weights(captured)
         self.solver = Solver(self.axis_facts, apart)
 
     def visit(self, node: fx.Node) -> None:
         if node not in self.weighted:
             return
+        self._axes_of(node)
+        self.weights.visit(node, self.axis_facts.relations.get(node))
+
+    def _axes_of(self, node: fx.Node) -> None:
         if node.op == "placeholder" and node.name in self.captured.state:
             self.axis_facts.values[node] = (tuple(self.axes.fresh(size) for size in _shape(node.meta["val"])),)
         elif node.op == "placeholder":
@@ -172,15 +178,23 @@ class _Walk:
         axis_facts.sources = [replace(s, exprs=axis_facts.resolve(s.exprs)) for s in axis_facts.sources]
         axis_facts.operands = {
             node: tuple(
-                r.Operand(axis_facts.resolve(o.exprs), o.shape, o.node, o.weighted, o.parameter) for o in operands
+                r.Operand(axis_facts.resolve(o.exprs), o.shape, o.node, o.weighted, o.parameters) for o in operands
             )
             for node, operands in axis_facts.operands.items()
         }
+        axis_facts.derivations = self.weights.derivations(axis_facts)
+        axis_facts.facts += self.weights.normalised(axis_facts)
         axis_facts.facts = [
-            Fact(f.role, axis_facts.axes.resolve(f.expr), f.node, f.reason, f.operands) for f in axis_facts.facts
+            Fact(f.role, axis_facts.axes.resolve(f.expr), f.node, self._reason(f), f.operands) for f in axis_facts.facts
         ]
         axis_facts.contexts = contexts(axis_facts)
         return axis_facts
+
+    def _reason(self, fact: Fact) -> str:
+        """Return the reason of a fact, in words about weights where it is one."""
+        of_weight = fact.role == "pinned" and fact.node in self.axis_facts.derivations
+        statistic = of_weight and is_statistic(self.axis_facts.relations.get(fact.node))
+        return normalised_over(fact.node) if statistic else fact.reason
 
     @property
     def _last(self) -> fx.Node:
@@ -212,7 +226,10 @@ class _Walk:
         operands = self._operands(node)
         if node.target is operator.getitem:
             source, i = arguments(node)
-            self.axis_facts.values[node] = (self.axis_facts.values[source][i],)
+            if not isinstance(source.meta["val"][i], torch.Tensor) or not tensor_meta(source):
+                self._several(node)  # one of a list among the results, say
+            else:
+                self.axis_facts.values[node] = (self.axis_facts.values[source][i],)
             return
         self.axis_facts.operands[node] = operands
         shapes = [_shape(meta) for meta in tensor_meta(node)]
@@ -248,7 +265,8 @@ class _Walk:
                 for o, s in zip(outputs, shapes, strict=True)
             ):
                 raise Mismatch(
-                    f"the rule gives dims of {[tuple(map(size_of, o)) for o in outputs]}, the op has {shapes}"
+                    f"the rule gives dims of {in_words([[*map(size_of, o)] for o in outputs])}, "
+                    f"the op has {in_words(shapes)}"
                 )
             self.axis_facts.values[node] = tuple(outputs)
             self.axis_facts.relations[node] = relation
@@ -261,7 +279,8 @@ class _Walk:
         """Return whether an axis has another size than the output; pin it if nothing proves the sizes equal."""
         extent = size_of(expr)
         if extent != size and not (type(extent) is int and type(size) is int):
-            self.axis_facts.pin(expr, node, f"{op_name(node)}: nothing proves that {extent} is {size}")
+            reason = f"nothing proves that a dim of {in_words(extent)} comes out as one of {in_words(size)}"
+            self.axis_facts.pin(expr, node, f"{op_name(node)}: {reason}")
             return False
         return bool(extent != size)
 
@@ -282,7 +301,7 @@ class _Walk:
                 continue
             shape = _shape(arg.meta["val"])
             if arg in self.weighted:
-                operand = r.Operand(self.axis_facts.values[arg][0], shape, arg, True, self.parameter_behind(arg))
+                operand = r.Operand(self.axis_facts.values[arg][0], shape, arg, True, self.weights.of(arg))
             else:
                 operand = r.Operand(tuple(self.axes.fresh(size) for size in shape), shape, arg, False)
                 self.axis_facts.sources.append(Source(node, occurrence, arg, operand.exprs))
@@ -291,23 +310,6 @@ class _Walk:
                         self.axis_facts.pin(expr, node, f"{op_name(node)} writes into memory that does not shrink")
             operands.append(operand)
         return tuple(operands)
-
-    def parameter_behind(self, node: fx.Node) -> str | None:
-        """Return the parameter (of tied ones the first) that `node` is, or that ops before it hand on as a weight."""
-        while node.op == "call_function":
-            if node.target is operator.getitem:
-                node = arguments(node)[0]
-                continue
-            relation = self.axis_facts.relations.get(node)
-            if isinstance(relation, (r.Joined, r.Stacked)):  # parts of one weight, put together again
-                names = {self.parameter_behind(x.node) for x in relation.operands}
-                return names.pop() if len(names) == 1 else None
-            handed_on = None if relation is None else r.source_weight(relation)
-            if handed_on is None:
-                return None
-            node = handed_on.node
-        name = self.captured.tensors.get(node.name) if node.op == "placeholder" else None
-        return self.captured.same_storage.get(name, name) if name is not None else None
 
 
 def _shape(meta: torch.Tensor) -> tuple[Size, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import fx
@@ -14,6 +14,7 @@ from ecospa_fx.passes.axes.algebra import (
     Mismatch,
     Size,
     as_size,
+    in_words,
     product,
     quotient,
     segments,
@@ -22,7 +23,7 @@ from ecospa_fx.passes.axes.algebra import (
 from ecospa_fx.passes.graph.nodes import op_name
 from ecospa_fx.passes.ir import relations as r
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Exprs, Fact, Role
-from ecospa_fx.passes.ir.patterns import DOTS, TensorDims, bind
+from ecospa_fx.passes.ir.patterns import DOTS, bind
 
 
 class Solver:
@@ -31,11 +32,24 @@ class Solver:
     def __init__(self, axis_facts: AxisFacts, apart: Collection[fx.Node] = ()) -> None:
         self.axis_facts, self.axes, self.apart = axis_facts, axis_facts.axes, apart
 
-    def opaque(self, node: fx.Node, operands: tuple[r.Operand, ...], shapes: list[Any], reason: str) -> None:
-        """Pin everything that goes into `node` and comes out of it."""
+    def opaque(
+        self,
+        node: fx.Node,
+        operands: tuple[r.Operand, ...],
+        shapes: list[Any],
+        reason: str,
+        summed: tuple[tuple[r.Operand, int], ...] = (),
+    ) -> None:
+        """Pin everything that goes into `node` and comes out of it, but the dims that it sums over first."""
         for operand in operands:
-            for expr in operand.exprs:
-                self.axis_facts.pin(expr, node, reason)
+            for dim, expr in enumerate(operand.exprs):
+                if (operand, dim) not in summed:
+                    self.axis_facts.pin(expr, node, reason)
+        for operand, dim in summed:
+            self._meet(summed[0][0].exprs[summed[0][1]], operand.exprs[dim], node)
+        if summed:
+            together = tuple(operand for operand, _ in summed)
+            self.axis_facts.facts.append(Fact("contracted", together[0].exprs[summed[0][1]], node, operands=together))
         outputs = tuple(tuple(self.axes.fresh(size) for size in shape) for shape in shapes)
         for expr in (expr for exprs in outputs for expr in exprs):
             self.axis_facts.pin(expr, node, reason)
@@ -51,19 +65,12 @@ class Solver:
         axes, shape = self.axes, shapes[0]
         match relation:
             case r.Pattern():
-                exprs = self._pattern(relation, node, shape, why)
-                # Statistics come beside some results, with one entry along what they are taken over.
-                return [
-                    tuple(UNIT if size == 1 else expr for expr, size in zip(exprs, each, strict=False))
-                    if len(each) == len(exprs) and each != shape
-                    else exprs
-                    for each in shapes
-                ]
+                return self._pattern(relation, node, shapes, why)
             case r.Pointwise():
                 exprs = self._pointwise(relation, node, shape)
                 return [exprs for _ in shapes]
             case r.Regrouped(x, like):
-                exprs = tuple(axes.regroup(x.exprs, shape))
+                exprs = self._regrouped(x, shape, node)
                 for a, b in zip(exprs, like.exprs if like else (), strict=like is not None):
                     axes.unify(a, b)
                 return [exprs]
@@ -114,15 +121,15 @@ class Solver:
                 return [self._repeated(relation, node)]
             case r.Indexed(x, dim, index):
                 self._pin(x.exprs[dim], node, why)
-                if x.parameter is None or x.ndim < 3:  # a picked matrix is multiplied only later
+                if not x.parameters or x.ndim < 3:  # a picked matrix is multiplied only later
                     self._free(x.exprs[dim + 1 :] + x.exprs[:dim], node, x)
                 return [(*x.exprs[:dim], *index.exprs, *x.exprs[dim + 1 :])]
             case r.Created():
                 return [tuple(axes.fresh(size) for size in shape) for shape in shapes]
             case r.Probed():
                 return self._probed(relation, node, shapes, why)
-            case r.Opaque(xs):
-                self.opaque(node, xs, shapes, f"{op_name(node)}: {why[:1].lower()}{why[1:]}")
+            case r.Opaque(xs, summed):
+                self.opaque(node, xs, shapes, f"{op_name(node)}: {why[:1].lower()}{why[1:]}", summed)
                 return list(self.axis_facts.values[node])
 
     def _probed(self, relation: r.Probed, node: fx.Node, shapes: list[Any], why: str) -> list[Exprs]:
@@ -166,6 +173,18 @@ class Solver:
                 self.axis_facts.pin(each, node, f"{op_name(node)}: {mismatch}")
             return pieces
 
+    def _regrouped(self, x: r.Operand, shape: tuple[Size, ...], node: fx.Node) -> Exprs:
+        """Group the axes of `x` anew; where boundaries do not nest, pin all but equal dims at the ends."""
+        try:
+            return tuple(self.axes.regroup(x.exprs, shape))
+        except Mismatch as mismatch:
+            first = _equal(x.shape, shape)
+            last = min(_equal(x.shape[::-1], shape[::-1]), x.ndim - first, len(shape) - first)
+            middle = tuple(self.axes.fresh(size) for size in shape[first : len(shape) - last])
+            for expr in (*x.exprs[first : x.ndim - last], *middle):
+                self.axis_facts.pin(expr, node, f"{op_name(node)}: {mismatch}")
+            return (*x.exprs[:first], *middle, *x.exprs[x.ndim - last :])
+
     def _free(self, exprs: Exprs, node: fx.Node, x: r.Operand) -> None:
         for expr in exprs:
             self.axis_facts.facts.append(Fact("free", expr, node, operands=(x,)))
@@ -173,7 +192,10 @@ class Solver:
     def _halved(self, x: r.Operand, dim: int, node: fx.Node) -> Expr:
         size = x.shape[dim]
         if type(size) is not int:
-            raise Mismatch(f"halves of an axis of {size}")
+            half = self.axes.fresh(as_size(size / 2))
+            for expr in (x.exprs[dim], half):
+                self.axis_facts.pin(expr, node, f"{op_name(node)}: it is halved, and its size is dynamic")
+            return half
         first, second = self.axes.cut(x.exprs[dim], [size // 2, size // 2])
         self.axes.unify(first, second)
         first = self.axes.resolve(first)
@@ -198,7 +220,9 @@ class Solver:
         if step != 1:
             # A strided slice of the whole axis picks one entry of each row of `step`.
             if not (type(start) is int and start < step and stop == size):
-                raise Mismatch(f"a slice {start}:{stop}:{step} of {size} entries")
+                raise Mismatch(f"one entry in {step} is taken, of a part of the axis")
+            if type(size) is not int and quotient(size, step) is None:
+                raise Mismatch(f"one entry in {step} is taken, of an axis of dynamic size")
             rows, column = self.axes.split(expr, step)
             self._pin(column, node, why)
             return rows
@@ -250,7 +274,7 @@ class Solver:
 
     def _pointwise_facts(self, relation: r.Pointwise, node: fx.Node, expr: Expr, here: list[r.Operand]) -> None:
         """Record what a pointwise op does to an axis that the operands `here` have."""
-        activations = [x for x in here if x.weighted and x.parameter is None]
+        activations = [x for x in here if x.weighted and not x.parameters]
         meeting = tuple(activations) if len({x.node for x in activations}) > 1 else ()
         scaled = relation.how in ("product", "quotient") and len(here) > 1
         if relation.how == "nonlinear" or scaled:
@@ -259,16 +283,20 @@ class Solver:
             role: Role = "merge" if relation.how in ("linear", "affine") else "gate"
             self.axis_facts.facts.append(Fact(role, expr, node, operands=meeting))
 
-    def _pattern(self, relation: r.Pattern, node: fx.Node, shape: tuple[Size, ...], why: str) -> Exprs:
+    def _pattern(self, relation: r.Pattern, node: fx.Node, shapes: Sequence[tuple[Size, ...]], why: str) -> list[Exprs]:
         pattern = bind(relation.spec, len(relation.operands), tuple(relation.sizes))
-        terms, output = pattern.operands, pattern.output
+        terms, outputs = pattern.operands, pattern.outputs
+        if len(outputs) == 1:
+            outputs *= len(shapes)
+        elif len(outputs) != len(shapes):
+            raise Mismatch(f"the rule names {len(outputs)} outputs of {len(shapes)}")
         axis_of: dict[str, Expr] = {name: self.axes.fresh(size) for name, size in relation.sizes.items()}
         carriers: dict[str, list[r.Operand]] = {}  # the operands, but added ones, that have a name
 
         def meet(name: str, expr: Expr) -> None:
             if name not in axis_of or axis_of[name] == UNIT:
                 axis_of[name] = expr
-            elif expr != UNIT and (node not in self.apart or name in output.keys or name[0] == DOTS):
+            elif expr != UNIT and (node not in self.apart or name in pattern.kept or name[0] == DOTS):
                 self._meet(axis_of[name], expr, node)
 
         dims = [
@@ -290,12 +318,17 @@ class Solver:
             if isinstance(key, tuple) and expr == UNIT:
                 for name in key:
                     axis_of.setdefault(name, UNIT)  # one entry is one of each, unless others say more
-        exprs = []
-        for key, size in zip(output.keys_of(shape), shape, strict=True):
-            if isinstance(key, tuple):
-                exprs.append(product(*(axis_of[name] for name in key)))
-            else:
-                exprs.append(axis_of.setdefault(key, self.axes.fresh(size)))
+        results = []
+        for term, shape in zip(outputs, shapes, strict=True):
+            exprs: list[Expr] = []
+            for key, size in zip(term.keys_of(shape), shape, strict=True):
+                if size == 1 and shape != shapes[0]:
+                    exprs.append(UNIT)  # statistics come beside some results, with one entry along what they are of
+                elif isinstance(key, tuple):
+                    exprs.append(product(*(axis_of[name] for name in key)))
+                else:
+                    exprs.append(axis_of.setdefault(key, self.axes.fresh(size)))
+            results.append(tuple(exprs))
         for name in pattern.pinned:
             if name in axis_of:
                 self._pin(axis_of[name], node, why)
@@ -303,12 +336,12 @@ class Solver:
             # One entry meets many: the operand repeats along that axis, as after `expand`.
             if not (term.added or isinstance(key, tuple)) and expr == UNIT and axis_of[key] != UNIT:
                 self.axis_facts.facts.append(Fact("expanded", axis_of[key], node, operands=(operand,)))
-        self._pattern_facts(node, output, axis_of, carriers, sum(not term.added for term in terms))
+        self._pattern_facts(node, pattern.kept, axis_of, carriers, sum(not term.added for term in terms))
         if relation.apart:
             for name in carriers:
-                if name in output.keys:
+                if name in pattern.kept:
                     self.axis_facts.facts.append(Fact("nonlinear", axis_of[name], node))
-        return tuple(exprs)
+        return results
 
     def _meet_product(self, names: tuple[str, ...], expr: Expr, axis_of: dict[str, Expr], node: fx.Node) -> None:
         """Unify a dim with a product of named axes, all of which but one have axes already."""
@@ -325,14 +358,14 @@ class Solver:
     def _pattern_facts(
         self,
         node: fx.Node,
-        output: TensorDims,
+        kept: Collection[str],
         axis_of: dict[str, Expr],
         carriers: dict[str, list[r.Operand]],
         factors: int,
     ) -> None:
         """Record for each name whether it is contracted, shared by all factors of the product, or free."""
         for name, operands in carriers.items():
-            if name not in output.keys and not (name[0] == DOTS and DOTS in output.keys):
+            if name not in kept and not (name[0] == DOTS and DOTS in kept):
                 role: Role = "contracted"
             else:
                 role = "batch" if len(operands) == factors else "free"
@@ -343,8 +376,13 @@ def _replaced(exprs: Exprs, dim: int, expr: Expr) -> Exprs:
     return (*exprs[:dim], expr, *exprs[dim + 1 :])
 
 
+def _equal(shape: tuple[Size, ...], other: tuple[Size, ...]) -> int:
+    """Return the number of first dims in which two shapes agree."""
+    return next((i for i, (a, b) in enumerate(zip(shape, other, strict=False)) if a != b), min(len(shape), len(other)))
+
+
 def _exactly(size: Size, divisor: Size) -> Size:
     result = quotient(size, divisor)
     if result is None:
-        raise Mismatch(f"an axis of {size} is not a multiple of {divisor}")
+        raise Mismatch(f"an axis of {in_words(size)} is not a multiple of {in_words(divisor)}")
     return result

@@ -62,6 +62,7 @@ class AxisFacts:
         experiments: ops that have a rule by experiment only, and their nodes.
         stored: axis expressions of tensors in objects after a call, or before it if the call does not change them.
         unsolved: dynamic sizes of operands whose axes did not fit the rule of an op.
+        derivations: ops that make weights out of parameters, before an activation comes in.
     """
 
     captured: RegionGraph
@@ -78,6 +79,7 @@ class AxisFacts:
     experiments: dict[str, list[fx.Node]] = field(default_factory=dict)
     stored: dict[ObjectPath, Exprs] = field(default_factory=dict)
     unsolved: set[sympy.Symbol] = field(default_factory=set)
+    derivations: set[fx.Node] = field(default_factory=set)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AxisFacts:
         return self  # not changed after inference

@@ -18,9 +18,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ecospa_fx.passes.graph.namespaces import ABSENT, put_in
-from ecospa_fx.passes.graph.world import same
+from ecospa_fx.passes.graph.python_state import same
 
-from .state_access import PathItem
+from .state_access import Keys, Length, PathItem
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,6 @@ class Contents:
     """A shallow copy of a list, dict, set or array; its items are compared by `same`."""
 
     copy: Any
-
-
-@dataclass(frozen=True)
-class Keys:
-    """The keys of a dict, in order; the length of a list."""
-
-    keys: Any
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,9 @@ class Read:
             Read(self.root, (*self.steps, PathItem(key, entry=True)), value, f"{self.where}[{key!r}]")
             for key, value in items
         ]
-        keys = Read(self.root, self.steps, Keys(tuple(copy) if isinstance(copy, dict) else len(copy)), self.where)
+        keys = Read(
+            self.root, self.steps, Keys(tuple(copy)) if isinstance(copy, dict) else Length(len(copy)), self.where
+        )
         return (keys, *entries)
 
     def put(self, modules: Mapping[str, nn.Module], value: Any) -> None:
@@ -132,7 +127,9 @@ def as_read(value: Any, now: Any) -> bool:
     if isinstance(value, OfClass):
         return type(now) is value.cls
     if isinstance(value, Keys):
-        return bool((tuple(now) if isinstance(now, dict) else len(now)) == value.keys)
+        return tuple(now) == value.keys
+    if isinstance(value, Length):
+        return len(now) == value.number
     if isinstance(value, Contents):
         return same_contents(value.copy, now)
     return same(value, now)
@@ -225,7 +222,7 @@ def guard(reads: Sequence[Read], modules: Mapping[str, nn.Module]) -> Callable[[
         match read.value:
             case OfClass(cls):
                 lines.append(f"if type({value}) is not {named(cls)}: return False")
-            case Keys():
+            case Keys() | Length():
                 lines.append(f"if not as_read({named(read.value)}, {value}): return False")
             case Contents(copy):
                 lines.append(f"if not same_contents({named(copy)}, {value}): return False")

@@ -6,10 +6,11 @@ import operator
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
-from ecospa_fx.passes.axes.algebra import Expr, size_of
-from ecospa_fx.passes.axes.selection import Selection, count, in_first_contexts, mask_of, touched
+from ecospa_fx.passes.axes.algebra import UNIT, Expr, Size, as_size, quotient, size_of
+from ecospa_fx.passes.axes.selection import Selection, count, count_before, in_first_contexts, mask_of, touched
 
 from .axis_facts import AxisFacts
 from .relations import Operand
@@ -41,22 +42,56 @@ class OpSite:
         """Return True if `expr` has lost entries."""
         return touched(expr, self._kept)
 
-    def count(self, expr: Expr) -> int:
+    def count(self, expr: Expr) -> Size:
         """Return the number of entries of `expr` that stay."""
-        return int(count(expr, self._kept))
+        return count(expr, self._kept)
 
-    def kept_before(self, expr: Expr, bound: int) -> int:
-        """Count the entries of `expr` that stay before position `bound`, read as Python reads slice bounds."""
-        return int(mask_of(expr, self._kept)[:bound].sum()) if bound < size_of(expr) else bound
+    def kept_before(self, expr: Expr, bound: Any) -> Any:
+        """Count the entries of `expr` that stay before position `bound`, read as Python reads slice bounds.
 
-    def resized(self, size: Any, expr: Expr) -> Any:
-        """Scale `size`, an int or a node that computes one, from the original extent of `expr` to the kept one."""
-        if isinstance(size, int):
-            return size if size == -1 else self.count(expr)
-        # The extent is a dynamic factor times static ones: the ratio of the static ones is exact.
-        ratio = sympy.sympify(count(expr, self._kept)) / size_of(expr)
+        Args:
+            expr: the axis.
+            bound: an int, or a node that computes one.
+        """
+        at, size = as_size(bound.meta["val"]) if isinstance(bound, fx.Node) else bound, size_of(expr)
+        if type(at) is int and type(size) is int:
+            return int(mask_of(expr, self._kept)[:at].sum()) if at < size else at
+        if type(at) is int and at >= 2**62:  # beyond any end
+            return at
+        if at < 0 if type(at) is int else at.is_negative:
+            left = as_size(count_before(expr, as_size(size + at), self._kept) - self.count(expr))
+            return self._scaled(bound, at, left) if left != 0 else 2**63 - 1
+        return self._scaled(bound, at, count_before(expr, at, self._kept))
+
+    def resized(self, size: Any, expr: Expr, per: Expr = UNIT) -> Any:
+        """Scale `size` from the original extent of `expr` to the kept one, counted in entries of `per`.
+
+        Args:
+            size: an int, or a node that computes one.
+            expr: the axis that it counts.
+            per: the axis that runs along `expr` once per counted entry: the channels of a group, say.
+        """
+        before = quotient(size_of(expr), size_of(per))
+        return size if size == -1 else self._scaled(size, before, quotient(self.count(expr), self.count(per)))
+
+    def share(self, tensor: fx.Node, dim: int, expr: Expr, part: Expr) -> Any:
+        """Compute the entries of `part` that stay from the size of a dim of `tensor` that carries `expr`."""
         with self._node.graph.inserting_before(self._node):
-            scaled = self._node.graph.call_function(operator.mul, (size, int(ratio.p)))
+            size = self._node.graph.call_function(torch.ops.aten.sym_size.int, (tensor, dim))
+        return self._scaled(size, self.count(expr), self.count(part))
+
+    def _scaled(self, value: Any, before: Size, after: Size) -> Any:
+        """Turn `value`, an int or a node that computes `before`, into what computes `after`."""
+        if type(after) is int:
+            return after
+        # Both are a dynamic factor times static ones: the ratio of the static ones is exact.
+        ratio = sympy.cancel(sympy.sympify(after) / before)
+        if ratio == 1:
+            return value
+        if not ratio.is_Rational:
+            raise ValueError(f"{before} and {after} are no multiples of each other")
+        with self._node.graph.inserting_before(self._node):
+            scaled = self._node.graph.call_function(operator.mul, (value, int(ratio.p)))
             return self._node.graph.call_function(operator.floordiv, (scaled, int(ratio.q)))
 
     def resize_output(self, *names: str) -> None:

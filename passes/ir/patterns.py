@@ -2,9 +2,10 @@
 
     "b m k, b k n -> b m n"
 
-A pattern names the dims of each operand and, behind `->`, of the output. Dims of one name are one axis.
+A pattern names the dims of each operand and, behind `->`, of the output. Dims of one name are one axis. One output
+stands for all that the op has, or each is named.
 
-    pattern := operand "," operand "," ... "->" output
+    pattern := operand "," operand "," ... "->" output "," output "," ...
     operand := ["+"] dim dim ...
     dim     := name ["!"]  |  "(" name ["!"] name ["!"] ... ")"  |  "..."
 
@@ -26,7 +27,7 @@ from functools import lru_cache
 from typing import NoReturn, TypeAlias
 
 from ecospa_fx.errors import PatternError
-from ecospa_fx.passes.axes.algebra import Mismatch, Size
+from ecospa_fx.passes.axes.algebra import Mismatch, Size, in_words
 
 DOTS = "."  # the key of `...`; the dims it stands for are `.1`, `.2`, ..., counted from the right
 DimKey: TypeAlias = "str | tuple[str, ...]"  # of one dim: a name, or the names of a product
@@ -108,7 +109,7 @@ class TensorDims:
         if DOTS not in keys:
             if len(keys) != len(shape):
                 raise Mismatch(
-                    f"the rule names {len(keys)} dims, `{self}`, of a tensor with {len(shape)}, {list(shape)}"
+                    f"the rule names {len(keys)} dims, `{self}`, of a tensor with {len(shape)}, {in_words(shape)}"
                 )
             return keys
         at, hidden = keys.index(DOTS), len(shape) - (len(keys) - 1)
@@ -121,20 +122,23 @@ class ParsedPattern:
 
     Attributes:
         operands: the dims of each operand.
-        output: the dims of every output.
+        outputs: the dims of each output, or those that all of them have.
+        kept: the keys of all outputs; names that are not among them are summed over.
         pinned: the names that are marked with `!` anywhere, in order.
     """
 
     operands: tuple[TensorDims, ...]
-    output: TensorDims
+    outputs: tuple[TensorDims, ...]
+    kept: frozenset[str] = field(init=False, compare=False)
     pinned: tuple[str, ...] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        marked = [name.text for term in (*self.operands, self.output) for name in term.names if name.pinned]
+        marked = [name.text for term in (*self.operands, *self.outputs) for name in term.names if name.pinned]
         object.__setattr__(self, "pinned", tuple(dict.fromkeys(marked)))
+        object.__setattr__(self, "kept", frozenset().union(*(term.keys for term in self.outputs)))
 
     def __str__(self) -> str:
-        return f"{', '.join(map(str, self.operands))} -> {self.output}".strip()
+        return f"{', '.join(map(str, self.operands))} -> {', '.join(map(str, self.outputs))}".strip()
 
 
 def _names(dim: Name | Group | Dots) -> tuple[Name, ...]:
@@ -176,7 +180,7 @@ def bind(pattern: str, operands: int, sizes: tuple[str, ...] = ()) -> ParsedPatt
         width = len(pattern[: pattern.index("->")].rstrip())
         _fail(pattern, 0, f"the pattern names {number} operands; expected {operands}, the tensors of the op", width)
     bound = replace(parsed, operands=terms[:operands])
-    used = {name.text for term in (*terms, parsed.output) for name in term.names}
+    used = {name.text for term in (*terms, *parsed.outputs) for name in term.names}
     for size in sizes:
         if size not in used:
             _fail(pattern, 0, f"`sizes` tells the size of `{size}`; expected a name of the pattern", len(pattern))
@@ -197,7 +201,7 @@ def _check_groups(pattern: str, bound: ParsedPattern, sizes: tuple[str, ...]) ->
                 "but one to be dims of an operand, or in `sizes`", len(second.text),
             )  # fmt: skip
         settled.update(name.text for name in group.names)
-    for group in (dim for dim in bound.output.dims if isinstance(dim, Group)):
+    for group in (dim for term in bound.outputs for dim in term.dims if isinstance(dim, Group)):
         for name in group.names:
             if name.text not in settled:
                 _fail(
@@ -257,15 +261,20 @@ class _Parser:
         if self.token != "->":
             self.fail("no `->`; expected it behind the operands, before the dims of the output")
         self.advance()
+        outputs = [self.output()]
+        while self.token == ",":
+            self.advance()
+            outputs.append(self.output())
+        if self.token == "->":
+            self.fail("a second `->`; expected one, between operands and output")
+        return ParsedPattern(tuple(operands), tuple(outputs))
+
+    def output(self) -> TensorDims:
         if self.token == "+":
             self.fail("`+` on the output; expected it before an operand")
         output = self.term()
-        if self.token == ",":
-            self.fail("`,` behind `->`; expected the dims of one output, all outputs have the same")
-        if self.token == "->":
-            self.fail("a second `->`; expected one, between operands and output")
         self.check_distinct(output.names, "twice in the output; expected each name once")
-        return ParsedPattern(tuple(operands), output)
+        return output
 
     def term(self) -> TensorDims:
         added = self.token == "+"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
@@ -113,6 +114,7 @@ class RegionGraph:
         settings: (submodule, attribute) -> a constant that the forward reads there and does not change itself.
         numbers: constants among those that it takes as inputs, because they change from call to call.
         reads: the other values that the forward reads in Python, which its graph holds as constants.
+        data_sizes: sizes that values in tensors decide -> what they were in the captured call, where it had values.
     """
 
     region: str
@@ -138,6 +140,7 @@ class RegionGraph:
     settings: Mapping[tuple[str, str], Any] = field(default_factory=dict)
     reads: tuple[Read, ...] = ()
     numbers: tuple[Number, ...] = ()
+    data_sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict)
     _plain_result: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -23,14 +23,15 @@ class Operand:
         shape: one size per dim.
         node: the FX node that made it.
         weighted: it depends on a parameter; otherwise it is a source, and is index-selected where it enters.
-        parameter: name of the parameter that it is, or is a view of, if any.
+        parameters: names of the parameters that it is a weight made of; none if it is an activation, see
+            `passes.infer.weights`.
     """
 
     exprs: tuple[Expr, ...]
     shape: tuple[Size, ...]
     node: fx.Node
     weighted: bool
-    parameter: str | None = None
+    parameters: tuple[str, ...] = ()
 
     @property
     def ndim(self) -> int:
@@ -220,9 +221,15 @@ class Probed:
 
 @dataclass(frozen=True)
 class Opaque:
-    """An op whose entries may all meet: every axis stays whole."""
+    """An op whose entries may all meet: every axis stays whole, but those that are only summed over.
+
+    Attributes:
+        operands: the tensor arguments.
+        summed: dims of operands that are one axis, which the op multiplies entry by entry and sums over, first of all.
+    """
 
     operands: tuple[Operand, ...]
+    summed: tuple[tuple[Operand, int], ...] = ()
 
 
 Relation: TypeAlias = (
@@ -251,19 +258,6 @@ def moved_operand(relation: Relation) -> Operand | None:
             return x
         case _:
             return None
-
-
-def source_weight(relation: Relation) -> Operand | None:
-    """Return the operand that an op hands on as a weight, moved or changed entry by entry by plain numbers, or None."""
-    match relation:
-        case Indexed(x):  # rows of a matrix are activations, as of an embedding; rows of matrices are matrices
-            return x if x.ndim > 2 else None
-        case Pointwise((x,), "linear" | "affine" | "product" | "quotient"):
-            return x
-        case Pattern(rescaled=x) if x is not None:
-            return x
-        case _:
-            return moved_operand(relation)
 
 
 def is_linear(relation: Relation, carrying: Collection[fx.Node]) -> bool:

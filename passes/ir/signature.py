@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.passes.axes.algebra import Size
 
+from .size_guards import SizeGuards
 from .state_access import TENSOR, ObjectLeaf, foreign
 
 AUTOCAST = ("cpu", "cuda")  # device types whose autocast state is part of a signature
@@ -32,6 +33,7 @@ class Signature:
         training: the training flag of each module of the region.
         ranges: least and largest size of each dynamic dim.
         autocast: the dtypes that autocast casts to, under which the graph has been compared with eager.
+        guards: what the forward asked about the dynamic sizes.
     """
 
     spec: pytree.TreeSpec
@@ -40,6 +42,7 @@ class Signature:
     training: tuple[bool, ...]
     ranges: Mapping[sympy.Symbol, tuple[float, float]]
     autocast: Autocast
+    guards: SizeGuards = field(default_factory=SizeGuards)
 
     def mismatch(
         self,
@@ -98,7 +101,15 @@ class Signature:
             for size, now in zip(shape, given.shape, strict=True):
                 if isinstance(size, sympy.Expr) and not size.is_Symbol and size.subs(sizes) != now:
                     return f"a dim of {now} was {size}"
+        if not self.guards.hold_for(sizes):
+            asked = ", ".join(str(sizes[symbol]) for symbol in self.guards.symbols)
+            return f"the forward decides by sizes, and for these ({asked}) not as in the call that was captured"
         return None
+
+    def admits(self, sizes: Mapping[sympy.Symbol, int]) -> bool:
+        """Return whether a call may have these sizes in its dynamic dims."""
+        ranges = ((now, *self.ranges.get(symbol, (0, math.inf))) for symbol, now in sizes.items())
+        return all(low <= now <= high for now, low, high in ranges) and self.guards.hold_for(sizes)
 
     def checker(self, state: Sequence[tuple[Size, ...]]) -> Callable[[Sequence[Tensor]], bool]:
         """Generate the checks that `mismatch` makes of tensors, for calls whose sizes change each time.
@@ -138,6 +149,9 @@ class Signature:
                     scope[f"size{i}_{dim}"] = sympy.lambdify(list(names.values()), size.subs(names), "math")
                     values = ", ".join(bound[symbol] for symbol in names)
                     checks.append(f"s{i}[{dim}] == size{i}_{dim}({values})")
+        if self.guards.symbols:
+            scope["guards"] = self.guards.holds
+            checks.append(f"guards({', '.join(bound[symbol] for symbol in self.guards.symbols)})")
         ndims = [line for i, line in enumerate(checks) if " is dtype" in line]
         rest = [line for line in checks if " is dtype" not in line]
         body = [f"if not ({' and '.join(ndims) or True}): return False", *lines, f"return {' and '.join(rest) or True}"]

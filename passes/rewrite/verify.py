@@ -19,7 +19,7 @@ from ecospa_fx.passes.axes.selection import Selection, broadcast_mask, entries, 
 from ecospa_fx.passes.capture.compare_eager import relative_error, run
 from ecospa_fx.passes.graph.isolate import forked_rng, fresh_leaf
 from ecospa_fx.passes.graph.nodes import argument_nodes, tensor_meta
-from ecospa_fx.passes.graph.tensors import sliced, swapped
+from ecospa_fx.passes.graph.tensors import dense, sliced, swapped
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 
 from .rewrite import rewrite
@@ -204,7 +204,8 @@ def _gradients(outputs: Sequence[Any], leaves: list[Tensor]) -> list[Tensor | No
     if not terms or not wanted:
         return [None] * len(leaves)
     gradients = iter(torch.autograd.grad(sum(terms[1:], terms[0]), wanted, allow_unused=True))
-    return [next(gradients) if leaf.requires_grad else None for leaf in leaves]
+    given = [next(gradients) if leaf.requires_grad else None for leaf in leaves]
+    return [None if gradient is None else dense(gradient) for gradient in given]
 
 
 def output_error(a: Tensor, b: Tensor) -> float:

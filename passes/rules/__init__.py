@@ -1,6 +1,22 @@
 """Rules: the effect of each op on axes, one file per class of op. Importing this package fills the table."""
 
-from . import contraction, convolution, indexing, norm, pointwise, recurrent, reduction, shape, spectrum, window  # noqa: F401  (they register)
+from . import (  # noqa: F401  (they register)
+    contraction,
+    convolution,
+    indexing,
+    loss,
+    matrices,
+    names,
+    norm,
+    parts,
+    pointwise,
+    recurrent,
+    reduction,
+    refused,
+    shape,
+    spectrum,
+    window,
+)
 from .formulas import Formula
 from .registry import OPS, OpInfo, axis_rule, op_info, relation_of
 

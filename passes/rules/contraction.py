@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ecospa_fx.passes.ir.relations import Opaque, Operand, Pattern
+from ecospa_fx.passes.ir.relations import Opaque, Operand, Pattern, Pointwise
 
+from .operands import letters, spaced
 from .registry import axis_rule
 
 if TYPE_CHECKING:
@@ -47,7 +48,109 @@ def baddbmm(bias: Operand, a: Operand, b: Operand, **_: Any) -> str:
     return f"+{' '.join('bmn'[3 - bias.ndim :])}, b m k, b k n -> b m n"
 
 
-@axis_rule(aten.matmul.default, aten.mv.default, aten.dot.default)
+@axis_rule(aten.addmv.default)
+def addmv(bias: Operand, matrix: Operand, vector: Operand, **_: Any) -> str:
+    """`k` is contracted, `m` stays free; the bias is added to the product."""
+    return f"+{'m' * bias.ndim}, m k, k -> m"
+
+
+@axis_rule(aten.addbmm.default)
+def addbmm(bias: Operand, a: Operand, b: Operand, **_: Any) -> str:
+    """`k` and the batch `b` are contracted, `m` and `n` stay free; the bias is added to the product."""
+    return f"+{' '.join('mn'[2 - bias.ndim :])}, b m k, b k n -> m n"
+
+
+@axis_rule(aten.outer.default)
+def outer(a: Operand, b: Operand) -> str:
+    """Every entry is multiplied with every other."""
+    return "m, n -> m n"
+
+
+@axis_rule(aten.addr.default)
+def addr(bias: Operand, a: Operand, b: Operand, **_: Any) -> str:
+    """Every entry is multiplied with every other; the bias is added to the product."""
+    return f"+{' '.join('mn'[2 - bias.ndim :])}, m, n -> m n"
+
+
+@axis_rule(aten.inner.default)
+def inner(a: Operand, b: Operand) -> Pattern | Pointwise:
+    """The last dims are multiplied and summed over."""
+    if a.ndim == 0 or b.ndim == 0:
+        return Pointwise((a, b), "product")
+    left, right = spaced("m", a.ndim - 1), spaced("n", b.ndim - 1)
+    return Pattern(f"{left} k, {right} k -> {left} {right}", (a, b))
+
+
+@axis_rule(aten.linalg_vecdot.default)
+def vecdot(a: Operand, b: Operand, *, dim: int = -1) -> Pattern | Opaque:
+    """The entries along the axis are multiplied and summed over."""
+    if dim == -1:
+        return Pattern("... k, ... k -> ...", (a, b))
+    if a.ndim != b.ndim:
+        return Opaque((a, b))
+    own = letters(a, dim, "along")
+    return Pattern(f"{own}, {own} -> {own.replace('along', '')}", (a, b))
+
+
+@axis_rule(aten.tensordot.default)
+def tensordot(a: Operand, b: Operand, dims: list[int], others: list[int]) -> Pattern:
+    """The dims that are named are multiplied and summed over."""
+    left, right = [f"m{i}" for i in range(a.ndim)], [f"n{i}" for i in range(b.ndim)]
+    for i, (d, e) in enumerate(zip(dims, others, strict=True)):
+        left[d], right[e] = f"k{i}", f"k{i}"
+    out = " ".join(letter for letter in (*left, *right) if letter[0] != "k")
+    return Pattern(f"{' '.join(left)}, {' '.join(right)} -> {out}", (a, b))
+
+
+@axis_rule(aten.bilinear.default)
+def bilinear(a: Operand, b: Operand, weight: Operand, bias: Operand | None = None) -> str:
+    """`i` and `j` are contracted with the weight, whose `o` stays free."""
+    return "... i, ... j, o i j, +o -> ... o"
+
+
+@axis_rule(aten.kron.default)
+def kron(a: Operand, b: Operand) -> Pattern:
+    """Every entry is multiplied with every other."""
+    both = max(a.ndim, b.ndim)
+    left, right = ([f"{name}{i}" for i in range(both - x.ndim, both)] for name, x in (("m", a), ("n", b)))
+    missing = both - min(a.ndim, b.ndim)
+    out = [*(left if a.ndim > b.ndim else right)[:missing], *(f"(m{i} n{i})" for i in range(missing, both))]
+    return Pattern(f"{' '.join(left)}, {' '.join(right)} -> {' '.join(out)}", (a, b))
+
+
+@axis_rule(aten.linalg_multi_dot.default)
+def multi_dot(matrices: list[Operand]) -> Pattern:
+    """Each matrix is multiplied with the next; the dims where they meet are contracted."""
+    terms = [f"k{i} k{i + 1}" for i in range(len(matrices))]
+    first, last = matrices[0].ndim == 1, matrices[-1].ndim == 1
+    terms[0], terms[-1] = "k1" if first else terms[0], f"k{len(terms) - 1}" if last else terms[-1]
+    return Pattern(f"{', '.join(terms)} -> {'' if first else 'k0'} {'' if last else f'k{len(terms)}'}", tuple(matrices))
+
+
+@axis_rule(aten.trace.default)
+def trace(x: Operand) -> Pattern | Opaque:
+    """The entries on the diagonal are added up."""
+    return Pattern("n n ->", (x,)) if x.shape[0] == x.shape[1] else Opaque((x,))
+
+
+@axis_rule(aten.cross.default)
+def cross(a: Operand, b: Operand, dim: int | None = None) -> Pattern | Opaque:
+    """The three entries along the axis are multiplied with each other."""
+    if dim is None:
+        dim = next((d for d, sizes in enumerate(zip(a.shape, b.shape, strict=False)) if sizes == (3, 3)), 0)
+    return linalg_cross(a, b, dim=dim)
+
+
+@axis_rule(aten.linalg_cross.default)
+def linalg_cross(a: Operand, b: Operand, *, dim: int = -1) -> Pattern | Opaque:
+    """The three entries along the axis are multiplied with each other."""
+    if a.ndim != b.ndim:
+        return Opaque((a, b))
+    own = letters(a, dim, "along!")
+    return Pattern(f"{own}, {own} -> {own}", (a, b), apart=True)
+
+
+@axis_rule(aten.matmul.default, aten.vdot.default, aten.mv.default, aten.dot.default)
 def matmul(a: Operand, b: Operand) -> str:
     """`k` is contracted; leading dims broadcast."""
     if a.ndim == 1:

@@ -10,16 +10,13 @@ import torch
 from ecospa_fx.passes.axes.algebra import Size
 from ecospa_fx.passes.ir.relations import Operand, Pattern
 
+from .operands import spaced
 from .registry import axis_rule
 
 if TYPE_CHECKING:
     from ecospa_fx.passes.ir.op_site import OpSite
 
 aten = torch.ops.aten
-
-
-def _letters(prefix: str, count: int) -> str:
-    return " ".join(f"{prefix}{i}!" for i in range(count))
 
 
 def _per_dim(value: Any, space: int) -> tuple[int, ...]:
@@ -51,8 +48,8 @@ def _one_by_one(kernel: Sequence[Size], padding: Any, stride: Any) -> set[int]:
 def resize_groups(site: OpSite) -> None:
     """Count the groups that are left: only whole groups go, so divide all channels by those of one group."""
     x, weight = site.operands[:2]
-    if site.args["groups"] > 1:
-        site.args["groups"] = site.count(x.exprs[1 - weight.ndim]) // site.count(weight.exprs[1])
+    if site.args["groups"] != 1:
+        site.args["groups"] = site.resized(site.args["groups"], x.exprs[1 - weight.ndim], weight.exprs[1])
 
 
 @axis_rule(aten.conv1d, aten.conv2d, aten.conv3d, resize=resize_groups)
@@ -72,8 +69,8 @@ def conv(x: Operand, weight: Operand, bias: Operand | None = None, stride: Any =
 def resize_transposed_groups(site: OpSite) -> None:
     """Count the groups that are left, by the channels of the output: here the weight lists those of one group."""
     weight = site.operands[1]
-    if site.args["groups"] > 1:
-        site.args["groups"] = site.count(site.outputs[0][1 - weight.ndim]) // site.count(weight.exprs[1])
+    if site.args["groups"] != 1:
+        site.args["groups"] = site.resized(site.args["groups"], site.outputs[0][1 - weight.ndim], weight.exprs[1])
 
 
 @axis_rule(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d, resize=resize_transposed_groups)
@@ -88,6 +85,12 @@ def conv_transpose(x: Operand, weight: Operand, bias: Operand | None = None, str
     return _convolution("(g c)", "(g c) n", "(g n)", x, weight, bias, window, sizes={"g": groups}, apart=True)
 
 
+@axis_rule(aten.conv_tbc.default)
+def conv_tbc(x: Operand, weight: Operand, bias: Operand, *_: Any) -> Pattern:
+    """Neighbouring positions are summed over, together with the channels."""
+    return Pattern("t! b c, k! c n, +n -> y! b n", (x, weight, bias), window=())
+
+
 def _convolution(channels: str, matrix: str, results: str, x: Operand, weight: Operand, bias: Operand | None,
                  window: tuple[tuple[int, ...], ...], own: Collection[int] = (), **how: Any) -> Pattern:  # fmt: skip
     """Write the pattern of a convolution, given the letters of its channels in the input, the weight and the output."""
@@ -95,7 +98,7 @@ def _convolution(channels: str, matrix: str, results: str, x: Operand, weight: O
     batch = "b " if x.ndim == weight.ndim else ""
     here = " ".join(f"x{i}" if i in own else f"x{i}!" for i in range(space))
     there = " ".join(f"x{i}" if i in own else f"y{i}!" for i in range(space))
-    spec = f"{batch}{channels} {here}, {matrix} {_letters('k', space)}, +{results} -> {batch}{results} {there}"
+    spec = f"{batch}{channels} {here}, {matrix} {spaced('k', space, '!')}, +{results} -> {batch}{results} {there}"
     operands = tuple(operand for operand in (x, weight, bias) if operand is not None)
     return Pattern(spec, operands, window=window, **how)
 
@@ -105,19 +108,53 @@ def _resampled(space: int) -> Callable[..., Pattern]:
         """Each result along the axis is computed from neighbouring positions."""
         # The batch dim may be missing, so positions are counted from the right.
         before = " ".join("bc"[: x.ndim - space])
-        return Pattern(f"{before} {_letters('x', space)} -> {before} {_letters('y', space)}", (x,), apart=True)
+        return Pattern(f"{before} {spaced('x', space, '!')} -> {before} {spaced('y', space, '!')}", (x,), apart=True)
 
     return resampled
 
 
-axis_rule(aten.max_pool1d, aten.avg_pool1d, aten.adaptive_avg_pool1d, aten.upsample_linear1d, aten.upsample_nearest1d)(
-    _resampled(1)
-)
 axis_rule(
-    aten.max_pool2d, aten.avg_pool2d, aten.adaptive_avg_pool2d, aten.adaptive_max_pool2d, aten.upsample_nearest2d,
-    aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten._upsample_bicubic2d_aa, aten._upsample_bilinear2d_aa,
+    aten.max_pool1d, aten.max_pool1d_with_indices, aten.avg_pool1d, aten.adaptive_avg_pool1d, aten.adaptive_max_pool1d,
+    aten.upsample_linear1d, aten.upsample_nearest1d, aten._upsample_nearest_exact1d,
+)(_resampled(1))  # fmt: skip
+axis_rule(
+    aten.max_pool2d, aten.max_pool2d_with_indices, aten.avg_pool2d, aten.adaptive_avg_pool2d, aten.adaptive_max_pool2d,
+    aten.upsample_nearest2d, aten._upsample_nearest_exact2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d,
+    aten._upsample_bicubic2d_aa, aten._upsample_bilinear2d_aa,
 )(_resampled(2))  # fmt: skip
-axis_rule(aten.max_pool3d, aten.avg_pool3d, aten.adaptive_avg_pool3d)(_resampled(3))
+axis_rule(
+    aten.max_pool3d, aten.max_pool3d_with_indices, aten.avg_pool3d, aten.adaptive_avg_pool3d, aten.adaptive_max_pool3d,
+    aten.upsample_nearest3d, aten._upsample_nearest_exact3d, aten.upsample_trilinear3d,
+)(_resampled(3))  # fmt: skip
+
+
+def _placed(space: int) -> Callable[..., Pattern]:
+    def placed(x: Operand, index: Operand, *_: Any) -> Pattern:
+        """Each entry goes to the position that an index names."""
+        before = " ".join("bc"[: x.ndim - space])
+        here = f"{before} {spaced('x', space, '!')}"
+        return Pattern(f"{here}, +{here} -> {before} {spaced('y', space, '!')}", (x, index), apart=True)
+
+    return placed
+
+
+axis_rule(aten.max_unpool2d.default)(_placed(2))
+axis_rule(aten.max_unpool3d.default)(_placed(3))
+
+
+def _sampled(space: int) -> Callable[..., Pattern]:
+    def sampled(x: Operand, kernel: Any, size: Any, samples: Operand) -> Pattern:
+        """Each result along the axis is the largest of some neighbouring positions."""
+        before = " ".join("bc"[space + 2 - x.ndim :])
+        batch = "b" if x.ndim == space + 2 else "one!"
+        places = f"{before} {spaced('x', space, '!')}, +{batch} c dims!"
+        return Pattern(f"{places} -> {before} {spaced('y', space, '!')}", (x, samples), apart=True)
+
+    return sampled
+
+
+axis_rule(aten.fractional_max_pool2d.default)(_sampled(2))
+axis_rule(aten.fractional_max_pool3d.default)(_sampled(3))
 
 
 @axis_rule(aten.pad.default, aten.constant_pad_nd.default)

@@ -9,8 +9,8 @@ import torch
 from ecospa_fx.passes.ir.relations import Created, Indexed, Opaque, Operand, Pattern
 
 from . import formulas as f
-from .operands import letters, tensors
-from .registry import axis_rule
+from .operands import letters, spaced, tensors
+from .registry import axis_rule, refuse
 
 aten = torch.ops.aten
 
@@ -19,6 +19,44 @@ aten = torch.ops.aten
 def embedding(weight: Operand, index: Operand, *_: Any) -> str:
     """Entries along the axis are chosen by the values of an index."""
     return "v! e, ... -> ... e"
+
+
+@axis_rule(aten.embedding_bag)
+def embedding_bag(weight: Operand, index: Operand, offsets: Operand, by_frequency: bool = False, mode: int = 0,
+                  sparse: bool = False, per_sample: Operand | None = None, *_: Any, **__: Any) -> Pattern:  # fmt: skip
+    """Entries along the axis are chosen by the values of an index."""
+    own = spaced("i", index.ndim, "!")
+    operands = tensors(weight, index, offsets, per_sample)
+    largest = "n! e" if mode == 2 else "n!"
+    return Pattern(f"v! e, +{own}, +o!, +{own} -> bags! e, a!, c!, {largest}", operands, apart=True)
+
+
+@axis_rule(aten.bucketize.Tensor, aten.bucketize.Scalar)
+def bucketize(x: Any, bounds: Operand, **_: Any) -> Pattern:
+    """Every bound along the axis counts in the place of a value."""
+    own = "..." if isinstance(x, Operand) else ""
+    return Pattern(f"{own}, +bounds! -> {own}" if own else "bounds! ->", tensors(x, bounds), apart=True)
+
+
+@axis_rule(aten.searchsorted.Tensor, aten.searchsorted.Scalar)
+def searchsorted(bounds: Operand, x: Any, *, sorter: Operand | None = None, **_: Any) -> Pattern:
+    """Every bound along the axis counts in the place of a value."""
+    if not isinstance(x, Operand):
+        return Pattern("... bounds!, +... bounds! -> ...", tensors(bounds, sorter), apart=True)
+    if bounds.ndim == 1:
+        return Pattern("bounds!, ..., +bounds! -> ...", tensors(bounds, x, sorter), apart=True)
+    rows = spaced("d", bounds.ndim - 1)
+    spec = f"{rows} bounds!, {rows} x, +{rows} bounds! -> {rows} x"
+    return Pattern(spec, tensors(bounds, x, sorter), apart=True)
+
+
+@axis_rule(aten.isin)
+def isin(x: Any, among: Any, **_: Any) -> Pattern | Opaque:
+    """Every entry of the second operand is compared with each of the first."""
+    if not isinstance(x, Operand):
+        return Opaque(tensors(among))
+    tested = spaced("t", among.ndim, "!") if isinstance(among, Operand) else ""
+    return Pattern(f"..., +{tested} -> ...", tensors(x, among), apart=True)
 
 
 @axis_rule(aten.index_select.default)
@@ -74,7 +112,7 @@ def _places(x: Operand, indices: list[Operand | None]) -> tuple[list[str], list[
     return before, picked, after, terms
 
 
-@axis_rule(aten.index_put_.default, aten.index_put.default)
+@axis_rule(aten.index_put.default)
 def index_put(x: Operand, indices: list[Operand | None], values: Operand, *_: Any) -> Pattern | Opaque:
     """The values of an index decide which entries along the axis are written."""
     chosen = [i for i in indices if i is not None]
@@ -101,7 +139,25 @@ def gather(x: Operand, dim: int, index: Operand, **_: Any) -> Pattern | Opaque:
     return Pattern(spec, (x, index), apart=True)
 
 
-@axis_rule(aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_, aten.scatter_reduce, aten.scatter_reduce_)
+@axis_rule(aten.take_along_dim.default)
+def take_along_dim(x: Operand, index: Operand, dim: int | None = None) -> Pattern | Opaque:
+    """Entries along the axis are chosen by the values of an index."""
+    if dim is None:
+        return take(x, index) if index.ndim == 1 else Opaque((x, index))
+    if x.ndim != index.ndim:
+        return Opaque((x, index))
+    return Pattern(
+        f"{letters(x, dim, 'from!')}, +{letters(x, dim, 'to')} -> {letters(x, dim, 'to')}", (x, index), apart=True
+    )
+
+
+@axis_rule(aten.take.default)
+def take(x: Operand, index: Operand) -> Pattern:
+    """Entries of the whole tensor are chosen by the values of an index."""
+    return Pattern(f"{spaced('x', x.ndim, '!')}, +{spaced('i', index.ndim)} -> {spaced('i', index.ndim)}", (x, index))
+
+
+@axis_rule(aten.scatter, aten.scatter_add, aten.scatter_reduce)
 def scatter(x: Operand, dim: int, index: Operand, values: Any, *_: Any, **__: Any) -> Pattern | Opaque:
     """The values of an index decide which entries along the axis are written."""
     written = (index, values) if isinstance(values, Operand) and values.ndim else (index,)
@@ -119,26 +175,44 @@ def _alike(x: Operand, other: Operand, dim: int) -> bool:
     return x.ndim == other.ndim and all(a == b for d, (a, b) in enumerate(sizes) if d != dim % x.ndim)
 
 
-@axis_rule(aten.index_add, aten.index_add_, aten.index_copy, aten.index_copy_)
-def index_add(x: Operand, dim: int, index: Operand, source: Operand, **_: Any) -> Pattern | Opaque:
+@axis_rule(aten.index_fill)
+def index_fill(x: Operand, dim: int, index: Operand, value: Any) -> Pattern | Opaque:
+    """The values of an index decide which entries along the axis are written."""
+    operands = tensors(x, index, value)
+    if x.ndim == 0 or index.ndim > 1:
+        return Opaque(operands)
+    own = letters(x, dim, "to!")
+    return Pattern(f"{own}, +{'chosen!' * index.ndim}, + -> {own}", operands, apart=True)
+
+
+@axis_rule(aten.select_scatter.default)
+def select_scatter(x: Operand, source: Operand, dim: int, *_: Any) -> Pattern:
+    """One entry along the axis is written."""
+    own = letters(x, dim, "to!")
+    return Pattern(f"{own}, +{own.replace('to!', '')} -> {own}", (x, source), apart=True)
+
+
+@axis_rule(aten.slice_scatter.default)
+def slice_scatter(x: Operand, source: Operand, dim: int = 0, *_: Any) -> Pattern:
+    """Some entries along the axis are written."""
+    own = letters(x, dim, "to!")
+    return Pattern(f"{own}, +{letters(x, dim, 'from!')} -> {own}", (x, source), apart=True)
+
+
+@axis_rule(aten.multinomial.default)
+def multinomial(x: Operand, *_: Any, **__: Any) -> Pattern:
+    """Every entry along the axis may be drawn."""
+    return Pattern("... n! -> ... drawn!", (x,), apart=True)
+
+
+@axis_rule(aten.index_add, aten.index_copy, aten.index_reduce)
+def index_add(x: Operand, dim: int, index: Operand, source: Operand, *_: Any, **__: Any) -> Pattern | Opaque:
     """The values of an index decide which entries along the axis are written or added to."""
     if x.ndim == 0 or index.ndim != 1 or not _alike(x, source, dim):
         return Opaque((x, index, source))
     own, added = letters(x, dim, "to!"), letters(x, dim, "from!")
     # There are as many entries to add as the index has, but nothing proves it where sizes depend on values.
     return Pattern(f"{own}, +chosen!, +{added} -> {own}", (x, index, source), apart=True)
-
-
-@axis_rule(aten.masked_scatter.default, aten.masked_scatter_.default, aten.masked_select.default, aten.nonzero.default)
-def by_count(*args: Any) -> Opaque:
-    """The position of an entry in the result depends on how many were chosen before it."""
-    return Opaque(tensors(*args))
-
-
-@axis_rule(aten.as_strided.default)
-def as_strided(x: Operand, *_: Any) -> Opaque:
-    """The entries that are read depend on the layout in memory, which a shrink changes."""
-    return Opaque((x,))
 
 
 @axis_rule(aten.one_hot.default)
@@ -153,14 +227,19 @@ def created(*_: Any, **__: Any) -> Created:
 
 
 for _ops, _formula in (
-    ((aten.empty, aten.new_empty), None), ((aten.zeros, aten.new_zeros), f.ZEROS), ((aten.ones, aten.new_ones), f.ONES),
+    ((aten.empty, aten.new_empty, aten.empty_permuted), None),
+    ((aten.rand, aten.randn, aten.randint, aten.normal.float_float), None),
+    ((aten.zeros, aten.new_zeros), f.ZEROS), ((aten.ones, aten.new_ones), f.ONES),
     ((aten.full,), f.SECOND), ((aten.new_full,), f.THIRD),
 ):  # fmt: skip
     axis_rule(*_ops, resize=lambda site: site.resize_output("size"), formula=_formula)(created)
 axis_rule(aten.scalar_tensor, formula=f.FIRST)(created)
 
 
-@axis_rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
-def arange(*_: Any, **__: Any) -> Opaque:
-    """Each entry along the axis is its own position."""
-    return Opaque(())
+refuse(
+    "Each entry along the axis is its own position",
+    aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace, aten.logspace, aten.eye,
+    aten.tril_indices, aten.triu_indices, aten.randperm, aten.hann_window, aten.hamming_window, aten.bartlett_window,
+    aten.blackman_window, aten.kaiser_window,
+)  # fmt: skip
+refuse("Its entries lie in memory as its strides say", aten.empty_strided, aten.new_empty_strided)

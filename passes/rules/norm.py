@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ecospa_fx.passes.ir.relations import Operand, Pattern, SameDims
 
+from .operands import letters, spaced, tensors
 from .registry import axis_rule
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ def softmax(x: Operand, dim: int, *_: Any, **__: Any) -> SameDims:
     return SameDims(x, pinned=(dim % x.ndim,), shares=True)
 
 
-@axis_rule(aten.log_softmax, aten._log_softmax, aten.cumsum, aten.cumsum_, aten.cumprod, aten.logcumsumexp)
+@axis_rule(aten.log_softmax, aten._log_softmax, aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin)
 def accumulated(x: Operand, dim: int, *_: Any, **__: Any) -> SameDims:
     """Results along the axis depend on other entries along it."""
     return SameDims(x, pinned=(dim % x.ndim,))
@@ -34,6 +36,38 @@ def flip(x: Operand, dims: list[int]) -> SameDims:
     return SameDims(x, pinned=tuple(dim % x.ndim for dim in dims), moves=True)
 
 
+@axis_rule(aten.fliplr.default)
+def fliplr(x: Operand) -> SameDims:
+    """Entries along the axis move to other positions."""
+    return SameDims(x, pinned=(1,), moves=True)
+
+
+@axis_rule(aten.flipud.default)
+def flipud(x: Operand) -> SameDims:
+    """Entries along the axis move to other positions."""
+    return SameDims(x, pinned=(0,), moves=True)
+
+
+@axis_rule(aten.rot90.default)
+def rot90(x: Operand, k: int = 1, dims: tuple[int, ...] = (0, 1)) -> SameDims | Pattern:
+    """Entries along the axes move to other positions."""
+    a, b = (d % x.ndim for d in dims)
+    flipped = ((), (b,), (a, b), (a,))[k % 4]
+    if k % 2 == 0:
+        return SameDims(x, pinned=flipped, moves=True)
+    names = [f"d{d}!" if d in flipped else f"d{d}" for d in range(x.ndim)]
+    turned = list(names)
+    turned[a], turned[b] = names[b], names[a]
+    return Pattern(f"{' '.join(names)} -> {' '.join(turned)}", (x,), moves=True)
+
+
+@axis_rule(aten._softmax_backward_data.default, aten._log_softmax_backward_data.default)
+def softmax_backward(gradient: Operand, out: Operand, dim: int, *_: Any) -> Pattern:
+    """Every result along the axis depends on all its entries."""
+    own = letters(gradient, dim, "along!") if gradient.ndim else ""
+    return Pattern(f"{own}, {own} -> {own}", (gradient, out), apart=True)
+
+
 @axis_rule(aten.roll.default)
 def roll(x: Operand, shifts: list[int], dims: tuple[int, ...] = ()) -> SameDims:
     """Entries along the axis move to other positions."""
@@ -43,7 +77,8 @@ def roll(x: Operand, shifts: list[int], dims: tuple[int, ...] = ()) -> SameDims:
     return SameDims(x, pinned=tuple(sorted(moved)), moves=True)
 
 
-@axis_rule(aten.layer_norm.default, aten.rms_norm.default, aten._fused_rms_norm.default)
+@axis_rule(aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default,
+           aten._fused_rms_norm.default)  # fmt: skip
 def layer_norm(x: Operand, normalized_shape: list[int], weight: Operand | None = None, bias: Any = None,
                *_: Any) -> Pattern:  # fmt: skip
     """The statistics are averages over the axis."""
@@ -66,6 +101,35 @@ def group_norm(x: Operand, groups: int, *affine: Any) -> Pattern:
     vectors = tuple(operand for operand in affine if isinstance(operand, Operand))
     terms = [f"b (g c!) {space}"] + ["(g c!)" for _ in vectors]
     return Pattern(f"{', +'.join(terms)} -> b (g c!) {space}", (x, *vectors), sizes={"g": groups}, apart=True)
+
+
+def resize_batch(site: OpSite) -> None:
+    """Write the number of samples that are left."""
+    site.args["N"] = site.resized(site.args["N"], site.operands[0].exprs[0])
+
+
+@axis_rule(aten.native_group_norm.default, resize=resize_batch)
+def native_group_norm(x: Operand, weight: Operand | None, bias: Operand | None, *sizes: Any) -> Pattern:
+    """The statistics are averages over a group of channels and over positions."""
+    here = f"b (g! c!) {spaced('x', x.ndim - 2, '!')}"
+    vectors = tensors(weight, bias)
+    spec = f"{', +'.join((here, *('(g! c!)' for _ in vectors)))} -> {here}, b g!, b g!"
+    return Pattern(spec, (x, *vectors), sizes={"g": sizes[3]}, apart=True)
+
+
+@axis_rule(aten.native_batch_norm, aten._native_batch_norm_legit.default, aten._native_batch_norm_legit.no_stats)
+def native_batch_norm(x: Operand, *stats: Any) -> Pattern:
+    """The statistics are averages over batch and positions; each channel has its own."""
+    training = next(arg for arg in stats if isinstance(arg, bool))
+    found = _by_channel("b!" if training else "b", x, *stats)
+    return replace(found, spec=f"{found.spec}, {'c, c' if training else 'mean!, spread!'}")
+
+
+@axis_rule(aten._batch_norm_with_update.default)
+def batch_norm_with_update(x: Operand, *stats: Any) -> Pattern:
+    """The statistics are averages over batch and positions; each channel has its own."""
+    found = _by_channel("b!", x, *stats)
+    return replace(found, spec=f"{found.spec}, c, c, reserve!")
 
 
 @axis_rule(aten.batch_norm.default)

@@ -6,69 +6,130 @@ from typing import Any
 
 import torch
 
-from ecospa_fx.passes.ir.relations import Opaque, Operand, Pattern, Pointwise, SameDims
+from ecospa_fx.passes.axes.algebra import as_size
+from ecospa_fx.passes.ir.relations import Opaque, Operand, Pattern, SameDims
 
-from .operands import letters, tensors
+from .operands import along, dims_of, letters, tensors
 from .registry import axis_rule
 
 aten = torch.ops.aten
 
 
-def _dims(x: Operand, dim: Any) -> tuple[int, ...]:
-    if dim is None or dim == []:
-        return tuple(range(x.ndim))
-    return tuple(d % x.ndim for d in (dim if isinstance(dim, (list, tuple)) else [dim]))
-
-
 @axis_rule(aten.sum.dim_IntList, aten.sum.default)
 def summed(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> SameDims:
     """Entries along the axis are added up."""
-    return SameDims(x, dropped=_dims(x, dim), keepdim=keepdim)
+    return SameDims(x, dropped=dims_of(x, dim), keepdim=keepdim)
 
 
 @axis_rule(
-    aten.mean.dim, aten.mean.default, aten.amax.default, aten.amin.default, aten.prod.dim_int, aten.prod.default,
-    aten.logsumexp.default,
-    aten.all.dim, aten.all.default, aten.argmax.default, aten.argmin.default,
+    aten.mean.dim, aten.mean.default, aten.nanmean, aten.amax, aten.amin, aten.aminmax, aten.prod.dim_int,
+    aten.prod.default, aten.logsumexp.default, aten.all.dim, aten.all.dims, aten.all.default, aten.argmax, aten.argmin,
+    aten.max.dim, aten.min.dim, aten.max.default, aten.min.default, aten.median.default, aten.median.dim,
+    aten.nanmedian.default, aten.nanmedian.dim,
 )  # fmt: skip
 def reduced(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> SameDims:
     """Every entry along the axis counts in the reduction over it."""
-    dims = _dims(x, dim)
+    dims = dims_of(x, dim)
     return SameDims(x, pinned=dims, dropped=dims, keepdim=keepdim)
 
 
-@axis_rule(aten.any.default, aten.any.dim, aten.any.dims)
-def any_of(x: Operand, dim: Any = None, keepdim: bool = False) -> SameDims:
-    """The result holds where any entry along the axis does."""
-    return SameDims(x, dropped=_dims(x, dim), keepdim=keepdim, apart=True)
+@axis_rule(aten.any.default, aten.any.dim, aten.any.dims, aten.count_nonzero, aten.nansum, aten.hash_tensor)
+def any_of(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> SameDims:
+    """Entries along the axis that are not zero decide the result."""
+    return SameDims(x, dropped=dims_of(x, dim), keepdim=keepdim, apart=True)
 
 
-@axis_rule(aten.linalg_vector_norm, aten.linalg_norm)
+@axis_rule(aten.linalg_vector_norm, aten.linalg_norm, aten.norm)
 def norm(x: Operand, order: Any = None, dim: Any = None, keepdim: bool = False, **_: Any) -> SameDims:
     """Every entry along the axis counts in the norm over it."""
     # Zeros add nothing to these norms: a root of a sum, a largest entry or singular value, a number of entries.
     adds_up = order is None or isinstance(order, str) or order >= 0
-    return SameDims(x, pinned=() if adds_up else _dims(x, dim), dropped=_dims(x, dim), keepdim=keepdim, apart=True)
+    return SameDims(x, pinned=() if adds_up else dims_of(x, dim), dropped=dims_of(x, dim), keepdim=keepdim, apart=True)
 
 
 @axis_rule(aten.var, aten.std, aten.var_mean, aten.std_mean)
 def spread(x: Operand, dim: Any = None, *flags: bool, keepdim: bool = False, **_: Any) -> SameDims:
     """Every entry along the axis counts in the variance over it."""
-    dims = _dims(x, None if isinstance(dim, bool) else dim)  # `var(x, unbiased)` is over all of them
+    dims = dims_of(x, None if isinstance(dim, bool) else dim)  # `var(x, unbiased)` is over all of them
     return SameDims(x, pinned=dims, dropped=dims, keepdim=keepdim or flags[1:] == (True,))
 
 
-@axis_rule(aten.max.dim, aten.min.dim, aten.max.default, aten.min.default)
-def extremum(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> SameDims:
+@axis_rule(aten.linalg_matrix_norm)
+def matrix_norm(x: Operand, order: Any = "fro", dim: Any = (-2, -1), keepdim: bool = False, **_: Any) -> SameDims:
+    """Every entry along the axis counts in the norm over it."""
+    return norm(x, order, dim, keepdim)
+
+
+@axis_rule(aten.frobenius_norm.dim, aten.nuclear_norm)
+def norm_along(x: Operand, dim: Any = None, keepdim: bool = False) -> SameDims:
+    """Every entry along the axis counts in the norm over it."""
+    dim, keepdim = (None, dim) if isinstance(dim, bool) else (dim, keepdim)
+    return norm(x, None, dim, keepdim)
+
+
+@axis_rule(aten.mode.default)
+def most_common(x: Operand, dim: int = -1, keepdim: bool = False) -> SameDims:
     """Every entry along the axis is compared with the others."""
-    dims = _dims(x, dim)
-    return SameDims(x, pinned=dims, dropped=dims, keepdim=keepdim)
+    return reduced(x, dim, keepdim)
+
+
+@axis_rule(aten.kthvalue.default)
+def kth(x: Operand, k: int, dim: int = -1, keepdim: bool = False) -> SameDims:
+    """Every entry along the axis is compared with the others."""
+    return reduced(x, dim, keepdim)
+
+
+@axis_rule(aten.quantile, aten.nanquantile)
+def quantile(x: Operand, q: Any, dim: int | None = None, keepdim: bool = False, **_: Any) -> SameDims | Pattern:
+    """Every entry along the axis is compared with the others."""
+    if not (isinstance(q, Operand) and q.ndim):
+        return reduced(x, dim, keepdim)
+    dims = dims_of(x, dim)
+    own = " ".join(f"d{d}!" if d in dims else f"d{d}" for d in range(x.ndim))
+    left = " ".join(f"one{d}" if d in dims else f"d{d}" for d in range(x.ndim) if keepdim or d not in dims)
+    return Pattern(f"{own}, +q -> q {left}", (x, q), apart=True)
+
+
+@axis_rule(aten.trapezoid)
+def trapezoid(y: Operand, x: Operand | None = None, *, dim: int = -1, **_: Any) -> SameDims | Opaque:
+    """Each entry along the axis is added to the next."""
+    return SameDims(y, pinned=(dim % y.ndim,), dropped=(dim % y.ndim,), keepdim=False) if x is None else Opaque((y, x))
+
+
+@axis_rule(aten.cumulative_trapezoid)
+def trapezoids(y: Operand, x: Operand | None = None, *, dim: int = -1, **_: Any) -> Pattern | Opaque:
+    """Each entry along the axis is added to the next."""
+    return along(y, dim) if x is None else Opaque((y, x))
+
+
+@axis_rule(aten.gradient)
+def gradient(x: Operand, *, spacing: Any = None, dim: Any = None, **_: Any) -> SameDims | Pattern:
+    """Each entry along the axis is compared with the next."""
+    spaces, pinned = tensors(spacing), dims_of(x, dim)
+    if not spaces:
+        return SameDims(x, pinned=pinned)
+    own = " ".join(f"d{d}!" if d in pinned else f"d{d}" for d in range(x.ndim))
+    return Pattern(f"{own}{''.join(f', +s{i}!' for i in range(len(spaces)))} -> {own}", (x, *spaces), apart=True)
+
+
+@axis_rule(aten.sum_to_size.default, resize=lambda site: site.resize_output("size"))
+def sum_to_size(x: Operand, size: list[Any]) -> str:
+    """Entries are added up along dims that the result has not, or with one entry."""
+    kept = [f"d{i}" for i in range(x.ndim)]
+    sizes = zip(range(x.ndim - len(size), x.ndim), size, strict=True)
+    return f"{' '.join(kept)} -> {' '.join(f'one{i}' if as_size(n) == 1 else f'd{i}' for i, n in sizes)}"
+
+
+@axis_rule(aten.msort.default)
+def sorted_rows(x: Operand) -> SameDims:
+    """Entries along the axis are sorted."""
+    return ordered(x, 0)
 
 
 @axis_rule(aten.sort.default, aten.argsort.default)
 def ordered(x: Operand, dim: int = -1, *_: Any, **__: Any) -> SameDims:
     """Entries along the axis are sorted."""
-    return SameDims(x, pinned=_dims(x, dim) if x.ndim else ())
+    return SameDims(x, pinned=dims_of(x, dim) if x.ndim else ())
 
 
 @axis_rule(aten.sort.stable, aten.argsort.stable)
@@ -92,28 +153,3 @@ def difference(x: Operand, n: int = 1, dim: int = -1, *ends: Operand | None) -> 
     if n == 0:
         before = after
     return Pattern(f"{', +'.join((before, *others))} -> {after}", operands, apart=True)
-
-
-def along(x: Operand, dim: int) -> Pattern | Opaque:
-    """Write the pattern of an op that mixes entries along a dim into new ones, apart at each position of other dims."""
-    if x.ndim == 0:
-        return Opaque((x,))
-    return Pattern(f"{letters(x, dim, 'along!')} -> {letters(x, dim, 'new!')}", (x,), apart=True)
-
-
-@axis_rule(aten.histc.default)
-def counted(*args: Any, **_: Any) -> Opaque:
-    """The value of an entry decides where it is counted."""
-    return Opaque(tensors(*args))
-
-
-@axis_rule(aten.mse_loss.default)
-def squared_error(x: Operand, target: Operand, reduction: int = 1) -> Opaque | Pointwise:
-    """Every entry counts in the loss."""
-    return Pointwise((x, target), "nonlinear") if reduction == 0 else Opaque((x, target))
-
-
-@axis_rule(aten.cross_entropy_loss.default, aten.nll_loss.default, aten.nll_loss_nd.default)
-def classified(*args: Any, **_: Any) -> Opaque:
-    """Every class counts in the loss."""
-    return Opaque(tensors(*args))

@@ -21,9 +21,10 @@ from ecospa_fx.errors import PatternError, RuleError
 from ecospa_fx.passes.axes.algebra import UNIT, as_size
 from ecospa_fx.passes.graph.nodes import is_tensor, op_name, place, tensor_meta, tensors_of
 from ecospa_fx.passes.ir.patterns import bind
-from ecospa_fx.passes.ir.relations import Created, Operand, Pattern, Relation
+from ecospa_fx.passes.ir.relations import Created, Opaque, Operand, Pattern, Relation
 
 from .formulas import Formula
+from .operands import tensors
 
 if TYPE_CHECKING:
     from ecospa_fx.passes.ir.op_site import OpSite
@@ -47,11 +48,13 @@ class OpInfo:
         resize: rewrites the sizes among the op's arguments after a shrink.
         formula: gives an entry of the result, where it is an integer or a condition, from those of the operands at the
             same position; see `passes.simplify.symbolic_entries`.
+        refused: every axis stays whole, on purpose; the rule says why.
     """
 
     axes: Callable[..., Relation | str]
     resize: Resize | None = None
     formula: Formula | None = None
+    refused: bool = False
 
     @property
     def why(self) -> str:
@@ -67,6 +70,8 @@ def axis_rule(
 ) -> Callable[[_AxisRule], _AxisRule]:
     """Register the axis rule of a class of ops, with what else is known of them.
 
+    Variants of an op that write into their operand (`add_`) or copy what it shares (`view_copy`) have its rule, too.
+
     Args:
         ops: overloads (`aten.view.default`), packets (`aten.gelu`, meaning each of its overloads), or the
             qualified name of an op that another library may register later.
@@ -80,12 +85,55 @@ def axis_rule(
     def register(rule: _AxisRule) -> _AxisRule:
         for op in ops:
             for overload in overloads(op):
-                if overload in OPS:
-                    raise ValueError(f"{overload} has an axis rule already: {OPS[overload].axes.__name__}")
-                OPS[overload] = OpInfo(rule, resize, formula)
+                _add(overload, OpInfo(rule, resize, formula))
+            for overload in _variants(op):
+                _add(overload, OpInfo(rule, resize))
         return rule
 
     return register
+
+
+def refuse(reason: str, *ops: Any) -> None:
+    """Register ops of which every axis stays whole, for a reason that users read."""
+
+    def refused(*args: Any, **kwargs: Any) -> Opaque:
+        return Opaque(tensors(*args, *kwargs.values()))
+
+    refused.__doc__ = reason
+    for op in ops:
+        for overload in overloads(op):
+            _add(overload, OpInfo(refused, refused=True))
+
+
+def same_as(op: Any, *names: Any) -> None:
+    """Register ops that torch also has under other names: `arccos` is `acos`."""
+    info = next(OPS[overload] for overload in overloads(op) if overload in OPS)
+    for name in names:
+        for overload in (*overloads(name), *_variants(name)):
+            _add(overload, info)
+
+
+def _add(op: Any, info: OpInfo) -> None:
+    if op in OPS:
+        raise ValueError(f"{op} has an axis rule already: {OPS[op].axes.__name__}")
+    OPS[op] = info
+
+
+def _variants(op: Any) -> Sequence[Any]:
+    """Return the overloads that do what `op` does in place or into a copy, but for those that reshape their operand."""
+    whole = isinstance(op, torch._ops.OpOverloadPacket)
+    if not whole and not isinstance(op, torch._ops.OpOverload):
+        return []
+    packet = op if whole else op.overloadpacket
+    if packet._qualified_op_name.split("::")[0] != "aten":
+        return []
+    found = (getattr(torch.ops.aten, f"{packet.__name__}{ending}", None) for ending in ("_", "_copy"))
+    every = [overload for variant in found if variant is not None for overload in overloads(variant)]
+    return [
+        overload
+        for overload in every
+        if torch.Tag.inplace_view not in overload.tags and (whole or overload._overloadname == op._overloadname)
+    ]
 
 
 def op_info(target: Any) -> OpInfo | None:
@@ -116,7 +164,7 @@ def relation_of(node: fx.Node, operands: Sequence[Operand] | None = None, region
     def as_argument(value: Any) -> Any:
         if isinstance(value, fx.Node):
             val = value.meta["val"]
-            return next(waiting) if is_tensor(value) else val if isinstance(val, (tuple, list)) else as_size(val)
+            return next(waiting) if is_tensor(value) else _number(val)
         if isinstance(value, (list, tuple)):
             return [as_argument(item) for item in value]
         return value
@@ -140,6 +188,13 @@ def relation_of(node: fx.Node, operands: Sequence[Operand] | None = None, region
                 f"wrong: {error}\nthis is a bug in the rule, nothing was changed"
             ) from error
     return relation
+
+
+def _number(value: Any) -> Any:
+    """Return what a rule sees of a number that a graph computes: a size, or the expression of another number."""
+    if isinstance(value, (torch.SymFloat, torch.SymBool)):
+        return value.node.expr
+    return as_size(value) if isinstance(value, (int, torch.SymInt)) else value
 
 
 def _operands_without_axes(node: fx.Node) -> tuple[Operand, ...]:

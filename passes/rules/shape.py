@@ -1,4 +1,4 @@
-"""Shape ops: they move entries without changing them, as views, slices and joins do."""
+"""Shape ops: they move entries without changing them, as views, slices and repetitions do."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ import torch
 from ecospa_fx.passes.axes.algebra import as_size
 from ecospa_fx.passes.ir.relations import (
     Expanded,
-    Halved,
-    Joined,
     Opaque,
     Operand,
-    Parted,
     Pattern,
     Permuted,
     Picked,
@@ -21,10 +18,9 @@ from ecospa_fx.passes.ir.relations import (
     Repeated,
     SameDims,
     Sliced,
-    Stacked,
 )
 
-from .operands import letters
+from .operands import letters, spaced
 from .registry import axis_rule
 
 if TYPE_CHECKING:
@@ -40,7 +36,14 @@ def regrouped(x: Operand, *_: Any, **__: Any) -> Regrouped:
 
 axis_rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default,
           resize=lambda site: site.resize_output("size", "shape"))(regrouped)  # fmt: skip
-axis_rule(aten.unsqueeze.default, aten.flatten.using_ints)(regrouped)
+axis_rule(aten.unsqueeze.default, aten.flatten.using_ints, aten.ravel.default)(regrouped)
+axis_rule(aten.atleast_1d.default, aten.atleast_2d.default, aten.atleast_3d.default)(regrouped)
+
+
+@axis_rule(aten.atleast_1d.Sequence, aten.atleast_2d.Sequence, aten.atleast_3d.Sequence)
+def regrouped_each(xs: list[Operand]) -> Regrouped | Opaque:
+    """Several tensors get dims of one entry in one call."""
+    return Regrouped(xs[0]) if len(xs) == 1 else Opaque(tuple(xs))
 
 
 def resize_squeeze(site: OpSite) -> None:
@@ -74,7 +77,7 @@ def resize_unflatten(site: OpSite) -> None:
 axis_rule(aten.unflatten.int, resize=resize_unflatten)(regrouped)
 
 
-@axis_rule(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
+@axis_rule(aten.transpose.int)
 def transpose(x: Operand, a: int, b: int) -> Permuted:
     """Two dims change places."""
     order = list(range(x.ndim))
@@ -88,7 +91,7 @@ def reversed_dims(x: Operand) -> Permuted:
     return Permuted(x, tuple(reversed(range(x.ndim))))
 
 
-@axis_rule(aten.mT.default, aten.mH.default, aten.adjoint.default)
+@axis_rule(aten.mT.default, aten.mH.default, aten.matrix_H.default, aten.adjoint.default)
 def transposed(x: Operand) -> Permuted:
     """The last two dims change places: `x.mT`."""
     return transpose(x, -2, -1)
@@ -100,7 +103,7 @@ def permute(x: Operand, dims: list[int]) -> Permuted:
     return Permuted(x, tuple(d % x.ndim for d in dims))
 
 
-@axis_rule(aten.movedim, aten.moveaxis)
+@axis_rule(aten.movedim)
 def movedim(x: Operand, source: Any, destination: Any) -> Permuted:
     """Dims move to other positions."""
     sources, destinations = (dims if isinstance(dims, (list, tuple)) else [dims] for dims in (source, destination))
@@ -173,11 +176,11 @@ def resize_bounds(site: OpSite) -> None:
         return
     if site.args["step"] != 1:
         # Only whole rows go, and the slice takes the same column of each row as before.
-        site.args["start"] = _bound(site.args["start"], 0, x.shape[site.args["dim"] % x.ndim])
+        site.args["start"] = bound_of(site.args["start"], 0, x.shape[site.args["dim"] % x.ndim])
         site.args["end"] = None
         return
     for name in ("start", "end"):
-        if isinstance(site.args[name], int):
+        if site.args[name] is not None:
             site.args[name] = site.kept_before(expr, site.args[name])
 
 
@@ -186,67 +189,41 @@ def slice_(x: Operand, dim: int = 0, start: Any = None, stop: Any = None, step: 
     """A slice of the axis is taken."""
     dim %= x.ndim
     size = x.shape[dim]
-    return Sliced(x, dim, _bound(start, 0, size), _bound(stop, size, size), step)
+    return Sliced(x, dim, bound_of(start, 0, size), bound_of(stop, size, size), step)
 
 
 def resize_narrow(site: OpSite) -> None:
     """Write the new start and length of a slice that names its length instead of its end."""
     x, dim = site.operands[0], site.args["dim"] % site.operands[0].ndim
     if site.touched(x.exprs[dim]):
-        site.args["start"] = site.kept_before(x.exprs[dim], _bound(site.args["start"], 0, x.shape[dim]))
-        site.args["length"] = site.count(site.outputs[0][dim])
+        site.args["start"] = site.kept_before(x.exprs[dim], site.args["start"])
+        site.args["length"] = site.resized(site.args["length"], site.outputs[0][dim])
 
 
 @axis_rule(aten.narrow.default, resize=resize_narrow)
 def narrow(x: Operand, dim: int, start: Any, length: Any) -> Sliced:
     """A slice of the axis is taken."""
     dim %= x.ndim
-    start = _bound(start, 0, x.shape[dim])
+    start = bound_of(start, 0, x.shape[dim])
     return Sliced(x, dim, start, as_size(start + as_size(length)), 1)
 
 
-def _bound(bound: Any, default: Any, size: Any) -> Any:
+@axis_rule(aten.narrow.Tensor)
+def narrow_by_value(x: Operand, dim: int, start: Operand, *_: Any) -> Pattern:
+    """The value of a tensor says where the slice of the axis begins."""
+    return Pattern(f"{letters(x, dim, 'along!')}, + -> {letters(x, dim, 'left!')}", (x, start))
+
+
+def bound_of(bound: Any, default: Any, size: Any) -> Any:
     """Return a slice bound as Python reads it: None, negative, or beyond the end."""
     if bound is None:
         return default
     bound = as_size(bound)
     if type(bound) is not int:
-        return bound
+        return as_size(size + bound) if bound.is_negative else bound
     if type(size) is not int:
         return bound if 0 <= bound < 2**62 else (size if bound > 0 else as_size(size + bound))
     return min(max(bound + size if bound < 0 else bound, 0), size)
-
-
-def resize_parts(site: OpSite) -> None:
-    """Name the size of each part, since they may come out unequal."""
-    x = site.operands[0]
-    dim = site.args.get("dim", 0) % x.ndim
-    if site.touched(x.exprs[dim]):
-        sizes = [site.count(output[dim]) for output in site.outputs]
-        site.target = aten.split_with_sizes.default
-        site.args = {"self": site.args["self"], "split_sizes": sizes, "dim": dim}
-
-
-@axis_rule(aten.split_with_sizes.default, aten.split.sizes, resize=resize_parts)
-def split_with_sizes(x: Operand, sizes: list[Any], dim: int = 0) -> Parted:
-    """The axis is split into parts."""
-    return Parted(x, dim % x.ndim, tuple(map(as_size, sizes)))
-
-
-@axis_rule(aten.split.Tensor, resize=resize_parts)
-def split(x: Operand, size: int, dim: int = 0) -> Parted | SameDims:
-    """The axis is split into parts."""
-    total = x.shape[dim % x.ndim]
-    if type(total) is not int or type(size) is not int:
-        return SameDims(x, pinned=(dim % x.ndim,))
-    return Parted(x, dim % x.ndim, tuple(min(size, total - start) for start in range(0, total, size)))
-
-
-@axis_rule(aten.chunk.default, resize=resize_parts)
-def chunk(x: Operand, chunks: int, dim: int = 0) -> Parted | SameDims:
-    """The axis is split into parts."""
-    total = x.shape[dim % x.ndim]
-    return split(x, -(-total // chunks) if type(total) is int else total, dim)
 
 
 @axis_rule(aten.select.int)
@@ -261,22 +238,54 @@ def unbind(x: Operand, dim: int = 0) -> Picked:
     return Picked(x, dim % x.ndim)
 
 
-@axis_rule(aten.glu.default)
-def glu(x: Operand, dim: int = -1) -> Halved:
-    """One half of the axis gates the other."""
-    return Halved(x, dim % x.ndim)
+@axis_rule(aten.meshgrid)
+def meshgrid(tensors: list[Operand], indexing: str = "ij") -> Pattern:
+    """Each operand is repeated along the others."""
+    names = [f"x{i}" for i in range(len(tensors))]
+    out = [*reversed(names[:2]), *names[2:]] if indexing == "xy" else names
+    terms = (name if x.ndim else "" for name, x in zip(names, tensors, strict=True))
+    return Pattern(f"{', '.join(terms)} -> {' '.join(out)}", tuple(tensors), apart=True)
 
 
-@axis_rule(aten.cat.default, aten.concat.default, aten.concatenate.default)
-def cat(tensors: list[Operand], dim: int = 0) -> Joined:
-    """The axes of the operands are joined end to end."""
-    return Joined(tuple(tensors), dim % tensors[0].ndim)
+@axis_rule(aten.diagonal.default)
+def diagonal(x: Operand, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Pattern:
+    """Entries are picked whose positions along two axes are the same, or differ by an offset."""
+    dims = [f"d{i}" for i in range(x.ndim)]
+    a, b = dim1 % x.ndim, dim2 % x.ndim
+    rest = [d for i, d in enumerate(dims) if i not in (a, b)]
+    if offset == 0 and x.shape[a] == x.shape[b]:
+        dims[a] = dims[b] = along = "n"
+    else:
+        dims[a], dims[b], along = "m!", "n!", "k!"
+    return Pattern(f"{' '.join(dims)} -> {' '.join((*rest, along))}", (x,), moves=True)
 
 
-@axis_rule(aten.stack.default)
-def stack(tensors: list[Operand], dim: int = 0) -> Stacked:
-    """The tensors are put side by side along a new axis."""
-    return Stacked(tuple(tensors), dim % (tensors[0].ndim + 1))
+@axis_rule(aten.linalg_diagonal.default)
+def linalg_diagonal(x: Operand, *, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Pattern:
+    """Entries are picked whose positions along two axes are the same, or differ by an offset."""
+    return diagonal(x, offset, dim1, dim2)
+
+
+@axis_rule(aten.diag_embed.default)
+def diag_embed(x: Operand, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Pattern:
+    """Entries along the axis are laid out along a diagonal."""
+    dims = [f"d{i}" for i in range(x.ndim - 1)]
+    out: list[str] = list(dims)
+    for dim, name in sorted(((dim1 % (x.ndim + 1), "m!"), (dim2 % (x.ndim + 1), "k!"))):
+        out.insert(dim, name)
+    return Pattern(f"{' '.join((*dims, 'n!'))} -> {' '.join(out)}", (x,), moves=True)
+
+
+@axis_rule(aten.diag.default)
+def diag(x: Operand, offset: int = 0) -> Pattern:
+    """Entries along the axis are laid out along a diagonal, or taken from it."""
+    return diagonal(x, offset) if x.ndim == 2 else diag_embed(x, offset)
+
+
+@axis_rule(aten.diagflat.default)
+def diagflat(x: Operand, *_: Any) -> Pattern:
+    """Entries along the axis are laid out along a diagonal."""
+    return Pattern(f"{spaced('d', x.ndim, '!')} -> m! n!", (x,), moves=True)
 
 
 @axis_rule(aten.tril.default, aten.triu.default)

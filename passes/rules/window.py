@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ecospa_fx.passes.ir.relations import Operand, Pattern
 
-from .operands import letters
+from .operands import letters, spaced
 from .registry import axis_rule
+
+if TYPE_CHECKING:
+    from ecospa_fx.passes.ir.op_site import OpSite
 
 aten = torch.ops.aten
 
@@ -34,6 +37,18 @@ def unfold(x: Operand, dim: int, size: int, step: int) -> Pattern:
     return Pattern(f"{letters(x, dim, 'along!')} -> {letters(x, dim, 'windows!')} inside!", (x,), moves=True)
 
 
+def resize_grid(site: OpSite) -> None:
+    """Write the number of samples that are left."""
+    size = site.args["size"]
+    site.args["size"] = [site.resized(size[0], site.operands[0].exprs[0]), *size[1:]]
+
+
+@axis_rule(aten.affine_grid_generator.default, resize=resize_grid)
+def affine_grid(theta: Operand, size: list[Any], *_: Any) -> Pattern:
+    """All entries of a map decide where each position lies."""
+    return Pattern(f"b m! n! -> b {spaced('x', len(size) - 2, '!')} place!", (theta,))
+
+
 @axis_rule(aten.grid_sampler.default)
 def grid_sampler(x: Operand, grid: Operand, *_: Any) -> Pattern:
     """Positions are chosen, and blended, by the values of a grid."""
@@ -52,3 +67,10 @@ def pixel_shuffle(x: Operand, factor: int) -> Pattern:
 def pixel_unshuffle(x: Operand, factor: int) -> Pattern:
     """Blocks of positions become blocks of channels."""
     return Pattern("... c (h r!) (w s!) -> ... (c r! s!) h w", (x,), sizes={"r": factor, "s": factor}, moves=True)
+
+
+@axis_rule(aten.channel_shuffle.default)
+def channel_shuffle(x: Operand, groups: int) -> Pattern:
+    """The channels of all groups take turns."""
+    space = spaced("x", x.ndim - 2)
+    return Pattern(f"b (g! n) {space} -> b (n g!) {space}", (x,), sizes={"g": groups}, moves=True)

@@ -1,13 +1,9 @@
 """Canonical form: one spelling for ops that mean the same, before axes are inferred.
 
     canonicalise(graph, constants)
-      -> view becomes reshape, which needs no particular layout in memory
+      -> free_of_layout  `layout.py`: view becomes reshape, which needs no particular layout in memory
       -> _as_slice    x[..., [-2], :] with constants   becomes   a slice, copied
       -> _unstack     view(x, .., n, h, d), permute, unbind   becomes   split x in n, unflatten each, permute each
-
-A view relies on the memory layout that one kernel gives its result, and another kernel gives it another: attention
-chooses its kernel by the sizes, which a shrink changes. And `x.contiguous()` leaves no trace in a graph where `x`
-happened to be contiguous.
 
 A stacked projection keeps its n parts in one tensor until they are picked apart, so the parts would share their axes:
 entries removed from the queries would have to go from the values too. Split first, the parts have axes of their own.
@@ -34,6 +30,7 @@ from ecospa_fx.passes.ir.relations import Permuted, Picked, Regrouped, Sliced, c
 from ecospa_fx.passes.rules import relation_of
 
 from .clean import erase_unused
+from .layout import free_of_layout
 from .unit_dims import dims_before
 
 aten = torch.ops.aten
@@ -51,9 +48,8 @@ def canonicalise(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
             _as_slice(graph, node, constants)
     # Parts of a split may not be written into: what someone writes into stays as it is.
     written = {made for node in graph.nodes for arg in written_arguments(node) for made in memory_behind(arg)}
+    free_of_layout(graph, written)
     for node in list(graph.nodes):
-        if node.target is aten.view.default:
-            node.target = aten.reshape.default
         stack = _stack(node) if node not in written else None
         if stack is not None:
             _unstack(graph, stack)

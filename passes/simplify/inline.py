@@ -1,12 +1,13 @@
 """Inlining: subgraphs behind one op, which run without gradients or autocast, become part of the graph around them.
 
     inline(graph, root)
-      -> wrap_with_set_grad_enabled(False, subgraph, *args)   becomes   the nodes of the subgraph, results detached
+      -> wrap_with_set_grad_enabled(False, subgraph, *args)   becomes   its nodes, on detached arguments
 
       -> wrap_with_autocast(.., False, .., subgraph, *args)   becomes   enter, those nodes, exit: autocast that is on
          around the region stays off inside
 
-Weights may meet inside as anywhere else. Detaching the results blocks the gradients just as well.
+Weights may meet inside as anywhere else. Detached arguments block the gradients just as well, of results and of what is
+written into: a leaf takes it, and a tensor that goes on afterwards has the gradients that it had.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
-from ecospa_fx.passes.graph.nodes import arguments
+from ecospa_fx.passes.graph.nodes import arguments, written_arguments
 
 aten = torch.ops.aten
 
@@ -43,18 +44,23 @@ def inline(graph: fx.Graph, root: nn.Module) -> None:
 
 def _replace(graph: fx.Graph, node: fx.Node, inner: fx.Graph, settings: int) -> None:
     values: dict[fx.Node, Any] = {}
-    for placeholder, value in zip(inner.find_nodes(op="placeholder"), arguments(node)[settings + 1 :], strict=True):
-        values[placeholder] = value
+    given = dict(zip(inner.find_nodes(op="placeholder"), arguments(node)[settings + 1 :], strict=True))
     without_autocast = settings == _SETTINGS["wrap_with_autocast"][0]
     with graph.inserting_before(node):
         if without_autocast:
             entered = graph.call_function(_enter_autocast, arguments(node)[:settings])
+            values |= given
+        else:
+            values |= {placeholder: _detached(graph, value) for placeholder, value in given.items()}
         results = graph.graph_copy(inner, values)
         outputs: list[Any] = list(results) if isinstance(results, (tuple, list)) else [results]
         if without_autocast:
             graph.call_function(_exit_autocast, (entered,))
-        else:
-            outputs = [_detached(graph, result) for result in outputs]
+    if not without_autocast:
+        (returned,) = inner.find_nodes(op="output")[0].args
+        made = returned if isinstance(returned, (tuple, list)) else [returned]
+        same = [_written(result) for result in made]
+        outputs = [given.get(origin, output) for origin, output in zip(same, outputs, strict=True)]
     for user in list(node.users):
         if user.target is operator.getitem:
             user.replace_all_uses_with(outputs[arguments(user)[1]])
@@ -64,9 +70,19 @@ def _replace(graph: fx.Graph, node: fx.Node, inner: fx.Graph, settings: int) -> 
     graph.erase_node(node)
 
 
-def _detached(graph: fx.Graph, result: Any) -> Any:
-    if not isinstance(result, fx.Node) or not isinstance(result.meta.get("val"), Tensor):
-        return result
-    detached = graph.call_function(aten.detach.default, (result,))
-    detached.meta = dict(result.meta)
+def _written(result: Any) -> Any:
+    """Return the tensor that `result` is, not only a view of: ops that write into a tensor return that."""
+    while isinstance(result, fx.Node) and isinstance(result.target, torch._ops.OpOverload):
+        returned = [each.alias_info for each in result.target._schema.returns]
+        if len(returned) != 1 or returned[0] is None or not returned[0].is_write:
+            break
+        (result,) = written_arguments(result)
+    return result
+
+
+def _detached(graph: fx.Graph, value: Any) -> Any:
+    if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), Tensor):
+        return value
+    detached = graph.call_function(aten.detach.default, (value,))
+    detached.meta = dict(value.meta)
     return detached

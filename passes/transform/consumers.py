@@ -160,7 +160,9 @@ def consumers(axis_facts: AxisFacts) -> dict[WeightDim, Consumer | str]:
 
 def _summed_over(name: str, axis_facts: AxisFacts) -> set[int]:
     """Return the dims of a parameter that are summed over according to the axis facts, in whatever way."""
-    summed = [f.expr for f in axis_facts.facts if f.role == "contracted" and name in [o.parameter for o in f.operands]]
+    summed = [
+        f.expr for f in axis_facts.facts if f.role == "contracted" and any(name in o.parameters for o in f.operands)
+    ]
     atoms = {atom for expr in summed for atom in atoms_of(expr)}
     exprs = axis_facts.parameters.get(name, ())
     return {dim for dim, expr in enumerate(exprs) if atoms & set(atoms_of(expr))}
@@ -216,6 +218,8 @@ def _use(user: fx.Node, argument: fx.Node, order: tuple[int, ...], axis_facts: A
     where = f"{op_name(user)} ({place(user, axis_facts.captured.region)})"
     if argument_nodes(user).count(argument) != 1 or user.op != "call_function":
         return f"{where} takes it more than once, or not as a matrix"
+    if user in axis_facts.derivations:
+        return f"{where} makes another weight of it, whose columns are not its own"
     relation = axis_facts.relations.get(user)
     use = _product(relation, user, argument) if isinstance(relation, Pattern) and not relation.apart else None
     if use is None:
@@ -232,12 +236,12 @@ def _product(relation: Pattern, node: fx.Node, weight: fx.Node) -> _Use | None:
         return None
     (w, w_names), (x, x_names) = sorted(factors, key=lambda factor: factor[0].node is not weight)
     shared = [name for name in w_names if name in x_names]
-    if w.node is not weight or w.ndim < 2 or len(shared) != 1 or shared[0] in pattern.output.keys:
+    if w.node is not weight or w.ndim < 2 or len(shared) != 1 or shared[0] in pattern.kept:
         return None
     if any(isinstance(name, tuple) or names.count(name) > 1 for names in (w_names, x_names) for name in names):
         return None
     others = [name for name in w_names if name != shared[0]]
-    if any(name not in pattern.output.keys for name in others) and relation.window is None:
+    if any(name not in pattern.kept for name in others) and relation.window is None:
         return None  # another of its dims is summed over, or chosen from
     window, columns = _window(relation.window)
     if window == ():

@@ -89,7 +89,7 @@ def sides(axis_facts: AxisFacts, coupling: RegionCoupling) -> dict[WeightDim, Te
     sums = [f for f in axis_facts.facts if f.role == "contracted" and coupling.atom in atoms_of(f.expr)]
     if not sums:
         return "no op sums over it"
-    of_activations = [all(o.parameter is None for o in fact.operands) and len(fact.operands) == 2 for fact in sums]
+    of_activations = [not any(o.parameters for o in fact.operands) and len(fact.operands) == 2 for fact in sums]
     dims = {(n, d) for n, d in coupling.axes}
     if all(of_activations):
         result = _sides_of_activations(axis_facts, [fact.node for fact in sums], dims, coupling.atom)

@@ -425,16 +425,19 @@ def impossible() -> Iterator[tuple[str, Any]]:
         return segments(*map(axes.fresh, sizes))
 
     yield "an axis of 4 meets one of 6", unify(lambda x: (x.fresh(4), x.fresh(6)))
-    yield "an axis of 4 meets one of s0", unify(lambda x: (x.fresh(4), x.fresh(BATCH)))
+    yield "an axis of 4 meets one of a dynamic size", unify(lambda x: (x.fresh(4), x.fresh(BATCH)))
     yield "boundaries of 3 and 2 do not nest", unify(lambda x: (known(x, 2, 3), known(x, 3, 2)))
-    yield "boundaries of s1 and s0 do not nest", unify(lambda x: (known(x, BATCH, SEQUENCE), known(x, SEQUENCE, BATCH)))
+    yield (
+        "boundaries of a dynamic size and a dynamic size do not nest",
+        unify(lambda x: (known(x, BATCH, SEQUENCE), known(x, SEQUENCE, BATCH))),
+    )
     yield "a cut into [3, 3] falls inside rows of 2", unify(lambda x: (known(x, 3, 2), parts(x, 3, 3)))
     yield (
-        "cannot order the boundaries of [s0, 2, 4] and [s0, 4, 2]",
+        "cannot order the boundaries of [a dynamic size, 2, 4] and [a dynamic size, 4, 2]",
         unify(lambda x: (parts(x, BATCH, 2, 4), parts(x, BATCH, 4, 2))),
     )
     yield "an axis of 6 does not split into rows of 4", lambda x: x.split(x.fresh(6), 4)
-    yield "an axis of s0 does not split into rows of 2", lambda x: x.split(x.fresh(BATCH), 2)
+    yield "an axis of a dynamic size does not split into rows of 2", lambda x: x.split(x.fresh(BATCH), 2)
     yield "an axis of 3 does not split into rows of 2", lambda x: x.split(parts(x, 3, 3), 2)
     yield "boundaries of 3 and 2 do not nest", lambda x: x.split(known(x, 4, 3), 2)
     yield "pieces of [1, 2] do not fill an axis of 4", lambda x: x.cut(x.fresh(4), [1, 2])
@@ -442,11 +445,11 @@ def impossible() -> Iterator[tuple[str, Any]]:
     yield "an empty piece among [-1, 5]", lambda x: x.cut(x.fresh(4), [-1, 5])
     yield "a cut into [1, 5] falls inside rows of 3", lambda x: x.cut(known(x, 2, 3), [1, 5])
     yield (
-        "cannot compare a piece of s1 with a part of s0",
+        "cannot compare a piece of a dynamic size with a part of a dynamic size",
         lambda x: x.cut(parts(x, BATCH, SEQUENCE), [SEQUENCE, BATCH]),
     )
     yield "boundaries of 3 and 2 do not nest", lambda x: x.regroup([x.fresh(2), x.fresh(3)], [3, 2])
-    yield "a view to [2] leaves [a1:3] over", lambda x: x.regroup([x.fresh(3), x.fresh(2)], [2])
+    yield "a view to [2] leaves [3] over", lambda x: x.regroup([x.fresh(3), x.fresh(2)], [2])
     yield "nothing is left to take 2 entries from", lambda x: x.regroup([x.fresh(3)], [2, 3])
 
 

@@ -310,3 +310,17 @@ def test_a_copy_shrinks_and_the_original_does_not() -> None:
         c.name: c.original_size for c in ecospa_fx.couplings(model)
     }
     assert duplicate.attn.q.weight.shape != plain.attn.q.weight.shape
+
+
+@each
+def test_each_dim_of_each_matrix_is_on_a_coupling_or_has_a_reason(name):
+    analysis = analysed(name)
+    told = {f"{axis}[{dim}]" for coupling in analysis.discovery.couplings for axis, dim in coupling.axes}
+    for left in (*analysis.discovery.refusals, *analysis.discovery.uncoupled):
+        assert all(left.reasons)
+        told.update(left.members)
+    model, _ = made(ZOO[name])
+    used = set(analysis.captured.tensors.values())
+    for parameter, tensor in model.named_parameters():  # of tied ones, the first
+        if tensor.ndim > 1 and parameter in used:
+            assert {f"{parameter}[{dim}]" for dim, size in enumerate(tensor.shape) if size > 1} <= told

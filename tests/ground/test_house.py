@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 # A room imports only rooms further on in this text, files of its own, and the ground that it stands on.
 PRODUCT = "cli demo __init__ testing integrations out see checkpoint train compensate score api model couple"
 COMPILER = "transform follow find rewrite infer capture simplify rules objects ir graph axes"
-GROUND = "collectives plan json_text text logs errors kernels"  # nothing of `kernels` is known to anyone below `score`
+GROUND = "collectives plan json_text text logs arguments errors kernels"  # nobody below `score` knows `kernels`
 COMPILER_STANDS_ON = {"errors", "logs", "plan"}
 ORDER = [*PRODUCT.split(), *(f"passes/{room}" for room in COMPILER.split()), *GROUND.split()]
 

@@ -74,10 +74,10 @@ no `->`; expected it behind the operands, before the dims of the output
 a second `->`; expected one, between operands and output
     a -> b -> c
            ^^""",
-    "a -> b, c": """\
-`,` behind `->`; expected the dims of one output, all outputs have the same
-    a -> b, c
-          ^""",
+    "a -> b, +c": """\
+`+` on the output; expected it before an operand
+    a -> b, +c
+            ^""",
     "a -> row (b row)": """\
 `row` twice in the output; expected each name once
     a -> row (b row)
@@ -176,8 +176,47 @@ def test_it_is_read_as_it_is_meant() -> None:
             TensorDims((Dots(), Group((Name("h"), Name("g"))), Name("s", pinned=True))),
             TensorDims((Name("n"),), added=True),
         ),
-        TensorDims((Group((Name("h"), Name("g"))), Name("s"))),
+        (TensorDims((Group((Name("h"), Name("g"))), Name("s"))),),
     )
+
+
+class Factors(nn.Module):
+    """The two factors of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.linalg.qr(self.weight)
+
+
+def test_each_output_may_be_named() -> None:
+    pattern = parse("... m n-> ...m k! ,,... k! n")
+    assert str(pattern) == "... m n -> ... m k!, , ... k! n"
+    assert pattern.outputs[1] == TensorDims(())
+    assert pattern.kept == {".", "m", "k", "n"} and pattern.pinned == ("k",)
+
+
+def test_outputs_have_their_axes_and_what_none_has_is_summed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def parts(x: Any) -> str:
+        """One result per row, one per column."""
+        return "m n -> m rank!, n rank!"
+
+    def short(x: Any) -> str:
+        """One result of two."""
+        return "m n -> m rank!, n rank!, m"
+
+    facts = {}
+    for rule in (parts, short):
+        monkeypatch.setitem(OPS, aten.linalg_qr.default, OpInfo(rule))
+        facts[rule] = infer_axes(capture(Factors(), (torch.zeros(2),), {}))
+    rows, columns = facts[parts].parameters["weight"]
+    (node,) = (node for node in facts[parts].operands if node.target is aten.linalg_qr.default)
+    (first, _), (second, _) = facts[parts].values[node]
+    assert (first, second) == (rows, columns)
+    reasons = {fact.reason for fact in facts[short].facts if fact.role == "pinned"}
+    assert "aten.linalg_qr: the rule names 3 outputs of 2" in reasons
     assert str(parse("... (h g) s! , + n->(h g)s")) == "... (h g) s!, +n -> (h g) s"
 
 
@@ -222,9 +261,9 @@ def terms(draw: st.DrawFn, output: bool = False) -> TensorDims:
 
 
 patterns = st.builds(
-    lambda operands, output: ParsedPattern(tuple(operands), output),
+    lambda operands, outputs: ParsedPattern(tuple(operands), tuple(outputs)),
     st.lists(terms(), min_size=1, max_size=4),
-    terms(output=True),
+    st.lists(terms(output=True), min_size=1, max_size=3),
 )
 
 
@@ -310,7 +349,7 @@ def test_the_page_about_patterns_is_true(capsys: pytest.CaptureFixture[str], mon
             exec(compile(text, "patterns.md", "exec"), names)
         else:
             assert settled(capsys.readouterr().out) == settled(text)
-    assert len(blocks) == 29
+    assert len(blocks) == 31
 
 
 def settled(text: str) -> list[str]:

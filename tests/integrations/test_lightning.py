@@ -16,7 +16,12 @@ from ecospa_fx.errors import CheckpointError, EcoSpaError
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what its dependencies say while they are imported
     import lightning
-    from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+    from lightning.pytorch.callbacks import (
+        BackboneFinetuning,
+        ModelCheckpoint,
+        StochasticWeightAveraging,
+        WeightAveraging,
+    )
 
     from ecospa_fx.integrations.lightning import EcoSpaCallback, load_checkpoint
 
@@ -270,3 +275,122 @@ def test_without_lightning_the_error_says_what_to_install():
     code = "import sys; sys.modules['lightning'] = None; import ecospa_fx.integrations.lightning"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "this callback needs Lightning 2 (`import lightning`): pip install 'ecospa-fx[lightning]'" in done.stderr
+
+
+class Gan(lightning.LightningModule):
+    """Two networks of one class, an optimizer each; the generator steps at every third batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.g, self.d = Stack(width=16, heads=2, hidden=32), Stack(width=16, heads=2, hidden=32)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        (x,) = batch
+        for_g, for_d = self.optimizers()
+        for_d.zero_grad()
+        self.manual_backward((self.d(self.g(x).detach()) - self.d(x)).mean() + self.d(x).square().mean())
+        for_d.step()
+        if index % 3 == 0:
+            for_g.zero_grad()
+            self.manual_backward(-self.d(self.g(x)).mean() + self.g(x).square().mean())
+            for_g.step()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.g.parameters(), 1e-2), torch.optim.AdamW(self.d.parameters(), 1e-2)
+
+
+@pytest.mark.parametrize("execution", ["graph", "module"])
+def test_each_network_with_its_own_optimizer(tmp_path, execution):
+    lightning.seed_everything(0, verbose=False)
+    settings = {"target": 0.7, "interval": 2, "execution": execution}
+    g, d, lit = EcoSpaCallback("g", end=6, **settings), EcoSpaCallback("d", end=10, **settings), Gan()
+    trainer = trainer_of(tmp_path, g, d, max_epochs=3, enable_checkpointing=False)
+    trainer.fit(lit, Stateful())
+    assert [each.trainer.optimizers for each in (g, d)] == [trainer.optimizers[:1], trainer.optimizers[1:]]
+    assert g.trainer.steps == 6 and d.trainer.steps == 18  # those of its own optimizer
+    assert [entry["step"] for entry in g.trainer.history] == [2, 4, 6] and d.trainer.done
+    assert g.trainer.size == sum(p.numel() for p in lit.g.parameters())
+    for optimizer in trainer.optimizers:
+        assert all(state["exp_avg"].shape == p.shape for p, state in optimizer.state.items())
+
+
+class Tuned(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = Stack(width=16, heads=2, hidden=32), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+    def training_step(self, batch, index):
+        return (self(batch[0]) - batch[0].flip(-1)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 1e-2)
+
+
+@pytest.mark.parametrize("name", ["backbone", ""])
+def test_a_backbone_that_thaws(tmp_path, name, caplog):
+    lightning.seed_everything(0, verbose=False)
+    callback, lit = EcoSpaCallback(name, **{**SETTINGS, "end": 14}), Tuned()
+    thaw = BackboneFinetuning(1, backbone_initial_ratio_lr=0.1)
+    trainer = trainer_of(tmp_path, thaw, callback, max_epochs=4, enable_checkpointing=False)
+    trainer.fit(lit, Stateful())
+    assert callback.trainer.done and not callback.trainer.left_out
+    said = [record.message for record in caplog.records if record.name == "ecospa_fx.shrink" and record.levelno > 20]
+    if name:  # steps are counted from where an optimizer holds it
+        assert callback.trainer.steps == 18 and callback.trainer.history[0]["step"] == 2
+        assert said == ["backbone is frozen, and no optimizer holds its parameters: it shrinks once one does"]
+    else:
+        assert callback.trainer.steps == 24 and callback.trainer.history[0]["step"] == 7
+        assert len(said) == 1 and "left out: its weights are frozen" in said[0]
+    (optimizer,) = trainer.optimizers
+    assert all(state["exp_avg"].shape == p.shape for p, state in optimizer.state.items())
+
+
+def test_weights_of_other_sizes_are_refused_once_training_has_begun(tmp_path):
+    class Loading(Lit):
+        def on_train_batch_start(self, batch, index):
+            wrong = {name: tensor[..., :3] for name, tensor in self.model.state_dict().items()}
+            with pytest.raises(RuntimeError, match="size mismatch"):
+                self.model.load_state_dict(wrong)
+
+    trainer, lit, _ = run(tmp_path, Stateful(), made=Loading, max_epochs=1, validate=False)
+    assert trainer.global_step == 6 and not lit.model._load_state_dict_pre_hooks
+
+
+class Weights(lightning.Callback):
+    """One weight of the backbone as each epoch begins, where its entries were before any shrink."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_epoch_start(self, trainer, lit):
+        weight, plan = lit.backbone.layers[0].down.weight, ecospa_fx.plan(lit.backbone)
+        whole = torch.zeros(16, 32)
+        whole[:, plan.kept.get(("layers.0.down.weight", 1), torch.arange(32))] = weight.detach()
+        self.seen.append(whole)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("execution", ["graph", "module"])
+def test_averages_of_lightning_shrink_along_without_being_named(tmp_path, first, execution):
+    lightning.seed_everything(0, verbose=False)
+    callback, lit = EcoSpaCallback("backbone", execution=execution, **SETTINGS), Tuned()
+    average = StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1)
+    weights = Weights()
+    callbacks = [weights, *([average, callback] if first else [callback, average])]
+    saver = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=9)
+    trainer_of(tmp_path, *callbacks, saver, max_epochs=3).fit(lit, Stateful())
+    assert callback.trainer.done
+    averaged = average._average_model
+    assert all(p.shape == q.shape for p, q in zip(lit.parameters(), averaged.parameters(), strict=True))
+    kept = ecospa_fx.plan(lit.backbone).kept["layers.0.down.weight", 1]
+    assert len(weights.seen) == 3 and len(kept) < 32
+    torch.testing.assert_close(averaged.backbone.layers[0].down.weight, sum(weights.seen)[:, kept] / 3)
+    assert torch.equal(lit(X), averaged(X))  # which Lightning puts into the module in the end
+    (saved,) = tmp_path.glob("last*.ckpt")
+    again = [EcoSpaCallback("backbone", execution=execution, **SETTINGS), StochasticWeightAveraging(1e-3, 1)]
+    with pytest.raises(CheckpointError, match="holds averaged weights"):
+        trainer_of(tmp_path, *again).fit(Tuned(), Stateful(), ckpt_path=saved)

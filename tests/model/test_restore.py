@@ -161,3 +161,80 @@ def test_layers_that_hold_the_sizes_of_their_weights():
 def test_not_compiled():
     with pytest.raises(errors.EcoSpaError, match="Linear is not compiled; there is nothing to restore"):
         ecospa_fx.restore(nn.Linear(2, 2))
+
+
+class Skip(nn.Module):
+    """Half the resolution and back: what goes back must meet what went around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.down = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 2, 2)
+        self.up, self.last = nn.ConvTranspose2d(12, 8, 2, 2), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x):
+        around = self.first(x).relu()
+        return self.last((self.up(self.down(around).relu()) + around).relu())
+
+
+class Flattened(nn.Module):
+    """As many pixels as a linear layer takes, of any shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3), nn.Linear(6 * 16, 5)
+
+    def forward(self, x):
+        return self.c(F.max_pool2d(self.b(F.max_pool2d(self.a(x).relu(), 2)).relu(), 2).view(x.shape[0], -1))
+
+
+class Depths(nn.Module):
+    """Two by two pixels side by side in the channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(16, 6, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        y = self.a(x)
+        b, c, h, w = y.shape
+        y = y.view(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, c * 4, h // 2, w // 2)
+        return self.c(self.b(y).relu())
+
+
+class Pair(nn.Module):
+    """Two inputs of one batch, one of them twice as long and long enough."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(5, 8), nn.Linear(8, 2)
+
+    def forward(self, x, y):
+        if x.shape[1] < 6 or y.shape[1] != 2 * x.shape[1]:
+            raise ValueError("too short")
+        return self.c((self.a(x) + self.b(y)[:, ::2]).relu())
+
+
+DEPENDENT = {
+    "skip": (Skip, [(2, 3, 8, 8)]),
+    "flattened": (Flattened, [(2, 1, 22, 22)]),
+    "depths": (Depths, [(2, 3, 8, 6)]),
+    "pair": (Pair, [(3, 7, 4), (3, 14, 5)]),
+}
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_a_call_is_made_up_whose_sizes_fit_each_other(name):
+    """For a trial: in module execution, and when a model is restored."""
+    cls, shapes = DEPENDENT[name]
+    torch.manual_seed(0)
+    inputs = tuple(torch.randn(*shape) for shape in shapes)
+    followed = ecospa_fx.compile(cls(), example_inputs=inputs, execution="module")
+    model = ecospa_fx.compile(cls(), example_inputs=inputs)
+    couplings = ecospa_fx.couplings(model)
+    assert couplings
+    assert len(ecospa_fx.couplings(followed)) >= len([c for c in couplings if c.kind in ("ffn", "channels")])
+    keeps = {c: torch.arange(0, c.size, 2) for c in couplings if name != "depths" or c.size == 6}
+    ecospa_fx.shrink(model, keeps)
+    expected = model(*inputs)
+    torch.testing.assert_close(ecospa_fx.restore(model)(*inputs), expected)
+    assert type(model) is cls

@@ -85,7 +85,11 @@ Refused, and why:
     (size 8, 3 times)
     - aten.layer_norm: the statistics are averages over the axis (layers.0.norm,
       normalization.py)
-    - it leaves the region as output 0""",
+    - it leaves the region as output 0
+
+On no coupling, and why:
+  no weight of the region produces the entries that it sums over:
+    layers.0.q.weight[1] and 8 more""",
     )
     assert [type(m) for m in model.modules()] == before[1]
     assert all(torch.equal(t, before[0][name]) for name, t in model.state_dict().items())

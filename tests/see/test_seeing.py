@@ -216,6 +216,10 @@ def test_markdown_and_json(explanation):
 - layers.0.o.weight[0], layers.0.norm.weight[0], layers.0.norm.bias[0], layers.0.gate.weight[1], layers.0.up.weight[1], layers.0.down.weight[0] (size 8, 3 times)
   - aten.layer_norm: the statistics are averages over the axis (layers.0.norm, normalization.py)
   - it leaves the region as output 0
+
+### On no coupling, and why
+
+- no weight of the region produces the entries that it sums over: layers.0.q.weight[1] and 8 more
 """,
     )
     document = json.loads(explanation.to_json())
@@ -488,6 +492,7 @@ def test_logs_of_every_part(log_lines):
 [ecospa_fx.capture] layers.0: N nodes in N s
 [ecospa_fx.axes] layers.0: axes of 44 values in N s, ops without a rule: none
 [ecospa_fx.discover] layers.0: couplings heads (2), groups (2), qk (2), vo (4), glu (12); 1 refused
+[ecospa_fx.discover] 3 blocks bring 100% of the entries of matrices onto couplings, the root at most 100%
 [ecospa_fx.shrink] 2,064 -> 1,896 parameters (x 0.919)
 [ecospa_fx.shrink] layers.1.glu: 12 -> 5
 [ecospa_fx.capture] layers.0: N nodes in N s

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.testing._internal.common_methods_invocations import op_db
 from transformers.integrations import moe  # noqa: F401  (registers an op)
 
-from ecospa_fx.passes.rules import OPS
+from ecospa_fx.passes.rules import OPS, OpInfo
 
 aten = torch.ops.aten
 SAMPLES = 4  # calls per op and variant
@@ -84,6 +84,14 @@ def classes(*shape: int) -> Tensor:
 
 def bits(op: Any) -> Callable[..., Tensor]:
     return lambda x, y: op(x > 0, y > 0)
+
+
+def whole(op: Any) -> Callable[..., Tensor]:
+    return lambda x, y: op((4 * x).long().abs(), (2 * y).long().abs())
+
+
+def written(make: Any) -> Callable[..., Tensor]:
+    return lambda x: make((3, 4), dtype=x.dtype).mul_(x)
 
 
 def offsets() -> Tensor:
@@ -252,6 +260,97 @@ BY_HAND |= {
         Call(torch.nn.functional.conv_transpose2d, (t(2, 6, 4, 4), t(6, 1, 3, 3), t(6)), {"groups": 6}),
     ],
 }
+BY_HAND |= {
+    # ops that op_db does not have under their own name
+    **{name: [Call(whole(getattr(aten, name).Tensor), (t(3, 4), t(4)))] for name in ("__lshift__", "__rshift__")},
+    **{
+        name: [Call(whole(getattr(aten, name).Tensor), (t(3, 4), t(4)))]
+        for name in ("__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__")
+    },
+    "_conj": [Call(lambda x: torch.view_as_real(torch.view_as_complex(x).conj().resolve_conj()), (t(3, 4, 2),))],
+    "_conj_physical": [
+        Call(lambda x: torch.view_as_real(aten._conj_physical.default(torch.view_as_complex(x))), (t(3, 4, 2),))
+    ],
+    "_neg_view": [Call(lambda x: aten._neg_view.default(x) * 2, (t(3, 4),))],
+    "_lu_with_info": [Call(lambda x: aten._lu_with_info.default(x)[:1], (t(2, 3, 3),))],
+    **{
+        f"_{name}_backward_data": [
+            Call(getattr(aten, f"_{name}_backward_data").default, (t(3, 4), t(3, 4).softmax(1), 1, torch.float64))
+        ]
+        for name in ("softmax", "log_softmax")
+    },
+    **{
+        name: [Call(getattr(aten, name).vec, (t(2, 3, *(4,) * space), [3] * space, *flag, None))]
+        for name, space, *flag in (
+            ("_upsample_nearest_exact1d", 1),
+            ("_upsample_nearest_exact2d", 2),
+            ("_upsample_nearest_exact3d", 3),
+            ("upsample_nearest3d", 3),
+            ("upsample_trilinear3d", 3, False),
+        )
+    },
+    **{
+        f"max_pool{space}d_with_indices": [
+            Call(getattr(aten, f"max_pool{space}d_with_indices").default, (t(*shape, *(4,) * space), [2] * space))
+            for shape in ((2, 3), (3,))
+        ]
+        for space in (1, 2, 3)
+    },
+    **{
+        name: [Call(getattr(aten, name).default, (t(3, 4), t(3, 4)))]
+        for name in ("copy", "sigmoid_backward", "tanh_backward", "silu_backward", "gelu_backward")
+    },
+    "threshold_backward": [Call(aten.threshold_backward.default, (t(3, 4), t(3, 4), 0.1))],
+    "zero": [Call(aten.zero.default, (t(3, 4),))],
+    "poisson": [Call(lambda x: aten.poisson.default(x.abs()), (t(3, 4),))],
+    "binomial": [Call(lambda x, y: aten.binomial.default(x.abs().round(), y.sigmoid()), (t(3, 4), t(3, 4)))],
+    "random_": [Call(lambda x: x.clone().random_(), (t(3, 4),))],
+    "native_dropout": [Call(aten.native_dropout.default, (t(3, 4), 0.5, True))],
+    **{name: [Call(written(getattr(torch, name)), (t(3, 4),))] for name in ("rand", "randn")},
+    "randint": [Call(written(lambda size, dtype: torch.randint(9, size, dtype=dtype)), (t(3, 4),))],
+    "empty_permuted": [Call(lambda x: torch.empty_permuted((3, 4), (1, 0), dtype=x.dtype).copy_(x), (t(3, 4),))],
+    "empty_strided": [Call(lambda x: torch.empty_strided((3, 4), (4, 1), dtype=x.dtype).copy_(x), (t(3, 4),))],
+    "eye": [Call(written(lambda size, dtype: torch.eye(*size, dtype=dtype)), (t(3, 4),))],
+    "fake_quantize_per_tensor_affine": [
+        Call(aten.fake_quantize_per_tensor_affine.default, (t(3, 4).float(), 0.1, 0, -128, 127))
+    ],
+    "frobenius_norm": [Call(aten.frobenius_norm.dim, (t(2, 3, 4), [1], keep)) for keep in (True, False)],
+    "nuclear_norm": [Call(aten.nuclear_norm.dim, (t(3, 4, 5), [1, 2])), Call(aten.nuclear_norm.default, (t(3, 4),))],
+    "linalg_matrix_exp": [Call(torch.linalg.matrix_exp, (t(2, 3, 3),))],
+    "matrix_H": [Call(lambda x: x.H, (t(3, 4),))],
+    "slice_scatter": [Call(aten.slice_scatter.default, (t(3, 6, 4), t(3, 2, 4), 1, 1, 5, 2))],
+    "unsafe_split_with_sizes": [Call(aten.unsafe_split_with_sizes.default, (t(3, 6), [1, 3, 2], 1))],
+    "logspace": [Call(lambda x: torch.logspace(0, 1, 4, dtype=x.dtype).mul_(x), (t(4),))],
+    "norm": [Call(aten.norm.ScalarOpt_dim, (t(2, 3, 4), 2, [1], keep)) for keep in (True, False)],
+    "multi_margin_loss": [Call(torch.nn.functional.multi_margin_loss, (t(4, 3), classes(4)))],
+    "histogramdd": [Call(lambda x: torch.histogramdd(x, [2, 3])[0], (t(5, 2),))],
+    "istft": [
+        Call(lambda x: torch.istft(torch.view_as_complex(x), 4, window=torch.ones(4).double()), (t(2, 3, 6, 2),))
+    ],
+    "embedding_renorm_": [
+        Call(lambda w, i: aten.embedding_renorm_.default(w.clone(), i, 1.0, 2.0), (t(5, 4), classes(3)))
+    ],
+    "affine_grid_generator": [Call(torch.nn.functional.affine_grid, (t(2, 2, 3), [2, 3, 4, 5]))],
+    "conv_tbc": [Call(torch.conv_tbc, (t(5, 2, 3), t(2, 3, 4), t(4), 1))],
+    "gru_cell": [Call(aten.gru_cell.default, (t(2, 3), t(2, 4), t(12, 3), t(12, 4), t(12), t(12)))],
+    "lstm_cell": [
+        Call(
+            lambda x, h, c, *weights: aten.lstm_cell.default(x, [h, c], *weights),
+            (t(2, 3), t(2, 4), t(2, 4), t(16, 3), t(16, 4), t(16), t(16)),
+        ),
+        Call(lambda x, h, c, *w: aten.lstm_cell.default(x, [h, c], *w), (t(3), t(4), t(4), t(16, 3), t(16, 4))),
+    ],
+    **{
+        name: [Call(getattr(aten, name).default, (t(2, 3), t(2, 4), t(4, 3), t(4, 4), t(4), t(4)))]
+        for name in ("rnn_tanh_cell", "rnn_relu_cell")
+    },
+}
+BY_HAND["lstm"] += [
+    Call(
+        lambda x, h, c, *weights: aten.lstm.input(x, [h, c], list(weights), False, 2, 0.0, False, True, False),
+        (t(3, 2, 4), t(4, 2, 5), t(4, 2, 5), *(t(20, n) for n in (4, 5, 4, 5, 10, 5, 10, 5))),
+    )
+]  # two layers, two directions
 BY_HAND["index"] += [
     Call(lambda x, i, j: x[:, i, j], (t(3, 4, 5, 2), classes(2, 1), classes(3))),
     Call(lambda x, i, j: x[i, :, j], (t(3, 4, 5), classes(2, 3), classes(3))),
@@ -262,25 +361,66 @@ BY_HAND["einsum"] += [
 ]
 BY_HAND["squeeze"].append(Call(lambda x: torch.squeeze(x), (t(3, 1, 4),)))
 # A class must stay one when an entry moves; samples of as_strided read beyond the tensor that they are given.
-ONLY_BY_HAND = {"as_strided", "one_hot"}
+ONLY_BY_HAND = {"as_strided", "one_hot", "multi_margin_loss", "histogramdd"}
+UNCHECKED = {"segment_reduce", "to_sparse", "sparse_sampled_addmm"}  # lengths out of bounds, results that are not dense
 UNREACHED: dict[str, str] = {
     "_grouped_mm": "it takes no float64",
     "scalar_tensor": "it makes a number, which has no axes",
     "lift_fresh": "it is of constants, of which no axis is asked",
     "view": "canonicalise makes a reshape of it",
+    "_scaled_mm": "it takes no float64",
+    "_flash_attention_forward": "it runs on GPUs only",
+    "_efficient_attention_forward": "it runs on GPUs only",
+    "conj": "of real numbers it does nothing, and torch.export writes it as `_conj`",
+    **dict.fromkeys(
+        ("cov", "corrcoef", "ctc_loss", "linalg_lstsq"), "torch.export cannot tell its result without the values"
+    ),
+    **dict.fromkeys(("resize_", "resize_as_"), "torch resizes no tensor that has a gradient"),
+    "split_copy": "torch.export makes split_with_sizes_copy of it",
+    "tril_indices": "its entries are integers, which no parameter is written into",
+    "triu_indices": "its entries are integers, which no parameter is written into",
+    **dict.fromkeys(
+        ("dequantize", "quantize_per_channel", "quantize_per_tensor", "fake_quantize_per_channel_affine"),
+        "torch.export has no fake tensors of quantised numbers",
+    ),
 }  # name -> why no sample can reach it here
 
 
+def named(op: Any) -> str:
+    return op.rpartition("::")[2] if isinstance(op, str) else op._opname
+
+
 def registered() -> list[str]:
-    """The names of all ops that have a rule."""
-    return sorted(
-        {op.rpartition("::")[2] if isinstance(op, str) else op._opname for op in OPS if op is not operator.getitem}
-    )
+    """The names of all ops that have a rule of their own, or a refusal that a sample reaches."""
+    rules = _rules()
+    refused = {n for n in rules if rules[n].refused and (n not in sampled() or n in UNCHECKED)}
+    return sorted(rules.keys() - set(repeated()) - refused)
+
+
+def repeated() -> list[str]:
+    """The names of ops that have the rule of another: in place, into a copy, or under another name."""
+    rules = _rules()
+    first: dict[int, str] = {}
+    bases = {name: name.removesuffix("_") if name[-1] == "_" else name.removesuffix("_copy") for name in rules}
+    variants = {n for n, base in bases.items() if base != n and base in rules and rules[base].axes is rules[n].axes}
+    return sorted(n for n, info in rules.items() if n in variants or first.setdefault(id(info), n) != n)
+
+
+def _rules() -> dict[str, OpInfo]:
+    rules: dict[str, OpInfo] = {}
+    for op, info in OPS.items():
+        if op is not operator.getitem:
+            rules.setdefault(named(op), info)
+    return rules
+
+
+def sampled() -> set[str]:
+    return {name for op in op_db for name in known_as(op)} | set(BY_HAND)
 
 
 def known_as(op: Any) -> set[str]:
     names = {op.name, op.aten_name or op.name, *(alias.name for alias in op.aliases)}
-    return {name.rpartition(".")[2] for name in names} | {op.name.split(".")[0]}
+    return {name.rpartition(".")[2] for name in names} | {op.name.split(".")[0], op.name.replace(".", "_")}
 
 
 def calls_of(name: str) -> list[Call]:

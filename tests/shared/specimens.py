@@ -46,7 +46,7 @@ def pair(kind: str, size: int, members: str) -> Pair:
 def _members(text: str) -> frozenset[str]:
     names = []
     for member in text.split():
-        if member.split("[")[0].endswith(("weight", "bias", "vector", "matrix", "original0", "original1")):
+        if member.split("[")[0].endswith(("weight", "bias", "vector", "matrix", "original0", "original1", "ih_l0")):
             names.append(member)
         else:
             module, dim = member.split("[")

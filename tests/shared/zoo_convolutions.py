@@ -101,7 +101,10 @@ class group_norm(nn.Module):
         "conv2.parametrizations.weight.original1[0] out.weight[1]",
     ),
     inputs=images(3),
-    refused={"conv1[0] conv2.parametrizations.weight.original1[1]": "the norm of a weight is taken over all dims"},
+    refused={
+        "conv1[0] conv2.parametrizations.weight.original1[1]": "its weight is normalised over this axis by "
+        "aten._weight_norm"
+    },
     zeroing="a direction of zeros has no norm to be divided by",
 )  # fmt: skip
 class weight_norm(nn.Module):

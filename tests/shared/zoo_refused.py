@@ -26,9 +26,13 @@ class fourier_mixing(nn.Module):
         return self.head(F.relu(self.down(x))) + self.spectrum(torch.fft.fft(x).real)
 
 
-@specimen(pair("ffn", 7, "up[0] down.weight[1]"), inputs=floats(6))
+@specimen(
+    pair("ffn", 7, "up[0] down.weight[1]"),
+    pair("ffn", 6, "down[0] rnn.weight_ih_l0[1]"),
+    inputs=floats(6),
+)
 class recurrent(nn.Module):
-    """Gates and hidden entries are one op, which stays as it is."""
+    """Gates and hidden entries are one op, which stays as it is; it sums over what it takes."""
 
     def __init__(self):
         super().__init__()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ecospa_fx.arguments import FLAG, PATH, TEXT, WHOLE, optional, takes
 from ecospa_fx.errors import FormatError
 
 from .files import Marked, read, write
@@ -45,6 +46,7 @@ class Cut:
         return f"{self.before:,} -> {self.written:,} entries{zeros}; {changes}"
 
 
+@takes(source=PATH, target=PATH, zeros=FLAG, per_layer=FLAG, heads=FLAG, round_to=WHOLE, architecture=optional(TEXT))
 def cut_gguf(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],

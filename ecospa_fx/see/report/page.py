@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ecospa_fx.arguments import check_state
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.see.findings import Findings
 
@@ -26,6 +27,9 @@ def write_report(findings: Findings, path: str | os.PathLike[str], training: Map
         import jinja2
     except ModuleNotFoundError:
         raise EcoSpaError("a report needs jinja2: pip install 'ecospa-fx[report]'") from None
+    if training is not None:
+        keys = ("loss", "valid", "sizes", "history", "original", "forecast")
+        check_state(training, keys, "report", "training", "ecospa_fx.report.training_of(trainer, losses)")
     document = document_of(findings)
     plotly = ""
     if training is not None:
@@ -43,7 +47,10 @@ def write_report(findings: Findings, path: str | os.PathLike[str], training: Map
         plotly=plotly,
         curves=training is not None,
     )
-    Path(path).write_text(page, encoding="utf-8")
+    try:
+        Path(path).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise EcoSpaError(f"the report cannot be written to {str(path)!r}: {error.strerror or error}") from error
 
 
 def _inside_script(document: Any) -> str:

@@ -1,8 +1,8 @@
-"""World: all that a forward may change in Python: attributes of modules, and the containers and objects that they hold.
+"""Python state: all that a forward may change in Python: attributes of modules, containers and objects that they hold.
 
-World(module)    everything that is reachable from the modules, as it is now
--> changes()     the places that are other than they were
--> restore()     everything as it was
+PythonState(module)    everything that is reachable from the modules, as it is now
+-> changes()           the places that are other than they were
+-> restore()           everything as it was
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MOST = 20_000  # containers and objects, in which a forward's state is looked f
 
 
 @dataclass(frozen=True)
-class Change:
+class StateChange:
     """A place that is other than it was.
 
     Attributes:
@@ -144,7 +144,7 @@ def _has_state(value: Any) -> bool:
     return hasattr(value, "bit_generator") or hasattr(value, "set_state") or getattr(value, "ndim", 0) > 0
 
 
-class World:
+class PythonState:
     """The mutable state that is reachable from a module, as it was when this was made.
 
     Args:
@@ -172,24 +172,24 @@ class World:
             inner = [(label, item) for label, item in _items(value, held, where) if not is_constant(item)]
             waiting.extend((names.get(id(item), label), item) for label, item in inner)
 
-    def changes(self) -> Iterator[Change]:
+    def changes(self) -> Iterator[StateChange]:
         """Yield the places that are other than they were."""
         for space, name, where, was in self._names:
             now = value_in(space, name)
             if not same(was, now):
-                yield Change(space, where, name, was, now)
+                yield StateChange(space, where, name, was, now)
         for owner, where, before in self._nodes:
             after = contents(owner)
             if isinstance(before, dict):
                 for key in dict.fromkeys((*before, *(after or ()))):
                     was, now = before.get(key, ABSENT), after.get(key, ABSENT)
                     if not same(was, now):
-                        yield Change(owner, _label(owner, where, key), key, was, now)
+                        yield StateChange(owner, _label(owner, where, key), key, was, now)
             elif isinstance(before, _State):
                 if not before.equal(after):
-                    yield Change(owner, where, None, "as it was", "in another state")
+                    yield StateChange(owner, where, None, "as it was", "in another state")
             elif len(before) != len(after) or not all(map(same, before, after)):
-                yield Change(owner, where, None, before, after)
+                yield StateChange(owner, where, None, before, after)
 
     def mark(self) -> None:
         """Put an equal copy in place of every constant, for `unmark` to see which are assigned anew at the same value.
@@ -206,7 +206,7 @@ class World:
                     self._marks.append((owner, where, key, value, mark))
                     _put_item(owner, key, mark)
 
-    def unmark(self) -> list[Change]:
+    def unmark(self) -> list[StateChange]:
         """Take the copies away, and return the places that hold an equal value that is no longer the copy."""
         anew = []
         for owner, where, key, value, mark in self._marks:
@@ -214,7 +214,7 @@ class World:
             if now is mark:
                 _put_item(owner, key, value)
             elif same(now, value):
-                anew.append(Change(owner, _label(owner, where, key), key, value, now))
+                anew.append(StateChange(owner, _label(owner, where, key), key, value, now))
         return anew
 
     def restore(self) -> None:

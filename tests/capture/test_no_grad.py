@@ -1,0 +1,115 @@
+"""Blocks without gradients: what they read, make and write into has in a graph the gradients that it has in eager."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+from twin import assert_equals_twin, kept_positions, zeroed
+
+import ecospa_fx
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.register_buffer("u", torch.randn(3))
+        self.register_buffer("w", torch.randn(3))
+
+    def forward(self, x):
+        return self.after(self.b(F.relu(self.a(x))))
+
+    def after(self, y):
+        return y
+
+
+class Writes(Mlp):
+    """Into a value that goes on, and keeps its gradients as if nothing had been written."""
+
+    def after(self, y):
+        y = y + 1.0
+        with torch.no_grad():
+            y.mul_(3.0).add_(1.0)
+        return y.exp()
+
+
+class WritesAndReturns(Mlp):
+    def after(self, y):
+        y = y + 1.0
+        with torch.no_grad():
+            z = y.mul_(3.0)
+            total = z.view(-1).sum()
+        return z * 2 + y + total
+
+
+class Reads(Mlp):
+    def after(self, y):
+        with torch.no_grad():
+            scale = y.abs().amax()
+            same = y
+            part, other = y.unbind(0)[0], self.b.weight.sum(1)
+        return y / scale + same + part + other
+
+
+class Out(Mlp):
+    """Into buffers that `out=` names, of arguments that need gradients."""
+
+    def after(self, y):
+        with torch.no_grad():
+            torch.mul(self.b.bias, self.w, out=self.u)
+            F.normalize(self.u, dim=0, out=self.w)
+        return y * self.w.clone()
+
+
+class Power(Mlp):
+    """A step of power iteration at each call."""
+
+    def after(self, y):
+        with torch.no_grad():
+            v = F.normalize(self.b.weight.detach().sum(1) * self.u, dim=0, eps=1e-6)
+            self.u.copy_(v)
+        return y / torch.dot(self.u.clone(), self.b.bias).abs().add(1.0)
+
+
+class Decorated(Mlp):
+    @torch.no_grad()
+    def scale(self, y):
+        return y.std(), y.detach().add_(0.5)
+
+    def after(self, y):
+        scale, moved = self.scale(y * 1.0)
+        with torch.autocast("cpu", enabled=False), torch.no_grad():
+            count = (y > 0).sum()
+        return y * scale + moved + count
+
+
+class Spectral(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 6)
+        self.c, self.d = spectral_norm(nn.Linear(6, 5)), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.d(F.relu(self.c(F.relu(self.b(F.relu(self.a(x)))))))
+
+
+@pytest.mark.parametrize("cls", [Writes, WritesAndReturns, Reads, Out, Power, Decorated, Spectral])
+def test_it_trains_as_eager_does_before_and_after_a_shrink(cls):
+    torch.manual_seed(0)
+    plain, x = cls().double().train(), torch.randn(2, 4).double()
+    model = ecospa_fx.compile(copy.deepcopy(plain), example_inputs=(x,))
+    twin, positions = copy.deepcopy(plain), {}
+    for shrunk in (False, True):
+        if shrunk:
+            coupling = next(c for c in ecospa_fx.couplings(model) if any(m.parameter == "a.weight" for m in c.members))
+            keeps = {coupling: torch.arange(0, coupling.size, 3)}
+            ecospa_fx.shrink(model, keeps)
+            positions = kept_positions(plain, keeps)
+            twin = zeroed(twin, positions)
+        for _ in range(3):
+            assert_equals_twin(model, twin, positions, (x,), {}, f"{cls.__name__}, shrunk {shrunk}")
+            for name, buffer in twin.named_buffers():
+                torch.testing.assert_close(dict(model.named_buffers())[name], buffer)

@@ -1,0 +1,68 @@
+"""Branches on sizes: a graph serves the calls for which the forward takes the branches that it took when traced."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import ecospa_fx
+from ecospa_fx.model.compiled import MODEL
+
+BRANCHES = {
+    "parity": lambda b, t: t % 2 == 0,
+    "order": lambda b, t: t > b,
+    "bound": lambda b, t: t * 3 > 20,
+    "product": lambda b, t: b * t <= 12,
+    "two together": lambda b, t: t % b == 0 and t // b < 4,
+}
+
+
+class Branching(nn.Module):
+    def __init__(self, branch):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.branch = branch
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        return self.b(y * 2 if BRANCHES[self.branch](*x.shape[:2]) else y + 1)
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_a_branch_on_sizes(branch):
+    torch.manual_seed(0)
+    plain = Branching(branch).double()
+    model = ecospa_fx.compile(copy.deepcopy(plain), example_inputs=(torch.randn(2, 6, 4).double(),))
+    twin = copy.deepcopy(plain)
+    region = model.__dict__[MODEL].regions[""]
+    taken = set()
+    for shrunk, (b, t) in itertools.product((False, True), itertools.product((2, 3, 5), (2, 3, 4, 6, 7, 9))):
+        if shrunk and b == t == 2:
+            (coupling,) = ecospa_fx.couplings(model)
+            ecospa_fx.shrink(model, {coupling: torch.arange(0, 8, 3)})
+            twin.b.weight.data[:, [1, 2, 4, 5, 7]] = 0.0
+        x = torch.randn(b, t, 4).double()
+        torch.testing.assert_close(model(x), twin(x))
+        taken.add(BRANCHES[branch](b, t))
+    assert taken == {False, True}
+    assert len(region.specializations) <= 4  # one per combination of answers, not one per size
+
+
+def test_the_checks_of_calls_with_objects_are_those_of_others():
+    """`checker` says of sizes what `mismatch` says; its code runs where a cache grows by a token at each call."""
+    model = ecospa_fx.compile(Branching("two together"), example_inputs=(torch.randn(2, 6, 4),))
+    signature = model.__dict__[MODEL].regions[""].specializations[0].captured.signature
+    assert signature.guards.symbols
+    fits, said = signature.checker(()), set()
+    for b, t in itertools.product(range(1, 9), range(1, 20)):
+        x = torch.empty(b, t, 4)
+        said.add(fits([x]))
+        assert fits([x]) == (signature.mismatch(signature.spec, [x], signature.training) is None)
+    assert said == {False, True}
+    why = signature.mismatch(signature.spec, [torch.empty(5, 12, 4)], signature.training)
+    assert why in {
+        f"the forward decides by sizes, and for these ({sizes}) not as in the call that was captured"
+        for sizes in ("5, 12", "12, 5")
+    }
