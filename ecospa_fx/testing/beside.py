@@ -25,14 +25,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import ecospa_fx
+from ecospa_fx.api import compile
+from ecospa_fx.checkpoint.save_load import load, resume, save
+from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import EcoSpaError, NoInputsError
 from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.model.lookup import couplings, plan
+from ecospa_fx.model.shrinking import shrink
 from ecospa_fx.model.state import Execution
+from ecospa_fx.see.explanation import explain
+from ecospa_fx.see.verification import verify
 
 from .interrupting import Interrupting
-from .twins import Axis, Cut, fitted
-from .worlds import WORLDS, Differs, Generators, World, check_same, check_value, everything, frozen, optimizer_of
+from .sandbox import WORLDS, Differs, Generators, Sandbox, check_same, check_value, everything, frozen, optimizer_of
+from .twins import Axis, Remains, fitted
 
 
 class Ended(Exception):
@@ -66,10 +72,10 @@ class Beside:
     ) -> None:
         self.execution, self.regions, self.sized, self.tokens = execution, regions, sized, tokens
         Generators.seeded(1)
-        self.plain, self.ours = (World(source, name) for name in WORLDS)
+        self.plain, self.ours = (Sandbox(source, name) for name in WORLDS)
         self.refusals: list[str] = []
         self.shrinks = 0
-        self._cut = Cut()
+        self._remains = Remains()
         self._inputs = 0  # drawn so far
         self._changed: list[str] = []  # statements of the loop since the last shrink
         self._compare("before compile")
@@ -85,7 +91,7 @@ class Beside:
         """Run the model without gradients."""
         x = self._input(batch)
 
-        def run(world: World) -> Any:
+        def run(world: Sandbox) -> Any:
             with torch.no_grad():
                 return world.model(x)
 
@@ -97,7 +103,7 @@ class Beside:
         for world in (self.plain, self.ours):
             world.model.zero_grad()
 
-        def run(world: World) -> Any:
+        def run(world: Sandbox) -> Any:
             y = world.model(x)
             loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
             for module in world.model.modules():
@@ -107,7 +113,7 @@ class Beside:
 
         self._both(f"train({batch})", run)
         if not self.sized:
-            self._cut.zero(self.plain.model, self.plain.optimizer)
+            self._remains.zero(self.plain.model, self.plain.optimizer)
         for world in (self.plain, self.ours):
             for parameter in world.model.parameters():
                 if parameter.grad is not None:
@@ -135,7 +141,7 @@ class Beside:
     def state_dict(self) -> None:
         """Change all weights, and load those from before."""
         expected, found = (world.model.state_dict() for world in (self.plain, self.ours))
-        check_same(expected, found, "state_dict", self._cut)
+        check_same(expected, found, "state_dict", self._remains)
         for world, state in ((self.plain, copy.deepcopy(expected)), (self.ours, copy.deepcopy(found))):
             with torch.no_grad():
                 for tensor in world.model.parameters():
@@ -158,19 +164,19 @@ class Beside:
         options: dict[str, Any] = {"regions": self.regions, "execution": self.execution}
         if batch:
             options["example_inputs"] = (self._input(batch),)
-        self._library("compile", lambda: ecospa_fx.compile(self.ours.model, **options))
+        self._library("compile", lambda: compile(self.ours.model, **options))
 
     def explain(self, batch: int = 2) -> None:
         """Explain the model, which leaves it as it is."""
         x = self._input(batch)
-        self._library("explain", lambda: str(ecospa_fx.explain(self.ours.model, example_inputs=(x,))))
+        self._library("explain", lambda: str(explain(self.ours.model, example_inputs=(x,))))
 
     def verify(self, batch: int = 2) -> None:
         """Verify the model, which leaves it as it is."""
         if not self.compiled:
             return
         x = self._input(batch)
-        for result in self._library("verify", lambda: ecospa_fx.verify(self.ours.model, example_inputs=(x,))):
+        for result in self._library("verify", lambda: verify(self.ours.model, example_inputs=(x,))):
             if not result.ok:
                 raise Differs(f"verify: {result}")
 
@@ -185,7 +191,7 @@ class Beside:
             return
         dice, model = random.Random(seed), self.ours.model
         try:
-            found = [c for c in ecospa_fx.couplings(model) if c.size > 1]
+            found = [c for c in couplings(model) if c.size > 1]
         except NoInputsError:  # nothing has been called so far
             return
         if not found:
@@ -194,15 +200,15 @@ class Beside:
         keeps = {c: torch.tensor(sorted(dice.sample(range(c.size), dice.randint(1, c.size - 1)))) for c in chosen}
         shapes = {name: p.shape for name, p in model.named_parameters()}
 
-        def shrink() -> bool:
+        def shrink_or_not() -> bool:
             try:
                 with Interrupting(line):
-                    ecospa_fx.shrink(model, keeps, optimizer=self.ours.optimizer)
+                    shrink(model, keeps, optimizer=self.ours.optimizer)
             except KeyboardInterrupt:
                 return {name: p.shape for name, p in model.named_parameters()} != shapes
             return True
 
-        if any(self._library(f"shrink({seed})", shrink, changes=True)):
+        if any(self._library(f"shrink({seed})", shrink_or_not, changes=True)):
             self.shrinks += 1
             self._changed.clear()
             self._follow(keeps)
@@ -214,10 +220,10 @@ class Beside:
         def reload() -> tuple[nn.Module, Any]:
             with tempfile.TemporaryDirectory() as folder:
                 where = Path(folder) / "saved"
-                ecospa_fx.save(self.ours.model, where, optimizer=self.ours.optimizer)
-                loaded = ecospa_fx.load(where, self.ours.made)
+                save(self.ours.model, where, optimizer=self.ours.optimizer)
+                loaded = load(where, self.ours.made)
                 optimizer = optimizer_of(loaded)
-                ecospa_fx.resume(where, loaded, optimizer=optimizer)
+                resume(where, loaded, optimizer=optimizer)
             return loaded, optimizer
 
         for loaded, optimizer in self._library("save_and_load", reload) if self.compiled else ():
@@ -240,7 +246,7 @@ class Beside:
         shape = (batch, 3, 3) if self.tokens else (batch, 3)
         return torch.randn(shape, dtype=torch.float64, generator=generator)
 
-    def _both(self, what: str, run: Callable[[World], Any]) -> None:
+    def _both(self, what: str, run: Callable[[Sandbox], Any]) -> None:
         """Run something in both worlds, and compare all that there is."""
         before = Generators.now()
         expected, error = _tried(lambda: run(self.plain))
@@ -316,9 +322,9 @@ class Beside:
             world.memory.clear()
 
     def _compare(self, what: str) -> None:
-        check_same(dict(everything(self.plain)), dict(everything(self.ours)), what, self._cut)
+        check_same(dict(everything(self.plain)), dict(everything(self.ours)), what, self._remains)
 
-    def _follow(self, keeps: Mapping[ecospa_fx.Coupling, Tensor]) -> None:
+    def _follow(self, keeps: Mapping[Coupling, Tensor]) -> None:
         """Note which entries are left, and remove the others from the plain model."""
         gone: dict[Axis, Tensor] = {}
         for coupling, keep in keeps.items():
@@ -326,19 +332,19 @@ class Beside:
                 goes = (member.index >= 0) & ~torch.isin(member.index, keep)
                 axis = member.parameter, member.dim
                 gone[axis] = gone[axis] | goes if axis in gone else goes
-        before, sizes = dict(self._cut.left), dict(self.plain.made().named_parameters())
-        plan = ecospa_fx.plan(self.ours.model).kept
-        self._cut.take(gone, {axis: kept for axis, kept in plan.items() if axis[0] not in sizes}, sizes)
-        for axis, left in self._cut.left.items():
-            if axis not in plan or not torch.equal(plan[axis], left):
-                raise Differs(f"shrink: the plan keeps {plan.get(axis)} of {axis}, expected {left}")
+        before, sizes = dict(self._remains.left), dict(self.plain.made().named_parameters())
+        left_by_plan = plan(self.ours.model).kept
+        self._remains.take(gone, {axis: kept for axis, kept in left_by_plan.items() if axis[0] not in sizes}, sizes)
+        for axis, left in self._remains.left.items():
+            if axis not in left_by_plan or not torch.equal(left_by_plan[axis], left):
+                raise Differs(f"shrink: the plan keeps {left_by_plan.get(axis)} of {axis}, expected {left}")
         if self.sized:
-            self._cut.slice(self.plain.model, self.plain.optimizer, before)
+            self._remains.slice(self.plain.model, self.plain.optimizer, before)
         else:
-            self._cut.zero(self.plain.model, self.plain.optimizer, buffers=True)
+            self._remains.zero(self.plain.model, self.plain.optimizer, buffers=True)
 
 
-def _scope(world: World, block: int) -> dict[str, Any]:
+def _scope(world: Sandbox, block: int) -> dict[str, Any]:
     """Return the names that statements of a loop know."""
     model: Any = world.model
     return {"model": model, "block": model.blocks[block], "world": world.module}

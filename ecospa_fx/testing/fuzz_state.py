@@ -25,8 +25,8 @@ from ecospa_fx.model.state import Execution
 from . import stateful_parts  # noqa: F401  (it registers parts)
 from .beside import Beside, Ended
 from .loops import random_loop
+from .sandbox import Differs
 from .stateful import StatefulModule, Weight, random_module
-from .worlds import Differs
 
 
 @dataclass(frozen=True)

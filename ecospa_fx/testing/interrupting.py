@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import FrameType
 from typing import Any
-
-import ecospa_fx
-
-_PACKAGE = str(Path(ecospa_fx.__file__).parent)
 
 
 class Interrupting:
@@ -29,8 +24,8 @@ class Interrupting:
             sys.settrace(None)
 
     def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        path = frame.f_code.co_filename
-        if not path.startswith(_PACKAGE) or "/testing/" in path:
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith("ecospa_fx.") or module.startswith("ecospa_fx.testing."):
             return None
         if event == "line":
             self.left -= 1

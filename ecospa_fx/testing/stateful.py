@@ -1,6 +1,6 @@
 """Stateful modules: random modules that keep and change state as people's do, as a few lines of code.
 
-A block is a residual perceptron; parts are put into it: `Part`s, each with lines of `__init__`, of `forward`, of the
+A block is a residual perceptron; parts are put into it: `Piece`s, each with lines of `__init__`, of `forward`, of the
 class and of the file around it, and statements by which a training loop changes its state between two calls.
 """
 
@@ -31,7 +31,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Part:
+class Piece:
     """A part of a block, as code.
 
     Attributes:
@@ -80,7 +80,7 @@ class StatefulModule:
         act: the function of the hidden values.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[Piece, ...]
     weight: Weight = Weight()
     blocks: int = 1
     tokens: bool = False
@@ -199,22 +199,22 @@ def holders(i: int, value: str, tensor: bool) -> list[Holder]:
 
 def held(
     draw: Draw, kind: str, place: Holder, forward: Sequence[str], changes: Sequence[str] = (), wide: bool = False
-) -> Part:
+) -> Piece:
     """Return the part whose state lies in a holder."""
-    return Part(
+    return Piece(
         f"{kind} in {place.name}", draw.place, tuple(forward), place.init, place.body, place.file, place.names,
         tuple(changes), wide=wide and "buffer" not in place.name,
     )  # fmt: skip
 
 
-MakePart = Callable[[Draw], Part]
-PARTS: list[tuple[MakePart, float]] = []
+MakePiece = Callable[[Draw], Piece]
+PARTS: list[tuple[MakePiece, float]] = []
 
 
-def part(weight: float) -> Callable[[MakePart], MakePart]:
+def part(weight: float) -> Callable[[MakePiece], MakePiece]:
     """Register a kind of part, drawn that often."""
 
-    def register(make: MakePart) -> MakePart:
+    def register(make: MakePiece) -> MakePiece:
         PARTS.append((make, weight))
         return make
 

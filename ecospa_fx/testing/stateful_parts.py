@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from .stateful import Draw, Part, held, holders, part
+from .stateful import Draw, Piece, held, holders, part
 
 Lines: TypeAlias = tuple[str, ...]
 CLASSES = "class", "own class"
 
 
 @part(4.0)
-def running_tensor(draw: Draw) -> Part:
+def running_tensor(draw: Draw) -> Piece:
     """A running mean: a buffer, an attribute or elsewhere, changed in place or assigned."""
     start = f"torch.{draw.pick('zeros', 'ones')}({draw.width}, dtype=torch.float64)"
     place = draw.rng.choice(holders(draw.number, start, tensor=True))
@@ -35,7 +35,7 @@ def running_tensor(draw: Draw) -> Part:
 
 
 @part(3.0)
-def counter(draw: Draw) -> Part:
+def counter(draw: Draw) -> Piece:
     """A number that the forward counts up."""
     place = draw.rng.choice(holders(draw.number, "0", tensor=False))
     s, v = place.read, draw.place
@@ -52,7 +52,7 @@ def counter(draw: Draw) -> Part:
 
 
 @part(1.0)
-def tensor_counter(draw: Draw) -> Part:
+def tensor_counter(draw: Draw) -> Piece:
     """A count in a tensor."""
     place = draw.rng.choice(
         holders(draw.number, draw.pick("torch.tensor(0)", "torch.zeros((), dtype=torch.float64)"), tensor=True)
@@ -65,7 +65,7 @@ def tensor_counter(draw: Draw) -> Part:
 
 
 @part(2.0)
-def log(draw: Draw) -> Part:
+def log(draw: Draw) -> Piece:
     """A list that grows by one entry in each call."""
     i, v = draw.number, draw.place
     start = draw.pick("[]", "collections.deque(maxlen=3)")
@@ -81,7 +81,7 @@ def log(draw: Draw) -> Part:
 
 
 @part(2.0)
-def left_for_the_loop(draw: Draw) -> Part:
+def left_for_the_loop(draw: Draw) -> Piece:
     """A loss, an output or a size that the forward leaves for the loop."""
     i, v = draw.number, draw.place
     value = draw.pick(
@@ -94,11 +94,11 @@ def left_for_the_loop(draw: Draw) -> Part:
         init = (f"self.c{i} = nn.Module()",)
     line = f"{where} = {value}"
     lines = ("if self.training:", f"    {line}") if draw.chance(0.2) else (line,)
-    return Part("aux loss", v, lines, init)
+    return Piece("aux loss", v, lines, init)
 
 
 @part(1.0)
-def last_value(draw: Draw) -> Part:
+def last_value(draw: Draw) -> Piece:
     """The last value, kept on the module."""
     i, v = draw.number, draw.place
     line = draw.pick(
@@ -106,11 +106,11 @@ def last_value(draw: Draw) -> Part:
         f'setattr(self, "last{i}", {v}.detach().clone())', f'self.__dict__["last{i}"] = {v}.shape[0]',
         f"self.kept{i} = self.up if hasattr(self, 'up') else self.down",
     )  # fmt: skip
-    return Part("last value", v, (line,))
+    return Piece("last value", v, (line,))
 
 
 @part(1.5)
-def momentum_copy(draw: Draw) -> Part:
+def momentum_copy(draw: Draw) -> Piece:
     """A copy of parameters that the forward moves after them, as in BYOL."""
     i = draw.number
     update = draw.pick(
@@ -126,11 +126,11 @@ def momentum_copy(draw: Draw) -> Part:
     lines: Lines = (guard, *(f"    {line}" for line in body)) if guard else body
     use = draw.rng.choice(((f"y = y + self.k{i}(h)",), (f"y = y + self.k{i}(h).detach()",), ()))
     init = (f"self.k{i} = copy.deepcopy(self.down).requires_grad_(False)",)
-    return Part("momentum copy", "y", (*lines, *use), init)
+    return Piece("momentum copy", "y", (*lines, *use), init)
 
 
 @part(1.0)
-def parameters_changed(draw: Draw) -> Part:
+def parameters_changed(draw: Draw) -> Piece:
     """Parameters that the forward itself changes."""
     line = draw.pick(
         "self.down.weight.data.clamp_(-0.4, 0.4)", "self.down.weight.data = self.down.weight.data.clamp(-0.4, 0.4)",
@@ -139,16 +139,16 @@ def parameters_changed(draw: Draw) -> Part:
     lines: Lines = (line,)
     if draw.chance(0.3):
         lines = ("with torch.no_grad():", "    self.down.weight.mul_(0.99)")
-    return Part("parameters changed", "h", lines)
+    return Piece("parameters changed", "h", lines)
 
 
 @part(2.0)
-def cache(draw: Draw) -> Part:
+def cache(draw: Draw) -> Piece:
     """Something made at the first call, or at the first of each size."""
     i, v, n = draw.number, draw.place, draw.width
     if draw.chance(0.2):
         entry = f"self.cache{i}[{v}.shape[0]]"
-        return Part("cache of sizes", v, (
+        return Piece("cache of sizes", v, (
             f"if {v}.shape[0] not in self.cache{i}:",
             f"    {entry} = torch.linspace(0.5, 1, {v}.shape[0], dtype={v}.dtype)",
             f"{v} = ({v}.transpose(0, -1) * {entry}).transpose(0, -1)",
@@ -168,11 +168,11 @@ def cache(draw: Draw) -> Part:
          (f'self.register_buffer("made{i}", torch.zeros({n}))', buffer)),
     ))  # fmt: skip
     lines = (f"if {missing}:", f"    {makes or f'{read} = {made}'}", f"{v} = {v} * {read}")
-    return Part(kind, v, lines, init, wide=True)
+    return Piece(kind, v, lines, init, wide=True)
 
 
 @part(4.0)
-def chance(draw: Draw) -> Part:
+def chance(draw: Draw) -> Piece:
     """A number or a branch of Python's, numpy's or torch's generator."""
     i, v = draw.number, draw.place
     number = draw.pick(
@@ -189,11 +189,11 @@ def chance(draw: Draw) -> Part:
         (f"p{i} = {number}", f"{v} = {v} if p{i} < 0.5 else {v} * p{i}"),
         ("if not self.training:", f"    {v} = {v} + {number}"),
     ))  # fmt: skip
-    return Part("chance", v, lines)
+    return Piece("chance", v, lines)
 
 
 @part(1.5)
-def noise(draw: Draw) -> Part:
+def noise(draw: Draw) -> Piece:
     """Random tensors."""
     v = draw.place
     batch = f"torch.rand({v}.shape[0], *[1] * ({v}.ndim - 1), dtype={v}.dtype)"
@@ -206,11 +206,11 @@ def noise(draw: Draw) -> Part:
         ((f"{v} = {v}[torch.randperm({v}.shape[0])]",), False),
         ((f"{v} = {v} * torch.bernoulli(torch.tensor(0.5))",), False),
     ))  # fmt: skip
-    return Part("noise", v, lines, sized=sized)
+    return Piece("noise", v, lines, sized=sized)
 
 
 @part(5.0)
-def scheduled(draw: Draw) -> Part:
+def scheduled(draw: Draw) -> Piece:
     """Something that a schedule changes between two calls: a number, text, function, flag or tensor."""
     v = draw.place
     kind, (start, *others) = draw.rng.choice((
@@ -250,7 +250,7 @@ def scheduled(draw: Draw) -> Part:
 
 
 @part(1.0)
-def by_mode(draw: Draw) -> Part:
+def by_mode(draw: Draw) -> Piece:
     """Another computation in train than in eval mode."""
     v, n, i = draw.place, draw.width, draw.number
     lines: Lines
@@ -264,31 +264,31 @@ def by_mode(draw: Draw) -> Part:
           f"{v} = ({v} - mean) * torch.rsqrt(var + 1e-2)"),
          (f'self.register_buffer("rm{i}", torch.zeros({n}))', f'self.register_buffer("rv{i}", torch.ones({n}))')),
     ))  # fmt: skip
-    return Part("by mode", v, lines, init)
+    return Piece("by mode", v, lines, init)
 
 
 @part(1.0)
-def norm(draw: Draw) -> Part:
+def norm(draw: Draw) -> Piece:
     """A layer of torch.nn with state of its own."""
     v, i, n = draw.place, draw.number, draw.width
     if draw.tokens:
-        return Part("batch norm", v, (f"{v} = self.norm{i}({v}.transpose(1, 2)).transpose(1, 2)",),
+        return Piece("batch norm", v, (f"{v} = self.norm{i}({v}.transpose(1, 2)).transpose(1, 2)",),
                     (f"self.norm{i} = nn.BatchNorm1d({n})",))  # fmt: skip
     made = draw.pick(f"nn.BatchNorm1d({n})", f"nn.BatchNorm1d({n}, momentum=None)")
-    return Part("batch norm", v, (f"{v} = self.norm{i}({v})",), (f"self.norm{i} = {made}",))
+    return Piece("batch norm", v, (f"{v} = self.norm{i}({v})",), (f"self.norm{i} = {made}",))
 
 
 @part(0.7)
-def scheduled_dropout(draw: Draw) -> Part:
+def scheduled_dropout(draw: Draw) -> Piece:
     """A dropout whose probability a schedule changes."""
     v, i = draw.place, draw.number
     changes = tuple(f"block.drop{i}.p = {p}" for p in (0.0, 0.1, 0.2, 0.3))
-    return Part("scheduled dropout", v, (f"{v} = self.drop{i}({v})",), (f"self.drop{i} = nn.Dropout(0.1)",),
+    return Piece("scheduled dropout", v, (f"{v} = self.drop{i}({v})",), (f"self.drop{i} = nn.Dropout(0.1)",),
                 changes=changes, sized=True)  # fmt: skip
 
 
 @part(2.0)
-def own_generator(draw: Draw) -> Part:
+def own_generator(draw: Draw) -> Piece:
     """A number or a branch of a generator that the module holds."""
     i, v = draw.number, draw.place
     value, number = draw.rng.choice((
@@ -307,7 +307,7 @@ def own_generator(draw: Draw) -> Part:
 
 
 @part(1.0)
-def closure(draw: Draw) -> Part:
+def closure(draw: Draw) -> Piece:
     """A function that remembers, or whose arguments do."""
     i, v = draw.number, draw.place
     file = draw.rng.choice((
@@ -316,11 +316,11 @@ def closure(draw: Draw) -> Part:
         (f"def COUNT{i}(seen=[0]):", "    seen[0] += 1", "    return seen[0]"),
     ))  # fmt: skip
     lines = draw.rng.choice(((f"COUNT{i}()",), (f"{v} = {v} / COUNT{i}()",)))
-    return Part("closure", v, lines, file=file)
+    return Piece("closure", v, lines, file=file)
 
 
 @part(1.0)
-def hook(draw: Draw) -> Part:
+def hook(draw: Draw) -> Piece:
     """A hook of a layer that writes something down."""
     i, v = draw.number, draw.place
     line = draw.pick(
@@ -328,4 +328,4 @@ def hook(draw: Draw) -> Part:
         "module.seen = out.shape[0]", "return out * 2", "module.aux = out.pow(2).mean()",
     )  # fmt: skip
     file = (f"CALLS{i} = []", "", "", f"def hook{i}(module, args, out):", f"    {line}")
-    return Part("hook", v, (), (f"self.down.register_forward_hook(hook{i})",), file=file)
+    return Piece("hook", v, (), (f"self.down.register_forward_hook(hook{i})",), file=file)

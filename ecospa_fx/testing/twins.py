@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 Axis = tuple[str, int]  # a parameter or buffer, and a dim of it
 
 
-class Cut:
+class Remains:
     """The entries that are left of a model.
 
     Attributes:

@@ -16,8 +16,8 @@ import ecospa_fx
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.testing.beside import Beside
 from ecospa_fx.testing.fuzz_state import StateProgram, StateTally, check, fuzz, main, program_number, smallest
+from ecospa_fx.testing.sandbox import Differs, Generators
 from ecospa_fx.testing.stateful import PARTS, Draw, StatefulModule, random_module
-from ecospa_fx.testing.worlds import Differs, Generators
 
 PLAIN = StatefulModule((), blocks=1).source()
 COUNTING = PLAIN.replace("y = self.down(h)", "y = self.down(h)\n        self.calls = getattr(self, 'calls', 0) + 1")
@@ -119,7 +119,7 @@ def test_a_refusal_that_leaves_something_behind_is_a_failure(monkeypatch: pytest
         both.ours.model.blocks[0].left = 1
         raise CaptureError("no")
 
-    monkeypatch.setattr(ecospa_fx, "compile", refuse)
+    monkeypatch.setattr("ecospa_fx.testing.beside.compile", refuse)
     with pytest.raises(Differs, match=r"refused compile \(no\): attribute blocks.0.left is int 1, expected nothing"):
         both.compile(2)
 

@@ -1,4 +1,4 @@
-"""Worlds: two executions of one file that share nothing, their generators, and comparison of all that they hold."""
+"""Sandbox: an execution of a file that shares nothing with another, and comparison of all that two of them hold."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.optim import SGD, Optimizer
 
 from ecospa_fx.model.class_swap import ShrinkableLinear, original_class
 
-from .twins import Cut
+from .twins import Remains
 
 TOLERANCE = 1e-9  # in float64, of the largest entry
 WORLDS = "plain_program", "compiled_program"
@@ -73,7 +73,7 @@ class Generators:
             raise Differs(f"{what}: numpy's generator")
 
 
-class World:
+class Sandbox:
     """One execution of a file: its module, a `model` of it, and an optimizer."""
 
     def __init__(self, source: str, name: str) -> None:
@@ -114,7 +114,7 @@ def optimizer_of(model: nn.Module) -> Optimizer:
 Frozen = Mapping[str, Any]
 
 
-def everything(world: World) -> Iterator[tuple[str, Any]]:
+def everything(world: Sandbox) -> Iterator[tuple[str, Any]]:
     """Yield (place, value) of all that a world holds, down to tensors, numbers and texts."""
     seen: set[int] = set()
     for path, module in world.model.named_modules():
@@ -179,7 +179,7 @@ def _inside(place: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any]]
         yield place, value
 
 
-def frozen(world: World) -> dict[str, Any]:
+def frozen(world: Sandbox) -> dict[str, Any]:
     """Copy all that a world holds."""
     return {
         place: value.detach().clone().requires_grad_(value.requires_grad)
@@ -191,7 +191,7 @@ def frozen(world: World) -> dict[str, Any]:
     }
 
 
-def check_same(expected: Mapping[str, Any], found: Mapping[str, Any], what: str, cut: Cut | None = None) -> None:
+def check_same(expected: Mapping[str, Any], found: Mapping[str, Any], what: str, cut: Remains | None = None) -> None:
     """Compare all that two worlds hold.
 
     Args:
@@ -213,7 +213,7 @@ def check_same(expected: Mapping[str, Any], found: Mapping[str, Any], what: str,
         check_value(expected[place], found[place], f"{what}: {place}", name, cut)
 
 
-def check_value(a: Any, b: Any, where: str, name: str = "", cut: Cut | None = None) -> None:
+def check_value(a: Any, b: Any, where: str, name: str = "", cut: Remains | None = None) -> None:
     """Compare two values, tensors up to rounding.
 
     Raises:

@@ -1,0 +1,72 @@
+"""Class swaps: what user code does to the class of a compiled module is done to its own class."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from abc import ABC
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ecospa_fx
+
+
+class Counting(nn.Module, ABC):
+    calls = 0
+    made: Any = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.made = (*cls.made, cls.__name__)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+class Net(Counting):
+    @classmethod
+    def count(cls) -> None:
+        cls.calls += 1
+
+
+@pytest.fixture
+def net() -> Net:
+    Net.calls = 0
+    return ecospa_fx.compile(Net(), example_inputs=(torch.randn(2, 4),), regions="root")
+
+
+def test_what_is_assigned_to_its_class_lands_on_the_original(net: Net) -> None:
+    assert type(net) is not Net and type(net).__name__ == "Net"
+    type(net).calls += 1
+    net.__class__.calls += 1
+    net.count()
+    assert Net.calls == type(net).calls == net.calls == 3 and Counting.calls == 0
+    type(net).late = 5
+    assert Net.late == 5
+    del type(net).late
+    assert not hasattr(Net, "late")
+
+
+def test_the_original_is_not_touched_by_making_the_class(net: Net) -> None:
+    """A class of transformers writes into each of its subclasses as they are made."""
+    assert Net.made == ("Net",) and type(net).made == ("Net", "Net")
+
+
+def test_it_is_copied_and_pickled_as_before(net: Net) -> None:
+    x = torch.randn(3, 4)
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert isinstance(other, Net) and torch.equal(other(x), net(x))
+
+
+def test_a_subclass_of_a_swapped_class_is_its_own() -> None:
+    model = ecospa_fx.compile(Net(), example_inputs=(torch.randn(2, 4),), regions="root")
+    inner = type("Inner", (type(model),), {})
+    inner.calls = 9
+    assert Net.calls != 9
