@@ -23,6 +23,10 @@ class TooManyCallsError(EcoSpaError, RuntimeError):
     """A shrunk region that has been called in too many ways, each with a graph of its own."""
 
 
+class ExportingError(CaptureError):
+    """A call that would have to be captured while the model is being exported."""
+
+
 class RuleError(EcoSpaError, RuntimeError):
     """An axis rule that failed on an op: a bug in the rule, not in the model."""
 

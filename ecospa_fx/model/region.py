@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ecospa_fx.errors import CaptureError, EcoSpaError, PinnedAxisError, TooManyCallsError
+from ecospa_fx.errors import CaptureError, EcoSpaError, ExportingError, PinnedAxisError, TooManyCallsError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.axes.algebra import Atom, size_of
 from ecospa_fx.passes.axes.selection import Selected, Selection
@@ -191,6 +191,8 @@ class Region:
             return program
         except TooManyCallsError as error:  # it may be called in fewer ways by the time that it shrinks
             self._warn(str(error))
+        except ExportingError:
+            raise
         except CaptureError as error:
             if not self.specializations:
                 raise

@@ -19,11 +19,11 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError
+from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.graph.tensors import at_original_sizes
 from ecospa_fx.passes.ir.region_graph import Assigned, Filled, Forward, Originals, RegionGraph, described
 from ecospa_fx.passes.ir.state_access import TENSOR, flattened, parted
@@ -49,6 +49,7 @@ def capture(
     static: Set[tuple[int, int]] = frozenset(),
     filled: Filled = frozenset(),
     assigned: Sequence[Assigned] = (),
+    own_hooks: bool = False,
     options: CaptureOptions = DEFAULTS,
 ) -> RegionGraph:
     """Capture `module` as called with `args` and `kwargs`.
@@ -64,16 +65,12 @@ def capture(
         static: dims, as (tensor argument, dim), to specialise; torch.export decides about the others.
         filled: the parts of objects that other calls of the region fill.
         assigned: places to which the forward assigns tensors at every call.
+        own_hooks: the forward registers hooks itself, and that they become a part of the graph is nothing to tell.
         options: of the model's captures.
 
     Raises:
         CaptureError: torch.export fails, or the graph disagrees with eager.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
-        raise CaptureError(
-            f"{described(region)} is called in a way it has not been called in before while the model is being "
-            "exported; call the model once with the same arguments before exporting it"
-        )
     forward = forward or class_forward(module, region)
     on_meta = any(
         t.is_meta for t in (*pytree.tree_leaves((args, kwargs)), *module.parameters()) if isinstance(t, Tensor)
@@ -89,6 +86,7 @@ def capture(
         if check:
             with (
                 at_original_sizes(module, originals.values() if originals else None),
+                isolated(module),  # what hooks do, too
                 noted(module, observe) as changes,
             ):
                 error = difference_from_eager(captured, module, forward, args, kwargs)
@@ -107,7 +105,8 @@ def capture(
         with contextlib.suppress(CaptureError, _HookChanges):
             return context.run(attempt, tuple(hooks))
     captured = context.run(attempt, ())
-    _warn_of_hooks(captured, hooks)
+    if not own_hooks:
+        _warn_of_hooks(captured, hooks)
     return captured
 
 

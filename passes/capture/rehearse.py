@@ -22,10 +22,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ecospa_fx.errors import CaptureError
+from ecospa_fx.errors import CaptureError, ExportingError
 from ecospa_fx.passes.graph.isolate import Draws, isolated, uncached_autocast
 from ecospa_fx.passes.graph.namespaces import ABSENT, Code, code_of, foreign_code, put_in, value_in
-from ecospa_fx.passes.graph.python_state import PythonState, StateChange, contents, put_back, same
+from ecospa_fx.passes.graph.python_state import TENSORS, PythonState, StateChange, contents, put_back, same
 from ecospa_fx.passes.graph.tensors import at_original_sizes
 from ecospa_fx.passes.ir.region_graph import Assigned, Forward, Originals, described
 from ecospa_fx.passes.ir.state_access import ObjectLeaf, copy_objects, flattened, parted
@@ -41,12 +41,17 @@ class Rehearsal:
     Attributes:
         code: the functions that it runs.
         assigned: the places to which every call assigns a tensor.
-        filled: the changes that only its first call makes, to caches.
+        filled: the changes that only its first call makes, to caches and hooks.
     """
 
     code: Code = field(default_factory=dict)
     assigned: tuple[Assigned, ...] = ()
     filled: tuple[StateChange, ...] = ()
+
+    @property
+    def hooking(self) -> bool:
+        """True if the forward registers hooks in its first call."""
+        return any(change.is_hook for change in self.filled)
 
 
 @contextmanager
@@ -71,6 +76,11 @@ def rehearsed(
     Raises:
         CaptureError: it draws from Python's or numpy's generators, or changes state that a graph would not change.
     """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        raise ExportingError(
+            f"{described(region)} is called in a way it has not been called in before while the model is being "
+            "exported; call the model once with the same arguments before exporting it"
+        )
     leaves, spec = flattened((args, kwargs))
     if any(t.is_meta for t in (*leaves, *module.parameters()) if isinstance(t, Tensor)):
         yield Rehearsal()
@@ -125,7 +135,8 @@ def rehearsed(
             again.restore()
     places = {(place.path, place.name) for place in assigned}
     filled = tuple(change for change in first if _place(module, change) not in places)
-    registered = next((change for change in filled if isinstance(change.key, tuple)), None)
+    tensors = (change for change in filled if isinstance(change.key, tuple) and change.key[0] in TENSORS)
+    registered = next(tensors, None)
     if registered is not None:
         raise CaptureError(
             f"{described(region)} ({type(module).__name__}) registers `{registered.where}` in its first call; call the "

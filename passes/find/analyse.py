@@ -70,6 +70,7 @@ def analyse(
     filled: Filled = frozenset(),
     moving: frozenset[str] = frozenset(),
     assigned: Sequence[Assigned] = (),
+    own_hooks: bool = False,
     check: bool = True,
     options: CaptureOptions = DEFAULTS,
 ) -> Analysis:
@@ -85,6 +86,7 @@ def analyse(
         filled: see `capture`.
         moving: see `RegionGraph`.
         assigned: see `capture`.
+        own_hooks: see `capture`.
         check: see `capture`.
         options: of the model's captures.
 
@@ -97,7 +99,7 @@ def analyse(
         start = time.thread_time()
         captured = capture(
             module, *call, region=name, forward=forward, originals=originals, check=check, static=static,
-            filled=filled, assigned=assigned, options=options,
+            filled=filled, assigned=assigned, own_hooks=own_hooks, options=options,
         )  # fmt: skip
         captured = replace(captured, shared_outside=shared_outside or {}, moving=moving)
         captured_at = time.thread_time()
@@ -241,7 +243,9 @@ def _analyse_watched(
         every = {(path, name) for path, child in module.named_modules() for name in vars(child)}
         before = settings(module, every)
         with recorded_reads(module, rehearsal.code) as reads:
-            analysis = analyse(module, name, call, outside, assigned=rehearsal.assigned, **arguments)
+            analysis = analyse(
+                module, name, call, outside, assigned=rehearsal.assigned, own_hooks=rehearsal.hooking, **arguments
+            )
         created = {(path, name) for path, child in module.named_modules() for name in vars(child)} - every
         read = {(path, name) for path, names in reads.attributes.items() for name in names - OWN}
         # An attribute that a forward changes itself (a counter) is not a setting.
@@ -253,7 +257,7 @@ def _analyse_watched(
     replaced = {(place.path, place.name) for place in rehearsal.assigned if not place.buffer}
     constants = {where: value for where, value in constants.items() if where not in replaced}
     others = reads.others({*constants, *replaced})
-    others += tuple(filled_read(module, change) for change in rehearsal.filled)
+    others += tuple(filled_read(module, change) for change in rehearsal.filled if not change.is_hook)
     captured = replace(analysis.captured, settings=constants, reads=others)
     analysis = replace(analysis, filled=rehearsal.filled)
     analysis = replace(analysis, captured=captured, axis_facts=replace(analysis.axis_facts, captured=captured))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 
 from .python_state import PythonState
@@ -51,7 +52,9 @@ class Draws:
         numpy = sys.modules.get("numpy")
         drawn = numpy.random.get_state() if numpy else None
         numbers = None if drawn is None else (drawn[1].tobytes(), *drawn[2:])
-        return {"Python": random.getstate(), "numpy": numbers, "torch": torch.get_rng_state().numpy().tobytes()}
+        with unset_fake_temporarily(), torch._C.DisableTorchFunction():
+            drawn_by_torch = torch.get_rng_state().numpy().tobytes()
+        return {"Python": random.getstate(), "numpy": numbers, "torch": drawn_by_torch}
 
     def moved(self, among: Collection[str] = ("Python", "numpy", "torch")) -> str | None:
         """Return the name of a generator that has moved."""

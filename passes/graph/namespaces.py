@@ -44,6 +44,8 @@ class Watching:
         """Keep quiet."""
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 Code = Mapping[CodeType, FunctionType | dict[str, Any]]
 """Code -> the function that it is of, or its globals where that is not known."""
 
@@ -56,7 +58,8 @@ def code_of(module: nn.Module) -> dict[CodeType, FunctionType | dict[str, Any]]:
     found: dict[CodeType, FunctionType | dict[str, Any]] = {}
     classes: dict[type, list[FunctionType]] = {}
     for child in module.modules():
-        held = [value for value in child.__dict__.values() if isinstance(value, FunctionType)]
+        hooks = [hook for kind in _HOOKS for hook in child.__dict__.get(kind, {}).values()]
+        held = [value for value in (*child.__dict__.values(), *hooks) if isinstance(value, FunctionType)]
         classes.setdefault(type(child), []).extend(held)
     for cls, held in classes.items():
         for function in (*_reached(cls), *held):

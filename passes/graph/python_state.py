@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .namespaces import ABSENT, Code, code_of, foreign_code, namespaces, put_in, value_in
 
 TENSORS = ("_parameters", "_buffers", "_modules")  # the dicts in which a module keeps its tensors and children
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 OWN = frozenset(vars(nn.Module()))
 """Attributes of every module: tensors, children, hooks and the training flag."""
@@ -54,6 +55,11 @@ class StateChange:
     key: Any
     before: Any
     after: Any
+
+    @property
+    def is_hook(self) -> bool:
+        """True if it is a hook of a module that was registered or removed."""
+        return isinstance(self.owner, nn.Module) and isinstance(self.key, tuple) and self.key[0] in HOOKS
 
 
 def is_constant(value: Any) -> bool:
@@ -245,10 +251,9 @@ def _equal_copy(value: Any) -> Any:
 
 
 def _put_item(owner: Any, key: Any, value: Any) -> None:
-    if isinstance(owner, nn.Module):
-        owner.__dict__[key] = value
-    elif isinstance(owner, dict):
-        dict.__setitem__(owner, key, value)
+    held = owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})
+    if isinstance(owner, dict) or key in held:
+        dict.__setitem__(held, key, value)
     else:
         object.__setattr__(owner, key, value)
 
@@ -257,7 +262,7 @@ def contents(value: Any) -> Any:
     """Copy the contents of a module, container or object: a dict or a tuple; None for anything else."""
     if isinstance(value, nn.Module):
         held = {key: item for key, item in value.__dict__.items() if key not in OWN and not key.startswith("_ecospa")}
-        for kind in TENSORS:
+        for kind in (*TENSORS, *HOOKS):
             held |= {(kind, key): item for key, item in value.__dict__.get(kind, {}).items()}
         return held
     if isinstance(value, dict):
@@ -281,7 +286,9 @@ def _items(owner: Any, held: Any, where: str) -> Iterator[tuple[str, Any]]:
         return
     if isinstance(held, dict):
         for key, item in held.items():
-            if not (isinstance(key, tuple) and key[:1] and key[0] in TENSORS and not isinstance(item, nn.Module)):
+            if not (
+                isinstance(key, tuple) and key[:1] and key[0] in (*TENSORS, *HOOKS) and not isinstance(item, nn.Module)
+            ):
                 yield _label(owner, where, key), item
     else:
         for i, item in enumerate(held):
@@ -308,7 +315,7 @@ def put_back(owner: Any, before: Any) -> None:
         for key in now - plain.keys():
             del attributes[key]
         attributes.update(plain)
-        for kind in TENSORS:
+        for kind in (*TENSORS, *HOOKS):
             held = attributes[kind]
             wanted = {key[1]: item for key, item in before.items() if isinstance(key, tuple) and key[0] == kind}
             if list(held) != list(wanted) or any(held[key] is not item for key, item in wanted.items()):
@@ -329,8 +336,15 @@ def put_back(owner: Any, before: Any) -> None:
                 dict.__setitem__(owner, key, item)
     elif not isinstance(owner, tuple):
         there: dict[str, Any] = contents(owner) or {}
+        held = getattr(owner, "__dict__", {})
         for key in there.keys() - before.keys():
-            object.__delattr__(owner, key)
+            if held.pop(key, ABSENT) is ABSENT:
+                object.__delattr__(owner, key)
+        slots = _slots(type(owner))
         for key, item in before.items():
-            if there.get(key, ABSENT) is not item:
+            if there.get(key, ABSENT) is item:
+                continue
+            if key in slots:
                 object.__setattr__(owner, key, item)
+            else:
+                held[key] = item

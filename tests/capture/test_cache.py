@@ -342,15 +342,22 @@ class Appending(Block):
         (Appending, "changes `layers` of a Cache itself, not by one of its methods"),
     ],
 )
-def test_what_no_graph_can_do_to_an_object(block, why):
-    model, cache = compiled(made(block)), Cache()
-    with pytest.raises(errors.CaptureError) as caught:
-        model.blocks[0](sequence(), None, cache)
-    assert str(caught.value) == (
+def test_what_no_graph_can_do_to_an_object(block, why, caplog):
+    plain = made(block)
+    model, cache, theirs = compiled(copy.deepcopy(plain)), Cache(), Cache()
+    assert ecospa_fx.couplings(model)
+    with caplog.at_level("WARNING", logger="ecospa_fx.recaptures"):
+        close(model.blocks[0](sequence(), None, cache), plain.blocks[0](sequence(), None, theirs))
+    said = (
         f"region `blocks.0` ({block.__name__}) is called with a Cache, and cannot be captured so: it {why}. "
         "Call it without one (for a cache, usually `use_cache=False`)"
     )
-    assert cache.layers[0].length == 0 and len(cache.layers) == 2
+    own = [text for text in caplog.messages if "its own Python" in text]
+    assert own == [f"region `blocks.0` runs its own Python from now on: {said}"]
+    assert (cache.layers[0].length, len(cache.layers)) == (theirs.layers[0].length, len(theirs.layers))
+    assert not any(c.region == "blocks.0" for c in ecospa_fx.couplings(model))
+    reasons = [refusal.reasons for refusal in ecospa_fx.explain(model).refusals if refusal.region == "blocks.0"]
+    assert reasons.count((f"a call has no graph: {said}",)) >= 3
 
 
 def test_its_own_python_needs_no_graph_for_a_cache():

@@ -43,9 +43,6 @@ def test_hooks_that_look(path, when, regions):
     it.twin.layers[1].get_submodule(path).register_forward_hook(recording(twins, path))
     it.agree()
     it.agree()
-    if path == "norm" and when == "after a shrink":
-        assert len(seen) == 3  # a new graph was compared with eager, hooks and all
-        del seen[0]
     assert len(seen) == len(twins) == 2
     for (*_, a_in, a_out), (*_, b_in, b_out) in zip(seen, twins):
         if path == "up":

@@ -71,6 +71,10 @@ def test_explain_a_file_of_ones_own(capsys):
         "the model itself",
         "  coupling  size  times  between    members",
         "  ffn         24      1  pointwise  0.weight[0] 0.bias[0] 2.weight[1]",
+        "",
+        "On no coupling, and why:",
+        "  it leaves the region as output 0: 2.weight[0] and 1 more",
+        "  no weight of the region produces the entries that it sums over: 0.weight[1]",
     ]
 
 
