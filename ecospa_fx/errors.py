@@ -23,8 +23,8 @@ class TooManyCallsError(EcoSpaError, RuntimeError):
     """A shrunk region that has been called in too many ways, each with a graph of its own."""
 
 
-class ExportingError(CaptureError):
-    """A call that would have to be captured while the model is being exported."""
+class NotNowError(CaptureError):
+    """A call that would have to be captured where nothing can be: during an export, inside a transform of torch.func."""
 
 
 class RuleError(EcoSpaError, RuntimeError):

@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ecospa_fx.errors import CaptureError, EcoSpaError, ExportingError, PinnedAxisError, TooManyCallsError
+from ecospa_fx.errors import CaptureError, EcoSpaError, NotNowError, PinnedAxisError, TooManyCallsError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.axes.algebra import Atom, size_of
 from ecospa_fx.passes.axes.selection import Selected, Selection
@@ -191,8 +191,9 @@ class Region:
             return program
         except TooManyCallsError as error:  # it may be called in fewer ways by the time that it shrinks
             self._warn(str(error))
-        except ExportingError:
-            raise
+        except NotNowError:
+            if not in_transform():
+                raise
         except CaptureError as error:
             if not self.specializations:
                 raise
@@ -218,7 +219,7 @@ class Region:
                 "tensor, an argument or a buffer, whose values are not part of a graph)"
             )
         if in_transform():
-            raise CaptureError(
+            raise NotNowError(
                 f"{self._named()} is called in a new way inside a transform of torch.func, where nothing can be "
                 "captured; call the model once with the same arguments before"
             )

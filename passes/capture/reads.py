@@ -37,11 +37,13 @@ class Reads:
 
     Attributes:
         attributes: names of the attributes that are read, by the path of a submodule.
+        writes: the attributes that are assigned, of modules and of objects that were read.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.attributes: dict[str, set[str]] = {path: set() for path, _ in module.named_modules()}
+        self.writes: list[tuple[Any, str]] = []
         self._reads: dict[Any, Read] = {}
         self._before = {path: dict(child.__dict__) for path, child in module.named_modules()}
         self._first: dict[tuple[str, str], Any] = {}  # the first value read of each attribute
@@ -84,8 +86,13 @@ class Reads:
             hear(self, name, found)
             return found
 
-        body = {"__getattribute__": getattribute, "__doc__": cls.__doc__, "__module__": cls.__module__,
-                "__qualname__": cls.__qualname__}  # fmt: skip
+        def setattribute(self: Any, name: str, value: Any) -> None:
+            cls.__setattr__(self, name, value)
+            writes.append((self, name))
+
+        writes = self.writes
+        body = {"__getattribute__": getattribute, "__setattr__": setattribute, "__doc__": cls.__doc__,
+                "__module__": cls.__module__, "__qualname__": cls.__qualname__}  # fmt: skip
         metaclass: Any = type(cls)
         try:
             object.__setattr__(value, "__class__", metaclass(cls.__name__, (Watching, cls), body))

@@ -22,10 +22,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ecospa_fx.errors import CaptureError, ExportingError
+from ecospa_fx.errors import CaptureError, NotNowError
 from ecospa_fx.passes.graph.isolate import Draws, isolated, uncached_autocast
-from ecospa_fx.passes.graph.namespaces import ABSENT, Code, code_of, foreign_code, put_in, value_in
-from ecospa_fx.passes.graph.python_state import TENSORS, PythonState, StateChange, contents, put_back, same
+from ecospa_fx.passes.graph.namespaces import ABSENT, Code, code_of, foreign_code, put_in
+from ecospa_fx.passes.graph.python_state import TENSORS, PythonState, StateChange, contents, item_of, put_back, same
 from ecospa_fx.passes.graph.tensors import at_original_sizes
 from ecospa_fx.passes.ir.region_graph import Assigned, Forward, Originals, described
 from ecospa_fx.passes.ir.state_access import ObjectLeaf, copy_objects, flattened, parted
@@ -77,7 +77,7 @@ def rehearsed(
         CaptureError: it draws from Python's or numpy's generators, or changes state that a graph would not change.
     """
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
-        raise ExportingError(
+        raise NotNowError(
             f"{described(region)} is called in a way it has not been called in before while the model is being "
             "exported; call the model once with the same arguments before exporting it"
         )
@@ -100,39 +100,12 @@ def rehearsed(
         torch.enable_grad(),
         uncached_autocast(),
     ):
-        world = PythonState(module)
-        with executed() as seen:
-            run()
-        # Cells of closures are known from functions, which a frame does not name.
-        code = seen | {key: function for key, function in code_of(module).items() if key in seen}
-        first = tuple(world.changes())
-        again, draws = PythonState(module, code), Draws()
         try:
-            again.mark()
-            try:
-                run()
-            finally:
-                equal = again.unmark()
-            generator = draws.moved(among=("Python", "numpy"))
-            if generator:
-                raise CaptureError(
-                    f"{described(region)} ({type(module).__name__}) draws from the random generator of {generator}"
-                    f"{_line(run, draws.state)}, and a graph would hold that one outcome for ever. Draw with torch, or "
-                    "let smaller submodules be captured, which do not draw (regions='auto' finds them)"
-                )
-            assigned = tuple(_assigned(module, region, [*again.changes(), *equal], run))
-            if any(not place.buffer for place in assigned):
-                with recorded_reads(module) as reads:
-                    run()
-                for place in assigned:
-                    if not place.buffer and reads.read_before(place.path, place.name):
-                        raise CaptureError(
-                            f"{described(region)} ({type(module).__name__}) reads and replaces the tensor "
-                            f"`{place.full_name}` at every call, which its graph would not follow. Register it as a "
-                            "buffer"
-                        )
-        finally:
-            again.restore()
+            code, first, assigned = _effects(module, region, run)
+        except CaptureError:
+            raise
+        except Exception:  # the forward fails: torch.export says so in words of its own
+            code, first, assigned = {}, (), ()
     places = {(place.path, place.name) for place in assigned}
     filled = tuple(change for change in first if _place(module, change) not in places)
     tensors = (change for change in filled if isinstance(change.key, tuple) and change.key[0] in TENSORS)
@@ -185,18 +158,54 @@ def _assigned(
         yield Assigned(*place, buffer)
 
 
+def _effects(
+    module: nn.Module, region: str, run: Callable[[], Any]
+) -> tuple[Code, tuple[StateChange, ...], tuple[Assigned, ...]]:
+    """Run a forward twice; return the functions that it runs, what only its first call changes, and what each assigns.
+
+    Raises:
+        CaptureError: it draws from Python's or numpy's generators, or changes state that a graph would not change.
+    """
+    world = PythonState(module)
+    with executed() as seen:
+        run()
+    # Cells of closures are known from functions, which a frame does not name.
+    code = seen | {key: function for key, function in code_of(module).items() if key in seen}
+    first = tuple(world.changes())
+    again, draws = PythonState(module, code), Draws()
+    try:
+        again.mark()
+        try:
+            with recorded_reads(module, code) as reads:
+                run()
+        finally:
+            anew = again.unmark(reads.writes)
+        generator = draws.moved(among=("Python", "numpy"))
+        if generator:
+            raise CaptureError(
+                f"{described(region)} ({type(module).__name__}) draws from the random generator of {generator}"
+                f"{_line(run, draws.state)}, and a graph would hold that one outcome for ever. Draw with torch, or let "
+                "smaller submodules be captured, which do not draw (regions='auto' finds them)"
+            )
+        assigned = tuple(_assigned(module, region, [*again.changes(), *anew], run))
+        for place in assigned:
+            if not place.buffer and reads.read_before(place.path, place.name):
+                raise CaptureError(
+                    f"{described(region)} ({type(module).__name__}) reads and replaces the tensor `{place.full_name}` "
+                    "at every call, which its graph would not follow. Register it as a buffer"
+                )
+    finally:
+        again.restore()
+    return code, first, assigned
+
+
 def _cloned(leaf: Any) -> Any:
     return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 
 
 def _assigns(module: nn.Module, region: str, change: StateChange, run: Callable[[], Any]) -> str:
     def now() -> Any:
-        owner, key = change.owner, change.key
-        if key is None:
-            return contents(owner)
-        if isinstance(owner, nn.Module):
-            return owner.__dict__[key[0]].get(key[1]) if isinstance(key, tuple) else owner.__dict__.get(key, ABSENT)
-        return value_in(owner, key)
+        return contents(change.owner) if change.key is None else item_of(change.owner, change.key)
 
     line = _line(run, now)
     does = "changes" if change.key is None or change.before is not ABSENT else "sets"

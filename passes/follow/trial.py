@@ -231,13 +231,16 @@ def example_calls(axis_facts: AxisFacts) -> Iterator[tuple[Any, Any]]:
     """
     signature, decided = axis_facts.captured.signature, axis_facts.captured.data_sizes
     called = {symbol: size for symbol, size in symbols_of(axis_facts).items() if symbol not in decided}
+    # Sizes that the graph does not use are not known from it.
+    shapes = [size for _, _, shape in signature.tensors for size in shape if isinstance(size, sympy.Expr)]
+    symbols = {*called, *(symbol for size in shapes for symbol in size.free_symbols)}
     small = {}
-    for i, symbol in enumerate(sorted(called, key=str)):
+    for i, symbol in enumerate(sorted(symbols, key=str)):
         low, high = signature.ranges.get(symbol, (0, math.inf))
         small[symbol] = int(min(max(low, 3 + i), high))
     if small != called and signature.admits(small):
         yield _call(signature, small)
-    yield _call(signature, called)
+    yield _call(signature, {**small, **called})
 
 
 def _call(signature: Signature, sizes: Mapping[sympy.Symbol, int]) -> tuple[Any, Any]:

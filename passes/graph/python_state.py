@@ -11,10 +11,10 @@ import pickle
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -200,28 +200,46 @@ class PythonState:
     def mark(self) -> None:
         """Put an equal copy in place of every constant, for `unmark` to see which are assigned anew at the same value.
 
-        It is the same value only for the same sizes of inputs: `self.length = x.shape[1]`.
+        It is the same value only for the same call: `self.length = x.shape[1]`.
         """
         self._marks: list[tuple[Any, str, Any, Any, Any]] = []
         for owner, where, held in self._nodes:
-            if not isinstance(held, dict) or (foreign_code(type(owner).__module__) and not isinstance(owner, dict)):
-                continue
-            for key, value in held.items():
-                mark = _equal_copy(value)
-                if mark is not value and not isinstance(key, tuple):
-                    self._marks.append((owner, where, key, value, mark))
-                    _put_item(owner, key, mark)
+            if isinstance(held, dict) and not _torch_layer(owner):
+                for key, value in held.items():
+                    if not isinstance(key, tuple):
+                        self._mark(owner, _label(owner, where, key), key, value)
+            elif isinstance(owner, list):
+                for i, value in enumerate(held):
+                    self._mark(owner, f"{where}[{i}]", i, value)
+        for space, name, where, value in self._names:
+            if not isinstance(space, ModuleType):
+                self._mark(space, where, name, value)
 
-    def unmark(self) -> list[StateChange]:
-        """Take the copies away, and return the places that hold an equal value that is no longer the copy."""
-        anew = []
+    def _mark(self, owner: Any, where: str, key: Any, value: Any) -> None:
+        mark = _equal_copy(value)
+        if mark is not value:
+            self._marks.append((owner, where, key, value, mark))
+            _put_item(owner, key, mark)
+
+    def unmark(self, writes: Iterable[tuple[Any, str]] = ()) -> list[StateChange]:
+        """Take the copies away, and return the places that have been assigned anew at an equal value.
+
+        Args:
+            writes: attributes that have been assigned; a flag has no copy to know that by.
+        """
+        anew: dict[tuple[int, Any], StateChange] = {}
         for owner, where, key, value, mark in self._marks:
-            now = contents(owner).get(key, ABSENT)
+            now = item_of(owner, key)
             if now is mark:
                 _put_item(owner, key, value)
             elif same(now, value):
-                anew.append(StateChange(owner, _label(owner, where, key), key, value, now))
-        return anew
+                anew[id(owner), key] = StateChange(owner, where, key, value, now)
+        known = {id(owner): (where, held) for owner, where, held in self._nodes if isinstance(held, dict)}
+        for owner, key in writes:
+            where, held = known.get(id(owner), ("", {}))
+            if key in held and is_constant(held[key]) and same(held[key], contents(owner).get(key, ABSENT)):
+                anew[id(owner), key] = StateChange(owner, _label(owner, where, key), key, held[key], held[key])
+        return list(anew.values())
 
     def restore(self) -> None:
         """Put everything back as it was."""
@@ -250,9 +268,28 @@ def _equal_copy(value: Any) -> Any:
     return value
 
 
+def _torch_layer(owner: Any) -> bool:
+    """Return whether a module is a layer of torch, whose forward assigns none of its settings."""
+    plain = (nn.Module, nn.ModuleList, nn.ModuleDict, nn.Sequential)
+    return isinstance(owner, nn.Module) and foreign_code(type(owner).__module__) and type(owner) not in plain
+
+
+def item_of(owner: Any, key: Any) -> Any:
+    """Return the attribute or entry that a `StateChange` names, as it is now."""
+    if isinstance(owner, list):
+        return owner[key] if key < len(owner) else ABSENT
+    if isinstance(owner, (type, CellType, FunctionType, ModuleType)):
+        return value_in(owner, key)
+    return (contents(owner) or {}).get(key, ABSENT)
+
+
 def _put_item(owner: Any, key: Any, value: Any) -> None:
     held = owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})
-    if isinstance(owner, dict) or key in held:
+    if isinstance(owner, list):
+        owner[key] = value
+    elif isinstance(owner, (type, CellType)):
+        put_in(owner, key, value)
+    elif isinstance(owner, dict) or key in held:
         dict.__setitem__(held, key, value)
     else:
         object.__setattr__(owner, key, value)

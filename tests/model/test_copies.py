@@ -245,7 +245,7 @@ def test_model_optimizer_and_copies_change_together_or_not_at_all(failing, monke
     if failing == "optimizer":
         optimizer.state[model.layers[1].down.weight]["square"] = torch.zeros(3, 3)
     else:
-        from ecospa_fx.model import slicing as shrink
+        from ecospa_fx.model import journal as shrink
 
         calls, assign = [], shrink._assign
 

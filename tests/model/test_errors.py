@@ -298,7 +298,7 @@ def test_rule_that_fails_in_the_middle_of_a_rewrite(monkeypatch):
 def test_commit_that_fails_half_way(monkeypatch):
     model, optimizer = trained(Deep())
     before = snapshot(model, optimizer)
-    from ecospa_fx.model import slicing as shrink
+    from ecospa_fx.model import journal as shrink
 
     assign, calls = shrink._assign, []
 

@@ -108,13 +108,13 @@ class Curious(Block):
 
 
 def test_python_that_looks_at_autocast_is_noticed():
-    model, x = Curious(), torch.randn(2, 3, 12)
-    ecospa_fx.compile(model, example_inputs=(x,))
-    with (
-        torch.autocast("cpu", torch.bfloat16),
-        pytest.raises(errors.CaptureError, match=r"output 0 of the graph differs from eager by .* under autocast"),
-    ):
-        model(x)
+    plain, x = Curious(), torch.randn(2, 3, 12)
+    model = ecospa_fx.compile(copy.deepcopy(plain), example_inputs=(x,))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x), plain(x))  # its own Python runs, and nothing may shrink any more
+    assert not ecospa_fx.couplings(model)
+    reasons = [str(refusal) for refusal in ecospa_fx.explain(model).refusals]
+    assert any("a call has no graph" in reason and "under autocast" in reason for reason in reasons)
 
 
 @before_and_after
@@ -217,9 +217,10 @@ def test_functional_call(regions, shrunk):
     value = loss(mine | buffers[0], it.model)
     torch.testing.assert_close(value, loss(twins | buffers[1], it.twin))
     it.model.eval(), it.twin.eval()
-    with pytest.raises(errors.CaptureError, match=r"inside a transform of torch.func, where nothing can be captured; "):
-        torch.func.grad(loss)(mine, it.model)
-    loss(mine, it.model)
+    if shrunk:
+        with pytest.raises(errors.CaptureError, match=r"a transform of torch.func, where nothing can be captured; "):
+            torch.func.grad(loss)(mine, it.model)
+        loss(mine, it.model)
     gradient, expected = torch.func.grad(loss)(mine, it.model), torch.func.grad(loss)(twins, it.twin)
     for name, g in gradient.items():
         torch.testing.assert_close(g, sliced(expected[name], name, it.positions), msg=name)
