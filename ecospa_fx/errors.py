@@ -24,7 +24,7 @@ class TooManyCallsError(EcoSpaError, RuntimeError):
 
 
 class NotNowError(CaptureError):
-    """A call that would have to be captured where nothing can be: during an export, inside a transform of torch.func."""
+    """A call that would have to be captured where nothing can be: in an export, in a transform of torch.func."""
 
 
 class RuleError(EcoSpaError, RuntimeError):

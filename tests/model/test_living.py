@@ -371,6 +371,7 @@ def test_too_many_ways_to_call():
 
     model = Scaled(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 6))
     ecospa_fx.compile(model, example_inputs=(X, 0))
+    ecospa_fx.shrink(model, {"ffn": torch.arange(5)})  # before, its own Python could serve any call
     for scale in range(1, MOST_PROGRAMS):
         model(X, scale)
     with pytest.raises(errors.EcoSpaError) as caught:
@@ -384,7 +385,7 @@ def test_too_many_ways_to_call():
     assert torch.equal(model(X, 3), 3 * model(X, 1))
 
 
-def test_a_new_call_of_a_shrunk_model_is_traced_without_memory():
+def test_a_new_call_of_a_shrunk_model_is_traced_with_stand_ins():
     it = Lives()
     region = it.model.__dict__[MODEL].regions["layers.0"]
     stand_ins = FullSizeTensors(it.model.layers[0], "layers.0", ecospa_fx.plan(it.model))
@@ -393,7 +394,7 @@ def test_a_new_call_of_a_shrunk_model_is_traced_without_memory():
     assert shapes.keys() == values.keys() and "qkv.weight" in shapes and "norm.running_mean" in shapes
     for name, stand_in in shapes.items():
         assert stand_in.shape == values[name].shape == plain[name].shape
-        assert stand_in.untyped_storage().nbytes() == stand_in.element_size() or name.startswith("norm.running")
+        assert stand_in.stride() == plain[name].stride()  # a forward may ask for their order in memory
     before = len(region.specializations)
     it.model.eval(), it.twin.eval()
     it.agree()
