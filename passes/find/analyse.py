@@ -254,9 +254,11 @@ def _analyse_watched(
             for where, value in settings(module, read - created).items()
             if same(before.get(where, value), value) or same_contents(before.get(where), value)
         }
-    replaced = {(place.path, place.name) for place in rehearsal.assigned if not place.buffer}
-    constants = {where: value for where, value in constants.items() if where not in replaced}
-    others = reads.others({*constants, *replaced})
+        replaced = {(place.path, place.name) for place in rehearsal.assigned if not place.buffer}
+        constants = {where: value for where, value in constants.items() if where not in replaced}
+        named = dict(module.named_modules(remove_duplicate=False))
+        # Capture puts stand-ins into a module for a time, such as fake weights into the list of an nn.LSTM.
+        others = tuple(read for read in reads.others({*constants, *replaced}) if read.holds(named))
     others += tuple(filled_read(module, change) for change in rehearsal.filled if not change.is_hook)
     captured = replace(analysis.captured, settings=constants, reads=others)
     analysis = replace(analysis, filled=rehearsal.filled)

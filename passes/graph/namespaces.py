@@ -110,14 +110,21 @@ def namespaces(module: nn.Module, code: Code) -> Iterator[tuple[Any, str, str]]:
     for function in _functions_with_cells(code):
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             yield cell, name, f"{name} in {function.__qualname__}"
-    classes = {cls for child in module.modules() for cls in type(child).__mro__}
+    classes = {cls for child in module.modules() for cls in type(child).__mro__ if not _stands_in(cls)}
     for cls in classes:
-        if not foreign_code(cls.__module__) and not issubclass(cls, Watching):
+        if not foreign_code(cls.__module__):
             for name, value in list(vars(cls).items()):
                 if name[:2] != "__" and (
                     value.__code__ in code if isinstance(value, FunctionType) else not hasattr(value, "__get__")
                 ):
                     yield cls, name, f"{cls.__name__}.{name}"
+
+
+def _stands_in(cls: type) -> bool:
+    """Return whether a class is a subclass that this library has made of another, under the same name."""
+    bases = (base for base in cls.__mro__[1:] if base is not Watching)
+    base = next(bases, object)
+    return (cls.__module__, cls.__qualname__) == (base.__module__, base.__qualname__)
 
 
 def _package(held: Any) -> str | None:
