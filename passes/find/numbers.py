@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError
+from ecospa_fx.passes.graph.python_state import PythonState
 from ecospa_fx.passes.ir.guards import Read, setting_read
 from ecospa_fx.passes.ir.numbers import TrackedFloat, as_inputs
 from ecospa_fx.passes.ir.region_graph import Call, RegionGraph
@@ -44,6 +45,7 @@ def with_numbers(
     every = [*(number.read for number in captured.numbers), *reads]
     now = [read.now(modules) for read in every]
     tracked = [TrackedFloat(value) for value in _apart(now, [read.value for read in every])]
+    state = PythonState(module)
     try:
         for read, value in zip(every, tracked, strict=True):
             read.put(modules, value)
@@ -53,6 +55,7 @@ def with_numbers(
     finally:
         for read, value in zip(every, now, strict=True):
             read.put(modules, value)
+        state.restore()  # a value of a class is not one of the instance
     numbers = as_inputs(captured.graph, analysis.captured.graph, every, tracked)
     if numbers is None or not _alike(captured, analysis.captured) or not all(n.fits(modules) for n in numbers):
         return None

@@ -96,7 +96,7 @@ class restored_parameters(TorchFunctionMode):
         self._parameters = {storage_of(p): p for p in model.parameters() if not p.is_meta}
         self._needing = [(p, p.requires_grad) for p in model.parameters()]
         self._data: dict[int, tuple[Tensor, Tensor]] = {}  # a parameter and its data, which may be replaced
-        self._values: dict[Any, tuple[Tensor, Tensor]] = {}  # a view of its data, and a copy
+        self._values: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}  # a parameter, a view of its data, and a copy
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func`; copy first the parameters that it may write into."""
@@ -111,7 +111,7 @@ class restored_parameters(TorchFunctionMode):
                     key = storage_of(leaf)
                     if key not in self._values:
                         whole = self._parameters[key].detach()
-                        self._values[key] = whole, whole.clone()
+                        self._values[key] = self._parameters[key], whole, whole.clone()
         return func(*args, **kwargs)
 
     def __exit__(self, *error: Any) -> None:
@@ -125,8 +125,10 @@ class restored_parameters(TorchFunctionMode):
         with torch.no_grad():
             for written, data in self._data.values():
                 written.data = data
-            for whole, value in self._values.values():
+            for written, whole, value in self._values.values():
                 whole.copy_(value)
+                if written.data_ptr() != whole.data_ptr():  # its memory has been replaced
+                    written.data = whole
 
 
 def storage_of(tensor: Tensor) -> Any:

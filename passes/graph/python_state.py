@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .namespaces import ABSENT, Code, code_of, foreign_code, namespaces, put_in, value_in
+from .tensors import storage_key
 
 TENSORS = ("_parameters", "_buffers", "_modules")  # the dicts in which a module keeps its tensors and children
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -124,7 +125,7 @@ class _State:
 def _state_of(leaf: Any) -> tuple[Any, Callable[[Any, Any], None]]:
     """Return the state of a leaf, and a function that brings it back to one."""
     if isinstance(leaf, Tensor):
-        return (leaf.detach().clone(), leaf._version), _put_tensor
+        return (leaf.detach().clone(), leaf._version, leaf.detach()), _put_tensor
     if hasattr(leaf, "bit_generator"):  # numpy.random.Generator
         return leaf.bit_generator.state, lambda generator, was: setattr(generator.bit_generator, "state", was)
     if hasattr(leaf, "set_state"):  # torch.Generator, numpy.random.RandomState
@@ -134,10 +135,14 @@ def _state_of(leaf: Any) -> tuple[Any, Callable[[Any, Any], None]]:
     return leaf.copy(), lambda array, was: array.__setitem__(..., was)
 
 
-def _put_tensor(tensor: Tensor, was: tuple[Tensor, int]) -> None:
-    if tensor._version != was[1]:
+def _put_tensor(tensor: Tensor, was: tuple[Tensor, int, Tensor]) -> None:
+    value, version, data = was
+    replaced = storage_key(tensor) != storage_key(data)  # by `tensor.data = ...`
+    if replaced:
+        tensor.data = data
+    if replaced or tensor._version != version:
         with torch.no_grad():
-            tensor.copy_(was[0])
+            data.copy_(value)
 
 
 def _has_state(value: Any) -> bool:
