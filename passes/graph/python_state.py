@@ -165,7 +165,7 @@ class PythonState:
 
     def __init__(self, module: nn.Module, code: Code | None = None) -> None:
         self._nodes: list[tuple[Any, str, Any]] = []  # an owner, its name, and a copy of its contents
-        seen: set[int] = set()
+        seen: dict[int, Any] = {}  # the values too, lest another takes the identity of one that is made on the way
         names = {id(child): path for path, child in module.named_modules()}
         waiting: deque[tuple[str, Any]] = deque((path, child) for path, child in module.named_modules())
         code = code_of(module) if code is None else code
@@ -175,7 +175,7 @@ class PythonState:
             where, value = waiting.popleft()
             if id(value) in seen:
                 continue
-            seen.add(id(value))
+            seen[id(value)] = value
             held = contents(value)
             if held is None:
                 continue
