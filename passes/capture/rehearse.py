@@ -10,6 +10,7 @@ Everything is put back in the end, but for what the forward's own next call woul
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -99,6 +100,7 @@ def rehearsed(
         isolated(module),
         torch.enable_grad(),
         uncached_autocast(),
+        _no_garbage_collection(),
     ):
         try:
             code, first, assigned = _effects(module, region, run)
@@ -156,6 +158,18 @@ def _assigned(
         ):
             raise CaptureError(_assigns(module, region, change, run))
         yield Assigned(*place, buffer)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Keep callbacks of the collector, and finalizers, out of a forward: what they do is no part of it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _effects(
