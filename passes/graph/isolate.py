@@ -127,7 +127,7 @@ class restored_parameters(TorchFunctionMode):
                 written.data = data
             for written, whole, value in self._values.values():
                 whole.copy_(value)
-                if written.data_ptr() != whole.data_ptr():  # its memory has been replaced
+                if storage_of(written) != storage_of(whole):  # its memory has been replaced
                     written.data = whole
 
 
