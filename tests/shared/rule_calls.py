@@ -368,6 +368,7 @@ UNREACHED: dict[str, str] = {
     "scalar_tensor": "it makes a number, which has no axes",
     "lift_fresh": "it is of constants, of which no axis is asked",
     "view": "canonicalise makes a reshape of it",
+    "_unsafe_view": "canonicalise makes a reshape of it",
     "_scaled_mm": "it takes no float64",
     "_flash_attention_forward": "it runs on GPUs only",
     "_efficient_attention_forward": "it runs on GPUs only",
