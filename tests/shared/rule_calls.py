@@ -369,6 +369,7 @@ UNREACHED: dict[str, str] = {
     "lift_fresh": "it is of constants, of which no axis is asked",
     "view": "canonicalise makes a reshape of it",
     "_unsafe_view": "canonicalise makes a reshape of it",
+    "view_as": "canonicalise makes a reshape of it",
     "_scaled_mm": "it takes no float64",
     "_flash_attention_forward": "it runs on GPUs only",
     "_efficient_attention_forward": "it runs on GPUs only",
