@@ -87,6 +87,7 @@ def test_an_optimizer_that_is_not_the_trainers_is_found_before_a_shrink(gradient
 def test_optimizers_of_others_and_without_state_are_no_concern():
     model, other = stack(), stack()
     mine, plain, theirs = adamw(model), torch.optim.SGD(model.parameters(), 1e-3), adamw(other)
+    gc.collect()  # of trainers that nobody holds any more
     hooks = len(_global_optimizer_pre_hooks)
     trainer = ecospa_fx.EcoSpaTrainer(model, mine, **SETTINGS)
     for _ in range(8):
