@@ -10,6 +10,7 @@ import dis
 import functools
 import gc
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
@@ -183,12 +184,21 @@ def _attributes_of_globals(code: CodeType) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
+_CLOSURES: dict[int, tuple[CodeType, list[weakref.ref[FunctionType]]]] = {}
+"""Identity of code -> the code, and the functions with cells that had it when it was first met."""
+
+
 def _functions_with_cells(code: Code) -> list[FunctionType]:
     """Find the functions that read variables of an enclosing function, unless that is among them and runs anew."""
     known = [function for function in code.values() if isinstance(function, FunctionType) and function.__closure__]
     inner = {each for outer in code for each in _nested(outer) if each is not outer}
     others = [each for each, function in code.items() if not isinstance(function, FunctionType)
               and each not in inner and each.co_freevars and set(each.co_freevars) != {"__class__"}]  # fmt: skip
-    if others:  # a search of all objects
-        known += [f for f in gc.get_referrers(*others) if isinstance(f, FunctionType) and f.__closure__]
+    new = [each for each in others if id(each) not in _CLOSURES]
+    if new:  # a search of all objects, which takes long in a large process: once for each function
+        found = [f for f in gc.get_referrers(*new) if isinstance(f, FunctionType) and f.__closure__]
+        for each in new:
+            _CLOSURES[id(each)] = each, [weakref.ref(f) for f in found if f.__code__ is each]
+    for each in others:
+        known += [f for f in (reference() for reference in _CLOSURES[id(each)][1]) if f is not None]
     return known
