@@ -22,7 +22,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from ecospa_fx.passes.graph.namespaces import ABSENT, Code, Watching, foreign_code, namespaces, value_in
-from ecospa_fx.passes.graph.python_state import OWN, StateChange, contents, is_constant, is_record, same
+from ecospa_fx.passes.graph.python_state import (
+    OWN,
+    StateChange,
+    contents,
+    is_array,
+    is_constant,
+    is_record,
+    path_of,
+    same,
+)
 from ecospa_fx.passes.ir.guards import Contents, ModuleRoot, OfClass, Read
 from ecospa_fx.passes.ir.state_access import PathItem
 
@@ -121,7 +130,7 @@ class Reads:
                         self.add(root, (*steps, PathItem(name)), item, f"{where}.{name}", depth + 1)
         elif isinstance(value, (dict, list, tuple, set, frozenset)) and not is_constant(value):
             self._container(root, steps, value, where, key, depth)
-        elif hasattr(value, "tobytes") and hasattr(value, "dtype") and not isinstance(value, Tensor):
+        elif is_array(value):
             self._reads[key] = Read(root, steps, Contents(value.copy()), where)
         else:
             self._reads[key] = Read(root, steps, value, where)
@@ -153,8 +162,7 @@ def _flat(value: Any) -> bool:
     """Return whether an item has no contents of its own that could change."""
     if is_constant(value) or isinstance(value, Tensor):
         return True
-    array = hasattr(value, "tobytes") and hasattr(value, "dtype")
-    return not (is_record(value) or array or isinstance(value, (dict, list, tuple, set)))
+    return not (is_record(value) or is_array(value) or isinstance(value, (dict, list, tuple, set)))
 
 
 @contextmanager
@@ -211,11 +219,8 @@ def _add_globals(reads: Reads, code: Code) -> None:
 def filled_read(module: nn.Module, change: StateChange) -> Read:
     """Return the read that holds once a forward has made a change to a cache."""
     owner, key, value = change.owner, change.key, change.after
-    root: Any = owner
-    if isinstance(owner, nn.Module):
-        path = next((path for path, child in module.named_modules() if child is owner), None)
-        if path is not None and not isinstance(key, tuple):
-            root = ModuleRoot(path)
+    path = path_of(module, owner)
+    root: Any = owner if path is None or isinstance(key, tuple) else ModuleRoot(path)
     if key is None:
         steps: tuple[PathItem, ...] = ()
         value = Contents(type(owner)(value))

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 
 from .python_state import PythonState
-from .tensors import named_tensors, swapped
+from .tensors import named_tensors, storage_key, swapped
 
 
 def fresh_leaf(leaf: Any) -> Any:
@@ -93,7 +93,7 @@ class restored_parameters(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._parameters = {storage_of(p): p for p in model.parameters() if not p.is_meta}
+        self._parameters = {_memory(p): p for p in model.parameters() if not p.is_meta and _memory(p) is not None}
         self._needing = [(p, p.requires_grad) for p in model.parameters()]
         self._data: dict[int, tuple[Tensor, Tensor]] = {}  # a parameter and its data, which may be replaced
         self._values: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}  # a parameter, a view of its data, and a copy
@@ -107,11 +107,10 @@ class restored_parameters(TorchFunctionMode):
                 self._data.setdefault(id(args[0]), (args[0], args[0].detach()))
         elif _writes(name, kwargs):
             for leaf in pytree.tree_leaves((args, kwargs)):
-                if isinstance(leaf, Tensor) and storage_of(leaf) in self._parameters:
-                    key = storage_of(leaf)
-                    if key not in self._values:
-                        whole = self._parameters[key].detach()
-                        self._values[key] = self._parameters[key], whole, whole.clone()
+                key = _memory(leaf) if isinstance(leaf, Tensor) else None
+                if key in self._parameters and key not in self._values:
+                    whole = self._parameters[key].detach()
+                    self._values[key] = self._parameters[key], whole, whole.clone()
         return func(*args, **kwargs)
 
     def __exit__(self, *error: Any) -> None:
@@ -127,14 +126,14 @@ class restored_parameters(TorchFunctionMode):
                 written.data = data
             for written, whole, value in self._values.values():
                 whole.copy_(value)
-                if storage_of(written) != storage_of(whole):  # its memory has been replaced
+                if _memory(written) != _memory(whole):  # its memory has been replaced
                     written.data = whole
 
 
-def storage_of(tensor: Tensor) -> Any:
-    """Return the identity of the memory behind a tensor; None where it has none of its own."""
+def _memory(tensor: Tensor) -> Any:
+    """Return the `storage_key` of a tensor; None of one that torch.func has wrapped, which has no memory to ask for."""
     try:
-        return tensor.untyped_storage()._cdata
+        return storage_key(tensor)
     except (NotImplementedError, RuntimeError):
         return None
 

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -83,6 +83,16 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, MethodType):
         return a.__self__ is b.__self__ and a.__func__ is b.__func__
     return is_constant(a) and bool(a == b or (a != a and b != b))
+
+
+def is_array(value: Any) -> bool:
+    """Decide whether a value is an array of numpy, which a forward may write into."""
+    return hasattr(value, "tobytes") and hasattr(value, "dtype") and not isinstance(value, Tensor)
+
+
+def path_of(module: nn.Module, owner: Any) -> str | None:
+    """Return the path at which a submodule lies in a module; None of anything else."""
+    return next((path for path, child in module.named_modules() if child is owner), None)
 
 
 def is_record(value: Any) -> bool:
@@ -224,7 +234,7 @@ class PythonState:
         mark = _equal_copy(value)
         if mark is not value:
             self._marks.append((owner, where, key, value, mark))
-            _put_item(owner, key, mark)
+            put_item(owner, key, mark)
 
     def unmark(self, writes: Iterable[tuple[Any, str]] = ()) -> list[StateChange]:
         """Take the copies away, and return the places that have been assigned anew at an equal value.
@@ -236,7 +246,7 @@ class PythonState:
         for owner, where, key, value, mark in self._marks:
             now = item_of(owner, key)
             if now is mark:
-                _put_item(owner, key, value)
+                put_item(owner, key, value)
             elif same(now, value):
                 anew[id(owner), key] = StateChange(owner, where, key, value, now)
         known = {id(owner): (where, held) for owner, where, held in self._nodes if isinstance(held, dict)}
@@ -283,21 +293,24 @@ def item_of(owner: Any, key: Any) -> Any:
     """Return the attribute or entry that a `StateChange` names, as it is now."""
     if isinstance(owner, list):
         return owner[key] if key < len(owner) else ABSENT
-    if isinstance(owner, (type, CellType, FunctionType, ModuleType)):
-        return value_in(owner, key)
-    return (contents(owner) or {}).get(key, ABSENT)
+    return value_in(*_place(owner, key))
 
 
-def _put_item(owner: Any, key: Any, value: Any) -> None:
-    held = owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})
+def put_item(owner: Any, key: Any, value: Any) -> None:
+    """Put a value where a `StateChange` says; `ABSENT` takes it away."""
     if isinstance(owner, list):
         owner[key] = value
-    elif isinstance(owner, (type, CellType)):
-        put_in(owner, key, value)
-    elif isinstance(owner, dict) or key in held:
-        dict.__setitem__(held, key, value)
     else:
-        object.__setattr__(owner, key, value)
+        put_in(*_place(owner, key), value)
+
+
+def _place(owner: Any, key: Any) -> tuple[Any, str]:
+    """Return the namespace in which `contents` has found a key of an owner, and the key in it."""
+    if isinstance(owner, nn.Module):
+        return (owner.__dict__[key[0]], key[1]) if isinstance(key, tuple) else (owner.__dict__, key)
+    if is_record(owner) and key in getattr(owner, "__dict__", {}):  # its class may guard or compute the attribute
+        return vars(owner), key
+    return owner, key
 
 
 def contents(value: Any) -> Any:

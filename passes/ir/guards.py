@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ecospa_fx.passes.graph.namespaces import ABSENT, put_in
-from ecospa_fx.passes.graph.python_state import same
+from ecospa_fx.passes.graph.python_state import is_array, same
 
 from .state_access import Keys, Length, PathItem
 
@@ -139,13 +139,13 @@ def same_contents(copy: Any, now: Any) -> bool:
     """Return whether a container or array still has the contents of its copy."""
     if type(copy) is not type(now):
         return False
-    if not isinstance(copy, (dict, set, frozenset, list, tuple, deque)) and not hasattr(copy, "tobytes"):
+    if not isinstance(copy, (dict, set, frozenset, list, tuple, deque)) and not is_array(copy):
         return False
     if isinstance(copy, dict):
         return list(copy) == list(now) and all(same(copy[key], now[key]) for key in copy)
     if isinstance(copy, (set, frozenset)):
         return bool(copy == now)
-    if hasattr(copy, "tobytes"):
+    if is_array(copy):
         return bool(copy.shape == now.shape and copy.dtype == now.dtype and copy.tobytes() == now.tobytes())
     return len(copy) == len(now) and all(map(same, copy, now))
 
