@@ -25,8 +25,18 @@ from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError, NotNowError
 from ecospa_fx.passes.graph.isolate import Draws, isolated, uncached_autocast
-from ecospa_fx.passes.graph.namespaces import ABSENT, Code, code_of, foreign_code, put_in
-from ecospa_fx.passes.graph.python_state import TENSORS, PythonState, StateChange, contents, item_of, put_back, same
+from ecospa_fx.passes.graph.namespaces import ABSENT, Code, code_of, foreign_code
+from ecospa_fx.passes.graph.python_state import (
+    TENSORS,
+    PythonState,
+    StateChange,
+    contents,
+    item_of,
+    path_of,
+    put_back,
+    put_item,
+    same,
+)
 from ecospa_fx.passes.graph.tensors import at_original_sizes
 from ecospa_fx.passes.ir.region_graph import Assigned, Forward, Originals, described
 from ecospa_fx.passes.ir.state_access import ObjectLeaf, copy_objects, flattened, parted
@@ -53,6 +63,10 @@ class Rehearsal:
     def hooking(self) -> bool:
         """True if the forward registers hooks in its first call."""
         return any(change.is_hook for change in self.filled)
+
+
+class _ForwardFails(Exception):
+    """An error of the forward itself."""
 
 
 @contextmanager
@@ -93,7 +107,10 @@ def rehearsed(
         inputs = [twins[x.number] if isinstance(x, ObjectLeaf) else _cloned(x) for x in leaves]
         call_args, call_kwargs = pytree.tree_unflatten(inputs, spec)
         with without_hooks(module):  # which are captured, or called beside the graph
-            return forward(module, *call_args, **call_kwargs)
+            try:
+                return forward(module, *call_args, **call_kwargs)
+            except Exception as error:
+                raise _ForwardFails from error
 
     with (
         at_original_sizes(module, originals.values() if originals else None),
@@ -104,9 +121,7 @@ def rehearsed(
     ):
         try:
             code, first, assigned = _effects(module, region, run)
-        except CaptureError:
-            raise
-        except Exception:  # the forward fails: torch.export says so in words of its own
+        except _ForwardFails:  # torch.export says so in words of its own
             code, first, assigned = {}, (), ()
     places = {(place.path, place.name) for place in assigned}
     filled = tuple(change for change in first if _place(module, change) not in places)
@@ -128,9 +143,7 @@ def rehearsed(
 
 def _place(module: nn.Module, change: StateChange) -> tuple[str, str] | None:
     """Return the path of the submodule of which a change is in an attribute or a buffer, and its name; else None."""
-    if not isinstance(change.owner, nn.Module) or change.key is None:
-        return None
-    path = next((path for path, child in module.named_modules() if child is change.owner), None)
+    path = path_of(module, change.owner)
     name = change.key
     if isinstance(name, tuple):
         kind, name = name
@@ -268,11 +281,5 @@ def make(change: StateChange) -> None:
     owner, key, after = change.owner, change.key, change.after
     if key is None:
         put_back(owner, after)
-        return
-    if not isinstance(owner, nn.Module):
-        put_in(owner, key, after)
-        return
-    held = owner.__dict__
-    if isinstance(key, tuple):
-        held, key = held[key[0]], key[1]
-    put_in(held, key, after)
+    else:
+        put_item(owner, key, after)
