@@ -27,7 +27,8 @@ from ecospa_fx.passes.graph.python_state import StateChange
 from ecospa_fx.passes.graph.tensors import join, same_storage, swapped
 from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.infer.sizes import called_sizes
-from ecospa_fx.passes.ir.region_graph import Call
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
+from ecospa_fx.passes.ir.region_graph import Call, RegionGraph
 from ecospa_fx.passes.ir.signature import call_key, training_flags
 from ecospa_fx.passes.ir.state_access import flattened, parted, resolve_object
 from ecospa_fx.passes.rewrite.program import Program
@@ -330,12 +331,17 @@ class Region:
 
     def _moving(self, *more: Analysis) -> frozenset[str]:
         """Return the buffers that some graph computes from parameters, or that have shrunk with them."""
-        shrunk = self.state.plan.under(self.name)
+        shrunk = set(self.state.plan.under(self.name))
         graphs = [(each.captured, each.axis_facts) for each in self.specializations]
         graphs += [(each.captured, each.axis_facts) for each in more]
-        inside = {name for captured, axis_facts in graphs for name in (*axis_facts.parameters, *shrunk)
-                  if name in captured.tensors.values() and not captured.is_parameter(name)}  # fmt: skip
-        return frozenset(inside)
+        return frozenset().union(
+            *(captured.buffers & (axis_facts.parameters.keys() | shrunk) for captured, axis_facts in graphs)
+        )
+
+    def _inferred_again(self, each: Specialization, captured: RegionGraph) -> AxisFacts:
+        """Infer the axes of a graph of which something else is known now than when it was captured."""
+        refuted = each.axis_facts.missing.keys() - each.axis_facts.experiments.keys()
+        return infer_axes(captured, self.state.experiments, refuted)
 
     def settle_buffers(self, module: nn.Module, *more: Analysis) -> None:
         """Let buffers that one graph computes from parameters shrink with these in the graphs that only read them."""
@@ -343,9 +349,7 @@ class Region:
         for number, each in enumerate(self.specializations):
             if moving & each.captured.used() <= each.axis_facts.parameters.keys():
                 continue
-            refuted = each.axis_facts.missing.keys() - each.axis_facts.experiments.keys()
-            captured = replace(each.captured, moving=moving)
-            axis_facts = infer_axes(captured, self.state.experiments, refuted)
+            axis_facts = self._inferred_again(each, replace(each.captured, moving=moving))
             program = rewrite(axis_facts, replay(axis_facts, self.state.plan), module)
             self.specializations[number] = Specialization(program, discover(axis_facts))
             self.state.forget_couplings()
@@ -365,9 +369,7 @@ class Region:
         specializations = []
         for each, same in zip(self.specializations, ties, strict=True):
             before = each.captured
-            refuted = each.axis_facts.missing.keys() - each.axis_facts.experiments.keys()
-            captured = replace(before, same_storage=same, shared_outside=outside)
-            axis_facts = infer_axes(captured, self.state.experiments, refuted)
+            axis_facts = self._inferred_again(each, replace(before, same_storage=same, shared_outside=outside))
             try:
                 kept = replay(axis_facts, self.state.plan)
             except PinnedAxisError as error:

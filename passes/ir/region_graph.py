@@ -150,14 +150,24 @@ class RegionGraph:
     def __deepcopy__(self, memo: dict[int, Any]) -> RegionGraph:
         return self  # frozen, and its nodes are compared by identity
 
-    def assigned_among(self, outputs: Sequence[Any]) -> Sequence[Any]:
-        """Return the part of the graph's outputs that goes to `assigned`."""
-        end = len(outputs) - len(self.carried.stored)
+    def assigned_among(self, outputs: Sequence[Any], stored: int | None = None) -> Sequence[Any]:
+        """Return the part of outputs that goes to `assigned`.
+
+        Args:
+            outputs: of the graph, or of a program.
+            stored: number of tensors after them that go to objects; by default as in the graph.
+        """
+        end = len(outputs) - (len(self.carried.stored) if stored is None else stored)
         return outputs[end - len(self.assigned) : end]
 
     def is_parameter(self, name: str) -> bool:
         """Return whether a tensor of the region is a parameter and not a buffer."""
         return any(self.tensors[placeholder] == name for placeholder in self.parameters)
+
+    @property
+    def buffers(self) -> set[str]:
+        """Names of the tensors that are not parameters."""
+        return {name for placeholder, name in self.tensors.items() if placeholder not in self.parameters}
 
     def used(self) -> set[str]:
         """Return the names of the parameters and buffers that the graph uses; an exported graph lists all."""

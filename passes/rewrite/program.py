@@ -61,23 +61,17 @@ class Program:
         """Turn the tensors that the code returned into results of the region; fill its objects and fire its hooks."""
         captured = self.captured
         objects: Sequence[Any] = inputs[len(captured.inputs) :]
+        stored = sum(isinstance(value, Stored) for _, value in captured.carried.effects)
         if captured.carried.effects:
-            stored = iter(tensors[len(tensors) - sum(isinstance(v, Stored) for _, v in captured.carried.effects) :])
+            fillings = iter(tensors[len(tensors) - stored :])
             for place, value in captured.carried.effects:
-                place.put(objects, next(stored) if isinstance(value, Stored) else value)
-        for attribute, tensor in zip(captured.assigned, self._assigned(tensors), strict=True):
-            attribute.put(region, tensor)
+                place.put(objects, next(fillings) if isinstance(value, Stored) else value)
+        if captured.assigned:
+            for attribute, tensor in zip(captured.assigned, captured.assigned_among(tensors, stored), strict=True):
+                attribute.put(region, tensor)
         if captured.observed:
             fire(region, captured.observed, tensors[captured.returned :], captured.region, objects)
         return captured.result(tensors[: captured.returned], objects)
-
-    def _assigned(self, tensors: Any) -> Sequence[Any]:
-        captured = self.captured
-        if not captured.assigned:
-            return ()
-        end = len(tensors) - sum(isinstance(v, Stored) for _, v in captured.carried.effects)
-        assigned: Sequence[Any] = tensors[end - len(captured.assigned) : end]
-        return assigned
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Return True if the program serves the sizes of a call's tensors, including those in its objects."""
