@@ -32,24 +32,11 @@ class Solver:
     def __init__(self, axis_facts: AxisFacts, apart: Collection[fx.Node] = ()) -> None:
         self.axis_facts, self.axes, self.apart = axis_facts, axis_facts.axes, apart
 
-    def opaque(
-        self,
-        node: fx.Node,
-        operands: tuple[r.Operand, ...],
-        shapes: list[Any],
-        reason: str,
-        summed: tuple[tuple[r.Operand, int], ...] = (),
-    ) -> None:
-        """Pin everything that goes into `node` and comes out of it, but the dims that it sums over first."""
+    def opaque(self, node: fx.Node, operands: tuple[r.Operand, ...], shapes: list[Any], reason: str) -> None:
+        """Pin everything that goes into `node` and comes out of it."""
         for operand in operands:
-            for dim, expr in enumerate(operand.exprs):
-                if (operand, dim) not in summed:
-                    self.axis_facts.pin(expr, node, reason)
-        for operand, dim in summed:
-            self._meet(summed[0][0].exprs[summed[0][1]], operand.exprs[dim], node)
-        if summed:
-            together = tuple(operand for operand, _ in summed)
-            self.axis_facts.facts.append(Fact("contracted", together[0].exprs[summed[0][1]], node, operands=together))
+            for expr in operand.exprs:
+                self.axis_facts.pin(expr, node, reason)
         outputs = tuple(tuple(self.axes.fresh(size) for size in shape) for shape in shapes)
         for expr in (expr for exprs in outputs for expr in exprs):
             self.axis_facts.pin(expr, node, reason)
@@ -128,8 +115,8 @@ class Solver:
                 return [tuple(axes.fresh(size) for size in shape) for shape in shapes]
             case r.Probed():
                 return self._probed(relation, node, shapes, why)
-            case r.Opaque(xs, summed):
-                self.opaque(node, xs, shapes, f"{op_name(node)}: {why[:1].lower()}{why[1:]}", summed)
+            case r.Opaque(xs):
+                self.opaque(node, xs, shapes, f"{op_name(node)}: {why[:1].lower()}{why[1:]}")
                 return list(self.axis_facts.values[node])
 
     def _probed(self, relation: r.Probed, node: fx.Node, shapes: list[Any], why: str) -> list[Exprs]:

@@ -221,15 +221,13 @@ class Probed:
 
 @dataclass(frozen=True)
 class Opaque:
-    """An op whose entries may all meet: every axis stays whole, but those that are only summed over.
+    """An op whose entries may all meet: every axis stays whole.
 
     Attributes:
         operands: the tensor arguments.
-        summed: dims of operands that are one axis, which the op multiplies entry by entry and sums over, first of all.
     """
 
     operands: tuple[Operand, ...]
-    summed: tuple[tuple[Operand, int], ...] = ()
 
 
 Relation: TypeAlias = (

@@ -193,8 +193,7 @@ def _bias(uses: list[_Use], captured: RegionGraph, nodes_of: dict[str, list[fx.N
     name = captured.tensors.get(node.name)
     if name is None or len(nodes_of[captured.same_storage.get(name, name)]) != 1:
         return None
-    is_parameter = any(captured.tensors[each] == name for each in captured.parameters)
-    return name if is_parameter and name not in captured.shared_outside else None
+    return name if captured.is_parameter(name) and name not in captured.shared_outside else None
 
 
 def _users(
