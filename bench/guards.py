@@ -13,7 +13,7 @@ import time
 
 import torch
 from machine import write_csv
-from rewrite import SIZES, count, gpt2, halves
+from rewrite import SIZES, calls, count, gpt2, halves
 
 import ecospa_fx
 from ecospa_fx.model.lookup import regions_of
@@ -26,13 +26,8 @@ def seconds(call, *args) -> float:
     return time.perf_counter() - began
 
 
-def step(model, x) -> None:
-    model.zero_grad(set_to_none=True)
-    model(x, labels=x).loss.backward()
-
-
 def guards(model, x) -> None:
-    """What a step looks at before it runs its programs."""
+    """Look at all that a step looks at before it runs its programs."""
     for name, region in regions_of(model).items():
         module = model.get_submodule(name)
         for each in region.specializations:
@@ -73,9 +68,10 @@ def share(size: str, rounds: int):
             if state != "whole":
                 ecospa_fx.shrink(model, halves(model))
 
+            step = calls(model, x)["forward + backward"]
             for _ in range(3):
-                step(model, x), guards(model, x)
-            found = [100 * seconds(guards, model, x) / seconds(step, model, x) for _ in range(rounds)]
+                step(), guards(model, x)
+            found = [100 * seconds(guards, model, x) / seconds(step) for _ in range(rounds)]
             yield {
                 "measure": f"guards of a step, {size}", "regions": regions, "state": state, "parameters": count(model),
                 "unit": "percent of a step", **quartiles(found), "rounds": rounds,

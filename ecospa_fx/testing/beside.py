@@ -317,7 +317,7 @@ class Beside:
         self._compare(what)
 
     def _forget(self) -> None:
-        """Drop what the loop has kept of a model that is no longer the one that trains."""
+        """Drop the parts of a model that the loop has kept, once another one trains."""
         for world in (self.plain, self.ours):
             world.memory.clear()
 

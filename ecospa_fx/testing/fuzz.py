@@ -103,12 +103,18 @@ def smallest(failed: FuzzFailure) -> FuzzFailure:
     return FuzzFailure(failed.seed, failed.number, program, check_again(program) or failed.failure)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Fuzz from the command line, and return 0 if everything is exact, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m ecospa_fx.testing.fuzz", description="Check random programs.")
+def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
+    """Return the parser of a command that runs numbered programs of a seed."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("programs", type=int, nargs="?", default=1000, metavar="N", help="number of programs (1000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the programs (0)")
     parser.add_argument("--start", type=int, default=0, help="number of the first (0)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fuzz from the command line, and return 0 if everything is exact, else 1."""
+    parser = parser_of("python -m ecospa_fx.testing.fuzz", "Check random programs.")
     parser.add_argument("--every", type=int, default=20, help="one in this many goes through torch.export too (20)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -7,7 +7,6 @@ It prints the smallest program of each kind of failure as runnable code, and exi
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
 import sys
@@ -24,6 +23,7 @@ from ecospa_fx.model.state import Execution
 
 from . import stateful_parts  # noqa: F401  (it registers parts)
 from .beside import Beside, Ended
+from .fuzz import parser_of
 from .loops import random_loop
 from .sandbox import Differs
 from .stateful import StatefulModule, Weight, random_module
@@ -204,10 +204,7 @@ def fuzz(numbers: Sequence[int], seed: int, tally: StateTally) -> Iterator[Found
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fuzz from the command line, and return 0 if everything is exact, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m ecospa_fx.testing.fuzz_state", description=__doc__.split("\n")[0])
-    parser.add_argument("programs", type=int, nargs="?", default=1000, metavar="N", help="number of programs (1000)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the programs (0)")
-    parser.add_argument("--start", type=int, default=0, help="number of the first (0)")
+    parser = parser_of("python -m ecospa_fx.testing.fuzz_state", __doc__.split("\n")[0])
     parser.add_argument("--show", type=int, default=5, help="failures that are minimised and printed (5)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -45,8 +45,8 @@ class Remains:
         Args:
             tensor: the tensor.
             name: the name of a parameter or buffer, or of something else.
-            shape: the shape that it has in the other world; what is no parameter or buffer is cut to it along axes of
-                these sizes that have shrunk, of which there may be several.
+            shape: the shape that it has in the other world; a tensor that is not a parameter or buffer is cut to it
+                along axes of these sizes that have shrunk, of which there may be several.
         """
         tensors = [tensor]
         for dim in range(tensor.ndim):
