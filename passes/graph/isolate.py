@@ -79,6 +79,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     state = PythonState(model)
     try:
+        state.lend()
         with forked_rng(model), restored_parameters(model), swapped(model, buffers):
             yield
     finally:
