@@ -68,7 +68,7 @@ class Offers:
     def marks(self) -> list[str]:
         """Return the marks of all that some call cannot follow, so that a save excludes it before such a call."""
         marks = set(self.unsupported_marks)
-        if len(self.specializations) > 1:
+        if len(self.specializations) > 1 or (self.specializations and self.uncaptured is not None):
             for coupling in self.naming_graph.discovery.couplings:
                 for context in (None, coupling.context):
                     if not self._supported(coupling, context):

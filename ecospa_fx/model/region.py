@@ -187,6 +187,8 @@ class Region:
 
         The region has not shrunk, so that its own Python is right. It cannot shrink any more: see `Offers`.
         """
+        if self.uncaptured is not None:  # another attempt would take long, and change nothing
+            return None
         try:
             program: Program = self.add(module, args, kwargs)
             return program
@@ -196,12 +198,16 @@ class Region:
             if not in_transform():
                 raise
         except CaptureError as error:
-            if not self.specializations:
+            if not self.specializations and self.called is None:
                 raise
-            self._warn(str(error))
-            self.uncaptured = str(error)
-            self.state.forget_couplings()
+            self.leave(str(error))
         return None
+
+    def leave(self, why: str) -> None:
+        """Leave the calls that no program serves to the region's own Python, from now on."""
+        self._warn(why)
+        self.uncaptured = why
+        self.state.forget_couplings()
 
     def _warn(self, why: str) -> None:
         if not self._warned:

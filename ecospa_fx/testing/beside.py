@@ -19,6 +19,7 @@ import random
 import re
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,13 @@ class Beside:
         """Change all weights, and load those from before."""
         expected, found = (world.model.state_dict() for world in (self.plain, self.ours))
         check_same(expected, found, "state_dict", self._remains)
+        errors = []
         for world, state in ((self.plain, copy.deepcopy(expected)), (self.ours, copy.deepcopy(found))):
             with torch.no_grad():
                 for tensor in world.model.parameters():
                     tensor.mul_(2)
-            world.model.load_state_dict(state)
+            errors.append(_tried(partial(world.model.load_state_dict, state))[1])
+        _check_error("state_dict", *errors)
         self._compare("state_dict")
 
     def deepcopy(self) -> None:
@@ -231,6 +234,9 @@ class Beside:
             self.ours.model, self.ours.optimizer = loaded, optimizer
             fresh = fitted(self.plain.made(), self.plain.model)
             fresh.load_state_dict(self.plain.model.state_dict())
+            for path, module in self.plain.model.named_modules():  # `save` keeps those that a state_dict leaves out
+                for name in module._non_persistent_buffers_set:
+                    fresh.get_submodule(path)._buffers[name] = module._buffers[name]
             fresh.train(self.plain.model.training)
             plain_optimizer = optimizer_of(fresh)
             plain_optimizer.load_state_dict(self.plain.optimizer.state_dict())
@@ -258,10 +264,7 @@ class Beside:
             self._check_refused(what, ours_error, state, before)
             before.put_back()
             found, ours_error = _tried(lambda: run(self.ours))
-        if error is None and ours_error is not None:
-            raise ours_error
-        if error is not None and type(error) is not type(ours_error):
-            raise Differs(f"{what}: {type(ours_error).__name__}, expected {type(error).__name__}: {error}")
+        _check_error(what, error, ours_error)
         after.check(what)
         for name, a, b in zip(("output", "loss"), _listed(expected), _listed(found), strict=False):
             check_value(a, b, f"{what}: {name}")
@@ -301,12 +304,9 @@ class Beside:
     def _copied(self, what: str, copied: Callable[[Any], Any]) -> None:
         plain, error = _tried(lambda: copied((self.plain.model, self.plain.optimizer)))
         ours, ours_error = _tried(lambda: copied((self.ours.model, self.ours.optimizer)))
+        _check_error(what, error, ours_error)
         if error is not None:
-            if ours_error is None:
-                raise Differs(f"{what}: works, expected {type(error).__name__}: {error}")
             return
-        if ours_error is not None:
-            raise ours_error
         originals = [*self.plain.model.parameters(), *self.ours.model.parameters()]
         self.plain.model, self.plain.optimizer = plain
         self.ours.model, self.ours.optimizer = ours
@@ -355,6 +355,13 @@ def _tried(run: Callable[[], Any]) -> tuple[Any, Exception | None]:
         return run(), None
     except Exception as error:
         return None, error
+
+
+def _check_error(what: str, expected: Exception | None, found: Exception | None) -> None:
+    if expected is None and found is not None:
+        raise found
+    if type(expected) is not type(found):
+        raise Differs(f"{what}: {type(found).__name__}, expected {type(expected).__name__}: {expected}")
 
 
 def _listed(value: Any) -> list[Any]:

@@ -11,6 +11,7 @@ The code that runs is known from a profile of an earlier call (`executed`), and 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -21,7 +22,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ecospa_fx.passes.graph.namespaces import ABSENT, Code, Watching, foreign_code, function_of, mutable_defaults, namespaces, value_in
+from ecospa_fx.passes.graph.namespaces import (
+    ABSENT,
+    Code,
+    Watching,
+    foreign_code,
+    function_of,
+    mutable_defaults,
+    namespaces,
+    value_in,
+)
 from ecospa_fx.passes.graph.python_state import (
     OWN,
     StateChange,
@@ -30,8 +40,10 @@ from ecospa_fx.passes.graph.python_state import (
     is_constant,
     is_record,
     path_of,
+    put_back,
     same,
 )
+from ecospa_fx.passes.graph.stores import put_profile
 from ecospa_fx.passes.ir.guards import Contents, ModuleRoot, OfClass, Read
 from ecospa_fx.passes.ir.state_access import PathItem
 
@@ -201,12 +213,7 @@ def executed() -> Iterator[dict[CodeType, FunctionType | dict[str, Any]]]:
     try:
         yield seen
     finally:
-        enable: Any = getattr(before, "enable", None)
-        if enable is not None:  # cProfile, which Python cannot put back as a function
-            sys.setprofile(None)
-            enable()
-        else:
-            sys.setprofile(before)
+        put_profile(before)
 
 
 def _add_globals(reads: Reads, code: Code) -> None:
@@ -223,7 +230,9 @@ def filled_read(module: nn.Module, change: StateChange) -> Read:
     root: Any = owner if path is None or isinstance(key, tuple) else ModuleRoot(path)
     if key is None:
         steps: tuple[PathItem, ...] = ()
-        value = Contents(type(owner)(value))
+        held = copy.copy(owner)
+        put_back(held, value)
+        value = Contents(held)
     elif isinstance(owner, nn.Module) and isinstance(key, tuple):
         steps = (PathItem(key[0]), PathItem(key[1], entry=True))
     else:

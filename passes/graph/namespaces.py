@@ -132,8 +132,8 @@ def namespaces(module: nn.Module, code: Code) -> Iterator[tuple[Any, str, str]]:
             held = namespace.get(owner)
             if isinstance(held, (ModuleType, type, FunctionType)) and not foreign_code(_package(held)):
                 yield held, attribute, f"{owner}.{attribute}"
-    for function in code.values():
-        for name in mutable_defaults(function) if isinstance(function, FunctionType) else ():
+    for function in (each for each in code.values() if isinstance(each, FunctionType)):
+        for name in mutable_defaults(function):
             yield function, name, f"{function.__qualname__}.{name}"
     for function in _functions_with_cells(code):
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):

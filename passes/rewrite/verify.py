@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from ecospa_fx.passes.axes.algebra import atoms_of, sized
 from ecospa_fx.passes.axes.selection import Selection, broadcast_mask, entries, mask_of, touched
 from ecospa_fx.passes.capture.compare_eager import relative_error, run
-from ecospa_fx.passes.graph.isolate import forked_rng, fresh_leaf
+from ecospa_fx.passes.graph.isolate import forked_rng, fresh_leaf, isolated
 from ecospa_fx.passes.graph.nodes import argument_nodes, tensor_meta
 from ecospa_fx.passes.graph.tensors import dense, sliced, swapped
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
@@ -162,7 +162,7 @@ def compare(
     small_inputs = [*(fresh_leaf(t) for t in inputs[:count]), *small_state]
     program = rewrite(axis_facts, kept, region, live=False)
     parameters = {name: nn.Parameter(t) if name in trained else t for name, t in small.items()}
-    with forked_rng(region), swapped(region, parameters):
+    with isolated(region), swapped(region, parameters):  # hooks of a linear layer run, too
         torch.manual_seed(0)
         small_outputs = program.run(region, *small_inputs, *program.constants)[: captured.returned]
 
