@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from math import ceil, gcd, lcm
@@ -45,6 +45,7 @@ class Constraints:
             is no multiple now shrinks to one at the first opportunity.
         tied: groups of coupling names that keep the same share of their original entries.
         whole: coupling name -> the reason why it stays as it is.
+        allowed: coupling name -> the sizes that it may have beside that of now; any, where it is not named.
     """
 
     min_keep: int = 1
@@ -56,6 +57,7 @@ class Constraints:
     multiple_of: Mapping[str, int] = field(default_factory=dict)
     tied: Sequence[Sequence[str]] = ()
     whole: Mapping[str, str] = field(default_factory=dict)
+    allowed: Mapping[str, Collection[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value in (("min_keep", self.min_keep), ("round_to", self.round_to)):
@@ -82,7 +84,8 @@ class Constraints:
         ]
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         plain |= {"multiple_of": dict(self.multiple_of), "tied": [list(group) for group in self.tied]}
-        return plain | {"frozen": frozen, "whole": dict(self.whole)}
+        allowed = {name: sorted(sizes) for name, sizes in self.allowed.items()}
+        return plain | {"frozen": frozen, "whole": dict(self.whole), "allowed": allowed}
 
     def units(self, model: nn.Module, couplings: Sequence[Coupling]) -> tuple[list[TiedCouplings], dict[str, str]]:
         """Group the couplings that may shrink into units that shrink together.
@@ -190,6 +193,9 @@ class Constraints:
             step = lcm(*(scale.denominator * each // gcd(each, scale.numerator) for each, scale in steps))
             least = max(self.min_keep / scale for _, scale, _ in parts)
             sizes = [size for size in range(step, ceil(most), step) if size >= least]
+            for coupling, scale, _ in parts:
+                if coupling.name in self.allowed:
+                    sizes = [size for size in sizes if int(size * scale) in self.allowed[coupling.name]]
         last = Fraction(held[0] if held else most)
         if last <= most and all(self._allows(c, last * scale, width, whole) for c, scale, width in parts):
             sizes.append(int(last))
@@ -213,7 +219,7 @@ class Constraints:
         """Decide whether a coupling may have `keep` entries."""
         if keep == coupling.size:
             return coupling.name in whole or not keep * width % self.multiple_of.get(coupling.kind, 1)
-        if coupling.name in whole or keep.denominator != 1:
+        if coupling.name in whole or keep.denominator != 1 or keep not in self.allowed.get(coupling.name, (keep,)):
             return False
         return self.min_keep <= keep < coupling.size and not keep % self._step(coupling, width)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol, Self
 
@@ -96,7 +97,7 @@ class CoupledSparsifier:
             )
         if self.target_size(sizes) < floor:
             base = sizes.original if among == "all" else sizes.prunable
-            least = math.ceil(1000 * (1 - (sizes.original - floor) / base)) / 1000
+            least = _share(1 - (sizes.original - floor) / base)
             limits = [f"min_keep={self.constraints.min_keep}"]
             limits += [f"round_to={self.constraints.round_to}"] if self.constraints.round_to > 1 else []
             limits += [f"uniform={self.constraints.uniform!r}"] if self.constraints.uniform else []
@@ -292,6 +293,22 @@ def _first_with(theta: float, unit: TiedCouplings, running: Mapping[Coupling, Te
 def _mean(values: Iterable[float]) -> float:
     numbers = list(values)
     return sum(numbers) / len(numbers)
+
+
+def reachable(
+    model: nn.Module, settings: DecisionSettings, constraints: Constraints, optimizers: Sequence[Optimizer]
+) -> float:
+    """Return the smallest target that constraints allow."""
+    open_ended = CoupledSparsifier.of(model, replace(settings, target=1.0), constraints, optimizers)
+    sizes, units = open_ended.sizes(), open_ended.shrinkable()
+    base = sizes.original if settings.among == "all" else sizes.prunable
+    floor = sizes.total(named_sizes(units, {unit: unit.sizes[0] for unit in units}))
+    return _share(1 - (sizes.original - floor) / base)
+
+
+def _share(exact: float) -> float:
+    """Round a target up, so that it can be reached."""
+    return math.ceil(1000 * exact) / 1000
 
 
 def named_sizes(units: Iterable[TiedCouplings], sizes: Mapping[TiedCouplings, int]) -> dict[str, int]:
