@@ -43,6 +43,7 @@ from ecospa_fx.passes.graph.python_state import (
     put_back,
     same,
 )
+from ecospa_fx.passes.graph.stand_in_class import stand_in_class
 from ecospa_fx.passes.graph.stores import put_profile
 from ecospa_fx.passes.ir.guards import Contents, ModuleRoot, OfClass, Read
 from ecospa_fx.passes.ir.state_access import PathItem
@@ -112,11 +113,9 @@ class Reads:
             writes.append((self, name))
 
         writes = self.writes
-        body = {"__getattribute__": getattribute, "__setattr__": setattribute, "__doc__": cls.__doc__,
-                "__module__": cls.__module__, "__qualname__": cls.__qualname__}  # fmt: skip
-        metaclass: Any = type(cls)
+        body = {"__getattribute__": getattribute, "__setattr__": setattribute}
         try:
-            object.__setattr__(value, "__class__", metaclass(cls.__name__, (Watching, cls), body))
+            object.__setattr__(value, "__class__", stand_in_class(cls, body, Watching))
         except TypeError:  # its class is built in, or allows no other
             return False
         self._swapped.append((value, cls))
