@@ -120,7 +120,7 @@ class Region:
                     # It fills a cache, say, which its own Python does.
                     return original_class(module).forward(module, *args, **kwargs)
             elif program is None:
-                program = self.add(module, args, kwargs)
+                program = self._add_shrunk(module, args, kwargs)
                 for change in self._fills:
                     make(change)
             self.routing.remember(key, program)
@@ -202,6 +202,18 @@ class Region:
                 raise
             self.leave(str(error))
         return None
+
+    def _add_shrunk(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        try:
+            program: Program = self.add(module, args, kwargs)
+        except (NotNowError, TooManyCallsError):
+            raise
+        except CaptureError as error:
+            raise CaptureError(
+                f"{error}. {self._named()} has shrunk, and its own Python is of the original sizes: make such a call "
+                "before the first shrink, which then leaves the region whole"
+            ) from error
+        return program
 
     def leave(self, why: str) -> None:
         """Leave the calls that no program serves to the region's own Python, from now on."""

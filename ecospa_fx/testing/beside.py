@@ -78,6 +78,7 @@ class Beside:
         self.shrinks = 0
         self._remains = Remains()
         self._inputs = 0  # drawn so far
+        self._called: set[bool] = set()  # modes, train or eval, in which the compiled model has been called
         self._changed: list[str] = []  # statements of the loop since the last shrink
         self._compare("before compile")
 
@@ -167,7 +168,8 @@ class Beside:
         options: dict[str, Any] = {"regions": self.regions, "execution": self.execution}
         if batch:
             options["example_inputs"] = (self._input(batch),)
-        self._library("compile", lambda: compile(self.ours.model, **options))
+        if self._library("compile", lambda: compile(self.ours.model, **options)) and batch:
+            self._called.add(self.ours.model.training)
 
     def explain(self, batch: int = 2) -> None:
         """Explain the model, which leaves it as it is."""
@@ -266,6 +268,8 @@ class Beside:
             found, ours_error = _tried(lambda: run(self.ours))
         _check_error(what, error, ours_error)
         after.check(what)
+        if self.compiled and ours_error is None:
+            self._called.add(self.ours.model.training)
         for name, a, b in zip(("output", "loss"), _listed(expected), _listed(found), strict=False):
             check_value(a, b, f"{what}: {name}")
         self._compare(what)
@@ -273,13 +277,16 @@ class Beside:
     def _check_refused(self, what: str, error: EcoSpaError, state: dict[str, Any], generators: Generators) -> None:
         """Check that a call may be refused, and has left the model as it was.
 
-        Only the first call may be, which leaves the model plain, and one of a shrunk model whose cause is named.
+        Only the first call may be, which leaves the model plain, and one of a shrunk model, in a mode that it has not
+        been called in so far, or whose cause is named.
         """
         self.refusals.append(f"{type(error).__name__}: {error}")
         generators.check(f"refused {what} ({error})")
         check_same(state, frozen(self.ours), f"refused {what} ({error})")
         if not self.compiled:
             return
+        if self.shrinks and self.ours.model.training not in self._called:
+            raise Ended
         if self.shrinks and any(name in str(error) for each in self._changed for name in _names(each)):
             raise Ended
         raise Differs(f"{what}: a {'shrunk' if self.shrinks else 'compiled'} model refuses a call: {error}")
