@@ -18,7 +18,7 @@ from ecospa_fx.passes.capture.compare_eager import difference_from_eager
 from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
 from ecospa_fx.passes.capture.reads import AttributeReads, filled_read, recorded_reads
 from ecospa_fx.passes.capture.rehearse import rehearsed
-from ecospa_fx.passes.graph.python_state import OWN, StateChange, same
+from ecospa_fx.passes.graph.python_state import COMPILED, OWN, StateChange, same
 from ecospa_fx.passes.graph.tensors import at_original_sizes, named_tensors, storage_key
 from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
@@ -247,7 +247,7 @@ def _analyse_watched(
                 module, name, call, outside, assigned=rehearsal.assigned, own_hooks=rehearsal.hooking, **arguments
             )
         created = {(path, name) for path, child in module.named_modules() for name in vars(child)} - every
-        read = {(path, name) for path, names in reads.attributes.items() for name in names - OWN}
+        read = {(path, name) for path, names in reads.attributes.items() for name in names - OWN - COMPILED}
         # An attribute that a forward changes itself (a counter) is not a setting.
         constants = {
             where: value

@@ -1,16 +1,17 @@
 """Guards: values that a forward read in Python while it was captured, and that a graph holds as constants.
 
     Read            the place of one such value: attributes, entries, globals, cells, classes
-    guard(reads)    a generated function that says whether all are as they were, because it runs at every call
-    first_changed   the first that is not, in words
+    first_changed   the first that is not as it was, and its value now
+    told            that in words
 
 The attributes of modules that are constants are `RegionGraph.settings`; everything else that was read is a `Read`.
+Calls look at all of them in a generated function, see `snapshot`.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import CellType
 from typing import Any
@@ -178,65 +179,3 @@ def told(read: Read, now: Any) -> str:
 def _short(value: Any) -> str:
     text = "a tensor" if isinstance(value, Tensor) else getattr(value, "__name__", None) or repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def guard(reads: Sequence[Read], modules: Mapping[str, nn.Module]) -> Callable[[], bool]:
-    """Generate a function that returns whether all reads hold for these modules; see `Read.holds`."""
-    scope: dict[str, Any] = {"same": same, "same_contents": same_contents, "as_read": as_read, "ABSENT": ABSENT}
-    lines: list[str] = []
-    names: dict[Any, str] = {}
-
-    def named(value: Any) -> str:
-        scope[name := f"c{len(scope)}"] = value
-        return name
-
-    def local(read: Read, length: int) -> str:
-        key = (read.root if isinstance(read.root, ModuleRoot) else id(read.root), read.steps[:length])
-        if key not in names:
-            if length == 0:
-                names[key] = named(modules[read.root.path] if isinstance(read.root, ModuleRoot) else read.root)
-            else:
-                owner, step = local(read, length - 1), read.steps[length - 1]
-                names[key] = name = f"v{len(names)}"
-                if length == 1 and isinstance(read.root, ModuleRoot):
-                    held = named(modules[read.root.path].__dict__)
-                    lines.append(f"{name} = {held}.get({step.key!r}, ABSENT)")
-                    lines.append(f"if {name} is ABSENT: {name} = getattr(type({owner}), {step.key!r}, ABSENT)")
-                elif length == 1 and isinstance(read.root, CellType):
-                    lines.append(f"{name} = {owner}.cell_contents")
-                elif step.entry:
-                    lines.append(f"{name} = {owner}[{_literal(step.key) or named(step.key)}]")
-                elif step.key.isidentifier() and step.key[:2] != "__":
-                    lines.append(f"{name} = {owner}.{step.key}")
-                else:
-                    lines.append(f"{name} = getattr({owner}, {step.key!r})")
-        return names[key]
-
-    for read in reads:
-        if read.value is ABSENT and not (len(read.steps) == 1 and isinstance(read.root, ModuleRoot)):
-            owner, step = local(read, len(read.steps) - 1), read.steps[-1]
-            lines.append(f"if {named(step.key)} in {owner}: return False" if step.entry else
-                         f"if hasattr({owner}, {step.key!r}): return False")  # fmt: skip
-            continue
-        value = local(read, len(read.steps))
-        match read.value:
-            case OfClass(cls):
-                lines.append(f"if type({value}) is not {named(cls)}: return False")
-            case Keys() | Length():
-                lines.append(f"if not as_read({named(read.value)}, {value}): return False")
-            case Contents(copy):
-                lines.append(f"if not same_contents({named(copy)}, {value}): return False")
-            case None | True | False:
-                lines.append(f"if {value} is not {read.value!r}: return False")
-            case _:
-                constant = named(read.value)
-                lines.append(f"if {value} is not {constant} and not same({constant}, {value}): return False")
-    body = "\n        ".join([*lines, "return True"])
-    failures = "AttributeError, KeyError, IndexError, TypeError, ValueError"
-    exec(f"def holds():\n    try:\n        {body}\n    except ({failures}):\n        return False\n", scope)
-    holds: Callable[[], bool] = scope["holds"]
-    return holds
-
-
-def _literal(key: Any) -> str | None:
-    return repr(key) if type(key) in (int, str) else None
