@@ -22,7 +22,7 @@ from ecospa_fx.passes.graph.python_state import COMPILED, OWN, StateChange, same
 from ecospa_fx.passes.graph.tensors import at_original_sizes, named_tensors, storage_key
 from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
-from ecospa_fx.passes.ir.guards import same_contents
+from ecospa_fx.passes.ir.guards import forward_read, same_contents
 from ecospa_fx.passes.ir.region_graph import Assigned, Filled, Forward, Originals, RegionGraph
 from ecospa_fx.passes.ir.region_graph import Call as Call
 from ecospa_fx.passes.ir.signature import autocast_now, training_flags
@@ -259,6 +259,7 @@ def _analyse_watched(
         named = dict(module.named_modules(remove_duplicate=False))
         # Capture puts stand-ins into a module for a time, such as fake weights into the list of an nn.LSTM.
         others = tuple(read for read in reads.others({*constants, *replaced}) if read.holds(named))
+    others += tuple(forward_read(child, path) for path, child in named.items() if path)
     others += tuple(filled_read(module, change) for change in rehearsal.filled if not change.is_hook)
     captured = replace(analysis.captured, settings=constants, reads=others)
     analysis = replace(analysis, filled=rehearsal.filled)

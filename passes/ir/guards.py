@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ecospa_fx.passes.graph.namespaces import ABSENT, put_in
+from ecospa_fx.passes.graph.namespaces import ABSENT, own_class, put_in
 from ecospa_fx.passes.graph.python_state import is_array, same
 
 from .state_access import Keys, Length, PathItem
@@ -46,13 +46,21 @@ class OfClass:
 
 
 @dataclass(frozen=True, eq=False)
+class Alias:
+    """The object that another read names."""
+
+    other: Read
+
+
+@dataclass(frozen=True, eq=False)
 class Read:
     """One value that a forward read.
 
     Attributes:
         root: a `ModuleRoot`, or the namespace itself: the globals of a function, one of its cells, a class.
         steps: from the root to the value.
-        value: a constant, a tensor or function, which must be the same object, `Contents`, `OfClass` or `ABSENT`.
+        value: a constant, a tensor or function, which must be the same object, `Contents`, `OfClass`,
+            `Alias` or `ABSENT`.
         where: the place in words.
     """
 
@@ -63,8 +71,8 @@ class Read:
 
     def now(self, modules: Mapping[str, nn.Module]) -> Any:
         """Return the value at this place now, `ABSENT` where there is none."""
-        owner = modules[self.root.path] if isinstance(self.root, ModuleRoot) else self.root
         try:
+            owner = modules[self.root.path] if isinstance(self.root, ModuleRoot) else self.root
             for number, step in enumerate(self.steps):
                 if number == 0 and isinstance(self.root, ModuleRoot):
                     owner = attribute_of(owner, step.key)
@@ -105,16 +113,20 @@ class Read:
 
     def holds(self, modules: Mapping[str, nn.Module]) -> bool:
         """Return whether the value is as it was read."""
+        if isinstance(self.value, Alias):
+            return self.now(modules) is self.value.other.now(modules)
         return as_read(self.value, self.now(modules))
 
 
 def attribute_of(module: nn.Module, name: str) -> Any:
     """Return an attribute of a module, or else of its class; `ABSENT` where neither has it.
 
-    A module that has been made shrinkable computes some of its attributes, which its dict holds as they were read.
+    A module that has been made shrinkable computes some of its attributes, which its dict holds as they were read, and
+    its class may have another forward.
     """
     value = module.__dict__.get(name, ABSENT)
-    return getattr(type(module), name, ABSENT) if value is ABSENT else value
+    cls: Any = type(module)
+    return getattr(own_class(cls), name, ABSENT) if value is ABSENT else value
 
 
 def _step(owner: Any, step: PathItem) -> Any:
@@ -157,18 +169,24 @@ def setting_read(path: str, name: str, value: Any) -> Read:
     return Read(ModuleRoot(path), (PathItem(name),), held, f"{path}.{name}" if path else name)
 
 
+def forward_read(module: nn.Module, path: str) -> Read:
+    """Return the read of the forward that a submodule runs: that of its class, or one that is put on the instance."""
+    return Read(ModuleRoot(path), (PathItem("forward"),), attribute_of(module, "forward"), f"{path}.forward")
+
+
 def first_changed(reads: Sequence[Read], modules: Mapping[str, nn.Module]) -> tuple[Read, Any] | None:
     """Return the first read that is other than it was, and its value now; None where all hold."""
     for read in reads:
-        now = read.now(modules)
-        if not as_read(read.value, now):
-            return read, now
+        if not read.holds(modules):
+            return read, read.now(modules)
     return None
 
 
 def told(read: Read, now: Any) -> str:
     """Say that the value of a read has changed, with both values where they are short."""
     before = read.value.copy if isinstance(read.value, Contents) else read.value
+    if isinstance(before, Alias):
+        return f"`{read.where}` is no more the same object as `{before.other.where}`"
     if isinstance(before, OfClass):
         return f"`{read.where}` is a {type(now).__name__} and was a {before.cls.__name__}"
     if isinstance(before, Tensor) or isinstance(now, Tensor):
@@ -177,5 +195,5 @@ def told(read: Read, now: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = "a tensor" if isinstance(value, Tensor) else getattr(value, "__name__", None) or repr(value)
+    text = "a tensor" if isinstance(value, Tensor) else getattr(value, "__qualname__", None) or repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

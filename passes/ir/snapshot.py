@@ -15,7 +15,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
-from types import CellType, FunctionType, ModuleType
+from types import CellType, ModuleType
 from typing import Any
 
 import torch
@@ -174,7 +174,9 @@ class _Source:
         if isinstance(owner, type):
             if inspect.getattr_static(owner, key, ABSENT) is value:
                 return self._class_attribute(owner, key)
-        elif inspect.getattr_static(type(owner), "__getattribute__") is not _PLAIN and not isinstance(owner, ModuleType):
+        elif inspect.getattr_static(type(owner), "__getattribute__") is not _PLAIN and not isinstance(
+            owner, ModuleType
+        ):
             held = getattr(owner, "__dict__", None)
             if type(held) is dict and held.get(key, ABSENT) is value and not hasattr(type(owner), "__getattr__"):
                 # Past a look-up in Python, which is slow; whatever that reads is a read as well.
