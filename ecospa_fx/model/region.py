@@ -96,8 +96,8 @@ class Region:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call of the region."""
-        key, inputs, objects = call_key(module, args, kwargs) or (None, [], [])
-        program = self.routing.remembered(self.specializations, module, key, inputs, objects)
+        key, inputs, objects = call_key(args, kwargs) or (None, [], [])
+        program = self.routing.remembered(self.specializations, key, inputs, objects)
         if program is None:
             leaves, objects = parted(flattened((args, kwargs))[0])
             inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -123,7 +123,7 @@ class Region:
                 program = self._add_shrunk(module, args, kwargs)
                 for change in self._fills:
                     make(change)
-            self.routing.remember(key, program)
+            self.routing.remember(key, module, program)
         if objects:
             inputs = [*inputs, *(program.captured.carried.read(objects) or ()), *objects]
         return program(module, inputs) if self.watcher is None else self.watcher(self, program, module, inputs)

@@ -45,7 +45,7 @@ from ecospa_fx.passes.graph.python_state import (
 )
 from ecospa_fx.passes.graph.stand_in_class import stand_in_class
 from ecospa_fx.passes.graph.stores import put_profile
-from ecospa_fx.passes.ir.guards import Contents, ModuleRoot, OfClass, Read
+from ecospa_fx.passes.ir.guards import Alias, Contents, ModuleRoot, OfClass, Read
 from ecospa_fx.passes.ir.state_access import PathItem
 
 AttributeReads = Mapping[str, set[str]]  # submodule path -> names of the attributes that forward reads
@@ -70,7 +70,7 @@ class Reads:
         self._before = {path: dict(child.__dict__) for path, child in module.named_modules()}
         self._first: dict[tuple[str, str], Any] = {}  # the first value read of each attribute
         self._swapped: list[tuple[Any, type]] = []
-        self._watched: dict[int, Any] = {}
+        self._watched: dict[int, tuple[Any, Read]] = {}  # by identity, with its first read
 
     def others(self, settings: Collection[tuple[str, str]]) -> tuple[Read, ...]:
         """Return the values read that are not among the constant attributes of modules."""
@@ -133,9 +133,11 @@ class Reads:
         if key in self._reads or (isinstance(value, (nn.Module, ModuleType)) and not depth):
             return
         if is_record(value):
-            self._reads[key] = Read(root, steps, OfClass(type(value)), where)
-            if id(value) not in self._watched:
-                self._watched[id(value)] = value
+            if id(value) in self._watched:  # under another name, at which its attributes are recorded
+                self._reads[key] = Read(root, steps, Alias(self._watched[id(value)][1]), where)
+            else:
+                self._reads[key] = read = Read(root, steps, OfClass(type(value)), where)
+                self._watched[id(value)] = value, read
                 if not self._swap(value, functools.partial(self._of_object, root, steps, where)):
                     for name, item in contents(value).items():
                         self.add(root, (*steps, PathItem(name)), item, f"{where}.{name}", depth + 1)

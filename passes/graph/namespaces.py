@@ -148,6 +148,12 @@ def namespaces(module: nn.Module, code: Code) -> Iterator[tuple[Any, str, str]]:
                     yield cls, name, f"{cls.__name__}.{name}"
 
 
+@functools.lru_cache(maxsize=1024)
+def own_class(cls: type) -> type:
+    """Return the class of which this library has made a subclass, under the same name; else the class itself."""
+    return next(base for base in cls.__mro__ if not _stands_in(base))
+
+
 def _stands_in(cls: type) -> bool:
     """Return whether a class is a subclass that this library has made of another, under the same name."""
     bases = (base for base in cls.__mro__[1:] if base is not Watching)

@@ -32,6 +32,9 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 OWN = frozenset(vars(nn.Module()))
 """Attributes of every module: tensors, children, hooks and the training flag."""
 
+COMPILED = frozenset({"_compiled_call_impl"})
+"""Attributes in which `nn.Module.compile` keeps a faster forward that computes the same."""
+
 CONSTANTS = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, torch.Size, torch.memory_format)
 
 _OTHERS = ("torch", "numpy", "ecospa_fx", "sympy", "triton")  # packages whose objects no forward is taken to change
