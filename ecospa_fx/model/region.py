@@ -25,10 +25,8 @@ from ecospa_fx.passes.follow.attributes import Attribute, holding, numbers_in, r
 from ecospa_fx.passes.follow.follow import PythonSupport, follow
 from ecospa_fx.passes.graph.python_state import StateChange
 from ecospa_fx.passes.graph.tensors import join, same_storage, swapped
-from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.infer.sizes import called_sizes
-from ecospa_fx.passes.ir.axis_facts import AxisFacts
-from ecospa_fx.passes.ir.region_graph import Call, RegionGraph
+from ecospa_fx.passes.ir.region_graph import Call
 from ecospa_fx.passes.ir.signature import call_key, training_flags
 from ecospa_fx.passes.ir.state_access import flattened, parted, resolve_object
 from ecospa_fx.passes.rewrite.program import Program
@@ -38,6 +36,8 @@ from ecospa_fx.passes.rewrite.stored import check_state_layouts, keys_of, whole_
 
 from .class_swap import original_class
 from .full_size import FullSizeTensors, in_transform, outside_forward, outside_inference
+from .journal import Journal, all_or_nothing
+from .moving import inferred_again, moving_buffers, settled
 from .offers import Offers
 from .routing import Routing
 from .specialization import Specialization
@@ -235,15 +235,16 @@ class Region:
         state = self.state
         filled = {key for each in self.specializations for key in keys_of(each.axis_facts, stored=True)}
         originals = FullSizeTensors(module, self.name, state.plan)
-        settled: dict[str, Any] = {
+        moving = moving_buffers(module, set(state.plan.under(self.name)), self.specializations)
+        how: dict[str, Any] = {
             "forward": original_class(module).forward, "originals": originals if originals.named else None,
-            "filled": frozenset(filled), "moving": self._moving(), "options": state.options,
+            "filled": frozenset(filled), "moving": moving, "options": state.options,
         }  # fmt: skip
         with self._original_attributes(module, originals):
-            numbered = self._with_numbers(module, (args, kwargs), settled)
+            numbered = self._with_numbers(module, (args, kwargs), how)
             if numbered is not None:
                 return numbered
-            analysis = analyse_once(module, self.name, (args, kwargs), self.shared_outside, state.captures, **settled)
+            analysis = analyse_once(module, self.name, (args, kwargs), self.shared_outside, state.captures, **how)
             if state.execution == "module" and self.python_support is None:
                 self.remember(analysis)
                 with swapped(module, originals.values()):
@@ -253,11 +254,18 @@ class Region:
         number = len(self.specializations) + 1
         if number > 1:
             logger("recaptures").info("%s, graph %d: %s", self.name or "the model", number, difference)
-        self.settle_buffers(module, analysis)
-        kept = replay(analysis.axis_facts, state.plan, difference)
-        graphs = [(each.axis_facts, self.kept(each.program)) for each in reversed(self.specializations)]
+        after = settled(self.name, module, self.specializations, state, [analysis])
+        kept = replay(analysis.axis_facts, after.plan, difference)
+        graphs = [(each.axis_facts, replay(each.axis_facts, after.plan)) for each in reversed(after.specializations)]
         check_state_layouts([*graphs, (analysis.axis_facts, kept)], difference)
-        return self.install(analysis, module, kept)
+
+        def take_up(journal: Journal) -> Program:
+            journal.note_object(self)
+            after.commit(state, journal)
+            self.specializations = after.specializations
+            return self.install(analysis, module, kept)
+
+        return all_or_nothing(take_up)
 
     def _with_numbers(self, module: nn.Module, call: Call, settled: dict[str, Any]) -> Program | None:
         """Make inputs of the numbers by which alone a call differs from a captured one; None where that is not so."""
@@ -329,30 +337,10 @@ class Region:
         self.routing.changed_constant(self.specializations, module, program)
         return program
 
-    def _moving(self, *more: Analysis) -> frozenset[str]:
-        """Return the buffers that some graph computes from parameters, or that have shrunk with them."""
-        shrunk = set(self.state.plan.under(self.name))
-        graphs = [(each.captured, each.axis_facts) for each in self.specializations]
-        graphs += [(each.captured, each.axis_facts) for each in more]
-        return frozenset().union(
-            *(captured.buffers & (axis_facts.parameters.keys() | shrunk) for captured, axis_facts in graphs)
-        )
-
-    def _inferred_again(self, each: Specialization, captured: RegionGraph) -> AxisFacts:
-        """Infer the axes of a graph of which something else is known now than when it was captured."""
-        refuted = each.axis_facts.missing.keys() - each.axis_facts.experiments.keys()
-        return infer_axes(captured, self.state.experiments, refuted)
-
     def settle_buffers(self, module: nn.Module, *more: Analysis) -> None:
         """Let buffers that one graph computes from parameters shrink with these in the graphs that only read them."""
-        moving = self._moving(*more)
-        for number, each in enumerate(self.specializations):
-            if moving & each.captured.used() <= each.axis_facts.parameters.keys():
-                continue
-            axis_facts = self._inferred_again(each, replace(each.captured, moving=moving))
-            program = rewrite(axis_facts, replay(axis_facts, self.state.plan), module)
-            self.specializations[number] = Specialization(program, discover(axis_facts))
-            self.state.forget_couplings()
+        self.specializations = settled(self.name, module, self.specializations, self.state, more).specializations
+        self.state.forget_couplings()
 
     def retied(self, model: nn.Module) -> list[Specialization] | None:
         """Return the specializations as they must be after weights were tied or untied; None if none were.
@@ -369,7 +357,8 @@ class Region:
         specializations = []
         for each, same in zip(self.specializations, ties, strict=True):
             before = each.captured
-            axis_facts = self._inferred_again(each, replace(before, same_storage=same, shared_outside=outside))
+            facts_now = replace(before, same_storage=same, shared_outside=outside)
+            axis_facts = inferred_again(each, facts_now, self.state.experiments)
             try:
                 kept = replay(axis_facts, self.state.plan)
             except PinnedAxisError as error:
