@@ -115,10 +115,13 @@ class Region:
                     "a parameter or on the region"
                 )
             if program is None and not self.shrunk:
-                program = self._add_or_none(module, args, kwargs)
+                program, uncaptured = self._add_or_none(module, args, kwargs)
                 if program is None or self.routing.changed_constant(self.specializations, module, program) is not None:
                     # It fills a cache, say, which its own Python does.
-                    return original_class(module).forward(module, *args, **kwargs)
+                    result = original_class(module).forward(module, *args, **kwargs)
+                    if uncaptured is not None:
+                        self._give_up(uncaptured)
+                    return result
             elif program is None:
                 program = self.add(module, args, kwargs)
                 for change in self._fills:
@@ -182,14 +185,15 @@ class Region:
         graphs = [(program.axis_facts, self.kept(program)) for program in programs]
         return whole_objects(objects, graphs, self.name or "the model")
 
-    def _add_or_none(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
-        """Capture a call of a new signature; None for one that only the region's own Python can serve.
+    def _add_or_none(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Program | None, str | None]:
+        """Capture a call of a new signature; None for one that only the region's own Python can serve, and why.
 
-        The region has not shrunk, so that its own Python is right. It cannot shrink any more: see `Offers`.
+        The region has not shrunk, so that its own Python is right.
         """
         try:
-            program: Program = self.add(module, args, kwargs)
-            return program
+            return self.add(module, args, kwargs), None
         except TooManyCallsError as error:  # it may be called in fewer ways by the time that it shrinks
             self._warn(str(error))
         except NotNowError:
@@ -198,10 +202,14 @@ class Region:
         except CaptureError as error:
             if not self.specializations:
                 raise
-            self._warn(str(error))
-            self.uncaptured = str(error)
-            self.state.forget_couplings()
-        return None
+            return None, str(error)
+        return None, None
+
+    def _give_up(self, why: str) -> None:
+        """Take note of a call that has no graph, now that the region's own Python has served it: see `Offers`."""
+        self._warn(why)
+        self.uncaptured = why
+        self.state.forget_couplings()
 
     def _warn(self, why: str) -> None:
         if not self._warned:

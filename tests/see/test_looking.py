@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ecospa_fx
+from ecospa_fx.errors import NoInputsError, VerificationError
 
 SEEN = torch.zeros(())
 
@@ -48,3 +49,62 @@ def test_counters_in_any_place_stand_still(execution: Any) -> None:
     model(x)
     now, entries = model.counts(), before[1]
     assert now == [before[0] + 1, [entries[0] + 2, entries[1] + 1], before[2] + 1, before[3] + 1]
+
+
+class Twice(nn.Module):
+    """Two blocks, of which a call may run none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)) for _ in range(2))
+
+    def forward(self, x: Tensor, run: bool = True) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if run else x
+        return x
+
+
+class Alone(Twice):
+    """The same, without arguments."""
+
+    def forward(self) -> Tensor:
+        return super().forward(torch.ones(3, 4))
+
+
+def test_without_inputs_a_model_is_verified_with_its_own_or_asks_for_some() -> None:
+    x = torch.randn(3, 4)
+    for regions in ("root", "blocks"):
+        model: Any = ecospa_fx.compile(Twice(), example_inputs=(x,), regions=regions)
+        with pytest.raises(NoInputsError) as missing:
+            ecospa_fx.verify(model)
+        assert str(missing.value) == (
+            "there are no inputs to capture Twice with: pass the arguments of one call as example_inputs=(x,) or "
+            "example_kwargs={...}"
+        )
+        model.example_input_array = x
+        assert ecospa_fx.verify(model).ok
+    assert ecospa_fx.verify(ecospa_fx.compile(Alone(), example_inputs=(), regions="blocks")).ok
+
+
+def test_a_call_that_runs_no_region_verifies_nothing() -> None:
+    model = ecospa_fx.compile(Twice(), example_inputs=(torch.randn(3, 4),), regions="blocks")
+    with pytest.raises(VerificationError) as nothing:
+        ecospa_fx.verify(model, example_inputs=(torch.randn(3, 4), False))
+    assert str(nothing.value) == (
+        "this call of Twice runs none of its 2 regions, so nothing was compared; pass the example_inputs of a call "
+        "that does"
+    )
+
+
+@pytest.mark.parametrize("regions", ["root", "blocks"])
+def test_a_wrong_call_raises_the_error_of_the_model_and_ends_no_coupling(regions: str) -> None:
+    model = ecospa_fx.compile(Twice(), example_inputs=(torch.randn(3, 4),), regions=regions)
+    before = [c.name for c in ecospa_fx.couplings(model)]
+    for call in ((), (torch.randn(3, 5),), (None,), (torch.randn(3, 4).long(),), (torch.randn(3, 4, device="meta"),)):
+        for mode in (model.train(), model.eval()):
+            with pytest.raises((TypeError, RuntimeError)) as error:
+                mode(*call)
+            with pytest.raises(type(error.value)) as plain:
+                Twice()(*call)
+            assert str(plain.value).splitlines()[0] == str(error.value).splitlines()[0]
+    assert before and [c.name for c in ecospa_fx.couplings(model)] == before
