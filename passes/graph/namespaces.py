@@ -61,7 +61,7 @@ def code_of(module: nn.Module) -> dict[CodeType, FunctionType | dict[str, Any]]:
     for child in module.modules():
         hooks = [hook for kind in _HOOKS for hook in child.__dict__.get(kind, {}).values()]
         held = [value for value in (*child.__dict__.values(), *hooks) if isinstance(value, (FunctionType, MethodType))]
-        classes.setdefault(type(child), []).extend(held)
+        classes.setdefault(_own_class(child), []).extend(held)
     for cls, held in classes.items():
         for function in (*_reached_from(cls), *_reached(held, cls)):
             if function.__code__ not in found and not foreign_code(function.__globals__.get("__name__")):
@@ -159,6 +159,11 @@ def _stands_in(cls: type) -> bool:
     bases = (base for base in cls.__mro__[1:] if base is not Watching)
     base = next(bases, object)
     return (cls.__module__, cls.__qualname__) == (base.__module__, base.__qualname__)
+
+
+def _own_class(module: nn.Module) -> type:
+    """Return the class of a module, below those that this library has made of it."""
+    return next(cls for cls in type(module).__mro__ if cls is not Watching and not _stands_in(cls))
 
 
 def _package(held: Any) -> str | None:
