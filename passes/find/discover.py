@@ -26,7 +26,7 @@ from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Role
 
 from .left_whole import Refusal, UncoupledAxis, one_by_one, pinned_by, uncoupled
 
-Kind = Literal["qk", "vo", "ffn", "glu", "heads", "groups", "conv", "residual"]
+Kind = Literal["qk", "vo", "ffn", "glu", "heads", "groups", "conv", "recurrent", "residual"]
 
 ParameterDim = tuple[str, int]  # (parameter name in the region, dim)
 
@@ -167,6 +167,8 @@ def _kind(atom: Atom, roles: dict[Role, list[Fact]], axis_facts: AxisFacts, matr
     several = _occurrences(atom, set(_producers(roles, matrices)), roles, axis_facts) > 1
     if several and convolutions != products and _comes_back(roles, matrices):
         return "residual"
+    if _steps(roles, matrices) - axis_facts.derivations:
+        return "recurrent"
     if any(_meets_another(fact) for fact in roles["contracted"]):
         return "qk"
     if any(len(fact.operands) > 1 for fact in activations["batch"]):
@@ -184,8 +186,13 @@ def _kind(atom: Atom, roles: dict[Role, list[Fact]], axis_facts: AxisFacts, matr
     return "ffn"
 
 
+def _steps(roles: dict[Role, list[Fact]], matrices: set[str]) -> set[fx.Node]:
+    """Return the ops inside of which matrices both produce the axis and take all that is left of it."""
+    return _products(roles, matrices, "free") & _products(roles, matrices, "reduced")
+
+
 def _comes_back(roles: dict[Role, list[Fact]], matrices: set[str]) -> bool:
-    """Return whether what a matrix makes of the axis is added to it again, as in a stream that layers read and write."""
+    """Return whether what a matrix makes of the axis is added to it again: layers read and write it."""
     waiting, merges = _products(roles, matrices, "contracted"), {fact.node for fact in roles["merge"]}
     seen: set[fx.Node] = set()
     last = max(merges, default=None)
