@@ -26,7 +26,7 @@ from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Role
 
 from .left_whole import Refusal, UncoupledAxis, one_by_one, pinned_by, uncoupled
 
-Kind = Literal["qk", "vo", "ffn", "glu", "heads", "groups", "conv", "residual"]
+Kind = Literal["qk", "vo", "ffn", "glu", "heads", "groups", "conv", "recurrent", "residual"]
 
 ParameterDim = tuple[str, int]  # (parameter name in the region, dim)
 
@@ -149,14 +149,26 @@ def _occurrences(atom: Atom, names: set[str], roles: dict[Role, list[Fact]], axi
     return max(apart, *(atoms_of(fact.expr).count(atom) for fact in joined), 0)
 
 
+def _products(roles: dict[Role, list[Fact]], matrices: set[str], *among: Role) -> set[fx.Node]:
+    """Return the ops that matrices bring the atom into."""
+    facts = (fact for role in among or ("free", "contracted", "batch") for fact in roles[role])
+    return {fact.node for fact in facts if any(matrices & set(o.parameters) for o in fact.operands)}
+
+
 def _contractions(roles: dict[Role, list[Fact]], matrices: set[str], axis_facts: AxisFacts) -> int:
     """Count the contractions that a matrix brings the atom into."""
-    facts = [fact for fact in (*roles["free"], *roles["contracted"]) if fact.node not in axis_facts.derivations]
-    return len({fact.node for fact in facts if any(matrices & set(o.parameters) for o in fact.operands)})
+    return len(_products(roles, matrices, "free", "contracted") - axis_facts.derivations)
 
 
 def _kind(atom: Atom, roles: dict[Role, list[Fact]], axis_facts: AxisFacts, matrices: set[str]) -> Kind:
     activations = {role: [fact for fact in roles[role] if _of_activations(fact)] for role in ("batch", "free")}
+    products = _products(roles, matrices)
+    convolutions = {node for node in products if op_name(node).startswith("aten.conv")}
+    several = _occurrences(atom, set(_producers(roles, matrices)), roles, axis_facts) > 1
+    if several and convolutions != products and _comes_back(roles, matrices):
+        return "residual"
+    if _steps(roles, matrices) - axis_facts.derivations:
+        return "recurrent"
     if any(_meets_another(fact) for fact in roles["contracted"]):
         return "qk"
     if any(len(fact.operands) > 1 for fact in activations["batch"]):
@@ -165,14 +177,33 @@ def _kind(atom: Atom, roles: dict[Role, list[Fact]], axis_facts: AxisFacts, matr
     if any(len(axis_facts.operands.get(fact.node, ())) > 1 and _between_activations(fact, axis_facts)
            for fact in activations["free"]):  # fmt: skip
         return "groups" if _grouped(activations["free"], axis_facts) else "vo"
-    if any(op_name(fact.node).startswith("aten.conv") for facts in roles.values() for fact in facts):
+    if convolutions:
         return "conv"
-    if _occurrences(atom, set(_producers(roles, matrices)), roles, axis_facts) > 1:
-        if roles["gate"]:
-            return "glu"
-        if roles["merge"]:
-            return "residual"
+    if several and roles["gate"]:
+        return "glu"
+    if several and roles["merge"]:
+        return "residual"
     return "ffn"
+
+
+def _steps(roles: dict[Role, list[Fact]], matrices: set[str]) -> set[fx.Node]:
+    """Return the ops inside of which matrices both produce the axis and take all that is left of it."""
+    return _products(roles, matrices, "free") & _products(roles, matrices, "reduced")
+
+
+def _comes_back(roles: dict[Role, list[Fact]], matrices: set[str]) -> bool:
+    """Return whether what a matrix makes of the axis is added to it again: layers read and write it."""
+    waiting, merges = _products(roles, matrices, "contracted"), {fact.node for fact in roles["merge"]}
+    seen: set[fx.Node] = set()
+    last = max(merges, default=None)
+    while waiting and last is not None:
+        node = waiting.pop()
+        if node in merges:
+            return True
+        if node not in seen and node < last:
+            seen.add(node)
+            waiting.update(node.users)
+    return False
 
 
 def _of_activations(fact: Fact) -> bool:
