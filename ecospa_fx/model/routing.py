@@ -74,7 +74,7 @@ class Routing:
                 continue
             if (
                 self.changed_constant(specializations, module, program) is None
-                and program.captured.mismatch(call, training, program.state) is None
+                and program.captured.mismatch(call, training, program.sizes) is None
             ):
                 return program
         return None
