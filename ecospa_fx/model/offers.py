@@ -207,7 +207,7 @@ class Offers:
                 continue
             expr = axis_facts.parameters[name][dim]
             matrix = name in matrices
-            of = join(self.region, name if matrix else _nearest(name, offered.producers or matrices))
+            of = join(self.region, name if matrix else nearest(name, offered.producers or matrices))
             mask = mask_of(expr, self.kept)
             for part, index in by_part(expr, offered.atom):
                 label = of if part is None else f"{of} part {part}"
@@ -227,7 +227,7 @@ def _mark(coupling: RegionCoupling, context: Atom | None) -> str:
     return hashlib.sha256(repr(where).encode()).hexdigest()[:16]
 
 
-def _nearest(name: str, matrices: Sequence[str]) -> str:
+def nearest(name: str, matrices: Sequence[str]) -> str:
     """Return the matrix whose name shares the longest prefix with that of a bias."""
     return max(matrices, key=lambda matrix: shared_prefix(name, matrix))
 

@@ -30,6 +30,12 @@ class Routing:
         self._routes: dict[Any, tuple[Signature, ...]] = {}
         self._bound: dict[int, _Bound] = {}  # per graph
 
+    def without_routes(self) -> Routing:
+        """Return a routing that remembers no call, for a region that takes other sizes from now on."""
+        fresh = Routing()
+        fresh._bound = self._bound
+        return fresh
+
     def remembered(
         self,
         specializations: Sequence[Specialization],

@@ -9,8 +9,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -18,32 +18,67 @@ from torch import nn
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.capture.between import Between, follow_between
-from ecospa_fx.passes.capture.options import CaptureOptions
+from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
 from ecospa_fx.passes.capture.record import record_all
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.passes.ir.border import WeightDim
 
 from .analyse import Analysis, Captures
 from .analyse_calls import analyse_calls
-from .joints import Joined, find_joints
+from .joints import Joint, find_joints
 from .joints_tried import not_followed
+from .left_whole import Refusal
+from .regions import choose
 
 _ATTEMPTS = 16  # forwards in which a region is looked for that others, drawn at random, may leave out
 
 
 @dataclass(frozen=True, eq=False)
-class JoinedRegions:
-    """Chosen regions.
+class Chosen:
+    """The regions of a model.
 
     Attributes:
         analyses: the regions by name.
         failed: submodules that were not captured, with the reasons.
-        joined: the couplings that cross their edges.
+        joints: the couplings that cross their edges.
+        refusals: axes that cross them and cannot shrink, with the reasons.
     """
 
     analyses: dict[str, Analysis]
     failed: dict[str, str]
-    joined: Joined
+    joints: tuple[Joint, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+
+
+def choose_regions(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    how: str | Sequence[str] = "auto",
+    captures: Captures | None = None,
+    options: CaptureOptions = DEFAULTS,
+) -> Chosen:
+    """Choose the regions of a model, and analyse them.
+
+    Args:
+        model: the model; left as it is.
+        args: positional arguments of a call.
+        kwargs: keyword arguments of a call.
+        how: as `choose` takes it, or `"joined"`: blocks, and what lies between them.
+        captures: gets the captured blocks, for equal ones to share.
+        options: of the model's captures.
+
+    Raises:
+        CaptureError: nothing can be captured.
+    """
+    captures = [] if captures is None else captures
+    if how != "joined":
+        return Chosen(*choose(model, args, kwargs, how, captures, options))
+    blocks, failed = choose(model, args, kwargs, "blocks", captures, options)
+    if "" in blocks:
+        return Chosen(blocks, failed)
+    found = joined(model, args, kwargs, blocks, captures, options)
+    return replace(found, failed=failed | found.failed)
 
 
 def joined(
@@ -53,7 +88,7 @@ def joined(
     blocks: Mapping[str, Analysis],
     captures: Captures,
     options: CaptureOptions,
-) -> JoinedRegions:
+) -> Chosen:
     """Add regions to those of a model, and find the couplings that cross their edges."""
     analyses, failed = _with_more(model, args, kwargs, blocks, captures, options)
     between, attempt = _between(model, args, kwargs, analyses)
@@ -75,7 +110,7 @@ def joined(
         if name in blocks or found.edges.get(name) or analysis.discovery.couplings
     }
     in_order = {name: used[name] for name, _ in model.named_modules() if name in used}
-    return JoinedRegions(in_order, failed, found)
+    return Chosen(in_order, failed, found.joints, found.refusals)
 
 
 def _between(

@@ -47,7 +47,9 @@ class Joint:
         linear: nothing between the weights is nonlinear or scales entries apart.
         members: the dims of parameters and buffers that it lies on, by name in the model, tied ones once.
         outside: those that lie in no region; each of their positions is an entry of its own.
-        producers: parameters in whose contraction it is free.
+        matrices: the parameters among its members that have several dims.
+        producers: those in whose contraction it is free.
+        shapes: of the parameters in `outside`.
     """
 
     name: str
@@ -56,7 +58,9 @@ class Joint:
     linear: bool
     members: tuple[WeightDim, ...]
     outside: tuple[WeightDim, ...]
+    matrices: tuple[str, ...]
     producers: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -464,7 +468,7 @@ class _Search:
         ordered = (plain, *(member for member in members if member != plain))
         return Joint(
             named(kind, sorted(matrices), taken), kind, int(size), is_linear(parts, kind), ordered, tuple(outside),
-            tuple(producers),
+            tuple(sorted(matrices)), tuple(producers), {name: tuple(self.tensors[name].shape) for name, _ in outside},
         )  # fmt: skip
 
     def _in_region(self, full: str) -> bool:
