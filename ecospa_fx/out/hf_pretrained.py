@@ -10,6 +10,7 @@ model's classes read it), config.json has it, and plain `AutoModel.from_pretrain
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from ecospa_fx.checkpoint.rebuild import attach_compiled
 from ecospa_fx.errors import CheckpointError, EcoSpaError
 from ecospa_fx.json_text import format_json, parse_json
 from ecospa_fx.model.compiled import CompiledModel
+from ecospa_fx.model.configured import Configured
 from ecospa_fx.model.lookup import compiled_state
 from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.graph.tensors import named_tensors
@@ -148,27 +150,31 @@ def configuration_for(model: nn.Module, compiled: CompiledModel) -> Any:
             f"this {kind} runs as graphs, and its own Python may not run at these sizes; compile it with "
             "execution='module' to shrink only what its Python can follow"
         )
+    configured = Configured(model, compiled)
+    found = configured.expressing(compiled.plan)
+    if not isinstance(found, str):
+        return found
+    per_layer = _by_layer(model, config, compiled.plan)
+    return per_layer if per_layer is not None else (
+        f"{found}; ecospa_fx.from_pretrained loads it, plain from_pretrained of transformers does not"
+    )
+
+
+def _by_layer(model: nn.Module, config: Any, plan: Plan) -> Any:
+    """Return a configuration with numbers for single layers at which the shapes are right; None if there is none."""
     wanted = {name: tuple(t.shape) for name, t in named_tensors(model).items()}
     fields = {name: v for name, v in vars(config).items() if type(v) is int and v > 1 and not name.startswith("_")}
     best = copy.deepcopy(config)
     wrong = shape_differences(model, best, wanted)
-    for proposals in (_for_all(fields, compiled.plan), _per_layer(fields, compiled.plan)):
-        for change in proposals:
-            if not wrong:
-                return best
-            trial = copy.deepcopy(best)
-            change(trial)
-            now = shape_differences(model, trial, wanted)
-            if len(now) < len(wrong):
-                best, wrong = trial, now
-    if not wrong:
-        return best
-    first = sorted(wrong)[0]
-    return (
-        f"a {type(config).__name__} cannot express the sizes of this {kind}: `{first}` is {wanted[first]}, and no "
-        "number in it, for all layers or for one, gives that shape; ecospa_fx.from_pretrained loads it, plain "
-        "from_pretrained of transformers does not"
-    )
+    for change in itertools.chain(_for_all(fields, plan), _per_layer(fields, plan)):
+        trial = copy.deepcopy(best)
+        change(trial)
+        now = shape_differences(model, trial, wanted)
+        if len(now) < len(wrong):
+            best, wrong = trial, now
+        if not wrong:
+            return best
+    return None
 
 
 def _for_all(fields: Mapping[str, int], plan: Plan) -> Iterator[Any]:

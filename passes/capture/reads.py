@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ecospa_fx.passes.graph.namespaces import ABSENT, Code, Watching, foreign_code, namespaces, value_in
+from ecospa_fx.passes.graph.namespaces import ABSENT, Code, Watching, foreign_code, function_of, mutable_defaults, namespaces, value_in
 from ecospa_fx.passes.graph.python_state import (
     OWN,
     StateChange,
@@ -135,7 +135,7 @@ class Reads:
         else:
             self._reads[key] = Read(root, steps, value, where)
             if isinstance(value, FunctionType):
-                for name, item in vars(value).items():
+                for name, item in (vars(value) | mutable_defaults(value)).items():
                     self.add(root, (*steps, PathItem(name)), item, f"{where}.{name}", depth + 1)
 
     def _container(self, root: Any, steps: tuple[PathItem, ...], value: Any, where: str, key: Any, depth: int) -> None:
@@ -183,9 +183,9 @@ def recorded_reads(module: nn.Module, code: Code | None = None) -> Iterator[Read
 
 
 @contextmanager
-def executed() -> Iterator[dict[CodeType, dict[str, Any]]]:
-    """Record the functions that run inside the `with` block, with their globals; not those of torch."""
-    seen: dict[CodeType, dict[str, Any]] = {}
+def executed() -> Iterator[dict[CodeType, FunctionType | dict[str, Any]]]:
+    """Record the functions that run inside the `with` block, or their globals; not those of torch."""
+    seen: dict[CodeType, FunctionType | dict[str, Any]] = {}
     others: set[CodeType] = set()
     before: Any = sys.getprofile()
 
@@ -195,7 +195,7 @@ def executed() -> Iterator[dict[CodeType, dict[str, Any]]]:
             if foreign_code(frame.f_globals.get("__name__")):
                 others.add(code)
             else:
-                seen[code] = frame.f_globals
+                seen[code] = function_of(frame) or frame.f_globals
 
     sys.setprofile(profile)
     try:

@@ -134,6 +134,7 @@ def rehearsed(
         )
     before = PythonState(module)
     try:
+        before.lend()
         for change in filled:
             make(change)
         yield Rehearsal(code, assigned, filled)

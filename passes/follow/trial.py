@@ -32,6 +32,7 @@ from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 
 from .attributes import Attribute, Values, fitted, held_integers, holding
+from .even_draws import even_draws
 
 
 class Trial:
@@ -151,14 +152,14 @@ def difference(module: nn.Module, program: Program, forward: Forward, args: Any,
         NotTried: the program fails: values that were made up (lengths, positions) may be none that it takes.
     """
     inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    with isolated(module):
+    with isolated(module), even_draws():
         torch.manual_seed(0)
         try:
             expected = program.run(module, *(t.clone() for t in inputs), *program.constants)
         except Exception as failure:
             line = str(failure).strip().split("\n")[0]
             raise NotTried(f"its graph does not run on a made-up call ({line})") from failure
-    with isolated(module):
+    with isolated(module), even_draws():
         torch.manual_seed(0)
         try:
             result = own_forward(module, forward, args, kwargs)

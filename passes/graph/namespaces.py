@@ -11,8 +11,8 @@ import functools
 import gc
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
-from types import CellType, CodeType, FunctionType, ModuleType
+from collections.abc import Iterator, Mapping, Sequence
+from types import CellType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -57,13 +57,13 @@ def code_of(module: nn.Module) -> dict[CodeType, FunctionType | dict[str, Any]]:
     These are methods of their classes that are named in the code, and functions among its globals; not those of torch.
     """
     found: dict[CodeType, FunctionType | dict[str, Any]] = {}
-    classes: dict[type, list[FunctionType]] = {}
+    classes: dict[type, list[FunctionType | MethodType]] = {}
     for child in module.modules():
         hooks = [hook for kind in _HOOKS for hook in child.__dict__.get(kind, {}).values()]
-        held = [value for value in (*child.__dict__.values(), *hooks) if isinstance(value, FunctionType)]
+        held = [value for value in (*child.__dict__.values(), *hooks) if isinstance(value, (FunctionType, MethodType))]
         classes.setdefault(type(child), []).extend(held)
     for cls, held in classes.items():
-        for function in (*_reached(cls), *held):
+        for function in (*_reached_from(cls), *_reached(held, cls)):
             if function.__code__ not in found and not foreign_code(function.__globals__.get("__name__")):
                 found |= dict.fromkeys(_nested(function.__code__), function.__globals__)
                 found[function.__code__] = function
@@ -71,10 +71,14 @@ def code_of(module: nn.Module) -> dict[CodeType, FunctionType | dict[str, Any]]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _reached(cls: type) -> tuple[FunctionType, ...]:
-    """Find the functions that the forward of a class can reach by their names."""
+def _reached_from(cls: type) -> tuple[FunctionType, ...]:
+    return _reached([getattr(cls, "forward", None)], cls)
+
+
+def _reached(functions: Sequence[Any], cls: type) -> tuple[FunctionType, ...]:
+    """Find the functions that others, of objects of a class, can reach by their names."""
     found: dict[CodeType, FunctionType] = {}
-    waiting: list[Any] = [getattr(cls, "forward", None)]
+    waiting: list[Any] = [*functions]
     while waiting:
         function = waiting.pop()
         function = getattr(function, "__func__", function)
@@ -88,6 +92,26 @@ def _reached(cls: type) -> tuple[FunctionType, ...]:
             waiting += [function.__globals__.get(name) for name in code.co_names]
         waiting += [value_in(cell, "") for cell in function.__closure__ or ()]
     return tuple(found.values())
+
+
+def function_of(frame: FrameType) -> FunctionType | None:
+    """Return the function that runs in a frame, where its name or its first argument leads to it."""
+    code = frame.f_code
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    owner, *way = code.co_qualname.split(".")
+    found = frame.f_globals.get(owner)
+    for name in way:
+        found = vars(found).get(name) if isinstance(found, type) else None
+    cls = first if isinstance(first, type) else type(first)
+    for value in (found, *(vars(base).get(code.co_name) for base in cls.__mro__)):
+        function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+        while not isinstance(function, FunctionType) or function.__code__ is not code:
+            function = getattr(function, "__wrapped__", None)
+            if function is None:
+                break
+        else:
+            return function
+    return None
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:
@@ -108,6 +132,9 @@ def namespaces(module: nn.Module, code: Code) -> Iterator[tuple[Any, str, str]]:
             held = namespace.get(owner)
             if isinstance(held, (ModuleType, type, FunctionType)) and not foreign_code(_package(held)):
                 yield held, attribute, f"{owner}.{attribute}"
+    for function in code.values():
+        for name in mutable_defaults(function) if isinstance(function, FunctionType) else ():
+            yield function, name, f"{function.__qualname__}.{name}"
     for function in _functions_with_cells(code):
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             yield cell, name, f"{name} in {function.__qualname__}"
@@ -160,6 +187,16 @@ def put_in(namespace: Any, name: str, value: Any) -> None:
         delattr(namespace, name)
     else:
         setattr(namespace, name, value)
+
+
+def mutable_defaults(function: FunctionType) -> dict[str, Any]:
+    """Return the default arguments of a function, as the attributes that hold them, where some can change."""
+    if foreign_code(function.__module__):
+        return {}
+    held = {"__defaults__": function.__defaults__, "__kwdefaults__": function.__kwdefaults__}
+    values = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    fixed = (type(None), bool, int, float, complex, str, bytes, type)
+    return {} if all(isinstance(value, fixed) for value in values) else {k: v for k, v in held.items() if v}
 
 
 @functools.lru_cache(maxsize=4096)

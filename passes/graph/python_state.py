@@ -7,6 +7,8 @@ PythonState(module)    everything that is reachable from the modules, as it is n
 
 from __future__ import annotations
 
+import functools
+import operator
 import pickle
 import random
 import sys
@@ -20,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .namespaces import ABSENT, Code, code_of, foreign_code, namespaces, put_in, value_in
+from .iterators import copied, is_iterator, position
+from .namespaces import ABSENT, Code, code_of, foreign_code, mutable_defaults, namespaces, put_in, value_in
 from .tensors import storage_key
 
 TENSORS = ("_parameters", "_buffers", "_modules")  # the dicts in which a module keeps its tensors and children
@@ -142,6 +145,8 @@ def _state_of(leaf: Any) -> tuple[Any, Callable[[Any, Any], None]]:
         return leaf.get_state(), lambda generator, was: generator.set_state(was)
     if isinstance(leaf, random.Random):
         return leaf.getstate(), lambda generator, was: generator.setstate(was)
+    if is_iterator(leaf):  # it cannot be put back, but a copy can take its place: see `PythonState.lend`
+        return position(leaf), lambda *_: None
     return leaf.copy(), lambda array, was: array.__setitem__(..., was)
 
 
@@ -158,7 +163,7 @@ def _put_tensor(tensor: Tensor, was: tuple[Tensor, int, Tensor]) -> None:
 def _has_state(value: Any) -> bool:
     if isinstance(value, Tensor):
         return not isinstance(value, nn.Parameter) and type(value) is Tensor and value.layout is torch.strided
-    if isinstance(value, (torch.Generator, random.Random)):
+    if isinstance(value, (torch.Generator, random.Random)) or is_iterator(value):
         return True
     if type(value).__module__.partition(".")[0] != "numpy":
         return False
@@ -256,6 +261,31 @@ class PythonState:
                 anew[id(owner), key] = StateChange(owner, _label(owner, where, key), key, held[key], held[key])
         return list(anew.values())
 
+    def lend(self) -> None:
+        """Put copies in place of iterators, of which nothing is to be drawn, until `restore`."""
+        copies: dict[int, Any] = {}
+
+        def lent(value: Any, where: str) -> Any:
+            if type(value) is tuple and value:
+                items = [lent(item, f"{where}[{i}]") for i, item in enumerate(value)]
+                return value if all(map(operator.is_, items, value)) else tuple(items)
+            if not is_iterator(value):
+                return value
+            if id(value) not in copies:
+                copies[id(value)] = copied(value, where)
+            return copies[id(value)]
+
+        places = [(space, name, where, value) for space, name, where, value in self._names]
+        for owner, where, held in self._nodes:
+            if isinstance(held, dict):
+                places += [(owner, key, _label(owner, where, key), value) for key, value in held.items()]
+            elif isinstance(owner, (list, deque)):
+                places += [(owner, i, f"{where}[{i}]", value) for i, value in enumerate(held)]
+        for owner, key, where, value in places:
+            other = lent(value, where)
+            if other is not value:
+                put_item(owner, key, other)
+
     def restore(self) -> None:
         """Put everything back as it was."""
         for space, name, _, was in self._names:
@@ -291,14 +321,14 @@ def _torch_layer(owner: Any) -> bool:
 
 def item_of(owner: Any, key: Any) -> Any:
     """Return the attribute or entry that a `StateChange` names, as it is now."""
-    if isinstance(owner, list):
+    if isinstance(owner, (list, deque)):
         return owner[key] if key < len(owner) else ABSENT
     return value_in(*_place(owner, key))
 
 
 def put_item(owner: Any, key: Any, value: Any) -> None:
     """Put a value where a `StateChange` says; `ABSENT` takes it away."""
-    if isinstance(owner, list):
+    if isinstance(owner, (list, deque)):
         owner[key] = value
     else:
         put_in(*_place(owner, key), value)
@@ -329,7 +359,11 @@ def contents(value: Any) -> Any:
     if _has_state(value):
         return _State(value)
     if isinstance(value, FunctionType):
-        return dict(value.__dict__) or None
+        return {**value.__dict__, **mutable_defaults(value)} or None
+    if isinstance(value, MethodType):
+        return value.__self__, value.__func__
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
     if not is_record(value):
         return None
     held = dict(getattr(value, "__dict__", ()))
@@ -389,7 +423,12 @@ def put_back(owner: Any, before: Any) -> None:
             dict.clear(owner)
             for key, item in before.items():
                 dict.__setitem__(owner, key, item)
-    elif not isinstance(owner, tuple):
+    elif isinstance(owner, FunctionType):
+        now = contents(owner) or {}
+        for key in dict.fromkeys((*now, *before)):
+            if now.get(key, ABSENT) is not before.get(key, ABSENT):
+                put_in(owner, key, before.get(key, ABSENT))
+    elif not isinstance(before, tuple):
         there: dict[str, Any] = contents(owner) or {}
         held = getattr(owner, "__dict__", {})
         for key in there.keys() - before.keys():

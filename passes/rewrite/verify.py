@@ -22,6 +22,7 @@ from ecospa_fx.passes.graph.nodes import argument_nodes, tensor_meta
 from ecospa_fx.passes.graph.tensors import dense, sliced, swapped
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 
+from .draws import SameDraws
 from .rewrite import rewrite
 from .stored import compressed, layout
 
@@ -130,9 +131,17 @@ def compare(
         coupling: name of the comparison.
     """
     captured = axis_facts.captured
+    draws = SameDraws(axis_facts, kept, captured.signature.dynamic_sizes(inputs))
 
     class Here(Masked):
         masks = contraction_masks(axis_facts, kept, inputs)
+
+        def run_node(self, n: fx.Node) -> Any:
+            self.now = n
+            return super().run_node(n)
+
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            return draws.call(self.now, super().call_function, args, kwargs)
 
     floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
     # A buffer stays a buffer: torch refuses gradients of running statistics.
@@ -160,7 +169,7 @@ def compare(
 
     small = {name: sliced(t, positions.get(name, {})).clone() for name, t in tensors.items()}
     small_inputs = [*(fresh_leaf(t) for t in inputs[:count]), *small_state]
-    program = rewrite(axis_facts, kept, region, live=False)
+    program = rewrite(axis_facts, kept, region, live=False, stand_ins=draws.stand_ins())
     parameters = {name: nn.Parameter(t) if name in trained else t for name, t in small.items()}
     with forked_rng(region), swapped(region, parameters):
         torch.manual_seed(0)
