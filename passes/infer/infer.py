@@ -33,7 +33,7 @@ from ecospa_fx.passes.graph.nodes import (
     written_arguments,
 )
 from ecospa_fx.passes.ir import relations as r
-from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Source
+from ecospa_fx.passes.ir.axis_facts import AxisFacts, Source
 from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.ir.state_access import ObjectPath
 from ecospa_fx.passes.rules import op_info, relation_of
@@ -42,7 +42,7 @@ from .contexts import contexts
 from .probe import probe
 from .solve import Solver
 from .taint import weighted_nodes
-from .weights import Weights, is_statistic, normalised_over
+from .weights import Weights
 
 
 def infer_axes(
@@ -206,18 +206,9 @@ class _Walk:
             for node, operands in axis_facts.operands.items()
         }
         axis_facts.derivations = self.weights.derivations(axis_facts)
-        axis_facts.facts += self.weights.normalised(axis_facts)
-        axis_facts.facts = [
-            Fact(f.role, axis_facts.axes.resolve(f.expr), f.node, self._reason(f), f.operands) for f in axis_facts.facts
-        ]
+        axis_facts.facts = [replace(fact, expr=axis_facts.axes.resolve(fact.expr)) for fact in axis_facts.facts]
         axis_facts.contexts = contexts(axis_facts)
         return axis_facts
-
-    def _reason(self, fact: Fact) -> str:
-        """Return the reason of a fact, in words about weights where it is one."""
-        of_weight = fact.role == "pinned" and fact.node in self.axis_facts.derivations
-        statistic = of_weight and is_statistic(self.axis_facts.relations.get(fact.node))
-        return normalised_over(fact.node) if statistic else fact.reason
 
     @property
     def _last(self) -> fx.Node:

@@ -16,12 +16,16 @@ from .region_graph import RegionGraph
 from .state_access import ObjectPath
 
 Exprs: TypeAlias = tuple[Expr, ...]
-Role = Literal["pinned", "contracted", "free", "batch", "expanded", "nonlinear", "gate", "merge"]
+Role = Literal["pinned", "contracted", "reduced", "free", "batch", "expanded", "nonlinear", "gate", "merge"]
 
 
 @dataclass(frozen=True, eq=False)
 class Fact:
-    """The role of one axis in one op. If the axis is pinned, `reason` says why."""
+    """The role of one axis in one op. If the axis is pinned, `reason` says why.
+
+    Entries that go count as zero where the axis is contracted. Where it is reduced, they are absent: the op takes what
+    is left, see `passes.rewrite.masked`.
+    """
 
     role: Role
     expr: Expr
