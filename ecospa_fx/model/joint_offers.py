@@ -17,6 +17,7 @@ from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.axes.selection import Selected, mask_of, narrow, whole
 from ecospa_fx.passes.find.joints import Joint
 from ecospa_fx.passes.graph.tensors import join
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.border import WeightDim
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.plan import Plan
@@ -54,11 +55,7 @@ class JointOffer:
 
     def atoms(self, region: Region) -> list[Atom]:
         """Return the atoms of a region's first graph that it is."""
-        facts, atoms = region.naming_graph.axis_facts, dict[Atom, None]()
-        for edge, of in region.border.along().items():
-            if of == self.joint.members[0] and edge in facts.crossing:
-                atoms.update(dict.fromkeys(atoms_of(facts.crossing[edge])))
-        return list(atoms)
+        return atoms_at_edges(region.naming_graph.axis_facts, self.joint)
 
     def coupling(self) -> Coupling | None:
         """Describe it as a coupling of the model at its size now; None if some call cannot follow it."""
@@ -185,6 +182,13 @@ class JointOffer:
             because="a tensor that one returns reaches the other, and nothing on the way needs the axis whole",
         )
         return Path(ends[0], ends[1], (step,))
+
+
+def atoms_at_edges(axis_facts: AxisFacts, joint: Joint) -> list[Atom]:
+    """Return the atoms of a graph that are a coupling across regions."""
+    along = axis_facts.captured.border.along()
+    edges = [axis_facts.crossing[edge] for edge, of in along.items() if of == joint.members[0] and edge in axis_facts.crossing]
+    return list(dict.fromkeys(atom for expr in edges for atom in atoms_of(expr)))
 
 
 def joint_offers(state: ModelState, regions: Mapping[str, Region]) -> Sequence[JointOffer]:

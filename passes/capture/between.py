@@ -125,9 +125,8 @@ class _Watch(TorchDispatchMode):
         self._modules = {name: model.get_submodule(name) for name in regions}
         self._instead = instead
         self._names: dict[int, str] = {}
-        for name, tensor in named_tensors(model).items():
-            self._names.setdefault(id(tensor), name)
-        self._parameters = {id(p) for p in model.parameters()}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._names.setdefault(id(parameter), name)
         self._nodes = WeakIdKeyDictionary()  # tensor -> its node, where it depends on weights
         self._tensors: dict[str, str] = {}
         self._inputs: list[fx.Node] = []
@@ -282,7 +281,7 @@ class _Watch(TorchDispatchMode):
 
     def between(self, model: nn.Module) -> Between:
         """Return what was seen, once the results are gone."""
-        gone = {node for node in self._results}
+        gone = set(self._results)
         kept = {}
         if any(ref() is not None for ref, node in self._alive if node not in gone):
             gc.collect()
@@ -292,9 +291,8 @@ class _Watch(TorchDispatchMode):
                 if ref() is not None and node not in gone
             }
         self.graph.output(tuple(self._results))
-        tensors = {placeholder: name for placeholder, name in self._tensors.items()}
+        tensors = dict(self._tensors)
         named = named_tensors(model)
-        parameters = frozenset(p for p, name in tensors.items() if isinstance(named[name], nn.Parameter))
         results = [node for call in self.calls for node in call.results]
         inputs = tuple(node.name for node in (*results, *self._inputs))
         spec = pytree.tree_structure(tuple(range(len(self._results))))
@@ -303,7 +301,7 @@ class _Watch(TorchDispatchMode):
             region="",
             graph=self.graph,
             tensors=tensors,
-            parameters=parameters,
+            parameters=frozenset(tensors),
             constants={},
             inputs=inputs,
             signature=signature,
