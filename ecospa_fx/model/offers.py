@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -37,6 +37,7 @@ class Offers:
             first graph, so that they never change.
         python_support: where the region's own Python runs, what that can follow; else None.
         unsupported_marks: marks (see `_mark`) of couplings that some call before a save could not follow.
+        across: atoms of the naming graph that are a coupling across regions -> its name.
         uncaptured: why a call could not be captured, if there is one: then nothing can shrink.
     """
 
@@ -46,6 +47,7 @@ class Offers:
     python_support: PythonSupport | None
     unsupported_marks: frozenset[str]
     uncaptured: str | None = None
+    across: Mapping[Atom, str] = field(default_factory=dict)
 
     @property
     def naming_graph(self) -> Specialization:
@@ -218,6 +220,7 @@ class Offers:
         """Return the name of the coupling along an atom, or words for an axis that has none."""
         couplings = self.naming_graph.discovery.couplings
         names = [join(self.region, coupling.name) for coupling in couplings if coupling.atom is atom]
+        names += [self.across[atom]] if atom in self.across else []
         return names[0] if names else f"an axis of {atom.size} that stays whole"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError, EcoSpaError, NotNowError, PinnedAxisError, TooManyCallsError
 from ecospa_fx.logs import logger
-from ecospa_fx.passes.axes.algebra import Atom, size_of
+from ecospa_fx.passes.axes.algebra import Atom, atoms_of, size_of
 from ecospa_fx.passes.axes.selection import Selected, Selection
 from ecospa_fx.passes.capture.hooks import backward_hooked, calls_itself, inner_hooks
 from ecospa_fx.passes.capture.rehearse import make
@@ -148,7 +148,19 @@ class Region:
             self.python_support,
             self.unsupported_marks,
             self.uncaptured,
+            self._across(),
         )
+
+    def _across(self) -> dict[Atom, str]:
+        """Return the atoms of the naming graph that are a coupling across regions, with its name."""
+        if not self.border or not self.specializations:
+            return {}
+        joints, crossing = {joint.members[0]: joint.name for joint in self.state.joints}, {}
+        for edge, of in self.border.along().items():
+            expr = self.naming_graph.axis_facts.crossing.get(edge)
+            if of in joints and expr is not None:
+                crossing.update(dict.fromkeys(atoms_of(expr), joints[of]))
+        return crossing
 
     @property
     def first_sizes(self) -> list[list[int]] | None:

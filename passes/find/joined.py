@@ -95,7 +95,7 @@ def joined(
     tensors = named_tensors(model)
     refused: dict[WeightDim, str] = {}
     while True:
-        found = find_joints(between, analyses, tensors, refused=refused, experiments=options.experiments)
+        found = find_joints(model, between, analyses, refused=refused, experiments=options.experiments)
         why = not_followed(model, args, kwargs, between, found, tensors, attempt)
         if not why:
             break
@@ -142,8 +142,13 @@ def _with_more(
     parents = {".".join(name.split(".")[:end]) for name in blocks for end in range(len(name.split(".")))} | around
     waiting = [name for name, _ in model.named_children()]
     top: list[str] = []
+    seen: set[int] = set()
     while waiting:
         name = waiting.pop(0)
+        module = model.get_submodule(name)
+        if id(module) in seen:
+            continue  # under another name
+        seen.add(id(module))
         if name in blocks or not any(True for _ in model.get_submodule(name).parameters()):
             continue
         if name in parents or type(model.get_submodule(name)).forward is nn.Module.forward:

@@ -17,12 +17,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-from torch import Tensor, fx
+from torch import nn
 
 from ecospa_fx.passes.axes.algebra import UNIT, Atom, Expr, atoms_of
 from ecospa_fx.passes.capture.between import Between, RegionCall
 from ecospa_fx.passes.graph.nodes import op_name, reason_text
-from ecospa_fx.passes.graph.tensors import join, storage_key
+from ecospa_fx.passes.graph.tensors import join, named_tensors, storage_key
 from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Exprs
 from ecospa_fx.passes.ir.border import Border, Edge, WeightDim
@@ -134,13 +134,14 @@ class _Region:
 class _Search:
     def __init__(
         self,
+        model: nn.Module,
         between: Between,
         analyses: Mapping[str, Analysis],
-        tensors: Mapping[str, Tensor],
         refused: Mapping[WeightDim, str],
         experiments: bool,
     ) -> None:
-        self.between, self.tensors, self.refused, self.experiments = between, tensors, refused, experiments
+        self.model, self.tensors = model, named_tensors(model)
+        self.between, self.refused, self.experiments = between, refused, experiments
         self.regions = {name: _Region(name, (a, *a.others)) for name, a in analyses.items()}
         self.served = [self._served(call) for call in between.calls]
         self.outer = {n.name: n for n in between.captured.graph.nodes if n.op == "placeholder"}
@@ -165,23 +166,26 @@ class _Search:
         return None
 
     def _ties(self) -> list[list[tuple[str, str]]]:
-        """Return the tensors that lie in several places, each as (region, name in it)."""
-        places: dict[Any, list[tuple[str, str]]] = defaultdict(list)
+        """Return the weights that lie in several places, each as (region, name in it)."""
+        inside = {
+            id(module): (name, path)
+            for name in self.regions
+            for path, module in self.model.get_submodule(name).named_modules()
+        }
+        used = {storage_key(self.tensors[name]): name for name in self.between.captured.tensors.values()}
+        places: dict[Any, dict[tuple[str, str], None]] = defaultdict(dict)
         for name, tensor in self.tensors.items():
-            region = next((r for r in self.regions if name.startswith(f"{r}.")), None)
+            path, _, attribute = name.rpartition(".")
+            region, path = inside.get(id(self.model.get_submodule(path)), (None, ""))
             key = (storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
             if region is not None:
-                places[key].append((region, name.removeprefix(f"{region}.")))
-            elif name in self.between.captured.tensors.values():
-                places[key].append((BETWEEN, name))
-            else:
-                places[key].append(("", name))
-        used = set(self.between.captured.tensors.values())
-        for key, held in places.items():
-            names = [join(region, name) for region, name in held if region not in (BETWEEN, "")]
-            if any(name in used for name in names):  # a region's weight that something else uses as well
-                held.append((BETWEEN, next(name for name in names if name in used)))
-        return [held for held in places.values() if len({region for region, _ in held}) > 1]
+                places[key][region, join(path, attribute)] = None
+            elif storage_key(tensor) not in used:
+                places[key]["", name] = None  # something that the forward does not use
+            if storage_key(tensor) in used:
+                places[key][BETWEEN, used[storage_key(tensor)]] = None
+        shared = {(n, inner) for n, r in self.regions.items() for a in r.analyses for inner in a.captured.shared_outside}
+        return [list(held) for held in places.values() if len(held) > 1 or held.keys() & shared]
 
     def _candidates(self, region: _Region) -> set[Edge]:
         """Return the dims at the edge of a region whose sizes are known and that something else sees."""
@@ -200,9 +204,7 @@ class _Search:
                 edges |= {("result", i, dim) for dim, e in enumerate(exprs) if isinstance(e, Atom) and type(e.size) is int}
         for held in self.ties:
             for name in [name for where, name in held if where == region.name]:
-                if all(where != "" for where, _ in held) and any(
-                    name in a.captured.shared_outside for a in region.analyses
-                ):
+                if any(name in a.captured.shared_outside for a in region.analyses):
                     edges |= {("tied", name, dim) for dim in range(self.tensors[join(region.name, name)].ndim)}
         return edges
 
@@ -317,6 +319,8 @@ class _Search:
         first: tuple[str, int, Exprs] | None = None
         for where, name in held:
             graphs = [outer] if where == BETWEEN else self.regions[where].facts if where else []
+            if where == "":
+                continue
             for number, facts in enumerate(graphs):
                 exprs = facts.parameters.get(name)
                 if exprs is None:
@@ -385,9 +389,9 @@ class _Search:
             else:
                 for name, edge in edges:
                     leaving[name].add(edge)
-        lost = self._lost(joints)
-        for name in lost:
-            leaving[name] |= self.regions[name].edges
+        if not any(leaving.values()):  # an argument of which no dim is left counts as it did before
+            for name in self._lost(joints):
+                leaving[name] |= self.regions[name].edges
         for name, edges in leaving.items():
             self.regions[name].edges -= edges
         self.joints = joints
@@ -455,9 +459,6 @@ class _Search:
             for name, dim in outside
             if not isinstance(outer.parameters[name][dim], Atom)
         ]
-        contexts = {a for r in self.regions.values() for facts in r.facts for a in facts.contexts.values()}
-        if any(atom in contexts for _, _, atom in places):
-            reasons.append("other couplings differ by its entries")
         size = places[0][2].size
         if reasons:
             names = tuple(f"{name}[{dim}]" for name, dim in members)
@@ -476,9 +477,9 @@ class _Search:
 
 
 def find_joints(
+    model: nn.Module,
     between: Between,
     analyses: Mapping[str, Analysis],
-    tensors: Mapping[str, Tensor],
     *,
     refused: Mapping[WeightDim, str],
     experiments: bool = False,
@@ -486,13 +487,13 @@ def find_joints(
     """Find the couplings that cross the edges of regions.
 
     Args:
-        between: a forward of the model, and what it runs between its regions.
+        model: the model.
+        between: a forward of it, and what that runs between its regions.
         analyses: the regions by name.
-        tensors: parameters and buffers of the model by name, tied ones under every name.
         refused: dims of parameters whose axis is known not to be one -> the reason.
         experiments: see `infer_axes`.
     """
-    search = _Search(between, analyses, tensors, refused, experiments)
+    search = _Search(model, between, analyses, refused, experiments)
     names = {join(name, c.name) for name, a in analyses.items() for c in a.discovery.couplings}
     while (outer := search.round(names)) is None:
         pass
