@@ -15,6 +15,7 @@ from ecospa_fx.couple.why import Path, PathStep, path_between
 from ecospa_fx.errors import NoCouplingError, PinnedAxisError
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.axes.selection import Selected, mask_of, narrow, whole
+from ecospa_fx.passes.find.discover import RegionCoupling
 from ecospa_fx.passes.find.joints import Joint
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
@@ -118,6 +119,7 @@ class JointOffer:
             region = self.regions[name]
             region.offers.write(plan, {**region.offers.kept, **selection})
         self.write_outside(plan, keep)
+        self.write_aliases(plan)
 
     def write_outside(self, plan: Plan, keep: Tensor) -> None:
         """Write into `plan` what parameters outside of all regions keep."""
@@ -125,6 +127,13 @@ class JointOffer:
             positions = self._left(self.state.plan)[keep.cpu()]
             plan.original_shapes[name] = self.joint.shapes[name]
             plan.kept[name, dim] = positions
+
+    def write_aliases(self, plan: Plan) -> None:
+        """Write into `plan` what tied members keep under names that lie in no region."""
+        for name, of in self.joint.aliases.items():
+            if of in plan.original_shapes:
+                plan.original_shapes[name] = plan.original_shapes[of]
+                plan.kept |= {(name, dim): kept for (each, dim), kept in plan.kept.items() if each == of}
 
     def _left(self, plan: Plan) -> Tensor:
         """Return the original entries that a plan keeps."""
@@ -189,6 +198,19 @@ def atoms_at_edges(axis_facts: AxisFacts, joint: Joint) -> list[Atom]:
     along = axis_facts.captured.border.along()
     edges = [axis_facts.crossing[edge] for edge, of in along.items() if of == joint.members[0] and edge in axis_facts.crossing]
     return list(dict.fromkeys(atom for expr in edges for atom in atoms_of(expr)))
+
+
+def parts_across(state: ModelState, axis_facts: AxisFacts) -> Iterator[tuple[str, RegionCoupling]]:
+    """Yield the couplings across regions that a graph has a part of, by name, as couplings of that graph."""
+    for joint in state.joints:
+        for atom in atoms_at_edges(axis_facts, joint):
+            axes = tuple(
+                (name, dim)
+                for name, exprs in axis_facts.parameters.items()
+                for dim, expr in enumerate(exprs)
+                if atom in atoms_of(expr)
+            )
+            yield joint.name, RegionCoupling((joint.name,), axes, joint.name, atom, joint.kind, joint.linear, ())
 
 
 def joint_offers(state: ModelState, regions: Mapping[str, Region]) -> Sequence[JointOffer]:

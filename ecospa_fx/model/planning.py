@@ -61,6 +61,8 @@ def planned(
         by_region.setdefault(by_name[name].region, {})[name] = keep
     for region_name in dict.fromkeys((*by_region, *atoms)):
         _plan_region(after, regions[region_name], by_region.get(region_name, {}), atoms.get(region_name, {}))
+    for offer in across.values():
+        offer.write_aliases(after)
     return after
 
 

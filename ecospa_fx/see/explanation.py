@@ -103,6 +103,11 @@ class Explanation(Findings):
                 elif reasons:
                     label = f"an axis of {region.count(atom)}"
                     paths[label], refused[label] = path, reasons
+        for coupling in self.couplings if region is not self.snapshot.region_of(second) else ():
+            names_of = {member.parameter for member in coupling.members}
+            ends = [self.snapshot.ties.get(name, name) for name in (first, second)]
+            if names_of >= set(ends):
+                paths[coupling.name] = coupling.why(*ends)
         if not paths:
             raise NoCouplingError(
                 f"`{first}` and `{second}` share no axis along which weights meet; why_not(name) says what lies along "

@@ -120,7 +120,7 @@ def follow_between(
 
 class _Watch(TorchDispatchMode):
     def __init__(self, model: nn.Module, regions: Collection[str], instead: Callable[[int], Any] | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph, self.calls = fx.Graph(), list[RegionCall]()
         self._modules = {name: model.get_submodule(name) for name in regions}
         self._instead = instead

@@ -50,6 +50,7 @@ class Joint:
         matrices: the parameters among its members that have several dims.
         producers: those in whose contraction it is free.
         shapes: of the parameters in `outside`.
+        aliases: other names of tied members that lie in no region -> the member.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Joint:
     matrices: tuple[str, ...]
     producers: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,8 +256,8 @@ class _Search:
                             classes.find((region.name, number, atom))
                 if number:
                     self._join_graphs(classes, region, number)
-        for call, number in zip(self.between.calls, self.served, strict=True):
-            self._join_call(classes, call, number or 0, outer)
+        for call, served in zip(self.between.calls, self.served, strict=True):
+            self._join_call(classes, call, served or 0, outer)
         for held in self.ties:
             self._join_ties(classes, held, outer)
         for fact in outer.facts:
@@ -392,8 +394,8 @@ class _Search:
         if not any(leaving.values()):  # an argument of which no dim is left counts as it did before
             for name in self._lost(joints):
                 leaving[name] |= self.regions[name].edges
-        for name, edges in leaving.items():
-            self.regions[name].edges -= edges
+        for name, going in leaving.items():
+            self.regions[name].edges -= going
         self.joints = joints
         return None if any(leaving.values()) else outer
 
@@ -470,7 +472,13 @@ class _Search:
         return Joint(
             named(kind, sorted(matrices), taken), kind, int(size), is_linear(parts, kind), ordered, tuple(outside),
             tuple(sorted(matrices)), tuple(producers), {name: tuple(self.tensors[name].shape) for name, _ in outside},
+            self._aliases(dict(members)),
         )  # fmt: skip
+
+    def _aliases(self, members: Mapping[WeightDim, None]) -> dict[str, str]:
+        names = {storage_key(self.tensors[name]): name for name, _ in reversed(list(members))}
+        of = {name: names.get(storage_key(tensor), name) for name, tensor in self.tensors.items()}
+        return {name: first for name, first in of.items() if name != first and not self._in_region(name)}
 
     def _in_region(self, full: str) -> bool:
         return any(full.startswith(f"{name}.") for name in self.regions)

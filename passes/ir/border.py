@@ -52,8 +52,9 @@ class Border:
 
     def along(self) -> dict[Edge, WeightDim | None]:
         """Map each dim to the dim of a parameter that runs along it."""
-        kinds = {"argument": self.arguments, "result": self.results, "tied": self.tied}
-        return {(kind, name, dim): of for kind, dims in kinds.items() for (name, dim), of in dims.items()}
+        along: dict[Edge, WeightDim | None] = {("argument", name, dim): of for (name, dim), of in self.arguments.items()}
+        along |= {("result", number, dim): of for (number, dim), of in self.results.items()}
+        return along | {("tied", name, dim): of for (name, dim), of in self.tied.items()}
 
     def dims_of(self, argument: str) -> list[int]:
         """List the dims of an argument that shrink."""

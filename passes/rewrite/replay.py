@@ -60,13 +60,13 @@ def replay(axis_facts: AxisFacts, plan: Plan, difference: str = "") -> dict[Atom
                     f"has shrunk differently.{why} Call the model as before, or make this call once before the first "
                     "shrink, so that neither is offered"
                 )
-    for (kind, name, dim), of in axis_facts.captured.border.along().items():
-        mask = _planned(plan, of)
-        expr = axis_facts.crossing.get((kind, name, dim))
-        if expr is not None and not _keeps(expr, kept, mask):
-            what = {"argument": f"the argument `{name}`", "result": f"output {name}", "tied": f"`{name}`"}[kind]
+    for edge, of in axis_facts.captured.border.along().items():
+        crossing = axis_facts.crossing.get(edge)
+        if crossing is not None and not _keeps(crossing, kept, _planned(plan, of)):
+            kind, place, number = edge
+            what = {"argument": f"the argument `{place}`", "result": f"output {place}", "tied": f"`{place}`"}[kind]
             raise PinnedAxisError(
-                f"dim {dim} of {what} of `{region}` has shrunk with `{of[0] if of else name}`, and this call keeps it "
+                f"dim {number} of {what} of `{region}` has shrunk with `{of[0] if of else place}`, and this call keeps it "
                 f"in another way.{why} Call the model as before, or make this call once before the first shrink, so "
                 "that the axis is never offered"
             )

@@ -82,7 +82,7 @@ def compare(
 
     base: Any = masked(axis_facts, kept, inputs)
 
-    class Here(base):  # type: ignore[misc]
+    class Here(base):
         def run_node(self, n: fx.Node) -> Any:
             self.now = n
             return super().run_node(n)
