@@ -116,7 +116,9 @@ def axis_graph(axis_facts: AxisFacts, atoms: Collection[Atom] | None = None) -> 
 
     region = f"{axis_facts.captured.region}." if axis_facts.captured.region else ""
     tensors = axis_facts.captured.tensors
-    names = {node: tensors[node.name] for node in axis_facts.values if node.name in tensors and node.op == "placeholder"}
+    names = {
+        node: tensors[node.name] for node in axis_facts.values if node.name in tensors and node.op == "placeholder"
+    }
 
     def axis(node: fx.Node, dim: int, output: int = 0, user: fx.Node | None = None) -> Any:
         if node in names:

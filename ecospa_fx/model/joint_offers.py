@@ -17,7 +17,6 @@ from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.axes.selection import Selected, mask_of, narrow, whole
 from ecospa_fx.passes.find.discover import RegionCoupling
 from ecospa_fx.passes.find.joints import Joint
-from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.border import WeightDim
 from ecospa_fx.passes.rewrite.replay import replay
@@ -49,9 +48,7 @@ class JointOffer:
         along = self.joint.members[0]
         inside = {name for name in (self._region_of(member) for member in self.joint.members) if name is not None}
         return [
-            region
-            for name, region in self.regions.items()
-            if name in inside or along in region.border.along().values()
+            region for name, region in self.regions.items() if name in inside or along in region.border.along().values()
         ]
 
     def atoms(self, region: Region) -> list[Atom]:
@@ -108,9 +105,7 @@ class JointOffer:
         found: dict[str, dict[Atom, Selected]] = {}
         for region in self.touched():
             kept = region.offers.kept
-            found[region.name] = {
-                atom: narrow(kept.get(atom, whole(atom)), keep.cpu()) for atom in self.atoms(region)
-            }
+            found[region.name] = {atom: narrow(kept.get(atom, whole(atom)), keep.cpu()) for atom in self.atoms(region)}
         return found
 
     def write(self, plan: Plan, keep: Tensor) -> None:
@@ -196,7 +191,11 @@ class JointOffer:
 def atoms_at_edges(axis_facts: AxisFacts, joint: Joint) -> list[Atom]:
     """Return the atoms of a graph that are a coupling across regions."""
     along = axis_facts.captured.border.along()
-    edges = [axis_facts.crossing[edge] for edge, of in along.items() if of == joint.members[0] and edge in axis_facts.crossing]
+    edges = [
+        axis_facts.crossing[edge]
+        for edge, of in along.items()
+        if of == joint.members[0] and edge in axis_facts.crossing
+    ]
     return list(dict.fromkeys(atom for expr in edges for atom in atoms_of(expr)))
 
 

@@ -218,7 +218,9 @@ class Region:
             name = next(names)
             for (argument, dim), of in gone.items():
                 if argument == name:
-                    tensor = unshrunk_dim(tensor, dim, plan.kept[of], plan.original_shapes[of[0]][of[1]], name, self._named())
+                    tensor = unshrunk_dim(
+                        tensor, dim, plan.kept[of], plan.original_shapes[of[0]][of[1]], name, self._named()
+                    )
             return tensor
 
         full: Call = pytree.tree_map_only(Tensor, expand, (args, kwargs), is_leaf=foreign)

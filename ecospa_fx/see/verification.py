@@ -137,7 +137,7 @@ def comparisons(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         couplings = [of_program[c.key] for c in region.naming_graph.discovery.couplings if c.key in of_program]
         kept = {coupling.atom: _half(coupling.atom, coupling.context, generator) for coupling in couplings}
         across = {
-            joint.name: {atom: halves[joint.name] for atom in atoms_at_edges(axis_facts, joint)}
+            joint.name: dict.fromkeys(atoms_at_edges(axis_facts, joint), halves[joint.name])
             for joint in compiled.state.joints
             if joint.name in halves
         }

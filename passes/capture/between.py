@@ -19,7 +19,6 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -39,8 +38,7 @@ from ecospa_fx.passes.ir.state_access import TENSOR, ObjectPath, copy_objects, f
 
 from .record import computable, copied_call
 
-_OWN = Path(__file__).resolve().parents[2]
-_TORCH = Path(torch.__file__).resolve().parent
+_NOT_OF_A_MODEL = {"torch", __name__.partition(".")[0]}
 
 
 @dataclass(eq=False)
@@ -334,10 +332,8 @@ def _user_line() -> str:
     """Return the line of the model's own code that runs now, as torch writes stack traces."""
     frame = sys._getframe(1)
     while frame is not None:
-        file = frame.f_code.co_filename
-        path = Path(file)
-        if file[:1] != "<" and _TORCH not in path.parents and _OWN not in path.parents:
-            number = frame.f_lineno
+        file, number = frame.f_code.co_filename, frame.f_lineno
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_OF_A_MODEL and file[:1] != "<":
             return f'File "{file}", line {number}, in {frame.f_code.co_name}\n    {linecache.getline(file, number)}'
         frame = frame.f_back  # type: ignore[assignment]
     return ""

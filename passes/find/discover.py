@@ -135,10 +135,7 @@ def kind_of(parts: Sequence[Weighed]) -> Kind:
     for kind in ("qk", "groups", "heads", "vo", "conv"):
         if kind in found:
             return kind
-    occurrences = (
-        _occurrences(part.atom, set(part.producers), part.roles, part.axis_facts)
-        for part in parts
-    )
+    occurrences = (_occurrences(part.atom, set(part.producers), part.roles, part.axis_facts) for part in parts)
     if sum(occurrences) > 1:
         if any(part.roles["gate"] for part in parts):
             return "glu"

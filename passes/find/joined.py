@@ -1,10 +1,10 @@
 """Joined regions: blocks and what lies between them, with the couplings that cross their edges.
 
-    joined(model, args, kwargs, analyses)
-      -> _more            modules that hold weights outside of the blocks (an embedding, a head) are regions too
-      -> follow_between   what the model runs between its regions
-      -> find_joints      the couplings across
-      -> followed         the model's own Python between the regions, tried at the sizes that a shrink leaves
+joined(model, args, kwargs, analyses)
+  -> _more            modules that hold weights outside of the blocks (an embedding, a head) are regions too
+  -> follow_between   what the model runs between its regions
+  -> find_joints      the couplings across
+  -> followed         the model's own Python between the regions, tried at the sizes that a shrink leaves
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ def joined(
             break
         refused |= why
     logger("discover").info(
-        "couplings across regions: %s; %d refused", ", ".join(j.name for j in found.joints) or "none", len(found.refusals)
+        "couplings across regions: %s; %d refused",
+        ", ".join(j.name for j in found.joints) or "none",
+        len(found.refusals),
     )
     # A module between blocks that no coupling reaches runs its own Python.
     used = {
@@ -155,7 +157,9 @@ def _with_more(
             waiting += [f"{name}.{child}" for child, _ in model.get_submodule(name).named_children()]
         else:
             top.append(name)
-    names = {f"{name}.{inner}" if inner else name for name in top for inner, _ in model.get_submodule(name).named_modules()}
+    names = {
+        f"{name}.{inner}" if inner else name for name in top for inner, _ in model.get_submodule(name).named_modules()
+    }
     used_outside: dict[str, str] = {}
     calls = record_all(model, args, kwargs, names, used_outside) if names else {}
     analyses, failed = dict(blocks), dict[str, str]()

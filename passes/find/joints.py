@@ -186,7 +186,9 @@ class _Search:
                 places[key]["", name] = None  # something that the forward does not use
             if storage_key(tensor) in used:
                 places[key][BETWEEN, used[storage_key(tensor)]] = None
-        shared = {(n, inner) for n, r in self.regions.items() for a in r.analyses for inner in a.captured.shared_outside}
+        shared = {
+            (n, inner) for n, r in self.regions.items() for a in r.analyses for inner in a.captured.shared_outside
+        }
         return [list(held) for held in places.values() if len(held) > 1 or held.keys() & shared]
 
     def _candidates(self, region: _Region) -> set[Edge]:
@@ -203,7 +205,9 @@ class _Search:
             for name in given & shapes.keys():
                 edges |= {("argument", name, dim) for dim, n in enumerate(shapes[name][2]) if type(n) is int and n > 1}
             for i, exprs in enumerate(analysis.axis_facts.results):
-                edges |= {("result", i, dim) for dim, e in enumerate(exprs) if isinstance(e, Atom) and type(e.size) is int}
+                edges |= {
+                    ("result", i, dim) for dim, e in enumerate(exprs) if isinstance(e, Atom) and type(e.size) is int
+                }
         for held in self.ties:
             for name in [name for where, name in held if where == region.name]:
                 if any(name in a.captured.shared_outside for a in region.analyses):
@@ -304,7 +308,9 @@ class _Search:
             other = outside[0][dim] if outside else None
             if other is None:
                 for atom in atoms_of(expr):
-                    classes.pin((region.name, number, atom), f"`{region.name}` gets or returns it in a way not followed")
+                    classes.pin(
+                        (region.name, number, atom), f"`{region.name}` gets or returns it in a way not followed"
+                    )
                 continue
             self._same(classes, (region.name, number, expr), (BETWEEN, 0, other), f"the edge of `{region.name}`")
 
@@ -356,9 +362,11 @@ class _Search:
             key = id(facts.facts)
             if key not in self._weighed:
                 also = {a for expr in facts.crossing.values() for a in atoms_of(expr)}
-                also |= {a for exprs in facts.values.values() for e in exprs for x in e for a in atoms_of(x)} if (
-                    region == BETWEEN
-                ) else set()
+                also |= (
+                    {a for exprs in facts.values.values() for e in exprs for x in e for a in atoms_of(x)}
+                    if (region == BETWEEN)
+                    else set()
+                )
                 self._weighed[key] = {each.atom: each for each in weighed(facts, also)}
             if atom in self._weighed[key]:
                 found.append(self._weighed[key][atom])
@@ -414,9 +422,7 @@ class _Search:
                         lost.append(region.name)
         return lost
 
-    def _joint(
-        self, places: Sequence[Place], classes: Classes, outer: AxisFacts, taken: set[str]
-    ) -> Joint | None:
+    def _joint(self, places: Sequence[Place], classes: Classes, outer: AxisFacts, taken: set[str]) -> Joint | None:
         """Make a class of atoms a joint; None if it is none, and noted among the refusals if weights meet along it."""
         parts = self.parts(places, outer)
         with_names = [(place, part) for place in places for part in self.parts([place], outer)]

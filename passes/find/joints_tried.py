@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from ecospa_fx.passes.axes.algebra import Atom
 from ecospa_fx.passes.axes.selection import count, touched
 from ecospa_fx.passes.capture.between import Between, follow_between
-from ecospa_fx.passes.graph.nodes import argument_nodes, op_name, place, tensor_meta
+from ecospa_fx.passes.graph.nodes import op_name, place, tensor_meta
 from ecospa_fx.passes.graph.tensors import sliced
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.border import WeightDim
@@ -85,12 +85,7 @@ class _Trial:
         """Say how the Python between the regions differs from what the axes say, with some joints shrunk."""
         # Of another size each, so that one cannot pass for another.
         masks = {n: _without(self.joined.joints[n].size, 1 + i) for i, n in enumerate(numbers)}
-        kept = {
-            atom: masks[n]
-            for n in numbers
-            for where, _, atom in self.joined.places[n]
-            if where == BETWEEN
-        }
+        kept = {atom: masks[n] for n in numbers for where, _, atom in self.joined.places[n] if where == BETWEEN}
         positions: dict[str, dict[int, Tensor]] = {}
         for n in numbers:
             for name, dim in (*self.joined.joints[n].outside, *self._used_between(n)):
@@ -176,9 +171,7 @@ def _compare(before: Between, after: Between, axis_facts: AxisFacts, kept: Kept)
             raise _Differs(f"{here} is {op_name(their_op)} at other sizes")
         _match(_bound(mine_op), _bound(their_op), same, here)
         same[mine_op] = their_op
-        sizes = [_left(e, m, kept) for e, m in zip(axis_facts.values.get(original, ()), tensor_meta(original))] or [
-            tuple(m.shape) for m in tensor_meta(original)
-        ]
+        sizes = _sizes(original, axis_facts, kept)
         if sizes != [tuple(m.shape) for m in tensor_meta(their_op)]:
             raise _Differs(f"{here} returns {[tuple(m.shape) for m in tensor_meta(their_op)]} instead of {sizes}")
     if len(ops) != len(theirs_ops):
@@ -190,10 +183,15 @@ def _compare(before: Between, after: Between, axis_facts: AxisFacts, kept: Kept)
                 raise _Differs(f"`{mine.region}` gets another `{name}`")
 
 
-def _left(exprs: Any, meta: Tensor, kept: Kept) -> tuple[int, ...]:
-    return tuple(
-        int(count(expr, kept)) if touched(expr, kept) else n for expr, n in zip(exprs, meta.shape, strict=True)
-    )
+def _sizes(node: fx.Node, axis_facts: AxisFacts, kept: Kept) -> list[tuple[int, ...]]:
+    """Return the sizes that the results of an op should have."""
+    metas = tensor_meta(node)
+    if node not in axis_facts.values:
+        return [tuple(meta.shape) for meta in metas]
+    return [
+        tuple(int(count(e, kept)) if touched(e, kept) else n for e, n in zip(exprs, meta.shape, strict=True))
+        for exprs, meta in zip(axis_facts.values[node], metas, strict=True)
+    ]
 
 
 def _weights(between: Between) -> dict[fx.Node, str]:

@@ -52,7 +52,9 @@ class Border:
 
     def along(self) -> dict[Edge, WeightDim | None]:
         """Map each dim to the dim of a parameter that runs along it."""
-        along: dict[Edge, WeightDim | None] = {("argument", name, dim): of for (name, dim), of in self.arguments.items()}
+        along: dict[Edge, WeightDim | None] = {
+            ("argument", name, dim): of for (name, dim), of in self.arguments.items()
+        }
         along |= {("result", number, dim): of for (number, dim), of in self.results.items()}
         return along | {("tied", name, dim): of for (name, dim), of in self.tied.items()}
 

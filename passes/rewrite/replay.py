@@ -66,8 +66,8 @@ def replay(axis_facts: AxisFacts, plan: Plan, difference: str = "") -> dict[Atom
             kind, place, number = edge
             what = {"argument": f"the argument `{place}`", "result": f"output {place}", "tied": f"`{place}`"}[kind]
             raise PinnedAxisError(
-                f"dim {number} of {what} of `{region}` has shrunk with `{of[0] if of else place}`, and this call keeps it "
-                f"in another way.{why} Call the model as before, or make this call once before the first shrink, so "
+                f"dim {number} of {what} of `{region}` has shrunk with `{of[0] if of else place}`, and this call keeps "
+                f"it in another way.{why} Call the model as before, or make this call once before the first shrink, so "
                 "that the axis is never offered"
             )
     names = axis_facts.captured.used()
@@ -114,9 +114,10 @@ def selected_by(axis_facts: AxisFacts, plan: Plan) -> dict[Atom, Selected]:
                     masks[atom] = masks[atom] | part if atom in masks else part
     for edge, of in axis_facts.captured.border.along().items():
         crossing, planned = axis_facts.crossing.get(edge), _planned(plan, of)
-        if planned is not None and isinstance(crossing, Atom) and crossing.size == len(planned):
-            if crossing not in masks and crossing not in axis_facts.contexts:  # no weight of the region has it
-                masks[crossing] = planned
+        if planned is None or not isinstance(crossing, Atom) or crossing.size != len(planned):
+            continue
+        if crossing not in masks and crossing not in axis_facts.contexts:  # no weight of the region has it
+            masks[crossing] = planned
     return _selection(axis_facts, masks)
 
 
