@@ -11,6 +11,7 @@ The code that runs is known from a profile of an earlier call (`executed`), and 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -21,7 +22,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ecospa_fx.passes.graph.namespaces import ABSENT, Code, Watching, foreign_code, function_of, mutable_defaults, namespaces, value_in
+from ecospa_fx.passes.graph.namespaces import (
+    ABSENT,
+    Code,
+    Watching,
+    foreign_code,
+    function_of,
+    mutable_defaults,
+    namespaces,
+    value_in,
+)
 from ecospa_fx.passes.graph.python_state import (
     OWN,
     StateChange,
@@ -30,9 +40,12 @@ from ecospa_fx.passes.graph.python_state import (
     is_constant,
     is_record,
     path_of,
+    put_back,
     same,
 )
-from ecospa_fx.passes.ir.guards import Contents, ModuleRoot, OfClass, Read
+from ecospa_fx.passes.graph.stand_in_class import stand_in_class
+from ecospa_fx.passes.graph.stores import put_profile
+from ecospa_fx.passes.ir.guards import Alias, Contents, ModuleRoot, OfClass, Read
 from ecospa_fx.passes.ir.state_access import PathItem
 
 AttributeReads = Mapping[str, set[str]]  # submodule path -> names of the attributes that forward reads
@@ -57,7 +70,7 @@ class Reads:
         self._before = {path: dict(child.__dict__) for path, child in module.named_modules()}
         self._first: dict[tuple[str, str], Any] = {}  # the first value read of each attribute
         self._swapped: list[tuple[Any, type]] = []
-        self._watched: dict[int, Any] = {}
+        self._watched: dict[int, tuple[Any, Read]] = {}  # by identity, with its first read
 
     def others(self, settings: Collection[tuple[str, str]]) -> tuple[Read, ...]:
         """Return the values read that are not among the constant attributes of modules."""
@@ -100,11 +113,9 @@ class Reads:
             writes.append((self, name))
 
         writes = self.writes
-        body = {"__getattribute__": getattribute, "__setattr__": setattribute, "__doc__": cls.__doc__,
-                "__module__": cls.__module__, "__qualname__": cls.__qualname__}  # fmt: skip
-        metaclass: Any = type(cls)
+        body = {"__getattribute__": getattribute, "__setattr__": setattribute}
         try:
-            object.__setattr__(value, "__class__", metaclass(cls.__name__, (Watching, cls), body))
+            object.__setattr__(value, "__class__", stand_in_class(cls, body, Watching))
         except TypeError:  # its class is built in, or allows no other
             return False
         self._swapped.append((value, cls))
@@ -122,9 +133,11 @@ class Reads:
         if key in self._reads or (isinstance(value, (nn.Module, ModuleType)) and not depth):
             return
         if is_record(value):
-            self._reads[key] = Read(root, steps, OfClass(type(value)), where)
-            if id(value) not in self._watched:
-                self._watched[id(value)] = value
+            if id(value) in self._watched:  # under another name, at which its attributes are recorded
+                self._reads[key] = Read(root, steps, Alias(self._watched[id(value)][1]), where)
+            else:
+                self._reads[key] = read = Read(root, steps, OfClass(type(value)), where)
+                self._watched[id(value)] = value, read
                 if not self._swap(value, functools.partial(self._of_object, root, steps, where)):
                     for name, item in contents(value).items():
                         self.add(root, (*steps, PathItem(name)), item, f"{where}.{name}", depth + 1)
@@ -201,12 +214,7 @@ def executed() -> Iterator[dict[CodeType, FunctionType | dict[str, Any]]]:
     try:
         yield seen
     finally:
-        enable: Any = getattr(before, "enable", None)
-        if enable is not None:  # cProfile, which Python cannot put back as a function
-            sys.setprofile(None)
-            enable()
-        else:
-            sys.setprofile(before)
+        put_profile(before)
 
 
 def _add_globals(reads: Reads, code: Code) -> None:
@@ -223,7 +231,9 @@ def filled_read(module: nn.Module, change: StateChange) -> Read:
     root: Any = owner if path is None or isinstance(key, tuple) else ModuleRoot(path)
     if key is None:
         steps: tuple[PathItem, ...] = ()
-        value = Contents(type(owner)(value))
+        held = copy.copy(owner)
+        put_back(held, value)
+        value = Contents(held)
     elif isinstance(owner, nn.Module) and isinstance(key, tuple):
         steps = (PathItem(key[0]), PathItem(key[1], entry=True))
     else:

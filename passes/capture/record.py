@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from ecospa_fx.passes.graph.isolate import Draws, isolated, uncached_autocast
 from ecospa_fx.passes.graph.tensors import named_tensors, swapped
 from ecospa_fx.passes.ir.region_graph import Call
-from ecospa_fx.passes.ir.signature import call_key
+from ecospa_fx.passes.ir.signature import call_key, training_flags
 from ecospa_fx.passes.ir.state_access import PLAIN, copy_objects, flattened, foreign, parted, resolve_object
 
 from .ends import Ends
@@ -59,8 +59,8 @@ def record_all(
 
     def hook_for(name: str) -> Any:
         def hook(module: nn.Module, hook_args: Any, hook_kwargs: Any) -> None:
-            known = call_key(module, hook_args, hook_kwargs)
-            key = (name, known[0] if known else None)
+            known = call_key(hook_args, hook_kwargs)
+            key = (name, training_flags(module), known[0] if known else None)
             if key not in seen:
                 seen.add(key)
                 calls.setdefault(name, []).append(_snapshot((hook_args, hook_kwargs), clones))

@@ -18,12 +18,12 @@ from ecospa_fx.passes.capture.compare_eager import difference_from_eager
 from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
 from ecospa_fx.passes.capture.reads import AttributeReads, filled_read, recorded_reads
 from ecospa_fx.passes.capture.rehearse import rehearsed
-from ecospa_fx.passes.graph.python_state import OWN, StateChange, same
+from ecospa_fx.passes.graph.python_state import COMPILED, OWN, StateChange, same
 from ecospa_fx.passes.graph.tensors import at_original_sizes, named_tensors, storage_key
 from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.border import NO_BORDER, Border, argument_names
-from ecospa_fx.passes.ir.guards import same_contents
+from ecospa_fx.passes.ir.guards import forward_read, same_contents
 from ecospa_fx.passes.ir.region_graph import Assigned, Filled, Forward, Originals, RegionGraph
 from ecospa_fx.passes.ir.region_graph import Call as Call
 from ecospa_fx.passes.ir.signature import autocast_now, training_flags
@@ -256,7 +256,7 @@ def _analyse_watched(
                 module, name, call, outside, assigned=rehearsal.assigned, own_hooks=rehearsal.hooking, **arguments
             )
         created = {(path, name) for path, child in module.named_modules() for name in vars(child)} - every
-        read = {(path, name) for path, names in reads.attributes.items() for name in names - OWN}
+        read = {(path, name) for path, names in reads.attributes.items() for name in names - OWN - COMPILED}
         # An attribute that a forward changes itself (a counter) is not a setting.
         constants = {
             where: value
@@ -268,7 +268,8 @@ def _analyse_watched(
         named = dict(module.named_modules(remove_duplicate=False))
         # Capture puts stand-ins into a module for a time, such as fake weights into the list of an nn.LSTM.
         others = tuple(read for read in reads.others({*constants, *replaced}) if read.holds(named))
-    others += tuple(filled_read(module, change) for change in rehearsal.filled if not change.is_hook)
+    others += tuple(forward_read(child, path) for path, child in named.items() if path)
+    others += tuple(filled_read(module, change) for change in rehearsal.filled if change.is_seen)
     captured = replace(analysis.captured, settings=constants, reads=others)
     analysis = replace(analysis, filled=rehearsal.filled)
     analysis = replace(analysis, captured=captured, axis_facts=replace(analysis.axis_facts, captured=captured))
