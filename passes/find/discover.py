@@ -10,7 +10,7 @@ the facts about the atom, never from names.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal
@@ -27,6 +27,8 @@ from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Role
 from .left_whole import Refusal, UncoupledAxis, one_by_one, pinned_by, uncoupled
 
 Kind = Literal["qk", "vo", "ffn", "glu", "heads", "groups", "conv", "residual"]
+
+_OF_ATTENTION: tuple[Kind, ...] = ("qk", "groups", "heads", "vo")
 
 ParameterDim = tuple[str, int]  # (parameter name in the region, dim)
 
@@ -131,16 +133,22 @@ def meet(parts: Sequence[Weighed]) -> bool:
 
 def kind_of(parts: Sequence[Weighed]) -> Kind:
     """Return the kind of a coupling that is an atom in each of several graphs."""
+    products = {node for part in parts for node in _products(part.roles, part.matrices)}
+    convolutions = {node for node in products if op_name(node).startswith("aten.conv")}
+    occurrences = (_occurrences(p.atom, set(p.producers), p.roles, p.axis_facts) for p in parts)
+    several = sum(occurrences) > 1
+    if several and convolutions != products and any(_comes_back(part.roles, part.matrices) for part in parts):
+        return "residual"
     found = {_kind_inside(part) for part in parts}
-    for kind in ("qk", "groups", "heads", "vo", "conv"):
+    for kind in _OF_ATTENTION:
         if kind in found:
             return kind
-    occurrences = (_occurrences(part.atom, set(part.producers), part.roles, part.axis_facts) for part in parts)
-    if sum(occurrences) > 1:
-        if any(part.roles["gate"] for part in parts):
-            return "glu"
-        if any(part.roles["merge"] for part in parts):
-            return "residual"
+    if convolutions:
+        return "conv"
+    if several and any(part.roles["gate"] for part in parts):
+        return "glu"
+    if several and any(part.roles["merge"] for part in parts):
+        return "residual"
     return "ffn"
 
 
@@ -217,14 +225,19 @@ def _occurrences(atom: Atom, names: set[str], roles: dict[Role, list[Fact]], axi
     return max(apart, *(atoms_of(fact.expr).count(atom) for fact in joined), 0)
 
 
+def _products(roles: dict[Role, list[Fact]], matrices: Set[str], *among: Role) -> set[fx.Node]:
+    """Return the ops that matrices bring the atom into."""
+    facts = (fact for role in among or ("free", "contracted", "batch") for fact in roles[role])
+    return {fact.node for fact in facts if any(matrices & set(o.parameters) for o in fact.operands)}
+
+
 def _contractions(roles: dict[Role, list[Fact]], matrices: set[str], axis_facts: AxisFacts) -> int:
     """Count the contractions that a matrix brings the atom into."""
-    facts = [fact for fact in (*roles["free"], *roles["contracted"]) if fact.node not in axis_facts.derivations]
-    return len({fact.node for fact in facts if any(matrices & set(o.parameters) for o in fact.operands)})
+    return len(_products(roles, matrices, "free", "contracted") - axis_facts.derivations)
 
 
 def _kind_inside(part: Weighed) -> Kind | None:
-    """Return the kind of a coupling that one of its graphs is enough to tell; None where that takes all of them."""
+    """Return the kind of a coupling that is a part of an attention; None for another."""
     roles, axis_facts = part.roles, part.axis_facts
     activations = {role: [fact for fact in roles[role] if _of_activations(fact)] for role in ("batch", "free")}
     if any(_meets_another(fact) for fact in roles["contracted"]):
@@ -235,9 +248,22 @@ def _kind_inside(part: Weighed) -> Kind | None:
     if any(len(axis_facts.operands.get(fact.node, ())) > 1 and _between_activations(fact, axis_facts)
            for fact in activations["free"]):  # fmt: skip
         return "groups" if _grouped(activations["free"], axis_facts) else "vo"
-    if any(op_name(fact.node).startswith("aten.conv") for facts in roles.values() for fact in facts):
-        return "conv"
     return None
+
+
+def _comes_back(roles: dict[Role, list[Fact]], matrices: Set[str]) -> bool:
+    """Return whether what a matrix makes of the axis is added to it again, as in a stream that layers read and write."""
+    waiting, merges = _products(roles, matrices, "contracted"), {fact.node for fact in roles["merge"]}
+    seen: set[fx.Node] = set()
+    last = max(merges, default=None)
+    while waiting and last is not None:
+        node = waiting.pop()
+        if node in merges:
+            return True
+        if node not in seen and node < last:
+            seen.add(node)
+            waiting.update(node.users)
+    return False
 
 
 def _of_activations(fact: Fact) -> bool:

@@ -206,10 +206,6 @@ STRICT: dict[str, str] = {
         "these calls resize to the size that there is; as an argument of the op, it would not follow a shrink",
     ),
     **dict.fromkeys(
-        ("cosine_similarity", "pairwise_distance", "l1_loss", "huber_loss"),
-        "in a sum of distances both operands would have to be masked; of a product one is enough",
-    ),
-    **dict.fromkeys(
         ("max_unpool2d", "max_unpool3d"), "where two entries go to one position, the last of them stays there"
     ),
     "isin": "zero, which removed entries count as, may be among the others",
@@ -217,9 +213,6 @@ STRICT: dict[str, str] = {
     "linalg_pinv": "one of its samples counts no singular value at all",
     "nonzero_static": "its samples ask for less entries than there are",
     "unique_consecutive": "no two entries of its samples are equal",
-    "linalg_norm": "of negative order, zeros count along one dim of a matrix and not along the other",
-    "cdist": "in a sum of distances both operands would have to be masked; of a product one is enough",
-    "mse_loss": "in a sum of squared differences both operands would have to be masked; of a product one is enough",
 }
 
 

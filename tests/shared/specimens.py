@@ -22,6 +22,7 @@ class Specimen:
         refusals: (parameter dims on one axis that cannot shrink, words that the reason contains); others may be there.
         missing: ops that have no rule.
         zeroing: whether zeroed weights are removed weights; else why not.
+        smaller: makes the same class with half of every coupling, where its Python can say that.
     """
 
     build: Callable[[], nn.Module]
@@ -30,6 +31,7 @@ class Specimen:
     refusals: tuple[tuple[frozenset[str], str], ...] = ()
     missing: frozenset[str] = frozenset()
     zeroing: str = ""
+    smaller: Callable[[], nn.Module] | None = None
 
     def __repr__(self) -> str:
         return self.build.__name__
@@ -72,12 +74,13 @@ def specimen(
     refused: dict[str, str] | None = None,
     missing: tuple[str, ...] = (),
     zeroing: str = "",
+    smaller: Callable[[], nn.Module] | None = None,
 ) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Put a class into the zoo."""
 
     def register(cls: type[nn.Module]) -> type[nn.Module]:
         refusals = tuple((_members(members), reason) for members, reason in (refused or {}).items())
-        ZOO[cls.__name__] = Specimen(cls, inputs, frozenset(couplings), refusals, frozenset(missing), zeroing)
+        ZOO[cls.__name__] = Specimen(cls, inputs, frozenset(couplings), refusals, frozenset(missing), zeroing, smaller)
         return cls
 
     return register

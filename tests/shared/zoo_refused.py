@@ -75,19 +75,6 @@ class sorted_features(nn.Module):
 
 
 @specimen(
-    inputs=floats(6),
-    refused={"up[0] down.weight[1]": "softmax: every result along the axis depends on all its entries"},
-)
-class softmax_features(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 4)
-
-    def forward(self, x):
-        return self.down(self.up(x).softmax(-1))
-
-
-@specimen(
     pair("ffn", 7, "down[0] head.weight[1]"),
     inputs=floats(6),
     refused={"up[0] down.weight[1]": "no axis rule for specimens.centred"},
