@@ -135,9 +135,8 @@ def namespaces(module: nn.Module, code: Code) -> Iterator[tuple[Any, str, str]]:
     for function in code.values():
         for name in mutable_defaults(function) if isinstance(function, FunctionType) else ():
             yield function, name, f"{function.__qualname__}.{name}"
-    for function in _functions_with_cells(code):
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            yield cell, name, f"{name} in {function.__qualname__}"
+    for function in functions_with_cells(code):
+        yield from cells_of(function)
     classes = {cls for child in module.modules() for cls in type(child).__mro__ if not _stands_in(cls)}
     for cls in classes:
         if not foreign_code(cls.__module__):
@@ -231,7 +230,13 @@ _CLOSURES: dict[int, tuple[CodeType, list[weakref.ref[FunctionType]]]] = {}
 """Identity of code -> the code, and the functions with cells that had it when it was first met."""
 
 
-def _functions_with_cells(code: Code) -> list[FunctionType]:
+def cells_of(function: FunctionType) -> Iterator[tuple[CellType, str, str]]:
+    """Yield the variables of an enclosing function that a function reads, as `namespaces` does."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        yield cell, name, f"{name} in {function.__qualname__}"
+
+
+def functions_with_cells(code: Code) -> list[FunctionType]:
     """Find the functions that read variables of an enclosing function, unless that is among them and runs anew."""
     known = [function for function in code.values() if isinstance(function, FunctionType) and function.__closure__]
     inner = {each for outer in code for each in _nested(outer) if each is not outer}
