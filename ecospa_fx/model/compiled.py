@@ -134,10 +134,8 @@ class CompiledModel:
             with own_forward_aside(model):
                 if not self.regions:
                     self.capture(model, args, kwargs)
-                elif self.execution == "module":
-                    if not torch.is_grad_enabled():  # to generate, say, which needs none
-                        return original_class(model).forward(model, *args, **kwargs)
-                    self.capture_again(model, args, kwargs)
+                elif self.execution == "module" and not self._captures_again(model, args, kwargs):
+                    return original_class(model).forward(model, *args, **kwargs)
                 # The regions of a loaded model capture the calls that they get.
         elif is_waiting(model, MODEL):  # a copy of a model whose own Python runs
             unswap_forward(model)
@@ -174,6 +172,19 @@ class CompiledModel:
             logger("capture").info("%s: %s", type(model).__name__, outside)
         model.__dict__[MODEL] = self
         self.route(model)
+
+    def _captures_again(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Capture a call of a loaded model that runs its own Python; False if that need not, or cannot, be."""
+        regions = self.regions.values()
+        if any(region.uncaptured is not None for region in regions) or not torch.is_grad_enabled():
+            return False  # to generate, say, needs no capture
+        try:
+            self.capture_again(model, args, kwargs)
+        except CaptureError as error:
+            for region in regions:
+                region.leave(str(error))
+            return False
+        return True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @outside_forward()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,7 +19,7 @@ from ecospa_fx.passes.find.discover import RegionCoupling
 from ecospa_fx.passes.find.left_whole import Refusal, UncoupledAxis
 from ecospa_fx.passes.follow.follow import PythonSupport
 from ecospa_fx.passes.graph.tensors import join
-from ecospa_fx.passes.rewrite.replay import replay, selected_by
+from ecospa_fx.passes.rewrite.replay import replay, selected_by, write_plan
 from ecospa_fx.passes.rewrite.stored import check_state_layouts
 from ecospa_fx.plan import Plan
 
@@ -68,7 +68,7 @@ class Offers:
     def marks(self) -> list[str]:
         """Return the marks of all that some call cannot follow, so that a save excludes it before such a call."""
         marks = set(self.unsupported_marks)
-        if len(self.specializations) > 1:
+        if len(self.specializations) > 1 or (self.specializations and self.uncaptured is not None):
             for coupling in self.naming_graph.discovery.couplings:
                 for context in (None, coupling.context):
                     if not self._supported(coupling, context):
@@ -96,23 +96,14 @@ class Offers:
     def write(self, plan: Plan, kept: Selection) -> None:
         """Write into `plan` the entries that parameters keep under a selection of the naming graph's atoms."""
         known = self.naming_graph.axis_facts.parameters
-        self._write(plan, kept, self.naming_graph, known)
+        write_plan(plan, self.region, known, kept)
         for other in self.specializations[1:]:
             # A graph may use tensors that the others do not: statistics that only training updates.
-            more = other.axis_facts.parameters.keys() - known.keys()
+            theirs = other.axis_facts.parameters
+            more = {name: exprs for name, exprs in theirs.items() if name not in known}
             if more:
-                self._write(plan, selected_by(other.axis_facts, plan), other, more)
-                known = known | {name: other.axis_facts.parameters[name] for name in more}
-
-    def _write(self, plan: Plan, kept: Selection, of: Specialization, names: Iterable[str]) -> None:
-        for name in names:
-            masks = [mask_of(expr, kept) for expr in of.axis_facts.parameters[name]]
-            if all(bool(mask.all()) for mask in masks):
-                continue
-            plan.original_shapes[join(self.region, name)] = tuple(len(mask) for mask in masks)
-            for dim, mask in enumerate(masks):
-                if not mask.all():
-                    plan.kept[join(self.region, name), dim] = mask.nonzero().flatten()
+                write_plan(plan, self.region, more, selected_by(other.axis_facts, plan))
+                known = known | more
 
     def _supported(self, coupling: RegionCoupling, context: Atom | None = None) -> bool:
         """Decide whether every graph can follow a coupling of the first, or (`context`) one that differs by context."""

@@ -11,6 +11,7 @@ The code that runs is known from a profile of an earlier call (`executed`), and 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -41,8 +42,11 @@ from ecospa_fx.passes.graph.python_state import (
     is_constant,
     is_record,
     path_of,
+    put_back,
     same,
 )
+from ecospa_fx.passes.graph.stand_in_class import stand_in_class
+from ecospa_fx.passes.graph.stores import put_profile
 from ecospa_fx.passes.ir.guards import Alias, Contents, ModuleRoot, OfClass, Read
 from ecospa_fx.passes.ir.state_access import PathItem
 
@@ -116,11 +120,9 @@ class Reads:
             writes.append((self, name))
 
         writes = self.writes
-        body = {"__getattribute__": getattribute, "__setattr__": setattribute, "__doc__": cls.__doc__,
-                "__module__": cls.__module__, "__qualname__": cls.__qualname__}  # fmt: skip
-        metaclass: Any = type(cls)
+        body = {"__getattribute__": getattribute, "__setattr__": setattribute}
         try:
-            object.__setattr__(value, "__class__", metaclass(cls.__name__, (Watching, cls), body))
+            object.__setattr__(value, "__class__", stand_in_class(cls, body, Watching))
         except TypeError:  # its class is built in, or allows no other
             return False
         self._swapped.append((value, cls))
@@ -236,12 +238,7 @@ def executed() -> Iterator[dict[CodeType, FunctionType | dict[str, Any]]]:
     try:
         yield seen
     finally:
-        enable: Any = getattr(before, "enable", None)
-        if enable is not None:  # cProfile, which Python cannot put back as a function
-            sys.setprofile(None)
-            enable()
-        else:
-            sys.setprofile(before)
+        put_profile(before)
 
 
 def filled_read(module: nn.Module, change: StateChange) -> Read:
@@ -251,7 +248,9 @@ def filled_read(module: nn.Module, change: StateChange) -> Read:
     root: Any = owner if path is None or isinstance(key, tuple) else ModuleRoot(path)
     if key is None:
         steps: tuple[PathItem, ...] = ()
-        value = Contents(type(owner)(value))
+        held = copy.copy(owner)
+        put_back(held, value)
+        value = Contents(held)
     elif isinstance(owner, nn.Module) and isinstance(key, tuple):
         steps = (PathItem(key[0]), PathItem(key[1], entry=True))
     else:

@@ -260,7 +260,7 @@ def _analyse_watched(
         # Capture puts stand-ins into a module for a time, such as fake weights into the list of an nn.LSTM.
         others = tuple(read for read in reads.others({*constants, *replaced}) if read.holds(named))
     others += tuple(forward_read(child, path) for path, child in named.items() if path)
-    others += tuple(filled_read(module, change) for change in rehearsal.filled if not change.is_hook)
+    others += tuple(filled_read(module, change) for change in rehearsal.filled if change.is_seen)
     captured = replace(analysis.captured, settings=constants, reads=others)
     analysis = replace(analysis, filled=rehearsal.filled)
     analysis = replace(analysis, captured=captured, axis_facts=replace(analysis.axis_facts, captured=captured))

@@ -106,8 +106,7 @@ class restored_parameters(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func`; copy first the parameters that it may write into."""
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if _writes(name, kwargs):
+        if _writes(func, kwargs):
             for leaf in pytree.tree_leaves((args, kwargs)):
                 key = _memory(leaf) if isinstance(leaf, Tensor) else None
                 self._values += [(data, data.clone()) for data in self._held.pop(key, ())]
@@ -137,8 +136,13 @@ def _memory(tensor: Tensor) -> Any:
         return None
 
 
-def _writes(name: str, kwargs: Any) -> bool:
-    """Decide whether a function of torch writes into its arguments, by its name."""
+def _writes(func: Callable[..., Any], kwargs: Any) -> bool:
+    """Decide whether a function of torch writes into its arguments, by its schema or its name."""
+    if isinstance(func, torch._ops.OpOverload):
+        return func._schema.is_mutable
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        return any(getattr(func, overload)._schema.is_mutable for overload in func.overloads())
+    name = getattr(func, "__name__", "")
     if name in _IN_PLACE or "out" in kwargs:
         return True
     return name.endswith("_") and not name.endswith("__")

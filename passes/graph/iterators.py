@@ -87,7 +87,7 @@ class _DrawnOnce:
 
     def _refuse(self) -> NoReturn:
         raise CaptureError(
-            f"the forward draws from `{self.where}`, a generator, whose values come only once, while a capture runs the "
-            "forward several times. Hold an iterator over a list of the values, or let smaller submodules be captured "
-            "(regions='auto' finds them)"
+            f"the forward draws from `{self.where}`, a generator, whose values come only once, while a capture runs "
+            "the forward several times. Hold an iterator over a list of the values, or let smaller submodules be "
+            "captured (regions='auto' finds them)"
         )

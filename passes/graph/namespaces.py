@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import nn
 
+from .stand_in_class import stands_for
+
 
 class _Absent:
     def __repr__(self) -> str:
@@ -61,7 +63,7 @@ def code_of(module: nn.Module) -> dict[CodeType, FunctionType | dict[str, Any]]:
     for child in module.modules():
         hooks = [hook for kind in _HOOKS for hook in child.__dict__.get(kind, {}).values()]
         held = [value for value in (*child.__dict__.values(), *hooks) if isinstance(value, (FunctionType, MethodType))]
-        classes.setdefault(type(child), []).extend(held)
+        classes.setdefault(stands_for(type(child)), []).extend(held)
     for cls, held in classes.items():
         for function in (*_reached_from(cls), *_reached(held, cls)):
             if function.__code__ not in found and not foreign_code(function.__globals__.get("__name__")):
@@ -132,12 +134,12 @@ def namespaces(module: nn.Module, code: Code) -> Iterator[tuple[Any, str, str]]:
             held = namespace.get(owner)
             if isinstance(held, (ModuleType, type, FunctionType)) and not foreign_code(_package(held)):
                 yield held, attribute, f"{owner}.{attribute}"
-    for function in code.values():
-        for name in mutable_defaults(function) if isinstance(function, FunctionType) else ():
+    for function in (each for each in code.values() if isinstance(each, FunctionType)):
+        for name in mutable_defaults(function):
             yield function, name, f"{function.__qualname__}.{name}"
     for function in functions_with_cells(code):
         yield from cells_of(function)
-    classes = {cls for child in module.modules() for cls in type(child).__mro__ if not _stands_in(cls)}
+    classes = {cls for child in module.modules() for cls in type(child).__mro__ if stands_for(cls) is cls}
     for cls in classes:
         if not foreign_code(cls.__module__):
             for name, value in list(vars(cls).items()):
@@ -145,19 +147,6 @@ def namespaces(module: nn.Module, code: Code) -> Iterator[tuple[Any, str, str]]:
                     value.__code__ in code if isinstance(value, FunctionType) else not hasattr(value, "__get__")
                 ):
                     yield cls, name, f"{cls.__name__}.{name}"
-
-
-@functools.lru_cache(maxsize=1024)
-def own_class(cls: type) -> type:
-    """Return the class of which this library has made a subclass, under the same name; else the class itself."""
-    return next(base for base in cls.__mro__ if not _stands_in(base))
-
-
-def _stands_in(cls: type) -> bool:
-    """Return whether a class is a subclass that this library has made of another, under the same name."""
-    bases = (base for base in cls.__mro__[1:] if base is not Watching)
-    base = next(bases, object)
-    return (cls.__module__, cls.__qualname__) == (base.__module__, base.__qualname__)
 
 
 def _package(held: Any) -> str | None:

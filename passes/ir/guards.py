@@ -18,8 +18,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ecospa_fx.passes.graph.namespaces import ABSENT, own_class, put_in
+from ecospa_fx.passes.graph.namespaces import ABSENT, put_in
 from ecospa_fx.passes.graph.python_state import is_array, same
+from ecospa_fx.passes.graph.stand_in_class import stands_for
 
 from .state_access import Keys, Length, PathItem
 
@@ -131,7 +132,7 @@ def attribute_of(module: nn.Module, name: str) -> Any:
     """
     value = module.__dict__.get(name, ABSENT)
     cls: Any = type(module)
-    return getattr(own_class(cls), name, ABSENT) if value is ABSENT else value
+    return getattr(stands_for(cls), name, ABSENT) if value is ABSENT else value
 
 
 def _step(owner: Any, step: PathItem) -> Any:

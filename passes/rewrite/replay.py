@@ -1,16 +1,18 @@
-"""Replay: a plan, which speaks of parameters, read as a selection of the atoms of one captured graph."""
+"""Replay: a plan, which speaks of parameters, read as a selection of the atoms of one captured graph, and written."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ecospa_fx.errors import PinnedAxisError
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
-from ecospa_fx.passes.axes.selection import Selected, entries, mask_of, per_context_or_shared, project
+from ecospa_fx.passes.axes.selection import Selected, Selection, entries, mask_of, per_context_or_shared, project
 from ecospa_fx.passes.graph.nodes import reason_text
 from ecospa_fx.passes.graph.tensors import join
-from ecospa_fx.passes.ir.axis_facts import AxisFacts
+from ecospa_fx.passes.ir.axis_facts import AxisFacts, Exprs
 from ecospa_fx.plan import Plan
 
 
@@ -79,6 +81,25 @@ def selected_by(axis_facts: AxisFacts, plan: Plan) -> dict[Atom, Selected]:
                 for atom, part in project(expr, mask, axis_facts.contexts).items():
                     masks[atom] = masks[atom] | part if atom in masks else part
     return _selection(axis_facts, masks)
+
+
+def write_plan(plan: Plan, region: str, parameters: Mapping[str, Exprs], kept: Selection) -> None:
+    """Write into a plan the entries that parameters and buffers of a region keep under a selection.
+
+    Args:
+        plan: the plan of the whole model.
+        region: name of the region.
+        parameters: their axis expressions, by name in the region.
+        kept: the entries of each atom that stay.
+    """
+    for name, exprs in parameters.items():
+        masks = [mask_of(expr, kept) for expr in exprs]
+        if all(bool(mask.all()) for mask in masks):
+            continue
+        plan.original_shapes[join(region, name)] = tuple(len(mask) for mask in masks)
+        for dim, mask in enumerate(masks):
+            if not mask.all():
+                plan.kept[join(region, name), dim] = mask.nonzero().flatten()
 
 
 def _selection(axis_facts: AxisFacts, masks: dict[Atom, Tensor]) -> dict[Atom, Selected]:

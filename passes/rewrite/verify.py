@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 from ecospa_fx.passes.axes.algebra import atoms_of, sized
 from ecospa_fx.passes.axes.selection import Selection, broadcast_mask, entries, mask_of, touched
 from ecospa_fx.passes.capture.compare_eager import relative_error, run
-from ecospa_fx.passes.graph.isolate import forked_rng, fresh_leaf
+from ecospa_fx.passes.graph.isolate import forked_rng, fresh_leaf, isolated
 from ecospa_fx.passes.graph.nodes import argument_nodes, tensor_meta
-from ecospa_fx.passes.graph.tensors import dense, sliced, swapped
+from ecospa_fx.passes.graph.tensors import dense, sliced, swapped, twins
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 
 from .draws import SameDraws
@@ -165,15 +165,16 @@ def compare(
     ]
     with forked_rng(region):
         torch.manual_seed(0)
-        outputs = run(captured, full, full_inputs, interpreter=Here)
+        outputs = run(captured, full, full_inputs, constants=twins(captured.constants), interpreter=Here)
 
     small = {name: sliced(t, positions.get(name, {})).clone() for name, t in tensors.items()}
     small_inputs = [*(fresh_leaf(t) for t in inputs[:count]), *small_state]
     program = rewrite(axis_facts, kept, region, live=False, stand_ins=draws.stand_ins())
     parameters = {name: nn.Parameter(t) if name in trained else t for name, t in small.items()}
-    with forked_rng(region), swapped(region, parameters):
+    with isolated(region), swapped(region, parameters):  # hooks of a linear layer run, too
         torch.manual_seed(0)
-        small_outputs = program.run(region, *small_inputs, *program.constants)[: captured.returned]
+        small_outputs = program.run(region, *small_inputs, *twins(dict(enumerate(program.constants))).values())
+        small_outputs = small_outputs[: captured.returned]
 
     outputs_error = max((output_error(a, b) for a, b in zip(outputs, small_outputs, strict=True)), default=0.0)
     gradient_error, worst, tolerance = 0.0, "", _tolerance(axis_facts)
