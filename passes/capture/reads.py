@@ -31,6 +31,7 @@ from ecospa_fx.passes.graph.namespaces import (
     function_of,
     functions_with_cells,
     mutable_defaults,
+    names_in,
     namespaces,
     value_in,
 )
@@ -70,6 +71,7 @@ class Reads:
 
     def __init__(self, module: nn.Module, code: Code) -> None:
         self.module, self.code = module, code
+        self._names = names_in(code)
         self.attributes: dict[str, set[str]] = {path: set() for path, _ in module.named_modules()}
         self.writes: list[tuple[Any, str]] = []
         self._reads: dict[Any, Read] = {}
@@ -155,7 +157,8 @@ class Reads:
         else:
             self._reads[key] = Read(root, steps, value, where)
             if isinstance(value, FunctionType):
-                for name, item in (vars(value) | mutable_defaults(value)).items():
+                named = {name: item for name, item in vars(value).items() if name in self._names}
+                for name, item in (named | mutable_defaults(value)).items():
                     self.add(root, (*steps, PathItem(name)), item, f"{where}.{name}", depth + 1)
                 if value.__closure__ and value.__code__ in self.code:
                     self._with_cells.add(value.__code__)

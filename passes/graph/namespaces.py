@@ -123,6 +123,13 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
             yield from _nested(constant)
 
 
+def names_in(code: Code) -> set[str]:
+    """Return the names of attributes that code may look up: those that it names, and its strings."""
+    every = {each for outer in code for each in _nested(outer)}
+    strings = {constant for each in every for constant in each.co_consts if isinstance(constant, str)}
+    return strings.union(*(each.co_names for each in every))
+
+
 def namespaces(module: nn.Module, code: Code) -> Iterator[tuple[Any, str, str]]:
     """Yield the names outside of a module's attributes that code reads or writes: (namespace, name, words for it)."""
     for each, function in code.items():
@@ -156,7 +163,7 @@ def _package(held: Any) -> str | None:
 def value_in(namespace: Any, name: str) -> Any:
     """Return the value of a name in globals, a cell, a module or a class; `ABSENT` where it has none."""
     if isinstance(namespace, dict):
-        return namespace.get(name, ABSENT)
+        return dict.get(namespace, name, ABSENT)  # a subclass may have another `get`
     if isinstance(namespace, CellType):
         try:
             return namespace.cell_contents
