@@ -36,7 +36,7 @@ PLAIN = (Tensor, int, float, bool, str, slice, Enum, torch.dtype, torch.device, 
 
 _CODE = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType)
 
-_HEAP = 1 << 9  # flag of classes defined in Python
+HEAP = 1 << 9  # flag of classes defined in Python
 
 _NEW: Any = object.__new__
 
@@ -183,7 +183,7 @@ def foreign(value: Any) -> bool:
     # A class registered with torch's pytrees is flattened like a tuple where it is plain data.
     if is_dataclass(cls) and cls in pytree.SUPPORTED_NODES:
         return False
-    return bool(hasattr(value, "__dict__") and cls.__flags__ & _HEAP and cls.__new__ is _NEW)
+    return bool(hasattr(value, "__dict__") and cls.__flags__ & HEAP and cls.__new__ is _NEW)
 
 
 def flattened(call: Any) -> tuple[list[Any], pytree.TreeSpec]:
