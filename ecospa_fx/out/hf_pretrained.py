@@ -28,7 +28,7 @@ from ecospa_fx.checkpoint.rebuild import attach_compiled
 from ecospa_fx.errors import CheckpointError, EcoSpaError
 from ecospa_fx.json_text import format_json, parse_json
 from ecospa_fx.model.compiled import CompiledModel
-from ecospa_fx.model.configured import Configured
+from ecospa_fx.model.configured import configuration_at
 from ecospa_fx.model.lookup import compiled_state
 from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.graph.tensors import named_tensors
@@ -150,13 +150,14 @@ def configuration_for(model: nn.Module, compiled: CompiledModel) -> Any:
             f"this {kind} runs as graphs, and its own Python may not run at these sizes; compile it with "
             "execution='module' to shrink only what its Python can follow"
         )
-    configured = Configured(model, compiled)
-    found = configured.expressing(compiled.plan)
+    found = configuration_at(model, compiled, compiled.plan)
     if not isinstance(found, str):
         return found
     per_layer = _by_layer(model, config, compiled.plan)
-    return per_layer if per_layer is not None else (
-        f"{found}; ecospa_fx.from_pretrained loads it, plain from_pretrained of transformers does not"
+    return (
+        per_layer
+        if per_layer is not None
+        else (f"{found}; ecospa_fx.from_pretrained loads it, plain from_pretrained of transformers does not")
     )
 
 
