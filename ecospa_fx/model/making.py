@@ -11,7 +11,7 @@ in proportion to it and the model that is made with it is nearer to what is want
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -219,7 +219,7 @@ def _several(moving: Sequence[tuple[Where, Number]], most: int) -> Iterator[Mapp
 def _proposed(value: Number, proportions: Sequence[Fraction]) -> list[Number]:
     """Return what a number may have become that is in proportion to an axis."""
     if type(value) is float:
-        return [float(value * share) for share in proportions]
+        return [float(value * share) * nudge for share in proportions for nudge in (1.0, 1 + 1e-9)]  # int() cuts off
     whole = (Fraction(value) * share for share in proportions)
     return list(dict.fromkeys(int(new) for new in whole if new.denominator == 1 and new > 0 and new != value))
 
@@ -245,7 +245,12 @@ def neutral_numbers(maker: Maker, base: Wanted, defaults: Mapping[Where, Number 
         if default is not None and not base.wrong(maker.on_meta({where: default})):
             neutral[where] = default
             continue
-        fits = [kind(value) for value in values if not base.wrong(maker.on_meta({where: kind(value)}))]
-        if len(fits) == 1:
-            neutral[where] = fits[0]
+        candidates: Iterable[Number] = values
+        if kind is float:
+            whole = {v for v in (*maker.numbers.values(), *neutral.values()) if type(v) is int}
+            candidates = sorted({a / b for a in sizes for b in whole})
+        fits = (value for value in candidates if not base.wrong(maker.on_meta({where: kind(value)})))
+        first, second = next(fits, None), None if kind is float else next(fits, None)
+        if first is not None and second is None:
+            neutral[where] = first
     return neutral
