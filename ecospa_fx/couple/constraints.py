@@ -16,7 +16,7 @@ from ecospa_fx.errors import ShrinkError, TargetError
 from ecospa_fx.passes.find.discover import Kind
 
 from .coupling import Coupling
-from .ties import Axes, TiedCouplings, Ties, alike
+from .ties import CorrespondingAxes, TiedCouplings, Ties, alike
 
 Uniform = Literal["layers"]
 HeadDims = Literal["per_head", "per_layer", "off"]
@@ -106,7 +106,7 @@ class Constraints:
         self._tie_head_dims(ties, couplings, whole)
         self._tie_named(ties, couplings)
         if self.uniform is not None:
-            axes = Axes({name: tuple(p.shape) for name, p in model.named_parameters()})
+            axes = CorrespondingAxes({name: tuple(p.shape) for name, p in model.named_parameters()})
             for group in alike(couplings):
                 for other in group[1:]:
                     ties.join(group[0], other, 1, 1, f"uniform={self.uniform!r}")

@@ -136,7 +136,7 @@ def general_names(names: Sequence[str]) -> dict[str, str]:
     return {name: ".".join(each) for name, each in general.items()}
 
 
-class Axes:
+class CorrespondingAxes:
     """The axes of all parameters, by general name.
 
     Args:

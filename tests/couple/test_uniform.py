@@ -50,7 +50,7 @@ def original(**options):
     model = Net(**options).double()
     with torch.no_grad():  # weights of unequal blocks: without a tie they would not keep equal sizes
         for i, block in enumerate((*model.first, *model.second, model.alone)):
-            block.up.weight.mul_(1 + i)
+            block.up.weight.mul_(torch.logspace(0, -i, len(block.up.weight), dtype=torch.float64)[:, None])
     return ecospa_fx.compile(model, example_inputs=(X,), regions="root")
 
 
@@ -199,8 +199,8 @@ def test_ties_in_other_proportions():
     with pytest.raises(TargetError) as caught:
         ties.join(large, small, 1, 2, "another")
     assert str(caught.value) == (
-        f"another wants 2 entries of `{small.name}` for 1 of `{large.name}`, and one setting wants 1 for 1; leave one of "
-        "the two settings out"
+        f"another wants 2 entries of `{small.name}` for 1 of `{large.name}`, and one setting wants 1 for 1; leave one "
+        "of the two settings out"
     )
 
 
@@ -221,13 +221,13 @@ def test_ties_in_other_proportions():
         ),
         (
             {"multiple_of": {"ffn": 4}, "min_keep": 9},
-            "no sizes meet all of min_keep=9, multiple_of={'ffn': 4}; the sizes now are `first.0.ffn` 10; loosen one of "
-            "them",
+            "no sizes meet all of min_keep=9, multiple_of={'ffn': 4}; the sizes now are `first.0.ffn` 10; loosen one "
+            "of them",
         ),
         (
             {"multiple_of": {"ffn": 4}, "target": 0.95},
-            "target=0.95 is 800, and the sizes that the constraints allow begin at 712: `first.0.ffn` has 10 and may have "
-            "8; choose a smaller target, or loosen multiple_of",
+            "target=0.95 is 800, and the sizes that the constraints allow begin at 712: `first.0.ffn` has 10 and may "
+            "have 8; choose a smaller target, or loosen multiple_of",
         ),
     ],
     ids=str,
