@@ -11,6 +11,7 @@ from torch import fx
 from ecospa_fx.passes.axes.algebra import UNIT, Atom, Axes, Expr
 from ecospa_fx.passes.ir import relations as r
 
+from .border import Edge
 from .region_graph import RegionGraph
 from .state_access import ObjectPath
 
@@ -65,6 +66,8 @@ class AxisFacts:
         contexts: atom -> the atom in each of whose entries it may keep different entries, see `passes.infer.contexts`.
         experiments: ops that have a rule by experiment only, and their nodes.
         stored: axis expressions of tensors in objects after a call, or before it if the call does not change them.
+        results: axis expressions of the tensors that it returns.
+        crossing: axis expressions of the dims that shrink with the model around, see `RegionGraph.border`.
         unsolved: dynamic sizes of operands whose axes did not fit the rule of an op.
         derivations: ops that make weights out of parameters, before an activation comes in.
     """
@@ -82,6 +85,8 @@ class AxisFacts:
     contexts: dict[Atom, Atom] = field(default_factory=dict)
     experiments: dict[str, list[fx.Node]] = field(default_factory=dict)
     stored: dict[ObjectPath, Exprs] = field(default_factory=dict)
+    results: tuple[Exprs, ...] = ()
+    crossing: dict[Edge, Expr] = field(default_factory=dict)
     unsolved: set[sympy.Symbol] = field(default_factory=set)
     derivations: set[fx.Node] = field(default_factory=set)
 

@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from ecospa_fx.passes.axes.algebra import Expr
 from ecospa_fx.passes.axes.selection import Selection, entries, mask_of, touched
 from ecospa_fx.passes.capture.compare_eager import relative_error, run
-from ecospa_fx.passes.graph.isolate import forked_rng, fresh_leaf
+from ecospa_fx.passes.graph.isolate import forked_rng, fresh_leaf, isolated
 from ecospa_fx.passes.graph.nodes import tensor_meta
-from ecospa_fx.passes.graph.tensors import dense, sliced, swapped
+from ecospa_fx.passes.graph.tensors import dense, sliced, swapped, twins
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 
+from .draws import SameDraws
 from .masked import masked
 from .rewrite import rewrite
 from .stored import compressed, layout
@@ -76,20 +78,30 @@ def compare(
         coupling: name of the comparison.
     """
     captured = axis_facts.captured
+    draws = SameDraws(axis_facts, kept, captured.signature.dynamic_sizes(inputs))
 
-    here = masked(axis_facts, kept, inputs)
+    base: Any = masked(axis_facts, kept, inputs)
+
+    class Here(base):
+        def run_node(self, n: fx.Node) -> Any:
+            self.now = n
+            return super().run_node(n)
+
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            return draws.call(self.now, super().call_function, args, kwargs)
+
     floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
     # A buffer stays a buffer: torch refuses gradients of running statistics.
     trained = {captured.tensors[name] for name in captured.parameters} & floating.keys()
-    positions = {
-        name: {dim: mask_of(expr, kept).nonzero().flatten() for dim, expr in enumerate(exprs) if touched(expr, kept)}
-        for name, exprs in axis_facts.parameters.items()
-    }
+    positions = {name: _positions(exprs, kept) for name, exprs in axis_facts.parameters.items()}
 
+    by_name = {node.name: node for node in captured.graph.nodes if node.op == "placeholder"}
+    for i, name in enumerate(captured.arguments):  # tensors that shrink with the model around
+        exprs = axis_facts.values[by_name[name]][0] if by_name[name] in axis_facts.values else ()
+        positions[f"argument {i}"] = _positions(exprs, kept)
     full = {name: fresh_leaf(t) if name in trained else t.clone() for name, t in tensors.items()}
     count = len(inputs) - len(captured.state)
     full_inputs = [*(fresh_leaf(t) for t in inputs[:count]), *(t.detach().clone() for t in inputs[count:])]
-    by_name = {node.name: node for node in captured.graph.nodes if node.op == "placeholder"}
     layouts = [
         layout(axis_facts.values[by_name[name]][0], kept) if by_name[name] in axis_facts.values else None
         for name in captured.state
@@ -100,15 +112,19 @@ def compare(
     ]
     with forked_rng(region):
         torch.manual_seed(0)
-        outputs = run(captured, full, full_inputs, interpreter=here)
+        outputs = run(captured, full, full_inputs, constants=twins(captured.constants), interpreter=Here)
+    cuts = [_positions(exprs, kept) for exprs in axis_facts.results]
+    outputs = [_cut(out, positions) for out, positions in zip(outputs, cuts, strict=True)]
 
     small = {name: sliced(t, positions.get(name, {})).clone() for name, t in tensors.items()}
-    small_inputs = [*(fresh_leaf(t) for t in inputs[:count]), *small_state]
-    program = rewrite(axis_facts, kept, region, live=False)
+    called = [sliced(t, positions.get(f"argument {i}", {})) for i, t in enumerate(inputs[:count])]
+    small_inputs = [*(fresh_leaf(t) for t in called), *small_state]
+    program = rewrite(axis_facts, kept, region, live=False, stand_ins=draws.stand_ins())
     parameters = {name: nn.Parameter(t) if name in trained else t for name, t in small.items()}
-    with forked_rng(region), swapped(region, parameters):
+    with isolated(region), swapped(region, parameters):  # hooks of a linear layer run, too
         torch.manual_seed(0)
-        small_outputs = program.run(region, *small_inputs, *program.constants)[: captured.returned]
+        small_outputs = program.run(region, *small_inputs, *twins(dict(enumerate(program.constants))).values())
+        small_outputs = small_outputs[: captured.returned]
 
     outputs_error = max((output_error(a, b) for a, b in zip(outputs, small_outputs, strict=True)), default=0.0)
     gradient_error, worst, tolerance = 0.0, "", _tolerance(axis_facts)
@@ -128,6 +144,18 @@ def compare(
             gradient_error, worst = error, name
     removed = sum(atom.size - entries(selected) for atom, selected in kept.items())
     return Comparison(coupling, removed, outputs_error, gradient_error, worst, tolerance)
+
+
+def _positions(exprs: Sequence[Expr], kept: Selection) -> dict[int, Tensor]:
+    """Return the positions that stay along each dim that has lost some."""
+    return {dim: mask_of(expr, kept).nonzero().flatten() for dim, expr in enumerate(exprs) if touched(expr, kept)}
+
+
+def _cut(tensor: Tensor, positions: Mapping[int, Tensor]) -> Tensor:
+    """Cut a tensor to some positions, with gradients."""
+    for dim, index in positions.items():
+        tensor = tensor.index_select(dim, index.to(tensor.device))
+    return tensor
 
 
 def _tolerance(axis_facts: AxisFacts) -> float:
