@@ -149,7 +149,8 @@ class _Search:
         self.outer = {n.name: n for n in between.captured.graph.nodes if n.op == "placeholder"}
         self.ties = self._ties()
         self._inferred: dict[Any, AxisFacts] = {}
-        self._weighed: dict[Any, dict[Atom, Weighed]] = {}
+        self._weighed: dict[Any, tuple[AxisFacts, dict[Atom, Weighed]]] = {}
+        self._keys: dict[Any, tuple[AxisFacts, set[Any]]] = {}
         self.refusals: dict[tuple[str, ...], Refusal] = {}
         self.joints: list[Joint] = []
         self.places: list[tuple[Place, ...]] = []
@@ -252,12 +253,14 @@ class _Search:
     def classes(self, outer: AxisFacts) -> Classes:
         """Join the atoms of all graphs."""
         classes = Classes()
+        uncalled = self.regions.keys() - {call.region for call in self.between.calls}
         for region in self.regions.values():
             for number, facts in enumerate(region.facts):
-                for edge in region.edges:
-                    if edge in facts.crossing:
-                        for atom in atoms_of(facts.crossing[edge]):
-                            classes.find((region.name, number, atom))
+                for atom in {atom for expr in facts.crossing.values() for atom in atoms_of(expr)}:
+                    classes.find((region.name, number, atom))
+                    for name in uncalled:  # a block that is left out at random, say
+                        reason = f"`{name}` is not called in the forward that was followed, and may take it"
+                        classes.pin((region.name, number, atom), reason)
                 if number:
                     self._join_graphs(classes, region, number)
         for call, served in zip(self.between.calls, self.served, strict=True):
@@ -367,9 +370,9 @@ class _Search:
                     if (region == BETWEEN)
                     else set()
                 )
-                self._weighed[key] = {each.atom: each for each in weighed(facts, also)}
-            if atom in self._weighed[key]:
-                found.append(self._weighed[key][atom])
+                self._weighed[key] = facts, {each.atom: each for each in weighed(facts, also)}
+            if atom in self._weighed[key][1]:
+                found.append(self._weighed[key][1][atom])
         return found
 
     def round(self, names: Collection[str]) -> AxisFacts | None:
@@ -415,7 +418,9 @@ class _Search:
             if not region.edges:
                 continue
             for analysis, facts in zip(region.analyses, region.facts, strict=True):
-                now = {coupling.key for coupling in discover(facts).couplings}
+                if id(facts.facts) not in self._keys:  # equal blocks share them
+                    self._keys[id(facts.facts)] = facts, {coupling.key for coupling in discover(facts).couplings}
+                now = self._keys[id(facts.facts)][1]
                 for coupling in analysis.discovery.couplings:
                     axes = {(join(region.name, name), dim) for name, dim in coupling.axes}
                     if coupling.key not in now and not axes <= members:
