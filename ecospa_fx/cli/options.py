@@ -25,11 +25,11 @@ Inputs = Annotated[
 Factory = Annotated[
     str | None, typer.Option("--factory", metavar="FILE.PY:NAME", help="makes the original of a saved model")
 ]
-Regions = Annotated[str, typer.Option(metavar="HOW", help="auto, blocks, root, or submodule names with commas")]
+Regions = Annotated[str, typer.Option(metavar="HOW", help="auto, blocks, joined, root, or submodule names with commas")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 OutFile = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="write to a file")]
 
 
 def regions_of(text: str) -> str | list[str]:
     """Parse `--regions`: a mode, or submodule names with commas."""
-    return text if text in ("auto", "blocks", "root") else [name.strip() for name in text.split(",")]
+    return text if text in ("auto", "blocks", "joined", "root") else [name.strip() for name in text.split(",")]

@@ -1,4 +1,4 @@
-"""Joined regions: blocks and what lies between them, with the couplings that cross their edges.
+"""Across regions: blocks and what lies between them, with the couplings that cross their edges.
 
 joined(model, args, kwargs, analyses)
   -> _more            modules that hold weights outside of the blocks (an embedding, a head) are regions too
@@ -132,9 +132,7 @@ def joined(
     return Chosen(in_order, failed, found.joints, found.refusals)
 
 
-def _between(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], regions: Set[str]
-) -> tuple[Between, int]:
+def _between(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], regions: Set[str]) -> tuple[Between, int]:
     """Run forwards until one calls every region; return it, or the first."""
     first: Between | None = None
     for attempt in range(_ATTEMPTS):

@@ -66,7 +66,7 @@ class Joint:
 
 
 @dataclass(frozen=True, eq=False)
-class Joined:
+class Across:
     """The joints of a model, and its regions with their borders.
 
     Attributes:
@@ -502,7 +502,7 @@ def find_joints(
     *,
     refused: Mapping[WeightDim, str],
     experiments: bool = False,
-) -> Joined:
+) -> Across:
     """Find the couplings that cross the edges of regions.
 
     Args:
@@ -525,7 +525,7 @@ def find_joints(
         ]
         joined[name] = replace(finished[0], others=tuple(finished[1:]))
     edges = {name: dict(of) for name, of in search.of.items()}
-    return Joined(joined, joints, tuple(search.places), edges, tuple(search.refusals.values()), outer)
+    return Across(joined, joints, tuple(search.places), edges, tuple(search.refusals.values()), outer)
 
 
 def _finished(analysis: Analysis, facts: AxisFacts, border: Border, name: str) -> Analysis:

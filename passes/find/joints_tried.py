@@ -27,7 +27,7 @@ from ecospa_fx.passes.ir.op_site import OpSite
 from ecospa_fx.passes.ir.state_access import foreign
 from ecospa_fx.passes.rules import op_info
 
-from .joints import BETWEEN, Joined
+from .joints import BETWEEN, Across
 
 Kept = Mapping[Atom, Tensor]
 
@@ -37,7 +37,7 @@ def not_followed(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     between: Between,
-    joined: Joined,
+    joined: Across,
     tensors: Mapping[str, Tensor],
     attempt: int,
 ) -> dict[WeightDim, str]:
@@ -74,7 +74,7 @@ class _Trial:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         between: Between,
-        joined: Joined,
+        joined: Across,
         tensors: Mapping[str, Tensor],
         attempt: int,
     ) -> None:
