@@ -24,7 +24,8 @@ from ecospa_fx.passes.ir.border import WeightDim
 
 from .analyse import Analysis, Captures
 from .analyse_calls import analyse_calls
-from .joints import Joint, find_joints
+from .joint import Joint
+from .joints import find_joints
 from .joints_tried import not_followed
 from .left_whole import Refusal
 from .regions import choose

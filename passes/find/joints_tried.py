@@ -27,7 +27,7 @@ from ecospa_fx.passes.ir.op_site import OpSite
 from ecospa_fx.passes.ir.state_access import foreign
 from ecospa_fx.passes.rules import op_info
 
-from .joints import BETWEEN, Across
+from .joint import BETWEEN, Across
 
 Kept = Mapping[Atom, Tensor]
 
