@@ -15,9 +15,9 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,9 +26,12 @@ from ecospa_fx.passes.graph.namespaces import (
     ABSENT,
     Code,
     Watching,
+    cells_of,
     foreign_code,
     function_of,
+    functions_with_cells,
     mutable_defaults,
+    names_in,
     namespaces,
     value_in,
 )
@@ -60,16 +63,22 @@ class Reads:
     Attributes:
         attributes: names of the attributes that are read, by the path of a submodule.
         writes: the attributes that are assigned, of modules and of objects that were read.
+
+    Args:
+        module: the module.
+        code: functions that the forward runs, see `executed`.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, code: Code) -> None:
+        self.module, self.code = module, code
+        self._names = names_in(code)
         self.attributes: dict[str, set[str]] = {path: set() for path, _ in module.named_modules()}
         self.writes: list[tuple[Any, str]] = []
         self._reads: dict[Any, Read] = {}
         self._before = {path: dict(child.__dict__) for path, child in module.named_modules()}
         self._first: dict[tuple[str, str], Any] = {}  # the first value read of each attribute
         self._swapped: list[tuple[Any, type]] = []
+        self._with_cells: set[CodeType] = set()  # of functions that are read and run, whose cells are reads too
         self._watched: dict[int, tuple[Any, Read]] = {}  # by identity, with its first read
 
     def others(self, settings: Collection[tuple[str, str]]) -> tuple[Read, ...]:
@@ -149,8 +158,25 @@ class Reads:
             self._reads[key] = read = Read(root, steps, value, where)
             if isinstance(value, FunctionType) and id(value) not in self._watched:  # some refer to themselves
                 self._watched[id(value)] = value, read
-                for name, item in (vars(value) | mutable_defaults(value)).items():
+                named = {name: item for name, item in vars(value).items() if name in self._names}
+                for name, item in (named | mutable_defaults(value)).items():
                     self.add(root, (*steps, PathItem(name)), item, f"{where}.{name}", depth + 1)
+                if value.__closure__ and value.__code__ in self.code:
+                    self._with_cells.add(value.__code__)
+                    self.add_names(cells_of(value))
+
+    def add_names(self, names: Iterable[tuple[Any, str, str]]) -> None:
+        """Record the values of names outside of the modules, see `namespaces`."""
+        for namespace, name, where in names:
+            entry, value = isinstance(namespace, dict), value_in(namespace, name)
+            if value is not ABSENT and not isinstance(value, ModuleType):
+                self.add(namespace, (PathItem(name, entry=entry),), value, where)
+
+    def add_other_cells(self) -> None:
+        """Record the cells of functions that ran and have not been read in a way that was heard."""
+        for function in functions_with_cells(self.code):
+            if function.__code__ not in self._with_cells:
+                self.add_names(cells_of(function))
 
     def _container(self, root: Any, steps: tuple[PathItem, ...], value: Any, where: str, key: Any, depth: int) -> None:
         if len(value) > _MOST or depth > _DEPTH or (not hasattr(value, "copy") and not isinstance(value, tuple)):
@@ -187,11 +213,12 @@ def recorded_reads(module: nn.Module, code: Code | None = None) -> Iterator[Read
         module: the module.
         code: functions that the forward runs, see `executed`.
     """
-    reads = Reads(module)
+    reads = Reads(module, code or {})
     try:
         reads.watch()
-        _add_globals(reads, code or {})
+        reads.add_names(each for each in namespaces(module, reads.code) if not isinstance(each[0], CellType))
         yield reads
+        reads.add_other_cells()
     finally:
         reads.unwatch()
 
@@ -216,13 +243,6 @@ def executed() -> Iterator[dict[CodeType, FunctionType | dict[str, Any]]]:
         yield seen
     finally:
         put_profile(before)
-
-
-def _add_globals(reads: Reads, code: Code) -> None:
-    for namespace, name, where in namespaces(reads.module, code):
-        entry, value = isinstance(namespace, dict), value_in(namespace, name)
-        if value is not ABSENT and not isinstance(value, ModuleType):
-            reads.add(namespace, (PathItem(name, entry=entry),), value, where)
 
 
 def filled_read(module: nn.Module, change: StateChange) -> Read:

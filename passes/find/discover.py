@@ -26,7 +26,7 @@ from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Role
 
 from .left_whole import Refusal, UncoupledAxis, one_by_one, pinned_by, uncoupled
 
-Kind = Literal["qk", "vo", "ffn", "glu", "heads", "groups", "conv", "residual"]
+Kind = Literal["qk", "vo", "ffn", "glu", "heads", "groups", "conv", "recurrent", "residual"]
 
 _OF_ATTENTION: tuple[Kind, ...] = ("qk", "groups", "heads", "vo")
 
@@ -139,6 +139,8 @@ def kind_of(parts: Sequence[Weighed]) -> Kind:
     several = sum(occurrences) > 1
     if several and convolutions != products and any(_comes_back(part.roles, part.matrices) for part in parts):
         return "residual"
+    if any(_steps(part.roles, part.matrices) - part.axis_facts.derivations for part in parts):
+        return "recurrent"
     found = {_kind_inside(part) for part in parts}
     for kind in _OF_ATTENTION:
         if kind in found:
@@ -251,8 +253,13 @@ def _kind_inside(part: Weighed) -> Kind | None:
     return None
 
 
+def _steps(roles: dict[Role, list[Fact]], matrices: Set[str]) -> set[fx.Node]:
+    """Return the ops inside of which matrices both produce the axis and take all that is left of it."""
+    return _products(roles, matrices, "free") & _products(roles, matrices, "reduced")
+
+
 def _comes_back(roles: dict[Role, list[Fact]], matrices: Set[str]) -> bool:
-    """Return whether what a matrix makes of the axis is added to it again, as in a stream that layers read and write."""
+    """Return whether what a matrix makes of the axis is added to it again: layers read and write it."""
     waiting, merges = _products(roles, matrices, "contracted"), {fact.node for fact in roles["merge"]}
     seen: set[fx.Node] = set()
     last = max(merges, default=None)

@@ -123,6 +123,13 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
             yield from _nested(constant)
 
 
+def names_in(code: Code) -> set[str]:
+    """Return the names of attributes that code may look up: those that it names, and its strings."""
+    every = {each for outer in code for each in _nested(outer)}
+    strings = {constant for each in every for constant in each.co_consts if isinstance(constant, str)}
+    return strings.union(*(each.co_names for each in every))
+
+
 def namespaces(module: nn.Module, code: Code) -> Iterator[tuple[Any, str, str]]:
     """Yield the names outside of a module's attributes that code reads or writes: (namespace, name, words for it)."""
     for each, function in code.items():
@@ -137,9 +144,8 @@ def namespaces(module: nn.Module, code: Code) -> Iterator[tuple[Any, str, str]]:
     for function in (each for each in code.values() if isinstance(each, FunctionType)):
         for name in mutable_defaults(function):
             yield function, name, f"{function.__qualname__}.{name}"
-    for function in _functions_with_cells(code):
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            yield cell, name, f"{name} in {function.__qualname__}"
+    for function in functions_with_cells(code):
+        yield from cells_of(function)
     classes = {cls for child in module.modules() for cls in type(child).__mro__ if stands_for(cls) is cls}
     for cls in classes:
         if not foreign_code(cls.__module__):
@@ -157,7 +163,7 @@ def _package(held: Any) -> str | None:
 def value_in(namespace: Any, name: str) -> Any:
     """Return the value of a name in globals, a cell, a module or a class; `ABSENT` where it has none."""
     if isinstance(namespace, dict):
-        return namespace.get(name, ABSENT)
+        return dict.get(namespace, name, ABSENT)  # a subclass may have another `get`
     if isinstance(namespace, CellType):
         try:
             return namespace.cell_contents
@@ -220,7 +226,13 @@ _CLOSURES: dict[int, tuple[CodeType, list[weakref.ref[FunctionType]]]] = {}
 """Identity of code -> the code, and the functions with cells that had it when it was first met."""
 
 
-def _functions_with_cells(code: Code) -> list[FunctionType]:
+def cells_of(function: FunctionType) -> Iterator[tuple[CellType, str, str]]:
+    """Yield the variables of an enclosing function that a function reads, as `namespaces` does."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        yield cell, name, f"{name} in {function.__qualname__}"
+
+
+def functions_with_cells(code: Code) -> list[FunctionType]:
     """Find the functions that read variables of an enclosing function, unless that is among them and runs anew."""
     known = [function for function in code.values() if isinstance(function, FunctionType) and function.__closure__]
     inner = {each for outer in code for each in _nested(outer) if each is not outer}

@@ -15,7 +15,7 @@ import functools
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import BuiltinMethodType, CellType, CodeType, FrameType, ModuleType
 from typing import Any
 
@@ -172,8 +172,9 @@ class Stores:
     def _put(self, places: Iterable[_Place]) -> None:
         for place in places:
             if item_of(place.owner, place.key) is place.value:
-                put_item(place.owner, place.key, place)
-                self._open.append(place)
+                with suppress(AttributeError, TypeError):  # what nobody can assign, a member of an Enum, say
+                    put_item(place.owner, place.key, place)
+                    self._open.append(place)
 
     def _close(self) -> None:
         while self._open:

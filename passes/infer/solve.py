@@ -370,7 +370,7 @@ class Solver:
                     continue
                 role: Role = "contracted"
             else:
-                role = "batch" if len(operands) == factors else "free"
+                role = "batch" if len(set(operands)) == factors else "free"
             self.axis_facts.facts.append(Fact(role, axis_of[name], node, operands=tuple(operands)))
 
 

@@ -70,6 +70,11 @@ class Read:
     value: Any
     where: str
 
+    @property
+    def place(self) -> tuple[Any, tuple[PathItem, ...]]:
+        """The root, by identity where it is no submodule, and the steps."""
+        return (self.root if isinstance(self.root, ModuleRoot) else id(self.root), self.steps)
+
     def now(self, modules: Mapping[str, nn.Module]) -> Any:
         """Return the value at this place now, `ABSENT` where there is none."""
         try:

@@ -26,7 +26,7 @@ from ecospa_fx.passes.graph.python_state import HOOKS, is_constant, same
 
 from .guards import Contents, ModuleRoot, Read, as_read, same_contents
 from .numbers import Number
-from .state_access import Keys, Length, PathItem
+from .state_access import HEAP, Keys, Length, PathItem
 
 _SINGLETONS = (bool, Enum, torch.dtype, torch.layout, torch.memory_format)  # equal ones are one object
 _SIGNS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
@@ -164,6 +164,8 @@ class _Source:
 
     def _class_attribute(self, cls: type, key: str) -> Any:
         for each in cls.__mro__:  # Python's own look-up takes longer, above all where there is none
+            if not each.__flags__ & HEAP and key not in vars(each):
+                continue  # built in, and so it stays
             proxy = self._proxies.setdefault(each, vars(each))
             if self._entry(proxy, key) is not ABSENT:
                 break
@@ -204,7 +206,7 @@ class _Source:
         items = list(value.values()) if type(value) is dict else value
         yield _size("o", value)
         if type(value) is dict and len(value) > 1:
-            yield f"all(map(is_, o, {self._name(tuple(value))}))"  # in that order
+            yield f"[*o] == {self._name(list(value))}"  # in that order
         if len(value) <= _FEW:
             keys = value if type(value) is dict else range(len(value))
             yield from (self._is(f"o[{self._key(key)}]", item) for key, item in zip(keys, items, strict=True))

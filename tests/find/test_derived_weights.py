@@ -1,6 +1,6 @@
 """A function of a parameter that keeps its entries apart is a weight, and so is one that normalises what is left.
 
-The judges are the same module in plain Python, whose hidden entries are multiplied by zeros and ones, or which has fewer.
+The judges are the same module in plain Python, with hidden entries multiplied by zeros and ones, or with fewer of them.
 """
 
 import copy

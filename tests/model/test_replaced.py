@@ -1,6 +1,8 @@
 """Replaced parts: whatever a loop puts in place of a part of a captured region, the next call is right."""
 
 import copy
+import enum
+import types
 
 import pytest
 import torch
@@ -131,3 +133,42 @@ def test_a_value_that_is_made_anew_at_every_call_is_followed_without_a_snapshot(
     for each in models:
         each.first.extra = {"a": 3.0}
     assert torch.allclose(models[0](X), model(X))
+
+
+class Kind(enum.Enum):
+    PLAIN = "plain"
+    OTHER = "other"
+
+
+class Registry(dict):
+    """A dict of functions, in whose `get` there is no default."""
+
+    def get(self, name):
+        return self[name]
+
+
+REGISTRY = Registry(plain=torch.relu, other=torch.tanh)
+TAU = 1.0
+
+
+class Chooses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        kind, notes, note = Kind.PLAIN if TAU < 9 else Kind.OTHER, {}, types.SimpleNamespace()
+        notes["kind"] = kind
+        setattr(note, "kind", kind)  # noqa: B010 - in a call
+        return self.down(REGISTRY.get(note.kind.value)(self.up(x))) * TAU
+
+
+def test_globals_that_nobody_can_assign_or_look_up_as_usual_hide_no_others(monkeypatch):
+    torch.manual_seed(0)
+    plain = Chooses()
+    model = ecospa_fx.compile(copy.deepcopy(plain), example_inputs=(X,), regions="root")
+    assert torch.allclose(plain(X), model(X))
+    monkeypatch.setitem(globals(), "TAU", 10.0)
+    assert torch.allclose(plain(X), model(X))
+    monkeypatch.setitem(globals(), "REGISTRY", Registry(other=torch.sigmoid))
+    assert torch.allclose(plain(X), model(X))

@@ -48,7 +48,9 @@ def pair(kind: str, size: int, members: str) -> Pair:
 def _members(text: str) -> frozenset[str]:
     names = []
     for member in text.split():
-        if member.split("[")[0].endswith(("weight", "bias", "vector", "matrix", "original0", "original1", "ih_l0")):
+        if member.split("[")[0].endswith(
+            ("weight", "bias", "vector", "matrix", "original0", "original1", "h_l0", "h_l1", "_reverse")
+        ):
             names.append(member)
         else:
             module, dim = member.split("[")

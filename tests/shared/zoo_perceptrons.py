@@ -210,6 +210,50 @@ class normed_stream(nn.Module):
         return self.head(centred * spread * self.norm2.weight + self.norm2.bias)
 
 
+_HIDDEN = "weight_ih_l0[0] weight_hh_l0[0] weight_hh_l0[1] bias_ih_l0[0] bias_hh_l0[0]"
+
+
+@specimen(
+    pair("ffn", 7, "up[0] down.weight[1]"),
+    pair("ffn", 6, "down[0] rnn.weight_ih_l0[1]"),
+    pair("recurrent", 5, f"{' '.join(f'rnn.{name}' for name in _HIDDEN.split())} head.weight[1]"),
+    inputs=floats(6),
+)
+class recurrent(nn.Module):
+    """A hidden unit is a row of every gate, a column of the recurrent matrix and a column of the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 7), nn.Linear(7, 6)
+        self.rnn, self.head = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.head(self.rnn(self.down(F.relu(self.up(x))))[0])
+
+
+@specimen(
+    pair("ffn", 6, "down[0] rnn.weight_ih_l0[1] rnn.weight_ih_l0_reverse[1]"),
+    pair(
+        "recurrent", 5, " ".join(
+            f"rnn.{part.replace('l0', f'l{layer}{way}')}"
+            for part in _HIDDEN.split() for layer in (0, 1) for way in ("", "_reverse")
+        ) + " rnn.weight_ih_l1[1] rnn.weight_ih_l1_reverse[1] head.weight[1]",
+    ),
+    inputs=floats(6),
+)  # fmt: skip
+class stacked_recurrent(nn.Module):
+    """Two layers and two directions: their states lie in one tensor, so they have their hidden units in common."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Linear(6, 6)
+        self.rnn = nn.GRU(6, 5, batch_first=True, num_layers=2, bidirectional=True)
+        self.head = nn.Linear(10, 4)
+
+    def forward(self, x):
+        return self.head(self.rnn(F.relu(self.down(x)))[0])
+
+
 # Tied weights
 
 
