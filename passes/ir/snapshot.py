@@ -24,7 +24,7 @@ from torch import nn
 from ecospa_fx.passes.graph.namespaces import ABSENT
 from ecospa_fx.passes.graph.python_state import HOOKS, is_constant, same
 
-from .guards import Contents, ModuleRoot, Read, as_read, same_contents
+from .guards import Contents, ModuleRoot, Read, as_read, plain, same_contents
 from .numbers import Number
 from .state_access import HEAP, Keys, Length, PathItem
 
@@ -59,7 +59,7 @@ class _Source:
     def __init__(self) -> None:
         self._scope: dict[str, Any] = {
             "is_": operator.is_, "attribute": object.__getattribute__,
-            "same": same, "same_contents": same_contents, "as_read": as_read,
+            "same": same, "same_contents": same_contents, "plain": plain, "as_read": as_read,
         }  # fmt: skip
         self._names: dict[int, str] = {}
         self._values: dict[Any, Any] = {}  # place -> the value there now
@@ -201,7 +201,7 @@ class _Source:
             yield f"o == {self._name(value.copy())}"
             return
         if type(value) not in (list, dict):
-            yield f"same_contents({self._name(value.copy())}, o)"
+            yield f"same_contents({self._name(Contents.of(value).copy)}, plain(o))"
             return
         items = list(value.values()) if type(value) is dict else value
         yield _size("o", value)
