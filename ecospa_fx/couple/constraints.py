@@ -16,7 +16,7 @@ from ecospa_fx.errors import ShrinkError, TargetError
 from ecospa_fx.passes.find.discover import Kind
 
 from .coupling import Coupling
-from .ties import Axes, TiedCouplings, Ties, alike
+from .ties import CorrespondingAxes, TiedCouplings, Ties, alike
 
 Uniform = Literal["layers"]
 HeadDims = Literal["per_head", "per_layer", "off"]
@@ -41,8 +41,8 @@ class Constraints:
         uniform: `"layers"`: couplings that lie on repeated blocks in the same way keep as many entries each, though not
             the same ones. Where one of them must stay whole, all do.
         multiple_of: kind of couplings -> a number that their widths are multiples of, on top of `round_to`:
-            `{"heads": 4, "glu": 256}`; of `heads` and `groups` the number of heads. Unlike with `round_to`, a width that
-            is no multiple now shrinks to one at the first opportunity.
+            `{"heads": 4, "glu": 256}`; of `heads` and `groups` the number of heads. Unlike with `round_to`, a width
+            that is no multiple now shrinks to one at the first opportunity.
         tied: groups of coupling names that keep the same share of their original entries.
         whole: coupling name -> the reason why it stays as it is.
         allowed: coupling name -> the sizes that it may have beside that of now; any, where it is not named.
@@ -71,7 +71,9 @@ class Constraints:
             if kind not in get_args(Kind):
                 raise TargetError(f"multiple_of has {kind!r}, which is no kind; kinds are {', '.join(get_args(Kind))}")
             if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
-                raise TargetError(f"multiple_of[{kind!r}]={multiple!r} is out of range; it is a whole number, at least 1")
+                raise TargetError(
+                    f"multiple_of[{kind!r}]={multiple!r} is out of range; it is a whole number, at least 1"
+                )
         check(self.equal_head_dims, FLAG, "equal_head_dims", "Constraints")
         if isinstance(self.frozen, str):
             raise TargetError(f"frozen={self.frozen!r} is one string; pass a list of them")
@@ -104,7 +106,7 @@ class Constraints:
         self._tie_head_dims(ties, couplings, whole)
         self._tie_named(ties, couplings)
         if self.uniform is not None:
-            axes = Axes({name: tuple(p.shape) for name, p in model.named_parameters()})
+            axes = CorrespondingAxes({name: tuple(p.shape) for name, p in model.named_parameters()})
             for group in alike(couplings):
                 for other in group[1:]:
                     ties.join(group[0], other, 1, 1, f"uniform={self.uniform!r}")
@@ -113,15 +115,15 @@ class Constraints:
                     why = f"uniform={self.uniform!r}: `{loose}` corresponds to it and is on no coupling"
                     whole = {c.name: why for c in group} | whole
         units = []
-        for group, scales, why in ties.groups():
-            sizes = self._sizes(group, scales, why, whole)
-            held = [c for c in group if c.name in whole]
-            if sizes != (group[0].size,) or not held:
-                units.append(TiedCouplings(group, sizes, scales))
-                whole = {name: reason for name, reason in whole.items() if name not in {c.name for c in group}}
-                continue
-            reason = f"{why} ties it to `{held[0].name}`, which stays whole: {whole[held[0].name]}"
-            whole |= {c.name: reason for c in group if c.name not in whole}
+        for tied, scales, why in ties.groups():
+            sizes = self._sizes(tied, scales, why, whole)
+            unit = TiedCouplings(tied, sizes, scales)
+            held = next((c for c in tied if c.name in whole), None)
+            if held is None or unit.due:
+                units.append(unit)
+            else:
+                reason = f"{why} ties it to `{held.name}`, which stays whole: {whole[held.name]}"
+                whole |= {c.name: reason for c in tied if c.name not in whole}
         place = {c: number for number, c in enumerate(couplings)}
         return sorted(units, key=lambda unit: min(place[c] for c in unit.couplings)), whole
 
@@ -188,7 +190,7 @@ class Constraints:
         held = [c.size / scale for c, scale, _ in parts if c.name in whole]
         sizes: list[int] = []
         if not held:
-            # The first coupling must have a multiple of this, so that all have whole numbers of entries that are allowed.
+            # The first coupling must have a multiple of this, so that all have whole, allowed numbers of entries.
             steps = [(self._step(c, width), scale) for c, scale, width in parts]
             step = lcm(*(scale.denominator * each // gcd(each, scale.numerator) for each, scale in steps))
             least = max(self.min_keep / scale for _, scale, _ in parts)
@@ -232,8 +234,8 @@ class Constraints:
         multiple, rows = self.multiple_of.get(coupling.kind, 1), coupling.size * width
         if rows < multiple:
             raise TargetError(
-                f"multiple_of[{coupling.kind!r}]={multiple} is more than the {rows} of `{coupling.name}`; choose at most "
-                f"{rows}, or keep it whole with frozen=[{coupling.name!r}]"
+                f"multiple_of[{coupling.kind!r}]={multiple} is more than the {rows} of `{coupling.name}`; choose at "
+                f"most {rows}, or keep it whole with frozen=[{coupling.name!r}]"
             )
 
     def _frozen(self, model: nn.Module, couplings: Sequence[Coupling]) -> dict[str, str]:

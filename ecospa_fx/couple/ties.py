@@ -1,8 +1,8 @@
 """Ties: couplings whose sizes stand in a fixed proportion, because blocks repeat or a setting says so.
 
-    alike(couplings)        couplings that lie on repeated blocks in the same way, found by structure
-    Ties                    a union-find of couplings with the proportion of their sizes
-    TiedCouplings           couplings that shrink together, with the sizes that all of them may have
+alike(couplings)        couplings that lie on repeated blocks in the same way, found by structure
+Ties                    a union-find of couplings with the proportion of their sizes
+TiedCouplings           couplings that shrink together, with the sizes that all of them may have
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def general_names(names: Sequence[str]) -> dict[str, str]:
     return {name: ".".join(each) for name, each in general.items()}
 
 
-class Axes:
+class CorrespondingAxes:
     """The axes of all parameters, by general name.
 
     Args:

@@ -12,92 +12,49 @@ from torch import nn
 from ecospa_fx.plan import Plan
 
 from .compiled import CompiledModel
-from .made_values import difference_of_made
-from .making import Maker, Number, Solution, Wanted, Where, solve, wanted_under
+from .described import Described
+from .making import Maker, Number, Where
 
 
-class Configured:
-    """The numbers of a model's configuration, and what can be expressed with them.
+def configured(model: nn.Module, compiled: CompiledModel) -> Described:
+    """Describe a compiled model by its `config`, from which its class makes it."""
+    config: Any = getattr(model, "config")  # noqa: B009
+    cls: Any = type(model)
 
-    Args:
-        model: a compiled model with a `config` from which its class makes it.
-        compiled: its state.
-    """
-
-    def __init__(self, model: nn.Module, compiled: CompiledModel) -> None:
-        self.model, self.compiled = model, compiled
-        self.config: Any = getattr(model, "config")  # noqa: B009
-        self.kind, self.config_kind = type(model).__name__, type(self.config).__name__
-        self.maker = Maker(dict(_numbers(self.config)), self._make, self._unset())
-
-    def expressing(self, plan: Plan) -> Any:
-        """Return a configuration from which the class makes the model at the sizes of a plan; or why there is none."""
-        found = self.numbers(plan)
-        return found if isinstance(found, str) else changed(self.config, found)
-
-    def numbers(self, plan: Plan, *, values: bool = True, like: Mapping[Where, Number] | None = None) -> Any:
-        """Return the numbers that must change, by the way to each; or why there are none.
-
-        Args:
-            plan: the plan.
-            values: compare results as well, not shapes alone.
-            like: change these numbers and no others; values are a start for those that the configuration is without.
-        """
-        wanted = wanted_under(self.model, self.compiled, plan)
-        maker = self.maker
-        if like is not None:
-            known = {where: maker.numbers[where] for where in like if where in maker.numbers}
-            start = {where: value for where, value in like.items() if where not in maker.numbers}
-            maker = Maker(known, lambda changes: self._make({**start, **changes}))
-            solution = solve(maker, wanted)
-            solution = Solution({**start, **solution.changes}, solution.wrong)
-        else:
-            solution = solve(maker, wanted)
-        if solution.wrong:
-            return self.says_no(wanted, min(solution.wrong, key=str))
-        if values and not any(p.is_meta for p in self.model.parameters()):
-            device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-            made = maker.in_memory(solution.changes, device)
-            difference = difference_of_made(self.model, self.compiled, plan, made)
-            if difference is not None:
-                numbers = ", ".join(f"{'.'.join(map(str, where))}={new}" for where, new in solution.changes.items())
-                return f"a {self.config_kind} with {numbers} gives the shapes of this {self.kind}, but {difference}"
-        return solution.changes
-
-    def says_no(self, wanted: Wanted, wrong: tuple[str, int | str]) -> str:
-        """Say which size cannot be expressed."""
-        name, dim = wrong
-        where = f"`{name}`" if dim == "" else f"`{name}[{dim}]`"
-        return (
-            f"a {self.config_kind} cannot express the sizes of this {self.kind}: {where} is {wanted.facts.get(wrong)}, and "
-            "no numbers in it give that together with the other sizes"
-        )
-
-    def _make(self, changes: Mapping[Where, Number]) -> nn.Module:
-        cls, config = type(self.model), changed(self.config, changes)
-        if hasattr(config, "validate"):
-            config.validate()  # as it is when the configuration is saved and loaded
-        made: nn.Module = cls(config)
+    def make(changes: Mapping[Where, Number]) -> nn.Module:
+        other = changed(config, changes)
+        if hasattr(other, "validate"):
+            other.validate()  # as it is when the configuration is saved and loaded
+        made: nn.Module = cls(other)
         return made
 
-    def _unset(self) -> list[Where]:
-        """Find the fields that the class asks for and that have no value: it has a default for them of its own."""
-        asked: dict[str, None] = {}
-        config = copy.deepcopy(self.config)
-        watched = type(type(config).__name__, (type(config),), {"__getattribute__": _noting(asked, type(config))})
-        config.__class__ = watched
-        cls: Any = type(self.model)
-        try:
-            with torch.device("meta"):
-                cls(config)
-        except Exception:  # a class that looks at the type of its configuration
-            return []
-        held = vars(self.config)
-        free = [name for name in asked if name[:1] != "_" and getattr(self.config, name, None) is None]
-        return [(name,) for name in free if name in held or not hasattr(type(self.config), name)]
+    maker = Maker(dict(_numbers(config)), make, _unset(cls, config))
+    return Described(model, compiled, maker, f"a {type(config).__name__}")
 
 
-def _noting(asked: dict[str, None], kind: type) -> Any:
+def configuration_at(model: nn.Module, compiled: CompiledModel, plan: Plan) -> Any:
+    """Return a configuration from which its class makes a model at the sizes of a plan; or why there is none."""
+    found = configured(model, compiled).numbers(plan)
+    return found if isinstance(found, str) else changed(getattr(model, "config"), found)  # noqa: B009
+
+
+def _unset(cls: Any, config: Any) -> list[Where]:
+    """Find the fields that a class asks for and that have no value: it has a default for them of its own."""
+    asked: dict[str, None] = {}
+    watched = copy.deepcopy(config)
+    kind = type(config)
+    watched.__class__ = type(kind.__name__, (kind,), {"__getattribute__": _noting(asked, kind)})
+    try:
+        with torch.device("meta"):
+            cls(watched)
+    except Exception:  # a class that looks at the type of its configuration
+        return []
+    held = vars(config)
+    free = [name for name in asked if name[:1] != "_" and getattr(config, name, None) is None]
+    return [(name,) for name in free if name in held or not hasattr(kind, name)]
+
+
+def _noting(asked: dict[str, None], kind: Any) -> Any:
     """Return a method that reads attributes as those of a class are read, and notes their names."""
 
     def get(self: Any, name: str) -> Any:

@@ -74,13 +74,13 @@ def _of_region(model: nn.Module, now: Plan, plan: Plan, region: Region, made: nn
                 except Exception:  # values that were made up may be none that it takes
                     continue
             theirs = {name: t for name, t in small.items() if name in persistent}
-            with torch.no_grad(), swapped(made, _parameters(made, theirs)), isolated(made):
-                with modes(made, each.captured.signature.training):
-                    torch.manual_seed(0)
-                    try:
-                        result = own_forward(made, type(made).forward, args, kwargs)
-                    except Failed as failed:
-                        return f"{where} {failed}"
+            training = each.captured.signature.training
+            with torch.no_grad(), swapped(made, _parameters(made, theirs)), isolated(made), modes(made, training):
+                torch.manual_seed(0)
+                try:
+                    result = own_forward(made, type(made).forward, args, kwargs)
+                except Failed as failed:
+                    return f"{where} {failed}"
             for mine, theirs_ in zip(_tensors(result), expected, strict=False):
                 error = relative_error(theirs_, mine)
                 if mine.shape != theirs_.shape or not error <= TOLERANCE.get(mine.dtype, 0.0):

@@ -11,8 +11,8 @@ in proportion to it and the model that is made with it is nearer to what is want
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -30,7 +30,7 @@ from .compiled import CompiledModel
 Number = int | float
 Where = tuple[str | int, ...]  # attributes and positions that lead to a number
 Fact = tuple[str, int | str]
-Facts = dict[Fact, Number]
+Facts = dict[Fact, int]
 
 MOST_MADE = 1500  # models that one search makes
 
@@ -57,21 +57,25 @@ class Wanted:
         return {} if made is None else _sizes(named_tensors(made)) | _integers(made, self.attributes)
 
 
-def wanted_under(model: nn.Module, compiled: CompiledModel, plan: Plan) -> Wanted:
-    """Return the sizes that a compiled model has under a plan."""
+def wanted_under(model: nn.Module, compiled: CompiledModel, plan: Plan | None) -> Wanted:
+    """Return the sizes that a compiled model has under a plan; None: those before any shrink."""
     facts: Facts = {}
-    names = {id(t): name for name, t in named_tensors(model).items() if name in plan.original_shapes}
+    shapes = (plan or compiled.plan).original_shapes
+    names = {id(t): name for name, t in named_tensors(model).items() if name in shapes}
     for name, tensor in named_tensors(model).items():
         planned = names.get(id(tensor))
-        shape = tuple(tensor.shape) if planned is None else plan.shape(planned)
+        shape = tuple(tensor.shape)
+        if planned is not None:
+            shape = shapes[planned] if plan is None else plan.shape(planned)
         facts |= {(name, dim): size for dim, size in enumerate(shape)}
     integers: dict[Attribute, int] = {}
     for region in compiled.regions.values():
         if region.python_support is not None and region.specializations:
-            now = region.python_support.values(replay(region.naming_graph.axis_facts, plan))
-            integers |= {attribute.within(region.name): value for attribute, value in now.items()}
+            kept = {} if plan is None else replay(region.naming_graph.axis_facts, plan)
+            integers |= {a.within(region.name): value for a, value in region.python_support.values(kept).items()}
     # After a load the regions are not known before a call, but the integers that have changed are.
-    integers |= {a: now for a, (_, now) in compiled.attributes.items() if a not in integers}
+    for attribute, (before, now) in compiled.attributes.items():
+        integers.setdefault(attribute, before if plan is None else now)
     return Wanted(facts | {(str(a), ""): value for a, value in integers.items()}, tuple(integers))
 
 
@@ -98,21 +102,28 @@ class Maker:
         make: changed numbers -> a model. It may raise anything.
         unset: numbers that the original was made without, and that it could be made with.
         made: models made so far.
+        place: where the first one could be made: on the meta device, or in memory that is never touched.
     """
 
     numbers: Mapping[Where, Number]
     make: Callable[[Mapping[Where, Number]], nn.Module]
     unset: Sequence[Where] = ()
-    made: int = field(default=0)
+    made: int = 0
+    place: str | None = None
 
     def on_meta(self, changes: Mapping[Where, Number]) -> nn.Module | None:
-        """Make a model without memory; None where the numbers are refused."""
+        """Make a model without values; None where the numbers are refused."""
         self.made += 1
-        try:
-            with torch.device("meta"):
-                return self.make(changes)
-        except Exception:  # it may refuse its numbers in any way
-            return None
+        places = ("meta", "cpu") if self.place is None else (self.place,)
+        for place in places:
+            try:
+                with torch.device(place), _Uninitialised():
+                    made = self.make(changes)
+            except Exception:  # it may refuse its numbers in any way, and some constructors read values
+                continue
+            self.place = place
+            return made
+        return None
 
     def in_memory(self, changes: Mapping[Where, Number], device: torch.device) -> nn.Module:
         """Make a model whose buffers have values and whose parameters have none yet."""
@@ -125,9 +136,9 @@ class _Uninitialised(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name.endswith("_") and not name.startswith("__") and args and isinstance(args[0], nn.Parameter):
-            if name not in ("requires_grad_",):
-                return args[0]
+        fills = name.endswith("_") and name[:2] != "__" and name != "requires_grad_"
+        if fills and args and isinstance(args[0], nn.Parameter):
+            return args[0]
         return func(*args, **(kwargs or {}))
 
 
@@ -147,11 +158,12 @@ class Solution:
 def solve(maker: Maker, wanted: Wanted) -> Solution:
     """Find the numbers from which the model that is made is as wanted."""
     base = wanted.in_model(maker.on_meta({}))
-    changed = {Fraction(new, base[key]): None for key, new in wanted.facts.items() if base.get(key, new) not in (new, 0)}
+    before = {key: base.get(key, new) for key, new in wanted.facts.items()}
+    changed = {Fraction(new, before[key]): None for key, new in wanted.facts.items() if before[key] not in (new, 0)}
     found = _search(maker, wanted, {}, maker.numbers, tuple(changed))
     if not found.wrong or not maker.unset:
         return found
-    neutral = _neutral(maker, replace(wanted, facts=base))
+    neutral = neutral_numbers(maker, replace(wanted, facts=base), dict.fromkeys(maker.unset))
     if neutral:
         found = _search(maker, wanted, neutral, {**maker.numbers, **neutral}, tuple(changed))
     for where in neutral:  # those that are not needed
@@ -207,22 +219,38 @@ def _several(moving: Sequence[tuple[Where, Number]], most: int) -> Iterator[Mapp
 def _proposed(value: Number, proportions: Sequence[Fraction]) -> list[Number]:
     """Return what a number may have become that is in proportion to an axis."""
     if type(value) is float:
-        return [float(value * share) for share in proportions]
-    whole = (value * share for share in proportions)
+        return [float(value * share) * nudge for share in proportions for nudge in (1.0, 1 + 1e-9)]  # int() cuts off
+    whole = (Fraction(value) * share for share in proportions)
     return list(dict.fromkeys(int(new) for new in whole if new.denominator == 1 and new > 0 and new != value))
 
 
-def _neutral(maker: Maker, base: Wanted) -> dict[Where, Number]:
-    """Find values of numbers that were not given at which nothing changes, and next to which something does."""
+def neutral_numbers(maker: Maker, base: Wanted, defaults: Mapping[Where, Number | None]) -> dict[Where, Number]:
+    """Find values of numbers that were not given at which nothing changes, and next to which something does.
+
+    Args:
+        maker: makes models.
+        base: the sizes that it makes with no number changed.
+        defaults: the numbers, with a value that may be that, or None.
+    """
     sizes = {int(size) for size in base.facts.values()} | {int(v) for v in maker.numbers.values()}
     sizes = {size for size in sizes if size > 0}
     values = sorted({a // b for a in sizes for b in sizes if a % b == 0 and a // b > 1})
     neutral: dict[Where, Number] = {}
-    for where in maker.unset:
-        other = base.wrong(maker.on_meta({where: max(values, default=1) + 1}))
-        if not other or len(other) == len(base.facts):
+    for where, default in defaults.items():
+        kind = type(default) if default is not None else int
+        top: Number = kind(2 * values[-1]) if default is None and values else 2 * (default or 1)
+        probes = [base.wrong(maker.on_meta({where: value})) for value in (top, 2 * top)]
+        if not any(probes) or all(len(wrong) == len(base.facts) for wrong in probes):
             continue  # it makes no difference, or is none that a model can be made with
-        fits = [value for value in values if not base.wrong(maker.on_meta({where: value}))]
-        if len(fits) == 1:
-            neutral[where] = fits[0]
+        if default is not None and not base.wrong(maker.on_meta({where: default})):
+            neutral[where] = default
+            continue
+        candidates: Iterable[Number] = values
+        if kind is float:
+            whole = {v for v in (*maker.numbers.values(), *neutral.values()) if type(v) is int}
+            candidates = sorted({a / b for a in sizes for b in whole})
+        fits = (value for value in candidates if not base.wrong(maker.on_meta({where: kind(value)})))
+        first, second = next(fits, None), None if kind is float else next(fits, None)
+        if first is not None and second is None:
+            neutral[where] = first
     return neutral

@@ -36,6 +36,12 @@ class Routing:
         self._routes: dict[Any, tuple[Route, ...]] = {}
         self._bound: dict[int, _Bound] = {}  # per graph
 
+    def without_routes(self) -> Routing:
+        """Return a routing that remembers no call, for a region that takes other sizes from now on."""
+        fresh = Routing()
+        fresh._bound = self._bound
+        return fresh
+
     def remembered(
         self, specializations: Sequence[Specialization], key: Any, tensors: Sequence[Tensor], objects: Sequence[Any]
     ) -> Program | None:
@@ -77,7 +83,7 @@ class Routing:
                 continue
             if (
                 self.changed_constant(specializations, module, program) is None
-                and program.captured.mismatch(call, training, program.state) is None
+                and program.captured.mismatch(call, training, program.sizes) is None
             ):
                 return program
         return None

@@ -15,7 +15,6 @@ from ecospa_fx.model.cost import CostModel
 from .latency import LatencyModel
 from .sparsifier import CoupledSparsifier, named_sizes
 
-
 KNOTS = 16
 """Sizes of tied couplings at which the cost is computed exactly."""
 
@@ -76,7 +75,9 @@ class AdaptiveSparsifier(CoupledSparsifier):
 
         def after(count: int) -> dict[TiedCouplings, int]:
             taken = Counter(number for _, _, number in steps[:count])  # the steps of one unit come in order
-            return {unit: unit.sizes[-1 - taken[number]] for number, unit in enumerate(units) if taken[number] or unit.due}
+            return {
+                unit: unit.sizes[-1 - taken[number]] for number, unit in enumerate(units) if taken[number] or unit.due
+            }
 
         low, high = 0, len(steps)
         while low < high:

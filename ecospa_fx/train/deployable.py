@@ -1,19 +1,20 @@
-"""Deployable: the couplings that a model may lose entries of and still be one that its configuration describes.
+"""Deployable: the couplings that a model may lose entries of and still be one that a configuration describes.
 
-    deployment(model, constraints)
-      -> alike couplings shrink together, at half their size on paper
-      -> Configured.expressing   a configuration of that model, whose class computes the same
-      -> those that fail alone are tried in pairs and threes; what fails in all stays whole
+deployment(model, constraints)
+  -> alike couplings shrink together, at half their size on paper
+  -> Described.numbers       a configuration or arguments that make that model, which computes the same
+  -> those that fail alone are tried in pairs and threes; what fails in all stays whole
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import gcd
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -22,20 +23,21 @@ from ecospa_fx.couple.constraints import Constraints
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.couple.ties import alike
 from ecospa_fx.errors import EcoSpaError, TargetError
-from ecospa_fx.model.compiled import CompiledModel
-from ecospa_fx.model.configured import Configured
+from ecospa_fx.model.configured import configured
+from ecospa_fx.model.constructed import Constructed
+from ecospa_fx.model.described import Described
 from ecospa_fx.model.lookup import compiled_state, state_of
 from ecospa_fx.model.making import Number, Where
 from ecospa_fx.model.planning import planned
 
-Deployable = Literal["transformers"]
+Deployable: TypeAlias = "Literal['transformers'] | Callable[[], nn.Module]"
 MOST_TOGETHER = 3  # groups of couplings that one attempt joins
 FEW = 24  # sizes that are all tried
 
 
 @dataclass(frozen=True, eq=False)
 class Deployment:
-    """What a model may lose if plain transformers is to load it; print it.
+    """The shrinks that a model is held to so that plain transformers, or its constructor, makes it; print it.
 
     Attributes:
         constraints: the constraints of the trainer with those that this adds.
@@ -62,23 +64,28 @@ class Deployment:
         for group in self.tied:
             more = f" and {len(group) - 3} more" if len(group) > 3 else ""
             lines.append(f"{', '.join(f'`{name}`' for name in group[:3])}{more} keep the same share")
-        return "deployable='transformers': " + "; ".join(lines or ["nothing is forbidden"])
+        return "deployable: " + "; ".join(lines or ["nothing is forbidden"])
 
 
-def check_deployable(model: nn.Module, deployable: Deployable | None, constraints: Constraints) -> None:
-    """Refuse a model that no configuration can describe once it has shrunk.
+def check_deployable(model: nn.Module, deployable: Deployable | None) -> None:
+    """Refuse a model that nothing can describe once it has shrunk.
 
     Raises:
         TargetError: there is no such way to deploy.
         EcoSpaError: the model is not of transformers, or runs as graphs.
     """
-    if deployable is None:
+    if deployable is None or callable(deployable):
         return
     if deployable != "transformers":
-        raise TargetError(f"deployable={deployable!r} is none of 'transformers'")
+        raise TargetError(
+            f"deployable={deployable!r} is neither 'transformers' nor a function that makes the model, such as "
+            "functools.partial(timm.create_model, name, **arguments)"
+        )
     kind = type(model).__name__
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
-        raise EcoSpaError(f"deployable='transformers': {kind} is not a model of transformers: it has no save_pretrained")
+        raise EcoSpaError(
+            f"deployable='transformers': {kind} is not a model of transformers: it has no save_pretrained"
+        )
     if compiled_state(model).execution != "module":
         raise EcoSpaError(
             f"deployable='transformers': this {kind} runs as graphs, and its own Python may not run at the sizes that "
@@ -86,9 +93,18 @@ def check_deployable(model: nn.Module, deployable: Deployable | None, constraint
         )
 
 
-def deployment(model: nn.Module, constraints: Constraints) -> Deployment:
-    """Find out what a model of transformers may lose, and return the constraints that hold it to that."""
-    found = _Attempts(model, state_of(model))
+def deployment(model: nn.Module, deployable: Deployable, constraints: Constraints) -> Deployment:
+    """Find out what a model may lose, and return the constraints that hold it to that.
+
+    Raises:
+        FormatError: the function that `deployable` is makes another model.
+    """
+    compiled = state_of(model)
+    if callable(deployable):
+        make, given = _parts(deployable)
+        found = _Attempts(Constructed(model, compiled, make, given))
+    else:
+        found = _Attempts(configured(model, compiled))
     couplings = state_of(model).couplings()
     groups = [group for group in alike(couplings) if min(c.size for c in group) > 1]
     failing, why = [], {}
@@ -141,22 +157,29 @@ def _several(groups: Sequence[list[Coupling]]) -> Iterator[tuple[list[Coupling],
         yield from itertools.combinations(groups, number)
 
 
+def _parts(make: Callable[[], nn.Module]) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+    """Return the function and the keyword arguments of a partial call."""
+    if isinstance(make, functools.partial):
+        return functools.partial(make.func, *make.args), dict(make.keywords)
+    return make, {}
+
+
 class _Attempts:
     """Shrinks of a model on paper."""
 
-    def __init__(self, model: nn.Module, compiled: CompiledModel) -> None:
-        self.compiled, self.configured = compiled, Configured(model, compiled)
+    def __init__(self, described: Described) -> None:
+        self.compiled, self.described = described.compiled, described
 
     def fails(self, *sets: Sequence[list[Coupling]]) -> str | None:
-        """Say why no configuration describes the model with sets of groups shrunk, each to one share; None if one does."""
-        keeps = {}
+        """Say why nothing describes the model with sets of groups shrunk, each set to one share; None if it does."""
+        keeps: dict[Coupling, int] = {}
         for groups in sets:
             sizes = [min(c.size for c in group) for group in groups]
             parts = gcd(*sizes)
             if parts == 1:
                 return f"{' and '.join(map(str, sizes))} entries have no share in common"
             for group, size in zip(groups, sizes, strict=True):
-                keeps |= {c: size // parts * (parts // 2) for c in group}
+                keeps |= dict.fromkeys(group, size // parts * (parts // 2))
         found = self._numbers(keeps) if keeps else {}
         return found if isinstance(found, str) else None
 
@@ -205,4 +228,4 @@ class _Attempts:
         compiled = self.compiled
         selection = {c: torch.arange(keep) for c, keep in keeps.items()}
         plan = planned(compiled.plan, compiled.regions, compiled.couplings(), selection)
-        return self.configured.numbers(plan, values=values, like=like)
+        return self.described.numbers(plan, values=values, like=like)

@@ -92,8 +92,8 @@ class CoupledSparsifier:
             first = next(unit for unit in units if unit.due)
             raise TargetError(
                 f"target={target:g} is {self.target_size(sizes):,}, and the sizes that the constraints allow begin at "
-                f"{owed:,}: `{first.name}` has {first.couplings[0].size} and may have {first.sizes[-1]} at most; choose a "
-                "smaller target, or loosen multiple_of"
+                f"{owed:,}: `{first.name}` has {first.couplings[0].size} and may have {first.sizes[-1]}; choose "
+                "a smaller target, or loosen multiple_of"
             )
         if self.target_size(sizes) < floor:
             base = sizes.original if among == "all" else sizes.prunable

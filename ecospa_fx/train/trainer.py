@@ -100,7 +100,9 @@ class EcoSpaTrainer:
         multiple_of: kind of couplings -> a number that their widths are multiples of; see `Constraints`.
         deployable: `"transformers"`: only such sizes that `save_pretrained` writes a model which plain transformers
             loads. It sets `uniform`, ties couplings that one number of the configuration stands for, and keeps whole
-            what no number can express, see `deployment`. The model must be compiled with `execution="module"`.
+            what no number can express, see `deployment`. The model must be compiled with `execution="module"`. Or a
+            function that makes the original model, `functools.partial(timm.create_model, name, **arguments)`: only such
+            sizes that it can make too, see `ecospa_fx.constructor_arguments`.
         gradients: when they are read: at `"step"`, the call of `step()`; right before each step of the `"optimizer"`;
             or in `"backward"`, for optimizers that step there and free them at once. See `CoupledEstimator`.
         before_shrink: called with the model, the entries to keep and the optimizer right before each shrink.
@@ -184,7 +186,7 @@ class EcoSpaTrainer:
         self._constraints = Constraints(
             min_keep, round_to, head_dims, equal_head_dims, frozen, uniform, dict(multiple_of or {})
         )
-        check_deployable(model, deployable, self._constraints)
+        check_deployable(model, deployable)
         self._deployable: Deployable | None = deployable
         self.deployment: Deployment | None = None
         self.schedule = Schedule(interval, start, end, shape, shrinks, unit)
@@ -341,12 +343,12 @@ class EcoSpaTrainer:
         """Return the sparsifier, made once the couplings are known."""
         self._compensation.observe()
         if self._deployable is not None and self.deployment is None:
-            self.deployment = self._deploy()
+            self.deployment = self._deploy(self._deployable)
         return self.policy.ready()
 
-    def _deploy(self) -> Deployment:
+    def _deploy(self, deployable: Deployable) -> Deployment:
         """Find out what `deployable` forbids, and say it."""
-        found = deployment(self.model, self._constraints)
+        found = deployment(self.model, deployable, self._constraints)
         shares = [
             reachable(self.model, self._decisions, constraints, self.optimizers)
             for constraints in (found.constraints, self._constraints)
@@ -433,7 +435,7 @@ class EcoSpaTrainer:
                 "seed": self._scores.seed,
                 "spike": self._spikes.allowed,
                 "gradients": self._gradients,
-                "deployable": self._deployable,
+                "deployable": self._deployable if isinstance(self._deployable, str | None) else "a function",
                 "absorb": self._compensation.settings.absorb,
                 "rotate": self._compensation.settings.rotate,
             },

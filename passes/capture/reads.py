@@ -158,8 +158,9 @@ class Reads:
         elif is_array(value):
             self._reads[key] = Read(root, steps, Contents(value.copy()), where)
         else:
-            self._reads[key] = Read(root, steps, value, where)
-            if isinstance(value, FunctionType):
+            self._reads[key] = read = Read(root, steps, value, where)
+            if isinstance(value, FunctionType) and id(value) not in self._watched:  # some refer to themselves
+                self._watched[id(value)] = value, read
                 named = {name: item for name, item in vars(value).items() if name in self._names}
                 for name, item in (named | mutable_defaults(value)).items():
                     self.add(root, (*steps, PathItem(name)), item, f"{where}.{name}", depth + 1)

@@ -20,7 +20,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError, NotNowError
@@ -42,7 +41,7 @@ from ecospa_fx.passes.graph.python_state import (
 from ecospa_fx.passes.graph.stores import watched_stores
 from ecospa_fx.passes.graph.tensors import at_original_sizes
 from ecospa_fx.passes.ir.region_graph import Assigned, Forward, Originals, described
-from ecospa_fx.passes.ir.state_access import ObjectLeaf, copy_objects, flattened, parted
+from ecospa_fx.passes.ir.state_access import copied_call, flattened
 
 from .hooks import without_hooks
 from .reads import executed, recorded_reads
@@ -99,18 +98,14 @@ def rehearsed(
             f"{described(region)} is called in a way it has not been called in before while the model is being "
             "exported; call the model once with the same arguments before exporting it"
         )
-    leaves, spec = flattened((args, kwargs))
-    if any(t.is_meta for t in (*leaves, *module.parameters()) if isinstance(t, Tensor)):
+    if any(t.is_meta for t in (*flattened((args, kwargs))[0], *module.parameters()) if isinstance(t, Tensor)):
         yield Rehearsal()
         return
-    leaves, objects = parted(leaves)
 
     def run() -> Any:
-        twins = copy_objects(objects, lambda _, t: t.detach().clone())
-        inputs = [twins[x.number] if isinstance(x, ObjectLeaf) else _cloned(x) for x in leaves]
-        call_args, call_kwargs = pytree.tree_unflatten(inputs, spec)
         with without_hooks(module):  # which are captured, or called beside the graph
             try:
+                call_args, call_kwargs = copied_call(args, kwargs)
                 return forward(module, *call_args, **call_kwargs)
             except CaptureError:
                 raise
@@ -226,10 +221,6 @@ def _effects(
     finally:
         again.restore()
     return code, first, assigned
-
-
-def _cloned(leaf: Any) -> Any:
-    return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 
 
 def _assigns(module: nn.Module, region: str, change: StateChange, run: Callable[[], Any]) -> str:

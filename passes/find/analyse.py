@@ -22,6 +22,7 @@ from ecospa_fx.passes.graph.python_state import COMPILED, OWN, StateChange, same
 from ecospa_fx.passes.graph.tensors import at_original_sizes, named_tensors, storage_key
 from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
+from ecospa_fx.passes.ir.border import NO_BORDER, Border, argument_names
 from ecospa_fx.passes.ir.guards import forward_read, same_contents
 from ecospa_fx.passes.ir.region_graph import Assigned, Filled, Forward, Originals, RegionGraph
 from ecospa_fx.passes.ir.region_graph import Call as Call
@@ -69,6 +70,7 @@ def analyse(
     originals: Originals | None = None,
     filled: Filled = frozenset(),
     moving: frozenset[str] = frozenset(),
+    border: Border = NO_BORDER,
     assigned: Sequence[Assigned] = (),
     own_hooks: bool = False,
     check: bool = True,
@@ -85,6 +87,7 @@ def analyse(
         originals: see `capture`.
         filled: see `capture`.
         moving: see `RegionGraph`.
+        border: see `RegionGraph`.
         assigned: see `capture`.
         own_hooks: see `capture`.
         check: see `capture`.
@@ -101,7 +104,10 @@ def analyse(
             module, *call, region=name, forward=forward, originals=originals, check=check, static=static,
             filled=filled, assigned=assigned, own_hooks=own_hooks, options=options,
         )  # fmt: skip
-        captured = replace(captured, shared_outside=shared_outside or {}, moving=moving)
+        captured = replace(
+            captured, shared_outside=shared_outside or {}, moving=moving, border=border,
+            argument_names=argument_names(forward or type(module).forward, *call),
+        )  # fmt: skip
         captured_at = time.thread_time()
         axis_facts = infer_axes(captured, options.experiments)
         seconds["export"] += captured_at - start
@@ -195,6 +201,7 @@ def analyse_once(
     originals: Originals | None = None,
     filled: Filled = frozenset(),
     moving: frozenset[str] = frozenset(),
+    border: Border = NO_BORDER,
     options: CaptureOptions = DEFAULTS,
 ) -> Analysis:
     """Analyse a region, or share the analysis of an equal block that was captured for an equal call.
@@ -209,6 +216,7 @@ def analyse_once(
         originals: see `capture`.
         filled: see `capture`.
         moving: see `RegionGraph`.
+        border: see `RegionGraph`.
         options: of the model's captures.
 
     Raises:
@@ -216,14 +224,15 @@ def analyse_once(
     """
     forward = forward or type(module).forward
     settled: dict[str, Any] = {
-        "forward": forward, "originals": originals, "filled": filled, "moving": moving, "options": options
+        "forward": forward, "originals": originals, "filled": filled, "moving": moving, "border": border,
+        "options": options,
     }  # fmt: skip
     if outside:  # axes are pinned that equal blocks may shrink
         return _analyse_watched(module, name, call, outside, **settled)[0]
     with at_original_sizes(module, originals.shapes() if originals else None):
         equal = [analysis for analysis, mark in captures if mark.fits(module)]
     for analysis in equal:
-        shared = _shared(analysis, module, name, call, forward, originals, filled, moving)
+        shared = _shared(analysis, module, name, call, forward, originals, filled, moving, border)
         if shared is not None:
             return shared
     analysis, reads = _analyse_watched(module, name, call, outside, **settled)
@@ -276,6 +285,7 @@ def _shared(
     originals: Originals | None,
     filled: Filled,
     moving: frozenset[str],
+    border: Border,
 ) -> Analysis | None:
     """Return the analysis of an equal block for this one, if it serves the call and agrees with the eager forward."""
     start = time.thread_time()
@@ -294,9 +304,8 @@ def _shared(
             strangers=frozenset(indices.put(place, values) for place in captured.strangers),
             filled=frozenset((cls, indices.put(ObjectPath(0, path), values).path) for cls, path in captured.filled),
         )
-    if (captured.filled, captured.moving) != (filled, moving) or captured.mismatch(
-        call, training_flags(module)
-    ) is not None:
+    known = captured.filled, captured.moving, captured.border
+    if known != (filled, moving, border) or captured.mismatch(call, training_flags(module)) is not None:
         return None
     on_meta = any(t.is_meta for t in (*pytree.tree_leaves(call), *module.parameters()) if isinstance(t, Tensor))
     if not on_meta:

@@ -59,7 +59,7 @@ class Signature:
             leaves: of that tree.
             training: see `training_flags`.
             state: tensors in objects among the leaves; they follow those of the call.
-            sizes: of `state`, where these have changed since the call was captured.
+            sizes: of all tensors, where some have changed since the call was captured.
         """
         if training != self.training:
             return "train and eval mode differ"
@@ -74,13 +74,11 @@ class Signature:
                 return f"the constant argument {given!r} was {mine!r}"
         return self._sizes_differ([*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *state], self.now(sizes))
 
-    def now(self, state: Sequence[tuple[Size, ...]] | None = None) -> list[tuple[torch.dtype, torch.device, Any]]:
-        """Return `tensors` with other sizes for those in objects."""
-        if not state:
+    def now(self, sizes: Sequence[tuple[Size, ...]] | None = None) -> list[tuple[torch.dtype, torch.device, Any]]:
+        """Return `tensors` with other sizes."""
+        if not sizes:
             return list(self.tensors)
-        called = len(self.tensors) - len(state)
-        held = zip(self.tensors[called:], state, strict=True)
-        return [*self.tensors[:called], *((dtype, device, sizes) for (dtype, device, _), sizes in held)]
+        return [(dtype, device, now) for (dtype, device, _), now in zip(self.tensors, sizes, strict=True)]
 
     def _sizes_differ(self, tensors: Sequence[Tensor], wanted: Sequence[tuple[Any, Any, Any]]) -> str | None:
         sizes: dict[Any, int] = {}
@@ -111,17 +109,17 @@ class Signature:
         ranges = ((now, *self.ranges.get(symbol, (0, math.inf))) for symbol, now in sizes.items())
         return all(low <= now <= high for now, low, high in ranges) and self.guards.hold_for(sizes)
 
-    def checker(self, state: Sequence[tuple[Size, ...]]) -> Callable[[Sequence[Tensor]], bool]:
+    def checker(self, sizes: Sequence[tuple[Size, ...]], called: int) -> Callable[[Sequence[Tensor]], bool]:
         """Generate the checks that `mismatch` makes of tensors, for calls whose sizes change each time.
 
         Dtypes, devices and numbers of dims of the call's own tensors are known to fit and not checked; those of
         tensors in objects are.
 
         Args:
-            state: sizes of the tensors in objects.
+            sizes: of all tensors now.
+            called: number of the call's own.
         """
-        wanted = self.now(state)
-        called = len(wanted) - len(state)
+        wanted = self.now(sizes)
         scope: dict[str, Any] = {}
         lines: list[str] = []
         checks: list[str] = []

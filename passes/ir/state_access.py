@@ -252,6 +252,20 @@ def copy_objects(objects: Sequence[Any], tensor: Callable[[ObjectPath, Tensor], 
     return [copy_object(value, tensor, ObjectPath(number), memo) for number, value in enumerate(objects)]
 
 
+def copied_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copy the arguments of a call, with all tensors in them, for a forward to change."""
+    leaves, spec = flattened((args, kwargs))
+    leaves, objects = parted(leaves)
+    twins = copy_objects(objects, lambda _, t: t.detach().clone())
+    copies = [twins[leaf.number] if isinstance(leaf, ObjectLeaf) else _fresh(leaf) for leaf in leaves]
+    call: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(copies, spec)
+    return call
+
+
+def _fresh(leaf: Any) -> Any:
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+
+
 def _reader(carried: StateAccess) -> Callable[[Sequence[Any]], list[Tensor] | None]:
     """Generate `StateAccess.read`, because it runs at every call."""
     scope: dict[str, Any] = {"Tensor": Tensor}
