@@ -5,7 +5,7 @@
     told            that in words
 
 The attributes of modules that are constants are `RegionGraph.settings`; everything else that was read is a `Read`.
-Calls look at all of them in a generated function, see `snapshot`.
+Calls look at all of them in a generated function, see `unchanged`.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def as_read(value: Any, now: Any) -> bool:
 
 
 def plain(container: Any) -> Any:
-    """Return a container, or the items of one of a class that may look them up in another way as a dict, list or set."""
+    """Return a container; of one whose class may look up in its own way, its items as a dict, list or set."""
     if type(container).__module__ in ("builtins", "collections"):
         return container
     if isinstance(container, OrderedDict):  # whose order its dict does not know

@@ -1,6 +1,6 @@
-"""Snapshot: a generated function that says whether a region is as it is now, because it runs at every call.
+"""Unchanged: a generated function that says whether a region is as it is now, because it runs at every call.
 
-    snapshot(module, reads, numbers)
+    unchanged(module, reads, numbers)
       -> modules       children, training flags and hooks of every submodule
       -> reads         every step of every read, once: objects on the way are compared by identity
       -> numbers       the comparisons that a forward made of them
@@ -34,7 +34,7 @@ _PLAIN = vars(object)["__getattribute__"]
 _FEW = 8  # items of a container that are compared one by one
 
 
-def snapshot(module: nn.Module, reads: Sequence[Read], numbers: Sequence[Number] = ()) -> Callable[[], bool]:
+def unchanged(module: nn.Module, reads: Sequence[Read], numbers: Sequence[Number] = ()) -> Callable[[], bool]:
     """Generate a function that returns whether a region is as it is now.
 
     Args:
@@ -54,7 +54,7 @@ def snapshot(module: nn.Module, reads: Sequence[Read], numbers: Sequence[Number]
 
 
 class _Source:
-    """The source of a snapshot, and the objects that it names. In a condition, `o` is the object that it looks at."""
+    """The source of the function, and the objects that it names. In a condition, `o` is the object that it looks at."""
 
     def __init__(self) -> None:
         self._scope: dict[str, Any] = {
