@@ -11,6 +11,7 @@ The last is measured right after a step, when none of it is in the processor's c
 
 import argparse
 import copy
+import gc
 import statistics
 import time
 
@@ -123,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=200)
     given = parser.parse_args()
+    gc.disable()  # it runs after so and so many objects, in turns as regular as these
     rows = [*extra(given.rounds), *share("tiny", given.rounds), *share("demo", max(10, given.rounds // 10))]
     for each in rows:
         print({key: each[key] for key in ("measure", "regions", "state", "low", "median", "high", "unit")})

@@ -82,8 +82,8 @@ class Routing:
             if not program.captured.serves(hooks, program.called):
                 continue
             if (
-                self.changed_constant(specializations, module, program) is None
-                and program.captured.mismatch(call, training, program.sizes) is None
+                program.captured.mismatch(call, training, program.sizes) is None
+                and self.changed_constant(specializations, module, program) is None
             ):
                 return program
         return None
