@@ -14,13 +14,13 @@ from ecospa_fx.model.lookup import regions_of as regions_of
 from ecospa_fx.model.state import Execution
 from ecospa_fx.model.wrappers import looks_inside, unwrapped
 
-from .arguments import CALL, FLAG, MODULE, TEXT, takes
+from .arguments import CALL, FLAG, MODULE, REGIONS, TEXT, takes
 from .errors import EcoSpaError
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-@takes(model=MODULE, **CALL, experiments=FLAG, execution=TEXT)
+@takes(model=MODULE, **CALL, regions=REGIONS, experiments=FLAG, execution=TEXT)
 def compile(
     model: Module,
     *,

@@ -10,11 +10,15 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import nn
 
-from ecospa_fx.arguments import FLAG, SEVERAL, check
+from ecospa_fx.arguments import FLAG, MODULE, SEVERAL, Kind, check, takes
 from ecospa_fx.errors import TargetError
 
 from .coupling import Coupling
 
+COUPLINGS = Kind(
+    "couplings, as ecospa_fx.couplings(model) returns them",
+    lambda value: isinstance(value, Sequence) and all(isinstance(each, Coupling) for each in value),
+)
 HeadDims = Literal["per_head", "per_layer", "off"]
 Frozen: TypeAlias = "str | nn.Module | Coupling"
 
@@ -60,6 +64,7 @@ class Constraints:
         ]
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"frozen": frozen}
 
+    @takes(model=MODULE, couplings=COUPLINGS)
     def units(self, model: nn.Module, couplings: Sequence[Coupling]) -> tuple[list[TiedCouplings], dict[str, str]]:
         """Group the couplings that may shrink into units that shrink together.
 

@@ -12,7 +12,7 @@ import networkx as nx
 from rich.console import Group
 from torch import nn
 
-from ecospa_fx.arguments import CALL, FLAG, MODULE, NAMED, PATH, TEXT, optional, takes
+from ecospa_fx.arguments import CALL, FLAG, MODULE, NAMED, PATH, REGIONS, TEXT, optional, takes
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.couple.why import Path, Why, axis_graph, path_between
 from ecospa_fx.errors import NoCouplingError, NoInputsError
@@ -142,7 +142,7 @@ class Explanation(Findings):
         write_report(self, path, training)
 
 
-@takes(model=MODULE, **CALL, experiments=FLAG, execution=TEXT)
+@takes(model=MODULE, **CALL, regions=REGIONS, experiments=FLAG, execution=TEXT)
 @looks_inside
 def explain(
     model: nn.Module,
