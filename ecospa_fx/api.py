@@ -9,7 +9,7 @@ from torch import nn
 
 from ecospa_fx.model.compiled import MODEL, REGION, CompiledModel
 from ecospa_fx.model.diff import ModuleDiff, diff_since
-from ecospa_fx.model.lookup import plan
+from ecospa_fx.model.lookup import check_ready, plan
 from ecospa_fx.model.lookup import regions_of as regions_of
 from ecospa_fx.model.state import Execution
 from ecospa_fx.model.wrappers import looks_inside, unwrapped
@@ -74,6 +74,7 @@ def compile(
             existing.capture_again(module, tuple(example_inputs or ()), dict(example_kwargs or {}))
         return model
     _check_alone(module)
+    check_ready(module)
     compiled = CompiledModel(regions, experiments, execution)
     if example_inputs is None and example_kwargs is None:
         compiled.attach(module)
