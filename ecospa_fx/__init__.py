@@ -16,6 +16,7 @@ from ecospa_fx.model.optimizer_table import state_rule
 from ecospa_fx.model.restore import restore
 from ecospa_fx.model.rewire import rewire
 from ecospa_fx.model.shrinking import shrink
+from ecospa_fx.out.constructor import constructor_arguments
 from ecospa_fx.out.export import export
 from ecospa_fx.out.gguf.cut import Cut, cut_gguf
 from ecospa_fx.out.hf_full_size import save_unshrunk
@@ -59,6 +60,7 @@ __all__ = [
     "Verification",
     "Watch",
     "compile",
+    "constructor_arguments",
     "couplings",
     "cut_gguf",
     "diff",

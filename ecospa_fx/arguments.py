@@ -110,6 +110,11 @@ def instance(words: str, *classes: type) -> Kind:
     return Kind(words, lambda value: isinstance(value, classes))
 
 
+def instances(words: str, *classes: type) -> Kind:
+    """Return the kind of sequences of instances of some classes."""
+    return Kind(words, lambda value: isinstance(value, Sequence) and all(isinstance(each, classes) for each in value))
+
+
 def having(words: str, *names: str) -> Kind:
     """Return the kind of objects with these attributes."""
     return Kind(words, lambda value: not isinstance(value, type) and all(hasattr(value, name) for name in names))

@@ -336,3 +336,14 @@ def remember_source(path: Path, name: str, fields: Sequence[str] | None) -> None
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return f"{lines[0]:.200}"
+
+
+def write_pretrained(model: nn.Module, out: Path) -> None:
+    """Write a model for plain transformers into `pretrained`, a folder of its own.
+
+    Raises:
+        CommandError: plain transformers would not load it.
+    """
+    why = ecospa_fx.save_pretrained(model, out / "pretrained")
+    if why is not None:
+        raise CommandError(f"plain transformers does not load {out / 'pretrained'}: {why}", FAILED)

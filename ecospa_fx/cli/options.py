@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .console import CommandError
+
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="hf/TYPE, timm/NAME, a directory, or file.py:factory", show_default=False),
@@ -27,7 +29,31 @@ Factory = Annotated[
 ]
 Regions = Annotated[str, typer.Option(metavar="HOW", help="auto, blocks, root, or submodule names with commas")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Uniform = Annotated[str | None, typer.Option(metavar="layers", help="repeated blocks keep the same sizes")]
+MultipleOf = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KIND=N", help="widths of a kind are multiples: heads=2, glu=256; repeatable"),
+]
+Deploy = Annotated[
+    str | None,
+    typer.Option("--deployable", metavar="transformers", help="only sizes that plain transformers loads (pretrained/)"),
+]
 OutFile = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="write to a file")]
+
+
+def multiples_of(texts: list[str] | None) -> dict[str, int]:
+    """Parse `--multiple-of`.
+
+    Raises:
+        CommandError: a text is not a kind and a number.
+    """
+    multiples = {}
+    for text in texts or []:
+        kind, _, number = text.partition("=")
+        if not number.isdecimal():
+            raise CommandError(f"--multiple-of {text} is not a kind and a number, heads=2")
+        multiples[kind] = int(number)
+    return multiples
 
 
 def regions_of(text: str) -> str | list[str]:

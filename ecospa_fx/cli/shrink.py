@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 import ecospa_fx
-from ecospa_fx.couple.constraints import Constraints
+from ecospa_fx.couple.constraints import Constraints, Uniform
 from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.model.state import Execution
 from ecospa_fx.score.estimator import CoupledEstimator
+from ecospa_fx.train.deployable import Deployable, check_deployable, deployment
 from ecospa_fx.train.sparsifier import CoupledSparsifier
 
 from . import options as o
 from .console import FAILED, CommandError, at_work, check_directory, show, show_json
-from .models import named_model, remember_source
+from .models import named_model, remember_source, write_pretrained
 
 EPILOG = """\
 \b
 Examples:
   ecospa-fx shrink runs/mine/model --target 0.5 --out smaller
   ecospa-fx shrink hf/llama --target 0.7 --out smaller
+  ecospa-fx shrink hf/llama --target 0.7 --deployable transformers --multiple-of heads=2 --out smaller
   ecospa-fx shrink saved --factory my_model.py:make --target 0.5 --out smaller
 
 Without data, the magnitude of the weights is the only score: train afterwards, or use `ecospa-fx train`.
@@ -34,6 +37,9 @@ def shrink(
     target: Annotated[float, typer.Option(help="share of the original parameters that remains")] = 0.5,
     min_keep: Annotated[int, typer.Option(help="entries that every coupling keeps")] = 1,
     round_to: Annotated[int, typer.Option(help="widths are multiples of this")] = 1,
+    uniform: o.Uniform = None,
+    multiple_of: o.MultipleOf = None,
+    deployable: o.Deploy = None,
     regions: o.Regions = "auto",
     fields: o.Set = None,
     inputs: o.Inputs = None,
@@ -42,13 +48,20 @@ def shrink(
 ) -> None:
     """Shrink a model to a share of its parameters, the weakest rows and columns first, and save it."""
     check_directory(out)
+    # Both are checked where they are used.
+    blocks, purpose = cast("Uniform | None", uniform), cast("Deployable | None", deployable)
+    constraints = Constraints(min_keep, round_to, uniform=blocks, multiple_of=o.multiples_of(multiple_of))
     with at_work(f"shrinking {model}"):
         named = named_model(model, fields=fields, inputs=inputs, factory=factory)
         if MODEL not in named.model.__dict__:
-            ecospa_fx.compile(named.model, **named.call, regions=o.regions_of(regions))
+            execution: Execution = "graph" if deployable is None else "module"
+            ecospa_fx.compile(named.model, **named.call, regions=o.regions_of(regions), execution=execution)
         elif not named.model.__dict__[MODEL].captured:
             ecospa_fx.explain(named.model, **named.call)  # a loaded model is captured at its first call
-        sparsifier = CoupledSparsifier(named.model, target=target, constraints=Constraints(min_keep, round_to))
+        if purpose is not None:
+            check_deployable(named.model, purpose)
+            constraints = deployment(named.model, purpose, constraints).constraints
+        sparsifier = CoupledSparsifier(named.model, target=target, constraints=constraints)
         estimator = CoupledEstimator(named.model, "magnitude")
         while not sparsifier.reached():
             keeps = sparsifier.decide(estimator.importance(), sparsifier.target_size(sparsifier.sizes()))
@@ -58,6 +71,8 @@ def shrink(
         try:
             ecospa_fx.save(named.model, out)
             remember_source(out, model, fields)
+            if deployable is not None:
+                write_pretrained(named.model, out)
         except OSError as error:
             raise CommandError(f"{out} cannot be written: {error.strerror or error}", FAILED) from None
     change = ecospa_fx.diff(named.model)

@@ -22,7 +22,7 @@ from ecospa_fx.see.report.training import training_of
 from . import options as o
 from .console import FAILED, CommandError, at_work, check_directory, show, show_json, write
 from .datasets import Images, Text, channels, read_images, read_text
-from .models import Named, fields_of, named_model, remember_source
+from .models import Named, fields_of, named_model, remember_source, write_pretrained
 
 EPILOG = """\
 \b
@@ -79,6 +79,9 @@ def train(
     score: Annotated[str, typer.Option(help="score of weights: fisher or magnitude")] = "fisher",
     min_keep: Annotated[int, typer.Option(help="entries that every coupling keeps")] = 1,
     round_to: Annotated[int, typer.Option(help="widths are multiples of this")] = 1,
+    uniform: o.Uniform = None,
+    multiple_of: o.MultipleOf = None,
+    deployable: o.Deploy = None,
     more: Annotated[
         list[str] | None, typer.Option("--trainer", metavar="NAME=VALUE", help="any other setting of EcoSpaTrainer")
     ] = None,
@@ -95,7 +98,8 @@ def train(
     last = end if end is not None else max(first + 1, round(0.8 * steps))
     settings: dict[str, Any] = {
         "target": target, "top_k": top_k, "theta": theta, "start": first, "end": last, "score": score,
-        "min_keep": min_keep, "round_to": round_to,
+        "min_keep": min_keep, "round_to": round_to, "uniform": uniform, "multiple_of": o.multiples_of(multiple_of),
+        "deployable": deployable,
         "interval": interval if interval is not None else max(1, (last - first) // 10),
         **_more(more or []),
     }  # fmt: skip
@@ -194,7 +198,7 @@ class _Run:
         self.valid: list[tuple[int, float]] = []
         self.original = sum(p.numel() for p in model.parameters())
         if MODEL not in model.__dict__:
-            ecospa_fx.compile(model)
+            ecospa_fx.compile(model, execution="graph" if settings["deployable"] is None else "module")
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
         self.trainer = ecospa_fx.EcoSpaTrainer(model, self.optimizer, **settings)
 
@@ -243,6 +247,8 @@ def _write(run: _Run, out: Path, name: str, fields: list[str] | None) -> None:
         out.mkdir(parents=True, exist_ok=True)
         ecospa_fx.save(run.model, out / "model", optimizer=run.optimizer, trainer=run.trainer)
         remember_source(out / "model", name, fields)
+        if run.trainer.deployment is not None:
+            write_pretrained(run.model, out)
     except OSError as error:
         raise CommandError(f"{out} cannot be written: {error.strerror or error}", FAILED) from None
     write(out / "training.json", json.dumps(training) + "\n")

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from math import gcd
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from math import ceil, gcd, lcm
 from typing import Literal, TypeAlias, get_args
 
 from torch import nn
 
-from ecospa_fx.arguments import FLAG, MODULE, SEVERAL, Kind, check, takes
-from ecospa_fx.errors import TargetError
+from ecospa_fx.arguments import FLAG, MAPPING, MODULE, SEVERAL, check, instances, takes
+from ecospa_fx.errors import ShrinkError, TargetError
+from ecospa_fx.passes.find.discover import Kind
 
 from .coupling import Coupling
+from .ties import CorrespondingAxes, TiedCouplings, Ties, alike
 
-COUPLINGS = Kind(
-    "couplings, as ecospa_fx.couplings(model) returns them",
-    lambda value: isinstance(value, Sequence) and all(isinstance(each, Coupling) for each in value),
-)
+Uniform = Literal["layers"]
 HeadDims = Literal["per_head", "per_layer", "off"]
 Frozen: TypeAlias = "str | nn.Module | Coupling"
 
@@ -38,6 +38,14 @@ class Constraints:
             impossible (one of them may shrink and the other may not) both stay at full size.
         frozen: patterns of coupling or parameter names (`"*.layers.0.*"`), modules and couplings that stay at full
             size.
+        uniform: `"layers"`: couplings that lie on repeated blocks in the same way keep as many entries each, though not
+            the same ones. Where one of them must stay whole, all do.
+        multiple_of: kind of couplings -> a number that their widths are multiples of, on top of `round_to`:
+            `{"heads": 4, "glu": 256}`; of `heads` and `groups` the number of heads. Unlike with `round_to`, a width
+            that is no multiple now shrinks to one at the first opportunity.
+        tied: groups of coupling names that keep the same share of their original entries.
+        whole: coupling name -> the reason why it stays as it is.
+        allowed: coupling name -> the sizes that it may have beside that of now; any, where it is not named.
     """
 
     min_keep: int = 1
@@ -45,13 +53,27 @@ class Constraints:
     head_dims: HeadDims = "per_head"
     equal_head_dims: bool = False
     frozen: Sequence[Frozen] = ()
+    uniform: Uniform | None = None
+    multiple_of: Mapping[str, int] = field(default_factory=dict)
+    tied: Sequence[Sequence[str]] = ()
+    whole: Mapping[str, str] = field(default_factory=dict)
+    allowed: Mapping[str, Collection[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value in (("min_keep", self.min_keep), ("round_to", self.round_to)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise TargetError(f"{name}={value!r} is out of range; it is a whole number, at least 1")
-        if not isinstance(self.head_dims, str) or self.head_dims not in get_args(HeadDims):
-            raise TargetError(f"head_dims={self.head_dims!r} is none of {', '.join(map(repr, get_args(HeadDims)))}")
+        _check_option("head_dims", self.head_dims, get_args(HeadDims))
+        if self.uniform is not None:
+            _check_option("uniform", self.uniform, get_args(Uniform))
+        check(self.multiple_of, MAPPING, "multiple_of", "Constraints")
+        for kind, multiple in self.multiple_of.items():
+            if kind not in get_args(Kind):
+                raise TargetError(f"multiple_of has {kind!r}, which is no kind; kinds are {', '.join(get_args(Kind))}")
+            if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
+                raise TargetError(
+                    f"multiple_of[{kind!r}]={multiple!r} is out of range; it is a whole number, at least 1"
+                )
         check(self.equal_head_dims, FLAG, "equal_head_dims", "Constraints")
         if isinstance(self.frozen, str):
             raise TargetError(f"frozen={self.frozen!r} is one string; pass a list of them")
@@ -62,45 +84,160 @@ class Constraints:
         frozen = [
             e if isinstance(e, str) else e.name if isinstance(e, Coupling) else type(e).__name__ for e in self.frozen
         ]
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"frozen": frozen}
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain |= {"multiple_of": dict(self.multiple_of), "tied": [list(group) for group in self.tied]}
+        allowed = {name: sorted(sizes) for name, sizes in self.allowed.items()}
+        return plain | {"frozen": frozen, "whole": dict(self.whole), "allowed": allowed}
 
-    @takes(model=MODULE, couplings=COUPLINGS)
+    @takes(model=MODULE, couplings=instances("couplings, as ecospa_fx.couplings(model) returns them", Coupling))
     def units(self, model: nn.Module, couplings: Sequence[Coupling]) -> tuple[list[TiedCouplings], dict[str, str]]:
         """Group the couplings that may shrink into units that shrink together.
 
         Returns:
-            The units, and the reason for each coupling that stays at full size, by its name.
+            The units, and the reason for each coupling that stays at its size, by its name.
 
         Raises:
-            TargetError: an entry of `frozen` names nothing.
+            TargetError: an entry of `frozen` names nothing, a multiple is larger than an axis, or no sizes meet all
+                conditions at once.
         """
-        full_size = self._frozen(model, couplings)
+        whole = self._frozen(model, couplings) | {c.name: self.whole[c.name] for c in couplings if c.name in self.whole}
         if self.head_dims == "off":
-            full_size |= {c.name: 'head_dims="off"' for c in couplings if _inside_heads(c)}
-        groups: dict[str, list[Coupling]] = {}
-        if self.equal_head_dims:
-            for coupling in couplings:
-                if coupling.kind in ("qk", "vo"):
-                    groups.setdefault(coupling.attention or coupling.name, []).append(coupling)
-            for group in groups.values():
-                if not _can_be_equal(group) or any(c.name in full_size for c in group):
-                    reason = "equal_head_dims: its queries and keys cannot shrink in step with its values"
-                    full_size |= {c.name: reason for c in group if c.name not in full_size}
-        paired = {c.name: group for group in groups.values() for c in group}
+            whole |= {c.name: 'head_dims="off"' for c in couplings if _inside_heads(c)}
+        ties = Ties(couplings)
+        self._tie_head_dims(ties, couplings, whole)
+        self._tie_named(ties, couplings)
+        if self.uniform is not None:
+            axes = CorrespondingAxes({name: tuple(p.shape) for name, p in model.named_parameters()})
+            for group in alike(couplings):
+                for other in group[1:]:
+                    ties.join(group[0], other, 1, 1, f"uniform={self.uniform!r}")
+                loose = axes.loose(group)
+                if loose is not None:
+                    why = f"uniform={self.uniform!r}: `{loose}` corresponds to it and is on no coupling"
+                    whole = {c.name: why for c in group} | whole
         units = []
-        for coupling in couplings:
-            group = paired.get(coupling.name, [coupling])
-            if coupling.name not in full_size and coupling is group[0]:
-                units.append(TiedCouplings(tuple(sorted(group, key=lambda c: -c.width)), self._sizes(group)))
-        return units, full_size
+        for tied, scales, why in ties.groups():
+            sizes = self._sizes(tied, scales, why, whole)
+            unit = TiedCouplings(tied, sizes, scales)
+            held = next((c for c in tied if c.name in whole), None)
+            if held is None or unit.due:
+                units.append(unit)
+            else:
+                reason = f"{why} ties it to `{held.name}`, which stays whole: {whole[held.name]}"
+                whole |= {c.name: reason for c in tied if c.name not in whole}
+        place = {c: number for number, c in enumerate(couplings)}
+        return sorted(units, key=lambda unit: min(place[c] for c in unit.couplings)), whole
 
-    def _sizes(self, group: Sequence[Coupling]) -> tuple[int, ...]:
-        """Return the sizes that the coupling of a group with the widest entries may shrink to, ascending."""
-        leader = max(group, key=lambda c: c.width)
-        step = 1
-        if leader.kind not in ("heads", "groups"):
-            step = self.round_to // gcd(self.round_to, leader.width)
-        return (*(size for size in range(step, leader.size, step) if size >= self.min_keep), leader.size)
+    def check(self, model: nn.Module, couplings: Sequence[Coupling], keeps: Mapping[Coupling, int]) -> None:
+        """Refuse sizes that do not meet the conditions.
+
+        Args:
+            model: the model.
+            couplings: its couplings, at their sizes now.
+            keeps: coupling -> size after a shrink; others stay as they are.
+
+        Raises:
+            ShrinkError: they do not.
+        """
+        units, whole = self.units(model, couplings)
+        for coupling, keep in keeps.items():
+            if coupling.name in whole and keep != coupling.size:
+                raise ShrinkError(f"cannot shrink `{coupling.name}`: {whole[coupling.name]}")
+        for unit in units:
+            after = {c: keeps.get(c, c.size) for c in unit.couplings}
+            if after not in [unit.keeps(size) for size in unit.sizes]:
+                listed = ", ".join(f"`{c.name}` to {size}" for c, size in list(after.items())[:4])
+                allowed = ", ".join(map(str, unit.sizes[-8:]))
+                raise ShrinkError(
+                    f"cannot shrink {listed}: by the constraints `{unit.name}` may have {allowed}"
+                    + (f", and {len(after) - 1} others in proportion" if len(after) > 1 else "")
+                )
+
+    def _tie_head_dims(self, ties: Ties, couplings: Sequence[Coupling], whole: dict[str, str]) -> None:
+        """Tie queries and keys to values, or leave both whole."""
+        groups: dict[str, list[Coupling]] = {}
+        for coupling in couplings if self.equal_head_dims else ():
+            if coupling.kind in ("qk", "vo"):
+                groups.setdefault(coupling.attention or coupling.name, []).append(coupling)
+        for group in groups.values():
+            if not _can_be_equal(group) or any(c.name in whole for c in group):
+                reason = "equal_head_dims: its queries and keys cannot shrink in step with its values"
+                whole |= {c.name: reason for c in group if c.name not in whole}
+            else:
+                a, b = group
+                ties.join(a, b, b.width, a.width, "equal_head_dims")
+
+    def _tie_named(self, ties: Ties, couplings: Sequence[Coupling]) -> None:
+        by_name = {c.name: c for c in couplings}
+        for group in self.tied:
+            present = [by_name[name] for name in group if name in by_name]
+            for other in present[1:]:
+                ties.join(present[0], other, present[0].original_size, other.original_size, "tied")
+
+    def _sizes(
+        self, group: Sequence[Coupling], scales: Sequence[Fraction], why: str, whole: Mapping[str, str]
+    ) -> tuple[int, ...]:
+        """Return the sizes that the first coupling of a group may have so that all may have theirs, ascending.
+
+        Raises:
+            TargetError: there are none.
+        """
+        widths = [1 if _counts_heads(c) else c.width for c in group]
+        for coupling, width in zip(group, widths, strict=True):
+            if coupling.name not in whole:
+                self._check_multiple(coupling, width)
+        parts = list(zip(group, scales, widths, strict=True))
+        most = min(c.size / scale for c, scale, _ in parts)
+        held = [c.size / scale for c, scale, _ in parts if c.name in whole]
+        sizes: list[int] = []
+        if not held:
+            # The first coupling must have a multiple of this, so that all have whole, allowed numbers of entries.
+            steps = [(self._step(c, width), scale) for c, scale, width in parts]
+            step = lcm(*(scale.denominator * each // gcd(each, scale.numerator) for each, scale in steps))
+            least = max(self.min_keep / scale for _, scale, _ in parts)
+            sizes = [size for size in range(step, ceil(most), step) if size >= least]
+            for coupling, scale, _ in parts:
+                if coupling.name in self.allowed:
+                    sizes = [size for size in sizes if int(size * scale) in self.allowed[coupling.name]]
+        last = Fraction(held[0] if held else most)
+        if last <= most and all(self._allows(c, last * scale, width, whole) for c, scale, width in parts):
+            sizes.append(int(last))
+        if sizes:
+            return tuple(sizes)
+        settings = [f"`{c.name}` stays at {c.size} ({whole[c.name]})" for c in group if c.name in whole][:1]
+        settings += [why] if why else []
+        settings += [f"min_keep={self.min_keep}"] if self.min_keep > 1 else []
+        settings += [f"round_to={self.round_to}"] if self.round_to > 1 else []
+        settings += [f"multiple_of={dict(self.multiple_of)!r}"] if self.multiple_of else []
+        listed = ", ".join(f"`{c.name}` {c.size}" for c in group[:4])
+        raise TargetError(f"no sizes meet all of {', '.join(settings)}; the sizes now are {listed}; loosen one of them")
+
+    def _step(self, coupling: Coupling, width: int) -> int:
+        """Return the number that the entries of a coupling which shrinks are a multiple of."""
+        multiple = self.multiple_of.get(coupling.kind, 1)
+        round_to = 1 if _counts_heads(coupling) else self.round_to
+        return lcm(round_to // gcd(round_to, width), multiple // gcd(multiple, width))
+
+    def _allows(self, coupling: Coupling, keep: Fraction, width: int, whole: Mapping[str, str]) -> bool:
+        """Decide whether a coupling may have `keep` entries."""
+        if keep == coupling.size:
+            return coupling.name in whole or not keep * width % self.multiple_of.get(coupling.kind, 1)
+        if coupling.name in whole or keep.denominator != 1 or keep not in self.allowed.get(coupling.name, (keep,)):
+            return False
+        return self.min_keep <= keep < coupling.size and not keep % self._step(coupling, width)
+
+    def _check_multiple(self, coupling: Coupling, width: int) -> None:
+        """Refuse a multiple that a coupling is too narrow for.
+
+        Raises:
+            TargetError: it is.
+        """
+        multiple, rows = self.multiple_of.get(coupling.kind, 1), coupling.size * width
+        if rows < multiple:
+            raise TargetError(
+                f"multiple_of[{coupling.kind!r}]={multiple} is more than the {rows} of `{coupling.name}`; choose at "
+                f"most {rows}, or keep it whole with frozen=[{coupling.name!r}]"
+            )
 
     def _frozen(self, model: nn.Module, couplings: Sequence[Coupling]) -> dict[str, str]:
         """Return the couplings that `frozen` keeps at full size, with the reason.
@@ -131,35 +268,13 @@ class Constraints:
         return frozen
 
 
-@dataclass(frozen=True, eq=False)
-class TiedCouplings:
-    """Couplings that shrink together, so that their widths stay equal; as a rule just one.
+def _check_option(name: str, value: object, options: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in options:
+        raise TargetError(f"{name}={value!r} is none of {', '.join(map(repr, options))}")
 
-    Attributes:
-        couplings: the couplings, the one with the widest entries first.
-        sizes: sizes that the first coupling may shrink to, ascending; the last is its size now.
-    """
 
-    couplings: tuple[Coupling, ...]
-    sizes: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        """Name of the first coupling."""
-        return self.couplings[0].name
-
-    def keeps(self, size: int) -> dict[Coupling, int]:
-        """Return the size of each coupling when the first one has `size`."""
-        first = self.couplings[0]
-        return {c: size * first.width // c.width for c in self.couplings}
-
-    def rounded(self, size: int) -> int:
-        """Return the least allowed size of the first coupling that is not below `size`."""
-        return next(allowed for allowed in self.sizes if allowed >= min(size, self.sizes[-1]))
-
-    def size_for(self, coupling: Coupling, keep: int) -> int:
-        """Return the least size of the first coupling at which `coupling` keeps `keep` entries."""
-        return -(-keep * coupling.width // self.couplings[0].width)
+def _counts_heads(coupling: Coupling) -> bool:
+    return coupling.kind in ("heads", "groups")
 
 
 def _inside_heads(coupling: Coupling) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -37,6 +37,7 @@ class Offers:
             first graph, so that they never change.
         python_support: where the region's own Python runs, what that can follow; else None.
         unsupported_marks: marks (see `_mark`) of couplings that some call before a save could not follow.
+        across: atoms of the naming graph that are a coupling across regions -> its name.
         uncaptured: why a call could not be captured, if there is one: then nothing can shrink.
     """
 
@@ -46,6 +47,7 @@ class Offers:
     python_support: PythonSupport | None
     unsupported_marks: frozenset[str]
     uncaptured: str | None = None
+    across: Mapping[Atom, str] = field(default_factory=dict)
 
     @property
     def naming_graph(self) -> Specialization:
@@ -68,7 +70,7 @@ class Offers:
     def marks(self) -> list[str]:
         """Return the marks of all that some call cannot follow, so that a save excludes it before such a call."""
         marks = set(self.unsupported_marks)
-        if len(self.specializations) > 1:
+        if len(self.specializations) > 1 or (self.specializations and self.uncaptured is not None):
             for coupling in self.naming_graph.discovery.couplings:
                 for context in (None, coupling.context):
                     if not self._supported(coupling, context):
@@ -198,7 +200,7 @@ class Offers:
                 continue
             expr = axis_facts.parameters[name][dim]
             matrix = name in matrices
-            of = join(self.region, name if matrix else _nearest(name, offered.producers or matrices))
+            of = join(self.region, name if matrix else nearest(name, offered.producers or matrices))
             mask = mask_of(expr, self.kept)
             for part, index in by_part(expr, offered.atom):
                 label = of if part is None else f"{of} part {part}"
@@ -209,6 +211,7 @@ class Offers:
         """Return the name of the coupling along an atom, or words for an axis that has none."""
         couplings = self.naming_graph.discovery.couplings
         names = [join(self.region, coupling.name) for coupling in couplings if coupling.atom is atom]
+        names += [self.across[atom]] if atom in self.across else []
         return names[0] if names else f"an axis of {atom.size} that stays whole"
 
 
@@ -218,7 +221,7 @@ def _mark(coupling: RegionCoupling, context: Atom | None) -> str:
     return hashlib.sha256(repr(where).encode()).hexdigest()[:16]
 
 
-def _nearest(name: str, matrices: Sequence[str]) -> str:
+def nearest(name: str, matrices: Sequence[str]) -> str:
     """Return the matrix whose name shares the longest prefix with that of a bias."""
     return max(matrices, key=lambda matrix: shared_prefix(name, matrix))
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ecospa_fx.arguments import MAPPING, MODULE, having, optional, takes
+from ecospa_fx.arguments import MAPPING, MODULE, having, instance, optional, takes
+from ecospa_fx.couple.constraints import Constraints
 from ecospa_fx.couple.coupling import CouplingSelection
 from ecospa_fx.logs import logger
 
@@ -21,7 +22,10 @@ from .slicing import Absorber
 from .wrappers import check_wrappers, unwrapped
 
 
-@takes(model=MODULE, selection=MAPPING, absorb=optional(having("the moments of ecospa_fx.Grams", "absorbed")))
+@takes(
+    model=MODULE, selection=MAPPING, absorb=optional(having("the moments of ecospa_fx.Grams", "absorbed")),
+    constraints=optional(instance("an ecospa_fx.Constraints", Constraints)),
+)  # fmt: skip
 def shrink(
     model: nn.Module,
     selection: CouplingSelection,
@@ -29,6 +33,7 @@ def shrink(
     optimizer: Optimizer | Iterable[Optimizer] = (),
     also: Any = (),
     absorb: Absorber | None = None,
+    constraints: Constraints | None = None,
 ) -> ModuleDiff:
     """Remove rows and columns by hand.
 
@@ -43,18 +48,28 @@ def shrink(
             (`torch.optim.swa_utils.AveragedModel`, timm's `ModelEma`), dicts of names and tensors; or one of these.
         absorb: statistics of the inputs of weights. Where a weight sums over removed entries, the entries that stay
             take over by least squares, so that its output changes little; see docs/absorption.md.
+        constraints: conditions that the sizes afterwards must meet, or nothing is removed.
 
     Returns:
         The sizes of every layer before and after; print it.
 
     Raises:
-        ShrinkError: a selection is empty, out of range or not increasing, or an object in `also` is not a copy.
+        ShrinkError: a selection is empty, out of range or not increasing, or an object in `also` is not a copy; or the
+            sizes afterwards do not meet `constraints`.
+        TargetError: no sizes meet `constraints`.
         NoCouplingError: there is no such coupling.
         OptimizerError: the optimizer holds none of the parameters, or state that cannot follow.
         PinnedAxisError: another call signature of the model needs an axis at full size.
         WrapperError: the model is spread over devices, in a wrapper that cannot follow.
     """
     check_wrappers(model)
+    if constraints is not None:
+        inner = unwrapped(model)
+        by_name = {coupling.name: coupling for coupling in state_of(inner).couplings()}
+        named = {str(getattr(given, "name", given)): keep for given, keep in selection.items()}
+        tensors = {name: keep for name, keep in named.items() if isinstance(keep, Tensor) and keep.ndim}
+        sizes = {by_name[name]: keep.shape[-1] for name, keep in tensors.items() if name in by_name}
+        constraints.check(inner, tuple(by_name.values()), sizes)
     return shrink_within(None, model, selection, optimizer=optimizer, also=also, absorb=absorb)
 
 

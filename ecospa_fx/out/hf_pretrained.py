@@ -10,10 +10,12 @@ model's classes read it), config.json has it, and plain `AutoModel.from_pretrain
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ from ecospa_fx.checkpoint.rebuild import attach_compiled
 from ecospa_fx.errors import CheckpointError, EcoSpaError
 from ecospa_fx.json_text import format_json, parse_json
 from ecospa_fx.model.compiled import CompiledModel
+from ecospa_fx.model.configured import configuration_at
 from ecospa_fx.model.lookup import compiled_state
+from ecospa_fx.model.made_values import difference_of_made
 from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.plan import Plan
@@ -148,27 +152,40 @@ def configuration_for(model: nn.Module, compiled: CompiledModel) -> Any:
             f"this {kind} runs as graphs, and its own Python may not run at these sizes; compile it with "
             "execution='module' to shrink only what its Python can follow"
         )
+    found = configuration_at(model, compiled, compiled.plan)
+    if not isinstance(found, str):
+        return found
+    by_layer = _by_layer(model, compiled)
+    if not isinstance(by_layer, str):
+        return by_layer
+    return f"{found}; {by_layer}. ecospa_fx.from_pretrained loads it, plain from_pretrained of transformers does not"
+
+
+def _by_layer(model: nn.Module, compiled: CompiledModel) -> Any:
+    """Return a configuration with numbers for single layers that gives the sizes of now; or why there is none."""
+    import transformers
+
+    config, plan = getattr(model, "config"), compiled.plan  # noqa: B009
     wanted = {name: tuple(t.shape) for name, t in named_tensors(model).items()}
     fields = {name: v for name, v in vars(config).items() if type(v) is int and v > 1 and not name.startswith("_")}
     best = copy.deepcopy(config)
     wrong = shape_differences(model, best, wanted)
-    for proposals in (_for_all(fields, compiled.plan), _per_layer(fields, compiled.plan)):
-        for change in proposals:
-            if not wrong:
-                return best
-            trial = copy.deepcopy(best)
-            change(trial)
-            now = shape_differences(model, trial, wanted)
-            if len(now) < len(wrong):
-                best, wrong = trial, now
-    if not wrong:
-        return best
-    first = sorted(wrong)[0]
-    return (
-        f"a {type(config).__name__} cannot express the sizes of this {kind}: `{first}` is {wanted[first]}, and no "
-        "number in it, for all layers or for one, gives that shape; ecospa_fx.from_pretrained loads it, plain "
-        "from_pretrained of transformers does not"
-    )
+    read: list[str] = []
+    for change in itertools.chain(_for_all(fields, plan), _per_layer(model, fields, wanted, read)):
+        trial = copy.deepcopy(best)
+        change(trial)
+        now = shape_differences(model, trial, wanted)
+        if len(now) < len(wrong):
+            best, wrong = trial, now
+        if not wrong:
+            break
+    kind = f"{type(model).__name__} of transformers {transformers.__version__}"
+    if wrong:
+        fields_read = f"only {', '.join(read)}" if read else "no such number"
+        return f"layer by layer (`per_layer_config`) {kind} reads {fields_read}"
+    cls: Any = type(model)
+    difference = difference_of_made(model, compiled, plan, cls(copy.deepcopy(best)))
+    return best if difference is None else f"layer by layer the shapes can be given, but then {difference}"
 
 
 def _for_all(fields: Mapping[str, int], plan: Plan) -> Iterator[Any]:
@@ -182,27 +199,45 @@ def _for_all(fields: Mapping[str, int], plan: Plan) -> Iterator[Any]:
             yield change
 
 
-def _per_layer(fields: Mapping[str, int], plan: Plan) -> Iterator[Any]:
-    """Propose changes of one number per layer."""
-    layers: dict[int, list[str]] = {}
-    for name in plan.original_shapes:
-        number = re.search(r"\.(\d+)\.", name)
-        if number:
-            layers.setdefault(int(number.group(1)), []).append(name)
-    for field, value in fields.items():
-        choices = {layer: _proportional(value, plan, names) for layer, names in layers.items()}
-        # A number may count one of several axes of a layer: try the smallest and the largest proportional value.
-        for pick in (min, max):
-            values = {layer: pick(numbers) for layer, numbers in choices.items() if numbers}
+def _per_layer(model: nn.Module, fields: Mapping[str, int], wanted: NamedShapes, read: list[str]) -> Iterator[Any]:
+    """Propose changes of one number for each layer: those by which the axes that follow it get the sizes wanted.
 
-            def change(config: Any, field: str = field, values: Mapping[int, int] = values) -> None:
-                spec = getattr(config, "_heterogeneity_spec", None)
-                overrides = {k: dict(v) for k, v in (spec.per_layer_overrides if spec else {}).items()}
-                for layer, new in values.items():
-                    overrides.setdefault(layer, {})[field] = new
-                config.per_layer_config = overrides
+    Args:
+        model: the model.
+        fields: the numbers, with their values for all layers.
+        wanted: the shapes.
+        read: gets the names of the numbers that its class reads layer by layer.
+    """
+    layers = {int(n[1]) for name in wanted if (n := re.search(r"\.(\d+)\.", name))}
+    for field in fields:
 
-            yield change
+        def change(config: Any, field: str = field) -> None:
+            value = vars(config)[field]  # reading it as an attribute is refused where layers differ
+            probe = copy.deepcopy(config)
+            _override(probe, field, dict.fromkeys(layers, 2 * value))
+            before, after = _shapes(model, config), _shapes(model, probe)
+            shares: dict[int, set[Fraction]] = {}
+            for name in before.keys() & after.keys() & wanted.keys():
+                number = re.search(r"\.(\d+)\.", name)
+                for a, b, w in zip(before[name], after[name], wanted[name], strict=False):
+                    if number and b == 2 * a:
+                        shares.setdefault(int(number[1]), set()).add(Fraction(w, a))
+            if shares:
+                read.append(field)
+            news = {layer: value * share.pop() for layer, share in shares.items() if len(share) == 1}
+            _override(config, field, {layer: int(new) for layer, new in news.items() if new.denominator == 1})
+
+        yield change
+
+
+def _override(config: Any, field: str, values: Mapping[int, int]) -> None:
+    """Set a number for single layers, beside what is set for them already."""
+    spec = getattr(config, "_heterogeneity_spec", None)
+    overrides = {k: dict(v) for k, v in (spec.per_layer_overrides if spec else {}).items()}
+    for layer, new in values.items():
+        overrides.setdefault(layer, {})[field] = new
+    if values:
+        config.per_layer_config = overrides
 
 
 def _proportional(value: int, plan: Plan, names: Any) -> set[int]:
@@ -217,11 +252,16 @@ def _proportional(value: int, plan: Plan, names: Any) -> set[int]:
 
 def shape_differences(model: nn.Module, config: Any, wanted: NamedShapes) -> set[str]:
     """Return the names whose shapes differ in a model made from a configuration; all of them if none can be made."""
+    shapes = _shapes(model, config)
+    return {name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name)}
+
+
+def _shapes(model: nn.Module, config: Any) -> NamedShapes:
+    """Return the shapes in a model of the same class made from a configuration; none if it refuses its numbers."""
     cls: Any = type(model)
     try:
         with torch.device("meta"):
-            candidate = cls(copy.deepcopy(config))
-    except Exception:  # a configuration may refuse its numbers in any way
-        return set(wanted)
-    shapes = {name: tuple(t.shape) for name, t in named_tensors(candidate).items()}
-    return {name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name)}
+            made = cls(copy.deepcopy(config))
+    except Exception:  # it may do so in any way
+        return {}
+    return {name: tuple(t.shape) for name, t in named_tensors(made).items()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ecospa_fx.arguments import CALL, MODULE, WHOLE, takes
 from ecospa_fx.errors import NoInputsError, VerificationError
 from ecospa_fx.model.full_size import unshrunk
+from ecospa_fx.model.joint_offers import atoms_at_edges
 from ecospa_fx.model.lookup import check_values, plan, state_of, try_call
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.wrappers import looks_inside
@@ -31,7 +32,8 @@ class Verification:
     """The result of `verify`.
 
     Attributes:
-        by_coupling: a comparison per coupling alone, and `all of <region>` per region for all its couplings together.
+        by_coupling: a comparison per coupling alone, and `all of <region>` per region for all its couplings together. A
+            coupling across regions is compared in each of them, with what goes in and comes out.
     """
 
     by_coupling: dict[str, Comparison]
@@ -149,6 +151,12 @@ def comparisons(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     """
     compiled = state_of(model)
     generator = torch.Generator().manual_seed(seed)
+    offered = {coupling.name for coupling in compiled.couplings()}
+    halves = {
+        joint.name: _half(Atom(0, joint.size), None, generator)
+        for joint in compiled.state.joints
+        if joint.name in offered
+    }
     calls = record(model, args, kwargs, set(compiled.regions))
     for name, region in compiled.regions.items():
         if name not in calls:
@@ -160,10 +168,19 @@ def comparisons(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         of_program = {c.key: c for c in region.discovery_of(program).couplings}
         couplings = [of_program[c.key] for c in region.naming_graph.discovery.couplings if c.key in of_program]
         kept = {coupling.atom: _half(coupling.atom, coupling.context, generator) for coupling in couplings}
+        across = {
+            joint.name: dict.fromkeys(atoms_at_edges(axis_facts, joint), halves[joint.name])
+            for joint in compiled.state.joints
+            if joint.name in halves
+        }
+        kept |= {atom: half for atoms in across.values() for atom, half in atoms.items()}
         yield compare(axis_facts, kept, module, tensors, inputs, f"all of {name or 'the model'}")
         for coupling in couplings:
             alone = {coupling.atom: kept[coupling.atom]}
             yield compare(axis_facts, alone, module, tensors, inputs, join(name, coupling.name))
+        for joint, selected in across.items():
+            if selected:
+                yield compare(axis_facts, selected, module, tensors, inputs, f"{joint} in {name}")
 
 
 def _half(atom: Atom, context: Atom | None, generator: torch.Generator) -> Selected:

@@ -8,12 +8,15 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ecospa_fx.couple.constraints import TiedCouplings
 from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.couple.ties import TiedCouplings
 from ecospa_fx.model.cost import CostModel
 
 from .latency import LatencyModel
 from .sparsifier import CoupledSparsifier, named_sizes
+
+KNOTS = 16
+"""Sizes of tied couplings at which the cost is computed exactly."""
 
 
 class AdaptiveSparsifier(CoupledSparsifier):
@@ -48,7 +51,7 @@ class AdaptiveSparsifier(CoupledSparsifier):
         prices = {unit: _prices(unit, worth, sizes) for unit in units}
         keeps = self._cheapest(units, prices, sizes, at_most)
         order = sorted(keeps, key=lambda unit: (_last(prices[unit], unit, keeps[unit]), unit.name))
-        keeps = self._stop_at_target(order, keeps, sizes)
+        keeps = self._stop_at_target(order, keeps, sizes, {unit: unit.sizes[-1] for unit in units if unit.due})
         if sizes.total(named_sizes(keeps, keeps)) > at_most:  # whole entries left a little over: the next cheapest ones
             order = sorted(units, key=lambda unit: (_next(prices[unit], unit, keeps), unit.name))
             keeps = self._fill(order, keeps, sizes, at_most)
@@ -72,7 +75,9 @@ class AdaptiveSparsifier(CoupledSparsifier):
 
         def after(count: int) -> dict[TiedCouplings, int]:
             taken = Counter(number for _, _, number in steps[:count])  # the steps of one unit come in order
-            return {units[number]: units[number].sizes[-1 - gone] for number, gone in taken.items()}
+            return {
+                unit: unit.sizes[-1 - taken[number]] for number, unit in enumerate(units) if taken[number] or unit.due
+            }
 
         low, high = 0, len(steps)
         while low < high:
@@ -112,14 +117,29 @@ def _prices(unit: TiedCouplings, worth: Mapping[Coupling, Tensor], sizes: CostMo
     A cheap step after a dear one is priced together with it: the lower convex hull of loss over cost.
     """
     rises = {c: [0.0, *worth[c].cumsum(0).tolist()] for c in unit.couplings}
-    least, most = unit.sizes[0], unit.sizes[-1]
-    saved = sizes.total({}) - sizes.total(named_sizes([unit], {unit: least}))
-    each = saved / max(1, most - least)  # costs are linear in one width, as long as the others stay
+    costs = _costs(unit, sizes)
     points = []
     for size in reversed(unit.sizes):
         rise = sum(rises[c][c.size - keep] for c, keep in unit.keeps(size).items())
-        points.append((each * (most - size), rise))
+        points.append((costs[unit.sizes[-1]] - costs[size], rise))
     return _slopes(points)
+
+
+def _costs(unit: TiedCouplings, sizes: CostModel | LatencyModel) -> dict[int, float]:
+    """Return the cost of the model at each size of a unit, the others as they are.
+
+    A cost is linear in one width. Tied widths may multiply each other: between a number of sizes it is a straight line.
+    """
+    last = len(unit.sizes) - 1
+    knots = min(last, 1 if len(unit.couplings) == 1 else KNOTS)
+    positions = [round(last * i / max(1, knots)) for i in range(knots + 1)]
+    exact = [sizes.total(named_sizes([unit], {unit: unit.sizes[position]})) for position in positions]
+    costs = {unit.sizes[positions[0]]: float(exact[0])}
+    for (a, b), (x, y) in zip(pairwise(positions), pairwise(exact), strict=True):
+        for position in range(a + 1, b + 1):
+            share = (unit.sizes[position] - unit.sizes[a]) / max(1, unit.sizes[b] - unit.sizes[a])
+            costs[unit.sizes[position]] = x + (y - x) * share
+    return costs
 
 
 def _slopes(points: list[tuple[float, float]]) -> list[float]:

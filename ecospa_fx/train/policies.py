@@ -43,7 +43,13 @@ class Decision:
 
 
 class Policy(Protocol):
-    """A rule that decides which entries go."""
+    """A rule that decides which entries go.
+
+    Attributes:
+        constraints: which sizes are allowed; they may be set before the sparsifier is made.
+    """
+
+    constraints: Constraints
 
     @property
     def estimators(self) -> list[CoupledEstimator]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol, Self
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.arguments import FUNCTION, MAPPING, MODULE, NUMBER, SEVERAL, instance, optional, takes
-from ecospa_fx.couple.constraints import Constraints, TiedCouplings
+from ecospa_fx.couple.constraints import Constraints
 from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.couple.ties import TiedCouplings
 from ecospa_fx.errors import TargetError
 from ecospa_fx.model.cost import Cost, CostModel
 from ecospa_fx.model.lookup import couplings, state_of
@@ -85,11 +87,21 @@ class CoupledSparsifier:
         sizes = self.sizes()
         units = self._units()
         floor = sizes.total(named_sizes(units, {unit: unit.sizes[0] for unit in units}))
+        owed = sizes.total(named_sizes(*_owed(units)))
+        if owed < self.target_size(sizes) < sizes.total({}):
+            first = next(unit for unit in units if unit.due)
+            raise TargetError(
+                f"target={target:g} is {self.target_size(sizes):,}, and the sizes that the constraints allow begin at "
+                f"{owed:,}: `{first.name}` has {first.couplings[0].size} and may have {first.sizes[-1]}; choose "
+                "a smaller target, or loosen multiple_of"
+            )
         if self.target_size(sizes) < floor:
             base = sizes.original if among == "all" else sizes.prunable
-            least = math.ceil(1000 * (1 - (sizes.original - floor) / base)) / 1000
+            least = _share(1 - (sizes.original - floor) / base)
             limits = [f"min_keep={self.constraints.min_keep}"]
             limits += [f"round_to={self.constraints.round_to}"] if self.constraints.round_to > 1 else []
+            limits += [f"uniform={self.constraints.uniform!r}"] if self.constraints.uniform else []
+            limits += [f"multiple_of={dict(self.constraints.multiple_of)!r}"] if self.constraints.multiple_of else []
             limits += [f"{len(self.whole)} couplings that stay whole"] if self.whole else []
             state = state_of(model)
             of = f"{sizes.original:,} {'ns' if isinstance(cost, Latency) else cost}"
@@ -160,13 +172,14 @@ class CoupledSparsifier:
         # Score of the strongest entry, of the two strongest, and so on, over all contexts.
         running = {c: score.sort(dim=-1, descending=True).values.sum(0).cumsum(0) for c, score in scores.items()}
         count = max(1, math.ceil(self.top_k * len(order)))
-        keeps = self._by_theta(order[:count], running, self.theta)
+        owed = _owed(order)[1]
+        keeps = owed | self._by_theta(order[:count], running, self.theta)
         while count < len(order) and not self._enough(keeps, sizes, at_most):
             keeps |= self._by_theta(order[count : count + 1], running, self.theta)
             count += 1
         if not self._enough(keeps, sizes, at_most):
             keeps = self._by_theta(order, running, self._looser(order, running, sizes, at_most))
-        keeps = self._stop_at_target(order, keeps, sizes)
+        keeps = self._stop_at_target(order, keeps, sizes, owed)
         left = sizes.total(named_sizes(keeps, keeps))
         stuck = left == sizes.total({}) if at_most is None else at_most <= self.target_size(sizes)
         if left > self.target_size(sizes) and stuck:
@@ -181,13 +194,15 @@ class CoupledSparsifier:
 
     def reached(self) -> bool:
         """Return whether no coupling can lose another entry without passing the target."""
-        sizes = self.sizes()
-        smallest = (sizes.total(named_sizes([unit], {unit: unit.sizes[-2]})) for unit in self.shrinkable())
+        sizes, shrinkable = self.sizes(), self.shrinkable()
+        if any(unit.due for unit in shrinkable):
+            return False
+        smallest = (sizes.total(named_sizes([unit], {unit: unit.below or 1})) for unit in shrinkable)
         return sizes.total({}) <= self.target_size(sizes) or all(total < self.target_size(sizes) for total in smallest)
 
     def shrinkable(self) -> list[TiedCouplings]:
         """Return the couplings that can lose another entry, target aside, those that shrink together as one."""
-        return [unit for unit in self._units() if len(unit.sizes) > 1]
+        return [unit for unit in self._units() if unit.below is not None]
 
     def _scores(self, coupling: Coupling) -> Tensor:
         """Score the entries, `[contexts, size]`; one row where all contexts keep the same."""
@@ -203,11 +218,8 @@ class CoupledSparsifier:
     def _by_theta(
         self, order: list[TiedCouplings], running: Mapping[Coupling, Tensor], theta: float
     ) -> dict[TiedCouplings, int]:
-        """Return the least allowed size of each unit at which all its couplings keep `theta` of their score."""
-        return {
-            unit: unit.rounded(max(unit.size_for(c, _entries_with(theta, running[c])) for c in unit.couplings))
-            for unit in order
-        }
+        """Return the least allowed size of each unit at which its couplings keep `theta` of their score, on average."""
+        return {unit: unit.sizes[_first_with(theta, unit, running)] for unit in order}
 
     def _looser(
         self,
@@ -260,11 +272,23 @@ def _strongest(scores: Tensor, keep: int) -> Tensor:
     return positions[0] if len(positions) == 1 else positions
 
 
-def _entries_with(theta: float, running: Tensor) -> int:
-    """Return the size of the smallest set of entries with `theta` of the total score, from running sums."""
-    if not float(running[-1]) > 0:
-        return len(running)
-    return int((running < theta * running[-1] * (1 - 1e-12)).sum()) + 1
+def _first_with(theta: float, unit: TiedCouplings, running: Mapping[Coupling, Tensor]) -> int:
+    """Return the position of the least allowed size with `theta` of the score, from running sums; else of the last."""
+
+    def share(size: int) -> float:
+        return _mean(
+            float(running[c][keep - 1] / running[c][-1]) if float(running[c][-1]) > 0 else 0.0
+            for c, keep in unit.keeps(size).items()
+        )
+
+    low, high = 0, len(unit.sizes) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if share(unit.sizes[middle]) >= theta * (1 - 1e-12):
+            high = middle
+        else:
+            low = middle + 1
+    return high
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -272,6 +296,28 @@ def _mean(values: Iterable[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
+def reachable(
+    model: nn.Module, settings: DecisionSettings, constraints: Constraints, optimizers: Sequence[Optimizer]
+) -> float:
+    """Return the smallest target that constraints allow."""
+    open_ended = CoupledSparsifier.of(model, replace(settings, target=1.0), constraints, optimizers)
+    sizes, units = open_ended.sizes(), open_ended.shrinkable()
+    base = sizes.original if settings.among == "all" else sizes.prunable
+    floor = sizes.total(named_sizes(units, {unit: unit.sizes[0] for unit in units}))
+    return _share(1 - (sizes.original - floor) / base)
+
+
+def _share(exact: float) -> float:
+    """Round a target up, so that it can be reached."""
+    return math.ceil(1000 * exact) / 1000
+
+
 def named_sizes(units: Iterable[TiedCouplings], sizes: Mapping[TiedCouplings, int]) -> dict[str, int]:
     """Return entries by coupling name, as `CostModel.total` takes them."""
     return {c.name: keep for unit in units for c, keep in unit.keeps(sizes[unit]).items()}
+
+
+def _owed(units: Sequence[TiedCouplings]) -> tuple[list[TiedCouplings], dict[TiedCouplings, int]]:
+    """Return the units whose sizes of now are not allowed, and the sizes that they must go down to at least."""
+    due = [unit for unit in units if unit.due]
+    return due, {unit: unit.sizes[-1] for unit in due}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,9 +25,10 @@ from ecospa_fx.arguments import (
 )
 from ecospa_fx.compensate.compensation import GATHERING, Compensation, CompensationSettings
 from ecospa_fx.compensate.forecast import Forecast
-from ecospa_fx.couple.constraints import Constraints, Frozen, HeadDims
+from ecospa_fx.couple.constraints import Constraints, Frozen, HeadDims, Uniform
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import OptimizerError
+from ecospa_fx.logs import logger
 from ecospa_fx.model.copies import copies_of, listed
 from ecospa_fx.model.cost import Cost
 from ecospa_fx.model.diff import ModuleDiff
@@ -38,6 +40,7 @@ from ecospa_fx.model.wrappers import check_wrappers, unwrapped
 
 from .batches import LISTENER, LossListener, loss_of, tokens_of
 from .clock import Clock
+from .deployable import Deployable, Deployment, check_deployable, deployment
 from .latency import Latency
 from .left_out import LeftOut, say_if_short
 from .loss_spikes import LossSpikes, number_of
@@ -56,7 +59,7 @@ from .settings import (
     check_adaptive,
     check_options,
 )
-from .sparsifier import CoupledSparsifier
+from .sparsifier import CoupledSparsifier, reachable
 
 BeforeShrink = Callable[[nn.Module, Mapping[Coupling, Tensor], Any], None]
 
@@ -106,6 +109,13 @@ class EcoSpaTrainer:
         head_dims: `"per_head"`, `"per_layer"` or `"off"`; see `Constraints`.
         equal_head_dims: queries and keys keep as many dims as values; see `Constraints`.
         frozen: name patterns, modules and couplings that keep their size.
+        uniform: `"layers"`: repeated blocks keep the same sizes; see `Constraints`.
+        multiple_of: kind of couplings -> a number that their widths are multiples of; see `Constraints`.
+        deployable: `"transformers"`: only such sizes that `save_pretrained` writes a model which plain transformers
+            loads. It sets `uniform`, ties couplings that one number of the configuration stands for, and keeps whole
+            what no number can express, see `deployment`. The model must be compiled with `execution="module"`. Or a
+            function that makes the original model, `functools.partial(timm.create_model, name, **arguments)`: only such
+            sizes that it can make too, see `ecospa_fx.constructor_arguments`.
         gradients: when they are read: at `"step"`, the call of `step()`; right before each step of the `"optimizer"`;
             or in `"backward"`, for optimizers that step there and free them at once. See `CoupledEstimator`.
         before_shrink: called with the model, the entries to keep and the optimizer right before each shrink.
@@ -125,6 +135,7 @@ class EcoSpaTrainer:
         forecast: with `policy="adaptive"`, the expected cost of each coupling at the last sparsification step.
         left_out: name of each coupling that the last sparsification step could not judge -> the reason, such as weights
             that are frozen (`requires_grad=False`) where the score reads gradients. The log says so too, once.
+        deployment: with `deployable`, what that forbids and which targets it leaves; known once the model was called.
         last_shrink: sizes of every layer before and after the last shrink, once there was one.
         also: a list, to which a copy that is made later may be added.
 
@@ -165,6 +176,9 @@ class EcoSpaTrainer:
         head_dims: HeadDims = "per_head",
         equal_head_dims: bool = False,
         frozen: Sequence[Frozen] = (),
+        uniform: Uniform | None = None,
+        multiple_of: Mapping[str, int] | None = None,
+        deployable: Deployable | None = None,
         gradients: Gradients = "step",
         before_shrink: BeforeShrink | None = None,
         also: Any = (),
@@ -182,7 +196,12 @@ class EcoSpaTrainer:
         top_k = PRESETS[preset].top_k if top_k is None else top_k
         theta = PRESETS[preset].theta if theta is None else theta
         self._decisions = DecisionSettings(target, cost, among, top_k, theta)
-        self._constraints = Constraints(min_keep, round_to, head_dims, equal_head_dims, frozen)
+        self._constraints = Constraints(
+            min_keep, round_to, head_dims, equal_head_dims, frozen, uniform, dict(multiple_of or {})
+        )
+        check_deployable(model, deployable)
+        self._deployable: Deployable | None = deployable
+        self.deployment: Deployment | None = None
         self.schedule = Schedule(interval, start, end, shape, shrinks, unit)
         self.optimizers = several(optimizer)
         if not self.optimizers:
@@ -338,7 +357,21 @@ class EcoSpaTrainer:
     def _ready(self) -> CoupledSparsifier:
         """Return the sparsifier, made once the couplings are known."""
         self._compensation.observe()
+        if self._deployable is not None and self.deployment is None:
+            self.deployment = self._deploy(self._deployable)
         return self.policy.ready()
+
+    def _deploy(self, deployable: Deployable) -> Deployment:
+        """Find out what `deployable` forbids, and say it."""
+        found = deployment(self.model, deployable, self._constraints)
+        shares = [
+            reachable(self.model, self._decisions, constraints, self.optimizers)
+            for constraints in (found.constraints, self._constraints)
+        ]
+        found = replace(found, reachable=(shares[0], shares[1]))
+        logger("shrink").warning("%s", found)
+        self._constraints = self.policy.constraints = found.constraints
+        return found
 
     def _cost_due(self, sparsifier: CoupledSparsifier) -> int | None:
         """Compute the cost that the model may have after this step by the schedule; None if it does not say."""
@@ -418,6 +451,7 @@ class EcoSpaTrainer:
                 "seed": self._scores.seed,
                 "spike": self._spikes.allowed,
                 "gradients": self._gradients,
+                "deployable": self._deployable if isinstance(self._deployable, str | None) else "a function",
                 "absorb": self._compensation.settings.absorb,
                 "rotate": self._compensation.settings.rotate,
             },

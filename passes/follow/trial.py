@@ -17,7 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, product, segments, size_of
+from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, Size, product, segments, size_of
 from ecospa_fx.passes.axes.selection import Selection, mask_of, touched
 from ecospa_fx.passes.capture.compare_eager import TOLERANCE, relative_error
 from ecospa_fx.passes.capture.reads import recorded_reads
@@ -225,10 +225,14 @@ def modes(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
             child.training = flag
 
 
-def example_calls(axis_facts: AxisFacts) -> Iterator[tuple[Any, Any]]:
+def example_calls(axis_facts: AxisFacts, now: Sequence[tuple[Size, ...]] = ()) -> Iterator[tuple[Any, Any]]:
     """Make up calls that a graph serves, with random values: a small one if its sizes may be so, and one as captured.
 
     Sizes may depend on each other, and on what the forward asks of them: the call that was captured answers to that.
+
+    Args:
+        axis_facts: axes of the graph.
+        now: the sizes of its inputs, where some have shrunk since.
     """
     signature, decided = axis_facts.captured.signature, axis_facts.captured.data_sizes
     called = {symbol: size for symbol, size in symbols_of(axis_facts).items() if symbol not in decided}
@@ -240,14 +244,14 @@ def example_calls(axis_facts: AxisFacts) -> Iterator[tuple[Any, Any]]:
         low, high = signature.ranges.get(symbol, (0, math.inf))
         small[symbol] = int(min(max(low, 3 + i), high))
     if small != called and signature.admits(small):
-        yield _call(signature, small)
-    yield _call(signature, {**small, **called})
+        yield _call(signature, small, now)
+    yield _call(signature, {**small, **called}, now)
 
 
-def _call(signature: Signature, sizes: Mapping[sympy.Symbol, int]) -> tuple[Any, Any]:
+def _call(signature: Signature, sizes: Mapping[sympy.Symbol, int], now: Sequence[tuple[Size, ...]]) -> tuple[Any, Any]:
     generator = torch.Generator().manual_seed(0)
     leaves: list[Any] = []
-    tensors = iter(signature.tensors)
+    tensors = iter(signature.now(now))
     for leaf in signature.leaves:
         if leaf is not TENSOR:
             leaves.append(leaf)

@@ -94,8 +94,11 @@ def rewrite(
     run, source = generate(graph)
     called = frozenset(node.target for node in graph.nodes if node.op == "call_module")
     by_name = {node.name: node for node in captured.graph.nodes if node.op == "placeholder"}
-    state = tuple(tuple(sizes(by_name[name])) for name in captured.state)
-    return Program(captured, axis_facts, run, tuple(constants.values()), source, called, state)
+    called_with = tuple(
+        tuple(sizes(by_name[name])) if by_name[name] in axis_facts.values else shape
+        for name, (_, _, shape) in zip(captured.inputs, captured.signature.tensors, strict=True)
+    )
+    return Program(captured, axis_facts, run, tuple(constants.values()), source, called, called_with)
 
 
 def _sizes_now(axis_facts: AxisFacts, kept: Selection) -> Callable[[fx.Node], Sequence[Size]]:

@@ -1,0 +1,118 @@
+"""Made values: a model that a class makes at other sizes, run beside the program of a compiled one at these sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ecospa_fx.passes.capture.compare_eager import TOLERANCE, relative_error
+from ecospa_fx.passes.follow.trial import Failed, drawn, example_calls, modes, own_forward
+from ecospa_fx.passes.graph.isolate import isolated
+from ecospa_fx.passes.graph.tensors import join, named_tensors, sliced, swapped
+from ecospa_fx.passes.rewrite.replay import replay
+from ecospa_fx.passes.rewrite.rewrite import rewrite
+from ecospa_fx.plan import Plan
+
+from .compiled import CompiledModel
+from .region import Region
+
+
+def difference_of_made(model: nn.Module, compiled: CompiledModel, plan: Plan, made: nn.Module) -> str | None:
+    """Say how a model that was made at the sizes of a plan computes something else; None where it does not.
+
+    Equal shapes do not say that: a scale may follow from a number of heads. Each region is run by the new model's own
+    Python with weights drawn at random, against the program of the compiled model. Outside the regions the numbers that
+    modules hold are compared.
+
+    Args:
+        model: the compiled model.
+        compiled: its state.
+        plan: the plan, which may remove more than is removed now.
+        made: the model that was made, with values in its buffers.
+    """
+    inside = tuple(compiled.regions)
+    for path, module in model.named_modules():
+        if any(path == name or path.startswith(f"{name}.") or not name for name in inside):
+            continue
+        other = made.get_submodule(path).__dict__
+        for name, value in module.__dict__.items():
+            if type(value) is float and other.get(name) != value:
+                return f"`{join(path, name)}` would be {other.get(name)!s:.30} and is {value}"
+    done: set[tuple[int, ...]] = set()
+    for name, region in compiled.regions.items():
+        graphs = tuple(id(each.captured.graph) for each in region.specializations)
+        if not graphs or graphs in done:
+            continue
+        done.add(graphs)
+        difference = _of_region(model, compiled.plan, plan, region, made.get_submodule(name))
+        if difference is not None:
+            return difference
+    return None
+
+
+def _of_region(model: nn.Module, now: Plan, plan: Plan, region: Region, made: nn.Module) -> str | None:
+    module, where = model.get_submodule(region.name), region.name or "the model"
+    names = {id(t): name for name, t in named_tensors(model).items() if name in plan.original_shapes}
+    small: dict[str, Tensor] = {}
+    for name, tensor in named_tensors(module).items():
+        planned = names.get(id(tensor))
+        small[name] = tensor if planned is None else _like(tensor, _left(planned, tensor, now, plan))
+    small = drawn(small)
+    persistent = made.state_dict(keep_vars=True).keys() | {name for name, _ in made.named_parameters()}
+    for each in region.specializations:
+        facts = each.axis_facts
+        program = rewrite(facts, replay(facts, plan), module)
+        for args, kwargs in example_calls(facts):
+            inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            with torch.no_grad(), swapped(module, _parameters(module, small)), isolated(module):
+                torch.manual_seed(0)
+                try:
+                    expected = program.run(module, *(t.clone() for t in inputs), *program.constants)
+                except Exception:  # values that were made up may be none that it takes
+                    continue
+            theirs = {name: t for name, t in small.items() if name in persistent}
+            training = each.captured.signature.training
+            with torch.no_grad(), swapped(made, _parameters(made, theirs)), isolated(made), modes(made, training):
+                torch.manual_seed(0)
+                try:
+                    result = own_forward(made, type(made).forward, args, kwargs)
+                except Failed as failed:
+                    return f"{where} {failed}"
+            for mine, theirs_ in zip(_tensors(result), expected, strict=False):
+                error = relative_error(theirs_, mine)
+                if mine.shape != theirs_.shape or not error <= TOLERANCE.get(mine.dtype, 0.0):
+                    return f"{where} would give results that differ by {error:.1e}"
+            break
+    return None
+
+
+def _tensors(result: object) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def _parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    live = named_tensors(module)
+    return {
+        name: nn.Parameter(t.detach(), requires_grad=False) if isinstance(live.get(name), nn.Parameter) else t
+        for name, t in tensors.items()
+        if name in live
+    }
+
+
+def _like(tensor: Tensor, value: Tensor) -> Tensor:
+    return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+
+
+def _left(name: str, tensor: Tensor, now: Plan, plan: Plan) -> Tensor:
+    """Slice a tensor that has the sizes of one plan to those of a later one."""
+    positions = {}
+    for dim, size in enumerate(plan.original_shapes[name]):
+        if (name, dim) in plan.kept:
+            before = now.kept.get((name, dim), torch.arange(size))
+            after = plan.kept[name, dim]
+            if len(after) != len(before):
+                positions[dim] = torch.searchsorted(before, after)
+    return sliced(tensor.detach(), positions)

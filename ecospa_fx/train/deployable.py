@@ -1,0 +1,231 @@
+"""Deployable: the couplings that a model may lose entries of and still be one that a configuration describes.
+
+deployment(model, constraints)
+  -> alike couplings shrink together, at half their size on paper
+  -> Described.numbers       a configuration or arguments that make that model, which computes the same
+  -> those that fail alone are tried in pairs and threes; what fails in all stays whole
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from math import gcd
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from ecospa_fx.couple.constraints import Constraints
+from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.couple.ties import alike
+from ecospa_fx.errors import EcoSpaError, TargetError
+from ecospa_fx.model.configured import configured
+from ecospa_fx.model.constructed import Constructed
+from ecospa_fx.model.described import Described
+from ecospa_fx.model.lookup import compiled_state, state_of
+from ecospa_fx.model.making import Number, Where
+from ecospa_fx.model.planning import planned
+
+Deployable: TypeAlias = "Literal['transformers'] | Callable[[], nn.Module]"
+MOST_TOGETHER = 3  # groups of couplings that one attempt joins
+FEW = 24  # sizes that are all tried
+
+
+@dataclass(frozen=True, eq=False)
+class Deployment:
+    """The shrinks that a model is held to so that plain transformers, or its constructor, makes it; print it.
+
+    Attributes:
+        constraints: the constraints of the trainer with those that this adds.
+        forbidden: coupling name -> why it stays whole.
+        tied: groups of couplings that keep the same share, because one number of the configuration stands for all.
+        reachable: smallest target with these constraints, and without them.
+    """
+
+    constraints: Constraints
+    forbidden: Mapping[str, str]
+    tied: Sequence[Sequence[str]]
+    reachable: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        lines = []
+        if self.reachable is not None:
+            lines.append("targets down to {:.3g} can be reached, and {:.3g} without it".format(*self.reachable))
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.forbidden.items():
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+            lines.append(f"{', '.join(f'`{name}`' for name in names[:2])}{more} stay whole: {reason}")
+        for group in self.tied:
+            more = f" and {len(group) - 3} more" if len(group) > 3 else ""
+            lines.append(f"{', '.join(f'`{name}`' for name in group[:3])}{more} keep the same share")
+        return "deployable: " + "; ".join(lines or ["nothing is forbidden"])
+
+
+def check_deployable(model: nn.Module, deployable: Deployable | None) -> None:
+    """Refuse a model that nothing can describe once it has shrunk.
+
+    Raises:
+        TargetError: there is no such way to deploy.
+        EcoSpaError: the model is not of transformers, or runs as graphs.
+    """
+    if deployable is None or callable(deployable):
+        return
+    if deployable != "transformers":
+        raise TargetError(
+            f"deployable={deployable!r} is neither 'transformers' nor a function that makes the model, such as "
+            "functools.partial(timm.create_model, name, **arguments)"
+        )
+    kind = type(model).__name__
+    if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
+        raise EcoSpaError(
+            f"deployable='transformers': {kind} is not a model of transformers: it has no save_pretrained"
+        )
+    if compiled_state(model).execution != "module":
+        raise EcoSpaError(
+            f"deployable='transformers': this {kind} runs as graphs, and its own Python may not run at the sizes that "
+            "these reach; compile it with execution='module'"
+        )
+
+
+def deployment(model: nn.Module, deployable: Deployable, constraints: Constraints) -> Deployment:
+    """Find out what a model may lose, and return the constraints that hold it to that.
+
+    Raises:
+        FormatError: the function that `deployable` is makes another model.
+    """
+    compiled = state_of(model)
+    if callable(deployable):
+        make, given = _parts(deployable)
+        found = _Attempts(Constructed(model, compiled, make, given))
+    else:
+        found = _Attempts(configured(model, compiled))
+    couplings = state_of(model).couplings()
+    groups = [group for group in alike(couplings) if min(c.size for c in group) > 1]
+    failing, why = [], {}
+    for group in groups:
+        reason = found.fails([group])
+        if reason is not None:
+            failing.append(group)
+            why[id(group)] = reason
+    joined: list[list[list[Coupling]]] = []
+    for several in _several(failing):
+        free = [group for group in several if not any(group is each for taken in joined for each in taken)]
+        if len(free) == len(several) and found.fails(several) is None:
+            joined.append(list(several))
+    fine = [[group] for group in groups if not any(group is each for each in failing)] + joined
+    accepted: list[list[list[Coupling]]] = []
+    if found.fails(*fine) is None:
+        accepted = fine
+    else:
+        for each in fine:
+            reason = found.fails(*accepted, each)
+            if reason is None:
+                accepted.append(each)
+            else:
+                why |= {id(group): f"with others shrunk too, {reason}" for group in each}
+    allowed: dict[str, Sequence[int]] = {}
+    for each in list(accepted):
+        sizes = found.sizes(each, [other for other in accepted if other is not each])
+        if sizes is None:
+            continue
+        if not sizes:
+            accepted.remove(each)
+            why |= {id(group): "no other size of it passes the checks of the configuration" for group in each}
+        allowed |= {c.name: [size * c.size // _least(each) for size in sizes] for group in each for c in group}
+    kept = [group for each in accepted for group in each]
+    forbidden = {c.name: why[id(group)] for group in groups if not any(group is k for k in kept) for c in group}
+    tied = [[c.name for group in each for c in group] for each in accepted if len(each) > 1]
+    more = replace(
+        constraints, uniform="layers", tied=[*constraints.tied, *tied], whole={**forbidden, **constraints.whole},
+        allowed={name: set(sizes) for name, sizes in allowed.items() if name not in forbidden},
+    )  # fmt: skip
+    return Deployment(more, forbidden, tied)
+
+
+def _least(groups: Sequence[Sequence[Coupling]]) -> int:
+    return min(c.size for group in groups for c in group)
+
+
+def _several(groups: Sequence[list[Coupling]]) -> Iterator[tuple[list[Coupling], ...]]:
+    for number in range(2, MOST_TOGETHER + 1):
+        yield from itertools.combinations(groups, number)
+
+
+def _parts(make: Callable[[], nn.Module]) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+    """Return the function and the keyword arguments of a partial call."""
+    if isinstance(make, functools.partial):
+        return functools.partial(make.func, *make.args), dict(make.keywords)
+    return make, {}
+
+
+class _Attempts:
+    """Shrinks of a model on paper."""
+
+    def __init__(self, described: Described) -> None:
+        self.compiled, self.described = described.compiled, described
+
+    def fails(self, *sets: Sequence[list[Coupling]]) -> str | None:
+        """Say why nothing describes the model with sets of groups shrunk, each set to one share; None if it does."""
+        keeps: dict[Coupling, int] = {}
+        for groups in sets:
+            sizes = [min(c.size for c in group) for group in groups]
+            parts = gcd(*sizes)
+            if parts == 1:
+                return f"{' and '.join(map(str, sizes))} entries have no share in common"
+            for group, size in zip(groups, sizes, strict=True):
+                keeps |= dict.fromkeys(group, size // parts * (parts // 2))
+        found = self._numbers(keeps) if keeps else {}
+        return found if isinstance(found, str) else None
+
+    def sizes(
+        self, groups: Sequence[list[Coupling]], others: Sequence[Sequence[list[Coupling]]]
+    ) -> Sequence[int] | None:
+        """Return the sizes of the narrowest coupling of tied groups that pass the checks of the configuration.
+
+        A few are tried, of each step that divides its size, with the other groups as they are and at half their size.
+
+        Returns:
+            The sizes below that of now; None where all that were tried pass.
+        """
+        least = _least(groups)
+        parts = gcd(*(c.size for group in groups for c in group))
+        likes = []
+        for half in (False, True):
+            rest = {c: c.size // 2 for several in others for group in several for c in group} if half else {}
+            like = self._numbers({**rest, **self._at(groups, Fraction(parts // 2, parts))}, values=False)
+            if isinstance(like, dict):
+                likes.append((rest, like))
+
+        def passes(share: Fraction) -> bool:
+            keeps = self._at(groups, share)
+            return all(
+                isinstance(self._numbers({**rest, **keeps}, values=False, like=like), dict) for rest, like in likes
+            )
+
+        shares = [Fraction(part, parts) for part in range(1, parts)]
+        if parts <= FEW:
+            fitting = [share for share in shares if passes(share)]
+            return None if fitting == shares else [int(share * least) for share in fitting]
+        for step in (each for each in range(1, parts) if parts % each == 0):
+            tried = {step, step * (parts // step // 2), step * (parts // step // 3 or 1), parts - step}
+            if all(passes(Fraction(part, parts)) for part in tried):
+                chosen = range(step, parts, step)
+                return None if step == 1 else [int(Fraction(part, parts) * least) for part in chosen]
+        return []
+
+    def _at(self, groups: Sequence[list[Coupling]], share: Fraction) -> dict[Coupling, int]:
+        return {c: int(c.size * share) for group in groups for c in group}
+
+    def _numbers(
+        self, keeps: Mapping[Coupling, int], *, values: bool = True, like: Mapping[Where, Number] | None = None
+    ) -> Any:
+        compiled = self.compiled
+        selection = {c: torch.arange(keep) for c, keep in keeps.items()}
+        plan = planned(compiled.plan, compiled.regions, compiled.couplings(), selection)
+        return self.described.numbers(plan, values=values, like=like)
