@@ -9,18 +9,18 @@ from torch import nn
 
 from ecospa_fx.model.compiled import MODEL, REGION, CompiledModel
 from ecospa_fx.model.diff import ModuleDiff, diff_since
-from ecospa_fx.model.lookup import plan
+from ecospa_fx.model.lookup import check_ready, plan
 from ecospa_fx.model.lookup import regions_of as regions_of
 from ecospa_fx.model.state import Execution
 from ecospa_fx.model.wrappers import looks_inside, unwrapped
 
-from .arguments import CALL, FLAG, MODULE, TEXT, takes
+from .arguments import CALL, FLAG, MODULE, REGIONS, TEXT, takes
 from .errors import EcoSpaError
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-@takes(model=MODULE, **CALL, experiments=FLAG, execution=TEXT)
+@takes(model=MODULE, **CALL, regions=REGIONS, experiments=FLAG, execution=TEXT)
 def compile(
     model: Module,
     *,
@@ -77,6 +77,7 @@ def compile(
             existing.capture_again(module, tuple(example_inputs or ()), dict(example_kwargs or {}))
         return model
     _check_alone(module)
+    check_ready(module)
     compiled = CompiledModel(regions, experiments, execution)
     if example_inputs is None and example_kwargs is None:
         compiled.attach(module)
