@@ -20,7 +20,7 @@ from ecospa_fx.passes.rewrite.verify import Comparison
 from ecospa_fx.see.verification import comparisons
 from modelzoo.expected import PARTS, tally
 
-KINDS = ("qk", "vo", "heads", "groups", "ffn", "glu", "conv", "residual")
+KINDS = ("qk", "vo", "heads", "groups", "ffn", "glu", "conv", "recurrent", "residual")
 COLUMNS = (
     "library", "name", "model", "stage", "captured", "dtype", "parameters", "nodes", "export_s", "analysis_s",
     "analysis_share", "couplings", *KINDS, "refusals", "parameters_inside", "attentions", "attentions_explained",

@@ -15,6 +15,7 @@ from ecospa_fx.model.state import EXECUTIONS
 from ecospa_fx.passes.follow.attributes import Changes, changes_in
 from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 
+from .across import describe_across, joints_in
 from .hf_config import implementations
 
 
@@ -45,7 +46,8 @@ def describe_execution(compiled: CompiledModel) -> dict[str, Any]:
         "attributes": [[*astuple(a), *values] for a, values in sorted(compiled.attributes.items(), key=str)],
         "given_up": compiled.not_captured,
         "withheld": {name: marks for name, region in compiled.regions.items() if (marks := region.offers.marks())},
-        "called": {name: sizes for name, region in compiled.regions.items() if (sizes := region.first_sizes)},
+        "called": {name: sizes for name, region in compiled.regions.items() if (sizes := region.first_sizes) is not None},
+        "across": describe_across(compiled),
     }
 
 
@@ -69,6 +71,7 @@ def check_execution(about: Mapping[str, Any], where: str) -> Changes:
     for sizes in about["called"].values():
         if not isinstance(sizes, list) or any(type(n) is not int or n < 0 for shape in sizes for n in shape):
             raise CheckpointError(f"{where}: `called` holds something that is not a list of sizes")
+    joints_in(about.get("across", {}), where)  # saves of earlier versions have none
     return changes_in(about["attributes"], where)
 
 

@@ -24,8 +24,10 @@ from ecospa_fx.model.restore import restore
 from ecospa_fx.passes.find.analyse import shared_outside
 from ecospa_fx.passes.follow.attributes import Changes, assigned, sync_layer_sizes
 from ecospa_fx.passes.graph.tensors import join, named_tensors
+from ecospa_fx.passes.ir.border import NO_BORDER
 from ecospa_fx.plan import Plan
 
+from .across import joints_in
 from .directory import Draft, Save
 from .hf_config import config_text, from_config
 from .metadata import aliases_of, check_description, describe
@@ -174,11 +176,14 @@ def attach_compiled(model: nn.Module, about: Mapping[str, Any], plan: Plan, attr
     """Compile a model that has the sizes of a plan already, as `describe_execution` describes it."""
     compiled = CompiledModel(about["how"], about["experiments"], about["execution"])
     compiled.not_captured = about["given_up"]
+    compiled.state.joints, borders, compiled.state.withheld = joints_in(about.get("across", {}), "the save")
     compiled.state.adopt(plan, attributes)
     if about["regions"]:
         model.__dict__[MODEL] = compiled
         for name in about["regions"]:
-            compiled.regions[name] = Region(name, compiled.state, shared_outside(model, name))
+            compiled.regions[name] = Region(
+                name, compiled.state, shared_outside(model, name), borders.get(name, NO_BORDER)
+            )
             compiled.regions[name].unsupported_marks = frozenset(map(str, about["withheld"].get(name) or ()))
             compiled.regions[name].called = about["called"].get(name)
         compiled.route(model)

@@ -21,7 +21,7 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.journal import Journal
-from ecospa_fx.model.lookup import plan, regions_of
+from ecospa_fx.model.lookup import compiled_state, plan, regions_of
 from ecospa_fx.model.observers import check_observable, ignore, observe
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import kept_positions
@@ -280,7 +280,9 @@ class Grams:
 
     def _offered(self, region: Region) -> list[WeightDim]:
         """Return the dims of matrices that couplings of a region lie on."""
-        return sorted({(m.parameter, m.dim) for c in region.offers.couplings() for m in c.members if m.matrix})
+        prefix = f"{region.name}." if region.name else ""
+        members = (m for c in compiled_state(self.model).couplings() for m in c.members if m.matrix)
+        return sorted({(m.parameter, m.dim) for m in members if m.parameter.startswith(prefix)})
 
     def _read_all(self) -> None:
         for region in self._regions:

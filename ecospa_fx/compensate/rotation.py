@@ -235,7 +235,9 @@ def _by_tensor(tensors: Mapping[str, Tensor], parts: Sequence[Part]) -> Iterable
 
 def _parts(compiled: CompiledModel, coupling: Coupling) -> list[Part] | str:
     """Return the parts of weights that the two sides of a coupling lie on, or the reason why its basis is not free."""
-    region = compiled.regions[coupling.region]
+    region = compiled.regions.get(coupling.region)
+    if region is None:
+        return "it lies in several regions"
     if coupling.size < 2:
         return "it has one entry"
     named = region.naming_graph.discovery.couplings

@@ -115,7 +115,10 @@ def axis_graph(axis_facts: AxisFacts, atoms: Collection[Atom] | None = None) -> 
         return [atom for atom in dict.fromkeys(atoms_of(expr)) if wanted is None or atom in wanted]
 
     region = f"{axis_facts.captured.region}." if axis_facts.captured.region else ""
-    names = {node: axis_facts.captured.tensors[node.name] for node in axis_facts.values if node.op == "placeholder"}
+    tensors = axis_facts.captured.tensors
+    names = {
+        node: tensors[node.name] for node in axis_facts.values if node.name in tensors and node.op == "placeholder"
+    }
 
     def axis(node: fx.Node, dim: int, output: int = 0, user: fx.Node | None = None) -> Any:
         if node in names:

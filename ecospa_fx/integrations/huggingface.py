@@ -48,6 +48,9 @@ class EcoSpaCallback(TrainerCallback):
     With `load_best_model_at_end=True` the model has the sizes of the best checkpoint in the end, and a warning in the
     log `ecospa_fx.shrink` says so where these are not the last ones: the best model may be larger than the target.
 
+    Also after training, and in the same process, the model takes the sizes of a checkpoint with its weights: another
+    `trainer.train(resume_from_checkpoint=...)` goes on from there. Other weights of other sizes are refused.
+
     With `model_init` every `train()` begins with another model. Let `model_init` return `callback.prepare(model)` to
     train in mixed precision or to resume: the Trainer prepares and fills that model before it calls any callback.
 
@@ -154,9 +157,6 @@ class EcoSpaCallback(TrainerCallback):
         model = given["model"]
         if self.trainer is not None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._finish_with(Path(state.best_model_checkpoint) / DIRECTORY, model, given["optimizer"])
-        hook = model.__dict__.pop(HOOK, None)
-        if hook is not None:
-            hook.remove()
 
     def _finish_with(self, source: Path, model: nn.Module, optimizer: Optimizer) -> None:
         if not source.is_dir():

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-_ORIGINAL = "_ecospa_class"  # in the __dict__ of a swapped class
+from ecospa_fx.passes.graph.stand_in_class import stand_in_class, stands_for
+
 _SWAPPED: dict[tuple[type, str], type] = {}
 
 
@@ -98,36 +99,9 @@ def _swapped(original: type[nn.Module], attribute: str) -> type[nn.Module]:
             return _blank, (original, attribute), *reduced[2:]
         return reduced
 
-    body = {
-        "forward": forward, "__reduce_ex__": reduce_ex, "__doc__": original.__doc__,
-        "__module__": original.__module__, "__qualname__": original.__qualname__,
-    }  # fmt: skip
-    meta: type[type] = _writing_through(type(original))  # type: ignore[arg-type]
-    swapped = meta(original.__name__, (original,), body)
-    type.__setattr__(swapped, _ORIGINAL, original)  # from here on, what is assigned to the class goes to the original
+    swapped = stand_in_class(original, {"forward": forward, "__reduce_ex__": reduce_ex})
     _SWAPPED[original, attribute] = swapped
     return swapped
-
-
-@functools.cache
-def _writing_through(meta: type[type]) -> type[type]:
-    """Make a metaclass whose classes hand what is assigned to them to the original: `type(self).calls += 1`."""
-
-    def assign(cls: type, name: str, value: Any) -> None:
-        original = cls.__dict__.get(_ORIGINAL)
-        if original is None or name.startswith("__"):
-            meta.__setattr__(cls, name, value)
-        else:
-            setattr(original, name, value)
-
-    def remove(cls: type, name: str) -> None:
-        original = cls.__dict__.get(_ORIGINAL)
-        if original is None or name.startswith("__"):
-            meta.__delattr__(cls, name)
-        else:
-            delattr(original, name)
-
-    return type(meta.__name__, (meta,), {"__setattr__": assign, "__delattr__": remove})
 
 
 def _blank(original: type[nn.Module], attribute: str) -> nn.Module:
@@ -173,7 +147,4 @@ def forwards_to(module: nn.Module, attribute: str) -> bool:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class that a module had before any class swap."""
-    cls = type(module)
-    while _ORIGINAL in cls.__dict__:
-        cls = cls.__dict__[_ORIGINAL]
-    return cls
+    return stands_for(type(module))

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.couple.coupling import Coupling, CouplingSelection
-from ecospa_fx.errors import CaptureError, NoCouplingError, ShrinkError
+from ecospa_fx.errors import CaptureError, EcoSpaError, NoCouplingError, ShrinkError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.find.analyse import Analysis, shared_outside
-from ecospa_fx.passes.find.regions import choose
+from ecospa_fx.passes.find.joined import choose_regions
 from ecospa_fx.passes.follow.attributes import Changes, numbers_in, sync_layer_sizes
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.rewrite.program import Program
@@ -48,6 +48,7 @@ from .class_swap import (
 )
 from .copies import Copy, check_plan
 from .full_size import in_transform, outside_forward, outside_inference
+from .joint_offers import joint_offers
 from .journal import Journal, all_or_nothing
 from .optimizer_state import averages_of
 from .outside import outside_text
@@ -57,6 +58,11 @@ from .region import Region
 from .slicing import Absorber, prepare_tensors
 from .specialization import Specialization
 from .state import Execution, ModelState
+
+_NOT_JOINED = (
+    "regions='joined' needs execution='graph': the Python of a block holds sizes of its own for what comes in and goes "
+    "out, and it is tried block by block; with execution='module', regions='root' shrinks what runs through all blocks"
+)
 
 MODEL, REGION, COPIES = "_ecospa_model", "_ecospa_region", "_ecospa_copies"  # keys in a module's __dict__
 
@@ -75,6 +81,8 @@ class CompiledModel:
     def __init__(self, how: str | Sequence[str], experiments: bool = False, execution: Execution = "graph") -> None:
         self.how = how
         self.state = ModelState(experiments, execution)
+        if how == "joined" and execution == "module":
+            raise EcoSpaError(_NOT_JOINED)
         self.regions: dict[str, Region] = {}
         self.not_captured: dict[str, str] = {}
         self.save: str | None = None
@@ -134,10 +142,8 @@ class CompiledModel:
             with own_forward_aside(model):
                 if not self.regions:
                     self.capture(model, args, kwargs)
-                elif self.execution == "module":
-                    if not torch.is_grad_enabled():  # to generate, say, which needs none
-                        return original_class(model).forward(model, *args, **kwargs)
-                    self.capture_again(model, args, kwargs)
+                elif self.execution == "module" and not self._captures_again(model, args, kwargs):
+                    return original_class(model).forward(model, *args, **kwargs)
                 # The regions of a loaded model capture the calls that they get.
         elif is_waiting(model, MODEL):  # a copy of a model whose own Python runs
             unswap_forward(model)
@@ -152,12 +158,14 @@ class CompiledModel:
         if waiting:
             unswap_forward(model)
         try:
-            analyses, self.not_captured = choose(model, args, kwargs, self.how, self.state.captures, self.state.options)
-            if not any(analysis.discovery.couplings for analysis in analyses.values()):
+            chosen = choose_regions(model, args, kwargs, self.how, self.state.captures, self.state.options)
+            analyses, self.not_captured = chosen.analyses, chosen.failed
+            if not chosen.joints and not any(analysis.discovery.couplings for analysis in analyses.values()):
                 raise NoCouplingError(_nothing_found(model, analyses))
             regions = {}
             for name, analysis in analyses.items():
-                regions[name] = region = Region(name, self.state, analysis.captured.shared_outside)
+                border = analysis.captured.border
+                regions[name] = region = Region(name, self.state, analysis.captured.shared_outside, border)
                 for each in (analysis, *analysis.others):
                     region.settle_buffers(model.get_submodule(name), each)
                     region.install(each, model.get_submodule(name), {})
@@ -169,11 +177,26 @@ class CompiledModel:
             model.__dict__.pop(MODEL, None)
             raise
         self.regions = regions
+        self.state.joints, self.state.joint_refusals = chosen.joints, chosen.refusals
+        self.state.forget_couplings()
         outside = outside_text(model, regions)
         if outside:
             logger("capture").info("%s: %s", type(model).__name__, outside)
         model.__dict__[MODEL] = self
         self.route(model)
+
+    def _captures_again(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Capture a call of a loaded model that runs its own Python; False if that need not, or cannot, be."""
+        regions = self.regions.values()
+        if any(region.uncaptured is not None for region in regions) or not torch.is_grad_enabled():
+            return False  # to generate, say, needs no capture
+        try:
+            self.capture_again(model, args, kwargs)
+        except CaptureError as error:
+            for region in regions:
+                region.leave(str(error))
+            return False
+        return True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @outside_forward()
@@ -214,6 +237,8 @@ class CompiledModel:
         """Return every coupling of the model at its size now."""
         if self.state.couplings is None:
             couplings = [coupling for region in self.regions.values() for coupling in region.offers.couplings()]
+            across = (offer.coupling() for offer in joint_offers(self.state, self.regions))
+            couplings += [coupling for coupling in across if coupling is not None]
             self.state.couplings = {coupling.name: coupling for coupling in couplings}
         return tuple(self.state.couplings.values())
 
@@ -277,7 +302,8 @@ class CompiledModel:
         """
         self.follow_ties(model)
         self._check_shapes(model)
-        after = planned(self.plan, self.regions, self.couplings(), selection)
+        joints = joint_offers(self.state, self.regions)
+        after = planned(self.plan, self.regions, self.couplings(), selection, joints)
         # Everything new is made beside the old; then come assignments only.
         rewritten: dict[Program, Program] = {}
         specializations = self._rewritten(model, after, rewritten)
@@ -366,6 +392,9 @@ class CompiledModel:
         for name, region in self.regions.items():
             journal.note_attribute(region, "specializations")
             region.specializations = specializations[name]
+            if region.border:
+                journal.note_attribute(region, "routing")
+                region.routing = region.routing.without_routes()
         journal.note_object(self.state)
         self.state.adopt(plan, attributes)
 

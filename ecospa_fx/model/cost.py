@@ -23,6 +23,7 @@ from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.relations import Pattern
 
 from .compiled import CompiledModel
+from .joint_offers import JointOffer, joint_offers
 
 Cost = Literal["parameters", "flops", "bytes"]
 Symbols = Mapping[sympy.Symbol, int]
@@ -57,7 +58,7 @@ class CostModel:
         self, model: nn.Module, compiled: CompiledModel, cost: Cost = "parameters", optimizers: Sequence[Optimizer] = ()
     ) -> None:
         # Equal blocks share a graph and so its atoms: an atom stands for one coupling in each region.
-        self._atoms: dict[str, tuple[str, Atom]] = {}
+        self._atoms: dict[str, list[tuple[str, Atom]]] = {}
         self._now: dict[str, dict[Atom, int]] = {}
         self._symbols: dict[str, Symbols] = {}
         self._terms: list[Term] = []
@@ -70,7 +71,7 @@ class CostModel:
             self._now[region.name] = {atom: entries(choice) for atom, choice in region.kept(program).items()}
             self._symbols[region.name] = symbols_of(program.axis_facts, region.called) if cost == "flops" else {}
             for coupling in region.offers.offered():
-                self._atoms[join(region.name, coupling.name)] = region.name, coupling.atom
+                self._atoms[join(region.name, coupling.name)] = [(region.name, coupling.atom)]
             if cost == "flops":
                 for factor, exprs in flop_terms(program.axis_facts):
                     self._add(Term(region.name, factor, exprs))
@@ -78,19 +79,25 @@ class CostModel:
             for name, exprs in program.axis_facts.parameters.items():
                 if join(region.name, name) in weights:
                     self._add(Term(region.name, weights.pop(join(region.name, name))[1], exprs))
+        for offer in joint_offers(compiled.state, compiled.regions):
+            if any(coupling.name == offer.joint.name for coupling in compiled.couplings()):
+                self._add_joint(offer, model, weights)
         self._rest = sum(numel * each for numel, each in weights.values()) if cost != "flops" else 0
         self._values = [self._value(term, self._now[term.region]) for term in self._terms]
         self.sizes = {
-            name: self._count(atom, region, self._now[region]) for name, (region, atom) in self._atoms.items()
+            name: self._count(places[0][1], places[0][0], self._now[places[0][0]])
+            for name, places in self._atoms.items()
         }
         originals = [self._value(term, {}) for term in self._terms]
-        shared = {i for key in self._atoms.values() for i in self._users.get(key, ())}
+        shared = {i for places in self._atoms.values() for key in places for i in self._users.get(key, ())}
         self.original = round(self._rest + sum(originals))
         self.prunable = round(sum(originals[i] for i in shared))
 
     def total(self, sizes: Mapping[str, int]) -> int:
         """Return the cost of the whole model with couplings at `sizes`; those not named stay as they are."""
-        changed = {self._atoms[name]: size for name, size in sizes.items() if size != self.sizes[name]}
+        changed = {
+            place: size for name, size in sizes.items() if size != self.sizes[name] for place in self._atoms[name]
+        }
         counts = {region: dict(self._now[region]) for region, _ in changed}
         for (region, atom), size in changed.items():
             counts[region][atom] = size
@@ -98,6 +105,19 @@ class CostModel:
         for i in {i for key in changed for i in self._users.get(key, ())}:
             total += self._value(self._terms[i], counts[self._terms[i].region]) - self._values[i]
         return round(total)
+
+    def _add_joint(self, offer: JointOffer, model: nn.Module, weights: dict[str, tuple[int, float]]) -> None:
+        """Add a coupling across regions, and the cost of its weights that lie in none."""
+        name = offer.joint.name
+        self._atoms[name] = [(region.name, atom) for region in offer.touched() for atom in offer.atoms(region)]
+        for outside, along in offer.joint.outside:
+            if outside in weights:
+                shape = model.get_parameter(outside).shape
+                exprs = tuple(Atom(dim, offer.joint.size if dim == along else n) for dim, n in enumerate(shape))
+                self._now.setdefault(outside, {})[exprs[along]] = int(shape[along])
+                self._symbols[outside] = {}
+                self._atoms[name].append((outside, exprs[along]))
+                self._add(Term(outside, weights.pop(outside)[1], exprs))
 
     def _add(self, term: Term) -> None:
         for atom in {atom for expr in term.exprs for atom in atoms_of(expr)}:

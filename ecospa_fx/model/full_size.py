@@ -9,6 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.ir.region_graph import Call
 from ecospa_fx.passes.ir.state_access import foreign
@@ -89,6 +90,24 @@ def unshrunk(tensor: Tensor, plan: Plan, name: str, fill: float = 0.0) -> Tensor
     index = [plan.kept.get((name, dim), torch.arange(size)).to(tensor.device) for dim, size in enumerate(full.shape)]
     full[torch.meshgrid(*index, indexing="ij")] = tensor.detach()
     return full
+
+
+def unshrunk_dim(tensor: Tensor, dim: int, kept: Tensor, size: int, name: str, who: str) -> Tensor:
+    """Return an argument of a region with zeros in place of the entries that are gone along one dim.
+
+    Raises:
+        EcoSpaError: it has another size than is left.
+    """
+    if dim >= tensor.ndim or tensor.shape[dim] != len(kept):
+        raise EcoSpaError(
+            f"the argument `{name}` of {who} has sizes {tuple(tensor.shape)}, and {len(kept)} of {size} entries are "
+            f"left along its dim {dim}, which has shrunk with the model around: pass what the module before it returns, or "
+            'compile with regions="blocks", where arguments and results of blocks keep their sizes'
+        )
+    shape = list(tensor.shape)
+    shape[dim] = size
+    full = tensor.new_zeros(shape)
+    return full.index_copy(dim, kept.to(tensor.device), tensor.detach())
 
 
 def full_of(tensor: Tensor, shape: Sequence[int], fill: float = 0.0) -> Tensor:

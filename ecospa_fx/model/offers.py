@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -19,7 +19,7 @@ from ecospa_fx.passes.find.discover import RegionCoupling
 from ecospa_fx.passes.find.left_whole import Refusal, UncoupledAxis
 from ecospa_fx.passes.follow.follow import PythonSupport
 from ecospa_fx.passes.graph.tensors import join
-from ecospa_fx.passes.rewrite.replay import replay, selected_by
+from ecospa_fx.passes.rewrite.replay import replay, selected_by, write_plan
 from ecospa_fx.passes.rewrite.stored import check_state_layouts
 from ecospa_fx.plan import Plan
 
@@ -37,6 +37,7 @@ class Offers:
             first graph, so that they never change.
         python_support: where the region's own Python runs, what that can follow; else None.
         unsupported_marks: marks (see `_mark`) of couplings that some call before a save could not follow.
+        across: atoms of the naming graph that are a coupling across regions -> its name.
         uncaptured: why a call could not be captured, if there is one: then nothing can shrink.
     """
 
@@ -46,6 +47,7 @@ class Offers:
     python_support: PythonSupport | None
     unsupported_marks: frozenset[str]
     uncaptured: str | None = None
+    across: Mapping[Atom, str] = field(default_factory=dict)
 
     @property
     def naming_graph(self) -> Specialization:
@@ -68,7 +70,7 @@ class Offers:
     def marks(self) -> list[str]:
         """Return the marks of all that some call cannot follow, so that a save excludes it before such a call."""
         marks = set(self.unsupported_marks)
-        if len(self.specializations) > 1:
+        if len(self.specializations) > 1 or (self.specializations and self.uncaptured is not None):
             for coupling in self.naming_graph.discovery.couplings:
                 for context in (None, coupling.context):
                     if not self._supported(coupling, context):
@@ -96,23 +98,14 @@ class Offers:
     def write(self, plan: Plan, kept: Selection) -> None:
         """Write into `plan` the entries that parameters keep under a selection of the naming graph's atoms."""
         known = self.naming_graph.axis_facts.parameters
-        self._write(plan, kept, self.naming_graph, known)
+        write_plan(plan, self.region, known, kept)
         for other in self.specializations[1:]:
             # A graph may use tensors that the others do not: statistics that only training updates.
-            more = other.axis_facts.parameters.keys() - known.keys()
+            theirs = other.axis_facts.parameters
+            more = {name: exprs for name, exprs in theirs.items() if name not in known}
             if more:
-                self._write(plan, selected_by(other.axis_facts, plan), other, more)
-                known = known | {name: other.axis_facts.parameters[name] for name in more}
-
-    def _write(self, plan: Plan, kept: Selection, of: Specialization, names: Iterable[str]) -> None:
-        for name in names:
-            masks = [mask_of(expr, kept) for expr in of.axis_facts.parameters[name]]
-            if all(bool(mask.all()) for mask in masks):
-                continue
-            plan.original_shapes[join(self.region, name)] = tuple(len(mask) for mask in masks)
-            for dim, mask in enumerate(masks):
-                if not mask.all():
-                    plan.kept[join(self.region, name), dim] = mask.nonzero().flatten()
+                write_plan(plan, self.region, more, selected_by(other.axis_facts, plan))
+                known = known | more
 
     def _supported(self, coupling: RegionCoupling, context: Atom | None = None) -> bool:
         """Decide whether every graph can follow a coupling of the first, or (`context`) one that differs by context."""
@@ -207,7 +200,7 @@ class Offers:
                 continue
             expr = axis_facts.parameters[name][dim]
             matrix = name in matrices
-            of = join(self.region, name if matrix else _nearest(name, offered.producers or matrices))
+            of = join(self.region, name if matrix else nearest(name, offered.producers or matrices))
             mask = mask_of(expr, self.kept)
             for part, index in by_part(expr, offered.atom):
                 label = of if part is None else f"{of} part {part}"
@@ -218,6 +211,7 @@ class Offers:
         """Return the name of the coupling along an atom, or words for an axis that has none."""
         couplings = self.naming_graph.discovery.couplings
         names = [join(self.region, coupling.name) for coupling in couplings if coupling.atom is atom]
+        names += [self.across[atom]] if atom in self.across else []
         return names[0] if names else f"an axis of {atom.size} that stays whole"
 
 
@@ -227,7 +221,7 @@ def _mark(coupling: RegionCoupling, context: Atom | None) -> str:
     return hashlib.sha256(repr(where).encode()).hexdigest()[:16]
 
 
-def _nearest(name: str, matrices: Sequence[str]) -> str:
+def nearest(name: str, matrices: Sequence[str]) -> str:
     """Return the matrix whose name shares the longest prefix with that of a bias."""
     return max(matrices, key=lambda matrix: shared_prefix(name, matrix))
 

@@ -10,15 +10,21 @@ from torch import Tensor
 from ecospa_fx.arguments import shown
 from ecospa_fx.couple.coupling import Coupling, CouplingSelection
 from ecospa_fx.errors import NoCouplingError, ShrinkError
-from ecospa_fx.passes.axes.selection import mask_of, narrow, whole
+from ecospa_fx.passes.axes.algebra import Atom
+from ecospa_fx.passes.axes.selection import Selected, Selection, mask_of, narrow, whole
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.plan import Plan
 
+from .joint_offers import JointOffer
 from .region import Region
 
 
 def planned(
-    plan: Plan, regions: Mapping[str, Region], couplings: Iterable[Coupling], selection: CouplingSelection
+    plan: Plan,
+    regions: Mapping[str, Region],
+    couplings: Iterable[Coupling],
+    selection: CouplingSelection,
+    joints: Iterable[JointOffer] = (),
 ) -> Plan:
     """Return the plan after keeping only the selected entries of each coupling.
 
@@ -27,13 +33,17 @@ def planned(
         regions: the regions of the model by name.
         couplings: its couplings, at their sizes now.
         selection: coupling or its name -> positions that stay.
+        joints: the couplings among them that cross the edges of regions.
 
     Raises:
         ShrinkError: a selection is empty, out of range or not increasing.
         NoCouplingError: there is no such coupling.
     """
     by_name = {coupling.name: coupling for coupling in couplings}
+    across = {offer.joint.name: offer for offer in joints}
     by_region: dict[str, dict[str, Tensor]] = {}
+    atoms: dict[str, dict[Atom, Selected]] = {}
+    after = plan.copy()
     for given, keep in selection.items():
         if not isinstance(given, (str, Coupling)):
             raise ShrinkError(
@@ -43,17 +53,23 @@ def planned(
         if name not in by_name:
             raise NoCouplingError(f"the model has no coupling `{name}`; it has {', '.join(by_name) or 'none'}")
         _check_keep(by_name[name], keep)
+        if name in across:
+            across[name].write_outside(after, keep)
+            for region, selected in across[name].selections(keep).items():
+                atoms.setdefault(region, {}).update(selected)
+            continue
         by_region.setdefault(by_name[name].region, {})[name] = keep
-    after = plan.copy()
-    for region_name, keeps in by_region.items():
-        _plan_region(after, regions[region_name], keeps)
+    for region_name in dict.fromkeys((*by_region, *atoms)):
+        _plan_region(after, regions[region_name], by_region.get(region_name, {}), atoms.get(region_name, {}))
+    for offer in across.values():
+        offer.write_aliases(after)
     return after
 
 
-def _plan_region(after: Plan, region: Region, keeps: Mapping[str, Tensor]) -> None:
+def _plan_region(after: Plan, region: Region, keeps: Mapping[str, Tensor], atoms: Selection) -> None:
     """Write into `after` the entries that stay of one region."""
     before = region.kept(region.naming_graph.program)
-    selection = dict(before)
+    selection = {**before, **atoms}
     for coupling in region.naming_graph.discovery.couplings:
         keep = keeps.get(join(region.name, coupling.name))
         if keep is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError, EcoSpaError, NotNowError, PinnedAxisError, TooManyCallsError
 from ecospa_fx.logs import logger
-from ecospa_fx.passes.axes.algebra import Atom, size_of
+from ecospa_fx.passes.axes.algebra import Atom, atoms_of, size_of
 from ecospa_fx.passes.axes.selection import Selected, Selection
 from ecospa_fx.passes.capture.hooks import backward_hooked, calls_itself, inner_hooks
 from ecospa_fx.passes.capture.rehearse import make
@@ -25,19 +25,20 @@ from ecospa_fx.passes.follow.attributes import Attribute, holding, numbers_in, r
 from ecospa_fx.passes.follow.follow import PythonSupport, follow
 from ecospa_fx.passes.graph.python_state import StateChange
 from ecospa_fx.passes.graph.tensors import join, same_storage, swapped
-from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.infer.sizes import called_sizes
-from ecospa_fx.passes.ir.axis_facts import AxisFacts
-from ecospa_fx.passes.ir.region_graph import Call, RegionGraph
+from ecospa_fx.passes.ir.border import NO_BORDER, Border, argument_names
+from ecospa_fx.passes.ir.region_graph import Call
 from ecospa_fx.passes.ir.signature import call_key, training_flags
-from ecospa_fx.passes.ir.state_access import flattened, parted, resolve_object
+from ecospa_fx.passes.ir.state_access import flattened, foreign, parted, resolve_object
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts, keys_of, whole_objects
 
 from .class_swap import original_class
-from .full_size import FullSizeTensors, in_transform, outside_forward, outside_inference
+from .full_size import FullSizeTensors, in_transform, outside_forward, outside_inference, unshrunk_dim
+from .journal import Journal, all_or_nothing
+from .moving import inferred_again, moving_buffers, settled
 from .offers import Offers
 from .routing import Routing
 from .specialization import Specialization
@@ -63,13 +64,17 @@ class Region:
         called: sizes of the tensors of the first call, where that was before a save.
         unsupported_marks: marks of couplings that some call before a save could not follow.
         python_support: where the region's own Python runs, the couplings that it can follow.
+        border: the dims of its arguments, results and tied weights that shrink with the model around it.
         uncaptured: why a call could not be captured that its own Python serves while it is whole; else None.
     """
 
-    def __init__(self, name: str, state: ModelState, shared_outside: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, state: ModelState, shared_outside: Mapping[str, str], border: Border = NO_BORDER
+    ) -> None:
         self.name = name
         self.state = state
         self.shared_outside = shared_outside
+        self.border = border
         self.specializations: list[Specialization] = []
         self.routing = Routing()
         self.watcher: Watcher | None = None
@@ -96,8 +101,8 @@ class Region:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call of the region."""
-        key, inputs, objects = call_key(module, args, kwargs) or (None, [], [])
-        program = self.routing.remembered(self.specializations, module, key, inputs, objects)
+        key, inputs, objects = call_key(args, kwargs) or (None, [], [])
+        program = self.routing.remembered(self.specializations, key, inputs, objects)
         if program is None:
             leaves, objects = parted(flattened((args, kwargs))[0])
             inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -115,15 +120,18 @@ class Region:
                     "a parameter or on the region"
                 )
             if program is None and not self.shrunk:
-                program = self._add_or_none(module, args, kwargs)
+                program, uncaptured = self._add_or_none(module, args, kwargs)
                 if program is None or self.routing.changed_constant(self.specializations, module, program) is not None:
                     # It fills a cache, say, which its own Python does.
-                    return original_class(module).forward(module, *args, **kwargs)
+                    result = original_class(module).forward(module, *args, **kwargs)
+                    if uncaptured is not None:
+                        self.leave(uncaptured)
+                    return result
             elif program is None:
-                program = self.add(module, args, kwargs)
+                program = self._add_shrunk(module, args, kwargs)
                 for change in self._fills:
                     make(change)
-            self.routing.remember(key, program)
+            self.routing.remember(key, module, program)
         if objects:
             inputs = [*inputs, *(program.captured.carried.read(objects) or ()), *objects]
         return program(module, inputs) if self.watcher is None else self.watcher(self, program, module, inputs)
@@ -143,7 +151,19 @@ class Region:
             self.python_support,
             self.unsupported_marks,
             self.uncaptured,
+            self._across(),
         )
+
+    def _across(self) -> dict[Atom, str]:
+        """Return the atoms of the naming graph that are a coupling across regions, with its name."""
+        if not self.border or not self.specializations:
+            return {}
+        joints, crossing = {joint.members[0]: joint.name for joint in self.state.joints}, {}
+        for edge, of in self.border.along().items():
+            expr = self.naming_graph.axis_facts.crossing.get(edge)
+            if of in joints and expr is not None:
+                crossing.update(dict.fromkeys(atoms_of(expr), joints[of]))
+        return crossing
 
     @property
     def first_sizes(self) -> list[list[int]] | None:
@@ -154,8 +174,11 @@ class Region:
 
     @property
     def shrunk(self) -> bool:
-        """True if some weight in the region has lost entries."""
-        return any(True for _ in self.state.plan.under(self.name))
+        """True if some weight in the region has lost entries, or a tensor that passes through it."""
+        plan = self.state.plan
+        return any(True for _ in plan.under(self.name)) or any(
+            of in plan.kept for of in self.border.along().values() if of is not None
+        )
 
     def kept(self, program: Program) -> dict[Atom, Selected]:
         """Return the plan, in atoms of one program's graph."""
@@ -171,7 +194,7 @@ class Region:
         """Return the program that serves a call, captured now if need be, and the tensors it takes."""
         program = self.routing.search(self.specializations, module, (args, kwargs), inner_hooks(module))
         program = program or self.add(module, args, kwargs)
-        leaves, objects = parted(flattened((args, kwargs))[0])
+        leaves, objects = parted(flattened(self._full_size_call(module, args, kwargs))[0])
         full_size = self._full_size_objects(objects)
         state = [place.find(full_size) for place in program.captured.carried.state]
         return program, [*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *state]
@@ -182,26 +205,69 @@ class Region:
         graphs = [(program.axis_facts, self.kept(program)) for program in programs]
         return whole_objects(objects, graphs, self.name or "the model")
 
-    def _add_or_none(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program | None:
-        """Capture a call of a new signature; None for one that only the region's own Python can serve.
+    def _full_size_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Return a call with tensors that have shrunk with the model around it at their original sizes.
 
-        The region has not shrunk, so that its own Python is right. It cannot shrink any more: see `Offers`.
+        Raises:
+            EcoSpaError: such a tensor has another size than the model leaves now.
         """
+        plan, along = self.state.plan, self.border.arguments
+        gone = {key: of for key, of in along.items() if of is not None and of in plan.kept}
+        if not gone:
+            return args, kwargs
+        names = iter(argument_names(original_class(module).forward, args, kwargs))
+
+        def expand(tensor: Tensor) -> Tensor:
+            name = next(names)
+            for (argument, dim), of in gone.items():
+                if argument == name:
+                    tensor = unshrunk_dim(
+                        tensor, dim, plan.kept[of], plan.original_shapes[of[0]][of[1]], name, self._named()
+                    )
+            return tensor
+
+        full: Call = pytree.tree_map_only(Tensor, expand, (args, kwargs), is_leaf=foreign)
+        return full
+
+    def _add_or_none(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Program | None, str | None]:
+        """Capture a call of a new signature; None for one that only the region's own Python can serve, and why.
+
+        The region has not shrunk, so that its own Python is right.
+        """
+        if self.uncaptured is not None:  # another attempt would take long, and change nothing
+            return None, None
         try:
-            program: Program = self.add(module, args, kwargs)
-            return program
+            return self.add(module, args, kwargs), None
         except TooManyCallsError as error:  # it may be called in fewer ways by the time that it shrinks
             self._warn(str(error))
         except NotNowError:
             if not in_transform():
                 raise
         except CaptureError as error:
-            if not self.specializations:
+            if not self.specializations and self.called is None:
                 raise
-            self._warn(str(error))
-            self.uncaptured = str(error)
-            self.state.forget_couplings()
-        return None
+            return None, str(error)
+        return None, None
+
+    def _add_shrunk(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        try:
+            program: Program = self.add(module, args, kwargs)
+        except (NotNowError, TooManyCallsError):
+            raise
+        except CaptureError as error:
+            raise CaptureError(
+                f"{error}. {self._named()} has shrunk, and its own Python is of the original sizes: make such a call "
+                "before the first shrink, which then leaves the region whole"
+            ) from error
+        return program
+
+    def leave(self, why: str) -> None:
+        """Leave the calls that no program serves to the region's own Python, from now on."""
+        self._warn(why)
+        self.uncaptured = why
+        self.state.forget_couplings()
 
     def _warn(self, why: str) -> None:
         if not self._warned:
@@ -232,18 +298,20 @@ class Region:
         else:
             args, kwargs = pytree.tree_unflatten(leaves, spec)
         difference = self._difference(module, args, kwargs)
+        args, kwargs = self._full_size_call(module, args, kwargs)
         state = self.state
         filled = {key for each in self.specializations for key in keys_of(each.axis_facts, stored=True)}
         originals = FullSizeTensors(module, self.name, state.plan)
-        settled: dict[str, Any] = {
+        moving = moving_buffers(module, set(state.plan.under(self.name)), self.specializations)
+        how: dict[str, Any] = {
             "forward": original_class(module).forward, "originals": originals if originals.named else None,
-            "filled": frozenset(filled), "moving": self._moving(), "options": state.options,
+            "filled": frozenset(filled), "moving": moving, "border": self.border, "options": state.options,
         }  # fmt: skip
         with self._original_attributes(module, originals):
-            numbered = self._with_numbers(module, (args, kwargs), settled)
+            numbered = self._with_numbers(module, (args, kwargs), how)
             if numbered is not None:
                 return numbered
-            analysis = analyse_once(module, self.name, (args, kwargs), self.shared_outside, state.captures, **settled)
+            analysis = analyse_once(module, self.name, (args, kwargs), self.shared_outside, state.captures, **how)
             if state.execution == "module" and self.python_support is None:
                 self.remember(analysis)
                 with swapped(module, originals.values()):
@@ -253,11 +321,18 @@ class Region:
         number = len(self.specializations) + 1
         if number > 1:
             logger("recaptures").info("%s, graph %d: %s", self.name or "the model", number, difference)
-        self.settle_buffers(module, analysis)
-        kept = replay(analysis.axis_facts, state.plan, difference)
-        graphs = [(each.axis_facts, self.kept(each.program)) for each in reversed(self.specializations)]
+        after = settled(self.name, module, self.specializations, state, [analysis])
+        kept = replay(analysis.axis_facts, after.plan, difference)
+        graphs = [(each.axis_facts, replay(each.axis_facts, after.plan)) for each in reversed(after.specializations)]
         check_state_layouts([*graphs, (analysis.axis_facts, kept)], difference)
-        return self.install(analysis, module, kept)
+
+        def take_up(journal: Journal) -> Program:
+            journal.note_object(self)
+            after.commit(state, journal)
+            self.specializations = after.specializations
+            return self.install(analysis, module, kept)
+
+        return all_or_nothing(take_up)
 
     def _with_numbers(self, module: nn.Module, call: Call, settled: dict[str, Any]) -> Program | None:
         """Make inputs of the numbers by which alone a call differs from a captured one; None where that is not so."""
@@ -329,30 +404,10 @@ class Region:
         self.routing.changed_constant(self.specializations, module, program)
         return program
 
-    def _moving(self, *more: Analysis) -> frozenset[str]:
-        """Return the buffers that some graph computes from parameters, or that have shrunk with them."""
-        shrunk = set(self.state.plan.under(self.name))
-        graphs = [(each.captured, each.axis_facts) for each in self.specializations]
-        graphs += [(each.captured, each.axis_facts) for each in more]
-        return frozenset().union(
-            *(captured.buffers & (axis_facts.parameters.keys() | shrunk) for captured, axis_facts in graphs)
-        )
-
-    def _inferred_again(self, each: Specialization, captured: RegionGraph) -> AxisFacts:
-        """Infer the axes of a graph of which something else is known now than when it was captured."""
-        refuted = each.axis_facts.missing.keys() - each.axis_facts.experiments.keys()
-        return infer_axes(captured, self.state.experiments, refuted)
-
     def settle_buffers(self, module: nn.Module, *more: Analysis) -> None:
         """Let buffers that one graph computes from parameters shrink with these in the graphs that only read them."""
-        moving = self._moving(*more)
-        for number, each in enumerate(self.specializations):
-            if moving & each.captured.used() <= each.axis_facts.parameters.keys():
-                continue
-            axis_facts = self._inferred_again(each, replace(each.captured, moving=moving))
-            program = rewrite(axis_facts, replay(axis_facts, self.state.plan), module)
-            self.specializations[number] = Specialization(program, discover(axis_facts))
-            self.state.forget_couplings()
+        self.specializations = settled(self.name, module, self.specializations, self.state, more).specializations
+        self.state.forget_couplings()
 
     def retied(self, model: nn.Module) -> list[Specialization] | None:
         """Return the specializations as they must be after weights were tied or untied; None if none were.
@@ -369,7 +424,8 @@ class Region:
         specializations = []
         for each, same in zip(self.specializations, ties, strict=True):
             before = each.captured
-            axis_facts = self._inferred_again(each, replace(before, same_storage=same, shared_outside=outside))
+            facts_now = replace(before, same_storage=same, shared_outside=outside)
+            axis_facts = inferred_again(each, facts_now, self.state.experiments)
             try:
                 kept = replay(axis_facts, self.state.plan)
             except PinnedAxisError as error:

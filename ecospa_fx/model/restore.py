@@ -119,7 +119,7 @@ def _try(region: Region, module: nn.Module) -> None:
 def _difference(program: Program, module: nn.Module) -> str | None:
     """Say how the own forward of a module differs from a program on a call that both take."""
     why: str | None = None
-    for args, kwargs in example_calls(program.axis_facts):
+    for args, kwargs in example_calls(program.axis_facts, program.sizes):
         with modes(module, program.captured.signature.training), isolated(module), torch.no_grad():
             try:
                 return difference(module, program, original_class(module).forward, args, kwargs)

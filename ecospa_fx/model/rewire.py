@@ -52,6 +52,11 @@ def rewire(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Mod
     """
     before = plan(model)  # raises where the model is not compiled
     compiled: CompiledModel = model.__dict__[MODEL]
+    if compiled.state.joints:
+        raise EcoSpaError(
+            f"this {type(model).__name__} has couplings across regions ({compiled.state.joints[0].name}), whose other "
+            'ends would be unknown after the change: change the modules first, or compile with regions="root" or "blocks"'
+        )
     tensors = {id(tensor): name for name, tensor in reversed(named_tensors(model).items())}
     modules = {module: name for name, module in model.named_modules()}
     held = [_Held(module) for module in model.modules()]

@@ -1,50 +1,57 @@
 """Routing: the choice of the program that serves a call of a region.
 
-call -> call_key -> Routing.remembered   the program that served a call of the same key before
+call -> call_key -> Routing.remembered   the program that served a call of the same key before, while nothing changes
 -> no route -> Routing.search       the newest program whose signature, hooks and constants fit
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from operator import is_
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from ecospa_fx.passes.ir.guards import Read, first_changed, guard, setting_read, told
+from ecospa_fx.passes.ir.guards import Read, first_changed, setting_read, told
 from ecospa_fx.passes.ir.region_graph import RegionGraph
-from ecospa_fx.passes.ir.signature import Signature, below, training_flags
+from ecospa_fx.passes.ir.signature import Signature, below, state_of, training_flags
+from ecospa_fx.passes.ir.snapshot import snapshot
 from ecospa_fx.passes.rewrite.program import Program
 
 from .specialization import Specialization
 
 MOST_ROUTES = 1024  # calls remembered per region, one per combination of sizes
 
+MOST_SNAPSHOTS = 8  # per graph: of train and eval mode, with hooks and without
+
+Route: TypeAlias = "tuple[Signature, Callable[[], bool]]"  # the signature of a program, and whether it serves still
+
 
 class Routing:
     """The routes from calls of one region to its programs. Newer programs are tried before older ones."""
 
     def __init__(self) -> None:
-        # A key leads to several signatures where only the contents of objects tell calls apart.
-        self._routes: dict[Any, tuple[Signature, ...]] = {}
+        # A key leads to several routes where modes, hooks, constants or the contents of objects tell calls apart.
+        self._routes: dict[Any, tuple[Route, ...]] = {}
         self._bound: dict[int, _Bound] = {}  # per graph
 
+    def without_routes(self) -> Routing:
+        """Return a routing that remembers no call, for a region that takes other sizes from now on."""
+        fresh = Routing()
+        fresh._bound = self._bound
+        return fresh
+
     def remembered(
-        self,
-        specializations: Sequence[Specialization],
-        module: nn.Module,
-        key: Any,
-        tensors: Sequence[Tensor],
-        objects: Sequence[Any],
+        self, specializations: Sequence[Specialization], key: Any, tensors: Sequence[Tensor], objects: Sequence[Any]
     ) -> Program | None:
         """Return the program that served a call of the same key before, if it still fits."""
-        for signature in self._routes.get(key, ()) if key is not None else ():
-            for each in reversed(specializations):
+        for signature, holds in self._routes.get(key, ()) if key is not None else ():
+            if not holds():
+                continue
+            for each in specializations:
                 program = each.program
-                if program.captured.signature is signature and (
-                    self.changed_constant(specializations, module, program) is None
-                ):
+                if program.captured.signature is signature:
                     if not objects:
                         return program
                     # The key says nothing about the tensors in the objects, nor about sizes.
@@ -53,15 +60,17 @@ class Routing:
                         return program
         return None
 
-    def remember(self, key: Any, program: Program) -> None:
-        """Lead later calls of the same key to a program."""
+    def remember(self, key: Any, module: nn.Module, program: Program) -> None:
+        """Lead later calls of the same key to a program, while the region is as it is now."""
         if key is not None:
             if len(self._routes) >= MOST_ROUTES:
                 self._routes.clear()
-            signature = program.captured.signature
-            signatures = self._routes.setdefault(key, ())
-            if not any(other is signature for other in signatures):
-                self._routes[key] = (signature, *signatures)
+            holds = self._bind(module, program.captured).snapshot()
+            if holds is None:
+                return
+            route = program.captured.signature, holds
+            routes = self._routes.get(key, ())
+            self._routes[key] = (route, *(other for other in routes if other != route))[:MOST_SNAPSHOTS]
 
     def search(
         self, specializations: Sequence[Specialization], module: nn.Module, call: Any, hooks: Mapping[str, int]
@@ -74,7 +83,7 @@ class Routing:
                 continue
             if (
                 self.changed_constant(specializations, module, program) is None
-                and program.captured.mismatch(call, training, program.state) is None
+                and program.captured.mismatch(call, training, program.sizes) is None
             ):
                 return program
         return None
@@ -93,7 +102,7 @@ class Routing:
 
     def _bind(self, module: nn.Module, captured: RegionGraph) -> _Bound:
         bound = self._bound.get(id(captured))
-        if bound is None or bound.captured is not captured:
+        if bound is None or bound.captured is not captured or not bound.is_of(module):
             self._bound[id(captured)] = bound = _Bound(captured, module)
         return bound
 
@@ -107,13 +116,40 @@ class _Bound:
         self.named = dict(module.named_modules(remove_duplicate=False))
         settings = [setting_read(path, name, value) for (path, name), value in captured.settings.items()]
         self.reads = (*settings, *captured.reads)
-        self.holds = guard(self.reads, self.named)
+        self.snapshots: list[Callable[[], bool]] = []
+        self.made = 0
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Return whether the submodules of a region are those that this was made of."""
+        if torch.compiler.is_compiling():
+            return True
+        modules = below(module)
+        return len(modules) == len(self.modules) and all(map(is_, modules, self.modules))
+
+    def snapshot(self) -> Callable[[], bool] | None:
+        """Return a function that says whether the region is as it is now; None where the graph is not right now."""
+        for holds in self.snapshots:
+            if holds():
+                return holds
+        if self.changed() is not None:
+            return None
+        self.made += 1
+        if self.made <= 2 * MOST_SNAPSHOTS:
+            holds = snapshot(self.module, self.reads, self.captured.numbers)
+            if holds():
+                self.snapshots = [holds, *self.snapshots[: MOST_SNAPSHOTS - 1]]
+                return holds
+        # Something is replaced by its equal at each call, or each time that it is looked at.
+        state = state_of(self.module)
+        return lambda: self.is_of(self.module) and state_of(self.module) == state and self.changed() is None
 
     def changed(self) -> str | None:
         """Return the first value that has changed, in words."""
-        if torch.compiler.is_compiling() or not self.holds():
-            found = first_changed(self.reads, self.named)
-            return told(*found) if found is not None else None
+        if not torch.compiler.is_compiling() and any(holds() for holds in self.snapshots):
+            return None
+        found = first_changed(self.reads, self.named)
+        if found is not None:
+            return told(*found)
         for number in self.captured.numbers:
             if not number.fits(self.named):
                 return told(number.read, number.read.now(self.named))

@@ -9,6 +9,8 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.passes.capture.options import CaptureOptions
 from ecospa_fx.passes.find.analyse import Captures
+from ecospa_fx.passes.find.joints import Joint
+from ecospa_fx.passes.find.left_whole import Refusal
 from ecospa_fx.passes.follow.attributes import Changes
 from ecospa_fx.plan import Plan
 
@@ -25,6 +27,9 @@ class ModelState:
         plan: the entries that every parameter keeps.
         attributes: the integers of modules that follow shrinks, with the value before any shrink and now.
         captures: the analyses that equal blocks share.
+        joints: the couplings that cross the edges of regions, at original sizes.
+        joint_refusals: axes that cross them and cannot shrink, with the reasons.
+        withheld: names of joints that some call before a save could not follow.
         couplings: the couplings by name at their sizes now; None until somebody asks for them.
     """
 
@@ -35,6 +40,9 @@ class ModelState:
         self.plan = Plan()
         self.attributes: Changes = {}
         self.captures: Captures = []
+        self.joints: tuple[Joint, ...] = ()
+        self.joint_refusals: tuple[Refusal, ...] = ()
+        self.withheld: frozenset[str] = frozenset()
         self.couplings: dict[str, Coupling] | None = None
 
     @property

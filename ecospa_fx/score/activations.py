@@ -21,7 +21,8 @@ from torch import Tensor, fx, nn
 from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.couple.coupling_index import CouplingIndex
-from ecospa_fx.model.lookup import regions_of
+from ecospa_fx.model.joint_offers import parts_across
+from ecospa_fx.model.lookup import compiled_state, regions_of
 from ecospa_fx.model.observers import check_observable, ignore, observe
 from ecospa_fx.model.region import Region
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
@@ -134,13 +135,13 @@ class ActivationScores:
         """Return the nodes of all sites of a program, one after another, and the sites."""
         kept = region.kept(program)
         names = {found.key: found.name for found in region.naming_graph.discovery.couplings}
-        offered = {coupling.name: coupling for coupling in region.offers.couplings()}
+        offered = {coupling.name: coupling for coupling in compiled_state(self.model).couplings()}
         sites: list[ProductSite] = []
-        for found in region.discovery_of(program).couplings:
-            coupling = offered.get(join(region.name, names.get(found.key, "")))
-            if coupling is not None:
+        here = [(join(region.name, names.get(f.key, "")), f) for f in region.discovery_of(program).couplings]
+        for name, found in (*here, *parts_across(region.state, program.axis_facts)):
+            if name in offered:
                 sites_of = _attention_sites if self.attention else product_sites
-                sites += sites_of(program.axis_facts, found, coupling, kept)
+                sites += sites_of(program.axis_facts, found, offered[name], kept)
         return [node for site in sites for node in site.nodes], sites
 
 

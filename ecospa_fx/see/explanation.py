@@ -24,7 +24,7 @@ from ecospa_fx.model.region import Region
 from ecospa_fx.model.state import Execution
 from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
-from ecospa_fx.passes.find.regions import choose
+from ecospa_fx.passes.find.joined import choose_regions
 from ecospa_fx.passes.graph.nodes import place
 from ecospa_fx.text import plural
 
@@ -103,6 +103,11 @@ class Explanation(Findings):
                 elif reasons:
                     label = f"an axis of {region.count(atom)}"
                     paths[label], refused[label] = path, reasons
+        for coupling in self.couplings if region is not self.snapshot.region_of(second) else ():
+            names_of = {member.parameter for member in coupling.members}
+            ends = [self.snapshot.ties.get(name, name) for name in (first, second)]
+            if names_of >= set(ends):
+                paths[coupling.name] = coupling.why(*ends)
         if not paths:
             raise NoCouplingError(
                 f"`{first}` and `{second}` share no axis along which weights meet; why_not(name) says what lies along "
@@ -185,12 +190,14 @@ def explain(
     waiting = type(model)
     model.__class__ = original_class(model)
     try:
-        analyses, scratch.not_captured = choose(model, args, kwargs, regions, options=scratch.state.options)
+        chosen = choose_regions(model, args, kwargs, regions, options=scratch.state.options)
     finally:
         model.__class__ = waiting
+    scratch.not_captured = chosen.failed
+    scratch.state.joints, scratch.state.joint_refusals = chosen.joints, chosen.refusals
     seconds: Counter[str] = Counter()
-    for name, analysis in analyses.items():
-        scratch.regions[name] = region = Region(name, scratch.state, {})
+    for name, analysis in chosen.analyses.items():
+        scratch.regions[name] = region = Region(name, scratch.state, {}, analysis.captured.border)
         for each in (analysis, *analysis.others):
             region.remember(each)
             seconds.update(each.seconds)
@@ -225,7 +232,8 @@ def _explanation(model: nn.Module, compiled: CompiledModel, seconds: dict[str, f
     regions = list(compiled.regions.values())
     axis_facts = [each.axis_facts for region in regions for each in reversed(region.specializations)]
     couplings, snapshot, calls = compiled.couplings(), snapshot_of(model, compiled), removals(model)
-    refusals = tuple(with_way_out(refusal, calls) for region in regions for refusal in region.offers.refusals())
+    found = [*compiled.state.joint_refusals, *(r for region in regions for r in region.offers.refusals())]
+    refusals = tuple(with_way_out(refusal, calls) for refusal in found)
     return Explanation(
         model=type(model).__name__,
         regions=tuple(compiled.regions),

@@ -9,7 +9,7 @@ from math import prod
 
 from rich.table import Table
 
-from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.couple.coupling import Coupling, Member
 from ecospa_fx.model.cost import flop_terms
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.graph.tensors import join
@@ -135,14 +135,33 @@ def savings_of(snapshot: Snapshot, couplings: tuple[Coupling, ...]) -> Savings:
             if name not in offered:
                 continue
             mark = key, name.removeprefix(f"{region.name}.")
-            if region.sizes:
-                by_coupling[name] = costs.saving(name, atom, offered[name].size)
+            if region.sizes or atom in region.across:
+                # A coupling across regions saves something in each; weights tied across them count in one.
+                by_coupling[name] = _sum(by_coupling.get(name), costs.saving(name, atom, offered[name].size))
                 continue
             if mark not in shared:
                 shared[mark] = costs.saving(name, atom, offered[name].size)
             by_coupling[name] = replace(shared[mark], coupling=name)
+    for coupling in couplings:
+        for member in coupling.members:
+            if snapshot.region_of(member.parameter) is None and coupling.name in by_coupling:
+                by_coupling[coupling.name] = _sum(by_coupling[coupling.name], _outside(snapshot, coupling, member))
     weights = sum(prod(shape) * width for name, (shape, width) in snapshot.tensors.items() if name not in snapshot.ties)
     return Savings(by_coupling, snapshot.parameters, weights, flops, couplings)
+
+
+def _sum(a: Saving | None, b: Saving) -> Saving:
+    if a is None:
+        return b
+    names = ("parameters", "bytes", "flops", "most_parameters", "most_bytes", "most_flops")
+    return replace(a, **{name: getattr(a, name) + getattr(b, name) for name in names})
+
+
+def _outside(snapshot: Snapshot, coupling: Coupling, member: Member) -> Saving:
+    """Return what a weight saves that lies in no region."""
+    shape, width = snapshot.tensors[member.parameter]
+    each, most = prod(shape) // coupling.size, max(0, coupling.size - 1)
+    return Saving(coupling.name, most, each, each * width, 0, each * most, each * most * width, 0)
 
 
 class _Costs:

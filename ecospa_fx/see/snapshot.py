@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sympy
 from torch import nn
@@ -32,6 +32,7 @@ class RegionSnapshot:
         discovery: couplings and refusals of that graph.
         sizes: atom -> entries now, for atoms that have shrunk.
         symbols: dynamic size -> its value in the captured call.
+        across: atoms that are a coupling across regions -> its name.
     """
 
     name: str
@@ -39,11 +40,14 @@ class RegionSnapshot:
     discovery: Discovery
     sizes: Mapping[Atom, int]
     symbols: Mapping[sympy.Symbol, int]
+    across: Mapping[Atom, str] = field(default_factory=dict)
 
     def couplings(self) -> Iterator[tuple[str, Atom]]:
         """Iterate over the couplings: the name in the model, and the atom."""
         for coupling in self.discovery.couplings:
             yield join(self.name, coupling.name), coupling.atom
+        for atom, name in self.across.items():
+            yield name, atom
 
     def count(self, expr: Expr, sizes: Mapping[Atom, int] | None = None) -> int:
         """Count the entries along `expr` with atoms at `sizes`, by default at their sizes now."""
@@ -169,7 +173,9 @@ def snapshot_of(model: nn.Module, compiled: CompiledModel) -> Snapshot:
             program = region.naming_graph.program
             sizes = {atom: entries_left(choice) for atom, choice in region.kept(program).items()}
             symbols = symbols_of(program.axis_facts)
-            regions[name] = RegionSnapshot(name, program.axis_facts, region.naming_graph.discovery, sizes, symbols)
+            regions[name] = RegionSnapshot(
+                name, program.axis_facts, region.naming_graph.discovery, sizes, symbols, region.offers.across
+            )
     named = dict(model.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
     ties: dict[str, str] = {}

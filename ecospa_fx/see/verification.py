@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ecospa_fx.arguments import CALL, MODULE, WHOLE, takes
-from ecospa_fx.errors import VerificationError
+from ecospa_fx.errors import NoInputsError, VerificationError
 from ecospa_fx.model.full_size import unshrunk
+from ecospa_fx.model.joint_offers import atoms_at_edges
 from ecospa_fx.model.lookup import check_values, plan, state_of, try_call
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.wrappers import looks_inside
@@ -20,6 +22,9 @@ from ecospa_fx.passes.axes.selection import Selected, per_context_or_shared, who
 from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.rewrite.verify import Comparison, compare
+from ecospa_fx.text import plural
+
+from .explanation import example_call
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,8 @@ class Verification:
     """The result of `verify`.
 
     Attributes:
-        by_coupling: a comparison per coupling alone, and `all of <region>` per region for all its couplings together.
+        by_coupling: a comparison per coupling alone, and `all of <region>` per region for all its couplings together. A
+            coupling across regions is compared in each of them, with what goes in and comes out.
     """
 
     by_coupling: dict[str, Comparison]
@@ -83,27 +89,45 @@ def verify(
 
     Args:
         model: a compiled model.
-        example_inputs: positional arguments of a call.
+        example_inputs: positional arguments of a call; by default those that the model itself offers.
         example_kwargs: keyword arguments of a call.
         seed: seed of the random selections, and of the noise that replaces entries removed earlier.
 
     Raises:
-        NoInputsError: the model has not been called yet and no inputs are given.
+        NoInputsError: no inputs are given, and the model neither offers any nor can be called without.
+        VerificationError: the call runs no region of the model, so that there is nothing to compare.
     """
-    args, kwargs = tuple(example_inputs or ()), dict(example_kwargs or {})
     plan(model)  # raises where the model is not compiled
+    args, kwargs = _arguments(model, example_inputs, example_kwargs)
     check_values(model, "compare")
     modes = {module: module.training for module in model.modules()}
     try:
         # Dropout would draw other masks at other sizes; entry by entry, train and eval mode agree.
         model.eval()
-        if args or kwargs:
-            try_call(model, args, kwargs)  # captures regions that have not been called so far
+        try_call(model, args, kwargs)  # captures regions that have not been called so far
         results = sorted(comparisons(model, args, kwargs, seed), key=lambda c: c.coupling.startswith("all of "))
+        if not results:
+            number = plural(len(state_of(model).regions), "region")
+            raise VerificationError(
+                f"this call of {type(model).__name__} runs none of its {number}, so nothing was compared; pass the "
+                "example_inputs of a call that does"
+            )
         return Verification({c.coupling: c for c in results})
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _arguments(
+    model: nn.Module, inputs: Sequence[Any] | None, kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    try:
+        return example_call(model, inputs or None, kwargs or None)
+    except NoInputsError:
+        parameters = inspect.signature(model.forward).parameters.values()
+        if any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+            raise
+        return (), {}
 
 
 def comparisons(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int = 0) -> Iterator[Comparison]:
@@ -117,6 +141,12 @@ def comparisons(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     """
     compiled = state_of(model)
     generator = torch.Generator().manual_seed(seed)
+    offered = {coupling.name for coupling in compiled.couplings()}
+    halves = {
+        joint.name: _half(Atom(0, joint.size), None, generator)
+        for joint in compiled.state.joints
+        if joint.name in offered
+    }
     calls = record(model, args, kwargs, set(compiled.regions))
     for name, region in compiled.regions.items():
         if name not in calls:
@@ -128,10 +158,19 @@ def comparisons(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         of_program = {c.key: c for c in region.discovery_of(program).couplings}
         couplings = [of_program[c.key] for c in region.naming_graph.discovery.couplings if c.key in of_program]
         kept = {coupling.atom: _half(coupling.atom, coupling.context, generator) for coupling in couplings}
+        across = {
+            joint.name: dict.fromkeys(atoms_at_edges(axis_facts, joint), halves[joint.name])
+            for joint in compiled.state.joints
+            if joint.name in halves
+        }
+        kept |= {atom: half for atoms in across.values() for atom, half in atoms.items()}
         yield compare(axis_facts, kept, module, tensors, inputs, f"all of {name or 'the model'}")
         for coupling in couplings:
             alone = {coupling.atom: kept[coupling.atom]}
             yield compare(axis_facts, alone, module, tensors, inputs, join(name, coupling.name))
+        for joint, selected in across.items():
+            if selected:
+                yield compare(axis_facts, selected, module, tensors, inputs, f"{joint} in {name}")
 
 
 def _half(atom: Atom, context: Atom | None, generator: torch.Generator) -> Selected:

@@ -38,6 +38,12 @@ def why_not(snapshot: Snapshot, couplings: tuple[Coupling, ...], name: str) -> W
     for parameter in snapshot.parameters_of(name):
         region = snapshot.region_of(parameter)
         first = snapshot.ties.get(parameter, parameter)
+        outside = [c for c in couplings if region is None and any(m.parameter == first for m in c.members)]
+        for coupling in outside:
+            dims = ", ".join(f"{m.parameter}[{m.dim}]" for m in coupling.members if m.parameter == first)
+            sentences.append(f"{dims} can shrink: {coupling.name} may lose all but one of its {coupling.size} entries.")
+        if outside:
+            continue
         if region is None:
             sentences.append(
                 f"{parameter} stays whole: it lies outside the captured regions "

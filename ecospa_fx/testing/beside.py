@@ -19,6 +19,7 @@ import random
 import re
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ class Beside:
         self.shrinks = 0
         self._remains = Remains()
         self._inputs = 0  # drawn so far
+        self._called: set[bool] = set()  # modes, train or eval, in which the compiled model has been called
         self._changed: list[str] = []  # statements of the loop since the last shrink
         self._compare("before compile")
 
@@ -142,11 +144,13 @@ class Beside:
         """Change all weights, and load those from before."""
         expected, found = (world.model.state_dict() for world in (self.plain, self.ours))
         check_same(expected, found, "state_dict", self._remains)
+        errors = []
         for world, state in ((self.plain, copy.deepcopy(expected)), (self.ours, copy.deepcopy(found))):
             with torch.no_grad():
                 for tensor in world.model.parameters():
                     tensor.mul_(2)
-            world.model.load_state_dict(state)
+            errors.append(_tried(partial(world.model.load_state_dict, state))[1])
+        _check_error("state_dict", *errors)
         self._compare("state_dict")
 
     def deepcopy(self) -> None:
@@ -164,7 +168,8 @@ class Beside:
         options: dict[str, Any] = {"regions": self.regions, "execution": self.execution}
         if batch:
             options["example_inputs"] = (self._input(batch),)
-        self._library("compile", lambda: compile(self.ours.model, **options))
+        if self._library("compile", lambda: compile(self.ours.model, **options)) and batch:
+            self._called.add(self.ours.model.training)
 
     def explain(self, batch: int = 2) -> None:
         """Explain the model, which leaves it as it is."""
@@ -231,6 +236,9 @@ class Beside:
             self.ours.model, self.ours.optimizer = loaded, optimizer
             fresh = fitted(self.plain.made(), self.plain.model)
             fresh.load_state_dict(self.plain.model.state_dict())
+            for path, module in self.plain.model.named_modules():  # `save` keeps those that a state_dict leaves out
+                for name in module._non_persistent_buffers_set:
+                    fresh.get_submodule(path)._buffers[name] = module._buffers[name]
             fresh.train(self.plain.model.training)
             plain_optimizer = optimizer_of(fresh)
             plain_optimizer.load_state_dict(self.plain.optimizer.state_dict())
@@ -258,11 +266,10 @@ class Beside:
             self._check_refused(what, ours_error, state, before)
             before.put_back()
             found, ours_error = _tried(lambda: run(self.ours))
-        if error is None and ours_error is not None:
-            raise ours_error
-        if error is not None and type(error) is not type(ours_error):
-            raise Differs(f"{what}: {type(ours_error).__name__}, expected {type(error).__name__}: {error}")
+        _check_error(what, error, ours_error)
         after.check(what)
+        if self.compiled and ours_error is None:
+            self._called.add(self.ours.model.training)
         for name, a, b in zip(("output", "loss"), _listed(expected), _listed(found), strict=False):
             check_value(a, b, f"{what}: {name}")
         self._compare(what)
@@ -270,13 +277,16 @@ class Beside:
     def _check_refused(self, what: str, error: EcoSpaError, state: dict[str, Any], generators: Generators) -> None:
         """Check that a call may be refused, and has left the model as it was.
 
-        Only the first call may be, which leaves the model plain, and one of a shrunk model whose cause is named.
+        Only the first call may be, which leaves the model plain, and one of a shrunk model, in a mode that it has not
+        been called in so far, or whose cause is named.
         """
         self.refusals.append(f"{type(error).__name__}: {error}")
         generators.check(f"refused {what} ({error})")
         check_same(state, frozen(self.ours), f"refused {what} ({error})")
         if not self.compiled:
             return
+        if self.shrinks and self.ours.model.training not in self._called:
+            raise Ended
         if self.shrinks and any(name in str(error) for each in self._changed for name in _names(each)):
             raise Ended
         raise Differs(f"{what}: a {'shrunk' if self.shrinks else 'compiled'} model refuses a call: {error}")
@@ -301,12 +311,9 @@ class Beside:
     def _copied(self, what: str, copied: Callable[[Any], Any]) -> None:
         plain, error = _tried(lambda: copied((self.plain.model, self.plain.optimizer)))
         ours, ours_error = _tried(lambda: copied((self.ours.model, self.ours.optimizer)))
+        _check_error(what, error, ours_error)
         if error is not None:
-            if ours_error is None:
-                raise Differs(f"{what}: works, expected {type(error).__name__}: {error}")
             return
-        if ours_error is not None:
-            raise ours_error
         originals = [*self.plain.model.parameters(), *self.ours.model.parameters()]
         self.plain.model, self.plain.optimizer = plain
         self.ours.model, self.ours.optimizer = ours
@@ -355,6 +362,13 @@ def _tried(run: Callable[[], Any]) -> tuple[Any, Exception | None]:
         return run(), None
     except Exception as error:
         return None, error
+
+
+def _check_error(what: str, expected: Exception | None, found: Exception | None) -> None:
+    if expected is None and found is not None:
+        raise found
+    if type(expected) is not type(found):
+        raise Differs(f"{what}: {type(found).__name__}, expected {type(expected).__name__}: {expected}")
 
 
 def _listed(value: Any) -> list[Any]:

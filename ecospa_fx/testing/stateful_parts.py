@@ -323,9 +323,9 @@ def closure(draw: Draw) -> Piece:
 def hook(draw: Draw) -> Piece:
     """A hook of a layer that writes something down."""
     i, v = draw.number, draw.place
-    line = draw.pick(
-        f"CALLS{i}.append(module.training)", f"CALLS{i}.append(out.shape[0])", f"CALLS{i}.append(out.detach().mean())",
-        "module.seen = out.shape[0]", "return out * 2", "module.aux = out.pow(2).mean()",
+    line = draw.pick(  # a sum: of a layer that has shrunk a hook sees what is left, whose mean is another
+        f"CALLS{i}.append(module.training)", f"CALLS{i}.append(out.shape[0])", f"CALLS{i}.append(out.detach().sum())",
+        "module.seen = out.shape[0]", "return out * 2", "module.aux = out.pow(2).sum()",
     )  # fmt: skip
     file = (f"CALLS{i} = []", "", "", f"def hook{i}(module, args, out):", f"    {line}")
     return Piece("hook", v, (), (f"self.down.register_forward_hook(hook{i})",), file=file)

@@ -12,10 +12,9 @@ graph belongs to one *signature* (argument structure, dtypes, devices, train or 
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +32,7 @@ from .compare_eager import difference_from_eager
 from .data_sizes import data_sizes
 from .dry_run import DryRun, dry_run
 from .export import Flat, export, refuse_foreign
+from .hook_effects import refuse_effects
 from .hooks import inner_hooks, noted
 from .options import DEFAULTS, CaptureOptions
 
@@ -93,20 +93,32 @@ def capture(
                 captured = replace(captured, data_sizes={} if error else data_sizes(captured, module, args, kwargs))
             if error is not None:
                 raise CaptureError(f"{described(region)} was captured, but {error}; it is left as it is")
-            if changes.reach(captured.constants.values()):
-                raise _HookChanges
+            changing = changes.reach(captured.constants.values())
+            if changing:
+                raise _HookChanges(changing)
         return captured
 
     if not hooks:
         return attempt(())
     # In a fresh context, so that hooks that depend on context variables see none.
     context = contextvars.Context()
-    if check:
-        with contextlib.suppress(CaptureError, _HookChanges):
-            return context.run(attempt, tuple(hooks))
-    captured = context.run(attempt, ())
-    if not own_hooks:
-        _warn_of_hooks(captured, hooks)
+    observed = [*hooks] if check else []
+    captured: RegionGraph | None = None
+    while captured is None:
+        try:
+            captured = context.run(attempt, observed)
+        except _HookChanges as error:
+            observed = [path for path in observed if path not in error.paths]
+        except CaptureError:
+            if not observed:
+                raise
+            observed = []
+    inside = [path for path in hooks if path not in observed]
+    if inside and not own_hooks:
+        if check:
+            with at_original_sizes(module, originals.values() if originals else None):
+                context.run(refuse_effects, module, inside, region, forward, args, kwargs)
+        _warn_of_hooks(captured, inside)
     return captured
 
 
@@ -125,7 +137,15 @@ def class_forward(module: nn.Module, region: str) -> Forward:
 
 
 class _HookChanges(Exception):
-    """A hook that was taken for an observer changes values."""
+    """Hooks that were taken for observers change values.
+
+    Attributes:
+        paths: of the submodules that they are on.
+    """
+
+    def __init__(self, paths: Set[str]) -> None:
+        super().__init__(*paths)
+        self.paths = paths
 
 
 def _traced(
@@ -163,7 +183,7 @@ def _traced(
     return assemble(program, flat, tensors, region, dry, filled)
 
 
-def _warn_of_hooks(captured: RegionGraph, hooks: Mapping[str, int]) -> None:
+def _warn_of_hooks(captured: RegionGraph, hooks: Sequence[str]) -> None:
     names = sorted(name for name in captured.hooked if name in hooks)
     if names:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -33,7 +33,7 @@ def run(captured: RegionGraph, tensors: Mapping[str, Tensor], inputs: Sequence[T
         captured: the graph.
         tensors: a tensor per parameter and buffer name.
         inputs: the tensor leaves of a call.
-        interpreter: `interpreter=` a subclass of `fx.Interpreter` to run it with.
+        interpreter: `interpreter=` a subclass of `fx.Interpreter` to run it with; `constants=` tensors to run it with.
 
     Returns:
         The output tensors of the region, without those that the graph gives to hooks; with `stored=True` in
@@ -44,7 +44,7 @@ def run(captured: RegionGraph, tensors: Mapping[str, Tensor], inputs: Sequence[T
     values = {placeholder: tensors[name] for placeholder, name in captured.tensors.items()} | dict(
         zip(captured.inputs, inputs, strict=True)
     )
-    constants = captured.constants
+    constants = interpreter.get("constants", captured.constants)
     root = nn.Module()
     for node in captured.graph.nodes:
         if node.op == "get_attr":

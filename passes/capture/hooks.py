@@ -61,7 +61,7 @@ def points(module: nn.Module, paths: Iterable[str]) -> Iterator[list[tuple[str, 
         return hook
 
     paths = list(paths)
-    with _other_hooks(module, paths, lambda _path, _hook: None):
+    with other_hooks(module, paths, lambda _path, _hook: None):
         handles = [
             module.get_submodule(path).register_forward_hook(recording(path), with_kwargs=True)
             for path in paths
@@ -80,22 +80,22 @@ class Changes:
 
     Attributes:
         returned: submodules where a hook returned something: it changes values.
-        replaced: the tensors in attributes of submodules that a hook put others in place of.
+        replaced: submodules, and the tensors in their attributes that a hook there put others in place of.
     """
 
     returned: set[str] = field(default_factory=set)
-    replaced: list[Tensor] = field(default_factory=list)
+    replaced: list[tuple[str, Tensor]] = field(default_factory=list)
 
-    def reach(self, constants: Iterable[Any]) -> bool:
-        """Return whether hooks change what a graph computes, which has `constants`."""
+    def reach(self, constants: Iterable[Any]) -> set[str]:
+        """Return the submodules whose hooks change what a graph computes, which has `constants`."""
         held = {storage_key(value) for value in constants if isinstance(value, Tensor)}
-        return bool(self.returned) or any(storage_key(tensor) in held for tensor in self.replaced)
+        return self.returned | {path for path, tensor in self.replaced if storage_key(tensor) in held}
 
 
 @contextmanager
 def without_hooks(module: nn.Module) -> Iterator[None]:
     """Run submodules without their hooks."""
-    with _other_hooks(module, inner_hooks(module), lambda _path, _hook: None):
+    with other_hooks(module, inner_hooks(module), lambda _path, _hook: None):
         yield
 
 
@@ -110,17 +110,18 @@ def noted(module: nn.Module, paths: Iterable[str]) -> Iterator[Changes]:
             result = hook(child, *args)
             if result is not None:
                 changes.returned.add(path)
-            changes.replaced.extend(value for name, value in before.items() if vars(child).get(name) is not value)
+            replaced = (value for name, value in before.items() if vars(child).get(name) is not value)
+            changes.replaced.extend((path, value) for value in replaced)
             return result
 
         return call
 
-    with _other_hooks(module, paths, noting):
+    with other_hooks(module, paths, noting):
         yield changes
 
 
 @contextmanager
-def _other_hooks(module: nn.Module, paths: Iterable[str], other: Callable[..., Any]) -> Iterator[None]:
+def other_hooks(module: nn.Module, paths: Iterable[str], other: Callable[..., Any]) -> Iterator[None]:
     """Replace the hooks on submodules by `other(path, hook)`; remove those for which it returns None."""
     kinds = ("_forward_hooks", "_forward_pre_hooks")
     children = [(path, module.get_submodule(path)) for path in paths]

@@ -11,17 +11,30 @@ The code that runs is known from a profile of an earlier call (`executed`), and 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
-from ecospa_fx.passes.graph.namespaces import ABSENT, Code, Watching, foreign_code, namespaces, value_in
+from ecospa_fx.passes.graph.namespaces import (
+    ABSENT,
+    Code,
+    Watching,
+    cells_of,
+    foreign_code,
+    function_of,
+    functions_with_cells,
+    mutable_defaults,
+    names_in,
+    namespaces,
+    value_in,
+)
 from ecospa_fx.passes.graph.python_state import (
     OWN,
     StateChange,
@@ -30,9 +43,12 @@ from ecospa_fx.passes.graph.python_state import (
     is_constant,
     is_record,
     path_of,
+    put_back,
     same,
 )
-from ecospa_fx.passes.ir.guards import Contents, ModuleRoot, OfClass, Read
+from ecospa_fx.passes.graph.stand_in_class import stand_in_class
+from ecospa_fx.passes.graph.stores import put_profile
+from ecospa_fx.passes.ir.guards import Alias, Contents, ModuleRoot, OfClass, Read
 from ecospa_fx.passes.ir.state_access import PathItem
 
 AttributeReads = Mapping[str, set[str]]  # submodule path -> names of the attributes that forward reads
@@ -47,17 +63,23 @@ class Reads:
     Attributes:
         attributes: names of the attributes that are read, by the path of a submodule.
         writes: the attributes that are assigned, of modules and of objects that were read.
+
+    Args:
+        module: the module.
+        code: functions that the forward runs, see `executed`.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, code: Code) -> None:
+        self.module, self.code = module, code
+        self._names = names_in(code)
         self.attributes: dict[str, set[str]] = {path: set() for path, _ in module.named_modules()}
         self.writes: list[tuple[Any, str]] = []
         self._reads: dict[Any, Read] = {}
         self._before = {path: dict(child.__dict__) for path, child in module.named_modules()}
         self._first: dict[tuple[str, str], Any] = {}  # the first value read of each attribute
         self._swapped: list[tuple[Any, type]] = []
-        self._watched: dict[int, Any] = {}
+        self._with_cells: set[CodeType] = set()  # of functions that are read and run, whose cells are reads too
+        self._watched: dict[int, tuple[Any, Read]] = {}  # by identity, with its first read
 
     def others(self, settings: Collection[tuple[str, str]]) -> tuple[Read, ...]:
         """Return the values read that are not among the constant attributes of modules."""
@@ -100,11 +122,9 @@ class Reads:
             writes.append((self, name))
 
         writes = self.writes
-        body = {"__getattribute__": getattribute, "__setattr__": setattribute, "__doc__": cls.__doc__,
-                "__module__": cls.__module__, "__qualname__": cls.__qualname__}  # fmt: skip
-        metaclass: Any = type(cls)
+        body = {"__getattribute__": getattribute, "__setattr__": setattribute}
         try:
-            object.__setattr__(value, "__class__", metaclass(cls.__name__, (Watching, cls), body))
+            object.__setattr__(value, "__class__", stand_in_class(cls, body, Watching))
         except TypeError:  # its class is built in, or allows no other
             return False
         self._swapped.append((value, cls))
@@ -122,9 +142,11 @@ class Reads:
         if key in self._reads or (isinstance(value, (nn.Module, ModuleType)) and not depth):
             return
         if is_record(value):
-            self._reads[key] = Read(root, steps, OfClass(type(value)), where)
-            if id(value) not in self._watched:
-                self._watched[id(value)] = value
+            if id(value) in self._watched:  # under another name, at which its attributes are recorded
+                self._reads[key] = Read(root, steps, Alias(self._watched[id(value)][1]), where)
+            else:
+                self._reads[key] = read = Read(root, steps, OfClass(type(value)), where)
+                self._watched[id(value)] = value, read
                 if not self._swap(value, functools.partial(self._of_object, root, steps, where)):
                     for name, item in contents(value).items():
                         self.add(root, (*steps, PathItem(name)), item, f"{where}.{name}", depth + 1)
@@ -133,10 +155,28 @@ class Reads:
         elif is_array(value):
             self._reads[key] = Read(root, steps, Contents(value.copy()), where)
         else:
-            self._reads[key] = Read(root, steps, value, where)
-            if isinstance(value, FunctionType):
-                for name, item in vars(value).items():
+            self._reads[key] = read = Read(root, steps, value, where)
+            if isinstance(value, FunctionType) and id(value) not in self._watched:  # some refer to themselves
+                self._watched[id(value)] = value, read
+                named = {name: item for name, item in vars(value).items() if name in self._names}
+                for name, item in (named | mutable_defaults(value)).items():
                     self.add(root, (*steps, PathItem(name)), item, f"{where}.{name}", depth + 1)
+                if value.__closure__ and value.__code__ in self.code:
+                    self._with_cells.add(value.__code__)
+                    self.add_names(cells_of(value))
+
+    def add_names(self, names: Iterable[tuple[Any, str, str]]) -> None:
+        """Record the values of names outside of the modules, see `namespaces`."""
+        for namespace, name, where in names:
+            entry, value = isinstance(namespace, dict), value_in(namespace, name)
+            if value is not ABSENT and not isinstance(value, ModuleType):
+                self.add(namespace, (PathItem(name, entry=entry),), value, where)
+
+    def add_other_cells(self) -> None:
+        """Record the cells of functions that ran and have not been read in a way that was heard."""
+        for function in functions_with_cells(self.code):
+            if function.__code__ not in self._with_cells:
+                self.add_names(cells_of(function))
 
     def _container(self, root: Any, steps: tuple[PathItem, ...], value: Any, where: str, key: Any, depth: int) -> None:
         if len(value) > _MOST or depth > _DEPTH or (not hasattr(value, "copy") and not isinstance(value, tuple)):
@@ -173,19 +213,20 @@ def recorded_reads(module: nn.Module, code: Code | None = None) -> Iterator[Read
         module: the module.
         code: functions that the forward runs, see `executed`.
     """
-    reads = Reads(module)
+    reads = Reads(module, code or {})
     try:
         reads.watch()
-        _add_globals(reads, code or {})
+        reads.add_names(each for each in namespaces(module, reads.code) if not isinstance(each[0], CellType))
         yield reads
+        reads.add_other_cells()
     finally:
         reads.unwatch()
 
 
 @contextmanager
-def executed() -> Iterator[dict[CodeType, dict[str, Any]]]:
-    """Record the functions that run inside the `with` block, with their globals; not those of torch."""
-    seen: dict[CodeType, dict[str, Any]] = {}
+def executed() -> Iterator[dict[CodeType, FunctionType | dict[str, Any]]]:
+    """Record the functions that run inside the `with` block, or their globals; not those of torch."""
+    seen: dict[CodeType, FunctionType | dict[str, Any]] = {}
     others: set[CodeType] = set()
     before: Any = sys.getprofile()
 
@@ -195,25 +236,13 @@ def executed() -> Iterator[dict[CodeType, dict[str, Any]]]:
             if foreign_code(frame.f_globals.get("__name__")):
                 others.add(code)
             else:
-                seen[code] = frame.f_globals
+                seen[code] = function_of(frame) or frame.f_globals
 
     sys.setprofile(profile)
     try:
         yield seen
     finally:
-        enable: Any = getattr(before, "enable", None)
-        if enable is not None:  # cProfile, which Python cannot put back as a function
-            sys.setprofile(None)
-            enable()
-        else:
-            sys.setprofile(before)
-
-
-def _add_globals(reads: Reads, code: Code) -> None:
-    for namespace, name, where in namespaces(reads.module, code):
-        entry, value = isinstance(namespace, dict), value_in(namespace, name)
-        if value is not ABSENT and not isinstance(value, ModuleType):
-            reads.add(namespace, (PathItem(name, entry=entry),), value, where)
+        put_profile(before)
 
 
 def filled_read(module: nn.Module, change: StateChange) -> Read:
@@ -223,7 +252,9 @@ def filled_read(module: nn.Module, change: StateChange) -> Read:
     root: Any = owner if path is None or isinstance(key, tuple) else ModuleRoot(path)
     if key is None:
         steps: tuple[PathItem, ...] = ()
-        value = Contents(type(owner)(value))
+        held = copy.copy(owner)
+        put_back(held, value)
+        value = Contents(held)
     elif isinstance(owner, nn.Module) and isinstance(key, tuple):
         steps = (PathItem(key[0]), PathItem(key[1], entry=True))
     else:

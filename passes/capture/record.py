@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from ecospa_fx.passes.graph.isolate import Draws, isolated, uncached_autocast
 from ecospa_fx.passes.graph.tensors import named_tensors, swapped
 from ecospa_fx.passes.ir.region_graph import Call
-from ecospa_fx.passes.ir.signature import call_key
+from ecospa_fx.passes.ir.signature import call_key, training_flags
 from ecospa_fx.passes.ir.state_access import PLAIN, copy_objects, flattened, foreign, parted, resolve_object
 
 from .ends import Ends
@@ -59,8 +59,8 @@ def record_all(
 
     def hook_for(name: str) -> Any:
         def hook(module: nn.Module, hook_args: Any, hook_kwargs: Any) -> None:
-            known = call_key(module, hook_args, hook_kwargs)
-            key = (name, known[0] if known else None)
+            known = call_key(hook_args, hook_kwargs)
+            key = (name, training_flags(module), known[0] if known else None)
             if key not in seen:
                 seen.add(key)
                 calls.setdefault(name, []).append(_snapshot((hook_args, hook_kwargs), clones))
@@ -71,17 +71,15 @@ def record_all(
         model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in sorted(names)
     ]
     try:
-        with isolated(model), _computable(model) as fake, torch.no_grad(), uncached_autocast():
-            copied = pytree.tree_map(_copied, (args, kwargs), is_leaf=foreign)
-            call_args, call_kwargs = pytree.tree_map_only(Tensor, fake, copied, is_leaf=foreign)
+        with isolated(model), computable(model) as fake, torch.no_grad(), uncached_autocast():
+            call_args, call_kwargs = copied_call(args, kwargs, fake)
             watch = OutsideUses(model, names if used_outside is not None else ())
             at_ends = None if ends is None else Ends(model)
             handles += watch.register_hooks()
             for attempt in range(_ATTEMPTS):
                 draws = Draws()
                 if attempt:
-                    copied = pytree.tree_map(_copied, (args, kwargs), is_leaf=foreign)
-                    call_args, call_kwargs = pytree.tree_map_only(Tensor, fake, copied, is_leaf=foreign)
+                    call_args, call_kwargs = copied_call(args, kwargs, fake)
                 with watch, at_ends or nullcontext():
                     results = model(*call_args, **call_kwargs)
                 if at_ends is not None:
@@ -97,6 +95,13 @@ def record_all(
             handle.remove()
     # In the order of the model, not of the calls, so that names are the same for every input.
     return {name: calls[name] for name, _ in model.named_modules() if name in calls}
+
+
+def copied_call(args: tuple[Any, ...], kwargs: dict[str, Any], fake: Callable[[Tensor], Tensor]) -> Call:
+    """Copy the arguments of a forward that it may change, with tensors that fit those of `computable`."""
+    copied = pytree.tree_map(_copied, (args, kwargs), is_leaf=foreign)
+    call: Call = pytree.tree_map_only(Tensor, fake, copied, is_leaf=foreign)
+    return call
 
 
 def _copied(leaf: Any) -> Any:
@@ -140,7 +145,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _computable(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+def computable(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """Let a model on the meta device run on fake tensors, for which code that looks at values takes another branch."""
     if not any(p.is_meta for p in model.parameters()):
         yield lambda tensor: tensor

@@ -20,14 +20,15 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError, NotNowError
 from ecospa_fx.passes.graph.isolate import Draws, isolated, uncached_autocast
+from ecospa_fx.passes.graph.iterators import is_iterator
 from ecospa_fx.passes.graph.namespaces import ABSENT, Code, code_of, foreign_code
 from ecospa_fx.passes.graph.python_state import (
     TENSORS,
+    LeafState,
     PythonState,
     StateChange,
     contents,
@@ -37,9 +38,10 @@ from ecospa_fx.passes.graph.python_state import (
     put_item,
     same,
 )
+from ecospa_fx.passes.graph.stores import watched_stores
 from ecospa_fx.passes.graph.tensors import at_original_sizes
 from ecospa_fx.passes.ir.region_graph import Assigned, Forward, Originals, described
-from ecospa_fx.passes.ir.state_access import ObjectLeaf, copy_objects, flattened, parted
+from ecospa_fx.passes.ir.state_access import copied_call, flattened
 
 from .hooks import without_hooks
 from .reads import executed, recorded_reads
@@ -96,19 +98,17 @@ def rehearsed(
             f"{described(region)} is called in a way it has not been called in before while the model is being "
             "exported; call the model once with the same arguments before exporting it"
         )
-    leaves, spec = flattened((args, kwargs))
-    if any(t.is_meta for t in (*leaves, *module.parameters()) if isinstance(t, Tensor)):
+    if any(t.is_meta for t in (*flattened((args, kwargs))[0], *module.parameters()) if isinstance(t, Tensor)):
         yield Rehearsal()
         return
-    leaves, objects = parted(leaves)
 
     def run() -> Any:
-        twins = copy_objects(objects, lambda _, t: t.detach().clone())
-        inputs = [twins[x.number] if isinstance(x, ObjectLeaf) else _cloned(x) for x in leaves]
-        call_args, call_kwargs = pytree.tree_unflatten(inputs, spec)
         with without_hooks(module):  # which are captured, or called beside the graph
             try:
+                call_args, call_kwargs = copied_call(args, kwargs)
                 return forward(module, *call_args, **call_kwargs)
+            except CaptureError:
+                raise
             except Exception as error:
                 raise _ForwardFails from error
 
@@ -125,15 +125,16 @@ def rehearsed(
             code, first, assigned = {}, (), ()
     places = {(place.path, place.name) for place in assigned}
     filled = tuple(change for change in first if _place(module, change) not in places)
-    tensors = (change for change in filled if isinstance(change.key, tuple) and change.key[0] in TENSORS)
-    registered = next(tensors, None)
-    if registered is not None:
-        raise CaptureError(
-            f"{described(region)} ({type(module).__name__}) registers `{registered.where}` in its first call; call the "
-            "model once before it is compiled"
-        )
+    for change in filled:
+        registers = isinstance(change.key, tuple) and change.key[0] in TENSORS
+        if registers or is_iterator(change.owner):
+            raise CaptureError(
+                f"{described(region)} ({type(module).__name__}) {'registers' if registers else 'draws from'} "
+                f"`{change.where}` in its first call; call the model once before it is compiled"
+            )
     before = PythonState(module)
     try:
+        before.lend()
         for change in filled:
             make(change)
         yield Rehearsal(code, assigned, filled)
@@ -201,12 +202,8 @@ def _effects(
     first = tuple(world.changes())
     again, draws = PythonState(module, code), Draws()
     try:
-        again.mark()
-        try:
-            with recorded_reads(module, code) as reads:
-                run()
-        finally:
-            anew = again.unmark(reads.writes)
+        with recorded_reads(module, code) as reads, watched_stores(again) as stores:
+            run()
         generator = draws.moved(among=("Python", "numpy"))
         if generator:
             raise CaptureError(
@@ -214,7 +211,7 @@ def _effects(
                 f"{_line(run, draws.state)}, and a graph would hold that one outcome for ever. Draw with torch, or let "
                 "smaller submodules be captured, which do not draw (regions='auto' finds them)"
             )
-        assigned = tuple(_assigned(module, region, [*again.changes(), *anew], run))
+        assigned = tuple(_assigned(module, region, [*again.changes(), *stores.anew(reads.writes)], run))
         for place in assigned:
             if not place.buffer and reads.read_before(place.path, place.name):
                 raise CaptureError(
@@ -224,10 +221,6 @@ def _effects(
     finally:
         again.restore()
     return code, first, assigned
-
-
-def _cloned(leaf: Any) -> Any:
-    return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 
 
 def _assigns(module: nn.Module, region: str, change: StateChange, run: Callable[[], Any]) -> str:
@@ -271,6 +264,8 @@ def _line(run: Callable[[], Any], state: Callable[[], Any]) -> str:
 
 
 def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, LeafState) and isinstance(b, LeafState):
+        return a.equal(b)
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b if isinstance(a, dict) else same(a, b)

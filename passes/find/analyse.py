@@ -18,11 +18,12 @@ from ecospa_fx.passes.capture.compare_eager import difference_from_eager
 from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
 from ecospa_fx.passes.capture.reads import AttributeReads, filled_read, recorded_reads
 from ecospa_fx.passes.capture.rehearse import rehearsed
-from ecospa_fx.passes.graph.python_state import OWN, StateChange, same
+from ecospa_fx.passes.graph.python_state import COMPILED, OWN, StateChange, same
 from ecospa_fx.passes.graph.tensors import at_original_sizes, named_tensors, storage_key
 from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
-from ecospa_fx.passes.ir.guards import same_contents
+from ecospa_fx.passes.ir.border import NO_BORDER, Border, argument_names
+from ecospa_fx.passes.ir.guards import forward_read, same_contents
 from ecospa_fx.passes.ir.region_graph import Assigned, Filled, Forward, Originals, RegionGraph
 from ecospa_fx.passes.ir.region_graph import Call as Call
 from ecospa_fx.passes.ir.signature import autocast_now, training_flags
@@ -69,6 +70,7 @@ def analyse(
     originals: Originals | None = None,
     filled: Filled = frozenset(),
     moving: frozenset[str] = frozenset(),
+    border: Border = NO_BORDER,
     assigned: Sequence[Assigned] = (),
     own_hooks: bool = False,
     check: bool = True,
@@ -85,6 +87,7 @@ def analyse(
         originals: see `capture`.
         filled: see `capture`.
         moving: see `RegionGraph`.
+        border: see `RegionGraph`.
         assigned: see `capture`.
         own_hooks: see `capture`.
         check: see `capture`.
@@ -101,7 +104,10 @@ def analyse(
             module, *call, region=name, forward=forward, originals=originals, check=check, static=static,
             filled=filled, assigned=assigned, own_hooks=own_hooks, options=options,
         )  # fmt: skip
-        captured = replace(captured, shared_outside=shared_outside or {}, moving=moving)
+        captured = replace(
+            captured, shared_outside=shared_outside or {}, moving=moving, border=border,
+            argument_names=argument_names(forward or type(module).forward, *call),
+        )  # fmt: skip
         captured_at = time.thread_time()
         axis_facts = infer_axes(captured, options.experiments)
         seconds["export"] += captured_at - start
@@ -195,6 +201,7 @@ def analyse_once(
     originals: Originals | None = None,
     filled: Filled = frozenset(),
     moving: frozenset[str] = frozenset(),
+    border: Border = NO_BORDER,
     options: CaptureOptions = DEFAULTS,
 ) -> Analysis:
     """Analyse a region, or share the analysis of an equal block that was captured for an equal call.
@@ -209,6 +216,7 @@ def analyse_once(
         originals: see `capture`.
         filled: see `capture`.
         moving: see `RegionGraph`.
+        border: see `RegionGraph`.
         options: of the model's captures.
 
     Raises:
@@ -216,14 +224,15 @@ def analyse_once(
     """
     forward = forward or type(module).forward
     settled: dict[str, Any] = {
-        "forward": forward, "originals": originals, "filled": filled, "moving": moving, "options": options
+        "forward": forward, "originals": originals, "filled": filled, "moving": moving, "border": border,
+        "options": options,
     }  # fmt: skip
     if outside:  # axes are pinned that equal blocks may shrink
         return _analyse_watched(module, name, call, outside, **settled)[0]
     with at_original_sizes(module, originals.shapes() if originals else None):
         equal = [analysis for analysis, mark in captures if mark.fits(module)]
     for analysis in equal:
-        shared = _shared(analysis, module, name, call, forward, originals, filled, moving)
+        shared = _shared(analysis, module, name, call, forward, originals, filled, moving, border)
         if shared is not None:
             return shared
     analysis, reads = _analyse_watched(module, name, call, outside, **settled)
@@ -247,7 +256,7 @@ def _analyse_watched(
                 module, name, call, outside, assigned=rehearsal.assigned, own_hooks=rehearsal.hooking, **arguments
             )
         created = {(path, name) for path, child in module.named_modules() for name in vars(child)} - every
-        read = {(path, name) for path, names in reads.attributes.items() for name in names - OWN}
+        read = {(path, name) for path, names in reads.attributes.items() for name in names - OWN - COMPILED}
         # An attribute that a forward changes itself (a counter) is not a setting.
         constants = {
             where: value
@@ -259,7 +268,8 @@ def _analyse_watched(
         named = dict(module.named_modules(remove_duplicate=False))
         # Capture puts stand-ins into a module for a time, such as fake weights into the list of an nn.LSTM.
         others = tuple(read for read in reads.others({*constants, *replaced}) if read.holds(named))
-    others += tuple(filled_read(module, change) for change in rehearsal.filled if not change.is_hook)
+    others += tuple(forward_read(child, path) for path, child in named.items() if path)
+    others += tuple(filled_read(module, change) for change in rehearsal.filled if change.is_seen)
     captured = replace(analysis.captured, settings=constants, reads=others)
     analysis = replace(analysis, filled=rehearsal.filled)
     analysis = replace(analysis, captured=captured, axis_facts=replace(analysis.axis_facts, captured=captured))
@@ -275,6 +285,7 @@ def _shared(
     originals: Originals | None,
     filled: Filled,
     moving: frozenset[str],
+    border: Border,
 ) -> Analysis | None:
     """Return the analysis of an equal block for this one, if it serves the call and agrees with the eager forward."""
     start = time.thread_time()
@@ -293,9 +304,8 @@ def _shared(
             strangers=frozenset(indices.put(place, values) for place in captured.strangers),
             filled=frozenset((cls, indices.put(ObjectPath(0, path), values).path) for cls, path in captured.filled),
         )
-    if (captured.filled, captured.moving) != (filled, moving) or captured.mismatch(
-        call, training_flags(module)
-    ) is not None:
+    known = captured.filled, captured.moving, captured.border
+    if known != (filled, moving, border) or captured.mismatch(call, training_flags(module)) is not None:
         return None
     on_meta = any(t.is_meta for t in (*pytree.tree_leaves(call), *module.parameters()) if isinstance(t, Tensor))
     if not on_meta:

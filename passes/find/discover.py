@@ -10,7 +10,7 @@ the facts about the atom, never from names.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Literal
@@ -26,7 +26,9 @@ from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Role
 
 from .left_whole import Refusal, UncoupledAxis, one_by_one, pinned_by, uncoupled
 
-Kind = Literal["qk", "vo", "ffn", "glu", "heads", "groups", "conv", "residual"]
+Kind = Literal["qk", "vo", "ffn", "glu", "heads", "groups", "conv", "recurrent", "residual"]
+
+_OF_ATTENTION: tuple[Kind, ...] = ("qk", "groups", "heads", "vo")
 
 ParameterDim = tuple[str, int]  # (parameter name in the region, dim)
 
@@ -72,8 +74,31 @@ class Discovery:
         return self  # its atoms are compared by identity
 
 
-def discover(axis_facts: AxisFacts) -> Discovery:
-    """Find the couplings of a captured graph, and the axes that would be couplings if nothing pinned them."""
+@dataclass(frozen=True, eq=False)
+class Weighed:
+    """All that decides whether an atom of one graph is a coupling.
+
+    Attributes:
+        axes: the parameter axes that it lies on.
+        roles: the facts about it.
+        matrices: names of the matrices among its axes.
+        producers: those in whose contraction it is free.
+        occurrences: how often it lies on matrices.
+        contractions: how many contractions a matrix brings it into.
+    """
+
+    axis_facts: AxisFacts
+    atom: Atom
+    axes: tuple[ParameterDim, ...]
+    roles: dict[Role, list[Fact]]
+    matrices: frozenset[str]
+    producers: tuple[str, ...]
+    occurrences: int
+    contractions: int
+
+
+def weighed(axis_facts: AxisFacts, also: Iterable[Atom] = ()) -> Iterator[Weighed]:
+    """Yield what decides about each atom on a parameter, and about those in `also`."""
     axes: dict[Atom, list[ParameterDim]] = defaultdict(list)
     for name, exprs in axis_facts.parameters.items():
         if name in axis_facts.captured.same_storage:
@@ -81,35 +106,88 @@ def discover(axis_facts: AxisFacts) -> Discovery:
         for dim, expr in enumerate(exprs):
             for atom in dict.fromkeys(atoms_of(expr)):
                 axes[atom].append((name, dim))
+    for atom in also:
+        axes.setdefault(atom, [])
     facts: dict[Atom, list[Fact]] = defaultdict(list)
     for fact in axis_facts.facts:
         for atom in dict.fromkeys(atoms_of(fact.expr)):
             facts[atom].append(fact)
-    region = axis_facts.captured.region
-    scores = {fact.node for fact in axis_facts.facts if fact.role == "contracted" and _meets_another(fact)}
-    couplings, refusals, others = [], [], []
-    taken: set[str] = set()
     for atom, key in axes.items():
         roles = _by_role(facts[atom], axis_facts.derivations)
         matrices = {name for name, _ in key if len(axis_facts.parameters[name]) > 1}
-        producers = _producers(roles, matrices)
-        # A fused projection has several matrices in one parameter, end to end; a tied parameter is several matrices.
-        meetings = max(_occurrences(atom, matrices, roles, axis_facts), _contractions(roles, matrices, axis_facts))
-        if type(size_of(atom)) is not int or meetings < 2 or not producers:
-            if matrices:
+        occurrences = _occurrences(atom, matrices, roles, axis_facts)
+        contractions = _contractions(roles, matrices, axis_facts)
+        yield Weighed(axis_facts, atom, tuple(key), roles, frozenset(matrices), _producers(roles, matrices),
+                      occurrences, contractions)  # fmt: skip
+
+
+def meet(parts: Sequence[Weighed]) -> bool:
+    """Decide whether weights meet along an axis, which is an atom in each of several graphs.
+
+    A fused projection has several matrices in one parameter, end to end; a tied parameter is several matrices.
+    """
+    meetings = max(sum(part.occurrences for part in parts), sum(part.contractions for part in parts))
+    static = all(type(size_of(part.atom)) is int for part in parts)
+    return static and meetings >= 2 and any(part.producers for part in parts)
+
+
+def kind_of(parts: Sequence[Weighed]) -> Kind:
+    """Return the kind of a coupling that is an atom in each of several graphs."""
+    products = {node for part in parts for node in _products(part.roles, part.matrices)}
+    convolutions = {node for node in products if op_name(node).startswith("aten.conv")}
+    occurrences = (_occurrences(p.atom, set(p.producers), p.roles, p.axis_facts) for p in parts)
+    several = sum(occurrences) > 1
+    if several and convolutions != products and any(_comes_back(part.roles, part.matrices) for part in parts):
+        return "residual"
+    if any(_steps(part.roles, part.matrices) - part.axis_facts.derivations for part in parts):
+        return "recurrent"
+    found = {_kind_inside(part) for part in parts}
+    for kind in _OF_ATTENTION:
+        if kind in found:
+            return kind
+    if convolutions:
+        return "conv"
+    if several and any(part.roles["gate"] for part in parts):
+        return "glu"
+    if several and any(part.roles["merge"] for part in parts):
+        return "residual"
+    return "ffn"
+
+
+def is_linear(parts: Sequence[Weighed], kind: Kind) -> bool:
+    """Return whether nothing along a coupling is nonlinear or scales entries apart."""
+    return not any(p.roles["nonlinear"] or p.roles["gate"] for p in parts) and kind not in ("heads", "groups")
+
+
+def discover(axis_facts: AxisFacts) -> Discovery:
+    """Find the couplings of a captured graph, and the axes that would be couplings if nothing pinned them.
+
+    An axis that crosses the edge of its region is none of these: `passes.find.joints` decides about it.
+    """
+    region = axis_facts.captured.region
+    crossing = {atom for expr in axis_facts.crossing.values() for atom in atoms_of(expr)}
+    scores = {fact.node for fact in axis_facts.facts if fact.role == "contracted" and _meets_another(fact)}
+    couplings, refusals, others = [], [], []
+    taken: set[str] = set()
+    for each in weighed(axis_facts):
+        atom, key, roles, producers = each.atom, each.axes, each.roles, each.producers
+        if atom in crossing:
+            continue
+        if not meet([each]):
+            if each.matrices:
                 others.append(uncoupled(axis_facts, key, atom.size, roles, producers))
             continue
         if roles["pinned"]:
             members = tuple(f"{join(region, name)}[{dim}]" for name, dim in key)
             refusals.append(Refusal(members, atom.size, pinned_by(roles["pinned"], region), region))
             continue
-        kind = _kind(atom, roles, axis_facts, matrices)
-        name = _name(kind, sorted(matrices), taken)
-        linear = not (roles["nonlinear"] or roles["gate"]) and kind not in ("heads", "groups")
+        kind = kind_of([each])
+        name = named(kind, sorted(each.matrices), taken)
+        linear = is_linear([each], kind)
         context = axis_facts.contexts.get(atom)
         couplings.append(
             RegionCoupling(
-                (atom.size, *_where(atom, key, axis_facts)), tuple(key), name, atom, kind, linear, producers, context,
+                (atom.size, *_where(atom, key, axis_facts)), key, name, atom, kind, linear, producers, context,
                 _where(context, key, axis_facts) if context is not None else (),
                 _attention(roles, axis_facts, scores) if kind in ("qk", "vo") else None,
             )
@@ -149,13 +227,20 @@ def _occurrences(atom: Atom, names: set[str], roles: dict[Role, list[Fact]], axi
     return max(apart, *(atoms_of(fact.expr).count(atom) for fact in joined), 0)
 
 
+def _products(roles: dict[Role, list[Fact]], matrices: Set[str], *among: Role) -> set[fx.Node]:
+    """Return the ops that matrices bring the atom into."""
+    facts = (fact for role in among or ("free", "contracted", "batch") for fact in roles[role])
+    return {fact.node for fact in facts if any(matrices & set(o.parameters) for o in fact.operands)}
+
+
 def _contractions(roles: dict[Role, list[Fact]], matrices: set[str], axis_facts: AxisFacts) -> int:
     """Count the contractions that a matrix brings the atom into."""
-    facts = [fact for fact in (*roles["free"], *roles["contracted"]) if fact.node not in axis_facts.derivations]
-    return len({fact.node for fact in facts if any(matrices & set(o.parameters) for o in fact.operands)})
+    return len(_products(roles, matrices, "free", "contracted") - axis_facts.derivations)
 
 
-def _kind(atom: Atom, roles: dict[Role, list[Fact]], axis_facts: AxisFacts, matrices: set[str]) -> Kind:
+def _kind_inside(part: Weighed) -> Kind | None:
+    """Return the kind of a coupling that is a part of an attention; None for another."""
+    roles, axis_facts = part.roles, part.axis_facts
     activations = {role: [fact for fact in roles[role] if _of_activations(fact)] for role in ("batch", "free")}
     if any(_meets_another(fact) for fact in roles["contracted"]):
         return "qk"
@@ -165,14 +250,27 @@ def _kind(atom: Atom, roles: dict[Role, list[Fact]], axis_facts: AxisFacts, matr
     if any(len(axis_facts.operands.get(fact.node, ())) > 1 and _between_activations(fact, axis_facts)
            for fact in activations["free"]):  # fmt: skip
         return "groups" if _grouped(activations["free"], axis_facts) else "vo"
-    if any(op_name(fact.node).startswith("aten.conv") for facts in roles.values() for fact in facts):
-        return "conv"
-    if _occurrences(atom, set(_producers(roles, matrices)), roles, axis_facts) > 1:
-        if roles["gate"]:
-            return "glu"
-        if roles["merge"]:
-            return "residual"
-    return "ffn"
+    return None
+
+
+def _steps(roles: dict[Role, list[Fact]], matrices: Set[str]) -> set[fx.Node]:
+    """Return the ops inside of which matrices both produce the axis and take all that is left of it."""
+    return _products(roles, matrices, "free") & _products(roles, matrices, "reduced")
+
+
+def _comes_back(roles: dict[Role, list[Fact]], matrices: Set[str]) -> bool:
+    """Return whether what a matrix makes of the axis is added to it again: layers read and write it."""
+    waiting, merges = _products(roles, matrices, "contracted"), {fact.node for fact in roles["merge"]}
+    seen: set[fx.Node] = set()
+    last = max(merges, default=None)
+    while waiting and last is not None:
+        node = waiting.pop()
+        if node in merges:
+            return True
+        if node not in seen and node < last:
+            seen.add(node)
+            waiting.update(node.users)
+    return False
 
 
 def _of_activations(fact: Fact) -> bool:
@@ -227,7 +325,7 @@ def _grouped(facts: list[Fact], axis_facts: AxisFacts) -> bool:
     return False
 
 
-def _name(kind: Kind, matrices: list[str], taken: set[str]) -> str:
+def named(kind: Kind, matrices: list[str], taken: set[str]) -> str:
     """Name a coupling by the module that all its matrices share, its kind, and a number where that is not unique."""
     modules = [name.split(".")[:-1] for name in matrices]
     shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))]

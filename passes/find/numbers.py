@@ -59,7 +59,7 @@ def with_numbers(
     numbers = as_inputs(captured.graph, analysis.captured.graph, every, tracked)
     if numbers is None or not _alike(captured, analysis.captured) or not all(n.fits(modules) for n in numbers):
         return None
-    places = {read.where for read in reads}
+    places = {read.place for read in reads}
     settings = {}
     others = [entry for read in captured.reads for entry in _without(read, places)]
     for (path, name), value in captured.settings.items():
@@ -72,14 +72,14 @@ def with_numbers(
     return replace(captured, settings=settings, reads=tuple(others), numbers=numbers)
 
 
-def _without(read: Read, places: set[str]) -> list[Read]:
+def _without(read: Read, places: set[Any]) -> list[Read]:
     """Return a read without the numbers at some places: those of the entries that stay, where it is of a container."""
-    if read.where in places:
+    if read.place in places:
         return []
     keys, *entries = read.entries()
-    if all(entry.where not in places for entry in entries):
+    if all(entry.place not in places for entry in entries):
         return [read]
-    return [keys, *(entry for entry in entries if entry.where not in places)]
+    return [keys, *(entry for entry in entries if entry.place not in places)]
 
 
 def _apart(values: Sequence[float], before: Sequence[float]) -> list[float]:

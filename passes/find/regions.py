@@ -15,10 +15,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.logs import logger
@@ -26,10 +25,9 @@ from ecospa_fx.passes.capture.capture import class_forward
 from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
 from ecospa_fx.passes.capture.record import record_all
 from ecospa_fx.passes.graph.tensors import named_tensors
-from ecospa_fx.passes.ir.region_graph import Call as Call
-from ecospa_fx.passes.ir.signature import training_flags
 
-from .analyse import Analysis, Captures, _analyse_watched, analyse_once, shared_outside
+from .analyse import Analysis, Captures, _analyse_watched
+from .analyse_calls import analyse_calls
 from .coverage import KEPT, Coverage
 from .search import Search
 
@@ -70,7 +68,7 @@ def choose(
     ends: set[str] = set()
     calls = record_all(model, args, kwargs, candidates, used_outside, ends) if candidates else {}
     named = named_tensors(model)
-    search = Search(model, lambda name: _analyse_all(model, name, calls[name], captures, named, used_outside, options))
+    search = Search(model, lambda name: analyse_calls(model, name, calls[name], captures, named, used_outside, options))
     blocks = [name for name in calls if not any(name.startswith(f"{other}.") for other in calls)]
     for name in blocks:
         search.attempt(name)
@@ -173,28 +171,7 @@ def _named(
     if missing:
         raise CaptureError(f"regions: `{missing[0]}` is not called in a forward of the model; name another")
     named = named_tensors(model)
-    return {name: _analyse_all(model, name, calls[name], captures, named, used_outside, options) for name in names}
-
-
-def _analyse_all(
-    model: nn.Module,
-    name: str,
-    calls: Sequence[Call],
-    captures: Captures,
-    named: Mapping[str, Tensor],
-    used_outside: Mapping[str, str],
-    options: CaptureOptions,
-) -> Analysis:
-    """Analyse one region for every call of another signature in a forward of the model."""
-    if name in used_outside:
-        raise CaptureError(f"region `{name}` cannot be captured by itself: {used_outside[name]}")
-    module, outside = model.get_submodule(name), shared_outside(model, name, named)
-    analyses = [analyse_once(module, name, calls[0], outside, captures, options=options)]
-    for call in calls[1:]:
-        flags = training_flags(module)
-        if all(analysis.captured.mismatch(call, flags) is not None for analysis in analyses):
-            analyses.append(analyse_once(module, name, call, outside, captures, options=options))
-    return replace(analyses[0], others=tuple(analyses[1:]))
+    return {name: analyse_calls(model, name, calls[name], captures, named, used_outside, options) for name in names}
 
 
 def _candidates(model: nn.Module) -> Iterator[str]:

@@ -17,7 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, product, segments, size_of
+from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, Size, product, segments, size_of
 from ecospa_fx.passes.axes.selection import Selection, mask_of, touched
 from ecospa_fx.passes.capture.compare_eager import TOLERANCE, relative_error
 from ecospa_fx.passes.capture.reads import recorded_reads
@@ -32,6 +32,7 @@ from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 
 from .attributes import Attribute, Values, fitted, held_integers, holding
+from .even_draws import even_draws
 
 
 class Trial:
@@ -151,14 +152,14 @@ def difference(module: nn.Module, program: Program, forward: Forward, args: Any,
         NotTried: the program fails: values that were made up (lengths, positions) may be none that it takes.
     """
     inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    with isolated(module):
+    with isolated(module), even_draws():
         torch.manual_seed(0)
         try:
             expected = program.run(module, *(t.clone() for t in inputs), *program.constants)
         except Exception as failure:
             line = str(failure).strip().split("\n")[0]
             raise NotTried(f"its graph does not run on a made-up call ({line})") from failure
-    with isolated(module):
+    with isolated(module), even_draws():
         torch.manual_seed(0)
         try:
             result = own_forward(module, forward, args, kwargs)
@@ -224,10 +225,14 @@ def modes(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
             child.training = flag
 
 
-def example_calls(axis_facts: AxisFacts) -> Iterator[tuple[Any, Any]]:
+def example_calls(axis_facts: AxisFacts, now: Sequence[tuple[Size, ...]] = ()) -> Iterator[tuple[Any, Any]]:
     """Make up calls that a graph serves, with random values: a small one if its sizes may be so, and one as captured.
 
     Sizes may depend on each other, and on what the forward asks of them: the call that was captured answers to that.
+
+    Args:
+        axis_facts: axes of the graph.
+        now: the sizes of its inputs, where some have shrunk since.
     """
     signature, decided = axis_facts.captured.signature, axis_facts.captured.data_sizes
     called = {symbol: size for symbol, size in symbols_of(axis_facts).items() if symbol not in decided}
@@ -239,14 +244,14 @@ def example_calls(axis_facts: AxisFacts) -> Iterator[tuple[Any, Any]]:
         low, high = signature.ranges.get(symbol, (0, math.inf))
         small[symbol] = int(min(max(low, 3 + i), high))
     if small != called and signature.admits(small):
-        yield _call(signature, small)
-    yield _call(signature, {**small, **called})
+        yield _call(signature, small, now)
+    yield _call(signature, {**small, **called}, now)
 
 
-def _call(signature: Signature, sizes: Mapping[sympy.Symbol, int]) -> tuple[Any, Any]:
+def _call(signature: Signature, sizes: Mapping[sympy.Symbol, int], now: Sequence[tuple[Size, ...]]) -> tuple[Any, Any]:
     generator = torch.Generator().manual_seed(0)
     leaves: list[Any] = []
-    tensors = iter(signature.tensors)
+    tensors = iter(signature.now(now))
     for leaf in signature.leaves:
         if leaf is not TENSOR:
             leaves.append(leaf)

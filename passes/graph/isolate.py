@@ -79,6 +79,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     state = PythonState(model)
     try:
+        state.lend()
         with forked_rng(model), restored_parameters(model), swapped(model, buffers):
             yield
     finally:
@@ -93,24 +94,22 @@ class restored_parameters(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._parameters = {_memory(p): p for p in model.parameters() if not p.is_meta and _memory(p) is not None}
         self._needing = [(p, p.requires_grad) for p in model.parameters()]
-        self._data: dict[int, tuple[Tensor, Tensor]] = {}  # a parameter and its data, which may be replaced
-        self._values: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}  # a parameter, a view of its data, and a copy
+        # Each parameter and its data, which may be replaced: by `.data =`, or by `set_`, which no mode hears of.
+        self._data = [(p, p.detach()) for p in model.parameters() if _memory(p) is not None]
+        self._held: dict[Any, list[Tensor]] = {}  # by memory, of which parameters may share one
+        for _, data in self._data:
+            if not data.is_meta:
+                self._held.setdefault(_memory(data), []).append(data)
+        self._values: list[tuple[Tensor, Tensor]] = []  # the data of a parameter that is written into, and a copy
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func`; copy first the parameters that it may write into."""
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name == "__set__" and args and isinstance(args[0], nn.Parameter):  # parameter.data = ...
-            with torch._C.DisableTorchFunctionSubclass():
-                self._data.setdefault(id(args[0]), (args[0], args[0].detach()))
-        elif _writes(name, kwargs):
+        if _writes(func, kwargs):
             for leaf in pytree.tree_leaves((args, kwargs)):
                 key = _memory(leaf) if isinstance(leaf, Tensor) else None
-                if key in self._parameters and key not in self._values:
-                    whole = self._parameters[key].detach()
-                    self._values[key] = self._parameters[key], whole, whole.clone()
+                self._values += [(data, data.clone()) for data in self._held.pop(key, ())]
         return func(*args, **kwargs)
 
     def __exit__(self, *error: Any) -> None:
@@ -122,12 +121,11 @@ class restored_parameters(TorchFunctionMode):
             if parameter.requires_grad != needed:
                 parameter.requires_grad_(needed)
         with torch.no_grad():
-            for written, data in self._data.values():
-                written.data = data
-            for written, whole, value in self._values.values():
-                whole.copy_(value)
-                if _memory(written) != _memory(whole):  # its memory has been replaced
-                    written.data = whole
+            for data, value in self._values:
+                data.copy_(value)
+            for parameter, data in self._data:
+                if _memory(parameter) != _memory(data) or parameter.shape != data.shape:
+                    parameter.data = data
 
 
 def _memory(tensor: Tensor) -> Any:
@@ -138,8 +136,13 @@ def _memory(tensor: Tensor) -> Any:
         return None
 
 
-def _writes(name: str, kwargs: Any) -> bool:
-    """Decide whether a function of torch writes into its arguments, by its name."""
+def _writes(func: Callable[..., Any], kwargs: Any) -> bool:
+    """Decide whether a function of torch writes into its arguments, by its schema or its name."""
+    if isinstance(func, torch._ops.OpOverload):
+        return func._schema.is_mutable
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        return any(getattr(func, overload)._schema.is_mutable for overload in func.overloads())
+    name = getattr(func, "__name__", "")
     if name in _IN_PLACE or "out" in kwargs:
         return True
     return name.endswith("_") and not name.endswith("__")

@@ -11,11 +11,13 @@ import functools
 import gc
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
-from types import CellType, CodeType, FunctionType, ModuleType
+from collections.abc import Iterator, Mapping, Sequence
+from types import CellType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
+
+from .stand_in_class import stands_for
 
 
 class _Absent:
@@ -57,13 +59,13 @@ def code_of(module: nn.Module) -> dict[CodeType, FunctionType | dict[str, Any]]:
     These are methods of their classes that are named in the code, and functions among its globals; not those of torch.
     """
     found: dict[CodeType, FunctionType | dict[str, Any]] = {}
-    classes: dict[type, list[FunctionType]] = {}
+    classes: dict[type, list[FunctionType | MethodType]] = {}
     for child in module.modules():
         hooks = [hook for kind in _HOOKS for hook in child.__dict__.get(kind, {}).values()]
-        held = [value for value in (*child.__dict__.values(), *hooks) if isinstance(value, FunctionType)]
-        classes.setdefault(type(child), []).extend(held)
+        held = [value for value in (*child.__dict__.values(), *hooks) if isinstance(value, (FunctionType, MethodType))]
+        classes.setdefault(stands_for(type(child)), []).extend(held)
     for cls, held in classes.items():
-        for function in (*_reached(cls), *held):
+        for function in (*_reached_from(cls), *_reached(held, cls)):
             if function.__code__ not in found and not foreign_code(function.__globals__.get("__name__")):
                 found |= dict.fromkeys(_nested(function.__code__), function.__globals__)
                 found[function.__code__] = function
@@ -71,10 +73,14 @@ def code_of(module: nn.Module) -> dict[CodeType, FunctionType | dict[str, Any]]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _reached(cls: type) -> tuple[FunctionType, ...]:
-    """Find the functions that the forward of a class can reach by their names."""
+def _reached_from(cls: type) -> tuple[FunctionType, ...]:
+    return _reached([getattr(cls, "forward", None)], cls)
+
+
+def _reached(functions: Sequence[Any], cls: type) -> tuple[FunctionType, ...]:
+    """Find the functions that others, of objects of a class, can reach by their names."""
     found: dict[CodeType, FunctionType] = {}
-    waiting: list[Any] = [getattr(cls, "forward", None)]
+    waiting: list[Any] = [*functions]
     while waiting:
         function = waiting.pop()
         function = getattr(function, "__func__", function)
@@ -90,11 +96,38 @@ def _reached(cls: type) -> tuple[FunctionType, ...]:
     return tuple(found.values())
 
 
+def function_of(frame: FrameType) -> FunctionType | None:
+    """Return the function that runs in a frame, where its name or its first argument leads to it."""
+    code = frame.f_code
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    owner, *way = code.co_qualname.split(".")
+    found = frame.f_globals.get(owner)
+    for name in way:
+        found = vars(found).get(name) if isinstance(found, type) else None
+    cls = first if isinstance(first, type) else type(first)
+    for value in (found, *(vars(base).get(code.co_name) for base in cls.__mro__)):
+        function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+        while not isinstance(function, FunctionType) or function.__code__ is not code:
+            function = getattr(function, "__wrapped__", None)
+            if function is None:
+                break
+        else:
+            return function
+    return None
+
+
 def _nested(code: CodeType) -> Iterator[CodeType]:
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _nested(constant)
+
+
+def names_in(code: Code) -> set[str]:
+    """Return the names of attributes that code may look up: those that it names, and its strings."""
+    every = {each for outer in code for each in _nested(outer)}
+    strings = {constant for each in every for constant in each.co_consts if isinstance(constant, str)}
+    return strings.union(*(each.co_names for each in every))
 
 
 def namespaces(module: nn.Module, code: Code) -> Iterator[tuple[Any, str, str]]:
@@ -108,10 +141,12 @@ def namespaces(module: nn.Module, code: Code) -> Iterator[tuple[Any, str, str]]:
             held = namespace.get(owner)
             if isinstance(held, (ModuleType, type, FunctionType)) and not foreign_code(_package(held)):
                 yield held, attribute, f"{owner}.{attribute}"
-    for function in _functions_with_cells(code):
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            yield cell, name, f"{name} in {function.__qualname__}"
-    classes = {cls for child in module.modules() for cls in type(child).__mro__ if not _stands_in(cls)}
+    for function in (each for each in code.values() if isinstance(each, FunctionType)):
+        for name in mutable_defaults(function):
+            yield function, name, f"{function.__qualname__}.{name}"
+    for function in functions_with_cells(code):
+        yield from cells_of(function)
+    classes = {cls for child in module.modules() for cls in type(child).__mro__ if stands_for(cls) is cls}
     for cls in classes:
         if not foreign_code(cls.__module__):
             for name, value in list(vars(cls).items()):
@@ -121,13 +156,6 @@ def namespaces(module: nn.Module, code: Code) -> Iterator[tuple[Any, str, str]]:
                     yield cls, name, f"{cls.__name__}.{name}"
 
 
-def _stands_in(cls: type) -> bool:
-    """Return whether a class is a subclass that this library has made of another, under the same name."""
-    bases = (base for base in cls.__mro__[1:] if base is not Watching)
-    base = next(bases, object)
-    return (cls.__module__, cls.__qualname__) == (base.__module__, base.__qualname__)
-
-
 def _package(held: Any) -> str | None:
     return held.__name__ if isinstance(held, ModuleType) else held.__module__
 
@@ -135,7 +163,7 @@ def _package(held: Any) -> str | None:
 def value_in(namespace: Any, name: str) -> Any:
     """Return the value of a name in globals, a cell, a module or a class; `ABSENT` where it has none."""
     if isinstance(namespace, dict):
-        return namespace.get(name, ABSENT)
+        return dict.get(namespace, name, ABSENT)  # a subclass may have another `get`
     if isinstance(namespace, CellType):
         try:
             return namespace.cell_contents
@@ -160,6 +188,16 @@ def put_in(namespace: Any, name: str, value: Any) -> None:
         delattr(namespace, name)
     else:
         setattr(namespace, name, value)
+
+
+def mutable_defaults(function: FunctionType) -> dict[str, Any]:
+    """Return the default arguments of a function, as the attributes that hold them, where some can change."""
+    if foreign_code(function.__module__):
+        return {}
+    held = {"__defaults__": function.__defaults__, "__kwdefaults__": function.__kwdefaults__}
+    values = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    fixed = (type(None), bool, int, float, complex, str, bytes, type)
+    return {} if all(isinstance(value, fixed) for value in values) else {k: v for k, v in held.items() if v}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -188,7 +226,13 @@ _CLOSURES: dict[int, tuple[CodeType, list[weakref.ref[FunctionType]]]] = {}
 """Identity of code -> the code, and the functions with cells that had it when it was first met."""
 
 
-def _functions_with_cells(code: Code) -> list[FunctionType]:
+def cells_of(function: FunctionType) -> Iterator[tuple[CellType, str, str]]:
+    """Yield the variables of an enclosing function that a function reads, as `namespaces` does."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        yield cell, name, f"{name} in {function.__qualname__}"
+
+
+def functions_with_cells(code: Code) -> list[FunctionType]:
     """Find the functions that read variables of an enclosing function, unless that is among them and runs anew."""
     known = [function for function in code.values() if isinstance(function, FunctionType) and function.__closure__]
     inner = {each for outer in code for each in _nested(outer) if each is not outer}

@@ -7,20 +7,23 @@ PythonState(module)    everything that is reachable from the modules, as it is n
 
 from __future__ import annotations
 
+import functools
+import operator
 import pickle
 import random
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .namespaces import ABSENT, Code, code_of, foreign_code, namespaces, put_in, value_in
+from .iterators import copied, is_iterator, position
+from .namespaces import ABSENT, Code, code_of, foreign_code, mutable_defaults, namespaces, put_in, value_in
 from .tensors import storage_key
 
 TENSORS = ("_parameters", "_buffers", "_modules")  # the dicts in which a module keeps its tensors and children
@@ -28,6 +31,9 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 OWN = frozenset(vars(nn.Module()))
 """Attributes of every module: tensors, children, hooks and the training flag."""
+
+COMPILED = frozenset({"_compiled_call_impl"})
+"""Attributes in which `nn.Module.compile` keeps a faster forward that computes the same."""
 
 CONSTANTS = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, torch.Size, torch.memory_format)
 
@@ -46,7 +52,7 @@ class StateChange:
     Attributes:
         owner: the module, object or container.
         where: the place in words, from the module on: `blocks.0.cache['keys']`.
-        key: the attribute or entry that changed; None for a list or set as a whole.
+        key: the attribute or entry that changed; None for a list, a set, a generator or an array as a whole.
         before: its value before, or `ABSENT`.
         after: its value now, or `ABSENT`.
     """
@@ -61,6 +67,11 @@ class StateChange:
     def is_hook(self) -> bool:
         """True if it is a hook of a module that was registered or removed."""
         return isinstance(self.owner, nn.Module) and isinstance(self.key, tuple) and self.key[0] in HOOKS
+
+    @property
+    def is_seen(self) -> bool:
+        """True if the place is one of which a look at its value tells that it has changed."""
+        return not self.is_hook and not isinstance(self.after, LeafState)
 
 
 def is_constant(value: Any) -> bool:
@@ -115,7 +126,7 @@ def _slots(cls: type) -> list[str]:
     return [name for name in names if name[:2] != "__"]
 
 
-class _State:
+class LeafState:
     """The state of a leaf that changes in place: a random generator, an array, a tensor that no module registers."""
 
     def __init__(self, leaf: Any) -> None:
@@ -125,27 +136,37 @@ class _State:
         """Bring a leaf back to this state."""
         self._put(leaf, self.value)
 
-    def equal(self, other: _State) -> bool:
+    def equal(self, other: LeafState) -> bool:
         """Compare two states of one leaf; what happens to a tensor in place is part of a graph, and no difference."""
-        if isinstance(self.value, tuple) and self.value and isinstance(self.value[0], Tensor):
+        if isinstance(self.value, _TensorState):
             return True
+        if isinstance(self.value, Tensor):  # of a torch.Generator
+            return torch.equal(self.value, other.value)
         return pickle.dumps(self.value) == pickle.dumps(other.value)
+
+
+class _TensorState(NamedTuple):
+    value: Tensor
+    version: int
+    data: Tensor
 
 
 def _state_of(leaf: Any) -> tuple[Any, Callable[[Any, Any], None]]:
     """Return the state of a leaf, and a function that brings it back to one."""
     if isinstance(leaf, Tensor):
-        return (leaf.detach().clone(), leaf._version, leaf.detach()), _put_tensor
+        return _TensorState(leaf.detach().clone(), leaf._version, leaf.detach()), _put_tensor
     if hasattr(leaf, "bit_generator"):  # numpy.random.Generator
         return leaf.bit_generator.state, lambda generator, was: setattr(generator.bit_generator, "state", was)
     if hasattr(leaf, "set_state"):  # torch.Generator, numpy.random.RandomState
         return leaf.get_state(), lambda generator, was: generator.set_state(was)
     if isinstance(leaf, random.Random):
         return leaf.getstate(), lambda generator, was: generator.setstate(was)
+    if is_iterator(leaf):  # it cannot be put back, but a copy can take its place: see `PythonState.lend`
+        return position(leaf), lambda *_: None
     return leaf.copy(), lambda array, was: array.__setitem__(..., was)
 
 
-def _put_tensor(tensor: Tensor, was: tuple[Tensor, int, Tensor]) -> None:
+def _put_tensor(tensor: Tensor, was: _TensorState) -> None:
     value, version, data = was
     replaced = storage_key(tensor) != storage_key(data)  # by `tensor.data = ...`
     if replaced:
@@ -158,7 +179,7 @@ def _put_tensor(tensor: Tensor, was: tuple[Tensor, int, Tensor]) -> None:
 def _has_state(value: Any) -> bool:
     if isinstance(value, Tensor):
         return not isinstance(value, nn.Parameter) and type(value) is Tensor and value.layout is torch.strided
-    if isinstance(value, (torch.Generator, random.Random)):
+    if isinstance(value, (torch.Generator, random.Random)) or is_iterator(value):
         return True
     if type(value).__module__.partition(".")[0] != "numpy":
         return False
@@ -202,59 +223,51 @@ class PythonState:
         for owner, where, before in self._nodes:
             after = contents(owner)
             if isinstance(before, dict):
+                changed = False
                 for key in dict.fromkeys((*before, *(after or ()))):
                     was, now = before.get(key, ABSENT), after.get(key, ABSENT)
                     if not same(was, now):
+                        changed = True
                         yield StateChange(owner, _label(owner, where, key), key, was, now)
-            elif isinstance(before, _State):
+                if isinstance(owner, dict) and not changed and list(before) != list(after):  # as a cache reorders them
+                    yield StateChange(owner, where, None, before, after)
+            elif isinstance(before, LeafState):
                 if not before.equal(after):
-                    yield StateChange(owner, where, None, "as it was", "in another state")
+                    yield StateChange(owner, where, None, before, after)
             elif len(before) != len(after) or not all(map(same, before, after)):
                 yield StateChange(owner, where, None, before, after)
 
-    def mark(self) -> None:
-        """Put an equal copy in place of every constant, for `unmark` to see which are assigned anew at the same value.
-
-        It is the same value only for the same call: `self.length = x.shape[1]`.
-        """
-        self._marks: list[tuple[Any, str, Any, Any, Any]] = []
-        for owner, where, held in self._nodes:
-            if isinstance(held, dict) and not _torch_layer(owner):
-                for key, value in held.items():
-                    if not isinstance(key, tuple):
-                        self._mark(owner, _label(owner, where, key), key, value)
-            elif isinstance(owner, list):
-                for i, value in enumerate(held):
-                    self._mark(owner, f"{where}[{i}]", i, value)
+    def places(self) -> Iterator[tuple[Any, Any, str, Any]]:
+        """Yield (owner, key, place in words, value then) of each attribute, entry and name; not of tensors."""
         for space, name, where, value in self._names:
-            if not isinstance(space, ModuleType):
-                self._mark(space, where, name, value)
+            yield space, name, where, value
+        for owner, where, held in self._nodes:
+            if isinstance(held, dict):
+                for key, value in held.items():
+                    if not (isinstance(owner, nn.Module) and isinstance(key, tuple)):
+                        yield owner, key, _label(owner, where, key), value
+            elif isinstance(owner, (list, deque)):
+                for i, value in enumerate(held):
+                    yield owner, i, f"{where}[{i}]", value
 
-    def _mark(self, owner: Any, where: str, key: Any, value: Any) -> None:
-        mark = _equal_copy(value)
-        if mark is not value:
-            self._marks.append((owner, where, key, value, mark))
-            put_item(owner, key, mark)
+    def lend(self) -> None:
+        """Put copies in place of iterators, of which nothing is to be drawn, until `restore`."""
+        copies: dict[int, Any] = {}
 
-    def unmark(self, writes: Iterable[tuple[Any, str]] = ()) -> list[StateChange]:
-        """Take the copies away, and return the places that have been assigned anew at an equal value.
+        def lent(value: Any, where: str) -> Any:
+            if type(value) is tuple and value:
+                items = [lent(item, f"{where}[{i}]") for i, item in enumerate(value)]
+                return value if all(map(operator.is_, items, value)) else tuple(items)
+            if not is_iterator(value):
+                return value
+            if id(value) not in copies:
+                copies[id(value)] = copied(value, where)
+            return copies[id(value)]
 
-        Args:
-            writes: attributes that have been assigned; a flag has no copy to know that by.
-        """
-        anew: dict[tuple[int, Any], StateChange] = {}
-        for owner, where, key, value, mark in self._marks:
-            now = item_of(owner, key)
-            if now is mark:
-                put_item(owner, key, value)
-            elif same(now, value):
-                anew[id(owner), key] = StateChange(owner, where, key, value, now)
-        known = {id(owner): (where, held) for owner, where, held in self._nodes if isinstance(held, dict)}
-        for owner, key in writes:
-            where, held = known.get(id(owner), ("", {}))
-            if key in held and is_constant(held[key]) and same(held[key], contents(owner).get(key, ABSENT)):
-                anew[id(owner), key] = StateChange(owner, _label(owner, where, key), key, held[key], held[key])
-        return list(anew.values())
+        for owner, key, where, value in [*self.places()]:
+            other = lent(value, where)
+            if other is not value:
+                put_item(owner, key, other)
 
     def restore(self) -> None:
         """Put everything back as it was."""
@@ -265,43 +278,22 @@ class PythonState:
             put_back(owner, before)
 
 
-class _Int(int):
-    """An int that is equal to another, and not the same object."""
-
-
-class _Float(float):
-    """A float that is equal to another, and not the same object."""
-
-
-def _equal_copy(value: Any) -> Any:
-    if type(value) is int:
-        return _Int(value)
-    if type(value) is float:
-        return _Float(value)
-    if type(value) in (tuple, torch.Size) and value:
-        return type(value)(list(value))
-    return value
-
-
-def _torch_layer(owner: Any) -> bool:
-    """Return whether a module is a layer of torch, whose forward assigns none of its settings."""
-    plain = (nn.Module, nn.ModuleList, nn.ModuleDict, nn.Sequential)
-    return isinstance(owner, nn.Module) and foreign_code(type(owner).__module__) and type(owner) not in plain
-
-
 def item_of(owner: Any, key: Any) -> Any:
     """Return the attribute or entry that a `StateChange` names, as it is now."""
-    if isinstance(owner, list):
+    if isinstance(owner, (list, deque)):
         return owner[key] if key < len(owner) else ABSENT
     return value_in(*_place(owner, key))
 
 
 def put_item(owner: Any, key: Any, value: Any) -> None:
     """Put a value where a `StateChange` says; `ABSENT` takes it away."""
-    if isinstance(owner, list):
-        owner[key] = value
+    place, key = _place(owner, key)
+    if isinstance(place, (list, deque)):
+        place[key] = value
+    elif place is owner and value is not ABSENT and is_record(owner):  # a slot; its class may guard it
+        object.__setattr__(owner, key, value)
     else:
-        put_in(*_place(owner, key), value)
+        put_in(place, key, value)
 
 
 def _place(owner: Any, key: Any) -> tuple[Any, str]:
@@ -327,9 +319,14 @@ def contents(value: Any) -> Any:
     if type(value) is tuple:
         return value
     if _has_state(value):
-        return _State(value)
+        return LeafState(value)
     if isinstance(value, FunctionType):
-        return dict(value.__dict__) or None
+        held = {**value.__dict__, **mutable_defaults(value)}
+        return None if not held and foreign_code(value.__module__) else held
+    if isinstance(value, MethodType):
+        return value.__self__, value.__func__
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
     if not is_record(value):
         return None
     held = dict(getattr(value, "__dict__", ()))
@@ -337,7 +334,7 @@ def contents(value: Any) -> Any:
 
 
 def _items(owner: Any, held: Any, where: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(held, _State):
+    if isinstance(held, LeafState):
         return
     if isinstance(held, dict):
         for key, item in held.items():
@@ -360,8 +357,8 @@ def _label(owner: Any, where: str, key: Any) -> str:
 
 def put_back(owner: Any, before: Any) -> None:
     """Give a module, container or object the contents that `contents` has copied."""
-    if isinstance(before, _State):
-        if not before.equal(_State(owner)) or isinstance(owner, Tensor):
+    if isinstance(before, LeafState):
+        if not before.equal(LeafState(owner)) or isinstance(owner, Tensor):
             before.put(owner)
     elif isinstance(owner, nn.Module):
         attributes = owner.__dict__
@@ -385,11 +382,18 @@ def put_back(owner: Any, before: Any) -> None:
             owner.clear()
             owner.update(before)
     elif isinstance(owner, dict):
-        if len(owner) != len(before) or any(dict.get(owner, key, ABSENT) is not item for key, item in before.items()):
-            dict.clear(owner)
+        if list(owner) != list(before) or any(dict.get(owner, key, ABSENT) is not item for key, item in before.items()):
+            # Its own class may guard or compute entries.
+            base: Any = OrderedDict if isinstance(owner, OrderedDict) else dict
+            base.clear(owner)
             for key, item in before.items():
-                dict.__setitem__(owner, key, item)
-    elif not isinstance(owner, tuple):
+                base.__setitem__(owner, key, item)
+    elif isinstance(owner, FunctionType):
+        held_now = contents(owner) or {}
+        for key in dict.fromkeys((*held_now, *before)):
+            if held_now.get(key, ABSENT) is not before.get(key, ABSENT):
+                put_in(owner, key, before.get(key, ABSENT))
+    elif not isinstance(before, tuple):
         there: dict[str, Any] = contents(owner) or {}
         held = getattr(owner, "__dict__", {})
         for key in there.keys() - before.keys():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -66,6 +67,15 @@ def storage_key(tensor: Tensor) -> Any:
 def dense(tensor: Tensor) -> Tensor:
     """Return a tensor with all of its entries in one piece of memory: `tensor` itself where it is not sparse."""
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
+def twins(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Copy the tensors among some values, without gradients; those that share memory share it in the copies too."""
+    memo: dict[int, Any] = {}
+    return {
+        key: copy.deepcopy(value.detach(), memo) if isinstance(value, Tensor) else value
+        for key, value in values.items()
+    }
 
 
 def sliced(tensor: Tensor, positions: dict[int, Tensor]) -> Tensor:

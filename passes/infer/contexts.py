@@ -6,8 +6,8 @@ Head `h` may keep other dims than head `g` if no op brings a dim of `h` together
 
 - every parameter axis that carries the dims carries the heads too, row by row, `(h d)`;
 - so does every tensor on the way, in one of its dims, for all of its entries;
-- no op that sees the dims mixes heads (a softmax over heads, a roll along them) or brings every head together with
-  every other, so that its result has heads along two dims;
+- no op that sees the dims mixes heads (a softmax over heads, a roll along them), other than in a reduction over heads
+  and dims together, or brings every head together with every other, so that its result has heads along two dims;
 - a source without heads (rotary tables) meets the dims in a pointwise op only, where it can be gathered per head.
 
 Of several possible contexts the one with the most entries is taken, because it leaves the most freedom.
@@ -40,9 +40,10 @@ def contexts(axis_facts: AxisFacts) -> dict[Atom, Atom]:
             sources[atom].append(source)
             nodes[atom].add(source.user)
     mixed: dict[fx.Node, set[Atom]] = defaultdict(set)
+    reduced: dict[fx.Node, set[Atom]] = defaultdict(set)
     for fact in axis_facts.facts:
-        if fact.role == "pinned":
-            mixed[fact.node].update(atoms_of(fact.expr))
+        if fact.role in ("pinned", "reduced"):
+            (mixed if fact.role == "pinned" else reduced)[fact.node].update(atoms_of(fact.expr))
     crossed: dict[tuple[int, ...], set[Atom]] = {}
     for node, outputs in axis_facts.values.items():
         for exprs in outputs:
@@ -58,6 +59,7 @@ def contexts(axis_facts: AxisFacts) -> dict[Atom, Atom]:
                 all(_varies(exprs, atom, context) for exprs in carried[atom].values())
                 and all(_selectable(source, atom, context, axis_facts) for source in sources[atom])
                 and not any(context in mixed[node] for node in nodes[atom])
+                and not any(context in reduced[node] and atom not in reduced[node] for node in nodes[atom])
             ):  # fmt: skip
                 context_of[atom] = context
                 break

@@ -33,7 +33,7 @@ from ecospa_fx.passes.graph.nodes import (
     written_arguments,
 )
 from ecospa_fx.passes.ir import relations as r
-from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Source
+from ecospa_fx.passes.ir.axis_facts import AxisFacts, Source
 from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.ir.state_access import ObjectPath
 from ecospa_fx.passes.rules import op_info, relation_of
@@ -42,7 +42,7 @@ from .contexts import contexts
 from .probe import probe
 from .solve import Solver
 from .taint import weighted_nodes
-from .weights import Weights, is_statistic, normalised_over
+from .weights import Weights
 
 
 def infer_axes(
@@ -92,20 +92,41 @@ class _Walk:
     def _axes_of(self, node: fx.Node) -> None:
         if node.op == "placeholder" and node.name in self.captured.state:
             self.axis_facts.values[node] = (tuple(self.axes.fresh(size) for size in _shape(node.meta["val"])),)
+        elif node.op == "placeholder" and node.name in self.captured.arguments:
+            self._come_in(node, self.captured.arguments[node.name])
         elif node.op == "placeholder":
             self._enter(node)
         elif node.op == "output":
             # Outputs after those that the region returns go to hooks, which take any size.
             operands = self._operands(node)
+            self.axis_facts.results = tuple(operand.exprs for operand in operands[: self.captured.returned])
             for i, operand in enumerate(operands[: self.captured.returned]):
-                for expr in operand.exprs:
-                    self.axis_facts.pin(expr, node, f"it leaves the region as output {i}")
+                for dim, expr in enumerate(operand.exprs):
+                    if (i, dim) in self.captured.border.results:
+                        self.axis_facts.crossing["result", i, dim] = expr
+                    else:
+                        self.axis_facts.pin(expr, node, f"it leaves the {self._whole} as output {i}")
             self._assign(node)
             self._store(node)
         elif node.op == "call_function" and tensor_meta(node):
             self._call(node)
         elif node.op == "call_function" and isinstance(node.meta.get("val"), (tuple, list)):
             self._several(node)
+
+    @property
+    def _whole(self) -> str:
+        return "model" if self.captured.between else "region"
+
+    def _come_in(self, node: fx.Node, name: str) -> None:
+        """Give axes to an argument that shrinks with the model around; its other dims stay whole."""
+        exprs = tuple(self.axes.fresh(size) for size in _shape(node.meta["val"]))
+        self.axis_facts.values[node] = (exprs,)
+        shrinking = self.captured.border.dims_of(name)
+        for dim, expr in enumerate(exprs):
+            if dim in shrinking:
+                self.axis_facts.crossing["argument", name, dim] = expr
+            else:
+                self.axis_facts.pin(expr, node, f"it is dim {dim} of the argument `{name}`")
 
     def _assign(self, output: fx.Node) -> None:
         """Unify the axes of a buffer with those of the tensor that is assigned to it; pin those of other attributes."""
@@ -174,6 +195,8 @@ class _Walk:
         }
         axis_facts.stored = {place: axis_facts.resolve(exprs) for place, exprs in axis_facts.stored.items()}
         axis_facts.parameters = {name: axis_facts.resolve(exprs) for name, exprs in axis_facts.parameters.items()}
+        axis_facts.results = tuple(map(axis_facts.resolve, axis_facts.results))
+        axis_facts.crossing = {edge: axis_facts.axes.resolve(expr) for edge, expr in axis_facts.crossing.items()}
         axis_facts.made = {node: axis_facts.resolve(exprs) for node, exprs in axis_facts.made.items()}
         axis_facts.sources = [replace(s, exprs=axis_facts.resolve(s.exprs)) for s in axis_facts.sources]
         axis_facts.operands = {
@@ -183,18 +206,9 @@ class _Walk:
             for node, operands in axis_facts.operands.items()
         }
         axis_facts.derivations = self.weights.derivations(axis_facts)
-        axis_facts.facts += self.weights.normalised(axis_facts)
-        axis_facts.facts = [
-            Fact(f.role, axis_facts.axes.resolve(f.expr), f.node, self._reason(f), f.operands) for f in axis_facts.facts
-        ]
+        axis_facts.facts = [replace(fact, expr=axis_facts.axes.resolve(fact.expr)) for fact in axis_facts.facts]
         axis_facts.contexts = contexts(axis_facts)
         return axis_facts
-
-    def _reason(self, fact: Fact) -> str:
-        """Return the reason of a fact, in words about weights where it is one."""
-        of_weight = fact.role == "pinned" and fact.node in self.axis_facts.derivations
-        statistic = of_weight and is_statistic(self.axis_facts.relations.get(fact.node))
-        return normalised_over(fact.node) if statistic else fact.reason
 
     @property
     def _last(self) -> fx.Node:
@@ -214,7 +228,10 @@ class _Walk:
             for expr in (*exprs, *self.axis_facts.parameters.get(first, ())):
                 self.axis_facts.pin(expr, node, f"`{name}` and `{first}` are different views of one storage")
         if name in self.captured.shared_outside:
-            for expr in exprs:
+            for dim, expr in enumerate(exprs):
+                if (name, dim) in self.captured.border.tied:
+                    self.axis_facts.crossing["tied", name, dim] = expr
+                    continue
                 self.axis_facts.pin(
                     expr, node, f"`{name}` is used outside the region too, {self.captured.shared_outside[name]}"
                 )

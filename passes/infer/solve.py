@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from ecospa_fx.passes.axes.algebra import (
 from ecospa_fx.passes.graph.nodes import op_name
 from ecospa_fx.passes.ir import relations as r
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Exprs, Fact, Role
-from ecospa_fx.passes.ir.patterns import DOTS, bind
+from ecospa_fx.passes.ir.patterns import DOTS, ParsedPattern, bind
 
 
 class Solver:
@@ -45,6 +46,11 @@ class Solver:
     def _pin(self, expr: Expr, node: fx.Node, why: str) -> None:
         self.axis_facts.pin(expr, node, f"{op_name(node)}: {why[:1].lower()}{why[1:]}")
 
+    def _reduce(self, expr: Expr, node: fx.Node, operands: tuple[r.Operand, ...]) -> None:
+        """Record that an op takes all that is left of an axis."""
+        self.axis_facts.facts.append(Fact("reduced", expr, node, operands=operands))
+        self.axis_facts.facts.append(Fact("nonlinear", expr, node))
+
     def solve(
         self, relation: r.Relation, node: fx.Node, operands: tuple[r.Operand, ...], shapes: list[Any], why: str
     ) -> list[Exprs]:
@@ -63,10 +69,15 @@ class Solver:
                 return [exprs]
             case r.Permuted(x, order):
                 return [tuple(x.exprs[i] for i in order)]
-            case r.SameDims(x, pinned, dropped, keepdim, apart):
+            case r.SameDims(x, pinned, absent, dropped, keepdim, apart):
+                if relation.positions is not None and _uses(node, relation.positions):
+                    pinned, absent = (*pinned, *absent), ()
+                    why = "Its result holds positions along the axis"
                 for i in pinned:
                     self._pin(x.exprs[i], node, why)
-                for i in set(dropped) - set(pinned):
+                for i in absent:
+                    self._reduce(x.exprs[i], node, (x,))
+                for i in set(dropped) - {*pinned, *absent}:
                     self.axis_facts.facts.append(Fact("contracted", x.exprs[i], node, operands=(x,)))
                     if apart:
                         self.axis_facts.facts.append(Fact("nonlinear", x.exprs[i], node))
@@ -319,11 +330,13 @@ class Solver:
         for name in pattern.pinned:
             if name in axis_of:
                 self._pin(axis_of[name], node, why)
+        for name in pattern.absent:
+            self._reduce(axis_of[name], node, tuple(carriers.get(name, ())))
         for term, operand, key, expr in dims:
             # One entry meets many: the operand repeats along that axis, as after `expand`.
             if not (term.added or isinstance(key, tuple)) and expr == UNIT and axis_of[key] != UNIT:
                 self.axis_facts.facts.append(Fact("expanded", axis_of[key], node, operands=(operand,)))
-        self._pattern_facts(node, pattern.kept, axis_of, carriers, sum(not term.added for term in terms))
+        self._pattern_facts(node, pattern, axis_of, carriers, sum(not term.added for term in terms))
         if relation.apart:
             for name in carriers:
                 if name in pattern.kept:
@@ -345,18 +358,25 @@ class Solver:
     def _pattern_facts(
         self,
         node: fx.Node,
-        kept: Collection[str],
+        pattern: ParsedPattern,
         axis_of: dict[str, Expr],
         carriers: dict[str, list[r.Operand]],
         factors: int,
     ) -> None:
         """Record for each name whether it is contracted, shared by all factors of the product, or free."""
         for name, operands in carriers.items():
-            if name not in kept and not (name[0] == DOTS and DOTS in kept):
+            if name not in pattern.kept and not (name[0] == DOTS and DOTS in pattern.kept):
+                if name in pattern.absent:
+                    continue
                 role: Role = "contracted"
             else:
-                role = "batch" if len(operands) == factors else "free"
+                role = "batch" if len(set(operands)) == factors else "free"
             self.axis_facts.facts.append(Fact(role, axis_of[name], node, operands=tuple(operands)))
+
+
+def _uses(node: fx.Node, output: int) -> bool:
+    """Return whether anything uses one output of an op."""
+    return any(user.target is not operator.getitem or user.args[1] == output for user in node.users)
 
 
 def _replaced(exprs: Exprs, dim: int, expr: Expr) -> Exprs:

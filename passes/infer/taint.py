@@ -33,6 +33,7 @@ def weighted_nodes(captured: RegionGraph) -> set[fx.Node]:
             if node.op == "placeholder":
                 if (
                     node.name in captured.parameters
+                    or bool(captured.border.dims_of(captured.arguments.get(node.name, "")))
                     or _is_state(node, captured)
                     or assigned.get(captured.tensors.get(node.name, "")) in weighted
                     or (node.users and captured.tensors.get(node.name) in captured.moving)

@@ -1,26 +1,24 @@
-"""Weights: the values of a graph that are weights, made of parameters alone, and what a weight is normalised over.
+"""Weights: the values of a graph that are weights, made of parameters alone.
 
     Weights(captured)
       .visit(node, relation)     the parameters that the result of an op is a weight of, if it is one
       .derivations(axis_facts)   the ops that make weights, which bring no axis into a product of the model
-      .normalised(axis_facts)    the axes along which a weight would become another one if entries went
 
 A mask, a scale, a quantiser or a parametrization stands between a parameter and its use. The result is a weight like
 the parameter if an entry of it stands for an entry of the parameter: some operand that is a weight has all of its dims,
-and nothing that comes in with a call meets it entry by entry. Of a product of two weights, neither has.
+and nothing that comes in with a call meets it entry by entry. Of a product of two weights, neither has. A weight that
+is normalised over an axis is made anew of what is left of its parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import fx
 
-from ecospa_fx.passes.axes.algebra import UNIT, Atom, Size, atoms_of
+from ecospa_fx.passes.axes.algebra import Size
 from ecospa_fx.passes.axes.sizes import as_size
-from ecospa_fx.passes.graph.nodes import op_name, tensor_meta, tensors_of
+from ecospa_fx.passes.graph.nodes import tensor_meta, tensors_of
 from ecospa_fx.passes.ir import relations as r
-from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact
+from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.patterns import bind
 from ecospa_fx.passes.ir.region_graph import RegionGraph
 
@@ -104,52 +102,6 @@ class Weights:
                 found.add(node)
                 waiting += [arg for arg in node.all_input_nodes if self._made_of.get(arg)]
         return found
-
-    def normalised(self, axis_facts: AxisFacts) -> Iterator[Fact]:
-        """Yield a fact for each axis of a weight that an op which made it sums over.
-
-        Such a weight depends on entries that go, so it would become another one than with these entries as zeros.
-        """
-        sums: dict[fx.Node, set[Atom]] = {}
-        for fact in axis_facts.facts:
-            if fact.role == "contracted" and fact.expr != UNIT and self._made_of.get(fact.node):
-                sums.setdefault(fact.node, set()).update(atoms_of(axis_facts.axes.resolve(fact.expr)))
-        for node in self._weights if sums else ():
-            operands = axis_facts.operands.get(node, ())
-            if len(operands) < 2:
-                continue
-            (exprs, *_) = axis_facts.values[node]
-            carried = {atom for expr in exprs for atom in atoms_of(axis_facts.axes.resolve(expr))}
-            for before in self._before(operands):
-                for atom in carried & sums.get(before, set()):
-                    yield Fact("pinned", atom, before, normalised_over(before))
-
-    def _before(self, operands: tuple[r.Operand, ...]) -> set[fx.Node]:
-        """Return the ops on weights alone that some operands come from."""
-        seen: set[fx.Node] = set()
-        waiting = [x.node for x in operands]
-        while waiting:
-            node = waiting.pop()
-            if node not in seen and node not in self._given and self._made_of.get(node):
-                seen.add(node)
-                waiting += node.all_input_nodes
-        return seen
-
-
-def is_statistic(relation: r.Relation | None) -> bool:
-    """Return whether an op puts the entries of a weight in relation to each other, along the axes that it pins."""
-    match relation:
-        case r.SameDims(dropped=dropped, shares=shares):
-            return shares or bool(dropped)
-        case r.Pattern(apart=True):
-            return relation.window is None and not relation.attention
-        case _:
-            return False
-
-
-def normalised_over(node: fx.Node) -> str:
-    """Return the reason for an axis of a weight to stay whole over which a statistic of it runs."""
-    return f"its weight is normalised over this axis by {op_name(node)}"
 
 
 def _has_dims(x: r.Operand, shape: tuple[Size, ...]) -> bool:

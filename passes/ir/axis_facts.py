@@ -11,16 +11,21 @@ from torch import fx
 from ecospa_fx.passes.axes.algebra import UNIT, Atom, Axes, Expr
 from ecospa_fx.passes.ir import relations as r
 
+from .border import Edge
 from .region_graph import RegionGraph
 from .state_access import ObjectPath
 
 Exprs: TypeAlias = tuple[Expr, ...]
-Role = Literal["pinned", "contracted", "free", "batch", "expanded", "nonlinear", "gate", "merge"]
+Role = Literal["pinned", "contracted", "reduced", "free", "batch", "expanded", "nonlinear", "gate", "merge"]
 
 
 @dataclass(frozen=True, eq=False)
 class Fact:
-    """The role of one axis in one op. If the axis is pinned, `reason` says why."""
+    """The role of one axis in one op. If the axis is pinned, `reason` says why.
+
+    Entries that go count as zero where the axis is contracted. Where it is reduced, they are absent: the op takes what
+    is left, see `passes.rewrite.masked`.
+    """
 
     role: Role
     expr: Expr
@@ -61,6 +66,8 @@ class AxisFacts:
         contexts: atom -> the atom in each of whose entries it may keep different entries, see `passes.infer.contexts`.
         experiments: ops that have a rule by experiment only, and their nodes.
         stored: axis expressions of tensors in objects after a call, or before it if the call does not change them.
+        results: axis expressions of the tensors that it returns.
+        crossing: axis expressions of the dims that shrink with the model around, see `RegionGraph.border`.
         unsolved: dynamic sizes of operands whose axes did not fit the rule of an op.
         derivations: ops that make weights out of parameters, before an activation comes in.
     """
@@ -78,6 +85,8 @@ class AxisFacts:
     contexts: dict[Atom, Atom] = field(default_factory=dict)
     experiments: dict[str, list[fx.Node]] = field(default_factory=dict)
     stored: dict[ObjectPath, Exprs] = field(default_factory=dict)
+    results: tuple[Exprs, ...] = ()
+    crossing: dict[Edge, Expr] = field(default_factory=dict)
     unsolved: set[sympy.Symbol] = field(default_factory=set)
     derivations: set[fx.Node] = field(default_factory=set)
 

@@ -1,16 +1,17 @@
 """Guards: values that a forward read in Python while it was captured, and that a graph holds as constants.
 
     Read            the place of one such value: attributes, entries, globals, cells, classes
-    guard(reads)    a generated function that says whether all are as they were, because it runs at every call
-    first_changed   the first that is not, in words
+    first_changed   the first that is not as it was, and its value now
+    told            that in words
 
 The attributes of modules that are constants are `RegionGraph.settings`; everything else that was read is a `Read`.
+Calls look at all of them in a generated function, see `snapshot`.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import CellType
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.passes.graph.namespaces import ABSENT, put_in
 from ecospa_fx.passes.graph.python_state import is_array, same
+from ecospa_fx.passes.graph.stand_in_class import stands_for
 
 from .state_access import Keys, Length, PathItem
 
@@ -45,13 +47,21 @@ class OfClass:
 
 
 @dataclass(frozen=True, eq=False)
+class Alias:
+    """The object that another read names."""
+
+    other: Read
+
+
+@dataclass(frozen=True, eq=False)
 class Read:
     """One value that a forward read.
 
     Attributes:
         root: a `ModuleRoot`, or the namespace itself: the globals of a function, one of its cells, a class.
         steps: from the root to the value.
-        value: a constant, a tensor or function, which must be the same object, `Contents`, `OfClass` or `ABSENT`.
+        value: a constant, a tensor or function, which must be the same object, `Contents`, `OfClass`,
+            `Alias` or `ABSENT`.
         where: the place in words.
     """
 
@@ -60,10 +70,15 @@ class Read:
     value: Any
     where: str
 
+    @property
+    def place(self) -> tuple[Any, tuple[PathItem, ...]]:
+        """The root, by identity where it is no submodule, and the steps."""
+        return (self.root if isinstance(self.root, ModuleRoot) else id(self.root), self.steps)
+
     def now(self, modules: Mapping[str, nn.Module]) -> Any:
         """Return the value at this place now, `ABSENT` where there is none."""
-        owner = modules[self.root.path] if isinstance(self.root, ModuleRoot) else self.root
         try:
+            owner = modules[self.root.path] if isinstance(self.root, ModuleRoot) else self.root
             for number, step in enumerate(self.steps):
                 if number == 0 and isinstance(self.root, ModuleRoot):
                     owner = attribute_of(owner, step.key)
@@ -104,16 +119,20 @@ class Read:
 
     def holds(self, modules: Mapping[str, nn.Module]) -> bool:
         """Return whether the value is as it was read."""
+        if isinstance(self.value, Alias):
+            return self.now(modules) is self.value.other.now(modules)
         return as_read(self.value, self.now(modules))
 
 
 def attribute_of(module: nn.Module, name: str) -> Any:
     """Return an attribute of a module, or else of its class; `ABSENT` where neither has it.
 
-    A module that has been made shrinkable computes some of its attributes, which its dict holds as they were read.
+    A module that has been made shrinkable computes some of its attributes, which its dict holds as they were read, and
+    its class may have another forward.
     """
     value = module.__dict__.get(name, ABSENT)
-    return getattr(type(module), name, ABSENT) if value is ABSENT else value
+    cls: Any = type(module)
+    return getattr(stands_for(cls), name, ABSENT) if value is ABSENT else value
 
 
 def _step(owner: Any, step: PathItem) -> Any:
@@ -156,18 +175,24 @@ def setting_read(path: str, name: str, value: Any) -> Read:
     return Read(ModuleRoot(path), (PathItem(name),), held, f"{path}.{name}" if path else name)
 
 
+def forward_read(module: nn.Module, path: str) -> Read:
+    """Return the read of the forward that a submodule runs: that of its class, or one that is put on the instance."""
+    return Read(ModuleRoot(path), (PathItem("forward"),), attribute_of(module, "forward"), f"{path}.forward")
+
+
 def first_changed(reads: Sequence[Read], modules: Mapping[str, nn.Module]) -> tuple[Read, Any] | None:
     """Return the first read that is other than it was, and its value now; None where all hold."""
     for read in reads:
-        now = read.now(modules)
-        if not as_read(read.value, now):
-            return read, now
+        if not read.holds(modules):
+            return read, read.now(modules)
     return None
 
 
 def told(read: Read, now: Any) -> str:
     """Say that the value of a read has changed, with both values where they are short."""
     before = read.value.copy if isinstance(read.value, Contents) else read.value
+    if isinstance(before, Alias):
+        return f"`{read.where}` is no more the same object as `{before.other.where}`"
     if isinstance(before, OfClass):
         return f"`{read.where}` is a {type(now).__name__} and was a {before.cls.__name__}"
     if isinstance(before, Tensor) or isinstance(now, Tensor):
@@ -176,67 +201,5 @@ def told(read: Read, now: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = "a tensor" if isinstance(value, Tensor) else getattr(value, "__name__", None) or repr(value)
+    text = "a tensor" if isinstance(value, Tensor) else getattr(value, "__qualname__", None) or repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def guard(reads: Sequence[Read], modules: Mapping[str, nn.Module]) -> Callable[[], bool]:
-    """Generate a function that returns whether all reads hold for these modules; see `Read.holds`."""
-    scope: dict[str, Any] = {"same": same, "same_contents": same_contents, "as_read": as_read, "ABSENT": ABSENT}
-    lines: list[str] = []
-    names: dict[Any, str] = {}
-
-    def named(value: Any) -> str:
-        scope[name := f"c{len(scope)}"] = value
-        return name
-
-    def local(read: Read, length: int) -> str:
-        key = (read.root if isinstance(read.root, ModuleRoot) else id(read.root), read.steps[:length])
-        if key not in names:
-            if length == 0:
-                names[key] = named(modules[read.root.path] if isinstance(read.root, ModuleRoot) else read.root)
-            else:
-                owner, step = local(read, length - 1), read.steps[length - 1]
-                names[key] = name = f"v{len(names)}"
-                if length == 1 and isinstance(read.root, ModuleRoot):
-                    held = named(modules[read.root.path].__dict__)
-                    lines.append(f"{name} = {held}.get({step.key!r}, ABSENT)")
-                    lines.append(f"if {name} is ABSENT: {name} = getattr(type({owner}), {step.key!r}, ABSENT)")
-                elif length == 1 and isinstance(read.root, CellType):
-                    lines.append(f"{name} = {owner}.cell_contents")
-                elif step.entry:
-                    lines.append(f"{name} = {owner}[{_literal(step.key) or named(step.key)}]")
-                elif step.key.isidentifier() and step.key[:2] != "__":
-                    lines.append(f"{name} = {owner}.{step.key}")
-                else:
-                    lines.append(f"{name} = getattr({owner}, {step.key!r})")
-        return names[key]
-
-    for read in reads:
-        if read.value is ABSENT and not (len(read.steps) == 1 and isinstance(read.root, ModuleRoot)):
-            owner, step = local(read, len(read.steps) - 1), read.steps[-1]
-            lines.append(f"if {named(step.key)} in {owner}: return False" if step.entry else
-                         f"if hasattr({owner}, {step.key!r}): return False")  # fmt: skip
-            continue
-        value = local(read, len(read.steps))
-        match read.value:
-            case OfClass(cls):
-                lines.append(f"if type({value}) is not {named(cls)}: return False")
-            case Keys() | Length():
-                lines.append(f"if not as_read({named(read.value)}, {value}): return False")
-            case Contents(copy):
-                lines.append(f"if not same_contents({named(copy)}, {value}): return False")
-            case None | True | False:
-                lines.append(f"if {value} is not {read.value!r}: return False")
-            case _:
-                constant = named(read.value)
-                lines.append(f"if {value} is not {constant} and not same({constant}, {value}): return False")
-    body = "\n        ".join([*lines, "return True"])
-    failures = "AttributeError, KeyError, IndexError, TypeError, ValueError"
-    exec(f"def holds():\n    try:\n        {body}\n    except ({failures}):\n        return False\n", scope)
-    holds: Callable[[], bool] = scope["holds"]
-    return holds
-
-
-def _literal(key: Any) -> str | None:
-    return repr(key) if type(key) in (int, str) else None

@@ -7,10 +7,12 @@ stands for all that the op has, or each is named.
 
     pattern := operand "," operand "," ... "->" output "," output "," ...
     operand := ["+"] dim dim ...
-    dim     := name ["!"]  |  "(" name ["!"] name ["!"] ... ")"  |  "..."
+    dim     := marked  |  "(" marked marked ... ")"  |  "..."
+    marked  := name ["!" | "~"]
 
 - `k`      one dim. A name that the output lacks is summed over; one that only the output has is a new axis.
 - `k!`     its entries mix, so the axis must stay at its full size. One mark is enough, wherever the name occurs.
+- `k~`     its entries are reduced together (an average, a norm); the op takes what is left, those that go are absent.
 - `(h g)`  one dim that is a product of axes, row by row, the last one running fastest.
 - `...`    any number of dims that broadcast; where an operand has fewer dims than names, the leftmost are missing.
 - `+n`     an operand that is only added: it takes no part in the product. At the end it may be left out.
@@ -39,16 +41,16 @@ class Name:
 
     Attributes:
         text: the name.
-        pinned: it is marked with `!`.
+        mark: `!` where it is pinned, `~` where the op takes what is left.
         at: its position in the pattern.
     """
 
     text: str
-    pinned: bool = False
+    mark: str = ""
     at: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
-        return self.text + "!" * self.pinned
+        return self.text + self.mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,16 +127,20 @@ class ParsedPattern:
         outputs: the dims of each output, or those that all of them have.
         kept: the keys of all outputs; names that are not among them are summed over.
         pinned: the names that are marked with `!` anywhere, in order.
+        absent: those that are marked with `~`.
     """
 
     operands: tuple[TensorDims, ...]
     outputs: tuple[TensorDims, ...]
     kept: frozenset[str] = field(init=False, compare=False)
     pinned: tuple[str, ...] = field(init=False, compare=False)
+    absent: tuple[str, ...] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        marked = [name.text for term in (*self.operands, *self.outputs) for name in term.names if name.pinned]
-        object.__setattr__(self, "pinned", tuple(dict.fromkeys(marked)))
+        names = [name for term in (*self.operands, *self.outputs) for name in term.names]
+        for field_name, mark in (("pinned", "!"), ("absent", "~")):
+            marked = tuple(dict.fromkeys(name.text for name in names if name.mark == mark))
+            object.__setattr__(self, field_name, marked)
         object.__setattr__(self, "kept", frozenset().union(*(term.keys for term in self.outputs)))
 
     def __str__(self) -> str:
@@ -216,7 +222,7 @@ def _fail(pattern: str, at: int, problem: str, width: int = 1) -> NoReturn:
     raise PatternError(f"{problem}\n    {shown}\n    {' ' * at}{'^' * max(1, width)}")
 
 
-_TOKEN = re.compile(r" *(?P<text>->|\.\.\.|[A-Za-z_][A-Za-z0-9_]*|[!+,()]|\Z)")
+_TOKEN = re.compile(r" *(?P<text>->|\.\.\.|[A-Za-z_][A-Za-z0-9_]*|[!~+,()]|\Z)")
 _WRONG = re.compile(r" *(?P<text>\.+|\d\w*|.)", re.DOTALL)
 
 
@@ -250,7 +256,7 @@ class _Parser:
         elif text == "-":
             problem = "`-` without `>`; expected `->`"
         else:
-            problem = f"unknown character {text!r}; expected a name, `...`, `(`, `)`, `!`, `+`, `,` or `->`"
+            problem = f"unknown character {text!r}; expected a name, `...`, `(`, `)`, `!`, `~`, `+`, `,` or `->`"
         self.fail(problem, at, len(text))
 
     def pattern(self) -> ParsedPattern:
@@ -315,22 +321,24 @@ class _Parser:
         return Group(tuple(names))
 
     def name(self) -> Name:
-        if self.token == "!":
-            if self.before == "!":
-                self.fail("`!` twice; expected it once")
+        if self.token in ("!", "~"):
+            mark, does = self.token, "is pinned" if self.token == "!" else "is reduced"
+            if self.before in ("!", "~"):
+                self.fail(f"`{mark}` behind `{self.before}`; expected one mark" if mark != self.before else
+                          f"`{mark}` twice; expected it once")  # fmt: skip
             if self.before == ")":
-                self.fail("`!` behind a group; expected it behind each name that is pinned, `(h! g!)`")
+                self.fail(f"`{mark}` behind a group; expected it behind each name that {does}, `(h{mark} g{mark})`")
             if self.before == "...":
-                self.fail("`!` behind `...`; expected it behind a name")
-            self.fail("`!` without a name; expected it right behind the name that is pinned, `k!`")
+                self.fail(f"`{mark}` behind `...`; expected it behind a name")
+            self.fail(f"`{mark}` without a name; expected it right behind the name that {does}, `k{mark}`")
         if self.token == "+":
             self.fail("`+` inside an operand; expected it before the first dim, it speaks of the whole operand")
         text, at, stop = self.token, self.at, self.stop
         self.advance()
-        pinned = self.token == "!" and self.at == stop
-        if pinned:
+        mark = self.token if self.token in ("!", "~") and self.at == stop else ""
+        if mark:
             self.advance()
-        return Name(text, pinned, at)
+        return Name(text, mark, at)
 
     def check_distinct(self, names: Sequence[Name], problem: str) -> None:
         texts: set[str] = set()

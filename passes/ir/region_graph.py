@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from ecospa_fx.passes.axes.algebra import Size
 
+from .border import NO_BORDER, Border
 from .guards import Read
 from .numbers import Number
 from .signature import Signature
@@ -110,6 +111,9 @@ class RegionGraph:
         strangers: paths of the tensors in these objects that something else fills, at sizes of its own.
         filled: the parts of objects that other calls of the region fill, as far as known when this one was captured.
         index_attributes: integers of the region that only select its own part of an object.
+        between: it is no region but what the model runs between its regions, see `passes.capture.between`.
+        border: the dims of arguments, results and tied weights that shrink with the model around the region.
+        argument_names: names of the tensors of a call, in order; see `passes.ir.border.argument_names`.
         moving: buffers that some call of the region computes from parameters, and that shrink with these everywhere.
         settings: (submodule, attribute) -> a constant that the forward reads there and does not change itself.
         numbers: constants among those that it takes as inputs, because they change from call to call.
@@ -136,6 +140,9 @@ class RegionGraph:
     strangers: frozenset[ObjectPath] = frozenset()
     filled: Filled = frozenset()
     index_attributes: IndexAttributes = field(default_factory=IndexAttributes)
+    between: bool = False
+    border: Border = NO_BORDER
+    argument_names: tuple[str, ...] = ()
     moving: frozenset[str] = frozenset()
     settings: Mapping[tuple[str, str], Any] = field(default_factory=dict)
     reads: tuple[Read, ...] = ()
@@ -180,6 +187,11 @@ class RegionGraph:
         return [number.read.now(modules) for number in self.numbers]
 
     @property
+    def arguments(self) -> dict[str, str]:
+        """Inputs that are tensors of the call itself -> their names, where these are known."""
+        return dict(zip(self.inputs, self.argument_names, strict=False))
+
+    @property
     def returned(self) -> int:
         """Number of tensors that the region itself returns."""
         return sum(leaf is TENSOR for leaf in self.out_leaves)
@@ -198,7 +210,7 @@ class RegionGraph:
         Args:
             call: the call.
             training: see `training_flags`.
-            sizes: of the tensors in its objects, where they have shrunk.
+            sizes: of its tensors, those in its objects last, where some have shrunk.
         """
         leaves, spec = flattened(call)
         leaves, objects = parted(leaves)

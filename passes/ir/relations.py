@@ -83,25 +83,30 @@ class Pointwise:
 
 @dataclass(frozen=True)
 class SameDims:
-    """The dims of `x`, of which `pinned` ones mix their entries and `dropped` ones are reduced away or to one entry.
+    """The dims of `x`, of which some mix their entries, and `dropped` ones are reduced away or to one entry.
 
     Attributes:
         x: the operand.
         pinned: dims along which the op needs all entries.
-        dropped: dims that are reduced; those that are not pinned are summed over.
+        absent: dims along which the op takes all that is left: a reduction (an average, a norm, a softmax) in which
+            entries that go have no part.
+        dropped: dims that are reduced; those that are neither pinned nor absent are summed over.
         keepdim: dropped dims stay, with one entry.
         apart: the result is not linear in the entries that are summed over, so a change of basis does not pass.
-        shares: entries along the pinned dim become shares of 1, as in a softmax.
+        shares: entries along the absent dim become shares of 1, as in a softmax.
         moves: entries go to other positions along the pinned dims, or become zero there.
+        positions: the output that holds positions along the absent dims; if it is used, they stay whole.
     """
 
     x: Operand
     pinned: tuple[int, ...] = ()
+    absent: tuple[int, ...] = ()
     dropped: tuple[int, ...] = ()
     keepdim: bool = True
     apart: bool = False
     shares: bool = False
     moves: bool = False
+    positions: int | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,7 @@ class Signature:
             leaves: of that tree.
             training: see `training_flags`.
             state: tensors in objects among the leaves; they follow those of the call.
-            sizes: of `state`, where these have changed since the call was captured.
+            sizes: of all tensors, where some have changed since the call was captured.
         """
         if training != self.training:
             return "train and eval mode differ"
@@ -74,13 +74,11 @@ class Signature:
                 return f"the constant argument {given!r} was {mine!r}"
         return self._sizes_differ([*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *state], self.now(sizes))
 
-    def now(self, state: Sequence[tuple[Size, ...]] | None = None) -> list[tuple[torch.dtype, torch.device, Any]]:
-        """Return `tensors` with other sizes for those in objects."""
-        if not state:
+    def now(self, sizes: Sequence[tuple[Size, ...]] | None = None) -> list[tuple[torch.dtype, torch.device, Any]]:
+        """Return `tensors` with other sizes."""
+        if not sizes:
             return list(self.tensors)
-        called = len(self.tensors) - len(state)
-        held = zip(self.tensors[called:], state, strict=True)
-        return [*self.tensors[:called], *((dtype, device, sizes) for (dtype, device, _), sizes in held)]
+        return [(dtype, device, now) for (dtype, device, _), now in zip(self.tensors, sizes, strict=True)]
 
     def _sizes_differ(self, tensors: Sequence[Tensor], wanted: Sequence[tuple[Any, Any, Any]]) -> str | None:
         sizes: dict[Any, int] = {}
@@ -111,17 +109,17 @@ class Signature:
         ranges = ((now, *self.ranges.get(symbol, (0, math.inf))) for symbol, now in sizes.items())
         return all(low <= now <= high for now, low, high in ranges) and self.guards.hold_for(sizes)
 
-    def checker(self, state: Sequence[tuple[Size, ...]]) -> Callable[[Sequence[Tensor]], bool]:
+    def checker(self, sizes: Sequence[tuple[Size, ...]], called: int) -> Callable[[Sequence[Tensor]], bool]:
         """Generate the checks that `mismatch` makes of tensors, for calls whose sizes change each time.
 
         Dtypes, devices and numbers of dims of the call's own tensors are known to fit and not checked; those of
         tensors in objects are.
 
         Args:
-            state: sizes of the tensors in objects.
+            sizes: of all tensors now.
+            called: number of the call's own.
         """
-        wanted = self.now(state)
-        called = len(wanted) - len(state)
+        wanted = self.now(sizes)
         scope: dict[str, Any] = {}
         lines: list[str] = []
         checks: list[str] = []
@@ -197,7 +195,7 @@ def below(module: nn.Module) -> list[nn.Module]:
     return modules
 
 
-def _state(module: nn.Module) -> tuple[Hashable, ...]:
+def state_of(module: nn.Module) -> tuple[Hashable, ...]:
     """Return `training_flags`, and the number of hooks of each kind on submodules that have any."""
     modules = below(module)
     state: list[Hashable] = [child.training for child in modules]
@@ -208,12 +206,10 @@ def _state(module: nn.Module) -> tuple[Hashable, ...]:
     return tuple(state)
 
 
-def call_key(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Hashable, list[Tensor], list[Any]] | None:
+def call_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashable, list[Tensor], list[Any]] | None:
     """Return a key that equal calls share, for a look-up that is cheaper than `Signature.mismatch`.
 
-    It contains all that `Signature.mismatch` compares, but for sizes where there are objects (see
+    It contains all that `Signature.mismatch` compares of a call, but for sizes where there are objects (see
     `state_access.foreign`): with a cache these change at each call.
 
     Returns:
@@ -222,13 +218,13 @@ def call_key(
     """
     if torch.compiler.is_compiling():
         return None  # a traced look-up by sizes would make every size a constant
-    key: list[Any] = [_state(module)]
-    if torch._C._is_any_autocast_enabled():
-        key.append(autocast_now())
+    key: list[Any] = [len(args), len(kwargs), *kwargs]
     tensors: list[Tensor] = []
     objects: list[Any] = []
-    if not (_describe(args, key, tensors, objects) and _describe(kwargs, key, tensors, objects)):
+    if not _describe((*args, *kwargs.values()), key, tensors, objects):
         return None
+    if torch._C._is_any_autocast_enabled():
+        key.append(autocast_now())
     key += [t.ndim for t in tensors] if objects else [t.shape for t in tensors]
     hashable = tuple(key)
     try:
@@ -238,27 +234,33 @@ def call_key(
     return hashable, tensors, objects
 
 
-def _describe(value: Any, key: list[Any], tensors: list[Tensor], objects: list[Any]) -> bool:
-    """Append to `key` all that `Signature.mismatch` compares but sizes; False for a value of unknown type."""
-    if isinstance(value, Tensor):
-        key += (value.dtype, value.device)
-        tensors.append(value)
-        return True
-    kind = type(value)
-    if value is None or kind in (bool, int, float, str):
-        key += (kind, value)
-        return True
-    if kind in (tuple, list):
-        key += (kind, len(value))
-    elif kind is dict:
-        key += (kind, tuple(value))
-        value = value.values()
-    elif foreign(value):
-        number = next((i for i, other in enumerate(objects) if other is value), len(objects))
-        if number == len(objects):
-            objects.append(value)
-        key += (kind, ObjectLeaf(number))
-        return True
-    else:
-        return False
-    return all(_describe(item, key, tensors, objects) for item in value)
+def _describe(values: Iterable[Any], key: list[Any], tensors: list[Tensor], objects: list[Any]) -> bool:
+    """Append to `key` all that `Signature.mismatch` compares but sizes; False for a value of unknown type.
+
+    It runs at every call, so in one loop: whatever stands first for a value says how many entries it has in the key.
+    """
+    for value in values:
+        kind = type(value)
+        if value is None or kind is str:
+            key.append(value)
+        elif isinstance(value, Tensor):
+            key += value.dtype, value.device
+            tensors.append(value)
+        elif kind in (bool, int, float):
+            key += kind, value
+        elif kind in (tuple, list):
+            key += kind, len(value)
+            if not _describe(value, key, tensors, objects):
+                return False
+        elif kind is dict:
+            key += kind, len(value), *value
+            if not _describe(value.values(), key, tensors, objects):
+                return False
+        elif foreign(value):
+            number = next((i for i, other in enumerate(objects) if other is value), len(objects))
+            if number == len(objects):
+                objects.append(value)
+            key += kind, ObjectLeaf(number)
+        else:
+            return False
+    return True

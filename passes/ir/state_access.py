@@ -36,7 +36,7 @@ PLAIN = (Tensor, int, float, bool, str, slice, Enum, torch.dtype, torch.device, 
 
 _CODE = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType)
 
-_HEAP = 1 << 9  # flag of classes defined in Python
+HEAP = 1 << 9  # flag of classes defined in Python
 
 _NEW: Any = object.__new__
 
@@ -183,7 +183,7 @@ def foreign(value: Any) -> bool:
     # A class registered with torch's pytrees is flattened like a tuple where it is plain data.
     if is_dataclass(cls) and cls in pytree.SUPPORTED_NODES:
         return False
-    return bool(hasattr(value, "__dict__") and cls.__flags__ & _HEAP and cls.__new__ is _NEW)
+    return bool(hasattr(value, "__dict__") and cls.__flags__ & HEAP and cls.__new__ is _NEW)
 
 
 def flattened(call: Any) -> tuple[list[Any], pytree.TreeSpec]:
@@ -250,6 +250,20 @@ def copy_objects(objects: Sequence[Any], tensor: Callable[[ObjectPath, Tensor], 
     """Copy the objects of a call, see `copy_object`; values that objects share their copies share."""
     memo: dict[int, Any] = {}
     return [copy_object(value, tensor, ObjectPath(number), memo) for number, value in enumerate(objects)]
+
+
+def copied_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copy the arguments of a call, with all tensors in them, for a forward to change."""
+    leaves, spec = flattened((args, kwargs))
+    leaves, objects = parted(leaves)
+    twins = copy_objects(objects, lambda _, t: t.detach().clone())
+    copies = [twins[leaf.number] if isinstance(leaf, ObjectLeaf) else _fresh(leaf) for leaf in leaves]
+    call: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(copies, spec)
+    return call
+
+
+def _fresh(leaf: Any) -> Any:
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 
 
 def _reader(carried: StateAccess) -> Callable[[Sequence[Any]], list[Tensor] | None]:

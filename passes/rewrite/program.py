@@ -26,7 +26,7 @@ class Program:
         constants: lifted tensors, subgraphs and index tensors that `run` takes, and `RegionGraph.numbers` as captured.
         source: the generated code, to read.
         called: submodules that the code calls as modules.
-        state: the sizes that tensors in the objects of a call must have.
+        sizes: the sizes that the tensors of a call must have, those in its objects last.
         check: see `fits`; made when it is first needed.
     """
 
@@ -36,7 +36,7 @@ class Program:
     constants: tuple[Any, ...]
     source: str
     called: frozenset[str] = frozenset()
-    state: tuple[tuple[Size, ...], ...] = ()
+    sizes: tuple[tuple[Size, ...], ...] = ()
     check: Callable[[Sequence[Tensor]], bool] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
@@ -76,5 +76,6 @@ class Program:
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Return True if the program serves the sizes of a call's tensors, including those in its objects."""
         if self.check is None:
-            self.check = self.captured.signature.checker(self.state)
+            called = len(self.captured.inputs) - len(self.captured.state)
+            self.check = self.captured.signature.checker(self.sizes, called)
         return self.check(tensors)

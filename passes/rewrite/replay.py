@@ -1,16 +1,27 @@
-"""Replay: a plan, which speaks of parameters, read as a selection of the atoms of one captured graph."""
+"""Replay: a plan, which speaks of parameters, read as a selection of the atoms of one captured graph, and written."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ecospa_fx.errors import PinnedAxisError
-from ecospa_fx.passes.axes.algebra import Atom, atoms_of
-from ecospa_fx.passes.axes.selection import Selected, entries, mask_of, per_context_or_shared, project
+from ecospa_fx.passes.axes.algebra import Atom, Expr, atoms_of, size_of
+from ecospa_fx.passes.axes.selection import (
+    Selected,
+    Selection,
+    entries,
+    mask_of,
+    per_context_or_shared,
+    project,
+    touched,
+)
 from ecospa_fx.passes.graph.nodes import reason_text
 from ecospa_fx.passes.graph.tensors import join
-from ecospa_fx.passes.ir.axis_facts import AxisFacts
+from ecospa_fx.passes.ir.axis_facts import AxisFacts, Exprs
+from ecospa_fx.passes.ir.border import WeightDim
 from ecospa_fx.plan import Plan
 
 
@@ -51,6 +62,16 @@ def replay(axis_facts: AxisFacts, plan: Plan, difference: str = "") -> dict[Atom
                     f"has shrunk differently.{why} Call the model as before, or make this call once before the first "
                     "shrink, so that neither is offered"
                 )
+    for edge, of in axis_facts.captured.border.along().items():
+        crossing = axis_facts.crossing.get(edge)
+        if crossing is not None and not _keeps(crossing, kept, _planned(plan, of)):
+            kind, place, number = edge
+            what = {"argument": f"the argument `{place}`", "result": f"output {place}", "tied": f"`{place}`"}[kind]
+            raise PinnedAxisError(
+                f"dim {number} of {what} of `{region}` has shrunk with `{of[0] if of else place}`, and this call keeps "
+                f"it in another way.{why} Call the model as before, or make this call once before the first shrink, so "
+                "that the axis is never offered"
+            )
     names = axis_facts.captured.used()
     for name in plan.under(region):
         if name in names and name not in axis_facts.parameters:
@@ -60,6 +81,21 @@ def replay(axis_facts: AxisFacts, plan: Plan, difference: str = "") -> dict[Atom
                 f"follow the shrink.{why} Call the model as before"
             )
     return kept
+
+
+def _planned(plan: Plan, of: WeightDim | None) -> Tensor | None:
+    """Return the mask that a plan has for a dim of a parameter; None where that is whole."""
+    if of is None or of[0] not in plan.original_shapes:
+        return None
+    mask = plan.mask(*of)
+    return None if mask.all() else mask
+
+
+def _keeps(expr: Expr, kept: Selection, mask: Tensor | None) -> bool:
+    """Return whether an axis keeps the entries of a mask; None for all."""
+    if not touched(expr, kept):
+        return mask is None
+    return mask is not None and type(size_of(expr)) is int and torch.equal(mask_of(expr, kept), mask)
 
 
 def selected_by(axis_facts: AxisFacts, plan: Plan) -> dict[Atom, Selected]:
@@ -78,7 +114,32 @@ def selected_by(axis_facts: AxisFacts, plan: Plan) -> dict[Atom, Selected]:
             if not mask.all():
                 for atom, part in project(expr, mask, axis_facts.contexts).items():
                     masks[atom] = masks[atom] | part if atom in masks else part
+    for edge, of in axis_facts.captured.border.along().items():
+        crossing, planned = axis_facts.crossing.get(edge), _planned(plan, of)
+        if planned is None or not isinstance(crossing, Atom) or crossing.size != len(planned):
+            continue
+        if crossing not in masks and crossing not in axis_facts.contexts:  # no weight of the region has it
+            masks[crossing] = planned
     return _selection(axis_facts, masks)
+
+
+def write_plan(plan: Plan, region: str, parameters: Mapping[str, Exprs], kept: Selection) -> None:
+    """Write into a plan the entries that parameters and buffers of a region keep under a selection.
+
+    Args:
+        plan: the plan of the whole model.
+        region: name of the region.
+        parameters: their axis expressions, by name in the region.
+        kept: the entries of each atom that stay.
+    """
+    for name, exprs in parameters.items():
+        masks = [mask_of(expr, kept) for expr in exprs]
+        if all(bool(mask.all()) for mask in masks):
+            continue
+        plan.original_shapes[join(region, name)] = tuple(len(mask) for mask in masks)
+        for dim, mask in enumerate(masks):
+            if not mask.all():
+                plan.kept[join(region, name), dim] = mask.nonzero().flatten()
 
 
 def _selection(axis_facts: AxisFacts, masks: dict[Atom, Tensor]) -> dict[Atom, Selected]:

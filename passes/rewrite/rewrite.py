@@ -12,7 +12,8 @@ Every rewrite starts from the captured graph at original sizes, so shrinking twi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.objects.live_calls import go_live, pass_edges
 from ecospa_fx.passes.rules import op_info
 
+from .draws import StandIn
 from .generate import generate
 from .program import Program
 from .sources import select_sources
@@ -38,7 +40,12 @@ aten = torch.ops.aten
 
 
 def rewrite(
-    axis_facts: AxisFacts, kept: Selection, region: nn.Module, watched: Sequence[fx.Node] = (), live: bool = True
+    axis_facts: AxisFacts,
+    kept: Selection,
+    region: nn.Module,
+    watched: Sequence[fx.Node] = (),
+    live: bool = True,
+    stand_ins: Mapping[fx.Node, StandIn] = MappingProxyType({}),
 ) -> Program:
     """Generate the program of a region under a selection.
 
@@ -48,6 +55,7 @@ def rewrite(
         region: the live region; only the types of its modules matter.
         watched: nodes of the captured graph whose values `run` returns after the outputs.
         live: methods of objects are called, not computed as they were traced; `run` takes the objects then.
+        stand_ins: makes, for nodes of the captured graph, a function to call in place of the op at the sizes left.
 
     Raises:
         RuleError: the `resize` of a rule failed.
@@ -72,6 +80,8 @@ def rewrite(
                 f"rule failed with {type(error).__name__}: {error}; this is a bug in the rule, nothing was changed"
             ) from error
         site.apply()
+    for original, stand_in in stand_ins.items():
+        new[original].target = stand_in(new[original].target)
     sizes = _sizes_now(axis_facts, kept)
     if live:
         go_live(captured.carried, graph, new, objects, sizes)
@@ -84,8 +94,11 @@ def rewrite(
     run, source = generate(graph)
     called = frozenset(node.target for node in graph.nodes if node.op == "call_module")
     by_name = {node.name: node for node in captured.graph.nodes if node.op == "placeholder"}
-    state = tuple(tuple(sizes(by_name[name])) for name in captured.state)
-    return Program(captured, axis_facts, run, tuple(constants.values()), source, called, state)
+    called_with = tuple(
+        tuple(sizes(by_name[name])) if by_name[name] in axis_facts.values else shape
+        for name, (_, _, shape) in zip(captured.inputs, captured.signature.tensors, strict=True)
+    )
+    return Program(captured, axis_facts, run, tuple(constants.values()), source, called, called_with)
 
 
 def _sizes_now(axis_facts: AxisFacts, kept: Selection) -> Callable[[fx.Node], Sequence[Size]]:

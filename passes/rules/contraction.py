@@ -187,7 +187,7 @@ def grouped_mm(x: Operand, weight: Operand, groups: Operand | None = None, bias:
 @axis_rule(aten.cdist.default)
 def cdist(a: Operand, b: Operand, *_: Any) -> Pattern:
     """Every entry along the axis counts in the distance."""
-    return Pattern("... m k!, ... n k! -> ... m n", (a, b), apart=True)
+    return Pattern("... m k~, ... n k~ -> ... m n", (a, b), apart=True)
 
 
 def write_scale(site: OpSite) -> None:

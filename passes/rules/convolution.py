@@ -113,17 +113,33 @@ def _resampled(space: int) -> Callable[..., Pattern]:
     return resampled
 
 
+def _averaged(space: int) -> Callable[..., Pattern]:
+    def averaged(x: Operand, size: Any, *_: Any) -> Pattern:
+        """Each result along the axis is the average of neighbouring positions."""
+        before = " ".join("bc"[: x.ndim - space])
+        sizes = [size] * space if isinstance(size, int) else list(size)
+        whole = [n == 1 for n in sizes]  # all positions make one average
+        here = " ".join(f"x{i}~" if all_of else f"x{i}!" for i, all_of in enumerate(whole))
+        there = " ".join(f"one{i}" if all_of else f"y{i}!" for i, all_of in enumerate(whole))
+        return Pattern(f"{before} {here} -> {before} {there}", (x,), apart=True)
+
+    return averaged
+
+
+axis_rule(aten.adaptive_avg_pool1d)(_averaged(1))
+axis_rule(aten.adaptive_avg_pool2d)(_averaged(2))
+axis_rule(aten.adaptive_avg_pool3d)(_averaged(3))
 axis_rule(
-    aten.max_pool1d, aten.max_pool1d_with_indices, aten.avg_pool1d, aten.adaptive_avg_pool1d, aten.adaptive_max_pool1d,
+    aten.max_pool1d, aten.max_pool1d_with_indices, aten.avg_pool1d, aten.adaptive_max_pool1d,
     aten.upsample_linear1d, aten.upsample_nearest1d, aten._upsample_nearest_exact1d,
 )(_resampled(1))  # fmt: skip
 axis_rule(
-    aten.max_pool2d, aten.max_pool2d_with_indices, aten.avg_pool2d, aten.adaptive_avg_pool2d, aten.adaptive_max_pool2d,
+    aten.max_pool2d, aten.max_pool2d_with_indices, aten.avg_pool2d, aten.adaptive_max_pool2d,
     aten.upsample_nearest2d, aten._upsample_nearest_exact2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d,
     aten._upsample_bicubic2d_aa, aten._upsample_bilinear2d_aa,
 )(_resampled(2))  # fmt: skip
 axis_rule(
-    aten.max_pool3d, aten.max_pool3d_with_indices, aten.avg_pool3d, aten.adaptive_avg_pool3d, aten.adaptive_max_pool3d,
+    aten.max_pool3d, aten.max_pool3d_with_indices, aten.avg_pool3d, aten.adaptive_max_pool3d,
     aten.upsample_nearest3d, aten._upsample_nearest_exact3d, aten.upsample_trilinear3d,
 )(_resampled(3))  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Losses: entries are compared one by one, and then, by default, all of them are averaged."""
+"""Losses: entries are compared one by one, and then, by default, all that are left are averaged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ecospa_fx.passes.ir.relations import Opaque, Pointwise
+from ecospa_fx.passes.ir.relations import Pattern, Pointwise
 
 from .operands import tensors
 from .registry import axis_rule, refuse
@@ -15,14 +15,17 @@ from .registry import axis_rule, refuse
 aten = torch.ops.aten
 
 
-def _loss(place: int) -> Callable[..., Opaque | Pointwise]:
+def _loss(place: int) -> Callable[..., Pattern | Pointwise]:
     """Make the rule of a loss with its reduction (0 is none) at a place among the arguments of the op."""
 
-    def loss(*args: Any, reduction: int = 1, **more: Any) -> Opaque | Pointwise:
-        """Every entry counts in the loss."""
+    def loss(*args: Any, reduction: int = 1, **more: Any) -> Pattern | Pointwise:
+        """Every entry that is left counts in the loss."""
         operands = tensors(*args, *more.values())
         how = args[place] if len(args) > place else reduction
-        return Pointwise(operands, "nonlinear") if how == 0 else Opaque(operands)
+        if how == 0:
+            return Pointwise(operands, "nonlinear")
+        dims = (" ".join(f"d{i}~" for i in reversed(range(x.ndim))) for x in operands)  # they broadcast
+        return Pattern(f"{', '.join(dims)} ->", operands, apart=True)
 
     return loss
 

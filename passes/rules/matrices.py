@@ -109,16 +109,16 @@ def powers(x: Operand, **_: Any) -> Pattern:
 @axis_rule(aten.cov.default, aten.corrcoef.default)
 def covariance(x: Operand, *, correction: int = 1, fweights: Operand | None = None,
                aweights: Operand | None = None) -> Pattern:  # fmt: skip
-    """Every row and observation counts in the covariances."""
+    """Every row has a covariance with every other."""
     weights = tuple(w for w in (fweights, aweights) if w is not None)
-    spec = "k!" if x.ndim == 1 else "m! k!" if x.ndim else ""
-    return Pattern(f"{spec}{', +k!' * len(weights)} -> {'a! b!' if x.ndim > 1 else ''}", (x, *weights), apart=True)
+    spec = "k~" if x.ndim == 1 else "m! k~" if x.ndim else ""
+    return Pattern(f"{spec}{', +k~' * len(weights)} -> {'a! b!' if x.ndim > 1 else ''}", (x, *weights), apart=True)
 
 
 @axis_rule(aten.pdist.default)
-def pairs(x: Operand, p: float = 2.0) -> Pattern:
+def pairs(x: Operand, *_: Any) -> Pattern:
     """Each entry of the result is the distance of a pair."""
-    return Pattern(f"n! d{'' if p >= 0 else '!'} -> pairs!", (x,), apart=True)
+    return Pattern("n! d~ -> pairs!", (x,), apart=True)
 
 
 @axis_rule(aten.cosine_similarity.default)
@@ -126,14 +126,14 @@ def cosine_similarity(a: Operand, b: Operand, dim: int = 1, *_: Any) -> Pattern 
     """Every entry along the axis counts in the angle."""
     if a.ndim != b.ndim or a.ndim == 0:
         return Opaque((a, b))
-    own = letters(a, dim, "along!")
-    return Pattern(f"{own}, {own} -> {own.replace('along!', '')}", (a, b), apart=True)
+    own = letters(a, dim, "along~")
+    return Pattern(f"{own}, {own} -> {own.replace('along~', '')}", (a, b), apart=True)
 
 
 @axis_rule(aten.pairwise_distance.default)
 def pairwise_distance(a: Operand, b: Operand, p: float = 2.0, eps: float = 0.0, keepdim: bool = False) -> Pattern:
     """Every entry along the axis counts in the distance."""
-    return Pattern(f"... along!, ... along! -> ...{' one!' * keepdim}", (a, b), apart=True)
+    return Pattern(f"... along~, ... along~ -> ...{' one!' * keepdim}", (a, b), apart=True)
 
 
 @axis_rule(aten.renorm.default, aten.embedding_renorm_.default)
@@ -141,5 +141,5 @@ def renorm(x: Operand, how: Any, dim: int | float = 0, *_: Any) -> Pattern:
     """Every entry counts in the norm that is brought down to a largest one."""
     if isinstance(how, Operand):
         return Pattern(f"v! e!, {spaced('i', how.ndim)} -> v! e!", (x, how), apart=True)
-    own = " ".join(f"d{d}" if d == dim % x.ndim else f"d{d}!" for d in range(x.ndim))
+    own = " ".join(f"d{d}" if d == dim % x.ndim else f"d{d}~" for d in range(x.ndim))
     return Pattern(f"{own} -> {own}", (x,), apart=True)

@@ -1,15 +1,17 @@
-"""Normalisations: statistics over an axis tie all its entries together."""
+"""Normalisations: statistics of what is left along an axis; and ops that need it whole, as its order counts."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ecospa_fx.passes.axes.algebra import Expr, product, size_of
 from ecospa_fx.passes.ir.relations import Operand, Pattern, SameDims
 
-from .operands import letters, spaced, tensors
+from .operands import dims_of, letters, spaced, tensors
 from .registry import axis_rule
 
 if TYPE_CHECKING:
@@ -20,11 +22,17 @@ aten = torch.ops.aten
 
 @axis_rule(aten.softmax, aten._softmax, aten._safe_softmax)
 def softmax(x: Operand, dim: int, *_: Any, **__: Any) -> SameDims:
-    """Every result along the axis depends on all its entries."""
-    return SameDims(x, pinned=(dim % x.ndim,), shares=True)
+    """Entries along the axis become shares of what is left."""
+    return SameDims(x, absent=dims_of(x, dim), shares=True)
 
 
-@axis_rule(aten.log_softmax, aten._log_softmax, aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin)
+@axis_rule(aten.log_softmax, aten._log_softmax)
+def log_softmax(x: Operand, dim: int, *_: Any, **__: Any) -> SameDims:
+    """Entries along the axis become logarithms of shares of what is left."""
+    return SameDims(x, absent=dims_of(x, dim))
+
+
+@axis_rule(aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin)
 def accumulated(x: Operand, dim: int, *_: Any, **__: Any) -> SameDims:
     """Results along the axis depend on other entries along it."""
     return SameDims(x, pinned=(dim % x.ndim,))
@@ -63,8 +71,8 @@ def rot90(x: Operand, k: int = 1, dims: tuple[int, ...] = (0, 1)) -> SameDims | 
 
 @axis_rule(aten._softmax_backward_data.default, aten._log_softmax_backward_data.default)
 def softmax_backward(gradient: Operand, out: Operand, dim: int, *_: Any) -> Pattern:
-    """Every result along the axis depends on all its entries."""
-    own = letters(gradient, dim, "along!") if gradient.ndim else ""
+    """Entries along the axis are shares of what is left."""
+    own = letters(gradient, dim, "along~") if gradient.ndim else ""
     return Pattern(f"{own}, {own} -> {own}", (gradient, out), apart=True)
 
 
@@ -77,43 +85,62 @@ def roll(x: Operand, shifts: list[int], dims: tuple[int, ...] = ()) -> SameDims:
     return SameDims(x, pinned=tuple(sorted(moved)), moves=True)
 
 
+def resize_normalized(site: OpSite) -> None:
+    """Write the sizes that are left of the dims that are normalised over."""
+    sizes = site.args["normalized_shape"]
+    axes = site.operands[0].exprs[-len(sizes) :]
+    site.args["normalized_shape"] = [
+        site.resized(n, e) if site.touched(e) else n for n, e in zip(sizes, axes, strict=True)
+    ]
+
+
 @axis_rule(aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default,
-           aten._fused_rms_norm.default)  # fmt: skip
+           aten._fused_rms_norm.default, resize=resize_normalized)  # fmt: skip
 def layer_norm(x: Operand, normalized_shape: list[int], weight: Operand | None = None, bias: Any = None,
                *_: Any) -> Pattern:  # fmt: skip
     """The statistics are averages over the axis."""
-    dims = " ".join(f"n{i}!" for i in range(len(normalized_shape)))
+    dims = " ".join(f"n{i}~" for i in range(len(normalized_shape)))
     affine = tuple(operand for operand in (weight, bias) if isinstance(operand, Operand))
     terms = [f"... {dims}"] + [dims for _ in affine]
     return Pattern(f"{', +'.join(terms)} -> ... {dims}", (x, *affine), apart=True)
 
 
-def resize_norm_groups(site: OpSite) -> None:
-    """Count the groups that are left: only whole groups go."""
-    x, groups = site.operands[0], site.args["num_groups"]
-    site.args["num_groups"] = site.count(x.exprs[1]) // (x.shape[1] // groups)
+def resize_groups(site: OpSite) -> None:
+    """Count the groups that are left: whole ones go, or as many channels of one as of another."""
+    channels, groups = site.operands[0].exprs[1], site.args["num_groups"]
+    site.args["num_groups"] = _groups_left(site, channels, groups)
 
 
-@axis_rule(aten.group_norm.default, resize=resize_norm_groups)
+def _groups_left(site: OpSite, channels: Expr, groups: int) -> int:
+    each = size_of(channels) // groups
+    ends = [*(site.kept_before(channels, each * group) for group in range(groups)), site.count(channels)]
+    return sum(before < after for before, after in pairwise(ends))
+
+
+@axis_rule(aten.group_norm.default, resize=resize_groups)
 def group_norm(x: Operand, groups: int, *affine: Any) -> Pattern:
     """The statistics are averages over a group of channels and over positions."""
-    space = " ".join(f"x{i}!" for i in range(x.ndim - 2))
-    vectors = tuple(operand for operand in affine if isinstance(operand, Operand))
-    terms = [f"b (g c!) {space}"] + ["(g c!)" for _ in vectors]
-    return Pattern(f"{', +'.join(terms)} -> b (g c!) {space}", (x, *vectors), sizes={"g": groups}, apart=True)
+    space = spaced("x", x.ndim - 2, "~")
+    vectors = tensors(*affine)
+    terms = [f"b (g c~) {space}"] + ["(g c~)" for _ in vectors]
+    return Pattern(f"{', +'.join(terms)} -> b (g c~) {space}", (x, *vectors), sizes={"g": groups}, apart=True)
 
 
-def resize_batch(site: OpSite) -> None:
-    """Write the number of samples that are left."""
-    site.args["N"] = site.resized(site.args["N"], site.operands[0].exprs[0])
+def resize_native_groups(site: OpSite) -> None:
+    """Write the numbers of samples, channels, positions and groups that are left."""
+    samples, channels, *space = site.operands[0].exprs
+    site.args["N"] = site.resized(site.args["N"], samples)
+    site.args["C"] = site.resized(site.args["C"], channels)
+    site.args["HxW"] = site.resized(site.args["HxW"], product(*space))
+    site.args["group"] = _groups_left(site, channels, site.args["group"])
 
 
-@axis_rule(aten.native_group_norm.default, resize=resize_batch)
+@axis_rule(aten.native_group_norm.default, resize=resize_native_groups)
 def native_group_norm(x: Operand, weight: Operand | None, bias: Operand | None, *sizes: Any) -> Pattern:
     """The statistics are averages over a group of channels and over positions."""
-    here = f"b (g! c!) {spaced('x', x.ndim - 2, '!')}"
+    here = f"b (g c~) {spaced('x', x.ndim - 2, '~')}"
     vectors = tensors(weight, bias)
-    spec = f"{', +'.join((here, *('(g! c!)' for _ in vectors)))} -> {here}, b g!, b g!"
+    spec = f"{', +'.join((here, *('(g c~)' for _ in vectors)))} -> {here}, b g, b g"
     return Pattern(spec, (x, *vectors), sizes={"g": sizes[3]}, apart=True)
 
 
@@ -121,14 +148,14 @@ def native_group_norm(x: Operand, weight: Operand | None, bias: Operand | None, 
 def native_batch_norm(x: Operand, *stats: Any) -> Pattern:
     """The statistics are averages over batch and positions; each channel has its own."""
     training = next(arg for arg in stats if isinstance(arg, bool))
-    found = _by_channel("b!" if training else "b", x, *stats)
+    found = _by_channel("b~" if training else "b", x, *stats)
     return replace(found, spec=f"{found.spec}, {'c, c' if training else 'mean!, spread!'}")
 
 
 @axis_rule(aten._batch_norm_with_update.default)
 def batch_norm_with_update(x: Operand, *stats: Any) -> Pattern:
     """The statistics are averages over batch and positions; each channel has its own."""
-    found = _by_channel("b!", x, *stats)
+    found = _by_channel("b~", x, *stats)
     return replace(found, spec=f"{found.spec}, c, c, reserve!")
 
 
@@ -136,7 +163,7 @@ def batch_norm_with_update(x: Operand, *stats: Any) -> Pattern:
 def batch_norm(x: Operand, weight: Operand | None, bias: Operand | None, mean: Operand | None, var: Operand | None,
                training: bool, *_: Any) -> Pattern:  # fmt: skip
     """The statistics are averages over batch and positions; each channel has its own."""
-    return _by_channel("b!" if training else "b", x, weight, bias, mean, var)
+    return _by_channel("b~" if training else "b", x, weight, bias, mean, var)
 
 
 @axis_rule(aten.instance_norm.default)
@@ -146,8 +173,8 @@ def instance_norm(x: Operand, *stats: Any) -> Pattern:
 
 
 def _by_channel(batch: str, x: Operand, *stats: Any) -> Pattern:
-    space = " ".join(f"x{i}!" for i in range(x.ndim - 2))
-    vectors = tuple(operand for operand in stats if isinstance(operand, Operand))
+    space = spaced("x", x.ndim - 2, "~")
+    vectors = tensors(*stats)
     terms = [f"{batch} c {space}"] + ["c" for _ in vectors]
     return Pattern(f"{', +'.join(terms)} -> b c {space}", (x, *vectors), apart=True)
 
@@ -156,7 +183,7 @@ def _by_channel(batch: str, x: Operand, *stats: Any) -> Pattern:
 def weight_norm(direction: Operand, magnitude: Operand, dim: int = 0) -> Pattern:
     """The norm of a weight is taken over all dims but one."""
     dim %= direction.ndim
-    letters = [f"d{i}" if i == dim else f"d{i}!" for i in range(direction.ndim)]
+    letters = [f"d{i}" if i == dim else f"d{i}~" for i in range(direction.ndim)]
     alone = [f"d{i}" if i == dim else f"one{i}" for i in range(direction.ndim)]
     spec = f"{' '.join(letters)}, +{' '.join(alone)} -> {' '.join(letters)}"
     return Pattern(spec, (direction, magnitude), apart=True, rescaled=direction)

@@ -1,51 +1,83 @@
-"""Recurrent layers: one op runs over all steps, or over one."""
+"""Recurrent layers: one op runs over all steps, or over one.
+
+A hidden unit is a row of every gate, a column of the recurrent matrix and a column of what reads it. All layers and
+directions of one op share the axis of hidden units, because their states lie in one tensor.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ecospa_fx.passes.ir.relations import Operand, Pattern
 
-from .operands import spaced, tensors
-from .registry import axis_rule, refuse
+from .operands import tensors
+from .registry import axis_rule
 
 aten = torch.ops.aten
 
 
-@axis_rule(aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
-def recurrent(x: Operand, states: Any, weights: list[Operand], biased: bool, layers: int, dropout: float, train: bool,
-              bidirectional: bool, batch_first: bool) -> Pattern:  # fmt: skip
-    """Hidden entries depend on each other from step to step."""
-    steps = "t!" if x.ndim == 2 else "b t!" if batch_first else "t! b"
-    batch = "b" * (x.ndim > 2)
-    before = tensors(states)
+def _layers(
+    gates: int, steps: str, batch: str, x: Sequence[Operand], states: Sequence[Operand], weights: Sequence[Operand],
+    layers: int, biased: bool, bidirectional: bool,
+) -> Pattern:  # fmt: skip
+    """Write the pattern of an op over all steps; behind its input it may take the sizes of batches per step."""
     directions = 1 + bidirectional
     each = len(weights) // (layers * directions)
-    terms = [f"{steps} i", *(f"layers{n}! {batch} h{n}!" for n in range(len(before)))]
-    for number, weight in enumerate(weights):
-        first = number // each < directions and number % each == 0  # its columns take the inputs
-        terms.append(f"g{number}! i" if first else f"+{spaced(f'w{number}_', weight.ndim, '!')}")
-    after = [f"{steps} out!", *(f"layers{n}! {batch} h{n}!" for n in range(len(before)))]
-    return Pattern(f"{', '.join(terms)} -> {', '.join(after)}", (x, *before, *weights), apart=True)
+    projected = each == 3 + 2 * biased  # LSTM can hand on fewer values than it has units
+    out = "p~" if projected else "h~"
+    rows = "(g! h~)"
+    held = [f"+layers! {batch} {name}" for name in (out, "h~")[: len(states)]]
+    terms = [f"{steps} i", *("+sizes!" for _ in x[1:]), *held]
+    for number in range(layers * directions):
+        inputs = "i" if number < directions else f"(d! {out})"
+        terms += [f"{rows} {inputs}", f"{rows} {out}", *(f"+{rows}" for _ in range(2 * biased))]
+        terms += ["p~ h~"] * projected
+    after = [f"{steps} (d! {out})", *(term[1:] for term in held)]
+    sizes = {"g": gates, "d": directions}
+    return Pattern(f"{', '.join(terms)} -> {', '.join(after)}", (*x, *states, *weights), sizes=sizes, apart=True)
 
 
-refuse(
-    "The steps of packed sequences lie in one dim, and hidden entries depend on each other from step to step",
-    aten.lstm.data, aten.gru.data, aten.rnn_tanh.data, aten.rnn_relu.data,
-)  # fmt: skip
+def _recurrent(gates: int, *ops: Any) -> None:
+    def recurrent(x: Operand, states: Any, weights: list[Operand], biased: bool, layers: int, dropout: float,
+                  train: bool, bidirectional: bool, batch_first: bool) -> Pattern:  # fmt: skip
+        """Gates and steps stay: each step follows from the one before."""
+        steps = "t!" if x.ndim == 2 else "b t!" if batch_first else "t! b"
+        batch = "b" * (x.ndim > 2)
+        return _layers(gates, steps, batch, (x,), tensors(states), weights, layers, biased, bidirectional)
+
+    axis_rule(*ops)(recurrent)
 
 
-@axis_rule(aten.lstm_cell.default)
-def lstm_cell(x: Operand, states: list[Operand], *weights: Operand | None) -> Pattern:
-    """Hidden entries depend on each other from step to step."""
-    spec = "... i, +... h!, +... h!, gates! i, +gates! h!, +gates!, +gates! -> ... h!"
-    return Pattern(spec, tensors(x, states, *weights), apart=True)
+def _packed(gates: int, *ops: Any) -> None:
+    def packed(x: Operand, batches: Operand, states: Any, weights: list[Operand], biased: bool, layers: int,
+               dropout: float, train: bool, bidirectional: bool) -> Pattern:  # fmt: skip
+        """Gates and steps stay: each step follows from the one before, and all of them lie in one dim."""
+        return _layers(gates, "t!", "b!", (x, batches), tensors(states), weights, layers, biased, bidirectional)
+
+    axis_rule(*ops)(packed)
 
 
-@axis_rule(aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)
-def cell(x: Operand, state: Operand, *weights: Operand | None) -> Pattern:
-    """Hidden entries depend on each other from step to step."""
-    spec = "... i, +... h!, gates! i, +gates! h!, +gates!, +gates! -> ... h!"
-    return Pattern(spec, tensors(x, state, *weights), apart=True)
+def _cell(gates: int, *ops: Any) -> None:
+    def cell(x: Operand, states: Any, *weights: Operand | None) -> Pattern:
+        """Gates stay: each of them has a row per hidden unit."""
+        held = tensors(states)
+        rows = "(g! h~)"
+        terms = ["... i", *("+... h~" for _ in held), f"{rows} i", f"{rows} h~", f"+{rows}", f"+{rows}"]
+        operands = (x, *held, *tensors(*weights))
+        return Pattern(f"{', '.join(terms)} -> ... h~", operands, sizes={"g": gates}, apart=True)
+
+    axis_rule(*ops)(cell)
+
+
+_recurrent(4, aten.lstm.input)
+_recurrent(3, aten.gru.input)
+_recurrent(1, aten.rnn_tanh.input, aten.rnn_relu.input)
+_packed(4, aten.lstm.data)
+_packed(3, aten.gru.data)
+_packed(1, aten.rnn_tanh.data, aten.rnn_relu.data)
+_cell(4, aten.lstm_cell.default)
+_cell(3, aten.gru_cell.default)
+_cell(1, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)

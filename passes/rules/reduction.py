@@ -1,7 +1,8 @@
-"""Reductions along dims: a sum is a contraction with ones; most others need the axis whole."""
+"""Reductions along dims: a sum is a contraction with ones; most others take what is left, as an average does."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,14 +24,32 @@ def summed(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Same
 
 @axis_rule(
     aten.mean.dim, aten.mean.default, aten.nanmean, aten.amax, aten.amin, aten.aminmax, aten.prod.dim_int,
-    aten.prod.default, aten.logsumexp.default, aten.all.dim, aten.all.dims, aten.all.default, aten.argmax, aten.argmin,
-    aten.max.dim, aten.min.dim, aten.max.default, aten.min.default, aten.median.default, aten.median.dim,
-    aten.nanmedian.default, aten.nanmedian.dim,
+    aten.prod.default, aten.logsumexp.default, aten.all.dim, aten.all.dims, aten.all.default, aten.max.default,
+    aten.min.default, aten.median.default, aten.nanmedian.default,
 )  # fmt: skip
 def reduced(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> SameDims:
-    """Every entry along the axis counts in the reduction over it."""
+    """All that is left along the axis is reduced to one entry."""
+    dims = dims_of(x, dim)
+    return SameDims(x, absent=dims, dropped=dims, keepdim=keepdim)
+
+
+@axis_rule(aten.max.dim, aten.min.dim, aten.median.dim, aten.nanmedian.dim, aten.mode.default)
+def chosen(x: Operand, dim: int = -1, keepdim: bool = False) -> SameDims:
+    """One of the entries along the axis is the result, and another result is its position."""
+    return replace(reduced(x, dim, keepdim), positions=1)
+
+
+@axis_rule(aten.argmax, aten.argmin)
+def position(x: Operand, dim: Any = None, keepdim: bool = False) -> SameDims:
+    """The result is a position along the axis."""
     dims = dims_of(x, dim)
     return SameDims(x, pinned=dims, dropped=dims, keepdim=keepdim)
+
+
+@axis_rule(aten.kthvalue.default)
+def kth(x: Operand, k: int, dim: int = -1, keepdim: bool = False) -> SameDims:
+    """There may be no k-th entry among those that are left."""
+    return position(x, dim, keepdim)
 
 
 @axis_rule(aten.any.default, aten.any.dim, aten.any.dims, aten.count_nonzero, aten.nansum, aten.hash_tensor)
@@ -41,51 +60,37 @@ def any_of(x: Operand, dim: Any = None, keepdim: bool = False, **_: Any) -> Same
 
 @axis_rule(aten.linalg_vector_norm, aten.linalg_norm, aten.norm)
 def norm(x: Operand, order: Any = None, dim: Any = None, keepdim: bool = False, **_: Any) -> SameDims:
-    """Every entry along the axis counts in the norm over it."""
-    # Zeros add nothing to these norms: a root of a sum, a largest entry or singular value, a number of entries.
-    adds_up = order is None or isinstance(order, str) or order >= 0
-    return SameDims(x, pinned=() if adds_up else dims_of(x, dim), dropped=dims_of(x, dim), keepdim=keepdim, apart=True)
+    """Every entry that is left along the axis counts in the norm over it."""
+    return reduced(x, dim, keepdim)
 
 
 @axis_rule(aten.var, aten.std, aten.var_mean, aten.std_mean)
 def spread(x: Operand, dim: Any = None, *flags: bool, keepdim: bool = False, **_: Any) -> SameDims:
-    """Every entry along the axis counts in the variance over it."""
-    dims = dims_of(x, None if isinstance(dim, bool) else dim)  # `var(x, unbiased)` is over all of them
-    return SameDims(x, pinned=dims, dropped=dims, keepdim=keepdim or flags[1:] == (True,))
+    """Every entry that is left along the axis counts in the variance over it."""
+    dim = None if isinstance(dim, bool) else dim  # `var(x, unbiased)` is over all of them
+    return reduced(x, dim, keepdim or flags[1:] == (True,))
 
 
 @axis_rule(aten.linalg_matrix_norm)
 def matrix_norm(x: Operand, order: Any = "fro", dim: Any = (-2, -1), keepdim: bool = False, **_: Any) -> SameDims:
-    """Every entry along the axis counts in the norm over it."""
-    return norm(x, order, dim, keepdim)
+    """Every entry that is left along the axis counts in the norm over it."""
+    return reduced(x, dim, keepdim)
 
 
 @axis_rule(aten.frobenius_norm.dim, aten.nuclear_norm)
 def norm_along(x: Operand, dim: Any = None, keepdim: bool = False) -> SameDims:
-    """Every entry along the axis counts in the norm over it."""
+    """Every entry that is left along the axis counts in the norm over it."""
     dim, keepdim = (None, dim) if isinstance(dim, bool) else (dim, keepdim)
-    return norm(x, None, dim, keepdim)
-
-
-@axis_rule(aten.mode.default)
-def most_common(x: Operand, dim: int = -1, keepdim: bool = False) -> SameDims:
-    """Every entry along the axis is compared with the others."""
-    return reduced(x, dim, keepdim)
-
-
-@axis_rule(aten.kthvalue.default)
-def kth(x: Operand, k: int, dim: int = -1, keepdim: bool = False) -> SameDims:
-    """Every entry along the axis is compared with the others."""
     return reduced(x, dim, keepdim)
 
 
 @axis_rule(aten.quantile, aten.nanquantile)
 def quantile(x: Operand, q: Any, dim: int | None = None, keepdim: bool = False, **_: Any) -> SameDims | Pattern:
-    """Every entry along the axis is compared with the others."""
+    """Every entry that is left along the axis is compared with the others."""
     if not (isinstance(q, Operand) and q.ndim):
         return reduced(x, dim, keepdim)
     dims = dims_of(x, dim)
-    own = " ".join(f"d{d}!" if d in dims else f"d{d}" for d in range(x.ndim))
+    own = " ".join(f"d{d}~" if d in dims else f"d{d}" for d in range(x.ndim))
     left = " ".join(f"one{d}" if d in dims else f"d{d}" for d in range(x.ndim) if keepdim or d not in dims)
     return Pattern(f"{own}, +q -> q {left}", (x, q), apart=True)
 

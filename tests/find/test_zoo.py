@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from twin import assert_equals_twin, assert_is_slice, half, kept_positions, selections, zeroed
 from zoo import ZOO, Specimen
@@ -76,9 +75,9 @@ def test_refusals_give_the_reason_written_by_hand(name: str) -> None:
 
 
 def test_a_model_without_couplings_is_left_as_it_was() -> None:
-    model, args = made(ZOO["softmax_features"])
+    model, args = made(ZOO["sorted_features"])
     before = type(model), {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(NoCouplingError, match="softmax: every result along the axis depends on all its entries"):
+    with pytest.raises(NoCouplingError, match="sort: entries along the axis are sorted"):
         ecospa_fx.compile(model, example_inputs=args, regions="root")
     assert type(model) is before[0] and all(torch.equal(p, before[1][n]) for n, p in model.named_parameters())
 
@@ -117,36 +116,17 @@ def test_shrunk_equals_zeroed(name: str, dtype: torch.dtype) -> None:
 
 
 @each_dtype
-def test_shrunk_equals_a_sum_over_fewer_where_zeroing_is_not_removal(dtype: torch.dtype) -> None:
-    """One of two specimens that the zeroing twin cannot judge, against arithmetic written out for it."""
-    assert {name for name in SHRINKABLE if ZOO[name].zeroing} == {"summed_sigmoids", "weight_norm"}
-    plain, model, args = captured("summed_sigmoids", dtype)
-    (coupling,) = ecospa_fx.couplings(model)
-    keep = half(coupling.size, 0)
+@pytest.mark.parametrize("name", [name for name in SHRINKABLE if ZOO[name].zeroing])
+def test_shrunk_equals_the_same_class_made_smaller(name: str, dtype: torch.dtype) -> None:
+    """Where the zeroing twin cannot judge: a module that never had more than half of every coupling."""
+    _, model, args = captured(name, dtype)
     shrunk = copy.deepcopy(model)
-    ecospa_fx.shrink(shrunk, {coupling: keep})
-    left, right = (torch.sigmoid(branch(args[0]))[..., keep] for branch in (plain.left, plain.right))
-    torch.testing.assert_close(
-        shrunk(*args), (left * right).sum(-1), rtol=1e-10 if dtype == torch.float64 else 1e-5, atol=0
-    )
-
-
-@each_dtype
-def test_shrunk_weight_norm_equals_fewer_rows_of_the_weight_it_makes(dtype: torch.dtype) -> None:
-    """The other: a convolution with the rows that are kept."""
-    plain, model, args = captured("weight_norm", dtype)
-    (coupling,) = ecospa_fx.couplings(model)
-    keep = half(coupling.size, 0)
-    shrunk = copy.deepcopy(model)
-    ecospa_fx.shrink(shrunk, {coupling: keep})
-    x = F.conv2d(F.relu(plain.conv1(args[0])), plain.conv2.weight[keep], plain.conv2.bias[keep])
-    expected = F.conv2d(F.relu(x), plain.out.weight[:, keep], plain.out.bias)
-    torch.testing.assert_close(
-        shrunk(*args),
-        expected,
-        rtol=1e-10 if dtype == torch.float64 else 1e-4,
-        atol=0 if dtype == torch.float64 else 1e-6,
-    )
+    ecospa_fx.shrink(shrunk, {c: half(c.size, i) for i, c in enumerate(ecospa_fx.couplings(model))})
+    smaller = ZOO[name].smaller
+    assert smaller is not None
+    twin = smaller().to(dtype)
+    twin.load_state_dict(shrunk.state_dict())
+    assert_equals_twin(shrunk, twin, {}, args, {}, name)
 
 
 @each_shrinkable

@@ -106,12 +106,20 @@ a second `->`; expected one, between operands and output
 `!` twice; expected it once
     a!! -> a
       ^""",
+    "a~! -> a": """\
+`!` behind `~`; expected one mark
+    a~! -> a
+      ^""",
+    "a ~ -> b": """\
+`~` without a name; expected it right behind the name that is reduced, `k~`
+    a ~ -> b
+      ^""",
     "a b# -> a": """\
-unknown character '#'; expected a name, `...`, `(`, `)`, `!`, `+`, `,` or `->`
+unknown character '#'; expected a name, `...`, `(`, `)`, `!`, `~`, `+`, `,` or `->`
     a b# -> a
        ^""",
     "a\tb -> a": """\
-unknown character '\\t'; expected a name, `...`, `(`, `)`, `!`, `+`, `,` or `->`
+unknown character '\\t'; expected a name, `...`, `(`, `)`, `!`, `~`, `+`, `,` or `->`
     a b -> a
      ^""",
     "a .. -> a": """\
@@ -173,7 +181,7 @@ def test_a_pattern_that_does_not_fit_its_op_is_shown(arguments: tuple[Any, ...])
 def test_it_is_read_as_it_is_meant() -> None:
     assert parse("... (h g) s! , + n->(h g)s") == ParsedPattern(
         (
-            TensorDims((Dots(), Group((Name("h"), Name("g"))), Name("s", pinned=True))),
+            TensorDims((Dots(), Group((Name("h"), Name("g"))), Name("s", "!"))),
             TensorDims((Name("n"),), added=True),
         ),
         (TensorDims((Group((Name("h"), Name("g"))), Name("s"))),),
@@ -195,7 +203,8 @@ def test_each_output_may_be_named() -> None:
     pattern = parse("... m n-> ...m k! ,,... k! n")
     assert str(pattern) == "... m n -> ... m k!, , ... k! n"
     assert pattern.outputs[1] == TensorDims(())
-    assert pattern.kept == {".", "m", "k", "n"} and pattern.pinned == ("k",)
+    assert pattern.kept == {".", "m", "k", "n"} and (pattern.pinned, pattern.absent) == (("k",), ())
+    assert parse("m n~, +n -> m n~").absent == ("n",)
 
 
 def test_outputs_have_their_axes_and_what_none_has_is_summed_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +252,7 @@ def test_dims_under_dots_are_counted_from_the_right() -> None:
     assert str(mismatch.value) == "the rule names 2 dims, `n k`, of a tensor with 1, [6]"
 
 
-names = st.builds(Name, st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,2}", fullmatch=True), st.booleans())
+names = st.builds(Name, st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,2}", fullmatch=True), st.sampled_from(["", "!", "~"]))
 groups = st.builds(
     lambda names: Group(tuple(names)), st.lists(names, min_size=1, max_size=3, unique_by=lambda name: name.text)
 )
@@ -282,7 +291,7 @@ def test_any_text_is_read_or_refused_with_the_typed_error(pattern: ParsedPattern
     text = str(pattern)
     for _ in range(data.draw(st.integers(1, 4))):
         at, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(text))] * 2)))
-        new = data.draw(st.one_of(st.sampled_from([*" ()!+,.>-a1_\n", "->", "..."]), st.text(max_size=2)))
+        new = data.draw(st.one_of(st.sampled_from([*" ()!~+,.>-a1_\n", "->", "..."]), st.text(max_size=2)))
         text = text[:at] + new + text[data.draw(st.sampled_from([at, stop])) :]
     try:
         parsed = parse(text)
@@ -349,7 +358,7 @@ def test_the_page_about_patterns_is_true(capsys: pytest.CaptureFixture[str], mon
             exec(compile(text, "patterns.md", "exec"), names)
         else:
             assert settled(capsys.readouterr().out) == settled(text)
-    assert len(blocks) == 31
+    assert len(blocks) == 33
 
 
 def settled(text: str) -> list[str]:

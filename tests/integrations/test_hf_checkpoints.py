@@ -77,10 +77,9 @@ def test_a_best_checkpoint_of_other_sizes_is_the_model_in_the_end(tmp_path, exec
     state = saved.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in trainer.model.state_dict().items())
     assert torch.equal(logits(trainer.model), logits(saved))
-    # Weights of other sizes are refused from here on, as torch refuses them.
+    # Weights of other sizes that are none of a checkpoint are refused, as torch refuses them.
     with pytest.raises(RuntimeError, match="size mismatch for"):
         trainer.model.load_state_dict(make().state_dict())
-    assert not trainer.model._load_state_dict_pre_hooks
     trainer.model.load_state_dict(state)
     # And training can go on from it, with the optimizer that had followed the later shrinks.
     trainer.args.load_best_model_at_end = False
@@ -132,6 +131,18 @@ def test_a_run_in_mixed_precision_resumes_to_the_bit(tmp_path, execution):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.trainer.done and resumed.trainer.history == callback.trainer.history
     assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), again.model.parameters(), strict=True))
+
+
+@EXECUTIONS
+def test_a_run_that_has_ended_resumes_in_the_same_process(tmp_path, execution):
+    trainer, callback = trainer_of(tmp_path, execution=execution)
+    trainer.train()
+    whole = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    history = callback.trainer.history
+    for step in (2, 4):
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert callback.trainer.done and callback.trainer.history == history
+        assert all(torch.equal(tensor, whole[name]) for name, tensor in trainer.model.state_dict().items())
 
 
 def test_weights_of_no_checkpoint_are_left_to_torch(tmp_path):

@@ -351,6 +351,22 @@ BY_HAND["lstm"] += [
         (t(3, 2, 4), t(4, 2, 5), t(4, 2, 5), *(t(20, n) for n in (4, 5, 4, 5, 10, 5, 10, 5))),
     )
 ]  # two layers, two directions
+BY_HAND["lstm"] += [
+    Call(
+        lambda x, h, c, *weights: aten.lstm.input(x, [h, c], list(weights), True, 1, 0.0, False, False, False),
+        (t(3, 2, 4), t(1, 2, 3), t(1, 2, 5), t(20, 4), t(20, 3), t(20), t(20), t(3, 5)),
+    ),
+    Call(
+        lambda x, n, h, c, *weights: aten.lstm.data(x, n, [h, c], list(weights), False, 1, 0.0, False, False),
+        (t(5, 4), torch.tensor([2, 2, 1]), t(1, 2, 5), t(1, 2, 5), t(20, 4), t(20, 5)),
+    ),
+]  # projected, packed
+BY_HAND["gru"].append(
+    Call(
+        lambda x, n, h, *weights: aten.gru.data(x, n, h, list(weights), True, 1, 0.0, False, True),
+        (t(5, 4), torch.tensor([2, 2, 1]), t(2, 2, 5), *(t(*s) for s in ((15, 4), (15, 5), (15,), (15,)) * 2)),
+    )
+)
 BY_HAND["index"] += [
     Call(lambda x, i, j: x[:, i, j], (t(3, 4, 5, 2), classes(2, 1), classes(3))),
     Call(lambda x, i, j: x[i, :, j], (t(3, 4, 5), classes(2, 3), classes(3))),

@@ -22,6 +22,7 @@ class Specimen:
         refusals: (parameter dims on one axis that cannot shrink, words that the reason contains); others may be there.
         missing: ops that have no rule.
         zeroing: whether zeroed weights are removed weights; else why not.
+        smaller: makes the same class with half of every coupling, where its Python can say that.
     """
 
     build: Callable[[], nn.Module]
@@ -30,6 +31,7 @@ class Specimen:
     refusals: tuple[tuple[frozenset[str], str], ...] = ()
     missing: frozenset[str] = frozenset()
     zeroing: str = ""
+    smaller: Callable[[], nn.Module] | None = None
 
     def __repr__(self) -> str:
         return self.build.__name__
@@ -46,7 +48,9 @@ def pair(kind: str, size: int, members: str) -> Pair:
 def _members(text: str) -> frozenset[str]:
     names = []
     for member in text.split():
-        if member.split("[")[0].endswith(("weight", "bias", "vector", "matrix", "original0", "original1", "ih_l0")):
+        if member.split("[")[0].endswith(
+            ("weight", "bias", "vector", "matrix", "original0", "original1", "h_l0", "h_l1", "_reverse")
+        ):
             names.append(member)
         else:
             module, dim = member.split("[")
@@ -72,12 +76,13 @@ def specimen(
     refused: dict[str, str] | None = None,
     missing: tuple[str, ...] = (),
     zeroing: str = "",
+    smaller: Callable[[], nn.Module] | None = None,
 ) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Put a class into the zoo."""
 
     def register(cls: type[nn.Module]) -> type[nn.Module]:
         refusals = tuple((_members(members), reason) for members, reason in (refused or {}).items())
-        ZOO[cls.__name__] = Specimen(cls, inputs, frozenset(couplings), refusals, frozenset(missing), zeroing)
+        ZOO[cls.__name__] = Specimen(cls, inputs, frozenset(couplings), refusals, frozenset(missing), zeroing, smaller)
         return cls
 
     return register

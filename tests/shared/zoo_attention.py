@@ -310,20 +310,24 @@ class multi_query(Attention):
 
 
 @specimen(
+    pair("qk", 4, "q[0] k[0] q_norm.weight[0] k_norm.weight[0]"),
     pair("vo", 4, "v[0] o.weight[1]"),
     pair("heads", 3, "q[0] k[0] v[0] o.weight[1]"),
     inputs=floats(10),
-    refused={"q.weight[0] k.weight[0] q_norm.weight[0] k_norm.weight[0]": "rms_norm: the statistics are averages"},
+    zeroing="averages are over what is left of a head",
+    smaller=lambda: normed_queries(1, 2),
 )
 class normed_queries(Attention):
     """Qwen3's: the norm averages over the entries of a head."""
 
-    def __init__(self):
+    def __init__(self, heads=3, dims=4):
+        self.H, self.K, self.E = heads, heads, dims
         super().__init__()
         self.q_norm, self.k_norm = nn.RMSNorm(self.E, eps=1e-6), nn.RMSNorm(self.E, eps=1e-6)
+        nn.init.normal_(self.q_norm.weight)
 
     def mix(self, q, k, v):
-        return super().mix(self.q_norm(q), self.k_norm(k), v)
+        return F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, is_causal=True, scale=0.5)
 
 
 @specimen(
@@ -334,7 +338,6 @@ class normed_queries(Attention):
     inputs=floats(10),
     refused={
         # Not `norm1` and what it feeds: the stream comes in from outside, where nothing here produces it.
-        "attn.o[0] norm2[0] up.weight[1] down[0]": "layer_norm: the statistics are averages over the axis",
         "attn.o[0] norm2[0] down[0]": "leaves the region as output 0",
     },
 )

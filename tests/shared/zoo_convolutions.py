@@ -79,15 +79,18 @@ class upsampling(nn.Module):
 
 @specimen(
     pair("conv", 4, "conv1[0] norm[0] conv2.weight[1]"),
+    pair("conv", 6, "conv1[0] norm[0] conv2.weight[1]"),
     inputs=images(3),
-    refused={"conv1[0] norm[0] conv2.weight[1]": "the statistics are averages over a group of channels"},
+    zeroing="averages are over what is left of a group",
+    smaller=lambda: group_norm(2, 3),
 )
 class group_norm(nn.Module):
-    """Whole groups of the norm can go, single channels cannot."""
+    """Whole groups of the norm can go, and as many channels of one group as of another."""
 
-    def __init__(self):
+    def __init__(self, groups=4, each=6):
         super().__init__()
-        self.conv1, self.norm, self.conv2 = nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.Conv2d(8, 5, 3)
+        width = groups * each
+        self.conv1, self.norm, self.conv2 = nn.Conv2d(3, width, 3), nn.GroupNorm(groups, width), nn.Conv2d(width, 5, 3)
         nn.init.normal_(self.norm.weight)
         nn.init.normal_(self.norm.bias)
 
@@ -100,20 +103,18 @@ class group_norm(nn.Module):
         "conv", 6, "conv2.bias[0] conv2.parametrizations.weight.original0[0] "
         "conv2.parametrizations.weight.original1[0] out.weight[1]",
     ),
+    pair("conv", 8, "conv1[0] conv2.parametrizations.weight.original1[1]"),
     inputs=images(3),
-    refused={
-        "conv1[0] conv2.parametrizations.weight.original1[1]": "its weight is normalised over this axis by "
-        "aten._weight_norm"
-    },
     zeroing="a direction of zeros has no norm to be divided by",
+    smaller=lambda: weight_norm(4, 3),
 )  # fmt: skip
 class weight_norm(nn.Module):
-    """A weight made of a direction and a magnitude: its rows can go, its columns are in the norm of every row."""
+    """A weight made of a direction and a magnitude, which is divided by the norm of the columns that are left."""
 
-    def __init__(self):
+    def __init__(self, first=8, second=6):
         super().__init__()
-        self.conv1, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(6, 4, 1)
-        self.conv2 = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 6, 3))
+        self.conv1, self.out = nn.Conv2d(3, first, 1), nn.Conv2d(second, 4, 1)
+        self.conv2 = nn.utils.parametrizations.weight_norm(nn.Conv2d(first, second, 3))
 
     def forward(self, x):
         return self.out(F.relu(self.conv2(F.relu(self.conv1(x)))))

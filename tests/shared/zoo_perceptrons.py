@@ -155,14 +155,103 @@ class token_mlp(nn.Module):
     pair("glu", 10, "left[0] right[0]"),
     inputs=floats(6),
     zeroing="sigmoid(0) is 1/2 and a plain sum, in which there is no weight to zero, consumes it",
+    smaller=lambda: summed_sigmoids(5),
 )
 class summed_sigmoids(nn.Module):
-    def __init__(self):
+    def __init__(self, width=10):
         super().__init__()
-        self.left, self.right = nn.Linear(6, 10), nn.Linear(6, 10)
+        self.left, self.right = nn.Linear(6, width), nn.Linear(6, width)
 
     def forward(self, x):
         return (torch.sigmoid(self.left(x)) * torch.sigmoid(self.right(x))).sum(-1)
+
+
+@specimen(
+    pair("ffn", 10, "up[0] down.weight[1]"),
+    inputs=floats(6),
+    zeroing="exp(0) is 1",
+    smaller=lambda: softmax_features(5),
+)
+class softmax_features(nn.Module):
+    """Shares of what is left."""
+
+    def __init__(self, width=10):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, width), nn.Linear(width, 4)
+
+    def forward(self, x):
+        return self.down(self.up(x).softmax(-1))
+
+
+@specimen(
+    pair("residual", 12, "words.weight[1] norm1[0] up.weight[1] down[0] norm2[0] head.weight[1]"),
+    pair("ffn", 14, "up[0] down.weight[1]"),
+    inputs=words(11),
+    zeroing="averages are over what is left",
+    smaller=lambda: normed_stream(6, 7),
+)
+class normed_stream(nn.Module):
+    """A residual stream behind layer norms, one of them spelled out."""
+
+    def __init__(self, width=12, inner=14):
+        super().__init__()
+        self.words = nn.Embedding(11, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.up, self.down, self.head = nn.Linear(width, inner), nn.Linear(inner, width), nn.Linear(width, 5)
+        for norm in (self.norm1, self.norm2):
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, x):
+        x = self.words(x)
+        x = x + self.down(F.gelu(self.up(self.norm1(x))))
+        centred = x - x.mean(-1, keepdim=True)
+        spread = torch.rsqrt(x.var(-1, correction=0, keepdim=True) + 1e-5)
+        return self.head(centred * spread * self.norm2.weight + self.norm2.bias)
+
+
+_HIDDEN = "weight_ih_l0[0] weight_hh_l0[0] weight_hh_l0[1] bias_ih_l0[0] bias_hh_l0[0]"
+
+
+@specimen(
+    pair("ffn", 7, "up[0] down.weight[1]"),
+    pair("ffn", 6, "down[0] rnn.weight_ih_l0[1]"),
+    pair("recurrent", 5, f"{' '.join(f'rnn.{name}' for name in _HIDDEN.split())} head.weight[1]"),
+    inputs=floats(6),
+)
+class recurrent(nn.Module):
+    """A hidden unit is a row of every gate, a column of the recurrent matrix and a column of the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 7), nn.Linear(7, 6)
+        self.rnn, self.head = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.head(self.rnn(self.down(F.relu(self.up(x))))[0])
+
+
+@specimen(
+    pair("ffn", 6, "down[0] rnn.weight_ih_l0[1] rnn.weight_ih_l0_reverse[1]"),
+    pair(
+        "recurrent", 5, " ".join(
+            f"rnn.{part.replace('l0', f'l{layer}{way}')}"
+            for part in _HIDDEN.split() for layer in (0, 1) for way in ("", "_reverse")
+        ) + " rnn.weight_ih_l1[1] rnn.weight_ih_l1_reverse[1] head.weight[1]",
+    ),
+    inputs=floats(6),
+)  # fmt: skip
+class stacked_recurrent(nn.Module):
+    """Two layers and two directions: their states lie in one tensor, so they have their hidden units in common."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Linear(6, 6)
+        self.rnn = nn.GRU(6, 5, batch_first=True, num_layers=2, bidirectional=True)
+        self.head = nn.Linear(10, 4)
+
+    def forward(self, x):
+        return self.head(self.rnn(F.relu(self.down(x)))[0])
 
 
 # Tied weights

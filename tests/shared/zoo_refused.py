@@ -45,23 +45,6 @@ class fourier_mixing(nn.Module):
 
 
 @specimen(
-    pair("ffn", 7, "up[0] down.weight[1]"),
-    pair("ffn", 6, "down[0] rnn.weight_ih_l0[1]"),
-    inputs=floats(6),
-)
-class recurrent(nn.Module):
-    """Gates and hidden entries are one op, which stays as it is; it sums over what it takes."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(6, 7), nn.Linear(7, 6)
-        self.rnn, self.head = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 4)
-
-    def forward(self, x):
-        return self.head(self.rnn(self.down(F.relu(self.up(x))))[0])
-
-
-@specimen(
     inputs=floats(6),
     refused={"up[0] down.weight[1]": "entries along the axis are sorted"},
 )
@@ -72,19 +55,6 @@ class sorted_features(nn.Module):
 
     def forward(self, x):
         return self.down(self.up(x).sort(-1).values)
-
-
-@specimen(
-    inputs=floats(6),
-    refused={"up[0] down.weight[1]": "softmax: every result along the axis depends on all its entries"},
-)
-class softmax_features(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 4)
-
-    def forward(self, x):
-        return self.down(self.up(x).softmax(-1))
 
 
 @specimen(

@@ -1,0 +1,339 @@
+"""Between: the ops that a model runs between its regions, as one graph, and the calls of regions that it joins.
+
+    follow_between(model, args, kwargs, regions)
+      -> one forward, in which every op outside of the regions on something that depends on weights becomes a node
+      -> Between    a `RegionGraph` that is never generated as code, and the calls of regions, with their nodes
+
+The model's own Python runs these ops, before a shrink and after. A tensor that somebody keeps after the forward (an
+attribute, a list, a hook) is found by being alive still.
+"""
+
+from __future__ import annotations
+
+import gc
+import linecache
+import operator
+import random
+import sys
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ecospa_fx.passes.graph.isolate import isolated, uncached_autocast
+from ecospa_fx.passes.graph.tensors import named_tensors, same_storage, swapped
+from ecospa_fx.passes.ir.border import argument_names
+from ecospa_fx.passes.ir.region_graph import RegionGraph
+from ecospa_fx.passes.ir.signature import Signature, autocast_now
+from ecospa_fx.passes.ir.state_access import TENSOR, ObjectPath, copy_objects, flattened, foreign, parted
+
+from .record import computable, copied_call
+
+_NOT_OF_A_MODEL = {"torch", __name__.partition(".")[0]}
+
+
+@dataclass(eq=False)
+class RegionCall:
+    """One call of a region in the forward.
+
+    Attributes:
+        region: its name.
+        call: arguments and keyword arguments.
+        arguments: name -> node of the graph between, for tensors that depend on weights; None for others.
+        held: nodes of tensors in the objects that it is called with.
+        results: placeholders of the tensors that it returned.
+        returned: what it returned.
+    """
+
+    region: str
+    call: Any
+    arguments: dict[str, fx.Node | None]
+    held: list[fx.Node] = field(default_factory=list)
+    results: list[fx.Node] = field(default_factory=list)
+    returned: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Between:
+    """All that a forward runs between its regions.
+
+    Attributes:
+        captured: its graph: placeholders are parameters used outside of regions, results of regions, and other
+            tensors; outputs are the results of the model.
+        calls: the calls of regions, in order.
+        kept: nodes whose values somebody keeps after the forward -> where, in words.
+    """
+
+    captured: RegionGraph
+    calls: Sequence[RegionCall]
+    kept: Mapping[fx.Node, str]
+
+
+Instead = Callable[[int, Callable[[Tensor], Tensor]], Any]
+
+
+def follow_between(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    regions: Collection[str],
+    *,
+    attempt: int = 0,
+    tensors: Mapping[str, Tensor] = MappingProxyType({}),
+    instead: Instead | None = None,
+) -> Between:
+    """Run one forward of a model, which changes nothing, and return what it runs between its regions.
+
+    Args:
+        model: the model; left as it is.
+        args: positional arguments of the forward.
+        kwargs: keyword arguments of it.
+        regions: names of submodules, none inside another.
+        attempt: number of the forward, where it leaves submodules out at random; another one draws other numbers.
+        tensors: parameters and buffers to swap in, by name.
+        instead: makes the result of a call of a region, from the number of the call among all and a function for each
+            tensor in it; the forward of the region is not run.
+    """
+    with isolated(model), computable(model) as fake, torch.no_grad(), uncached_autocast():
+        call_args, call_kwargs = copied_call(args, kwargs, fake)
+        with swapped(model, {name: fake(tensor) for name, tensor in tensors.items()}):
+            if attempt:
+                _seed(attempt)
+            watch = _Watch(model, regions, None if instead is None else lambda number: instead(number, fake))
+            with watch.hooked(), watch:
+                results = model(*call_args, **call_kwargs)
+            watch.leave(results)
+        del results, call_args, call_kwargs
+        return watch.between(model)
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, model: nn.Module, regions: Collection[str], instead: Callable[[int], Any] | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.graph, self.calls = fx.Graph(), list[RegionCall]()
+        self._modules = {name: model.get_submodule(name) for name in regions}
+        self._instead = instead
+        self._names: dict[int, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._names.setdefault(id(parameter), name)
+        self._nodes = WeakIdKeyDictionary()  # tensor -> its node, where it depends on weights
+        self._tensors: dict[str, str] = {}
+        self._inputs: list[fx.Node] = []
+        self._alive: list[tuple[Any, fx.Node]] = []
+        self._running: list[RegionCall] = []
+        self._results: list[fx.Node] = []
+        self._last: fx.Node | None = None
+
+    # The regions.
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Watch the calls of the regions inside."""
+        handles: list[Any] = []
+        stubbed: list[nn.Module] = []
+        for name, module in self._modules.items():
+
+            def enter(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                self._enter(name, module, args, kwargs)
+
+            def leave(_: nn.Module, __: Any, result: Any, name: str = name) -> None:
+                self._leave(result)
+
+            handles += [
+                module.register_forward_pre_hook(enter, with_kwargs=True),
+                module.register_forward_hook(leave, prepend=True, always_call=True),
+            ]
+            if self._instead is not None:
+                make = self._instead
+
+                def stub(*_: Any, make: Callable[[int], Any] = make, **__: Any) -> Any:
+                    return make(len(self.calls) - 1)
+
+                module.__dict__["forward"] = stub
+                stubbed.append(module)
+        try:
+            yield
+        finally:
+            for module in stubbed:
+                del module.__dict__["forward"]
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        leaves, objects = parted(flattened((args, kwargs))[0])
+        names = argument_names(type(module).forward, args, kwargs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        arguments = {name: self._known(tensor) for name, tensor in zip(names, tensors, strict=True)}
+        call = RegionCall(name, None, arguments)
+
+        def note(_: ObjectPath, tensor: Tensor) -> Tensor:
+            node = self._known(tensor)
+            if node is not None:
+                call.held.append(node)
+            return tensor
+
+        copy_objects(objects, note)
+        self.calls.append(call)
+        self._running.append(call)
+        if self._instead is None:  # not the tensors themselves, which would stay alive
+            call.call = pytree.tree_map_only(Tensor, lambda t: t.detach(), (args, kwargs), is_leaf=foreign)
+
+    def _leave(self, result: Any) -> None:
+        call = self._running[-1]
+        for leaf in flattened(result)[0]:
+            if isinstance(leaf, Tensor):
+                node = self._placeholder(leaf, "result")
+                self._remember(leaf, node)
+                call.results.append(node)
+        if self._instead is None:
+            call.returned = pytree.tree_map_only(Tensor, lambda t: t.detach(), result, is_leaf=foreign)
+        self._running.pop()
+        _seed(len(self.calls))  # so that a forward without the regions draws the same numbers between them
+
+    # The ops between.
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an op, and make it a node if it is between regions and takes something that depends on weights."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not self._running and any(self._depends(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
+            self._add(func, args, kwargs, result)
+        return result
+
+    def _depends(self, leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and (leaf in self._nodes or id(leaf) in self._names)
+
+    def _add(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        new_args, new_kwargs = pytree.tree_map_only(Tensor, self._node, (args, kwargs))
+        node = self.graph.call_function(func, tuple(new_args), dict(new_kwargs))
+        node.meta["val"] = pytree.tree_map_only(Tensor, _meta, result)
+        node.meta["stack_trace"] = _user_line()
+        self._last = node
+        if isinstance(result, Tensor):
+            self._remember(result, node)
+        elif isinstance(result, (tuple, list)):
+            for i, item in enumerate(result):
+                if isinstance(item, Tensor):
+                    picked = self.graph.call_function(operator.getitem, (node, i))
+                    picked.meta["val"] = node.meta["val"][i]
+                    picked.meta["stack_trace"] = node.meta["stack_trace"]
+                    self._remember(item, picked)
+
+    def _node(self, tensor: Tensor) -> fx.Node:
+        """Return the node of a tensor, a new placeholder for one that comes from elsewhere."""
+        node = self._known(tensor)
+        if node is None:
+            node = self._placeholder(tensor, "given")
+            self._inputs.append(node)
+        return node
+
+    def _known(self, tensor: Tensor) -> fx.Node | None:
+        """Return the node of a tensor that depends on weights, or is one."""
+        node: fx.Node | None = self._nodes.get(tensor)
+        if node is None and id(tensor) in self._names:
+            node = self._placeholder(tensor, "weight")
+            self._tensors[node.name] = self._names[id(tensor)]
+            self._nodes[tensor] = node
+        return node
+
+    def _placeholder(self, tensor: Tensor, name: str) -> fx.Node:
+        last = self._last_placeholder
+        with self.graph.inserting_after(last) if last is not None else self.graph.inserting_before():
+            node = self.graph.placeholder(name)
+        self._last_placeholder = node
+        node.meta["val"] = _meta(tensor)
+        node.meta["stack_trace"] = _user_line()
+        return node
+
+    _last_placeholder: fx.Node | None = None
+
+    def _remember(self, tensor: Tensor, node: fx.Node) -> None:
+        self._nodes[tensor] = node
+        if id(tensor) not in self._names:
+            self._alive.append((weakref.ref(tensor), node))
+
+    # The end.
+
+    def leave(self, results: Any) -> None:
+        """Note the results of the model."""
+        seen: list[Tensor] = [leaf for leaf in pytree.tree_leaves(results) if isinstance(leaf, Tensor)]
+        leaves, objects = parted(flattened(results)[0])
+        seen += [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+        def note(_: ObjectPath, tensor: Tensor) -> Tensor:
+            seen.append(tensor)
+            return tensor
+
+        copy_objects(objects, note)
+        nodes = (self._nodes.get(tensor) for tensor in seen)
+        self._results = list(dict.fromkeys(node for node in nodes if node is not None))
+
+    def between(self, model: nn.Module) -> Between:
+        """Return what was seen, once the results are gone."""
+        gone = set(self._results)
+        kept = {}
+        if any(ref() is not None for ref, node in self._alive if node not in gone):
+            gc.collect()
+            kept = {
+                node: "something keeps it after the forward: an attribute, a list, a hook"
+                for ref, node in self._alive
+                if ref() is not None and node not in gone
+            }
+        self.graph.output(tuple(self._results))
+        tensors = dict(self._tensors)
+        named = named_tensors(model)
+        results = [node for call in self.calls for node in call.results]
+        inputs = tuple(node.name for node in (*results, *self._inputs))
+        spec = pytree.tree_structure(tuple(range(len(self._results))))
+        signature = Signature(spec, (), (), (), {}, autocast_now())
+        captured = RegionGraph(
+            region="",
+            graph=self.graph,
+            tensors=tensors,
+            parameters=frozenset(tensors),
+            constants={},
+            inputs=inputs,
+            signature=signature,
+            sizes={name: named[name].shape for name in tensors.values()},
+            out_spec=spec,
+            out_leaves=(TENSOR,) * len(self._results),
+            same_storage=same_storage(model, tensors.values()),
+            between=True,
+            argument_names=tuple(node.name for node in results),
+        )
+        return Between(captured, self.calls, kept)
+
+
+def _seed(number: int) -> None:
+    torch.manual_seed(number)
+    random.seed(number)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(number)
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    """Return a tensor without memory that stands for another."""
+    with unset_fake_temporarily():
+        if tensor.layout is not torch.strided:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _user_line() -> str:
+    """Return the line of the model's own code that runs now, as torch writes stack traces."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file, number = frame.f_code.co_filename, frame.f_lineno
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_OF_A_MODEL and file[:1] != "<":
+            return f'File "{file}", line {number}, in {frame.f_code.co_name}\n    {linecache.getline(file, number)}'
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""

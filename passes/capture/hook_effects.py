@@ -1,0 +1,68 @@
+"""Effects of hooks: what forward hooks do beside changing values, which a graph that holds them would not do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ecospa_fx.errors import CaptureError
+from ecospa_fx.passes.graph.isolate import Draws, isolated, uncached_autocast
+from ecospa_fx.passes.graph.namespaces import code_of
+from ecospa_fx.passes.graph.python_state import PythonState
+from ecospa_fx.passes.graph.stores import watched_stores
+from ecospa_fx.passes.ir.region_graph import Forward, described
+from ecospa_fx.passes.ir.state_access import copied_call
+
+from .hooks import other_hooks
+from .reads import recorded_reads
+
+
+def refuse_effects(
+    module: nn.Module,
+    paths: Sequence[str],
+    region: str,
+    forward: Forward,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Refuse hooks that a graph would hold, and that change more than what goes through their modules.
+
+    Args:
+        module: the region.
+        paths: its submodules with such hooks.
+        region: its name, for messages.
+        forward: its own forward.
+        args: positional arguments of a call.
+        kwargs: keyword arguments of it.
+
+    Raises:
+        CaptureError: a hook changes state, or draws from Python's or numpy's generators.
+    """
+    effects: dict[str, str] = {}
+    code = code_of(module)
+
+    def watching(path: str, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def call(child: nn.Module, *args: Any) -> Any:
+            state, draws = PythonState(module, code), Draws()
+            with recorded_reads(module, code) as reads, watched_stores(state) as stores:
+                result = hook(child, *args)
+            changed = next((change.where for change in (*state.changes(), *stores.anew(reads.writes))), None)
+            drawn = draws.moved(among=("Python", "numpy"))
+            if changed is not None or drawn is not None:
+                effects[path] = f"changes `{changed}`" if drawn is None else f"draws from the generator of {drawn}"
+            return result
+
+        return call
+
+    with isolated(module), torch.enable_grad(), uncached_autocast(), other_hooks(module, paths, watching):
+        call_args, call_kwargs = copied_call(args, kwargs)
+        forward(module, *call_args, **call_kwargs)
+    for path, effect in effects.items():
+        raise CaptureError(
+            f"a forward hook on `{path}` in {described(region)} {effect}, which the graph would not do: hooks there "
+            "are a part of it, because one of them changes what goes through the module. Put what else it does into a "
+            "hook of another module"
+        )

@@ -1,0 +1,46 @@
+"""Even draws: a mode in which a random tensor holds one number in all of its entries, whatever its sizes are.
+
+Python that has shrunk draws `torch.randn(h.shape)` at the sizes left, a program draws it whole and selects. Both are
+right, and can be compared only where the entries of a draw are alike.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class EvenDraws(TorchDispatchMode):
+    """A mode in which draws with numbers as parameters are made once, and repeated over the entries.
+
+    Draws whose parameters are tensors are left alone: these tensors have the sizes of the draw.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one op."""
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        schema = func._schema.arguments
+        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+        names = [argument.name for argument in schema]
+        if not tensors and "size" in names:
+            at = names.index("size")
+            size = args[at]
+            one = func(*args[:at], [1], *args[at + 1 :], **kwargs)
+            return one.expand(size).clone()
+        if len(tensors) == 1 and tensors[0] is args[0]:
+            if schema[0].alias_info is not None:
+                return args[0].copy_(func(args[0].new_empty(1), *args[1:], **kwargs))
+            if func._schema.name.endswith("_like"):
+                return func(args[0].new_empty(1), *args[1:], **kwargs).expand(args[0].shape).clone()
+        return func(*args, **kwargs)
+
+
+def even_draws() -> AbstractContextManager[Any]:
+    """Return the mode, as a context."""
+    return EvenDraws()  # type: ignore[no-untyped-call]

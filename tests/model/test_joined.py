@@ -1,0 +1,264 @@
+"""Couplings across regions: a residual stream through blocks, judged by the root's graph and by smaller modules."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import ecospa_fx
+from ecospa_fx.errors import EcoSpaError
+
+
+class Block(nn.Module):
+    """A residual block with a norm."""
+
+    def __init__(self, width: int, inner: int, activation: str = "relu") -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+        self.activation = activation
+
+    def forward(self, stream: Tensor) -> Tensor:
+        """Add to the stream."""
+        inner = self.up(self.norm(stream))
+        return stream + self.down(inner.relu() if self.activation == "relu" else inner.tanh())
+
+
+class Gated(Block):
+    """Another class of block, with its argument by name and a tuple for a result."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__(width, inner)
+        self.gate = nn.Linear(width, inner)
+
+    def forward(self, stream: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Add to the stream, and say by how much."""
+        added = self.down(self.up(stream) * self.gate(stream).sigmoid())
+        return stream + added, added.square().sum((0, 2))
+
+
+class Stack(nn.Module):
+    """Blocks between an embedding and a head; `between` changes what the loop does."""
+
+    def __init__(self, width: int = 8, inner: int = 12, depth: int = 3, between: str = "", tied: bool = False) -> None:
+        super().__init__()
+        self.between, self.width = between, width
+        self.embed = nn.Embedding(11, width)
+        self.place = nn.Parameter(torch.randn(16, width) * 0.1)
+        self.blocks = nn.ModuleList(self.block(i, width, inner) for i in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 11, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.seen: Tensor | None = None
+
+    def block(self, number: int, width: int, inner: int) -> Block:
+        """Make a block."""
+        return Gated(width, inner) if self.between == "two classes" and number % 2 else Block(width, inner)
+
+    def forward(self, tokens: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Run the blocks."""
+        stream = self.embed(tokens) + self.place[: tokens.shape[1]]
+        first, states = stream, []
+        for number, block in enumerate(self.blocks):
+            if self.between == "checkpoint" and self.training:
+                stream = checkpoint(block, stream, use_reentrant=False)
+            elif isinstance(block, Gated):
+                stream, _ = block(stream=stream)
+            else:
+                stream = block(stream)
+            match self.between:
+                case "skip" if number == 1:
+                    stream = stream + first
+                case "dropout":
+                    stream = nn.functional.dropout(stream, 0.5, self.training)
+                case "states":
+                    states.append(stream)
+                case "kept" if number == 0:
+                    self.seen = stream
+                case "scaled by its width":
+                    stream = stream * stream.shape[-1] ** -0.5
+                case "scaled by a number":
+                    stream = stream * 0.5
+                case "viewed by a number":
+                    stream = stream.view(*tokens.shape, self.width)
+                case "viewed by its size":
+                    stream = stream.view(-1, stream.shape[-1]).view(*tokens.shape, -1)
+                case "drop a block" if self.training and torch.rand(()) < 0.3:
+                    stream = first
+                case "a constant":
+                    stream = stream + torch.ones(self.width).to(stream)
+        logits = self.head(self.norm(stream))
+        return (logits, *states) if states else logits
+
+
+TOKENS = torch.arange(14).view(2, 7) % 11
+FOLLOWED = ["", "skip", "dropout", "checkpoint", "scaled by a number", "viewed by its size", "two classes"]
+
+
+def joined(model: nn.Module) -> nn.Module:
+    """Compile by blocks, joined."""
+    return ecospa_fx.compile(model, example_inputs=(TOKENS,), regions="joined")
+
+
+def by_name(model: nn.Module) -> dict[str, ecospa_fx.Coupling]:
+    """Return the couplings of a model by name."""
+    return {coupling.name: coupling for coupling in ecospa_fx.couplings(model)}
+
+
+def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
+    """Return the first result."""
+    result = model(tokens)
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) -> None:
+    """Train for a few steps."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        logits(model).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("between", "tied"), [(between, False) for between in FOLLOWED] + [("", True)])
+def test_blocks_joined_are_as_the_root(between: str, tied: bool) -> None:
+    """The same couplings, members and sizes; the same numbers after the same shrinks, and in training after them."""
+    model = Stack(between=between, tied=tied).double().train(between == "checkpoint")
+    root = copy.deepcopy(model).eval()
+    ecospa_fx.compile(root, example_inputs=(TOKENS,), regions="root")
+    mine, theirs = by_name(joined(model)), by_name(root)
+    assert "residual" in mine and mine.keys() == theirs.keys()
+    for name in mine:
+        assert {str(m) for m in mine[name].members} == {str(m) for m in theirs[name].members}
+        assert (mine[name].kind, mine[name].linear) == (theirs[name].kind, theirs[name].linear)
+    optimizers = [torch.optim.AdamW(m.parameters(), 1e-2) for m in (model, root)]
+    for keep in (torch.tensor([0, 2, 3, 5, 7]), torch.tensor([1, 4])):
+        for each, optimizer in zip((model, root), optimizers, strict=True):
+            train(each, optimizer)
+            ecospa_fx.shrink(each, {"residual": keep, "blocks.0.ffn": torch.arange(5)}, optimizer=optimizer)
+            train(each, optimizer)
+        assert model.embed.weight.shape == (11, len(keep)) and model.blocks[1].down.weight.shape[0] == len(keep)
+        torch.testing.assert_close(logits(model), logits(root), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(logits(model, TOKENS[:1, :5]), logits(root, TOKENS[:1, :5]), rtol=1e-12, atol=1e-12)
+
+
+def test_a_smaller_module_of_the_same_class_computes_the_same() -> None:
+    """Plain Python with the weights that are left knows no graph, and no regions."""
+    model = joined(Stack().double())
+    keep = torch.tensor([0, 2, 3, 5, 7])
+    ecospa_fx.shrink(model, {"residual": keep})
+    plain = Stack(width=5).double()
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(logits(model), logits(plain), rtol=1e-12, atol=1e-12)
+    assert ecospa_fx.verify(model, example_inputs=(TOKENS,)).ok
+
+
+def test_a_block_that_is_left_out_at_random_is_found() -> None:
+    """Another forward calls it, and the stream that skips it is the same axis."""
+    torch.manual_seed(0)
+    model = Stack(between="drop a block").double().train()
+    assert len(by_name(joined(model))["residual"].members) == 20
+    ecospa_fx.shrink(model, {"residual": torch.arange(3)})
+    for _ in range(4):
+        assert logits(model).shape == (2, 7, 11)
+
+
+REFUSED = {
+    "states": "it leaves the model as output",
+    "kept": "something keeps it after the forward: an attribute, a list, a hook",
+    "scaled by its width": "does not follow: aten.mul (test_joined.py",
+    "viewed by a number": "does not follow: RuntimeError: shape '[2, 7, 8]' is invalid",
+    "a constant": "aten.add between the regions takes a tensor along it that does not shrink",
+}
+
+
+@pytest.mark.parametrize("between", REFUSED)
+def test_what_else_reads_the_stream_pins_it(between: str) -> None:
+    """The refusal names the members and the reason, and blocks offer what they did."""
+    model = joined(Stack(between=between).double().eval())
+    assert set(by_name(model)) == {f"blocks.{i}.ffn" for i in range(3)}
+    refusals = ecospa_fx.explain(model).refusals
+    (across,) = [refusal for refusal in refusals if "embed.weight[1]" in refusal.members and not refusal.region]
+    assert REFUSED[between] in " ".join(across.reasons)
+    before = logits(model)
+    ecospa_fx.shrink(model, {"blocks.0.ffn": torch.arange(12)})
+    torch.testing.assert_close(logits(model), before)
+
+
+def test_a_hook_on_a_block_that_keeps_its_result_pins_the_stream() -> None:
+    """Whoever keeps a tensor may read it."""
+    model, seen = Stack().double(), []
+    model.blocks[1].register_forward_hook(lambda _, __, result: seen.append(result))
+    assert "residual" not in by_name(joined(model))
+
+
+def test_a_tensor_of_another_size_is_refused_with_the_way_out() -> None:
+    """A caller that runs a block by hand must pass what the one before it returns."""
+    model = joined(Stack().double())
+    ecospa_fx.shrink(model, {"residual": torch.arange(5)})
+    states = model.blocks[0](model.embed(TOKENS))
+    assert model.blocks[1](states).shape == (2, 7, 5)
+    with pytest.raises(EcoSpaError) as raised:
+        model.blocks[1](torch.randn(2, 7, 8).double())
+    assert str(raised.value) == (
+        "the argument `stream` of region `blocks.1` has sizes (2, 7, 8), and 5 of 8 entries are left along its dim 2, "
+        "which has shrunk with the model around: pass what the module before it returns, or compile with "
+        'regions="blocks", where arguments and results of blocks keep their sizes'
+    )
+
+
+def test_a_call_captured_after_a_shrink_is_as_one_before() -> None:
+    """Training mode with dropout off is another signature; its graph gets the stream at its original size."""
+    model, twin = Stack().double().eval(), Stack().double()
+    twin.load_state_dict(model.state_dict())
+    for each in (joined(model), joined(twin)):
+        ecospa_fx.shrink(each, {"residual": torch.tensor([1, 2, 6])})
+    torch.testing.assert_close(logits(model.train()), logits(twin), rtol=1e-12, atol=1e-12)
+    ecospa_fx.shrink(model, {"residual": torch.tensor([0, 2])})
+    ecospa_fx.shrink(twin, {"residual": torch.tensor([0, 2])})
+    torch.testing.assert_close(logits(model.eval()), logits(twin), rtol=1e-12, atol=1e-12)
+
+
+def test_copies_pickles_and_saves_go_on(tmp_path) -> None:
+    """All that a copy knows of the couplings across its regions."""
+    model = joined(Stack(tied=True).double())
+    ecospa_fx.shrink(model, {"residual": torch.tensor([0, 2, 3, 5, 7])})
+    ecospa_fx.save(model, tmp_path / "save")
+    others = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        ecospa_fx.load(tmp_path / "save", lambda: Stack(tied=True).double()),
+    ]
+    for other in others:
+        assert torch.equal(logits(other), logits(model))
+        assert {str(m) for m in by_name(other)["residual"].members} == {str(m) for m in by_name(model)["residual"].members}
+        ecospa_fx.shrink(other, {"residual": torch.tensor([0, 4])})
+    assert model.embed.weight.shape == (11, 5)
+    ecospa_fx.shrink(model, {"residual": torch.tensor([0, 4])})
+    assert all(torch.equal(logits(other), logits(model)) for other in others)
+    plain = ecospa_fx.restore(model)
+    assert torch.equal(logits(plain), logits(others[0])) and plain.blocks[0].norm.normalized_shape == (2,)
+
+
+def test_the_trainer_and_the_tables_know_it() -> None:
+    """A run of both policies, with activations and absorption, ends at its target; costs add up over regions."""
+    model = joined(Stack(tied=True))
+    savings = ecospa_fx.explain(model).savings()["residual"]
+    # A column of the embedding and the places, three blocks' weights, biases and norms, the last norm.
+    assert savings.parameters == 11 + 16 + 3 * (12 + 12 + 1 + 2) + 2
+    for policy, score in (("paper", "l2"), ("adaptive", "taylor")):
+        each = copy.deepcopy(model)
+        before = sum(p.numel() for p in each.parameters())
+        optimizer = torch.optim.AdamW(each.parameters(), 1e-2)
+        trainer = ecospa_fx.EcoSpaTrainer(
+            each, optimizer, target=0.5, policy=policy, start=1, every=1, end=8, **({"score": score} if score else {})
+        )
+        for _ in range(12):
+            loss = logits(each).square().mean()
+            trainer.step(loss)
+        assert sum(p.numel() for p in each.parameters()) <= 0.6 * before
+        assert each.embed.weight.shape[1] < 8
