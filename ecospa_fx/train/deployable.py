@@ -26,6 +26,7 @@ from ecospa_fx.errors import EcoSpaError, TargetError
 from ecospa_fx.model.configured import configured
 from ecospa_fx.model.constructed import Constructed
 from ecospa_fx.model.described import Described
+from ecospa_fx.model.joint_offers import joint_offers
 from ecospa_fx.model.lookup import compiled_state, state_of
 from ecospa_fx.model.making import Number, Where
 from ecospa_fx.model.planning import planned
@@ -227,5 +228,6 @@ class _Attempts:
     ) -> Any:
         compiled = self.compiled
         selection = {c: torch.arange(keep) for c, keep in keeps.items()}
-        plan = planned(compiled.plan, compiled.regions, compiled.couplings(), selection)
+        joints = joint_offers(compiled.state, compiled.regions)
+        plan = planned(compiled.plan, compiled.regions, compiled.couplings(), selection, joints)
         return self.described.numbers(plan, values=values, like=like)

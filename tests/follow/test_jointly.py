@@ -21,23 +21,25 @@ class Attention(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.heads, self.head_dim, self.scale = HEADS, DIM, DIM**-0.5
+        self.heads, self.head_dim, self.kept_scale = HEADS, DIM, DIM**-0.5
         self.q, self.k, self.v = (nn.Linear(WIDTH, HEADS * DIM) for _ in "qkv")
         self.out = nn.Linear(HEADS * DIM, WIDTH)
+
+    def scale(self):
+        return self.kept_scale
 
     def forward(self, x):
         b, s, _ = x.shape
         q, k, v = (f(x).view(b, s, self.heads, self.head_dim).transpose(1, 2) for f in (self.q, self.k, self.v))
-        y = (q @ k.mT * self.scale).softmax(-1) @ v
+        y = (q @ k.mT * self.scale()).softmax(-1) @ v
         return x + self.out(y.transpose(1, 2).reshape(b, s, self.heads * self.head_dim))
 
 
 class Rescaled(Attention):
     """Computes its scale from the number at every call, so that other numbers give other results."""
 
-    def forward(self, x):
-        self.scale = self.head_dim**-0.5
-        return super().forward(x)
+    def scale(self):
+        return self.head_dim**-0.5
 
 
 X = torch.randn(2, 5, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -63,7 +65,7 @@ def test_they_shrink_together_and_their_number_follows(tmp_path):
     keeps = {"0.qk": torch.tensor([0, 3]), "0.vo": torch.tensor([1, 5]), "1.heads": torch.tensor([0, 2])}
     positions = kept_positions(plain, {by_name[name]: keep for name, keep in keeps.items()})
     ecospa_fx.shrink(model, keeps)
-    assert (model[0].head_dim, model[0].scale, model[1].head_dim, model[1].heads) == (2, DIM**-0.5, DIM, 2)
+    assert (model[0].head_dim, model[0].kept_scale, model[1].head_dim, model[1].heads) == (2, DIM**-0.5, DIM, 2)
     masked = zeroed(plain, positions)
     with torch.no_grad():
         torch.testing.assert_close(model(X), masked(X), rtol=1e-9, atol=1e-10)
