@@ -143,7 +143,7 @@ def test_verify_fails_with_1_where_something_differs(capsys, monkeypatch):
 def test_shrink_to_multiples_per_kind(capsys):
     arguments = ["--target", "0.5", "--out", "small", "--uniform", "layers", "--multiple-of", "ffn=8", "--json"]
     code, out, _ = run(capsys, "shrink", "own.py:make", *arguments)
-    assert code == 0 and json.loads(out)["layers"]["0"][1] == [16, 8]  # 12 would be half
+    assert code == 0 and json.loads(out)["layers"]["0.weight"][1] == [16, 8]  # 12 would be half
 
 
 def test_shrink_saves_what_load_reads_and_every_command_takes(capsys, here):
