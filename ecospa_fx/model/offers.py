@@ -201,12 +201,13 @@ class Offers:
                 continue
             expr = axis_facts.parameters[name][dim]
             matrix = name in matrices
-            of = join(self.region, name if matrix else nearest(name, offered.producers or matrices))
+            of = name if matrix else nearest(name, offered.producers or matrices)
+            writes, of = of in offered.producers, join(self.region, of)
             mask = mask_of(expr, self.kept)
             for part, index in by_part(expr, offered.atom):
                 label = of if part is None else f"{of} part {part}"
                 of_entry, of_context = numbers.read(expr, index, mask)
-                yield Member(join(self.region, name), dim, of_entry, matrix, label, part, of_context)
+                yield Member(join(self.region, name), dim, of_entry, matrix, label, writes, part, of_context)
 
     def _names_of(self, keys: Iterable[object]) -> Iterator[str]:
         """Yield the names of couplings of the naming graph."""
