@@ -24,6 +24,8 @@ from ecospa_fx.passes.ir.axis_facts import AxisFacts, Exprs
 from ecospa_fx.passes.ir.border import WeightDim
 from ecospa_fx.plan import Plan
 
+_LISTED = 6  # members of a coupling in a message
+
 
 def replay(axis_facts: AxisFacts, plan: Plan, difference: str = "") -> dict[Atom, Selected]:
     """Select the entries of each atom of a graph that `plan` keeps.
@@ -161,9 +163,11 @@ def _selection(axis_facts: AxisFacts, masks: dict[Atom, Tensor]) -> dict[Atom, S
 
 
 def _members(axis_facts: AxisFacts, atom: Atom) -> str:
-    return ", ".join(
+    members = [
         f"{join(axis_facts.captured.region, name)}[{dim}]"
         for name, exprs in axis_facts.parameters.items()
         for dim, expr in enumerate(exprs)
         if atom in atoms_of(expr)
-    )
+    ]
+    more = f" and {len(members) - _LISTED} more" if len(members) > _LISTED else ""
+    return ", ".join(members[:_LISTED]) + more
