@@ -374,7 +374,7 @@ def test_objects_that_no_graph_can_hold():
 
 
 def test_unknown_regions():
-    with pytest.raises(errors.CaptureError, match=r"regions='nonsense' is none of 'auto', 'blocks', 'root' or a list"):
+    with pytest.raises(errors.CaptureError, match=r"regions='nonsense' is none of 'auto', 'blocks', 'joined', 'root'"):
         ecospa_fx.compile(MLP(), example_inputs=(X,), regions="nonsense")
     with pytest.raises(
         errors.CaptureError, match=r"regions: Deep has no submodule `layers.7`; see model.named_modules()"

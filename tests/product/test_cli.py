@@ -136,6 +136,12 @@ def test_verify_fails_with_1_where_something_differs(capsys, monkeypatch):
     assert err == "ecospa-fx verify: error: some couplings differ from masking; please report this model\n"
 
 
+def test_shrink_to_multiples_per_kind(capsys):
+    arguments = ["--target", "0.5", "--out", "small", "--uniform", "layers", "--multiple-of", "ffn=8", "--json"]
+    code, out, _ = run(capsys, "shrink", "own.py:make", *arguments)
+    assert code == 0 and json.loads(out)["layers"]["0.weight"][1] == [16, 8]  # 12 would be half
+
+
 def test_shrink_saves_what_load_reads_and_every_command_takes(capsys, here):
     code, out, _ = run(capsys, "shrink", "own.py:make", "--target", "0.5", "--out", "small")
     assert code == 0 and "x 0." in out and "saved to small" in out
@@ -338,6 +344,20 @@ def test_a_real_hub_that_is_out_of_reach_is_one_line():
             "ecospa-fx graph: error: Invalid value for '--format' / '-f': ",
         ),
         (["shrink", "own.py:make", "--out", "own.py"], "ecospa-fx shrink: error: own.py is a file; name a directory"),
+        (
+            ["shrink", "own.py:make", "--out", "x", "--multiple-of", "ffn"],
+            "ecospa-fx shrink: error: --multiple-of ffn is not a kind and a number, heads=2",
+        ),
+        (
+            ["shrink", "own.py:make", "--out", "x", "--multiple-of", "ffn=64"],
+            "ecospa-fx shrink: error: multiple_of['ffn']=64 is more than the 24 of `ffn`; choose at most 24, or keep it "
+            "whole with frozen=['ffn']",
+        ),
+        (
+            ["shrink", "own.py:make", "--out", "x", "--deployable", "transformers"],
+            "ecospa-fx shrink: error: deployable='transformers': Sequential is not a model of transformers: it has no "
+            "save_pretrained",
+        ),
         (
             ["shrink", "own.py:make", "--out", "x", "--target", "2"],
             "ecospa-fx shrink: error: target=2.0 is out of range; it is a share, above 0 and at most 1",
