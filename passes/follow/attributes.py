@@ -234,10 +234,11 @@ def sizes_of_layer(module: nn.Module) -> dict[str, Any]:
         case nn.Embedding() | nn.EmbeddingBag():
             return {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]}
         case nn.RNNBase():
-            inputs, recurrent = module.weight_ih_l0.shape[1], module.weight_hh_l0.shape[1]
+            inputs, values = (module.get_parameter(name).shape[1] for name in ("weight_ih_l0", "weight_hh_l0"))
             if module.proj_size == 0:
-                return {"input_size": inputs, "hidden_size": recurrent}
-            return {"input_size": inputs, "hidden_size": module.weight_hr_l0.shape[1], "proj_size": recurrent}
+                return {"input_size": inputs, "hidden_size": values}
+            units = module.get_parameter("weight_hr_l0").shape[1]
+            return {"input_size": inputs, "hidden_size": units, "proj_size": values}
         case nn.RNNCellBase():
             return {"input_size": module.weight_ih.shape[1], "hidden_size": module.weight_hh.shape[1]}
         case nn.PReLU():

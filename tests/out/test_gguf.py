@@ -211,6 +211,20 @@ def test_unshrunk_errors(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["smaller"]
 
 
+def test_zeros_do_not_stand_for_what_a_norm_no_longer_sees(tmp_path):
+    config = transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 1})
+    torch.manual_seed(0)
+    model = ecospa_fx.compile(transformers.LlamaForCausalLM(config), example_kwargs=PARTS, regions="root")
+    ecospa_fx.shrink(model, {"residual": torch.arange(3, 21)})
+    with pytest.raises(errors.FormatError, match=r"aten\.mean \(model.layers.0.input_layernorm.*would count the zeros"):
+        ecospa_fx.save_unshrunk(model, tmp_path / "whole")
+    ecospa_fx.save_unshrunk(model, tmp_path / "marked", mark=True)
+    path = convert(tmp_path / "marked", tmp_path / "marked.gguf")
+    with pytest.raises(errors.FormatError, match=r"Nor do zeros compute the same, because `.*norm.weight` has lost"):
+        ecospa_fx.cut_gguf(path, tmp_path / "small.gguf", zeros=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["marked", "marked.gguf"]
+
+
 def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     model = shrink(llama(), ("glu",))
     ecospa_fx.save_unshrunk(model, tmp_path / "whole")

@@ -220,6 +220,8 @@ def test_what_takes_all_that_is_left_does_not_know_positions(op: tuple[str, list
         exprs_of = {names[s.node.name]: s.exprs for s in axis_facts.sources if s.node.name in names}
         exprs_of |= axis_facts.parameters
         stuck = pinned(axis_facts)
+        made = [s.exprs for s in axis_facts.sources if s.node.name not in names]  # out of buffers, by other ops
+        stuck |= {atom for exprs in made for expr in exprs for atom in atoms_of(expr)}
         reduced = [fact.expr for fact in axis_facts.facts if fact.role == "reduced"]
         for atom in dict.fromkeys(a for expr in reduced for a in atoms_of(expr) if a not in stuck):
             order = torch.randperm(atom.size)
