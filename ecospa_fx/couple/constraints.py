@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import nn
 
-from ecospa_fx.arguments import FLAG, MAPPING, SEVERAL, check
+from ecospa_fx.arguments import FLAG, MAPPING, MODULE, SEVERAL, check, instances, takes
 from ecospa_fx.errors import ShrinkError, TargetError
 from ecospa_fx.passes.find.discover import Kind
 
@@ -89,6 +89,7 @@ class Constraints:
         allowed = {name: sorted(sizes) for name, sizes in self.allowed.items()}
         return plain | {"frozen": frozen, "whole": dict(self.whole), "allowed": allowed}
 
+    @takes(model=MODULE, couplings=instances("couplings, as ecospa_fx.couplings(model) returns them", Coupling))
     def units(self, model: nn.Module, couplings: Sequence[Coupling]) -> tuple[list[TiedCouplings], dict[str, str]]:
         """Group the couplings that may shrink into units that shrink together.
 

@@ -156,7 +156,7 @@ def test_attributes_that_change_after_capture_are_seen(how, shrunk):
             for layer in plain.modules():
                 if isinstance(layer, Flagged):
                     layer.down.weight[:, 1::2] = 0
-    programs = [region.specializations for region in model.__dict__[MODEL].regions.values()]
+    regions = list(model.__dict__[MODEL].regions.values())
     one, twin = (next(m for m in each.modules() if isinstance(m, Flagged)) for each in (model, plain))
     for change in (
         lambda m: None, lambda m: setattr(m, "slope", 0.5), lambda m: m.on.clear(),
@@ -164,9 +164,9 @@ def test_attributes_that_change_after_capture_are_seen(how, shrunk):
     ):  # fmt: skip
         change(one), change(twin)
         torch.testing.assert_close(model(x), plain(x))
-    graphs = len(programs[0])
-    assert graphs == 4 and all(len(other) == 1 for other in programs[1:])
+    graphs = [len(region.specializations) for region in regions]
+    assert graphs[0] == 4 and all(others == 1 for others in graphs[1:])
     one.doubled = twin.doubled = False
     one.slope = twin.slope = 0.0
     torch.testing.assert_close(model(x), plain(x))
-    assert len(programs[0]) == graphs  # it was that at first
+    assert len(regions[0].specializations) == graphs[0]  # it was that at first
