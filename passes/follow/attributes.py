@@ -234,12 +234,14 @@ def sizes_of_layer(module: nn.Module) -> dict[str, Any]:
         case nn.Embedding() | nn.EmbeddingBag():
             return {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]}
         case nn.RNNBase():
-            inputs, recurrent = module.weight_ih_l0.shape[1], module.weight_hh_l0.shape[1]
+            layer: Any = module
+            inputs, recurrent = layer.weight_ih_l0.shape[1], layer.weight_hh_l0.shape[1]
             if module.proj_size == 0:
                 return {"input_size": inputs, "hidden_size": recurrent}
-            return {"input_size": inputs, "hidden_size": module.weight_hr_l0.shape[1], "proj_size": recurrent}
+            return {"input_size": inputs, "hidden_size": layer.weight_hr_l0.shape[1], "proj_size": recurrent}
         case nn.RNNCellBase():
-            return {"input_size": module.weight_ih.shape[1], "hidden_size": module.weight_hh.shape[1]}
+            cell: Any = module
+            return {"input_size": cell.weight_ih.shape[1], "hidden_size": cell.weight_hh.shape[1]}
         case nn.PReLU():
             return {"num_parameters": weight.shape[0]}
     return {}
