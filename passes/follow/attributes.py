@@ -240,7 +240,8 @@ def sizes_of_layer(module: nn.Module) -> dict[str, Any]:
             units = module.get_parameter("weight_hr_l0").shape[1]
             return {"input_size": inputs, "hidden_size": units, "proj_size": values}
         case nn.RNNCellBase():
-            return {"input_size": module.weight_ih.shape[1], "hidden_size": module.weight_hh.shape[1]}
+            inputs, units = (module.get_parameter(name).shape[1] for name in ("weight_ih", "weight_hh"))
+            return {"input_size": inputs, "hidden_size": units}
         case nn.PReLU():
             return {"num_parameters": weight.shape[0]}
     return {}

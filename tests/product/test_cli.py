@@ -350,8 +350,8 @@ def test_a_real_hub_that_is_out_of_reach_is_one_line():
         ),
         (
             ["shrink", "own.py:make", "--out", "x", "--multiple-of", "ffn=64"],
-            "ecospa-fx shrink: error: multiple_of['ffn']=64 is more than the 24 of `ffn`; choose at most 24, or keep it "
-            "whole with frozen=['ffn']",
+            "ecospa-fx shrink: error: multiple_of['ffn']=64 is more than the 24 of `ffn`; choose at most 24, or keep "
+            "it whole with frozen=['ffn']",
         ),
         (
             ["shrink", "own.py:make", "--out", "x", "--deployable", "transformers"],
