@@ -233,14 +233,9 @@ def _refuse_other_effects(
     Raises:
         CaptureError: it does.
     """
-
-    @torch.no_grad()
-    def without_gradients() -> None:
-        run()
-
     before = PythonState(module, code)
-    with contextlib.suppress(_ForwardFails):
-        without_gradients()
+    with contextlib.suppress(_ForwardFails), torch.no_grad():
+        run()
     changes = [*before.changes()]
     places = {(place.path, place.name) for place in assigned}
     other = next((change for change in changes if _place(module, change) not in places), None)
