@@ -169,6 +169,14 @@ def _difference(
         # A forward may write into them.
         return [tensor.clone() for tensor in inputs[call_leaves:]]
 
+    def without_gradients(call: Callable[[list[Any]], Sequence[Any]]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        with isolated(module), torch.no_grad():
+            versions = {name: (p, p._version, _address(p), p.requires_grad) for name, p in module.named_parameters()}
+            torch.manual_seed(0)
+            inputs = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            outputs = [dense(out) for out in call(inputs) if isinstance(out, Tensor)]
+            return outputs, _state_of(captured, module, versions)
+
     try:
         mine, theirs = results(eager), results(graph)
     except RuntimeError as error:
@@ -200,6 +208,27 @@ def _difference(
                 return f"the gradient of {name} is missing in {missing}"
         elif a is not None and b is not None and not _close(a, b, tolerance, largest):
             return f"the gradient of {name} differs from eager by {relative_error(a, b):.1e}"
+    return _difference_without_gradients(without_gradients, eager, graph, tolerance)
+
+
+def _difference_without_gradients(
+    results: Callable[[Any], tuple[list[Tensor], dict[str, Tensor]]], eager: Any, graph: Any, tolerance: float
+) -> str | None:
+    """Say where a graph differs from eager in a call without gradients, where a forward may take another branch."""
+    try:
+        outputs, state = results(eager)
+    except Exception:
+        return None  # it has no such calls
+    graph_outputs, graph_state = results(graph)
+    if len(outputs) != len(graph_outputs):
+        return f"it gives {len(outputs)} tensors without gradients, and {len(graph_outputs)} with them"
+    for i, (out, graph_out) in enumerate(zip(outputs, graph_outputs, strict=True)):
+        if not _close(out, graph_out, tolerance):
+            apart = relative_error(out, graph_out)
+            return f"output {i} without gradients (torch.no_grad) is another than with them, by {apart:.1e}"
+    for name in state.keys() | graph_state.keys():
+        if name not in state or name not in graph_state or not _close(state[name], graph_state[name], tolerance):
+            return f"`{name}` is another after a call without gradients (torch.no_grad) than after one with them"
     return None
 
 

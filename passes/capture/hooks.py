@@ -7,7 +7,6 @@ called with them. A hook that changes values, or whose results the region uses, 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -61,7 +60,7 @@ def points(module: nn.Module, paths: Iterable[str]) -> Iterator[list[tuple[str, 
         return hook
 
     paths = list(paths)
-    with other_hooks(module, paths, lambda _path, _hook: None):
+    with other_hooks(module, paths, _nothing):
         handles = [
             module.get_submodule(path).register_forward_hook(recording(path), with_kwargs=True)
             for path in paths
@@ -95,7 +94,7 @@ class Changes:
 @contextmanager
 def without_hooks(module: nn.Module) -> Iterator[None]:
     """Run submodules without their hooks."""
-    with other_hooks(module, inner_hooks(module), lambda _path, _hook: None):
+    with other_hooks(module, inner_hooks(module), _nothing):
         yield
 
 
@@ -122,19 +121,21 @@ def noted(module: nn.Module, paths: Iterable[str]) -> Iterator[Changes]:
 
 @contextmanager
 def other_hooks(module: nn.Module, paths: Iterable[str], other: Callable[..., Any]) -> Iterator[None]:
-    """Replace the hooks on submodules by `other(path, hook)`; remove those for which it returns None."""
+    """Replace the hooks on submodules by `other(path, hook)`; those that are registered or removed inside stay so."""
     kinds = ("_forward_hooks", "_forward_pre_hooks")
-    children = [(path, module.get_submodule(path)) for path in paths]
-    saved = [(child, kind, child.__dict__[kind]) for _, child in children for kind in kinds]
+    saved = [(path, held, dict(held)) for path in paths for kind in kinds
+             if (held := module.get_submodule(path).__dict__[kind])]  # fmt: skip
     try:
-        for path, child in children:
-            for kind in kinds:
-                hooks = {key: other(path, hook) for key, hook in child.__dict__[kind].items()}
-                child.__dict__[kind] = OrderedDict((key, hook) for key, hook in hooks.items() if hook is not None)
+        for path, held, hooks in saved:
+            held.update({key: other(path, hook) for key, hook in hooks.items()})
         yield
     finally:
-        for child, kind, hooks in saved:
-            child.__dict__[kind] = hooks
+        for _, held, hooks in saved:
+            held.update({key: hook for key, hook in hooks.items() if key in held})
+
+
+def _nothing(path: str, hook: Callable[..., Any]) -> Callable[..., None]:
+    return lambda *_, **__: None
 
 
 def fire(

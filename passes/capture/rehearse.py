@@ -10,6 +10,7 @@ Everything is put back in the end, but for what the forward's own next call woul
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -127,9 +128,9 @@ def rehearsed(
     filled = tuple(change for change in first if _place(module, change) not in places)
     for change in filled:
         registers = isinstance(change.key, tuple) and change.key[0] in TENSORS
-        if registers or is_iterator(change.owner):
+        if registers or is_iterator(change.owner) or isinstance(change.owner, bytearray):
             raise CaptureError(
-                f"{described(region)} ({type(module).__name__}) {'registers' if registers else 'draws from'} "
+                f"{described(region)} ({type(module).__name__}) {'registers' if registers else 'changes'} "
                 f"`{change.where}` in its first call; call the model once before it is compiled"
             )
     before = PythonState(module)
@@ -218,9 +219,34 @@ def _effects(
                     f"{described(region)} ({type(module).__name__}) reads and replaces the tensor `{place.full_name}` "
                     "at every call, which its graph would not follow. Register it as a buffer"
                 )
+        _refuse_other_effects(module, region, code, assigned, run)
     finally:
         again.restore()
     return code, first, assigned
+
+
+def _refuse_other_effects(
+    module: nn.Module, region: str, code: Code, assigned: Sequence[Assigned], run: Callable[[], Any]
+) -> None:
+    """Refuse a forward that leaves other state without gradients than with them: one graph serves both calls.
+
+    Raises:
+        CaptureError: it does.
+    """
+    before = PythonState(module, code)
+    with contextlib.suppress(_ForwardFails), torch.no_grad():
+        run()
+    changes = [*before.changes()]
+    places = {(place.path, place.name) for place in assigned}
+    other = next((change for change in changes if _place(module, change) not in places), None)
+    kept = places - {_place(module, change) for change in changes}
+    if other is not None or kept:
+        where = other.where if other is not None else ".".join(filter(None, min(kept, key=str)))
+        raise CaptureError(
+            f"{described(region)} ({type(module).__name__}) leaves `{where}` in another state without gradients than "
+            "with them, while one graph serves both. Write it in the same way in both, or let smaller submodules be "
+            "captured (regions='auto' finds them)"
+        )
 
 
 def _assigns(module: nn.Module, region: str, change: StateChange, run: Callable[[], Any]) -> str:

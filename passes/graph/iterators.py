@@ -10,7 +10,7 @@ from ecospa_fx.errors import CaptureError
 
 def is_iterator(value: Any) -> bool:
     """Return whether a value is an iterator of Python itself or of itertools."""
-    return hasattr(value, "__next__") and type(value).__module__ in ("builtins", "itertools", "_collections")
+    return hasattr(type(value), "__next__") and type(value).__module__ in ("builtins", "itertools", "_collections")
 
 
 def position(iterator: Any) -> Any:

@@ -98,7 +98,8 @@ def same(a: Any, b: Any) -> bool:
 
 def is_array(value: Any) -> bool:
     """Decide whether a value is an array of numpy, which a forward may write into."""
-    return hasattr(value, "tobytes") and hasattr(value, "dtype") and not isinstance(value, Tensor)
+    kind = type(value)
+    return hasattr(kind, "tobytes") and hasattr(kind, "dtype") and not isinstance(value, Tensor)
 
 
 def path_of(module: nn.Module, owner: Any) -> str | None:
@@ -163,6 +164,8 @@ def _state_of(leaf: Any) -> tuple[Any, Callable[[Any, Any], None]]:
         return leaf.getstate(), lambda generator, was: generator.setstate(was)
     if is_iterator(leaf):  # it cannot be put back, but a copy can take its place: see `PythonState.lend`
         return position(leaf), lambda *_: None
+    if isinstance(leaf, bytearray):
+        return bytes(leaf), lambda array, was: array.__setitem__(slice(None), was)
     return leaf.copy(), lambda array, was: array.__setitem__(..., was)
 
 
@@ -179,7 +182,7 @@ def _put_tensor(tensor: Tensor, was: _TensorState) -> None:
 def _has_state(value: Any) -> bool:
     if isinstance(value, Tensor):
         return not isinstance(value, nn.Parameter) and type(value) is Tensor and value.layout is torch.strided
-    if isinstance(value, (torch.Generator, random.Random)) or is_iterator(value):
+    if isinstance(value, (torch.Generator, random.Random, bytearray)) or is_iterator(value):
         return True
     if type(value).__module__.partition(".")[0] != "numpy":
         return False
@@ -280,9 +283,10 @@ class PythonState:
 
 def item_of(owner: Any, key: Any) -> Any:
     """Return the attribute or entry that a `StateChange` names, as it is now."""
-    if isinstance(owner, (list, deque)):
-        return owner[key] if key < len(owner) else ABSENT
-    return value_in(*_place(owner, key))
+    place, key = _place(owner, key)
+    if isinstance(place, (list, deque)):
+        return place[key] if key < len(place) else ABSENT
+    return dict.get(place, key, ABSENT) if isinstance(place, dict) else value_in(place, key)
 
 
 def put_item(owner: Any, key: Any, value: Any) -> None:
@@ -290,25 +294,39 @@ def put_item(owner: Any, key: Any, value: Any) -> None:
     place, key = _place(owner, key)
     if isinstance(place, (list, deque)):
         place[key] = value
+    elif isinstance(place, dict) and value is ABSENT:
+        _dict_of(place).pop(place, key, None)
+    elif isinstance(place, dict):
+        _dict_of(place).__setitem__(place, key, value)
     elif place is owner and value is not ABSENT and is_record(owner):  # a slot; its class may guard it
         object.__setattr__(owner, key, value)
     else:
         put_in(place, key, value)
 
 
-def _place(owner: Any, key: Any) -> tuple[Any, str]:
+def _dict_of(held: dict[Any, Any]) -> Any:
+    """Return the class that dicts like this come from: their own may guard or compute entries."""
+    return OrderedDict if isinstance(held, OrderedDict) else dict
+
+
+def _place(owner: Any, key: Any) -> tuple[Any, Any]:
     """Return the namespace in which `contents` has found a key of an owner, and the key in it."""
     if isinstance(owner, nn.Module):
         return (owner.__dict__[key[0]], key[1]) if isinstance(key, tuple) else (owner.__dict__, key)
-    if is_record(owner) and key in getattr(owner, "__dict__", {}):  # its class may guard or compute the attribute
-        return vars(owner), key
+    if not isinstance(owner, dict) and is_record(owner) and key in getattr(owner, "__dict__", {}):
+        return vars(owner), key  # its class may guard or compute the attribute
     return owner, key
+
+
+def _is_state(attribute: str) -> bool:
+    """Decide whether an attribute of a module, in its `__dict__`, is one that a forward may change."""
+    return attribute == "training" or (attribute not in OWN and not attribute.startswith("_ecospa"))
 
 
 def contents(value: Any) -> Any:
     """Copy the contents of a module, container or object: a dict or a tuple; None for anything else."""
     if isinstance(value, nn.Module):
-        held = {key: item for key, item in value.__dict__.items() if key not in OWN and not key.startswith("_ecospa")}
+        held = {key: item for key, item in value.__dict__.items() if _is_state(key)}
         for kind in (*TENSORS, *HOOKS):
             held |= {(kind, key): item for key, item in value.__dict__.get(kind, {}).items()}
         return held
@@ -363,7 +381,7 @@ def put_back(owner: Any, before: Any) -> None:
     elif isinstance(owner, nn.Module):
         attributes = owner.__dict__
         plain = {key: item for key, item in before.items() if not isinstance(key, tuple)}
-        now = {key for key in attributes if key not in OWN and not key.startswith("_ecospa")}
+        now = {key for key in attributes if _is_state(key)}
         for key in now - plain.keys():
             del attributes[key]
         attributes.update(plain)
@@ -383,8 +401,7 @@ def put_back(owner: Any, before: Any) -> None:
             owner.update(before)
     elif isinstance(owner, dict):
         if list(owner) != list(before) or any(dict.get(owner, key, ABSENT) is not item for key, item in before.items()):
-            # Its own class may guard or compute entries.
-            base: Any = OrderedDict if isinstance(owner, OrderedDict) else dict
+            base = _dict_of(owner)
             base.clear(owner)
             for key, item in before.items():
                 base.__setitem__(owner, key, item)

@@ -151,6 +151,8 @@ def attribute_of(module: nn.Module, name: str) -> Any:
 def _step(owner: Any, step: PathItem) -> Any:
     if isinstance(owner, CellType):
         return owner.cell_contents
+    if step.entry and hasattr(type(owner), "__missing__"):  # as a defaultdict, it would make an entry
+        return dict.get(owner, step.key, ABSENT)
     return owner[step.key] if step.entry else getattr(owner, step.key)
 
 

@@ -59,7 +59,7 @@ class _Source:
     def __init__(self) -> None:
         self._scope: dict[str, Any] = {
             "is_": operator.is_, "attribute": object.__getattribute__,
-            "same": same, "same_contents": same_contents, "plain": plain, "as_read": as_read,
+            "absent": ABSENT, "same": same, "same_contents": same_contents, "plain": plain, "as_read": as_read,
         }  # fmt: skip
         self._names: dict[int, str] = {}
         self._values: dict[Any, Any] = {}  # place -> the value there now
@@ -149,6 +149,10 @@ class _Source:
         return self._values[where]
 
     def _entry(self, owner: Any, key: Any) -> Any:
+        if hasattr(type(owner), "__missing__"):  # as a defaultdict, it would make an entry
+            value = dict.get(owner, key, ABSENT)
+            self._compare(owner, self._is(f"o.get({self._key(key)}, absent)", value))
+            return value
         try:
             value = owner[key]
         except (KeyError, IndexError):
