@@ -42,7 +42,10 @@ def compile(
         example_kwargs: keyword arguments of that call.
         regions: the submodules to capture as graphs: `"auto"` (repeated blocks where couplings close inside them and
             reach most of what those of the whole model do, else the whole model, else the largest submodules that can
-            be captured), `"blocks"`, `"root"`, or names of submodules. `explain` says what lies outside.
+            be captured), `"blocks"`, `"joined"`, `"root"`, or names of submodules. `explain` says what lies outside.
+            `"joined"`: blocks and the modules around them, with the couplings that cross their edges, such as a
+            residual stream, which `"blocks"` keeps whole. After it has shrunk, blocks take and return smaller tensors:
+            a hook, or a later call that returns hidden states, sees them at the size that is left.
         experiments: find an axis rule by experiment for an op that has none, where shrinking by it has been verified on
             this call. Evidence and not proof, so off unless asked for; `explain` names these ops.
         execution: `"graph"` runs generated code and offers every coupling. `"module"` runs the model's own Python,

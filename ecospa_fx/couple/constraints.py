@@ -106,6 +106,10 @@ class Constraints:
         ties = Ties(couplings)
         self._tie_head_dims(ties, couplings, whole)
         self._tie_named(ties, couplings)
+        by_name = {c.name: c for c in couplings}
+        for coupling in couplings:
+            for other in (by_name[name] for name in coupling.in_step if name in by_name):
+                ties.join(coupling, other, coupling.original_size, other.original_size, "its own Python")
         if self.uniform is not None:
             axes = CorrespondingAxes({name: tuple(p.shape) for name, p in model.named_parameters()})
             for group in alike(couplings):

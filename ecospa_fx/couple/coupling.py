@@ -68,6 +68,8 @@ class Coupling:
         contexts: number of entries of that coupling now; 1 where there is none.
         attention: the attention that a `qk` or `vo` coupling is part of, the same text for both.
         changes: with execution="module", the integers in the model's modules that change with its size.
+        in_step: with execution="module", names of couplings that must keep the same share of their entries, because its
+            own Python has one integer for the sizes of all (one `head_dim` for queries, keys and values).
     """
 
     name: str
@@ -82,6 +84,7 @@ class Coupling:
     contexts: int = 1
     attention: str | None = None
     changes: tuple[str, ...] = ()
+    in_step: tuple[str, ...] = ()
 
     @property
     def width(self) -> int:

@@ -16,7 +16,7 @@ from ecospa_fx.errors import NoCouplingError, PinnedAxisError
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.axes.selection import Selected, mask_of, narrow, whole
 from ecospa_fx.passes.find.discover import RegionCoupling
-from ecospa_fx.passes.find.joints import Joint
+from ecospa_fx.passes.find.joint import Joint
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.border import WeightDim
 from ecospa_fx.passes.rewrite.replay import replay

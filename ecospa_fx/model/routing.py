@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from ecospa_fx.passes.ir.guards import Read, first_changed, setting_read, told
 from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.ir.signature import Signature, below, state_of, training_flags
-from ecospa_fx.passes.ir.snapshot import snapshot
+from ecospa_fx.passes.ir.unchanged import unchanged
 from ecospa_fx.passes.rewrite.program import Program
 
 from .specialization import Specialization
 
 MOST_ROUTES = 1024  # calls remembered per region, one per combination of sizes
 
-MOST_SNAPSHOTS = 8  # per graph: of train and eval mode, with hooks and without
+MOST_GUARDS = 8  # per graph: of train and eval mode, with hooks and without
 
 Route: TypeAlias = "tuple[Signature, Callable[[], bool]]"  # the signature of a program, and whether it serves still
 
@@ -65,12 +65,12 @@ class Routing:
         if key is not None:
             if len(self._routes) >= MOST_ROUTES:
                 self._routes.clear()
-            holds = self._bind(module, program.captured).snapshot()
+            holds = self._bind(module, program.captured).guard()
             if holds is None:
                 return
             route = program.captured.signature, holds
             routes = self._routes.get(key, ())
-            self._routes[key] = (route, *(other for other in routes if other != route))[:MOST_SNAPSHOTS]
+            self._routes[key] = (route, *(other for other in routes if other != route))[:MOST_GUARDS]
 
     def search(
         self, specializations: Sequence[Specialization], module: nn.Module, call: Any, hooks: Mapping[str, int]
@@ -82,8 +82,8 @@ class Routing:
             if not program.captured.serves(hooks, program.called):
                 continue
             if (
-                self.changed_constant(specializations, module, program) is None
-                and program.captured.mismatch(call, training, program.sizes) is None
+                program.captured.mismatch(call, training, program.sizes) is None
+                and self.changed_constant(specializations, module, program) is None
             ):
                 return program
         return None
@@ -116,8 +116,9 @@ class _Bound:
         self.named = dict(module.named_modules(remove_duplicate=False))
         settings = [setting_read(path, name, value) for (path, name), value in captured.settings.items()]
         self.reads = (*settings, *captured.reads)
-        self.snapshots: list[Callable[[], bool]] = []
-        self.made = 0
+        self.guards: list[Callable[[], bool]] = []
+        self._made = 0
+        self._changed: tuple[Read, ...] = ()
 
     def is_of(self, module: nn.Module) -> bool:
         """Return whether the submodules of a region are those that this was made of."""
@@ -126,18 +127,18 @@ class _Bound:
         modules = below(module)
         return len(modules) == len(self.modules) and all(map(is_, modules, self.modules))
 
-    def snapshot(self) -> Callable[[], bool] | None:
+    def guard(self) -> Callable[[], bool] | None:
         """Return a function that says whether the region is as it is now; None where the graph is not right now."""
-        for holds in self.snapshots:
+        for holds in self.guards:
             if holds():
                 return holds
         if self.changed() is not None:
             return None
-        self.made += 1
-        if self.made <= 2 * MOST_SNAPSHOTS:
-            holds = snapshot(self.module, self.reads, self.captured.numbers)
+        self._made += 1
+        if self._made <= 2 * MOST_GUARDS:
+            holds = unchanged(self.module, self.reads, self.captured.numbers)
             if holds():
-                self.snapshots = [holds, *self.snapshots[: MOST_SNAPSHOTS - 1]]
+                self.guards = [holds, *self.guards[: MOST_GUARDS - 1]]
                 return holds
         # Something is replaced by its equal at each call, or each time that it is looked at.
         state = state_of(self.module)
@@ -145,9 +146,13 @@ class _Bound:
 
     def changed(self) -> str | None:
         """Return the first value that has changed, in words."""
-        if not torch.compiler.is_compiling() and any(holds() for holds in self.snapshots):
+        if torch.compiler.is_compiling():
+            found = first_changed(self.reads, self.named)
+        elif any(holds() for holds in self.guards):
             return None
-        found = first_changed(self.reads, self.named)
+        else:  # what has changed once is as a rule what changes
+            found = first_changed(self._changed, self.named) or first_changed(self.reads, self.named)
+            self._changed = () if found is None else (found[0],)
         if found is not None:
             return told(*found)
         for number in self.captured.numbers:

@@ -145,8 +145,11 @@ class Reads:
             if id(value) in self._watched:  # under another name, at which its attributes are recorded
                 self._reads[key] = Read(root, steps, Alias(self._watched[id(value)][1]), where)
             else:
-                self._reads[key] = read = Read(root, steps, OfClass(type(value)), where)
-                self._watched[id(value)] = value, read
+                if isinstance(value, (dict, list, set)):  # of a class of its own
+                    self._container(root, steps, value, where, key, depth)
+                else:
+                    self._reads[key] = Read(root, steps, OfClass(type(value)), where)
+                self._watched[id(value)] = value, self._reads[key]
                 if not self._swap(value, functools.partial(self._of_object, root, steps, where)):
                     for name, item in contents(value).items():
                         self.add(root, (*steps, PathItem(name)), item, f"{where}.{name}", depth + 1)
@@ -182,8 +185,7 @@ class Reads:
         if len(value) > _MOST or depth > _DEPTH or (not hasattr(value, "copy") and not isinstance(value, tuple)):
             self._reads[key] = Read(root, steps, OfClass(type(value)), where)
             return
-        copied = value if isinstance(value, (tuple, frozenset)) else value.copy()
-        self._reads[key] = Read(root, steps, Contents(copied), where)
+        self._reads[key] = Read(root, steps, Contents.of(value), where)
         if not isinstance(value, (set, frozenset)):
             for name, item in value.items() if isinstance(value, dict) else enumerate(value):
                 if not _flat(item):

@@ -5,12 +5,12 @@
     told            that in words
 
 The attributes of modules that are constants are `RegionGraph.settings`; everything else that was read is a `Read`.
-Calls look at all of them in a generated function, see `snapshot`.
+Calls look at all of them in a generated function, see `unchanged`.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import CellType
@@ -34,9 +34,22 @@ class ModuleRoot:
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """A shallow copy of a list, dict, set or array; its items are compared by `same`."""
+    """A shallow copy of a list, dict, set or array; its items are compared by `same`.
+
+    Attributes:
+        copy: the copy.
+        kind: the class of the container, where it is not that of the copy.
+    """
 
     copy: Any
+    kind: type | None = None
+
+    @classmethod
+    def of(cls, container: Any) -> Contents:
+        """Copy a container, or keep one that is immutable."""
+        held = plain(container)
+        copied = held.copy() if held is container and not isinstance(held, (tuple, frozenset)) else held
+        return cls(copied, type(container))
 
 
 @dataclass(frozen=True)
@@ -150,8 +163,18 @@ def as_read(value: Any, now: Any) -> bool:
     if isinstance(value, Length):
         return len(now) == value.number
     if isinstance(value, Contents):
-        return same_contents(value.copy, now)
+        return type(now) is (value.kind or type(value.copy)) and same_contents(value.copy, plain(now))
     return same(value, now)
+
+
+def plain(container: Any) -> Any:
+    """Return a container; of one whose class may look up in its own way, its items as a dict, list or set."""
+    if type(container).__module__ in ("builtins", "collections"):
+        return container
+    if isinstance(container, OrderedDict):  # whose order its dict does not know
+        return dict(OrderedDict.items(container))
+    kinds: tuple[Any, ...] = (dict, list, set)
+    return next((kind.copy(container) for kind in kinds if isinstance(container, kind)), container)
 
 
 def same_contents(copy: Any, now: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 import ecospa_fx
 from ecospa_fx.model.lookup import regions_of
 from ecospa_fx.passes.ir.guards import setting_read
-from ecospa_fx.passes.ir.snapshot import snapshot
+from ecospa_fx.passes.ir.unchanged import unchanged
 
 X = torch.linspace(-1, 1, 12).reshape(3, 4)
 
@@ -106,11 +106,11 @@ def test_the_next_call_is_that_of_the_plain_model(models, change):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_snapshot_sees_it(models, change):
+def test_the_guard_sees_it(models, change):
     model = models[1]
     captured = regions_of(model)[""].naming_graph.captured
     settings = [setting_read(*place, value) for place, value in captured.settings.items()]
-    holds = snapshot(model, [*settings, *captured.reads])
+    holds = unchanged(model, [*settings, *captured.reads])
     assert holds() and holds()
     CHANGES[change](model)
     assert not holds()
@@ -124,7 +124,7 @@ def test_equal_values_in_place_of_others_are_no_change(models):
     assert torch.allclose(plain(X), model(X)) and len(regions_of(model)[""].specializations) == 1
 
 
-def test_a_value_that_is_made_anew_at_every_call_is_followed_without_a_snapshot(models):
+def test_a_value_that_is_made_anew_at_every_call_is_followed_without_a_guard(models):
     model = models[1]
     for _ in range(40):
         model.first.extra = dict(model.first.extra)

@@ -1,6 +1,6 @@
-"""Snapshot: a generated function that says whether a region is as it is now, because it runs at every call.
+"""Unchanged: a generated function that says whether a region is as it is now, because it runs at every call.
 
-    snapshot(module, reads, numbers)
+    unchanged(module, reads, numbers)
       -> modules       children, training flags and hooks of every submodule
       -> reads         every step of every read, once: objects on the way are compared by identity
       -> numbers       the comparisons that a forward made of them
@@ -24,7 +24,7 @@ from torch import nn
 from ecospa_fx.passes.graph.namespaces import ABSENT
 from ecospa_fx.passes.graph.python_state import HOOKS, is_constant, same
 
-from .guards import Contents, ModuleRoot, Read, as_read, same_contents
+from .guards import Contents, ModuleRoot, Read, as_read, plain, same_contents
 from .numbers import Number
 from .state_access import HEAP, Keys, Length, PathItem
 
@@ -34,7 +34,7 @@ _PLAIN = vars(object)["__getattribute__"]
 _FEW = 8  # items of a container that are compared one by one
 
 
-def snapshot(module: nn.Module, reads: Sequence[Read], numbers: Sequence[Number] = ()) -> Callable[[], bool]:
+def unchanged(module: nn.Module, reads: Sequence[Read], numbers: Sequence[Number] = ()) -> Callable[[], bool]:
     """Generate a function that returns whether a region is as it is now.
 
     Args:
@@ -54,12 +54,12 @@ def snapshot(module: nn.Module, reads: Sequence[Read], numbers: Sequence[Number]
 
 
 class _Source:
-    """The source of a snapshot, and the objects that it names. In a condition, `o` is the object that it looks at."""
+    """The source of the function, and the objects that it names. In a condition, `o` is the object that it looks at."""
 
     def __init__(self) -> None:
         self._scope: dict[str, Any] = {
             "is_": operator.is_, "attribute": object.__getattribute__,
-            "same": same, "same_contents": same_contents, "as_read": as_read,
+            "same": same, "same_contents": same_contents, "plain": plain, "as_read": as_read,
         }  # fmt: skip
         self._names: dict[int, str] = {}
         self._values: dict[Any, Any] = {}  # place -> the value there now
@@ -201,7 +201,7 @@ class _Source:
             yield f"o == {self._name(value.copy())}"
             return
         if type(value) not in (list, dict):
-            yield f"same_contents({self._name(value.copy())}, o)"
+            yield f"same_contents({self._name(Contents.of(value).copy)}, plain(o))"
             return
         items = list(value.values()) if type(value) is dict else value
         yield _size("o", value)
