@@ -466,7 +466,7 @@ class EcoSpaTrainer:
         Raises:
             ArgumentError: the state is none that `state_dict` returned.
         """
-        check_state(state, self.state_dict(), "EcoSpaTrainer")
+        check_state(state, {**self.state_dict(), "from": None}, "EcoSpaTrainer")
         if state["from"] is not None:
             check(state["from"], NUMBER, "state['from']", "EcoSpaTrainer.load_state_dict")
         held = [part for estimator in self.policy.estimators for part in estimator.holding_state()]

@@ -19,6 +19,7 @@ from odd_calls import (
     random_case,
     right,
 )
+from odd_methods import METHODS
 from torch import nn
 
 import ecospa_fx
@@ -37,7 +38,7 @@ def quiet():
 
 
 OF_NO_MODEL = {"why", "why_not", "savings", "explanation.report", "constraints", "latency", "plan.from_json", "logs",
-               "state_rule", "score_named", "from_pretrained", "cut_gguf"}  # fmt: skip
+               "state_rule", "score_named", "from_pretrained", "cut_gguf", *METHODS}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -195,3 +196,99 @@ def test_a_change_that_fails_half_way_is_taken_back(execution):
         ecospa_fx.rewire(model, change)
     assert before == [(m, type(m), dict(m.__dict__)) for m in model.modules()]
     assert torch.equal(model(X), expected)
+
+
+def test_states_of_trainers_are_taken_as_a_whole_or_not_at_all():
+    def trainer():
+        torch.manual_seed(0)
+        model = ecospa_fx.compile(Tiny(), example_inputs=(X,))
+        made = ecospa_fx.EcoSpaTrainer(model, torch.optim.SGD(model.parameters(), 0.1), target=0.6)
+        model(X).square().mean().backward()
+        made.step(loss=1.0)
+        return made
+
+    right, taking = trainer().state_dict(), trainer()
+    before, refused = str(taking.state_dict()), 0
+    for key in right:
+        for value in (None, 3, "x", [], [{}], {"a": 1}, float("nan")):
+            try:
+                taking.load_state_dict({**right, key: value})
+            except errors.EcoSpaError:
+                refused += 1
+                assert str(taking.state_dict()) == before, (key, value)
+            else:
+                taking.step(loss=1.0)
+                taking.load_state_dict(right)
+                assert str(taking.state_dict()) == before, (key, value)
+    assert refused > 70
+    with pytest.raises(errors.ArgumentError) as caught:
+        taking.load_state_dict({**right, "now": "x"})
+    assert str(caught.value) == "EcoSpaTrainer: `state` has 'now' = 'x'; it must be what state_dict() returned"
+    with pytest.raises(errors.ArgumentError) as caught:
+        taking.load_state_dict({**right, "spikes": {}})
+    assert str(caught.value) == (
+        "EcoSpaTrainer: `state` cannot be read (KeyError: 'level'); it must be what state_dict() returned"
+    )
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        (3, "a batch is 3; it must be a mapping of keyword arguments, or a pair (inputs, targets)"),
+        ((X, X, X), "a batch is a tuple of 3; it must be a mapping of keyword arguments, or a pair (inputs, targets)"),
+        ({"x": X}, "the batch is a mapping, so the output of the model must have .loss, and it is a tensor "
+                   "torch.float32 (5, 3); pass batches of (inputs, targets), and loss="),
+    ],
+)  # fmt: skip
+def test_batches_of_a_wrong_kind(batch, said):
+    model = ecospa_fx.compile(Tiny(), example_inputs=(X,))
+    trainer = ecospa_fx.EcoSpaTrainer(model, torch.optim.SGD(model.parameters(), 0.1), target=0.6)
+    with pytest.raises(errors.ArgumentError) as caught:
+        trainer.fit([batch], loss=lambda outputs, targets: outputs.sum())
+    assert str(caught.value) == f"EcoSpaTrainer.fit: {said}"
+    assert trainer.steps == 0
+
+
+def test_a_first_call_that_fails_leaves_the_model_waiting():
+    model = ecospa_fx.compile(Tiny())
+    with pytest.raises(errors.CaptureError):
+        model(X[:, :3])
+    with pytest.raises(errors.NoInputsError):
+        ecospa_fx.couplings(model)
+    model(X)
+    assert [c.name for c in ecospa_fx.couplings(model)] == ["ffn", "ffn2"]
+
+
+def test_layers_without_sizes_and_weights_without_gradients():
+    lazy = nn.Sequential(nn.LazyLinear(6), nn.ReLU(), nn.Linear(6, 3))
+    for look in (ecospa_fx.explain, ecospa_fx.compile, ecospa_fx.summary):
+        with pytest.raises(errors.CaptureError) as caught:
+            look(lazy, example_inputs=(X,))
+        assert str(caught.value) == (
+            "`0.weight` of Sequential has no sizes before the first call of its lazy layer; call the model once before"
+        )
+    lazy(X)
+    assert [c.name for c in ecospa_fx.couplings(ecospa_fx.compile(lazy, example_inputs=(X,)))] == ["ffn"]
+    with torch.inference_mode():
+        frozen = Tiny()
+    with pytest.raises(errors.CaptureError, match=r"`a\.weight` of Tiny was made in torch.inference_mode, where"):
+        ecospa_fx.compile(frozen, example_inputs=(X,))
+
+
+def test_a_loaded_model_whose_own_python_runs_is_looked_at_with_inputs(tmp_path):
+    model = ecospa_fx.compile(Tiny(), example_inputs=(X,), execution="module")
+    ecospa_fx.shrink(model, {"ffn": torch.arange(3)})
+    ecospa_fx.save(model, tmp_path / "save")
+    for look in (ecospa_fx.verify, ecospa_fx.explain):
+        loaded = ecospa_fx.load(tmp_path / "save", Tiny)
+        result = look(loaded, example_inputs=(X,))
+        assert [c.name for c in ecospa_fx.couplings(loaded)] == ["ffn", "ffn2"]
+        assert getattr(result, "ok", True) and len(getattr(result, "couplings", (1, 2))) == 2
+
+
+def test_nothing_compared_is_nothing_verified():
+    empty = ecospa_fx.Verification({})
+    assert not empty.ok and str(empty) == "NOT exact: nothing was compared"
+    for check_it in (empty.raise_if_failed, lambda: empty.worst):
+        with pytest.raises(errors.VerificationError, match="nothing was compared"):
+            check_it()

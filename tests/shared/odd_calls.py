@@ -197,10 +197,12 @@ class Call:
     Attributes:
         make: returns the function and its arguments by name, first the positional ones by number.
         looks: it changes nothing, also where it succeeds.
+        trains: it runs the model, whose running statistics have moved by the time that a wrong batch shows.
     """
 
     make: Callable[[World], tuple[Callable[..., Any], dict[Any, Any]]]
     looks: bool = False
+    trains: bool = False
 
 
 def right(looks: bool, function: Any, *args: Any, **kwargs: Any) -> Call:
@@ -225,14 +227,18 @@ def nothing(world: World) -> dict[str, Any]:
     return {}
 
 
-def _method(make: Callable[[World], Any], name: str, *args: Any, looks: bool = True, **kwargs: Any) -> Call:
+def method(
+    make: Callable[[World], Any], name: str, *args: Any, looks: bool = True, trains: bool = False, **kwargs: Any
+) -> Call:
+    """Make a call of a method of what `make` returns."""
+
     def bound(world: World) -> tuple[Callable[..., Any], dict[Any, Any]]:
         given = {**dict(enumerate(args)), **kwargs}
         arguments = {key: value(world) if callable(value) else value for key, value in given.items()}
         owner = make(world)
         return getattr(owner, name), arguments
 
-    return Call(bound, looks)
+    return Call(bound, looks, trains)
 
 
 def explained(world: World) -> Any:
@@ -274,34 +280,34 @@ CALLS: dict[str, Call] = {
                      equal_head_dims=False, frozen=(), before_shrink=None, also=(), absorb=None, rotate=None),
     "adaptive trainer": right(True, ecospa_fx.EcoSpaTrainer, model, lambda w: w.optimizer, target=0.5,
                               policy="adaptive", end=50, start=1, shrinks=3, absorb=None, rotate=None, unit="steps"),
-    "trainer.step": _method(lambda w: w.trainer(), "step", looks=False, loss=None),
-    "trainer.load_state_dict": _method(lambda w: w.trainer(), "load_state_dict", lambda w: w.trainer().state_dict()),
+    "trainer.step": method(lambda w: w.trainer(), "step", looks=False, loss=None),
+    "trainer.load_state_dict": method(lambda w: w.trainer(), "load_state_dict", lambda w: w.trainer().state_dict()),
     "estimator": right(True, ecospa_fx.CoupledEstimator, model, "fisher", decay=None, window=None,
                        optimizer=lambda w: w.optimizer, seed=0),
-    "estimator.accumulate": _method(lambda w: ecospa_fx.CoupledEstimator(w.model), "accumulate"),
-    "estimator.entries": _method(lambda w: ecospa_fx.CoupledEstimator(w.model), "entries",
+    "estimator.accumulate": method(lambda w: ecospa_fx.CoupledEstimator(w.model), "accumulate"),
+    "estimator.entries": method(lambda w: ecospa_fx.CoupledEstimator(w.model), "entries",
                                  lambda w: ecospa_fx.couplings(w.model)[0], by_context=False),
-    "estimator.attach_backward": _method(lambda w: ecospa_fx.CoupledEstimator(w.model), "attach_backward", 1),
-    "estimator.load_state_dict": _method(lambda w: ecospa_fx.CoupledEstimator(w.model), "load_state_dict",
+    "estimator.attach_backward": method(lambda w: ecospa_fx.CoupledEstimator(w.model), "attach_backward", 1),
+    "estimator.load_state_dict": method(lambda w: ecospa_fx.CoupledEstimator(w.model), "load_state_dict",
                                          lambda w: ecospa_fx.CoupledEstimator(w.model).state_dict()),
     "sparsifier": right(True, ecospa_fx.CoupledSparsifier, model, target=0.5, top_k=0.3, theta=0.9, constraints=None,
                         cost="parameters", among="all", optimizers=()),
-    "sparsifier.decide": _method(lambda w: ecospa_fx.CoupledSparsifier(w.model), "decide", lambda w: dict.fromkeys(
+    "sparsifier.decide": method(lambda w: ecospa_fx.CoupledSparsifier(w.model), "decide", lambda w: dict.fromkeys(
         ecospa_fx.couplings(w.model), 1.0)),
     "constraints": right(True, ecospa_fx.Constraints, min_keep=1, round_to=1, head_dims="per_head",
                          equal_head_dims=False, frozen=()),
     "grams": right(True, ecospa_fx.Grams, model, rows=None, ridge=1e-3, training=False),
     "latency": right(True, ecospa_fx.Latency, call, nothing, repeats=2, measure=None),
     "watch": right(True, ecospa_fx.Watch, lambda w: w.trainer(), steps=5, lines=None, tensorboard=None, multiple=None),
-    "watch.step": _method(lambda w: ecospa_fx.Watch(w.trainer()), "step", 0.5, looks=False),
-    "why": _method(explained, "why", "a.weight", "b.weight"),
-    "why_not": _method(explained, "why_not", "c"),
-    "explanation.report": _method(explained, "report", lambda w: w.directory / "r.html", training=None),
-    "savings": _method(explained, "savings"),
-    "coupling.why": _method(lambda w: ecospa_fx.couplings(w.model)[0], "why", "a.weight", "b.weight"),
+    "watch.step": method(lambda w: ecospa_fx.Watch(w.trainer()), "step", 0.5, looks=False),
+    "why": method(explained, "why", "a.weight", "b.weight"),
+    "why_not": method(explained, "why_not", "c"),
+    "explanation.report": method(explained, "report", lambda w: w.directory / "r.html", training=None),
+    "savings": method(explained, "savings"),
+    "coupling.why": method(lambda w: ecospa_fx.couplings(w.model)[0], "why", "a.weight", "b.weight"),
     "plan.from_json": right(True, ecospa_fx.Plan.from_json, lambda w: ecospa_fx.Plan().to_json()),
-    "plan.mask": _method(lambda w: ecospa_fx.plan(w.model), "mask", "a.weight", 0),
-    "plan.shape": _method(lambda w: ecospa_fx.plan(w.model), "shape", "a.weight"),
+    "plan.mask": method(lambda w: ecospa_fx.plan(w.model), "mask", "a.weight", 0),
+    "plan.shape": method(lambda w: ecospa_fx.plan(w.model), "shape", "a.weight"),
     "logs": right(True, ecospa_fx.logs.set_logs, "-capture"),
     "state_rule": right(True, ecospa_fx.state_rule, "nope.NoOptimizer"),
     "score_named": right(True, ecospa_fx.scores.score_named, "fisher"),
@@ -408,6 +414,8 @@ def _made(world: World, case: Case) -> str | None:
         failed = True
         if not any((case.function, place) in THEIRS and callable(values[value]) for place, value in case.odd):
             return f"raised {type(error).__name__}: {str(error)[:200]}"
+    if failed and CALLS[case.function].trains:
+        return None
     captured = world.state == "waiting"  # its first call is captured
     if not failed and (captured or not CALLS[case.function].looks):
         return None
