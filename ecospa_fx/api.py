@@ -9,18 +9,18 @@ from torch import nn
 
 from ecospa_fx.model.compiled import MODEL, REGION, CompiledModel
 from ecospa_fx.model.diff import ModuleDiff, diff_since
-from ecospa_fx.model.lookup import plan
+from ecospa_fx.model.lookup import check_ready, plan
 from ecospa_fx.model.lookup import regions_of as regions_of
 from ecospa_fx.model.state import Execution
 from ecospa_fx.model.wrappers import looks_inside, unwrapped
 
-from .arguments import CALL, FLAG, MODULE, TEXT, takes
+from .arguments import CALL, FLAG, MODULE, REGIONS, TEXT, takes
 from .errors import EcoSpaError
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
-@takes(model=MODULE, **CALL, experiments=FLAG, execution=TEXT)
+@takes(model=MODULE, **CALL, regions=REGIONS, experiments=FLAG, execution=TEXT)
 def compile(
     model: Module,
     *,
@@ -42,7 +42,10 @@ def compile(
         example_kwargs: keyword arguments of that call.
         regions: the submodules to capture as graphs: `"auto"` (repeated blocks where couplings close inside them and
             reach most of what those of the whole model do, else the whole model, else the largest submodules that can
-            be captured), `"blocks"`, `"root"`, or names of submodules. `explain` says what lies outside.
+            be captured), `"blocks"`, `"joined"`, `"root"`, or names of submodules. `explain` says what lies outside.
+            `"joined"`: blocks and the modules around them, with the couplings that cross their edges, such as a
+            residual stream, which `"blocks"` keeps whole. After it has shrunk, blocks take and return smaller tensors:
+            a hook, or a later call that returns hidden states, sees them at the size that is left.
         experiments: find an axis rule by experiment for an op that has none, where shrinking by it has been verified on
             this call. Evidence and not proof, so off unless asked for; `explain` names these ops.
         execution: `"graph"` runs generated code and offers every coupling. `"module"` runs the model's own Python,
@@ -74,6 +77,7 @@ def compile(
             existing.capture_again(module, tuple(example_inputs or ()), dict(example_kwargs or {}))
         return model
     _check_alone(module)
+    check_ready(module)
     compiled = CompiledModel(regions, experiments, execution)
     if example_inputs is None and example_kwargs is None:
         compiled.attach(module)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import numbers
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -57,6 +58,22 @@ WHOLE = Kind("a whole number", _is_whole)
 NUMBER = Kind("a number", _is_number)
 FLAG = Kind("True or False", lambda value: isinstance(value, bool))
 FUNCTION = Kind("a function", callable)
+ONE_NUMBER = Kind(
+    "a number, or a tensor of one entry",
+    lambda value: (
+        value.numel() == 1 and not value.is_meta and not value.is_complex()
+        if isinstance(value, Tensor)
+        else _is_number(value)
+    ),
+)
+NAMES = Kind(
+    "several names",
+    lambda value: (
+        isinstance(value, Collection)
+        and not isinstance(value, (str, bytes, Tensor))
+        and all(isinstance(each, str) for each in value)
+    ),
+)
 STATEFUL = Kind(
     "an object with state_dict and load_state_dict",
     lambda value: not isinstance(value, type) and hasattr(value, "state_dict") and hasattr(value, "load_state_dict"),
@@ -80,6 +97,7 @@ def either(*kinds: Kind) -> Kind:
     return Kind(", or ".join(kind.words for kind in kinds), lambda value: any(kind.fits(value) for kind in kinds))
 
 
+REGIONS = either(TEXT, NAMES)
 TRAINING: Mapping[str, Kind] = {
     "trainer": optional(STATEFUL),
     "scheduler": optional(either(STATEFUL, SEVERAL)),
@@ -90,6 +108,11 @@ TRAINING: Mapping[str, Kind] = {
 def instance(words: str, *classes: type) -> Kind:
     """Return the kind of instances of some classes."""
     return Kind(words, lambda value: isinstance(value, classes))
+
+
+def instances(words: str, *classes: type) -> Kind:
+    """Return the kind of sequences of instances of some classes."""
+    return Kind(words, lambda value: isinstance(value, Sequence) and all(isinstance(each, classes) for each in value))
 
 
 def having(words: str, *names: str) -> Kind:
@@ -144,11 +167,32 @@ def shown(value: Any) -> str:
 def check_state(
     state: Mapping[str, Any], keys: Iterable[str], where: str, name: str = "state", made_by: str = "state_dict()"
 ) -> None:
-    """Refuse a mapping that lacks something of what another function put into it.
+    """Refuse a mapping that lacks something of what another function put into it, or holds another kind of value.
+
+    Args:
+        state: the mapping.
+        keys: what it must hold; of a mapping, its values are examples.
+        where: the function that takes it, for the message.
+        name: of the argument.
+        made_by: the function that makes such mappings.
 
     Raises:
         ArgumentError: it does.
     """
+    way = f"it must be what {made_by} returned"
     missing = [key for key in keys if key not in state]
     if missing:
-        raise ArgumentError(f"{where}: `{name}` has no {missing[0]!r}; it must be what {made_by} returned")
+        raise ArgumentError(f"{where}: `{name}` has no {missing[0]!r}; {way}")
+    for key, example in keys.items() if isinstance(keys, Mapping) else ():
+        if not _alike(state[key], example):
+            raise ArgumentError(f"{where}: `{name}` has {key!r} = {shown(state[key])}; {way}")
+
+
+def _alike(value: Any, example: Any) -> bool:
+    if isinstance(example, bool):
+        return isinstance(value, bool)
+    if isinstance(example, numbers.Real):
+        return _is_number(value) and math.isfinite(value)
+    if isinstance(example, (list, tuple)):
+        return isinstance(value, (list, tuple))
+    return example is None or isinstance(value, Mapping) == isinstance(example, Mapping)

@@ -59,6 +59,7 @@ class Plan:
         mask[self.kept[name, dim]] = True
         return mask
 
+    @takes(prefix=TEXT)
     def under(self, prefix: str) -> Iterator[str]:
         """Iterate over the shrunk names below a region, as the region names them."""
         for name in self.original_shapes:

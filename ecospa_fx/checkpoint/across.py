@@ -8,7 +8,7 @@ from typing import Any
 from ecospa_fx.errors import CheckpointError
 from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.model.joint_offers import joint_offers
-from ecospa_fx.passes.find.joints import Joint
+from ecospa_fx.passes.find.joint import Joint
 from ecospa_fx.passes.ir.border import Border
 
 

@@ -46,7 +46,7 @@ def describe_execution(compiled: CompiledModel) -> dict[str, Any]:
         "attributes": [[*astuple(a), *values] for a, values in sorted(compiled.attributes.items(), key=str)],
         "given_up": compiled.not_captured,
         "withheld": {name: marks for name, region in compiled.regions.items() if (marks := region.offers.marks())},
-        "called": {name: sizes for name, region in compiled.regions.items() if (sizes := region.first_sizes) is not None},
+        "called": {name: r.first_sizes for name, r in compiled.regions.items() if r.first_sizes is not None},
         "across": describe_across(compiled),
     }
 

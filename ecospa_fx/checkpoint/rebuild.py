@@ -152,10 +152,8 @@ def refit(model: nn.Module, saved: Saved) -> None:
     compiled: CompiledModel | None = model.__dict__.get(MODEL)
     own, plan = named_tensors(model), Plan() if compiled is None else compiled.plan
     before = {name: own[name].data for name in plan.original_shapes}
-    for name in before:
-        full = unshrunk(own[name], plan, name)
-        if own[name].shape != full.shape:  # tied weights have several names
-            own[name].data = full
+    for name, data in before.items():  # tied weights have several names
+        own[name].data = unshrunk(data, plan, name)
     try:
         if compiled is not None:
             compiled.state.plan = Plan()

@@ -27,7 +27,7 @@ Inputs = Annotated[
 Factory = Annotated[
     str | None, typer.Option("--factory", metavar="FILE.PY:NAME", help="makes the original of a saved model")
 ]
-Regions = Annotated[str, typer.Option(metavar="HOW", help="auto, blocks, root, or submodule names with commas")]
+Regions = Annotated[str, typer.Option(metavar="HOW", help="auto, blocks, joined, root, or submodule names with commas")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 Uniform = Annotated[str | None, typer.Option(metavar="layers", help="repeated blocks keep the same sizes")]
 MultipleOf = Annotated[
@@ -58,4 +58,4 @@ def multiples_of(texts: list[str] | None) -> dict[str, int]:
 
 def regions_of(text: str) -> str | list[str]:
     """Parse `--regions`: a mode, or submodule names with commas."""
-    return text if text in ("auto", "blocks", "root") else [name.strip() for name in text.split(",")]
+    return text if text in ("auto", "blocks", "joined", "root") else [name.strip() for name in text.split(",")]

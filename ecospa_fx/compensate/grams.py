@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ecospa_fx.arguments import FLAG, MODULE, takes
+from ecospa_fx.arguments import FLAG, MODULE, NAMED, SEVERAL, instance, takes
 from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.logs import logger
-from ecospa_fx.model.journal import Journal
+from ecospa_fx.model.journal import Journal, take_state
 from ecospa_fx.model.lookup import compiled_state, plan, regions_of
 from ecospa_fx.model.observers import check_observable, ignore, observe
 from ecospa_fx.model.region import Region
@@ -149,19 +149,17 @@ class Grams:
             tensors |= {f"near {name}": pair.near, f"far {name}": pair.far, f"calls {name}": torch.tensor(pair.calls)}
         return tensors
 
+    @takes(state=NAMED)
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where `state_dict` was taken."""
-        self._grams = {}
-        for label in [name.removeprefix("squares ") for name in state if name.startswith("squares ")]:
-            name, _, dim = label.removesuffix("]").rpartition("[")
-            count, window, calls, total = state[f"counts {label}"].tolist()
-            moments = Moments(state[f"squares {label}"], state[f"sums {label}"], count)
-            self._grams[name, int(dim)] = InputMoments(moments, state.get(f"positions {label}"), window, calls, total)
-        pairs = [name.removeprefix("near ") for name in state if name.startswith("near ")]
-        self._pairs = {
-            name: PairMoments(state[f"near {name}"], state[f"far {name}"], int(state[f"calls {name}"]))
-            for name in pairs
-        }
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ArgumentError: the state is none that `state_dict` returned.
+        """
+        take_state("Grams", [self], lambda: self._take(*_moments_in(state)))
+
+    def _take(self, grams: dict[WeightDim, InputMoments], pairs: dict[str, PairMoments]) -> None:
+        self._grams, self._pairs = grams, pairs
 
     # The methods of an observer of regions, see `ecospa_fx.model.observers`.
 
@@ -309,6 +307,7 @@ class Grams:
             inputs = tuple(tuple((i.node, i.dim, i.window) for i in each.inputs) for each in same)
             self._absorbers[key] = _Absorber(replace(same[0], bias=bias), groups.setdefault(inputs, key))
 
+    @takes(before=instance("an ecospa_fx.Plan", Plan), after=instance("an ecospa_fx.Plan", Plan), held=SEVERAL)
     def absorbed(self, before: Plan, after: Plan, held: Sequence[Mapping[str, Tensor]]) -> dict[int, Tensor]:
         """Compute the new values of the weights that take over, at their sizes before the shrink.
 
@@ -367,6 +366,20 @@ class Grams:
             if key in after.kept and not torch.equal(after.kept[key], before.kept.get(key, after.kept[key][:0])):
                 reason = self.refused.get(key, "no finite moments of its inputs were gathered, or it is sharded")
                 log.info("nothing takes over in %s[%d]: %s", *key, reason)
+
+
+def _moments_in(state: Mapping[str, Tensor]) -> tuple[dict[WeightDim, InputMoments], dict[str, PairMoments]]:
+    """Read the moments that `Grams.state_dict` has named."""
+    grams: dict[WeightDim, InputMoments] = {}
+    for label in [name.removeprefix("squares ") for name in state if name.startswith("squares ")]:
+        name, _, dim = label.removesuffix("]").rpartition("[")
+        count, window, calls, total = state[f"counts {label}"].tolist()
+        moments = Moments(state[f"squares {label}"], state[f"sums {label}"], count)
+        grams[name, int(dim)] = InputMoments(moments, state.get(f"positions {label}"), window, calls, total)
+    pairs = [name.removeprefix("near ") for name in state if name.startswith("near ")]
+    return grams, {
+        name: PairMoments(state[f"near {name}"], state[f"far {name}"], int(state[f"calls {name}"])) for name in pairs
+    }
 
 
 def _key_in_region(region: Region, key: WeightDim) -> WeightDim:

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import nn
 
-from ecospa_fx.arguments import FLAG, MAPPING, SEVERAL, check
+from ecospa_fx.arguments import FLAG, MAPPING, MODULE, SEVERAL, check, instances, takes
 from ecospa_fx.errors import ShrinkError, TargetError
 from ecospa_fx.passes.find.discover import Kind
 
@@ -89,6 +89,7 @@ class Constraints:
         allowed = {name: sorted(sizes) for name, sizes in self.allowed.items()}
         return plain | {"frozen": frozen, "whole": dict(self.whole), "allowed": allowed}
 
+    @takes(model=MODULE, couplings=instances("couplings, as ecospa_fx.couplings(model) returns them", Coupling))
     def units(self, model: nn.Module, couplings: Sequence[Coupling]) -> tuple[list[TiedCouplings], dict[str, str]]:
         """Group the couplings that may shrink into units that shrink together.
 
@@ -105,6 +106,10 @@ class Constraints:
         ties = Ties(couplings)
         self._tie_head_dims(ties, couplings, whole)
         self._tie_named(ties, couplings)
+        by_name = {c.name: c for c in couplings}
+        for coupling in couplings:
+            for other in (by_name[name] for name in coupling.in_step if name in by_name):
+                ties.join(coupling, other, coupling.original_size, other.original_size, "its own Python")
         if self.uniform is not None:
             axes = CorrespondingAxes({name: tuple(p.shape) for name, p in model.named_parameters()})
             for group in alike(couplings):

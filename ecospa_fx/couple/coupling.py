@@ -30,6 +30,7 @@ class Member:
             where it belongs to none. One entry may own many rows: a head dim has one in every head.
         matrix: whether the parameter has two or more dims, so that scores count it as a matrix of its own.
         of: name of that matrix; for a bias, name of the matrix whose rows it belongs to.
+        writes: whether the entries are rows that the matrix `of` adds to, not columns that it reads.
         part: number of the segment, where one parameter holds several matrices end to end (a fused projection).
         context: LongTensor `[parameter.shape[dim]]`, the context (the head) that each row or column belongs to, -1
             where it belongs to none; None where the coupling has no context.
@@ -40,6 +41,7 @@ class Member:
     index: Tensor
     matrix: bool
     of: str
+    writes: bool
     part: int | None = None
     context: Tensor | None = None
 
@@ -68,6 +70,8 @@ class Coupling:
         contexts: number of entries of that coupling now; 1 where there is none.
         attention: the attention that a `qk` or `vo` coupling is part of, the same text for both.
         changes: with execution="module", the integers in the model's modules that change with its size.
+        in_step: with execution="module", names of couplings that must keep the same share of their entries, because its
+            own Python has one integer for the sizes of all (one `head_dim` for queries, keys and values).
     """
 
     name: str
@@ -82,6 +86,7 @@ class Coupling:
     contexts: int = 1
     attention: str | None = None
     changes: tuple[str, ...] = ()
+    in_step: tuple[str, ...] = ()
 
     @property
     def width(self) -> int:

@@ -214,6 +214,7 @@ def _round_trips(graph: nx.Graph, axis_facts: AxisFacts, atom: Atom, start: Any)
 
 _ROLES = {
     "contracted": "multiplied entry by entry and summed over",
+    "reduced": "reduced over what is left of it",
     "free": "brought into a product by one side",
     "batch": "one product per entry",
     "expanded": "repeated along",
@@ -223,6 +224,8 @@ _ROLES = {
 def _because(axis_facts: AxisFacts, atom: Atom, node: fx.Node) -> str:
     """Return in words what an op does to an axis."""
     roles = {fact.role for fact in axis_facts.facts if fact.node is node and atom in atoms_of(fact.expr)}
+    if "reduced" in roles:
+        roles -= {"free", "batch"}
     sentences = [words for role, words in _ROLES.items() if role in roles]
     if sentences:
         return "; ".join(sentences)

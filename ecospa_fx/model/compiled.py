@@ -174,7 +174,8 @@ class CompiledModel:
                 if not any(region.python_support and region.python_support.couplings for region in regions.values()):
                     raise NoCouplingError(_nothing_followed(model, regions))
         except BaseException:
-            model.__dict__.pop(MODEL, None)
+            if waiting:
+                swap_forward(model, MODEL)
             raise
         self.regions = regions
         self.state.joints, self.state.joint_refusals = chosen.joints, chosen.refusals

@@ -101,8 +101,8 @@ def unshrunk_dim(tensor: Tensor, dim: int, kept: Tensor, size: int, name: str, w
     if dim >= tensor.ndim or tensor.shape[dim] != len(kept):
         raise EcoSpaError(
             f"the argument `{name}` of {who} has sizes {tuple(tensor.shape)}, and {len(kept)} of {size} entries are "
-            f"left along its dim {dim}, which has shrunk with the model around: pass what the module before it returns, or "
-            'compile with regions="blocks", where arguments and results of blocks keep their sizes'
+            f"left along its dim {dim}, which has shrunk with the model around: pass what the module before it "
+            'returns, or compile with regions="blocks", where arguments and results of blocks keep their sizes'
         )
     shape = list(tensor.shape)
     shape[dim] = size

@@ -16,7 +16,7 @@ from ecospa_fx.errors import NoCouplingError, PinnedAxisError
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.axes.selection import Selected, mask_of, narrow, whole
 from ecospa_fx.passes.find.discover import RegionCoupling
-from ecospa_fx.passes.find.joints import Joint
+from ecospa_fx.passes.find.joint import Joint
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.border import WeightDim
 from ecospa_fx.passes.rewrite.replay import replay
@@ -145,8 +145,9 @@ class JointOffer:
         region = self._region_of(member)
         matrix = full in self.joint.matrices
         of = full if matrix else nearest(full, self.joint.producers or self.joint.matrices)
+        writes = of in self.joint.producers
         if region is None:
-            yield Member(full, dim, torch.arange(len(self._left(self.state.plan))), matrix, of)
+            yield Member(full, dim, torch.arange(len(self._left(self.state.plan))), matrix, of, writes)
             return
         facts = self.regions[region].naming_graph.axis_facts
         inside = full.removeprefix(f"{region}.")
@@ -157,7 +158,7 @@ class JointOffer:
             numbers, mask = CouplingIndex(atom, None, kept[region]), mask_of(expr, kept[region])
             for part, index in by_part(expr, atom):
                 label = of if part is None else f"{of} part {part}"
-                yield Member(full, dim, numbers.read(expr, index, mask)[0], matrix, label, part)
+                yield Member(full, dim, numbers.read(expr, index, mask)[0], matrix, label, writes, part)
 
     def _why(self, a: str, b: str) -> Path:
         """Return the path between two parameters: inside one region, or through the edges of two."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from ecospa_fx.errors import ArgumentError, EcoSpaError
 
 Result = TypeVar("Result")
 _MISSING = object()
@@ -91,6 +93,33 @@ def all_or_nothing(change: Callable[[Journal], Result]) -> Result:
         journal.undo()  # an exception may have come at any line of the first attempt
         raise
     return result
+
+
+def take_state(where: str, held: Iterable[object], take: Callable[[], None]) -> None:
+    """Let objects take a state that `state_dict` returned: as a whole, or not at all.
+
+    Args:
+        where: the object that takes it, for the message.
+        held: the objects whose attributes change.
+        take: changes them.
+
+    Raises:
+        ArgumentError: the state is none that `state_dict` returned.
+    """
+
+    def change(journal: Journal) -> None:
+        for each in held:
+            journal.note_object(each)
+        take()
+
+    try:
+        all_or_nothing(change)
+    except EcoSpaError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        raise ArgumentError(
+            f"{where}: `state` cannot be read ({type(error).__name__}: {error}); it must be what state_dict() returned"
+        ) from error
 
 
 def _assign(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:

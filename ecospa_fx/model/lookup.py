@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from ecospa_fx.arguments import MODULE, takes
@@ -100,9 +101,15 @@ def try_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     Raises:
         CaptureError: the model cannot be called so.
     """
+    compiled: CompiledModel | None = model.__dict__.get(MODEL)
+    loaded = compiled is not None and compiled.regions and not compiled.captured and compiled.execution == "module"
     try:
-        with isolated(model), torch.no_grad():
-            model(*args, **kwargs)
+        with isolated(model):
+            if compiled is not None and loaded:  # it runs its own Python, and a call without gradients captures nothing
+                compiled.capture_again(model, args, kwargs)
+            else:
+                with torch.no_grad():
+                    model(*args, **kwargs)
     except EcoSpaError:
         raise
     except Exception as error:
@@ -110,6 +117,35 @@ def try_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         raise CaptureError(
             f"{type(model).__name__} cannot be called with these inputs, it fails with {type(error).__name__}: {line}"
         ) from error
+
+
+def check_ready(model: nn.Module) -> None:
+    """Refuse a model whose parameters have no sizes yet, or can take no gradients.
+
+    Raises:
+        CaptureError: it has such parameters.
+    """
+    check_sizes(model)
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise CaptureError(
+                f"`{name}` of {type(model).__name__} was made in torch.inference_mode, where no gradients are known; "
+                "make the model outside of it"
+            )
+
+
+def check_sizes(model: nn.Module) -> None:
+    """Refuse a model whose parameters have no sizes yet.
+
+    Raises:
+        CaptureError: it has such parameters.
+    """
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise CaptureError(
+                f"`{name}` of {type(model).__name__} has no sizes before the first call of its lazy layer; call the "
+                "model once before"
+            )
 
 
 def check_values(model: nn.Module, what: str) -> None:

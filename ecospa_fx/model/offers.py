@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -190,6 +190,7 @@ class Offers:
             changes=tuple(str(attribute.within(self.region)) for attribute in support.couplings[offered.key])
             if support is not None
             else (),
+            in_step=tuple(self._names_of(support.in_step.get(offered.key, ()))) if support is not None else (),
         )
 
     def _members(self, offered: RegionCoupling, numbers: CouplingIndex) -> Iterator[Member]:
@@ -200,12 +201,18 @@ class Offers:
                 continue
             expr = axis_facts.parameters[name][dim]
             matrix = name in matrices
-            of = join(self.region, name if matrix else nearest(name, offered.producers or matrices))
+            of = name if matrix else nearest(name, offered.producers or matrices)
+            writes, of = of in offered.producers, join(self.region, of)
             mask = mask_of(expr, self.kept)
             for part, index in by_part(expr, offered.atom):
                 label = of if part is None else f"{of} part {part}"
                 of_entry, of_context = numbers.read(expr, index, mask)
-                yield Member(join(self.region, name), dim, of_entry, matrix, label, part, of_context)
+                yield Member(join(self.region, name), dim, of_entry, matrix, label, writes, part, of_context)
+
+    def _names_of(self, keys: Iterable[object]) -> Iterator[str]:
+        """Yield the names of couplings of the naming graph."""
+        named = {coupling.key: coupling.name for coupling in self.naming_graph.discovery.couplings}
+        yield from (join(self.region, named[key]) for key in keys if key in named)
 
     def _name_of(self, atom: Atom) -> str:
         """Return the name of the coupling along an atom, or words for an axis that has none."""

@@ -59,11 +59,31 @@ def planned(
                 atoms.setdefault(region, {}).update(selected)
             continue
         by_region.setdefault(by_name[name].region, {})[name] = keep
+    _check_steps(by_name, {name: keep for keeps in by_region.values() for name, keep in keeps.items()})
     for region_name in dict.fromkeys((*by_region, *atoms)):
         _plan_region(after, regions[region_name], by_region.get(region_name, {}), atoms.get(region_name, {}))
     for offer in across.values():
         offer.write_aliases(after)
     return after
+
+
+def _check_steps(couplings: Mapping[str, Coupling], keeps: Mapping[str, Tensor]) -> None:
+    """Refuse sizes that one integer of the model's own Python cannot hold.
+
+    Raises:
+        ShrinkError: couplings that are in step would keep other shares.
+    """
+    sizes = {name: keeps[name].shape[-1] if name in keeps else c.size for name, c in couplings.items()}
+    for name in keeps:
+        one = couplings[name]
+        for other in (couplings[each] for each in one.in_step if each in couplings):
+            if sizes[name] * other.original_size != sizes[other.name] * one.original_size:
+                raise ShrinkError(
+                    f"cannot shrink `{name}` to {sizes[name]} of {one.original_size} beside `{other.name}` at "
+                    f"{sizes[other.name]} of {other.original_size}: the model's own Python has one number for both "
+                    f"({', '.join(one.changes) or 'their sizes'}); keep the same share of both, or use "
+                    "execution='graph'"
+                )
 
 
 def _plan_region(after: Plan, region: Region, keeps: Mapping[str, Tensor], atoms: Selection) -> None:

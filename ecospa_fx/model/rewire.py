@@ -55,7 +55,7 @@ def rewire(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Mod
     if compiled.state.joints:
         raise EcoSpaError(
             f"this {type(model).__name__} has couplings across regions ({compiled.state.joints[0].name}), whose other "
-            'ends would be unknown after the change: change the modules first, or compile with regions="root" or "blocks"'
+            "ends would be unknown after the change: change the modules first, or compile with regions='root'"
         )
     tensors = {id(tensor): name for name, tensor in reversed(named_tensors(model).items())}
     modules = {module: name for name, module in model.named_modules()}

@@ -9,7 +9,7 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.passes.capture.options import CaptureOptions
 from ecospa_fx.passes.find.analyse import Captures
-from ecospa_fx.passes.find.joints import Joint
+from ecospa_fx.passes.find.joint import Joint
 from ecospa_fx.passes.find.left_whole import Refusal
 from ecospa_fx.passes.follow.attributes import Changes
 from ecospa_fx.plan import Plan

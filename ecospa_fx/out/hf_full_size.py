@@ -18,10 +18,14 @@ from torch import Tensor, nn
 
 from ecospa_fx.arguments import FLAG, MODULE, PATH, takes
 from ecospa_fx.errors import EcoSpaError, FormatError
+from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.model.full_size import unshrunk
 from ecospa_fx.model.lookup import compiled_state
 from ecospa_fx.model.wrappers import looks_inside
+from ecospa_fx.passes.axes.selection import touched
+from ecospa_fx.passes.graph.nodes import op_name, place
 from ecospa_fx.passes.graph.tensors import named_tensors
+from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.plan import Plan
 
 from .hf_pretrained import shape_differences
@@ -45,7 +49,8 @@ def save_unshrunk(model: nn.Module, directory: str | os.PathLike[str], *, mark: 
 
     Raises:
         EcoSpaError: the model is not compiled, or not of transformers.
-        FormatError: its configuration is not that of the original sizes; or, with `mark`, its weights hold NaN already.
+        FormatError: its configuration is not that of the original sizes; a norm or an average runs over an axis that
+            has shrunk, which would count zeros; or, with `mark`, its weights hold NaN already.
     """
     compiled, kind = compiled_state(model), type(model).__name__
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
@@ -63,6 +68,12 @@ def save_unshrunk(model: nn.Module, directory: str | os.PathLike[str], *, mark: 
             f"the configuration of this {kind} does not give `{wrong[0]}` its original shape {wanted[wrong[0]]}: it "
             "has smaller sizes already, which need no unshrinking; use model.save_pretrained"
         )
+    if not mark and (where := _counted(compiled)):
+        raise FormatError(
+            f"zeros cannot stand for the entries that this {kind} has lost: {where} takes what is left of them, and "
+            "would count the zeros. Write it with model.save_pretrained or ecospa_fx.save, or frozen=[...] keeps the "
+            "weights of norms at full size"
+        )
     state = _full_size_state(model, plan, float("nan") if mark else 0.0)
     target = Path(directory)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +89,17 @@ def save_unshrunk(model: nn.Module, directory: str | os.PathLike[str], *, mark: 
                 path.unlink()
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _counted(compiled: CompiledModel) -> str | None:
+    """Name an op that takes what is left of an axis that has shrunk, other than in a sum; None without one."""
+    for region in compiled.regions.values():
+        axis_facts = region.naming_graph.axis_facts
+        kept = replay(axis_facts, compiled.plan)
+        for fact in axis_facts.facts:
+            if fact.role == "reduced" and touched(fact.expr, kept):
+                return f"{op_name(fact.node)} ({place(fact.node, region.name)})"
+    return None
 
 
 def _full_size_state(model: nn.Module, plan: Plan, fill: float) -> dict[str, Tensor]:

@@ -16,9 +16,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ecospa_fx.arguments import FLAG, MODULE, NAMED, WHOLE, check_state, instance, takes
+from ecospa_fx.arguments import (
+    FLAG,
+    MODULE,
+    NAMED,
+    NAMES,
+    ONE_NUMBER,
+    WHOLE,
+    check_state,
+    instance,
+    optional,
+    shown,
+    takes,
+)
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
+from ecospa_fx.model.journal import take_state
 from ecospa_fx.model.lookup import check_values, couplings
 from ecospa_fx.model.optimizer_state import innermost, several
 from ecospa_fx.model.wrappers import unwrapped
@@ -110,6 +123,7 @@ class CoupledEstimator:
         """Sums over steps by (parameter, dim)."""
         return self.reader.sums
 
+    @takes(scale=optional(ONE_NUMBER), found_inf=optional(ONE_NUMBER), names=optional(NAMES), new_step=FLAG)
     def accumulate(
         self,
         *,
@@ -132,7 +146,8 @@ class CoupledEstimator:
         self._count.seen += new_step
         factor = torch.as_tensor(scale, dtype=torch.float32) if isinstance(scale, (int, float)) else scale
         named = ((name, p) for name, p in self.model.named_parameters() if names is None or name in names)
-        self.reader.add(GradientStep(named, factor, found_inf, new_step))
+        skip = torch.as_tensor(found_inf) if isinstance(found_inf, (int, float)) else found_inf
+        self.reader.add(GradientStep(named, factor, skip, new_step))
 
     def attach(self, *optimizers: Optimizer) -> None:
         """Read gradients right before every step of an optimizer, instead of at calls of `accumulate`.
@@ -155,7 +170,7 @@ class CoupledEstimator:
                 new_step=another,
             )
 
-        optimizers = tuple(each for optimizer in optimizers for each in innermost(optimizer))
+        optimizers = tuple(each for optimizer in several(optimizers) for each in innermost(optimizer))
         for number, optimizer in enumerate(optimizers):
             hook = lambda held, *_, number=number: read(number, held)  # noqa: E731
             self._handles.append(optimizer.register_step_pre_hook(hook))
@@ -274,8 +289,22 @@ class CoupledEstimator:
         Raises:
             ArgumentError: the state is none that `state_dict` returned.
         """
-        check_state(state, ("steps", "tensors"), "CoupledEstimator")
-        self._count.seen, self._backwards = state["steps"], dict(state.get("fired", {}))
-        tensors = dict(state["tensors"])
-        self._count.skipped = tensors.pop("skipped", None)
+        check_state(state, {"steps": 0, "tensors": {}}, "CoupledEstimator")
+        take_state("CoupledEstimator", self.holding_state(), lambda: self._take(state))
+
+    def holding_state(self) -> list[object]:
+        """Return the objects whose attributes `load_state_dict` changes."""
+        totals = getattr(self.reader, "totals", None)
+        return [self, self._count, self.reader, *([] if totals is None else [totals])]
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        tensors = {name: _checked(tensor) for name, tensor in state["tensors"].items()}
+        self._backwards = dict(state.get("fired", {}))
+        self._count.seen, self._count.skipped = state["steps"], tensors.pop("skipped", None)
         self.reader.load_tensors(tensors)
+
+
+def _checked(tensor: Any) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{shown(tensor)} is no tensor")
+    return tensor

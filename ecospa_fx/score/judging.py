@@ -80,7 +80,9 @@ def coupling_entries(coupling: Coupling, means: Mapping[SliceKey, Tensor], *, by
 def index_scores(model: nn.Module, coupling: Coupling, *, by_context: bool = False) -> Tensor:
     """Score each entry of a coupling by the product over its matrices of the norms of that entry's slices.
 
-    A bias counts in the row of the matrix it belongs to. (arXiv 2511.11641, coupled sparsification.)
+    A bias counts in the row of the matrix it belongs to. (arXiv 2511.11641, coupled sparsification.) All matrices that
+    write to a residual stream count as one, end to end, and so do all that read it: what they write adds up, and a
+    product of hundreds of norms would be the order of a few outliers, or zero. Scales of norms do not count there.
 
     Args:
         model: a compiled model.
@@ -93,12 +95,20 @@ def index_scores(model: nn.Module, coupling: Coupling, *, by_context: bool = Fal
     check_values(model, "score")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     rows = coupling.contexts if by_context else 1
-    squares: dict[str, Tensor] = {}
-    weights: list[Tensor] = [parameters[member.parameter] for member in coupling.members]
-    sums_of = slice_sums(weights, [member.dim for member in coupling.members])
-    for member, sums in zip(coupling.members, sums_of, strict=True):
+    stream = coupling.kind == "residual"
+    squares: dict[str | bool, Tensor] = {}
+    members = [member for member in coupling.members if not stream or member.matrix or _beside(member)]
+    weights: list[Tensor] = [parameters[member.parameter] for member in members]
+    sums_of = slice_sums(weights, [member.dim for member in members])
+    for member, sums in zip(members, sums_of, strict=True):
         owned, places = places_of(member, coupling, by_context=by_context)
-        total = squares.setdefault(member.of, torch.zeros(rows * coupling.size, dtype=torch.float64))
+        matrix = member.writes if stream else member.of
+        total = squares.setdefault(matrix, torch.zeros(rows * coupling.size, dtype=torch.float64))
         total.index_add_(0, places, sums.double().cpu()[owned])
     product = torch.stack([total.sqrt() for total in squares.values()]).prod(0)
     return product.view(rows, -1) if by_context else product
+
+
+def _beside(member: Member) -> bool:
+    """Return whether a vector is of the same layer as its matrix: a bias, and not the scale of a norm."""
+    return member.parameter.rpartition(".")[0] == member.of.partition(" ")[0].rpartition(".")[0]

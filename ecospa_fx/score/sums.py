@@ -228,12 +228,13 @@ class SliceTotals:
 
     def load_tensors(self, named: Mapping[str, Tensor]) -> None:
         """Go on with the sums that `tensors` returned."""
-        self.sums = {}
+        whole: dict[SliceKey, Tensor] = {}
         steps: dict[int, dict[SliceKey, Tensor]] = {}
         for name, tensor in named.items():
             step, _, label = name.rpartition(": ")
-            sums = steps.setdefault(int(step.split()[1]), {}) if step else self.sums
+            sums = steps.setdefault(int(step.split()[1]), {}) if step else whole
             sums[key_of(label)] = tensor
+        self.sums = whole
         self.rule.steps.clear()
         self.rule.steps.extend(steps[i] for i in sorted(steps))
 

@@ -12,13 +12,13 @@ import networkx as nx
 from rich.console import Group
 from torch import nn
 
-from ecospa_fx.arguments import CALL, FLAG, MODULE, NAMED, PATH, TEXT, optional, takes
+from ecospa_fx.arguments import CALL, FLAG, MODULE, NAMED, PATH, REGIONS, TEXT, optional, takes
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.couple.why import Path, Why, axis_graph, path_between
 from ecospa_fx.errors import NoCouplingError, NoInputsError
 from ecospa_fx.model.class_swap import original_class
 from ecospa_fx.model.compiled import MODEL, CompiledModel, find_followed
-from ecospa_fx.model.lookup import try_call
+from ecospa_fx.model.lookup import check_ready, try_call
 from ecospa_fx.model.parametrized import removals, with_way_out
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.state import Execution
@@ -147,7 +147,7 @@ class Explanation(Findings):
         write_report(self, path, training)
 
 
-@takes(model=MODULE, **CALL, experiments=FLAG, execution=TEXT)
+@takes(model=MODULE, **CALL, regions=REGIONS, experiments=FLAG, execution=TEXT)
 @looks_inside
 def explain(
     model: nn.Module,
@@ -177,6 +177,7 @@ def explain(
         CaptureError: the model cannot be captured; with `execution="module"` that includes every call with a cache.
     """
     compiled = model.__dict__.get(MODEL)
+    check_ready(model)
     if compiled is not None and compiled.captured:
         return _explanation(model, compiled, {})
     args, kwargs = example_call(model, example_inputs, example_kwargs)

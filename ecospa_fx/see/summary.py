@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ecospa_fx.arguments import CALL, MODULE, WHOLE, optional, takes
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.diff import words
-from ecospa_fx.model.lookup import try_call
+from ecospa_fx.model.lookup import check_sizes, try_call
 from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.plan import Plan
 from ecospa_fx.text import count, plain, size
@@ -192,6 +192,7 @@ def summary(
                 if tail not in tails:
                     tails.append(tail)
     plan = compiled.plan if compiled is not None else Plan()
+    check_sizes(model)
     shapes = {}
     if example_inputs is not None or example_kwargs is not None:
         shapes = _output_shapes(model, tuple(example_inputs or ()), dict(example_kwargs or {}))

@@ -40,15 +40,23 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """True if every comparison is within tolerance."""
-        return all(comparison.ok for comparison in self.by_coupling.values())
+        """True if something was compared, and every comparison is within tolerance."""
+        return bool(self.by_coupling) and all(comparison.ok for comparison in self.by_coupling.values())
 
     @property
     def worst(self) -> Comparison:
-        """The comparison with the largest error."""
+        """The comparison with the largest error.
+
+        Raises:
+            VerificationError: nothing was compared.
+        """
+        if not self.by_coupling:
+            raise VerificationError("nothing was compared, so that there is no worst comparison")
         return max(self.by_coupling.values(), key=lambda c: max(c.output_error, c.gradient_error))
 
     def __str__(self) -> str:
+        if not self.by_coupling:
+            return "NOT exact: nothing was compared"
         verdict = "exact" if self.ok else "NOT exact"
         worst = self.worst
         return (
@@ -62,6 +70,8 @@ class Verification:
         Raises:
             VerificationError: names every coupling that failed.
         """
+        if not self.by_coupling:
+            raise VerificationError("nothing was compared")
         failed = [c for c in self.by_coupling.values() if not c.ok]
         if failed:
             raise VerificationError(

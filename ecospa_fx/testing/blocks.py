@@ -194,6 +194,42 @@ def state_space(w: Writer) -> None:
     w.put(f"torch.stack([{', '.join(states)}], dim=1)")
 
 
+@move(1, "recurrent")
+def recurrent(w: Writer) -> None:
+    """Write a recurrent layer of torch, stacked or in both directions, or steps of a cell."""
+    x = tokens(w)
+    n = w.size() + 1
+    kind = w.rng.choice(("LSTM", "GRU", "RNN"))
+    if w.chance(0.3):
+        cell, state = w.hold(f"nn.{kind}Cell({x.shape[-1]}, {n})"), "None"
+        for step in range(min(3, x.shape[1])):
+            made = f"{cell}({x}[:, {step}], {state})"
+            state = f"({', '.join(map(str, w.put_all(made, 2)))})" if kind == "LSTM" else str(w.put(made))
+        return
+    how = f"batch_first=True, num_layers={w.rng.choice((1, 1, 2))}, bidirectional={w.chance(0.3)}"
+    w.put(f"{w.hold(f'nn.{kind}({x.shape[-1]}, {n}, {how})')}({x})[0]")
+
+
+@move(1, "angle")
+def compared(w: Writer) -> None:
+    """Write angles or distances to learnt vectors."""
+    x = tokens(w)
+    d = x.shape[-1]
+    if d == 1:
+        raise Dead("an angle between numbers")
+    vectors = w.parameter(w.size(), d)
+    w.put(
+        w.rng.choice(
+            (
+                f"F.cosine_similarity({x}.unsqueeze(-2), {vectors}, dim=-1, eps=1e-2)",
+                f"F.normalize({x}, dim=-1, eps=1e-2) @ F.normalize({vectors}, dim=-1, eps=1e-2).t()",
+                f"F.linear({x}, {vectors}.softmax(-1))",
+                f"F.linear({x}, {vectors} - {vectors}.mean(1, keepdim=True))",
+            )
+        )
+    )
+
+
 @move(0.5, "attention")
 def torch_attention(w: Writer) -> None:
     """Write a call of `nn.MultiheadAttention`."""

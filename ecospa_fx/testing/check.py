@@ -263,7 +263,12 @@ def _results(outputs: Any, leaves: Iterable[Tensor]) -> tuple[list[Tensor], list
 def _zero_at_contractions(
     axis_facts: AxisFacts, kept: Selection, zeroed: Mapping[str, Tensor], args: tuple[Tensor, ...]
 ) -> bool:
-    """Check that, with zeroed weights, every contraction has a factor that is zero at each removed entry."""
+    """Check that, with zeroed weights, every contraction has a factor that is zero at each removed entry.
+
+    Where another reduction runs over such an axis, removed entries are absent, and no zeros are that.
+    """
+    if any(fact.role == "reduced" and touched(fact.expr, kept) for fact in axis_facts.facts):
+        return False
     wanted: dict[str, list[list[tuple[int, Tensor]]]] = {}
     for fact in axis_facts.facts:
         if fact.role == "contracted" and touched(fact.expr, kept):

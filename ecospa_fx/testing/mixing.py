@@ -6,15 +6,24 @@ from .moves import move
 from .programs import Dead, Writer
 
 
+def divisors(n: int) -> list[int]:
+    """Return the numbers of equal groups that `n` entries fall into."""
+    return [g for g in range(1, n + 1) if n % g == 0]
+
+
 @move(1.2, "reduction")
 def reduced(w: Writer) -> None:
     """Sum over a dim, average it, or reduce it nonlinearly."""
     x = w.pick(2)
     dim, keep = w.rng.randrange(x.ndim), w.chance(0.5)
-    how = w.rng.choice(("sum", "sum", "mean", "amax", "var"))
+    how = w.rng.choice(("sum", "sum", "mean", "mean", "amax", "var", "logsumexp", "norm", "prod", "median", "max"))
     if how == "var" and x.shape[dim] == 1:
         raise Dead("no variance of one")
-    w.put(f"{x}.{how}({dim}, keepdim={keep})")
+    if how == "norm":
+        order = w.rng.choice(("1", "2", "3", "torch.inf"))
+        w.put(f"torch.linalg.vector_norm({x} + 3, {order}, {dim}, {keep})")
+    else:
+        w.put(f"{x}.{how}({dim}, keepdim={keep}){'.values' if how in ('median', 'max') else ''}")
 
 
 @move(2, "norm")
@@ -30,6 +39,11 @@ def normed(w: Writer) -> None:
                 lambda: f"{w.hold(f'nn.LayerNorm({n})')}({x})",
                 lambda: f"{w.hold(f'nn.RMSNorm({n}, eps=1e-3)')}({x})",
                 lambda: f"{x}.softmax({dim})",
+                lambda: f"{x}.log_softmax({dim})",
+                lambda: (
+                    f"{w.hold(f'nn.GroupNorm({w.rng.choice(divisors(n))}, {n}, eps=1e-2)')}({x}.flatten(0, -2))"
+                    f".view({', '.join(map(str, x.shape))})"
+                ),
                 lambda: f"F.normalize({x}, dim={dim}, eps=1e-2)",
                 lambda: f"{x} * ({x}.pow(2).mean({dim}, keepdim=True) + 1e-2).rsqrt() * {w.parameter(n)}",
                 lambda: f"({x} - {x}.mean(-1, keepdim=True)) / ({x}.var(-1, keepdim=True) + 1e-2).sqrt()",
@@ -44,7 +58,7 @@ def channel_norm(w: Writer) -> None:
     x = w.pick(3, 5)
     c = x.shape[1]
     kind = {3: "1d", 4: "2d", 5: "3d"}[x.ndim]
-    groups = w.rng.choice([g for g in range(1, c + 1) if c % g == 0])
+    groups = w.rng.choice(divisors(c))
     w.put(
         w.rng.choice(
             (
@@ -75,7 +89,7 @@ def convolved(w: Writer) -> None:
     x = w.pick(3, 5)
     kind, c = x.ndim - 2, x.shape[1]
     k = w.rng.choice((1, 1, 2, 3))
-    groups = w.rng.choice([g for g in range(1, c + 1) if c % g == 0])
+    groups = w.rng.choice(divisors(c))
     match w.rng.randrange(5):
         case 0:
             layer = f"nn.Conv{kind}d({c}, {c * w.rng.choice((1, 1, 2))}, {k}, padding={k // 2}, groups={c})"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from ecospa_fx.errors import EcoSpaError
+from ecospa_fx.arguments import KEYWORDS, Kind, check, shown
+from ecospa_fx.errors import ArgumentError, EcoSpaError
 
 from .loss_spikes import number_of
 
@@ -17,6 +20,17 @@ class LossListener(Protocol):
 
     def step(self, loss: float) -> None:
         """Take the loss of a training step, after the trainer has taken that step."""
+
+
+def _listens(value: Any) -> bool:
+    try:
+        inspect.signature(value.step).bind(0.0)
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return not isinstance(value, (type, Optimizer))  # an optimizer's step takes a function
+
+
+LISTENER = Kind("an object with step(loss)", _listens)
 
 
 def loss_of(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor] | None) -> Tensor:
@@ -29,18 +43,42 @@ def loss_of(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor] | N
 
     Raises:
         EcoSpaError: the batch is a pair, and `loss` is missing; or the loss is not one number.
+        ArgumentError: the batch is neither; or there is no loss to differentiate.
     """
     if isinstance(batch, Mapping):
-        value: Tensor = model(**batch).loss
-        return _one(value)
+        check(batch, KEYWORDS, "batch", "EcoSpaTrainer.fit")
+        outputs = model(**batch)
+        if not hasattr(outputs, "loss"):
+            raise ArgumentError(
+                f"EcoSpaTrainer.fit: the batch is a mapping, so the output of the model must have .loss, and it is "
+                f"{shown(outputs)}; pass batches of (inputs, targets), and loss="
+            )
+        return _one(outputs.loss)
     if loss is None:
         kind = type(batch).__name__
         raise EcoSpaError(f"a batch is a {kind}, not a mapping; pass loss=, a function of outputs and targets")
-    inputs, targets = batch
+    inputs, targets = _pair(batch)
     return _one(loss(model(inputs), targets))
 
 
+def _pair(batch: Any) -> tuple[Any, Any]:
+    try:
+        if not isinstance(batch, (str, bytes, Tensor)):
+            inputs, targets = batch
+            return inputs, targets
+    except (TypeError, ValueError):  # it has no parts, or another number of them
+        pass
+    length = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+    raise ArgumentError(
+        f"EcoSpaTrainer.fit: a batch is {shown(batch)}{length}; it must be a mapping of keyword arguments, or a pair "
+        "(inputs, targets)"
+    )
+
+
 def _one(loss: Tensor) -> Tensor:
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        kind = "a tensor without a gradient" if isinstance(loss, Tensor) else shown(loss)
+        raise ArgumentError(f"EcoSpaTrainer.fit: the loss is {kind}; it must be a tensor that depends on the weights")
     number_of(loss.detach() if loss.numel() != 1 else 0.0)  # without waiting for a GPU
     return loss
 

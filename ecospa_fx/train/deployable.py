@@ -26,12 +26,14 @@ from ecospa_fx.errors import EcoSpaError, TargetError
 from ecospa_fx.model.configured import configured
 from ecospa_fx.model.constructed import Constructed
 from ecospa_fx.model.described import Described
+from ecospa_fx.model.joint_offers import joint_offers
 from ecospa_fx.model.lookup import compiled_state, state_of
 from ecospa_fx.model.making import Number, Where
 from ecospa_fx.model.planning import planned
 
 Deployable: TypeAlias = "Literal['transformers'] | Callable[[], nn.Module]"
-MOST_TOGETHER = 3  # groups of couplings that one attempt joins
+Set: TypeAlias = "list[list[Coupling]]"  # groups of alike couplings that keep one share
+MOST_TOGETHER = 3  # sets of couplings that one attempt joins
 FEW = 24  # sizes that are all tried
 
 
@@ -105,21 +107,22 @@ def deployment(model: nn.Module, deployable: Deployable, constraints: Constraint
         found = _Attempts(Constructed(model, compiled, make, given))
     else:
         found = _Attempts(configured(model, compiled))
-    couplings = state_of(model).couplings()
-    groups = [group for group in alike(couplings) if min(c.size for c in group) > 1]
-    failing, why = [], {}
-    for group in groups:
-        reason = found.fails([group])
+    sets = _sets(state_of(model).couplings())
+    failing: list[Set] = []
+    why: dict[str, str] = {}
+    for each in sets:
+        reason = found.fails(each)
         if reason is not None:
-            failing.append(group)
-            why[id(group)] = reason
-    joined: list[list[list[Coupling]]] = []
+            failing.append(each)
+            why |= dict.fromkeys(_names(each), reason)
+    joined: list[Set] = []
     for several in _several(failing):
-        free = [group for group in several if not any(group is each for taken in joined for each in taken)]
-        if len(free) == len(several) and found.fails(several) is None:
-            joined.append(list(several))
-    fine = [[group] for group in groups if not any(group is each for each in failing)] + joined
-    accepted: list[list[list[Coupling]]] = []
+        together = [group for each in several for group in each]
+        taken = {name for each in joined for name in _names(each)}
+        if not taken & set(_names(together)) and found.fails(together) is None:
+            joined.append(together)
+    fine = [each for each in sets if not set(_names(each)) & why.keys()] + joined
+    accepted: list[Set] = []
     if found.fails(*fine) is None:
         accepted = fine
     else:
@@ -128,7 +131,7 @@ def deployment(model: nn.Module, deployable: Deployable, constraints: Constraint
             if reason is None:
                 accepted.append(each)
             else:
-                why |= {id(group): f"with others shrunk too, {reason}" for group in each}
+                why |= dict.fromkeys(_names(each), f"with others shrunk too, {reason}")
     allowed: dict[str, Sequence[int]] = {}
     for each in list(accepted):
         sizes = found.sizes(each, [other for other in accepted if other is not each])
@@ -136,11 +139,11 @@ def deployment(model: nn.Module, deployable: Deployable, constraints: Constraint
             continue
         if not sizes:
             accepted.remove(each)
-            why |= {id(group): "no other size of it passes the checks of the configuration" for group in each}
+            why |= dict.fromkeys(_names(each), "no other size of it passes the checks of the configuration")
         allowed |= {c.name: [size * c.size // _least(each) for size in sizes] for group in each for c in group}
-    kept = [group for each in accepted for group in each]
-    forbidden = {c.name: why[id(group)] for group in groups if not any(group is k for k in kept) for c in group}
-    tied = [[c.name for group in each for c in group] for each in accepted if len(each) > 1]
+    kept = {name for each in accepted for name in _names(each)}
+    forbidden = {name: why[name] for each in sets for name in _names(each) if name not in kept}
+    tied = [_names(each) for each in accepted if len(each) > 1]
     more = replace(
         constraints, uniform="layers", tied=[*constraints.tied, *tied], whole={**forbidden, **constraints.whole},
         allowed={name: set(sizes) for name, sizes in allowed.items() if name not in forbidden},
@@ -148,13 +151,29 @@ def deployment(model: nn.Module, deployable: Deployable, constraints: Constraint
     return Deployment(more, forbidden, tied)
 
 
-def _least(groups: Sequence[Sequence[Coupling]]) -> int:
+def _sets(couplings: Sequence[Coupling]) -> list[Set]:
+    """Group the couplings that can lose entries: alike ones, with those that they are in step with."""
+    sets: list[Set] = []
+    for group in alike(couplings):
+        if min(c.size for c in group) < 2:
+            continue
+        partners = {name for c in group for name in c.in_step}
+        meeting = [each for each in sets if partners & set(_names(each))]
+        sets = [each for each in sets if each not in meeting] + [[g for each in meeting for g in each] + [group]]
+    return sets
+
+
+def _names(each: Set) -> list[str]:
+    return [c.name for group in each for c in group]
+
+
+def _least(groups: Set) -> int:
     return min(c.size for group in groups for c in group)
 
 
-def _several(groups: Sequence[list[Coupling]]) -> Iterator[tuple[list[Coupling], ...]]:
+def _several(sets: Sequence[Set]) -> Iterator[tuple[Set, ...]]:
     for number in range(2, MOST_TOGETHER + 1):
-        yield from itertools.combinations(groups, number)
+        yield from itertools.combinations(sets, number)
 
 
 def _parts(make: Callable[[], nn.Module]) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
@@ -170,22 +189,24 @@ class _Attempts:
     def __init__(self, described: Described) -> None:
         self.compiled, self.described = described.compiled, described
 
-    def fails(self, *sets: Sequence[list[Coupling]]) -> str | None:
+    def fails(self, *sets: Set) -> str | None:
         """Say why nothing describes the model with sets of groups shrunk, each set to one share; None if it does."""
         keeps: dict[Coupling, int] = {}
         for groups in sets:
-            sizes = [min(c.size for c in group) for group in groups]
-            parts = gcd(*sizes)
-            if parts == 1:
+            share = self._half(groups)
+            if share is None:
+                sizes = sorted({c.size for group in groups for c in group})
                 return f"{' and '.join(map(str, sizes))} entries have no share in common"
-            for group, size in zip(groups, sizes, strict=True):
-                keeps |= dict.fromkeys(group, size // parts * (parts // 2))
+            keeps |= self._at(groups, share)
         found = self._numbers(keeps) if keeps else {}
         return found if isinstance(found, str) else None
 
-    def sizes(
-        self, groups: Sequence[list[Coupling]], others: Sequence[Sequence[list[Coupling]]]
-    ) -> Sequence[int] | None:
+    def _half(self, groups: Set) -> Fraction | None:
+        """Return a share of about a half at which all couplings keep whole numbers; None where there is none."""
+        parts = gcd(*(c.size for group in groups for c in group))
+        return None if parts == 1 else Fraction(parts // 2, parts)
+
+    def sizes(self, groups: Set, others: Sequence[Set]) -> Sequence[int] | None:
         """Return the sizes of the narrowest coupling of tied groups that pass the checks of the configuration.
 
         A few are tried, of each step that divides its size, with the other groups as they are and at half their size.
@@ -197,7 +218,9 @@ class _Attempts:
         parts = gcd(*(c.size for group in groups for c in group))
         likes = []
         for half in (False, True):
-            rest = {c: c.size // 2 for several in others for group in several for c in group} if half else {}
+            rest: dict[Coupling, int] = {}
+            for other in others if half else ():
+                rest |= self._at(other, self._half(other) or Fraction(1))
             like = self._numbers({**rest, **self._at(groups, Fraction(parts // 2, parts))}, values=False)
             if isinstance(like, dict):
                 likes.append((rest, like))
@@ -219,7 +242,7 @@ class _Attempts:
                 return None if step == 1 else [int(Fraction(part, parts) * least) for part in chosen]
         return []
 
-    def _at(self, groups: Sequence[list[Coupling]], share: Fraction) -> dict[Coupling, int]:
+    def _at(self, groups: Set, share: Fraction) -> dict[Coupling, int]:
         return {c: int(c.size * share) for group in groups for c in group}
 
     def _numbers(
@@ -227,5 +250,6 @@ class _Attempts:
     ) -> Any:
         compiled = self.compiled
         selection = {c: torch.arange(keep) for c, keep in keeps.items()}
-        plan = planned(compiled.plan, compiled.regions, compiled.couplings(), selection)
+        joints = joint_offers(compiled.state, compiled.regions)
+        plan = planned(compiled.plan, compiled.regions, compiled.couplings(), selection, joints)
         return self.described.numbers(plan, values=values, like=like)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ecospa_fx.arguments import FUNCTION, INPUTS, KEYWORDS, optional, takes
+from ecospa_fx.arguments import FUNCTION, INPUTS, KEYWORDS, MODULE, NUMBER, instance, optional, takes
 from ecospa_fx.errors import TargetError
 from ecospa_fx.model.cost import CostModel
 from ecospa_fx.model.lookup import couplings
@@ -61,6 +61,7 @@ class Latency:
         self.measure = measure or self._timed
         self.points: list[tuple[int, float]] = []
 
+    @takes(model=MODULE, flops=instance("a CostModel of FLOPs", CostModel))
     def observe(self, model: nn.Module, flops: CostModel) -> None:
         """Measure the model as it is; the first time also copies of it at smaller widths."""
         if not self.points:
@@ -72,6 +73,7 @@ class Latency:
                 self._add(flops.total({c.name: len(keep) for c, keep in keeps.items()}), self.measure(smaller))
         self._add(flops.total({}), self.measure(model))
 
+    @takes(flops=NUMBER)
     def seconds(self, flops: float) -> float:
         """Return the seconds for FLOPs: on the line between two measurements, beyond all of them on the last line."""
         if len(self.points) == 1:

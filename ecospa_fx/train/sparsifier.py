@@ -11,7 +11,7 @@ from typing import Protocol, Self
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ecospa_fx.arguments import FUNCTION, MAPPING, MODULE, SEVERAL, instance, optional, takes
+from ecospa_fx.arguments import FUNCTION, MAPPING, MODULE, NUMBER, SEVERAL, instance, optional, takes
 from ecospa_fx.couple.constraints import Constraints
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.couple.ties import TiedCouplings
@@ -141,6 +141,7 @@ class CoupledSparsifier:
         if isinstance(self.cost, Latency):
             self.cost.observe(self.model, self._flops())
 
+    @takes(sizes=instance("what sizes() returns", CostModel, LatencyModel))
     def target_size(self, sizes: CostModel | LatencyModel) -> int:
         """Return the cost that remains at the target."""
         whole = 0 if self.among == "all" else sizes.original - sizes.prunable
@@ -150,7 +151,7 @@ class CoupledSparsifier:
         units, self.whole = self.constraints.units(self.model, couplings(self.model))
         return units
 
-    @takes(importance=MAPPING)
+    @takes(importance=MAPPING, at_most=optional(NUMBER))
     def decide(self, importance: Mapping[Coupling, float], at_most: int | None = None) -> dict[Coupling, Tensor]:
         """Decide which entries to keep.
 

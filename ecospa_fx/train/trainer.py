@@ -9,7 +9,20 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ecospa_fx.arguments import FLAG, FUNCTION, MODULE, NAMED, SEVERAL, WHOLE, check_state, having, optional, takes
+from ecospa_fx.arguments import (
+    FLAG,
+    FUNCTION,
+    MODULE,
+    NAMED,
+    NUMBER,
+    SEVERAL,
+    WHOLE,
+    check,
+    check_state,
+    having,
+    optional,
+    takes,
+)
 from ecospa_fx.compensate.compensation import GATHERING, Compensation, CompensationSettings
 from ecospa_fx.compensate.forecast import Forecast
 from ecospa_fx.couple.constraints import Constraints, Frozen, HeadDims, Uniform
@@ -19,13 +32,13 @@ from ecospa_fx.logs import logger
 from ecospa_fx.model.copies import copies_of, listed
 from ecospa_fx.model.cost import Cost
 from ecospa_fx.model.diff import ModuleDiff
-from ecospa_fx.model.journal import Journal, all_or_nothing
-from ecospa_fx.model.lookup import check_optimizer, compiled_state, is_captured
+from ecospa_fx.model.journal import Journal, all_or_nothing, take_state
+from ecospa_fx.model.lookup import check_optimizer, check_values, compiled_state, is_captured
 from ecospa_fx.model.optimizer_state import check_can_follow, several
 from ecospa_fx.model.shrinking import shrink_within
 from ecospa_fx.model.wrappers import check_wrappers, unwrapped
 
-from .batches import LossListener, loss_of, tokens_of
+from .batches import LISTENER, LossListener, loss_of, tokens_of
 from .clock import Clock
 from .deployable import Deployable, Deployment, check_deployable, deployment
 from .latency import Latency
@@ -269,6 +282,8 @@ class EcoSpaTrainer:
             TargetError: the schedule counts tokens or epochs, and they are not given.
         """
         self._finish()
+        if next(self.model.parameters()).is_meta:
+            check_values(self.model, "train")
         value = None if loss is None else number_of(loss)
         amount = self._clock.advance(tokens, epochs)
         self.steps += 1
@@ -370,7 +385,7 @@ class EcoSpaTrainer:
 
     @takes(
         loader=SEVERAL, loss=optional(FUNCTION), scheduler=optional(having("a scheduler with step()", "step")),
-        watch=optional(having("an object with step(loss)", "step")),
+        watch=optional(LISTENER),
     )  # fmt: skip
     def fit(
         self,
@@ -392,6 +407,7 @@ class EcoSpaTrainer:
         Returns:
             The loss of each batch.
         """
+        check_values(self.model, "train")
         losses = []
         epoch = 1 / len(loader) if isinstance(loader, Sized) and len(loader) else None
         for batch in loader:
@@ -451,6 +467,17 @@ class EcoSpaTrainer:
             ArgumentError: the state is none that `state_dict` returned.
         """
         check_state(state, self.state_dict(), "EcoSpaTrainer")
+        if state["from"] is not None:
+            check(state["from"], NUMBER, "state['from']", "EcoSpaTrainer.load_state_dict")
+        held = [part for estimator in self.policy.estimators for part in estimator.holding_state()]
+        held += [] if self._compensation.grams is None else [self._compensation.grams]
+        held += [] if self._decisions.latency is None else [self._decisions.latency]
+        parts = [self, self._clock, self._spikes, self._compensation, *held]
+        take_state("EcoSpaTrainer", parts, lambda: self._take(state))
+        if self.done:
+            self.detach()
+
+    def _take(self, state: Mapping[str, Any]) -> None:
         self.steps, self.done, self.history = state["steps"], state["done"], list(state["history"])
         clock, latency = self._clock, self._decisions.latency
         clock.now, clock.postponed = state["now"], list(state["postponed"])
@@ -462,5 +489,3 @@ class EcoSpaTrainer:
         for estimator, scores in zip(self.policy.estimators, state["scores"], strict=True):
             estimator.load_state_dict(scores)
         self._compensation.load_state_dict(state.get("compensation", {}))
-        if self.done:
-            self.detach()

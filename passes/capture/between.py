@@ -36,7 +36,7 @@ from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.ir.signature import Signature, autocast_now
 from ecospa_fx.passes.ir.state_access import TENSOR, ObjectPath, copy_objects, flattened, foreign, parted
 
-from .record import computable, copied_call
+from .record import computable, copied_call, plain_tensor
 
 _NOT_OF_A_MODEL = {"torch", __name__.partition(".")[0]}
 
@@ -185,7 +185,7 @@ class _Watch(TorchDispatchMode):
         self.calls.append(call)
         self._running.append(call)
         if self._instead is None:  # not the tensors themselves, which would stay alive
-            call.call = pytree.tree_map_only(Tensor, lambda t: t.detach(), (args, kwargs), is_leaf=foreign)
+            call.call = pytree.tree_map_only(Tensor, plain_tensor, (args, kwargs), is_leaf=foreign)
 
     def _leave(self, result: Any) -> None:
         call = self._running[-1]
@@ -195,7 +195,7 @@ class _Watch(TorchDispatchMode):
                 self._remember(leaf, node)
                 call.results.append(node)
         if self._instead is None:
-            call.returned = pytree.tree_map_only(Tensor, lambda t: t.detach(), result, is_leaf=foreign)
+            call.returned = pytree.tree_map_only(Tensor, plain_tensor, result, is_leaf=foreign)
         self._running.pop()
         _seed(len(self.calls))  # so that a forward without the regions draws the same numbers between them
 
@@ -314,7 +314,9 @@ class _Watch(TorchDispatchMode):
 
 
 def _seed(number: int) -> None:
-    torch.manual_seed(number)
+    torch.default_generator.manual_seed(number)  # `torch.manual_seed` takes as long as a small layer
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
     random.seed(number)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(number)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import torch
-from torch import nn
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.graph.isolate import Draws, isolated, uncached_autocast
 from ecospa_fx.passes.graph.namespaces import code_of
-from ecospa_fx.passes.graph.python_state import PythonState
+from ecospa_fx.passes.graph.python_state import PythonState, StateChange
 from ecospa_fx.passes.graph.stores import watched_stores
 from ecospa_fx.passes.ir.region_graph import Forward, described
 from ecospa_fx.passes.ir.state_access import copied_call
@@ -42,6 +43,7 @@ def refuse_effects(
         CaptureError: a hook changes state, or draws from Python's or numpy's generators.
     """
     effects: dict[str, str] = {}
+    parameters = {id(parameter) for parameter in module.parameters()}
     code = code_of(module)
 
     def watching(path: str, hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,7 +51,8 @@ def refuse_effects(
             state, draws = PythonState(module, code), Draws()
             with recorded_reads(module, code) as reads, watched_stores(state) as stores:
                 result = hook(child, *args)
-            changed = next((change.where for change in (*state.changes(), *stores.anew(reads.writes))), None)
+            changes = (*state.changes(), *stores.anew(reads.writes))
+            changed = next((change.where for change in changes if not _is_weight(change, parameters)), None)
             drawn = draws.moved(among=("Python", "numpy"))
             if changed is not None or drawn is not None:
                 effects[path] = f"changes `{changed}`" if drawn is None else f"draws from the generator of {drawn}"
@@ -58,7 +61,7 @@ def refuse_effects(
         return call
 
     with isolated(module), torch.enable_grad(), uncached_autocast(), other_hooks(module, paths, watching):
-        call_args, call_kwargs = copied_call(args, kwargs)
+        call_args, call_kwargs = pytree.tree_map_only(Tensor, _traced, copied_call(args, kwargs))
         forward(module, *call_args, **call_kwargs)
     for path, effect in effects.items():
         raise CaptureError(
@@ -66,3 +69,25 @@ def refuse_effects(
             "are a part of it, because one of them changes what goes through the module. Put what else it does into a "
             "hook of another module"
         )
+
+
+def _traced(tensor: Tensor) -> Tensor:
+    """Return a tensor that autograd knows from those that are made of parameters alone."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    return tensor.detach().requires_grad_().view_as(tensor)
+
+
+def _is_weight(change: StateChange, parameters: Set[int]) -> bool:
+    """Return whether a hook has made a weight of parameters, in an attribute of a module, for the module to use."""
+    value = change.after
+    if not isinstance(change.owner, nn.Module) or type(change.key) is not str or type(value) is not Tensor:
+        return False
+    waiting, seen, leaves = [value.grad_fn], set(), set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+            leaves |= {id(node.variable)} if hasattr(node, "variable") else set()
+    return bool(leaves) and leaves <= parameters

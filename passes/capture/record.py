@@ -126,17 +126,17 @@ def _snapshot(call: Call, clones: dict[Any, tuple[Tensor, Tensor]]) -> Call:
     def copied(_: Any, tensor: Tensor) -> Tensor:
         key = (id(tensor), tensor._version)
         if key not in clones:
-            clones[key] = (tensor, _plain(tensor) if isinstance(tensor, FakeTensor) else tensor.detach().clone())
+            clones[key] = (tensor, plain_tensor(tensor) if isinstance(tensor, FakeTensor) else tensor.detach().clone())
         return clones[key][1]
 
     twins = copy_objects(objects, copied)
     snapshot: Call = pytree.tree_unflatten(
-        [_plain(leaf) if isinstance(leaf, Tensor) else resolve_object(leaf, twins) for leaf in leaves], spec
+        [plain_tensor(leaf) if isinstance(leaf, Tensor) else resolve_object(leaf, twins) for leaf in leaves], spec
     )
     return snapshot
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def plain_tensor(tensor: Tensor) -> Tensor:
     """Detach a recorded tensor; turn a fake one into a plain meta tensor."""
     if isinstance(tensor, FakeTensor):
         with unset_fake_temporarily():

@@ -1,4 +1,4 @@
-"""Joined regions: blocks and what lies between them, with the couplings that cross their edges.
+"""Across regions: blocks and what lies between them, with the couplings that cross their edges.
 
 joined(model, args, kwargs, analyses)
   -> _more            modules that hold weights outside of the blocks (an embedding, a head) are regions too
@@ -9,7 +9,7 @@ joined(model, args, kwargs, analyses)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,13 +19,13 @@ from ecospa_fx.errors import CaptureError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.capture.between import Between, follow_between
 from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
-from ecospa_fx.passes.capture.record import record_all
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.passes.ir.border import WeightDim
 
 from .analyse import Analysis, Captures
 from .analyse_calls import analyse_calls
-from .joints import Joint, find_joints
+from .joint import Joint
+from .joints import find_joints
 from .joints_tried import not_followed
 from .left_whole import Refusal
 from .regions import choose
@@ -90,8 +90,26 @@ def joined(
     options: CaptureOptions,
 ) -> Chosen:
     """Add regions to those of a model, and find the couplings that cross their edges."""
-    analyses, failed = _with_more(model, args, kwargs, blocks, captures, options)
-    between, attempt = _between(model, args, kwargs, analyses)
+    analyses, failed = dict(blocks), dict[str, str]()
+    more = _around(model, blocks)
+    while True:
+        between, attempt = _between(model, args, kwargs, {*analyses, *more})
+        waiting = [name for name in more if name not in analyses]
+        more = []
+        for name in waiting:
+            calls = [call.call for call in between.calls if call.region == name]
+            try:
+                if not calls:
+                    raise CaptureError("it is not called in this forward of the model")
+                analyses[name] = analyse_calls(model, name, calls, captures, named_tensors(model), {}, options)
+            except CaptureError as error:
+                children = [f"{name}.{child}" for child, _ in model.get_submodule(name).named_children()]
+                more += [child for child in children if _holds_weights(model.get_submodule(child))]
+                if not more and calls:
+                    failed[name] = str(error)
+        if set(waiting) <= analyses.keys():
+            break
+        more += [name for name in waiting if name in analyses]
     tensors = named_tensors(model)
     refused: dict[WeightDim, str] = {}
     while True:
@@ -115,67 +133,38 @@ def joined(
     return Chosen(in_order, failed, found.joints, found.refusals)
 
 
-def _between(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], analyses: Mapping[str, Analysis]
-) -> tuple[Between, int]:
+def _between(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], regions: Set[str]) -> tuple[Between, int]:
     """Run forwards until one calls every region; return it, or the first."""
     first: Between | None = None
     for attempt in range(_ATTEMPTS):
-        between = follow_between(model, args, kwargs, analyses, attempt=attempt)
-        if {call.region for call in between.calls} == set(analyses):
+        between = follow_between(model, args, kwargs, regions, attempt=attempt)
+        called = [call.region for call in between.calls]
+        if set(called) == regions:
             return between, attempt
-        first = first or between
-        if [call.region for call in first.calls] == [call.region for call in between.calls] and attempt > 2:
+        if first is not None and attempt > 2 and called == [call.region for call in first.calls]:
             break  # nothing is drawn
+        first = first or between
     assert first is not None
     return first, 0
 
 
-def _with_more(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    blocks: Mapping[str, Analysis],
-    captures: Captures,
-    options: CaptureOptions,
-) -> tuple[dict[str, Analysis], dict[str, str]]:
-    """Capture the largest modules with weights that hold no block."""
-    around = {"".join(name.rpartition(".")[:1]) for name in blocks}
-    parents = {".".join(name.split(".")[:end]) for name in blocks for end in range(len(name.split(".")))} | around
-    waiting = [name for name, _ in model.named_children()]
-    top: list[str] = []
-    seen: set[int] = set()
+def _around(model: nn.Module, blocks: Collection[str]) -> list[str]:
+    """Return the largest modules with weights that hold no block and lie in none."""
+    parents = {".".join(name.split(".")[:end]) for name in blocks for end in range(len(name.split(".")))}
+    waiting, seen = [name for name, _ in model.named_children()], set[int]()
+    found: list[str] = []
     while waiting:
         name = waiting.pop(0)
         module = model.get_submodule(name)
-        if id(module) in seen:
-            continue  # under another name
-        seen.add(id(module))
-        if name in blocks or not any(True for _ in model.get_submodule(name).parameters()):
+        if id(module) in seen or name in blocks or not _holds_weights(module):
             continue
-        if name in parents or type(model.get_submodule(name)).forward is nn.Module.forward:
-            waiting += [f"{name}.{child}" for child, _ in model.get_submodule(name).named_children()]
+        seen.add(id(module))  # it may have another name
+        if name in parents or type(module).forward is nn.Module.forward:
+            waiting += [f"{name}.{child}" for child, _ in module.named_children()]
         else:
-            top.append(name)
-    names = {
-        f"{name}.{inner}" if inner else name for name in top for inner, _ in model.get_submodule(name).named_modules()
-    }
-    used_outside: dict[str, str] = {}
-    calls = record_all(model, args, kwargs, names, used_outside) if names else {}
-    analyses, failed = dict(blocks), dict[str, str]()
-    tensors = named_tensors(model)
-    while top:
-        name = top.pop(0)
-        module = model.get_submodule(name)
-        if not any(True for _ in module.parameters()):
-            continue
-        try:
-            if name not in calls:
-                raise CaptureError("it is not called in this forward of the model")
-            analyses[name] = analyse_calls(model, name, calls[name], captures, tensors, used_outside, options)
-        except CaptureError as error:
-            children = [f"{name}.{child}" for child, _ in module.named_children()]
-            if not children:
-                failed[name] = str(error)
-            top += children
-    return analyses, failed
+            found.append(name)
+    return found
+
+
+def _holds_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import nn
 
@@ -28,99 +28,9 @@ from ecospa_fx.passes.ir.axis_facts import AxisFacts, Exprs
 from ecospa_fx.passes.ir.border import Border, Edge, WeightDim
 
 from .analyse import Analysis
-from .discover import Kind, Weighed, discover, is_linear, kind_of, meet, named, weighed
+from .discover import Weighed, discover, is_linear, kind_of, meet, named, weighed
+from .joint import BETWEEN, Across, Classes, Joint, Place
 from .left_whole import Refusal
-
-BETWEEN = "\0between"  # stands for the ops between regions where regions are named
-
-Place: TypeAlias = tuple[str, int, Atom]  # region, number of its graph, atom
-
-
-@dataclass(frozen=True)
-class Joint:
-    """A coupling that crosses the edges of regions, at original sizes.
-
-    Attributes:
-        name: unique in the model.
-        kind: see `ecospa_fx.Coupling`.
-        size: number of its entries.
-        linear: nothing between the weights is nonlinear or scales entries apart.
-        members: the dims of parameters and buffers that it lies on, by name in the model, tied ones once.
-        outside: those that lie in no region; each of their positions is an entry of its own.
-        matrices: the parameters among its members that have several dims.
-        producers: those in whose contraction it is free.
-        shapes: of the parameters in `outside`.
-        aliases: other names of tied members that lie in no region -> the member.
-    """
-
-    name: str
-    kind: Kind
-    size: int
-    linear: bool
-    members: tuple[WeightDim, ...]
-    outside: tuple[WeightDim, ...]
-    matrices: tuple[str, ...]
-    producers: tuple[str, ...]
-    shapes: Mapping[str, tuple[int, ...]]
-    aliases: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Joined:
-    """The joints of a model, and its regions with their borders.
-
-    Attributes:
-        analyses: the regions by name, their axes inferred with the border.
-        joints: the couplings that cross the edges of regions.
-        places: the atoms of each joint, of the ops between regions too.
-        edges: the dims at the edges of each region, with the number of the joint.
-        refusals: axes that cross them, along which weights meet, and that cannot shrink.
-        between: axes of the ops between regions.
-    """
-
-    analyses: dict[str, Analysis]
-    joints: tuple[Joint, ...]
-    places: tuple[tuple[Place, ...], ...]
-    edges: dict[str, dict[Edge, int]]
-    refusals: tuple[Refusal, ...]
-    between: AxisFacts
-
-
-class Classes:
-    """Classes of atoms that are one axis of the model, and the reasons why one cannot shrink."""
-
-    def __init__(self) -> None:
-        self._parents: dict[Place, Place] = {}
-        self._reasons: dict[Place, list[str]] = defaultdict(list)
-
-    def find(self, place: Place) -> Place:
-        """Return the atom that stands for the class of an atom."""
-        parent = self._parents.setdefault(place, place)
-        while parent != self._parents[parent]:
-            self._parents[place] = parent = self._parents[self._parents[parent]]
-        return parent
-
-    def unite(self, a: Place, b: Place) -> None:
-        """Make two atoms one axis."""
-        a, b = self.find(a), self.find(b)
-        if a != b:
-            self._parents[b] = a
-            self._reasons[a] += self._reasons.pop(b, [])
-
-    def pin(self, place: Place, reason: str) -> None:
-        """Keep the class of an atom whole."""
-        self._reasons[self.find(place)].append(reason)
-
-    def reasons(self, place: Place) -> list[str]:
-        """Return why a class cannot shrink."""
-        return list(dict.fromkeys(self._reasons.get(self.find(place), [])))
-
-    def members(self) -> dict[Place, list[Place]]:
-        """Return the classes."""
-        found: dict[Place, list[Place]] = defaultdict(list)
-        for place in list(self._parents):
-            found[self.find(place)].append(place)
-        return found
 
 
 @dataclass
@@ -149,7 +59,8 @@ class _Search:
         self.outer = {n.name: n for n in between.captured.graph.nodes if n.op == "placeholder"}
         self.ties = self._ties()
         self._inferred: dict[Any, AxisFacts] = {}
-        self._weighed: dict[Any, dict[Atom, Weighed]] = {}
+        self._weighed: dict[Any, tuple[AxisFacts, dict[Atom, Weighed]]] = {}
+        self._keys: dict[Any, tuple[AxisFacts, set[Any]]] = {}
         self.refusals: dict[tuple[str, ...], Refusal] = {}
         self.joints: list[Joint] = []
         self.places: list[tuple[Place, ...]] = []
@@ -252,12 +163,14 @@ class _Search:
     def classes(self, outer: AxisFacts) -> Classes:
         """Join the atoms of all graphs."""
         classes = Classes()
+        uncalled = self.regions.keys() - {call.region for call in self.between.calls}
         for region in self.regions.values():
             for number, facts in enumerate(region.facts):
-                for edge in region.edges:
-                    if edge in facts.crossing:
-                        for atom in atoms_of(facts.crossing[edge]):
-                            classes.find((region.name, number, atom))
+                for atom in {atom for expr in facts.crossing.values() for atom in atoms_of(expr)}:
+                    classes.find((region.name, number, atom))
+                    for name in uncalled:  # a block that is left out at random, say
+                        reason = f"`{name}` is not called in the forward that was followed, and may take it"
+                        classes.pin((region.name, number, atom), reason)
                 if number:
                     self._join_graphs(classes, region, number)
         for call, served in zip(self.between.calls, self.served, strict=True):
@@ -367,9 +280,9 @@ class _Search:
                     if (region == BETWEEN)
                     else set()
                 )
-                self._weighed[key] = {each.atom: each for each in weighed(facts, also)}
-            if atom in self._weighed[key]:
-                found.append(self._weighed[key][atom])
+                self._weighed[key] = facts, {each.atom: each for each in weighed(facts, also)}
+            if atom in self._weighed[key][1]:
+                found.append(self._weighed[key][1][atom])
         return found
 
     def round(self, names: Collection[str]) -> AxisFacts | None:
@@ -415,7 +328,9 @@ class _Search:
             if not region.edges:
                 continue
             for analysis, facts in zip(region.analyses, region.facts, strict=True):
-                now = {coupling.key for coupling in discover(facts).couplings}
+                if id(facts.facts) not in self._keys:  # equal blocks share them
+                    self._keys[id(facts.facts)] = facts, {coupling.key for coupling in discover(facts).couplings}
+                now = self._keys[id(facts.facts)][1]
                 for coupling in analysis.discovery.couplings:
                     axes = {(join(region.name, name), dim) for name, dim in coupling.axes}
                     if coupling.key not in now and not axes <= members:
@@ -497,7 +412,7 @@ def find_joints(
     *,
     refused: Mapping[WeightDim, str],
     experiments: bool = False,
-) -> Joined:
+) -> Across:
     """Find the couplings that cross the edges of regions.
 
     Args:
@@ -520,7 +435,7 @@ def find_joints(
         ]
         joined[name] = replace(finished[0], others=tuple(finished[1:]))
     edges = {name: dict(of) for name, of in search.of.items()}
-    return Joined(joined, joints, tuple(search.places), edges, tuple(search.refusals.values()), outer)
+    return Across(joined, joints, tuple(search.places), edges, tuple(search.refusals.values()), outer)
 
 
 def _finished(analysis: Analysis, facts: AxisFacts, border: Border, name: str) -> Analysis:

@@ -27,7 +27,7 @@ from ecospa_fx.passes.ir.op_site import OpSite
 from ecospa_fx.passes.ir.state_access import foreign
 from ecospa_fx.passes.rules import op_info
 
-from .joints import BETWEEN, Joined
+from .joint import BETWEEN, Across
 
 Kept = Mapping[Atom, Tensor]
 
@@ -37,7 +37,7 @@ def not_followed(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     between: Between,
-    joined: Joined,
+    joined: Across,
     tensors: Mapping[str, Tensor],
     attempt: int,
 ) -> dict[WeightDim, str]:
@@ -74,7 +74,7 @@ class _Trial:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         between: Between,
-        joined: Joined,
+        joined: Across,
         tensors: Mapping[str, Tensor],
         attempt: int,
     ) -> None:
@@ -85,11 +85,12 @@ class _Trial:
         """Say how the Python between the regions differs from what the axes say, with some joints shrunk."""
         # Of another size each, so that one cannot pass for another.
         masks = {n: _without(self.joined.joints[n].size, 1 + i) for i, n in enumerate(numbers)}
+        left = {n: mask.nonzero().flatten() for n, mask in masks.items()}
         kept = {atom: masks[n] for n in numbers for where, _, atom in self.joined.places[n] if where == BETWEEN}
         positions: dict[str, dict[int, Tensor]] = {}
         for n in numbers:
             for name, dim in (*self.joined.joints[n].outside, *self._used_between(n)):
-                positions.setdefault(name, {})[dim] = masks[n].nonzero().flatten()
+                positions.setdefault(name, {})[dim] = left[n]
         small = {name: sliced(self.tensors[name], dims) for name, dims in positions.items()}
 
         def instead(number: int, fake: Callable[[Tensor], Tensor]) -> Any:
@@ -102,9 +103,9 @@ class _Trial:
             def cut(tensor: Tensor) -> Tensor:
                 i = next(results)
                 dims = {
-                    dim: masks[of].nonzero().flatten()
+                    dim: left[of]
                     for (kind, which, dim), of in edges.items()
-                    if (kind, which) == ("result", i) and of in masks
+                    if (kind, which) == ("result", i) and of in left
                 }
                 if tensor.is_meta or type(tensor) is not Tensor:
                     shape = [len(dims[d]) if d in dims else n for d, n in enumerate(tensor.shape)]

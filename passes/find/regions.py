@@ -62,7 +62,9 @@ def choose(
     if not isinstance(how, str):
         return _named(model, args, kwargs, how, captures, options), {}
     if how not in ("auto", "blocks"):
-        raise CaptureError(f"regions={how!r} is none of 'auto', 'blocks', 'root' or a list of submodule names")
+        raise CaptureError(
+            f"regions={how!r} is none of 'auto', 'blocks', 'joined', 'root' or a list of submodule names"
+        )
     candidates = set(_candidates(model))
     used_outside: dict[str, str] = {}
     ends: set[str] = set()

@@ -15,8 +15,9 @@ fail the trial.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from math import gcd
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ class PythonSupport:
         couplings: key of a coupling -> the attributes that change with it.
         varied: keys of the couplings that may keep other entries in each context.
         sizes: attribute -> the axis whose size it holds.
+        in_step: key of a coupling -> those of the couplings that must keep the same share of their entries, because one
+            integer holds the sizes of all.
         refused: key of a coupling -> why its Python cannot follow.
     """
 
@@ -58,6 +61,7 @@ class PythonSupport:
     varied: frozenset[Any]
     sizes: Mapping[Attribute, Expr]
     refused: Mapping[Any, str]
+    in_step: Mapping[Any, tuple[Any, ...]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PythonSupport:
         return self  # its axes are compared by identity
@@ -121,8 +125,66 @@ def follow(
             apart = {coupling.atom: some(coupling.atom, coupling.context, 0.5, generator)}
             if first.difference(apart, _sizes_under(needed, apart)) is None:
                 varied.add(coupling.key)
-    support = PythonSupport(couplings, frozenset(varied), sizes, refused)
+    in_step: dict[Any, tuple[Any, ...]] = {}
+    for group in _of_one_attention(programs[0][1], refused):
+        joint = _jointly(trials, [discovery for _, discovery in programs], group, sizes, generator)
+        if joint is not None:
+            sizes.update(joint)
+            for coupling in group:
+                del refused[coupling.key]
+                couplings[coupling.key] = tuple(sorted(joint))
+                in_step[coupling.key] = tuple(other.key for other in group if other is not coupling)
+    support = PythonSupport(couplings, frozenset(varied), sizes, refused, in_step)
     return _together(first, programs[0][1], support, generator)
+
+
+def _of_one_attention(discovery: Discovery, refused: Collection[Any]) -> list[list[RegionCoupling]]:
+    """Return the queries and keys, and the values, of each attention that its Python follows neither of alone."""
+    groups: dict[str, list[RegionCoupling]] = {}
+    for coupling in discovery.couplings:
+        if coupling.key in refused and coupling.attention is not None:
+            groups.setdefault(coupling.attention, []).append(coupling)
+    return [group for group in groups.values() if sorted(c.kind for c in group) == ["qk", "vo"]]
+
+
+def _jointly(
+    trials: Sequence[Trial],
+    discoveries: Sequence[Discovery],
+    group: Sequence[RegionCoupling],
+    sizes: Mapping[Attribute, Expr],
+    generator: torch.Generator,
+) -> dict[Attribute, Expr] | None:
+    """Find the attributes that must change if couplings keep the same share, one integer being the size of all.
+
+    Returns:
+        Attribute -> the axis whose size it holds; None where its Python cannot follow them so either.
+    """
+    share = _common_share(group, 0.5)
+    if share is None:
+        return None
+    kept = {coupling.atom: some(coupling.atom, None, share, generator) for coupling in group}
+    first = trials[0]
+    near = [(a, expr) for a, expr in _candidates(first, kept, sizes) if all(_near(a, coupling) for coupling in group)]
+    needed, _ = _first_that_follows(first, near, kept)
+    if needed is None:
+        return None
+    for coupling in group:
+        needed |= _also_sizes(first, coupling, kept, needed)
+    if any(_uncertain(first, coupling, kept, needed) is not None for coupling in group):
+        return None
+    values = _sizes_under(needed, kept)
+    for trial, discovery in zip(trials[1:], discoveries[1:], strict=True):
+        others = {c.key: c for c in discovery.couplings}
+        theirs: Selection = {others[c.key].atom: kept[c.atom] for c in group if c.key in others}
+        if len(theirs) < len(group) or trial.difference(theirs, values) is not None:
+            return None
+    return needed
+
+
+def _common_share(group: Sequence[RegionCoupling], about: float) -> float | None:
+    """Return a share, about so large, at which all keep whole numbers of entries; None where there is none below 1."""
+    parts = gcd(*(coupling.atom.size for coupling in group))
+    return None if parts == 1 else min(max(1, round(about * parts)), parts - 1) / parts
 
 
 def some(atom: Atom, context: Atom | None, share: float, generator: torch.Generator) -> Selected:
@@ -137,7 +199,15 @@ def _find_needed(
     trial: Trial, coupling: RegionCoupling, kept: Selection, sizes: Mapping[Attribute, Expr]
 ) -> tuple[dict[Attribute, Expr] | None, str]:
     """Find the attributes that must change for a coupling, as few as possible; or None, and why a trial failed."""
-    candidates = list(_candidates(trial, coupling.atom, kept, sizes))
+    # Those of modules around its weights come first: in a whole model there are as many as there are layers.
+    candidates = sorted(_candidates(trial, kept, sizes), key=lambda each: not _near(each[0], coupling))
+    return _first_that_follows(trial, candidates, kept)
+
+
+def _first_that_follows(
+    trial: Trial, candidates: Sequence[tuple[Attribute, Expr]], kept: Selection
+) -> tuple[dict[Attribute, Expr] | None, str]:
+    """Try sets of attributes, the smallest first; return the first with which the forward follows a selection."""
     why = ""
     tried = 0
     for number in range(min(len(candidates), MOST_ATTRIBUTES) + 1):
@@ -201,10 +271,8 @@ def _near(attribute: Attribute, coupling: RegionCoupling) -> bool:
     return any(not attribute.module or name.startswith(f"{attribute.module}.") for name, _ in coupling.axes)
 
 
-def _candidates(
-    trial: Trial, atom: Atom, kept: Selection, sizes: Mapping[Attribute, Expr]
-) -> Iterator[tuple[Attribute, Expr]]:
-    """Yield the attributes whose integer may be the size of an axis along `atom`, with that axis."""
+def _candidates(trial: Trial, kept: Selection, sizes: Mapping[Attribute, Expr]) -> Iterator[tuple[Attribute, Expr]]:
+    """Yield the attributes whose integer may be the size of an axis that a selection touches, with that axis."""
     for attribute, value in trial.held.items():
         meanings = [sizes[attribute]] if attribute in sizes else trial.axes_of_size.get(value, [])
         seen = set()
@@ -217,21 +285,30 @@ def _candidates(
 def _together(trial: Trial, discovery: Discovery, support: PythonSupport, generator: torch.Generator) -> PythonSupport:
     """Drop the couplings that fail beside others: try all at once, and if that fails add them one after another."""
     followed = [coupling for coupling in discovery.couplings if coupling.key in support.couplings]
-    kept: dict[Atom, Selected] = {
-        coupling.atom: some(coupling.atom, coupling.context if coupling.key in support.varied else None, 0.7, generator)
-        for coupling in followed
-    }
+    groups = [[c, *(o for o in followed if o.key in support.in_step[c.key])] if c.key in support.in_step else [c]
+              for c in followed]  # fmt: skip
+    kept: dict[Atom, Selected] = {}
+    for group in groups:
+        share = 0.7 if len(group) == 1 else _common_share(group, 0.7) or 0.7
+        for coupling in group:
+            context = coupling.context if coupling.key in support.varied else None
+            kept.setdefault(coupling.atom, some(coupling.atom, context, share, generator))
     if trial.difference(kept, support.values(kept)) is None:
         return support
     refused, accepted = dict(support.refused), dict[Atom, Selected]()
     couplings: dict[Any, tuple[Attribute, ...]] = {}
-    for coupling in followed:
-        more = {**accepted, coupling.atom: kept[coupling.atom]}
-        needed = {a: support.sizes[a] for key in (*couplings, coupling.key) for a in support.couplings[key]}
+    for group in groups:
+        if any(coupling.key in couplings or coupling.key in refused for coupling in group):
+            continue  # with one that it is in step with
+        more = accepted | {coupling.atom: kept[coupling.atom] for coupling in group}
+        keys = [coupling.key for coupling in group]
+        needed = {a: support.sizes[a] for key in (*couplings, *keys) for a in support.couplings[key]}
         difference = trial.difference(more, _sizes_under(needed, more))
         if difference is None:
-            accepted, couplings[coupling.key] = more, support.couplings[coupling.key]
+            accepted = more
+            couplings |= {key: support.couplings[key] for key in keys}
         else:
-            refused[coupling.key] = f"with other couplings shrunk too, {difference}"
+            refused |= dict.fromkeys(keys, f"with other couplings shrunk too, {difference}")
     sizes = {a: support.sizes[a] for needed in couplings.values() for a in needed}
-    return PythonSupport(couplings, support.varied & couplings.keys(), sizes, refused)
+    in_step = {key: others for key, others in support.in_step.items() if key in couplings}
+    return PythonSupport(couplings, support.varied & couplings.keys(), sizes, refused, in_step)

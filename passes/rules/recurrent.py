@@ -26,15 +26,17 @@ def _layers(
     """Write the pattern of an op over all steps; behind its input it may take the sizes of batches per step."""
     directions = 1 + bidirectional
     each = len(weights) // (layers * directions)
-    projected = each == 3 + 2 * biased  # LSTM can hand on fewer values than it has units
-    out = "p~" if projected else "h~"
-    rows = "(g! h~)"
-    held = [f"+layers! {batch} {name}" for name in (out, "h~")[: len(states)]]
+    # LSTM can hand on fewer values than it has units. Torch tells that by the sizes, which may not become equal.
+    projected = each == 3 + 2 * biased
+    hidden = "h!" if projected else "h~"
+    out = "p~" if projected else hidden
+    rows = f"(g! {hidden})"
+    held = [f"+layers! {batch} {name}" for name in (out, hidden)[: len(states)]]
     terms = [f"{steps} i", *("+sizes!" for _ in x[1:]), *held]
     for number in range(layers * directions):
         inputs = "i" if number < directions else f"(d! {out})"
         terms += [f"{rows} {inputs}", f"{rows} {out}", *(f"+{rows}" for _ in range(2 * biased))]
-        terms += ["p~ h~"] * projected
+        terms += [f"p~ {hidden}"] * projected
     after = [f"{steps} (d! {out})", *(term[1:] for term in held)]
     sizes = {"g": gates, "d": directions}
     return Pattern(f"{', '.join(terms)} -> {', '.join(after)}", (*x, *states, *weights), sizes=sizes, apart=True)
@@ -43,7 +45,7 @@ def _layers(
 def _recurrent(gates: int, *ops: Any) -> None:
     def recurrent(x: Operand, states: Any, weights: list[Operand], biased: bool, layers: int, dropout: float,
                   train: bool, bidirectional: bool, batch_first: bool) -> Pattern:  # fmt: skip
-        """Gates and steps stay: each step follows from the one before."""
+        """Gates and steps stay, and so do hidden units that are more than the values handed on."""
         steps = "t!" if x.ndim == 2 else "b t!" if batch_first else "t! b"
         batch = "b" * (x.ndim > 2)
         return _layers(gates, steps, batch, (x,), tensors(states), weights, layers, biased, bidirectional)
@@ -54,7 +56,7 @@ def _recurrent(gates: int, *ops: Any) -> None:
 def _packed(gates: int, *ops: Any) -> None:
     def packed(x: Operand, batches: Operand, states: Any, weights: list[Operand], biased: bool, layers: int,
                dropout: float, train: bool, bidirectional: bool) -> Pattern:  # fmt: skip
-        """Gates and steps stay: each step follows from the one before, and all of them lie in one dim."""
+        """Gates and steps stay, and so do hidden units that are more than the values handed on."""
         return _layers(gates, "t!", "b!", (x, batches), tensors(states), weights, layers, biased, bidirectional)
 
     axis_rule(*ops)(packed)

@@ -23,7 +23,7 @@ FINDS = """\
    c:6   up.weight[1]: refusal, it enters the region
    e:4   down.weight[0], down.bias[0], out.weight[1]: coupling
    h:6   out.weight[0], out.bias[0]: refusal, it leaves the region
-   p:2   up.weight[0], up.bias[0], down.weight[1]: refusal, softmax: every entry along it feeds every other
+   p:2   up.weight[0], up.bias[0], down.weight[1]: refusal, cumsum: every entry along it feeds those behind it
 4. The plan without head 1 and without hidden entry 2
    scale[0]: [0, 2]
    up.weight[0]: [0, 1, 4, 5, 6, 7, 10, 11]

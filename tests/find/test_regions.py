@@ -166,7 +166,7 @@ def test_regions_by_name():
             "regions: `blocks.0.mlp` lies inside `blocks.0`, whose graph has no call of it left; name one of them",
         ),
         (["", "head"], "regions: `head` lies inside the model, whose graph has no call of it left; name one of them"),
-        ("block", "regions='block' is none of 'auto', 'blocks', 'root' or a list of submodule names"),
+        ("block", "regions='block' is none of 'auto', 'blocks', 'joined', 'root' or a list of submodule names"),
     ],
 )
 def test_regions_that_cannot_be(regions, message):

@@ -316,7 +316,7 @@ def test_generate_with_every_cache(name):
     for parameter in plain.parameters():
         parameter.data.mul_(3)
     model = ecospa_fx.compile(copy.deepcopy(plain), example_kwargs=kwargs, execution="module")
-    kinds = {"gpt2": {"heads", "ffn"}, "llama": {"heads", "groups", "glu"}}[name]
+    kinds = {"gpt2": {"heads", "ffn", "qk", "vo"}, "llama": {"heads", "groups", "glu"}}[name]
     assert {coupling.kind for coupling in ecospa_fx.couplings(model)} == kinds
     keeps = halves(model)
     positions = kept_positions(plain, keeps)

@@ -84,7 +84,8 @@ def test_a_best_checkpoint_of_other_sizes_is_the_model_in_the_end(tmp_path, exec
     # And training can go on from it, with the optimizer that had followed the later shrinks.
     trainer.args.load_best_model_at_end = False
     trainer.train()
-    assert callback.trainer.done and callback.trainer.size <= last and callback.trainer.steps == 8
+    whole = sum(parameter.numel() for parameter in make().parameters())
+    assert callback.trainer.done and callback.trainer.size <= 0.6 * whole and callback.trainer.steps == 8
 
 
 @pytest.mark.sweep

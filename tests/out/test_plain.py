@@ -72,6 +72,29 @@ def test_a_process_without_this_library_loads_them(tmp_path):
     assert max(differences(tmp_path / "llama", tmp_path / "gpt2")) < 1e-6
 
 
+def test_gguf_of_one_needs_neither_lists_nor_zeros(tmp_path):
+    """The converter of test_gguf.py takes the directory as it is: nothing was put back, and nothing has to be cut."""
+    test_gguf = pytest.importorskip("test_gguf")
+    model = test_gguf.llama(execution="module")
+    trainer = trained(model, test_gguf.PARTS, target=0.5, multiple_of={"glu": 8, "heads": 2}, frozen=["*.groups"])
+    assert trainer.done and ecospa_fx.save_pretrained(model, tmp_path) is None
+    by_kind = {}
+    for coupling in ecospa_fx.couplings(model):
+        by_kind.setdefault(coupling.kind, set()).add(coupling.size)
+    assert by_kind["heads"] == {2} and len(by_kind["glu"]) == 1 and by_kind["glu"].pop() % 8 == 0
+    path = test_gguf.convert(tmp_path, tmp_path / "small.gguf")
+    fields = test_gguf.fields_of(path)
+    assert not any(isinstance(value, list) for key, value in fields.items() if key.startswith("llama."))
+    assert fields["llama.attention.head_count"] == 4 and fields["llama.attention.head_count_kv"] == 2
+    for tensor in test_gguf.gguf.GGUFReader(path).tensors:
+        if not tensor.name.startswith("blk."):
+            continue  # the embedding of the padding is zero
+        rows = torch.from_numpy(tensor.data.copy()).reshape(-1, int(tensor.shape[0]))
+        assert (rows != 0).any(0).all() and (rows != 0).any(1).all()
+    with torch.no_grad():
+        torch.testing.assert_close(test_gguf.loaded(path)(**test_gguf.PARTS).logits, test_gguf.logits(model))
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_type(kind, tmp_path):
@@ -96,6 +119,7 @@ def test_a_length_of_heads_that_the_configuration_left_open(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["intermediate_size"] == 20
 
 
+@pytest.mark.sweep
 def test_shapes_that_would_mean_something_else_are_not_written(tmp_path):
     """By hand: a scale that follows from a number in the configuration, and not from the weights."""
 

@@ -85,16 +85,12 @@ def test_explain_reads_well_on_80_columns(capsys, name):
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_why_not_names_the_norm(capsys):
+def test_why_not_sees_through_the_norm(capsys):
     code, out, _ = run(capsys, "explain", "hf/qwen3", "--why-not", "layers.1.self_attn.q_proj")
     words = " ".join(out.split())
     assert code == 0
     assert "model.layers.1.self_attn.q_proj.weight[0] can shrink along its axis of 4 (of 64 in all)" in words
-    assert "cannot shrink along its axis of 8 (of 64 in all), which it shares with" in words
-    assert (
-        "aten.mean: every entry along the axis counts in the reduction over it (model.layers.1.self_attn.q_norm,"
-        in words
-    )
+    assert "[1] has no partner along its axis" in words
 
 
 def test_explain_as_json_markdown_and_to_a_file(capsys, here):
@@ -138,6 +134,12 @@ def test_verify_fails_with_1_where_something_differs(capsys, monkeypatch):
     code, out, err = run(capsys, "verify", "own.py:make")
     assert code == 1 and "DIFFERS" in out
     assert err == "ecospa-fx verify: error: some couplings differ from masking; please report this model\n"
+
+
+def test_shrink_to_multiples_per_kind(capsys):
+    arguments = ["--target", "0.5", "--out", "small", "--uniform", "layers", "--multiple-of", "ffn=8", "--json"]
+    code, out, _ = run(capsys, "shrink", "own.py:make", *arguments)
+    assert code == 0 and json.loads(out)["layers"]["0.weight"][1] == [16, 8]  # 12 would be half
 
 
 def test_shrink_saves_what_load_reads_and_every_command_takes(capsys, here):
@@ -342,6 +344,20 @@ def test_a_real_hub_that_is_out_of_reach_is_one_line():
             "ecospa-fx graph: error: Invalid value for '--format' / '-f': ",
         ),
         (["shrink", "own.py:make", "--out", "own.py"], "ecospa-fx shrink: error: own.py is a file; name a directory"),
+        (
+            ["shrink", "own.py:make", "--out", "x", "--multiple-of", "ffn"],
+            "ecospa-fx shrink: error: --multiple-of ffn is not a kind and a number, heads=2",
+        ),
+        (
+            ["shrink", "own.py:make", "--out", "x", "--multiple-of", "ffn=64"],
+            "ecospa-fx shrink: error: multiple_of['ffn']=64 is more than the 24 of `ffn`; choose at most 24, or keep it "
+            "whole with frozen=['ffn']",
+        ),
+        (
+            ["shrink", "own.py:make", "--out", "x", "--deployable", "transformers"],
+            "ecospa-fx shrink: error: deployable='transformers': Sequential is not a model of transformers: it has no "
+            "save_pretrained",
+        ),
         (
             ["shrink", "own.py:make", "--out", "x", "--target", "2"],
             "ecospa-fx shrink: error: target=2.0 is out of range; it is a share, above 0 and at most 1",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from rule_calls import UNREACHED, Call, Calls, calls_of, registered, repeated
 from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError, RuleError
-from ecospa_fx.passes.axes.algebra import Atom, Expr, atoms_of
+from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, Segments, atoms_of, size_of
 from ecospa_fx.passes.axes.selection import index_of, mask_of, touched
 from ecospa_fx.passes.capture.capture import capture
 from ecospa_fx.passes.capture.compare_eager import relative_error, run
@@ -183,6 +184,50 @@ def test_rule_is_exact(op: tuple[str, list[tuple[Calls, AxisFacts]]]) -> None:
             for parameter in axis_facts.parameters:
                 check_entry(module, axis_facts, parameter, free)
     assert exercised != (name in UNREACHED), f"{name}: {'reached' if exercised else 'no sample reaches it'}"
+
+
+def reordered(expr: Expr, atom: Atom, order: Tensor) -> Tensor:
+    """Return the positions along an axis from which its entries come when those of an atom change places."""
+    match expr:
+        case Atom():
+            return order if expr is atom else torch.arange(expr.size)
+        case Product():
+            index = torch.zeros(1, dtype=torch.long)
+            for factor in expr.factors:
+                index = (index[:, None] * size_of(factor) + reordered(factor, atom, order)).flatten()
+            return index
+        case Segments():
+            starts = accumulate((size_of(part) for part in expr.parts), initial=0)
+            return torch.cat([start + reordered(part, atom, order) for start, part in zip(starts, expr.parts)])
+
+
+def places(tensor: Tensor, exprs: Sequence[Expr], atom: Atom, order: Tensor) -> Tensor:
+    """Return a tensor with the entries of an atom in another order."""
+    for dim, expr in enumerate(exprs):
+        if atom in atoms_of(expr):
+            tensor = tensor.index_select(dim, reordered(expr, atom, order))
+    return tensor
+
+
+def test_what_takes_all_that_is_left_does_not_know_positions(op: tuple[str, list[tuple[Calls, AxisFacts]]]) -> None:
+    """The masked graph runs such an op on fewer entries, where it could not see that order counts."""
+    _, analysed = op
+    for module, axis_facts in analysed:
+        if unpredictable(axis_facts):
+            continue
+        whole = {n: tensor.detach() for n, tensor in (*module.named_parameters(), *module.named_buffers())}
+        names = axis_facts.captured.tensors
+        exprs_of = {names[s.node.name]: s.exprs for s in axis_facts.sources if s.node.name in names}
+        exprs_of |= axis_facts.parameters
+        stuck = pinned(axis_facts)
+        reduced = [fact.expr for fact in axis_facts.facts if fact.role == "reduced"]
+        for atom in dict.fromkeys(a for expr in reduced for a in atoms_of(expr) if a not in stuck):
+            order = torch.randperm(atom.size)
+            moved = {n: places(tensor, exprs_of.get(n, ()), atom, order) for n, tensor in whole.items()}
+            before, after = (run(axis_facts.captured, each, (UNUSED,)) for each in (whole, moved))
+            for exprs, a, b in zip(results_of(axis_facts), before, after, strict=True):
+                same = relative_error(places(a, exprs or (), atom, order), b) <= TOLERANCE
+                assert same, f"{atom}\n{axis_facts.captured.graph}"
 
 
 def test_an_op_in_place_or_under_another_name_is_called_as_it_is() -> None:

@@ -83,8 +83,6 @@ Refused, and why:
   layers.0.o.weight[0], layers.0.norm.weight[0], layers.0.norm.bias[0],
     layers.0.gate.weight[1], layers.0.up.weight[1], layers.0.down.weight[0]
     (size 8, 3 times)
-    - aten.layer_norm: the statistics are averages over the axis (layers.0.norm,
-      normalization.py)
     - it leaves the region as output 0
 
 On no coupling, and why:

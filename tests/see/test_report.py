@@ -98,7 +98,7 @@ def test_click_a_linear_see_its_couplings_then_the_proof(explanation, open_page,
     page.locator("#details button.member", has_text="layers.0.k.weight").click()
     assert "layers.0.k Linear" in text_of(page, "#details h2")
     page.click('[data-path="layers.0.gate"]')
-    assert "dim 1 stays whole: aten.layer_norm: the statistics are averages over the axis" in text_of(page, "#details")
+    assert "dim 1 stays whole: it leaves the region as output 0" in text_of(page, "#details")
 
 
 @in_browser
@@ -120,7 +120,7 @@ def test_filter_tables_and_refusals(explanation, open_page, tmp_path):
     page.locator("#couplings tbody button").first.click()
     assert "layers.0.heads" in text_of(page, "#details h2") and page.locator("#model").is_visible()
     page.click("#tab-refusals")
-    assert "aten.layer_norm: the statistics are averages over the axis" in text_of(page, "#refusals")
+    assert "it leaves the region as output 0" in text_of(page, "#refusals")
     assert "size 8, 3 times" in text_of(page, "#refusals")
 
 

@@ -83,8 +83,7 @@ def test_why_not_word_for_word(explanation):
         """\
 layers.1.gate.weight[0] can shrink along its axis of 12: layers.1.glu may lose all but one of its 12 entries.
 layers.1.gate.weight[1] cannot shrink along its axis of 8, which it shares with layers.1.o.weight[0], layers.1.norm.weight[0], layers.1.norm.bias[0], layers.1.up.weight[1] and 1 more, because
-  aten.layer_norm: the statistics are averages over the axis (layers.1.norm, normalization.py)
-  and it leaves the region as output 0.""",
+  it leaves the region as output 0.""",
     )
     assert_expected_inline(
         str(explanation.why_not("layers.1.q.weight")),
@@ -96,35 +95,36 @@ layers.1.q.weight[1] has no partner along its axis of 8: no weight of the region
     )
 
 
-def test_why_not_names_the_norm_between():
-    class Normed(nn.Module):
+def test_why_not_names_the_op_between():
+    class Between(nn.Module):
         def __init__(self):
             super().__init__()
             self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
             self.q_norm = nn.LayerNorm(8)
 
         def forward(self, x):
-            return self.q_norm(self.q(x)) @ self.k(x).transpose(1, 2)
+            return self.q_norm(self.q(x)).cumsum(-1) @ self.k(x).transpose(1, 2)
 
-    explanation = ecospa_fx.explain(Normed(), example_inputs=(X,))
+    explanation = ecospa_fx.explain(Between(), example_inputs=(X,))
     assert_expected_inline(
         without_lines(str(explanation.why_not("q.weight"))),
         """\
 q.weight[0] cannot shrink along its axis of 8, which it shares with q.bias[0], k.weight[0], k.bias[0], q_norm.weight[0] and 1 more, because
-  aten.layer_norm: the statistics are averages over the axis (q_norm, normalization.py).
+  aten.cumsum: results along the axis depend on other entries along it (test_seeing.py).
 q.weight[1] has no partner along its axis of 8: no weight of the region sums over entries that another one produces along it.""",
     )
     assert_expected_inline(
         without_lines(str(explanation.why("q", "k"))),
         """\
 q.weight[0] meets k.weight[0] along an axis of 8, which cannot shrink because
-  aten.layer_norm: the statistics are averages over the axis (q_norm, normalization.py)
+  aten.cumsum: results along the axis depend on other entries along it (test_seeing.py)
 They meet so:
    1. aten.linear takes it to linear[2]: brought into a product by one side (q, linear.py).
-   2. aten.layer_norm takes it to layer_norm[2]: one product per entry (q_norm, normalization.py).
-   3. aten.matmul takes it to transpose[1]: multiplied entry by entry and summed over (test_seeing.py).
-   4. aten.transpose takes it to linear_1[2]: two dims change places (test_seeing.py).
-   5. aten.linear takes it to k.weight[0]: brought into a product by one side (k, linear.py).""",
+   2. aten.layer_norm takes it to layer_norm[2]: reduced over what is left of it (q_norm, normalization.py).
+   3. aten.cumsum takes it to cumsum[2]: results along the axis depend on other entries along it (test_seeing.py).
+   4. aten.matmul takes it to transpose[1]: multiplied entry by entry and summed over (test_seeing.py).
+   5. aten.transpose takes it to linear_1[2]: two dims change places (test_seeing.py).
+   6. aten.linear takes it to k.weight[0]: brought into a product by one side (k, linear.py).""",
     )
 
 
@@ -144,11 +144,10 @@ layers.2.glu: layers.2.gate.weight[0] is coupled with layers.2.down.weight[1]:
    4. aten.linear takes it to layers.2.down.weight[1]: multiplied entry by entry and summed over (layers.2.down, linear.py).
 
 layers.2.gate.weight[1] meets layers.2.down.weight[0] along an axis of 8, which cannot shrink because
-  aten.layer_norm: the statistics are averages over the axis (layers.2.norm, normalization.py)
   it leaves the region as output 0
 They meet so:
    1. aten.linear takes it to layer_norm[2]: multiplied entry by entry and summed over (layers.2.gate, linear.py).
-   2. aten.layer_norm takes it to add_2[2]: one product per entry (layers.2.norm, normalization.py).
+   2. aten.layer_norm takes it to add_2[2]: reduced over what is left of it (layers.2.norm, normalization.py).
    3. aten.add takes it to linear_6[2]: entries of a sum meet only entries at the same position (layers.2, test_explain.py).
    4. aten.linear takes it to layers.2.down.weight[0]: brought into a product by one side (layers.2.down, linear.py).""",
     )
@@ -211,7 +210,6 @@ def test_markdown_and_json(explanation):
 ### Refused, and why
 
 - layers.0.o.weight[0], layers.0.norm.weight[0], layers.0.norm.bias[0], layers.0.gate.weight[1], layers.0.up.weight[1], layers.0.down.weight[0] (size 8, 3 times)
-  - aten.layer_norm: the statistics are averages over the axis (layers.0.norm, normalization.py)
   - it leaves the region as output 0
 
 ### On no coupling, and why

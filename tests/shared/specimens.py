@@ -45,12 +45,13 @@ def pair(kind: str, size: int, members: str) -> Pair:
     return kind, size, _members(members)
 
 
+PARAMETERS = ("weight", "bias", "vector", "matrix", "original0", "original1", "h_l0", "h_l1", "_reverse")
+
+
 def _members(text: str) -> frozenset[str]:
     names = []
     for member in text.split():
-        if member.split("[")[0].endswith(
-            ("weight", "bias", "vector", "matrix", "original0", "original1", "h_l0", "h_l1", "_reverse")
-        ):
+        if member.split("[")[0].endswith(PARAMETERS):
             names.append(member)
         else:
             module, dim = member.split("[")

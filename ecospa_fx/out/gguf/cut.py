@@ -98,6 +98,13 @@ def cut_gguf(
             f"GGUF cannot express the sizes in {file.path.name}: {reasons[0]}{more}. zeros=True puts zeros there, "
             "which compute the same; to avoid them, keep such couplings at full size while training (frozen=[...])"
         )
+    normed = [name for name, tensor in file.tensors.items() if "norm" in name and tensor.holes]
+    if reasons and normed:
+        raise FormatError(
+            f"GGUF cannot express the sizes in {file.path.name}: {reasons[0]}. Nor do zeros compute the same, because "
+            f"`{normed[0]}` has lost entries too: a norm takes what is left, and would count them; keep such couplings "
+            "at full size while training (frozen=[...])"
+        )
     check_other_tensors(names, layers)
     changed = metadata(names, layers)
     for key, value in changed.items():
