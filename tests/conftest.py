@@ -1,5 +1,6 @@
 """Before any test is collected: transformers and timm import beside a torchvision whose compiled ops are missing."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops  # 
 
 tolerate_missing_torchvision_ops()
 torch.set_num_threads(1)
+# pytest captures logs of loggers that do not propagate by a handler on each. torch writes its trace, with the stack of
+# every value, as soon as that logger has one: half of the time of a capture.
+logging.getLogger("torch.__trace").propagate = True
 
 
 def pytest_runtest_setup() -> None:
