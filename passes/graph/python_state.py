@@ -117,7 +117,7 @@ def is_record(value: Any) -> bool:
         return False
     if package in sys.stdlib_module_names and package != "__main__":
         return any((base.__module__, base.__name__) in _RECORDS for base in cls.__mro__)
-    return hasattr(value, "__dict__") or bool(_slots(cls))
+    return _attributes(value) is not None or bool(_slots(cls))
 
 
 def _slots(cls: type) -> list[str]:
@@ -313,9 +313,17 @@ def _place(owner: Any, key: Any) -> tuple[Any, Any]:
     """Return the namespace in which `contents` has found a key of an owner, and the key in it."""
     if isinstance(owner, nn.Module):
         return (owner.__dict__[key[0]], key[1]) if isinstance(key, tuple) else (owner.__dict__, key)
-    if not isinstance(owner, dict) and is_record(owner) and key in getattr(owner, "__dict__", {}):
-        return vars(owner), key  # its class may guard or compute the attribute
+    if not isinstance(owner, dict) and is_record(owner) and key in (held := _attributes(owner) or {}):
+        return held, key
     return owner, key
+
+
+def _attributes(owner: Any) -> Any:
+    """Return the `__dict__` of an object, not through its class, which may guard or compute attributes; or None."""
+    try:
+        return object.__getattribute__(owner, "__dict__")
+    except AttributeError:  # it has slots
+        return None
 
 
 def _is_state(attribute: str) -> bool:
@@ -347,7 +355,7 @@ def contents(value: Any) -> Any:
         return value.func, value.args, value.keywords
     if not is_record(value):
         return None
-    held = dict(getattr(value, "__dict__", ()))
+    held = dict(_attributes(value) or ())
     return held | {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
 
 
@@ -412,7 +420,7 @@ def put_back(owner: Any, before: Any) -> None:
                 put_in(owner, key, before.get(key, ABSENT))
     elif not isinstance(before, tuple):
         there: dict[str, Any] = contents(owner) or {}
-        held = getattr(owner, "__dict__", {})
+        held = _attributes(owner) or {}
         for key in there.keys() - before.keys():
             if held.pop(key, ABSENT) is ABSENT:
                 object.__delattr__(owner, key)
