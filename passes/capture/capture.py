@@ -91,11 +91,11 @@ def capture(
             ):
                 error = difference_from_eager(captured, module, forward, args, kwargs)
                 captured = replace(captured, data_sizes={} if error else data_sizes(captured, module, args, kwargs))
-            if error is not None:
-                raise CaptureError(f"{described(region)} was captured, but {error}; it is left as it is")
             changing = changes.reach(captured.constants.values())
             if changing:
                 raise _HookChanges(changing)
+            if error is not None:
+                raise CaptureError(f"{described(region)} was captured, but {error}; it is left as it is")
         return captured
 
     if not hooks:
