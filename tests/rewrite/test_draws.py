@@ -88,7 +88,7 @@ def test_noise_along_a_coupling_is_exact(name: str) -> None:
     assert ecospa_fx.verify(model, example_inputs=(x,)).ok
 
 
-@pytest.mark.parametrize(("model", "names"), [(NoisyAttention, "heads qk vo"), (NoisyRecurrent, "ffn")])
+@pytest.mark.parametrize(("model", "names"), [(NoisyAttention, "heads qk vo"), (NoisyRecurrent, "ffn recurrent")])
 def test_ops_that_draw_inside_are_exact(model: Any, names: str) -> None:
     noisy, x = compiled(model())
     assert " ".join(sorted(c.name for c in ecospa_fx.couplings(noisy))) == names
