@@ -32,6 +32,7 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import EcoSpaError, NoInputsError
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.lookup import couplings, plan
+from ecospa_fx.model.restore import restore
 from ecospa_fx.model.shrinking import shrink
 from ecospa_fx.model.state import Execution
 from ecospa_fx.see.explanation import explain
@@ -277,12 +278,14 @@ class Beside:
     def _check_refused(self, what: str, error: EcoSpaError, state: dict[str, Any], generators: Generators) -> None:
         """Check that a call may be refused, and has left the model as it was.
 
-        Only the first call may be, which leaves the model plain, and one of a shrunk model, in a mode that it has not
-        been called in so far, or whose cause is named.
+        Only the first call may be, after which the model is made plain, and one of a shrunk model, in a mode that it
+        has not been called in so far, or whose cause is named.
         """
         self.refusals.append(f"{type(error).__name__}: {error}")
         generators.check(f"refused {what} ({error})")
         check_same(state, frozen(self.ours), f"refused {what} ({error})")
+        if self.compiled and not self.ours.model.__dict__[MODEL].captured:
+            restore(self.ours.model)  # it would wait for a call that it can capture
         if not self.compiled:
             return
         if self.shrinks and self.ours.model.training not in self._called:
