@@ -35,6 +35,8 @@ from ecospa_fx.model.lookup import couplings, plan
 from ecospa_fx.model.restore import restore
 from ecospa_fx.model.shrinking import shrink
 from ecospa_fx.model.state import Execution
+from ecospa_fx.passes.axes.algebra import atoms_of
+from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.see.explanation import explain
 from ecospa_fx.see.verification import verify
 
@@ -197,7 +199,7 @@ class Beside:
             return
         dice, model = random.Random(seed), self.ours.model
         try:
-            found = [c for c in couplings(model) if c.size > 1]
+            found = [c for c in couplings(model) if c.size > 1 and not _reduced(model, c)]
         except NoInputsError:  # nothing has been called so far
             return
         if not found:
@@ -352,6 +354,20 @@ class Beside:
             self._remains.slice(self.plain.model, self.plain.optimizer, before)
         else:
             self._remains.zero(self.plain.model, self.plain.optimizer, buffers=True)
+
+
+def _reduced(model: nn.Module, coupling: Coupling) -> bool:
+    """Return whether a reduction runs over what is left of a coupling, which no zeros in a plain model stand for."""
+    members = [(member.parameter, member.dim) for member in coupling.members]
+    for name, region in model.__dict__[MODEL].regions.items():
+        for each in region.specializations:
+            facts = each.program.axis_facts
+            reduced = {atom for fact in facts.facts if fact.role == "reduced" for atom in atoms_of(fact.expr)}
+            along = ((join(name, inside), dim, expr) for inside, exprs in facts.parameters.items()
+                     for dim, expr in enumerate(exprs))  # fmt: skip
+            if any((full, dim) in members and reduced & set(atoms_of(expr)) for full, dim, expr in along):
+                return True
+    return False
 
 
 def _scope(world: Sandbox, block: int) -> dict[str, Any]:
