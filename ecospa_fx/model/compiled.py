@@ -152,7 +152,10 @@ class CompiledModel:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @outside_forward()
     def capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Choose regions from one call and run them as programs. On any error the model is as before."""
+        """Choose regions from one call and run them as programs.
+
+        After an error the model is as before, and waits if it did; only where nothing can shrink it waits no longer.
+        """
         args, kwargs = outside_inference((args, kwargs))
         waiting = type(model) is not original_class(model)
         if waiting:
@@ -173,9 +176,12 @@ class CompiledModel:
                 find_followed(model, regions)
                 if not any(region.python_support and region.python_support.couplings for region in regions.values()):
                     raise NoCouplingError(_nothing_followed(model, regions))
+        except NoCouplingError:
+            model.__dict__.pop(MODEL, None)  # it waits for no other call
+            raise
         except BaseException:
             if waiting:
-                swap_forward(model, MODEL)
+                swap_forward(model, MODEL)  # of a wrong call nothing follows for the next
             raise
         self.regions = regions
         self.state.joints, self.state.joint_refusals = chosen.joints, chosen.refusals

@@ -87,12 +87,19 @@ def written_arguments(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def memory_behind(node: fx.Node) -> Iterator[fx.Node]:
-    """Yield `node` and the nodes that it is a view of, back to the one that made the memory."""
+    """Yield `node` and the nodes that it is a view of, back to the one that made the memory, if an op did."""
     while node.op == "call_function":
         yield node
         if not _shares_memory(node):
             break
         node = arguments(node)[0]
+
+
+def memory_root(node: fx.Node) -> fx.Node:
+    """Return the node whose memory `node` is a view of: an op that made it, or a tensor that came in."""
+    while node.op == "call_function" and _shares_memory(node):
+        node = arguments(node)[0]
+    return node
 
 
 def _shares_memory(node: fx.Node) -> bool:

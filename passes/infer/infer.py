@@ -28,6 +28,7 @@ from ecospa_fx.passes.axes.selection import on_diagonal, static_end
 from ecospa_fx.passes.graph.nodes import (
     argument_nodes,
     arguments,
+    memory_root,
     op_name,
     tensor_meta,
     written_arguments,
@@ -80,6 +81,12 @@ class _Walk:
         self.axis_facts = AxisFacts(captured)
         self.axes = self.axis_facts.axes
         self.weighted = weighted_nodes(captured)
+        self.writers = {
+            memory_root(value): node
+            for node in captured.graph.nodes
+            if node in self.weighted
+            for value in written_arguments(node)
+        }
         self.weights = Weights(captured)
         self.solver = Solver(self.axis_facts, apart)
 
@@ -312,7 +319,6 @@ class _Walk:
     def _operands(self, node: fx.Node) -> tuple[r.Operand, ...]:
         """Return the tensor arguments of `node` in order; sources get fresh axes for this use."""
         operands = []
-        written = set(written_arguments(node))
         for occurrence, arg in enumerate(argument_nodes(node)):
             if not tensor_meta(arg) or isinstance(arg.meta["val"], (tuple, list)):
                 continue
@@ -322,9 +328,10 @@ class _Walk:
             else:
                 operand = r.Operand(tuple(self.axes.fresh(size) for size in shape), shape, arg, False)
                 self.axis_facts.sources.append(Source(node, occurrence, arg, operand.exprs))
-                if arg in written:
+                if memory_root(arg) in self.writers:
+                    writer = self.writers[memory_root(arg)]
                     for expr in operand.exprs:
-                        self.axis_facts.pin(expr, node, f"{op_name(node)} writes into memory that does not shrink")
+                        self.axis_facts.pin(expr, node, f"{op_name(writer)} writes into memory that does not shrink")
             operands.append(operand)
         return tuple(operands)
 

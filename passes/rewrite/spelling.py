@@ -19,14 +19,19 @@ from ecospa_fx.passes.rules import op_info
 Spelling: TypeAlias = tuple[Literal["torch", "nn", "method"], str]
 
 
-@functools.cache
 def spelling(op: Any) -> Spelling | None:
     """Return the quickest way to call an op: `torch.add`, `torch._C._nn.gelu`, `x.expand`; None: the op itself."""
     if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten":
         return None
-    info = op_info(op)
+    info = op_info(op)  # asked each time: rules come and go
     if info is None or info.refused:
         return None  # only of ops with a rule do tests compare the two ways to call them
+    return _generated(op)
+
+
+@functools.cache
+def _generated(op: torch._ops.OpOverload) -> Spelling | None:
+    """Return the function or method that torch generates for an op, with the same arguments."""
     arguments = op._schema.arguments
     if not arguments or "Tensor" not in str(arguments[0].type):
         return None  # it makes a tensor from sizes alone; torch's function for it is written by hand

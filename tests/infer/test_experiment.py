@@ -152,7 +152,7 @@ def test_with_the_rules_taken_away_random_programs_stay_exact(monkeypatch: pytes
 
     monkeypatch.setattr("ecospa_fx.testing.check.infer_axes", by_experiment)
     tally = Tally()
-    assert not [str(smallest(found)) for found in fuzz(range(25), seed=5, tally=tally)]
+    assert not [str(smallest(found)) for found in fuzz(range(25), seed=7, tally=tally)]
     assert tally.shrinkable > 15 and {"aten.add", "aten.mul", "aten.softmax", "aten.relu", "aten.layer_norm"} <= used
 
 

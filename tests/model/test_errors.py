@@ -130,6 +130,18 @@ def test_no_coupling(lazily):
     assert "aten.cumsum: results along the axis depend on other entries along it (test_errors.py" in message
     assert_untouched(model, before)
     assert model(X).shape == X.shape  # and it still runs
+    with pytest.raises(errors.EcoSpaError, match="Running is not compiled"):
+        ecospa_fx.couplings(model)
+
+
+def test_a_first_call_that_is_wrong_leaves_the_model_waiting():
+    model = ecospa_fx.compile(MLP())
+    before = snapshot(model)
+    with pytest.raises(errors.CaptureError, match="same reduction dim"):
+        model(X[:, :5])
+    assert_untouched(model, before)
+    assert model(X).shape == X.shape
+    assert [coupling.name for coupling in ecospa_fx.couplings(model)] == ["ffn"]
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,13 @@ def test_every_spelling_is_generated_by_torch_from_the_schema_of_the_op():
         assert spelling(written_by_hand) is None
 
 
+def test_a_spelling_comes_and_goes_with_the_rule(monkeypatch):
+    with monkeypatch.context() as without:
+        without.delitem(OPS, aten.mish.default)
+        assert spelling(aten.mish.default) is None
+    assert spelling(aten.mish.default) == ("nn", "mish")
+
+
 def test_equal_code_is_compiled_once():
     blocks = [nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)) for _ in range(2)]
     programs = [rewrite(infer_axes(capture(b, (torch.randn(2, 4),), {})), {}, b) for b in blocks]
