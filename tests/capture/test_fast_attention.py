@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from twin import assert_equals_twin, half, kept_positions, zeroed
+from twin import assert_equals_twin, half, kept_positions, without_stream, zeroed
 
 import ecospa_fx
 from ecospa_fx.model.compiled import MODEL
@@ -140,12 +140,10 @@ def test_models_of_transformers_by_root(name):
     else:
         assert all(mask is not None and not causal for mask, causal, _ in attentions(model))
     by_blocks = ecospa_fx.compile(copy.deepcopy(plain), example_inputs=(x,), regions="blocks")
-    kinds = [
-        {(c.name, c.kind, c.size) for c in ecospa_fx.couplings(m) if c.kind != "residual"} for m in (model, by_blocks)
-    ]
+    kinds = [{(c.name, c.kind, c.size) for c in without_stream(m)} for m in (model, by_blocks)]
     assert kinds[0] == kinds[1]
     ecospa_fx.verify(model, example_inputs=(x,)).raise_if_failed()
-    keeps = {c: half(c.size, i) for i, c in enumerate(ecospa_fx.couplings(model))}
+    keeps = {c: half(c.size, i) for i, c in enumerate(without_stream(model))}
     positions = kept_positions(plain, keeps)
     ecospa_fx.shrink(model, keeps)
     twin = zeroed(plain, positions)

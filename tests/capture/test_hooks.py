@@ -161,3 +161,12 @@ def test_hidden_states_of_a_root():
     for a, b in zip(got, expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     it.agree()
+
+
+def test_hidden_states_need_the_residual_stream_whole():
+    it = Lives("gpt2", "root", shrunk=False)
+    (stream,) = (c for c in ecospa_fx.couplings(it.model) if c.kind == "residual")
+    ecospa_fx.shrink(it.model, {stream: half(stream.size, 0)})
+    with pytest.raises(errors.PinnedAxisError, match=r"all 24 entries of an axis that has shrunk to 12 .* output 1"):
+        it.model(**it.kwargs, output_hidden_states=True)
+    assert it.model(**it.kwargs).logits.shape == it.twin(**it.kwargs).logits.shape

@@ -308,9 +308,12 @@ def test_a_graph_that_differs_from_eager_gives_way_to_those_below():
 class Penalised(Model):
     """The model's own Python reads a weight of a block, of which the block's graph knows nothing."""
 
+    def use(self, weight):
+        return 0.1 * weight.cumsum(0).sum()
+
     def forward(self, x):
         assert self.blocks[1].mlp.up.weight.dtype == x.dtype  # no use of its entries
-        return super().forward(x) + self.blocks[0].mlp.up.weight.mean()
+        return super().forward(x) + self.use(self.blocks[0].mlp.up.weight)
 
 
 def test_a_weight_used_outside_of_its_block_is_seen():
@@ -320,12 +323,31 @@ def test_a_weight_used_outside_of_its_block_is_seen():
     assert "blocks.0.mlp.ffn" not in names and "blocks.1.mlp.ffn" in names
     assert not_captured(model) == {
         "blocks.0": "region `blocks.0` cannot be captured by itself: `blocks.0.mlp.up.weight` is used outside of it "
-        "too, by torch.Tensor.mean"
+        "too, by torch.Tensor.cumsum"
     }
     model = Penalised(Block(), Block())
     assert checked(model, regions="blocks") == of_blocks(0, 1) - {"blocks.0.mlp.ffn"}
     with pytest.raises(errors.CaptureError, match=r"region `blocks\.0` cannot be captured by itself: "):
         checked(Penalised(Block(), Block()), regions=["blocks.0"])
+
+
+class Averaged(Penalised):
+    def use(self, weight):
+        return weight.mean()
+
+
+def test_an_average_outside_of_a_block_is_of_what_is_left():
+    plain, x = Averaged(Block(), Block()), torch.randn(2, 5, WIDTH)
+    model = ecospa_fx.compile(copy.deepcopy(plain), example_inputs=(x,))
+    assert set(not_captured(model)) == {"blocks.0"}
+    (ffn,) = (c for c in ecospa_fx.couplings(model) if c.name == "blocks.0.mlp.ffn")
+    ecospa_fx.shrink(model, {ffn: half(ffn.size, 0)})
+    with torch.no_grad():  # plain Python on the weights of a smaller block
+        mlp, left = plain.blocks[0].mlp, half(ffn.size, 0)
+        mlp.up.weight, mlp.up.bias = nn.Parameter(mlp.up.weight[left]), nn.Parameter(mlp.up.bias[left])
+        mlp.down.weight = nn.Parameter(mlp.down.weight[:, left])
+    torch.testing.assert_close(model(x), plain(x))
+    assert model.blocks[0].mlp.up.weight.shape == mlp.up.weight.shape
 
 
 def test_explain_lists_what_could_not_be_captured():

@@ -13,7 +13,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
-from twin import assert_equals_twin, assert_is_slice, half, kept_positions, run, selections, sliced, zeroed
+from twin import (
+    assert_equals_twin,
+    assert_is_slice,
+    half,
+    kept_positions,
+    run,
+    selections,
+    sliced,
+    without_stream,
+    zeroed,
+)
 from zoo import Pair, pair
 
 import ecospa_fx
@@ -32,7 +42,7 @@ def padded(batch: int, length: int) -> Tensor:
     return mask
 
 
-# Each model, the arguments of a call, and what is coupled in it (T5 differs by region).
+# Each model, the arguments of a call, and what is coupled in it: by root the residual stream too; T5 differs by region.
 
 
 def gpt2(**options: Any) -> nn.Module:
@@ -56,6 +66,17 @@ def gpt2_layer(i: int) -> set[Pair]:
     }
 
 
+def gpt2_stream() -> set[Pair]:
+    """What all layers read and add to: both embeddings, of which the first is the head too, and every norm."""
+    at = [f"transformer.h.{i}" for i in range(2)]
+    layers = " ".join(
+        f"{h}.ln_1[0] {h}.attn.c_attn.weight[0] {h}.attn.c_proj.weight[1] {h}.attn.c_proj.bias[0] "
+        f"{h}.ln_2[0] {h}.mlp.c_fc.weight[0] {h}.mlp.c_proj.weight[1] {h}.mlp.c_proj.bias[0]"
+        for h in at
+    )
+    return {pair("residual", 24, f"transformer.wte.weight[1] transformer.wpe.weight[1] {layers} transformer.ln_f[0]")}
+
+
 def llama(**options: Any) -> nn.Module:
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -75,6 +96,16 @@ def llama_layer(i: int) -> set[Pair]:
         pair("groups", 2, f"{at}.q_proj.weight[0] {at}.o_proj.weight[1]"),
         pair("glu", 44, f"{mlp}.gate_proj.weight[0] {mlp}.up_proj.weight[0] {mlp}.down_proj.weight[1]"),
     }
+
+
+def llama_stream() -> set[Pair]:
+    layers = " ".join(
+        f"{h}.input_layernorm.weight[0] {h}.self_attn.q_proj.weight[1] {h}.self_attn.k_proj.weight[1] "
+        f"{h}.self_attn.v_proj.weight[1] {h}.self_attn.o_proj.weight[0] {h}.post_attention_layernorm.weight[0] "
+        f"{h}.mlp.gate_proj.weight[1] {h}.mlp.up_proj.weight[1] {h}.mlp.down_proj.weight[0]"
+        for h in (f"model.layers.{i}" for i in range(2))
+    )
+    return {pair("residual", 32, f"model.embed_tokens.weight[1] {layers} model.norm.weight[0] lm_head.weight[1]")}
 
 
 def bert(**options: Any) -> nn.Module:
@@ -155,17 +186,27 @@ def vit_layer(i: int) -> set[Pair]:
     }
 
 
+def vit_stream() -> set[Pair]:
+    """The class token and the positions are part of it."""
+    layers = " ".join(
+        f"{b}.norm1[0] {b}.attn.qkv.weight[1] {b}.attn.proj[0] {b}.norm2[0] {b}.mlp.fc1.weight[1] {b}.mlp.fc2[0]"
+        for b in (f"blocks.{i}" for i in range(2))
+    )
+    first = "cls_token[2] pos_embed[2] patch_embed.proj[0]"
+    return {pair("residual", 48, f"{first} {layers} norm[0] head.weight[1]")}
+
+
 Known = tuple[Callable[..., nn.Module], Callable[[int, int], dict[str, Tensor]], Callable[[bool], set[Pair]]]
 MODELS: dict[str, Known] = {
     "gpt2": (
         gpt2,
         lambda batch, length: {"input_ids": words(batch, length)},
-        lambda root: gpt2_layer(0) | gpt2_layer(1),
+        lambda root: gpt2_layer(0) | gpt2_layer(1) | (gpt2_stream() if root else set()),
     ),
     "llama": (
         llama,
         lambda batch, length: {"input_ids": words(batch, length)},
-        lambda root: llama_layer(0) | llama_layer(1),
+        lambda root: llama_layer(0) | llama_layer(1) | (llama_stream() if root else set()),
     ),
     "bert": (
         bert,
@@ -183,7 +224,7 @@ MODELS: dict[str, Known] = {
     "vit": (
         vit,
         lambda batch, _: {"x": torch.randn(batch, 3, 32, 32)},
-        lambda root: vit_layer(0) | vit_layer(1),
+        lambda root: vit_layer(0) | vit_layer(1) | (vit_stream() if root else set()),
     ),
 }  # fmt: skip
 
@@ -240,8 +281,10 @@ def test_llama_has_five_couplings_per_layer_either_way() -> None:
         for i in range(2):
             layer = [c for c in couplings if f"layers.{i}." in c.name]
             assert sorted(c.kind for c in layer) == ["glu", "groups", "heads", "qk", "vo"]
-        assert len(couplings) == 10
-        ways.append({c.name: (c.kind, {str(m): m.index.tolist() for m in c.members}) for c in couplings})
+        beside = [c.kind for c in couplings if "layers." not in c.name]
+        assert len(couplings) == 10 + len(beside) and beside == (["residual"] if regions == "root" else [])
+        layers = without_stream(model)
+        ways.append({c.name: (c.kind, {str(m): m.index.tolist() for m in c.members}) for c in layers})
     assert ways[0] == ways[1]
 
 
@@ -269,7 +312,7 @@ def test_shrunk_equals_masked(name: str, regions: str, dtype: torch.dtype) -> No
 @each_model
 def test_shrunk_equals_zeroed(name: str, regions: str, dtype: torch.dtype) -> None:
     plain, model, kwargs = captured(name, dtype, regions)
-    for what, keeps in selections(ecospa_fx.couplings(model)):
+    for what, keeps in selections(without_stream(model)):
         positions = kept_positions(plain, keeps)
         shrunk = copy.deepcopy(model)
         ecospa_fx.shrink(shrunk, keeps)
@@ -281,7 +324,7 @@ def test_shrunk_equals_zeroed(name: str, regions: str, dtype: torch.dtype) -> No
 @each_model
 def test_batch_length_and_mode_may_change_after_a_shrink(name: str, regions: str) -> None:
     plain, model, _ = captured(name, torch.float32, regions)
-    keeps = {c: half(c.size, i) for i, c in enumerate(ecospa_fx.couplings(model))}
+    keeps = {c: half(c.size, i) for i, c in enumerate(without_stream(model))}
     positions = kept_positions(plain, keeps)
     shrunk, twin = copy.deepcopy(model), zeroed(plain, positions)
     ecospa_fx.shrink(shrunk, keeps)

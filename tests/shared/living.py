@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from test_models import made
 from torch import Tensor, nn
-from twin import Positions, assert_same, half, kept_positions, sliced, zeroed
+from twin import Positions, assert_same, half, kept_positions, sliced, without_stream, zeroed
 from twin import run as run_twice
 
 import ecospa_fx
@@ -66,7 +66,7 @@ class Lives:
 
     Attributes:
         plain: as it was before it was compiled.
-        model: compiled, and shrunk where wanted.
+        model: compiled, and shrunk where wanted; all but its residual stream.
         twin: plain, with zeros where the model has shrunk.
         positions: what is left of each parameter.
         kwargs: arguments of a call.
@@ -79,7 +79,7 @@ class Lives:
         self.plain, self.model = copy.deepcopy(plain), copy.deepcopy(model)
         self.positions: Positions = {}
         if shrunk:
-            keeps = {c: half(c.size, i) for i, c in enumerate(ecospa_fx.couplings(self.model))}
+            keeps = {c: half(c.size, i) for i, c in enumerate(without_stream(self.model))}
             self.positions = kept_positions(plain, keeps)
             ecospa_fx.shrink(self.model, keeps)
         self.twin = zeroed(self.plain, self.positions)

@@ -45,7 +45,10 @@ def pair(kind: str, size: int, members: str) -> Pair:
     return kind, size, _members(members)
 
 
-PARAMETERS = ("weight", "bias", "vector", "matrix", "original0", "original1", "h_l0", "h_l1", "_reverse")
+PARAMETERS = (
+    "weight", "bias", "vector", "matrix", "original0", "original1", "h_l0", "h_l1", "_reverse",
+    "cls_token", "pos_embed",
+)  # fmt: skip
 
 
 def _members(text: str) -> frozenset[str]:

@@ -2,6 +2,8 @@
 
 A copy of the plain model in which every row and column that a shrink takes away is zero, run by its own Python. It
 knows only the member index of each coupling: which row of which parameter belongs to which entry.
+
+Where a norm or an average runs over an axis it is of what is left, and zeros are no judge: see `without_stream`.
 """
 
 from __future__ import annotations
@@ -32,6 +34,14 @@ def halves(coupling: ecospa_fx.Coupling, seed: int) -> Tensor:
     if coupling.context is None:
         return half(coupling.size, seed)
     return torch.stack([half(coupling.size, seed + 100 * row) for row in range(coupling.contexts)])
+
+
+def without_stream(model: nn.Module) -> list[ecospa_fx.Coupling]:
+    """Couplings of a transformer that zeros can judge: all but its residual stream, of which norms take what is left.
+
+    The stream has judges that know that: `test_smaller_class.py` builds the same class at the smaller sizes.
+    """
+    return [coupling for coupling in ecospa_fx.couplings(model) if coupling.kind != "residual"]
 
 
 def selections(couplings: Sequence[ecospa_fx.Coupling], seed: int = 0) -> Iterator[tuple[str, Keeps]]:
