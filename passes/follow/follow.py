@@ -14,6 +14,7 @@ fail the trial.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -40,8 +41,8 @@ from ecospa_fx.passes.ir.region_graph import Forward
 from .attributes import Attribute
 from .trial import Trial
 
-MOST_ATTRIBUTES = 4  # that one coupling may need changed; every set of them is tried
 MOST_TRIALS = 400  # per coupling
+MOST_STUCK = 60  # of them, one after another, with which the forward comes no further
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,22 +208,55 @@ def _find_needed(
 def _first_that_follows(
     trial: Trial, candidates: Sequence[tuple[Attribute, Expr]], kept: Selection
 ) -> tuple[dict[Attribute, Expr] | None, str]:
-    """Try sets of attributes, the smallest first; return the first with which the forward follows a selection."""
-    why = ""
-    tried = 0
-    for number in range(min(len(candidates), MOST_ATTRIBUTES) + 1):
-        for chosen in itertools.combinations(candidates, number):
-            needed = dict(chosen)
-            if len(needed) < number:
-                continue  # one attribute in two meanings
-            tried += 1
-            if tried > MOST_TRIALS:
-                return None, why
-            difference = trial.difference(kept, _sizes_under(needed, kept))
-            if difference is None:
-                return needed, ""
-            why = why or difference
+    """Find a set of attributes with which the forward follows a selection, and say why it does not follow without.
+
+    A forward with a wrong size fails where that is used. A set with which it comes further is gone on from, by the
+    attributes of the modules where it fails now: as many trials as attributes, and not as sets of them.
+    """
+    why = trial.difference(kept, {})
+    if why is None:
+        return {}, ""
+    order = itertools.count()
+    seen: set[frozenset[tuple[Attribute, Expr]]] = set()
+    waiting: list[_Start] = []
+
+    def wait(chosen: dict[Attribute, Expr], why: str) -> None:
+        nearest = trial.course.nearest
+        more = sorted((each for each in candidates if each[0] not in chosen), key=lambda each: nearest(each[0].module))
+        heapq.heappush(waiting, (-trial.course.reached, len(chosen), next(order), chosen, why, iter(more)))
+
+    wait({}, why)
+    furthest, stuck = trial.course.reached, 0
+    while waiting and stuck < MOST_STUCK and len(seen) < MOST_TRIALS:
+        *_, chosen, failure, rest = waiting[0]
+        more = next(rest, None)
+        if more is None:
+            heapq.heappop(waiting)
+            continue
+        needed = dict([*chosen.items(), more])
+        if (key := frozenset(needed.items())) in seen:
+            continue
+        seen.add(key)
+        difference = trial.difference(kept, _sizes_under(needed, kept))
+        if difference is None:
+            return _fewest(trial, needed, kept), ""
+        stuck = 0 if trial.course.reached > furthest else stuck + 1
+        furthest = max(furthest, trial.course.reached)
+        if difference != failure:  # else it was not read so far
+            wait(needed, difference)
     return None, why
+
+
+_Start = tuple[float, int, int, dict[Attribute, Expr], str, Iterator[tuple[Attribute, Expr]]]
+
+
+def _fewest(trial: Trial, needed: dict[Attribute, Expr], kept: Selection) -> dict[Attribute, Expr]:
+    """Leave out the attributes without which the forward follows too."""
+    for attribute in [*needed] if len(needed) > 1 else ():
+        fewer = {other: expr for other, expr in needed.items() if other != attribute}
+        if trial.difference(kept, _sizes_under(fewer, kept)) is None:
+            needed = fewer
+    return needed
 
 
 def _uncertain(trial: Trial, coupling: RegionCoupling, kept: Selection, needed: Mapping[Attribute, Expr]) -> str | None:

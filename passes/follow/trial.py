@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import sympy
@@ -43,6 +44,7 @@ class Trial:
         held: integers of modules that the call read, and that may be sizes.
         unread: the other integers of the modules.
         axes_of_size: number of entries -> axes, and parts of axes, with as many.
+        course: how far the forward came in the latest comparison.
     """
 
     def __init__(
@@ -53,6 +55,8 @@ class Trial:
         self.held: dict[Attribute, int] = {}
         self.unread: dict[Attribute, int] = {}
         self.axes_of_size = _axes_of_size(axis_facts)
+        self.course = Course()
+        self._under: tuple[Selection, dict[str, Tensor], list[Tensor] | str] | None = None  # the latest selection
         self._shapes_tell = False
         self._idle: dict[Attribute, bool] = {}
         tensors = named_tensors(module)
@@ -80,6 +84,19 @@ class Trial:
 
         None where the results are the same.
         """
+        small, expected = self._at(kept)
+        if isinstance(expected, str):
+            return expected
+        if self._shapes_tell and (error := self._fails_on_shapes(small, values)) is not None:
+            return error
+        self.course = Course()
+        with self._ready(small, values):
+            return _difference(self.module, expected, self.forward, self.args, self.kwargs, self.course)
+
+    def _at(self, kept: Selection) -> tuple[dict[str, Tensor], list[Tensor] | str]:
+        """Return the weights under a selection, and what its program gives, or why it does not run; made once."""
+        if self._under is not None and self._under[0] is kept:
+            return self._under[1:]
         parameters = self.axis_facts.parameters
         small = {
             name: sliced(
@@ -90,9 +107,15 @@ class Trial:
             )
             for name, t in self.tensors.items()
         }
-        if self._shapes_tell and (error := self._fails_on_shapes(small, values)) is not None:
-            return error
-        return self._compare(rewrite(self.axis_facts, kept, self.module), small, values)
+        program = rewrite(self.axis_facts, kept, self.module)
+        expected: list[Tensor] | str
+        with self._ready(small, {}):
+            try:
+                expected = _expected(self.module, program, self.args, self.kwargs)
+            except NotTried as error:
+                expected = f"cannot be tried: {error}"
+        self._under = (kept, small, expected)
+        return small, expected
 
     def is_idle(self, attribute: Attribute) -> bool:
         """Return whether the value of an attribute makes no difference to the call."""
@@ -105,9 +128,10 @@ class Trial:
         """Say why the forward fails on the meta device, which takes no time; None where it runs."""
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (self.args, self.kwargs))
         shapes = {name: t.to("meta") for name, t in tensors.items()}
+        self.course = Course()
         try:
             with self._ready(shapes, values), isolated(self.module):
-                own_forward(self.module, self.forward, args, kwargs)
+                own_forward(self.module, self.forward, args, kwargs, self.course)
         except Failed as failed:
             return str(failed)
         return None
@@ -135,6 +159,31 @@ class Trial:
             yield
 
 
+class Course:
+    """The modules that a forward has entered, in order, and those that it was in when it failed."""
+
+    def __init__(self) -> None:
+        self.entered: list[str] = [""]
+        self.inside: list[tuple[str, nn.Module]] = []
+        self.failed = False
+        self.events = 0
+
+    @property
+    def reached(self) -> float:
+        """How far the forward came: modules entered and left; infinite at its end."""
+        return self.events if self.failed else math.inf
+
+    def nearest(self, module: str) -> tuple[int, int]:
+        """Return a key by which modules sort: around the place of the failure first, then those entered last."""
+        around = ["", *(path for path, _ in self.inside)]
+        if not self.failed:
+            return (0, 0)
+        if module in around:
+            return (0, -around.index(module))
+        last = next((i for i, path in enumerate(reversed(self.entered)) if path == module), len(self.entered))
+        return (1, last)
+
+
 class Failed(Exception):
     """A forward fails; the message says where and why."""
 
@@ -151,24 +200,35 @@ def difference(module: nn.Module, program: Program, forward: Forward, args: Any,
     Raises:
         NotTried: the program fails: values that were made up (lengths, positions) may be none that it takes.
     """
+    return _difference(module, _expected(module, program, args, kwargs), forward, args, kwargs, Course())
+
+
+def _expected(module: nn.Module, program: Program, args: Any, kwargs: Any) -> list[Tensor]:
+    """Return the tensors that a program returns."""
     inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     with isolated(module), even_draws():
         torch.manual_seed(0)
         try:
-            expected = program.run(module, *(t.clone() for t in inputs), *program.constants)
+            tensors = program.run(module, *(t.clone() for t in inputs), *program.constants)
         except Exception as failure:
             line = str(failure).strip().split("\n")[0]
             raise NotTried(f"its graph does not run on a made-up call ({line})") from failure
+    return [*tensors[: program.captured.returned]]
+
+
+def _difference(
+    module: nn.Module, expected: Sequence[Tensor], forward: Forward, args: Any, kwargs: Any, course: Course
+) -> str | None:
     with isolated(module), even_draws():
         torch.manual_seed(0)
         try:
-            result = own_forward(module, forward, args, kwargs)
+            result = own_forward(module, forward, args, kwargs, course)
         except Failed as failed:
             return str(failed)
     tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-    if len(tensors) != program.captured.returned:
-        return f"runs, but gives {len(tensors)} tensors and not {program.captured.returned}"
-    for mine, theirs in zip(tensors, expected[: program.captured.returned], strict=True):
+    if len(tensors) != len(expected):
+        return f"runs, but gives {len(tensors)} tensors and not {len(expected)}"
+    for mine, theirs in zip(tensors, expected, strict=True):
         if mine.shape != theirs.shape:
             return f"runs, but gives a result of {tuple(mine.shape)} and not of {tuple(theirs.shape)}"
         if mine.is_meta:
@@ -179,17 +239,19 @@ def difference(module: nn.Module, program: Program, forward: Forward, args: Any,
     return None
 
 
-def own_forward(module: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Any:
+def own_forward(module: nn.Module, forward: Forward, args: Any, kwargs: Any, course: Course | None = None) -> Any:
     """Run a region's own forward.
 
     Raises:
         Failed: it fails.
     """
-    inside: list[tuple[str, nn.Module]] = []
-    with _running(module, inside):
+    course = Course() if course is None else course
+    inside = course.inside
+    with _running(module, course):
         try:
             return forward(module, *args, **kwargs)
         except Exception as error:
+            course.failed = True
             path, failing = inside[-1] if inside else ("", module)
             where = f" in `{path}` ({type(failing).__name__})" if path else ""
             lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -197,14 +259,23 @@ def own_forward(module: nn.Module, forward: Forward, args: Any, kwargs: Any) -> 
 
 
 @contextmanager
-def _running(module: nn.Module, inside: list[tuple[str, nn.Module]]) -> Iterator[None]:
-    """Keep the calls of submodules that are running in `inside`, for messages."""
+def _running(module: nn.Module, course: Course) -> Iterator[None]:
+    """Note the calls of submodules, for messages and to tell how far a forward came."""
+
+    def entering(path: str, child: nn.Module, _: Any) -> None:
+        course.inside.append((path, child))
+        course.entered.append(path)
+        course.events += 1
+
+    def leaving(*_: Any) -> None:
+        course.inside.pop()
+        course.events += 1
+
     handles = []
     for path, child in module.named_modules():
         if path:
-            entering = lambda _, __, here=(path, child): inside.append(here)  # noqa: E731
-            handles.append(child.register_forward_pre_hook(entering))
-            handles.append(child.register_forward_hook(lambda *_: inside.pop() and None))
+            handles.append(child.register_forward_pre_hook(partial(entering, path)))
+            handles.append(child.register_forward_hook(leaving))
     try:
         yield
     finally:

@@ -371,3 +371,43 @@ def test_a_field_of_its_own():
     assert (view.heads, view.attention, config.heads, type(view).__name__) == (2, "eager", HEADS, "Config")
     twin = pickle.loads(pickle.dumps(view))
     assert (twin.heads, twin.layers) == (2, 4) and isinstance(twin, Config)
+
+
+class Viewing(nn.Module):
+    """A projection that views its result by a number of its own."""
+
+    def __init__(self, inputs, width):
+        super().__init__()
+        self.width, self.weight = width, nn.Parameter(torch.randn(inputs, width) / inputs**0.5)
+
+    def forward(self, x):
+        return (x.reshape(-1, x.shape[-1]) @ self.weight).view(*x.shape[:-1], self.width)
+
+
+class Stream(nn.Module):
+    """Blocks that add to one stream: each holds its width once more."""
+
+    def __init__(self, width, depth=7):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, width), nn.Linear(width, 2)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 9), nn.ReLU(), Viewing(9, width)) for _ in range(depth)
+        )
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(x)
+
+
+def test_as_many_integers_as_there_are_layers():
+    torch.manual_seed(0)
+    model, x = Stream(12), torch.randn(3, 4, 5)
+    ecospa_fx.compile(model, example_inputs=(x,), execution="module", regions="root")
+    stream = next(c for c in ecospa_fx.couplings(model) if c.kind == "residual")
+    ecospa_fx.shrink(model, {stream: torch.arange(0, 12, 2)})
+    assert [block[2].width for block in model.blocks] == [6] * 7
+    smaller = Stream(6)
+    smaller.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(x), smaller(x))
