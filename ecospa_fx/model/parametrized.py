@@ -1,6 +1,7 @@
 """Parametrized weights: those that torch.nn.utils computes from others before each call, and the call that undoes it.
 
-A norm over a whole weight (weight_norm, spectral_norm) needs all of its entries, so that nothing shrinks along it.
+Some of what computes a weight needs all of its entries (the power iteration of spectral_norm in training, an
+orthogonal basis), so that nothing shrinks along it.
 """
 
 from __future__ import annotations
