@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, fx, nn
 
 from ecospa_fx.errors import EcoSpaError
@@ -66,6 +67,7 @@ class Observers:
         return result
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _observed_program(region: Region, program: Program, module: nn.Module, observers: Sequence[Observer]) -> _Observed:
     requests = [(observer, *observer.nodes_of(region, program)) for observer in observers]
     nodes = list(dict.fromkeys(node for _, chosen, _ in requests for node in chosen))
