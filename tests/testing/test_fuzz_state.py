@@ -23,6 +23,13 @@ PLAIN = StatefulModule((), blocks=1).source()
 COUNTING = PLAIN.replace("y = self.down(h)", "y = self.down(h)\n        self.calls = getattr(self, 'calls', 0) + 1")
 
 
+def test_stateful_modules_in_loops_equal_the_plain_ones() -> None:
+    tally = StateTally()
+    assert not [str(smallest(found)) for found in fuzz(range(40), seed=20261129, tally=tally)]
+    # Programs in which nothing is compiled, or nothing shrinks, would be no test.
+    assert tally.programs == 40 and tally.compiled > 8 and tally.shrunk > 3 and tally.steps > 220
+
+
 @pytest.mark.sweep
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("seed", range(3))
