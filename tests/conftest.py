@@ -23,7 +23,7 @@ from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops  # 
 tolerate_missing_torchvision_ops()
 torch.set_num_threads(1)
 # pytest captures logs of loggers that do not propagate by a handler on each. torch writes its trace, with the stack of
-# every value, as soon as that logger has one: half of the time of a capture.
+# every value, as soon as that logger has one.
 logging.getLogger("torch.__trace").propagate = True
 
 

@@ -42,7 +42,7 @@ class Constraints:
             the same ones. Where one of them must stay whole, all do.
         multiple_of: kind of couplings -> a number that their widths are multiples of, on top of `round_to`:
             `{"heads": 4, "glu": 256}`; of `heads` and `groups` the number of heads. Unlike with `round_to`, a width
-            that is no multiple now shrinks to one at the first opportunity.
+            that is not a multiple now shrinks to one at the first opportunity.
         tied: groups of coupling names that keep the same share of their original entries.
         whole: coupling name -> the reason why it stays as it is.
         allowed: coupling name -> the sizes that it may have beside that of now; any, where it is not named.
@@ -69,7 +69,9 @@ class Constraints:
         check(self.multiple_of, MAPPING, "multiple_of", "Constraints")
         for kind, multiple in self.multiple_of.items():
             if kind not in get_args(Kind):
-                raise TargetError(f"multiple_of has {kind!r}, which is no kind; kinds are {', '.join(get_args(Kind))}")
+                raise TargetError(
+                    f"multiple_of has {kind!r}, which is not a kind; kinds are {', '.join(get_args(Kind))}"
+                )
             if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
                 raise TargetError(
                     f"multiple_of[{kind!r}]={multiple!r} is out of range; it is a whole number, at least 1"

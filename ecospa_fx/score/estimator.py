@@ -306,5 +306,5 @@ class CoupledEstimator:
 
 def _checked(tensor: Any) -> Tensor:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{shown(tensor)} is no tensor")
+        raise TypeError(f"{shown(tensor)} is not a tensor")
     return tensor

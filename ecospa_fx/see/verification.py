@@ -51,7 +51,7 @@ class Verification:
             VerificationError: nothing was compared.
         """
         if not self.by_coupling:
-            raise VerificationError("nothing was compared, so that there is no worst comparison")
+            raise VerificationError("nothing was compared, so no comparison is the worst")
         return max(self.by_coupling.values(), key=lambda c: max(c.output_error, c.gradient_error))
 
     def __str__(self) -> str:

@@ -43,7 +43,7 @@ def loss_of(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor] | N
 
     Raises:
         EcoSpaError: the batch is a pair, and `loss` is missing; or the loss is not one number.
-        ArgumentError: the batch is neither; or there is no loss to differentiate.
+        ArgumentError: the batch is neither, or it gives no loss to differentiate.
     """
     if isinstance(batch, Mapping):
         check(batch, KEYWORDS, "batch", "EcoSpaTrainer.fit")

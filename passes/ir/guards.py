@@ -85,7 +85,7 @@ class Read:
 
     @property
     def place(self) -> tuple[Any, tuple[PathItem, ...]]:
-        """The root, by identity where it is no submodule, and the steps."""
+        """The root, by identity where it is not a submodule, and the steps."""
         return (self.root if isinstance(self.root, ModuleRoot) else id(self.root), self.steps)
 
     def now(self, modules: Mapping[str, nn.Module]) -> Any:
@@ -217,7 +217,7 @@ def told(read: Read, now: Any) -> str:
     """Say that the value of a read has changed, with both values where they are short."""
     before = read.value.copy if isinstance(read.value, Contents) else read.value
     if isinstance(before, Alias):
-        return f"`{read.where}` is no more the same object as `{before.other.where}`"
+        return f"`{read.where}` is no longer the same object as `{before.other.where}`"
     if isinstance(before, OfClass):
         return f"`{read.where}` is a {type(now).__name__} and was a {before.cls.__name__}"
     if isinstance(before, Tensor) or isinstance(now, Tensor):

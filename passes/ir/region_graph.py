@@ -111,7 +111,7 @@ class RegionGraph:
         strangers: paths of the tensors in these objects that something else fills, at sizes of its own.
         filled: the parts of objects that other calls of the region fill, as far as known when this one was captured.
         index_attributes: integers of the region that only select its own part of an object.
-        between: it is no region but what the model runs between its regions, see `passes.capture.between`.
+        between: it holds what the model runs between its regions, see `passes.capture.between`.
         border: the dims of arguments, results and tied weights that shrink with the model around the region.
         argument_names: names of the tensors of a call, in order; see `passes.ir.border.argument_names`.
         moving: buffers that some call of the region computes from parameters, and that shrink with these everywhere.
