@@ -14,9 +14,8 @@ from torch import nn
 from ecospa_fx.passes.find.analyse import Analysis
 from ecospa_fx.passes.find.discover import discover
 from ecospa_fx.passes.graph.tensors import join, named_tensors
-from ecospa_fx.passes.infer.infer import infer_axes
+from ecospa_fx.passes.infer.infer import inferred_again
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
-from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.rewrite.replay import replay, selected_by, write_plan
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.plan import Plan
@@ -55,12 +54,6 @@ def moving_buffers(module: nn.Module, shrunk: set[str], graphs: Sequence[Special
     return frozenset(shrunk & buffers).union(*computed)
 
 
-def inferred_again(each: Specialization, captured: RegionGraph, experiments: bool) -> AxisFacts:
-    """Infer the axes of a graph of which something else is known now than when it was captured."""
-    refuted = each.axis_facts.missing.keys() - each.axis_facts.experiments.keys()
-    return infer_axes(captured, experiments, refuted)
-
-
 def settled(
     region: str,
     module: nn.Module,
@@ -87,7 +80,7 @@ def settled(
     settled_ones = []
     for each in specializations:
         if not moving & each.captured.used() <= each.axis_facts.parameters.keys():
-            axis_facts = inferred_again(each, replace(each.captured, moving=moving), state.experiments)
+            axis_facts = inferred_again(each.axis_facts, replace(each.captured, moving=moving), state.experiments)
             program = rewrite(axis_facts, replay(axis_facts, plan), module)
             each = Specialization(program, discover(axis_facts))
         settled_ones.append(each)

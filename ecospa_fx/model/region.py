@@ -25,6 +25,7 @@ from ecospa_fx.passes.follow.attributes import Attribute, holding, numbers_in, r
 from ecospa_fx.passes.follow.follow import PythonSupport, follow
 from ecospa_fx.passes.graph.python_state import StateChange
 from ecospa_fx.passes.graph.tensors import join, same_storage, swapped
+from ecospa_fx.passes.infer.infer import inferred_again
 from ecospa_fx.passes.infer.sizes import called_sizes
 from ecospa_fx.passes.ir.border import NO_BORDER, Border, argument_names
 from ecospa_fx.passes.ir.region_graph import Call
@@ -38,7 +39,7 @@ from ecospa_fx.passes.rewrite.stored import check_state_layouts, keys_of, whole_
 from .class_swap import original_class
 from .full_size import FullSizeTensors, in_transform, outside_forward, outside_inference, unshrunk_dim
 from .journal import Journal, all_or_nothing
-from .moving import inferred_again, moving_buffers, settled
+from .moving import moving_buffers, settled
 from .offers import Offers
 from .routing import Routing
 from .specialization import Specialization
@@ -257,9 +258,11 @@ class Region:
         except (NotNowError, TooManyCallsError):
             raise
         except CaptureError as error:
+            named = self._named()
             raise CaptureError(
-                f"{error}. {self._named()} has shrunk, and its own Python is of the original sizes: make such a call "
-                "before the first shrink, which then leaves the region whole"
+                f"{str(error).rstrip('.')}. {named[:1].upper()}{named[1:]} has shrunk, and its own Python is of the "
+                "original sizes: if such a call is right, make it before the first shrink, which then leaves the "
+                "region whole"
             ) from error
         return program
 
@@ -425,7 +428,7 @@ class Region:
         for each, same in zip(self.specializations, ties, strict=True):
             before = each.captured
             facts_now = replace(before, same_storage=same, shared_outside=outside)
-            axis_facts = inferred_again(each, facts_now, self.state.experiments)
+            axis_facts = inferred_again(each.axis_facts, facts_now, self.state.experiments)
             try:
                 kept = replay(axis_facts, self.state.plan)
             except PinnedAxisError as error:

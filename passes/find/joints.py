@@ -23,7 +23,7 @@ from ecospa_fx.passes.axes.algebra import UNIT, Atom, Expr, atoms_of
 from ecospa_fx.passes.capture.between import Between, RegionCall
 from ecospa_fx.passes.graph.nodes import op_name, reason_text
 from ecospa_fx.passes.graph.tensors import join, named_tensors, storage_key
-from ecospa_fx.passes.infer.infer import infer_axes
+from ecospa_fx.passes.infer.infer import infer_axes, inferred_again
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Exprs
 from ecospa_fx.passes.ir.border import Border, Edge, WeightDim
 
@@ -53,6 +53,7 @@ class _Search:
         experiments: bool,
     ) -> None:
         self.model, self.tensors = model, named_tensors(model)
+        self.order = {name: i for i, name in enumerate(self.tensors)}
         self.between, self.refused, self.experiments = between, refused, experiments
         self.regions = {name: _Region(name, (a, *a.others)) for name, a in analyses.items()}
         self.served = [self._served(call) for call in between.calls]
@@ -153,8 +154,7 @@ class _Search:
             return replace(before, captured=captured)
         key = (id(before.facts), border)
         if key not in self._inferred:
-            refuted = before.missing.keys() - before.experiments.keys()
-            self._inferred[key] = infer_axes(captured, self.experiments, refuted)
+            self._inferred[key] = inferred_again(before, captured, self.experiments)
         found = self._inferred[key]
         # Paths into caches have the numbers of another block in them.
         stored = dict(zip(before.stored, found.stored.values(), strict=True))
@@ -339,17 +339,16 @@ class _Search:
 
     def _joint(self, places: Sequence[Place], classes: Classes, outer: AxisFacts, taken: set[str]) -> Joint | None:
         """Make a class of atoms a joint; None if it is none, and noted among the refusals if weights meet along it."""
-        parts = self.parts(places, outer)
         with_names = [(place, part) for place in places for part in self.parts([place], outer)]
+        parts = [part for _, part in with_names]
         members: dict[WeightDim, None] = {}
         outside: list[WeightDim] = []
         seen: dict[Any, str] = {}
         plain: WeightDim | None = None
         matrices: set[str] = set()
         producers: dict[str, None] = {}
-        order = {name: i for i, name in enumerate(self.tensors)}
         axes = [
-            (order[join("" if where == BETWEEN else where, name)], where, name, dim, part)
+            (self.order[join("" if where == BETWEEN else where, name)], where, name, dim, part)
             for (where, _, _), part in with_names
             for name, dim in part.axes
         ]

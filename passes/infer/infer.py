@@ -72,6 +72,21 @@ def infer_axes(
     return walk.finish()
 
 
+def inferred_again(
+    axis_facts: AxisFacts, captured: RegionGraph, experiments: bool, apart: Collection[fx.Node] = ()
+) -> AxisFacts:
+    """Infer the axes of a graph of which something else is known now, without the experiments that have failed.
+
+    Args:
+        axis_facts: its axes as they were inferred before.
+        captured: the graph as it is known now.
+        experiments: see `infer_axes`.
+        apart: see `infer_axes`.
+    """
+    refuted = axis_facts.missing.keys() - axis_facts.experiments.keys()
+    return infer_axes(captured, experiments, refuted, apart)
+
+
 class _Walk:
     def __init__(
         self, captured: RegionGraph, experiments: bool, unconfirmed_ops: Collection[str], apart: Collection[fx.Node]

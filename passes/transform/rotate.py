@@ -25,7 +25,7 @@ from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.axes.selection import index_of
 from ecospa_fx.passes.find.discover import RegionCoupling
 from ecospa_fx.passes.graph.nodes import op_name, place
-from ecospa_fx.passes.infer.infer import infer_axes
+from ecospa_fx.passes.infer.infer import inferred_again
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.relations import is_linear
 
@@ -141,8 +141,7 @@ def _sides_of_activations(
     axis_facts: AxisFacts, nodes: list[fx.Node], dims: set[WeightDim], atom: Atom
 ) -> dict[WeightDim, Tensor] | str:
     """Infer axes again, with the two sides left apart in these products, so that they are two atoms."""
-    refuted = axis_facts.missing.keys() - axis_facts.experiments.keys()
-    alone = infer_axes(axis_facts.captured, bool(axis_facts.experiments), refuted, apart=frozenset(nodes))
+    alone = inferred_again(axis_facts, axis_facts.captured, bool(axis_facts.experiments), frozenset(nodes))
     near: set[Atom] = set()
     far: set[Atom] = set()
     for node in nodes:
