@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from axis_twins import masks
-from hypothesis import assume, given, settings
+from axis_twins import BATCH, SEQUENCE, check, masks
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ecospa_fx.passes.axes.algebra import (
@@ -34,11 +34,7 @@ from ecospa_fx.passes.axes.algebra import (
 )
 from ecospa_fx.passes.axes.selection import mask_of, on_diagonal, project
 
-BATCH = sympy.Symbol("s0", positive=True, integer=True)
-SEQUENCE = sympy.Symbol("s1", positive=True, integer=True)
 LARGEST = 60
-
-check = settings(deadline=None, max_examples=150)
 
 
 def shape_of(axes: Axes, exprs: list[Expr]) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import sympy
 import torch
-from axis_twins import entries, masks
-from hypothesis import assume, given, settings
+from axis_twins import BATCH, SEQUENCE, check, entries, masks
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.utils._sympy.functions import FloorDiv
 
@@ -27,12 +27,6 @@ from ecospa_fx.passes.axes.algebra import (
     size_of,
 )
 from ecospa_fx.passes.axes.selection import count, index_of, mask_of, on_diagonal, project, touched
-
-BATCH = sympy.Symbol("s0", positive=True, integer=True)
-SEQUENCE = sympy.Symbol("s1", positive=True, integer=True)
-
-check = settings(deadline=None, max_examples=150)
-
 
 # Normal form
 

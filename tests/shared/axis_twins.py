@@ -5,9 +5,16 @@ from __future__ import annotations
 import itertools
 import random
 
+import sympy
 import torch
+from hypothesis import settings
 
 from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, Segments
+
+BATCH = sympy.Symbol("s0", positive=True, integer=True)
+SEQUENCE = sympy.Symbol("s1", positive=True, integer=True)
+
+check = settings(deadline=None, max_examples=150)
 
 
 def entries(expr: Expr) -> list[tuple[tuple[Atom, int], ...]]:
