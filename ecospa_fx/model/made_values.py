@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
@@ -11,13 +9,14 @@ from torch import Tensor, nn
 from ecospa_fx.passes.capture.compare_eager import TOLERANCE, relative_error
 from ecospa_fx.passes.follow.trial import Failed, drawn, example_calls, modes, own_forward
 from ecospa_fx.passes.graph.isolate import isolated
-from ecospa_fx.passes.graph.tensors import join, named_tensors, sliced, swapped
+from ecospa_fx.passes.graph.tensors import as_held, join, named_tensors, sliced, swapped
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.plan import Plan
 
 from .compiled import CompiledModel
 from .region import Region
+from .slicing import kept_positions
 
 
 def difference_of_made(model: nn.Module, compiled: CompiledModel, plan: Plan, made: nn.Module) -> str | None:
@@ -59,7 +58,7 @@ def _of_region(model: nn.Module, now: Plan, plan: Plan, region: Region, made: nn
     small: dict[str, Tensor] = {}
     for name, tensor in named_tensors(module).items():
         planned = names.get(id(tensor))
-        small[name] = tensor if planned is None else _like(tensor, _left(planned, tensor, now, plan))
+        small[name] = tensor if planned is None else _like(tensor, sliced(tensor, kept_positions(planned, now, plan)))
     small = drawn(small)
     persistent = made.state_dict(keep_vars=True).keys() | {name for name, _ in made.named_parameters()}
     for each in region.specializations:
@@ -67,7 +66,7 @@ def _of_region(model: nn.Module, now: Plan, plan: Plan, region: Region, made: nn
         program = rewrite(facts, replay(facts, plan), module)
         for args, kwargs in example_calls(facts):
             inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            with torch.no_grad(), swapped(module, _parameters(module, small)), isolated(module):
+            with torch.no_grad(), swapped(module, as_held(module, small)), isolated(module):
                 torch.manual_seed(0)
                 try:
                     expected = program.run(module, *(t.clone() for t in inputs), *program.constants)
@@ -75,7 +74,7 @@ def _of_region(model: nn.Module, now: Plan, plan: Plan, region: Region, made: nn
                     continue
             theirs = {name: t for name, t in small.items() if name in persistent}
             training = each.captured.signature.training
-            with torch.no_grad(), swapped(made, _parameters(made, theirs)), isolated(made), modes(made, training):
+            with torch.no_grad(), swapped(made, as_held(made, theirs)), isolated(made), modes(made, training):
                 torch.manual_seed(0)
                 try:
                     result = own_forward(made, type(made).forward, args, kwargs)
@@ -93,26 +92,5 @@ def _tensors(result: object) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
-def _parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    live = named_tensors(module)
-    return {
-        name: nn.Parameter(t.detach(), requires_grad=False) if isinstance(live.get(name), nn.Parameter) else t
-        for name, t in tensors.items()
-        if name in live
-    }
-
-
 def _like(tensor: Tensor, value: Tensor) -> Tensor:
     return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
-
-
-def _left(name: str, tensor: Tensor, now: Plan, plan: Plan) -> Tensor:
-    """Slice a tensor that has the sizes of one plan to those of a later one."""
-    positions = {}
-    for dim, size in enumerate(plan.original_shapes[name]):
-        if (name, dim) in plan.kept:
-            before = now.kept.get((name, dim), torch.arange(size))
-            after = plan.kept[name, dim]
-            if len(after) != len(before):
-                positions[dim] = torch.searchsorted(before, after)
-    return sliced(tensor.detach(), positions)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.passes.ir.guards import Read, first_changed, setting_read, told
 from ecospa_fx.passes.ir.region_graph import RegionGraph
-from ecospa_fx.passes.ir.signature import Signature, below, state_of, training_flags
+from ecospa_fx.passes.ir.signature import Signature, below, modes_and_hooks, training_flags
 from ecospa_fx.passes.ir.unchanged import unchanged
 from ecospa_fx.passes.rewrite.program import Program
 
@@ -141,8 +141,8 @@ class _Bound:
                 self.guards = [holds, *self.guards[: MOST_GUARDS - 1]]
                 return holds
         # Something is replaced by its equal at each call, or each time that it is looked at.
-        state = state_of(self.module)
-        return lambda: self.is_of(self.module) and state_of(self.module) == state and self.changed() is None
+        state = modes_and_hooks(self.module)
+        return lambda: self.is_of(self.module) and modes_and_hooks(self.module) == state and self.changed() is None
 
     def changed(self) -> str | None:
         """Return the first value that has changed, in words."""

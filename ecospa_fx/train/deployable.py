@@ -107,7 +107,7 @@ def deployment(model: nn.Module, deployable: Deployable, constraints: Constraint
         found = _Attempts(Constructed(model, compiled, make, given))
     else:
         found = _Attempts(configured(model, compiled))
-    sets = _sets(state_of(model).couplings())
+    sets = _sets(compiled.couplings())
     failing: list[Set] = []
     why: dict[str, str] = {}
     for each in sets:

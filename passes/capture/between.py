@@ -30,15 +30,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ecospa_fx.passes.graph.isolate import isolated, uncached_autocast
+from ecospa_fx.passes.graph.namespaces import foreign_code
 from ecospa_fx.passes.graph.tensors import named_tensors, same_storage, swapped
 from ecospa_fx.passes.ir.border import argument_names
 from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.ir.signature import Signature, autocast_now
 from ecospa_fx.passes.ir.state_access import TENSOR, ObjectPath, copy_objects, flattened, foreign, parted
 
-from .record import computable, copied_call, plain_tensor
-
-_NOT_OF_A_MODEL = {"torch", __name__.partition(".")[0]}
+from .record import computable, computable_call, plain_tensor
 
 
 @dataclass(eq=False)
@@ -104,7 +103,7 @@ def follow_between(
             tensor in it; the forward of the region is not run.
     """
     with isolated(model), computable(model) as fake, torch.no_grad(), uncached_autocast():
-        call_args, call_kwargs = copied_call(args, kwargs, fake)
+        call_args, call_kwargs = computable_call(args, kwargs, fake)
         with swapped(model, {name: fake(tensor) for name, tensor in tensors.items()}):
             if attempt:
                 _seed(attempt)
@@ -335,7 +334,7 @@ def _user_line() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         file, number = frame.f_code.co_filename, frame.f_lineno
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in _NOT_OF_A_MODEL and file[:1] != "<":
+        if not foreign_code(frame.f_globals.get("__name__")) and file[:1] != "<":
             return f'File "{file}", line {number}, in {frame.f_code.co_name}\n    {linecache.getline(file, number)}'
         frame = frame.f_back  # type: ignore[assignment]
     return ""

@@ -96,6 +96,11 @@ def _address(tensor: Tensor) -> int:
     return tensor.data_ptr() if tensor.layout is torch.strided else id(tensor)
 
 
+def _marks(module: nn.Module) -> dict[str, tuple[Tensor, int, int, bool]]:
+    """Return the parameters of a module by name, each with what tells that it has been changed."""
+    return {name: (p, p._version, _address(p), p.requires_grad) for name, p in module.named_parameters()}
+
+
 def _state_of(
     captured: RegionGraph, module: nn.Module, before: Mapping[str, tuple[Tensor, int, int, bool]]
 ) -> dict[str, Tensor]:
@@ -134,10 +139,10 @@ def _difference(
         wanted = {f"argument {i}": leaf for i, leaf in enumerate(inputs) if _differentiable(leaf)}
         wanted |= {f"`{name}`": p for name, p in parameters.items()}
         with isolated(module), torch.enable_grad():
-            versions = {name: (p, p._version, _address(p), p.requires_grad) for name, p in module.named_parameters()}
+            marks = _marks(module)
             torch.manual_seed(0)
             outputs = [out for out in call(inputs) if isinstance(out, Tensor)]
-            state = _state_of(captured, module, versions)
+            state = _state_of(captured, module, marks)
             floating = [out for out in outputs if out.requires_grad and out.is_floating_point()]
             grads: list[Tensor | None] = [None] * len(wanted)
             if floating and wanted:
@@ -146,7 +151,7 @@ def _difference(
                 grads = list(torch.autograd.grad(loss, list(wanted.values()), allow_unused=True))
             torch.manual_seed(2)
             again = [dense(out) for out in call([fresh_leaf(leaf) for leaf in leaves]) if isinstance(out, Tensor)]
-            state_again = _state_of(captured, module, versions)
+            state_again = _state_of(captured, module, marks)
         grads = [grad if grad is None else dense(grad) for grad in grads]
         return _Results([dense(out) for out in outputs], grads, list(wanted), state, again, state_again)
 
@@ -171,11 +176,11 @@ def _difference(
 
     def without_gradients(call: Callable[[list[Any]], Sequence[Any]]) -> tuple[list[Tensor], dict[str, Tensor]]:
         with isolated(module), torch.no_grad():
-            versions = {name: (p, p._version, _address(p), p.requires_grad) for name, p in module.named_parameters()}
+            marks = _marks(module)
             torch.manual_seed(0)
             inputs = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             outputs = [dense(out) for out in call(inputs) if isinstance(out, Tensor)]
-            return outputs, _state_of(captured, module, versions)
+            return outputs, _state_of(captured, module, marks)
 
     try:
         mine, theirs = results(eager), results(graph)

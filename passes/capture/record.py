@@ -25,7 +25,7 @@ from .ends import Ends
 from .outside_uses import OutsideUses
 
 # Forwards in which a submodule is looked for that others, drawn at random, may leave out (stochastic depth).
-_ATTEMPTS = 16
+ATTEMPTS = 16
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: set[str]) -> dict[str, Call]:
@@ -72,14 +72,14 @@ def record_all(
     ]
     try:
         with isolated(model), computable(model) as fake, torch.no_grad(), uncached_autocast():
-            call_args, call_kwargs = copied_call(args, kwargs, fake)
+            call_args, call_kwargs = computable_call(args, kwargs, fake)
             watch = OutsideUses(model, names if used_outside is not None else ())
             at_ends = None if ends is None else Ends(model)
             handles += watch.register_hooks()
-            for attempt in range(_ATTEMPTS):
+            for attempt in range(ATTEMPTS):
                 draws = Draws()
                 if attempt:
-                    call_args, call_kwargs = copied_call(args, kwargs, fake)
+                    call_args, call_kwargs = computable_call(args, kwargs, fake)
                 with watch, at_ends or nullcontext():
                     results = model(*call_args, **call_kwargs)
                 if at_ends is not None:
@@ -97,7 +97,7 @@ def record_all(
     return {name: calls[name] for name, _ in model.named_modules() if name in calls}
 
 
-def copied_call(args: tuple[Any, ...], kwargs: dict[str, Any], fake: Callable[[Tensor], Tensor]) -> Call:
+def computable_call(args: tuple[Any, ...], kwargs: dict[str, Any], fake: Callable[[Tensor], Tensor]) -> Call:
     """Copy the arguments of a forward that it may change, with tensors that fit those of `computable`."""
     copied = pytree.tree_map(_copied, (args, kwargs), is_leaf=foreign)
     call: Call = pytree.tree_map_only(Tensor, fake, copied, is_leaf=foreign)

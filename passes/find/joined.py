@@ -19,6 +19,7 @@ from ecospa_fx.errors import CaptureError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.capture.between import Between, follow_between
 from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
+from ecospa_fx.passes.capture.record import ATTEMPTS
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.passes.ir.border import WeightDim
 
@@ -29,8 +30,6 @@ from .joints import find_joints
 from .joints_tried import not_followed
 from .left_whole import Refusal
 from .regions import choose
-
-_ATTEMPTS = 16  # forwards in which a region is looked for that others, drawn at random, may leave out
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +135,7 @@ def joined(
 def _between(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], regions: Set[str]) -> tuple[Between, int]:
     """Run forwards until one calls every region; return it, or the first."""
     first: Between | None = None
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(ATTEMPTS):
         between = follow_between(model, args, kwargs, regions, attempt=attempt)
         called = [call.region for call in between.calls]
         if set(called) == regions:

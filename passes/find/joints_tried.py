@@ -9,6 +9,7 @@ ops between them, on the same tensors, with the same numbers but for sizes, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from ecospa_fx.passes.axes.algebra import Atom
 from ecospa_fx.passes.axes.selection import count, touched
 from ecospa_fx.passes.capture.between import Between, follow_between
-from ecospa_fx.passes.graph.nodes import op_name, place, tensor_meta
+from ecospa_fx.passes.graph.nodes import by_name, op_name, place, tensor_meta
 from ecospa_fx.passes.graph.tensors import sliced
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.border import WeightDim
@@ -67,19 +68,15 @@ def not_followed(
     return {joint.members[0]: str(together) for joint in joined.joints}
 
 
+@dataclass(frozen=True, eq=False)
 class _Trial:
-    def __init__(
-        self,
-        model: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        between: Between,
-        joined: Across,
-        tensors: Mapping[str, Tensor],
-        attempt: int,
-    ) -> None:
-        self.model, self.args, self.kwargs, self.attempt = model, args, kwargs, attempt
-        self.between, self.joined, self.tensors = between, joined, tensors
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    between: Between
+    joined: Across
+    tensors: Mapping[str, Tensor]
+    attempt: int
 
     def difference(self, numbers: Sequence[int]) -> str | None:
         """Say how the Python between the regions differs from what the axes say, with some joints shrunk."""
@@ -223,9 +220,7 @@ def _bound(node: fx.Node) -> Any:
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return list(node.args), dict(node.kwargs)
-    schema = target._schema.arguments
-    given = {a.name: a.default_value for a in schema} | dict(node.kwargs)
-    given |= {a.name: value for a, value in zip(schema, node.args, strict=False)}
+    given = by_name(target, node.args, node.kwargs, defaults=True)
     return {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in given.items()}
 
 

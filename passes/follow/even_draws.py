@@ -9,9 +9,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ecospa_fx.passes.graph.nodes import may_draw
 
 
 class EvenDraws(TorchDispatchMode):
@@ -23,7 +24,7 @@ class EvenDraws(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one op."""
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
+        if not may_draw(func):
             return func(*args, **kwargs)
         schema = func._schema.arguments
         tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]

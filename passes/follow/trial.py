@@ -23,7 +23,7 @@ from ecospa_fx.passes.axes.selection import Selection, mask_of, touched
 from ecospa_fx.passes.capture.compare_eager import TOLERANCE, relative_error
 from ecospa_fx.passes.capture.reads import recorded_reads
 from ecospa_fx.passes.graph.isolate import isolated
-from ecospa_fx.passes.graph.tensors import named_tensors, sliced, swapped
+from ecospa_fx.passes.graph.tensors import as_held, named_tensors, sliced, swapped
 from ecospa_fx.passes.infer.sizes import symbols_of
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.region_graph import Forward
@@ -148,12 +148,7 @@ class Trial:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(modes(self.module, self.axis_facts.captured.signature.training))
-            live = named_tensors(self.module)
-            swap = {
-                name: nn.Parameter(t, requires_grad=False) if isinstance(live[name], nn.Parameter) else t
-                for name, t in tensors.items()
-            }
-            stack.enter_context(swapped(self.module, swap))
+            stack.enter_context(swapped(self.module, as_held(self.module, tensors)))
             stack.enter_context(fitted(self.module))
             stack.enter_context(holding(self.module, values))
             yield

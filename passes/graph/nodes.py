@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,18 @@ def written_arguments(node: fx.Node) -> Iterator[fx.Node]:
         for argument, value in (*zip(schema, node.args, strict=False), *named):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
                 yield value
+
+
+def by_name(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, defaults: bool = False) -> dict[str, Any]:
+    """Return the arguments of an op by their names in its schema, with those that are not given if `defaults`."""
+    schema = op._schema.arguments
+    left_out = {argument.name: argument.default_value for argument in schema} if defaults else {}
+    return left_out | dict(kwargs) | {argument.name: value for argument, value in zip(schema, args, strict=False)}
+
+
+def may_draw(op: Any) -> bool:
+    """Decide whether an op draws from a random generator, at least with some of its arguments."""
+    return isinstance(op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.tags
 
 
 def memory_behind(node: fx.Node) -> Iterator[fx.Node]:

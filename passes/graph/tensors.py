@@ -28,6 +28,19 @@ def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         yield
 
 
+def as_held(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Make those of some tensors parameters, without gradients, that are to take the place of parameters of a module.
+
+    Names that the module does not have are left out.
+    """
+    held = named_tensors(module)
+    return {
+        name: nn.Parameter(tensor.detach(), requires_grad=False) if isinstance(held[name], nn.Parameter) else tensor
+        for name, tensor in tensors.items()
+        if name in held
+    }
+
+
 def join(region: str, name: str) -> str:
     """Return the name in the model of something that a region calls `name`."""
     return f"{region}.{name}" if region else name

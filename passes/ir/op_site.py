@@ -11,6 +11,7 @@ from torch import fx
 
 from ecospa_fx.passes.axes.algebra import UNIT, Expr, Size, as_size, quotient, size_of
 from ecospa_fx.passes.axes.selection import Selection, count, count_before, in_first_contexts, mask_of, touched
+from ecospa_fx.passes.graph.nodes import by_name
 
 from .axis_facts import AxisFacts
 from .relations import Operand
@@ -34,9 +35,7 @@ class OpSite:
         self.outputs = axis_facts.values[original]
         self.made = axis_facts.made.get(original, ())
         self._node, self._kept = node, in_first_contexts(kept)  # sizes and bounds are the same in every one
-        arguments = target._schema.arguments
-        self.args = {a.name: a.default_value for a in arguments} | dict(node.kwargs)
-        self.args |= {a.name: value for a, value in zip(arguments, node.args, strict=False)}
+        self.args = by_name(target, node.args, node.kwargs, defaults=True)
 
     def touched(self, expr: Expr) -> bool:
         """Return True if `expr` has lost entries."""

@@ -195,7 +195,7 @@ def below(module: nn.Module) -> list[nn.Module]:
     return modules
 
 
-def state_of(module: nn.Module) -> tuple[Hashable, ...]:
+def modes_and_hooks(module: nn.Module) -> tuple[Hashable, ...]:
     """Return `training_flags`, and the number of hooks of each kind on submodules that have any."""
     modules = below(module)
     state: list[Hashable] = [child.training for child in modules]

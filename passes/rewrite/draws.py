@@ -20,17 +20,12 @@ from torch import Tensor, fx
 
 from ecospa_fx.passes.axes.algebra import sized
 from ecospa_fx.passes.axes.selection import Selection
-from ecospa_fx.passes.graph.nodes import argument_nodes, tensor_meta
+from ecospa_fx.passes.graph.nodes import argument_nodes, by_name, may_draw, tensor_meta
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Exprs
 
 from .stored import StateLayout, compressed, layout
 
 StandIn: TypeAlias = "Callable[[Any], Callable[..., Any]]"  # the op of the rewritten graph -> the function in its place
-
-
-def may_draw(op: Any) -> bool:
-    """Decide whether an op draws from a random generator, at least with some of its arguments."""
-    return isinstance(op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.tags
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +57,7 @@ class SameDraws:
         before = [(generator, generator.get_state()) for generator in _generators(node, (args, kwargs))]
         result = run(node.target, args, kwargs)
         if any(not torch.equal(generator.get_state(), state) for generator, state in before):
-            self._drawn[node] = _Drawn(_by_name(node.target, *copies), before)
+            self._drawn[node] = _Drawn(by_name(node.target, *copies), before)
         return result
 
     def stand_ins(self) -> dict[fx.Node, StandIn]:
@@ -78,13 +73,13 @@ class SameDraws:
         layout_of: Any = lambda _: next(layouts)  # noqa: E731
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), layout_of)
         target: Any = node.target
-        left = _by_name(target, args, kwargs)
+        left = by_name(target, args, kwargs)
         results = [self._layout(exprs) for exprs in self._axis_facts.values.get(node, ())]
 
         def in_place_of(op: Any) -> Callable[..., Any]:
             def same_draw(*args: Any, **kwargs: Any) -> Any:
                 own = op(*(copies := _copied((args, kwargs)))[0], **copies[1])  # its sizes must be right too
-                given = _by_name(op, args, kwargs)
+                given = by_name(op, args, kwargs)
                 whole = {name: _whole(v, given.get(name), left.get(name)) for name, v in drawn.arguments.items()}
                 for generator, state in drawn.states:
                     generator.set_state(state)
@@ -105,11 +100,6 @@ class SameDraws:
 
     def _layout(self, exprs: Exprs) -> StateLayout | None:
         return layout([sized(expr, self._sizes) for expr in exprs], self._kept)
-
-
-def _by_name(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Return arguments by their names in the schema of an op."""
-    return {**{a.name: value for a, value in zip(op._schema.arguments, args, strict=False)}, **kwargs}
 
 
 def _copied(arguments: Any) -> Any:
