@@ -9,7 +9,7 @@ from .registry import same_as
 
 aten = torch.ops.aten
 
-REMOVED = ("cholesky",)  # from torch 2.14 on
+REMOVED = ("cholesky", "qr")  # from torch 2.14 on
 
 for _op, _names in {
     aten.abs: "absolute", aten.acos: "arccos", aten.acosh: "arccosh", aten.asin: "arcsin", aten.asinh: "arcsinh",
