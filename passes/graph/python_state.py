@@ -242,12 +242,15 @@ class PythonState:
 
     def places(self) -> Iterator[tuple[Any, Any, str, Any]]:
         """Yield (owner, key, place in words, value then) of each attribute, entry and name; not of tensors."""
+        named = set()
         for space, name, where, value in self._names:
+            named.add((id(space), name))
             yield space, name, where, value
         for owner, where, held in self._nodes:
             if isinstance(held, dict):
                 for key, value in held.items():
-                    if not (isinstance(owner, nn.Module) and isinstance(key, tuple)):
+                    hook = isinstance(owner, nn.Module) and isinstance(key, tuple)
+                    if not hook and (id(owner), key) not in named:  # as the defaults of a function may be
                         yield owner, key, _label(owner, where, key), value
             elif isinstance(owner, (list, deque)):
                 for i, value in enumerate(held):
