@@ -2,9 +2,9 @@
 
 python bench/libraries.py [PATTERN ...] [--jobs 1] [--seconds 120] [--memory 8] [--again] [--report]
 
-The libraries are those of `modelzoo.others.LIBRARIES`; install the ones to measure. Each model runs in a process of its
-own. PATTERNs are regular expressions for names such as `torchvision/resnet18`. Models in `results/libraries.csv` are not
-measured again.
+The libraries are those of `modelzoo.others.LIBRARIES`; install the ones to measure. Each model runs in a process of
+its own. PATTERNs are regular expressions for names such as `torchvision/resnet18`. Models in `results/libraries.csv`
+are not measured again.
 """
 
 from __future__ import annotations

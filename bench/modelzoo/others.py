@@ -130,8 +130,8 @@ VIT_PYTORCH: dict[str, Maker] = {
     "small_dataset": lambda: _vit("vit_for_small_dataset.ViT"),
     "patch_merger": lambda: _vit("vit_with_patch_merger.ViT", patch_merge_layer=1, patch_merge_num_tokens=4),
     "cait": lambda: _vit("cait.CaiT", cls_depth=1),
-    "cross": lambda: _of("vit_pytorch.cross_vit.CrossViT", _image(side=96), image_size=96, num_classes=CLASSES, sm_dim=16,
-                         lg_dim=32, sm_enc_heads=2, lg_enc_heads=2, sm_enc_dim_head=8, lg_enc_dim_head=8,
+    "cross": lambda: _of("vit_pytorch.cross_vit.CrossViT", _image(side=96), image_size=96, num_classes=CLASSES,
+                         sm_dim=16, lg_dim=32, sm_enc_heads=2, lg_enc_heads=2, sm_enc_dim_head=8, lg_enc_dim_head=8,
                          sm_enc_depth=1, lg_enc_depth=1, depth=1),
     "cct": lambda: _of("vit_pytorch.cct.CCT", _image(side=32), img_size=32, embedding_dim=32, n_conv_layers=1,
                        kernel_size=3, stride=1, padding=1, num_layers=2, num_heads=4, mlp_ratio=2,
@@ -181,7 +181,7 @@ TORCHVISION: dict[str, Maker] = {
     **{
         name: (lambda name=name: _tv(name, num_classes=CLASSES))  # type: ignore[misc]
         for name in (
-            "alexnet", "vgg11_bn", "resnet18", "resnet50", "resnext50_32x4d", "densenet121", "squeezenet1_1",
+            "resnet18", "resnet50", "resnext50_32x4d", "densenet121", "squeezenet1_1",
             "mobilenet_v2", "mobilenet_v3_small", "mnasnet0_5", "shufflenet_v2_x0_5", "efficientnet_b0",
             "efficientnet_v2_s", "regnet_x_400mf", "regnet_y_400mf", "convnext_tiny", "swin_t", "swin_v2_t",
         )

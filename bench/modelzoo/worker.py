@@ -22,7 +22,6 @@ import torch
 from modelzoo.build import build
 from modelzoo.measure import Row, measure
 
-
 Parts = Callable[[str, float], Iterator[Row]]
 """Takes the name of a model and seconds for verification, and yields parts of its row."""
 
