@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .containers import plain
 from .iterators import copied, is_iterator, position
 from .namespaces import ABSENT, Code, code_of, foreign_code, mutable_defaults, namespaces, put_in, value_in
 from .tensors import storage_key
@@ -342,7 +343,7 @@ def contents(value: Any) -> Any:
             held |= {(kind, key): item for key, item in value.__dict__.get(kind, {}).items()}
         return held
     if isinstance(value, dict):
-        return dict(value)
+        return dict(plain(value))
     if isinstance(value, (list, deque, set)):
         return tuple(value)
     if type(value) is tuple:

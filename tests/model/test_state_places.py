@@ -87,6 +87,32 @@ def test_places_that_a_forward_leaves_alone_are_no_obstacle():
     assert ecospa_fx.couplings(model)
 
 
+class MadeOnLookup(collections.OrderedDict):
+    """A registry of classes that gives out instances."""
+
+    def __getitem__(self, key):
+        return super().__getitem__(key)()
+
+
+ACTIVATIONS = MadeOnLookup(gelu=nn.GELU, relu=nn.ReLU)
+
+
+def test_a_registry_that_makes_what_is_looked_up_is_read_and_left_as_it_was():
+    def chosen(_, hidden):
+        return ACTIVATIONS["gelu"](hidden)
+
+    model = ecospa_fx.compile(Keeper(chosen), example_inputs=(X,), regions="root")
+    assert list(ACTIVATIONS.values()) == [nn.GELU, nn.ReLU]
+    whole = model(X)
+    assert ecospa_fx.verify(model, example_inputs=(X,)).ok
+    ACTIVATIONS.update(gelu=nn.ReLU)
+    try:
+        assert not torch.equal(model(X), whole)  # its own Python, or another graph
+        assert list(ACTIVATIONS.values()) == [nn.ReLU, nn.ReLU]
+    finally:
+        ACTIVATIONS.update(gelu=nn.GELU)
+
+
 class Defaults(nn.Module):
     """A perceptron whose forward has containers among its default arguments, and a function with such ones."""
 
