@@ -118,8 +118,8 @@ def resume(
     """Restore the saved state of optimizers, trainer and the rest: training goes on as if it had never stopped.
 
     Make all objects first, as for a new run, then call this once, right before the loop. Either all of them take their
-    state, or none is changed. A model that was neither loaded nor saved before, such as a new one at its full size, gets
-    the sizes and the weights of the save; its parameters stay the same objects.
+    state, or none is changed. A model that was neither loaded nor saved before, such as a new one at its full size,
+    gets the sizes and the weights of the save; its parameters stay the same objects.
 
     Args:
         directory: the directory that `save` wrote and `load` read.
