@@ -21,7 +21,7 @@ FOLDER = "files"
 class Examples(Extension):
     """Lines of an interactive session as blocks of code."""
 
-    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
+    def extendMarkdown(self, md: Markdown) -> None:
         """Register the preprocessor before that of fenced blocks."""
         md.preprocessors.register(_Examples(md), "examples", 40)
 
