@@ -23,7 +23,7 @@ from ecospa_fx.errors import ArgumentError, CheckpointError
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.lookup import check_optimizer, compiled_state
 from ecospa_fx.model.optimizer_state import several
-from ecospa_fx.model.wrappers import looks_inside
+from ecospa_fx.ranks.wrappers import looks_inside
 from ecospa_fx.train.trainer import EcoSpaTrainer
 
 from .directory import read_save, saving

@@ -25,7 +25,6 @@ from ecospa_fx.model.lookup import compiled_state, plan, regions_of
 from ecospa_fx.model.observers import check_observable, ignore, observe
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import kept_positions
-from ecospa_fx.model.wrappers import unwrapped
 from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.region_graph import RegionGraph
@@ -35,6 +34,7 @@ from ecospa_fx.passes.transform.consumers import Consumer, WeightDim, consumers
 from ecospa_fx.passes.transform.eliminate import Summing
 from ecospa_fx.passes.transform.rotate import FAR, BasisChange, Part
 from ecospa_fx.plan import Plan
+from ecospa_fx.ranks.wrappers import unwrapped
 from ecospa_fx.score.products import ProductSite
 
 from .moments import GramInput, InputMoments, PairMoments, columns, over_ranks, pair_sites

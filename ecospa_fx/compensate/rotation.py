@@ -26,7 +26,6 @@ from ecospa_fx.model.optimizer_state import check_can_follow, layers, several
 from ecospa_fx.model.optimizer_table import TransformsAs, rules_for
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import Change
-from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.axes.algebra import atoms_of
 from ecospa_fx.passes.find.discover import RegionCoupling
 from ecospa_fx.passes.graph.tensors import join, named_tensors, storage_key
@@ -41,6 +40,7 @@ from ecospa_fx.passes.transform.rotate import (
     near_old_basis,
     sides,
 )
+from ecospa_fx.ranks.wrappers import looks_inside
 
 from .grams import Grams
 

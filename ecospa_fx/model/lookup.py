@@ -14,10 +14,10 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import CaptureError, EcoSpaError, NoInputsError, OptimizerError
 from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.plan import Plan
+from ecospa_fx.ranks.wrappers import looks_inside
 
 from .compiled import MODEL, REGION, CompiledModel
 from .region import Region
-from .wrappers import looks_inside
 
 
 def compiled_state(model: nn.Module) -> CompiledModel:

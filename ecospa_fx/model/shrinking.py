@@ -12,6 +12,7 @@ from ecospa_fx.arguments import MAPPING, MODULE, having, instance, optional, tak
 from ecospa_fx.couple.constraints import Constraints
 from ecospa_fx.couple.coupling import CouplingSelection
 from ecospa_fx.logs import logger
+from ecospa_fx.ranks.wrappers import check_wrappers, unwrapped
 
 from .copies import copies_of
 from .diff import ModuleDiff, diff_of, shapes_of
@@ -19,7 +20,6 @@ from .journal import Journal
 from .lookup import check_optimizer, state_of
 from .optimizer_state import several
 from .slicing import Absorber
-from .wrappers import check_wrappers, unwrapped
 
 
 @takes(

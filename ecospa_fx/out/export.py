@@ -20,9 +20,9 @@ from ecospa_fx.arguments import INPUTS, KEYWORDS, MODULE, optional, takes
 from ecospa_fx.errors import CaptureError, EcoSpaError
 from ecospa_fx.model.lookup import is_captured, regions_of, state_of, try_call
 from ecospa_fx.model.region import Region
-from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.graph.isolate import forked_rng
 from ecospa_fx.passes.ir.state_access import flattened, foreign
+from ecospa_fx.ranks.wrappers import looks_inside
 
 
 class _NewCall(Exception):

@@ -21,12 +21,12 @@ from ecospa_fx.errors import EcoSpaError, FormatError
 from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.model.full_size import unshrunk
 from ecospa_fx.model.lookup import compiled_state
-from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.axes.selection import touched
 from ecospa_fx.passes.graph.nodes import op_name, place
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.plan import Plan
+from ecospa_fx.ranks.wrappers import looks_inside
 
 from .hf_pretrained import shape_differences
 

@@ -32,9 +32,9 @@ from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.model.configured import configuration_at
 from ecospa_fx.model.lookup import compiled_state
 from ecospa_fx.model.made_values import difference_of_made
-from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.plan import Plan
+from ecospa_fx.ranks.wrappers import looks_inside
 
 FILE, FORMAT = "ecospa_fx.json", 1
 

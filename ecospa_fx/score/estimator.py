@@ -34,7 +34,7 @@ from ecospa_fx.errors import TargetError
 from ecospa_fx.model.journal import take_state
 from ecospa_fx.model.lookup import check_values, couplings
 from ecospa_fx.model.optimizer_state import innermost, several
-from ecospa_fx.model.wrappers import unwrapped
+from ecospa_fx.ranks.wrappers import unwrapped
 
 from .judging import frozen_names
 from .reader import GradientStep, Reader, ReaderOptions

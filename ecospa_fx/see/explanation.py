@@ -22,10 +22,10 @@ from ecospa_fx.model.lookup import check_ready, try_call
 from ecospa_fx.model.parametrized import removals, with_way_out
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.state import Execution
-from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.find.joined import choose_regions
 from ecospa_fx.passes.graph.nodes import place
+from ecospa_fx.ranks.wrappers import looks_inside
 from ecospa_fx.text import plural
 
 from .findings import Findings

@@ -16,12 +16,12 @@ from ecospa_fx.model.full_size import unshrunk
 from ecospa_fx.model.joint_offers import atoms_at_edges
 from ecospa_fx.model.lookup import check_values, plan, state_of, try_call
 from ecospa_fx.model.region import Region
-from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.axes.algebra import Atom
 from ecospa_fx.passes.axes.selection import Selected, per_context_or_shared, whole
 from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.rewrite.verify import Comparison, compare
+from ecospa_fx.ranks.wrappers import looks_inside
 from ecospa_fx.text import plural
 
 from .explanation import example_call

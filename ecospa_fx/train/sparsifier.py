@@ -19,7 +19,7 @@ from ecospa_fx.errors import TargetError
 from ecospa_fx.model.cost import Cost, CostModel
 from ecospa_fx.model.lookup import couplings, state_of
 from ecospa_fx.model.outside import beyond
-from ecospa_fx.model.wrappers import unwrapped
+from ecospa_fx.ranks.wrappers import unwrapped
 from ecospa_fx.score.judging import index_scores
 
 from .latency import Latency, LatencyModel

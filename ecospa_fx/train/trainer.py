@@ -36,7 +36,7 @@ from ecospa_fx.model.journal import Journal, all_or_nothing, take_state
 from ecospa_fx.model.lookup import check_optimizer, check_values, compiled_state, is_captured
 from ecospa_fx.model.optimizer_state import check_can_follow, several
 from ecospa_fx.model.shrinking import shrink_within
-from ecospa_fx.model.wrappers import check_wrappers, unwrapped
+from ecospa_fx.ranks.wrappers import check_wrappers, unwrapped
 
 from .batches import LISTENER, LossListener, loss_of, tokens_of
 from .clock import Clock

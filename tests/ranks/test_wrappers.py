@@ -9,7 +9,7 @@ from torch import nn
 
 import ecospa_fx
 from ecospa_fx.errors import WrapperError
-from ecospa_fx.model.wrappers import check_wrappers
+from ecospa_fx.ranks.wrappers import check_wrappers
 
 X = torch.linspace(-1, 1, 24).reshape(4, 6)
 
