@@ -1,7 +1,6 @@
 """Tiny models and batches for several ranks, and the judge: one process that trains on the whole batch."""
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from crew import differ
 from torch import nn
