@@ -164,6 +164,14 @@ class Ranks:
         (rank,) = self._most(doing, -distributed.get_rank())
         return json.loads(self._told(doing, -rank, json.dumps(value)))
 
+    def gathered(self, value: Any, doing: str) -> dict[int, Any]:
+        """Return the values of all ranks, which can be pickled, by the number of the rank."""
+        found = {distributed.get_rank(): value} if self else {0: value}
+        self.meet(doing)
+        for group in self.groups:
+            found = {rank: each for part in self._gathered(found, group, doing) for rank, each in part.items()}
+        return found
+
     def meet(self, doing: str, known: str = "") -> bool:
         """Meet the other ranks, and return whether all have the same text.
 
@@ -205,7 +213,7 @@ class Ranks:
         return most == -least
 
     def _gathered(self, value: Any, group: distributed.ProcessGroup, doing: str) -> list[Any]:
-        """Return the values of JSON of a group's ranks."""
+        """Return the values of a group's ranks."""
         found: list[Any] = [None] * distributed.get_world_size(group)
         self._answered(doing, lambda: distributed.all_gather_object(found, value, group))
         return found
@@ -220,7 +228,7 @@ class Ranks:
         values = sorted([(-one, first.get(what)), (-other, second.get(what))], key=lambda pair: pair[0])
         said = " and ".join(f"{_shortened(json.dumps(value), _LIMIT)} on rank {rank}" for rank, value in values)
         raise RanksError(
-            f"{doing}: {what} differ between ranks, {said}; the model is unchanged on every rank. All ranks must make "
+            f"{doing}: ranks differ in {what}, {said}; the model is unchanged on every rank. All ranks must make "
             "the same model, call it in the same ways and use the same settings"
         )
 

@@ -41,7 +41,7 @@ def one_differs(rank, world, values):
 
 def test_one_rank_differs_and_all_say_so(three):
     text = (
-        "RanksError: shrink: plans differ between ranks, {} on rank {} and {} on rank {}; the model is unchanged on "
+        "RanksError: shrink: ranks differ in plans, {} on rank {} and {} on rank {}; the model is unchanged on "
         "every rank. All ranks must make the same model, call it in the same ways and use the same settings"
     )
     (error,) = set(three.run(one_differs, [[1, 2], [1, 2], [1, 3]]))
