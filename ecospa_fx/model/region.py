@@ -36,7 +36,7 @@ from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts, keys_of, whole_objects
 
-from .class_swap import original_class
+from .class_swap import own_forward
 from .full_size import FullSizeTensors, in_transform, outside_forward, outside_inference, unshrunk_dim
 from .journal import Journal, all_or_nothing
 from .moving import moving_buffers, settled
@@ -49,6 +49,7 @@ from .state import ModelState
 Watcher: TypeAlias = "Callable[[Region, Program, nn.Module, Sequence[Tensor]], Any]"
 
 
+REGION = "_ecospa_region"  # key in a module's __dict__
 MOST_PROGRAMS = 16  # per region: twice as many graphs as torch.compile allows before it gives up
 
 
@@ -113,7 +114,7 @@ class Region:
             before = [path for path in hooks if not calls_itself(module.get_submodule(path))]
             if (behind or (before and program is None)) and not self.shrunk:
                 # Its own Python calls every hook, and at original sizes it can run.
-                return original_class(module).forward(module, *args, **kwargs)
+                return own_forward(module, REGION)(module, *args, **kwargs)
             if behind:
                 raise EcoSpaError(
                     f"`{join(self.name, behind[0])}` has a backward hook, but `{self.name or 'the model'}` has shrunk "
@@ -124,7 +125,7 @@ class Region:
                 program, uncaptured = self._add_or_none(module, args, kwargs)
                 if program is None or self.routing.changed_constant(self.specializations, module, program) is not None:
                     # It fills a cache, say, which its own Python does.
-                    result = original_class(module).forward(module, *args, **kwargs)
+                    result = own_forward(module, REGION)(module, *args, **kwargs)
                     if uncaptured is not None:
                         self.leave(uncaptured)
                     return result
@@ -216,7 +217,7 @@ class Region:
         gone = {key: of for key, of in along.items() if of is not None and of in plan.kept}
         if not gone:
             return args, kwargs
-        names = iter(argument_names(original_class(module).forward, args, kwargs))
+        names = iter(argument_names(own_forward(module, REGION), args, kwargs))
 
         def expand(tensor: Tensor) -> Tensor:
             name = next(names)
@@ -307,7 +308,7 @@ class Region:
         originals = FullSizeTensors(module, self.name, state.plan)
         moving = moving_buffers(module, set(state.plan.under(self.name)), self.specializations)
         how: dict[str, Any] = {
-            "forward": original_class(module).forward, "originals": originals if originals.named else None,
+            "forward": own_forward(module, REGION), "originals": originals if originals.named else None,
             "filled": frozenset(filled), "moving": moving, "border": self.border, "options": state.options,
         }  # fmt: skip
         with self._original_attributes(module, originals):
@@ -386,7 +387,7 @@ class Region:
     def follow(self, module: nn.Module, numbers: Set[tuple[type, str]]) -> None:
         """Find the couplings that its own Python can follow; `module` must have its original sizes."""
         graphs = [(each.axis_facts, each.discovery) for each in self.specializations]
-        self.python_support = follow(module, graphs, original_class(module).forward, numbers)
+        self.python_support = follow(module, graphs, own_forward(module, REGION), numbers)
 
     def follows_as(self, other: Region, module: nn.Module) -> bool:
         """Decide whether the Python support of `other` is that of this region too: same graphs, same integers."""

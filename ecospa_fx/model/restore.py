@@ -22,7 +22,7 @@ from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.ranks.wrappers import looks_inside
 
-from .class_swap import ShrinkableLinear, original_class, unswap_forward
+from .class_swap import ShrinkableLinear, own_forward, unswap_forward
 from .compiled import COPIES, MODEL, REGION, CompiledModel
 from .lookup import try_call
 from .region import Region
@@ -122,7 +122,7 @@ def _difference(program: Program, module: nn.Module) -> str | None:
     for args, kwargs in example_calls(program.axis_facts, program.sizes):
         with modes(module, program.captured.signature.training), isolated(module), torch.no_grad():
             try:
-                return difference(module, program, original_class(module).forward, args, kwargs)
+                return difference(module, program, own_forward(module, REGION), args, kwargs)
             except NotTried as error:
                 why = f"cannot be tried: {error}"
     return why

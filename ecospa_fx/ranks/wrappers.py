@@ -18,10 +18,12 @@ from torch import nn
 from ecospa_fx.collectives import is_distributed
 from ecospa_fx.errors import WrapperError
 
+from .fsdp2 import owners
+from .shards import is_sharded
+
 HOLDS = {
     "DistributedDataParallel": "gradient buckets",
     "FullyShardedDataParallel": "flat parameters",
-    "FSDPModule": "shards",
     "DataParallel": "replicas",
     "DeepSpeedEngine": "flat parameters",
 }
@@ -74,8 +76,9 @@ def check_wrappers(model: nn.Module) -> None:
             raise WrapperError(_wrapped(f"`{where}` of {name}" if where else name, wrapper))
     for wrapper in _wrappers_around(model):
         raise WrapperError(_wrapped(name, wrapper))
+    follows = owners(model)
     for parameter_name, parameter in model.named_parameters():
-        if any(cls.__name__ == "DTensor" for cls in type(parameter).__mro__):
+        if is_sharded(parameter) and id(parameter) not in follows:
             raise WrapperError(
                 f"`{parameter_name}` of {name} is sharded (a DTensor), as in tensor parallelism, and its shards would "
                 f"keep their sizes when the model shrinks. {WAY_OUT}"
