@@ -40,7 +40,8 @@ from ecospa_fx.passes.transform.rotate import (
     near_old_basis,
     sides,
 )
-from ecospa_fx.ranks.wrappers import looks_inside
+from ecospa_fx.ranks.members import ranks_of
+from ecospa_fx.ranks.wrappers import check_wrappers, looks_inside
 
 from .grams import Grams
 
@@ -104,9 +105,12 @@ def rotate(
         OptimizerError: the optimizer holds none of the parameters, or its state cannot be carried through a change.
         ShrinkError: something in `also` is not a copy of the model.
     """
-    return all_or_nothing(
-        lambda journal: rotate_within(journal, model, couplings, keep=keep, grams=grams, optimizer=optimizer, also=also)
-    )
+
+    def change(journal: Journal) -> Rotation:
+        check_wrappers(model)
+        return rotate_within(journal, model, couplings, keep=keep, grams=grams, optimizer=optimizer, also=also)
+
+    return all_or_nothing(change, ranks_of(model), "rotate")
 
 
 @torch.no_grad()
@@ -139,6 +143,7 @@ def rotate_within(
         if reason is not None:
             result.refused[name] = reason
             log.info("%s keeps its basis: %s", name, reason)
+    ranks_of(model).agree("rotate", {"the couplings with a new basis": sorted(result.energy)})
     return result
 
 

@@ -14,9 +14,10 @@ date, and only couplings that it can follow are offered. They are checked agains
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts
 from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.fsdp2 import check_reduced, owners, reshard
+from ecospa_fx.ranks.members import ranks_of
 
 from .class_swap import (
     CopiesWait,
@@ -256,7 +258,8 @@ class CompiledModel:
             couplings = [coupling for region in self.regions.values() for coupling in region.offers.couplings()]
             across = (offer.coupling() for offer in joint_offers(self.state, self.regions))
             couplings += [coupling for coupling in across if coupling is not None]
-            self.state.couplings = {coupling.name: coupling for coupling in couplings}
+            here = {coupling.name: coupling for coupling in couplings}
+            self.state.couplings = {name: here[name] for name in here if name not in self.state.elsewhere}
         return tuple(self.state.couplings.values())
 
     def follow_ties(self, model: nn.Module) -> None:
@@ -302,28 +305,43 @@ class CompiledModel:
         self,
         model: nn.Module,
         selection: CouplingSelection,
+        journal: Journal,
         optimizers: Iterable[Optimizer] = (),
         copies: Sequence[Copy] = (),
         absorb: Absorber | None = None,
-        journal: Journal | None = None,
     ) -> None:
         """Keep only the selected entries of each coupling, everywhere; see `ecospa_fx.shrink`.
 
         Args:
             model: the compiled model.
             selection: coupling (or its name) -> entries to keep.
+            journal: that of the change, of which this is a part.
             optimizers: the optimizers that hold the parameters.
             copies: copies of the model that shrink with it.
             absorb: statistics by which entries that stay take over.
-            journal: that of a larger change, of which this is a part.
         """
+        # Everything new is made beside the old, on every rank; then come assignments only.
+        prepared = ranks_of(model).together(
+            "shrink",
+            lambda: self._prepared(model, selection, tuple(optimizers), copies, absorb),
+            lambda prepared: prepared.facts(self.plan),
+        )
+        prepared.commit(journal)
+
+    def _prepared(
+        self,
+        model: nn.Module,
+        selection: CouplingSelection,
+        optimizers: Sequence[Optimizer],
+        copies: Sequence[Copy],
+        absorb: Absorber | None,
+    ) -> _Prepared:
         reshard(model)
         check_reduced(model)
         self.follow_ties(model)
         self._check_shapes(model)
         joints = joint_offers(self.state, self.regions)
         after = planned(self.plan, self.regions, self.couplings(), selection, joints)
-        # Everything new is made beside the old; then come assignments only.
         rewritten: dict[Program, Program] = {}
         specializations = self._rewritten(model, after, rewritten)
         twins = [(copy.module, self._of_copy(copy)) for copy in copies if copy.module is not None]
@@ -355,10 +373,7 @@ class CompiledModel:
                     module.__dict__[MODEL] = twin
                     twin.route(module)
 
-        if journal is None:
-            all_or_nothing(commit)
-        else:
-            commit(journal)
+        return _Prepared(after, commit)
 
     def _hold(self, module: nn.Module, attributes: Changes) -> None:
         """Let the integers of modules follow."""
@@ -425,6 +440,22 @@ class CompiledModel:
             if theirs.regions:
                 return theirs
         return copy.deepcopy(self)
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """A shrink that is ready: the plan after it, and a function that puts everything in place."""
+
+    after: Plan
+    commit: Callable[[Journal], None]
+
+    def facts(self, before: Plan) -> dict[str, object]:
+        """Describe by (parameter, dim) what stays, to compare it between ranks: how much, and a code of the rest."""
+        return {
+            f"the entries kept of `{name}` along dim {dim}": [len(kept), crc32(kept.numpy().tobytes())]
+            for (name, dim), kept in self.after.kept.items()
+            if (name, dim) not in before.kept or not torch.equal(kept, before.kept[name, dim])
+        }
 
 
 def _note_modules(root: nn.Module, journal: Journal) -> None:

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from ecospa_fx.errors import ArgumentError, EcoSpaError
+from ecospa_fx.ranks.agreement import Ranks
+from ecospa_fx.ranks.ddp import make_again
 from ecospa_fx.ranks.shards import data_of, is_sharded, put
+from ecospa_fx.ranks.wrappers import reducers_of
 
 Result = TypeVar("Result")
 _MISSING = object()
@@ -27,6 +30,7 @@ class Journal:
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
+        self._replaced: list[Tensor] = []
 
     def note(self, undo: Callable[[], None]) -> None:
         """Note a function that takes a change back. It may be called twice, and before the change was made."""
@@ -61,6 +65,7 @@ class Journal:
     def set_tensor(self, tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
         """Give a tensor other data and another gradient."""
         data_before, grad_before = (data_of(tensor) if is_sharded(tensor) else tensor.data), tensor.grad
+        self._replaced.append(tensor)
         self.note(lambda: _assign(tensor, data_before, grad_before))
         _assign(tensor, data, grad)
 
@@ -75,24 +80,47 @@ class Journal:
         self.note_item(held, key)
         held[key] = value
 
+    def follow(self) -> None:
+        """Let what reduces the gradients of parameters over ranks know those that have other data."""
+        for each in reducers_of(self._replaced):
+            make_again(each)
+
     def undo(self) -> None:
         """Put back everything noted. Ctrl-C waits for it."""
         with _Held():
             for undo in reversed(self._undo):
                 undo()
+            if self._undo:
+                self.follow()
 
     def close(self) -> None:
         """Keep everything as it is now."""
         self._undo = []
 
 
-def all_or_nothing(change: Callable[[Journal], Result]) -> Result:
-    """Make a change as a whole: whatever is raised inside, Ctrl-C included, leaves everything as it was before."""
+def all_or_nothing(change: Callable[[Journal], Result], ranks: Ranks | None = None, doing: str = "shrink") -> Result:
+    """Make a change as a whole: whatever is raised inside, Ctrl-C included, leaves everything as it was before.
+
+    Args:
+        change: makes the change, and notes in the journal how to take it back.
+        ranks: the processes that all make the change, or none of them.
+        doing: the change, for a message on the other ranks.
+
+    Raises:
+        RanksError: another rank cannot make the change.
+    """
     journal = Journal()
+    together = Ranks() if ranks is None else ranks
+
+    def whole() -> Result:
+        result = change(journal)
+        journal.follow()
+        return result
+
     try:
         try:
-            result = change(journal)
-            journal.close()
+            # Once another rank may know that all are ready, this one cannot give up.
+            result = together.together(doing, whole, commit=journal.close, held=_Held())
         except BaseException:
             journal.undo()
             raise

@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 from ecospa_fx.kernels import compacted
 from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 from ecospa_fx.plan import Plan
-
 from ecospa_fx.ranks.fsdp2 import anew
 from ecospa_fx.ranks.shards import Move, is_sharded, move, moved
 

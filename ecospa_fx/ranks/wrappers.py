@@ -1,28 +1,31 @@
-"""Wrappers: modules that call a model. Some spread it over devices, with sizes that a shrink would change under them.
+"""Wrappers: modules that call a model. Some spread it over devices, with sizes that a shrink changes under them.
 
-Buckets, flat parameters and shards are made once, for the sizes of that moment. After a shrink the gradients of some
-parameters are no longer reduced, and the ranks drift apart, often without an error: the reducer of
-`DistributedDataParallel` holds on to the gradient accumulators that it was made with.
+Buckets, flat parameters and shards are made once, for the sizes of that moment. `ddp.py` makes those of
+`DistributedDataParallel` again; the others are refused, because gradients of some parameters would no longer be
+reduced, and the ranks drift apart, often without an error.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from ecospa_fx.collectives import is_distributed
 from ecospa_fx.errors import WrapperError
 
+from .ddp import refusal
 from .fsdp2 import owners
 from .shards import is_sharded
 
 HOLDS = {
-    "DistributedDataParallel": "gradient buckets",
     "FullyShardedDataParallel": "flat parameters",
     "DataParallel": "replicas",
     "DeepSpeedEngine": "flat parameters",
@@ -32,9 +35,14 @@ HOLDS = {
 INSIDE = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 """The class of a wrapper of torch that computes the same as the module in it -> the attribute that holds that."""
 
+FOLLOWS = "DistributedDataParallel"
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-WAY_OUT = "Train without it, in one process on one device; or shrink the plain model first, and wrap it afterwards"
+WAY_OUT = (
+    "Wrap it in DistributedDataParallel, or train in one process on one device; or shrink the plain model first, and "
+    "wrap it afterwards"
+)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -58,26 +66,36 @@ def looks_inside(function: Function) -> Function:
 
 
 def check_wrappers(model: nn.Module) -> None:
-    """Refuse a model that is spread over devices.
+    """Refuse a model that is spread over devices in a way that a shrink cannot bring along.
 
     Args:
         model: the model that is to shrink, or a wrapper of it.
 
     Raises:
-        WrapperError: the model or a part of it is wrapped, or parameters are sharded.
+        WrapperError: the model or a part of it is wrapped so, or parameters are sharded.
     """
-    name = type(model).__name__
-    for where, module in model.named_modules():
+    inside = unwrapped(model)
+    name = type(inside).__name__
+    for where, module in inside.named_modules():
         wrapper = _wrapper(module)
+        if wrapper == FOLLOWS:
+            raise WrapperError(
+                f"`{where}` of {name} is wrapped in {wrapper}, and the model around it is to shrink: wrap the whole "
+                "model, DistributedDataParallel(model), and not a part of it"
+            )
         if wrapper is not None:
-            inner = getattr(module, "module", None)
-            if isinstance(inner, nn.Module):
-                where, name = "", type(inner).__name__
-            raise WrapperError(_wrapped(f"`{where}` of {name}" if where else name, wrapper))
-    for wrapper in _wrappers_around(model):
-        raise WrapperError(_wrapped(name, wrapper))
-    follows = owners(model)
-    for parameter_name, parameter in model.named_parameters():
+            held = getattr(module, "module", None)
+            where, kind = ("", type(held).__name__) if isinstance(held, nn.Module) else (where, name)
+            raise WrapperError(_wrapped(f"`{where}` of {kind}" if where else kind, wrapper))
+    for around in (*_between(model), *wrappers_around(inside)):
+        wrapper = _wrapper(around)
+        if wrapper is not None and wrapper != FOLLOWS:
+            raise WrapperError(_wrapped(name, wrapper))
+        reason = refusal(around) if isinstance(around, DistributedDataParallel) else None
+        if reason is not None:
+            raise WrapperError(f"{name} is wrapped in DistributedDataParallel {reason}")
+    follows = owners(inside)
+    for parameter_name, parameter in inside.named_parameters():
         if is_sharded(parameter) and id(parameter) not in follows:
             raise WrapperError(
                 f"`{parameter_name}` of {name} is sharded (a DTensor), as in tensor parallelism, and its shards would "
@@ -92,27 +110,58 @@ def _wrapped(where: str, wrapper: str) -> str:
     )
 
 
-def _wrappers_around(model: nn.Module) -> Iterator[str]:
-    """Yield the classes of the wrappers that hold the model. No reference leads there, so all objects are searched."""
-    if not (is_distributed() or torch.cuda.device_count() > 1):
-        return
-    if next(_around(model), None) is not None:
+def _between(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the wrappers that `unwrapped` looks through."""
+    while (attribute := _torch_class(model, INSIDE)) is not None:
+        yield model
+        model = getattr(model, INSIDE[attribute])
+
+
+def wrappers_around(model: nn.Module) -> list[nn.Module]:
+    """Return the wrappers on several devices that hold a model. No reference leads there, so they have been noted."""
+    found = [each for each in _NOTED if _wrapper(each) is not None and any(m is model for m in each.modules())]
+    if len(found) > 1 or any(_wrapper(each) != FOLLOWS for each in found):
+        del found
         gc.collect()  # of wrappers that nobody holds any more
-        yield from _around(model)
+        found = [each for each in _NOTED if _wrapper(each) is not None and any(m is model for m in each.modules())]
+    return found
 
 
-def _around(model: nn.Module) -> Iterator[str]:
-    for each in gc.get_objects():
-        # The class is asked and not the object: lazy objects of other libraries import something when asked.
-        if issubclass(type(each), nn.Module):
-            wrapper = _wrapper(each)
-            if wrapper is not None and any(module is model for module in each.modules()):
-                yield wrapper
+def reducers_of(tensors: Iterable[Tensor]) -> list[DistributedDataParallel]:
+    """Return the wrappers in `DistributedDataParallel` that reduce the gradients of some of these tensors."""
+    changed = {id(each) for each in tensors}
+    noted = [each for each in _NOTED if isinstance(each, DistributedDataParallel)] if changed else []
+    return [each for each in noted if any(id(p) in changed for p in each.parameters())]
+
+
+def note_earlier() -> None:
+    """Note the wrappers that were made before this file was imported; all objects are searched, once."""
+    if not _SEARCHED and (is_distributed() or torch.cuda.device_count() > 1):
+        for each in gc.get_objects():
+            # The class is asked and not the object: lazy objects of other libraries import something when asked.
+            if issubclass(type(each), nn.Module):
+                _note(each)
+        _SEARCHED.append(True)
+
+
+def _note(module: nn.Module, *_: object) -> None:
+    """Note a module that takes another one, if it is a wrapper."""
+    cls = type(module)
+    if cls not in _KNOWN:
+        _KNOWN[cls] = _torch_class(module, (*HOLDS, FOLLOWS)) is not None
+    if _KNOWN[cls]:
+        _NOTED.add(module)
+
+
+_NOTED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_KNOWN: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+_SEARCHED: list[bool] = []
+register_module_module_registration_hook(_note)
 
 
 def _wrapper(module: nn.Module) -> str | None:
-    """Return the class among `HOLDS` that a module is of, if it is of any and on several devices."""
-    name = _torch_class(module, HOLDS)
+    """Return the class among `HOLDS`, or `FOLLOWS`, that a module is of, if it is of any and on several devices."""
+    name = _torch_class(module, (*HOLDS, FOLLOWS))
     one_device = name == "DataParallel" and len(getattr(module, "device_ids", ())) < 2  # it calls the model itself
     return None if one_device else name
 

@@ -19,6 +19,7 @@ from ecospa_fx.errors import TargetError
 from ecospa_fx.model.cost import Cost, CostModel
 from ecospa_fx.model.lookup import couplings, state_of
 from ecospa_fx.model.outside import beyond
+from ecospa_fx.ranks.members import ranks_of
 from ecospa_fx.ranks.wrappers import unwrapped
 from ecospa_fx.score.judging import index_scores, squares_of_shards
 
@@ -137,9 +138,12 @@ class CoupledSparsifier:
         return CostModel(self.model, state_of(self.model), "flops")
 
     def measure(self) -> None:
-        """Measure the cost of the model as it is now, if it is one that must be measured."""
+        """Measure the cost of the model as it is now, if it is one that must be measured; the first rank's counts."""
         if isinstance(self.cost, Latency):
-            self.cost.observe(self.model, self._flops())
+            latency, flops, ranks = self.cost, self._flops(), ranks_of(self.model)
+            ranks.together("measure the latency", lambda: latency.observe(self.model, flops))
+            seconds = ranks.first([seconds for _, seconds in latency.points], "the latency")
+            latency.points = [(at, each) for (at, _), each in zip(latency.points, seconds, strict=True)]
 
     @takes(sizes=instance("what sizes() returns", CostModel, LatencyModel))
     def target_size(self, sizes: CostModel | LatencyModel) -> int:

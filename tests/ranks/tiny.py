@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import ecospa_fx
 
-SCHEDULE = dict(target=0.7, start=2, interval=3, end=6)
+SCHEDULE = {"target": 0.7, "start": 2, "interval": 3, "end": 6}
 
 
 class GLUBlock(nn.Module):
@@ -54,7 +54,7 @@ def gpt2():
     """Its embedding is its head too."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    none = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=4, n_positions=16, use_cache=False, **none)
     )
@@ -63,7 +63,7 @@ def gpt2():
 def vit():
     from transformers import ViTConfig, ViTForImageClassification
 
-    none = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return ViTForImageClassification(
         ViTConfig(
             image_size=8, patch_size=4, num_channels=1, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
