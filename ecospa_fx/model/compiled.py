@@ -36,7 +36,7 @@ from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts
 from ecospa_fx.plan import Plan
-from ecospa_fx.ranks.fsdp2 import check_reduced, owners, reshard
+from ecospa_fx.ranks.fsdp2 import check_reduced, gathered_whole, owners, reshard
 from ecospa_fx.ranks.members import ranks_of
 
 from .class_swap import (
@@ -58,7 +58,7 @@ from .outside import outside_text
 from .parametrized import first_removal
 from .planning import planned
 from .region import REGION as REGION
-from .region import Region
+from .region import Region, check_gathered_at_once
 from .slicing import Absorber, prepare_tensors
 from .specialization import Specialization
 from .state import Execution, ModelState
@@ -164,19 +164,22 @@ class CompiledModel:
         waiting = is_waiting(model, MODEL)
         try:
             self._wait_no_longer(model)
-            chosen = choose_regions(model, args, kwargs, self.how, self.state.captures, self.state.options)
+            with gathered_whole(model):
+                chosen = choose_regions(model, args, kwargs, self.how, self.state.captures, self.state.options)
             analyses, self.not_captured = chosen.analyses, chosen.failed
             if not chosen.joints and not any(analysis.discovery.couplings for analysis in analyses.values()):
                 raise NoCouplingError(_nothing_found(model, analyses))
             regions = {}
             for name, analysis in analyses.items():
+                check_gathered_at_once(name, model.get_submodule(name), self.execution)
                 border = analysis.captured.border
                 regions[name] = region = Region(name, self.state, analysis.captured.shared_outside, border)
                 for each in (analysis, *analysis.others):
                     region.settle_buffers(model.get_submodule(name), each)
                     region.install(each, model.get_submodule(name), {})
             if self.execution == "module":
-                find_followed(model, regions)
+                with gathered_whole(model):
+                    find_followed(model, regions)
                 if not any(region.python_support and region.python_support.couplings for region in regions.values()):
                     raise NoCouplingError(_nothing_followed(model, regions))
         except NoCouplingError:
@@ -226,12 +229,13 @@ class CompiledModel:
         waiting = is_waiting(model, MODEL)
         try:
             self._wait_no_longer(model)
-            calls = record(model, *outside_inference((args, kwargs)), set(self.regions))
-            missing = [name for name in self.regions if name not in calls]
-            if missing:
-                raise CaptureError(f"`{missing[0]}` is not called in this forward of the model")
-            for name, region in self.regions.items():
-                region.add(model.get_submodule(name), *calls[name])
+            with gathered_whole(model):
+                calls = record(model, *outside_inference((args, kwargs)), set(self.regions))
+                missing = [name for name in self.regions if name not in calls]
+                if missing:
+                    raise CaptureError(f"`{missing[0]}` is not called in this forward of the model")
+                for name, region in self.regions.items():
+                    region.add(model.get_submodule(name), *calls[name])
         except BaseException:
             for region in self.regions.values():
                 region.specializations = []

@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ecospa_fx.errors import CaptureError, EcoSpaError, NotNowError, PinnedAxisError, TooManyCallsError
+from ecospa_fx.errors import CaptureError, EcoSpaError, NotNowError, PinnedAxisError, TooManyCallsError, WrapperError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of, size_of
 from ecospa_fx.passes.axes.selection import Selected, Selection
@@ -35,6 +35,7 @@ from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts, keys_of, whole_objects
+from ecospa_fx.ranks.fsdp2 import sharded_apart
 
 from .class_swap import own_forward
 from .full_size import FullSizeTensors, in_transform, outside_forward, outside_inference, unshrunk_dim
@@ -106,6 +107,7 @@ class Region:
         key, inputs, objects = call_key(args, kwargs) or (None, [], [])
         program = self.routing.remembered(self.specializations, key, inputs, objects)
         if program is None:
+            check_gathered_at_once(self.name, module, "graph")
             leaves, objects = parted(flattened((args, kwargs))[0])
             inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             hooks = inner_hooks(module)
@@ -459,3 +461,19 @@ class Region:
         latest = self.specializations[-1].program
         changed = self.routing.changed_constant(self.specializations, module, latest)
         return changed or latest.captured.mismatch((args, kwargs), training_flags(module)) or ""
+
+
+def check_gathered_at_once(name: str, module: nn.Module, execution: str) -> None:
+    """Refuse a region that runs as one graph, with modules in it whose weights FSDP2 gathers for their own calls only.
+
+    Raises:
+        WrapperError: it has such modules.
+    """
+    apart = sharded_apart(module) if execution == "graph" else []
+    if apart:
+        region = f"`{name}`" if name else f"the {type(module).__name__}"
+        raise WrapperError(
+            f"{region} is one region, which runs as one graph, and fully_shard gathers the weights of "
+            f"`{join(name, apart[0])}` in it for calls of that alone. Compile with regions='blocks' and apply "
+            "fully_shard to the same blocks and to the model; or to the model only; or use execution='module'"
+        )

@@ -43,18 +43,24 @@ class Change:
     Attributes:
         tensors: (parameter or buffer, its new data, its new gradient).
         states: (an optimizer's state of one parameter, key, new value).
+        owners: `id` of a parameter -> what FSDP2 keeps of it, see `ecospa_fx.ranks.fsdp2`.
         sharded: the sharded tensors, whose entries still have to move.
     """
 
     tensors: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
     states: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+    owners: Mapping[int, Any] = field(default_factory=dict)
     sharded: ShardedChange | None = None
 
     def commit(self, journal: Journal) -> None:
         """Put every new tensor in place; where tensors are sharded all ranks must be here."""
         if self.sharded is not None:
-            self.sharded.finish(self, journal)
+            self.sharded.finish(self)
         for tensor, data, grad in self.tensors:
+            owner = self.owners.get(id(tensor))
+            if owner is not None:
+                data, attributes = anew(owner, data)
+                journal.set_attributes(owner, attributes)
             journal.set_tensor(tensor, data, grad)
         for state, key, value in self.states:
             journal.set_item(state, key, value)
@@ -65,13 +71,11 @@ class ShardedChange:
     """The sharded tensors of a change. Their entries move between ranks at the commit.
 
     Attributes:
-        owners: `id` of a parameter -> what FSDP2 keeps of it.
         moves: the tensors that lose entries, and those that get other values.
         tensors: (parameter, position in `moves` of its data, of its gradient).
         states: (an optimizer's state of one parameter, key, position in `moves`).
     """
 
-    owners: Mapping[int, Any]
     moves: list[Move] = field(default_factory=list)
     tensors: list[tuple[Tensor, int, int | None]] = field(default_factory=list)
     states: list[tuple[dict[str, Any], str, int]] = field(default_factory=list)
@@ -81,15 +85,11 @@ class ShardedChange:
         self.moves.append(move(name, tensor, keep))
         return len(self.moves) - 1
 
-    def finish(self, change: Change, journal: Journal) -> None:
+    def finish(self, change: Change) -> None:
         """Move the entries, and add the new tensors to a change."""
         results = moved(self.moves)
         for tensor, number, grad in self.tensors:
-            data, owner = results[number], self.owners.get(id(tensor))
-            if owner is not None:
-                data, attributes = anew(owner, data)
-                journal.set_attributes(owner, attributes)
-            change.tensors.append((tensor, data, None if grad is None else results[grad]))
+            change.tensors.append((tensor, results[number], None if grad is None else results[grad]))
         change.states.extend((state, key, results[number]) for state, key, number in self.states)
 
 
@@ -134,7 +134,7 @@ def prepare_tensors(
     sliced_states: list[tuple[dict[str, Any], str, int]] = []
     states: list[tuple[dict[str, Any], str, Any]] = []
     full_size: list[tuple[Tensor, Tensor, Tensor | None]] = []
-    sharded = ShardedChange(owners)
+    sharded = ShardedChange()
     seen: set[int] = set()
 
     def new(tensor: Tensor, keep: dict[int, Tensor]) -> int:
@@ -178,6 +178,7 @@ def prepare_tensors(
         [(tensor, results[data], None if grad is None else results[grad]) for tensor, data, grad in tensors]
         + full_size,
         [(state, entry, results[value]) for state, entry, value in sliced_states] + states,
+        owners,
         sharded if sharded.moves else None,
     )
 

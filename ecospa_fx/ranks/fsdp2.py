@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,10 +57,14 @@ def owners(model: nn.Module) -> dict[int, Any]:
 
 def _groups(model: nn.Module) -> Iterator[Any]:
     for module in fsdp_modules(model):
-        groups = getattr(module._get_fsdp_state(), "_fsdp_param_groups", None)
-        if groups is None:
-            raise RanksError(_unknown("FSDPState has no `_fsdp_param_groups`"))
-        yield from groups
+        yield from _groups_of(module)
+
+
+def _groups_of(module: Any) -> list[Any]:
+    groups: list[Any] | None = getattr(module._get_fsdp_state(), "_fsdp_param_groups", None)
+    if groups is None:
+        raise RanksError(_unknown("FSDPState has no `_fsdp_param_groups`"))
+    return groups
 
 
 def check_reduced(model: nn.Module) -> None:
@@ -135,3 +140,47 @@ def _unknown(what: str) -> str:
         f"FSDP2 of torch {torch.__version__} is not the one that is known here ({what}), so nothing can shrink in it: "
         "use torch 2.13, or train with DistributedDataParallel"
     )
+
+
+@contextmanager
+def gathered_whole(model: nn.Module) -> Iterator[None]:
+    """Hold all weights of a model on this rank for a while, as a plain model that FSDP2 does not look at.
+
+    Every rank must take part, and needs memory for all of the model.
+    """
+    modules = fsdp_modules(model)
+    if not modules:
+        yield
+        return
+    shut = [module for module in modules if any(each.is_sharded for each in _groups_of(module))]
+    hooks = [_hooks(module) for module in modules]
+    held = [(hook, dict(hook)) for own in hooks for hook, _ in own]
+    try:
+        for module in modules:
+            module.unshard()
+        for own in hooks:
+            for hook, key in own:
+                hook.pop(key, None)
+        yield
+    finally:
+        for hook, before in held:
+            hook.clear()
+            hook.update(before)
+        for module in shut:
+            module.reshard()
+
+
+def _hooks(module: Any) -> list[tuple[dict[int, Any], int]]:
+    """Return the dicts of hooks of a module, each with the key of FSDP2's own hook in it."""
+    state = module._get_fsdp_state()
+    own = []
+    for handle in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
+        for each in getattr(handle, "handles", [handle]):
+            own += [(held, each.id) for held in (module._forward_pre_hooks, module._forward_hooks) if each.id in held]
+    return own
+
+
+def sharded_apart(module: nn.Module) -> list[str]:
+    """Return the names of the modules inside a module that `fully_shard` gathers on their own."""
+    inside = set(map(id, fsdp_modules(module))) - {id(module)}
+    return [name for name, child in module.named_modules() if id(child) in inside]

@@ -134,9 +134,14 @@ def whole_of(local: Tensor, like: Any, shape: Sequence[int] | None = None) -> An
 
 
 def gathered(tensor: Any) -> Tensor:
-    """Return all of a sharded tensor on every rank; every rank of its mesh must call it."""
+    """Return all of a sharded tensor on every rank, which must all call it; another tensor itself."""
+    if not is_sharded(tensor):
+        return tensor  # type: ignore[no-any-return]
+    device = tensor.device
+    if device.type != tensor.device_mesh.device_type and device.type != "meta":  # offloaded
+        tensor = tensor.detach().to(tensor.device_mesh.device_type)
     whole: Tensor = tensor.detach().full_tensor()
-    return whole
+    return whole.to(device)
 
 
 def split(whole: Tensor, like: Any) -> Any:
@@ -144,8 +149,11 @@ def split(whole: Tensor, like: Any) -> Any:
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = like.device_mesh
+    home = like.device
+    if home.type != mesh.device_type and home.type != "meta":
+        whole = whole.to(mesh.device_type)
     everywhere = DTensor.from_local(whole.contiguous(), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return everywhere.redistribute(placements=like.placements)
+    return everywhere.redistribute(placements=like.placements).to(home)
 
 
 def data_of(tensor: Any) -> Any:

@@ -25,6 +25,7 @@ from ecospa_fx.model.state import Execution
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.find.joined import choose_regions
 from ecospa_fx.passes.graph.nodes import place
+from ecospa_fx.ranks.fsdp2 import gathered_whole
 from ecospa_fx.ranks.wrappers import looks_inside
 from ecospa_fx.text import plural
 
@@ -192,7 +193,8 @@ def explain(
     try:
         model.__dict__.pop(MODEL, None)
         unswap_forward(model)
-        chosen = choose_regions(model, args, kwargs, regions, options=scratch.state.options)
+        with gathered_whole(model):
+            chosen = choose_regions(model, args, kwargs, regions, options=scratch.state.options)
     finally:
         model.__class__ = waiting
         if compiled is not None:
@@ -206,7 +208,8 @@ def explain(
             region.remember(each)
             seconds.update(each.seconds)
     if execution == "module":
-        find_followed(model, scratch.regions)
+        with gathered_whole(model):
+            find_followed(model, scratch.regions)
     return _explanation(model, scratch, dict(seconds))
 
 
