@@ -149,7 +149,7 @@ class CompiledModel:
                 if self.execution == "module":
                     self._capture_again_if_need_be(model, args, kwargs)
                 # The regions of a loaded model capture the calls that they get.
-        elif is_waiting(model, MODEL):  # a copy of a model whose own Python runs
+        elif REGION not in model.__dict__:  # a copy of a model whose own Python runs
             unswap_forward(model)
         return own_forward(model, MODEL)(model, *args, **kwargs)
 

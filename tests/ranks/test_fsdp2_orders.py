@@ -74,8 +74,8 @@ def root_of_blocks(rank, world):
 def test_one_region_with_shards_per_block_is_refused(two):
     text = (
         "WrapperError: the FSDPGLU is one region, which runs as one graph, and fully_shard gathers the weights of "
-        "`blocks.0` in it for calls of that alone. Compile with regions='blocks' and apply fully_shard to the same blocks and to "
-        "the model; or to the model only; or use execution='module'"
+        "`blocks.0` in it for calls of that alone. Compile with regions='blocks' and apply fully_shard to the same "
+        "blocks and to the model; or to the model only; or use execution='module'"
     )
     for found in two.run(root_of_blocks):
         assert found == [text, text, None]
