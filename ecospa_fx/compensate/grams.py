@@ -8,7 +8,8 @@ it is a sum, so that ranks add theirs up. No activation is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from ecospa_fx.arguments import FLAG, MODULE, NAMED, SEVERAL, instance, takes
-from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.logs import logger
@@ -34,11 +34,12 @@ from ecospa_fx.passes.transform.consumers import Consumer, WeightDim, consumers
 from ecospa_fx.passes.transform.eliminate import Summing
 from ecospa_fx.passes.transform.rotate import FAR, BasisChange, Part
 from ecospa_fx.plan import Plan
+from ecospa_fx.ranks.members import ranks_of
 from ecospa_fx.ranks.shards import gathered, is_sharded, local_part, split, whole_of
 from ecospa_fx.ranks.wrappers import unwrapped
 from ecospa_fx.score.products import ProductSite
 
-from .moments import GramInput, InputMoments, PairMoments, columns, over_ranks, pair_sites
+from .moments import Gathered, GramInput, InputMoments, PairMoments, add_blocks, columns, pair_sites
 
 ROWS = 512
 """Positions read of one call at most, or a quarter of the columns if that is more: 16 calls are 4 rows a column."""
@@ -97,6 +98,7 @@ class Grams:
         self._pairs: dict[str, PairMoments] = {}
         self._graphs: dict[int, tuple[AxisFacts, Mapping[WeightDim, Consumer | str]]] = {}
         self._absorbers: dict[WeightDim, _Absorber] = {}
+        self._whole: Gathered | None = None  # of all ranks, while they are read several times
         self._regions = list(regions_of(model).values())
         if self._regions:
             check_observable(model)
@@ -219,21 +221,44 @@ class Grams:
             far: likewise on the other side.
         """
         self._read_all()
-        pair = self._pairs.get(coupling.name)
-        if pair is not None and pair.near.shape == near.shape:
-            near, far = all_reduce_sum(pair.near.to(near), pair.far.to(far))
-            return near, far
+        over = [(part, self._absorbers.get((part.parameter, part.dim))) for part in parts if part.side == FAR]
+        whole = self._gathered([absorber.gram for _, absorber in over if absorber is not None], [coupling.name])
+        pair = whole.pairs.get(coupling.name)
+        if pair is not None and pair[0].shape == near.shape:
+            return pair[0].to(near), pair[1].to(far)
         inputs = torch.zeros_like(near)
-        for part, absorber, gram in self._summing(parts):
-            if absorber is None or gram is None:
+        for part, absorber in over:
+            moments = None if absorber is None else whole.inputs.get(absorber.gram)
+            if absorber is None or moments is None:
                 return near, far
-            gram.add_blocks(part, absorber.consumer.bias is not None, inputs)  # a bias can hold the constant part
+            add_blocks(moments, part, absorber.consumer.bias is not None, inputs)  # a bias can hold the constant part
         return (inputs, far) if bool(inputs.any()) else (near, far)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Read moments several times, while ranks add them up once."""
+        self._read_all()
+        before, self._whole = self._whole, self._gathered(self._grams, self._pairs)
+        try:
+            yield
+        finally:
+            self._whole = before
+
+    def _gathered(self, keys: Iterable[WeightDim], pairs: Iterable[str] = ()) -> Gathered:
+        """Return moments over all ranks, at the sizes of the model now."""
+        if self._whole is not None:
+            return self._whole
+        kept = plan(self.model).kept
+        grams = {key: gram for key in keys if (gram := self._grams.get(key)) and gram.narrow_to(kept.get(key))}
+        sides = {name: self._pairs[name] for name in pairs if name in self._pairs}
+        return Gathered.over(ranks_of(self.model), grams, sides)
 
     def summing(self, coupling: Coupling) -> list[Summing] | None:
         """Return the weights that sum over a coupling, and their inputs' moments; None if one cannot take over."""
         self._read_all()
         tensors, summing = named_tensors(self.model), []
+        keys = [(member.parameter, member.dim) for member in coupling.members]
+        whole = self._gathered(self._absorbers[key].gram for key in keys if key in self._absorbers)
         for member in coupling.members:
             key = member.parameter, member.dim
             absorber = self._absorbers.get(key)
@@ -241,13 +266,13 @@ class Grams:
                 if key in self.refused:
                     return None
                 continue
-            gram, weight = self._grams.get(absorber.gram), tensors[member.parameter]
-            if gram is None or not gram.narrow_to(plan(self.model).kept.get(key)) or not _has_values(weight):
+            moments, weight = whole.inputs.get(absorber.gram), tensors[member.parameter]
+            if moments is None or not _has_values(weight):
                 return None
             unit = member.index if member.context is None else member.context * coupling.size + member.index
-            unit = torch.where(member.index >= 0, unit, -1).repeat_interleave(gram.window)
+            unit = torch.where(member.index >= 0, unit, -1).repeat_interleave(absorber.consumer.window)
             matrix = absorber.consumer.columns(weight.detach())
-            summing.append(Summing(matrix, over_ranks(gram.moments), unit, absorber.consumer.bias is not None))
+            summing.append(Summing(matrix, moments, unit, absorber.consumer.bias is not None))
         return summing or None
 
     def follow(self, coupling: Coupling, parts: Sequence[Part], change: BasisChange, journal: Journal) -> None:
@@ -257,19 +282,13 @@ class Grams:
         if coupling.name in self._pairs:
             self._pairs[coupling.name].follow(change)
         done: set[int] = set()
-        for part, _, gram in self._summing(parts):
-            if gram is not None and id(gram) not in done:
+        for part in parts:
+            absorber = self._absorbers.get((part.parameter, part.dim)) if part.side == FAR else None
+            gram = None if absorber is None else self._grams.get(absorber.gram)
+            positions = plan(self.model).kept.get((part.parameter, part.dim))
+            if gram is not None and gram.narrow_to(positions) and id(gram) not in done:
                 done.add(id(gram))
                 gram.follow(part, change)
-
-    def _summing(self, parts: Sequence[Part]) -> Iterator[tuple[Part, _Absorber | None, InputMoments | None]]:
-        """Return the weights that sum over a coupling, with the moments of their inputs at the sizes of now."""
-        for part in parts:
-            if part.side == FAR:
-                absorber = self._absorbers.get((part.parameter, part.dim))
-                gram = None if absorber is None else self._grams.get(absorber.gram)
-                positions = plan(self.model).kept.get((part.parameter, part.dim))
-                yield part, absorber, gram if gram is not None and gram.narrow_to(positions) else None
 
     def _consumers(self, axis_facts: AxisFacts) -> Mapping[WeightDim, Consumer | str]:
         cached = self._graphs.get(id(axis_facts))
@@ -325,18 +344,26 @@ class Grams:
         """
         self._read_all()
         values: dict[int, Tensor] = {}
-        solved: dict[tuple[WeightDim, bool], Absorption | None] = {}
+        solved: dict[tuple[WeightDim, bool], Absorption] = {}
         self.left = {}
-        for (name, dim), absorber in sorted(self._absorbers.items()):
+        going: dict[WeightDim, Tensor] = {}
+        for name, dim in self._absorbers:
             steps = kept_positions(name, before, after).get(dim) if (name, dim) in after.kept else None
-            if steps is None:
-                continue
+            if steps is not None:
+                going[name, dim] = steps
+        whole = self._gathered(self._absorbers[key].gram for key in sorted(going))
+        able = [key for key in going if self._absorbers[key].gram in whole.inputs and _has_values(held[0].get(key[0]))]
+        everywhere = set(ranks_of(self.model).common([f"{n} {d}" for n, d in able], "the weights that take over"))
+        for name, dim in sorted(key for key in able if f"{key[0]} {key[1]}" in everywhere):
+            absorber, steps = self._absorbers[name, dim], going[name, dim]
             consumer, constant = absorber.consumer, absorber.consumer.bias is not None
             if (absorber.gram, constant) not in solved:
-                solved[absorber.gram, constant] = self._solve(absorber, before.kept.get((name, dim)), steps)
+                entries = columns(steps, consumer.window)
+                found = absorb(whole.inputs[absorber.gram], entries, constant=constant, ridge=self.ridge)
+                if found is None:
+                    continue
+                solved[absorber.gram, constant] = found
             absorption = solved[absorber.gram, constant]
-            if absorption is None or not _has_values(held[0].get(name)):
-                continue
             self.left[name, dim] = absorption.left
             bias = None if consumer.bias is None else name.removesuffix(consumer.parameter) + consumer.bias
             for tensors in held:
@@ -355,15 +382,6 @@ class Grams:
                     _assign(values, tensors, constant_in, _placed(value, constant_in, by_rows))
         self._log(before, after)
         return values
-
-    def _solve(self, absorber: _Absorber, positions: Tensor | None, steps: Tensor) -> Absorption | None:
-        gram = self._grams.get(absorber.gram)
-        if gram is None or not gram.narrow_to(positions):
-            return None
-        return absorb(
-            over_ranks(gram.moments), columns(steps, gram.window),
-            constant=absorber.consumer.bias is not None, ridge=self.ridge,
-        )  # fmt: skip
 
     def _log(self, before: Plan, after: Plan) -> None:
         log = logger("shrink")

@@ -157,16 +157,12 @@ class Ranks:
                 sums[name] = piece.view(shape).to(named[name].device if name in mine else home)
         return sums
 
-    def first(self, values: list[float], doing: str) -> list[float]:
-        """Return the numbers of the first rank on all of them; as many on each."""
-        if not self:
-            return values
-        self.agree(doing, {"numbers": len(values)})
+    def first(self, value: Any, doing: str) -> Any:
+        """Return a value of JSON that the first rank has, on all of them."""
+        if not self or self.meet(doing, json.dumps(value)):
+            return value
         (rank,) = self._most(doing, -distributed.get_rank())
-        mine = torch.tensor(values, dtype=torch.float64)
-        mine = mine if -rank == distributed.get_rank() else torch.zeros_like(mine)
-        found: list[float] = self.reduced(mine, distributed.ReduceOp.SUM, doing).tolist()
-        return found
+        return json.loads(self._told(doing, -rank, json.dumps(value)))
 
     def meet(self, doing: str, known: str = "") -> bool:
         """Meet the other ranks, and return whether all have the same text.

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -26,9 +27,7 @@ def make_again(wrapper: DistributedDataParallel) -> None:
     ddp._ddp_init_helper(parameters, sparse, ddp._build_debug_param_to_name_mapping(parameters), ddp.static_graph)
     ddp._has_rebuilt_buckets = False
     if ddp.static_graph:
-        ddp._static_graph_delay_allreduce_enqueued = False
-        ddp.reducer._set_static_graph()
-        ddp.logger._set_static_graph()
+        _learn_the_graph(ddp)
     hooks, ddp._comm_hooks = ddp._comm_hooks, []
     try:
         for hook, state in hooks:
@@ -38,6 +37,25 @@ def make_again(wrapper: DistributedDataParallel) -> None:
         raise
     if builtin is not None:
         ddp._register_builtin_comm_hook(builtin)
+
+
+def _learn_the_graph(ddp: Any) -> None:
+    """Let a new reducer learn a static graph from the first backward.
+
+    torch cannot learn it without sync. Of gradients that are accumulated in `no_sync` the first are reduced therefore:
+    the mean over ranks of a mean and later gradients is the mean of all.
+    """
+    ddp.reducer._set_static_graph()
+    ddp.logger._set_static_graph()
+    ddp._static_graph_delay_allreduce_enqueued = False
+
+    def sync(held: Any, *_: object) -> None:
+        if held._static_graph_delay_allreduce_enqueued:  # there has been a backward
+            handle.remove()
+        elif torch.is_grad_enabled():
+            held.require_backward_grad_sync = True
+
+    handle = ddp.register_forward_pre_hook(sync)
 
 
 def refusal(wrapper: DistributedDataParallel) -> str | None:

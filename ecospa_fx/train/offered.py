@@ -6,14 +6,14 @@ from torch import nn
 
 from ecospa_fx.logs import logger
 from ecospa_fx.model.journal import Journal
-from ecospa_fx.model.lookup import couplings, state_of
+from ecospa_fx.model.lookup import couplings, regions_of, state_of
 from ecospa_fx.ranks.agreement import Ranks
 
 ELSEWHERE = "another rank has met a call of the model that needs it whole"
 
 
 def offered_everywhere(model: nn.Module, ranks: Ranks, journal: Journal) -> None:
-    """Leave out the couplings that are not offered at the same size on every rank, on each of them.
+    """Leave out, on every rank, the couplings that are not offered on all; take the sizes of the first rank's calls.
 
     Args:
         model: a compiled model that has been called.
@@ -22,6 +22,12 @@ def offered_everywhere(model: nn.Module, ranks: Ranks, journal: Journal) -> None
     """
     if not ranks:
         return
+    regions = regions_of(model)
+    sizes_of_calls = {name: region.first_sizes for name, region in regions.items()}
+    for name, called in ranks.first(sizes_of_calls, "the sizes of the first call").items():
+        if name in regions and called != sizes_of_calls[name]:  # by which FLOPs are counted
+            journal.note_attribute(regions[name], "called")
+            regions[name].called = called
     sizes = {coupling.name: f"{coupling.size} {coupling.name}" for coupling in couplings(model)}
     common = set(ranks.common(sizes.values(), "the couplings that ranks offer"))
     missing = frozenset(name for name, size in sizes.items() if size not in common)

@@ -186,10 +186,11 @@ class Adaptive:
         worth = {coupling: worth_of(coupling, self.saliency, by_context=by_context) for coupling in judged}
         widths = sparsifier.widths(worth, at_most)
         compensation = self.compensation
-        expected = forecast(
-            self.model, judged, self.saliency, grams=compensation.grams, optimizers=self.optimizers,
-            absorb=compensation.settings.absorb, rotate=compensation.settings.rotate, by_context=by_context,
-            widths=widths, positions=compensation.positions,
-        )  # fmt: skip
+        with compensation.at_once():
+            expected = forecast(
+                self.model, judged, self.saliency, grams=compensation.grams, optimizers=self.optimizers,
+                absorb=compensation.settings.absorb, rotate=compensation.settings.rotate, by_context=by_context,
+                widths=widths, positions=compensation.positions,
+            )  # fmt: skip
         keeps = {coupling: expected.curves[coupling].keep(width) for coupling, width in widths.items()}
         return Decision(keeps, {c.name: value for c, value in self.saliency.importance().items()}, expected)

@@ -140,10 +140,9 @@ class CoupledSparsifier:
     def measure(self) -> None:
         """Measure the cost of the model as it is now, if it is one that must be measured; the first rank's counts."""
         if isinstance(self.cost, Latency):
-            latency, flops, ranks = self.cost, self._flops(), ranks_of(self.model)
-            ranks.together("measure the latency", lambda: latency.observe(self.model, flops))
-            seconds = ranks.first([seconds for _, seconds in latency.points], "the latency")
-            latency.points = [(at, each) for (at, _), each in zip(latency.points, seconds, strict=True)]
+            latency, now, ranks = self.cost, self._flops(), ranks_of(self.model)
+            ranks.together("measure the latency", lambda: latency.observe(self.model, now))
+            latency.points = [(flops, seconds) for flops, seconds in ranks.first(latency.points, "the latency")]
 
     @takes(sizes=instance("what sizes() returns", CostModel, LatencyModel))
     def target_size(self, sizes: CostModel | LatencyModel) -> int:

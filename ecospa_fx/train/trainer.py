@@ -34,7 +34,7 @@ from ecospa_fx.model.cost import Cost
 from ecospa_fx.model.diff import ModuleDiff
 from ecospa_fx.model.journal import Journal, all_or_nothing, take_state
 from ecospa_fx.model.lookup import check_optimizer, check_values, compiled_state, is_captured
-from ecospa_fx.model.optimizer_state import check_can_follow, several
+from ecospa_fx.model.optimizer_state import check_can_follow, is_partitioned, several
 from ecospa_fx.model.shrinking import shrink_within
 from ecospa_fx.ranks.agreement import Ranks
 from ecospa_fx.ranks.members import ranks_of
@@ -212,6 +212,11 @@ class EcoSpaTrainer:
         for each in self.optimizers:
             check_optimizer(model, each)
             check_can_follow(each)
+            if cost == "bytes" and is_partitioned(each):
+                raise OptimizerError(
+                    f'cost="bytes" counts the state of optimizers, of which this {type(each).__name__} holds another '
+                    'part on each rank; use cost="parameters"'
+                )
         copies_of(model, also)
         self.model, self.optimizer, self.also = model, optimizer, list(listed(also))
         self.before_shrink = before_shrink
