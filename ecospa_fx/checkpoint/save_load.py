@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from ecospa_fx.arguments import FLAG, FUNCTION, MODULE, PATH, TRAINING, optional, shown, takes
 from ecospa_fx.errors import ArgumentError, CheckpointError
 from ecospa_fx.model.compiled import MODEL
-from ecospa_fx.model.lookup import check_optimizer, compiled_state
+from ecospa_fx.model.lookup import check_optimizer, check_whole, compiled_state
 from ecospa_fx.model.optimizer_state import several
 from ecospa_fx.ranks.wrappers import looks_inside
 from ecospa_fx.train.trainer import EcoSpaTrainer
@@ -70,6 +70,7 @@ def save(
     )
     for each in training.optimizer:
         check_optimizer(model, each)
+    check_whole(model, "ecospa_fx.save")
     with saving(Path(directory)) as draft:
         write_model(draft, model, compiled)
         write_training(draft, model, training)

@@ -35,6 +35,7 @@ from ecospa_fx.passes.transform.eliminate import Summing
 from ecospa_fx.passes.transform.rotate import FAR, BasisChange, Part
 from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.members import ranks_of
+from ecospa_fx.ranks.shards import gathered, is_sharded, local_part, split, whole_of
 from ecospa_fx.ranks.wrappers import unwrapped
 from ecospa_fx.score.products import ProductSite
 
@@ -369,10 +370,16 @@ class Grams:
                 weight = tensors.get(name)
                 if weight is None or not _has_values(weight):
                     continue
-                matrix = consumer.columns(weight.detach())
-                _assign(values, tensors, weight, consumer.as_weight(absorption.columns(matrix), weight))
-                if bias is not None and _has_values(tensors.get(bias)):
-                    _assign(values, tensors, tensors[bias], absorption.bias(tensors[bias].detach(), matrix))
+                constant_in = tensors[bias] if bias is not None and _has_values(tensors.get(bias)) else None
+                by_rows = _lie_alike(weight, constant_in, dim)
+                part = local_part(weight) if by_rows else gathered(weight).detach()
+                matrix = consumer.columns(part)
+                value = consumer.as_weight(absorption.columns(matrix), part)
+                _assign(values, tensors, weight, _placed(value, weight, by_rows))
+                if constant_in is not None:
+                    part = local_part(constant_in) if by_rows else gathered(constant_in).detach()
+                    value = absorption.bias(part, matrix)
+                    _assign(values, tensors, constant_in, _placed(value, constant_in, by_rows))
         self._log(before, after)
         return values
 
@@ -382,7 +389,7 @@ class Grams:
             log.debug("%s[%d] takes over the entries that go, but for %.1f%% of them", *key, 100 * share)
         for key in [*self.refused, *(key for key in self._absorbers if key not in self.left)]:
             if key in after.kept and not torch.equal(after.kept[key], before.kept.get(key, after.kept[key][:0])):
-                reason = self.refused.get(key, "no finite moments of its inputs were gathered, or it is sharded")
+                reason = self.refused.get(key, "no finite moments of its inputs were gathered")
                 log.info("nothing takes over in %s[%d]: %s", *key, reason)
 
 
@@ -415,8 +422,28 @@ def _uses(captured: RegionGraph, name: str) -> bool:
 
 
 def _has_values(tensor: Tensor | None) -> bool:
-    """Return whether all values of a tensor are in this process: it is neither sharded nor on the meta device."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor is not None and tensor.device.type != "meta"
+    """Return whether a tensor has values that can be read, on this rank or on several."""
+    plain = type(tensor) in (Tensor, nn.Parameter) or is_sharded(tensor)
+    return plain and tensor is not None and tensor.device.type != "meta"
+
+
+def _lie_alike(weight: Any, bias: Any, dim: int) -> bool:
+    """Return whether this rank holds rows of a weight with all columns along `dim`, and the bias of the same rows.
+
+    Each row takes over for itself, so that nothing need move then.
+    """
+    if not is_sharded(weight):
+        return bias is None or not is_sharded(bias)
+    by_rows = dim != 0 and all(not placement.is_shard() or placement.is_shard(0) for placement in weight.placements)
+    return by_rows and (bias is None or (is_sharded(bias) and bias.placements == weight.placements))
+
+
+def _placed(value: Tensor, like: Any, by_rows: bool) -> Tensor:
+    """Return the new value of a tensor, sharded as that is."""
+    if not is_sharded(like):
+        return value
+    placed: Tensor = whole_of(value, like) if by_rows else split(value, like)
+    return placed
 
 
 def _assign(values: dict[int, Tensor], tensors: Mapping[str, Tensor], tensor: Tensor, value: Tensor) -> None:

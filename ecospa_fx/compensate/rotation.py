@@ -40,7 +40,9 @@ from ecospa_fx.passes.transform.rotate import (
     near_old_basis,
     sides,
 )
+from ecospa_fx.ranks.fsdp2 import owners, reshard
 from ecospa_fx.ranks.members import ranks_of
+from ecospa_fx.ranks.shards import gathered, is_sharded, split
 from ecospa_fx.ranks.wrappers import check_wrappers, looks_inside
 
 from .grams import Grams
@@ -125,6 +127,7 @@ def rotate_within(
     also: Any = (),
 ) -> Rotation:
     """Rotate as `rotate` does, as a part of a larger change."""
+    reshard(model)
     compiled, optimizers = state_of(model), several(optimizer)
     for each in optimizers:
         check_optimizer(model, each)
@@ -165,7 +168,7 @@ def _rotate(
     parts, change, tensors = basis.parts, basis.change, named_tensors(model)
     if keep is not None and keep < coupling.size:
         change = near_old_basis(change, keep, basis.scale)
-    pending = Change()
+    pending = Change(owners=owners(model))
     for each in (tensors, *copies):
         for tensor, own in _by_tensor(each, parts):
             grad = None if tensor.grad is None else _changed(tensor.grad, own, change, "gradient")
@@ -216,11 +219,13 @@ def free_basis(
             return f"`{part.parameter}`: {states}"
     for part in parts:
         weight = tensors[part.parameter]
-        if type(weight) not in (Tensor, nn.Parameter) or weight.device.type == "meta":
+        plain = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
+        if not plain or weight.device.type == "meta":
             kind = type(weight).__name__
             return f"`{part.parameter}` is a {kind} on {weight.device}, whose values are not all in this process"
         if any(storage_key(t) == storage_key(weight) for t in tensors.values() if t is not weight):
             return f"`{part.parameter}` shares its memory with another tensor"
+    tensors = {part.parameter: gathered(tensors[part.parameter]) for part in parts}
     near, far = (gram_of(tensors, [p for p in parts if p.side == side], coupling.contexts) for side in (NEAR, FAR))
     if grams is not None:
         near, far = grams.of_sides(coupling, parts, near, far)
@@ -294,7 +299,10 @@ def _sides_everywhere(region: Region, found: RegionCoupling) -> Mapping[tuple[st
 
 
 def _changed(tensor: Tensor, parts: Sequence[Part], change: BasisChange, how: TransformsAs) -> Tensor:
-    """Compute a tensor of a parameter's shape in the new basis."""
+    """Compute a tensor of a parameter's shape in the new basis; if it is sharded, on all ranks, from all of it."""
+    if is_sharded(tensor):
+        placed: Tensor = split(_changed(gathered(tensor), parts, change, how), tensor)
+        return placed
     for part in parts:
         by = change.of(part.side if how in ("update", "update_square") else 1 - part.side)
         if how == "scale":

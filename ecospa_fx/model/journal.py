@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from ecospa_fx.errors import ArgumentError, EcoSpaError
 from ecospa_fx.ranks.agreement import Ranks
 from ecospa_fx.ranks.ddp import make_again
+from ecospa_fx.ranks.shards import data_of, is_sharded, put
 from ecospa_fx.ranks.wrappers import reducers_of
 
 Result = TypeVar("Result")
@@ -63,10 +64,16 @@ class Journal:
 
     def set_tensor(self, tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
         """Give a tensor other data and another gradient."""
-        data_before, grad_before = tensor.data, tensor.grad
+        data_before, grad_before = (data_of(tensor) if is_sharded(tensor) else tensor.data), tensor.grad
         self._replaced.append(tensor)
         self.note(lambda: _assign(tensor, data_before, grad_before))
         _assign(tensor, data, grad)
+
+    def set_attributes(self, held: object, attributes: Mapping[str, Any]) -> None:
+        """Give an object other attributes, and none besides."""
+        self.note_object(held)
+        vars(held).clear()
+        vars(held).update(attributes)
 
     def set_item(self, held: MutableMapping[Any, Any], key: Any, value: Any) -> None:
         """Give a key another value."""
@@ -161,6 +168,9 @@ def take_state(where: str, held: Iterable[object], take: Callable[[], None]) -> 
 
 
 def _assign(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    if is_sharded(tensor):
+        put(tensor, data, grad)
+        return
     # A gradient must have its parameter's shape at every moment.
     tensor.grad = None
     if tensor.requires_grad:

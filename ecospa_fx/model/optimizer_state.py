@@ -20,6 +20,8 @@ from torch.optim import Optimizer
 
 from ecospa_fx.arguments import SEVERAL, shown
 from ecospa_fx.errors import OptimizerError
+from ecospa_fx.ranks.agreement import Ranks
+from ecospa_fx.ranks.shards import gathered, groups_of, is_sharded, split
 
 from .optimizer_table import Keep, SliceLater, State, rules_for
 
@@ -237,8 +239,15 @@ def _by_rule(optimizer: Any, name: str, state: State, parameter: Tensor, keep: K
     rule = rules_for(type(optimizer)).slices
     if rule is None:
         return {}
+    placed: dict[str, Any] = {}
+    if is_sharded(parameter):  # what is not of its shape, such as means over rows, is small: rules get all of it
+        placed = {key: v for key, v in state.items() if is_sharded(v) and v.shape != parameter.shape}
+        if placed:
+            Ranks(groups_of(placed.values())).meet(f"gather the optimizer state of `{name}`")
+            state = {**state, **{key: gathered(value) for key, value in placed.items()}}
     try:
-        return dict(rule(state, parameter, keep))
+        values = dict(rule(state, parameter, keep))
+        return {key: split(value, placed[key]) if key in placed else value for key, value in values.items()}
     except Exception as error:
         raise OptimizerError(
             f"the state rule of {type(optimizer).__name__} failed on `{name}` of shape {tuple(parameter.shape)} with "

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ecospa_fx.collectives import is_distributed
 
 from .agreement import Ranks
+from .fsdp2 import owners
+from .shards import groups_of
 from .wrappers import unwrapped, wrappers_around
 
 
@@ -26,16 +26,12 @@ def ranks_of(model: nn.Module) -> Ranks:
     for wrapper in wrappers_around(model):
         if isinstance(wrapper, DistributedDataParallel):
             groups.append(wrapper.process_group)
-    meshes = dict.fromkeys(mesh for p in model.parameters() if (mesh := _mesh(p)) is not None)
-    groups += [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
-    return Ranks(groups)
+    # Parameters that FSDP2 holds gathered for a while are not DTensors then, but it has these too.
+    sharded = [owner.sharded_param for owner in owners(model).values()]
+    return Ranks([*groups, *groups_of([*sharded, *model.parameters()])])
 
 
 def is_replicated(model: nn.Module) -> bool:
     """Return whether ranks hold whole copies of a model, whose gradients are reduced by `DistributedDataParallel`."""
     around = wrappers_around(unwrapped(model)) if is_distributed() else []
     return any(isinstance(each, DistributedDataParallel) for each in around)
-
-
-def _mesh(parameter: Any) -> Any:
-    return getattr(parameter, "device_mesh", None) if hasattr(parameter, "placements") else None

@@ -22,10 +22,11 @@ from ecospa_fx.collectives import is_distributed
 from ecospa_fx.errors import WrapperError
 
 from .ddp import refusal
+from .fsdp2 import owners
+from .shards import is_sharded
 
 HOLDS = {
     "FullyShardedDataParallel": "flat parameters",
-    "FSDPModule": "shards",
     "DataParallel": "replicas",
     "DeepSpeedEngine": "flat parameters",
 }
@@ -93,8 +94,9 @@ def check_wrappers(model: nn.Module) -> None:
         reason = refusal(around) if isinstance(around, DistributedDataParallel) else None
         if reason is not None:
             raise WrapperError(f"{name} is wrapped in DistributedDataParallel {reason}")
+    follows = owners(inside)
     for parameter_name, parameter in inside.named_parameters():
-        if any(cls.__name__ == "DTensor" for cls in type(parameter).__mro__):
+        if is_sharded(parameter) and id(parameter) not in follows:
             raise WrapperError(
                 f"`{parameter_name}` of {name} is sharded (a DTensor), as in tensor parallelism, and its shards would "
                 f"keep their sizes when the model shrinks. {WAY_OUT}"

@@ -34,6 +34,7 @@ from ecospa_fx.errors import TargetError, WrapperError
 from ecospa_fx.model.journal import take_state
 from ecospa_fx.model.lookup import check_values, couplings
 from ecospa_fx.model.optimizer_state import innermost, several
+from ecospa_fx.ranks.fsdp2 import reshard
 from ecospa_fx.ranks.members import is_replicated
 from ecospa_fx.ranks.wrappers import unwrapped
 
@@ -145,6 +146,7 @@ class CoupledEstimator:
             names: read the gradients of these parameters only.
             new_step: whether this is another training step, or a part of the last one that was not read yet.
         """
+        reshard(self.model)
         self._count.seen += new_step
         factor = torch.as_tensor(scale, dtype=torch.float32) if isinstance(scale, (int, float)) else scale
         named = ((name, p) for name, p in self.model.named_parameters() if names is None or name in names)

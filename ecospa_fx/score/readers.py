@@ -19,6 +19,7 @@ from ecospa_fx.model.lookup import couplings, regions_of
 from ecospa_fx.model.observers import check_observable
 from ecospa_fx.model.optimizer_state import is_partitioned, second_moments
 from ecospa_fx.ranks.agreement import Ranks
+from ecospa_fx.ranks.fsdp2 import reshard
 from ecospa_fx.ranks.members import ranks_of
 
 from .activations import ActivationScores
@@ -87,6 +88,7 @@ class SliceReader:
         """Return for each slice the mean of its entries' scores per step, float64 on the CPU, added up over ranks."""
         if self._means is not None:
             return self._means
+        reshard(self.model)
         self.refresh()
         return self.totals.means(self.count)
 
