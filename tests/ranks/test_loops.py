@@ -7,12 +7,23 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from crew import Crew, differ
 from rank_models import GatedNet, gated
+from test_huggingface import Data
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import ecospa_fx
+from ecospa_fx.integrations.huggingface import EcoSpaCallback
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what its dependencies say while they are imported
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from ecospa_fx.integrations.lightning import EcoSpaCallback as LightningCallback
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +34,6 @@ def two():
 
 def hugging_face(rank, world, out, stopped):
     """Default arguments; a second run that goes on at a checkpoint in the middle."""
-    from test_huggingface import Data
-    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
-
-    from ecospa_fx.integrations.huggingface import EcoSpaCallback
-
     apart = []
 
     class Look(TrainerCallback):
@@ -66,8 +72,6 @@ def test_the_trainer_of_transformers_with_default_arguments(two, tmp_path):
 
 def accelerate(rank, world, find_unused):
     """The loop of the README."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-
     data = torch.randn(48, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     keywords = DistributedDataParallelKwargs(find_unused_parameters=find_unused)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[keywords], gradient_accumulation_steps=2)
@@ -101,11 +105,7 @@ def test_accelerate(two, find_unused):
 def lightning_ddp(rank, world, out):
     """Its strategy for several devices, with dropout of each rank's own, and a run that goes on in the middle."""
     os.environ.update(TORCHELASTIC_RUN_ID="1", GROUP_RANK="0", LOCAL_WORLD_SIZE=str(world))
-    warnings.simplefilter("ignore")
-    import lightning
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    from ecospa_fx.integrations.lightning import EcoSpaCallback
+    warnings.simplefilter("ignore")  # of a run so small
 
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -129,7 +129,7 @@ def lightning_ddp(rank, world, out):
 
     def run(directory, **more):
         torch.manual_seed(100 + rank)  # other dropout on each rank
-        callback, module = EcoSpaCallback(target=0.7, interval=2, start=2, end=6, wait_for_loss=True), Module()
+        callback, module = LightningCallback(target=0.7, interval=2, start=2, end=6, wait_for_loss=True), Module()
         trainer = lightning.Trainer(
             max_epochs=2, accelerator="cpu", devices=world, strategy="ddp", logger=False, default_root_dir=out,
             enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=True,
