@@ -47,14 +47,6 @@ def fsdp1():
     return model, wrapped
 
 
-def fsdp2():
-    from torch.distributed.fsdp import fully_shard
-
-    model = compiled()
-    fully_shard(model.up)
-    return model, model
-
-
 def tensor_parallel():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -65,7 +57,7 @@ def tensor_parallel():
 
 
 COUPLING = "ffn:10"
-CASES = [ddp, ddp_around_more, fsdp1, fsdp2, tensor_parallel]
+CASES = [ddp, ddp_around_more, fsdp1, tensor_parallel]
 
 
 def _rank(rank, file, results):
@@ -119,7 +111,6 @@ def test_two_ranks_refuse_every_wrapper_before_anything_changes(tmp_path):
     )
     assert any(t.startswith("Blocks is wrapped in DistributedDataParallel") for t in texts["ddp_around_more"])
     assert all("is wrapped in FullyShardedDataParallel, whose flat parameters" in t for t in texts["fsdp1"])
-    assert all(t.startswith("`up` of Blocks is wrapped in FSDPModule, whose shards") for t in texts["fsdp2"])
     assert all(t.startswith("`up.weight` of Blocks is sharded (a DTensor)") for t in texts["tensor_parallel"])
 
 
