@@ -167,10 +167,7 @@ class Grams:
             ArgumentError: the state is none that `state_dict` returned.
         """
         if not sharing_ranks(self.model).is_first:  # or they would count once per rank
-            state = {
-                name: each if name.startswith("positions ") else _without_sums(name, each)
-                for name, each in state.items()
-            }
+            state = {name: _without_sums(name, each) for name, each in state.items()}
         take_state("Grams", [self], lambda: self._take(*_moments_in(state)))
 
     def _take(self, grams: dict[WeightDim, InputMoments], pairs: dict[str, PairMoments]) -> None:
@@ -407,7 +404,7 @@ class Grams:
 
 def _without_sums(name: str, tensor: Any) -> Any:
     """Return a tensor of a state as if nothing had been added up; of counts, the window and the calls stay."""
-    if not isinstance(tensor, Tensor):
+    if not isinstance(tensor, Tensor) or name.startswith("positions "):
         return tensor
     if name.startswith("counts "):
         return tensor * torch.tensor([0, 1, 1, 0])
