@@ -34,7 +34,7 @@ from ecospa_fx.passes.transform.consumers import Consumer, WeightDim, consumers
 from ecospa_fx.passes.transform.eliminate import Summing
 from ecospa_fx.passes.transform.rotate import FAR, BasisChange, Part
 from ecospa_fx.plan import Plan
-from ecospa_fx.ranks.members import ranks_of
+from ecospa_fx.ranks.members import ranks_of, sharing_ranks
 from ecospa_fx.ranks.shards import gathered, is_sharded, local_part, split, whole_of
 from ecospa_fx.ranks.wrappers import unwrapped
 from ecospa_fx.score.products import ProductSite
@@ -140,7 +140,7 @@ class Grams:
         return max((gram.total for gram in self._grams.values()), default=0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the moments by name."""
+        """Return the moments by name; of a sharded model over all ranks, which must all call it."""
         tensors: dict[str, Tensor] = {}
         for (name, dim), gram in self._grams.items():
             label = f"{name}[{dim}]"
@@ -150,7 +150,14 @@ class Grams:
                 tensors[f"positions {label}"] = gram.positions
         for name, pair in self._pairs.items():
             tensors |= {f"near {name}": pair.near, f"far {name}": pair.far, f"calls {name}": torch.tensor(pair.calls)}
-        return tensors
+        ranks = sharing_ranks(self.model)
+        if not ranks:
+            return tensors
+        own = {name: each for name, each in tensors.items() if name.startswith("positions ")}
+        whole = ranks.totals({n: each for n, each in tensors.items() if n not in own}, "the state of input moments")
+        for name in [name for name in whole if name.startswith("counts ") and name in tensors]:
+            whole[name][1:3] = tensors[name][1:3]  # the window and the calls of a rank
+        return whole | own
 
     @takes(state=NAMED)
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -159,6 +166,8 @@ class Grams:
         Raises:
             ArgumentError: the state is none that `state_dict` returned.
         """
+        if not sharing_ranks(self.model).is_first:  # or they would count once per rank
+            state = {name: _without_sums(name, each) for name, each in state.items()}
         take_state("Grams", [self], lambda: self._take(*_moments_in(state)))
 
     def _take(self, grams: dict[WeightDim, InputMoments], pairs: dict[str, PairMoments]) -> None:
@@ -391,6 +400,15 @@ class Grams:
             if key in after.kept and not torch.equal(after.kept[key], before.kept.get(key, after.kept[key][:0])):
                 reason = self.refused.get(key, "no finite moments of its inputs were gathered")
                 log.info("nothing takes over in %s[%d]: %s", *key, reason)
+
+
+def _without_sums(name: str, tensor: Any) -> Any:
+    """Return a tensor of a state as if nothing had been added up; of counts, the window and the calls stay."""
+    if not isinstance(tensor, Tensor) or name.startswith("positions "):
+        return tensor
+    if name.startswith("counts "):
+        return tensor * torch.tensor([0, 1, 1, 0])
+    return torch.zeros_like(tensor)
 
 
 def _moments_in(state: Mapping[str, Tensor]) -> tuple[dict[WeightDim, InputMoments], dict[str, PairMoments]]:

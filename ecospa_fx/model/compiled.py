@@ -342,6 +342,8 @@ class CompiledModel:
     ) -> _Prepared:
         reshard(model)
         check_reduced(model)
+        for name in self.regions:
+            check_gathered_at_once(name, model.get_submodule(name), self.execution)
         self.follow_ties(model)
         self._check_shapes(model)
         joints = joint_offers(self.state, self.regions)

@@ -50,6 +50,11 @@ class Ranks:
         return bool(self.groups)
 
     @property
+    def is_first(self) -> bool:
+        """True on the first rank, and where a process decides alone."""
+        return all(distributed.get_rank(each) == 0 for each in self.groups)
+
+    @property
     def count(self) -> int:
         """The number of processes."""
         return math.prod(distributed.get_world_size(each) for each in self.groups)

@@ -42,6 +42,8 @@ def is_fsdp(module: nn.Module) -> bool:
 
 def reshard(model: nn.Module) -> None:
     """Let a model hold its sharded parameters: a root keeps its weights gathered after a forward without backward."""
+    if torch.compiler.is_compiling():  # inside of a forward
+        return
     for module in fsdp_modules(model):
         module.reshard()
 

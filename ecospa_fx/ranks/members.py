@@ -31,6 +31,11 @@ def ranks_of(model: nn.Module) -> Ranks:
     return Ranks([*groups, *groups_of([*sharded, *model.parameters()])])
 
 
+def sharing_ranks(model: nn.Module) -> Ranks:
+    """Return the ranks of a model that is sharded, whose state is whole only once they have added up their shares."""
+    return ranks_of(model) if is_distributed() and owners(unwrapped(model)) else Ranks()
+
+
 def is_replicated(model: nn.Module) -> bool:
     """Return whether ranks hold whole copies of a model, whose gradients are reduced by `DistributedDataParallel`."""
     around = wrappers_around(unwrapped(model)) if is_distributed() else []

@@ -226,7 +226,13 @@ def _exchange(parcels: list[_Parcel], group: distributed.ProcessGroup, mesh: Any
             got[rank] += each.gets[rank] * width
     out = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8)
     into = torch.empty(sum(got), dtype=torch.uint8, device=device)
-    distributed.all_to_all_single(into, out.to(device), got, sent, group=group)
+    try:
+        distributed.all_to_all_single(into, out.to(device), got, sent, group=group)
+    except RuntimeError as error:
+        raise RanksError(
+            f"shrink: another rank does not answer while rows move ({error}); the model is unchanged on this one. It "
+            "has failed, or runs other code: see its own output"
+        ) from error
     begin = 0
     for rank in range(len(got)):
         for each, width in zip(parcels, widths, strict=True):

@@ -94,12 +94,12 @@ def check_wrappers(model: nn.Module) -> None:
         reason = refusal(around) if isinstance(around, DistributedDataParallel) else None
         if reason is not None:
             raise WrapperError(f"{name} is wrapped in DistributedDataParallel {reason}")
-    follows = owners(inside)
+    follows = {key for key, owner in owners(inside).items() if not owner.is_dtensor}
     for parameter_name, parameter in inside.named_parameters():
         if is_sharded(parameter) and id(parameter) not in follows:
             raise WrapperError(
                 f"`{parameter_name}` of {name} is sharded (a DTensor), as in tensor parallelism, and its shards would "
-                f"keep their sizes when the model shrinks. {WAY_OUT}"
+                f"keep their sizes when the model shrinks. Shard it with fully_shard instead. Or: {WAY_OUT}"
             )
 
 

@@ -32,7 +32,7 @@ from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.relations import Pattern, SameDims
 from ecospa_fx.passes.rewrite.program import Program
-from ecospa_fx.ranks.members import ranks_of
+from ecospa_fx.ranks.members import ranks_of, sharing_ranks
 
 from .products import ProductSite, Side, product_sites
 
@@ -72,17 +72,18 @@ class ActivationScores:
         self.sums.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the sums of each coupling, and over how many calls they are."""
+        """Return the sums of each coupling, and over how many calls they are; of a sharded model over all ranks."""
         tensors: dict[str, Tensor] = {}
         for name, each in self.sums.items():
             tensors |= {f"flow {name}": each.total, f"flow count {name}": torch.tensor(each.count)}
-        return tensors
+        return sharing_ranks(self.model).totals(tensors, "the state of activation scores")
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on where `state_dict` was taken."""
         counts = {
             name.removeprefix("flow count "): int(n) for name, n in state.items() if name.startswith("flow count ")
         }
+        counts = counts if sharing_ranks(self.model).is_first else {}  # or they would count once per rank
         self.sums = {name: _Sum(state[f"flow {name}"], count) for name, count in counts.items()}
 
     def entries(self, coupling: Coupling, *, by_context: bool = False) -> Tensor | None:

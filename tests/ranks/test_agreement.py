@@ -96,8 +96,8 @@ def nested(rank, world, who):
 
 def test_an_error_between_two_meetings_is_told_at_the_next(three):
     others = (
-        "RanksError: a number: rank 2 cannot take part (ValueError: between), so no rank does; the model is unchanged on "
-        "every rank"
+        "RanksError: a number: rank 2 cannot take part (ValueError: between), so no rank does; the model is unchanged "
+        "on every rank"
     )
     assert three.run(nested, 2) == [(others, False), (others, False), ("ValueError: between", False)]
     assert three.run(nested, None) == [(None, False)] * 3

@@ -64,6 +64,7 @@ def root_of_blocks(rank, world):
             compiled(model, "glu", lambda _: part, regions="root")
             sharded(model, world)
             found.append(said(loss_of, model, part))
+            found.append(said(ecospa_fx.shrink, model, {ecospa_fx.couplings(model)[0]: torch.arange(3)}))
         else:
             sharded(model, world)
             found.append(said(compiled, model, "glu", lambda _: part, regions="root"))
@@ -78,7 +79,7 @@ def test_one_region_with_shards_per_block_is_refused(two):
         "blocks and to the model; or to the model only; or use execution='module'"
     )
     for found in two.run(root_of_blocks):
-        assert found == [text, text, None]
+        assert found == [text, text, text, None]
 
 
 def on_meta(rank, world):
