@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -94,10 +94,8 @@ class Ranks:
             raise  # every rank has met it
         except BaseException as error:
             if inside is not None:  # otherwise the outermost call tells
-                try:
+                with suppress(RanksError):
                     self._met(doing, error, "")
-                except RanksError as told:
-                    raise error from told
             raise
         finally:
             if inside is not None:
