@@ -151,10 +151,8 @@ def prepare_tensors(
             grad = None if tensor.grad is None else sharded.add(name, tensor.grad, keep)
             sharded.tensors.append((tensor, sharded.add(name, value, keep), grad))
             if not keep:
-                entries = [each for each in optimizer_states.entries(tensor) if id(each[2]) in replaced]
-                sharded.states += [
-                    (state, entry, sharded.add(name, replaced[id(v)], {})) for state, entry, v in entries
-                ]
+                given = [each for each in optimizer_states.entries(tensor) if id(each[2]) in replaced]
+                sharded.states += [(state, entry, sharded.add(name, replaced[id(v)], {})) for state, entry, v in given]
         elif not keep:
             if id(tensor) in replaced:
                 full_size.append((tensor, replaced[id(tensor)], tensor.grad))

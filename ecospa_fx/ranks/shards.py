@@ -105,7 +105,7 @@ def moved(moves: Sequence[Move]) -> list[Any]:
     """Make the DTensors without the entries that go; every rank of their meshes must call it with the same moves."""
     locals_ = compacted(
         [
-            (local_part(each.tensor), {dim: index for dim, index in each.keep.items() if dim not in dict_of(each.rows)})
+            (local_part(each.tensor), {dim: at for dim, at in each.keep.items() if all(dim != d for _, d in each.rows)})
             for each in moves
         ]
     )
@@ -180,11 +180,6 @@ def bounds(size: int, ranks: int) -> list[int]:
     """Return the positions at which the chunk of each rank begins, and the end; all but the last are equally long."""
     chunk = -(-size // ranks)
     return [min(rank * chunk, size) for rank in range(ranks + 1)]
-
-
-def dict_of(rows: Iterable[tuple[int, int]]) -> dict[int, int]:
-    """Return the dims of a tensor that are sharded -> the dims of the mesh."""
-    return {dim: mesh_dim for mesh_dim, dim in rows}
 
 
 def _parcel(local: Tensor, each: Move, mesh_dim: int, dim: int) -> _Parcel:
@@ -271,6 +266,6 @@ def _batches(moves: list[tuple[int, Move]], stage: int) -> Iterator[list[tuple[i
         yield batch
 
 
-def _placements() -> tuple[type, type]:
-    placements = sys.modules["torch.distributed.tensor"]
+def _placements() -> tuple[type[Any], type[Any]]:
+    placements: Any = sys.modules["torch.distributed.tensor"]
     return placements.Shard, placements.Replicate

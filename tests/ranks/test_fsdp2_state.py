@@ -231,7 +231,7 @@ SETTINGS = [
     {"gradients": "optimizer"},
     {"gradients": "backward"},
 ]
-OPTIMIZERS = ["SGD", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta", "ASGD", "Rprop", "Adafactor"]
+OPTIMIZERS = ["SGD", "NAdam", "RAdam", "Adamax", "RMSprop", "Adagrad", "Adadelta", "ASGD", "Rprop"]
 
 
 def check(crew, *case):
@@ -251,8 +251,34 @@ def test_every_setting(two, kind, settings):
     check(two, kind, "graph", "blocks", (), settings)
 
 
+class RowScaled(torch.optim.Optimizer):
+    """An optimizer that keeps a number per row of a matrix, so that its state has another shape than its parameter."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                scaled = p.grad
+                if p.ndim > 1:
+                    state = self.state[p]
+                    state["rows"] = p.grad.square().sum(1) + state.get("rows", 0.0)
+                    scaled = p.grad / (1.0 + state["rows"].sqrt())[:, None]
+                p.sub_(scaled, alpha=group["lr"])
+
+
+@ecospa_fx.state_rule(RowScaled)
+def row_scaled(state, parameter, keep):
+    return {"rows": ecospa_fx.optimizers.take(state["rows"], keep, dims=(0,))}
+
+
+torch.optim.RowScaled = RowScaled
+
+
 def test_state_of_another_shape_than_its_parameter_is_cut(two):
-    check(two, "glu", "graph", "blocks", (), {}, "Adafactor")
+    check(two, "glu", "graph", "blocks", (), {}, "RowScaled")
 
 
 @pytest.mark.sweep
