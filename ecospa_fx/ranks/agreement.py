@@ -54,6 +54,11 @@ class Ranks:
         """The number of processes."""
         return math.prod(distributed.get_world_size(each) for each in self.groups)
 
+    @property
+    def is_first(self) -> bool:
+        """True for one of the processes: the first in each of its groups."""
+        return all(distributed.get_group_rank(each, distributed.get_rank()) == 0 for each in self.groups)
+
     def together(
         self,
         doing: str,
@@ -167,6 +172,14 @@ class Ranks:
         mine = mine if -rank == distributed.get_rank() else torch.zeros_like(mine)
         found: list[float] = self.reduced(mine, distributed.ReduceOp.SUM, doing).tolist()
         return found
+
+    def said_by_first(self, text: str, doing: str) -> str:
+        """Return the text of the first rank on all of them."""
+        if not self:
+            return text
+        self.meet(doing)
+        (rank,) = self._most(doing, -distributed.get_rank())
+        return self._told(doing, -rank, text)
 
     def meet(self, doing: str, known: str = "") -> bool:
         """Meet the other ranks, and return whether all have the same text.
