@@ -59,6 +59,11 @@ class Ranks:
         """The number of processes."""
         return math.prod(distributed.get_world_size(each) for each in self.groups)
 
+    @property
+    def is_first(self) -> bool:
+        """True for one of the processes: the first in each of its groups."""
+        return all(distributed.get_group_rank(each, distributed.get_rank()) == 0 for each in self.groups)
+
     def together(
         self,
         doing: str,
@@ -174,6 +179,14 @@ class Ranks:
         for group in self.groups:
             found = {rank: each for part in self._gathered(found, group, doing) for rank, each in part.items()}
         return found
+
+    def said_by_first(self, text: str, doing: str) -> str:
+        """Return the text of the first rank on all of them."""
+        if not self:
+            return text
+        self.meet(doing)
+        (rank,) = self._most(doing, -distributed.get_rank())
+        return self._told(doing, -rank, text)
 
     def meet(self, doing: str, known: str = "") -> bool:
         """Meet the other ranks, and return whether all have the same text.
