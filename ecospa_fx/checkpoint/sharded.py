@@ -30,7 +30,7 @@ WEIGHTS = "model/"
 
 
 class _Told(Draft):
-    """The draft of another rank than the first: it writes its shards and its random numbers, and takes part in the rest.
+    """The draft of another rank than the first, which writes its random numbers, and takes part in the rest.
 
     Args:
         directory: the directory of the save.
@@ -86,6 +86,7 @@ def save_by_all(ranks: Ranks, directory: Path, write: Callable[[Draft], None]) -
         )
 
     def work() -> str:
+        ranks.agree("save", {"directory": str(directory)})
         with ExitStack() as stack:
             draft = stack.enter_context(saving(directory)) if ranks.is_first else None
             (number,) = ranks.first([float(draft.directory.name.partition("-")[2]) if draft else 0.0], "save")

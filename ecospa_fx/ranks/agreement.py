@@ -59,11 +59,6 @@ class Ranks:
         """The number of processes."""
         return math.prod(distributed.get_world_size(each) for each in self.groups)
 
-    @property
-    def is_first(self) -> bool:
-        """True for one of the processes: the first in each of its groups."""
-        return all(distributed.get_group_rank(each, distributed.get_rank()) == 0 for each in self.groups)
-
     def together(
         self,
         doing: str,
