@@ -3,7 +3,7 @@
 import pytest
 import torch
 from crew import Crew
-from tiny import KINDS, SCHEDULE, batch, blocks_of, compiled, made, share, trained
+from tiny import KINDS, SCHEDULE, batch, blocks_of, compiled, loss_of, made, share, trained
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -67,8 +67,7 @@ def alone(kind, execution, regions, world, mixed, evals=(), make=torch.optim.Ada
             inputs = share(batch(kind, step), rank, world)
             inputs = {n: v.to(low) if v.is_floating_point() else v for n, v in inputs.items()}
             cast = {n: p.to(low) for n, p in model.named_parameters()}
-            out = functional_call(model, cast, (), inputs)
-            (out if isinstance(out, torch.Tensor) else out.loss).backward()
+            loss_of(lambda cast=cast, **given: functional_call(model, cast, (), given), inputs).backward()
         for p in model.parameters():
             p.grad /= world
         optimizer.step()
