@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ecospa_fx.errors import CheckpointError
 from ecospa_fx.model.compiled import MODEL, CompiledModel
 from ecospa_fx.model.full_size import unshrunk
-from ecospa_fx.model.journal import Journal
+from ecospa_fx.model.journal import Journal, reduced_anew
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.restore import restore
 from ecospa_fx.passes.find.analyse import shared_outside
@@ -171,6 +171,7 @@ def refit(model: nn.Module, saved: Saved) -> None:
             for attribute, (_, now) in compiled.attributes.items():
                 attribute.write(model, now)
         raise
+    reduced_anew(named_tensors(model).values())
 
 
 @contextmanager

@@ -130,6 +130,16 @@ def all_or_nothing(change: Callable[[Journal], Result], ranks: Ranks | None = No
     return result
 
 
+def reduced_anew(tensors: Iterable[Tensor]) -> None:
+    """Let what reduces gradients over ranks follow tensors whose data has been replaced outside of a journal."""
+    replaced = list(tensors)
+    for each in reducers_of(replaced):
+        for tensor in replaced:
+            grad = tensor.grad
+            _assign(tensor, tensor.data, grad if grad is not None and grad.shape == tensor.shape else None)
+        make_again(each)
+
+
 def take_state(where: str, held: Iterable[object], take: Callable[[], None]) -> None:
     """Let objects take a state that `state_dict` returned: as a whole, or not at all.
 

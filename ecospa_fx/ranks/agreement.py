@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -94,10 +94,8 @@ class Ranks:
             raise  # every rank has met it
         except BaseException as error:
             if inside is not None:  # otherwise the outermost call tells
-                try:
+                with suppress(RanksError):
                     self._met(doing, error, "")
-                except RanksError as told:
-                    raise error from told
             raise
         finally:
             if inside is not None:
@@ -169,6 +167,14 @@ class Ranks:
         (rank,) = self._most(doing, -distributed.get_rank())
         return json.loads(self._told(doing, -rank, json.dumps(value)))
 
+    def gathered(self, value: Any, doing: str) -> dict[int, Any]:
+        """Return the values of all ranks, which can be pickled, by the number of the rank."""
+        found = {distributed.get_rank(): value} if self else {0: value}
+        self.meet(doing)
+        for group in self.groups:
+            found = {rank: each for part in self._gathered(found, group, doing) for rank, each in part.items()}
+        return found
+
     def meet(self, doing: str, known: str = "") -> bool:
         """Meet the other ranks, and return whether all have the same text.
 
@@ -210,7 +216,7 @@ class Ranks:
         return most == -least
 
     def _gathered(self, value: Any, group: distributed.ProcessGroup, doing: str) -> list[Any]:
-        """Return the values of JSON of a group's ranks."""
+        """Return the values of a group's ranks."""
         found: list[Any] = [None] * distributed.get_world_size(group)
         self._answered(doing, lambda: distributed.all_gather_object(found, value, group))
         return found
@@ -225,7 +231,7 @@ class Ranks:
         values = sorted([(-one, first.get(what)), (-other, second.get(what))], key=lambda pair: pair[0])
         said = " and ".join(f"{_shortened(json.dumps(value), _LIMIT)} on rank {rank}" for rank, value in values)
         raise RanksError(
-            f"{doing}: {what} differ between ranks, {said}; the model is unchanged on every rank. All ranks must make "
+            f"{doing}: ranks differ in {what}, {said}; the model is unchanged on every rank. All ranks must make "
             "the same model, call it in the same ways and use the same settings"
         )
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,8 +40,8 @@ FOLLOWS = "DistributedDataParallel"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 WAY_OUT = (
-    "Wrap it in DistributedDataParallel, or train in one process on one device; or shrink the plain model first, and "
-    "wrap it afterwards"
+    "Use DistributedDataParallel or fully_shard, or train in one process on one device; or shrink the plain model "
+    "first, and wrap it afterwards"
 )
 
 
@@ -119,19 +119,34 @@ def _between(model: nn.Module) -> Iterator[nn.Module]:
 
 def wrappers_around(model: nn.Module) -> list[nn.Module]:
     """Return the wrappers on several devices that hold a model. No reference leads there, so they have been noted."""
-    found = [each for each in _NOTED if _wrapper(each) is not None and any(m is model for m in each.modules())]
+    found = [each for each in _active() if any(module is model for module in each.modules())]
     if len(found) > 1 or any(_wrapper(each) != FOLLOWS for each in found):
         del found
         gc.collect()  # of wrappers that nobody holds any more
-        found = [each for each in _NOTED if _wrapper(each) is not None and any(m is model for m in each.modules())]
+        found = [each for each in _active() if any(module is model for module in each.modules())]
     return found
+
+
+def _active() -> list[nn.Module]:
+    """Return the wrappers noted that are on several devices, but for those whose process group has ended."""
+    return [each for each in _NOTED if _wrapper(each) is not None and _has_group(each)]
+
+
+def _has_group(wrapper: nn.Module) -> bool:
+    if not isinstance(wrapper, DistributedDataParallel):
+        return True
+    try:
+        distributed.get_process_group_ranks(wrapper.process_group)
+    except (KeyError, ValueError, RuntimeError):
+        return False
+    return True
 
 
 def reducers_of(tensors: Iterable[Tensor]) -> list[DistributedDataParallel]:
     """Return the wrappers in `DistributedDataParallel` that reduce the gradients of some of these tensors."""
     changed = {id(each) for each in tensors}
-    noted = [each for each in _NOTED if isinstance(each, DistributedDataParallel)] if changed else []
-    return [each for each in noted if any(id(p) in changed for p in each.parameters())]
+    active = [each for each in _active() if isinstance(each, DistributedDataParallel)] if changed else []
+    return [each for each in active if any(id(p) in changed for p in each.parameters())]
 
 
 def note_earlier() -> None:

@@ -109,16 +109,19 @@ class Run:
         self.optimizer = make(self.called.parameters())
         self.trainer = ecospa_fx.EcoSpaTrainer(self.called, self.optimizer, **{**SCHEDULE, **settings})
 
-    def step(self, step, told=False):
-        loss = loss_of(self.called, part(batch(self.kind, step), *self.of))
-        loss.backward()
+    def step(self, step, told=False, parts=1):
+        """Train on a batch; `parts`: as the calls that so many ranks make of it."""
+        mine = part(batch(self.kind, step), *self.of)
+        for number in range(parts):
+            loss = loss_of(self.called, part(mine, number, parts)) / parts
+            loss.backward()
         self.optimizer.step()
         self.trainer.step(loss=loss if told else None)
         self.optimizer.zero_grad()
 
-    def train(self, steps=10, told=False):
+    def train(self, steps=10, told=False, parts=1):
         for step in range(steps):
-            self.step(step, told)
+            self.step(step, told, parts)
         return self
 
     def kept(self):

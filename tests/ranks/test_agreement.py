@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 import torch.distributed as dist
 from crew import Crew, said
 
@@ -41,7 +42,7 @@ def one_differs(rank, world, values):
 
 def test_one_rank_differs_and_all_say_so(three):
     text = (
-        "RanksError: shrink: plans differ between ranks, {} on rank {} and {} on rank {}; the model is unchanged on "
+        "RanksError: shrink: ranks differ in plans, {} on rank {} and {} on rank {}; the model is unchanged on "
         "every rank. All ranks must make the same model, call it in the same ways and use the same settings"
     )
     (error,) = set(three.run(one_differs, [[1, 2], [1, 2], [1, 3]]))
@@ -65,11 +66,76 @@ def test_one_rank_is_killed_and_the_others_say_so(three):
         assert text.endswith("unchanged on this one. It has failed, or runs other code: see its own output")
 
 
+def elsewhere(rank, world):
+    ranks = Ranks([dist.group.WORLD])
+    return said(ranks.meet, "shrink" if rank < 2 else "rotate")
+
+
+def test_ranks_at_different_places_say_so(three):
+    (text,) = set(three.run(elsewhere))
+    assert text in {
+        f"RanksError: ranks are at different places, `shrink` on rank {rank} and `rotate` on rank 2; the model is "
+        "unchanged on every rank. All ranks must make the same model, call it in the same ways, and shrink it in the "
+        "same steps"
+        for rank in (0, 1)
+    }
+
+
+def nested(rank, world, who):
+    """An error between two meetings within a larger step is told at the next one, and once."""
+    ranks = Ranks([dist.group.WORLD])
+
+    def step():
+        ranks.together("inner", lambda: rank)
+        if rank == who:
+            raise ValueError("between")
+        return ranks.mean(float(rank), "a number")
+
+    return said(ranks.together, "outer", step), ranks.any(False, "whether all go on")
+
+
+def test_an_error_between_two_meetings_is_told_at_the_next(three):
+    others = (
+        "RanksError: a number: rank 2 cannot take part (ValueError: between), so no rank does; the model is unchanged "
+        "on every rank"
+    )
+    assert three.run(nested, 2) == [(others, False), (others, False), ("ValueError: between", False)]
+    assert three.run(nested, None) == [(None, False)] * 3
+
+
+def told(rank, world):
+    """Numbers, names, tensors and values that ranks tell each other; some have other ones."""
+    ranks = Ranks([dist.group.WORLD])
+    tensors = {"all": torch.ones(2) * rank, "whole": torch.tensor([rank]), "odd": torch.ones(2 + rank)}
+    tensors |= {"two": torch.ones(2, 2, dtype=torch.float64)} if rank != 1 else {}
+    totals = ranks.totals(tensors, "it")
+    return (
+        ranks.mean(float(rank) if rank else None, "it"),
+        ranks.mean(None, "it"),
+        ranks.any(rank == 2, "it"),
+        ranks.common({"a", "b", f"c{rank % 2}"}, "it"),
+        ranks.first([rank, 0.1], "it"),
+        ranks.gathered({rank}, "it"),
+        {name: (each.tolist(), each.dtype) for name, each in totals.items()},
+    )
+
+
+def test_what_ranks_tell_each_other(three):
+    totals = {
+        "all": ([3.0, 3.0], torch.float32),
+        "whole": ([3], torch.int64),
+        "two": ([[2.0, 2.0], [2.0, 2.0]], torch.float64),
+    }
+    expected = (1.5, None, True, ["a", "b"], [0, 0.1], {0: {0}, 1: {1}, 2: {2}}, totals)
+    assert three.run(told) == [expected] * 3
+    assert Ranks().gathered(3, "it") == {0: 3} and Ranks().first([3], "it") == [3]
+
+
 def over_two_groups(rank, world):
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     ranks = Ranks([mesh.get_group("a"), mesh.get_group("b")])
     own = Ranks([mesh.get_group("a"), mesh.get_group("a")])
-    return ranks.mean(float(rank)), ranks.count, own.mean(float(rank)), own.count
+    return ranks.mean(float(rank), "it"), ranks.count, own.mean(float(rank), "it"), own.count
 
 
 def test_groups_of_a_mesh_make_all_of_it():

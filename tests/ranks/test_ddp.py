@@ -20,8 +20,8 @@ def two():
         yield crew
 
 
-def like_one_process(rank, world, kind="gated", execution="graph", settings=None, lazily=False, trainer=None):
-    alone = Run(kind, execution, lazily=lazily, **(trainer or {})).train()
+def like_one_process(rank, world, kind="gated", execution="graph", settings=None, lazily=False, trainer=None, parts=1):
+    alone = Run(kind, execution, lazily=lazily, **(trainer or {})).train(parts=parts)
     run = Run(kind, execution, lambda m: DDP(m, **(settings or {})), (rank, world), lazily, **(trainer or {}))
     wrapper, reducer = run.called, run.called.reducer
     run.train()
@@ -78,7 +78,8 @@ HOW = {
 
 @pytest.mark.parametrize("how", HOW)
 def test_every_way_to_decide(two, how):
-    equal(two.run(like_one_process, "gated", "graph", {}, False, HOW[how]))
+    """Activations are scored call by call, and each rank makes one of its own."""
+    equal(two.run(like_one_process, "gated", "graph", {}, False, HOW[how], 2 if how == "activation" else 1))
 
 
 def test_four_ranks():

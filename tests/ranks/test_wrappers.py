@@ -1,14 +1,15 @@
 """Models that are spread over devices: refused before anything changes, from the wrapper and from inside."""
 
-import sys
-
 import pytest
 import torch
-import torch.multiprocessing as mp
+import torch.distributed as dist
+from crew import Crew, said
 from torch import nn
 
 import ecospa_fx
 from ecospa_fx.errors import WrapperError
+from ecospa_fx.ranks import wrappers
+from ecospa_fx.ranks.members import ranks_of
 from ecospa_fx.ranks.wrappers import check_wrappers
 
 X = torch.linspace(-1, 1, 24).reshape(4, 6)
@@ -28,17 +29,6 @@ def compiled():
     return ecospa_fx.compile(Blocks(), example_inputs=(X,))
 
 
-def ddp():
-    model = compiled()
-    return model, nn.parallel.DistributedDataParallel(model)
-
-
-def ddp_around_more():
-    model = compiled()
-    whole = nn.Sequential(nn.Linear(6, 6), model)
-    return model, nn.parallel.DistributedDataParallel(whole)
-
-
 def fsdp1():
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -56,62 +46,86 @@ def tensor_parallel():
     return model, model
 
 
-COUPLING = "ffn:10"
-CASES = [ddp, ddp_around_more, fsdp1, tensor_parallel]
+def a_part():
+    model = ecospa_fx.compile(Blocks(), example_inputs=(X,))
+    model.up = nn.parallel.DistributedDataParallel(model.up)
+    return model, model
 
 
-def _rank(rank, file, results):
-    import torch.distributed as dist
+COUPLING = "ffn"
+CASES = [fsdp1, tensor_parallel, a_part]
 
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+
+@pytest.fixture(scope="module")
+def two():
+    with Crew(2) as crew:
+        yield crew
+
+
+def refused(rank, world):
+    texts = {}
     for case in CASES:
         model, wrapped = case()
-        attempts = [
-            lambda m=model: ecospa_fx.shrink(m, {COUPLING: torch.arange(4)}),
-            lambda m=model: ecospa_fx.EcoSpaTrainer(m, torch.optim.SGD(m.parameters(), lr=0.1)),
-            lambda w=wrapped: ecospa_fx.EcoSpaTrainer(w, torch.optim.SGD(w.parameters(), lr=0.1)),
+        texts[case.__name__] = [
+            said(ecospa_fx.shrink, model, {COUPLING: torch.arange(4)}),
+            said(ecospa_fx.EcoSpaTrainer, model, torch.optim.SGD(model.parameters(), lr=0.1)),
+            said(ecospa_fx.EcoSpaTrainer, wrapped, torch.optim.SGD(wrapped.parameters(), lr=0.1)),
         ]
-        for attempt in attempts:
-            try:
-                attempt()
-            except Exception as error:
-                results.put((case.__name__, rank, type(error).__name__, str(error)))
-            else:
-                results.put((case.__name__, rank, None, "nothing raised"))
-        if ecospa_fx.plan(model).kept:
-            results.put((case.__name__, rank, None, "it has shrunk"))
-    del wrapped
+        assert not ecospa_fx.plan(model).kept
+        del wrapped
     model = compiled()  # not wrapped, beside all of them: gradients are the user's own business
-    ecospa_fx.shrink(model, {ecospa_fx.couplings(model)[0]: torch.arange(4)})
-    results.put(("plain", rank, "shrunk", str(ecospa_fx.couplings(model)[0].size)))
-    dist.destroy_process_group()
+    ecospa_fx.shrink(model, {ecospa_fx.couplings(model)[0]: torch.arange(4 + rank)})
+    return texts, ecospa_fx.couplings(model)[0].size
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo over files")
-def test_two_ranks_refuse_every_wrapper_before_anything_changes(tmp_path):
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    workers = [context.Process(target=_rank, args=(rank, tmp_path / "file", results)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=200)
-    said = set()
-    while not results.empty():
-        said.add(results.get())
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    texts = {name: {text for case, _, _, text in said if case == name} for name in [c.__name__ for c in CASES]}
-    assert all(kind == "WrapperError" for case, _, kind, _ in said if case != "plain"), said
-    assert {s for s in said if s[0] == "plain"} == {("plain", 0, "shrunk", "4"), ("plain", 1, "shrunk", "4")}
-    (text,) = texts["ddp"]
-    assert text == (
-        "Blocks is wrapped in DistributedDataParallel, whose gradient buckets would keep their sizes when the model "
-        "shrinks: gradients would no longer be reduced, and the ranks drift apart. Train without it, in one process on "
-        "one device; or shrink the plain model first, and wrap it afterwards"
-    )
-    assert any(t.startswith("Blocks is wrapped in DistributedDataParallel") for t in texts["ddp_around_more"])
-    assert all("is wrapped in FullyShardedDataParallel, whose flat parameters" in t for t in texts["fsdp1"])
-    assert all(t.startswith("`up.weight` of Blocks is sharded (a DTensor)") for t in texts["tensor_parallel"])
+def test_two_ranks_refuse_wrappers_that_cannot_follow_before_anything_changes(two):
+    (first, size), (second, other) = two.run(refused)
+    assert first == second and (size, other) == (4, 5)
+    assert all(text.startswith("WrapperError: ") for texts in first.values() for text in texts)
+    assert set(first["fsdp1"]) == {
+        "WrapperError: Blocks is wrapped in FullyShardedDataParallel, whose flat parameters would keep their sizes "
+        "when the model shrinks: gradients would no longer be reduced, and the ranks drift apart. Use "
+        "DistributedDataParallel or fully_shard, or train in one process on one device; or shrink the plain model "
+        "first, and wrap it afterwards"
+    }
+    assert all("`up.weight` of Blocks is sharded (a DTensor)" in text for text in first["tensor_parallel"])
+    assert set(first["a_part"]) == {
+        "WrapperError: `up` of Blocks is wrapped in DistributedDataParallel, and the model around it is to shrink: "
+        "wrap the whole model, DistributedDataParallel(model), and not a part of it"
+    }
+
+
+def made_before(rank, world):
+    """A wrapper that nobody has taken note of is found when the model in it is compiled, a dead one is left alone."""
+    torch.manual_seed(0)
+    model = Blocks()
+    wrapper = nn.parallel.DistributedDataParallel(model)
+    wrappers._NOTED.clear()
+    wrappers._SEARCHED.clear()
+    ecospa_fx.compile(wrapper, example_inputs=(X,))
+    found = wrappers.wrappers_around(model)
+    assert found == [wrapper]
+    reducer = wrapper.reducer
+    ecospa_fx.shrink(wrapper, {COUPLING: torch.arange(4)})
+    return wrapper.reducer is not reducer, len(ranks_of(model).groups)
+
+
+def test_wrappers_that_were_made_before_the_library_was_imported_are_found(two):
+    assert two.run(made_before) == [(True, 1)] * 2
+
+
+def of_a_group_that_has_ended(rank, world):
+    model = compiled()
+    group = dist.new_group([0, 1])
+    wrapper = nn.parallel.DistributedDataParallel(model, process_group=group)
+    before = len(ranks_of(model).groups)
+    dist.destroy_process_group(group)
+    ecospa_fx.shrink(model, {COUPLING: torch.arange(4 + rank)})  # on its own
+    return before, len(ranks_of(wrapper).groups), ecospa_fx.couplings(model)[0].size
+
+
+def test_a_wrapper_whose_group_has_ended_decides_nothing(two):
+    assert two.run(of_a_group_that_has_ended) == [(1, 0, 4), (1, 0, 5)]
 
 
 def test_data_parallel_over_several_devices_is_refused_and_over_one_is_not():
