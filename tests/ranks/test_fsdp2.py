@@ -26,17 +26,17 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def crews():
-    """A crew of each size, started when it is asked for."""
-    held = {}
+    """A crew of a size, one at a time: cases of one size come after each other."""
+    held = [Crew(2)]
 
     def of(world):
-        if world not in held:
-            held[world] = Crew(world).__enter__()
-        return held[world]
+        if held[0].world != world:
+            held[0].stop()
+            held[0] = Crew(world)
+        return held[0]
 
     yield of
-    for crew in held.values():
-        crew.stop()
+    held[0].stop()
 
 
 def sharded(model, world, blocks=True, replicate=1, **options):
@@ -50,6 +50,7 @@ def sharded(model, world, blocks=True, replicate=1, **options):
 
 
 def whole(tensor):
+    tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -112,7 +113,7 @@ def beside(rank, world, kind, execution, layout, evals=(), settings=None, optimi
                 wrong.append(f"{name}: {key} is no DTensor like it")
             if b.ndim and layout.get("offload_policy") and a.to_local().device.type != "cpu":
                 wrong.append(f"{name}: {key} is not offloaded")
-            a = whole(a.detach() if isinstance(a, torch.Tensor) else torch.tensor(a))
+            a, b = whole(a), b.detach()
             apart = max(apart, float((a - b).abs().max()) if a.shape == b.shape else float("inf"))
     return apart, wrong
 
@@ -130,6 +131,8 @@ QUICK = [
     ("vit", "module", "kept gathered"),
 ]
 ALL = [(k, e, layout) for layout in LAYOUTS for k in KINDS for e in ("graph", "module")]
+for cases in (QUICK, ALL):
+    cases.sort(key=lambda case: LAYOUTS[case[2]][0])
 
 
 def check(crews, case, *more):
