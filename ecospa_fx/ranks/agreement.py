@@ -175,6 +175,14 @@ class Ranks:
             found = {rank: each for part in self._gathered(found, group, doing) for rank, each in part.items()}
         return found
 
+    def said_by_first(self, text: str, doing: str) -> str:
+        """Return the text of the first rank on all of them."""
+        if not self:
+            return text
+        self.meet(doing)
+        (rank,) = self._most(doing, -distributed.get_rank())
+        return self._told(doing, -rank, text)
+
     def meet(self, doing: str, known: str = "") -> bool:
         """Meet the other ranks, and return whether all have the same text.
 
