@@ -255,7 +255,8 @@ def test_interrupted_is_one_line_and_130(capsys, command, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(getattr(cli, command), "named_model", interrupt)
+    for module in (cli.models, training):
+        monkeypatch.setattr(module, "named_model", interrupt)
     code, _, err = run(capsys, *with_out(command))
     assert (code, err) == (130, f"ecospa-fx {command}: interrupted\n")
 
