@@ -22,7 +22,7 @@ from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, Size, product, se
 from ecospa_fx.passes.axes.selection import Selection, mask_of, touched
 from ecospa_fx.passes.capture.compare_eager import TOLERANCE, relative_error
 from ecospa_fx.passes.capture.reads import recorded_reads
-from ecospa_fx.passes.graph.isolate import isolated
+from ecospa_fx.passes.graph.isolate import isolated, seed
 from ecospa_fx.passes.graph.tensors import as_held, named_tensors, sliced, swapped
 from ecospa_fx.passes.infer.sizes import symbols_of
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
@@ -202,7 +202,7 @@ def _expected(module: nn.Module, program: Program, args: Any, kwargs: Any) -> li
     """Return the tensors that a program returns."""
     inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     with isolated(module), even_draws():
-        torch.manual_seed(0)
+        seed(0)
         try:
             tensors = program.run(module, *(t.clone() for t in inputs), *program.constants)
         except Exception as failure:
@@ -215,7 +215,7 @@ def _difference(
     module: nn.Module, expected: Sequence[Tensor], forward: Forward, args: Any, kwargs: Any, course: Course
 ) -> str | None:
     with isolated(module), even_draws():
-        torch.manual_seed(0)
+        seed(0)
         try:
             result = own_forward(module, forward, args, kwargs, course)
         except Failed as failed:

@@ -26,6 +26,14 @@ def fresh_leaf(leaf: Any) -> Any:
     return leaf.requires_grad_() if leaf.is_floating_point() else leaf
 
 
+def seed(number: int) -> None:
+    """Seed the generators of torch, of accelerators only if they are in use: that takes as long as a small layer."""
+    torch.default_generator.manual_seed(number)
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and (accelerator.type != "cuda" or torch.cuda.is_initialized()):
+        torch.manual_seed(number)
+
+
 @contextmanager
 def forked_rng(module: nn.Module) -> Iterator[None]:
     """Restore the random generators after the forwards inside: torch's on the module's devices, Python's, numpy's."""
