@@ -82,10 +82,15 @@ def uncached_autocast() -> Iterator[None]:
 
 
 @contextmanager
-def isolated(model: nn.Module) -> Iterator[None]:
-    """Restore everything that forwards inside change: parameters, buffers, attributes and the random generators."""
+def isolated(model: nn.Module, state: PythonState | None = None) -> Iterator[None]:
+    """Restore everything that forwards inside change: parameters, buffers, attributes and the random generators.
+
+    Args:
+        model: the model.
+        state: to restore, where it is known; by default, that of now.
+    """
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    state = PythonState(model)
+    state = PythonState(model) if state is None else state
     try:
         state.lend()
         with forked_rng(model), restored_parameters(model), swapped(model, buffers):
