@@ -9,9 +9,9 @@ from torch import nn
 
 from ecospa_fx.model.compiled import MODEL, REGION, CompiledModel
 from ecospa_fx.model.diff import ModuleDiff, diff_since
+from ecospa_fx.model.execution import Execution
 from ecospa_fx.model.lookup import check_ready, plan
 from ecospa_fx.model.lookup import regions_of as regions_of
-from ecospa_fx.model.state import Execution
 from ecospa_fx.ranks.wrappers import looks_inside, note_earlier, unwrapped
 
 from .arguments import CALL, FLAG, MODULE, REGIONS, TEXT, takes

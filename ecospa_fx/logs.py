@@ -65,10 +65,13 @@ class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
         self.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
 
 
-def read_environment() -> None:
+def _read_environment() -> None:
     """Apply `ECOSPA_LOGS`, if it is set. A mistake in it is a warning, because an import must not fail."""
     try:
         if os.environ.get(VARIABLE):
             set_logs(os.environ[VARIABLE])
     except EcoSpaError as error:
         logging.getLogger(ROOT).warning("%s", error)
+
+
+_read_environment()

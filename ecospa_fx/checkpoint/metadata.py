@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ecospa_fx.errors import CheckpointError
 from ecospa_fx.model.class_swap import original_class
 from ecospa_fx.model.compiled import CompiledModel
-from ecospa_fx.model.state import EXECUTIONS
+from ecospa_fx.model.execution import EXECUTIONS
 from ecospa_fx.passes.follow.attributes import Changes, changes_in
 from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 from ecospa_fx.ranks.shards import is_sharded

@@ -8,7 +8,6 @@ import platform
 import shutil
 from dataclasses import asdict, dataclass
 
-import torch
 import typer
 from rich.table import Table
 from rich.text import Text
@@ -64,12 +63,16 @@ def findings() -> list[Finding]:
 
 
 def _torch() -> Finding:
+    import torch
+
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     supported = OLDEST <= version < NEWEST
     return Finding("torch", str(torch.__version__), supported, "" if supported else "pip install 'torch>=2.11,<2.14'")
 
 
 def _devices() -> list[Finding]:
+    import torch
+
     threads = Finding("cpu", f"{torch.get_num_threads()} threads")
     if not torch.cuda.is_available():
         return [threads, Finding("gpu", "none")]
@@ -86,6 +89,8 @@ def _optional(name: str, without: str) -> Finding:
 
 def _torchvision() -> Finding:
     """Try torchvision: one built for another torch breaks the import of every transformers and timm model."""
+    import torch
+
     try:
         version = importlib.metadata.version("torchvision")
     except importlib.metadata.PackageNotFoundError:

@@ -7,11 +7,10 @@ from typing import Annotated
 import typer
 
 import ecospa_fx
-from ecospa_fx.model.state import Execution
+from ecospa_fx.model.execution import Execution
 
 from . import options as o
 from .console import CommandError, at_work, check_file, show, show_json, write
-from .models import named_model
 
 EPILOG = """\
 \b
@@ -44,6 +43,8 @@ def explain(
     out: o.OutFile = None,
 ) -> None:
     """Say what can shrink in a model, what cannot, and why. Changes nothing."""
+    from .models import named_model
+
     if out is not None:
         check_file(out)
     if why is not None and why.count(",") != 1:

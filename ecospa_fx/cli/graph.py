@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 import ecospa_fx
-from ecospa_fx.see import graphs
+from ecospa_fx.see.drawings import Format, Level
 
 from . import options as o
 from .console import at_work, check_file, show_json, write
-from .models import named_model
 
 EPILOG = """\
 \b
@@ -21,14 +19,6 @@ Examples:
   ecospa-fx graph hf/llama --format mermaid
   ecospa-fx graph hf/llama --level full --format graphml --out llama.graphml
 """
-
-
-if TYPE_CHECKING:
-    Level = str
-    Format = str
-else:  # the choices are the keys of the tables: a new format or level is one line there
-    Level = StrEnum("Level", {name: name for name in graphs.LEVELS})
-    Format = StrEnum("Format", {name: name for name in graphs.WRITERS})
 
 
 def graph(
@@ -44,6 +34,10 @@ def graph(
     out: o.OutFile = None,
 ) -> None:
     """Draw which weights are coupled."""
+    from ecospa_fx.see import graphs
+
+    from .models import named_model
+
     if out is not None:
         check_file(out)
     graphs.check_format(form)

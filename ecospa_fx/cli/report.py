@@ -12,7 +12,6 @@ import ecospa_fx
 
 from . import options as o
 from .console import CommandError, at_work, check_file, show, show_json
-from .models import named_model
 
 EPILOG = """\
 \b
@@ -38,6 +37,8 @@ def report(
     as_json: o.Json = False,
 ) -> None:
     """Write the findings as one HTML file that needs no network."""
+    from .models import named_model
+
     check_file(out)
     curves = _read(training) if training is not None else None
     with at_work(f"looking at {model}"):

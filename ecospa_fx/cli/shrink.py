@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 import ecospa_fx
-from ecospa_fx.couple.constraints import Constraints, Uniform
-from ecospa_fx.model.compiled import MODEL
-from ecospa_fx.model.state import Execution
-from ecospa_fx.score.estimator import CoupledEstimator
-from ecospa_fx.train.deployable import Deployable, check_deployable, deployment
-from ecospa_fx.train.sparsifier import CoupledSparsifier
+from ecospa_fx.model.execution import Execution
 
 from . import options as o
 from .console import FAILED, CommandError, at_work, check_directory, show, show_json
-from .models import named_model, remember_source, write_pretrained
+
+if TYPE_CHECKING:
+    from ecospa_fx.couple.constraints import Uniform
+    from ecospa_fx.train.deployable import Deployable
 
 EPILOG = """\
 \b
@@ -47,10 +45,15 @@ def shrink(
     as_json: o.Json = False,
 ) -> None:
     """Shrink a model to a share of its parameters, the weakest rows and columns first, and save it."""
+    from ecospa_fx.model.compiled import MODEL
+    from ecospa_fx.train.deployable import check_deployable, deployment
+
+    from .models import named_model, remember_source, write_pretrained
+
     check_directory(out)
     # Both are checked where they are used.
     blocks, purpose = cast("Uniform | None", uniform), cast("Deployable | None", deployable)
-    constraints = Constraints(min_keep, round_to, uniform=blocks, multiple_of=o.multiples_of(multiple_of))
+    constraints = ecospa_fx.Constraints(min_keep, round_to, uniform=blocks, multiple_of=o.multiples_of(multiple_of))
     with at_work(f"shrinking {model}"):
         named = named_model(model, fields=fields, inputs=inputs, factory=factory)
         if MODEL not in named.model.__dict__:
@@ -61,8 +64,8 @@ def shrink(
         if purpose is not None:
             check_deployable(named.model, purpose)
             constraints = deployment(named.model, purpose, constraints).constraints
-        sparsifier = CoupledSparsifier(named.model, target=target, constraints=constraints)
-        estimator = CoupledEstimator(named.model, "magnitude")
+        sparsifier = ecospa_fx.CoupledSparsifier(named.model, target=target, constraints=constraints)
+        estimator = ecospa_fx.CoupledEstimator(named.model, "magnitude")
         while not sparsifier.reached():
             keeps = sparsifier.decide(estimator.importance(), sparsifier.target_size(sparsifier.sizes()))
             if not keeps:

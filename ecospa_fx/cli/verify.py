@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import typer
 from rich.table import Table
 from rich.text import Text
 
 import ecospa_fx
-from ecospa_fx.model.compiled import MODEL
 
 from . import options as o
 from .console import FAILED, CommandError, at_work, check_file, show, show_json, write
-from .models import named_model
 
 EPILOG = """\
 \b
@@ -34,6 +34,10 @@ def verify(
     out: o.OutFile = None,
 ) -> None:
     """Remove half of each coupling and compare outputs and gradients with masking."""
+    from ecospa_fx.model.compiled import MODEL
+
+    from .models import named_model
+
     if out is not None:
         check_file(out)
     with at_work(f"verifying {model}"):
@@ -60,8 +64,6 @@ def verify(
         verdict = Text("exact", style="green") if c.ok else Text("DIFFERS", style="bold red")
         table.add_row(Text(name), str(c.removed), f"{c.output_error:.1e}", f"{c.gradient_error:.1e}", verdict)
     if out is not None:
-        import json
-
         write(out, json.dumps(document, indent=1) + "\n")
     if as_json:
         show_json(document)

@@ -25,9 +25,9 @@ from ecospa_fx.checkpoint.save_load import resume, save
 from ecospa_fx.errors import CaptureError, CheckpointError, WrapperError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.model.execution import Execution
 from ecospa_fx.model.lookup import plan
 from ecospa_fx.model.optimizer_state import forget_resized
-from ecospa_fx.model.state import Execution
 from ecospa_fx.train.trainer import EcoSpaTrainer
 
 from .hf_checkpoints import DIRECTORY, CheckpointSizes, take

@@ -50,6 +50,7 @@ from .class_swap import (
     unswap_forward,
 )
 from .copies import Copy, check_plan
+from .execution import Execution
 from .full_size import in_transform, outside_forward, outside_inference
 from .joint_offers import joint_offers
 from .journal import Journal, all_or_nothing
@@ -61,7 +62,7 @@ from .region import REGION as REGION
 from .region import Region, check_gathered_at_once
 from .slicing import Absorber, prepare_tensors
 from .specialization import Specialization
-from .state import Execution, ModelState
+from .state import ModelState
 
 _NOT_JOINED = (
     "regions='joined' needs execution='graph': the Python of a block holds sizes of its own for what comes in and goes "

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.passes.capture.compare_eager import TOLERANCE, relative_error
 from ecospa_fx.passes.follow.trial import Failed, drawn, example_calls, modes, own_forward
-from ecospa_fx.passes.graph.isolate import isolated
+from ecospa_fx.passes.graph.isolate import isolated, seed
 from ecospa_fx.passes.graph.tensors import as_held, join, named_tensors, sliced, swapped
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
@@ -67,7 +67,7 @@ def _of_region(model: nn.Module, now: Plan, plan: Plan, region: Region, made: nn
         for args, kwargs in example_calls(facts):
             inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             with torch.no_grad(), swapped(module, as_held(module, small)), isolated(module):
-                torch.manual_seed(0)
+                seed(0)
                 try:
                     expected = program.run(module, *(t.clone() for t in inputs), *program.constants)
                 except Exception:  # values that were made up may be none that it takes
@@ -75,7 +75,7 @@ def _of_region(model: nn.Module, now: Plan, plan: Plan, region: Region, made: nn
             theirs = {name: t for name, t in small.items() if name in persistent}
             training = each.captured.signature.training
             with torch.no_grad(), swapped(made, as_held(made, theirs)), isolated(made), modes(made, training):
-                torch.manual_seed(0)
+                seed(0)
                 try:
                     result = own_forward(made, type(made).forward, args, kwargs)
                 except Failed as failed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import EcoSpaError
@@ -14,8 +14,7 @@ from ecospa_fx.passes.find.left_whole import Refusal
 from ecospa_fx.passes.follow.attributes import Changes
 from ecospa_fx.plan import Plan
 
-Execution: TypeAlias = Literal["graph", "module"]
-EXECUTIONS = get_args(Execution)
+from .execution import EXECUTIONS, Execution
 
 
 class ModelState:

@@ -18,10 +18,10 @@ from ecospa_fx.couple.why import Path, Why, axis_graph, path_between
 from ecospa_fx.errors import NoCouplingError, NoInputsError
 from ecospa_fx.model.class_swap import unswap_forward
 from ecospa_fx.model.compiled import MODEL, CompiledModel, find_followed
+from ecospa_fx.model.execution import Execution
 from ecospa_fx.model.lookup import check_ready, try_call
 from ecospa_fx.model.parametrized import removals, with_way_out
 from ecospa_fx.model.region import Region
-from ecospa_fx.model.state import Execution
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.find.joined import choose_regions
 from ecospa_fx.passes.graph.nodes import place

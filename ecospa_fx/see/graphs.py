@@ -19,6 +19,7 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.text import starred
 
+from .drawings import Format, Level
 from .findings import Findings
 from .fold import fold_couplings, fold_refusals
 from .tables import size_of
@@ -254,24 +255,24 @@ def _quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-LEVELS: dict[str, Callable[[Findings], nx.Graph]] = {
+LEVELS: dict[Level, Callable[[Findings], nx.Graph]] = {
     "blocks": block_graph,
     "couplings": coupling_graph,
     "full": full_graph,
 }
-"""The graphs, by level of detail; the command line takes its choices from here."""
+"""The graph of each level of detail."""
 
-WRITERS: dict[str, Callable[[nx.Graph], str]] = {
+WRITERS: dict[Format, Callable[[nx.Graph], str]] = {
     "dot": to_dot,
     "svg": to_svg,
     "mermaid": to_mermaid,
     "graphml": to_graphml,
     "json": to_json,
 }
-"""The writer of each format; the command line takes its choices from here."""
+"""The writer of each format."""
 
 
-def check_format(name: str) -> None:
+def check_format(name: Format) -> None:
     """Check that the program that a format needs is installed, before a graph is built for it.
 
     Raises:

@@ -31,10 +31,10 @@ from ecospa_fx.checkpoint.save_load import load, resume, save
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import EcoSpaError, NoInputsError
 from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.model.execution import Execution
 from ecospa_fx.model.lookup import couplings, plan
 from ecospa_fx.model.restore import restore
 from ecospa_fx.model.shrinking import shrink
-from ecospa_fx.model.state import Execution
 from ecospa_fx.passes.axes.algebra import atoms_of
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.see.explanation import explain

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ecospa_fx.api import compile
 from ecospa_fx.errors import VerificationError
 from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.model.execution import Execution
 from ecospa_fx.model.lookup import couplings
-from ecospa_fx.model.state import Execution
 from ecospa_fx.see.explanation import example_call
 from ecospa_fx.see.verification import Verification, verify
 

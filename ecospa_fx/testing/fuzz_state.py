@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ecospa_fx.model.state import Execution
+from ecospa_fx.model.execution import Execution
 
 from . import stateful_parts  # noqa: F401  (it registers parts)
 from .beside import Beside, Ended

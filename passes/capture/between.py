@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ecospa_fx.passes.graph.isolate import isolated, uncached_autocast
+from ecospa_fx.passes.graph.isolate import isolated, seed, uncached_autocast
 from ecospa_fx.passes.graph.namespaces import foreign_code
 from ecospa_fx.passes.graph.tensors import named_tensors, same_storage, swapped
 from ecospa_fx.passes.ir.border import argument_names
@@ -313,9 +313,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _seed(number: int) -> None:
-    torch.default_generator.manual_seed(number)  # `torch.manual_seed` takes as long as a small layer
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(number)
+    seed(number)
     random.seed(number)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(number)

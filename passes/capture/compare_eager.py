@@ -11,7 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from ecospa_fx.passes.graph.isolate import fresh_leaf, isolated
+from ecospa_fx.passes.graph.isolate import fresh_leaf, isolated, seed
 from ecospa_fx.passes.graph.tensors import dense, named_tensors
 from ecospa_fx.passes.ir.region_graph import Forward
 from ecospa_fx.passes.ir.signature import AUTOCAST, autocast_now
@@ -61,9 +61,17 @@ def run(captured: RegionGraph, tensors: Mapping[str, Tensor], inputs: Sequence[T
 
 
 def difference_from_eager(
-    captured: RegionGraph, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    captured: RegionGraph,
+    module: nn.Module,
+    forward: Forward,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    once: bool = False,
 ) -> str | None:
     """Say where the graph differs from eager on this call, in outputs or gradients; None where they agree.
+
+    A second call is compared too, and one without gradients, which may run other Python; not with `once`, for a graph
+    that has been compared so on a block that runs the same Python.
 
     Graphs are traced without autocast. Under autocast they are compared twice, first without it and exactly, then as
     they are called, because the region's Python may depend on it. Buffers that a forward updates (running statistics)
@@ -73,16 +81,16 @@ def difference_from_eager(
     with contextlib.ExitStack() as off:
         for kind in AUTOCAST:
             off.enter_context(torch.autocast(kind, enabled=False))
-        error = _difference(captured, module, forward, args, kwargs)
+        error = _difference(captured, module, forward, args, kwargs, once)
     if error is None and dtypes:
-        error = _difference(captured, module, forward, args, kwargs, max(TOLERANCE[dtype] for dtype in dtypes))
+        error = _difference(captured, module, forward, args, kwargs, once, max(TOLERANCE[dtype] for dtype in dtypes))
         error = error and f"{error} under autocast"
     return error
 
 
 @dataclass(frozen=True)
 class _Results:
-    """The outcome of two calls in a row: outputs, gradients by the names of inputs and parameters, and state left."""
+    """The outcome of calls in a row: outputs, gradients by the names of inputs and parameters, and state left."""
 
     outputs: list[Tensor]
     grads: list[Tensor | None]
@@ -124,6 +132,7 @@ def _difference(
     forward: Forward,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    once: bool,
     tolerance: float = 0.0,
 ) -> str | None:
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -134,24 +143,25 @@ def _difference(
     call_leaves = len(leaves) - len(places)
 
     def results(call: Callable[[list[Any]], Sequence[Any]]) -> _Results:
-        """Make two calls in a row, with gradients of the first: the second starts from the state that it leaves."""
+        """Make a call with gradients and, unless `once`, another that starts from the state that it leaves."""
         inputs = [fresh_leaf(leaf) for leaf in leaves]
         wanted = {f"argument {i}": leaf for i, leaf in enumerate(inputs) if _differentiable(leaf)}
         wanted |= {f"`{name}`": p for name, p in parameters.items()}
         with isolated(module), torch.enable_grad():
             marks = _marks(module)
-            torch.manual_seed(0)
+            seed(0)
             outputs = [out for out in call(inputs) if isinstance(out, Tensor)]
             state = _state_of(captured, module, marks)
             floating = [out for out in outputs if out.requires_grad and out.is_floating_point()]
             grads: list[Tensor | None] = [None] * len(wanted)
             if floating and wanted:
-                torch.manual_seed(1)
+                seed(1)
                 loss: Any = sum((out * torch.randn_like(out)).sum() for out in floating)
                 grads = list(torch.autograd.grad(loss, list(wanted.values()), allow_unused=True))
-            torch.manual_seed(2)
-            again = [dense(out) for out in call([fresh_leaf(leaf) for leaf in leaves]) if isinstance(out, Tensor)]
-            state_again = _state_of(captured, module, marks)
+            seed(2)
+            second = [] if once else call([fresh_leaf(leaf) for leaf in leaves])
+            again = [dense(out) for out in second if isinstance(out, Tensor)]
+            state_again = {} if once else _state_of(captured, module, marks)
         grads = [grad if grad is None else dense(grad) for grad in grads]
         return _Results([dense(out) for out in outputs], grads, list(wanted), state, again, state_again)
 
@@ -177,7 +187,7 @@ def _difference(
     def without_gradients(call: Callable[[list[Any]], Sequence[Any]]) -> tuple[list[Tensor], dict[str, Tensor]]:
         with isolated(module), torch.no_grad():
             marks = _marks(module)
-            torch.manual_seed(0)
+            seed(0)
             inputs = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             outputs = [dense(out) for out in call(inputs) if isinstance(out, Tensor)]
             return outputs, _state_of(captured, module, marks)
@@ -213,7 +223,7 @@ def _difference(
                 return f"the gradient of {name} is missing in {missing}"
         elif a is not None and b is not None and not _close(a, b, tolerance, largest):
             return f"the gradient of {name} differs from eager by {relative_error(a, b):.1e}"
-    return _difference_without_gradients(without_gradients, eager, graph, tolerance)
+    return None if once else _difference_without_gradients(without_gradients, eager, graph, tolerance)
 
 
 def _difference_without_gradients(

@@ -13,6 +13,7 @@ from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.fx.experimental import _config as symbolic_shapes
@@ -29,6 +30,10 @@ from .hooks import points
 # specialises the dim. Most models ask fewer than 5 of any dim, strided convolutions over audio up to 30, and windows
 # cut from padded images hundreds, each about sizes in longer expressions than the last: that took hours.
 GUARDS = 32
+
+# Repeats of equal modules from which the results that torch.export remembers of fake ops pay: with sizes that are
+# symbols, remembering one takes as long as computing it.
+REPEATS = 3
 
 
 class Flat(nn.Module):
@@ -121,6 +126,7 @@ def export(
             with (
                 _quiet(),
                 symbolic_shapes.patch(symbol_guard_limit_before_specialize=GUARDS),  # type: ignore[attr-defined]
+                torch._dynamo.config.patch(fake_tensor_cache_enabled=_repeats(flat.region) >= REPEATS),
                 torch.autocast("cpu", enabled=False),
                 torch.autocast("cuda", enabled=False),
             ):
@@ -136,6 +142,12 @@ def export(
     raise CaptureError(
         f"torch.export cannot capture {described(region)} ({type(flat.region).__name__}): {reason}"
     ) from first
+
+
+def _repeats(region: nn.Module) -> float:
+    """Return how often modules of one class and equal weights occur in a region, on average."""
+    modules = [*region.modules()]
+    return len(modules) / len({(type(m), *(p.shape for p in m._parameters.values() if p is not None)) for m in modules})
 
 
 def refuse_foreign(module: nn.Module, region: str, leaves: Iterable[Any], does: str, way_out: str) -> None:

@@ -310,7 +310,7 @@ def _shared(
     on_meta = any(t.is_meta for t in (*pytree.tree_leaves(call), *module.parameters()) if isinstance(t, Tensor))
     if not on_meta:
         with at_original_sizes(module, originals.values() if originals else None):
-            if difference_from_eager(captured, module, forward, *call) is not None:
+            if difference_from_eager(captured, module, forward, *call, once=True) is not None:
                 return None
     stored = {indices.put(place, values): exprs for place, exprs in analysis.axis_facts.stored.items()}
     axis_facts = replace(analysis.axis_facts, captured=captured, stored=stored)

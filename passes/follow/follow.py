@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from math import gcd
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ecospa_fx.passes.axes.algebra import Atom, Expr
+from ecospa_fx.passes.axes.algebra import Atom, Expr, size_of
 from ecospa_fx.passes.axes.selection import (
     Selected,
     Selection,
@@ -96,6 +98,7 @@ def follow(
     generator = torch.Generator().manual_seed(0)
     couplings: dict[Any, tuple[Attribute, ...]] = {}
     refused: dict[Any, str] = {}
+    failed: dict[Any, str] = {}  # the same by block, to search once where blocks are equal
     varied: set[Any] = set()
     sizes: dict[Attribute, Expr] = {}
     first = trials[0]
@@ -104,9 +107,14 @@ def follow(
     for coupling in programs[0][1].couplings:
         in_graphs = [next((f for f in discovery.couplings if f.key == coupling.key), None) for _, discovery in programs]
         kept = {coupling.atom: some(coupling.atom, None, 0.5, generator)}
-        needed, why = _find_needed(first, coupling, kept, sizes)
+        candidates = [*_candidates(first, kept, sizes)]
+        in_block = _in_any_block(coupling, candidates)
+        if in_block in failed and (same := first.difference(kept, {}) or "") and _starred(same) == failed[in_block]:
+            refused[coupling.key] = same
+            continue
+        needed, why = _find_needed(first, coupling, kept, candidates)
         if needed is None:
-            refused[coupling.key] = why
+            refused[coupling.key], failed[in_block] = why, _starred(why)
             continue
         needed |= _also_sizes(first, coupling, kept, needed)
         uncertain = _uncertain(first, coupling, kept, needed)
@@ -197,12 +205,23 @@ def some(atom: Atom, context: Atom | None, share: float, generator: torch.Genera
 
 
 def _find_needed(
-    trial: Trial, coupling: RegionCoupling, kept: Selection, sizes: Mapping[Attribute, Expr]
+    trial: Trial, coupling: RegionCoupling, kept: Selection, candidates: Sequence[tuple[Attribute, Expr]]
 ) -> tuple[dict[Attribute, Expr] | None, str]:
     """Find the attributes that must change for a coupling, as few as possible; or None, and why a trial failed."""
     # Those of modules around its weights come first: in a whole model there are as many as there are layers.
-    candidates = sorted(_candidates(trial, kept, sizes), key=lambda each: not _near(each[0], coupling))
-    return _first_that_follows(trial, candidates, kept)
+    return _first_that_follows(trial, sorted(candidates, key=lambda each: not _near(each[0], coupling)), kept)
+
+
+def _in_any_block(coupling: RegionCoupling, candidates: Sequence[tuple[Attribute, Expr]]) -> tuple[Any, ...]:
+    """Return all that a search for attributes starts from, without the numbers of blocks."""
+    axes = tuple((_starred(name), dim) for name, dim in coupling.axes)
+    attributes = Counter((_starred(f"{a.module}.{a.name}"), a.inside, size_of(expr)) for a, expr in candidates)
+    return coupling.kind, coupling.atom.size, axes, frozenset(attributes.items())
+
+
+def _starred(text: str) -> str:
+    """Replace the positions in lists that a text names."""
+    return re.sub(r"(?<=[.`])\d+(?=[.`])|^\d+(?=\.)", "*", text)
 
 
 def _first_that_follows(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,9 @@ from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, Size, product, se
 from ecospa_fx.passes.axes.selection import Selection, mask_of, touched
 from ecospa_fx.passes.capture.compare_eager import TOLERANCE, relative_error
 from ecospa_fx.passes.capture.reads import recorded_reads
-from ecospa_fx.passes.graph.isolate import isolated
+from ecospa_fx.passes.graph.isolate import isolated, seed
+from ecospa_fx.passes.graph.nodes import may_draw
+from ecospa_fx.passes.graph.python_state import PythonState
 from ecospa_fx.passes.graph.tensors import as_held, named_tensors, sliced, swapped
 from ecospa_fx.passes.infer.sizes import symbols_of
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
@@ -56,6 +58,8 @@ class Trial:
         self.unread: dict[Attribute, int] = {}
         self.axes_of_size = _axes_of_size(axis_facts)
         self.course = Course()
+        self._state: PythonState | None = None
+        self._draws = any(may_draw(node.target) for node in axis_facts.captured.graph.nodes)
         self._under: tuple[Selection, dict[str, Tensor], list[Tensor] | str] | None = None  # the latest selection
         self._shapes_tell = False
         self._idle: dict[Attribute, bool] = {}
@@ -64,6 +68,7 @@ class Trial:
             self.unable = "its Python can only be tried with values, and it is on the meta device"
             return
         self.tensors = drawn(tensors)
+        self._state = PythonState(module)  # no trial leaves another
         program = rewrite(axis_facts, {}, module)
         with recorded_reads(module) as reads:
             for self.args, self.kwargs in example_calls(axis_facts):
@@ -91,7 +96,7 @@ class Trial:
             return error
         self.course = Course()
         with self._ready(small, values):
-            return _difference(self.module, expected, self.forward, self.args, self.kwargs, self.course)
+            return _difference(self.module, expected, self.forward, self.args, self.kwargs, self.course, self._alone())
 
     def _at(self, kept: Selection) -> tuple[dict[str, Tensor], list[Tensor] | str]:
         """Return the weights under a selection, and what its program gives, or why it does not run; made once."""
@@ -111,7 +116,7 @@ class Trial:
         expected: list[Tensor] | str
         with self._ready(small, {}):
             try:
-                expected = _expected(self.module, program, self.args, self.kwargs)
+                expected = _expected(self.module, program, self.args, self.kwargs, self._alone())
             except NotTried as error:
                 expected = f"cannot be tried: {error}"
         self._under = (kept, small, expected)
@@ -130,11 +135,14 @@ class Trial:
         shapes = {name: t.to("meta") for name, t in tensors.items()}
         self.course = Course()
         try:
-            with self._ready(shapes, values), isolated(self.module):
+            with self._ready(shapes, values), isolated(self.module, self._state):
                 own_forward(self.module, self.forward, args, kwargs, self.course)
         except Failed as failed:
             return str(failed)
         return None
+
+    def _alone(self) -> AbstractContextManager[None]:
+        return _alone(self.module, self._state, self._draws)
 
     def _compare(self, program: Program, tensors: Mapping[str, Tensor], values: Values) -> str | None:
         with self._ready(tensors, values):
@@ -195,14 +203,30 @@ def difference(module: nn.Module, program: Program, forward: Forward, args: Any,
     Raises:
         NotTried: the program fails: values that were made up (lengths, positions) may be none that it takes.
     """
-    return _difference(module, _expected(module, program, args, kwargs), forward, args, kwargs, Course())
+    expected = _expected(module, program, args, kwargs, _alone(module))
+    return _difference(module, expected, forward, args, kwargs, Course(), _alone(module))
 
 
-def _expected(module: nn.Module, program: Program, args: Any, kwargs: Any) -> list[Tensor]:
+@contextmanager
+def _alone(module: nn.Module, state: PythonState | None = None, draws: bool = True) -> Iterator[None]:
+    """Leave no trace of what runs inside, and start from the same seed; random tensors are even where there are any.
+
+    Args:
+        module: the region.
+        state: see `isolated`.
+        draws: its graph draws.
+    """
+    with isolated(module, state), even_draws() if draws else nullcontext():
+        seed(0)
+        yield
+
+
+def _expected(
+    module: nn.Module, program: Program, args: Any, kwargs: Any, alone: AbstractContextManager[None]
+) -> list[Tensor]:
     """Return the tensors that a program returns."""
     inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    with isolated(module), even_draws():
-        torch.manual_seed(0)
+    with alone:
         try:
             tensors = program.run(module, *(t.clone() for t in inputs), *program.constants)
         except Exception as failure:
@@ -212,10 +236,15 @@ def _expected(module: nn.Module, program: Program, args: Any, kwargs: Any) -> li
 
 
 def _difference(
-    module: nn.Module, expected: Sequence[Tensor], forward: Forward, args: Any, kwargs: Any, course: Course
+    module: nn.Module,
+    expected: Sequence[Tensor],
+    forward: Forward,
+    args: Any,
+    kwargs: Any,
+    course: Course,
+    alone: AbstractContextManager[None],
 ) -> str | None:
-    with isolated(module), even_draws():
-        torch.manual_seed(0)
+    with alone:
         try:
             result = own_forward(module, forward, args, kwargs, course)
         except Failed as failed:

@@ -26,6 +26,14 @@ def fresh_leaf(leaf: Any) -> Any:
     return leaf.requires_grad_() if leaf.is_floating_point() else leaf
 
 
+def seed(number: int) -> None:
+    """Seed the generators of torch, of accelerators only if they are in use: that takes as long as a small layer."""
+    torch.default_generator.manual_seed(number)
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and (accelerator.type != "cuda" or torch.cuda.is_initialized()):
+        torch.manual_seed(number)
+
+
 @contextmanager
 def forked_rng(module: nn.Module) -> Iterator[None]:
     """Restore the random generators after the forwards inside: torch's on the module's devices, Python's, numpy's."""
@@ -74,10 +82,15 @@ def uncached_autocast() -> Iterator[None]:
 
 
 @contextmanager
-def isolated(model: nn.Module) -> Iterator[None]:
-    """Restore everything that forwards inside change: parameters, buffers, attributes and the random generators."""
+def isolated(model: nn.Module, state: PythonState | None = None) -> Iterator[None]:
+    """Restore everything that forwards inside change: parameters, buffers, attributes and the random generators.
+
+    Args:
+        model: the model.
+        state: to restore, where it is known; by default, that of now.
+    """
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-    state = PythonState(model)
+    state = PythonState(model) if state is None else state
     try:
         state.lend()
         with forked_rng(model), restored_parameters(model), swapped(model, buffers):

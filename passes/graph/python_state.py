@@ -200,6 +200,7 @@ class PythonState:
 
     def __init__(self, module: nn.Module, code: Code | None = None) -> None:
         self._nodes: list[tuple[Any, str, Any]] = []  # an owner, its name, and a copy of its contents
+        self._iterators: list[tuple[Any, Any, str, Any]] | None = None  # the places of those
         seen: dict[int, Any] = {}  # the values too, lest another takes the identity of one that is made on the way
         names = {id(child): path for path, child in module.named_modules()}
         waiting: deque[tuple[str, Any]] = deque((path, child) for path, child in module.named_modules())
@@ -271,7 +272,9 @@ class PythonState:
                 copies[id(value)] = copied(value, where)
             return copies[id(value)]
 
-        for owner, key, where, value in [*self.places()]:
+        if self._iterators is None:
+            self._iterators = [place for place in self.places() if _holds_iterator(place[-1])]
+        for owner, key, where, value in self._iterators:
             other = lent(value, where)
             if other is not value:
                 put_item(owner, key, other)
@@ -283,6 +286,10 @@ class PythonState:
                 put_in(space, name, was)
         for owner, _, before in self._nodes:
             put_back(owner, before)
+
+
+def _holds_iterator(value: Any) -> bool:
+    return any(map(_holds_iterator, value)) if type(value) is tuple else is_iterator(value)
 
 
 def item_of(owner: Any, key: Any) -> Any:

@@ -24,6 +24,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from ecospa_fx.passes.graph.isolate import seed
 from ecospa_fx.passes.graph.nodes import tensor_meta
 from ecospa_fx.passes.ir.relations import Operand, Probed
 
@@ -51,7 +52,7 @@ def probe(node: fx.Node, operands: tuple[Operand, ...]) -> Probed | None:
     if key not in _RESULTS:
         trial = _Trial(node.target, constants, dtypes)
         with torch.random.fork_rng(devices=()), torch.no_grad():
-            torch.manual_seed(0)
+            seed(0)
             _RESULTS[key] = _investigate(trial, shapes)
     result = _RESULTS[key]
     return None if result is None else Probed(operands, *result)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ecospa_fx.passes.axes.algebra import Expr
 from ecospa_fx.passes.axes.selection import Selection, entries, mask_of, touched
 from ecospa_fx.passes.capture.compare_eager import relative_error, run
-from ecospa_fx.passes.graph.isolate import forked_rng, fresh_leaf, isolated
+from ecospa_fx.passes.graph.isolate import forked_rng, fresh_leaf, isolated, seed
 from ecospa_fx.passes.graph.nodes import tensor_meta
 from ecospa_fx.passes.graph.tensors import dense, sliced, swapped, twins
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
@@ -111,7 +111,7 @@ def compare(
         for t, left in zip(inputs[count:], layouts, strict=True)
     ]
     with forked_rng(region):
-        torch.manual_seed(0)
+        seed(0)
         outputs = run(captured, full, full_inputs, constants=twins(captured.constants), interpreter=Here)
     cuts = [_positions(exprs, kept) for exprs in axis_facts.results]
     outputs = [_cut(out, positions) for out, positions in zip(outputs, cuts, strict=True)]
@@ -122,7 +122,7 @@ def compare(
     program = rewrite(axis_facts, kept, region, live=False, stand_ins=draws.stand_ins())
     parameters = {name: nn.Parameter(t) if name in trained else t for name, t in small.items()}
     with isolated(region), swapped(region, parameters):  # hooks of a linear layer run, too
-        torch.manual_seed(0)
+        seed(0)
         small_outputs = program.run(region, *small_inputs, *twins(dict(enumerate(program.constants))).values())
         small_outputs = small_outputs[: captured.returned]
 

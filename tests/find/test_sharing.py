@@ -8,6 +8,8 @@ from torch import nn
 
 import ecospa_fx
 from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.passes.capture import capture
+from ecospa_fx.passes.find import analyse
 
 
 class Block(nn.Module):
@@ -51,6 +53,32 @@ def test_equal_blocks_share_a_graph_whatever_their_numbers():
     for first, second, third in (train, evaluation):
         assert first is second is third
     assert train[0] is not evaluation[0]
+
+
+def test_each_is_compared_with_eager_and_the_first_in_every_way(monkeypatch):
+    compared = {}
+
+    class Forward:
+        """The forward of a block, which notes whether gradients are on; a graph holds nothing of it."""
+
+        def __init__(self):
+            self.grads = []
+
+        def __call__(self, block, x):
+            self.grads.append(torch.is_grad_enabled())
+            return Block.forward(block, x)
+
+    for module in (capture, analyse):
+
+        def compare(captured, block, forward, args, kwargs, compare=module.difference_from_eager, **how):
+            noting = Forward()
+            outcome = compare(captured, block, noting, args, kwargs, **how)
+            compared[captured.region] = noting.grads
+            return outcome
+
+        monkeypatch.setattr(module, "difference_from_eager", compare)
+    ecospa_fx.compile(Stack(Block(0), Block(1), Block(2)), example_inputs=(torch.randn(3, 6),))
+    assert compared == {"blocks.0": [True, True, False], "blocks.1": [True], "blocks.2": [True]}
 
 
 def test_they_do_for_a_new_call_after_they_shrank_apart():

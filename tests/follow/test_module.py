@@ -17,6 +17,7 @@ from twin import run as run_twice
 import ecospa_fx
 from ecospa_fx import errors
 from ecospa_fx.model.lookup import regions_of
+from ecospa_fx.passes.follow import follow
 from ecospa_fx.passes.follow.attributes import Attribute, with_field
 
 WIDTH, HEADS, DIM = 24, 4, 6
@@ -411,3 +412,31 @@ def test_as_many_integers_as_there_are_layers():
     smaller = Stream(6)
     smaller.load_state_dict(model.state_dict())
     torch.testing.assert_close(model(x), smaller(x))
+
+
+class Literal(nn.Module):
+    """A block whose Python holds the size of its hidden axis as a literal, and reads an integer that equals it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.most = nn.Linear(6, 10), nn.Linear(10, 6), 10
+
+    def forward(self, x):
+        h = self.up(x)[..., : self.most]
+        return x + self.down(F.gelu(h).view(*x.shape[:-1], 10))
+
+
+def test_a_search_that_fails_is_made_once_for_equal_blocks(monkeypatch):
+    searched = []
+
+    def searching(trial, coupling, *rest, search=follow._find_needed):
+        searched.append(coupling.name)
+        return search(trial, coupling, *rest)
+
+    monkeypatch.setattr(follow, "_find_needed", searching)
+    free = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 6))
+    model = nn.Sequential(Literal(), Literal(), free, Literal())
+    ecospa_fx.compile(model, example_inputs=(torch.randn(2, 3, 6),), regions="root", execution="module")
+    assert searched == ["0.ffn", "residual", "2.ffn"]
+    (region,) = regions_of(model).values()
+    assert {why.split("`")[1] for why in region.python_support.refused.values()} == {"0", "1", "3"}

@@ -13,7 +13,7 @@ from torch import nn
 
 import ecospa_fx
 from ecospa_fx.errors import CaptureError
-from ecospa_fx.passes.graph.isolate import isolated, restored_parameters
+from ecospa_fx.passes.graph.isolate import isolated, restored_parameters, seed
 from ecospa_fx.passes.graph.iterators import copied, position
 from ecospa_fx.passes.graph.python_state import PythonState
 from ecospa_fx.passes.graph.stores import watched_stores
@@ -184,6 +184,27 @@ def test_an_ordered_dict_comes_back_in_its_order():
         model.order.move_to_end("a")
         model.order["c"] = 3
     assert list(model.order.items()) == [("a", 1), ("b", 2)]
+
+
+def test_one_look_at_a_state_restores_it_each_time():
+    model, counts = Keeper(None), iter(range(9))
+    model.drawn = counts
+    state = PythonState(model)
+    for _ in range(2):
+        with isolated(model, state):
+            assert next(model.drawn) == 0
+            model.order["c"] = 3
+            model.more = 1
+        assert list(model.order.items()) == [("a", 1), ("b", 2)] and not hasattr(model, "more")
+        assert model.drawn is counts
+    assert next(counts) == 0
+
+
+def test_seeds_are_those_of_torch():
+    torch.manual_seed(3)
+    theirs = torch.randn(5)
+    seed(3)
+    assert torch.equal(torch.randn(5), theirs)
 
 
 def test_parameters_are_put_back_however_they_are_written():

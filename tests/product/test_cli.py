@@ -15,7 +15,7 @@ from PIL import Image
 
 import ecospa_fx
 from ecospa_fx import cli, graphs
-from ecospa_fx.cli import main
+from ecospa_fx.cli import main, training
 from ecospa_fx.cli.models import fields_of, named_model
 
 OWN = """
@@ -255,7 +255,8 @@ def test_interrupted_is_one_line_and_130(capsys, command, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(getattr(cli, command), "named_model", interrupt)
+    for module in (cli.models, training):
+        monkeypatch.setattr(module, "named_model", interrupt)
     code, _, err = run(capsys, *with_out(command))
     assert (code, err) == (130, f"ecospa-fx {command}: interrupted\n")
 
@@ -386,8 +387,8 @@ def test_mistakes_in_options_are_one_line(capsys, arguments, message):
 def test_every_setting_of_the_trainer_can_be_set(capsys):
     import inspect
 
-    settings = [name for name in inspect.signature(ecospa_fx.EcoSpaTrainer).parameters if name not in cli.train.OWN]
-    assert all(cli.train._more([f"{name}=1"]) == {name: 1} for name in settings)
+    settings = [name for name in inspect.signature(ecospa_fx.EcoSpaTrainer).parameters if name not in training.OWN]
+    assert all(training.more_settings([f"{name}=1"]) == {name: 1} for name in settings)
 
 
 def test_fields_are_values_where_they_look_like_some():
