@@ -99,7 +99,7 @@ def test_endless_nesting_is_refused():
 
 
 def test_a_plan_that_is_read_within_a_device_context_has_values():
-    plan = ecospa_fx.Plan({"w": (4, 3)}, {("w", 0): torch.tensor([0, 2])})
+    plan = ecospa_fx.Plan({("w", 0): torch.tensor([0, 2])}, {"w": (4, 3)})
     with torch.device("meta"):
         read = ecospa_fx.Plan.from_json(plan.to_json())
         assert read.mask("w", 0).tolist() == [True, False, True, False] and read.mask("w", 1).all()
