@@ -206,7 +206,7 @@ def test_optimizer_state_in_parts(two, score):
 
 
 def refused(rank, world):
-    def made():
+    def fresh():
         model = ecospa_fx.compile(made("glu"), example_kwargs=batch("glu", 0))
         return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
@@ -216,13 +216,13 @@ def refused(rank, world):
 
     texts, unchanged = [], []
     for wrap in (delayed, powered):
-        model, optimizer = made()
+        model, optimizer = fresh()
         wrapper = wrap(model)
         keeps = {c: torch.arange(4) for c in ecospa_fx.couplings(model)}
         texts.append(said(ecospa_fx.shrink, model, keeps, optimizer=optimizer))
         texts.append(said(ecospa_fx.EcoSpaTrainer, wrapper, optimizer))
         unchanged.append(not ecospa_fx.plan(model).kept)
-    model, optimizer = made()
+    model, optimizer = fresh()
     wrapper = DDP(model)
     texts.append(said(ecospa_fx.EcoSpaTrainer, wrapper, optimizer, gradients="backward"))
     texts.append(said(ecospa_fx.CoupledEstimator(model).attach_backward))
