@@ -7,6 +7,8 @@ SHELL := bash
 
 PYTHON ?= python3
 ARGS ?=
+# The torch to test with; TORCH=torch takes the newest, which is a larger download.
+TORCH ?= torch==2.13.*
 N ?= 1000
 SEED ?= 0
 VENV := .venv
@@ -69,9 +71,9 @@ clean:  ## remove caches and build output (the environment in .venv stays)
 
 $(TEST_READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -e '.[test]'
+	$(RUN) -m pip install -e '.[test]' '$(TORCH)'
 	touch $@
 
 $(DEV_READY): $(TEST_READY)
-	$(RUN) -m pip install -e '.[dev]'
+	$(RUN) -m pip install -e '.[dev]' '$(TORCH)'
 	touch $@

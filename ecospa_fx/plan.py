@@ -54,8 +54,8 @@ class Plan:
             raise EcoSpaError(f"`{name}` has dims 0 to {len(shape) - 1}, and no dim {dim!r}")
         size = shape[dim]
         if (name, dim) not in self.kept:
-            return torch.ones(size, dtype=torch.bool)
-        mask = torch.zeros(size, dtype=torch.bool)
+            return torch.ones(size, dtype=torch.bool, device="cpu")
+        mask = torch.zeros(size, dtype=torch.bool, device="cpu")
         mask[self.kept[name, dim]] = True
         return mask
 
@@ -133,4 +133,4 @@ def _positions(axis: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     ordered = all(type(p) is int for p in positions) and all(a < b for a, b in pairwise(positions))
     if not positions or not ordered or positions[0] < 0 or positions[-1] >= size:
         raise CheckpointError(f"the plan's positions of `{name}` dim {dim} are not increasing within 0..{size - 1}")
-    return torch.tensor(positions, dtype=torch.long)
+    return torch.tensor(positions, dtype=torch.long, device="cpu")  # within torch.device("meta") too

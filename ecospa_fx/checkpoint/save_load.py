@@ -112,7 +112,8 @@ def load(
     """
     home = None if device is None else _device(device)
     values = home is None or home.type != "meta"
-    saved, digest = read_save(Path(directory), lambda save: (read_model(save, values=values), save.digest))
+    with torch.device("cpu"):  # within torch.device("meta") only the factory makes tensors there
+        saved, digest = read_save(Path(directory), lambda save: (read_model(save, values=values), save.digest))
     model = rebuild(saved, factory, home)
     model.__dict__[MODEL].save = digest if values else None
     return model

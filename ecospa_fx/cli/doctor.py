@@ -15,7 +15,7 @@ from rich.text import Text
 from . import options as o
 from .console import FAILED, CommandError, at_work, show, show_json
 
-OLDEST, NEWEST = (2, 11), (2, 14)
+OLDEST = (2, 11)
 EPILOG = """\
 \b
 Examples:
@@ -66,8 +66,8 @@ def _torch() -> Finding:
     import torch
 
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    supported = OLDEST <= version < NEWEST
-    return Finding("torch", str(torch.__version__), supported, "" if supported else "pip install 'torch>=2.11,<2.14'")
+    supported = version >= OLDEST
+    return Finding("torch", str(torch.__version__), supported, "" if supported else "pip install 'torch>=2.11'")
 
 
 def _devices() -> list[Finding]:

@@ -96,3 +96,11 @@ def test_what_contradicts_itself_is_refused(how):
 def test_endless_nesting_is_refused():
     with pytest.raises(errors.CheckpointError, match="the plan cannot be read: RecursionError: "):
         ecospa_fx.Plan.from_json("[" * 10**5)
+
+
+def test_a_plan_that_is_read_within_a_device_context_has_values():
+    plan = ecospa_fx.Plan({("w", 0): torch.tensor([0, 2])}, {"w": (4, 3)})
+    with torch.device("meta"):
+        read = ecospa_fx.Plan.from_json(plan.to_json())
+        assert read.mask("w", 0).tolist() == [True, False, True, False] and read.mask("w", 1).all()
+    assert read == plan

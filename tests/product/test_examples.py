@@ -17,11 +17,32 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("script", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+RANKS = "fsdp2_torchrun"
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != RANKS))
 def test_it_runs_and_ends_at_its_target(script, tmp_path):
     command = [sys.executable, "-c", RUN, str(EXAMPLES / f"{script}.py"), "--out", str(tmp_path / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    check(done)
+
+
+def test_two_ranks_begin_and_three_end_at_the_target(tmp_path):
+    script = [str(EXAMPLES / f"{RANKS}.py"), "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if Path("/sys/class/net/lo").exists():
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    for ranks, more in ((2, ["--steps", "40"]), (3, ["--resume"])):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        done = subprocess.run(
+            [*torchrun, *script, *more], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    check(done)
+
+
+def check(done):
     assert done.returncode == 0, done.stderr
     (share,) = [line for line in done.stdout.splitlines() if "parameters (x 0." in line]
     assert float(share.split("(x ")[1].rstrip(")")) == pytest.approx(0.5, abs=0.03)

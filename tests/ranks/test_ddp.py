@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from crew import Crew, differ, said
-from rank_models import Run, batch, compared, gated, loss_of, part
+from rank_models import Run, compared
+from tiny import batch, loss_of, made
+from tiny import share as part
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.distributed.algorithms.join import Join
@@ -20,7 +22,7 @@ def two():
         yield crew
 
 
-def like_one_process(rank, world, kind="gated", execution="graph", settings=None, lazily=False, trainer=None, parts=1):
+def like_one_process(rank, world, kind="glu", execution="graph", settings=None, lazily=False, trainer=None, parts=1):
     alone = Run(kind, execution, lazily=lazily, **(trainer or {})).train(parts=parts)
     run = Run(kind, execution, lambda m: DDP(m, **(settings or {})), (rank, world), lazily, **(trainer or {}))
     wrapper, reducer = run.called, run.called.reducer
@@ -45,12 +47,12 @@ SETTINGS = {
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_every_setting_of_the_wrapper(two, settings):
-    equal(two.run(like_one_process, "gated", "graph", SETTINGS[settings]))
+    equal(two.run(like_one_process, "glu", "graph", SETTINGS[settings]))
 
 
 @pytest.mark.parametrize(
     ("kind", "execution", "settings"),
-    [("gated", "module", "static_graph"), ("llama", "graph", "find_unused"), ("gpt2", "graph", "bucket_view")],
+    [("glu", "module", "static_graph"), ("llama", "graph", "find_unused"), ("gpt2", "graph", "bucket_view")],
 )
 def test_models_and_executions_captured_in_the_first_step(two, kind, execution, settings):
     equal(two.run(like_one_process, kind, execution, SETTINGS[settings], True))
@@ -61,7 +63,7 @@ def test_models_and_executions_captured_in_the_first_step(two, kind, execution, 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("lazily", [False, True])
 @pytest.mark.parametrize("execution", ["graph", "module"])
-@pytest.mark.parametrize("kind", ["gated", "llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["glu", "llama", "gpt2", "vit"])
 def test_all_of_them(two, kind, execution, settings, lazily):
     equal(two.run(like_one_process, kind, execution, SETTINGS[settings], lazily))
 
@@ -79,18 +81,18 @@ HOW = {
 @pytest.mark.parametrize("how", HOW)
 def test_every_way_to_decide(two, how):
     """Activations are scored call by call, and each rank makes one of its own."""
-    equal(two.run(like_one_process, "gated", "graph", {}, False, HOW[how], 2 if how == "activation" else 1))
+    equal(two.run(like_one_process, "glu", "graph", {}, False, HOW[how], 2 if how == "activation" else 1))
 
 
 def test_four_ranks():
     with Crew(4) as four:
-        equal(four.run(like_one_process, "gated", "graph", {"find_unused_parameters": True}))
+        equal(four.run(like_one_process, "glu", "graph", {"find_unused_parameters": True}))
 
 
 def by_hand(rank, world):
     """A wrapper of more than the model, found by the model in it; gradients right after the shrink are reduced."""
     torch.manual_seed(0)
-    model = ecospa_fx.compile(gated(), example_kwargs=part(batch("gated", 0), rank, world))
+    model = ecospa_fx.compile(made("glu"), example_kwargs=part(batch("glu", 0), rank, world))
     around = nn.ModuleDict({"net": model, "scale": nn.Linear(1, 1, bias=False).double()})
     around.forward = lambda given: model(**given) * around["scale"].weight.sum()
     wrapper = DDP(around)
@@ -98,7 +100,7 @@ def by_hand(rank, world):
     wrapper.register_forward_hook(lambda *_: seen.append(1))
     optimizer = torch.optim.AdamW(wrapper.parameters(), lr=1e-2)
     for step in range(4):
-        wrapper(part(batch("gated", step), rank, world)).backward()
+        wrapper(part(batch("glu", step), rank, world)).backward()
         grads = [p.grad for p in wrapper.parameters()]
         assert differ(grads) == 0.0 and all(g is not None for g in grads)
         optimizer.step()
@@ -120,7 +122,7 @@ def accumulated(rank, world, settings):
 
     def train(run, wrapped):
         for step in range(10):
-            whole = batch("gated", step)
+            whole = batch("glu", step)
             for number in range(2):
                 given = {k: v[number * 6 : number * 6 + 6] for k, v in whole.items()}
                 given = part(given, *run.of)
@@ -204,8 +206,8 @@ def test_optimizer_state_in_parts(two, score):
 
 
 def refused(rank, world):
-    def made():
-        model = ecospa_fx.compile(gated(), example_kwargs=batch("gated", 0))
+    def fresh():
+        model = ecospa_fx.compile(made("glu"), example_kwargs=batch("glu", 0))
         return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
     def delayed(model):
@@ -214,13 +216,13 @@ def refused(rank, world):
 
     texts, unchanged = [], []
     for wrap in (delayed, powered):
-        model, optimizer = made()
+        model, optimizer = fresh()
         wrapper = wrap(model)
         keeps = {c: torch.arange(4) for c in ecospa_fx.couplings(model)}
         texts.append(said(ecospa_fx.shrink, model, keeps, optimizer=optimizer))
         texts.append(said(ecospa_fx.EcoSpaTrainer, wrapper, optimizer))
         unchanged.append(not ecospa_fx.plan(model).kept)
-    model, optimizer = made()
+    model, optimizer = fresh()
     wrapper = DDP(model)
     texts.append(said(ecospa_fx.EcoSpaTrainer, wrapper, optimizer, gradients="backward"))
     texts.append(said(ecospa_fx.CoupledEstimator(model).attach_backward))
@@ -243,11 +245,11 @@ def test_settings_that_cannot_follow_are_refused_by_name(two):
     (delayed, same, power, also, backward, by_hand, view, size), unchanged = first
     assert unchanged and delayed == same and power == also and backward == by_hand
     assert delayed == (
-        "WrapperError: GatedNet is wrapped in DistributedDataParallel with delay_all_reduce_named_params, whose one "
+        "WrapperError: GLU is wrapped in DistributedDataParallel with delay_all_reduce_named_params, whose one "
         "buffer of gradients would keep its size when the model shrinks; leave it out"
     )
     assert power == (
-        "WrapperError: GatedNet is wrapped in DistributedDataParallel with the communication hook powerSGD_hook, whose "
+        "WrapperError: GLU is wrapped in DistributedDataParallel with the communication hook powerSGD_hook, whose "
         "PowerSGDState holds tensors at the sizes of the gradient buckets, which would keep them when the model "
         "shrinks; use one without such a state, such as fp16_compress_hook"
     )
@@ -271,7 +273,7 @@ def joined(rank, world):
     run = Run(wrap=DDP, of=(rank, world))
     with Join([run.called]):
         for step in range(3 + rank):
-            loss = loss_of(run.called, part(batch("gated", step), rank, world))
+            loss = loss_of(run.called, part(batch("glu", step), rank, world))
             loss.backward()
             run.optimizer.step()
             run.optimizer.zero_grad()
@@ -279,7 +281,7 @@ def joined(rank, world):
     ecospa_fx.shrink(run.model, {c: torch.arange(9) for c in ecospa_fx.couplings(run.model)}, optimizer=run.optimizer)
     with Join([run.called]):
         for step in range(3 + rank):
-            loss_of(run.called, part(batch("gated", step), rank, world)).backward()
+            loss_of(run.called, part(batch("glu", step), rank, world)).backward()
             run.optimizer.step()
             run.optimizer.zero_grad()
     return before != [p.shape for p in run.model.parameters()], differ(list(run.model.parameters()))
@@ -287,3 +289,60 @@ def joined(rank, world):
 
 def test_ranks_with_fewer_batches(two):
     assert two.run(joined) == [(True, 0.0)] * 2
+
+
+def apart_from_others(rank, world):
+    """Two ranks train one model over a group of their own, the third trains another model, and shrinks it alone."""
+    pair = dist.new_group([0, 1])
+    if rank == 2:
+        alone = Run(target=0.6).train()
+        return len(alone.trainer.history), 0.0, 0.0
+    run = Run(wrap=lambda m: DDP(m, process_group=pair), of=(rank, 2)).train()
+    theirs = [torch.zeros_like(p) for p in run.model.parameters()]
+    for p, other in zip(run.model.parameters(), theirs):
+        both = [torch.zeros_like(p), torch.zeros_like(p)]
+        dist.all_gather(both, p.detach(), group=pair)
+        other.copy_(both[1 - rank])
+    judge = Run().train()
+    apart = [(p - q).abs().max().item() for p, q in zip(run.model.parameters(), judge.model.parameters())]
+    between = [(p - q).abs().max().item() for p, q in zip(run.model.parameters(), theirs)]
+    return len(run.trainer.history), max(apart), max(between)
+
+
+def test_only_the_ranks_of_the_wrapper_decide():
+    with Crew(3) as three:
+        for shrinks, apart, between in three.run(apart_from_others):
+            assert shrinks == 2 and apart < 1e-12 and between == 0.0
+
+
+class Normed(nn.Module):
+    """Buffers that shrink, which the wrapper sends from the first rank to all in each forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm, self.down = nn.Conv1d(3, 12, 1), nn.BatchNorm1d(12), nn.Conv1d(12, 3, 1)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.norm(self.up(x))))
+
+
+def with_buffers(rank, world):
+    torch.manual_seed(0)
+    model = ecospa_fx.compile(Normed().double())
+    wrapper = DDP(model)
+    optimizer = torch.optim.AdamW(wrapper.parameters(), lr=1e-2)
+    trainer = ecospa_fx.EcoSpaTrainer(wrapper, optimizer, target=0.6, start=2, interval=2)
+    for step in range(7):
+        x = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(10 * step + rank), dtype=torch.float64)
+        (wrapper(x) - x).square().mean().backward()
+        optimizer.step()
+        trainer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        wrapper(torch.zeros(2, 3, 5, dtype=torch.float64))  # sends the buffers
+    before = differ(list(model.parameters()))
+    return before, model.norm.running_mean.shape[0] < 12, trainer.done
+
+
+def test_buffers_are_sent_at_their_new_sizes(two):
+    assert two.run(with_buffers) == [(0.0, True, True)] * 2

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from crew import Crew
-from tiny import KINDS, SCHEDULE, batch, blocks_of, compiled, made, share, trained
+from tiny import KINDS, SCHEDULE, batch, blocks_of, compiled, loss_of, made, share, trained
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -26,17 +26,17 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def crews():
-    """A crew of each size, started when it is asked for."""
-    held = {}
+    """A crew of a size, one at a time: cases of one size come after each other."""
+    held = [Crew(2)]
 
     def of(world):
-        if world not in held:
-            held[world] = Crew(world).__enter__()
-        return held[world]
+        if held[0].world != world:
+            held[0].stop()
+            held[0] = Crew(world)
+        return held[0]
 
     yield of
-    for crew in held.values():
-        crew.stop()
+    held[0].stop()
 
 
 def sharded(model, world, blocks=True, replicate=1, **options):
@@ -50,6 +50,7 @@ def sharded(model, world, blocks=True, replicate=1, **options):
 
 
 def whole(tensor):
+    tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -67,8 +68,7 @@ def alone(kind, execution, regions, world, mixed, evals=(), make=torch.optim.Ada
             inputs = share(batch(kind, step), rank, world)
             inputs = {n: v.to(low) if v.is_floating_point() else v for n, v in inputs.items()}
             cast = {n: p.to(low) for n, p in model.named_parameters()}
-            out = functional_call(model, cast, (), inputs)
-            (out if isinstance(out, torch.Tensor) else out.loss).backward()
+            loss_of(lambda cast=cast, **given: functional_call(model, cast, (), given), inputs).backward()
         for p in model.parameters():
             p.grad /= world
         optimizer.step()
@@ -113,7 +113,7 @@ def beside(rank, world, kind, execution, layout, evals=(), settings=None, optimi
                 wrong.append(f"{name}: {key} is no DTensor like it")
             if b.ndim and layout.get("offload_policy") and a.to_local().device.type != "cpu":
                 wrong.append(f"{name}: {key} is not offloaded")
-            a = whole(a.detach() if isinstance(a, torch.Tensor) else torch.tensor(a))
+            a, b = whole(a), b.detach()
             apart = max(apart, float((a - b).abs().max()) if a.shape == b.shape else float("inf"))
     return apart, wrong
 
@@ -131,6 +131,8 @@ QUICK = [
     ("vit", "module", "kept gathered"),
 ]
 ALL = [(k, e, layout) for layout in LAYOUTS for k in KINDS for e in ("graph", "module")]
+for cases in (QUICK, ALL):
+    cases.sort(key=lambda case: LAYOUTS[case[2]][0])
 
 
 def check(crews, case, *more):

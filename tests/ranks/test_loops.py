@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from crew import Crew, differ
-from rank_models import GatedNet, gated
 from test_huggingface import Data
+from tiny import GLU, made
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -75,7 +75,7 @@ def accelerate(rank, world, find_unused):
     data = torch.randn(48, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     keywords = DistributedDataParallelKwargs(find_unused_parameters=find_unused)
     accelerator = Accelerator(cpu=True, kwargs_handlers=[keywords], gradient_accumulation_steps=2)
-    model = ecospa_fx.compile(gated())
+    model = ecospa_fx.compile(made("glu"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model, optimizer, loader = accelerator.prepare(
         model, optimizer, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(data), batch_size=2)
@@ -111,7 +111,7 @@ def lightning_ddp(rank, world, out):
         def __init__(self):
             super().__init__()
             torch.manual_seed(0)
-            self.model, self.drop = GatedNet(), nn.Dropout(0.2)
+            self.model, self.drop = GLU(), nn.Dropout(0.2)
 
         def training_step(self, given, number):
             return self.drop(self.model(given)).square().mean()

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from crew import Crew, differ, said
-from rank_models import Run, batch, loss_of, part
+from rank_models import Run
+from tiny import batch, loss_of
+from tiny import share as part
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -30,7 +32,7 @@ def told_own_losses(rank, world):
     for step in range(12):
         bump = 0.5 * (2 <= step < 6)
         for one, more in ((run, 2 * rank * bump), (alone, bump)):
-            loss = loss_of(one.called, part(batch("gated", step), *one.of))
+            loss = loss_of(one.called, part(batch("glu", step), *one.of))
             loss.backward()
             one.optimizer.step()
             one.trainer.step(loss=loss + more)
@@ -49,7 +51,7 @@ def counted_in_tokens(rank, world):
     """The tokens of all ranks count, of which one has more."""
     run = run_of(rank, world, unit="tokens", interval=60, start=40, end=130)
     for step in range(8):
-        loss_of(run.called, part(batch("gated", step), rank, world)).backward()
+        loss_of(run.called, part(batch("glu", step), rank, world)).backward()
         run.optimizer.step()
         run.trainer.step(tokens=7 + 6 * rank)
         run.optimizer.zero_grad()
@@ -116,7 +118,7 @@ def one_raises(rank, world, who, where):
     run = run_of(rank, world, optimizer=lambda parameters: make(parameters, lr=1e-2))
     if where == "callback" and rank == who:
         run.trainer.before_shrink = lambda *_: 1 / 0
-    loss_of(run.called, part(batch("gated", 0), rank, world)).backward()
+    loss_of(run.called, part(batch("glu", 0), rank, world)).backward()
     run.optimizer.step()
     run.trainer.step()
     before = [each.clone() for each in run.state()]
@@ -140,7 +142,7 @@ def one_raises(rank, world, who, where):
     same = all(torch.equal(a, b) for a, b in zip(before, run.state()))
     same = same and plan == run.kept() and shapes == [p.shape for p in run.model.parameters()]
     run.optimizer.zero_grad()
-    loss_of(run.called, part(batch("gated", 1), rank, world)).backward()
+    loss_of(run.called, part(batch("glu", 1), rank, world)).backward()
     return text, same and not run.trainer.history, differ([p.grad for p in run.model.parameters()])
 
 

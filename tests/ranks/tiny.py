@@ -98,8 +98,15 @@ def share(whole, rank, world):
 
 
 def loss_of(model, inputs):
-    out = model(**inputs)
-    return out if isinstance(out, torch.Tensor) else out.loss
+    """Compute the loss in the dtype of the model: the losses of transformers are in float32."""
+    given, labels = dict(inputs), inputs["labels"]
+    if "x" in given:
+        return model(**given)
+    del given["labels"]
+    logits = model(**given).logits
+    if logits.ndim == 3:  # of each token the next one
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return F.cross_entropy(logits, labels)
 
 
 def blocks_of(model):
@@ -110,7 +117,10 @@ def blocks_of(model):
 
 
 def compiled(model, kind, part=lambda whole: whole, **options):
-    return ecospa_fx.compile(model, example_kwargs=part(batch(kind, 0, next(model.parameters()).dtype)), **options)
+    given = part(batch(kind, 0, next(model.parameters()).dtype))
+    if kind != "glu":
+        del given["labels"]
+    return ecospa_fx.compile(model, example_kwargs=given, **options)
 
 
 def trained(model, optimizer, trainer, kind, part=lambda whole: whole, steps=10, first=0, clip=None, evals=()):
