@@ -52,6 +52,7 @@ docs: $(TEST_READY)  ## build the documentation site in build/site
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 bench: $(TEST_READY)  ## run the benchmarks; ARGS="..." goes to bench/rewrite.py
+	PYTHONPATH=bench $(RUN) bench/perf.py
 	PYTHONPATH=bench $(RUN) bench/explain.py
 	PYTHONPATH=bench $(RUN) bench/coverage.py
 	PYTHONPATH=bench $(RUN) bench/rewrite.py $(ARGS)

@@ -203,12 +203,16 @@ def region_calls() -> Iterator[Row]:
     plain, ids = gpt2(), tokens(2, 16)
     for regions in ("root", "blocks"):
         model = ecospa_fx.compile(copy.deepcopy(plain), example_inputs=(ids,), regions=regions)
-        caches = [each(ids, use_cache=True).past_key_values for each in (model, plain)]
-        token = [
-            _forward(each, (ids[:, :1],), {"past_key_values": cache, "use_cache": True})
-            for each, cache in zip((model, plain), caches, strict=True)
-        ]
-        yield f"token with a cache, GPT-2 by {regions}", "plain", *token, None
+        yield f"token with a cache, GPT-2 by {regions}", "plain", _tokens(model, ids), _tokens(plain, ids), None
+
+
+def _tokens(model: nn.Module, ids: Tensor, count: int = 20) -> Call:
+    def run() -> float:
+        with torch.no_grad():
+            cache = model(ids, use_cache=True).past_key_values
+            return seconds(lambda: model(ids[:, :1], cache=cache, use_cache=True), count)
+
+    return run
 
 
 def _forward(model: nn.Module, args: Any, kwargs: Any, share: int = 1, repeats: int = 20) -> Call:
@@ -252,15 +256,19 @@ def steps() -> Iterator[Row]:
 
 
 def explanations() -> Iterator[Row]:
-    """LLaMA-70B on the meta device, beside one forward of it."""
+    """LLaMA-70B on the meta device, beside making it there."""
     fields = {
         "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
         "num_key_value_heads": 8,
     }  # fmt: skip
-    with torch.device("meta"):
-        model, ids = llama(**fields), torch.zeros(2, 16, dtype=torch.long)
+
+    def made() -> nn.Module:
+        with torch.device("meta"):
+            return llama(**fields)
+
+    model, ids = made(), torch.zeros(2, 16, dtype=torch.long, device="meta")
     explain = lambda: seconds(lambda: ecospa_fx.explain(model, example_inputs=(ids,)))  # noqa: E731
-    yield "explain LLaMA-70B on meta", "a forward on meta", explain, _forward(model, (ids,), {}, repeats=1), 2.0
+    yield "explain LLaMA-70B on meta", "to make it there", explain, lambda: seconds(made), 2.0
 
 
 PARTS = {part.__name__: part for part in (starts, captures, region_calls, steps, explanations)}
