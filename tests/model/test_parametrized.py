@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
-from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.nn.utils.parametrizations import orthogonal, weight_norm
 
 import ecospa_fx
 from ecospa_fx.errors import NoCouplingError
@@ -62,7 +62,7 @@ def test_the_call_that_is_named_undoes_it(change, originals):
 
 def test_a_model_without_couplings_says_what_to_remove():
     model = Net()
-    spectral_norm(model.up), spectral_norm(model.down)
+    orthogonal(model.up), orthogonal(model.down)
     with pytest.raises(NoCouplingError) as caught:
         ecospa_fx.compile(model, example_inputs=(X,))
     assert str(caught.value).endswith(
@@ -85,7 +85,7 @@ class Running(nn.Module):
 
 def test_so_does_a_refusal_that_it_has_caused_and_no_other():
     model = nn.Sequential(Net(), Running())
-    spectral_norm(model[0].down)
+    orthogonal(model[0].down)
     reasons = {refusal.size: refusal.reasons for refusal in ecospa_fx.explain(model, example_inputs=(X,)).refusals}
     way_out = (
         "remove the parametrization first: torch.nn.utils.parametrize.remove_parametrizations("
