@@ -7,7 +7,7 @@ tensors of one step -> SliceTotals -> SliceSums, one launch -> means per (parame
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.model.lookup import couplings, is_captured, plan
+from ecospa_fx.ranks.fsdp2 import reshard
 
-from .slices import SliceKey, SliceSums
+from .slices import SliceKey, SliceSums, counts_here
 
 
 @dataclass
@@ -218,22 +219,31 @@ class SliceTotals:
             self._slices.zero()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the sums by name, at the sizes of the model now."""
+        """Return the sums by name, at the sizes of the model now.
+
+        Where parameters are sharded these are the sums over all ranks, and every rank must call it.
+        """
+        reshard(self.model)
+        whole: Callable[[Mapping[SliceKey, Tensor]], Mapping[SliceKey, Tensor]] = lambda sums: sums  # noqa: E731
         if self.sums and is_captured(self.model):
-            self.current()  # without what a shrink since then has removed
-        named = {label_of(key): sums for key, sums in self.sums.items()}
+            slices = self.current()  # without what a shrink since then has removed
+            whole = slices.whole if slices.sharded else whole
+        named = {label_of(key): sums for key, sums in whole(self.sums).items()}
         for i, step in enumerate(self.rule.steps):
-            named |= {f"step {i}: {label_of(key)}": sums for key, sums in step.items()}
+            named |= {f"step {i}: {label_of(key)}": sums for key, sums in whole(step).items()}
         return named
 
     def load_tensors(self, named: Mapping[str, Tensor]) -> None:
-        """Go on with the sums that `tensors` returned."""
+        """Go on with the sums that `tensors` returned; where parameters are sharded they count on one rank."""
+        reshard(self.model)
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         whole: dict[SliceKey, Tensor] = {}
         steps: dict[int, dict[SliceKey, Tensor]] = {}
         for name, tensor in named.items():
             step, _, label = name.rpartition(": ")
             sums = steps.setdefault(int(step.split()[1]), {}) if step else whole
-            sums[key_of(label)] = tensor
+            key = key_of(label)
+            sums[key] = tensor if counts_here(parameters.get(key[0])) else torch.zeros_like(tensor)
         self.sums = whole
         self.rule.steps.clear()
         self.rule.steps.extend(steps[i] for i in sorted(steps))
@@ -258,7 +268,10 @@ class SliceTotals:
 
         for key, old in carried.items():
             slices.views[key].copy_(remaining(key, old))
-        steps = [{key: remaining(key, old) for key, old in s.items() if key in slices.views} for s in self.rule.steps]
+        steps = [
+            {key: remaining(key, old).to(slices.views[key].device) for key, old in step.items() if key in slices.views}
+            for step in self.rule.steps
+        ]
         self.rule.steps = deque(steps, maxlen=self.rule.steps.maxlen)
         self.sums = {key: slices.views[key] for key in carried}
         self._slices, self._built_for, self._positions = slices, (first, self.sums), kept
