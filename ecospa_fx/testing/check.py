@@ -238,16 +238,16 @@ def difference(parameters: Iterable[str], expected: Results, found: Results) -> 
     scale = max((float(g.abs().max()) for g in expected[1] if g is not None and g.numel()), default=0.0)
     names = [*parameters]
     names += [f"argument {i}" for i in range(len(expected[1]) - len(names))]
-    for name, a, b in zip(names, *(gradients for _, gradients in (expected, found)), strict=True):
-        if a is None or b is None:
-            if any(gradient is not None and bool(gradient.any()) for gradient in (a, b)):
+    for name, full, cut in zip(names, expected[1], found[1], strict=True):
+        if full is None or cut is None:
+            if any(gradient is not None and bool(gradient.any()) for gradient in (full, cut)):
                 return f"the gradient of {name} is missing on one side"
             continue
-        if not bool(a.isfinite().all()):
+        if not bool(full.isfinite().all()):
             return None
-        largest = float(a.abs().max())
-        if a.shape != b.shape or float((a - b).abs().max()) > TOLERANCE * max(largest, 1e-3 * scale):
-            return f"the gradient of {name} by {relative_error(a, b):.1e}"
+        largest = float(full.abs().max())
+        if full.shape != cut.shape or float((full - cut).abs().max()) > TOLERANCE * max(largest, 1e-3 * scale):
+            return f"the gradient of {name} by {relative_error(full, cut):.1e}"
     return ""
 
 

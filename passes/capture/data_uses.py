@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -43,9 +44,9 @@ class DataUses(TorchFunctionMode):
 
 def _line() -> str:
     """Return the line that runs, of code that is neither torch's nor this library's: ` at model.py:41`."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and foreign_code(frame.f_globals.get("__name__")):
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return "" if frame is None else f" at {Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
