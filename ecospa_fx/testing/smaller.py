@@ -91,7 +91,7 @@ def _choice(coupling: RegionCoupling, width: int, count: int, rng: random.Random
 
 
 def _small(
-    program: RandomProgram, model: nn.Module, keep: Mapping[str, Mapping[int, Tensor]], shapes: Sequence[torch.Size]
+    program: RandomProgram, model: nn.Module, keep: Mapping[str, dict[int, Tensor]], shapes: Sequence[torch.Size]
 ) -> nn.Module | None:
     """Build a smaller module with what is left of the tensors of a model; None if it would have other sizes."""
     try:

@@ -54,7 +54,7 @@ def _arguments(op: Any, without: list[str] | tuple[()] = ()) -> list[tuple[str, 
 
 
 def _replace(graph: fx.Graph, node: fx.Node, plain: Any, names: list[str], call: Callable[..., fx.Node]) -> None:
-    outs = [node.kwargs[name] for name in names]
+    outs: list[Any] = [node.kwargs[name] for name in names]
     kwargs = {key: value for key, value in node.kwargs.items() if key not in names}
     with graph.inserting_before(node):
         results = call(graph, plain, node.args, node, kwargs)
@@ -68,7 +68,8 @@ def _replace(graph: fx.Graph, node: fx.Node, plain: Any, names: list[str], call:
         copies = [call(graph, aten.copy_.default, (out, result), node) for out, result in zip(outs, made, strict=True)]
     if len(names) > 1:
         for user in list(node.users):
-            user.replace_all_uses_with(copies[user.args[1]])
+            number: Any = user.args[1]
+            user.replace_all_uses_with(copies[number])
             graph.erase_node(user)
     else:
         node.replace_all_uses_with(copies[0])
