@@ -29,7 +29,7 @@ demo: $(TEST_READY)  ## run the demo; ARGS="..." is passed on
 test: $(TEST_READY)  ## run the tests, the long sweeps left out; ARGS="..." goes to pytest
 	$(RUN) -m pytest -n auto $(ARGS)
 
-fuzz: $(TEST_READY)  ## check the first N random programs of SEED against masking
+fuzz: $(TEST_READY)  ## check the first N random programs of SEED against masking and smaller ones
 	$(RUN) -m ecospa_fx.testing.fuzz $(N) --seed $(SEED) $(ARGS)
 
 fuzz-state: $(TEST_READY)  ## check N stateful modules in loops of SEED beside the plain ones

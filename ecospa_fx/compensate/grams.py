@@ -193,7 +193,7 @@ class Grams:
     def receive(self, known: list[GramInput | ProductSite], values: Sequence[Tensor]) -> None:
         """Add up what one call shows."""
         given = iter(values)
-        if not known:
+        if not known or values[0].is_meta:  # a tensor of the meta device has no entries to add up
             return
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(values[0].device.type, enabled=False):
             for place in known:

@@ -16,8 +16,8 @@ from ecospa_fx.errors import CaptureError, EcoSpaError, NotNowError, PinnedAxisE
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of, size_of
 from ecospa_fx.passes.axes.selection import Selected, Selection
+from ecospa_fx.passes.capture.first_call import after_first_call, make
 from ecospa_fx.passes.capture.hooks import backward_hooked, calls_itself, inner_hooks
-from ecospa_fx.passes.capture.rehearse import make
 from ecospa_fx.passes.find.analyse import Analysis, analyse_once, shared_outside
 from ecospa_fx.passes.find.discover import Discovery, discover
 from ecospa_fx.passes.find.numbers import with_numbers
@@ -323,6 +323,13 @@ class Region:
                 with swapped(module, originals.values()):
                     self.follow(module, numbers_in(module))
                 self.specializations = []
+        if analysis.first_only is not None and self.shrunk:
+            named = self._named()
+            raise NotNowError(
+                f"{named} sets `{analysis.filled[0].where}` in its first call of this kind, and {analysis.first_only}, "
+                f"which its graph of later calls would not; {named} has shrunk, and its own Python is of the "
+                "original sizes. Make such a call before the first shrink"
+            )
         self._fills = analysis.filled
         number = len(self.specializations) + 1
         if number > 1:
@@ -389,7 +396,8 @@ class Region:
     def follow(self, module: nn.Module, numbers: Set[tuple[type, str]]) -> None:
         """Find the couplings that its own Python can follow; `module` must have its original sizes."""
         graphs = [(each.axis_facts, each.discovery) for each in self.specializations]
-        self.python_support = follow(module, graphs, own_forward(module, REGION), numbers)
+        with after_first_call(module, self._fills):
+            self.python_support = follow(module, graphs, own_forward(module, REGION), numbers)
 
     def follows_as(self, other: Region, module: nn.Module) -> bool:
         """Decide whether the Python support of `other` is that of this region too: same graphs, same integers."""
@@ -449,6 +457,7 @@ class Region:
         """Add the specialization of an analysis; without a program it can be asked but not run."""
         program = program or Program(analysis.captured, analysis.axis_facts, None, (), "")
         self.specializations.append(Specialization(program, analysis.discovery))
+        self._fills = analysis.filled
         self.state.forget_couplings()
 
     def _named(self) -> str:

@@ -65,6 +65,8 @@ class Tally:
         shrinkable: programs with couplings.
         comparisons: comparisons of shrunk with masked programs.
         twins: comparisons of shrunk programs with zeroed weights, where these apply.
+        smaller: comparisons of sized programs with the same at smaller sizes, see `check_smaller`.
+        reduced: those in which an average, a norm, a maximum or a softmax runs over what has shrunk.
         exported: programs that went through torch.export too.
         kinds: couplings found, by kind.
         missing: programs with an op that has no rule, by op.
@@ -74,6 +76,8 @@ class Tally:
     shrinkable: int = 0
     comparisons: int = 0
     twins: int = 0
+    smaller: int = 0
+    reduced: int = 0
     exported: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     missing: Counter[str] = field(default_factory=Counter)
@@ -83,7 +87,8 @@ class Tally:
         missing = ", ".join(f"{op} ({count})" for op, count in self.missing.most_common())
         return (
             f"{self.programs} programs ({self.exported} through torch.export too), {self.shrinkable} with couplings "
-            f"({kinds}); {self.comparisons} comparisons with masking, {self.twins} with zeroed weights; "
+            f"({kinds}); {self.comparisons} comparisons with masking, {self.twins} with zeroed weights, "
+            f"{self.smaller} with plain modules of smaller sizes ({self.reduced} of them reduce what shrinks); "
             f"ops without a rule: {missing or 'none'}"
         )
 
@@ -182,9 +187,6 @@ def _differs_from_zeroed(
     axis_facts: AxisFacts, kept: Selection, model: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Tensor, ...]
 ) -> str | None:
     """Describe how a shrunk program differs from zeroed weights; `""` if it does not, None if that says nothing."""
-    captured = axis_facts.captured
-    parameters = {captured.tensors[name] for name in captured.parameters}
-    masks_of = _masks(axis_facts, kept)
     zeroed = _zeroed(axis_facts, kept, tensors)
     if not _zero_at_contractions(axis_facts, kept, zeroed, args):
         return None
@@ -192,37 +194,67 @@ def _differs_from_zeroed(
     with torch.no_grad():
         for name, tensor in named_tensors(twin).items():
             tensor.copy_(zeroed[name])
-    named = dict(twin.named_parameters())
+    expected, gradients = of_plain(twin, args)
+    keep = positions_of(axis_facts, kept)
+    names = [name for name, _ in twin.named_parameters()]
+    for i, name in enumerate(names):
+        gradient = gradients[i]
+        gradients[i] = None if gradient is None else sliced(gradient, keep.get(name, {}))
+    return difference(names, (expected, gradients), of_shrunk(axis_facts, kept, model, tensors, args))
+
+
+Results = tuple[list[Tensor], list[Tensor | None]]  # outputs, and gradients of parameters and then of arguments
+
+
+def of_plain(model: nn.Module, args: tuple[Tensor, ...]) -> Results:
+    """Run a plain module."""
     inputs = [arg.clone().requires_grad_(arg.is_floating_point()) for arg in args]
-    expected, gradients = _results(twin(*inputs), [*named.values(), *inputs])
-    keep = {name: {dim: mask.nonzero().flatten() for dim, mask in masks.items()} for name, masks in masks_of.items()}
+    return _results(model(*inputs), [*model.parameters(), *inputs])
+
+
+def of_shrunk(
+    axis_facts: AxisFacts, kept: Selection, model: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Tensor, ...]
+) -> Results:
+    """Run the program of a module in which only some entries are left."""
+    captured, keep = axis_facts.captured, positions_of(axis_facts, kept)
+    parameters = {captured.tensors[name] for name in captured.parameters}
     small = {n: sliced(t, keep.get(n, {})).clone().requires_grad_(n in parameters) for n, t in tensors.items()}
     for name, first in captured.same_storage.items():
         small[name] = small[first]
     program = rewrite(axis_facts, kept, model)
-    small_inputs = [arg.clone().requires_grad_(arg.is_floating_point()) for arg in args]
+    inputs = [arg.clone().requires_grad_(arg.is_floating_point()) for arg in args]
     with forked_rng(model), swapped(model, small):
-        outputs = program.run(model, *small_inputs, *program.constants)
-    actual, small_gradients = _results(outputs, [*(small[name] for name in named), *small_inputs])
-    for i, (a, b) in enumerate(zip(expected, actual, strict=True)):
+        outputs = program.run(model, *inputs, *program.constants)
+    return _results(outputs, [*(small[name] for name, _ in model.named_parameters()), *inputs])
+
+
+def difference(parameters: Iterable[str], expected: Results, found: Results) -> str | None:
+    """Describe how results differ; `""` if they do not, None if what is expected is not finite."""
+    for i, (a, b) in enumerate(zip(expected[0], found[0], strict=True)):
         if not bool(a.isfinite().all()):
             return None
         if output_error(a, b) > TOLERANCE:
             return f"output {i} by {output_error(a, b):.1e}"
-    scale = max((float(g.abs().max()) for g in gradients if g is not None and g.numel()), default=0.0)
-    names = [*named, *(f"argument {i}" for i in range(len(args)))]
-    for name, full, cut in zip(names, gradients, small_gradients, strict=True):
+    scale = max((float(g.abs().max()) for g in expected[1] if g is not None and g.numel()), default=0.0)
+    names = [*parameters]
+    names += [f"argument {i}" for i in range(len(expected[1]) - len(names))]
+    for name, full, cut in zip(names, expected[1], found[1], strict=True):
         if full is None or cut is None:
             if any(gradient is not None and bool(gradient.any()) for gradient in (full, cut)):
                 return f"the gradient of {name} is missing on one side"
             continue
-        a = sliced(full, keep.get(name, {}))
-        if not bool(a.isfinite().all()):
+        if not bool(full.isfinite().all()):
             return None
-        largest = float(a.abs().max())
-        if a.shape != cut.shape or float((a - cut).abs().max()) > TOLERANCE * max(largest, 1e-3 * scale):
-            return f"the gradient of {name} by {relative_error(a, cut):.1e}"
+        largest = float(full.abs().max())
+        if full.shape != cut.shape or float((full - cut).abs().max()) > TOLERANCE * max(largest, 1e-3 * scale):
+            return f"the gradient of {name} by {relative_error(full, cut):.1e}"
     return ""
+
+
+def positions_of(axis_facts: AxisFacts, kept: Selection) -> dict[str, dict[int, Tensor]]:
+    """Return the positions that are left of each tensor, along each dim that loses entries."""
+    masks = _masks(axis_facts, kept).items()
+    return {name: {dim: mask.nonzero().flatten() for dim, mask in of_dims.items()} for name, of_dims in masks}
 
 
 def _masks(axis_facts: AxisFacts, kept: Selection) -> dict[str, dict[int, Tensor]]:

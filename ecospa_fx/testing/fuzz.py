@@ -1,5 +1,7 @@
 """Fuzzing: thousands of random programs, with everything found in them checked against masking.
 
+Beside each of them goes a sized one, which is checked against the same program at smaller sizes.
+
     python -m ecospa_fx.testing.fuzz 10000 --seed 0
 
 It prints the smallest program of each kind of failure as runnable code, and exits with 1 if there is any.
@@ -13,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,6 +25,8 @@ from .check import Failure, Tally, check
 from .exact import assert_exact
 from .programs import RandomProgram, minimise
 from .random_program import random_program
+from .sized import sized_program
+from .smaller import check_smaller
 
 EXPORTED = "exported"
 ROUND = 500  # programs between two progress lines
@@ -37,12 +41,15 @@ class FuzzFailure:
     number: int
     program: RandomProgram
     failure: Failure
+    sized: bool = False
 
     def __str__(self) -> str:
         return f"# program {self.number} of seed {self.seed}, minimised: {self.failure}\n{self.source()}"
 
     def source(self) -> str:
         """Return the program, and the code that shows its failure."""
+        if self.sized:
+            return self.program.source()  # the failure says which number is which in the smaller one
         if self.failure.kind == EXPORTED:
             test = 'from ecospa_fx.testing import assert_exact\n\nassert_exact(model, args, regions="root")'
         else:
@@ -54,6 +61,11 @@ class FuzzFailure:
 def program_number(seed: int, number: int) -> RandomProgram:
     """Make a program, which is the same for the same two numbers."""
     return random_program(random.Random(f"{seed}/{number}"))
+
+
+def sized_number(seed: int, number: int) -> RandomProgram:
+    """Make a sized program, which is the same for the same two numbers."""
+    return sized_program(random.Random(f"{seed}/{number}"))
 
 
 def check_exported(program: RandomProgram) -> Failure | None:
@@ -87,6 +99,10 @@ def fuzz(numbers: Sequence[int], seed: int, tally: Tally, every: int = 0) -> Ite
             failure = check_exported(program)
         if failure is not None:
             yield FuzzFailure(seed, number, program, failure)
+        program = sized_number(seed, number)
+        failure = check_smaller(program, tally, seed=number)
+        if failure is not None:
+            yield FuzzFailure(seed, number, program, failure, sized=True)
 
 
 def smallest(failed: FuzzFailure) -> FuzzFailure:
@@ -97,10 +113,12 @@ def smallest(failed: FuzzFailure) -> FuzzFailure:
         return failure is not None and failure.kind == failed.failure.kind
 
     def check_again(program: RandomProgram) -> Failure | None:
+        if failed.sized:
+            return check_smaller(program, seed=failed.number)
         return check_exported(program) if failed.failure.kind == EXPORTED else check(program, seed=failed.number)
 
     program = minimise(failed.program, fails, patience=100 if failed.failure.kind == EXPORTED else 1000)
-    return FuzzFailure(failed.seed, failed.number, program, check_again(program) or failed.failure)
+    return replace(failed, program=program, failure=check_again(program) or failed.failure)
 
 
 def parser_of(prog: str, description: str) -> argparse.ArgumentParser:

@@ -52,9 +52,9 @@ def _draw(w: Writer, kinds: Sequence[str], most: int) -> None:
     table = [(step, weight) for step, weight, kind in MOVES if not kinds or kind in kinds]
     for _ in range(w.rng.randint(1, most)):
         (step,) = w.rng.choices([step for step, _ in table], [weight for _, weight in table])
-        _try(w, step)
+        attempt(w, step)
     while len(w.values) < 3:
-        _try(w, blocks.mlp)
+        attempt(w, blocks.mlp)
     _end(w)
 
 
@@ -74,14 +74,15 @@ def _begin(w: Writer, kind: str) -> None:
         w.input(f"torch.randn({batch}, {sequence + 1}, {w.size()}, dtype=torch.float64)")
 
 
-def _try(w: Writer, step: Move) -> None:
+def attempt(w: Writer, step: Move) -> None:
+    """Write a move, if a value fits it."""
     with suppress(Dead):
         step(w)
 
 
 def _end(w: Writer) -> None:
     """Add weights after unused values, so that the weights before these have a partner."""
-    for value in _unused(w)[-3:]:
+    for value in unused(w)[-3:]:
         try:
             for _ in range(w.rng.randint(0, 2)):
                 value = w.put(f"{w.hold(f'nn.Linear({value.shape[-1]}, {w.size()})')}({value})")
@@ -91,6 +92,7 @@ def _end(w: Writer) -> None:
             continue
 
 
-def _unused(w: Writer) -> list[Value]:
+def unused(w: Writer) -> list[Value]:
+    """List values that no statement reads."""
     used = w.used()
     return [v for v in w.values if v.floating and v.ndim and v.name not in used and not v.name.startswith("x")]

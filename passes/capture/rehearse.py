@@ -2,7 +2,8 @@
 
     rehearsed(module, call, ...)
       -> code       the functions that run, whose globals a graph depends on
-      -> refuse     a draw from Python's or numpy's generators, which a graph would make once; state that it assigns
+      -> refuse     a draw from Python's or numpy's generators, which a graph would make once; state that it assigns;
+                    other data that it gives to a tensor
       -> (with)     capture goes on in the state in which further calls change nothing: caches are filled
 
 Everything is put back in the end, but for what the forward's own next call would do again.
@@ -15,7 +16,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,15 +36,15 @@ from ecospa_fx.passes.graph.python_state import (
     contents,
     item_of,
     path_of,
-    put_back,
-    put_item,
     same,
 )
 from ecospa_fx.passes.graph.stores import watched_stores
-from ecospa_fx.passes.graph.tensors import at_original_sizes
+from ecospa_fx.passes.graph.tensors import at_original_sizes, storage_key
 from ecospa_fx.passes.ir.region_graph import Assigned, Forward, Originals, described
 from ecospa_fx.passes.ir.state_access import copied_call, flattened
 
+from .data_uses import DataUses, memory_of, other_memory
+from .first_call import after_first_call, first_only
 from .hooks import without_hooks
 from .reads import executed, recorded_reads
 
@@ -56,11 +57,15 @@ class Rehearsal:
         code: the functions that it runs.
         assigned: the places to which every call assigns a tensor.
         filled: the changes that only its first call makes, to caches and hooks.
+        first_only: what its first call does beside these, in words; None if nothing.
+        reads_data: the line at which it reads the data of a tensor; None if it does not.
     """
 
     code: Code = field(default_factory=dict)
     assigned: tuple[Assigned, ...] = ()
     filled: tuple[StateChange, ...] = ()
+    first_only: str | None = None
+    reads_data: str | None = None
 
     @property
     def hooking(self) -> bool:
@@ -92,7 +97,8 @@ def rehearsed(
         originals: see `capture`.
 
     Raises:
-        CaptureError: it draws from Python's or numpy's generators, or changes state that a graph would not change.
+        CaptureError: it draws from Python's or numpy's generators, changes state that a graph would not change, or
+            gives a tensor other data. What is raised inside says so if the forward reads such data.
     """
     if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         raise NotNowError(
@@ -113,34 +119,42 @@ def rehearsed(
             except Exception as error:
                 raise _ForwardFails from error
 
-    with (
-        at_original_sizes(module, originals.values() if originals else None),
-        isolated(module),
-        torch.enable_grad(),
-        uncached_autocast(),
-        _no_garbage_collection(),
-    ):
+    @contextmanager
+    def eager() -> Iterator[None]:
+        with (
+            at_original_sizes(module, originals.values() if originals else None),
+            isolated(module),
+            torch.enable_grad(),
+            uncached_autocast(),
+            _no_garbage_collection(),
+        ):
+            yield
+
+    rehearsal = Rehearsal()
+    with contextlib.suppress(_ForwardFails):  # torch.export says so in words of its own
+        with eager():
+            rehearsal = _effects(module, region, run)
+        for change in rehearsal.filled:
+            registers = isinstance(change.key, tuple) and change.key[0] in TENSORS
+            if registers or is_iterator(change.owner) or isinstance(change.owner, bytearray):
+                raise CaptureError(
+                    f"{described(region)} ({type(module).__name__}) {'registers' if registers else 'changes'} "
+                    f"`{change.where}` in its first call; call the model once before it is compiled"
+                )
+        if rehearsal.filled:
+            rehearsal = replace(rehearsal, first_only=first_only(module, rehearsal.filled, run, eager))
+    with after_first_call(module, rehearsal.filled):
         try:
-            code, first, assigned = _effects(module, region, run)
-        except _ForwardFails:  # torch.export says so in words of its own
-            code, first, assigned = {}, (), ()
-    places = {(place.path, place.name) for place in assigned}
-    filled = tuple(change for change in first if _place(module, change) not in places)
-    for change in filled:
-        registers = isinstance(change.key, tuple) and change.key[0] in TENSORS
-        if registers or is_iterator(change.owner) or isinstance(change.owner, bytearray):
+            yield rehearsal
+        except NotNowError:
+            raise
+        except CaptureError as error:
+            if rehearsal.reads_data is None:
+                raise
             raise CaptureError(
-                f"{described(region)} ({type(module).__name__}) {'registers' if registers else 'changes'} "
-                f"`{change.where}` in its first call; call the model once before it is compiled"
-            )
-    before = PythonState(module)
-    try:
-        before.lend()
-        for change in filled:
-            make(change)
-        yield Rehearsal(code, assigned, filled)
-    finally:
-        before.restore()
+                f"{str(error).rstrip('.')}. It reads the data of a tensor{rehearsal.reads_data} (`.data`), which "
+                "torch.export does not follow: use `.detach()`, which shares its memory too"
+            ) from error
 
 
 def _place(module: nn.Module, change: StateChange) -> tuple[str, str] | None:
@@ -187,13 +201,12 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _effects(
-    module: nn.Module, region: str, run: Callable[[], Any]
-) -> tuple[Code, tuple[StateChange, ...], tuple[Assigned, ...]]:
-    """Run a forward twice; return the functions that it runs, what only its first call changes, and what each assigns.
+def _effects(module: nn.Module, region: str, run: Callable[[], Any]) -> Rehearsal:
+    """Run a forward twice, to see what only its first call changes and what each does.
 
     Raises:
-        CaptureError: it draws from Python's or numpy's generators, or changes state that a graph would not change.
+        CaptureError: it draws from Python's or numpy's generators, changes state that a graph would not change, or
+            gives a tensor other data.
     """
     world = PythonState(module)
     with executed() as seen:
@@ -201,9 +214,9 @@ def _effects(
     # Cells of closures are known from functions, which a frame does not name.
     code = seen | {key: function for key, function in code_of(module).items() if key in seen}
     first = tuple(world.changes())
-    again, draws = PythonState(module, code), Draws()
+    again, draws, memory = PythonState(module, code), Draws(), memory_of(module)
     try:
-        with recorded_reads(module, code) as reads, watched_stores(again) as stores:
+        with recorded_reads(module, code) as reads, watched_stores(again) as stores, DataUses(module) as data:
             run()
         generator = draws.moved(among=("Python", "numpy"))
         if generator:
@@ -211,6 +224,17 @@ def _effects(
                 f"{described(region)} ({type(module).__name__}) draws from the random generator of {generator}"
                 f"{_line(run, draws.state)}, and a graph would hold that one outcome for ever. Draw with torch, or let "
                 "smaller submodules be captured, which do not draw (regions='auto' finds them)"
+            )
+        name = other_memory(memory)
+        if name is not None and data.replaced is None:  # by `set_`, of which no mode hears
+            tensor, _ = memory[name]
+            data.replaced = f"`{name}`", _line(run, lambda: storage_key(tensor))
+        if data.replaced is not None:
+            what, line = data.replaced
+            raise CaptureError(
+                f"{described(region)} ({type(module).__name__}) gives {what} other data{line} at every call, which its "
+                "graph would not follow. Write into it instead, in torch.no_grad(): `.copy_(...)`, or let smaller "
+                "submodules be captured (regions='auto' finds them)"
             )
         assigned = tuple(_assigned(module, region, [*again.changes(), *stores.anew(reads.writes)], run))
         for place in assigned:
@@ -222,7 +246,9 @@ def _effects(
         _refuse_other_effects(module, region, code, assigned, run)
     finally:
         again.restore()
-    return code, first, assigned
+    places = {(place.path, place.name) for place in assigned}
+    filled = tuple(change for change in first if _place(module, change) not in places)
+    return Rehearsal(code, assigned, filled, reads_data=data.read)
 
 
 def _refuse_other_effects(
@@ -295,12 +321,3 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b if isinstance(a, dict) else same(a, b)
-
-
-def make(change: StateChange) -> None:
-    """Make a change that a forward made."""
-    owner, key, after = change.owner, change.key, change.after
-    if key is None:
-        put_back(owner, after)
-    else:
-        put_item(owner, key, after)

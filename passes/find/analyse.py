@@ -45,6 +45,7 @@ class Analysis:
         discovery: its couplings and refusals.
         seconds: CPU time per pass; none for a graph that was captured of an equal block.
         filled: the changes to caches that the first call of this kind makes; the graph is that of later calls.
+        first_only: what that call does beside these, in words; None if nothing.
         others: analyses of other calls of the region in the same forward, which this graph does not serve.
     """
 
@@ -54,6 +55,7 @@ class Analysis:
     discovery: Discovery
     seconds: dict[str, float]
     filled: tuple[StateChange, ...] = ()
+    first_only: str | None = None
     others: tuple[Analysis, ...] = ()
 
 
@@ -271,7 +273,7 @@ def _analyse_watched(
     others += tuple(forward_read(child, path) for path, child in named.items() if path)
     others += tuple(filled_read(module, change) for change in rehearsal.filled if change.is_seen)
     captured = replace(analysis.captured, settings=constants, reads=others)
-    analysis = replace(analysis, filled=rehearsal.filled)
+    analysis = replace(analysis, filled=rehearsal.filled, first_only=rehearsal.first_only)
     analysis = replace(analysis, captured=captured, axis_facts=replace(analysis.axis_facts, captured=captured))
     return analysis, reads.attributes
 

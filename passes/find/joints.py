@@ -440,4 +440,4 @@ def find_joints(
 def _finished(analysis: Analysis, facts: AxisFacts, border: Border, name: str) -> Analysis:
     captured = replace(facts.captured, border=border)
     facts = replace(facts, captured=captured)
-    return Analysis(name, captured, facts, discover(facts), analysis.seconds, analysis.filled)
+    return Analysis(name, captured, facts, discover(facts), analysis.seconds, analysis.filled, analysis.first_only)

@@ -125,6 +125,13 @@ class restored_parameters(TorchFunctionMode):
                 self._values += [(data, data.clone()) for data in self._held.pop(key, ())]
         return func(*args, **kwargs)
 
+    def wrote(self, parameter: Tensor) -> bool:
+        """Return whether a parameter may have been written into, or has other data."""
+        written = {_memory(data) for data, _ in self._values}
+        return _memory(parameter) in written or any(
+            p is parameter and _memory(data) != _memory(parameter) for p, data in self._data
+        )
+
     def __exit__(self, *error: Any) -> None:
         """Put the parameters back."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]

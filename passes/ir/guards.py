@@ -162,9 +162,9 @@ def as_read(value: Any, now: Any) -> bool:
     if isinstance(value, OfClass):
         return type(now) is value.cls
     if isinstance(value, Keys):
-        return tuple(now) == value.keys
+        return hasattr(type(now), "__iter__") and tuple(now) == value.keys
     if isinstance(value, Length):
-        return len(now) == value.number
+        return hasattr(type(now), "__len__") and len(now) == value.number
     if isinstance(value, Contents):
         return type(now) is (value.kind or type(value.copy)) and same_contents(value.copy, plain(now))
     return same(value, now)

@@ -1,6 +1,7 @@
 """Canonical form: one spelling for ops that mean the same, before axes are inferred.
 
     canonicalise(graph, constants)
+      -> free_of_out     `out_arguments.py`: results are copied into the tensors that are given for them
       -> free_of_layout  `layout.py`: view becomes reshape, which needs no particular layout in memory
       -> _as_slice    x[..., [-2], :] with constants   becomes   a slice, copied
       -> _unstack     view(x, .., n, h, d), permute, unbind   becomes   split x in n, unflatten each, permute each
@@ -31,6 +32,7 @@ from ecospa_fx.passes.rules import relation_of
 
 from .clean import erase_unused
 from .layout import free_of_layout
+from .out_arguments import free_of_out
 from .unit_dims import dims_before
 
 aten = torch.ops.aten
@@ -43,6 +45,7 @@ def canonicalise(graph: fx.Graph, constants: Mapping[str, Any]) -> None:
         graph: an ATen graph.
         constants: the tensors that are part of it, by the name of the node that stands for each.
     """
+    free_of_out(graph, _call)
     for node in list(graph.nodes):
         if node.target is aten.index.Tensor:
             _as_slice(graph, node, constants)
@@ -235,14 +238,16 @@ def _unstack(graph: fx.Graph, stack: _Stack) -> None:
         pick.node.replace_all_uses_with(results[pick.start, pick.stop, pick.one])
 
 
-def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], origin: fx.Node) -> fx.Node:
+def _call(
+    graph: fx.Graph, target: Any, args: tuple[Any, ...], origin: fx.Node, kwargs: Mapping[str, Any] | None = None
+) -> fx.Node:
     """Add a call to the graph, with the source line of `origin` and its own `meta["val"]`."""
-    node = graph.call_function(target, args)
+    node = graph.call_function(target, args, dict(kwargs or {}))
     node.meta = {key: value for key, value in origin.meta.items() if key in ("nn_module_stack", "stack_trace")}
-    values = fx.node.map_arg(args, lambda arg: arg.meta["val"])
-    mode = origin.meta["val"].fake_mode
-    with mode:
-        node.meta["val"] = target(*values)
+    values, named = fx.node.map_arg((args, dict(kwargs or {})), lambda arg: arg.meta["val"])
+    val = origin.meta["val"]
+    with (val[0] if isinstance(val, (tuple, list)) else val).fake_mode:
+        node.meta["val"] = target(*values, **named)
     return node
 
 

@@ -5,20 +5,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from odd_calls import (
-    CALLS,
-    NAMES,
-    STATES,
-    Case,
-    Tiny,
-    World,
-    X,
-    check,
-    check_sequence,
-    every_case,
-    random_case,
-    right,
-)
+from odd_calls import CALLS, NAMES, STATES, Tiny, World, X, right
+from odd_checks import Case, check, check_sequence, places_of, random_case, wrong_of
 from odd_methods import METHODS
 from torch import nn
 
@@ -47,11 +35,8 @@ OF_NO_MODEL = {"why", "why_not", "savings", "explanation.report", "constraints",
 def test_a_right_call_and_a_few_odd_ones(function, state):
     generator = random.Random(f"{function} {state}")
     cases = [Case(function, state, ())]
-    try:
-        _, arguments = CALLS[function].make(World(state))
-    except errors.EcoSpaError:
-        arguments = {}
-    cases += [Case(function, state, ((place, generator.choice(NAMES)),)) for place in list(arguments)[:2]]
+    places = places_of(function, World(state))[:2]
+    cases += [Case(function, state, ((place, generator.choice(NAMES)),)) for place in places]
     assert [f"{case}: {wrong}" for case in cases if (wrong := check(case))] == []
 
 
@@ -64,7 +49,7 @@ def test_calls_in_odd_orders(seed):
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("function", CALLS)
 def test_every_odd_value_in_every_place(function):
-    assert [f"{case}: {wrong}" for case in every_case([function]) if (wrong := check(case))] == []
+    assert [*wrong_of(function)] == []
 
 
 @pytest.mark.sweep

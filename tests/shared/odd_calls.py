@@ -6,11 +6,12 @@ generators, outputs. What only looks must change nothing in any case.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import random
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import ecospa_fx
-from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.model.observers import Observers
 
 
 class Tiny(nn.Module):
@@ -77,6 +78,7 @@ class World:
         self.x = X.to("meta") if self.state == "meta" else X
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.directory = Path(tempfile.mkdtemp(prefix="odd"))
+        weakref.finalize(self, shutil.rmtree, self.directory, True)
         if self.state not in ("waiting", "meta"):
             self.model(self.x).square().sum().backward()
             self.optimizer.step()
@@ -109,8 +111,14 @@ class World:
                 (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in self.model.modules()
             ],
             "plan": None if compiled is None else compiled.plan.to_json(),
+            "observers": None
+            if compiled is None
+            else [
+                len(region.watcher.observers) if isinstance(region.watcher, Observers) else 0
+                for region in compiled.regions.values()
+            ],
             "moments": {k: _bits(v) for s in self.optimizer.state.values() for k, v in s.items()},
-            "generators": (random.getstate(), str(np.random.get_state()), _bits(torch.get_rng_state())),  # noqa: NPY002
+            "generators": (random.getstate(), _numpys(), _bits(torch.get_rng_state())),
             "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()),
         }
 
@@ -131,12 +139,16 @@ class World:
         return results
 
 
+def _numpys() -> tuple[Any, ...]:
+    name, numbers, *rest = np.random.get_state()  # noqa: NPY002
+    return name, numbers.tobytes(), *rest
+
+
 def _bits(tensor: Any) -> Any:
     if not isinstance(tensor, Tensor):
         return tensor
     tensor = tensor.detach()
-    return (tensor.shape, tensor.dtype, None if tensor.is_meta else tensor.contiguous().view(torch.uint8).tolist()
-            if tensor.ndim else tensor.tolist())  # fmt: skip
+    return tensor.shape, tensor.dtype, None if tensor.is_meta else tensor.contiguous().numpy().tobytes()
 
 
 class Odd:
@@ -146,38 +158,57 @@ class Odd:
         return "Odd()"
 
 
-def odd_values(world: World) -> dict[str, Any]:
-    """Values that are wrong in most places, by a name to find them again."""
-    other = world.other()
-    foreign = ecospa_fx.couplings(other)[0]
-    return {
-        "None": None, "0": 0, "-1": -1, "1.5": 1.5, "2": 2, "True": True, "nan": float("nan"), "inf": float("inf"),
-        "huge": 10**30, "empty text": "", "no such name": "nope", "a name": "a", "bytes": b"x",
-        "empty list": [], "empty tuple": (), "empty dict": {}, "set": {1}, "list of texts": ["nope", "a"],
-        "list of None": [None], "dict of numbers": {"nope": 1}, "dict of odd keys": {3: None, None: 2}, "Odd": Odd(),
-        "class": Odd, "function": lambda *_, **__: None, "raises": _raises, "array": np.arange(3),
-        "tensor": torch.arange(3), "float tensor": torch.rand(5, 4), "scalar tensor": torch.tensor(0.5),
-        "empty tensor": torch.empty(0), "no rows": torch.empty(0, 4), "one row": torch.rand(1, 4),
-        "nan tensor": torch.full((5, 4), float("nan")), "meta tensor": torch.rand(5, 4, device="meta"),
-        "double": torch.rand(5, 4).double(), "wrong width": torch.rand(5, 3), "inputs": (torch.rand(5, 4),),
-        "empty inputs": (torch.empty(0, 4),), "two inputs": (torch.rand(5, 4), torch.rand(5, 4)),
-        "meta inputs": (torch.rand(5, 4, device="meta"),), "inputs of None": (None,), "switch": {"double": True},
-        "unknown keyword": {"nope": 1},
-        "unsorted": {"ffn": torch.tensor([2, 0])}, "duplicates": {"ffn": torch.tensor([1, 1])},
-        "out of range": {"ffn": torch.tensor([0, 99])}, "negative": {"ffn": torch.tensor([-1, 0])},
-        "empty selection": {"ffn": torch.tensor([], dtype=torch.long)}, "floats": {"ffn": torch.tensor([0.0, 1.0])},
-        "mask": {"ffn": torch.tensor([True, False, True])}, "a list": {"ffn": [0, 1]},
-        "rows": {"ffn": torch.zeros(2, 2).long()},
-        "meta selection": {"ffn": torch.arange(2, device="meta")}, "unknown coupling": {"nope": torch.arange(2)},
-        "coupling of another": {foreign: torch.arange(2)}, "number as coupling": {0: torch.arange(2)},
-        "other model": other, "plain layer": nn.Linear(2, 2), "empty module": nn.Module(), "model class": Tiny,
-        "optimizer of another": torch.optim.SGD(other.parameters(), lr=0.1),
-        "optimizers": [torch.optim.SGD(other.parameters(), lr=0.1), 3],
-        "coupling": foreign, "couplings": [foreign], "missing path": world.directory / "nope" / "nope",
-        "a file": _file(world), "plan": ecospa_fx.Plan(), "trainer of another": ecospa_fx.EcoSpaTrainer(
-            other, torch.optim.SGD(other.parameters(), lr=0.1)),
-        "grams of another": ecospa_fx.Grams(other),
-    }  # fmt: skip
+VALUES: dict[str, Any] = {  # wrong in most places, by a name to find them again; a function is called with the world
+    "None": None, "0": 0, "-1": -1, "1.5": 1.5, "2": 2, "True": True, "nan": float("nan"), "inf": float("inf"),
+    "huge": 10**30, "empty text": "", "no such name": "nope", "a name": "a", "bytes": b"x",
+    "empty list": lambda w: [], "empty tuple": (), "empty dict": lambda w: {}, "set": lambda w: {1},
+    "list of texts": lambda w: ["nope", "a"], "list of None": lambda w: [None],
+    "dict of numbers": lambda w: {"nope": 1}, "dict of odd keys": lambda w: {3: None, None: 2},
+    "Odd": lambda w: Odd(), "class": lambda w: Odd, "function": lambda w: lambda *_, **__: None,
+    "raises": lambda w: _raises, "array": lambda w: np.arange(3), "tensor": lambda w: torch.arange(3),
+    "float tensor": lambda w: torch.ones(5, 4), "scalar tensor": lambda w: torch.tensor(0.5),
+    "empty tensor": lambda w: torch.empty(0), "no rows": lambda w: torch.empty(0, 4),
+    "one row": lambda w: torch.ones(1, 4), "nan tensor": lambda w: torch.full((5, 4), float("nan")),
+    "meta tensor": lambda w: torch.ones(5, 4, device="meta"), "double": lambda w: torch.ones(5, 4).double(),
+    "wrong width": lambda w: torch.ones(5, 3), "inputs": lambda w: (torch.ones(5, 4),),
+    "empty inputs": lambda w: (torch.empty(0, 4),), "two inputs": lambda w: (torch.ones(5, 4), torch.ones(5, 4)),
+    "meta inputs": lambda w: (torch.ones(5, 4, device="meta"),), "inputs of None": (None,),
+    "switch": lambda w: {"double": True}, "unknown keyword": lambda w: {"nope": 1},
+    "unsorted": lambda w: {"ffn": torch.tensor([2, 0])}, "duplicates": lambda w: {"ffn": torch.tensor([1, 1])},
+    "out of range": lambda w: {"ffn": torch.tensor([0, 99])}, "negative": lambda w: {"ffn": torch.tensor([-1, 0])},
+    "empty selection": lambda w: {"ffn": torch.tensor([], dtype=torch.long)},
+    "floats": lambda w: {"ffn": torch.tensor([0.0, 1.0])}, "mask": lambda w: {"ffn": torch.tensor([True, False, True])},
+    "a list": lambda w: {"ffn": [0, 1]}, "rows": lambda w: {"ffn": torch.zeros(2, 2).long()},
+    "meta selection": lambda w: {"ffn": torch.arange(2, device="meta")},
+    "unknown coupling": lambda w: {"nope": torch.arange(2)},
+    "coupling of another": lambda w: {_foreign(w): torch.arange(2)},
+    "number as coupling": lambda w: {0: torch.arange(2)}, "other model": lambda w: w.other(),
+    "plain layer": lambda w: nn.Linear(2, 2), "empty module": lambda w: nn.Module(), "model class": lambda w: Tiny,
+    "optimizer of another": lambda w: _optimizer(w.other()), "optimizers": lambda w: [_optimizer(w.other()), 3],
+    "coupling": lambda w: _foreign(w), "couplings": lambda w: [_foreign(w)],
+    "missing path": lambda w: w.directory / "nope" / "nope", "a file": lambda w: _file(w),
+    "plan": lambda w: ecospa_fx.Plan(),
+    "trainer of another": lambda w: ecospa_fx.EcoSpaTrainer(other := w.other(), _optimizer(other)),
+    "grams of another": lambda w: ecospa_fx.Grams(w.other()),
+}  # fmt: skip
+NAMES = tuple(VALUES)
+
+
+def odd_value(name: str, world: World) -> Any:
+    """Make a value that is wrong in most places."""
+    value = VALUES[name]
+    if not callable(value):
+        return value
+    with torch.random.fork_rng():
+        return value(world)
+
+
+def _foreign(world: World) -> Any:
+    return ecospa_fx.couplings(world.other())[0]
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
 def _raises(*_: Any, **__: Any) -> Any:
@@ -241,8 +272,13 @@ def method(
     return Call(bound, looks, trains)
 
 
-def explained(world: World) -> Any:
+@cache
+def _explanation() -> Any:
     return ecospa_fx.explain(_template("plain"), example_inputs=(X,))
+
+
+def explained(world: World) -> Any:
+    return _explanation()
 
 
 CALLS: dict[str, Call] = {
@@ -323,104 +359,3 @@ def _saved(world: World) -> Path:
 
 
 THEIRS = {("rewire", 1), ("load", 1), ("latency", "measure")}  # functions of the caller, whose own errors come through
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call: of which function, on a model in which state, with which arguments replaced by which odd values."""
-
-    function: str
-    state: str
-    odd: tuple[tuple[Any, str], ...]
-
-    def __str__(self) -> str:
-        given = ", ".join(f"{name}={value}" for name, value in self.odd) or "as it should be"
-        return f"{self.function} of a {self.state} model with {given}"
-
-
-NAMES = tuple(odd_values(World("compiled")))
-
-
-def every_case(functions: Any = None, states: Any = None) -> Iterator[Case]:
-    """Every function in every state, as it should be called and with every odd value in every place."""
-    for function in functions or CALLS:
-        for state in states or STATES:
-            yield Case(function, state, ())
-            try:
-                _, arguments = CALLS[function].make(World(state))
-            except EcoSpaError:
-                continue
-            for place in arguments:
-                for value in NAMES:
-                    yield Case(function, state, ((place, value),))
-
-
-def random_case(generator: random.Random) -> Case:
-    """A case with one or two odd values."""
-    while True:
-        function, state = generator.choice(sorted(CALLS)), generator.choice(STATES)
-        try:
-            _, arguments = CALLS[function].make(World(state))
-        except EcoSpaError:
-            continue
-        places = generator.sample(list(arguments), min(len(arguments), generator.choice((1, 1, 2))))
-        return Case(function, state, tuple((place, generator.choice(NAMES)) for place in places))
-
-
-def check(case: Case) -> str | None:
-    """Make a call; say what is wrong about how it ends, None where nothing is."""
-    return _made(World(case.state), case)
-
-
-def check_sequence(generator: random.Random, length: int = 6) -> str | None:
-    """Make several calls of one model, right ones and odd ones; say which of them ends wrongly."""
-    world = World(generator.choice(STATES))
-    said: list[str] = []
-    for _ in range(length):
-        function = generator.choice(sorted(CALLS))
-        try:
-            _, arguments = CALLS[function].make(world)
-        except EcoSpaError:
-            continue
-        odd = generator.random() < 0.4
-        places = generator.sample(list(arguments), 1) if arguments and odd else []
-        case = Case(function, world.state, tuple((place, generator.choice(NAMES)) for place in places))
-        said.append(str(case))
-        wrong = _made(world, case)
-        if wrong is not None:
-            return f"{'; '.join(said)}: {wrong}"
-    return None
-
-
-def _made(world: World, case: Case) -> str | None:
-    try:
-        function, arguments = CALLS[case.function].make(world)
-    except EcoSpaError:
-        return None  # the call itself is of something that this state does not have
-    values = odd_values(world)
-    for place, value in case.odd:
-        arguments[place] = values[value]
-    outputs, before = world.outputs(), world.snapshot()
-    args = [arguments.pop(place) for place in sorted(p for p in arguments if isinstance(p, int))]
-    failed = False
-    try:
-        with contextlib.chdir(world.directory):
-            function(*args, **arguments)
-    except EcoSpaError as error:
-        failed = True
-        if not str(error).strip():
-            return "the error says nothing"
-    except Exception as error:
-        failed = True
-        if not any((case.function, place) in THEIRS and callable(values[value]) for place, value in case.odd):
-            return f"raised {type(error).__name__}: {str(error)[:200]}"
-    if failed and CALLS[case.function].trains:
-        return None
-    captured = world.state == "waiting"  # its first call is captured
-    if not failed and (captured or not CALLS[case.function].looks):
-        return None
-    after, when = world.snapshot(), "after an error" if failed else "it only looks, but"
-    for key, value in before.items():
-        if after[key] != value:
-            return f"{when} {key} differ"
-    return None if world.outputs() == outputs else f"{when} outputs differ"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import random
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,10 @@ from ecospa_fx.passes.ir.relations import SameDims
 from ecospa_fx.passes.rules import OPS, OpInfo
 from ecospa_fx.testing.check import Failure, Tally, check
 from ecospa_fx.testing.fuzz import FuzzFailure, check_exported, fuzz, main, program_number, smallest
+from ecospa_fx.testing.programs import RandomProgram, Statement
 from ecospa_fx.testing.random_program import KINDS, random_program
+from ecospa_fx.testing.sized import resized, widths_of
+from ecospa_fx.testing.smaller import check_smaller
 from ecospa_fx.testing.strategies import modules, programs
 from ecospa_fx.testing.trace import trace
 
@@ -28,6 +32,7 @@ def test_random_programs_are_exact() -> None:
     assert not [str(smallest(found)) for found in fuzz(range(70), seed=20251125, tally=tally, every=30)]
     # Programs in which nothing can shrink would be no test.
     assert tally.programs == 70 and tally.shrinkable > 45 and tally.comparisons > 80 and tally.twins > 40
+    assert tally.smaller > 100 and tally.reduced > 10
     assert tally.exported == 3 and {"qk", "vo", "heads", "ffn", "glu", "conv"} <= tally.kinds.keys()
 
 
@@ -75,6 +80,29 @@ def test_a_planted_bug_is_found_and_made_small(capsys: pytest.CaptureFixture[str
     assert len(body) <= 4 and any("softmax" in line for line in body)
     exec(code, scope := {"__name__": "printed"})
     assert scope["failure"].kind == "masking"
+
+
+def test_the_module_at_smaller_sizes_knows_no_rule() -> None:
+    """An average that divides by the original number is a difference to the same program at smaller sizes."""
+    source = RandomProgram(
+        (("x0", "torch.randn(2, 5, dtype=torch.float64)"),),
+        (("m0", "nn.Linear(5, 13)"), ("m1", "nn.Linear(13, 11)"), ("m2", "nn.Linear(11, 4)")),
+        (
+            Statement(("h0",), "self.m0(x0)"),
+            Statement(("h1",), "h0 - h0.mean(-1, keepdim=True)"),
+            Statement(("h2",), "self.m2(self.m1(h1).relu())"),
+        ),
+        ("h2",),
+    )
+    tally = Tally()
+    assert check_smaller(source, tally) is None and (tally.smaller, tally.reduced) == (2, 1)
+    assert widths_of(source) == [11, 13]
+    assert "nn.Linear(5, 7)" in resized(source, {13: 7}).source() and "nn.Linear(7, 11)" in str(
+        resized(source, {13: 7})
+    )
+    by_hand = replace(source.statements[1], code="h0 - h0.sum(-1, keepdim=True) / 13")
+    failure = check_smaller(replace(source, statements=(source.statements[0], by_hand, source.statements[2])))
+    assert failure is not None and failure.kind == "smaller" and "13 to " in failure.what
 
 
 def test_the_same_numbers_make_the_same_program() -> None:
