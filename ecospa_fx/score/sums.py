@@ -221,22 +221,11 @@ class SliceTotals:
         """Return the sums by name, at the sizes of the model now."""
         if self.sums and is_captured(self.model):
             self.current()  # without what a shrink since then has removed
-        named = {label_of(key): sums for key, sums in self.sums.items()}
-        for i, step in enumerate(self.rule.steps):
-            named |= {f"step {i}: {label_of(key)}": sums for key, sums in step.items()}
-        return named
+        return labelled(self.sums, self.rule)
 
     def load_tensors(self, named: Mapping[str, Tensor]) -> None:
         """Go on with the sums that `tensors` returned."""
-        whole: dict[SliceKey, Tensor] = {}
-        steps: dict[int, dict[SliceKey, Tensor]] = {}
-        for name, tensor in named.items():
-            step, _, label = name.rpartition(": ")
-            sums = steps.setdefault(int(step.split()[1]), {}) if step else whole
-            sums[key_of(label)] = tensor
-        self.sums = whole
-        self.rule.steps.clear()
-        self.rule.steps.extend(steps[i] for i in sorted(steps))
+        self.sums = unlabelled(named, self.rule)
 
     def current(self) -> SliceSums:
         """Return the sums of the model as it is now; they are carried over, without what a shrink removed."""
@@ -275,6 +264,27 @@ def key_of(label: str) -> SliceKey:
     """Read what `label_of` wrote."""
     name, _, dim = label.removesuffix("]").rpartition("[")
     return name, int(dim)
+
+
+def labelled(sums: Mapping[SliceKey, Tensor], rule: Total) -> dict[str, Tensor]:
+    """Return sums, and those of single steps that a rule keeps, by name."""
+    named = {label_of(key): each for key, each in sums.items()}
+    for i, step in enumerate(rule.steps):
+        named |= {f"step {i}: {label_of(key)}": each for key, each in step.items()}
+    return named
+
+
+def unlabelled(named: Mapping[str, Tensor], rule: Total) -> dict[SliceKey, Tensor]:
+    """Return the sums that `labelled` has named, and put those of single steps back into the rule."""
+    whole: dict[SliceKey, Tensor] = {}
+    steps: dict[int, dict[SliceKey, Tensor]] = {}
+    for name, tensor in named.items():
+        step, _, label = name.rpartition(": ")
+        sums = steps.setdefault(int(step.split()[1]), {}) if step else whole
+        sums[key_of(label)] = tensor
+    rule.steps.clear()
+    rule.steps.extend(steps[i] for i in sorted(steps))
+    return whole
 
 
 def _scored_dims(offered: Iterable[Coupling], parameters: Mapping[str, Any]) -> dict[str, set[int]]:
