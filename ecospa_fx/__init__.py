@@ -27,6 +27,7 @@ from ecospa_fx.see.explanation import Explanation, explain
 from ecospa_fx.see.summary import Summary, summary
 from ecospa_fx.see.verification import Verification, verify
 from ecospa_fx.see.watch import Watch
+from ecospa_fx.train.compress import Compression, compress
 from ecospa_fx.train.latency import Latency
 from ecospa_fx.train.sparsifier import CoupledSparsifier
 from ecospa_fx.train.trainer import EcoSpaTrainer
@@ -41,6 +42,7 @@ from .api import compile, diff
 from .plan import Plan
 
 __all__ = [
+    "Compression",
     "Constraints",
     "CoupledEstimator",
     "CoupledSparsifier",
@@ -60,6 +62,7 @@ __all__ = [
     "Verification",
     "Watch",
     "compile",
+    "compress",
     "constructor_arguments",
     "couplings",
     "cut_gguf",

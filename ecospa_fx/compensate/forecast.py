@@ -183,7 +183,9 @@ def _absorbed(coupling: Coupling, grams: Grams, alone: Tensor, at_least: int) ->
     summing = grams.summing(coupling)
     if summing is None or (len(alone) == 1 and coupling.context is not None and coupling.contexts > 1):
         return None
-    elimination = eliminate(summing, len(alone), coupling.size, ridge=grams.ridge, at_least=at_least)
+    elimination = eliminate(
+        summing, len(alone), coupling.size, ridge=1.0 if grams.ridge is None else grams.ridge, at_least=at_least
+    )
     if elimination is None:
         return None
     scale = float(alone.sum()) / max(float(elimination.alone.sum()), 1e-300)

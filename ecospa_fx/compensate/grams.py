@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,17 +33,20 @@ from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.transform.absorb import Absorption, Moments, absorb
 from ecospa_fx.passes.transform.consumers import Consumer, WeightDim, consumers
 from ecospa_fx.passes.transform.eliminate import Summing
+from ecospa_fx.passes.transform.judged import HeldOut, absorb_judged
 from ecospa_fx.passes.transform.rotate import FAR, BasisChange, Part
 from ecospa_fx.plan import Plan
 from ecospa_fx.score.products import ProductSite
 
-from .moments import GramInput, InputMoments, PairMoments, columns, over_ranks, pair_sites
+from .moments import (
+    GramInput, InputMoments, MaskInput, PairMoments, Reading, columns, mask_inputs, over_ranks, pair_sites,
+)  # fmt: skip
 
 ROWS = 512
 """Positions read of one call at most, or a quarter of the columns if that is more: 16 calls are 4 rows a column."""
 
-RIDGE = 1e-3
-"""Share of the mean second moment; docs/absorption.md compares it with the choices of others."""
+
+Read: TypeAlias = GramInput | MaskInput | ProductSite
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,27 +71,42 @@ class Grams:
         model: a compiled model that has been called.
         rows: positions (tokens, pixels) that are read of one call at most, evenly spaced; by default 512, or a quarter
             of the columns that the weight sums over if that is more.
-        ridge: regularisation of the regression: added to the diagonal of `X.T @ X`, as a share of its mean.
+        ridge: regularisation of the regression: added to the diagonal of `X.T @ X`, as a share of each entry's own;
+            None: every fourth call is held out, and the ridge that does best there is taken, or the weights stay as
+            they are if that does best. Before the fourth call it is 1, or 0.3 from 8 rows per column on.
         training: read only forwards in training mode with gradients on, not every forward.
+        mask: the positions to read: the name of an argument of the region that tells positions from padding, as a
+            tensor of integers or booleans over the first dims (batch, positions); or such a tensor itself, which may be
+            assigned anew before each call. None: all.
 
     Attributes:
         refused: (parameter, dim) of a weight that sums over a coupling and cannot take over -> the reason.
-        left: (parameter, dim) -> share of the squares of the removed part at the last shrink that nothing took over.
+        left: (parameter, dim) -> share of the squares of the removed part at the last shrink that nothing took over;
+            at the positions held out, if there are any.
 
     Raises:
-        TargetError: `rows` or `ridge` is out of range.
+        TargetError: `rows`, `ridge` or `mask` is out of range.
     """
 
     @takes(model=MODULE, training=FLAG)
     def __init__(
-        self, model: nn.Module, *, rows: int | None = None, ridge: float = RIDGE, training: bool = False
+        self,
+        model: nn.Module,
+        *,
+        rows: int | None = None,
+        ridge: float | None = None,
+        training: bool = False,
+        mask: str | Tensor | None = "attention_mask",
     ) -> None:
         model = unwrapped(model)
         if rows is not None and (not isinstance(rows, int) or rows < 1):
             raise TargetError(f"rows={rows!r} is out of range; it is a whole number of positions, at least 1")
-        if not isinstance(ridge, (int, float)) or not ridge >= 0:
-            raise TargetError(f"ridge={ridge!r} is out of range; it is a share of the mean second moment, at least 0")
+        if ridge is not None and (not isinstance(ridge, (int, float)) or not ridge >= 0):
+            raise TargetError(
+                f"ridge={ridge!r} is out of range; it is a share of each entry's second moment, at least 0, or None"
+            )
         self.model, self.rows, self.ridge, self.training = model, rows, ridge, training
+        self.mask = mask
         self.active = True
         self.refused: dict[WeightDim, str] = {}
         self.left: dict[WeightDim, float] = {}
@@ -121,6 +139,21 @@ class Grams:
         self._pairs.clear()
 
     @property
+    def mask(self) -> str | Tensor | None:
+        """The positions to read, see the arguments."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: str | Tensor | None) -> None:
+        if isinstance(mask, Tensor) and mask.is_floating_point():
+            raise TargetError(
+                f"mask is a tensor of {mask.dtype}; it has booleans or integers, 0 where there is padding"
+            )
+        if mask is not None and not isinstance(mask, (str, Tensor)):
+            raise TargetError(f"mask={mask!r} is neither the name of an argument nor a tensor")
+        self._mask = mask
+
+    @property
     def absorbing(self) -> tuple[WeightDim, ...]:
         """(parameter, dim) of the weights that can take over."""
         self._read_all()
@@ -136,6 +169,15 @@ class Grams:
         """Positions (tokens, pixels) of the calls that were read, at the input that has most."""
         return max((gram.total for gram in self._grams.values()), default=0)
 
+    @property
+    def rows_per_column(self) -> float | None:
+        """Rows per column where there are fewest, those held out included; None if nothing has been gathered."""
+        counts = [
+            (gram.moments.count + (0 if gram.held is None else len(gram.held))) / len(gram.moments.sums)
+            for gram in self._grams.values()
+        ]
+        return min(counts, default=None)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the moments by name."""
         tensors: dict[str, Tensor] = {}
@@ -145,6 +187,8 @@ class Grams:
             tensors[f"counts {label}"] = torch.tensor([gram.moments.count, gram.window, gram.calls, gram.total])
             if gram.positions is not None:
                 tensors[f"positions {label}"] = gram.positions
+            if gram.held is not None:
+                tensors[f"held {label}"] = gram.held
         for name, pair in self._pairs.items():
             tensors |= {f"near {name}": pair.near, f"far {name}": pair.far, f"calls {name}": torch.tensor(pair.calls)}
         return tensors
@@ -167,38 +211,57 @@ class Grams:
         """Return True at every forward, or at those that train."""
         return self.active and (not self.training or (torch.is_grad_enabled() and module.training))
 
-    def nodes_of(self, region: Region, program: Program) -> tuple[list[fx.Node], list[GramInput | ProductSite]]:
+    def nodes_of(self, region: Region, program: Program) -> tuple[list[fx.Node], list[Read]]:
         """Return the nodes whose values the weights of a region meet, and which input each is."""
         self._read(region)
         here = self._consumers(program.axis_facts)
-        found: list[GramInput | ProductSite] = list(pair_sites(region, program))
+        found: list[Read] = [] if not isinstance(self.mask, str) else list(mask_inputs(program, self.mask))
+        found += pair_sites(region, program)
         for key in dict.fromkeys(self._absorbers[key].gram for key in self._offered(region) if key in self._absorbers):
             consumer = here.get(_key_in_region(region, key))
             if isinstance(consumer, Consumer):
                 found.append(GramInput(key, consumer.inputs, consumer.window, region.state.plan.kept.get(key)))
         return [node for place in found for node in place.nodes], found
 
-    def receive(self, known: list[GramInput | ProductSite], values: Sequence[Tensor]) -> None:
+    def receive(self, known: list[Read], values: Sequence[Tensor]) -> None:
         """Add up what one call shows."""
         given = iter(values)
         if not known:
             return
+        mask = self.mask.bool() if isinstance(self.mask, Tensor) else None
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(values[0].device.type, enabled=False):
             for place in known:
                 own = [next(given) for _ in place.nodes]
-                if isinstance(place, GramInput):
-                    self._add_input(place, own)
+                if isinstance(place, MaskInput):
+                    mask = None if own[0].is_floating_point() else own[0].bool()
+                elif isinstance(place, GramInput):
+                    self._add_input(place, own, mask)
                 else:
                     self._add_pair(place, own)
 
-    def _add_input(self, gram_input: GramInput, values: Sequence[Tensor]) -> None:
+    def _add_input(self, gram_input: GramInput, values: Sequence[Tensor], mask: Tensor | None) -> None:
         before = self._grams.get(gram_input.gram)
         limit = self.rows or max(ROWS, values[0].shape[gram_input.inputs[0].dim] * gram_input.window // 4)
-        moments = InputMoments.of_call(gram_input, values, limit, 0 if before is None else before.calls)
+        reading = Reading(limit, mask, judged=self.ridge is None)
+        moments = InputMoments.of_call(gram_input, values, reading, 0 if before is None else before.calls)
         if before is not None and before.narrow_to(gram_input.positions):
             before.add(moments)
         else:
             self._grams[gram_input.gram] = moments
+
+    def _matrix(self, gram: WeightDim, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the weights that sum over the inputs of a Gram matrix, `[outputs, columns]`; None where none is whole.
+
+        Args:
+            gram: the (parameter, dim) under which the matrix is kept.
+            tensors: those of the model by name; one that is not there is left out.
+        """
+        found = [
+            absorber.consumer.columns(weight.detach())
+            for (name, _), absorber in self._absorbers.items()
+            if absorber.gram == gram and (weight := tensors.get(name)) is not None and _has_values(weight)
+        ]
+        return torch.cat([each.to(found[0]) for each in found]) if found else None
 
     def _add_pair(self, site: ProductSite, values: Sequence[Tensor]) -> None:
         before = self._pairs.get(site.coupling)
@@ -332,7 +395,8 @@ class Grams:
                 continue
             consumer, constant = absorber.consumer, absorber.consumer.bias is not None
             if (absorber.gram, constant) not in solved:
-                solved[absorber.gram, constant] = self._solve(absorber, before.kept.get((name, dim)), steps)
+                positions = before.kept.get((name, dim))
+                solved[absorber.gram, constant] = self._solve(absorber, positions, steps, held[0])
             absorption = solved[absorber.gram, constant]
             if absorption is None or not _has_values(held[0].get(name)):
                 continue
@@ -349,14 +413,20 @@ class Grams:
         self._log(before, after)
         return values
 
-    def _solve(self, absorber: _Absorber, positions: Tensor | None, steps: Tensor) -> Absorption | None:
-        gram = self._grams.get(absorber.gram)
+    def _solve(
+        self, absorber: _Absorber, positions: Tensor | None, steps: Tensor, tensors: Mapping[str, Tensor]
+    ) -> Absorption | None:
+        gram, constant = self._grams.get(absorber.gram), absorber.consumer.bias is not None
         if gram is None or not gram.narrow_to(positions):
             return None
-        return absorb(
-            over_ranks(gram.moments), columns(steps, gram.window),
-            constant=absorber.consumer.bias is not None, ridge=self.ridge,
-        )  # fmt: skip
+        moments, kept = over_ranks(gram.moments), columns(steps, gram.window)
+        if self.ridge is not None:
+            return absorb(moments, kept, constant=constant, ridge=self.ridge)
+        rows, matrix = gram.held, self._matrix(absorber.gram, tensors)
+        rows = moments.squares[:0] if rows is None else rows
+        (count,) = all_reduce_sum(torch.tensor([len(rows) if matrix is not None else 0]))
+        held = HeldOut(rows, matrix) if matrix is not None and int(count) else None
+        return absorb_judged(moments, kept, held, constant=constant, total=lambda sums: all_reduce_sum(sums)[0])
 
     def _log(self, before: Plan, after: Plan) -> None:
         log = logger("shrink")
@@ -375,7 +445,8 @@ def _moments_in(state: Mapping[str, Tensor]) -> tuple[dict[WeightDim, InputMomen
         name, _, dim = label.removesuffix("]").rpartition("[")
         count, window, calls, total = state[f"counts {label}"].tolist()
         moments = Moments(state[f"squares {label}"], state[f"sums {label}"], count)
-        grams[name, int(dim)] = InputMoments(moments, state.get(f"positions {label}"), window, calls, total)
+        held = state.get(f"held {label}")
+        grams[name, int(dim)] = InputMoments(moments, state.get(f"positions {label}"), window, calls, total, held)
     pairs = [name.removeprefix("near ") for name in state if name.startswith("near ")]
     return grams, {
         name: PairMoments(state[f"near {name}"], state[f"far {name}"], int(state[f"calls {name}"])) for name in pairs

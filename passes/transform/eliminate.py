@@ -128,7 +128,8 @@ class _State:
         if given.constant:
             squares = squares - torch.outer(sums, sums)
         squares = squares.clone()
-        squares.diagonal().add_(max(ridge, 1e-10) * max(float(squares.diagonal().mean()), 1e-300))
+        mean = max(float(squares.diagonal().mean()), 1e-300)
+        squares.diagonal().mul_(1 + ridge).add_(1e-10 * mean)
         return cls(matrix, _inverse(squares), unit, units, alone.cpu())
 
     def costs(self) -> Tensor:
