@@ -39,7 +39,15 @@ from ecospa_fx.plan import Plan
 from ecospa_fx.score.products import ProductSite
 
 from .moments import (
-    GramInput, InputMoments, MaskInput, PairMoments, Reading, columns, mask_inputs, over_ranks, pair_sites,
+    GramInput,
+    InputMoments,
+    MaskInput,
+    PairMoments,
+    Reading,
+    columns,
+    mask_inputs,
+    over_ranks,
+    pair_sites,
 )  # fmt: skip
 
 ROWS = 512

@@ -7,6 +7,7 @@ again, `steps` times, with fresh statistics of the smaller model
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -224,7 +225,7 @@ class _Stroke:
         widths = sparsifier.widths(worth, sparsifier.target_size(sizes))
         curves = forecast(
             self.model, list(widths), saliency, grams=watched, absorb=True, rotate=True, by_context=by_context,
-            widths=widths,
+            widths=widths, order="saliency",
         ).curves  # fmt: skip
         keeps = {coupling.name: curves[coupling].keep(width) for coupling, width in widths.items()}
         rises = {c.name: float(curves[c].rises[c.size - width]) for c, width in widths.items()}
@@ -236,8 +237,8 @@ class _Stroke:
         short = watched.rows_per_column
         if short is not None and short < ROWS_WANTED:
             self.notes.append(
-                f"{watched.positions:,} positions are {short:.1f} per column of the widest weight: weights were changed "
-                f"less than {ROWS_WANTED} per column would allow"
+                f"{watched.positions:,} positions are {short:.1f} per column of the widest weight, so weights were "
+                f"changed little; {math.ceil(watched.positions * ROWS_WANTED / short):,} would do"
             )
         return rises, {name: share for (name, _), share in watched.left.items()}
 

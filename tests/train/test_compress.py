@@ -104,12 +104,12 @@ def test_the_papers_order_does():
     dense, _, ids = sinks()
     model = ecospa_fx.compile(copy.deepcopy(dense), example_inputs=(ids,))
     sparsifier = ecospa_fx.CoupledSparsifier(model, target=0.8, among="prunable")
-    ecospa_fx.shrink(model, sparsifier.decide({c: 1.0 for c in ecospa_fx.couplings(model)}, 0))
+    ecospa_fx.shrink(model, sparsifier.decide(dict.fromkeys(ecospa_fx.couplings(model), 1.0), 0))
     assert apart(model, dense, ids) > at_random(dense, ids, 0.8)
 
 
 def test_it_says_what_went_and_leaves_the_rest_alone():
-    dense, batches, ids = sinks()
+    dense, batches, _ = sinks()
     model = copy.deepcopy(dense).train()
     model.embed.weight.requires_grad = False
     model.head.weight.grad = torch.ones_like(model.head.weight)
@@ -164,7 +164,11 @@ def test_a_mapping_its_mask_and_its_own_loss():
     ("batches", "options", "message"),
     [
         ([], {}, "batches is empty; pass a few batches of the data that the model is for"),
-        ([torch.full((1, LENGTH), WORDS)], {}, "batch 0 does not fit the model: .* is it of another vocabulary or shape"),
+        (
+            [torch.full((1, LENGTH), WORDS)],
+            {},
+            "batch 0 does not fit the model: .* of another vocabulary",
+        ),
         (None, {"target": 1.5}, "target=1.5 is out of range"),
         (None, {"target": 0.01}, "the smallest reachable target is"),
         (None, {"steps": 0}, "steps=0 is out of range"),
@@ -175,7 +179,7 @@ def test_a_mapping_its_mask_and_its_own_loss():
     ],
 )
 def test_bad_input_changes_nothing(batches, options, message):
-    model, good, ids = sinks()
+    model, good, _ = sinks()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(TargetError, match=message):
         ecospa_fx.compress(model, good if batches is None else batches, **options)

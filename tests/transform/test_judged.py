@@ -47,10 +47,8 @@ def test_nothing_is_further_off_where_it_was_not_fitted(rows, large, constant):
 
 def test_what_repeats_itself_is_taken_over():
     weight = torch.randn(5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    found = absorb_judged(
-        moments_of(inputs(400, noise=0.05, seed=1)), torch.arange(12, 24), HeldOut(inputs(60, noise=0.05, seed=2), weight),
-        constant=False,
-    )  # fmt: skip
+    x, held = (inputs(rows, noise=0.05, seed=rows) for rows in (400, 60))
+    found = absorb_judged(moments_of(x), torch.arange(12, 24), HeldOut(held, weight), constant=False)
     assert found.left < 0.1
 
 
