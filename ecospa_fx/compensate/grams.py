@@ -122,6 +122,7 @@ class Grams:
         self._pairs: dict[str, PairMoments] = {}
         self._graphs: dict[int, tuple[AxisFacts, Mapping[WeightDim, Consumer | str]]] = {}
         self._absorbers: dict[WeightDim, _Absorber] = {}
+        self._read_for: list[object] = []  # a coupling and the graphs that absorbers have been found for
         self._regions = list(regions_of(model).values())
         if self._regions:
             check_observable(model)
@@ -354,6 +355,12 @@ class Grams:
         return sorted({(m.parameter, m.dim) for m in members if m.parameter.startswith(prefix)})
 
     def _read_all(self) -> None:
+        """Find the weights of all regions that may absorb, once for the couplings and the graphs that there are."""
+        graphs = [program for region in self._regions for program in region.specializations]
+        now = [*compiled_state(self.model).couplings()[:1], *graphs]
+        if len(now) == len(self._read_for) and all(a is b for a, b in zip(now, self._read_for, strict=True)):
+            return
+        self._read_for = now
         for region in self._regions:
             if region.specializations:
                 self._read(region)

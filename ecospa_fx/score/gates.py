@@ -94,9 +94,17 @@ class GateReader:
         self.count.note(step.found_inf, step.new_step)
         self.read(step)
 
-    def read(self, step: GradientStep, but: Container[str] = ()) -> None:
-        """Add the squared gradients along the gates of all couplings but those of some names."""
+    def read(self, step: GradientStep, but: Container[str] = (), sharded: bool = True) -> None:
+        """Add the squared gradients along the gates.
+
+        Args:
+            step: the step.
+            but: names of couplings that are left out.
+            sharded: refuse gradients that are sharded; otherwise their couplings are left out.
+        """
         parameters, gradients = step.tensors()
+        if not sharded:
+            gradients = {name: each for name, each in gradients.items() if _whole(each)}
         products: dict[WeightDim, Tensor] = {}  # a fused projection has members in many couplings
         squares: dict[str, Tensor] = {}
         for name, (width, sides) in self.gates().items():
@@ -118,6 +126,21 @@ class GateReader:
                 total += along.square() / len(here)
             squares[name] = total
         self.totals.add(squares, step)
+
+    def along(self, name: str, step: GradientStep) -> Tensor | None:
+        """Return the gradient along the gates of one coupling, from one side, if that has gradients, and whole ones."""
+        parameters, gradients = step.tensors()
+        width, sides = self.gates().get(name, (0, []))
+        for side in sides:
+            if not all(gate.parameter in gradients and _whole(gradients[gate.parameter]) for gate in side):
+                continue
+            total = torch.zeros(width, device=gradients[side[0].parameter].device)
+            for gate in side:
+                weight, gradient = parameters[gate.parameter], gradients[gate.parameter]
+                product = _products(gate.parameter, gate.dim, weight, gradient, None)
+                total.index_add_(0, gate.place.to(total.device), product[gate.owned.to(total.device)])
+            return total
+        return None
 
     def importance(self, coupling: Coupling) -> float | None:
         """Return the mean over the coupling's entries; None where gradients have said nothing of it."""
@@ -182,9 +205,13 @@ def _sides(coupling: Coupling, summing: set[WeightDim], learned: set[str]) -> li
     return [[Gate.of(member, coupling) for member in side] for side in sides]
 
 
+def _whole(gradient: Tensor) -> bool:
+    return type(gradient) in (Tensor, nn.Parameter)
+
+
 def _products(name: str, dim: int, weight: Tensor, gradient: Tensor, scale: Tensor | None) -> Tensor:
     """Sum a weight's entries times their gradients over all dims but one."""
-    if type(gradient) not in (Tensor, nn.Parameter):
+    if not _whole(gradient):
         raise TargetError(
             f'policy="adaptive" needs whole gradients, and that of `{name}` is a {type(gradient).__name__}; use '
             'policy="paper" where parameters are sharded'

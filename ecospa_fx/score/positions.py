@@ -45,6 +45,9 @@ from .totals import GateTotals
 GATES = "gates of "
 """Prefix of the names of the sums that `gates.py` keeps, in a saved state."""
 
+SCALED = 16.0
+"""Factor above which gradients in backward have been multiplied by a gradient scaler; less may be clipping."""
+
 
 @dataclass(frozen=True, eq=False)
 class Place:
@@ -114,7 +117,7 @@ class _Read(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (value,) = ctx.saved_tensors
         ctx.take(value.detach(), gradient.detach())
         return gradient, None
@@ -129,11 +132,13 @@ class _Pending:
         terms: (coupling name, how many times its weights have been read before, positions) -> sums by position, of
             couplings that several weights sum over.
         read: (coupling name, slot) -> how many times it was read.
+        gradient: sums of the terms themselves, of one coupling: the gradient along its gates.
     """
 
     squares: dict[str, Tensor] = field(default_factory=dict)
     terms: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
     read: Counter[tuple[str, str]] = field(default_factory=Counter)
+    gradient: Tensor | None = None
 
     def add(self, name: str, squares: Tensor) -> None:
         """Add squares."""
@@ -180,6 +185,7 @@ class PositionReader:
         self._seen: set[str] = set()  # couplings whose gradients have come by
         self._partly: set[str] = set()  # couplings that some weight sums over where it cannot be seen
         self._slots: dict[str, set[str]] = {}
+        self._measure: str | None = None  # the coupling whose gradient tells by how much a loss was scaled
         self._pending = _Pending()
         self._observed: list[Region] = []
 
@@ -235,6 +241,8 @@ class PositionReader:
         for place, users in self._places_in(region, program):
             by_place.setdefault((place.side.node, users), []).append(place)
             self._slots.setdefault(place.coupling, set()).add(place.slot)
+            if self._measure is None and place.share == 1.0 and self.gates.gates()[place.coupling][1]:
+                self._measure = place.coupling
         return [Tap(node, users, self._tap(places)) for (node, users), places in by_place.items()]
 
     def _tap(self, places: list[Place]) -> Callable[[Tensor], Tensor]:
@@ -289,6 +297,10 @@ class PositionReader:
         product = value.to(precise) * gradient.to(precise)
         for place in places:
             rows = place.rows(product)
+            if place.coupling == self._measure:
+                along = rows.new_zeros(place.units).index_add_(0, place.unit.to(rows.device), rows.sum(0))
+                before = self._pending.gradient
+                self._pending.gradient = along if before is None or before.shape != along.shape else before.add_(along)
             if place.share == 1.0 and len(self._slots[place.coupling]) > 1:
                 self._pending.add_terms(place, place.by_unit(rows))
             elif place.apart:
@@ -302,13 +314,30 @@ class PositionReader:
         """Add what the backwards since the last training step have shown; read gates where they have shown nothing."""
         self.observe()
         self.count.note(step.found_inf, step.new_step)
-        squares, self._pending = self._pending.all_squares(), _Pending()
-        if step.scale is not None:
-            squares = {name: each / step.scale.to(each.device).square() for name, each in squares.items()}
+        pending, self._pending = self._pending, _Pending()
+        squares, scale = pending.all_squares(), step.scale if step.scale is not None else self._scale(pending, step)
+        if scale is not None:
+            squares = {name: each / scale.to(each).square() for name, each in squares.items()}
         squares = {name: each for name, each in squares.items() if name not in self._partly}
         self._seen.update(squares)
         self.totals.add(squares, step)
-        self.gates.read(step, self._seen - self._partly)
+        self.gates.read(step, self._seen - self._partly, sharded=False)
+
+    def _scale(self, pending: _Pending, step: GradientStep) -> Tensor | None:
+        """Find the factor between gradients in backward and those that are left now, which may have been unscaled.
+
+        A gradient scaler multiplies the loss, and divides gradients of weights afterwards. Both sums are the gradient
+        along the same gates. Between processes gradients are averaged, and say nothing.
+        """
+        if pending.gradient is None or self._measure is None or ranks() > 1:
+            return None
+        now = self.gates.along(self._measure, step)
+        if now is None or now.shape != pending.gradient.shape:
+            return None
+        now = now.to(pending.gradient)
+        factor = (pending.gradient * now).sum() / now.square().sum()
+        told = factor.isfinite() & (factor > SCALED)
+        return torch.where(told, factor, torch.ones_like(factor))
 
     def importance(self, coupling: Coupling) -> float | None:
         """Return the mean over the coupling's weights, as other scores do; None where gradients say nothing of it."""

@@ -145,6 +145,23 @@ def test_micro_batches_scaled_losses_and_steps_that_overflow(compiled):
     check(model, estimator, squares_of(plain, batches), by_head(plain, batches))
 
 
+def test_gradients_that_were_scaled_in_backward_and_are_not_any_more(compiled):
+    """As a gradient scaler does it: the loss is multiplied, and gradients of weights are divided before a step."""
+    plain, model, ids = compiled
+    model.zero_grad()
+    estimator = ecospa_fx.CoupledEstimator(model, "taylor_positions")
+    for batch in (ids, ids.flip(0)):
+        (1024 * loss_of(model, batch)).backward()
+    for parameter in model.parameters():
+        parameter.grad /= 1024
+    estimator.accumulate()
+    estimator.detach()
+    found = {c: estimator.entries(c, by_context=True).flatten() for c in ecospa_fx.couplings(model)}
+    expected, heads = (of(plain, [ids, ids.flip(0)]) for of in (squares_of, by_head))
+    for coupling, entries in found.items():
+        torch.testing.assert_close(entries, expected_of(coupling, expected, heads).double(), rtol=1e-5, atol=1e-18)
+
+
 def test_recomputed_blocks_and_saved_sums(compiled):
     plain, _, ids = compiled
 
