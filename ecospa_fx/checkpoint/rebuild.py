@@ -9,8 +9,10 @@ config.json          the config of a Hugging Face model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from ecospa_fx.errors import CheckpointError
 from ecospa_fx.model.compiled import MODEL, CompiledModel
 from ecospa_fx.model.full_size import unshrunk
+from ecospa_fx.model.journal import Journal
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.restore import restore
 from ecospa_fx.passes.find.analyse import shared_outside
@@ -168,6 +171,38 @@ def refit(model: nn.Module, saved: Saved) -> None:
             for attribute, (_, now) in compiled.attributes.items():
                 attribute.write(model, now)
         raise
+
+
+@contextmanager
+def refitted(model: nn.Module, saved: Saved) -> Iterator[None]:
+    """Refit a model; whatever is raised inside, by the refit too, leaves it as it was."""
+
+    def attempt(journal: Journal) -> None:
+        for module in model.modules():
+            journal.note_attribute(module, "__class__")
+            journal.note_object(module)
+            for name in module._buffers:
+                journal.note_item(module._buffers, name)
+        for tensor in named_tensors(model).values():
+            if not tensor.is_meta:
+                journal.note(partial(_put_back, tensor, tensor.data, tensor.grad, tensor.requires_grad))
+        refit(model, saved)
+
+    journal = Journal()
+    try:
+        attempt(journal)
+        yield
+    except BaseException:
+        journal.undo()
+        raise
+
+
+def _put_back(tensor: Tensor, data: Tensor, grad: Tensor | None, trains: bool) -> None:
+    tensor.requires_grad_(False)
+    tensor.grad = None
+    tensor.data = data
+    tensor.requires_grad_(trains)
+    tensor.grad = grad
 
 
 def attach_compiled(model: nn.Module, about: Mapping[str, Any], plan: Plan, attributes: Changes) -> None:

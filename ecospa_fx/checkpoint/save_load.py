@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.train.trainer import EcoSpaTrainer
 
 from .directory import read_save, saving
-from .rebuild import read_model, rebuild, write_model
+from .rebuild import read_model, rebuild, refitted, write_model
 from .training_state import Training, as_tuple, by_name, read_training, resume_training, write_training
 
 
@@ -117,11 +118,12 @@ def resume(
     """Restore the saved state of optimizers, trainer and the rest: training goes on as if it had never stopped.
 
     Make all objects first, as for a new run, then call this once, right before the loop. Either all of them take their
-    state, or none is changed.
+    state, or none is changed. A model that was neither loaded nor saved before, such as a new one at its full size,
+    gets the sizes and the weights of the save; its parameters stay the same objects.
 
     Args:
         directory: the directory that `save` wrote and `load` read.
-        model: the model that `load` returned.
+        model: the model that `load` returned, or a new one, compiled as for a new run.
         optimizer: as given to `save`.
         trainer: as given to `save`, made with the same settings.
         scheduler: as given to `save`.
@@ -139,10 +141,15 @@ def resume(
     )
     for each in training.optimizer:
         check_optimizer(model, each)
-    saved, digest = read_save(source, lambda save: (read_training(save, training, rng), save.digest))
-    if compiled.save not in (None, digest):
+    fresh = compiled.save is None
+    state, weights, digest = read_save(
+        source, lambda save: (read_training(save, training, rng), read_model(save) if fresh else None, save.digest)
+    )
+    if weights is None and compiled.save != digest:
         raise CheckpointError(f"{source} has been saved to since this model was loaded from it; load it again")
-    resume_training(model, training, saved, str(source))
+    with nullcontext() if weights is None else refitted(model, weights):
+        resume_training(model, training, state, str(source))
+    compiled_state(model).save = digest
 
 
 def _device(device: torch.device | str) -> torch.device:
