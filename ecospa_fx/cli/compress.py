@@ -38,9 +38,7 @@ def compress(
     target: Annotated[float, typer.Option(help="share of the original parameters that remains")] = 0.7,
     tokens: Annotated[int, typer.Option(min=1, help="tokens of the text to look at, at most")] = 16384,
     context: Annotated[int, typer.Option(min=2, help="tokens per call")] = 512,
-    kinds: Annotated[
-        str | None, typer.Option(metavar="KINDS", help="kinds that may shrink: glu,vo")
-    ] = None,
+    kinds: Annotated[str | None, typer.Option(metavar="KINDS", help="kinds that may shrink: glu,vo")] = None,
     steps: Annotated[int, typer.Option(min=1, help="strokes, each with fresh statistics")] = 1,
     prunable: Annotated[bool, typer.Option("--prunable", help="the share is of what can shrink, not of all")] = False,
     uniform: o.Uniform = None,

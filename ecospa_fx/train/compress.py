@@ -149,6 +149,8 @@ def compress(
         notes.append(f"{len(calls)} batches are too few to hold some out: pass {EVERY} or more")
     with _evaluating(module):
         if MODEL not in module.__dict__:
+            with torch.no_grad():
+                _loss(objective, module, calls[0], 0)  # its own Python says best what is wrong with a batch
             compiled(module)
         with torch.no_grad():
             dense = [_loss(objective, module, batch, number) for number, batch in enumerate(held or calls)]

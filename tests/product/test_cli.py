@@ -45,6 +45,10 @@ def batches():
     return torch.randn(8, 16, 8)
 
 
+def wide():
+    return torch.randn(8, 16, 9)
+
+
 def endless():
     raise OSError("no such data")
 """
@@ -262,21 +266,21 @@ def test_an_unwritable_path_is_found_before_any_work(capsys, here, command, monk
 
 def test_compress_saves_and_says_what_it_cost(capsys):
     code, out, err = run(capsys, *with_out("compress", "small"), "--target", "0.6")
-    assert (code, err) == (0, "") and "392 -> " in out and "0: 24 -> " in out or "ffn: 24 -> " in out
+    assert (code, err) == (0, "") and out.startswith("416 -> ") and "ffn: 24 -> " in out
     given = ["--target", "0.5", "--factory", "own.py:make", "--out", "less", "--batches", "own.py:batches", "--json"]
     document = json.loads(run(capsys, "compress", "small", *given)[1])
-    assert document["parameters"] < 0.55 * 392 and document["out"] == "less" and document["widths"].keys() == {"ffn"}
+    assert document["parameters"] < 0.55 * 416 and document["out"] == "less" and document["widths"].keys() == {"ffn"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["--text", "x"], 2, "pass either --text FILE or --batches FILE.PY:NAME, the data that the model is for"),
-        (["--target", "0.001"], 1, "target=0.001 of 392 parameters is 1, but the couplings reach down to "),
+        (["--target", "0.001"], 1, "target=0.001 of 416 parameters is 1, but the couplings reach down to "),
         (["--kinds", "glue"], 1, "kinds='glue' is none of "),
         (["--batches", "own.py:none"], 2, "own.py has no factory `none`; it has "),
         (["--batches", "own.py:endless"], 1, "--batches own.py:endless failed with OSError: no such data"),
-        (["--batches", "own.py:silent"], 1, "batch 0 does not fit the model: "),
+        (["--batches", "own.py:wide"], 1, "batch 0 does not fit the model: "),
     ],
 )
 def test_compress_says_what_is_wrong_in_one_line(capsys, arguments, code, message):
