@@ -92,9 +92,9 @@ def absorb_judged(
         total: adds up over processes.
 
     Returns:
-        The absorption, of all positions with the ridge that was best at those held out, and there the share of the
-        squares of outputs that is left; or one that takes over nothing, where none was better than that. None where
-        the moments hold an inf or a NaN.
+        The absorption, of all positions with the ridge that was best at those held out, and of their outputs the share
+        of the squares that was left while they were; or one that takes over nothing, where none was better than that.
+        None where the moments hold an inf or a NaN.
     """
     start = ridge_for(moments.count, len(kept))
     if held is None:
@@ -126,8 +126,16 @@ def absorb_judged(
     best = max(ridge for ridge, (worst, _) in shares.items() if worst <= CLOSE * least)
     if shares[best][0] >= 1:
         return nothing_taken(moments, kept)
-    absorption = absorb(moments, kept, constant=constant, ridge=best)
+    absorption = absorb(_with(moments, held.rows, total), kept, constant=constant, ridge=best)
     return None if absorption is None else replace(absorption, left=min(1.0, max(0.0, shares[best][1])))
+
+
+def _with(moments: Moments, rows: Tensor, total: Callable[[Tensor], Tensor]) -> Moments:
+    """Add the positions held out, of all processes."""
+    rows = rows.to(moments.squares)
+    count = total(torch.tensor([len(rows)], dtype=torch.float64, device=rows.device))
+    squares, sums = moments.squares + total(rows.T @ rows), moments.sums + total(rows.sum(0))
+    return Moments(squares, sums, moments.count + int(count))
 
 
 def nothing_taken(moments: Moments, kept: Tensor) -> Absorption:
