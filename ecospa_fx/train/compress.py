@@ -143,7 +143,10 @@ def compress(
     if not calls:
         raise TargetError("batches is empty; pass a few batches of the data that the model is for")
     _check_values(module)
-    objective, notes = loss or Objective(), []
+    own = Objective()
+    objective: Loss = loss or own
+    measured: Loss = loss or own.measured
+    notes: list[str] = []
     held = [batch for number, batch in enumerate(calls) if len(calls) >= EVERY and number % EVERY == EVERY - 1]
     if not held:
         notes.append(f"{len(calls)} batches are too few to hold some out: pass {EVERY} or more")
@@ -153,7 +156,7 @@ def compress(
                 _loss(objective, module, calls[0], 0)  # its own Python says best what is wrong with a batch
             compiled(module)
         with torch.no_grad():
-            dense = [_loss(objective, module, batch, number) for number, batch in enumerate(held or calls)]
+            dense = [_loss(measured, module, batch, number) for number, batch in enumerate(held or calls)]
         frozen = [c for c in couplings(module) if kinds is not None and c.kind not in kinds]
         constraints = Constraints(frozen=frozen, uniform=uniform)
         latency, size = _seconds(module, calls[0]), _size(module)
@@ -171,7 +174,7 @@ def compress(
             if heal is not None:
                 heal(module)
         with torch.no_grad():
-            small = [_loss(objective, module, batch, number) for number, batch in enumerate(held or calls)]
+            small = [_loss(measured, module, batch, number) for number, batch in enumerate(held or calls)]
         after = {c.name: c.size for c in couplings(module)}
         return Compression(
             {name: (entries, after[name]) for name, entries in before.items() if after.get(name, entries) != entries},

@@ -43,6 +43,13 @@ class Objective:
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """Compute the loss of a batch; of one that it meets for the first time, it sets the labels."""
+        return self._value(model, batch, drawn=1.0)
+
+    def measured(self, model: nn.Module, batch: Any) -> Tensor:
+        """Compute the loss without what is drawn at random of a projection: half the squared error of the outputs."""
+        return self._value(model, batch, drawn=0.0)
+
+    def _value(self, model: nn.Module, batch: Any, drawn: float) -> Tensor:
         result = called(model, batch)
         own = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", None)
         if isinstance(own, Tensor) and own.ndim == 0:
@@ -55,24 +62,26 @@ class Objective:
             rows = rows[mask.flatten().to(rows.device).bool()]
         if id(batch) not in self._wanted:
             generator = torch.Generator().manual_seed(self.seed + len(self._wanted))
-            drawn = _labels(rows, generator) if told_apart else _projection(rows, generator)
-            self._wanted[id(batch)] = batch, drawn
+            wanted = (_labels if told_apart else _projection)(rows, generator)
+            self._wanted[id(batch)] = batch, wanted
         wanted = self._wanted[id(batch)][1].to(rows.device)
         if told_apart:
             return cross_entropy(rows, wanted)
-        # The squared distance to a target that lies one standard deviation off at random: its gradient at the whole
-        # model is that of a random projection, and its mean rise the squared error.
-        return (rows - wanted).square().sum() / (2 * max(1, len(outputs)))
+        # Half the squared error, and a random projection, whose gradient is that at the whole model.
+        error, along = rows - wanted[0], wanted[1]
+        return (error.square().sum() / 2 - drawn * (error * along).sum()) / max(1, len(outputs))
 
 
 def _labels(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a label for each row from its softmax."""
     noise = torch.rand(logits.shape, generator=generator).clamp_(min=1e-20).to(logits.device)
-    return (logits.detach() - (-noise.log()).log()).argmax(-1)  # Gumbel: a draw from the softmax
+    return (logits.detach() - (-noise.log()).log()).argmax(-1)  # Gumbel's trick
 
 
 def _projection(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the outputs, and a direction among them drawn at random, as long as they vary."""
     scale = outputs.detach().std(correction=0)
-    return outputs.detach() + scale * torch.randn(outputs.shape, generator=generator).to(outputs.device)
+    return torch.stack([outputs.detach(), scale * torch.randn(outputs.shape, generator=generator).to(outputs.device)])
 
 
 def _outputs(result: Any) -> Tensor:
