@@ -43,7 +43,7 @@ from .moments import (
     InputMoments,
     MaskInput,
     PairMoments,
-    Reading,
+    RowChoice,
     columns,
     mask_inputs,
     over_ranks,
@@ -251,7 +251,7 @@ class Grams:
     def _add_input(self, gram_input: GramInput, values: Sequence[Tensor], mask: Tensor | None) -> None:
         before = self._grams.get(gram_input.gram)
         limit = self.rows or max(ROWS, values[0].shape[gram_input.inputs[0].dim] * gram_input.window // 4)
-        reading = Reading(limit, mask, judged=self.ridge is None)
+        reading = RowChoice(limit, mask, judged=self.ridge is None)
         moments = InputMoments.of_call(gram_input, values, reading, 0 if before is None else before.calls)
         if before is not None and before.narrow_to(gram_input.positions):
             before.add(moments)

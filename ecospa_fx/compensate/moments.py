@@ -67,8 +67,8 @@ def mask_inputs(program: Program, name: str) -> Iterator[MaskInput]:
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
-    """How the inputs of a weight are read.
+class RowChoice:
+    """The choice of the positions that are read of a weight's inputs.
 
     Attributes:
         limit: positions to read of one call at most.
@@ -106,7 +106,7 @@ class InputMoments:
     held: Tensor | None = None
 
     @classmethod
-    def of_call(cls, gram_input: GramInput, values: Sequence[Tensor], reading: Reading, calls: int) -> InputMoments:
+    def of_call(cls, gram_input: GramInput, values: Sequence[Tensor], reading: RowChoice, calls: int) -> InputMoments:
         """Compute the moments of one call, or hold it out.
 
         Args:
