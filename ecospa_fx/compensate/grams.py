@@ -439,7 +439,8 @@ class Grams:
             return absorb(moments, kept, constant=constant, ridge=self.ridge)
         rows, matrix = gram.held, self._matrix(absorber.gram, tensors)
         rows = moments.squares[:0] if rows is None else rows
-        (count,) = all_reduce_sum(torch.tensor([len(rows) if matrix is not None else 0]))
+        number = torch.tensor([len(rows) if matrix is not None else 0], device=moments.sums.device)
+        (count,) = all_reduce_sum(number)
         held = HeldOut(rows, matrix) if matrix is not None and int(count) else None
         return absorb_judged(moments, kept, held, constant=constant, total=lambda sums: all_reduce_sum(sums)[0])
 

@@ -296,7 +296,7 @@ def _loss(objective: Loss, model: nn.Module, batch: Any, number: int) -> float:
 
 def _gradients(objective: Loss, model: nn.Module, batch: Any, number: int) -> None:
     with torch.enable_grad():
-        _checked(objective, model, batch, number).backward()  # type: ignore[no-untyped-call]
+        _checked(objective, model, batch, number).backward()
 
 
 def _checked(objective: Loss, model: nn.Module, batch: Any, number: int) -> Tensor:

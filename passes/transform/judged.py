@@ -99,6 +99,8 @@ def absorb_judged(
     start = ridge_for(moments.count, len(kept))
     if held is None:
         return absorb(moments, kept, constant=constant, ridge=start)
+    if held.rows.device.type == "mps":  # it has no float64
+        held = HeldOut(held.rows.cpu(), held.matrix.cpu())
     weights = held.weights
 
     def judge(ridge: float) -> tuple[float, float] | None:
