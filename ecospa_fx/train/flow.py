@@ -71,7 +71,7 @@ class Flow:
             scores = self._scores.entries(coupling, by_context=keep.ndim == 2)
             total = 0.0 if scores is None else float(scores.square().sum())
             if scores is not None and 0 < total < float("inf"):
-                shares[coupling.name] = 1.0 - float(scores.gather(-1, keep).square().sum()) / total
+                shares[coupling.name] = max(0.0, 1.0 - float(scores.gather(-1, keep).square().sum()) / total)
         return shares
 
     def detach(self) -> None:

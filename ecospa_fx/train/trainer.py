@@ -324,9 +324,8 @@ class EcoSpaTrainer:
 
     def _prepare(self, amount: float) -> None:
         """Collect what the decisions of the next steps need, where each is so much training."""
-        within = lambda steps: not self.done and (self._owed or self._clock.due_within(steps * amount))  # noqa: E731
-        self._compensation.gather(within(GATHERING))
-        self._flow.watch(within(1))
+        self._compensation.gather(not self.done and (self._owed or self._clock.due_within(GATHERING * amount)))
+        self._flow.watch(not self.done and (self._owed or self._clock.due_within(amount)))
 
     def sparsify(self) -> None:
         """Take a sparsification step now: as a whole, or not at all, whatever interrupts it."""
