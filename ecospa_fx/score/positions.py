@@ -203,7 +203,11 @@ class PositionReader:
         """Return the message where there was no gradient, or none but zeros."""
         if self.empty:
             return NO_GRADIENT
-        return None if any(bool((each != 0).any()) for each in self.sums.values()) else ZERO_GRADIENT
+        by_step = [each for key, each in self.gates.sums.items() if key not in self.totals.sums]
+        known = [sums for sums in (list(self.totals.sums.values()), by_step) if sums]
+        # Zeros of one kind beside numbers of the other would make entries worthless that nothing is known of.
+        seen = [any(bool((each != 0).any()) for each in sums) for sums in known]
+        return None if all(seen) else ZERO_GRADIENT
 
     def observe(self) -> None:
         """Stand in the graphs of the model's regions, where graphs run."""

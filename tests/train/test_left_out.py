@@ -19,9 +19,9 @@ def stack():
     return Stack(width=16, heads=2, hidden=32)
 
 
-def trained(model, steps, between=lambda step: None, zero_first=False, **settings):
+def trained(model, steps, between=lambda step: None, zero_first=False, execution="graph", **settings):
     """Train a compiled model, its optimizer made from what trains at the start."""
-    ecospa_fx.compile(model)
+    ecospa_fx.compile(model, execution=execution)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, **{**SETTINGS, **settings})
     for step in range(steps):
@@ -49,19 +49,27 @@ def couplings_under(model, name):
     return {c.name: c.size for c in ecospa_fx.couplings(model) if any(m.parameter.startswith(name) for m in c.members)}
 
 
-@BOTH
-def test_gradients_that_are_all_zero_remove_nothing(policy):
+MODULE = {"policy": "adaptive", "absorb": False, "rotate": False}
+
+
+@pytest.mark.parametrize(("execution", "settings"), [("graph", {"policy": "paper"}), ("module", MODULE)])
+def test_gradients_that_are_all_zero_remove_nothing(execution, settings):
     model = stack()
     shapes = [p.shape for p in model.parameters()]
     with pytest.raises(OptimizerError) as caught:
-        trained(model, 8, policy=policy, zero_first=True)
+        trained(model, 8, zero_first=True, execution=execution, **settings)
     assert str(caught.value) == (
         "every gradient that was read since the last sparsification step is 0, as after zero_grad(set_to_none=False), "
         "so that no entry is worth less than another: call trainer.step() before zero_grad(), or make the trainer with "
         'gradients="optimizer"'
     )
     assert [p.shape for p in model.parameters()] == shapes
-    assert trained(stack(), 8, policy=policy, zero_first=True, gradients="optimizer").done  # the way out
+    assert trained(stack(), 8, zero_first=True, gradients="optimizer", policy=settings["policy"]).done  # way out
+
+
+def test_what_is_read_in_backward_does_not_mind_gradients_that_are_zeroed():
+    same = [trained(stack(), 8, policy="adaptive", zero_first=zeroed) for zeroed in (False, True)]
+    assert same[0].done and [e["removed"] for e in same[0].history] == [e["removed"] for e in same[1].history]
 
 
 @pytest.mark.parametrize(("policy", "end"), [("paper", 8), ("paper", None), ("adaptive", 8)])
