@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz fuzz-state check lint types bench bench-kernels bench-gpu clean
+.PHONY: help demo docs test fuzz fuzz-state check lint types bench bench-kernels bench-gpu clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -45,6 +45,9 @@ types: $(DEV_READY)  ## mypy --strict on the source tree
 	ln -s "$(CURDIR)"/ecospa_fx/* "$(CURDIR)/passes" "$(CURDIR)/kernels" $(LINKED)/ecospa_fx/
 	cd $(LINKED) && "$(CURDIR)/$(RUN)" -m mypy --config-file "$(CURDIR)/pyproject.toml" \
 	    --cache-dir "$(CURDIR)/.mypy_cache" -p ecospa_fx | sed -E 's#^ecospa_fx/(passes|kernels)/#\1/#'
+
+docs: $(TEST_READY)  ## build the documentation site in build/site
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 bench: $(TEST_READY)  ## run the benchmarks; ARGS="..." goes to bench/rewrite.py
 	PYTHONPATH=bench $(RUN) bench/explain.py

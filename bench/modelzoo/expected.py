@@ -88,7 +88,7 @@ def _nearest(node: fx.Node, step: Any, axis_facts: AxisFacts) -> fx.Node | None:
         frontier = [n for f in frontier for n in step(f) if n not in seen and not seen.add(n)]  # type: ignore[func-returns-value]
         for n in frontier:
             operands = axis_facts.operands.get(n, ())
-            if n.target in PRODUCTS and sum(o.weighted and o.parameter is None for o in operands) > 1:
+            if n.target in PRODUCTS and sum(o.weighted and not o.parameters for o in operands) > 1:
                 return n
     return None
 

@@ -14,7 +14,7 @@ import select
 import signal
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,8 +22,16 @@ import torch
 from modelzoo.build import build
 from modelzoo.measure import Row, measure
 
+Parts = Callable[[str, float], Iterator[Row]]
+"""Takes the name of a model and seconds for verification, and yields parts of its row."""
 
-def measure_all(names: Iterable[str], jobs: int, seconds: float, memory: int) -> Iterator[Row]:
+
+def measured(name: str, budget: float) -> Iterator[Row]:
+    """Parts of the row of a model of the zoo."""
+    yield from measure(lambda: build(name), budget)
+
+
+def measure_all(names: Iterable[str], jobs: int, seconds: float, memory: int, parts: Parts = measured) -> Iterator[Row]:
     """A row per model, in the order in which they finish."""
     torch.set_num_threads(1)
     _warm()
@@ -31,7 +39,7 @@ def measure_all(names: Iterable[str], jobs: int, seconds: float, memory: int) ->
     running: dict[int, _Child] = {}
     while waiting or running:
         while waiting and len(running) < jobs:
-            child = _Child(waiting.pop(), seconds, memory)
+            child = _Child(waiting.pop(), seconds, memory, parts)
             running[child.pipe] = child
         ready, _, _ = select.select(list(running), [], [], 1.0)
         for pipe in list(running):
@@ -54,13 +62,13 @@ def _warm() -> None:
 class _Child:
     """One model being measured."""
 
-    def __init__(self, name: str, seconds: float, memory: int) -> None:
+    def __init__(self, name: str, seconds: float, memory: int, parts: Parts) -> None:
         self.name, self.seconds, self.start, self.text = name, seconds, time.perf_counter(), b""
         self.pipe, end = os.pipe()
         self.process = os.fork()
         if self.process == 0:
             os.close(self.pipe)
-            _serve(name, end, memory, seconds)
+            _serve(name, end, memory, seconds, parts)
         os.close(end)
 
     def read(self) -> bool:
@@ -94,7 +102,7 @@ class _Child:
         return row
 
 
-def _serve(name: str, pipe: int, memory: int, seconds: float) -> None:
+def _serve(name: str, pipe: int, memory: int, seconds: float, parts: Parts) -> None:
     """In the child: measure, report, and leave without running anything of the parent's."""
     try:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
@@ -103,7 +111,7 @@ def _serve(name: str, pipe: int, memory: int, seconds: float) -> None:
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
         os.dup2(silent, 2)
-        for part in measure(lambda: build(name), seconds / 10):
+        for part in parts(name, seconds / 10):
             os.write(pipe, (json.dumps(part) + "\n").encode())
     except BaseException as error:
         os.write(pipe, (json.dumps({"error": _said(error)}) + "\n").encode())

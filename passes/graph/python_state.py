@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .containers import plain
 from .iterators import copied, is_iterator, position
 from .namespaces import ABSENT, Code, code_of, foreign_code, mutable_defaults, namespaces, put_in, value_in
 from .tensors import storage_key
@@ -242,12 +243,15 @@ class PythonState:
 
     def places(self) -> Iterator[tuple[Any, Any, str, Any]]:
         """Yield (owner, key, place in words, value then) of each attribute, entry and name; not of tensors."""
+        named = set()
         for space, name, where, value in self._names:
+            named.add((id(space), name))
             yield space, name, where, value
         for owner, where, held in self._nodes:
             if isinstance(held, dict):
                 for key, value in held.items():
-                    if not (isinstance(owner, nn.Module) and isinstance(key, tuple)):
+                    hook = isinstance(owner, nn.Module) and isinstance(key, tuple)
+                    if not hook and (id(owner), key) not in named:  # as the defaults of a function may be
                         yield owner, key, _label(owner, where, key), value
             elif isinstance(owner, (list, deque)):
                 for i, value in enumerate(held):
@@ -339,7 +343,7 @@ def contents(value: Any) -> Any:
             held |= {(kind, key): item for key, item in value.__dict__.get(kind, {}).items()}
         return held
     if isinstance(value, dict):
-        return dict(value)
+        return dict(plain(value))
     if isinstance(value, (list, deque, set)):
         return tuple(value)
     if type(value) is tuple:

@@ -10,7 +10,7 @@ Calls look at all of them in a generated function, see `unchanged`.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import CellType
@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ecospa_fx.passes.graph.containers import looks_up, plain
 from ecospa_fx.passes.graph.namespaces import ABSENT, put_in
 from ecospa_fx.passes.graph.python_state import is_array, same
 from ecospa_fx.passes.graph.stand_in_class import stands_for
@@ -151,7 +152,7 @@ def attribute_of(module: nn.Module, name: str) -> Any:
 def _step(owner: Any, step: PathItem) -> Any:
     if isinstance(owner, CellType):
         return owner.cell_contents
-    if step.entry and hasattr(type(owner), "__missing__"):  # as a defaultdict, it would make an entry
+    if step.entry and looks_up(owner):
         return dict.get(owner, step.key, ABSENT)
     return owner[step.key] if step.entry else getattr(owner, step.key)
 
@@ -167,16 +168,6 @@ def as_read(value: Any, now: Any) -> bool:
     if isinstance(value, Contents):
         return type(now) is (value.kind or type(value.copy)) and same_contents(value.copy, plain(now))
     return same(value, now)
-
-
-def plain(container: Any) -> Any:
-    """Return a container; of one whose class may look up in its own way, its items as a dict, list or set."""
-    if type(container).__module__ in ("builtins", "collections"):
-        return container
-    if isinstance(container, OrderedDict):  # whose order its dict does not know
-        return dict(OrderedDict.items(container))
-    kinds: tuple[Any, ...] = (dict, list, set)
-    return next((kind.copy(container) for kind in kinds if isinstance(container, kind)), container)
 
 
 def same_contents(copy: Any, now: Any) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import sympy
+import torch
 from torch.utils._sympy.printers import PythonPrinter
 
 
@@ -37,7 +38,7 @@ class SizeGuards:
         symbols = sorted({symbol for c in checked for symbol in c.free_symbols}, key=str)
         names = {symbol: sympy.Symbol(f"n{i}", integer=True, positive=True) for i, symbol in enumerate(symbols)}
         text = " and ".join(f"({PythonPrinter().doprint(c.xreplace(names))})" for c in checked)
-        answers = eval(f"lambda {', '.join(map(str, names.values()))}: {text}", {"math": math})
+        answers = eval(f"lambda {', '.join(map(str, names.values()))}: {text}", {"math": math, "torch": torch})
 
         def holds(*sizes: int) -> bool:
             try:

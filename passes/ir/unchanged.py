@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ecospa_fx.passes.graph.containers import looks_up, plain
 from ecospa_fx.passes.graph.namespaces import ABSENT
 from ecospa_fx.passes.graph.python_state import HOOKS, is_constant, same
 
-from .guards import Contents, ModuleRoot, Read, as_read, plain, same_contents
+from .guards import Contents, ModuleRoot, Read, as_read, same_contents
 from .numbers import Number
 from .state_access import HEAP, Keys, Length, PathItem
 
@@ -149,9 +150,9 @@ class _Source:
         return self._values[where]
 
     def _entry(self, owner: Any, key: Any) -> Any:
-        if hasattr(type(owner), "__missing__"):  # as a defaultdict, it would make an entry
+        if looks_up(owner):
             value = dict.get(owner, key, ABSENT)
-            self._compare(owner, self._is(f"o.get({self._key(key)}, absent)", value))
+            self._compare(owner, self._is(f"dict.get(o, {self._key(key)}, absent)", value))
             return value
         try:
             value = owner[key]

@@ -152,7 +152,14 @@ def tile(x: Operand, dims: list[Any]) -> Repeated:
     return Repeated(x, tuple(map(as_size, [*(1 for _ in range(x.ndim - len(dims))), *dims])))
 
 
-@axis_rule(aten.repeat_interleave.self_int, resize=resize_repeats)
+def resize_interleaved(site: OpSite) -> None:
+    """Write the number of copies that is left, and leave out the size of the result, which may be given as a help."""
+    resize_repeats(site)
+    if any(site.touched(expr) for expr in site.outputs[0]):
+        site.args.pop("output_size", None)
+
+
+@axis_rule(aten.repeat_interleave.self_int, resize=resize_interleaved)
 def repeat_interleave(x: Operand, repeats: int, dim: int | None = None, **_: Any) -> Repeated | SameDims:
     """Each entry along the axis is repeated in place."""
     if dim is None:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ BRANCHES = {
     "order": lambda b, t: t > b,
     "bound": lambda b, t: t * 3 > 20,
     "product": lambda b, t: b * t <= 12,
+    "ratio": lambda b, t: t / b > 2.5,
+    "a rounded ratio": lambda b, t: round(t / 4) < b and math.ceil(t / 3) > 1,
     "two together": lambda b, t: t % b == 0 and t // b < 4,
 }
 

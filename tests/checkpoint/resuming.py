@@ -134,11 +134,11 @@ KINDS = {
 
 
 class Run:
-    """One of them, new or gone on with."""
+    """One of them, new or gone on with: with the model that `load` makes, or with a new one."""
 
-    def __init__(self, kind: str, saved: Path | None = None) -> None:
+    def __init__(self, kind: str, saved: Path | None = None, *, new: bool = False) -> None:
         self.kind = kind = KINDS[kind]
-        if saved is None:
+        if saved is None or new:
             torch.manual_seed(0), random.seed(0), np.random.seed(0)  # noqa: NPY002
             self.model = ecospa_fx.compile(kind.factory())
         else:
@@ -185,10 +185,11 @@ def main(arguments: Sequence[str]) -> None:
     tolerate_missing_torchvision_ops()
     torch.set_num_threads(1)
     for kind in KINDS:
-        run = Run(kind, Path(arguments[0]) / kind)
-        assert run.step == CUT
-        run.train(END)
-        run.save(Path(arguments[0]) / f"{kind} resumed")
+        for new in (False, True):
+            run = Run(kind, Path(arguments[0]) / kind, new=new)
+            assert run.step == CUT
+            run.train(END)
+            run.save(Path(arguments[0]) / f"{kind} resumed {'with a new model' if new else 'with a loaded model'}")
 
 
 if __name__ == "__main__":

@@ -324,6 +324,21 @@ def test_another_model_is_refused(saved):
         ecospa_fx.load(directory)
 
 
+def test_a_resume_of_a_new_model_that_fails_leaves_it_as_it_was(saved):
+    *_, directory = saved
+    model = ecospa_fx.compile(Net(), example_inputs=(TOKENS,))
+    before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
+    with pytest.raises(errors.CheckpointError, match="holds state of AdamW, not of SGD"):
+        ecospa_fx.resume(directory, model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    after = dict(model.named_parameters())
+    assert all(after[name] is p and torch.equal(p, value) for name, (p, value) in before.items())
+    assert not ecospa_fx.plan(model).kept and torch.isfinite(model(TOKENS)).all()
+    ecospa_fx.resume(directory, model, optimizer=torch.optim.AdamW(model.parameters()))
+    loaded = ecospa_fx.load(directory, Net)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loaded.parameters(), strict=True))
+    assert torch.equal(model(TOKENS), loaded(TOKENS)) and ecospa_fx.plan(model) == ecospa_fx.plan(loaded)
+
+
 def test_state_of_another_optimizer_is_refused(saved):
     model, _, _, directory = saved
     with pytest.raises(errors.CheckpointError, match="holds state of AdamW, not of SGD"):

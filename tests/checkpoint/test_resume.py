@@ -31,10 +31,11 @@ def ended(tmp_path_factory):
     return directory
 
 
+@pytest.mark.parametrize("how", ["with a loaded model", "with a new model"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resumed_run_is_the_run_that_never_stopped(ended, kind):
+def test_a_resumed_run_is_the_run_that_never_stopped(ended, kind, how):
     """Weights, optimizer state, scores, schedules, history and random numbers: every file, byte by byte."""
-    whole, resumed = ended / f"{kind} whole" / "save-1", ended / f"{kind} resumed" / "save-1"
+    whole, resumed = ended / f"{kind} whole" / "save-1", ended / f"{kind} resumed {how}" / "save-1"
     names = sorted(path.name for path in whole.iterdir())
     assert names == sorted(path.name for path in resumed.iterdir())
     assert {"model.safetensors", "optimizer.safetensors", "trainer.json", "random.json", "scheduler.json"} < {*names}

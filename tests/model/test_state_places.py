@@ -87,6 +87,55 @@ def test_places_that_a_forward_leaves_alone_are_no_obstacle():
     assert ecospa_fx.couplings(model)
 
 
+class MadeOnLookup(collections.OrderedDict):
+    """A registry of classes that gives out instances."""
+
+    def __getitem__(self, key):
+        return super().__getitem__(key)()
+
+
+ACTIVATIONS = MadeOnLookup(gelu=nn.GELU, relu=nn.ReLU)
+
+
+def test_a_registry_that_makes_what_is_looked_up_is_read_and_left_as_it_was():
+    def chosen(_, hidden):
+        return ACTIVATIONS["gelu"](hidden)
+
+    model = ecospa_fx.compile(Keeper(chosen), example_inputs=(X,), regions="root")
+    assert list(ACTIVATIONS.values()) == [nn.GELU, nn.ReLU]
+    whole = model(X)
+    assert ecospa_fx.verify(model, example_inputs=(X,)).ok
+    ACTIVATIONS.update(gelu=nn.ReLU)
+    try:
+        assert not torch.equal(model(X), whole)  # its own Python, or another graph
+        assert list(ACTIVATIONS.values()) == [nn.ReLU, nn.ReLU]
+    finally:
+        ACTIVATIONS.update(gelu=nn.GELU)
+
+
+class Defaults(nn.Module):
+    """A perceptron whose forward has containers among its default arguments, and a function with such ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x, mask=None, options: dict[str, int] = {}, *, sizes=[]):  # noqa: B006
+        return self.down(F.gelu(scaled(self.up(x), **options)))
+
+
+def scaled(x, factors=[2.0], table={}):  # noqa: B006
+    return x * factors[0] if not table else x
+
+
+def test_default_arguments_that_a_forward_only_reads_are_no_obstacle():
+    model = Defaults()
+    compiled = ecospa_fx.compile(copy.deepcopy(model), example_inputs=(X,), regions="root")
+    assert torch.equal(compiled(X), model(X))
+    ecospa_fx.shrink(compiled, {ecospa_fx.couplings(compiled)[0]: torch.arange(3)})
+    assert ecospa_fx.verify(compiled, example_inputs=(X,)).ok
+
+
 def test_a_result_that_depends_on_the_gradient_mode_is_refused():
     with pytest.raises(CaptureError, match=r"output 0 without gradients \(torch.no_grad\) is another than with them"):
         ecospa_fx.compile(Keeper(lambda self, h: h * 2 if torch.is_grad_enabled() else h), example_inputs=(X,))

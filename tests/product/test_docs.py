@@ -1,0 +1,68 @@
+"""The documentation site: it builds without a warning, its code runs, and its lists are complete."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ecospa_fx
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+
+
+@pytest.mark.parametrize("page", ["index.md", "scores.md"])
+def test_the_code_of_a_page_runs(page, capsys):
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL):
+        exec(block, names)
+    assert names["trainer"].done
+    assert capsys.readouterr().out
+
+
+def test_every_option_of_the_trainer_is_listed_with_its_default():
+    listed = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", (DOCS / "options.md").read_text(), flags=re.MULTILINE))
+    signature = inspect.signature(ecospa_fx.EcoSpaTrainer.__init__).parameters.values()
+    options = {p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY}
+    assert listed.keys() == options.keys()
+    assert {name: eval(text) for name, text in listed.items()} == options
+
+
+def test_every_error_is_in_the_index():
+    text = (DOCS / "errors.md").read_text()
+    errors = [name for name, each in vars(ecospa_fx.errors).items() if inspect.isclass(each)]
+    assert len(errors) > 12
+    assert not [name for name in errors if f"`{name}`" not in text and not text.count(f".{name}`")]
+
+
+def test_every_score_is_in_the_list():
+    text = (DOCS / "scores.md").read_text()
+    assert not [name for name in ecospa_fx.scores.SCORES if f'`"{name}"`' not in text]
+
+
+def test_every_public_name_is_in_the_reference():
+    named = {line.rpartition(".")[2] for line in (DOCS / "reference.md").read_text().splitlines() if line[:4] == "::: "}
+    assert set(ecospa_fx.__all__) - {"errors"} <= named
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r"(\w[\w-]*\.md)", (ROOT / "mkdocs.yml").read_text()))
+    assert {page.name for page in DOCS.glob("*.md")} == listed
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, timeout=280, check=False,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "WARNING" not in done.stderr
+    reference = (tmp_path / "reference.html").read_text()
+    assert "optimizer state" in reference and "EcoSpaTrainer" in reference
