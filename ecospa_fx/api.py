@@ -12,7 +12,7 @@ from ecospa_fx.model.diff import ModuleDiff, diff_since
 from ecospa_fx.model.lookup import check_ready, plan
 from ecospa_fx.model.lookup import regions_of as regions_of
 from ecospa_fx.model.state import Execution
-from ecospa_fx.model.wrappers import looks_inside, unwrapped
+from ecospa_fx.ranks.wrappers import looks_inside, note_earlier, unwrapped
 
 from .arguments import CALL, FLAG, MODULE, REGIONS, TEXT, takes
 from .errors import EcoSpaError
@@ -60,6 +60,7 @@ def compile(
         NoCouplingError: nothing in the model can shrink.
         EcoSpaError: a part of it is compiled already, or it is, with another `execution`.
     """
+    note_earlier()
     module = unwrapped(model)
     existing: CompiledModel | None = module.__dict__.get(MODEL)
     if existing is not None:

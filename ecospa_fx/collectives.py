@@ -10,11 +10,6 @@ def is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-def ranks() -> int:
-    """Count the processes of the `torch.distributed` group; 1 where there is none."""
-    return distributed.get_world_size() if is_distributed() else 1
-
-
 def all_reduce_sum(*tensors: Tensor, group: distributed.ProcessGroup | None = None) -> tuple[Tensor, ...]:
     """Add tensors up over the processes of a group, into new tensors.
 

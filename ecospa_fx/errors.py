@@ -59,6 +59,10 @@ class WrapperError(EcoSpaError, RuntimeError):
     """A model that is spread over devices by something that a shrink cannot bring along."""
 
 
+class RanksError(EcoSpaError, RuntimeError):
+    """Processes that train one model together and do not agree, or of which one has failed; raised on each of them."""
+
+
 class RestoreError(EcoSpaError, RuntimeError):
     """A module whose own forward cannot run with the shrunk weights, or returns something else with them."""
 

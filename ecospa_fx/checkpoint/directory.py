@@ -35,6 +35,8 @@ MANIFEST = "checkpoint.json"
 LARGEST_MANIFEST = 2**20  # in bytes
 NAME = re.compile(r"save-(\d{1,18})")
 
+SHARDS = re.compile(r"shard-.*\.safetensors")  # as torch.distributed.checkpoint names them
+
 Read = TypeVar("Read")
 
 
@@ -51,9 +53,14 @@ class Save:
     files: Mapping[str, str]
 
     @property
-    def digest(self) -> str | None:
+    def digest(self) -> str:
         """The hash of the weights, which differs from save to save."""
-        return self.files.get("model.safetensors")
+        return digest_of(self.files)
+
+    @property
+    def sharded(self) -> bool:
+        """True if ranks wrote parts of its tensors."""
+        return any(map(SHARDS.fullmatch, self.files))
 
     def text(self, name: str) -> str:
         """Read a text file.
@@ -95,11 +102,20 @@ class Save:
 
 
 class Draft:
-    """A save that is being written."""
+    """A save that is being written.
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    Attributes:
+        shards: name -> tensor, of those that are sharded over ranks and are written by all; None: there are none.
+    """
+
+    def __init__(self, directory: Path, shards: dict[str, Tensor] | None = None) -> None:
+        self.directory, self.shards = directory, shards
         self.files: dict[str, dict[str, Any]] = {}
+
+    @property
+    def digest(self) -> str:
+        """The digest of the save that this becomes."""
+        return digest_of({name: file["sha256"] for name, file in self.files.items()})
 
     def document(self, name: str, value: Any) -> None:
         """Write a JSON file."""
@@ -108,7 +124,7 @@ class Draft:
     def text(self, name: str, text: str) -> None:
         """Write a text file."""
         write_text(self.directory / name, text)
-        self._finish(name)
+        self.finish(name)
 
     def tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write a safetensors file.
@@ -120,9 +136,10 @@ class Draft:
             save_file(dict(tensors), self.directory / name)
         except SafetensorError as error:
             raise CheckpointError(f"{self.directory / name} cannot be written: {error}") from error
-        self._finish(name)
+        self.finish(name)
 
-    def _finish(self, name: str) -> None:
+    def finish(self, name: str) -> None:
+        """Wait until a file is on the disk, and write down what is in it."""
         path = self.directory / name
         sync(path)
         self.files[name] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
@@ -161,6 +178,14 @@ def saving(directory: Path) -> Iterator[Draft]:
         for number in _numbers(directory):
             if directory / f"save-{number}" != draft.directory:
                 shutil.rmtree(directory / f"save-{number}", ignore_errors=True)
+
+
+def digest_of(hashes: Mapping[str, str]) -> str:
+    """Return one hash of the weights in files, by name of each file and its hash."""
+    weights = {name: each for name, each in hashes.items() if name == "model.safetensors" or SHARDS.fullmatch(name)}
+    if len(weights) == 1:
+        return next(iter(weights.values()))
+    return hashlib.sha256("".join(weights[name] for name in sorted(weights)).encode()).hexdigest()
 
 
 def read_save(directory: Path, read: Callable[[Save], Read]) -> Read:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ecospa_fx.errors import CheckpointError
+from ecospa_fx.model.class_swap import original_class
 from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.model.state import EXECUTIONS
 from ecospa_fx.passes.follow.attributes import Changes, changes_in
 from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
+from ecospa_fx.ranks.shards import is_sharded
 
 from .across import describe_across, joints_in
 from .hf_config import implementations
@@ -23,7 +25,7 @@ def describe(model: nn.Module, compiled: CompiledModel) -> dict[str, Any]:
     """Describe a compiled model beside its plan and its tensors, as plain values."""
     tensors = named_tensors(model)
     return {
-        "class": type(model).__name__,
+        "class": original_class(model).__name__,
         "torch": str(torch.__version__),
         **describe_execution(compiled),
         "training": model.training,
@@ -105,7 +107,7 @@ def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     aliases = {}
     for name, tensor in tensors.items():
         place = (tensor.storage_offset(), tensor.stride()) if tensor.layout is torch.strided else ()
-        key = (storage_key(tensor), tensor.shape, *place)
+        key = (id(tensor),) if is_sharded(tensor) else (storage_key(tensor), tensor.shape, *place)
         if tensor.numel() and first.setdefault(key, name) != name:
             aliases[name] = first[key]
     return aliases

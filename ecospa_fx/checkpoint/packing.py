@@ -3,6 +3,7 @@
 JSON has no tuples, no infinity and no tensors, so these are written as an object with one key that begins with `$`:
 
 {"$tensor": "exp_avg"}       a tensor under that name in the safetensors file
+{"$shards": "exp_avg"}       one under that name in the files that all ranks wrote, see sharded.py
 {"$tuple": [1, 2]}           a tuple; likewise $set, $size, $deque, $ordered, $counter, $dict
 {"$float": "inf"}            a number that JSON does not have
 """
@@ -13,6 +14,7 @@ import base64
 import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ecospa_fx.errors import CheckpointError
+from ecospa_fx.ranks.shards import is_sharded
 
 PLAIN = (type(None), bool, int, str)
 NUMBERS = "biuf"  # kinds of numpy dtypes: bool, signed, unsigned, floating
@@ -31,10 +34,15 @@ SAVABLE = {
 
 
 class Packer:
-    """A converter of values to JSON, which collects their tensors in `tensors`, a repeated one once."""
+    """A converter of values to JSON, which collects their tensors in `tensors`, a repeated one once.
 
-    def __init__(self) -> None:
+    Args:
+        shards: collects the tensors that are sharded over ranks, by name; None: they are refused.
+    """
+
+    def __init__(self, shards: dict[str, Tensor] | None = None) -> None:
         self.tensors: dict[str, Tensor] = {}
+        self.shards = shards
         self._first: dict[Any, tuple[str, Tensor]] = {}  # keeps tensors alive, so that no address is used again
 
     def pack(self, value: Any, where: str) -> Any:
@@ -84,6 +92,9 @@ class Packer:
         return [self.pack(entry, f"{where}/{i}") for i, entry in enumerate(values)]
 
     def _tensor(self, tensor: Tensor, where: str) -> dict[str, Any]:
+        if self.shards is not None and is_sharded(tensor):
+            self.shards[where] = tensor
+            return {"$shards": where}
         flat, layout = flatten_layout(tensor, where)
         key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         if key not in self._first:
@@ -100,10 +111,13 @@ class Unpacker:
     Args:
         tensors: the tensors that belong to the document.
         source: name of the document, for errors.
+        shards: those that were sharded over ranks, by name.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], source: str) -> None:
-        self.tensors, self.source = tensors, source
+    def __init__(
+        self, tensors: Mapping[str, Tensor], source: str, shards: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        self.tensors, self.source, self.shards = tensors, source, shards
         self._restored: dict[str, Tensor] = {}
 
     def unpack(self, value: Any) -> Any:
@@ -130,6 +144,8 @@ class Unpacker:
         content = value[tag]
         if tag == "$tensor":
             return self._tensor(content, value)
+        if tag == "$shards":
+            return self.shards[content]
         if tag in _READ:
             return _READ[tag](self._unpacked(content))
         raise CheckpointError(f"{self.source} holds `{tag}`, which this version of ecospa_fx does not know")

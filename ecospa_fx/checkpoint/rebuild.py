@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from ecospa_fx.errors import CheckpointError
 from ecospa_fx.model.compiled import MODEL, CompiledModel
 from ecospa_fx.model.full_size import unshrunk
-from ecospa_fx.model.journal import Journal
+from ecospa_fx.model.journal import Journal, reduced_anew
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.restore import restore
 from ecospa_fx.passes.find.analyse import shared_outside
@@ -29,6 +30,7 @@ from ecospa_fx.passes.follow.attributes import Changes, assigned, sync_layer_siz
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.ir.border import NO_BORDER
 from ecospa_fx.plan import Plan
+from ecospa_fx.ranks.shards import is_sharded
 
 from .across import joints_in
 from .directory import Draft, Save
@@ -36,6 +38,7 @@ from .hf_config import config_text, from_config
 from .metadata import aliases_of, check_description, describe
 from .packing import Packer, Unpacker, flatten_layout, restore_layout
 from .rng_state import rng_preserved
+from .sharded import WEIGHTS, read_shards
 
 Layouts = dict[str, dict[str, Any]]
 
@@ -76,7 +79,11 @@ def write_model(draft: Draft, model: nn.Module, compiled: CompiledModel) -> None
     layouts: Layouts = {}
     files: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}
     for name, tensor in tensors.items():
-        if name not in aliases:
+        if name in aliases:
+            continue
+        if draft.shards is not None and is_sharded(tensor):
+            draft.shards[f"{WEIGHTS}{name}"] = tensor
+        else:
             files[name in transient][name], layout = flatten_layout(tensor, name)
             layouts |= {name: layout} if layout else {}
     draft.tensors("model.safetensors", files[False])
@@ -97,8 +104,13 @@ def write_model(draft: Draft, model: nn.Module, compiled: CompiledModel) -> None
     draft.document("model.json", {**describe(model, compiled), "layouts": layouts, "extra": extra})
 
 
-def read_model(save: Save) -> Saved:
+def read_model(save: Save, like: Mapping[str, Tensor] = MappingProxyType({}), *, values: bool = True) -> Saved:
     """Read the files of `write_model`.
+
+    Args:
+        save: the save.
+        like: tensors by name that say how those are to be sharded that were; others come whole.
+        values: False: those that were sharded come on the meta device, without values.
 
     Raises:
         CheckpointError: files are missing or malformed.
@@ -108,6 +120,10 @@ def read_model(save: Save) -> Saved:
     flat = save.tensors("model.safetensors")
     transient = save.tensors("buffers.safetensors") if "buffers.safetensors" in save.files else {}
     extra = save.tensors("extra.safetensors") if "extra.safetensors" in save.files else {}
+    if save.sharded:
+        named = {f"{WEIGHTS}{name}": tensor for name, tensor in like.items()}
+        shards = read_shards(save, named, prefix=WEIGHTS, values=values)
+        flat = flat | {name.removeprefix(WEIGHTS): tensor for name, tensor in shards.items()}
     return Saved(
         about,
         Plan.from_json(save.text("plan.json")),
@@ -171,6 +187,7 @@ def refit(model: nn.Module, saved: Saved) -> None:
             for attribute, (_, now) in compiled.attributes.items():
                 attribute.write(model, now)
         raise
+    reduced_anew(named_tensors(model).values())
 
 
 @contextmanager
@@ -194,6 +211,43 @@ def refitted(model: nn.Module, saved: Saved) -> Iterator[None]:
         yield
     except BaseException:
         journal.undo()
+        raise
+
+
+def check_same(model: nn.Module, saved: Saved) -> None:
+    """Check that a model that is sharded over ranks has the names and the sizes of a save.
+
+    Raises:
+        CheckpointError: it has others; its shards cannot be made anew.
+    """
+    tensors = named_tensors(model)
+    for name, value in saved.tensors.items():
+        here = tuple(tensors[name].shape) if name in tensors else None
+        if here is not None and here != tuple(value.shape):
+            raise CheckpointError(
+                f"`{name}` is {tuple(value.shape)} in {saved.where} and {here} in this model, which is sharded "
+                "already: make it with ecospa_fx.load before it is sharded, on the meta device if it is large"
+            )
+    missing = [n for n in tensors if n not in saved.tensors and n not in saved.about["aliases"]]
+    odd = [*missing, *(n for n in saved.tensors if n not in tensors)]
+    if odd:
+        raise CheckpointError(f"{saved.where} is not of this {type(model).__name__}: `{odd[0]}` is in one of them only")
+
+
+@contextmanager
+def filled(model: nn.Module, saved: Saved) -> Iterator[None]:
+    """Copy saved values into a model of the same sizes, sharded in the same way; put back the old ones on an error."""
+    tensors, before = named_tensors(model), dict[str, Tensor]()
+    try:
+        with torch.no_grad():
+            for name, value in saved.tensors.items():
+                before[name] = tensors[name].detach().clone()
+                tensors[name].copy_(value)
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, value in before.items():
+                tensors[name].copy_(value)
         raise
 
 

@@ -24,11 +24,16 @@ from ecospa_fx.errors import ArgumentError, CheckpointError
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.lookup import check_optimizer, compiled_state
 from ecospa_fx.model.optimizer_state import several
-from ecospa_fx.model.wrappers import looks_inside
+from ecospa_fx.passes.graph.tensors import named_tensors
+from ecospa_fx.ranks.fsdp2 import reshard
+from ecospa_fx.ranks.members import ranks_of
+from ecospa_fx.ranks.shards import is_sharded
+from ecospa_fx.ranks.wrappers import looks_inside
 from ecospa_fx.train.trainer import EcoSpaTrainer
 
-from .directory import read_save, saving
-from .rebuild import read_model, rebuild, refitted, write_model
+from .directory import Draft, Save, read_save, saving
+from .rebuild import Saved, check_same, filled, read_model, rebuild, refitted, write_model
+from .sharded import save_by_all
 from .training_state import Training, as_tuple, by_name, read_training, resume_training, write_training
 
 
@@ -70,10 +75,18 @@ def save(
     )
     for each in training.optimizer:
         check_optimizer(model, each)
-    with saving(Path(directory)) as draft:
+    reshard(model)
+
+    def write(draft: Draft) -> None:
         write_model(draft, model, compiled)
         write_training(draft, model, training)
-    compiled.save = draft.files["model.safetensors"]["sha256"]
+
+    if any(map(is_sharded, model.parameters())):
+        compiled.save = save_by_all(ranks_of(model), Path(directory), write)
+    else:
+        with saving(Path(directory)) as draft:
+            write(draft)
+        compiled.save = draft.digest
 
 
 @takes(directory=PATH, factory=optional(FUNCTION))
@@ -91,14 +104,17 @@ def load(
         directory: a directory that `save` wrote.
         factory: makes the original, unshrunk model; its weights are replaced. It may make it on the meta device, which
             takes no time and no memory. A Hugging Face model needs no factory: it is rebuilt from its config.
-        device: device of the model; None: as the factory places it, and meta tensors on the CPU.
+        device: device of the model; None: as the factory places it, and meta tensors on the CPU. `"meta"`: the model
+            at the sizes of the save and without values, to be sharded over ranks, `to_empty`, and filled by `resume`.
 
     Raises:
         CheckpointError: the directory is incomplete, altered, of another format version, or of another model.
     """
-    saved, digest = read_save(Path(directory), lambda save: (read_model(save), save.digest))
-    model = rebuild(saved, factory, None if device is None else _device(device))
-    model.__dict__[MODEL].save = digest
+    home = None if device is None else _device(device)
+    values = home is None or home.type != "meta"
+    saved, digest = read_save(Path(directory), lambda save: (read_model(save, values=values), save.digest))
+    model = rebuild(saved, factory, home)
+    model.__dict__[MODEL].save = digest if values else None
     return model
 
 
@@ -141,14 +157,28 @@ def resume(
     )
     for each in training.optimizer:
         check_optimizer(model, each)
-    fresh = compiled.save is None
-    state, weights, digest = read_save(
-        source, lambda save: (read_training(save, training, rng), read_model(save) if fresh else None, save.digest)
-    )
-    if weights is None and compiled.save != digest:
-        raise CheckpointError(f"{source} has been saved to since this model was loaded from it; load it again")
-    with nullcontext() if weights is None else refitted(model, weights):
-        resume_training(model, training, state, str(source))
+    fresh, ranks = compiled.save is None, ranks_of(model)
+    sharded = any(map(is_sharded, model.parameters()))
+    reshard(model)
+
+    def take() -> str:
+        def read(save: Save) -> tuple[dict[str, dict[str, Any]], Saved | None, str]:
+            weights = read_model(save, named_tensors(model) if sharded else {}) if fresh else None
+            return read_training(save, training, rng, model), weights, save.digest
+
+        state, weights, digest = read_save(source, read)
+        if weights is None and compiled.save != digest:
+            raise CheckpointError(f"{source} has been saved to since this model was loaded from it; load it again")
+        if weights is not None and sharded:
+            check_same(model, weights)
+        ranks.meet("resume")
+        changed = nullcontext() if weights is None else (filled if sharded else refitted)(model, weights)
+        with changed:
+            resume_training(model, training, state, str(source))
+            ranks.meet("resume")
+        return digest
+
+    digest = ranks.together("resume", take)
     compiled_state(model).save = digest
 
 

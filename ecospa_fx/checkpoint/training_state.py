@@ -22,11 +22,13 @@ from torch.optim import Optimizer
 
 from ecospa_fx.arguments import SEVERAL, STATEFUL
 from ecospa_fx.errors import CheckpointError, EcoSpaError
+from ecospa_fx.logs import logger
 from ecospa_fx.model.lookup import check_optimizer
 
 from .directory import Draft, Save
 from .packing import Packer, Unpacker
 from .rng_state import random_state, set_random_state
+from .sharded import own_random, read_shards
 
 PARTS = ("optimizer", "scheduler", "scaler", "trainer", "also", "random")
 
@@ -80,7 +82,7 @@ def write_training(draft: Draft, model: nn.Module, training: Training) -> None:
         OptimizerError: an optimizer holds none of the model's parameters.
     """
     for part in PARTS:
-        packer = Packer()
+        packer = Packer(draft.shards)
         if part == "random":
             document = {"random": packer.pack(random_state(), "random")}
         elif part == "optimizer":
@@ -96,8 +98,14 @@ def write_training(draft: Draft, model: nn.Module, training: Training) -> None:
                 draft.tensors(f"{part}.safetensors", packer.tensors)
 
 
-def read_training(save: Save, training: Training, rng: bool) -> dict[str, dict[str, Any]]:
+def read_training(save: Save, training: Training, rng: bool, model: nn.Module) -> dict[str, dict[str, Any]]:
     """Read the state of a training loop: part -> name of the object -> class and state.
+
+    Args:
+        save: the save.
+        training: the objects whose state is wanted.
+        rng: read the state of the global generators too.
+        model: its parameters say how state is to be sharded that was.
 
     Raises:
         CheckpointError: the save lacks the state of an object, or has that of more optimizers or schedulers.
@@ -107,9 +115,13 @@ def read_training(save: Save, training: Training, rng: bool) -> dict[str, dict[s
         wanted = [part] if part == "random" else list(training.stateful(part))
         if not wanted or (part == "random" and not rng):
             continue
-        if f"{part}.json" not in save.files:
+        file = own_random(save.files) if part == "random" else f"{part}.json"
+        if file is None:
+            logger("shrink").info("%s has no random numbers of this rank, which keeps its own", save.directory.parent)
+            continue
+        if file not in save.files:
             raise CheckpointError(f"{save.directory.parent} holds no {part} state: it was saved without {part}=")
-        document = save.document(f"{part}.json")
+        document = save.document(file)
         if part != "also" and wanted != list(document):
             raise CheckpointError(
                 f"{save.directory.parent} holds the state of {_count(part, len(document))}, and resume was "
@@ -120,11 +132,27 @@ def read_training(save: Save, training: Training, rng: bool) -> dict[str, dict[s
                 raise CheckpointError(
                     f"{save.directory.parent} holds no state of {name}, only of {', '.join(document)}"
                 )
-        file = f"{part}.safetensors"
-        tensors = save.tensors(file) if file in save.files else {}
-        unpacker = Unpacker(tensors, str(save.directory / f"{part}.json"))
+        beside = f"{file.removesuffix('.json')}.safetensors"
+        tensors = save.tensors(beside) if beside in save.files else {}
+        shards = read_shards(save, _sharded_state(document, model)) if part == "optimizer" and save.sharded else {}
+        unpacker = Unpacker(tensors, str(save.directory / file), shards)
         states[part] = {name: unpacker.unpack(document[name]) for name in wanted}
     return states
+
+
+def _sharded_state(document: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Return the names of the sharded tensors of optimizers -> the parameter of each."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[str, Tensor] = {}
+    for optimizer in document.values():
+        for name, entries in optimizer["state"].items():
+            inside = [entries] if name in parameters else []
+            while inside:
+                each = inside.pop()
+                inside += each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+                if isinstance(each, dict) and isinstance(each.get("$shards"), str):
+                    found[each["$shards"]] = parameters[name]
+    return found
 
 
 def resume_training(model: nn.Module, training: Training, saved: Mapping[str, Mapping[str, Any]], where: str) -> None:

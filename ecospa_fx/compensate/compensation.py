@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +94,10 @@ class Compensation:
             coupling: torch.arange(keep.shape[-1]) if coupling.name in done.energy else keep
             for coupling, keep in keeps.items()
         }
+
+    def at_once(self) -> AbstractContextManager[None]:
+        """Return a context in which statistics are read several times, and added up over ranks once."""
+        return nullcontext() if self.grams is None else self.grams.at_once()
 
     @property
     def absorb(self) -> Grams | None:

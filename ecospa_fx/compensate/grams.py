@@ -8,7 +8,8 @@ it is a sum, so that ranks add theirs up. No activation is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from ecospa_fx.arguments import FLAG, MODULE, NAMED, SEVERAL, instance, takes
-from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.logs import logger
@@ -25,7 +25,6 @@ from ecospa_fx.model.lookup import compiled_state, plan, regions_of
 from ecospa_fx.model.observers import check_observable, ignore, observe
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import kept_positions
-from ecospa_fx.model.wrappers import unwrapped
 from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.region_graph import RegionGraph
@@ -36,17 +35,21 @@ from ecospa_fx.passes.transform.eliminate import Summing
 from ecospa_fx.passes.transform.judged import HeldOut, absorb_judged
 from ecospa_fx.passes.transform.rotate import FAR, BasisChange, Part
 from ecospa_fx.plan import Plan
+from ecospa_fx.ranks.members import ranks_of, sharing_ranks
+from ecospa_fx.ranks.shards import gathered, is_sharded, local_part, split, whole_of
+from ecospa_fx.ranks.wrappers import unwrapped
 from ecospa_fx.score.products import ProductSite
 
 from .moments import (
+    Gathered,
     GramInput,
     InputMoments,
     MaskInput,
     PairMoments,
     RowChoice,
+    add_blocks,
     columns,
     mask_inputs,
-    over_ranks,
     pair_sites,
 )  # fmt: skip
 
@@ -123,6 +126,7 @@ class Grams:
         self._graphs: dict[int, tuple[AxisFacts, Mapping[WeightDim, Consumer | str]]] = {}
         self._absorbers: dict[WeightDim, _Absorber] = {}
         self._read_for: list[object] = []  # a coupling and the graphs that absorbers have been found for
+        self._whole: Gathered | None = None  # of all ranks, while they are read several times
         self._regions = list(regions_of(model).values())
         if self._regions:
             check_observable(model)
@@ -188,7 +192,7 @@ class Grams:
         return min(counts, default=None)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the moments by name."""
+        """Return the moments by name; of a sharded model over all ranks, which must all call it."""
         tensors: dict[str, Tensor] = {}
         for (name, dim), gram in self._grams.items():
             label = f"{name}[{dim}]"
@@ -200,7 +204,14 @@ class Grams:
                 tensors[f"held {label}"] = gram.held
         for name, pair in self._pairs.items():
             tensors |= {f"near {name}": pair.near, f"far {name}": pair.far, f"calls {name}": torch.tensor(pair.calls)}
-        return tensors
+        ranks = sharing_ranks(self.model)
+        if not ranks:
+            return tensors
+        own = {name: each for name, each in tensors.items() if name.startswith(("positions ", "held "))}
+        whole = ranks.totals({n: each for n, each in tensors.items() if n not in own}, "the state of input moments")
+        for name in [name for name in whole if name.startswith("counts ") and name in tensors]:
+            whole[name][1:3] = tensors[name][1:3]  # the window and the calls of a rank
+        return whole | own
 
     @takes(state=NAMED)
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -209,6 +220,8 @@ class Grams:
         Raises:
             ArgumentError: the state is none that `state_dict` returned.
         """
+        if not sharing_ranks(self.model).is_first:  # or they would count once per rank
+            state = {name: _without_sums(name, each) for name, each in state.items()}
         take_state("Grams", [self], lambda: self._take(*_moments_in(state)))
 
     def _take(self, grams: dict[WeightDim, InputMoments], pairs: dict[str, PairMoments]) -> None:
@@ -290,21 +303,44 @@ class Grams:
             far: likewise on the other side.
         """
         self._read_all()
-        pair = self._pairs.get(coupling.name)
-        if pair is not None and pair.near.shape == near.shape:
-            near, far = all_reduce_sum(pair.near.to(near), pair.far.to(far))
-            return near, far
+        over = [(part, self._absorbers.get((part.parameter, part.dim))) for part in parts if part.side == FAR]
+        whole = self._gathered([absorber.gram for _, absorber in over if absorber is not None], [coupling.name])
+        pair = whole.pairs.get(coupling.name)
+        if pair is not None and pair[0].shape == near.shape:
+            return pair[0].to(near), pair[1].to(far)
         inputs = torch.zeros_like(near)
-        for part, absorber, gram in self._summing(parts):
-            if absorber is None or gram is None:
+        for part, absorber in over:
+            moments = None if absorber is None else whole.inputs.get(absorber.gram)
+            if absorber is None or moments is None:
                 return near, far
-            gram.add_blocks(part, absorber.consumer.bias is not None, inputs)  # a bias can hold the constant part
+            add_blocks(moments, part, absorber.consumer.bias is not None, inputs)  # a bias can hold the constant part
         return (inputs, far) if bool(inputs.any()) else (near, far)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Read moments several times, while ranks add them up once."""
+        self._read_all()
+        before, self._whole = self._whole, self._gathered(self._grams, self._pairs)
+        try:
+            yield
+        finally:
+            self._whole = before
+
+    def _gathered(self, keys: Iterable[WeightDim], pairs: Iterable[str] = ()) -> Gathered:
+        """Return moments over all ranks, at the sizes of the model now."""
+        if self._whole is not None:
+            return self._whole
+        kept = plan(self.model).kept
+        grams = {key: gram for key in keys if (gram := self._grams.get(key)) and gram.narrow_to(kept.get(key))}
+        sides = {name: self._pairs[name] for name in pairs if name in self._pairs}
+        return Gathered.over(ranks_of(self.model), grams, sides)
 
     def summing(self, coupling: Coupling) -> list[Summing] | None:
         """Return the weights that sum over a coupling, and their inputs' moments; None if one cannot take over."""
         self._read_all()
         tensors, summing = named_tensors(self.model), []
+        keys = [(member.parameter, member.dim) for member in coupling.members]
+        whole = self._gathered(self._absorbers[key].gram for key in keys if key in self._absorbers)
         for member in coupling.members:
             key = member.parameter, member.dim
             absorber = self._absorbers.get(key)
@@ -312,13 +348,13 @@ class Grams:
                 if key in self.refused:
                     return None
                 continue
-            gram, weight = self._grams.get(absorber.gram), tensors[member.parameter]
-            if gram is None or not gram.narrow_to(plan(self.model).kept.get(key)) or not _has_values(weight):
+            moments, weight = whole.inputs.get(absorber.gram), tensors[member.parameter]
+            if moments is None or not _has_values(weight):
                 return None
             unit = member.index if member.context is None else member.context * coupling.size + member.index
-            unit = torch.where(member.index >= 0, unit, -1).repeat_interleave(gram.window)
+            unit = torch.where(member.index >= 0, unit, -1).repeat_interleave(absorber.consumer.window)
             matrix = absorber.consumer.columns(weight.detach())
-            summing.append(Summing(matrix, over_ranks(gram.moments), unit, absorber.consumer.bias is not None))
+            summing.append(Summing(matrix, moments, unit, absorber.consumer.bias is not None))
         return summing or None
 
     def follow(self, coupling: Coupling, parts: Sequence[Part], change: BasisChange, journal: Journal) -> None:
@@ -328,19 +364,13 @@ class Grams:
         if coupling.name in self._pairs:
             self._pairs[coupling.name].follow(change)
         done: set[int] = set()
-        for part, _, gram in self._summing(parts):
-            if gram is not None and id(gram) not in done:
+        for part in parts:
+            absorber = self._absorbers.get((part.parameter, part.dim)) if part.side == FAR else None
+            gram = None if absorber is None else self._grams.get(absorber.gram)
+            positions = plan(self.model).kept.get((part.parameter, part.dim))
+            if gram is not None and gram.narrow_to(positions) and id(gram) not in done:
                 done.add(id(gram))
                 gram.follow(part, change)
-
-    def _summing(self, parts: Sequence[Part]) -> Iterator[tuple[Part, _Absorber | None, InputMoments | None]]:
-        """Return the weights that sum over a coupling, with the moments of their inputs at the sizes of now."""
-        for part in parts:
-            if part.side == FAR:
-                absorber = self._absorbers.get((part.parameter, part.dim))
-                gram = None if absorber is None else self._grams.get(absorber.gram)
-                positions = plan(self.model).kept.get((part.parameter, part.dim))
-                yield part, absorber, gram if gram is not None and gram.narrow_to(positions) else None
 
     def _consumers(self, axis_facts: AxisFacts) -> Mapping[WeightDim, Consumer | str]:
         cached = self._graphs.get(id(axis_facts))
@@ -402,47 +432,67 @@ class Grams:
         """
         self._read_all()
         values: dict[int, Tensor] = {}
-        solved: dict[tuple[WeightDim, bool], Absorption | None] = {}
+        solved: dict[tuple[WeightDim, bool], Absorption] = {}
         self.left = {}
-        for (name, dim), absorber in sorted(self._absorbers.items()):
+        going: dict[WeightDim, Tensor] = {}
+        for name, dim in self._absorbers:
             steps = kept_positions(name, before, after).get(dim) if (name, dim) in after.kept else None
-            if steps is None:
-                continue
+            if steps is not None:
+                going[name, dim] = steps
+        whole = self._gathered(self._absorbers[key].gram for key in sorted(going))
+        able = [key for key in going if self._absorbers[key].gram in whole.inputs and _has_values(held[0].get(key[0]))]
+        everywhere = set(ranks_of(self.model).common([f"{n} {d}" for n, d in able], "the weights that take over"))
+        for name, dim in sorted(key for key in able if f"{key[0]} {key[1]}" in everywhere):
+            absorber, steps = self._absorbers[name, dim], going[name, dim]
             consumer, constant = absorber.consumer, absorber.consumer.bias is not None
             if (absorber.gram, constant) not in solved:
-                positions = before.kept.get((name, dim))
-                solved[absorber.gram, constant] = self._solve(absorber, positions, steps, held[0])
+                found = self._solve(absorber, whole.inputs[absorber.gram], steps, held[0])
+                if found is None:
+                    continue
+                solved[absorber.gram, constant] = found
             absorption = solved[absorber.gram, constant]
-            if absorption is None or not _has_values(held[0].get(name)):
-                continue
             self.left[name, dim] = absorption.left
             bias = None if consumer.bias is None else name.removesuffix(consumer.parameter) + consumer.bias
             for tensors in held:
                 weight = tensors.get(name)
                 if weight is None or not _has_values(weight):
                     continue
-                matrix = consumer.columns(weight.detach())
-                _assign(values, tensors, weight, consumer.as_weight(absorption.columns(matrix), weight))
-                if bias is not None and _has_values(tensors.get(bias)):
-                    _assign(values, tensors, tensors[bias], absorption.bias(tensors[bias].detach(), matrix))
+                constant_in = tensors[bias] if bias is not None and _has_values(tensors.get(bias)) else None
+                by_rows = _lie_alike(weight, constant_in, dim)
+                part = local_part(weight) if by_rows else gathered(weight).detach()
+                matrix = consumer.columns(part)
+                value = consumer.as_weight(absorption.columns(matrix), part)
+                _assign(values, tensors, weight, _placed(value, weight, by_rows))
+                if constant_in is not None:
+                    part = local_part(constant_in) if by_rows else gathered(constant_in).detach()
+                    value = absorption.bias(part, matrix)
+                    _assign(values, tensors, constant_in, _placed(value, constant_in, by_rows))
         self._log(before, after)
         return values
 
     def _solve(
-        self, absorber: _Absorber, positions: Tensor | None, steps: Tensor, tensors: Mapping[str, Tensor]
+        self, absorber: _Absorber, moments: Moments, steps: Tensor, tensors: Mapping[str, Tensor]
     ) -> Absorption | None:
-        gram, constant = self._grams.get(absorber.gram), absorber.consumer.bias is not None
-        if gram is None or not gram.narrow_to(positions):
-            return None
-        moments, kept = over_ranks(gram.moments), columns(steps, gram.window)
+        """Regress what goes on what stays.
+
+        Args:
+            absorber: a weight that may take over.
+            moments: those of its input, over all ranks.
+            steps: the positions of its dim that stay.
+            tensors: those of the model by name.
+        """
+        constant, kept = absorber.consumer.bias is not None, columns(steps, absorber.consumer.window)
         if self.ridge is not None:
             return absorb(moments, kept, constant=constant, ridge=self.ridge)
-        rows, matrix = gram.held, self._matrix(absorber.gram, tensors)
-        rows = moments.squares[:0] if rows is None else rows
-        number = torch.tensor([len(rows) if matrix is not None else 0], device=moments.sums.device)
-        (count,) = all_reduce_sum(number)
-        held = HeldOut(rows, matrix) if matrix is not None and int(count) else None
-        return absorb_judged(moments, kept, held, constant=constant, total=lambda sums: all_reduce_sum(sums)[0])
+        gram, matrix, ranks = self._grams.get(absorber.gram), self._matrix(absorber.gram, tensors), ranks_of(self.model)
+
+        def total(sums: Tensor) -> Tensor:
+            return ranks.totals({"sums": sums}, "the positions held out")["sums"] if ranks else sums
+
+        rows = moments.squares[:0] if gram is None or gram.held is None else gram.held
+        count = total(torch.tensor([float(len(rows))], device=moments.sums.device))
+        held = None if matrix is None or not int(count) else HeldOut(rows, matrix)
+        return absorb_judged(moments, kept, held, constant=constant, total=total)
 
     def _log(self, before: Plan, after: Plan) -> None:
         log = logger("shrink")
@@ -450,8 +500,17 @@ class Grams:
             log.debug("%s[%d] takes over the entries that go, but for %.1f%% of them", *key, 100 * share)
         for key in [*self.refused, *(key for key in self._absorbers if key not in self.left)]:
             if key in after.kept and not torch.equal(after.kept[key], before.kept.get(key, after.kept[key][:0])):
-                reason = self.refused.get(key, "no finite moments of its inputs were gathered, or it is sharded")
+                reason = self.refused.get(key, "no finite moments of its inputs were gathered")
                 log.info("nothing takes over in %s[%d]: %s", *key, reason)
+
+
+def _without_sums(name: str, tensor: Any) -> Any:
+    """Return a tensor of a state as if nothing had been added up; of counts, the window and the calls stay."""
+    if not isinstance(tensor, Tensor) or name.startswith("positions "):
+        return tensor
+    if name.startswith("counts "):
+        return tensor * torch.tensor([0, 1, 1, 0])
+    return torch.zeros_like(tensor)
 
 
 def _moments_in(state: Mapping[str, Tensor]) -> tuple[dict[WeightDim, InputMoments], dict[str, PairMoments]]:
@@ -484,8 +543,28 @@ def _uses(captured: RegionGraph, name: str) -> bool:
 
 
 def _has_values(tensor: Tensor | None) -> bool:
-    """Return whether all values of a tensor are in this process: it is neither sharded nor on the meta device."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor is not None and tensor.device.type != "meta"
+    """Return whether a tensor has values that can be read, on this rank or on several."""
+    plain = type(tensor) in (Tensor, nn.Parameter) or is_sharded(tensor)
+    return plain and tensor is not None and tensor.device.type != "meta"
+
+
+def _lie_alike(weight: Any, bias: Any, dim: int) -> bool:
+    """Return whether this rank holds rows of a weight with all columns along `dim`, and the bias of the same rows.
+
+    Each row takes over for itself, so that nothing need move then.
+    """
+    if not is_sharded(weight):
+        return bias is None or not is_sharded(bias)
+    by_rows = dim != 0 and all(not placement.is_shard() or placement.is_shard(0) for placement in weight.placements)
+    return by_rows and (bias is None or (is_sharded(bias) and bias.placements == weight.placements))
+
+
+def _placed(value: Tensor, like: Any, by_rows: bool) -> Tensor:
+    """Return the new value of a tensor, sharded as that is."""
+    if not is_sharded(like):
+        return value
+    placed: Tensor = whole_of(value, like) if by_rows else split(value, like)
+    return placed
 
 
 def _assign(values: dict[int, Tensor], tensors: Mapping[str, Tensor], tensor: Tensor, value: Tensor) -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
-from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.model.region import Region
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.transform.absorb import Moments
 from ecospa_fx.passes.transform.consumers import Input, WeightDim, spaced
 from ecospa_fx.passes.transform.rotate import BasisChange, Part, change_basis
+from ecospa_fx.ranks.agreement import Ranks
 from ecospa_fx.score.products import ProductSite, product_sites
 
 EVERY = 4
@@ -149,16 +149,6 @@ class InputMoments:
         self.moments, self.held, self.positions = self.moments.at(left), held, positions
         return True
 
-    def add_blocks(self, part: Part, centred: bool, into: Tensor) -> None:
-        """Add the mean squares within each context to `into`, `[contexts, d, d]`; of what varies, if `centred`."""
-        moments = over_ranks(self.moments)
-        squares = moments.squares.double() / moments.count
-        if centred:
-            squares = squares - torch.outer(moments.sums, moments.sums).double() / moments.count**2
-        order = part.order.to(squares.device)
-        blocks = squares[order[:, None, :], order[None, :, :]].permute(2, 0, 1)
-        into.index_add_(0, part.context.to(into.device), blocks.to(into))
-
     def follow(self, part: Part, change: BasisChange) -> None:
         """Follow a change of basis of the weight's inputs."""
         squares, sums = self.moments.squares, self.moments.sums
@@ -232,11 +222,55 @@ def columns(entries: Tensor, window: int) -> Tensor:
     return (entries[:, None] * window + torch.arange(window)).flatten()
 
 
-def over_ranks(moments: Moments) -> Moments:
-    """Add moments up over all processes."""
-    count = torch.tensor([moments.count], dtype=torch.float64, device=moments.sums.device)
-    squares, sums, counts = all_reduce_sum(moments.squares, moments.sums, count)
-    return Moments(squares, sums, int(counts))
+def add_blocks(moments: Moments, part: Part, centred: bool, into: Tensor) -> None:
+    """Add the mean squares within each context to `into`, `[contexts, d, d]`; of what varies, if `centred`."""
+    squares = moments.squares.double() / moments.count
+    if centred:
+        squares = squares - torch.outer(moments.sums, moments.sums).double() / moments.count**2
+    order = part.order.to(squares.device)
+    blocks = squares[order[:, None, :], order[None, :, :]].permute(2, 0, 1)
+    into.index_add_(0, part.context.to(into.device), blocks.to(into))
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """The sums of moments, added up over ranks.
+
+    Attributes:
+        inputs: (parameter, dim) -> moments of the inputs.
+        pairs: coupling name -> moments of the two sides of a product, `[contexts, d, d]` each.
+    """
+
+    inputs: Mapping[WeightDim, Moments]
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+
+    @classmethod
+    def over(cls, ranks: Ranks, inputs: Mapping[WeightDim, InputMoments], pairs: Mapping[str, PairMoments]) -> Gathered:
+        """Add up the moments of all ranks; a rank without some of them adds nothing."""
+        if not ranks:
+            return cls({key: each.moments for key, each in inputs.items()}, _sides(pairs))
+        named: dict[str, Tensor] = {}
+        for (name, dim), each in inputs.items():
+            sums, count = each.moments.sums, torch.tensor([each.moments.count], dtype=torch.float64)
+            named |= {f"squares {name} {dim}": each.moments.squares, f"sums {name} {dim}": sums}
+            named[f"count {name} {dim}"] = count.to(sums.device)
+        for name, (near, far) in _sides(pairs).items():
+            named |= {f"near {name}": near, f"far {name}": far}
+        totals = ranks.totals(named, "the moments of activations")
+        keys = [label.removeprefix("count ").rpartition(" ") for label in totals if label.startswith("count ")]
+        whole = {
+            (name, int(dim)): Moments(
+                totals[f"squares {name} {dim}"], totals[f"sums {name} {dim}"], int(totals[f"count {name} {dim}"])
+            )
+            for name, _, dim in keys
+            if f"squares {name} {dim}" in totals and f"sums {name} {dim}" in totals
+        }
+        names = [label.removeprefix("near ") for label in totals if label.startswith("near ")]
+        return cls(whole, {n: (totals[f"near {n}"], totals[f"far {n}"]) for n in names if f"far {n}" in totals})
+
+
+def _sides(pairs: Mapping[str, PairMoments]) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: (pair.near, pair.far) for name, pair in pairs.items()}
 
 
 def _precise(rows: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from ecospa_fx.model.optimizer_state import check_can_follow, layers, several
 from ecospa_fx.model.optimizer_table import TransformsAs, rules_for
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import Change
-from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.axes.algebra import atoms_of
 from ecospa_fx.passes.find.discover import RegionCoupling
 from ecospa_fx.passes.graph.tensors import join, named_tensors, storage_key
@@ -41,6 +40,10 @@ from ecospa_fx.passes.transform.rotate import (
     near_old_basis,
     sides,
 )
+from ecospa_fx.ranks.fsdp2 import owners, reshard
+from ecospa_fx.ranks.members import ranks_of
+from ecospa_fx.ranks.shards import gathered, is_sharded, split
+from ecospa_fx.ranks.wrappers import check_wrappers, looks_inside
 
 from .grams import Grams
 
@@ -104,9 +107,12 @@ def rotate(
         OptimizerError: the optimizer holds none of the parameters, or its state cannot be carried through a change.
         ShrinkError: something in `also` is not a copy of the model.
     """
-    return all_or_nothing(
-        lambda journal: rotate_within(journal, model, couplings, keep=keep, grams=grams, optimizer=optimizer, also=also)
-    )
+
+    def change(journal: Journal) -> Rotation:
+        check_wrappers(model)
+        return rotate_within(journal, model, couplings, keep=keep, grams=grams, optimizer=optimizer, also=also)
+
+    return all_or_nothing(change, ranks_of(model), "rotate")
 
 
 @torch.no_grad()
@@ -121,6 +127,7 @@ def rotate_within(
     also: Any = (),
 ) -> Rotation:
     """Rotate as `rotate` does, as a part of a larger change."""
+    reshard(model)
     compiled, optimizers = state_of(model), several(optimizer)
     for each in optimizers:
         check_optimizer(model, each)
@@ -139,6 +146,7 @@ def rotate_within(
         if reason is not None:
             result.refused[name] = reason
             log.info("%s keeps its basis: %s", name, reason)
+    ranks_of(model).agree("rotate", {"the couplings with a new basis": sorted(result.energy)})
     return result
 
 
@@ -160,7 +168,7 @@ def _rotate(
     parts, change, tensors = basis.parts, basis.change, named_tensors(model)
     if keep is not None and keep < coupling.size:
         change = near_old_basis(change, keep, basis.scale)
-    pending = Change()
+    pending = Change(owners=owners(model))
     for each in (tensors, *copies):
         for tensor, own in _by_tensor(each, parts):
             grad = None if tensor.grad is None else _changed(tensor.grad, own, change, "gradient")
@@ -211,11 +219,13 @@ def free_basis(
             return f"`{part.parameter}`: {states}"
     for part in parts:
         weight = tensors[part.parameter]
-        if type(weight) not in (Tensor, nn.Parameter) or weight.device.type == "meta":
+        plain = type(weight) in (Tensor, nn.Parameter) or is_sharded(weight)
+        if not plain or weight.device.type == "meta":
             kind = type(weight).__name__
             return f"`{part.parameter}` is a {kind} on {weight.device}, whose values are not all in this process"
         if any(storage_key(t) == storage_key(weight) for t in tensors.values() if t is not weight):
             return f"`{part.parameter}` shares its memory with another tensor"
+    tensors = {part.parameter: gathered(tensors[part.parameter]) for part in parts}
     near, far = (gram_of(tensors, [p for p in parts if p.side == side], coupling.contexts) for side in (NEAR, FAR))
     if grams is not None:
         near, far = grams.of_sides(coupling, parts, near, far)
@@ -289,7 +299,10 @@ def _sides_everywhere(region: Region, found: RegionCoupling) -> Mapping[tuple[st
 
 
 def _changed(tensor: Tensor, parts: Sequence[Part], change: BasisChange, how: TransformsAs) -> Tensor:
-    """Compute a tensor of a parameter's shape in the new basis."""
+    """Compute a tensor of a parameter's shape in the new basis; if it is sharded, on all ranks, from all of it."""
+    if is_sharded(tensor):
+        placed: Tensor = split(_changed(gathered(tensor), parts, change, how), tensor)
+        return placed
     for part in parts:
         by = change.of(part.side if how in ("update", "update_square") else 1 - part.side)
         if how == "scale":

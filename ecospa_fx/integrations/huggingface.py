@@ -41,7 +41,8 @@ class EcoSpaCallback(TrainerCallback):
     >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[EcoSpaCallback(target=0.5, end=8000)])
     >>> trainer.train()
 
-    The optimizer's state shrinks along, the learning-rate schedule goes on. After an interruption build the model as
+    The optimizer's state shrinks along, the learning-rate schedule goes on. Under torchrun all ranks shrink as one, and
+    the wrapper that the Trainer makes, `DistributedDataParallel`, follows. After an interruption build the model as
     for a new run, from its config, and call `trainer.train(resume_from_checkpoint=True)`. Each checkpoint holds a
     directory `ecospa_fx`, from which `ecospa_fx.load` builds the shrunk model.
 
@@ -82,9 +83,9 @@ class EcoSpaCallback(TrainerCallback):
         """Compile the model, and prepare it to be given the weights of a shrunk checkpoint.
 
         Raises:
-            WrapperError: the Trainer will spread the model over devices.
+            WrapperError: the Trainer will spread the model over devices in a way that cannot follow a shrink.
         """
-        _check_one_device(args)
+        _check_wrapper(args)
         self._sizes.look_in(args)
         if given.get("model") is not None:
             self.prepare(given["model"])
@@ -178,19 +179,15 @@ class EcoSpaCallback(TrainerCallback):
         )  # fmt: skip
 
 
-def _check_one_device(args: TrainingArguments) -> None:
-    spread = {
-        "DistributedDataParallel": args.world_size > 1,
-        "DataParallel": args.n_gpu > 1,
-        "FSDP": bool(args.fsdp),
-        "DeepSpeed": bool(args.deepspeed),
-    }
+def _check_wrapper(args: TrainingArguments) -> None:
+    spread = {"DataParallel": args.n_gpu > 1, "FSDP": bool(args.fsdp), "DeepSpeed": bool(args.deepspeed)}
     for wrapper, used in reversed(spread.items()):
         if used:
             raise WrapperError(
                 f"this Trainer wraps the model in {wrapper} (world_size={args.world_size}, n_gpu={args.n_gpu}), whose "
                 "gradients are kept at sizes of their own, which a shrink would change under it: ranks would drift "
-                "apart. Train in one process on one device: without torchrun, with CUDA_VISIBLE_DEVICES=0"
+                "apart. Train under torchrun, which wraps it in DistributedDataParallel, or in one process on one "
+                "device, with CUDA_VISIBLE_DEVICES=0"
             )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ecospa_fx.api import compile
 from ecospa_fx.checkpoint.metadata import check_description, describe
@@ -21,6 +21,7 @@ from ecospa_fx.checkpoint.packing import Packer, Unpacker
 from ecospa_fx.checkpoint.rebuild import Saved, refit, transient_buffers
 from ecospa_fx.checkpoint.rng_state import random_state
 from ecospa_fx.checkpoint.training_state import Training, resume_training
+from ecospa_fx.collectives import is_distributed
 from ecospa_fx.errors import CheckpointError, EcoSpaError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.compiled import MODEL, CompiledModel
@@ -30,13 +31,14 @@ from ecospa_fx.model.state import Execution
 from ecospa_fx.passes.follow.attributes import changes_in
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.plan import Plan
+from ecospa_fx.ranks.members import ranks_of
 from ecospa_fx.train.batches import tokens_of
 from ecospa_fx.train.trainer import EcoSpaTrainer
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch import callbacks as lightning_callbacks
-    from lightning.pytorch.strategies import SingleDeviceStrategy
+    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
     from lightning.pytorch.utilities.model_helpers import is_overridden
 except ImportError as error:
     raise ImportError(
@@ -83,7 +85,7 @@ class EcoSpaCallback(Callback):
         trainer: the `EcoSpaTrainer`, once training has begun.
 
     Raises:
-        EcoSpaError: the strategy is for several devices, or several modules could be meant.
+        EcoSpaError: the strategy cannot follow a shrink, or several modules could be meant.
         CheckpointError: a checkpoint has shrunk and does not say how far, or is of another model or other settings.
     """
 
@@ -118,10 +120,11 @@ class EcoSpaCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compile the module, and prepare it to be given the weights of a shrunk checkpoint."""
-        if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        strategy = trainer.strategy
+        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, DeepSpeedStrategy):
             raise EcoSpaError(
-                f"{type(trainer.strategy).__name__} holds gradients of several devices at sizes of its own, which a "
-                "shrink would change under it; train on one device: Trainer(devices=1)"
+                f"{type(strategy).__name__} holds gradients of several devices at sizes of its own, which a "
+                'shrink would change under it; use Trainer(strategy="ddp"), or train on one device: Trainer(devices=1)'
             )
         self._prefix, self._model = module_of(pl_module, self.module)
         compile(self._model, execution=self.execution)
@@ -221,8 +224,9 @@ class EcoSpaCallback(Callback):
             read = _unpacked(saved)
             self._seen = read["optimizer_steps"]
             parts = {"trainer": {"trainer": read["trainer"]}}
-            if self.rng:
-                parts["random"] = {"random": read["random"]}
+            own = read["random"] if "random_of_ranks" not in read else _of_this_rank(read["random_of_ranks"])
+            if self.rng and own is not None:
+                parts["random"] = {"random": own}
                 self._generators = parts["random"] if read["within_epoch"] else None
             resume_training(self._model, Training(trainer=self.trainer), parts, "the checkpoint")
         elif before is not None:  # training goes on in the same process
@@ -281,10 +285,14 @@ class EcoSpaCallback(Callback):
     on_test_start = on_predict_start = on_validation_start
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for Lightning's checkpoints: plain values and tensors, nothing to unpickle."""
+        """Return the state for Lightning's checkpoints: plain values and tensors, nothing to unpickle.
+
+        As Lightning does, all ranks must call it: each has generators of its own.
+        """
         if self.trainer is None:
             return {}
         model, packer = self.trainer.model, Packer()
+        ranks = ranks_of(model)
         compiled: CompiledModel = model.__dict__[MODEL]
         own, passing = named_tensors(model), transient_buffers(model)
         document = {
@@ -296,6 +304,9 @@ class EcoSpaCallback(Callback):
             "optimizer_steps": self._seen,
             "within_epoch": self._within_epoch,
         }
+        if ranks:
+            states = ranks.gathered(random_state(), "save")
+            document["random_of_ranks"] = {str(rank): state for rank, state in states.items()}
         packed = packer.pack(document, "EcoSpaCallback")
         # As they are now: a checkpoint that is kept in memory must not change with the training that goes on.
         return {"format": FORMAT, "state": packed, "tensors": {name: t.clone() for name, t in packer.tensors.items()}}
@@ -385,6 +396,11 @@ def _unpacked(state: Mapping[str, Any]) -> dict[str, Any]:
         )
     read: dict[str, Any] = Unpacker(state["tensors"], "the checkpoint").unpack(state["state"])
     return read
+
+
+def _of_this_rank(states: Mapping[str, Any]) -> Any:
+    """Return the random state of this rank; None for one beyond those that saved, which draws numbers of its own."""
+    return states.get(str(distributed.get_rank() if is_distributed() else 0))
 
 
 def _keys(checkpoint: Mapping[str, Any]) -> str:

@@ -1,7 +1,9 @@
 """Class swaps: subclasses that give a module object another forward, while it passes isinstance as before.
 
 As in torch's parametrizations and FSDP2, a subclass is made per original class, under the same name, and
-`module.__class__` is set to it. Parameters, hooks, attributes and state_dict keys stay where they were.
+`module.__class__` is set to it. Parameters, hooks, attributes and state_dict keys stay where they were. Its forward
+looks for a callable in the module's `__dict__` at each call, and is that of the class below where there is none: so a
+swap is undone by removing that, whatever class others have put on top since.
 """
 
 from __future__ import annotations
@@ -9,13 +11,13 @@ from __future__ import annotations
 import copyreg
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from ecospa_fx.passes.graph.stand_in_class import stand_in_class, stands_for
+from ecospa_fx.passes.graph.stand_in_class import below, is_stand_in, stand_in_class, stands_for
 
 _SWAPPED: dict[tuple[type, str], type] = {}
 
@@ -51,7 +53,8 @@ def swap_linears(region: nn.Module) -> None:
 
 def swap_forward(module: nn.Module, attribute: str) -> None:
     """Route `module.forward` to the callable in `module.__dict__[attribute]`, which gets `(module, args, kwargs)`."""
-    module.__class__ = _swapped(type(module), attribute)
+    if _swap_of(module, attribute) is None:
+        module.__class__ = _swapped(type(module), attribute)
 
 
 class CopiesWait:
@@ -77,8 +80,23 @@ def _copy_waits(copied: nn.Module, attribute: str) -> CopiesWait:
 
 
 def is_waiting(module: nn.Module, attribute: str) -> bool:
-    """Decide whether the class of a module routes its forward to the callable in that attribute."""
-    return type(module) is _SWAPPED.get((original_class(module), attribute))
+    """Decide whether the class of a module routes its forward to the callable in that attribute, and it is there."""
+    return attribute in module.__dict__ and _swap_of(module, attribute) is not None
+
+
+def _swap_of(module: nn.Module, attribute: str) -> Any:
+    """Return the class among those of a module that `swap_forward` has made for an attribute; None if there is none."""
+    for cls in type(module).__mro__:
+        if is_stand_in(cls) and _SWAPPED.get((below(cls), attribute)) is cls:
+            return cls
+    return None
+
+
+def own_forward(module: nn.Module, attribute: str) -> Callable[..., Any]:
+    """Return the forward that a module would run if it were not routed to the callable in that attribute."""
+    swap = _swap_of(module, attribute)
+    forward: Callable[..., Any] = (type(module) if swap is None else below(swap)).forward
+    return forward
 
 
 def _swapped(original: type[nn.Module], attribute: str) -> type[nn.Module]:
@@ -88,7 +106,7 @@ def _swapped(original: type[nn.Module], attribute: str) -> type[nn.Module]:
     @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run = self.__dict__.get(attribute)
-        if run is None:  # somebody kept this function, and the module has been restored since
+        if run is None:  # the swap has been undone, under another class or for somebody who kept this function
             return original.forward(self, *args, **kwargs)
         return run(self, args, kwargs)
 
@@ -112,8 +130,9 @@ def _blank(original: type[nn.Module], attribute: str) -> nn.Module:
 
 
 def unswap_forward(module: nn.Module) -> None:
-    """Give a module its original class back."""
-    module.__class__ = original_class(module)
+    """Give a module its original class back, as far as no class of others lies on top of those made here."""
+    while is_stand_in(type(module)):
+        module.__class__ = below(type(module))
 
 
 @contextmanager
@@ -135,16 +154,16 @@ def forwards_to(module: nn.Module, attribute: str) -> bool:
 
     So it does where a module was compiled before accelerate wrapped its forward: that wrapper kept the function.
     """
-    wanted = _SWAPPED.get((original_class(module), attribute))
+    ours = [_SWAPPED[cls, attribute] for cls in type(module).__mro__ if (cls, attribute) in _SWAPPED]
     function = module.__dict__.get("forward")
     while function is not None:
         function = getattr(function, "__func__", function)
-        if wanted is not None and function is wanted.__dict__["forward"]:
+        if any(function is swap.__dict__["forward"] for swap in ours):
             return True
         function = getattr(function, "__wrapped__", None)
     return False
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class that a module had before any class swap."""
+    """Return the class that a module had before any class swap, those on top of ours included."""
     return stands_for(type(module))

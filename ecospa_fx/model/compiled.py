@@ -14,9 +14,10 @@ date, and only couplings that it can follow are offered. They are checked agains
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +36,14 @@ from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts
 from ecospa_fx.plan import Plan
+from ecospa_fx.ranks.fsdp2 import check_reduced, gathered_whole, owners, reshard
+from ecospa_fx.ranks.members import ranks_of
 
 from .class_swap import (
     CopiesWait,
     forwards_to,
     is_waiting,
-    original_class,
+    own_forward,
     own_forward_aside,
     swap_forward,
     swap_linears,
@@ -54,7 +57,8 @@ from .optimizer_state import averages_of
 from .outside import outside_text
 from .parametrized import first_removal
 from .planning import planned
-from .region import Region
+from .region import REGION as REGION
+from .region import Region, check_gathered_at_once
 from .slicing import Absorber, prepare_tensors
 from .specialization import Specialization
 from .state import Execution, ModelState
@@ -64,7 +68,7 @@ _NOT_JOINED = (
     "out, and it is tried block by block; with execution='module', regions='root' shrinks what runs through all blocks"
 )
 
-MODEL, REGION, COPIES = "_ecospa_model", "_ecospa_region", "_ecospa_copies"  # keys in a module's __dict__
+MODEL, COPIES = "_ecospa_model", "_ecospa_copies"  # keys in a module's __dict__
 
 
 class CompiledModel:
@@ -124,8 +128,7 @@ class CompiledModel:
                 "for mixed precision, so its first call would not be seen: compile the model before that (before "
                 "prepare), or with example_inputs"
             )
-        model.__dict__[MODEL] = self
-        swap_forward(model, MODEL)
+        self._wait(model)
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Capture the first call of a model compiled without inputs, and run it.
@@ -142,12 +145,13 @@ class CompiledModel:
             with own_forward_aside(model):
                 if not self.regions:
                     self.capture(model, args, kwargs)
-                elif self.execution == "module" and not self._captures_again(model, args, kwargs):
-                    return original_class(model).forward(model, *args, **kwargs)
+                    return type(model).forward(model, *args, **kwargs)  # as a region, if the model is one itself
+                if self.execution == "module":
+                    self._capture_again_if_need_be(model, args, kwargs)
                 # The regions of a loaded model capture the calls that they get.
-        elif is_waiting(model, MODEL):  # a copy of a model whose own Python runs
+        elif REGION not in model.__dict__:  # a copy of a model whose own Python runs
             unswap_forward(model)
-        return type(model).forward(model, *args, **kwargs)
+        return own_forward(model, MODEL)(model, *args, **kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @outside_forward()
@@ -157,31 +161,32 @@ class CompiledModel:
         After an error the model is as before, and waits if it did; only where nothing can shrink it waits no longer.
         """
         args, kwargs = outside_inference((args, kwargs))
-        waiting = type(model) is not original_class(model)
-        if waiting:
-            unswap_forward(model)
+        waiting = is_waiting(model, MODEL)
         try:
-            chosen = choose_regions(model, args, kwargs, self.how, self.state.captures, self.state.options)
+            self._wait_no_longer(model)
+            with gathered_whole(model):
+                chosen = choose_regions(model, args, kwargs, self.how, self.state.captures, self.state.options)
             analyses, self.not_captured = chosen.analyses, chosen.failed
             if not chosen.joints and not any(analysis.discovery.couplings for analysis in analyses.values()):
                 raise NoCouplingError(_nothing_found(model, analyses))
             regions = {}
             for name, analysis in analyses.items():
+                check_gathered_at_once(name, model.get_submodule(name), self.execution)
                 border = analysis.captured.border
                 regions[name] = region = Region(name, self.state, analysis.captured.shared_outside, border)
                 for each in (analysis, *analysis.others):
                     region.settle_buffers(model.get_submodule(name), each)
                     region.install(each, model.get_submodule(name), {})
             if self.execution == "module":
-                find_followed(model, regions)
+                with gathered_whole(model):
+                    find_followed(model, regions)
                 if not any(region.python_support and region.python_support.couplings for region in regions.values()):
                     raise NoCouplingError(_nothing_followed(model, regions))
         except NoCouplingError:
-            model.__dict__.pop(MODEL, None)  # it waits for no other call
-            raise
+            raise  # it waits for no other call
         except BaseException:
             if waiting:
-                swap_forward(model, MODEL)  # of a wrong call nothing follows for the next
+                self._wait(model)  # of a wrong call nothing follows for the next
             raise
         self.regions = regions
         self.state.joints, self.state.joint_refusals = chosen.joints, chosen.refusals
@@ -192,18 +197,26 @@ class CompiledModel:
         model.__dict__[MODEL] = self
         self.route(model)
 
-    def _captures_again(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Capture a call of a loaded model that runs its own Python; False if that need not, or cannot, be."""
+    def _wait(self, model: nn.Module) -> None:
+        """Let the next call of the model come here."""
+        model.__dict__[MODEL] = self
+        swap_forward(model, MODEL)
+
+    def _wait_no_longer(self, model: nn.Module) -> None:
+        """Let calls of the model run its own forward, under whatever class others have put on top."""
+        model.__dict__.pop(MODEL, None)
+        unswap_forward(model)
+
+    def _capture_again_if_need_be(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Capture a call of a loaded model that runs its own Python, unless that need not, or cannot, be."""
         regions = self.regions.values()
         if any(region.uncaptured is not None for region in regions) or not torch.is_grad_enabled():
-            return False  # to generate, say, needs no capture
+            return  # to generate, say, needs no capture
         try:
             self.capture_again(model, args, kwargs)
         except CaptureError as error:
             for region in regions:
                 region.leave(str(error))
-            return False
-        return True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @outside_forward()
@@ -214,20 +227,23 @@ class CompiledModel:
             CaptureError: this call cannot be captured. Without gradients the model can run it nevertheless.
         """
         waiting = is_waiting(model, MODEL)
-        unswap_forward(model)
         try:
-            calls = record(model, *outside_inference((args, kwargs)), set(self.regions))
-            missing = [name for name in self.regions if name not in calls]
-            if missing:
-                raise CaptureError(f"`{missing[0]}` is not called in this forward of the model")
-            for name, region in self.regions.items():
-                region.add(model.get_submodule(name), *calls[name])
+            self._wait_no_longer(model)
+            with gathered_whole(model):
+                calls = record(model, *outside_inference((args, kwargs)), set(self.regions))
+                missing = [name for name in self.regions if name not in calls]
+                if missing:
+                    raise CaptureError(f"`{missing[0]}` is not called in this forward of the model")
+                for name, region in self.regions.items():
+                    region.add(model.get_submodule(name), *calls[name])
         except BaseException:
             for region in self.regions.values():
                 region.specializations = []
             if waiting:
-                swap_forward(model, MODEL)
+                self._wait(model)
             raise
+        finally:
+            model.__dict__[MODEL] = self
 
     def route(self, model: nn.Module) -> None:
         """Swap the classes of the regions, so that their calls run through `Region.__call__`."""
@@ -246,7 +262,8 @@ class CompiledModel:
             couplings = [coupling for region in self.regions.values() for coupling in region.offers.couplings()]
             across = (offer.coupling() for offer in joint_offers(self.state, self.regions))
             couplings += [coupling for coupling in across if coupling is not None]
-            self.state.couplings = {coupling.name: coupling for coupling in couplings}
+            here = {coupling.name: coupling for coupling in couplings}
+            self.state.couplings = {name: here[name] for name in here if name not in self.state.elsewhere}
         return tuple(self.state.couplings.values())
 
     def follow_ties(self, model: nn.Module) -> None:
@@ -292,26 +309,45 @@ class CompiledModel:
         self,
         model: nn.Module,
         selection: CouplingSelection,
+        journal: Journal,
         optimizers: Iterable[Optimizer] = (),
         copies: Sequence[Copy] = (),
         absorb: Absorber | None = None,
-        journal: Journal | None = None,
     ) -> None:
         """Keep only the selected entries of each coupling, everywhere; see `ecospa_fx.shrink`.
 
         Args:
             model: the compiled model.
             selection: coupling (or its name) -> entries to keep.
+            journal: that of the change, of which this is a part.
             optimizers: the optimizers that hold the parameters.
             copies: copies of the model that shrink with it.
             absorb: statistics by which entries that stay take over.
-            journal: that of a larger change, of which this is a part.
         """
+        # Everything new is made beside the old, on every rank; then come assignments only.
+        prepared = ranks_of(model).together(
+            "shrink",
+            lambda: self._prepared(model, selection, tuple(optimizers), copies, absorb),
+            lambda prepared: prepared.facts(self.plan),
+        )
+        prepared.commit(journal)
+
+    def _prepared(
+        self,
+        model: nn.Module,
+        selection: CouplingSelection,
+        optimizers: Sequence[Optimizer],
+        copies: Sequence[Copy],
+        absorb: Absorber | None,
+    ) -> _Prepared:
+        reshard(model)
+        check_reduced(model)
+        for name in self.regions:
+            check_gathered_at_once(name, model.get_submodule(name), self.execution)
         self.follow_ties(model)
         self._check_shapes(model)
         joints = joint_offers(self.state, self.regions)
         after = planned(self.plan, self.regions, self.couplings(), selection, joints)
-        # Everything new is made beside the old; then come assignments only.
         rewritten: dict[Program, Program] = {}
         specializations = self._rewritten(model, after, rewritten)
         twins = [(copy.module, self._of_copy(copy)) for copy in copies if copy.module is not None]
@@ -324,7 +360,7 @@ class CompiledModel:
         if absorb is not None:
             weights = [mine, *(copy.tensors for copy in copies), *averages_of(mine, optimizers)]
             replaced = absorb.absorbed(self.plan, after, weights)
-        change = prepare_tensors(named, self.plan, after, optimizers, replaced)
+        change = prepare_tensors(named, self.plan, after, optimizers, replaced, owners(model))
         attributes = self._attributes_under(after)
 
         def commit(journal: Journal) -> None:
@@ -343,10 +379,7 @@ class CompiledModel:
                     module.__dict__[MODEL] = twin
                     twin.route(module)
 
-        if journal is None:
-            all_or_nothing(commit)
-        else:
-            commit(journal)
+        return _Prepared(after, commit)
 
     def _hold(self, module: nn.Module, attributes: Changes) -> None:
         """Let the integers of modules follow."""
@@ -413,6 +446,22 @@ class CompiledModel:
             if theirs.regions:
                 return theirs
         return copy.deepcopy(self)
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """A shrink that is ready: the plan after it, and a function that puts everything in place."""
+
+    after: Plan
+    commit: Callable[[Journal], None]
+
+    def facts(self, before: Plan) -> dict[str, object]:
+        """Describe by (parameter, dim) what stays, to compare it between ranks: how much, and a code of the rest."""
+        return {
+            f"the entries kept of `{name}` along dim {dim}": [len(kept), crc32(kept.numpy().tobytes())]
+            for (name, dim), kept in self.after.kept.items()
+            if (name, dim) not in before.kept or not torch.equal(kept, before.kept[name, dim])
+        }
 
 
 def _note_modules(root: nn.Module, journal: Journal) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 
 from ecospa_fx.errors import ArgumentError, EcoSpaError
+from ecospa_fx.ranks.agreement import Ranks
+from ecospa_fx.ranks.ddp import make_again
+from ecospa_fx.ranks.shards import data_of, is_sharded, put
+from ecospa_fx.ranks.wrappers import reducers_of
 
 Result = TypeVar("Result")
 _MISSING = object()
@@ -26,6 +30,7 @@ class Journal:
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
+        self._replaced: list[Tensor] = []
 
     def note(self, undo: Callable[[], None]) -> None:
         """Note a function that takes a change back. It may be called twice, and before the change was made."""
@@ -59,33 +64,63 @@ class Journal:
 
     def set_tensor(self, tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
         """Give a tensor other data and another gradient."""
-        data_before, grad_before = tensor.data, tensor.grad
+        data_before, grad_before = (data_of(tensor) if is_sharded(tensor) else tensor.data), tensor.grad
+        self._replaced.append(tensor)
         self.note(lambda: _assign(tensor, data_before, grad_before))
         _assign(tensor, data, grad)
+
+    def set_attributes(self, held: object, attributes: Mapping[str, Any]) -> None:
+        """Give an object other attributes, and none besides."""
+        self.note_object(held)
+        vars(held).clear()
+        vars(held).update(attributes)
 
     def set_item(self, held: MutableMapping[Any, Any], key: Any, value: Any) -> None:
         """Give a key another value."""
         self.note_item(held, key)
         held[key] = value
 
+    def follow(self) -> None:
+        """Let what reduces the gradients of parameters over ranks know those that have other data."""
+        for each in reducers_of(self._replaced):
+            make_again(each)
+
     def undo(self) -> None:
         """Put back everything noted. Ctrl-C waits for it."""
         with _Held():
             for undo in reversed(self._undo):
                 undo()
+            if self._undo:
+                self.follow()
 
     def close(self) -> None:
         """Keep everything as it is now."""
         self._undo = []
 
 
-def all_or_nothing(change: Callable[[Journal], Result]) -> Result:
-    """Make a change as a whole: whatever is raised inside, Ctrl-C included, leaves everything as it was before."""
+def all_or_nothing(change: Callable[[Journal], Result], ranks: Ranks | None = None, doing: str = "shrink") -> Result:
+    """Make a change as a whole: whatever is raised inside, Ctrl-C included, leaves everything as it was before.
+
+    Args:
+        change: makes the change, and notes in the journal how to take it back.
+        ranks: the processes that all make the change, or none of them.
+        doing: the change, for a message on the other ranks.
+
+    Raises:
+        RanksError: another rank cannot make the change.
+    """
     journal = Journal()
+    together = Ranks() if ranks is None else ranks
+
+    def whole() -> Result:
+        result = change(journal)
+        journal.follow()
+        return result
+
     try:
         try:
-            result = change(journal)
-            journal.close()
+            # Once another rank may know that all are ready, this one cannot give up.
+            result = together.together(doing, whole, commit=journal.close, held=_Held())
         except BaseException:
             journal.undo()
             raise
@@ -93,6 +128,16 @@ def all_or_nothing(change: Callable[[Journal], Result]) -> Result:
         journal.undo()  # an exception may have come at any line of the first attempt
         raise
     return result
+
+
+def reduced_anew(tensors: Iterable[Tensor]) -> None:
+    """Let what reduces gradients over ranks follow tensors whose data has been replaced outside of a journal."""
+    replaced = list(tensors)
+    for each in reducers_of(replaced):
+        for tensor in replaced:
+            grad = tensor.grad
+            _assign(tensor, tensor.data, grad if grad is not None and grad.shape == tensor.shape else None)
+        make_again(each)
 
 
 def take_state(where: str, held: Iterable[object], take: Callable[[], None]) -> None:
@@ -123,6 +168,9 @@ def take_state(where: str, held: Iterable[object], take: Callable[[], None]) -> 
 
 
 def _assign(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    if is_sharded(tensor):
+        put(tensor, data, grad)
+        return
     # A gradient must have its parameter's shape at every moment.
     tensor.grad = None
     if tensor.requires_grad:

@@ -11,13 +11,16 @@ from torch.optim import Optimizer
 
 from ecospa_fx.arguments import MODULE, takes
 from ecospa_fx.couple.coupling import Coupling
-from ecospa_fx.errors import CaptureError, EcoSpaError, NoInputsError, OptimizerError
+from ecospa_fx.errors import CaptureError, EcoSpaError, NoInputsError, OptimizerError, WrapperError
 from ecospa_fx.passes.graph.isolate import isolated
+from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.plan import Plan
+from ecospa_fx.ranks.fsdp2 import reshard
+from ecospa_fx.ranks.shards import is_sharded
+from ecospa_fx.ranks.wrappers import looks_inside
 
 from .compiled import MODEL, REGION, CompiledModel
 from .region import Region
-from .wrappers import looks_inside
 
 
 def compiled_state(model: nn.Module) -> CompiledModel:
@@ -158,12 +161,30 @@ def check_values(model: nn.Module, what: str) -> None:
         raise EcoSpaError(f"{type(model).__name__} is on the meta device and has no values to {what}")
 
 
+def check_whole(model: nn.Module, what: str) -> None:
+    """Refuse a model whose weights lie on several ranks.
+
+    Raises:
+        WrapperError: they do.
+    """
+    reshard(model)
+    for name, tensor in named_tensors(model).items():
+        if is_sharded(tensor):
+            raise WrapperError(
+                f"`{name}` of {type(model).__name__} is sharded over ranks, and {what} takes whole weights. Gather "
+                "them on rank 0, get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
+                "torch.distributed.checkpoint.state_dict, or save shards with torch.distributed.checkpoint; see "
+                "docs/distributed.md"
+            )
+
+
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     """Refuse an optimizer that holds none of the model's parameters.
 
     Raises:
         OptimizerError: it holds none.
     """
+    reshard(model)
     of_model = {id(p) for p in model.parameters()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not any(id(p) in of_model for p in parameters):

@@ -20,6 +20,8 @@ from torch.optim import Optimizer
 
 from ecospa_fx.arguments import SEVERAL, shown
 from ecospa_fx.errors import OptimizerError
+from ecospa_fx.ranks.agreement import Ranks
+from ecospa_fx.ranks.shards import gathered, groups_of, is_sharded, split
 
 from .optimizer_table import Keep, SliceLater, State, rules_for
 
@@ -142,6 +144,12 @@ def check_can_follow(optimizer: Optimizer) -> None:
         cls, rules = type(each).__name__, rules_for(type(each))
         if rules.refusal is not None:
             raise OptimizerError(rules.refusal)
+        for setting in ("parameters_as_bucket_view", "overlap_with_ddp") if is_partitioned(each) else ():
+            if getattr(each, setting, getattr(each, f"_{setting}", False)):
+                raise OptimizerError(
+                    f"this {cls} was made with {setting}=True, and its buckets of parameters would keep their sizes "
+                    "when the model shrinks; leave it out"
+                )
         # A wrapper shows the parameter groups and states of the optimizer in it.
         wraps = any(other.param_groups is each.param_groups for other in nested[number + 1 :])
         for where, tensor in _beside_states(each, wraps) if rules.slices is None else ():
@@ -172,7 +180,7 @@ def second_moments(model: nn.Module, optimizers: Sequence[Optimizer], wanted: Co
         OptimizerError: the optimizers hold none for any of the parameters that are wanted.
     """
     roots = {}
-    for optimizer in optimizers:
+    for optimizer in [layer for each in optimizers for layer in layers(each)]:
         betas = {id(p): group.get("betas", (0.0, 0.0)) for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in model.named_parameters():
             state = optimizer.state.get(parameter, {})
@@ -180,7 +188,7 @@ def second_moments(model: nn.Module, optimizers: Sequence[Optimizer], wanted: Co
             if isinstance(moment, Tensor) and moment.shape == parameter.shape:
                 fade = float(betas[id(parameter)][1])
                 roots[name] = (moment / (1.0 - fade ** float(state.get("step", 1)))).sqrt()
-    if not roots.keys() & set(wanted):
+    if not roots.keys() & set(wanted) and not any(map(is_partitioned, optimizers)):
         entries = sorted({key for each in optimizers for state in each.state.values() for key in state})
         kinds = " and ".join(type(each).__name__ for each in optimizers)
         who = f"this {kinds} holds" if len(optimizers) == 1 else f"these, {kinds}, hold"
@@ -189,6 +197,11 @@ def second_moments(model: nn.Module, optimizers: Sequence[Optimizer], wanted: Co
             f"{', '.join(entries) or 'nothing yet'}; take a step first, use an Adam, or another score"
         )
     return roots
+
+
+def is_partitioned(optimizer: Any) -> bool:
+    """Return whether an optimizer holds on each rank the state of a part of the parameters only."""
+    return any(cls.__name__ == "ZeroRedundancyOptimizer" for each in layers(optimizer) for cls in type(each).__mro__)
 
 
 def innermost(optimizer: Any) -> list[Any]:
@@ -226,8 +239,15 @@ def _by_rule(optimizer: Any, name: str, state: State, parameter: Tensor, keep: K
     rule = rules_for(type(optimizer)).slices
     if rule is None:
         return {}
+    placed: dict[str, Any] = {}
+    if is_sharded(parameter):  # what is not of its shape, such as means over rows, is small: rules get all of it
+        placed = {key: v for key, v in state.items() if is_sharded(v) and v.shape != parameter.shape}
+        if placed:
+            Ranks(groups_of(placed.values())).meet(f"gather the optimizer state of `{name}`")
+            state = {**state, **{key: gathered(value) for key, value in placed.items()}}
     try:
-        return dict(rule(state, parameter, keep))
+        values = dict(rule(state, parameter, keep))
+        return {key: split(value, placed[key]) if key in placed else value for key, value in values.items()}
     except Exception as error:
         raise OptimizerError(
             f"the state rule of {type(optimizer).__name__} failed on `{name}` of shape {tuple(parameter.shape)} with "

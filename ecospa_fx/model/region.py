@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from ecospa_fx.errors import CaptureError, EcoSpaError, NotNowError, PinnedAxisError, TooManyCallsError
+from ecospa_fx.errors import CaptureError, EcoSpaError, NotNowError, PinnedAxisError, TooManyCallsError, WrapperError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of, size_of
 from ecospa_fx.passes.axes.selection import Selected, Selection
@@ -35,8 +35,9 @@ from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts, keys_of, whole_objects
+from ecospa_fx.ranks.fsdp2 import sharded_apart
 
-from .class_swap import original_class
+from .class_swap import own_forward
 from .full_size import FullSizeTensors, in_transform, outside_forward, outside_inference, unshrunk_dim
 from .journal import Journal, all_or_nothing
 from .moving import moving_buffers, settled
@@ -49,6 +50,7 @@ from .state import ModelState
 Watcher: TypeAlias = "Callable[[Region, Program, nn.Module, Sequence[Tensor]], Any]"
 
 
+REGION = "_ecospa_region"  # key in a module's __dict__
 MOST_PROGRAMS = 16  # per region: twice as many graphs as torch.compile allows before it gives up
 
 
@@ -105,6 +107,7 @@ class Region:
         key, inputs, objects = call_key(args, kwargs) or (None, [], [])
         program = self.routing.remembered(self.specializations, key, inputs, objects)
         if program is None:
+            check_gathered_at_once(self.name, module, "graph")
             leaves, objects = parted(flattened((args, kwargs))[0])
             inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             hooks = inner_hooks(module)
@@ -113,7 +116,7 @@ class Region:
             before = [path for path in hooks if not calls_itself(module.get_submodule(path))]
             if (behind or (before and program is None)) and not self.shrunk:
                 # Its own Python calls every hook, and at original sizes it can run.
-                return original_class(module).forward(module, *args, **kwargs)
+                return own_forward(module, REGION)(module, *args, **kwargs)
             if behind:
                 raise EcoSpaError(
                     f"`{join(self.name, behind[0])}` has a backward hook, but `{self.name or 'the model'}` has shrunk "
@@ -124,7 +127,7 @@ class Region:
                 program, uncaptured = self._add_or_none(module, args, kwargs)
                 if program is None or self.routing.changed_constant(self.specializations, module, program) is not None:
                     # It fills a cache, say, which its own Python does.
-                    result = original_class(module).forward(module, *args, **kwargs)
+                    result = own_forward(module, REGION)(module, *args, **kwargs)
                     if uncaptured is not None:
                         self.leave(uncaptured)
                     return result
@@ -216,7 +219,7 @@ class Region:
         gone = {key: of for key, of in along.items() if of is not None and of in plan.kept}
         if not gone:
             return args, kwargs
-        names = iter(argument_names(original_class(module).forward, args, kwargs))
+        names = iter(argument_names(own_forward(module, REGION), args, kwargs))
 
         def expand(tensor: Tensor) -> Tensor:
             name = next(names)
@@ -307,7 +310,7 @@ class Region:
         originals = FullSizeTensors(module, self.name, state.plan)
         moving = moving_buffers(module, set(state.plan.under(self.name)), self.specializations)
         how: dict[str, Any] = {
-            "forward": original_class(module).forward, "originals": originals if originals.named else None,
+            "forward": own_forward(module, REGION), "originals": originals if originals.named else None,
             "filled": frozenset(filled), "moving": moving, "border": self.border, "options": state.options,
         }  # fmt: skip
         with self._original_attributes(module, originals):
@@ -386,7 +389,7 @@ class Region:
     def follow(self, module: nn.Module, numbers: Set[tuple[type, str]]) -> None:
         """Find the couplings that its own Python can follow; `module` must have its original sizes."""
         graphs = [(each.axis_facts, each.discovery) for each in self.specializations]
-        self.python_support = follow(module, graphs, original_class(module).forward, numbers)
+        self.python_support = follow(module, graphs, own_forward(module, REGION), numbers)
 
     def follows_as(self, other: Region, module: nn.Module) -> bool:
         """Decide whether the Python support of `other` is that of this region too: same graphs, same integers."""
@@ -458,3 +461,19 @@ class Region:
         latest = self.specializations[-1].program
         changed = self.routing.changed_constant(self.specializations, module, latest)
         return changed or latest.captured.mismatch((args, kwargs), training_flags(module)) or ""
+
+
+def check_gathered_at_once(name: str, module: nn.Module, execution: str) -> None:
+    """Refuse a region that runs as one graph, with modules in it whose weights FSDP2 gathers for their own calls only.
+
+    Raises:
+        WrapperError: it has such modules.
+    """
+    apart = sharded_apart(module) if execution == "graph" else []
+    if apart:
+        region = f"`{name}`" if name else f"the {type(module).__name__}"
+        raise WrapperError(
+            f"{region} is one region, which runs as one graph, and fully_shard gathers the weights of "
+            f"`{join(name, apart[0])}` in it for calls of that alone. Compile with regions='blocks' and apply "
+            "fully_shard to the same blocks and to the model; or to the model only; or use execution='module'"
+        )

@@ -20,12 +20,13 @@ from ecospa_fx.passes.follow.attributes import fitted, sync_layer_sizes
 from ecospa_fx.passes.follow.trial import NotTried, difference, example_calls, modes
 from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.rewrite.program import Program
+from ecospa_fx.ranks.fsdp2 import gathered_whole
+from ecospa_fx.ranks.wrappers import looks_inside
 
-from .class_swap import ShrinkableLinear, original_class, unswap_forward
+from .class_swap import ShrinkableLinear, own_forward, unswap_forward
 from .compiled import COPIES, MODEL, REGION, CompiledModel
 from .lookup import try_call
 from .region import Region
-from .wrappers import looks_inside
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -67,7 +68,7 @@ def restore(
             try_call(
                 model, tuple(example_inputs or ()), dict(example_kwargs or {})
             )  # captures what has not been called
-        with fitted(model):
+        with gathered_whole(model), fitted(model):
             for name, region in compiled.regions.items():
                 if any(True for _ in compiled.plan.under(name)):
                     _try(region, model.get_submodule(name))
@@ -122,7 +123,7 @@ def _difference(program: Program, module: nn.Module) -> str | None:
     for args, kwargs in example_calls(program.axis_facts, program.sizes):
         with modes(module, program.captured.signature.training), isolated(module), torch.no_grad():
             try:
-                return difference(module, program, original_class(module).forward, args, kwargs)
+                return difference(module, program, own_forward(module, REGION), args, kwargs)
             except NotTried as error:
                 why = f"cannot be tried: {error}"
     return why

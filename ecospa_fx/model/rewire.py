@@ -19,12 +19,12 @@ from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.passes.find.analyse import shared_outside
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.plan import Plan
+from ecospa_fx.ranks.wrappers import looks_inside
 
 from .compiled import MODEL, CompiledModel
 from .lookup import plan
 from .region import Region
 from .restore import plain
-from .wrappers import looks_inside
 
 
 @takes(model=MODULE, change=FUNCTION)

@@ -12,14 +12,15 @@ from ecospa_fx.arguments import MAPPING, MODULE, having, instance, optional, tak
 from ecospa_fx.couple.constraints import Constraints
 from ecospa_fx.couple.coupling import CouplingSelection
 from ecospa_fx.logs import logger
+from ecospa_fx.ranks.members import ranks_of
+from ecospa_fx.ranks.wrappers import check_wrappers, unwrapped
 
 from .copies import copies_of
 from .diff import ModuleDiff, diff_of, shapes_of
-from .journal import Journal
+from .journal import Journal, all_or_nothing
 from .lookup import check_optimizer, state_of
 from .optimizer_state import several
 from .slicing import Absorber
-from .wrappers import check_wrappers, unwrapped
 
 
 @takes(
@@ -39,6 +40,8 @@ def shrink(
 
     Parameters stay the same objects; their gradients and the state of `optimizer` are sliced with them. On any error
     everything is as before.
+
+    Of a model in `DistributedDataParallel` all ranks must call this, with the same entries to keep. It follows.
 
     Args:
         model: a compiled model.
@@ -61,20 +64,28 @@ def shrink(
         OptimizerError: the optimizer holds none of the parameters, or state that cannot follow.
         PinnedAxisError: another call signature of the model needs an axis at full size.
         WrapperError: the model is spread over devices, in a wrapper that cannot follow.
+        RanksError: another rank cannot shrink, or would by another plan; nothing changes on any of them.
     """
-    check_wrappers(model)
-    if constraints is not None:
-        inner = unwrapped(model)
-        by_name = {coupling.name: coupling for coupling in state_of(inner).couplings()}
-        named = {str(getattr(given, "name", given)): keep for given, keep in selection.items()}
-        tensors = {name: keep for name, keep in named.items() if isinstance(keep, Tensor) and keep.ndim}
-        sizes = {by_name[name]: keep.shape[-1] for name, keep in tensors.items() if name in by_name}
-        constraints.check(inner, tuple(by_name.values()), sizes)
-    return shrink_within(None, model, selection, optimizer=optimizer, also=also, absorb=absorb)
+
+    def change(journal: Journal) -> ModuleDiff:
+        check_wrappers(model)
+        if constraints is not None:
+            _check_sizes(unwrapped(model), selection, constraints)
+        return shrink_within(journal, model, selection, optimizer=optimizer, also=also, absorb=absorb)
+
+    return all_or_nothing(change, ranks_of(model), "shrink")
+
+
+def _check_sizes(model: nn.Module, selection: CouplingSelection, constraints: Constraints) -> None:
+    by_name = {coupling.name: coupling for coupling in state_of(model).couplings()}
+    named = {str(getattr(given, "name", given)): keep for given, keep in selection.items()}
+    tensors = {name: keep for name, keep in named.items() if isinstance(keep, Tensor) and keep.ndim}
+    sizes = {by_name[name]: keep.shape[-1] for name, keep in tensors.items() if name in by_name}
+    constraints.check(model, tuple(by_name.values()), sizes)
 
 
 def shrink_within(
-    journal: Journal | None,
+    journal: Journal,
     model: nn.Module,
     selection: CouplingSelection,
     *,
@@ -82,14 +93,14 @@ def shrink_within(
     also: Any = (),
     absorb: Absorber | None = None,
 ) -> ModuleDiff:
-    """Shrink as `shrink` does, as a part of a larger change if a journal of one is given."""
+    """Shrink as `shrink` does, as a part of a larger change."""
     model = unwrapped(model)
     compiled = state_of(model)
     optimizers = several(optimizer)
     for each in optimizers:
         check_optimizer(model, each)
     before, sizes = shapes_of(model), {coupling.name: coupling.size for coupling in compiled.couplings()}
-    compiled.shrink(model, selection, optimizers, copies_of(model, also), absorb, journal)
+    compiled.shrink(model, selection, journal, optimizers, copies_of(model, also), absorb)
     change = diff_of(model, before)
     log = logger("shrink")
     log.info("%s", change.headline())

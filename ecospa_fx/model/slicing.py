@@ -2,6 +2,9 @@
 
 prepare(model, before, after, optimizers)   every new tensor is made beside the old one, or from its replacement
 -> Change.commit(journal)                   assignments only; the Parameter objects stay the same
+
+Sharded tensors are only looked at in the first step: their entries move between ranks in the second, which all ranks
+take together once each of them is ready.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from torch.optim import Optimizer
 from ecospa_fx.kernels import compacted
 from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 from ecospa_fx.plan import Plan
+from ecospa_fx.ranks.fsdp2 import anew
+from ecospa_fx.ranks.shards import Move, is_sharded, move, moved
 
 from .journal import Journal
 from .optimizer_state import OptimizerStates
@@ -38,17 +43,54 @@ class Change:
     Attributes:
         tensors: (parameter or buffer, its new data, its new gradient).
         states: (an optimizer's state of one parameter, key, new value).
+        owners: `id` of a parameter -> what FSDP2 keeps of it, see `ecospa_fx.ranks.fsdp2`.
+        sharded: the sharded tensors, whose entries still have to move.
     """
 
     tensors: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
     states: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+    owners: Mapping[int, Any] = field(default_factory=dict)
+    sharded: ShardedChange | None = None
 
     def commit(self, journal: Journal) -> None:
-        """Put every new tensor in place."""
+        """Put every new tensor in place; where tensors are sharded all ranks must be here."""
+        if self.sharded is not None:
+            self.sharded.finish(self)
         for tensor, data, grad in self.tensors:
+            owner = self.owners.get(id(tensor))
+            if owner is not None:
+                data, attributes = anew(owner, data)
+                journal.set_attributes(owner, attributes)
             journal.set_tensor(tensor, data, grad)
         for state, key, value in self.states:
             journal.set_item(state, key, value)
+
+
+@dataclass(eq=False)
+class ShardedChange:
+    """The sharded tensors of a change. Their entries move between ranks at the commit.
+
+    Attributes:
+        moves: the tensors that lose entries, and those that get other values.
+        tensors: (parameter, position in `moves` of its data, of its gradient).
+        states: (an optimizer's state of one parameter, key, position in `moves`).
+    """
+
+    moves: list[Move] = field(default_factory=list)
+    tensors: list[tuple[Tensor, int, int | None]] = field(default_factory=list)
+    states: list[tuple[dict[str, Any], str, int]] = field(default_factory=list)
+
+    def add(self, name: str, tensor: Tensor, keep: dict[int, Tensor]) -> int:
+        """Look at a tensor, and return its position in `moves`."""
+        self.moves.append(move(name, tensor, keep))
+        return len(self.moves) - 1
+
+    def finish(self, change: Change) -> None:
+        """Move the entries, and add the new tensors to a change."""
+        results = moved(self.moves)
+        for tensor, number, grad in self.tensors:
+            change.tensors.append((tensor, results[number], None if grad is None else results[grad]))
+        change.states.extend((state, key, results[number]) for state, key, number in self.states)
 
 
 def prepare(model: nn.Module, before: Plan, after: Plan, optimizers: Iterable[Optimizer] = ()) -> Change:
@@ -67,6 +109,7 @@ def prepare_tensors(
     after: Plan,
     optimizers: Iterable[Optimizer] = (),
     replaced: Mapping[int, Tensor] = MappingProxyType({}),
+    owners: Mapping[int, Any] = MappingProxyType({}),
 ) -> Change:
     """Make new tensors as `prepare` does, for tensors of one or several models by their names in the plan.
 
@@ -77,9 +120,11 @@ def prepare_tensors(
         optimizers: the optimizers that hold them.
         replaced: `id` of a tensor, or of an entry of optimizer state -> values of the same shape to take its entries
             from; see `passes.transform.absorb`. Tensors that lose no entries are set to these values.
+        owners: `id` of a parameter -> what FSDP2 keeps of it, see `ecospa_fx.ranks.fsdp2`.
 
     Raises:
         OptimizerError: an optimizer holds state of a shrinking parameter that cannot follow.
+        RanksError: a sharded tensor is placed in a way in which it cannot lose entries.
     """
     optimizer_states = OptimizerStates(optimizers)
     # The source of each new tensor, and the positions that stay. Tensors that share storage go on sharing it.
@@ -89,6 +134,7 @@ def prepare_tensors(
     sliced_states: list[tuple[dict[str, Any], str, int]] = []
     states: list[tuple[dict[str, Any], str, Any]] = []
     full_size: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    sharded = ShardedChange()
     seen: set[int] = set()
 
     def new(tensor: Tensor, keep: dict[int, Tensor]) -> int:
@@ -100,18 +146,28 @@ def prepare_tensors(
             continue
         seen.add(id(tensor))
         keep = kept_positions(name, before, after) if name in after.original_shapes else {}
-        if not keep:
+        if is_sharded(tensor) and (keep or id(tensor) in replaced):
+            value = replaced.get(id(tensor), tensor)
+            grad = None if tensor.grad is None else sharded.add(name, tensor.grad, keep)
+            sharded.tensors.append((tensor, sharded.add(name, value, keep), grad))
+            if not keep:
+                given = [each for each in optimizer_states.entries(tensor) if id(each[2]) in replaced]
+                sharded.states += [(state, entry, sharded.add(name, replaced[id(v)], {})) for state, entry, v in given]
+        elif not keep:
             if id(tensor) in replaced:
                 full_size.append((tensor, replaced[id(tensor)], tensor.grad))
                 entries = optimizer_states.entries(tensor)
                 states.extend((state, entry, replaced[id(v)]) for state, entry, v in entries if id(v) in replaced)
-            continue
-        key = (storage_key(tensor), tensor.shape)
-        if key not in numbers:
-            numbers[key] = new(tensor, keep)
-        tensors.append((tensor, numbers[key], None if tensor.grad is None else new(tensor.grad, keep)))
-        for state, entry, value in optimizer_states.shrunk(name, tensor, keep):
-            if isinstance(value, SliceLater):
+        else:
+            key = (storage_key(tensor), tensor.shape)
+            if key not in numbers:
+                numbers[key] = new(tensor, keep)
+            tensors.append((tensor, numbers[key], None if tensor.grad is None else new(tensor.grad, keep)))
+        for state, entry, value in optimizer_states.shrunk(name, tensor, keep) if keep else ():
+            if isinstance(value, SliceLater) and is_sharded(value.value):
+                source = replaced.get(id(value.value), value.value)
+                sharded.states.append((state, entry, sharded.add(f"{entry} of {name}", source, keep)))
+            elif isinstance(value, SliceLater):
                 sliced_states.append((state, entry, new(value.value, keep)))
             else:
                 states.append((state, entry, value))
@@ -120,6 +176,8 @@ def prepare_tensors(
         [(tensor, results[data], None if grad is None else results[grad]) for tensor, data, grad in tensors]
         + full_size,
         [(state, entry, results[value]) for state, entry, value in sliced_states] + states,
+        owners,
+        sharded if sharded.moves else None,
     )
 
 

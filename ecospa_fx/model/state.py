@@ -30,6 +30,7 @@ class ModelState:
         joints: the couplings that cross the edges of regions, at original sizes.
         joint_refusals: axes that cross them and cannot shrink, with the reasons.
         withheld: names of joints that some call before a save could not follow.
+        elsewhere: names of couplings that this rank could shrink, and another one cannot.
         couplings: the couplings by name at their sizes now; None until somebody asks for them.
     """
 
@@ -43,6 +44,7 @@ class ModelState:
         self.joints: tuple[Joint, ...] = ()
         self.joint_refusals: tuple[Refusal, ...] = ()
         self.withheld: frozenset[str] = frozenset()
+        self.elsewhere: frozenset[str] = frozenset()
         self.couplings: dict[str, Coupling] | None = None
 
     @property

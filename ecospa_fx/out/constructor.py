@@ -11,7 +11,7 @@ from ecospa_fx.arguments import FUNCTION, MODULE, takes
 from ecospa_fx.errors import FormatError
 from ecospa_fx.model.constructed import Constructed
 from ecospa_fx.model.lookup import state_of
-from ecospa_fx.model.wrappers import looks_inside
+from ecospa_fx.ranks.wrappers import looks_inside
 
 
 @takes(model=MODULE, make=FUNCTION)

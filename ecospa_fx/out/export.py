@@ -18,11 +18,11 @@ from torch.export import ExportedProgram
 
 from ecospa_fx.arguments import INPUTS, KEYWORDS, MODULE, optional, takes
 from ecospa_fx.errors import CaptureError, EcoSpaError
-from ecospa_fx.model.lookup import is_captured, regions_of, state_of, try_call
+from ecospa_fx.model.lookup import check_whole, is_captured, regions_of, state_of, try_call
 from ecospa_fx.model.region import Region
-from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.graph.isolate import forked_rng
 from ecospa_fx.passes.ir.state_access import flattened, foreign
+from ecospa_fx.ranks.wrappers import looks_inside
 
 
 class _NewCall(Exception):
@@ -70,6 +70,7 @@ def export(
         CaptureError: a region cannot be captured as it is called during the export.
         PinnedAxisError: that call needs an axis at full size which has shrunk.
     """
+    check_whole(model, "an export")
     args, kwargs = tuple(args), dict(kwargs or {})
     if regions_of(model) and not is_captured(model):  # it was loaded, and has not been called since
         try_call(model, args, kwargs)

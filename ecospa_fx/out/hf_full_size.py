@@ -20,13 +20,13 @@ from ecospa_fx.arguments import FLAG, MODULE, PATH, takes
 from ecospa_fx.errors import EcoSpaError, FormatError
 from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.model.full_size import unshrunk
-from ecospa_fx.model.lookup import compiled_state
-from ecospa_fx.model.wrappers import looks_inside
+from ecospa_fx.model.lookup import check_whole, compiled_state
 from ecospa_fx.passes.axes.selection import touched
 from ecospa_fx.passes.graph.nodes import op_name, place
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.plan import Plan
+from ecospa_fx.ranks.wrappers import looks_inside
 
 from .hf_pretrained import shape_differences
 
@@ -55,6 +55,7 @@ def save_unshrunk(model: nn.Module, directory: str | os.PathLike[str], *, mark: 
     compiled, kind = compiled_state(model), type(model).__name__
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise EcoSpaError(f"{kind} is not a model of transformers: it has no save_pretrained")
+    check_whole(model, "save_unshrunk")
     writable: Any = model
     plan = compiled.plan
     originals = {

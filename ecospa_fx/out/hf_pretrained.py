@@ -30,11 +30,11 @@ from ecospa_fx.errors import CheckpointError, EcoSpaError
 from ecospa_fx.json_text import format_json, parse_json
 from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.model.configured import configuration_at
-from ecospa_fx.model.lookup import compiled_state
+from ecospa_fx.model.lookup import check_whole, compiled_state
 from ecospa_fx.model.made_values import difference_of_made
-from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.plan import Plan
+from ecospa_fx.ranks.wrappers import looks_inside
 
 FILE, FORMAT = "ecospa_fx.json", 1
 
@@ -62,6 +62,8 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **optio
         raise EcoSpaError(
             f"{type(model).__name__} is not a model of transformers: it has no save_pretrained; use ecospa_fx.save"
         )
+    if "state_dict" not in options:
+        check_whole(model, "save_pretrained without state_dict=")
     writable: Any = model
     config = configuration_for(model, compiled)
     original = writable.config

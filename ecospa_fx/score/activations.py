@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.couple.coupling_index import CouplingIndex
 from ecospa_fx.model.joint_offers import parts_across
@@ -32,6 +32,7 @@ from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.relations import Pattern, SameDims
 from ecospa_fx.passes.rewrite.program import Program
+from ecospa_fx.ranks.members import ranks_of, sharing_ranks
 
 from .products import ProductSite, Side, product_sites
 
@@ -56,6 +57,7 @@ class ActivationScores:
     def __init__(self, model: nn.Module, *, attention: bool = False) -> None:
         self.model, self.attention = model, attention
         self.sums: dict[str, _Sum] = {}
+        self._means: dict[str, Tensor] | None = None
         check_observable(model)
         for region in regions_of(model).values():
             observe(region, self)
@@ -70,33 +72,48 @@ class ActivationScores:
         self.sums.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the sums of each coupling, and over how many calls they are."""
+        """Return the sums of each coupling, and over how many calls they are; of a sharded model over all ranks."""
         tensors: dict[str, Tensor] = {}
         for name, each in self.sums.items():
             tensors |= {f"flow {name}": each.total, f"flow count {name}": torch.tensor(each.count)}
-        return tensors
+        return sharing_ranks(self.model).totals(tensors, "the state of activation scores")
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on where `state_dict` was taken."""
         counts = {
             name.removeprefix("flow count "): int(n) for name, n in state.items() if name.startswith("flow count ")
         }
+        counts = counts if sharing_ranks(self.model).is_first else {}  # or they would count once per rank
         self.sums = {name: _Sum(state[f"flow {name}"], count) for name, count in counts.items()}
 
     def entries(self, coupling: Coupling, *, by_context: bool = False) -> Tensor | None:
         """Score each entry, float64 `[size]` or `[contexts, size]`; None if no contraction of the coupling was seen.
 
-        Where the model runs in several processes, each of them must call it: their scores are averaged.
+        Where ranks train the model together, each of them must call it: their scores are averaged.
         """
-        sums = self.sums.get(coupling.name)
-        if sums is None or sums.total.shape[1] != coupling.size:
+        mean = (self.means() if self._means is None else self._means).get(coupling.name)
+        if mean is None or mean.shape[1] != coupling.size:
             return None
-        (both,) = all_reduce_sum(torch.cat([sums.total.flatten(), sums.total.new_tensor([sums.count])]))
-        both = both.cpu()
-        mean = both[:-1].view_as(sums.total) / float(both[-1])
         if by_context:
             return mean if len(mean) == coupling.contexts else mean.expand(coupling.contexts, -1)
         return mean.sum(0)
+
+    def means(self) -> dict[str, Tensor]:
+        """Return by coupling name the mean score of each entry over the calls of all ranks, `[contexts, size]`."""
+        named = {f"total {name}": each.total for name, each in self.sums.items()}
+        named |= {f"count {n}": each.total.new_tensor([each.count]) for n, each in self.sums.items()}
+        sums = ranks_of(self.model).totals(named, "the scores of activations")
+        totals = {label.removeprefix("total "): each for label, each in sums.items() if label.startswith("total ")}
+        return {name: total.cpu() / float(sums[f"count {name}"]) for name, total in totals.items()}
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Score several couplings by the same means, added up over ranks once."""
+        before, self._means = self._means, self.means()
+        try:
+            yield
+        finally:
+            self._means = before
 
     def wants(self, module: nn.Module) -> bool:
         """Return whether the forward is one that trains."""

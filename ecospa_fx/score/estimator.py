@@ -30,11 +30,13 @@ from ecospa_fx.arguments import (
     takes,
 )
 from ecospa_fx.couple.coupling import Coupling
-from ecospa_fx.errors import TargetError
+from ecospa_fx.errors import TargetError, WrapperError
 from ecospa_fx.model.journal import take_state
 from ecospa_fx.model.lookup import check_values, couplings
 from ecospa_fx.model.optimizer_state import innermost, several
-from ecospa_fx.model.wrappers import unwrapped
+from ecospa_fx.ranks.fsdp2 import reshard
+from ecospa_fx.ranks.members import is_replicated
+from ecospa_fx.ranks.wrappers import unwrapped
 
 from .judging import frozen_names
 from .reader import GradientStep, Reader, ReaderOptions
@@ -109,6 +111,7 @@ class CoupledEstimator:
         self._count = StepCount()
         self._handles: list[Any] = []
         self._backwards: dict[str, int] = {}
+        self._in_backward = False
         options = ReaderOptions(model, self.score, rule, self._count, optimizers, seed)
         self.reader: Reader = READERS[self.score.reads](options)
         self.reader.observe()
@@ -143,6 +146,7 @@ class CoupledEstimator:
             names: read the gradients of these parameters only.
             new_step: whether this is another training step, or a part of the last one that was not read yet.
         """
+        reshard(self.model)
         self._count.seen += new_step
         factor = torch.as_tensor(scale, dtype=torch.float32) if isinstance(scale, (int, float)) else scale
         named = ((name, p) for name, p in self.model.named_parameters() if names is None or name in names)
@@ -186,7 +190,9 @@ class CoupledEstimator:
 
         Raises:
             TargetError: `every` is not a whole number from 1.
+            WrapperError: the model is in `DistributedDataParallel`, which reduces gradients later than that.
         """
+        self._check_whole()
         if not isinstance(every, int) or every < 1:
             raise TargetError(f"every={every!r} is out of range; it is a whole number of micro-batches, at least 1")
 
@@ -197,16 +203,27 @@ class CoupledEstimator:
                 if parameter.grad is not None:
                     self.reader.add(GradientStep([(name, parameter)], new_step=self._count.seen != before))
 
+        self._in_backward = True
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 hook = lambda held, name=name: ready(name, held)  # noqa: E731
                 self._handles.append(_hooked_first(parameter, hook))
+
+    def _check_whole(self) -> None:
+        """Refuse to judge by gradients that were read before they were reduced over ranks."""
+        if is_replicated(self.model):
+            raise WrapperError(
+                'gradients="backward" reads each gradient as soon as backward has it, and DistributedDataParallel '
+                "reduces it over ranks only then, so that each rank would decide by its own; read them at the steps of "
+                'the optimizers, gradients="optimizer"'
+            )
 
     def detach(self) -> None:
         """Remove the hooks of `attach` and `attach_backward`, and stop observing the model."""
         while self._handles:
             self._handles[-1].remove()
             self._handles.pop()
+        self._in_backward = False
         self.reader.detach()
 
     @property
@@ -242,6 +259,8 @@ class CoupledEstimator:
             OptimizerError: the optimizer holds no second moments to read.
         """
         check_values(self.model, "score")
+        if self._in_backward:
+            self._check_whole()  # it may have been wrapped since
         with self.reader.at_once():
             frozen = frozen_names(self.model) if self.reader.learns else set()
             judged = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from ecospa_fx.couple.coupling import Coupling, Member
 from ecospa_fx.kernels import slice_sums
 from ecospa_fx.model.lookup import check_values
+from ecospa_fx.ranks.fsdp2 import reshard
+from ecospa_fx.ranks.shards import is_sharded
 
-from .slices import SliceKey
+from .slices import SliceKey, SliceSums
 
 
 def places_of(member: Member, coupling: Coupling, *, by_context: bool) -> tuple[Tensor, Tensor]:
@@ -77,7 +79,32 @@ def coupling_entries(coupling: Coupling, means: Mapping[SliceKey, Tensor], *, by
 
 
 @torch.no_grad()
-def index_scores(model: nn.Module, coupling: Coupling, *, by_context: bool = False) -> Tensor:
+def squares_of_shards(model: nn.Module, judged: Iterable[Coupling]) -> dict[SliceKey, Tensor] | None:
+    """Sum up the squares of every slice that couplings lie on, over all ranks at once; None where nothing is sharded.
+
+    Every rank must call it.
+    """
+    reshard(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    dims: dict[str, set[int]] = {}
+    for member in (member for coupling in judged for member in coupling.members):
+        dims.setdefault(member.parameter, set()).add(member.dim)
+    weights = {name: parameters[name] for name in dims}
+    if not any(is_sharded(weight) for weight in weights.values()):
+        return None
+    sums = SliceSums(weights, dims)
+    sums.add(weights)
+    return sums.reduced()
+
+
+@torch.no_grad()
+def index_scores(
+    model: nn.Module,
+    coupling: Coupling,
+    *,
+    by_context: bool = False,
+    squares_known: Mapping[SliceKey, Tensor] | None = None,
+) -> Tensor:
     """Score each entry of a coupling by the product over its matrices of the norms of that entry's slices.
 
     A bias counts in the row of the matrix it belongs to. (arXiv 2511.11641, coupled sparsification.) All matrices that
@@ -88,6 +115,7 @@ def index_scores(model: nn.Module, coupling: Coupling, *, by_context: bool = Fal
         model: a compiled model.
         coupling: one of its couplings.
         by_context: score the entries of each context (the dims of each head) on their own.
+        squares_known: the sums of squares of slices, from `squares_of_shards` for several couplings at once.
 
     Returns:
         float64 `[coupling.size]`, or `[coupling.contexts, coupling.size]`.
@@ -98,8 +126,12 @@ def index_scores(model: nn.Module, coupling: Coupling, *, by_context: bool = Fal
     stream = coupling.kind == "residual"
     squares: dict[str | bool, Tensor] = {}
     members = [member for member in coupling.members if not stream or member.matrix or _beside(member)]
-    weights: list[Tensor] = [parameters[member.parameter] for member in members]
-    sums_of = slice_sums(weights, [member.dim for member in members])
+    known = squares_of_shards(model, [coupling]) if squares_known is None else squares_known
+    if known is None:
+        weights: list[Tensor] = [parameters[member.parameter] for member in members]
+        sums_of = slice_sums(weights, [member.dim for member in members])
+    else:
+        sums_of = [known[member.parameter, member.dim] for member in members]
     for member, sums in zip(members, sums_of, strict=True):
         owned, places = places_of(member, coupling, by_context=by_context)
         matrix = member.writes if stream else member.of

@@ -17,14 +17,13 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ecospa_fx.collectives import all_reduce_sum, ranks
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.model.joint_offers import parts_across
 from ecospa_fx.model.lookup import compiled_state, regions_of
@@ -35,6 +34,7 @@ from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.rewrite import Tap
 from ecospa_fx.passes.transform.consumers import consumers
+from ecospa_fx.ranks.members import ranks_of, sharing_ranks
 
 from .gates import GateReader
 from .products import ProductSite, Side, product_sites
@@ -186,6 +186,7 @@ class PositionReader:
         self._partly: set[str] = set()  # couplings that some weight sums over where it cannot be seen
         self._slots: dict[str, set[str]] = {}
         self._measure: str | None = None  # the coupling whose gradient tells by how much a loss was scaled
+        self._means: dict[str, Tensor] | None = None
         self._pending = _Pending()
         self._observed: list[Region] = []
 
@@ -203,7 +204,11 @@ class PositionReader:
         """Return the message where there was no gradient, or none but zeros."""
         if self.empty:
             return NO_GRADIENT
-        return None if any(bool((each != 0).any()) for each in self.sums.values()) else ZERO_GRADIENT
+        by_step = [each for key, each in self.gates.sums.items() if key not in self.totals.sums]
+        known = [sums for sums in (list(self.totals.sums.values()), by_step) if sums]
+        # Zeros of one kind beside numbers of the other would make entries worthless that nothing is known of.
+        seen = [any(bool((each != 0).any()) for each in sums) for sums in known]
+        return None if all(seen) else ZERO_GRADIENT
 
     def observe(self) -> None:
         """Stand in the graphs of the model's regions, where graphs run."""
@@ -329,7 +334,7 @@ class PositionReader:
         A gradient scaler multiplies the loss, and divides gradients of weights afterwards. Both sums are the gradient
         along the same gates. Between processes gradients are averaged, and say nothing.
         """
-        if pending.gradient is None or self._measure is None or ranks() > 1:
+        if pending.gradient is None or self._measure is None or ranks_of(self.model):
             return None
         now = self.gates.along(self._measure, step)
         if now is None or now.shape != pending.gradient.shape:
@@ -356,30 +361,33 @@ class PositionReader:
     def entries(self, coupling: Coupling, *, by_context: bool) -> Tensor | None:
         """Return the mean over steps of each entry's sum over positions; None where there is none, or an inf or NaN.
 
-        Where the model runs in several processes, each of them must call it: a loss is a mean over them all.
+        Where ranks train the model together, each of them must call it: a loss is a mean over them all.
         """
         shape = coupling.contexts, coupling.size
-        if coupling.name in self._partly:
-            return self.gates.entries(coupling, by_context=by_context)
-        mean = self.totals.mean(coupling.name, self.count)
-        if mean is not None:
-            mean = mean.view(-1, coupling.size) if mean.numel() in (coupling.size, shape[0] * shape[1]) else None
-        if ranks() > 1:
-            device = next(self.model.parameters()).device
-            known = torch.zeros(1 + shape[0] * shape[1], dtype=torch.float64)
-            if mean is not None:
-                known[0], known[1:] = 1.0, mean.expand(shape).flatten()
-            (known,) = all_reduce_sum(known.to(device, torch.float32))
-            mean = known[1:].double().cpu().view(shape) / ranks() ** 2 if known[0] > 0 else None
-        if mean is None:
+        mean = (self.means() if self._means is None else self._means).get(coupling.name)
+        if coupling.name in self._partly or mean is None or mean.numel() not in (shape[1], shape[0] * shape[1]):
             return self.gates.entries(coupling, by_context=by_context)
         if not bool(mean.isfinite().all()):
             return None
+        mean = mean.view(-1, shape[1])
         return mean.expand(shape) if by_context else mean.sum(0)
 
-    def at_once(self) -> AbstractContextManager[None]:
-        """Do nothing: sums are read coupling by coupling."""
-        return nullcontext()
+    def means(self) -> dict[str, Tensor]:
+        """Return by coupling name the mean over steps of each gate, of the positions of all ranks."""
+        found = {name: self.totals.mean(name, self.count) for name, _ in self.totals.sums}
+        ranks = ranks_of(self.model)
+        means = {name: mean for name, mean in found.items() if mean is not None}
+        summed = ranks.totals(means, "the squared terms by position")
+        return {name: each.cpu() / ranks.count**2 for name, each in summed.items()}
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Judge several couplings by the same means."""
+        before, self._means = self._means, self.means()
+        try:
+            yield
+        finally:
+            self._means = before
 
     def reset(self) -> None:
         """Drop the sums."""
@@ -390,11 +398,13 @@ class PositionReader:
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums by name."""
         gates = {f"{GATES}{name}": tensor for name, tensor in self.gates.tensors().items()}
-        return gates | self.totals.tensors()
+        return sharing_ranks(self.model).totals(gates | self.totals.tensors(), "the state of scores by position")
 
     def load_tensors(self, named: Mapping[str, Tensor]) -> None:
         """Go on with what `tensors` returned."""
         self.observe()
+        if not sharing_ranks(self.model).is_first:  # or they would count once per rank
+            named = {name: torch.zeros_like(tensor) for name, tensor in named.items()}
         self.gates.load_tensors({n.removeprefix(GATES): tensor for n, tensor in named.items() if n.startswith(GATES)})
         self.totals.load_tensors({name: tensor for name, tensor in named.items() if not name.startswith(GATES)})
         self._seen = {name for name, _ in self.totals.sums}

@@ -17,7 +17,10 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.model.lookup import couplings, regions_of
 from ecospa_fx.model.observers import check_observable
-from ecospa_fx.model.optimizer_state import second_moments
+from ecospa_fx.model.optimizer_state import is_partitioned, second_moments
+from ecospa_fx.ranks.agreement import Ranks
+from ecospa_fx.ranks.fsdp2 import reshard
+from ecospa_fx.ranks.members import ranks_of
 
 from .activations import ActivationScores
 from .gates import GateReader
@@ -26,7 +29,7 @@ from .positions import PositionReader
 from .reader import NO_GRADIENT, ZERO_GRADIENT, GradientStep, Reader, ReaderOptions
 from .scores import Score, ScoreInput
 from .slices import SliceKey
-from .sums import Latest, SliceTotals, Total
+from .sums import Latest, SliceTotals, Total, key_of, label_of
 
 NO_ACTIVATION = (
     "no parameter of a coupling has an activation that could be seen: call trainer.step() after backward() and before "
@@ -86,6 +89,7 @@ class SliceReader:
         """Return for each slice the mean of its entries' scores per step, float64 on the CPU, added up over ranks."""
         if self._means is not None:
             return self._means
+        reshard(self.model)
         self.refresh()
         return self.totals.means(self.count)
 
@@ -179,6 +183,16 @@ class OptimizerReader(SliceReader):
         moments = second_moments(self.model, self.optimizers, scored)
         self.totals.replace(moments, dict(self.model.named_parameters()))
 
+    def means(self) -> dict[SliceKey, Tensor]:
+        """Return the means, also of parameters whose state another rank holds."""
+        ranks = ranks_of(self.model) if any(map(is_partitioned, self.optimizers)) else Ranks()
+        if self._means is not None or not ranks:
+            return super().means()
+        mine = {label_of(key): mean for key, mean in super().means().items()}
+        held = {f"ranks {label}": mean.new_ones(1) for label, mean in mine.items()}
+        sums = ranks.totals(mine | held, "the second moments of optimizers")
+        return {key_of(label): sums[label] / sums[f"ranks {label}"] for label in sums if f"ranks {label}" in sums}
+
 
 class ActivationReader:
     """Activations, or attention, seen in forwards that train.
@@ -226,8 +240,8 @@ class ActivationReader:
         return None if self._scores is None else self._scores.entries(coupling, by_context=by_context)
 
     def at_once(self) -> AbstractContextManager[None]:
-        """Do nothing: sums are read coupling by coupling."""
-        return nullcontext()
+        """Read the sums once, and add them up over ranks."""
+        return nullcontext() if self._scores is None else self._scores.at_once()
 
     def reset(self) -> None:
         """Drop the sums."""

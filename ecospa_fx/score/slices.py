@@ -17,6 +17,7 @@ from torch import Tensor
 from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.errors import OptimizerError
 from ecospa_fx.kernels import add_slice_sums, add_slice_sums_now
+from ecospa_fx.ranks.shards import is_sharded, local_part
 
 SliceKey = tuple[str, int]
 
@@ -64,6 +65,8 @@ class SliceSums:
         }
         self._calls: dict[Any, list[tuple[tuple[torch.device, torch.dtype], _Call]]] = {}
         self._sharded: dict[tuple[Any, int], set[SliceKey]] = {}  # (mesh, its dim) -> slices that it shards
+        for name in self.dims:
+            self._note_shards(name, parameters[name])
         self.views = self._views(self._flat)
 
     @torch.no_grad()
@@ -92,7 +95,7 @@ class SliceSums:
         """
         names = tuple([name for name in gradients if name in self._home])
         tensors: dict[str, Any] = dict(gradients)
-        placements = tuple([(name, tensors[name].placements) for name in names if _is_dtensor(tensors[name])])
+        placements = tuple([(name, tensors[name].placements) for name in names if is_sharded(tensors[name])])
         calls = self._calls.get((names, placements))
         if calls is None:
             calls = self._calls[names, placements] = self._plan(names, gradients)
@@ -123,8 +126,25 @@ class SliceSums:
         One all-reduce of the whole vector for each dim of a device mesh along which anything is sharded. Every rank of
         the mesh must take part. Replicated parameters count once.
         """
+        return self._views(self._reduced(self._flat))
+
+    def whole(self, sums: Mapping[SliceKey, Tensor]) -> dict[SliceKey, Tensor]:
+        """Add up sums of the shapes of `views` over the ranks, as `reduced` does those that are kept here."""
+        flats = {home: torch.zeros_like(flat) for home, flat in self._flat.items()}
+        views = self._views(flats)
+        for key, each in sums.items():
+            views[key].copy_(each)
+        added = self._views(self._reduced(flats))
+        return {key: added[key].clone() for key in sums}
+
+    @property
+    def sharded(self) -> bool:
+        """True if ranks hold parts of some parameter."""
+        return bool(self._sharded)
+
+    def _reduced(self, flats_here: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
         flats = {}
-        for home, flat in self._flat.items():
+        for home, flat in flats_here.items():
             whole = flat
             for (mesh, mesh_dim), keys in self._sharded.items():
                 if mesh.get_local_rank(mesh_dim) != 0:
@@ -134,7 +154,7 @@ class SliceSums:
                             whole[:, begin : begin + self._sizes[key]] = 0
                 (whole,) = all_reduce_sum(whole, group=mesh.get_group(mesh_dim))
             flats[home] = whole.cpu()
-        return self._views(flats)
+        return flats
 
     def _views(self, flats: Mapping[tuple[torch.device, torch.dtype], Tensor]) -> dict[SliceKey, Tensor]:
         plane = int(self.weighted)
@@ -159,13 +179,21 @@ class SliceSums:
 
     def _first(self, name: str, gradient: Any) -> tuple[int, ...]:
         """Return the position in the whole parameter at which the local part of a gradient begins."""
-        if not _is_dtensor(gradient):
+        if not is_sharded(gradient):
             return (0,) * int(gradient.ndim)
-        from torch.distributed.tensor import Replicate, Shard
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-        mesh, placements = gradient.device_mesh, gradient.placements
-        for mesh_dim, placement in enumerate(placements):
+        self._note_shards(name, gradient)
+        _, first = compute_local_shape_and_global_offset(gradient.shape, gradient.device_mesh, gradient.placements)
+        return tuple(first)
+
+    def _note_shards(self, name: str, tensor: Any) -> None:
+        """Note along which dims of its device mesh a tensor is sharded, if it is."""
+        if not is_sharded(tensor):
+            return
+        from torch.distributed.tensor import Replicate, Shard
+
+        for mesh_dim, placement in enumerate(tensor.placements):
             if type(placement) not in (Shard, Replicate):
                 raise OptimizerError(
                     f"the gradient of `{name}` is placed {type(placement).__name__} along dim {mesh_dim} of its device "
@@ -174,18 +202,18 @@ class SliceSums:
                 )
             if type(placement) is Shard:
                 keys = {(name, dim) for dim in self.dims[name]}
-                self._sharded.setdefault((mesh, mesh_dim), set()).update(keys)
-        _, first = compute_local_shape_and_global_offset(gradient.shape, mesh, placements)
-        return tuple(first)
+                self._sharded.setdefault((tensor.device_mesh, mesh_dim), set()).update(keys)
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
-    return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
+def counts_here(parameter: Any) -> bool:
+    """Decide whether sums over a whole parameter count on this rank, where those of all ranks are added up."""
+    if not is_sharded(parameter):
+        return True
+    dims = [dim for dim, placement in enumerate(parameter.placements) if placement.is_shard()]
+    return all(parameter.device_mesh.get_local_rank(dim) == 0 for dim in dims)
 
 
 def _local(tensor: Any) -> Tensor:
     """Return the part of a tensor on this rank, strided."""
-    local: Tensor = tensor.detach()
-    if _is_dtensor(tensor):
-        local = local.to_local()  # type: ignore[attr-defined]
+    local = local_part(tensor)
     return local if local.layout == torch.strided else local.to_dense()

@@ -7,7 +7,7 @@ tensors of one step -> SliceTotals -> SliceSums, one launch -> means per (parame
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.model.lookup import couplings, is_captured, plan
+from ecospa_fx.ranks.fsdp2 import reshard
 
-from .slices import SliceKey, SliceSums
+from .slices import SliceKey, SliceSums, counts_here
 
 
 @dataclass
@@ -218,14 +219,27 @@ class SliceTotals:
             self._slices.zero()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the sums by name, at the sizes of the model now."""
+        """Return the sums by name, at the sizes of the model now.
+
+        Where parameters are sharded these are the sums over all ranks, and every rank must call it.
+        """
+        reshard(self.model)
+        whole: Callable[[Mapping[SliceKey, Tensor]], Mapping[SliceKey, Tensor]] = dict
         if self.sums and is_captured(self.model):
-            self.current()  # without what a shrink since then has removed
-        return labelled(self.sums, self.rule)
+            slices = self.current()  # without what a shrink since then has removed
+            whole = slices.whole if slices.sharded else whole
+        return labelled(self.sums, self.rule, whole)
 
     def load_tensors(self, named: Mapping[str, Tensor]) -> None:
-        """Go on with the sums that `tensors` returned."""
-        self.sums = unlabelled(named, self.rule)
+        """Go on with the sums that `tensors` returned; where parameters are sharded they count on one rank."""
+        reshard(self.model)
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        names = {label: key_of(label.rpartition(": ")[2])[0] for label in named}
+        counted = {
+            label: tensor if counts_here(parameters.get(names[label])) else torch.zeros_like(tensor)
+            for label, tensor in named.items()
+        }
+        self.sums = unlabelled(counted, self.rule)
 
     def current(self) -> SliceSums:
         """Return the sums of the model as it is now; they are carried over, without what a shrink removed."""
@@ -247,7 +261,10 @@ class SliceTotals:
 
         for key, old in carried.items():
             slices.views[key].copy_(remaining(key, old))
-        steps = [{key: remaining(key, old) for key, old in s.items() if key in slices.views} for s in self.rule.steps]
+        steps = [
+            {key: remaining(key, old).to(slices.views[key].device) for key, old in step.items() if key in slices.views}
+            for step in self.rule.steps
+        ]
         self.rule.steps = deque(steps, maxlen=self.rule.steps.maxlen)
         self.sums = {key: slices.views[key] for key in carried}
         self._slices, self._built_for, self._positions = slices, (first, self.sums), kept
@@ -266,11 +283,15 @@ def key_of(label: str) -> SliceKey:
     return name, int(dim)
 
 
-def labelled(sums: Mapping[SliceKey, Tensor], rule: Total) -> dict[str, Tensor]:
-    """Return sums, and those of single steps that a rule keeps, by name."""
-    named = {label_of(key): each for key, each in sums.items()}
+def labelled(
+    sums: Mapping[SliceKey, Tensor],
+    rule: Total,
+    whole: Callable[[Mapping[SliceKey, Tensor]], Mapping[SliceKey, Tensor]] = dict,
+) -> dict[str, Tensor]:
+    """Return sums, and those of single steps that a rule keeps, by name; each read through `whole`."""
+    named = {label_of(key): each for key, each in whole(sums).items()}
     for i, step in enumerate(rule.steps):
-        named |= {f"step {i}: {label_of(key)}": each for key, each in step.items()}
+        named |= {f"step {i}: {label_of(key)}": each for key, each in whole(step).items()}
     return named
 
 

@@ -16,16 +16,17 @@ from ecospa_fx.arguments import CALL, FLAG, MODULE, NAMED, PATH, REGIONS, TEXT, 
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.couple.why import Path, Why, axis_graph, path_between
 from ecospa_fx.errors import NoCouplingError, NoInputsError
-from ecospa_fx.model.class_swap import original_class
+from ecospa_fx.model.class_swap import unswap_forward
 from ecospa_fx.model.compiled import MODEL, CompiledModel, find_followed
 from ecospa_fx.model.lookup import check_ready, try_call
 from ecospa_fx.model.parametrized import removals, with_way_out
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.state import Execution
-from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.find.joined import choose_regions
 from ecospa_fx.passes.graph.nodes import place
+from ecospa_fx.ranks.fsdp2 import gathered_whole
+from ecospa_fx.ranks.wrappers import looks_inside
 from ecospa_fx.text import plural
 
 from .findings import Findings
@@ -189,11 +190,15 @@ def explain(
         experiments, execution = experiments or compiled.experiments, compiled.execution
     scratch = CompiledModel(regions, experiments, execution)
     waiting = type(model)
-    model.__class__ = original_class(model)
     try:
-        chosen = choose_regions(model, args, kwargs, regions, options=scratch.state.options)
+        model.__dict__.pop(MODEL, None)
+        unswap_forward(model)
+        with gathered_whole(model):
+            chosen = choose_regions(model, args, kwargs, regions, options=scratch.state.options)
     finally:
         model.__class__ = waiting
+        if compiled is not None:
+            model.__dict__[MODEL] = compiled
     scratch.not_captured = chosen.failed
     scratch.state.joints, scratch.state.joint_refusals = chosen.joints, chosen.refusals
     seconds: Counter[str] = Counter()
@@ -203,7 +208,8 @@ def explain(
             region.remember(each)
             seconds.update(each.seconds)
     if execution == "module":
-        find_followed(model, scratch.regions)
+        with gathered_whole(model):
+            find_followed(model, scratch.regions)
     return _explanation(model, scratch, dict(seconds))
 
 

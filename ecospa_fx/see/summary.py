@@ -17,8 +17,8 @@ from ecospa_fx.arguments import CALL, MODULE, WHOLE, optional, takes
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.diff import words
 from ecospa_fx.model.lookup import check_sizes, try_call
-from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.plan import Plan
+from ecospa_fx.ranks.wrappers import looks_inside
 from ecospa_fx.text import count, plain, size
 
 OutputShape = tuple[int, ...]

@@ -16,12 +16,13 @@ from ecospa_fx.model.full_size import unshrunk
 from ecospa_fx.model.joint_offers import atoms_at_edges
 from ecospa_fx.model.lookup import check_values, plan, state_of, try_call
 from ecospa_fx.model.region import Region
-from ecospa_fx.model.wrappers import looks_inside
 from ecospa_fx.passes.axes.algebra import Atom
 from ecospa_fx.passes.axes.selection import Selected, per_context_or_shared, whole
 from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.rewrite.verify import Comparison, compare
+from ecospa_fx.ranks.fsdp2 import gathered_whole
+from ecospa_fx.ranks.wrappers import looks_inside
 from ecospa_fx.text import plural
 
 from .explanation import example_call
@@ -95,7 +96,8 @@ def verify(
     """Check numerically that shrinking equals masking, for each coupling alone and for all of a region together.
 
     Works on a copy of every tensor, at original sizes and in eval mode; the model is left as it is. About half of each
-    coupling is removed, at random, and another half in each context (head) where it may differ.
+    coupling is removed, at random, and another half in each context (head) where it may differ. Of a model that FSDP2
+    shards every rank must call this, and holds all weights meanwhile.
 
     Args:
         model: a compiled model.
@@ -114,8 +116,9 @@ def verify(
     try:
         # Dropout would draw other masks at other sizes; entry by entry, train and eval mode agree.
         model.eval()
-        try_call(model, args, kwargs)  # captures regions that have not been called so far
-        results = sorted(comparisons(model, args, kwargs, seed), key=lambda c: c.coupling.startswith("all of "))
+        with gathered_whole(model):
+            try_call(model, args, kwargs)  # captures regions that have not been called so far
+            results = sorted(comparisons(model, args, kwargs, seed), key=lambda c: c.coupling.startswith("all of "))
         if not results:
             number = plural(len(state_of(model).regions), "region")
             raise VerificationError(

@@ -8,6 +8,7 @@ from typing import Any
 from ecospa_fx.arguments import NUMBER
 from ecospa_fx.errors import TargetError
 from ecospa_fx.logs import logger
+from ecospa_fx.ranks.agreement import Ranks
 
 from .loss_spikes import LossSpikes
 from .schedule import Schedule
@@ -38,8 +39,8 @@ class Clock:
         self.in_a_row = 0
         self._before: float = 0  # `now` before the last training step
 
-    def advance(self, tokens: int | None, epochs: float | None) -> float:
-        """Count a training step, and return it in the unit of the schedule.
+    def amount(self, tokens: int | None, epochs: float | None) -> float:
+        """Return a training step in the unit of the schedule.
 
         Raises:
             TargetError: the amount in that unit is missing.
@@ -50,6 +51,14 @@ class Clock:
             raise TargetError(f"the schedule counts {unit}: call trainer.step({unit}=...)")
         if not NUMBER.fits(amount) or not 0 <= amount < math.inf:
             raise TargetError(f"{unit}={amount!r} of a step is out of range; it is a number, at least 0")
+        return amount
+
+    def advance(self, amount: float, ranks: Ranks) -> float:
+        """Count a training step of so much on this rank, and return it as it counts: the tokens of all ranks."""
+        if self.schedule.unit != "steps":
+            mean = ranks.mean(amount, f"the {self.schedule.unit} of a step")
+            assert mean is not None
+            amount = round(mean * ranks.count) if self.schedule.unit == "tokens" and ranks else mean
         self._before, self.now = self.now, self.now + amount
         return amount
 

@@ -30,8 +30,8 @@ from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.cost import Cost
 from ecospa_fx.model.lookup import couplings
 from ecospa_fx.model.shrinking import shrink
-from ecospa_fx.model.wrappers import unwrapped
 from ecospa_fx.passes.find.discover import Kind
+from ecospa_fx.ranks.wrappers import unwrapped
 from ecospa_fx.score.saliency import Saliency
 
 from .adaptive import AdaptiveSparsifier

@@ -63,15 +63,16 @@ class Flow:
         Args:
             keeps: coupling -> entries to keep.
         """
+        if self._scores is None:
+            return {}
         shares: dict[str, float] = {}
-        for coupling in couplings(self.model):
-            keep = keeps.get(coupling)
-            if keep is None or self._scores is None:
-                continue
-            scores = self._scores.entries(coupling, by_context=keep.ndim == 2)
-            total = 0.0 if scores is None else float(scores.square().sum())
-            if scores is not None and 0 < total < float("inf"):
-                shares[coupling.name] = 1.0 - float(scores.gather(-1, keep).square().sum()) / total
+        with self._scores.at_once():
+            for coupling in couplings(self.model):
+                keep = keeps.get(coupling)
+                scores = None if keep is None else self._scores.entries(coupling, by_context=keep.ndim == 2)
+                total = 0.0 if scores is None else float(scores.square().sum())
+                if keep is not None and scores is not None and 0 < total < float("inf"):
+                    shares[coupling.name] = max(0.0, 1.0 - float(scores.gather(-1, keep).square().sum()) / total)
         return shares
 
     def detach(self) -> None:

@@ -9,10 +9,11 @@ from torch import nn
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import NoCouplingError
 from ecospa_fx.logs import logger
-from ecospa_fx.model.lookup import couplings, regions_of
+from ecospa_fx.model.lookup import couplings, regions_of, state_of
 from ecospa_fx.score.estimator import CoupledEstimator
 from ecospa_fx.score.judging import frozen_names
 
+from .offered import ELSEWHERE
 from .sparsifier import CoupledSparsifier
 
 FROZEN = "its weights are frozen (requires_grad=False), so that no gradient says what they are worth"
@@ -54,6 +55,8 @@ class LeftOut:
             for coupling in couplings(model)
             if coupling.name not in importance and coupling.name not in whole
         }
+        self.reasons |= dict.fromkeys(sorted(state_of(model).state.elsewhere), ELSEWHERE)
+        self._said |= state_of(model).state.elsewhere  # where they were found
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.reasons.items():
             if name not in self._said:

@@ -18,7 +18,10 @@ from ecospa_fx.compensate.compensation import Compensation
 from ecospa_fx.compensate.forecast import EntryOrder, Forecast, forecast, worth_of
 from ecospa_fx.couple.constraints import Constraints
 from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.errors import TargetError
 from ecospa_fx.model.lookup import couplings
+from ecospa_fx.ranks.members import ranks_of
+from ecospa_fx.ranks.shards import is_sharded
 from ecospa_fx.score.estimator import CoupledEstimator
 from ecospa_fx.score.saliency import Saliency
 
@@ -153,6 +156,12 @@ class Adaptive:
     ) -> None:
         self.model, self.optimizers, self.settings, self.constraints = model, optimizers, settings, constraints
         self.compensation, self.order = compensation, order
+        sharded = next((name for name, p in model.named_parameters() if is_sharded(p)), None)
+        if sharded is not None:
+            raise TargetError(
+                f'policy="adaptive" needs whole gradients at every step, and `{sharded}` is sharded over ranks; use '
+                'policy="paper", or DistributedDataParallel'
+            )
         self.saliency = Saliency(model)
         self._sparsifier: AdaptiveSparsifier | None = None
 
@@ -181,11 +190,13 @@ class Adaptive:
         by_context = sparsifier.constraints.head_dims == "per_head"
         worth = {coupling: worth_of(coupling, self.saliency, by_context=by_context) for coupling in judged}
         widths = sparsifier.widths(worth, at_most)
-        compensation = self.compensation
-        expected = forecast(
-            self.model, judged, self.saliency, grams=compensation.grams, optimizers=self.optimizers,
-            absorb=compensation.settings.absorb, rotate=compensation.settings.rotate, by_context=by_context,
-            widths=widths, positions=compensation.positions, order=self.order,
-        )  # fmt: skip
+        compensation, ranks = self.compensation, ranks_of(self.model)
+        positions = ranks.mean(compensation.positions, "positions per step")
+        with compensation.at_once():
+            expected = forecast(
+                self.model, judged, self.saliency, grams=compensation.grams, optimizers=self.optimizers,
+                absorb=compensation.settings.absorb, rotate=compensation.settings.rotate, by_context=by_context,
+                widths=widths, positions=None if positions is None else positions * ranks.count, order=self.order,
+            )  # fmt: skip
         keeps = {coupling: expected.curves[coupling].keep(width) for coupling, width in widths.items()}
         return Decision(keeps, {c.name: value for c, value in self.saliency.importance().items()}, expected)

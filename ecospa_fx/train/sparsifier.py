@@ -19,8 +19,9 @@ from ecospa_fx.errors import TargetError
 from ecospa_fx.model.cost import Cost, CostModel
 from ecospa_fx.model.lookup import couplings, state_of
 from ecospa_fx.model.outside import beyond
-from ecospa_fx.model.wrappers import unwrapped
-from ecospa_fx.score.judging import index_scores
+from ecospa_fx.ranks.members import ranks_of
+from ecospa_fx.ranks.wrappers import unwrapped
+from ecospa_fx.score.judging import index_scores, squares_of_shards
 
 from .latency import Latency, LatencyModel
 from .settings import Among, DecisionSettings
@@ -82,7 +83,7 @@ class CoupledSparsifier:
         self.model, self.target, self.top_k, self.theta = unwrapped(model), target, top_k, theta
         self.cost, self.among, self.optimizers = cost, among, tuple(optimizers)
         self.constraints = constraints or Constraints()
-        self.entries: EntryScores = entries or partial(index_scores, self.model)
+        self.entries = entries
         self.measure()
         sizes = self.sizes()
         units = self._units()
@@ -137,9 +138,11 @@ class CoupledSparsifier:
         return CostModel(self.model, state_of(self.model), "flops")
 
     def measure(self) -> None:
-        """Measure the cost of the model as it is now, if it is one that must be measured."""
+        """Measure the cost of the model as it is now, if it is one that must be measured; the first rank's counts."""
         if isinstance(self.cost, Latency):
-            self.cost.observe(self.model, self._flops())
+            latency, now, ranks = self.cost, self._flops(), ranks_of(self.model)
+            ranks.together("measure the latency", lambda: latency.observe(self.model, now))
+            latency.points = [(flops, seconds) for flops, seconds in ranks.first(latency.points, "the latency")]
 
     @takes(sizes=instance("what sizes() returns", CostModel, LatencyModel))
     def target_size(self, sizes: CostModel | LatencyModel) -> int:
@@ -172,7 +175,7 @@ class CoupledSparsifier:
         sizes = self.sizes()
         judged = [unit for unit in self._units() if all(c in importance for c in unit.couplings)]
         order = sorted(judged, key=lambda unit: (_mean(importance[c] for c in unit.couplings), unit.name))
-        scores = {c: self._scores(c) for unit in order for c in unit.couplings}
+        scores = self._scores([c for unit in order for c in unit.couplings])
         # Score of the strongest entry, of the two strongest, and so on, over all contexts.
         running = {c: score.sort(dim=-1, descending=True).values.sum(0).cumsum(0) for c, score in scores.items()}
         count = max(1, math.ceil(self.top_k * len(order)))
@@ -212,11 +215,18 @@ class CoupledSparsifier:
         """Return the couplings that can lose another entry, target aside, those that shrink together as one."""
         return [unit for unit in self._units() if unit.below is not None]
 
-    def _scores(self, coupling: Coupling) -> Tensor:
-        """Score the entries, `[contexts, size]`; one row where all contexts keep the same."""
-        by_context = coupling.context is not None and self.constraints.head_dims == "per_head"
-        scores = self.entries(coupling, by_context=by_context)
-        return scores if by_context else scores[None]
+    def _scores(self, judged: Sequence[Coupling]) -> dict[Coupling, Tensor]:
+        """Score the entries of couplings, `[contexts, size]`; one row where all contexts keep the same."""
+        entries = self.entries
+        if entries is None:  # sharded weights of all couplings are summed up over ranks at once
+            squares = squares_of_shards(self.model, judged)
+            entries = partial(index_scores, self.model, squares_known=squares)
+        found = {}
+        for coupling in judged:
+            by_context = coupling.context is not None and self.constraints.head_dims == "per_head"
+            scores = entries(coupling, by_context=by_context)
+            found[coupling] = scores if by_context else scores[None]
+        return found
 
     def _enough(self, keeps: Mapping[TiedCouplings, int], sizes: CostModel | LatencyModel, at_most: int | None) -> bool:
         """Return whether a step keeps up with the schedule, or, without one, removes something."""

@@ -34,9 +34,11 @@ from ecospa_fx.model.cost import Cost
 from ecospa_fx.model.diff import ModuleDiff
 from ecospa_fx.model.journal import Journal, all_or_nothing, take_state
 from ecospa_fx.model.lookup import check_optimizer, check_values, compiled_state, is_captured
-from ecospa_fx.model.optimizer_state import check_can_follow, several
+from ecospa_fx.model.optimizer_state import check_can_follow, is_partitioned, several
 from ecospa_fx.model.shrinking import shrink_within
-from ecospa_fx.model.wrappers import check_wrappers, unwrapped
+from ecospa_fx.ranks.agreement import Ranks
+from ecospa_fx.ranks.members import ranks_of
+from ecospa_fx.ranks.wrappers import check_wrappers, unwrapped
 
 from .batches import LISTENER, LossListener, loss_of, tokens_of
 from .clock import Clock
@@ -45,7 +47,8 @@ from .flow import Flow, warn_of_flow
 from .latency import Latency
 from .left_out import LeftOut, say_if_short
 from .loss_spikes import LossSpikes, number_of
-from .policies import Adaptive, Paper, Policy
+from .offered import offered_everywhere
+from .policies import Adaptive, Decision, Paper, Policy
 from .readings import Readings
 from .schedule import Schedule, ScheduleUnit, SparsityCurve
 from .settings import (
@@ -200,7 +203,7 @@ class EcoSpaTrainer:
         self.schedule = Schedule(interval, start, end, shape, shrinks, unit)
         given: dict[str, object] = {"top_k": top_k, "theta": theta, "decay": decay, "window": window}
         given |= {"score": score, "index_score": index_score}
-        adaptive = chosen_policy(policy, preset, self.schedule, given) == "adaptive"
+        adaptive = chosen_policy(policy, preset, self.schedule, given, model) == "adaptive"
         if adaptive:
             check_adaptive(self.schedule, given)
         defaults = PRESETS[preset]
@@ -224,6 +227,11 @@ class EcoSpaTrainer:
         for each in self.optimizers:
             check_optimizer(model, each)
             check_can_follow(each)
+            if cost == "bytes" and is_partitioned(each):
+                raise OptimizerError(
+                    f'cost="bytes" counts the state of optimizers, of which this {type(each).__name__} holds another '
+                    'part on each rank; use cost="parameters"'
+                )
         copies_of(model, also)
         self.model, self.optimizer, self.also = model, optimizer, list(listed(also))
         self.before_shrink = before_shrink
@@ -292,8 +300,8 @@ class EcoSpaTrainer:
 
         Args:
             loss: of this step, to let shrinks wait while it is high. A tensor is read at once, which a GPU waits for.
-                None: shrinks never wait.
-            tokens: in this step's batch, if the schedule counts them.
+                None: shrinks never wait. Of several ranks the mean counts.
+            tokens: in this step's batch, if the schedule counts them; those of all ranks are added up.
             epochs: share of an epoch in this step, `1 / len(loader)`, if the schedule counts these.
 
         Raises:
@@ -301,52 +309,79 @@ class EcoSpaTrainer:
             OptimizerError: no parameter of a coupling has a gradient, or all are zero; or another optimizer steps.
             NoCouplingError: calls of the model since have withdrawn every coupling.
             TargetError: the schedule counts tokens or epochs, and they are not given.
+            RanksError: another rank cannot take the step, or decides otherwise; all ranks stay as they are.
         """
         self._finish()
-        if next(self.model.parameters()).is_meta:
-            check_values(self.model, "train")
-        value = None if loss is None else number_of(loss)
-        amount = self._clock.advance(tokens, epochs)
-        self.steps += 1
-        if value is not None:
-            self._spikes.update(value)
-        if self.done:
-            return
-        self._ready()
-        read = self._readings.read()
-        due = self._clock.due or self._owed
-        self._owed = due and self._readings.must_wait(read)
-        if self._owed and self._readings.all_frozen:
-            self._left_out.note(self.model, {}, self._ready().whole)
-        if due and not self._owed and not self._clock.postpone(self.steps):
+        ranks = ranks_of(self.model) if self._meets else Ranks()
+        amount, shrinks = ranks.together(
+            "trainer.step", lambda: self._take_step(loss, tokens, epochs, ranks), lambda _: self._common_facts
+        )
+        if shrinks:
             self.sparsify()
         self._prepare(amount)
 
     def _prepare(self, amount: float) -> None:
         """Collect what the decisions of the next steps need, where each is so much training."""
-        within = lambda steps: not self.done and (self._owed or self._clock.due_within(steps * amount))  # noqa: E731
-        self._compensation.gather(within(GATHERING))
-        self._flow.watch(within(1))
+        self._compensation.gather(not self.done and (self._owed or self._clock.due_within(GATHERING * amount)))
+        self._flow.watch(not self.done and (self._owed or self._clock.due_within(amount)))
+
+    @property
+    def _meets(self) -> bool:
+        """True if ranks meet in the coming step: if a sparsification step may fall on it."""
+        return not self.done and (self._owed or self.schedule.unit != "steps" or self._clock.due_within(1))
+
+    @property
+    def _common_facts(self) -> dict[str, object]:
+        return {"the steps taken": self.steps} | {f"the setting {name}": v for name, v in self._described().items()}
+
+    def _take_step(
+        self, loss: Tensor | float | None, tokens: int | None, epochs: float | None, ranks: Ranks
+    ) -> tuple[float, bool]:
+        """Count a step and read its gradients; return its amount in the unit of the schedule, and whether to shrink."""
+        if next(self.model.parameters()).is_meta:
+            check_values(self.model, "train")
+        value = None if loss is None else number_of(loss)
+        amount = self._clock.advance(self._clock.amount(tokens, epochs), ranks)
+        self.steps += 1
+        if value is not None:
+            self._spikes.update(value)
+        if self.done:
+            return amount, False
+        self._ready()
+        read = self._readings.read()
+        due = self._clock.due or self._owed
+        self._owed = due and ranks.any(self._readings.must_wait(read), "wait for gradients")
+        if self._owed and self._readings.all_frozen:
+            self._left_out.note(self.model, {}, self._ready().whole)
+        if due and not self._owed:
+            self._spikes.level = ranks.mean(self._spikes.level, "the mean loss")
+        return amount, due and not self._owed and not self._clock.postpone(self.steps)
 
     def sparsify(self) -> None:
-        """Take a sparsification step now: as a whole, or not at all, whatever interrupts it."""
+        """Take a sparsification step now: as a whole, or not at all, whatever interrupts it; on all ranks, or none."""
         self._finish()
-        sparsifier = self._ready()
-        self._readings.check()
-        all_or_nothing(lambda journal: self._decide_and_shrink(sparsifier, journal))
+        ranks = ranks_of(self.model)
+        all_or_nothing(lambda journal: self._decide_and_shrink(journal, ranks), ranks, "sparsify")
         self._finish()
 
-    def _decide_and_shrink(self, sparsifier: CoupledSparsifier, journal: Journal) -> None:
+    def _decide_and_shrink(self, journal: Journal, ranks: Ranks) -> None:
         """Shrink by a decision of the policy, and write it into the history."""
-        journal.note_object(self)
-        journal.note_object(self._spikes)
+        check_wrappers(self._called)
+        offered_everywhere(self.model, ranks, journal)
+        sparsifier = self._ready()
+        self._readings.check()
+        for each in (self, self._spikes, *([] if self._decisions.latency is None else [self._decisions.latency])):
+            journal.note_object(each)
         journal.note_list(self.history)
         decision = self.policy.decide(self._cost_due(sparsifier))
         self._left_out.note(self.model, decision.importance, sparsifier.whole)
         self.forecast = decision.forecast
         self._unfinished = (self._readings,)
-        if not decision.keeps:
-            return
+        if decision.keeps:
+            self._shrink(decision, journal)
+        sparsifier.measure()
+
+    def _shrink(self, decision: Decision, journal: Journal) -> None:
         flow = self._flow.shares(decision.keeps)
         warn_of_flow(flow, decision.keeps, self.steps, self.policy.described["index_score"])
         keeps = self._compensation.rotated(decision.keeps, self.optimizers, self.also, journal)
@@ -372,7 +407,6 @@ class EcoSpaTrainer:
         for each in self._unfinished:
             each.reset()
         sparsifier = self.policy.ready()
-        sparsifier.measure()
         self.done = sparsifier.reached()
         if self.done:
             say_if_short(sparsifier)
@@ -472,22 +506,25 @@ class EcoSpaTrainer:
             "from": self._initial_cost,
             "spikes": self._spikes.state_dict(),
             "latencies": latency.points if latency is not None else [],
-            "settings": {
-                **self._decisions.described(),
-                **self._constraints.described(),
-                **self.schedule.described(),
-                **self.policy.described,
-                "decay": self._scores.decay,
-                "window": self._scores.window,
-                "seed": self._scores.seed,
-                "spike": self._spikes.allowed,
-                "gradients": self._gradients,
-                "deployable": self._deployable if isinstance(self._deployable, str | None) else "a function",
-                "absorb": self._compensation.settings.absorb,
-                "rotate": self._compensation.settings.rotate,
-            },
+            "settings": self._described(),
             "scores": [estimator.state_dict() for estimator in self.policy.estimators],
             "compensation": self._compensation.state_dict(),
+        }
+
+    def _described(self) -> dict[str, Any]:
+        return {
+            **self._decisions.described(),
+            **self._constraints.described(),
+            **self.schedule.described(),
+            **self.policy.described,
+            "decay": self._scores.decay,
+            "window": self._scores.window,
+            "seed": self._scores.seed,
+            "spike": self._spikes.allowed,
+            "gradients": self._gradients,
+            "deployable": self._deployable if isinstance(self._deployable, str | None) else "a function",
+            "absorb": self._compensation.settings.absorb,
+            "rotate": self._compensation.settings.rotate,
         }
 
     @takes(state=NAMED)

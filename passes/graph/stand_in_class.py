@@ -23,10 +23,23 @@ def stand_in_class(original: type, body: dict[str, Any], *first: type) -> type:
 
 
 def stands_for(cls: type) -> type:
-    """Return the class that a stand-in, or a stand-in for one, stands for; any other class itself."""
-    while _STANDS_FOR in cls.__dict__:
-        cls = cls.__dict__[_STANDS_FOR]
+    """Return the class that a stand-in stands for, seen through classes that others have put on top, as FSDP2 does.
+
+    Any other class is returned itself.
+    """
+    while (stand_in := next((base for base in cls.__mro__ if is_stand_in(base)), None)) is not None:
+        cls = stand_in.__dict__[_STANDS_FOR]
     return cls
+
+
+def is_stand_in(cls: type) -> bool:
+    """Decide whether a class is a stand-in itself, not a subclass of one."""
+    return _STANDS_FOR in cls.__dict__
+
+
+def below(stand_in: type) -> Any:
+    """Return the class right below a stand-in, which may be another one."""
+    return stand_in.__dict__[_STANDS_FOR]
 
 
 @functools.cache

@@ -7,6 +7,7 @@ without any regression (docs/absorption.md has the numbers).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -109,6 +110,8 @@ def absorb_judged(
             return None
         with_it, without = held.errors(absorption)
         sums = total(torch.stack([(weights * with_it).sum(), (weights * without).sum(), with_it.sum(), without.sum()]))
+        if not bool(sums.isfinite().all()):
+            return math.inf, math.inf
         weighted, removed, plain, plainly = sums.tolist()
         return max(_share(weighted, removed), _share(plain, plainly)), _share(weighted, removed)
 

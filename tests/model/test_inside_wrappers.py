@@ -8,7 +8,7 @@ from torch import nn
 
 import ecospa_fx
 from ecospa_fx.errors import EcoSpaError
-from ecospa_fx.model.wrappers import unwrapped
+from ecospa_fx.ranks.wrappers import unwrapped
 
 X = torch.linspace(-1, 1, 24).reshape(4, 6)
 

@@ -1,0 +1,271 @@
+"""Shards: the parts of a sharded tensor (a DTensor), and how a tensor loses entries where each rank has a part of it.
+
+dims that are whole on every rank   entries are left out where they lie, and nothing moves
+dims that are sharded               the entries that stay go to their new owners by one all-to-all of many tensors
+
+The device mesh and the placements stay. A rank sends and gets at most its own shard.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from ecospa_fx.errors import RanksError
+from ecospa_fx.kernels import compacted
+
+MOST_BYTES = 1 << 28
+"""Bytes of a rank's shards that one all-to-all moves at most, unless a single tensor has more."""
+
+
+@dataclass(frozen=True, eq=False)
+class Move:
+    """A sharded tensor that is to lose entries; nothing happens yet.
+
+    Attributes:
+        tensor: the DTensor.
+        keep: dim -> sorted LongTensor of the positions that stay.
+        rows: (dim of the device mesh, dim of the tensor that it shards) for those dims that lose entries.
+    """
+
+    tensor: Any
+    keep: Mapping[int, Tensor]
+    rows: tuple[tuple[int, int], ...]
+
+    @property
+    def shape(self) -> list[int]:
+        """The sizes afterwards."""
+        return [len(self.keep[dim]) if dim in self.keep else size for dim, size in enumerate(self.tensor.shape)]
+
+
+@dataclass(eq=False)
+class _Parcel:
+    """The rows of one tensor that this rank sends and gets.
+
+    Attributes:
+        rows: what it sends, the dim that is sharded first.
+        sends: rows for each rank.
+        gets: rows from each rank.
+        got: what came, in order of the ranks.
+    """
+
+    rows: Tensor
+    sends: list[int]
+    gets: list[int]
+    got: list[Tensor] = field(default_factory=list)
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Decide whether a tensor is a DTensor, of which this rank holds a part."""
+    return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
+
+
+def local_part(tensor: Any) -> Tensor:
+    """Return the part of a tensor that lies on this rank: all of one that is not sharded."""
+    local: Tensor = tensor.detach()
+    return local.to_local() if is_sharded(tensor) else local  # type: ignore[attr-defined]
+
+
+def move(name: str, tensor: Any, keep: Mapping[int, Tensor]) -> Move:
+    """Look at how a sharded tensor loses entries.
+
+    Args:
+        name: of the tensor, for messages.
+        tensor: a DTensor.
+        keep: dim -> sorted LongTensor of the positions that stay.
+
+    Raises:
+        RanksError: it is placed in a way that tells no rank which entries it has.
+    """
+    shard, replicate = _placements()
+    rows: list[tuple[int, int]] = []
+    sharded: set[int] = set()
+    for mesh_dim, placement in enumerate(tensor.placements):
+        if type(placement) is replicate:
+            continue
+        if type(placement) is not shard or placement.dim in sharded:
+            raise RanksError(
+                f"`{name}` is placed {tuple(tensor.placements)} on its device mesh, and only a dim that one dim of the "
+                "mesh shards, or none, can lose entries: shard it along one dim of the mesh"
+            )
+        sharded.add(placement.dim)
+        if placement.dim in keep:
+            rows.append((mesh_dim, placement.dim))
+    return Move(tensor, keep, tuple(rows))
+
+
+@torch.no_grad()
+def moved(moves: Sequence[Move]) -> list[Any]:
+    """Make the DTensors without the entries that go; every rank of their meshes must call it with the same moves."""
+    locals_ = compacted(
+        [
+            (local_part(each.tensor), {dim: at for dim, at in each.keep.items() if all(dim != d for _, d in each.rows)})
+            for each in moves
+        ]
+    )
+    for stage in range(max((len(each.rows) for each in moves), default=0)):
+        for batch in _batches([(n, each) for n, each in enumerate(moves) if len(each.rows) > stage], stage):
+            parcels = {n: _parcel(locals_[n], each, *each.rows[stage]) for n, each in batch}
+            _, first = batch[0]
+            mesh_dim = first.rows[stage][0]
+            _exchange(list(parcels.values()), first.tensor.device_mesh.get_group(mesh_dim), first.tensor.device_mesh)
+            for n, each in batch:
+                dim, parcel = each.rows[stage][1], parcels[n]
+                got = torch.cat(parcel.got) if parcel.got else parcel.rows[:0]
+                locals_[n] = got.to(locals_[n].device).movedim(0, dim).contiguous()
+    return [whole_of(local, each.tensor, each.shape) for local, each in zip(locals_, moves, strict=True)]
+
+
+def whole_of(local: Tensor, like: Any, shape: Sequence[int] | None = None) -> Any:
+    """Make the DTensor, placed as another one, of which this rank has a part."""
+    from torch.distributed.tensor import DTensor
+
+    size = torch.Size(like.shape if shape is None else shape)
+    strides = (1, *accumulate((max(1, n) for n in reversed(size[1:])), lambda a, b: a * b)) if size else ()
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=size, stride=tuple(reversed(strides))
+    )
+
+
+def gathered(tensor: Any) -> Tensor:
+    """Return all of a sharded tensor on every rank, which must all call it; another tensor itself."""
+    if not is_sharded(tensor):
+        return tensor  # type: ignore[no-any-return]
+    device = tensor.device
+    if device.type != tensor.device_mesh.device_type and device.type != "meta":  # offloaded
+        tensor = tensor.detach().to(tensor.device_mesh.device_type)
+    whole: Tensor = tensor.detach().full_tensor()
+    return whole.to(device)
+
+
+def split(whole: Tensor, like: Any) -> Any:
+    """Place a tensor that every rank has as another one is; nothing moves."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    home = like.device
+    if home.type != mesh.device_type and home.type != "meta":
+        whole = whole.to(mesh.device_type)
+    everywhere = DTensor.from_local(whole.contiguous(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=like.placements).to(home)
+
+
+def data_of(tensor: Any) -> Any:
+    """Return a DTensor with the memory of a sharded parameter, which stays as it is when the parameter gets other."""
+    return whole_of(local_part(tensor), tensor)
+
+
+def put(tensor: Any, new: Any, grad: Tensor | None) -> None:
+    """Give a sharded tensor other data and another gradient; it stays the same object."""
+    tensor.grad = None
+    tensor.data = new.detach()  # the sizes that it shows
+    tensor._local_tensor, tensor._spec = new._local_tensor, new._spec
+    tensor.grad = grad
+
+
+def groups_of(tensors: Iterable[Any]) -> list[distributed.ProcessGroup]:
+    """Collect the process groups of the device meshes of sharded tensors."""
+    meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if is_sharded(tensor))
+    groups = [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
+    return list(dict.fromkeys(groups))
+
+
+def bounds(size: int, ranks: int) -> list[int]:
+    """Return the positions at which the chunk of each rank begins, and the end; all but the last are equally long."""
+    chunk = -(-size // ranks)
+    return [min(rank * chunk, size) for rank in range(ranks + 1)]
+
+
+def _parcel(local: Tensor, each: Move, mesh_dim: int, dim: int) -> _Parcel:
+    """Lay out what this rank sends of a tensor: its rows that stay, in order."""
+    mesh, keep = each.tensor.device_mesh, each.keep[dim].cpu()
+    ranks, me = mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim)
+    old, new = bounds(each.tensor.shape[dim], ranks), bounds(len(keep), ranks)
+    # `keep` is sorted, so that the rows of a rank are neighbours before and after.
+    first = [int(torch.searchsorted(keep, begin)) for begin in old]  # new position of the first row of each owner
+    mine = keep[first[me] : first[me + 1]] - old[me]
+    rows = local.index_select(dim, mine.to(local.device)).movedim(dim, 0).contiguous()
+
+    def common(a: int, b: int, c: int, d: int) -> int:
+        return max(0, min(b, d) - max(a, c))
+
+    sends = [common(first[me], first[me + 1], new[r], new[r + 1]) for r in range(ranks)]
+    gets = [common(first[r], first[r + 1], new[me], new[me + 1]) for r in range(ranks)]
+    return _Parcel(rows, sends, gets)
+
+
+def _exchange(parcels: list[_Parcel], group: distributed.ProcessGroup, mesh: Any) -> None:
+    """Send the rows of several tensors to their new owners, as bytes, in one all-to-all."""
+    if parcels[0].rows.is_meta:
+        for each in parcels:
+            each.got = [each.rows.new_empty(sum(each.gets), *each.rows.shape[1:])]
+        return
+    device = parcels[0].rows.device
+    if device.type != mesh.device_type:  # offloaded: the group speaks for another device
+        device = torch.device(mesh.device_type, torch.accelerator.current_device_index())
+    pieces: list[Tensor] = []
+    widths = [_width(each.rows) for each in parcels]
+    sent, got = [0] * len(parcels[0].sends), [0] * len(parcels[0].sends)
+    starts = [[0, *accumulate(each.sends)] for each in parcels]
+    for rank in range(len(sent)):
+        for each, start, width in zip(parcels, starts, widths, strict=True):
+            if each.sends[rank]:
+                pieces.append(each.rows[start[rank] : start[rank + 1]].reshape(-1).view(torch.uint8))
+                sent[rank] += each.sends[rank] * width
+            got[rank] += each.gets[rank] * width
+    out = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8)
+    into = torch.empty(sum(got), dtype=torch.uint8, device=device)
+    try:
+        distributed.all_to_all_single(into, out.to(device), got, sent, group=group)
+    except RuntimeError as error:
+        raise RanksError(
+            f"shrink: another rank does not answer while rows move ({error}); the model is unchanged on this one. It "
+            "has failed, or runs other code: see its own output"
+        ) from error
+    begin = 0
+    for rank in range(len(got)):
+        for each, width in zip(parcels, widths, strict=True):
+            if each.gets[rank]:
+                end = begin + each.gets[rank] * width
+                # A view as another type must begin at a multiple of its size, so the bytes are copied.
+                part = into[begin:end].clone().view(each.rows.dtype)
+                each.got.append(part.reshape(each.gets[rank], *each.rows.shape[1:]))
+                begin = end
+
+
+def _width(rows: Tensor) -> int:
+    """Return the bytes of a row."""
+    count = 1
+    for size in rows.shape[1:]:
+        count *= size
+    return count * rows.element_size()
+
+
+def _batches(moves: list[tuple[int, Move]], stage: int) -> Iterator[list[tuple[int, Move]]]:
+    """Group moves of the same process group and device, so that each batch has a bounded number of bytes.
+
+    The sizes are those of the whole tensors, so that all ranks make the same batches.
+    """
+    held: dict[Any, tuple[list[tuple[int, Move]], int]] = {}
+    for n, each in moves:
+        tensor, mesh_dim = each.tensor, each.rows[stage][0]
+        key = (tensor.device_mesh, mesh_dim, tensor.device, local_part(tensor).is_meta)
+        size = tensor.numel() * tensor.element_size() // max(1, tensor.device_mesh.size())
+        batch, total = held.get(key, ([], 0))
+        if batch and total + size > MOST_BYTES:
+            yield batch
+            batch, total = [], 0
+        held[key] = ([*batch, (n, each)], total + size)
+    for batch, _ in held.values():
+        yield batch
+
+
+def _placements() -> tuple[type[Any], type[Any]]:
+    placements: Any = sys.modules["torch.distributed.tensor"]
+    return placements.Shard, placements.Replicate

@@ -1,0 +1,132 @@
+"""Sharded tensors that lose entries: equal to cutting the whole tensor, and no rank sends more than it holds."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from crew import Crew, said
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from ecospa_fx.ranks import shards
+from ecospa_fx.ranks.shards import gathered, local_part, move, moved, put, split
+
+
+def bytes_sent(function):
+    """Return a result, and the bytes that this rank sends to others by all-to-all meanwhile, and in how many calls."""
+    real, sent = dist.all_to_all_single, []
+
+    def counted(out, given, out_sizes, sizes, group=None):
+        sent.append(sum(sizes) - sizes[dist.get_rank(group)])
+        return real(out, given, out_sizes, sizes, group=group)
+
+    dist.all_to_all_single = counted
+    try:
+        return function(), sum(sent), len(sent)
+    finally:
+        dist.all_to_all_single = real
+
+
+SHAPES = [
+    ((40, 6), torch.float64, [Shard(0)]),
+    ((7, 5, 3), torch.bfloat16, [Shard(0)]),
+    ((6, 9), torch.float32, [Shard(1)]),
+    ((13,), torch.int16, [Shard(0)]),
+    ((2, 4), torch.float32, [Shard(0)]),
+    ((5, 4), torch.float64, [Replicate()]),
+]
+
+
+def cut_at_random(rank, world):
+    mesh, generator = init_device_mesh("cpu", (world,)), torch.Generator().manual_seed(0)
+    for trial in range(12):
+        wholes, moves, expected = [], [], []
+        for shape, dtype, placements in SHAPES:
+            whole = torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype) + trial
+            dims = [dim for dim in range(len(shape)) if torch.rand((), generator=generator) < 0.7]
+            keep = {}
+            for dim in dims:
+                count = int(torch.randint(1, shape[dim] + 1, (), generator=generator))
+                keep[dim] = torch.randperm(shape[dim], generator=generator)[:count].sort().values
+            wholes.append(whole)
+            moves.append(move("w", distribute_tensor(whole, mesh, placements, src_data_rank=None), keep))
+            for dim, index in keep.items():
+                whole = whole.index_select(dim, index)
+            expected.append(whole)
+        held = sum(local_part(each.tensor).nbytes for each in moves)
+        results, sent, calls = bytes_sent(lambda moves=moves: moved(moves))
+        assert sent <= held and calls <= 1, (sent, held, calls)
+        for each, result, whole in zip(moves, results, expected, strict=True):
+            assert result.placements == each.tensor.placements and result.shape == whole.shape
+            same = distribute_tensor(whole, mesh, each.tensor.placements, src_data_rank=None)
+            assert torch.equal(local_part(result), local_part(same)) and result.stride() == same.stride()
+
+
+@pytest.fixture(scope="module")
+def three():
+    with Crew(3) as crew:
+        yield crew
+
+
+def test_a_cut_of_shards_is_the_shards_of_a_cut(three):
+    three.run(cut_at_random)
+
+
+def bounded(rank, world):
+    """Cut as many bytes as two batches hold."""
+    mesh, before = init_device_mesh("cpu", (world,)), shards.MOST_BYTES
+    whole = torch.arange(120.0).reshape(30, 4)
+    keep = {0: torch.arange(0, 30, 2)}
+    moves = [move("w", distribute_tensor(whole, mesh, [Shard(0)]), keep) for _ in range(4)]
+    shards.MOST_BYTES = 2 * whole.nbytes // world
+    try:
+        results, _, calls = bytes_sent(lambda: moved(moves))
+    finally:
+        shards.MOST_BYTES = before
+    assert calls == 2 and all(torch.equal(each.full_tensor(), whole[::2]) for each in results)
+
+
+def test_so_many_bytes_go_at_once(three):
+    three.run(bounded)
+
+
+def over_a_grid(rank, world):
+    """Cut a tensor whose rows one dim of the mesh shards and whose columns the other; and one with replicas."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    whole, rows, columns = torch.arange(77.0).reshape(7, 11), torch.tensor([0, 3, 4, 6]), torch.tensor([1, 2, 10])
+    for placements in ([Shard(0), Shard(1)], [Replicate(), Shard(0)], [Shard(1), Replicate()]):
+        (result,) = moved([move("w", distribute_tensor(whole, mesh, placements), {0: rows, 1: columns})])
+        assert torch.equal(result.full_tensor(), whole[rows][:, columns]) and list(result.placements) == placements
+    partial = DTensor.from_local(whole, mesh, [Partial(), Shard(0)], run_check=False)
+    twice = distribute_tensor(whole, mesh, [Shard(0), Shard(0)])
+    return [said(move, "w", each, {0: rows}) for each in (partial, twice)]
+
+
+def test_a_mesh_of_two_dims():
+    text = (
+        "RanksError: `w` is placed {} on its device mesh, and only a dim that one dim of the mesh shards, or none, can "
+        "lose entries: shard it along one dim of the mesh"
+    )
+    with Crew(4) as four:
+        for partial, twice in four.run(over_a_grid):
+            assert partial == text.format("(Partial(sum), Shard(dim=0))")
+            assert twice == text.format("(Shard(dim=0), Shard(dim=0))")
+
+
+def put_and_back(rank, world):
+    """Put other data into a parameter, and gather it and place it again."""
+    mesh = init_device_mesh("cpu", (world,))
+    whole = torch.arange(40.0).reshape(8, 5)
+    parameter = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    parameter.mark = "mine"
+    seen = id(parameter)
+    small = distribute_tensor(whole[:5, 1:], mesh, [Shard(0)])
+    put(parameter, small, torch.ones_like(small))
+    assert id(parameter) == seen and parameter.mark == "mine" and parameter.requires_grad and parameter.is_leaf
+    assert parameter.shape == (5, 4) and torch.equal(gathered(parameter.detach()), whole[:5, 1:])
+    assert torch.equal(gathered(parameter.grad), torch.ones(5, 4))
+    again = split(gathered(parameter), parameter)
+    assert torch.equal(local_part(again), local_part(parameter)) and again.placements == parameter.placements
+
+
+def test_a_parameter_gets_other_data_and_stays_the_same_object(three):
+    three.run(put_and_back)
