@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ecospa_fx.see.summary import Summary, summary
     from ecospa_fx.see.verification import Verification, verify
     from ecospa_fx.see.watch import Watch
+    from ecospa_fx.train.compress import Compression, compress
     from ecospa_fx.train.latency import Latency
     from ecospa_fx.train.sparsifier import CoupledSparsifier
     from ecospa_fx.train.trainer import EcoSpaTrainer
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 __all__ = [
+    "Compression",
     "Constraints",
     "CoupledEstimator",
     "CoupledSparsifier",
@@ -68,6 +70,7 @@ __all__ = [
     "Verification",
     "Watch",
     "compile",
+    "compress",
     "constructor_arguments",
     "couplings",
     "cut_gguf",
@@ -116,6 +119,7 @@ _HOMES = {
     "see.summary": "Summary summary",
     "see.verification": "Verification verify",
     "see.watch": "Watch",
+    "train.compress": "Compression compress",
     "train.latency": "Latency",
     "train.sparsifier": "CoupledSparsifier",
     "train.trainer": "EcoSpaTrainer",

@@ -10,7 +10,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import ERROR
 from pathlib import Path
@@ -209,15 +209,67 @@ def _from_timm(name: str, full: bool, changes: Mapping[str, Any]) -> Named:
         return Named(model, (torch.randn(2, channels, height, width),))
 
 
-def _from_file(name: str, full: bool, changes: Mapping[str, Any], shapes: Sequence[str]) -> Named:
+def imported_name(name: str) -> Callable[..., Any]:
+    """Return the function that FILE.PY:NAME names.
+
+    Raises:
+        CommandError: there is no such file, or no such function in it.
+    """
     path, _, attribute = name.rpartition(":")
     if not Path(path).is_file():
-        raise CommandError(f"there is no file {path}")
+        raise CommandError(f"there is no file {path or name}")
     module = _imported(Path(path))
     factory = getattr(module, attribute, None)
     if not callable(factory):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise CommandError(f"{path} has no factory `{attribute}`; it has {', '.join(names[:5]) or 'none'}")
+    function: Callable[..., Any] = factory
+    return function
+
+
+def gguf_model(path: Path) -> Named:
+    """Load a language model from a GGUF file that transformers can read, de-quantised to float32.
+
+    Raises:
+        CommandError: it cannot.
+    """
+    if not path.is_file():
+        raise CommandError(f"there is no file {path}")
+    tolerate_missing_torchvision_ops()
+    from transformers import AutoModelForCausalLM
+
+    with _quietly():
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        except Exception as error:  # each format fails in its own way
+            raise CommandError(f"{path} cannot be read: {_first_line(error)}", FAILED) from error
+    # The weights are plain numbers now; as "quantised" ones they would not be saved.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    return Named(model.eval(), (), call_of(model, model.config))
+
+
+def tokenizer_of(name: str) -> Any:
+    """Return the tokenizer in a directory of transformers, or in a GGUF file.
+
+    Raises:
+        CommandError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(name)
+    try:
+        if path.suffix == ".gguf":
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # each tokenizer fails in its own way
+        raise CommandError(f"{name} has no tokenizer: {_first_line(error)}; pass --batches FILE.PY:NAME") from error
+
+
+def _from_file(name: str, full: bool, changes: Mapping[str, Any], shapes: Sequence[str]) -> Named:
+    factory = imported_name(name)
     try:
         with device(full):
             result = factory(**changes)

@@ -9,7 +9,7 @@ saliency of each entry alone                                     in the unit of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -30,6 +30,7 @@ LIMITS = (0.001, 0.01, 0.1)
 """Expected rises of the loss for which the table shows how many entries can go."""
 
 Way = Literal["rotated", "absorbed", "removed"]
+EntryOrder = Literal["elimination", "saliency"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +121,7 @@ def forecast(
     by_context: bool = True,
     widths: Mapping[Coupling, int] | None = None,
     positions: float | None = None,
+    order: EntryOrder = "elimination",
 ) -> Forecast:
     """Compute a curve for each coupling.
 
@@ -135,6 +137,8 @@ def forecast(
         widths: number of entries that will stay; down to it the order is exact, beyond it the cost is underestimated.
             One by default.
         positions: positions over which the loss of a training step is a mean.
+        order: of entries that others take over: by what is lost then, or by what each is worth alone. The latter takes
+            no time, and its costs are an upper bound.
     """
     curves: dict[Coupling, Curve] = {}
     for coupling in couplings:
@@ -142,7 +146,8 @@ def forecast(
         if rotate and coupling.linear:
             curve = _rotated(model, coupling, grams, optimizers, alone)
         if curve is None and absorb and grams is not None:
-            curve = _absorbed(coupling, grams, alone, 1 if widths is None else widths.get(coupling, coupling.size))
+            least = 1 if widths is None else widths.get(coupling, coupling.size)
+            curve = _absorbed(coupling, grams, alone, least, order)
         curves[coupling] = curve or _removed(alone)
     return Forecast(curves, positions)
 
@@ -179,11 +184,17 @@ def _rotated(
     return Curve("rotated", order, scale * carried.sum(0) / 2)
 
 
-def _absorbed(coupling: Coupling, grams: Grams, alone: Tensor, at_least: int) -> Curve | None:
+def _absorbed(coupling: Coupling, grams: Grams, alone: Tensor, at_least: int, order: EntryOrder) -> Curve | None:
     summing = grams.summing(coupling)
-    if summing is None or (len(alone) == 1 and coupling.context is not None and coupling.contexts > 1):
+    if summing is None:
         return None
-    elimination = eliminate(summing, len(alone), coupling.size, ridge=grams.ridge, at_least=at_least)
+    if order == "saliency":
+        return replace(_removed(alone), way="absorbed")
+    if len(alone) == 1 and coupling.context is not None and coupling.contexts > 1:
+        return None
+    elimination = eliminate(
+        summing, len(alone), coupling.size, ridge=1.0 if grams.ridge is None else grams.ridge, at_least=at_least
+    )
     if elimination is None:
         return None
     scale = float(alone.sum()) / max(float(elimination.alone.sum()), 1e-300)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,6 +32,7 @@ from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.transform.absorb import Absorption, Moments, absorb
 from ecospa_fx.passes.transform.consumers import Consumer, WeightDim, consumers
 from ecospa_fx.passes.transform.eliminate import Summing
+from ecospa_fx.passes.transform.judged import HeldOut, absorb_judged
 from ecospa_fx.passes.transform.rotate import FAR, BasisChange, Part
 from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.members import ranks_of, sharing_ranks
@@ -39,13 +40,24 @@ from ecospa_fx.ranks.shards import gathered, is_sharded, local_part, split, whol
 from ecospa_fx.ranks.wrappers import unwrapped
 from ecospa_fx.score.products import ProductSite
 
-from .moments import Gathered, GramInput, InputMoments, PairMoments, add_blocks, columns, pair_sites
+from .moments import (
+    Gathered,
+    GramInput,
+    InputMoments,
+    MaskInput,
+    PairMoments,
+    RowChoice,
+    add_blocks,
+    columns,
+    mask_inputs,
+    pair_sites,
+)  # fmt: skip
 
 ROWS = 512
 """Positions read of one call at most, or a quarter of the columns if that is more: 16 calls are 4 rows a column."""
 
-RIDGE = 1e-3
-"""Share of the mean second moment; docs/absorption.md compares it with the choices of others."""
+
+Read: TypeAlias = GramInput | MaskInput | ProductSite
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,27 +82,42 @@ class Grams:
         model: a compiled model that has been called.
         rows: positions (tokens, pixels) that are read of one call at most, evenly spaced; by default 512, or a quarter
             of the columns that the weight sums over if that is more.
-        ridge: regularisation of the regression: added to the diagonal of `X.T @ X`, as a share of its mean.
+        ridge: regularisation of the regression: added to the diagonal of `X.T @ X`, as a share of each entry's own;
+            None: every fourth call is held out, and the ridge that does best there is taken, or the weights stay as
+            they are if that does best. Before the fourth call it is 1, or 0.3 from 8 rows per column on.
         training: read only forwards in training mode with gradients on, not every forward.
+        mask: the positions to read: the name of an argument of the region that tells positions from padding, as a
+            tensor of integers or booleans over the first dims (batch, positions); or such a tensor itself, which may be
+            assigned anew before each call. None: all.
 
     Attributes:
         refused: (parameter, dim) of a weight that sums over a coupling and cannot take over -> the reason.
-        left: (parameter, dim) -> share of the squares of the removed part at the last shrink that nothing took over.
+        left: (parameter, dim) -> share of the squares of the removed part at the last shrink that nothing took over;
+            at the positions held out, if there are any.
 
     Raises:
-        TargetError: `rows` or `ridge` is out of range.
+        TargetError: `rows`, `ridge` or `mask` is out of range.
     """
 
     @takes(model=MODULE, training=FLAG)
     def __init__(
-        self, model: nn.Module, *, rows: int | None = None, ridge: float = RIDGE, training: bool = False
+        self,
+        model: nn.Module,
+        *,
+        rows: int | None = None,
+        ridge: float | None = None,
+        training: bool = False,
+        mask: str | Tensor | None = "attention_mask",
     ) -> None:
         model = unwrapped(model)
         if rows is not None and (not isinstance(rows, int) or rows < 1):
             raise TargetError(f"rows={rows!r} is out of range; it is a whole number of positions, at least 1")
-        if not isinstance(ridge, (int, float)) or not ridge >= 0:
-            raise TargetError(f"ridge={ridge!r} is out of range; it is a share of the mean second moment, at least 0")
+        if ridge is not None and (not isinstance(ridge, (int, float)) or not ridge >= 0):
+            raise TargetError(
+                f"ridge={ridge!r} is out of range; it is a share of each entry's second moment, at least 0, or None"
+            )
         self.model, self.rows, self.ridge, self.training = model, rows, ridge, training
+        self.mask = mask
         self.active = True
         self.refused: dict[WeightDim, str] = {}
         self.left: dict[WeightDim, float] = {}
@@ -98,6 +125,7 @@ class Grams:
         self._pairs: dict[str, PairMoments] = {}
         self._graphs: dict[int, tuple[AxisFacts, Mapping[WeightDim, Consumer | str]]] = {}
         self._absorbers: dict[WeightDim, _Absorber] = {}
+        self._read_for: list[object] = []  # a coupling and the graphs that absorbers have been found for
         self._whole: Gathered | None = None  # of all ranks, while they are read several times
         self._regions = list(regions_of(model).values())
         if self._regions:
@@ -124,6 +152,21 @@ class Grams:
         self._pairs.clear()
 
     @property
+    def mask(self) -> str | Tensor | None:
+        """The positions to read, see the arguments."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: str | Tensor | None) -> None:
+        if isinstance(mask, Tensor) and mask.is_floating_point():
+            raise TargetError(
+                f"mask is a tensor of {mask.dtype}; it has booleans or integers, 0 where there is padding"
+            )
+        if mask is not None and not isinstance(mask, (str, Tensor)):
+            raise TargetError(f"mask={mask!r} is neither the name of an argument nor a tensor")
+        self._mask = mask
+
+    @property
     def absorbing(self) -> tuple[WeightDim, ...]:
         """(parameter, dim) of the weights that can take over."""
         self._read_all()
@@ -139,6 +182,15 @@ class Grams:
         """Positions (tokens, pixels) of the calls that were read, at the input that has most."""
         return max((gram.total for gram in self._grams.values()), default=0)
 
+    @property
+    def rows_per_column(self) -> float | None:
+        """Rows per column where there are fewest, those held out included; None if nothing has been gathered."""
+        counts = [
+            (gram.moments.count + (0 if gram.held is None else len(gram.held))) / len(gram.moments.sums)
+            for gram in self._grams.values()
+        ]
+        return min(counts, default=None)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the moments by name; of a sharded model over all ranks, which must all call it."""
         tensors: dict[str, Tensor] = {}
@@ -148,12 +200,14 @@ class Grams:
             tensors[f"counts {label}"] = torch.tensor([gram.moments.count, gram.window, gram.calls, gram.total])
             if gram.positions is not None:
                 tensors[f"positions {label}"] = gram.positions
+            if gram.held is not None:
+                tensors[f"held {label}"] = gram.held
         for name, pair in self._pairs.items():
             tensors |= {f"near {name}": pair.near, f"far {name}": pair.far, f"calls {name}": torch.tensor(pair.calls)}
         ranks = sharing_ranks(self.model)
         if not ranks:
             return tensors
-        own = {name: each for name, each in tensors.items() if name.startswith("positions ")}
+        own = {name: each for name, each in tensors.items() if name.startswith(("positions ", "held "))}
         whole = ranks.totals({n: each for n, each in tensors.items() if n not in own}, "the state of input moments")
         for name in [name for name in whole if name.startswith("counts ") and name in tensors]:
             whole[name][1:3] = tensors[name][1:3]  # the window and the calls of a rank
@@ -179,38 +233,57 @@ class Grams:
         """Return True at every forward, or at those that train."""
         return self.active and (not self.training or (torch.is_grad_enabled() and module.training))
 
-    def nodes_of(self, region: Region, program: Program) -> tuple[list[fx.Node], list[GramInput | ProductSite]]:
+    def nodes_of(self, region: Region, program: Program) -> tuple[list[fx.Node], list[Read]]:
         """Return the nodes whose values the weights of a region meet, and which input each is."""
         self._read(region)
         here = self._consumers(program.axis_facts)
-        found: list[GramInput | ProductSite] = list(pair_sites(region, program))
+        found: list[Read] = [] if not isinstance(self.mask, str) else list(mask_inputs(program, self.mask))
+        found += pair_sites(region, program)
         for key in dict.fromkeys(self._absorbers[key].gram for key in self._offered(region) if key in self._absorbers):
             consumer = here.get(_key_in_region(region, key))
             if isinstance(consumer, Consumer):
                 found.append(GramInput(key, consumer.inputs, consumer.window, region.state.plan.kept.get(key)))
         return [node for place in found for node in place.nodes], found
 
-    def receive(self, known: list[GramInput | ProductSite], values: Sequence[Tensor]) -> None:
+    def receive(self, known: list[Read], values: Sequence[Tensor]) -> None:
         """Add up what one call shows."""
         given = iter(values)
         if not known or values[0].is_meta:  # a tensor of the meta device has no entries to add up
             return
+        mask = self.mask.bool() if isinstance(self.mask, Tensor) else None
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(values[0].device.type, enabled=False):
             for place in known:
                 own = [next(given) for _ in place.nodes]
-                if isinstance(place, GramInput):
-                    self._add_input(place, own)
+                if isinstance(place, MaskInput):
+                    mask = None if own[0].is_floating_point() else own[0].bool()
+                elif isinstance(place, GramInput):
+                    self._add_input(place, own, mask)
                 else:
                     self._add_pair(place, own)
 
-    def _add_input(self, gram_input: GramInput, values: Sequence[Tensor]) -> None:
+    def _add_input(self, gram_input: GramInput, values: Sequence[Tensor], mask: Tensor | None) -> None:
         before = self._grams.get(gram_input.gram)
         limit = self.rows or max(ROWS, values[0].shape[gram_input.inputs[0].dim] * gram_input.window // 4)
-        moments = InputMoments.of_call(gram_input, values, limit, 0 if before is None else before.calls)
+        reading = RowChoice(limit, mask, judged=self.ridge is None)
+        moments = InputMoments.of_call(gram_input, values, reading, 0 if before is None else before.calls)
         if before is not None and before.narrow_to(gram_input.positions):
             before.add(moments)
         else:
             self._grams[gram_input.gram] = moments
+
+    def _matrix(self, gram: WeightDim, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the weights that sum over the inputs of a Gram matrix, `[outputs, columns]`; None where none is whole.
+
+        Args:
+            gram: the (parameter, dim) under which the matrix is kept.
+            tensors: those of the model by name; one that is not there is left out.
+        """
+        found = [
+            absorber.consumer.columns(weight.detach())
+            for (name, _), absorber in self._absorbers.items()
+            if absorber.gram == gram and (weight := tensors.get(name)) is not None and _has_values(weight)
+        ]
+        return torch.cat([each.to(found[0]) for each in found]) if found else None
 
     def _add_pair(self, site: ProductSite, values: Sequence[Tensor]) -> None:
         before = self._pairs.get(site.coupling)
@@ -312,6 +385,12 @@ class Grams:
         return sorted({(m.parameter, m.dim) for m in members if m.parameter.startswith(prefix)})
 
     def _read_all(self) -> None:
+        """Find the weights of all regions that may absorb, once for the couplings and the graphs that there are."""
+        graphs = [program for region in self._regions for program in region.specializations]
+        now = [*compiled_state(self.model).couplings()[:1], *graphs]
+        if len(now) == len(self._read_for) and all(a is b for a, b in zip(now, self._read_for, strict=True)):
+            return
+        self._read_for = now
         for region in self._regions:
             if region.specializations:
                 self._read(region)
@@ -367,8 +446,7 @@ class Grams:
             absorber, steps = self._absorbers[name, dim], going[name, dim]
             consumer, constant = absorber.consumer, absorber.consumer.bias is not None
             if (absorber.gram, constant) not in solved:
-                entries = columns(steps, consumer.window)
-                found = absorb(whole.inputs[absorber.gram], entries, constant=constant, ridge=self.ridge)
+                found = self._solve(absorber, whole.inputs[absorber.gram], steps, held[0])
                 if found is None:
                     continue
                 solved[absorber.gram, constant] = found
@@ -391,6 +469,30 @@ class Grams:
                     _assign(values, tensors, constant_in, _placed(value, constant_in, by_rows))
         self._log(before, after)
         return values
+
+    def _solve(
+        self, absorber: _Absorber, moments: Moments, steps: Tensor, tensors: Mapping[str, Tensor]
+    ) -> Absorption | None:
+        """Regress what goes on what stays.
+
+        Args:
+            absorber: a weight that may take over.
+            moments: those of its input, over all ranks.
+            steps: the positions of its dim that stay.
+            tensors: those of the model by name.
+        """
+        constant, kept = absorber.consumer.bias is not None, columns(steps, absorber.consumer.window)
+        if self.ridge is not None:
+            return absorb(moments, kept, constant=constant, ridge=self.ridge)
+        gram, matrix, ranks = self._grams.get(absorber.gram), self._matrix(absorber.gram, tensors), ranks_of(self.model)
+
+        def total(sums: Tensor) -> Tensor:
+            return ranks.totals({"sums": sums}, "the positions held out")["sums"] if ranks else sums
+
+        rows = moments.squares[:0] if gram is None or gram.held is None else gram.held
+        count = total(torch.tensor([float(len(rows))], device=moments.sums.device))
+        held = None if matrix is None or not int(count) else HeldOut(rows, matrix)
+        return absorb_judged(moments, kept, held, constant=constant, total=total)
 
     def _log(self, before: Plan, after: Plan) -> None:
         log = logger("shrink")
@@ -418,7 +520,8 @@ def _moments_in(state: Mapping[str, Tensor]) -> tuple[dict[WeightDim, InputMomen
         name, _, dim = label.removesuffix("]").rpartition("[")
         count, window, calls, total = state[f"counts {label}"].tolist()
         moments = Moments(state[f"squares {label}"], state[f"sums {label}"], count)
-        grams[name, int(dim)] = InputMoments(moments, state.get(f"positions {label}"), window, calls, total)
+        held = state.get(f"held {label}")
+        grams[name, int(dim)] = InputMoments(moments, state.get(f"positions {label}"), window, calls, total, held)
     pairs = [name.removeprefix("near ") for name in state if name.startswith("near ")]
     return grams, {
         name: PairMoments(state[f"near {name}"], state[f"far {name}"], int(state[f"calls {name}"])) for name in pairs

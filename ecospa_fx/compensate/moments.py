@@ -17,6 +17,12 @@ from ecospa_fx.passes.transform.rotate import BasisChange, Part, change_basis
 from ecospa_fx.ranks.agreement import Ranks
 from ecospa_fx.score.products import ProductSite, product_sites
 
+EVERY = 4
+"""One call in so many is held out."""
+
+HELD = 512
+"""Positions that are held out at most."""
+
 
 @dataclass(frozen=True, eq=False)
 class GramInput:
@@ -40,6 +46,45 @@ class GramInput:
         return tuple(each.node for each in self.inputs)
 
 
+@dataclass(frozen=True, eq=False)
+class MaskInput:
+    """The argument of a region that tells positions from padding."""
+
+    node: fx.Node
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """The node whose value must be read."""
+        return (self.node,)
+
+
+def mask_inputs(program: Program, name: str) -> Iterator[MaskInput]:
+    """Find the argument of a name, if a program takes it as a tensor over batch and positions."""
+    captured = program.captured
+    for node in captured.graph.nodes:
+        if node.op == "placeholder" and captured.arguments.get(node.name) == name:
+            yield MaskInput(node)
+
+
+@dataclass(frozen=True, eq=False)
+class RowChoice:
+    """The choice of the positions that are read of a weight's inputs.
+
+    Attributes:
+        limit: positions to read of one call at most.
+        mask: BoolTensor of the positions to read, see `Input.rows`; None: all.
+        judged: hold every fourth call out, to judge by.
+    """
+
+    limit: int
+    mask: Tensor | None = None
+    judged: bool = False
+
+    def holds_out(self, calls: int) -> bool:
+        """Return whether the call after so many is held out."""
+        return self.judged and calls % EVERY == EVERY - 1
+
+
 @dataclass
 class InputMoments:
     """Moments of the inputs of some weights.
@@ -50,6 +95,7 @@ class InputMoments:
         window: columns per entry, see `Consumer`.
         calls: calls that were added up.
         total: positions (tokens, pixels) of these calls, those that were not read included.
+        held: `[positions, columns]`, positions of calls that were held out; None before the first such call.
     """
 
     moments: Moments
@@ -57,21 +103,26 @@ class InputMoments:
     window: int
     calls: int = 0
     total: int = 0
+    held: Tensor | None = None
 
     @classmethod
-    def of_call(cls, gram_input: GramInput, values: Sequence[Tensor], limit: int, calls: int) -> InputMoments:
-        """Compute the moments of one call.
+    def of_call(cls, gram_input: GramInput, values: Sequence[Tensor], reading: RowChoice, calls: int) -> InputMoments:
+        """Compute the moments of one call, or hold it out.
 
         Args:
             gram_input: the inputs.
             values: their values, one per input.
-            limit: positions to read at most.
+            reading: how they are read.
             calls: calls before this one; from call to call other positions are read.
         """
-        share, pairs = -(-limit // len(values)), list(zip(gram_input.inputs, values, strict=True))
-        rows = _precise(torch.cat([each.rows(value, share, calls) for each, value in pairs]))
-        total = max(each.positions(value) for each, value in pairs)
-        return cls(Moments(rows.T @ rows, rows.sum(0), len(rows)), gram_input.positions, gram_input.window, 1, total)
+        share, pairs = -(-reading.limit // len(values)), list(zip(gram_input.inputs, values, strict=True))
+        rows = _precise(torch.cat([each.rows(value, share, calls, reading.mask) for each, value in pairs]))
+        total = max(each.positions(value, reading.mask) for each, value in pairs)
+        held = None
+        if reading.holds_out(calls):
+            rows, held = rows[:0], spaced(rows, HELD, calls).clone()
+        moments = Moments(rows.T @ rows, rows.sum(0), len(rows))
+        return cls(moments, gram_input.positions, gram_input.window, 1, total, held)
 
     def add(self, other: InputMoments) -> None:
         """Add those of another call."""
@@ -79,6 +130,8 @@ class InputMoments:
         mine.squares.add_(theirs.squares)
         mine.sums.add_(theirs.sums)
         self.moments = Moments(mine.squares, mine.sums, mine.count + theirs.count)
+        if other.held is not None:
+            self.held = other.held if self.held is None else spaced(torch.cat([self.held, other.held]), HELD, 0)
         self.calls += other.calls
         self.total += other.total
 
@@ -90,8 +143,10 @@ class InputMoments:
         remaining = torch.isin(then, positions)
         if int(remaining.sum()) != len(positions):
             return False
-        narrower = self.moments.at(columns(remaining.nonzero().flatten(), self.window))
-        self.moments, self.positions = narrower, positions  # at once: an interrupt must not come between
+        left = columns(remaining.nonzero().flatten(), self.window)
+        held = None if self.held is None else self.held[:, left.to(self.held.device)]
+        # At once: an interrupt must not come between.
+        self.moments, self.held, self.positions = self.moments.at(left), held, positions
         return True
 
     def follow(self, part: Part, change: BasisChange) -> None:
@@ -99,7 +154,9 @@ class InputMoments:
         squares, sums = self.moments.squares, self.moments.sums
         for dim in (0, 1):
             squares = change_basis(squares, replace(part, dim=dim), change.near)
-        self.moments = Moments(squares, change_basis(sums, replace(part, dim=0), change.near), self.moments.count)
+        held = None if self.held is None else change_basis(self.held, replace(part, dim=1), change.near)
+        sums = change_basis(sums, replace(part, dim=0), change.near)
+        self.moments, self.held = Moments(squares, sums, self.moments.count), held
 
 
 @dataclass

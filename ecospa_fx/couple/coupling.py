@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
@@ -88,7 +89,7 @@ class Coupling:
     changes: tuple[str, ...] = ()
     in_step: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Rows or columns of one entry in the narrowest of its matrices, per context: 2 for a rotary pair."""
         return min(int((m.index >= 0).sum()) for m in self.members if m.matrix) // (self.size * self.contexts)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx, nn
 
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.passes.rewrite.program import Program
+from ecospa_fx.passes.rewrite.rewrite import Tap
 from ecospa_fx.passes.rewrite.watch import Watched, watch
 
 from .lookup import compiled_state
@@ -32,6 +33,14 @@ class Observer(Protocol):
 
     def receive(self, tag: Any, values: Sequence[Tensor]) -> None:
         """Take the values of these nodes in one call, detached."""
+
+
+@runtime_checkable
+class Tapper(Protocol):
+    """An observer that reads gradients inside regions."""
+
+    def taps_of(self, region: Region, program: Program) -> Sequence[Tap]:
+        """Choose the values of a program's graph that pass through a function of the observer's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +82,8 @@ def _observed_program(region: Region, program: Program, module: nn.Module, obser
     nodes = list(dict.fromkeys(node for _, chosen, _ in requests for node in chosen))
     number = {node: i for i, node in enumerate(nodes)}
     numbered = tuple((observer, tag, tuple(number[node] for node in chosen)) for observer, chosen, tag in requests)
-    return _Observed(program, watch(program, region.kept(program), module, nodes), numbered)
+    taps = [tap for observer in observers if isinstance(observer, Tapper) for tap in observer.taps_of(region, program)]
+    return _Observed(program, watch(program, region.kept(program), module, nodes, taps), numbered)
 
 
 def check_observable(model: nn.Module) -> None:

@@ -203,14 +203,14 @@ def _attention_sites(
             continue
         common: dict[str, Any] = {"entry": entry, "size": coupling.size, "contexts": coupling.contexts, "context": on}
         if not fused:
-            yield ProductSite(coupling.name, (Side(node, dim),), **common)
+            yield ProductSite(coupling.name, node, (Side(node, dim),), **common)
             continue
         sides = tuple(Side(operand.node, dim) for operand in operands[:2])
         given: dict[str, Any] = dict(zip(("mask", "dropout", "causal"), node.args[3:6], strict=False)) | node.kwargs
         mask = given.get("attn_mask", given.get("mask"))
         rows = tuple(mask_of(expr, kept).nonzero().flatten() if touched(expr, kept) else None for expr in exprs[:-2])
         yield ProductSite(
-            coupling.name, sides, **common, mask=mask if isinstance(mask, fx.Node) else None, mask_rows=rows,
+            coupling.name, node, sides, **common, mask=mask if isinstance(mask, fx.Node) else None, mask_rows=rows,
             scale=given.get("scale"), causal=bool(given.get("is_causal", given.get("causal", False))),
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ gradient along the gate if the function is linear in them (a mask, a fixed scale
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ from ecospa_fx.passes.transform.consumers import WeightDim, consumers
 from .judging import places_of
 from .reader import NO_GRADIENT, ZERO_GRADIENT, GradientStep, ReaderOptions
 from .slices import SliceKey
-from .sums import key_of, label_of
+from .totals import GateTotals
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +58,6 @@ class GateReader:
 
     Args:
         options: of all readers.
-
-    Attributes:
-        sums: (coupling name, 0) -> sums over steps, `[contexts * size]`.
     """
 
     learns = True
@@ -69,9 +66,14 @@ class GateReader:
 
     def __init__(self, options: ReaderOptions) -> None:
         self.model, self.count = options.model, options.count
-        self.sums: dict[SliceKey, Tensor] = {}
+        self.totals = GateTotals(options.rule)
         self._gates: dict[str, tuple[int, list[list[Gate]]]] = {}
         self._built_for: Coupling | None = None
+
+    @property
+    def sums(self) -> dict[SliceKey, Tensor]:
+        """Sums over steps by (coupling name, 0), `[contexts * size]`."""
+        return self.totals.sums
 
     @property
     def empty(self) -> bool:
@@ -90,9 +92,24 @@ class GateReader:
     def add(self, step: GradientStep) -> None:
         """Add the squared gradients along the gates."""
         self.count.note(step.found_inf, step.new_step)
+        self.read(step)
+
+    def read(self, step: GradientStep, but: Container[str] = (), sharded: bool = True) -> None:
+        """Add the squared gradients along the gates.
+
+        Args:
+            step: the step.
+            but: names of couplings that are left out.
+            sharded: refuse gradients that are sharded; otherwise their couplings are left out.
+        """
         parameters, gradients = step.tensors()
+        if not sharded:
+            gradients = {name: each for name, each in gradients.items() if _whole(each)}
         products: dict[WeightDim, Tensor] = {}  # a fused projection has members in many couplings
+        squares: dict[str, Tensor] = {}
         for name, (width, sides) in self.gates().items():
+            if name in but:
+                continue
             here = [[gate for gate in side if gate.parameter in gradients] for side in sides]
             here = [side for side in here if side]
             if not here:
@@ -107,10 +124,23 @@ class GateReader:
                         products[key] = _products(*key, weight, gradient, step.scale)
                     along.index_add_(0, gate.place.to(along.device), products[key][gate.owned.to(along.device)])
                 total += along.square() / len(here)
-            if step.found_inf is not None:
-                total = torch.where(step.found_inf.to(total.device) > 0, torch.zeros_like(total), total)
-            before = self.sums.get((name, 0))
-            self.sums[name, 0] = total if before is None or before.shape != total.shape else before.add_(total)
+            squares[name] = total
+        self.totals.add(squares, step)
+
+    def along(self, name: str, step: GradientStep) -> Tensor | None:
+        """Return the gradient along the gates of one coupling, from one side, if that has gradients, and whole ones."""
+        parameters, gradients = step.tensors()
+        width, sides = self.gates().get(name, (0, []))
+        for side in sides:
+            if not all(gate.parameter in gradients and _whole(gradients[gate.parameter]) for gate in side):
+                continue
+            total = torch.zeros(width, device=gradients[side[0].parameter].device)
+            for gate in side:
+                weight, gradient = parameters[gate.parameter], gradients[gate.parameter]
+                product = _products(gate.parameter, gate.dim, weight, gradient, None)
+                total.index_add_(0, gate.place.to(total.device), product[gate.owned.to(total.device)])
+            return total
+        return None
 
     def importance(self, coupling: Coupling) -> float | None:
         """Return the mean over the coupling's entries; None where gradients have said nothing of it."""
@@ -119,10 +149,10 @@ class GateReader:
 
     def entries(self, coupling: Coupling, *, by_context: bool) -> Tensor | None:
         """Return the mean over steps of each gate's square; None where there is none, or one is inf or NaN."""
-        sums = self.sums.get((coupling.name, 0))
-        if sums is None or sums.numel() != coupling.contexts * coupling.size or not bool(sums.isfinite().all()):
+        means = self.totals.mean(coupling.name, self.count)
+        if means is None or means.numel() != coupling.contexts * coupling.size or not bool(means.isfinite().all()):
             return None
-        means = sums.double().cpu().view(coupling.contexts, -1) / self.count.taken
+        means = means.view(coupling.contexts, -1)
         return means if by_context else means.sum(0)
 
     def at_once(self) -> AbstractContextManager[None]:
@@ -131,7 +161,7 @@ class GateReader:
 
     def reset(self) -> None:
         """Drop the sums, and look again at which weights train."""
-        self.sums.clear()
+        self.totals.reset()
         self._built_for = None
 
     def detach(self) -> None:
@@ -139,11 +169,11 @@ class GateReader:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums by name; those of other sizes than the model's are dropped where they are read."""
-        return {label_of(key): sums for key, sums in self.sums.items()}
+        return self.totals.tensors()
 
     def load_tensors(self, named: Mapping[str, Tensor]) -> None:
         """Go on with what `tensors` returned."""
-        self.sums = {key_of(label): sums for label, sums in named.items()}
+        self.totals.load_tensors(named)
 
     def gates(self) -> dict[str, tuple[int, list[list[Gate]]]]:
         """Return by coupling name the number of gates, and the members whose products add up to them, side by side.
@@ -175,9 +205,13 @@ def _sides(coupling: Coupling, summing: set[WeightDim], learned: set[str]) -> li
     return [[Gate.of(member, coupling) for member in side] for side in sides]
 
 
+def _whole(gradient: Tensor) -> bool:
+    return type(gradient) in (Tensor, nn.Parameter)
+
+
 def _products(name: str, dim: int, weight: Tensor, gradient: Tensor, scale: Tensor | None) -> Tensor:
     """Sum a weight's entries times their gradients over all dims but one."""
-    if type(gradient) not in (Tensor, nn.Parameter):
+    if not _whole(gradient):
         raise TargetError(
             f'policy="adaptive" needs whole gradients, and that of `{name}` is a {type(gradient).__name__}; use '
             'policy="paper" where parameters are sharded'

@@ -38,6 +38,7 @@ class ProductSite:
 
     Attributes:
         coupling: its name.
+        op: the op that multiplies.
         sides: the factors of a product; of an attention its queries and keys, or its weights.
         entry: LongTensor `[positions]`, the entry of the coupling at each position of a side's `dim`, -1 for none.
         context: LongTensor `[positions]`, likewise its context, if that lies on the same dim.
@@ -48,6 +49,7 @@ class ProductSite:
     """
 
     coupling: str
+    op: fx.Node
     sides: tuple[Side, ...]
     entry: Tensor
     size: int
@@ -89,10 +91,10 @@ def product_sites(
         index = index_of(fact.expr, found.atom)
         if context is None or context in atoms_of(fact.expr):
             entry, on = numbers.read(fact.expr, index, remaining)
-            yield ProductSite(coupling.name, tuple(sides), entry, coupling.size, coupling.contexts, on)
+            yield ProductSite(coupling.name, fact.node, tuple(sides), entry, coupling.size, coupling.contexts, on)
         elif all(side.along is not None for side in sides):  # every context has a row of its own
             entry = numbers.in_first(index, remaining)
-            yield ProductSite(coupling.name, tuple(sides), entry, coupling.size, coupling.contexts)
+            yield ProductSite(coupling.name, fact.node, tuple(sides), entry, coupling.size, coupling.contexts)
 
 
 def _along(kept: dict[Atom, Selected], expr: Expr) -> dict[Atom, Selected]:

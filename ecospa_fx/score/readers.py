@@ -25,6 +25,7 @@ from ecospa_fx.ranks.members import ranks_of
 from .activations import ActivationScores
 from .gates import GateReader
 from .judging import coupling_entries, coupling_importance
+from .positions import PositionReader
 from .reader import NO_GRADIENT, ZERO_GRADIENT, GradientStep, Reader, ReaderOptions
 from .scores import Score, ScoreInput
 from .slices import SliceKey
@@ -323,6 +324,7 @@ READERS: dict[ScoreInput, Callable[[ReaderOptions], Reader]] = {
     "activations": ActivationReader,
     "attention": partial(ActivationReader, attention=True),
     "gates": GateReader,
+    "positions": PositionReader,
     "nothing": RandomReader,
 }
 """Each kind of input -> its reader."""

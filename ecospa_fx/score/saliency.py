@@ -1,9 +1,9 @@
 """Saliency: what the loss would change by without an entry of a coupling, to first order, squared and averaged.
 
-The square of the gradient along an entry's gate (`gates.py`) is the change of the loss to second order, with the Fisher
-information for the Hessian (Molchanov et al. 2019, arXiv 1906.10771, equation 8, with whole slices for sets). Unlike
-sums over entries of a weight it is in the same unit for every coupling, so that couplings can be weighed against each
-other.
+The square of the gradient along an entry's gate is the change of the loss to second order, with the Fisher
+information for the Hessian (Molchanov et al. 2019, arXiv 1906.10771, equation 8, with whole slices for sets). It is
+read position by position (`positions.py`), and where that is not possible step by step (`gates.py`). Unlike sums over
+entries of a weight it is in the same unit for every coupling, so that couplings can be weighed against each other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ecospa_fx.couple.coupling import Coupling
 from .estimator import CoupledEstimator
 from .scores import Score
 
-SALIENCY = Score("saliency", "gates", None, "squared change of the loss without the entry, to first order")
+SALIENCY = Score("saliency", "positions", None, "squared change of the loss without the entry, to first order")
 
 
 class Saliency(CoupledEstimator):

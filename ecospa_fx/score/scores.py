@@ -18,7 +18,7 @@ from torch import Tensor
 from ecospa_fx.errors import TargetError
 
 ScoreFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-ScoreInput = Literal["gradients", "weights", "optimizer", "activations", "attention", "gates", "nothing"]
+ScoreInput = Literal["gradients", "weights", "optimizer", "activations", "attention", "gates", "positions", "nothing"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +27,9 @@ class Score:
 
     Attributes:
         name: its name.
-        reads: its input, see `readers.py`. `"gradients"` (with the weights) and `"gates"` are accumulated over steps,
-            `"activations"` and `"attention"` over forwards; the others are read when a decision is due.
+        reads: its input, see `readers.py`. `"gradients"` (with the weights), `"gates"` and `"positions"` are
+            accumulated over steps, `"activations"` and `"attention"` over forwards; the others are read when a decision
+            is due.
         of: `of(weight, gradient)` -> worth of each entry, not negative, in the weight's shape. For a score that reads
             the optimizer, `gradient` is the root of Adam's second moment.
         meaning: its meaning in a line.
@@ -47,6 +48,7 @@ SCORES = {
         Score("gradient", "gradients", lambda w, g: g.abs(), "absolute gradient"),
         Score("taylor", "gradients", lambda w, g: (w * g).abs(), "what the loss changes by without it, to first order"),
         Score("taylor_squared", "gradients", lambda w, g: (w * g).square(), "that, squared (Molchanov et al. 2019)"),
+        Score("taylor_positions", "positions", None, "that of an entry's activation at a position, squared there"),
         Score("magnitude", "weights", lambda w, g: w.square(), "squared weight"),
         Score("adam", "optimizer", lambda w, g: g.square(), "Adam's second moment, as the optimizer holds it"),
         Score("activation", "activations", None, "norm of the products it takes part in (as Wanda, Sun et al. 2023)"),

@@ -224,29 +224,22 @@ class SliceTotals:
         Where parameters are sharded these are the sums over all ranks, and every rank must call it.
         """
         reshard(self.model)
-        whole: Callable[[Mapping[SliceKey, Tensor]], Mapping[SliceKey, Tensor]] = lambda sums: sums  # noqa: E731
+        whole: Callable[[Mapping[SliceKey, Tensor]], Mapping[SliceKey, Tensor]] = dict
         if self.sums and is_captured(self.model):
             slices = self.current()  # without what a shrink since then has removed
             whole = slices.whole if slices.sharded else whole
-        named = {label_of(key): sums for key, sums in whole(self.sums).items()}
-        for i, step in enumerate(self.rule.steps):
-            named |= {f"step {i}: {label_of(key)}": sums for key, sums in whole(step).items()}
-        return named
+        return labelled(self.sums, self.rule, whole)
 
     def load_tensors(self, named: Mapping[str, Tensor]) -> None:
         """Go on with the sums that `tensors` returned; where parameters are sharded they count on one rank."""
         reshard(self.model)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        whole: dict[SliceKey, Tensor] = {}
-        steps: dict[int, dict[SliceKey, Tensor]] = {}
-        for name, tensor in named.items():
-            step, _, label = name.rpartition(": ")
-            sums = steps.setdefault(int(step.split()[1]), {}) if step else whole
-            key = key_of(label)
-            sums[key] = tensor if counts_here(parameters.get(key[0])) else torch.zeros_like(tensor)
-        self.sums = whole
-        self.rule.steps.clear()
-        self.rule.steps.extend(steps[i] for i in sorted(steps))
+        names = {label: key_of(label.rpartition(": ")[2])[0] for label in named}
+        counted = {
+            label: tensor if counts_here(parameters.get(names[label])) else torch.zeros_like(tensor)
+            for label, tensor in named.items()
+        }
+        self.sums = unlabelled(counted, self.rule)
 
     def current(self) -> SliceSums:
         """Return the sums of the model as it is now; they are carried over, without what a shrink removed."""
@@ -288,6 +281,31 @@ def key_of(label: str) -> SliceKey:
     """Read what `label_of` wrote."""
     name, _, dim = label.removesuffix("]").rpartition("[")
     return name, int(dim)
+
+
+def labelled(
+    sums: Mapping[SliceKey, Tensor],
+    rule: Total,
+    whole: Callable[[Mapping[SliceKey, Tensor]], Mapping[SliceKey, Tensor]] = dict,
+) -> dict[str, Tensor]:
+    """Return sums, and those of single steps that a rule keeps, by name; each read through `whole`."""
+    named = {label_of(key): each for key, each in whole(sums).items()}
+    for i, step in enumerate(rule.steps):
+        named |= {f"step {i}: {label_of(key)}": each for key, each in whole(step).items()}
+    return named
+
+
+def unlabelled(named: Mapping[str, Tensor], rule: Total) -> dict[SliceKey, Tensor]:
+    """Return the sums that `labelled` has named, and put those of single steps back into the rule."""
+    whole: dict[SliceKey, Tensor] = {}
+    steps: dict[int, dict[SliceKey, Tensor]] = {}
+    for name, tensor in named.items():
+        step, _, label = name.rpartition(": ")
+        sums = steps.setdefault(int(step.split()[1]), {}) if step else whole
+        sums[key_of(label)] = tensor
+    rule.steps.clear()
+    rule.steps.extend(steps[i] for i in sorted(steps))
+    return whole
 
 
 def _scored_dims(offered: Iterable[Coupling], parameters: Mapping[str, Any]) -> dict[str, set[int]]:

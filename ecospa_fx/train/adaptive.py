@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from itertools import pairwise
@@ -15,6 +16,12 @@ from ecospa_fx.model.cost import CostModel
 from .latency import LatencyModel
 from .sparsifier import CoupledSparsifier, named_sizes
 
+MOST_UNEVEN = 1.15
+"""No coupling loses more than so many times the mean share of its kind; `docs/absorption.md` has the numbers."""
+
+FREE = 1e-9
+"""Entries that are worth less than this share of the mean of their kind do nothing: they go wherever they are."""
+
 KNOTS = 16
 """Sizes of tied couplings at which the cost is computed exactly."""
 
@@ -26,6 +33,9 @@ class AdaptiveSparsifier(CoupledSparsifier):
     One price, loss per unit of cost, holds for all couplings: each loses the entries that are worth less than it, and
     the price is as low as the size that is due allows. There is nothing to set: neither a share of couplings nor one
     of scores.
+
+    But of several couplings of a kind none loses more than `MOST_UNEVEN` times the mean share: the worth of single
+    entries is less and less true as more of their neighbours go, and says too little of the couplings that seem cheap.
 
     An entry that others can replace now costs nothing now. But a model that goes on training uses it, and would miss
     it: deciding by the loss after compensation cost more in the end, above all early in training
@@ -50,10 +60,14 @@ class AdaptiveSparsifier(CoupledSparsifier):
         units = [unit for unit in self._units() if all(c in worth for c in unit.couplings)]
         prices = {unit: _prices(unit, worth, sizes) for unit in units}
         keeps = self._cheapest(units, prices, sizes, at_most)
+        least = _least(units, keeps, worth)
+        keeps = self._cheapest(units, {u: p[: _steps(u, least)] for u, p in prices.items()}, sizes, at_most)
         order = sorted(keeps, key=lambda unit: (_last(prices[unit], unit, keeps[unit]), unit.name))
         keeps = self._stop_at_target(order, keeps, sizes, {unit: unit.sizes[-1] for unit in units if unit.due})
         if sizes.total(named_sizes(keeps, keeps)) > at_most:  # whole entries left a little over: the next cheapest ones
-            order = sorted(units, key=lambda unit: (_next(prices[unit], unit, keeps), unit.name))
+            order = sorted(
+                units, key=lambda unit: (_beyond(unit, keeps, least), _next(prices[unit], unit, keeps), unit.name)
+            )
             keeps = self._fill(order, keeps, sizes, at_most)
         return {
             coupling: keep
@@ -109,6 +123,37 @@ class AdaptiveSparsifier(CoupledSparsifier):
                 if total <= at_most:
                     break
         return taken
+
+
+def _least(
+    units: list[TiedCouplings], keeps: Mapping[TiedCouplings, int], worth: Mapping[Coupling, Tensor]
+) -> dict[Coupling, int]:
+    """Return the size that each coupling keeps at least, if as much of each kind goes as in `keeps`."""
+    after = {c: c.size for unit in units for c in unit.couplings}
+    after |= {c: keep for unit, size in keeps.items() for c, keep in unit.keeps(size).items()}
+    kinds: dict[str, list[Coupling]] = {}
+    for coupling in after:
+        kinds.setdefault(coupling.kind, []).append(coupling)
+    least = {}
+    for same in kinds.values():
+        whole = sum(c.original_size for c in same)
+        share = MOST_UNEVEN * sum(c.original_size - after[c] for c in same) / whole
+        mean = float(sum(worth[c].sum() for c in same)) / sum(c.size for c in same)
+        for c in same:
+            free = int((worth[c] <= FREE * mean).sum())
+            least[c] = min(math.ceil(c.original_size * (1 - share)), c.size - free) if len(same) > 1 else 0
+    return least
+
+
+def _steps(unit: TiedCouplings, least: Mapping[Coupling, int]) -> int:
+    """Return the number of allowed sizes that a unit may go down by."""
+    within = [size for size in unit.sizes if all(keep >= least[c] for c, keep in unit.keeps(size).items())]
+    return max(0, len(within) - 1)
+
+
+def _beyond(unit: TiedCouplings, keeps: Mapping[TiedCouplings, int], least: Mapping[Coupling, int]) -> bool:
+    """Return whether a unit is at the least size that it should have."""
+    return len(unit.sizes) - 1 - unit.sizes.index(keeps.get(unit, unit.sizes[-1])) >= _steps(unit, least)
 
 
 def _prices(unit: TiedCouplings, worth: Mapping[Coupling, Tensor], sizes: CostModel | LatencyModel) -> list[float]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.compensate.compensation import Compensation
-from ecospa_fx.compensate.forecast import Forecast, forecast, worth_of
+from ecospa_fx.compensate.forecast import EntryOrder, Forecast, forecast, worth_of
 from ecospa_fx.couple.constraints import Constraints
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
@@ -69,7 +69,8 @@ class Policy(Protocol):
         """Decide what to keep.
 
         Args:
-            at_most: the cost that the model may have after this step; None: the policy decides.
+            at_most: the cost that the schedule asks for after this step: no more, and less by an entry at most; None:
+                the policy decides.
         """
 
 
@@ -125,10 +126,10 @@ class Paper:
         return self._sparsifier
 
     def decide(self, at_most: int | None) -> Decision:
-        """Decide by the rule; where that is too slow for the schedule, remove as much as is due."""
+        """Decide by the rule; where that is too slow or too fast for the schedule, remove as much as is due."""
         importance = self.estimator.importance()
         with self.index.at_once() if self.index is not None else nullcontext():
-            keeps = self.ready().decide(importance, at_most)
+            keeps = self.ready().decide(importance, at_most, at_most)
         return Decision(keeps, {coupling.name: value for coupling, value in importance.items()})
 
 
@@ -141,6 +142,7 @@ class Adaptive:
         settings: how far; `top_k` and `theta` are not read.
         constraints: which sizes are allowed.
         compensation: what will be done for the entries that go.
+        order: `"elimination"`: those go first that others take over best; `"saliency"`: those that are worth least.
     """
 
     def __init__(
@@ -150,9 +152,10 @@ class Adaptive:
         settings: DecisionSettings,
         constraints: Constraints,
         compensation: Compensation,
+        order: EntryOrder = "elimination",
     ) -> None:
         self.model, self.optimizers, self.settings, self.constraints = model, optimizers, settings, constraints
-        self.compensation = compensation
+        self.compensation, self.order = compensation, order
         sharded = next((name for name, p in model.named_parameters() if is_sharded(p)), None)
         if sharded is not None:
             raise TargetError(
@@ -170,7 +173,8 @@ class Adaptive:
     @property
     def described(self) -> dict[str, str]:
         """Saliency in place of both scores."""
-        return {"policy": "adaptive", "score": self.saliency.score.name, "index_score": self.saliency.score.name}
+        score = self.saliency.score.name
+        return {"policy": "adaptive", "score": score, "index_score": score, "order": self.order}
 
     def ready(self) -> AdaptiveSparsifier:
         """Return the sparsifier, made once the couplings are known."""
@@ -192,7 +196,7 @@ class Adaptive:
             expected = forecast(
                 self.model, judged, self.saliency, grams=compensation.grams, optimizers=self.optimizers,
                 absorb=compensation.settings.absorb, rotate=compensation.settings.rotate, by_context=by_context,
-                widths=widths, positions=None if positions is None else positions * ranks.count,
+                widths=widths, positions=None if positions is None else positions * ranks.count, order=self.order,
             )  # fmt: skip
         keeps = {coupling: expected.curves[coupling].keep(width) for coupling, width in widths.items()}
         return Decision(keeps, {c.name: value for c, value in self.saliency.importance().items()}, expected)

@@ -154,8 +154,10 @@ class CoupledSparsifier:
         units, self.whole = self.constraints.units(self.model, couplings(self.model))
         return units
 
-    @takes(importance=MAPPING, at_most=optional(NUMBER))
-    def decide(self, importance: Mapping[Coupling, float], at_most: int | None = None) -> dict[Coupling, Tensor]:
+    @takes(importance=MAPPING, at_most=optional(NUMBER), at_least=optional(NUMBER))
+    def decide(
+        self, importance: Mapping[Coupling, float], at_most: int | None = None, at_least: int | None = None
+    ) -> dict[Coupling, Tensor]:
         """Decide which entries to keep.
 
         Args:
@@ -163,6 +165,8 @@ class CoupledSparsifier:
             at_most: the cost that the model may have after this step, if a schedule sets it. If the paper's rule leaves
                 more, more couplings take part, then theta is lowered. None: this happens only if the rule would remove
                 nothing at all, as it does in small couplings whose entries are about equal.
+            at_least: the cost that the model should have after this step at least. If the paper's rule leaves less, as
+                it does where few entries hold most of the score, theta is raised.
 
         Returns:
             Coupling -> sorted LongTensor of the entries to keep, `[kept]` or `[contexts, kept]`, for those that shrink;
@@ -181,7 +185,11 @@ class CoupledSparsifier:
             keeps |= self._by_theta(order[count : count + 1], running, self.theta)
             count += 1
         if not self._enough(keeps, sizes, at_most):
-            keeps = self._by_theta(order, running, self._looser(order, running, sizes, at_most))
+            keeps = self._by_theta(order, running, self._largest_theta(order, running, sizes, at_most, 0.0))
+        if at_least is not None and sizes.total(named_sizes(keeps, keeps)) < at_least:
+            first = order[:count]
+            keeps = owed | self._by_theta(first, running, self._largest_theta(first, running, sizes, at_least))
+            keeps = self._give_back(first, keeps, sizes, at_least, owed)
         keeps = self._stop_at_target(order, keeps, sizes, owed)
         left = sizes.total(named_sizes(keeps, keeps))
         stuck = left == sizes.total({}) if at_most is None else at_most <= self.target_size(sizes)
@@ -231,15 +239,24 @@ class CoupledSparsifier:
         """Return the least allowed size of each unit at which its couplings keep `theta` of their score, on average."""
         return {unit: unit.sizes[_first_with(theta, unit, running)] for unit in order}
 
-    def _looser(
+    def _largest_theta(
         self,
         order: list[TiedCouplings],
         running: Mapping[Coupling, Tensor],
         sizes: CostModel | LatencyModel,
         at_most: int | None,
+        enough: float | None = None,
     ) -> float:
-        """Find the largest theta at which all couplings together remove enough."""
-        low, high = 0.0, self.theta
+        """Find the largest theta at which these couplings together remove enough.
+
+        Args:
+            order: the couplings.
+            running: scores of the strongest entries, added up.
+            sizes: the cost.
+            at_most: see `decide`.
+            enough: a theta that is low enough; by default that of the rule, and then the result is above it.
+        """
+        low, high = (self.theta, 1.0) if enough is None else (enough, self.theta)
         for _ in range(30):
             middle = (low + high) / 2
             if self._enough(self._by_theta(order, running, middle), sizes, at_most):
@@ -247,6 +264,28 @@ class CoupledSparsifier:
             else:
                 high = middle
         return low
+
+    def _give_back(
+        self,
+        order: list[TiedCouplings],
+        keeps: Mapping[TiedCouplings, int],
+        sizes: CostModel | LatencyModel,
+        enough: int,
+        owed: Mapping[TiedCouplings, int],
+    ) -> dict[TiedCouplings, int]:
+        """Give entries back to the most important units first, as long as the cost does not rise above `enough`."""
+        taken = dict(keeps)
+        for unit in reversed(order):
+            low, high = unit.sizes.index(taken[unit]), unit.sizes.index(owed.get(unit, unit.sizes[-1]))
+            while low < high:
+                middle = (low + high + 1) // 2
+                trial = {**taken, unit: unit.sizes[middle]}
+                if sizes.total(named_sizes(trial, trial)) <= enough:
+                    low = middle
+                else:
+                    high = middle - 1
+            taken[unit] = unit.sizes[low]
+        return taken
 
     def _stop_at_target(
         self,

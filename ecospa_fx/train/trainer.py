@@ -24,7 +24,7 @@ from ecospa_fx.arguments import (
     takes,
 )
 from ecospa_fx.compensate.compensation import GATHERING, Compensation, CompensationSettings
-from ecospa_fx.compensate.forecast import Forecast
+from ecospa_fx.compensate.forecast import EntryOrder, Forecast
 from ecospa_fx.couple.constraints import Constraints, Frozen, HeadDims, Uniform
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import OptimizerError
@@ -43,6 +43,7 @@ from ecospa_fx.ranks.wrappers import check_wrappers, unwrapped
 from .batches import LISTENER, LossListener, loss_of, tokens_of
 from .clock import Clock
 from .deployable import Deployable, Deployment, check_deployable, deployment
+from .flow import Flow, warn_of_flow
 from .latency import Latency
 from .left_out import LeftOut, say_if_short
 from .loss_spikes import LossSpikes, number_of
@@ -61,6 +62,7 @@ from .settings import (
     ScoreSettings,
     check_adaptive,
     check_options,
+    chosen_policy,
 )
 from .sparsifier import CoupledSparsifier, reachable
 
@@ -87,21 +89,26 @@ class EcoSpaTrainer:
             gradients and optimizer state), or a `Latency`, the measured time of a forward.
         among: `"all"` of it, or the `"prunable"` part, which lies on some coupling.
         policy: `"paper"`, or `"adaptive"`: entries go by the expected rise of the loss, and those that stay take over;
-            `top_k`, `theta` and scores must be left out then. See docs/absorption.md.
-        preset: the defaults of `top_k` and `theta`: `"pretrain"`, 30% and 90%, or `"finetune"`, 10% and 95%.
+            `top_k`, `theta` and scores must be left out then. See docs/absorption.md. By default `"paper"`; with
+            `preset="finetune"` and an `end` `"adaptive"`, unless one of these settings is given.
+        preset: the defaults of the other settings: `"pretrain"`, the paper's rule with its scores, `top_k` 30% and
+            `theta` 90%; or `"finetune"`, for a model that is already trained: 10% and 95%, both scores
+            `"taylor_positions"`, and with the adaptive policy an order of entries by these alone.
         top_k: share of the couplings that shrink at a sparsification step, the least important ones.
         theta: share of a coupling's score that is kept when it shrinks.
         interval: training steps between sparsification steps; or tokens or epochs, see `unit`. If there is an end it is
             stretched or squeezed a little, so that the last one falls on it.
         start: training step of the first one.
-        end: training step by which the target is reached. If the paper's rule is too slow for that, more couplings take
-            part, then theta is lowered. None: the rule runs until the target is reached.
+        end: training step by which the target is reached, as much at a time as is due by then. If the paper's rule is
+            too slow for that, more couplings take part, then theta is lowered; if it is too fast, theta is raised.
+            None: the rule runs until the target is reached.
         shape: how the size goes down to the target by `end`: `"linear"`, `"cubic"`, `"cosine"` or `"one_shot"`.
         shrinks: number of sparsification steps between `start` and `end`, in place of `interval`.
         unit: the unit of `interval`, `start` and `end`: `"steps"`, `"tokens"` or `"epochs"`. See `Schedule`.
-        score: importance of a coupling, see `CoupledEstimator`: a name, or a function of a weight and its gradient.
+        score: importance of a coupling, see `CoupledEstimator`: a name, or a function of a weight and its gradient; by
+            default `"fisher"`, see `preset`.
         index_score: the order in which the entries of a coupling go: `"norms"`, the product of the norms of their
-            slices, as in the paper, or any score.
+            slices, as in the paper, or any score; by default `"norms"`, see `preset`.
         decay: see `CoupledEstimator`.
         window: see `CoupledEstimator`.
         seed: of `"random"` scores.
@@ -133,8 +140,9 @@ class EcoSpaTrainer:
         steps: training steps seen.
         done: the target is reached; nothing more will be removed.
         history: a dict per shrink: `step`, `size` (parameters left), `removed` (coupling name -> entries, in each
-            context), `importance` (coupling name -> its score), and of `"adaptive"` also `expected` (coupling name ->
-            expected rise of the loss).
+            context), `importance` (coupling name -> its score), `flow` (coupling name -> share of what flows along it
+            that the entries carried, where a graph ran that it could be read from) and of `"adaptive"` also `expected`
+            (coupling name -> expected rise of the loss).
         forecast: with `policy="adaptive"`, the expected cost of each coupling at the last sparsification step.
         left_out: name of each coupling that the last sparsification step could not judge -> the reason, such as weights
             that are frozen (`requires_grad=False`) where the score reads gradients. The log says so too, once.
@@ -158,7 +166,7 @@ class EcoSpaTrainer:
         target: float = 0.5,
         cost: Cost | Latency = "parameters",
         among: Among = "all",
-        policy: PolicyName = "paper",
+        policy: PolicyName | None = None,
         preset: Preset = "pretrain",
         top_k: float | None = None,
         theta: float | None = None,
@@ -168,8 +176,8 @@ class EcoSpaTrainer:
         shape: SparsityCurve = "linear",
         shrinks: int | None = None,
         unit: ScheduleUnit = "steps",
-        score: AnyScore = "fisher",
-        index_score: AnyScore = "norms",
+        score: AnyScore | None = None,
+        index_score: AnyScore | None = None,
         decay: float | None = None,
         window: int | None = None,
         seed: int = 0,
@@ -192,20 +200,27 @@ class EcoSpaTrainer:
         self._called, model = model, unwrapped(model)
         compiled_state(model)
         check_options(policy, preset, gradients)
-        scores = ScoreSettings(score, index_score, decay, window, seed)
-        adaptive = policy == "adaptive"
+        self.schedule = Schedule(interval, start, end, shape, shrinks, unit)
+        given: dict[str, object] = {"top_k": top_k, "theta": theta, "decay": decay, "window": window}
+        given |= {"score": score, "index_score": index_score}
+        adaptive = chosen_policy(policy, preset, self.schedule, given, model) == "adaptive"
         if adaptive:
-            check_adaptive(end, shape, scores, top_k, theta)
-        top_k = PRESETS[preset].top_k if top_k is None else top_k
-        theta = PRESETS[preset].theta if theta is None else theta
-        self._decisions = DecisionSettings(target, cost, among, top_k, theta)
+            check_adaptive(self.schedule, given)
+        defaults = PRESETS[preset]
+        scores = ScoreSettings(
+            defaults.score if score is None else score,
+            defaults.index_score if index_score is None else index_score,
+            decay, window, seed,
+        )  # fmt: skip
+        self._decisions = DecisionSettings(
+            target, cost, among, defaults.top_k if top_k is None else top_k, defaults.theta if theta is None else theta
+        )
         self._constraints = Constraints(
             min_keep, round_to, head_dims, equal_head_dims, frozen, uniform, dict(multiple_of or {})
         )
         check_deployable(model, deployable)
         self._deployable: Deployable | None = deployable
         self.deployment: Deployment | None = None
-        self.schedule = Schedule(interval, start, end, shape, shrinks, unit)
         self.optimizers = several(optimizer)
         if not self.optimizers:
             raise OptimizerError("no optimizer is given; pass the one made from model.parameters()")
@@ -229,17 +244,23 @@ class EcoSpaTrainer:
         self._clock = Clock(self.schedule, self._spikes)
         self._initial_cost: int | None = None  # when the first sparsification step came
         self._gradients: Gradients = gradients
+        # A policy that was asked for says what it cannot do; one by default does without.
+        compensates = adaptive and (policy is not None or compiled_state(model).execution != "module")
         self._compensation = Compensation(
             model,
-            CompensationSettings(adaptive if absorb is None else absorb, adaptive if rotate is None else rotate),
+            CompensationSettings(compensates if absorb is None else absorb, compensates if rotate is None else rotate),
         )
+        self._flow = Flow(model)
         self._left_out = LeftOut()
         self._owed = False  # a sparsification step that came before anything was read
         self._unfinished: tuple[Readings | Compensation, ...] = ()  # what still has to begin anew
         self._scores = scores
         self.policy: Policy
         if adaptive:
-            self.policy = Adaptive(model, self.optimizers, self._decisions, self._constraints, self._compensation)
+            order: EntryOrder = "saliency" if preset == "finetune" else "elimination"
+            self.policy = Adaptive(
+                model, self.optimizers, self._decisions, self._constraints, self._compensation, order
+            )
         else:
             self.policy = Paper(model, self.optimizers, self._decisions, self._constraints, scores)
         self._readings = Readings(model, self.optimizers, self.policy.estimators, gradients)
@@ -297,8 +318,12 @@ class EcoSpaTrainer:
         )
         if shrinks:
             self.sparsify()
-        soon = not self.done and (self._owed or self._clock.due_within(GATHERING * amount))
-        self._compensation.gather(soon)
+        self._prepare(amount)
+
+    def _prepare(self, amount: float) -> None:
+        """Collect what the decisions of the next steps need, where each is so much training."""
+        self._compensation.gather(not self.done and (self._owed or self._clock.due_within(GATHERING * amount)))
+        self._flow.watch(not self.done and (self._owed or self._clock.due_within(amount)))
 
     @property
     def _meets(self) -> bool:
@@ -357,12 +382,16 @@ class EcoSpaTrainer:
         sparsifier.measure()
 
     def _shrink(self, decision: Decision, journal: Journal) -> None:
+        flow = self._flow.shares(decision.keeps)
+        warn_of_flow(flow, decision.keeps, self.steps, self.policy.described["index_score"])
         keeps = self._compensation.rotated(decision.keeps, self.optimizers, self.also, journal)
         if self.before_shrink is not None:
             self.before_shrink(self.model, keeps, self.optimizer)
         self._spikes.mark_shrink()
         removed = {coupling.name: coupling.size - keep.shape[-1] for coupling, keep in keeps.items()}
         entry: dict[str, Any] = {"step": self.steps, "removed": removed, "importance": decision.importance}
+        if flow:
+            entry["flow"] = flow
         if decision.forecast is not None:
             entry["expected"] = decision.forecast.rises(removed)
         self.last_shrink = shrink_within(
@@ -388,6 +417,7 @@ class EcoSpaTrainer:
         """Remove all hooks from the model and its optimizers, for a trainer that takes no further step."""
         self._readings.detach()
         self._compensation.detach()
+        self._flow.detach()
 
     def _ready(self) -> CoupledSparsifier:
         """Return the sparsifier, made once the couplings are known."""

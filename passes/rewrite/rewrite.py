@@ -13,6 +13,7 @@ Every rewrite starts from the captured graph at original sizes, so shrinking twi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -39,6 +40,21 @@ from .sources import select_sources
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """A function that stands between a value and some ops that take it, such as one that reads the gradient there.
+
+    Attributes:
+        node: the node of the captured graph that makes the value.
+        users: nodes that take it from the tap; others take the value itself.
+        function: takes the value, and returns one that equals it.
+    """
+
+    node: fx.Node
+    users: tuple[fx.Node, ...]
+    function: Callable[[torch.Tensor], torch.Tensor]
+
+
 def rewrite(
     axis_facts: AxisFacts,
     kept: Selection,
@@ -46,6 +62,7 @@ def rewrite(
     watched: Sequence[fx.Node] = (),
     live: bool = True,
     stand_ins: Mapping[fx.Node, StandIn] = MappingProxyType({}),
+    taps: Sequence[Tap] = (),
 ) -> Program:
     """Generate the program of a region under a selection.
 
@@ -56,6 +73,7 @@ def rewrite(
         watched: nodes of the captured graph whose values `run` returns after the outputs.
         live: methods of objects are called, not computed as they were traced; `run` takes the objects then.
         stand_ins: makes, for nodes of the captured graph, a function to call in place of the op at the sizes left.
+        taps: functions that values pass through on their way to some ops.
 
     Raises:
         RuleError: the `resize` of a rule failed.
@@ -90,6 +108,7 @@ def rewrite(
     if watched:
         output = next(node for node in reversed(graph.nodes) if node.op == "output")
         output.args = ((*output.args[0], *(new[node] for node in watched)),)
+    _insert(taps, graph, new)
     _bind(captured, region, graph, new)
     run, source = generate(graph)
     called = frozenset(node.target for node in graph.nodes if node.op == "call_module")
@@ -99,6 +118,24 @@ def rewrite(
         for name, (_, _, shape) in zip(captured.inputs, captured.signature.tensors, strict=True)
     )
     return Program(captured, axis_facts, run, tuple(constants.values()), source, called, called_with)
+
+
+def _insert(taps: Sequence[Tap], graph: fx.Graph, new: Mapping[fx.Node, fx.Node]) -> None:
+    """Lead values through taps, through one after another where several stand at one place."""
+    through: dict[tuple[fx.Node, fx.Node], fx.Node] = {}  # (value, user) -> the last tap between them
+    for tap in taps:
+        value = new[tap.node]
+        groups: dict[fx.Node, set[fx.Node]] = {}
+        for user in (new[user] for user in tap.users):
+            given = through.get((value, user), value)
+            if given in user.all_input_nodes:  # else it takes something made of it, at the sizes left
+                groups.setdefault(given, set()).add(user)
+        for given, users in groups.items():
+            with graph.inserting_before(next(node for node in graph.nodes if node in users)):
+                call = graph.call_function(tap.function, (given,))
+            for user in users:
+                user.replace_input_with(given, call)
+                through[value, user] = call
 
 
 def _sizes_now(axis_facts: AxisFacts, kept: Selection) -> Callable[[fx.Node], Sequence[Size]]:

@@ -4,7 +4,8 @@
     x[gone] ~ C x[kept] + c                   ridge regression, from the second moments of x alone
     W[:, kept] += W[:, gone] C;  b += W[:, gone] c
 
-The squared error is never larger than without it, for every row of W: C = 0, c = 0 is plain removal.
+Where x was seen, the squared error is never larger than without it, for every row of W: C = 0, c = 0 is plain removal,
+and the ridge pulls to it. Elsewhere it may be; `judged.py` chooses the ridge by positions that were held out.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def absorb(moments: Moments, kept: Tensor, *, constant: bool, ridge: float) -> A
         moments: moments of the weight's input, at the sizes before the shrink.
         kept: sorted LongTensor of the columns that stay.
         constant: True if there is a bias that may take up a constant.
-        ridge: added to the diagonal of the second moments, as a fraction of its mean. With fewer positions than
+        ridge: added to the diagonal of the second moments, as a share of each column's own. With fewer positions than
             columns, it decides how far these positions are trusted.
 
     Returns:
@@ -104,7 +105,7 @@ def absorb(moments: Moments, kept: Tensor, *, constant: bool, ridge: float) -> A
 
 
 def _solve(among: Tensor, across: Tensor, ridge: float) -> Tensor:
-    """Return `(among + ridge) ** -1 @ across`."""
+    """Return `(among + ridge * its diagonal) ** -1 @ across`."""
     if not float(among.diagonal().mean()) > 0:
         return torch.zeros_like(across)
-    return torch.cholesky_solve(across, factor(among, ridge))
+    return torch.cholesky_solve(across, factor(among, 0.0, own=ridge))

@@ -49,25 +49,30 @@ class Input:
     dim: int
     window: tuple[tuple[int, ...], ...] | None = None
 
-    def positions(self, value: Tensor) -> int:
-        """Count the rows."""
+    def positions(self, value: Tensor, mask: Tensor | None = None) -> int:
+        """Count the rows; see `rows` for the mask."""
         if self.window is None:
+            if mask is not None and (over := _over_rows(mask, value.movedim(self.dim, -1).shape[:-1])) is not None:
+                return int(over.sum())
             return value.numel() // max(1, value.shape[self.dim])
         kernel, dilation, padding, stride = self.window
         per_image = _positions(value.shape[-len(kernel) :], kernel, dilation, padding, stride)
         return per_image * (value.shape[0] if value.ndim == len(kernel) + 2 else 1)
 
-    def rows(self, value: Tensor, most: int, skip: int = 0) -> Tensor:
+    def rows(self, value: Tensor, most: int, skip: int = 0, mask: Tensor | None = None) -> Tensor:
         """Return the factors of the weight's columns, position by position, `[positions, columns]`.
 
         Args:
             value: the value of `node`.
             most: number of positions that are read at most, evenly spaced.
             skip: changes which ones these are.
+            mask: BoolTensor over the first dims of positions, those to read; where it lies on no such dims all are.
         """
         if self.window is None:
             rows = value.movedim(self.dim, -1)
+            over = None if mask is None else _over_rows(mask, rows.shape[:-1])
             rows = rows.reshape(-1, rows.shape[-1])
+            rows = rows if over is None else rows[over.to(rows.device)]
         else:
             kernel, dilation, padding, stride = self.window
             value = value if value.ndim == len(kernel) + 2 else value.unsqueeze(0)
@@ -274,6 +279,15 @@ def _positions(space: Any, *window: tuple[int, ...]) -> int:
     for size, k, d, p, s in zip(space, *window, strict=True):
         count *= (int(size) + 2 * p - d * (k - 1) - 1) // s + 1
     return count
+
+
+def _over_rows(mask: Tensor, positions: tuple[int, ...]) -> Tensor | None:
+    """Spread a mask over all rows of some positions, flat; None where it does not lie on their first dims."""
+    if positions == (mask.numel(),):
+        return mask.flatten()
+    if tuple(positions[: mask.ndim]) != tuple(mask.shape):
+        return None
+    return mask[(..., *(None,) * (len(positions) - mask.ndim))].expand(positions).reshape(-1)
 
 
 def spaced(rows: Tensor, most: int, skip: int) -> Tensor:

@@ -11,7 +11,7 @@ and then updates all columns at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +75,7 @@ def eliminate(
         share: fraction of the entries left that go in a round.
 
     Returns:
-        The order; None where some moments hold an inf or a NaN.
+        The order; None where some moments hold an inf or a NaN, or squares of them overflow.
     """
     states = [_State.of(each, contexts * size, ridge) for each in summing]
     finite = [state for state in states if state is not None]
@@ -89,6 +89,8 @@ def eliminate(
     while done < size:
         count = size - done
         costs = torch.stack([state.costs() for state in finite]).sum(0).view(contexts, size)
+        if not bool(costs[left].isfinite().all()):
+            return None
         ranked = torch.where(left, costs, torch.inf).argsort(dim=-1, stable=True)[:, :count]
         if count <= max(1, at_least):  # the cost of each with all others left: a lower bound
             order[:, done:], cost[:, done:] = ranked, costs.gather(-1, ranked)
@@ -98,7 +100,9 @@ def eliminate(
         parts = [state.focus(candidates) for state in finite]
         for position in range(done, done + goes):
             for context in range(contexts):
-                now = torch.stack([part.costs() for part in parts]).sum(0).view(contexts, size)[context]
+                among = torch.zeros_like(candidates)
+                among[context] = candidates[context]
+                now = torch.stack([part.costs(among.flatten()) for part in parts]).sum(0).view(contexts, size)[context]
                 entry = int(torch.where(candidates[context], now, torch.inf).argmin())
                 order[context, position], cost[context, position] = entry, now[entry]
                 candidates[context, entry] = left[context, entry] = False
@@ -124,16 +128,17 @@ class _State:
         matrix, unit = given.matrix.double().to(squares.device), given.unit.to(squares.device)
         if not bool(squares.isfinite().all() & sums.isfinite().all() & matrix.isfinite().all()):
             return None
-        alone = _over_units(matrix, squares, unit, units, lambda block: block)
+        alone = _over_units(matrix, squares, unit, units)
         if given.constant:
             squares = squares - torch.outer(sums, sums)
         squares = squares.clone()
-        squares.diagonal().add_(max(ridge, 1e-10) * max(float(squares.diagonal().mean()), 1e-300))
+        mean = max(float(squares.diagonal().mean()), 1e-300)
+        squares.diagonal().mul_(1 + ridge).add_(1e-10 * mean)
         return cls(matrix, _inverse(squares), unit, units, alone.cpu())
 
     def costs(self) -> Tensor:
         """Return the cost of each unit that is left, if it goes alone, `[units]`."""
-        return _over_units(self.matrix, self.inverse, self.unit, self.units, torch.linalg.inv).cpu()
+        return _over_units(self.matrix, self.inverse, self.unit, self.units, inverted=True).cpu()
 
     def focus(self, candidates: Tensor) -> _Narrow | _Wide:
         """Narrow the state down to the columns of some units."""
@@ -147,7 +152,7 @@ class _State:
         stays = (self.unit < 0) | self._columns_of(left)
         gone, kept = (~stays).nonzero().flatten(), stays.nonzero().flatten()
         across = self.inverse[gone][:, kept]
-        share = torch.linalg.solve(self.inverse[gone][:, gone], across)
+        share = _solve(self.inverse[gone][:, gone], across)
         self.matrix = self.matrix[:, kept] - self.matrix[:, gone] @ share
         self.inverse = self.inverse[kept][:, kept] - across.T @ share
         self.unit = self.unit[kept]
@@ -161,23 +166,25 @@ class _Wide:
 
     def __init__(self, weights: Tensor, inverse: Tensor, unit: Tensor, units: int) -> None:
         self.weights, self.inverse, self.unit, self.units = weights, inverse, unit, units
+        self.columns = list(_columns(unit))
 
-    def costs(self) -> Tensor:
-        """Return the current cost of each candidate, `[units]`."""
+    def costs(self, among: Tensor) -> Tensor:
+        """Return the current cost of some candidates, `[units]`: of those for which `among` holds, `[units]`."""
         costs = torch.zeros(self.units, dtype=torch.float64, device=self.weights.device)
-        for same, columns in _columns(self.unit):
+        among = among.to(costs.device)
+        for same, columns in self.columns:
+            columns, same = columns[among[same]], same[among[same]]
             rows, across = columns[:, :, None], columns[:, None, :]
-            costs[same] = (self.weights[rows, across] * torch.linalg.inv(self.inverse[rows, across])).sum((1, 2))
+            costs[same] = (self.weights[rows, across] * _inverses(self.inverse[rows, across])).sum((1, 2))
         return costs.cpu()
 
     def remove(self, unit: int) -> None:
         """Remove a candidate, and let the others take it over."""
         gone = (self.unit == unit).nonzero().flatten()
-        share = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])
+        share = _solve(self.inverse[gone][:, gone], self.inverse[gone])
         added = share.T @ (self.weights[gone] - 0.5 * self.weights[gone][:, gone] @ share)
         self.weights.sub_(added).sub_(added.T)
         self.inverse.sub_(self.inverse[:, gone] @ share)
-        self.unit[gone] = -1
 
 
 class _Narrow:
@@ -193,7 +200,7 @@ class _Narrow:
         self.r = self.q = weights.new_empty(0, len(unit))
         self.d = weights.new_empty(0)
 
-    def costs(self) -> Tensor:
+    def costs(self, among: Tensor) -> Tensor:
         """Return the current cost of each candidate, `[units]`."""
         above, below = self.diagonals
         costs = above.new_zeros(self.units)
@@ -223,14 +230,36 @@ class _Narrow:
             self.r, self.q, self.d = self.r[:0], self.q[:0], self.d[:0]
 
 
-def _over_units(matrix: Tensor, squares: Tensor, unit: Tensor, units: int, of: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return `tr(W.T W of(squares))` over the columns of each unit, `[units]`, of a matrix W `[rows, columns]`."""
+def _over_units(matrix: Tensor, squares: Tensor, unit: Tensor, units: int, inverted: bool = False) -> Tensor:
+    """Return `tr(W.T W S)` over the columns of each unit, `[units]`, of a matrix W `[rows, columns]`.
+
+    S is the unit's block of `squares`, or its inverse.
+    """
     traces = torch.zeros(units, dtype=torch.float64, device=matrix.device)
     for same, columns in _columns(unit):
+        if columns.shape[1] == 1:  # as of a feed-forward network: too many for matrices of their own
+            lengths, blocks = matrix.square().sum(0)[columns[:, 0]], squares.diagonal()[columns[:, 0]]
+            traces[same] = lengths / blocks.clamp(min=1e-300) if inverted else lengths * blocks
+            continue
         weights = matrix.T[columns]  # [units, columns, rows]
-        blocks = of(squares[columns[:, :, None], columns[:, None, :]])
-        traces[same] = ((weights @ weights.mT) * blocks).sum((1, 2))
+        blocks = squares[columns[:, :, None], columns[:, None, :]]
+        traces[same] = ((weights @ weights.mT) * (_inverses(blocks) if inverted else blocks)).sum((1, 2))
     return traces
+
+
+def _inverses(blocks: Tensor) -> Tensor:
+    """Invert many small positive matrices at once, each by Cholesky; those with an inf or a NaN become NaN."""
+    finite = blocks.isfinite().all(-1).all(-1)
+    identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    inverses = torch.cholesky_inverse(factor(torch.where(finite[:, None, None], blocks, identity), 0.0))
+    return torch.where(finite[:, None, None], inverses, torch.nan)
+
+
+def _solve(block: Tensor, across: Tensor) -> Tensor:
+    """Return `block ** -1 @ across` of a positive matrix, which rounding may have made singular."""
+    if not bool(block.isfinite().all()):
+        return torch.full_like(across, torch.nan)
+    return torch.cholesky_solve(across, factor(block, 0.0))
 
 
 def _columns(unit: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

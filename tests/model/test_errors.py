@@ -159,8 +159,9 @@ def test_a_first_call_that_is_wrong_leaves_the_model_waiting():
         (
             "score",
             "fischer",
-            "score='fischer' is none of 'fisher', 'gradient', 'taylor', 'taylor_squared', 'magnitude', 'adam', "
-            "'activation', 'attention_entropy', 'random', nor a function of a weight and its gradient",
+            "score='fischer' is none of 'fisher', 'gradient', 'taylor', 'taylor_squared', 'taylor_positions', "
+            "'magnitude', 'adam', 'activation', 'attention_entropy', 'random', nor a function of a weight and its "
+            "gradient",
         ),
     ],
 )

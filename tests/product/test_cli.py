@@ -38,8 +38,21 @@ def broken():
 
 def text():
     return "no model"
+
+
+def batches():
+    torch.manual_seed(1)
+    return torch.randn(8, 16, 8)
+
+
+def wide():
+    return torch.randn(8, 16, 9)
+
+
+def endless():
+    raise OSError("no such data")
 """
-COMMANDS = ["explain", "verify", "graph", "report", "shrink", "train"]
+COMMANDS = ["explain", "verify", "graph", "report", "compress", "shrink", "train"]
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +72,8 @@ def run(capsys, *arguments):
 
 def with_out(command, out="out"):
     """The least arguments that a command takes, its output where none is in the way."""
-    return [command, "own.py:make", *(["--out", out] if command in ("shrink", "train", "report") else [])]
+    writes = ["--out", out] if command in ("compress", "shrink", "train", "report") else []
+    return [command, "own.py:make", *writes, *(["--batches", "own.py:batches"] if command == "compress" else [])]
 
 
 def test_explain_a_file_of_ones_own(capsys):
@@ -248,6 +262,31 @@ def test_an_unwritable_path_is_found_before_any_work(capsys, here, command, monk
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")
     assert err == f"ecospa-fx {command}: error: own.py/inside cannot be written: Not a directory\n"
+
+
+def test_compress_saves_and_says_what_it_cost(capsys):
+    code, out, err = run(capsys, *with_out("compress", "small"), "--target", "0.6")
+    assert (code, err) == (0, "") and out.startswith("416 -> ") and "ffn: 24 -> " in out
+    given = ["--target", "0.5", "--factory", "own.py:make", "--out", "less", "--batches", "own.py:batches", "--json"]
+    document = json.loads(run(capsys, "compress", "small", *given)[1])
+    assert document["parameters"] < 0.55 * 416 and document["out"] == "less" and document["widths"].keys() == {"ffn"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--text", "x"], 2, "pass either --text FILE or --batches FILE.PY:NAME, the data that the model is for"),
+        (["--target", "0.001"], 1, "target=0.001 of 416 parameters is 1, but the couplings reach down to "),
+        (["--kinds", "glue"], 1, "kinds='glue' is none of "),
+        (["--batches", "own.py:none"], 2, "own.py has no factory `none`; it has "),
+        (["--batches", "own.py:endless"], 1, "--batches own.py:endless failed with OSError: no such data"),
+        (["--batches", "own.py:wide"], 1, "batch 0 does not fit the model: "),
+    ],
+)
+def test_compress_says_what_is_wrong_in_one_line(capsys, arguments, code, message):
+    returned, out, err = run(capsys, *with_out("compress"), *arguments)
+    assert (returned, out) == (code, "")
+    assert err.startswith(f"ecospa-fx compress: error: {message}") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -35,7 +35,7 @@ def test_the_code_runs_and_prints_what_it_says(tmp_path, monkeypatch, capsys):
             exec(text, names)
         else:
             assert settled(capsys.readouterr().out) == settled(text)
-    assert len(BLOCKS) == 16
+    assert len(BLOCKS) == 17
 
 
 def test_a_save_can_be_read_without_the_library(tmp_path, monkeypatch, capsys):

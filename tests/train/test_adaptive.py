@@ -15,6 +15,7 @@ from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.passes.transform.absorb import Moments, absorb
 from ecospa_fx.passes.transform.eliminate import Summing, eliminate
 from ecospa_fx.score.saliency import Saliency
+from ecospa_fx.score.scores import Score
 from ecospa_fx.see.report.training import figures_of, training_of
 from ecospa_fx.train.adaptive import AdaptiveSparsifier, _slopes
 
@@ -33,7 +34,7 @@ def loss_of(model, x):
 def test_saliency_is_the_squared_derivative_along_the_gate(name):
     """Scaling the slices of an entry on one side of the sum is scaling the entry where it is summed over."""
     model, x = built(name)
-    saliency = Saliency(model)
+    saliency = ecospa_fx.CoupledEstimator(model, Score("by step", "gates", None, "of all positions together"))
     loss_of(model, x).backward()
     saliency.accumulate()
     tensors, tried = named_tensors(model), 0

@@ -19,9 +19,9 @@ def stack():
     return Stack(width=16, heads=2, hidden=32)
 
 
-def trained(model, steps, between=lambda step: None, zero_first=False, **settings):
+def trained(model, steps, between=lambda step: None, zero_first=False, execution="graph", **settings):
     """Train a compiled model, its optimizer made from what trains at the start."""
-    ecospa_fx.compile(model)
+    ecospa_fx.compile(model, execution=execution)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, **{**SETTINGS, **settings})
     for step in range(steps):
@@ -49,19 +49,27 @@ def couplings_under(model, name):
     return {c.name: c.size for c in ecospa_fx.couplings(model) if any(m.parameter.startswith(name) for m in c.members)}
 
 
-@BOTH
-def test_gradients_that_are_all_zero_remove_nothing(policy):
+MODULE = {"policy": "adaptive", "absorb": False, "rotate": False}
+
+
+@pytest.mark.parametrize(("execution", "settings"), [("graph", {"policy": "paper"}), ("module", MODULE)])
+def test_gradients_that_are_all_zero_remove_nothing(execution, settings):
     model = stack()
     shapes = [p.shape for p in model.parameters()]
     with pytest.raises(OptimizerError) as caught:
-        trained(model, 8, policy=policy, zero_first=True)
+        trained(model, 8, zero_first=True, execution=execution, **settings)
     assert str(caught.value) == (
         "every gradient that was read since the last sparsification step is 0, as after zero_grad(set_to_none=False), "
         "so that no entry is worth less than another: call trainer.step() before zero_grad(), or make the trainer with "
         'gradients="optimizer"'
     )
     assert [p.shape for p in model.parameters()] == shapes
-    assert trained(stack(), 8, policy=policy, zero_first=True, gradients="optimizer").done  # the way out
+    assert trained(stack(), 8, zero_first=True, gradients="optimizer", policy=settings["policy"]).done  # way out
+
+
+def test_what_is_read_in_backward_does_not_mind_gradients_that_are_zeroed():
+    same = [trained(stack(), 8, policy="adaptive", zero_first=zeroed) for zeroed in (False, True)]
+    assert same[0].done and [e["removed"] for e in same[0].history] == [e["removed"] for e in same[1].history]
 
 
 @pytest.mark.parametrize(("policy", "end"), [("paper", 8), ("paper", None), ("adaptive", 8)])
@@ -93,9 +101,13 @@ def test_a_coupling_with_one_frozen_weight_is_judged_by_the_others():
     estimator.accumulate()
     (ffn,) = (c for c in ecospa_fx.couplings(model) if c.name == "layers.0.ffn")
     assert estimator.importance()[ffn] == pytest.approx(float(down.grad.double().square().mean()))
-    # The adaptive policy wants all weights that sum over it: here that is `down`, which trains.
-    assert not trained(freeze(stack(), "layers.0.up"), 10, policy="adaptive").left_out
-    left_out = trained(freeze(stack(), "layers.0.down"), 10, policy="adaptive").left_out
+    # The adaptive policy reads the gradient where the coupling is summed over, whatever trains around it. Where the
+    # model's own Python runs, it wants all weights that sum over it: here that is `down`.
+    for name in ("layers.0.up", "layers.0.down"):
+        trainer = trained(freeze(stack(), name), 10, policy="adaptive")
+        assert not trainer.left_out and any("layers.0.ffn" in entry["importance"] for entry in trainer.history)
+    assert not trained(freeze(stack(), "layers.0.up"), 10, execution="module", **MODULE).left_out
+    left_out = trained(freeze(stack(), "layers.0.down"), 10, execution="module", **MODULE).left_out
     reason = "some of its weights are frozen (requires_grad=False), so that gradients say what a part of it is worth"
     assert left_out == {"layers.0.ffn": reason}
 

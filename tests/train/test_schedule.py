@@ -110,6 +110,24 @@ def test_sizes_follow_the_shape(shape):
         assert entry["size"] <= due or (trainer.done and i == len(trainer.history))
 
 
+@pytest.mark.parametrize("tail", [0, 40], ids=["even", "heavy"])
+def test_no_more_goes_than_is_due(tail):
+    """Where few entries hold nearly all of the score, theta alone would let most of a coupling go at once."""
+    model, optimizer, x = setting(torch.float32)
+    with torch.no_grad():
+        for layer in model.layers:
+            for weight in (layer.up.weight, layer.down.weight.T, layer.qkv.weight, layer.out.weight.T):
+                weight[::3] *= 1 + tail
+    trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, target=0.5, top_k=1.0, theta=0.5, interval=3, end=15)
+    original = trainer.size
+    run(trainer, model, optimizer, x, 15)
+    assert trainer.done and len(trainer.history) == 5
+    entry_of = max(c.width * c.contexts for c in ecospa_fx.couplings(model)) * 12 * 2 + 12  # weights of one entry
+    for entry in trainer.history:
+        due = original * (1 - 0.5 * entry["step"] / 15)
+        assert due - entry_of <= entry["size"] <= due + entry_of * trainer.done, entry["step"]
+
+
 @pytest.mark.parametrize("cost", ["parameters", "flops", "bytes"])
 @pytest.mark.parametrize("among", ["all", "prunable"])
 def test_targets(cost, among):

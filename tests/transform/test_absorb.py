@@ -261,7 +261,7 @@ def test_what_is_neither_seen_nor_finite_is_removed_as_ever(caplog):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"rows": 0}, "rows=0 is out of range; it is a whole number of positions, at least 1"),
-    ({"ridge": -1.0}, "ridge=-1.0 is out of range; it is a share of the mean second moment, at least 0"),
+    ({"ridge": -1.0}, "ridge=-1.0 is out of range; it is a share of each entry's second moment, at least 0, or None"),
 ])  # fmt: skip
 def test_settings_out_of_range(options, message):
     model, _ = mlp()

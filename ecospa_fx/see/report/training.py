@@ -94,6 +94,12 @@ def figures_of(training: Mapping[str, Any]) -> list[dict[str, Any]]:
         values = [[_log(entry["importance"].get(name, 0.0)) for entry in scored] for name in names]
         texts = [[f"{entry['importance'].get(name, 0.0):.3g}" for entry in scored] for name in names]
         figures.append(_heatmap("Importance of each coupling, powers of ten", at, names, values, texts, None))
+    flowing = [entry for entry in training["history"] if entry.get("flow")]
+    if flowing:
+        at = [entry["step"] for entry in flowing]
+        shares = [[entry["flow"].get(name, 0.0) for entry in flowing] for name in names]
+        words = [[f"{share:.0%}" for share in row] for row in shares]
+        figures.append(_heatmap("Share of what flows that each shrink removed", at, names, shares, words, (0, 1)))
     if training.get("forecast"):
         figures.append(_expected(training["forecast"]))
     return figures

@@ -1,0 +1,342 @@
+"""Compression: a trained model made smaller in one call, with a few batches of the data that it is for.
+
+batches -> gradients at every position -> widths, entries     as `policy="adaptive"` decides
+        -> moments of the inputs of weights -> what stays takes over, chosen by batches held out
+again, `steps` times, with fresh statistics of the smaller model
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ecospa_fx.api import compile as compiled
+from ecospa_fx.arguments import FUNCTION, MODULE, NUMBER, WHOLE, optional, takes
+from ecospa_fx.compensate.forecast import forecast, worth_of
+from ecospa_fx.compensate.grams import Grams
+from ecospa_fx.compensate.rotation import rotate
+from ecospa_fx.couple.constraints import Constraints, Uniform
+from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.errors import EcoSpaError, TargetError
+from ecospa_fx.logs import logger
+from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.model.cost import Cost
+from ecospa_fx.model.lookup import couplings
+from ecospa_fx.model.shrinking import shrink
+from ecospa_fx.passes.find.discover import Kind
+from ecospa_fx.ranks.wrappers import unwrapped
+from ecospa_fx.score.saliency import Saliency
+
+from .adaptive import AdaptiveSparsifier
+from .latency import Latency
+from .objective import Loss, Objective, called
+from .settings import Among, DecisionSettings, check_option
+
+EVERY = 4
+"""One batch in so many is held out, if there are as many."""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """The result of `compress`; print it.
+
+    Attributes:
+        removed: coupling name -> entries before and after.
+        expected: coupling name -> expected rise of the loss without compensation, in the unit of the costs.
+        left: name of a weight that took over -> share of the squares of the removed part that nothing took over.
+        loss: loss of the batches held out (of all, if there were fewer than four) before and after.
+        parameters: their number before and after.
+        size: bytes of parameters and buffers before and after.
+        latency: seconds of a forward of the first batch before and after.
+        seconds: seconds that all of it took.
+        notes: what was left out, or done otherwise, and why.
+    """
+
+    removed: Mapping[str, tuple[int, int]]
+    expected: Mapping[str, float]
+    left: Mapping[str, float]
+    loss: tuple[float, float]
+    parameters: tuple[int, int]
+    size: tuple[int, int]
+    latency: tuple[float, float]
+    seconds: float
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def rise(self) -> float:
+        """The measured rise of the loss."""
+        return self.loss[1] - self.loss[0]
+
+    def __str__(self) -> str:
+        (before, after), (dense, small), (slow, fast) = self.parameters, self.loss, self.latency
+        gone, kinds = [], 0
+        for name, (size, keep) in self.removed.items():
+            kinds += 1
+            gone.append(f"  {name}: {size} -> {keep}")
+        left = sorted(self.left.values())
+        lines = [
+            f"{before:,} -> {after:,} parameters ({after / before:.1%}), {self.size[0] / 1e6:.1f} -> "
+            f"{self.size[1] / 1e6:.1f} MB, {kinds} couplings, in {self.seconds:.1f} s",
+            f"loss {dense:.4f} -> {small:.4f} ({small - dense:+.4f}), forward {slow * 1e3:.1f} -> {fast * 1e3:.1f} ms",
+        ]
+        if left:
+            lines.append(f"of what was removed {left[len(left) // 2]:.0%} is taken over by nothing (median of weights)")
+        return "\n".join([*lines, *gone, *(f"note: {note}" for note in self.notes)])
+
+
+@takes(model=MODULE, target=NUMBER, steps=WHOLE, loss=optional(FUNCTION), heal=optional(FUNCTION))
+def compress(
+    model: nn.Module,
+    batches: Iterable[Any],
+    target: float = 0.7,
+    *,
+    among: Among = "all",
+    kinds: Collection[str] | None = None,
+    cost: Cost | Latency = "parameters",
+    uniform: Uniform | None = None,
+    loss: Loss | None = None,
+    steps: int = 1,
+    heal: Callable[[nn.Module], object] | None = None,
+) -> Compression:
+    """Make a trained model smaller, in place, with a few batches of the data that it is for; labels are not needed.
+
+    >>> report = ecospa_fx.compress(model, batches, target=0.7)
+    >>> print(report)
+
+    Entries go by the squared change of the loss without them, position by position, no more in a coupling than 1.15
+    times the mean share of its kind; those that stay take over, as far as that holds on batches that were held out.
+
+    Args:
+        model: any module; it is compiled if it is not. Its gradients and its mode stay as they are.
+        batches: calls of the model: a mapping of keyword arguments, a tuple of positional ones, or one input. All of
+            them are kept in memory while it runs. Eight calls of 512 positions or more are a good number.
+        target: share of the cost that remains.
+        among: `"all"` of the cost, or the `"prunable"` part, which lies on some coupling.
+        kinds: kinds of coupling that may shrink; None: all.
+        cost: see `EcoSpaTrainer`.
+        uniform: see `Constraints`.
+        loss: `loss(model, batch)` -> a scalar; by default that of the model's result if it has one, else of labels
+            drawn from its own logits, or of a random projection of its outputs.
+        steps: strokes; each has fresh statistics, and takes as long as the first.
+        heal: called with the model after each stroke, such as a few steps of training.
+
+    Returns:
+        A report of what went and what it cost.
+
+    Raises:
+        TargetError: there are no batches, the model cannot be called with one, the loss is not a finite number, the
+            weights are quantised, or the target cannot be reached. Nothing has changed then.
+    """
+    begun, module = time.perf_counter(), unwrapped(model)
+    if steps < 1:
+        raise TargetError(f"steps={steps} is out of range; it is a whole number, at least 1")
+    DecisionSettings(target, cost, among).check()
+    _check_kinds(kinds)
+    calls = list(batches)
+    if not calls:
+        raise TargetError("batches is empty; pass a few batches of the data that the model is for")
+    _check_values(module)
+    own = Objective()
+    objective: Loss = loss or own
+    measured: Loss = loss or own.measured
+    notes: list[str] = []
+    held = [batch for number, batch in enumerate(calls) if len(calls) >= EVERY and number % EVERY == EVERY - 1]
+    if not held:
+        notes.append(f"{len(calls)} batches are too few to hold some out: pass {EVERY} or more")
+    with _evaluating(module):
+        if MODEL not in module.__dict__:
+            with torch.no_grad():
+                _loss(objective, module, calls[0], 0)  # its own Python says best what is wrong with a batch
+            compiled(module)
+        with torch.no_grad():
+            dense = [_loss(measured, module, batch, number) for number, batch in enumerate(held or calls)]
+        frozen = [c for c in couplings(module) if kinds is not None and c.kind not in kinds]
+        constraints = Constraints(frozen=frozen, uniform=uniform)
+        latency, size = _seconds(module, calls[0]), _size(module)
+        before = {c.name: c.size for c in couplings(module)}
+        AdaptiveSparsifier(module, target=target, constraints=constraints, cost=cost, among=among)  # is it reachable?
+        expected: dict[str, float] = {}
+        left: dict[str, float] = {}
+        for number in range(1, steps + 1):
+            stroke = _Stroke(module, constraints, DecisionSettings(target ** (number / steps), cost, among))
+            rises, shares = stroke.run(calls, held, objective)
+            expected = {name: expected.get(name, 0.0) + rise for name, rise in rises.items()}
+            left |= shares
+            notes += [note for note in stroke.notes if note not in notes]
+            logger("shrink").info("stroke %d of %d: %s parameters are left", number, steps, f"{_size(module)[0]:,}")
+            if heal is not None:
+                heal(module)
+        with torch.no_grad():
+            small = [_loss(measured, module, batch, number) for number, batch in enumerate(held or calls)]
+        after = {c.name: c.size for c in couplings(module)}
+        return Compression(
+            {name: (entries, after[name]) for name, entries in before.items() if after.get(name, entries) != entries},
+            expected, left, (sum(dense) / len(dense), sum(small) / len(small)), (size[0], _size(module)[0]),
+            (size[1], _size(module)[1]), (latency, _seconds(module, calls[0])), time.perf_counter() - begun,
+            tuple(notes),
+        )  # fmt: skip
+
+
+class _Stroke:
+    """One shrink, with statistics of its own.
+
+    Args:
+        model: a compiled model.
+        constraints: which sizes are allowed.
+        settings: how far.
+    """
+
+    def __init__(self, model: nn.Module, constraints: Constraints, settings: DecisionSettings) -> None:
+        self.model, self.constraints, self.settings = model, constraints, settings
+        self.notes: list[str] = []
+
+    def run(self, calls: list[Any], held: list[Any], objective: Loss) -> tuple[dict[str, float], dict[str, float]]:
+        """Shrink; return the expected rises by coupling, and the shares that nothing takes over by weight."""
+        frozen = [c for c in couplings(self.model) if c.name in {each.name for each in self._frozen()}]
+        constraints = replace(self.constraints, frozen=frozen)
+        sparsifier = AdaptiveSparsifier.of(self.model, self.settings, constraints, ())
+        saliency, watched = Saliency(self.model), Grams(self.model)
+        try:
+            for number, batch in enumerate(calls):
+                if any(batch is each for each in held):
+                    with torch.no_grad():
+                        _loss(objective, self.model, batch, number)
+                    continue
+                _gradients(objective, self.model, batch, number)
+                saliency.accumulate()
+                self.model.zero_grad(set_to_none=True)
+        finally:
+            watched.detach()
+            saliency.detach()
+        return self._shrink(saliency, watched, sparsifier)
+
+    def _frozen(self) -> list[Coupling]:
+        return [each for each in self.constraints.frozen if isinstance(each, Coupling)]
+
+    def _shrink(
+        self, saliency: Saliency, watched: Grams, sparsifier: AdaptiveSparsifier
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        judged = [coupling for coupling in couplings(self.model) if saliency.judges(coupling)]
+        by_context = self.constraints.head_dims == "per_head"
+        worth = {coupling: worth_of(coupling, saliency, by_context=by_context) for coupling in judged}
+        sizes = sparsifier.sizes()
+        widths = sparsifier.widths(worth, sparsifier.target_size(sizes))
+        curves = forecast(
+            self.model, list(widths), saliency, grams=watched, absorb=True, rotate=True, by_context=by_context,
+            widths=widths, order="saliency",
+        ).curves  # fmt: skip
+        keeps = {coupling.name: curves[coupling].keep(width) for coupling, width in widths.items()}
+        rises = {c.name: float(curves[c].rises[c.size - width]) for c, width in widths.items()}
+        linear = {c.name: width for c, width in widths.items() if curves[c].way == "rotated"}
+        if linear:
+            rotate(self.model, list(linear), keep=linear, grams=watched)
+        named = {c.name: c for c in couplings(self.model)}
+        shrink(self.model, {named[name]: keep for name, keep in keeps.items()}, absorb=watched)
+        short = watched.rows_per_column
+        if short is not None and short < ROWS_WANTED:
+            self.notes.append(
+                f"{watched.positions:,} positions are {short:.1f} per column of the widest weight, so weights were "
+                f"changed little; {math.ceil(watched.positions * ROWS_WANTED / short):,} would do"
+            )
+        return rises, {name: share for (name, _), share in watched.left.items()}
+
+
+ROWS_WANTED = 8
+"""Rows per column of the widest weight from which a regression on them is to be trusted."""
+
+
+def _check_kinds(kinds: Collection[str] | None) -> None:
+    if isinstance(kinds, str):
+        raise TargetError(f"kinds={kinds!r} is one string; pass a list of them")
+    for kind in kinds or ():
+        check_option("kinds", kind, get_args(Kind))
+
+
+def _check_values(model: nn.Module) -> None:
+    """Refuse weights that are no plain numbers."""
+    for name, tensor in model.named_parameters():
+        if not tensor.is_floating_point():
+            raise TargetError(f"`{name}` holds {tensor.dtype}, quantised weights; de-quantise the model first")
+    for module_name, module in model.named_modules():
+        weight = module._buffers.get("weight", module._buffers.get("qweight"))
+        if weight is not None and not weight.is_floating_point():
+            raise TargetError(f"`{module_name}` holds quantised weights of {weight.dtype}; de-quantise the model first")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Let all weights have gradients, in evaluation mode; then let everything be as it was."""
+    parameters = list(model.parameters())
+    states = [(p, p.requires_grad, p.grad) for p in parameters]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for p in parameters:
+        p.grad = None
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p, learns, gradient in states:
+            p.requires_grad_(learns)
+            p.grad = gradient if gradient is None or gradient.shape == p.shape else None
+        for module, training in modes:
+            module.training = training
+
+
+def _loss(objective: Loss, model: nn.Module, batch: Any, number: int) -> float:
+    return float(_checked(objective, model, batch, number).detach())
+
+
+def _gradients(objective: Loss, model: nn.Module, batch: Any, number: int) -> None:
+    with torch.enable_grad():
+        _checked(objective, model, batch, number).backward()
+
+
+def _checked(objective: Loss, model: nn.Module, batch: Any, number: int) -> Tensor:
+    """Compute the loss of a batch.
+
+    Raises:
+        TargetError: the model cannot be called with it, or the loss is not a finite number.
+    """
+    try:
+        value = objective(model, batch)
+    except EcoSpaError:
+        raise
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise TargetError(
+            f"batch {number} does not fit the model: {type(error).__name__}: {line:.200}; is it of another vocabulary "
+            "or shape?"
+        ) from error
+    if not isinstance(value, Tensor) or value.ndim > 0:
+        raise TargetError(f"loss returns {type(value).__name__} and not a scalar tensor")
+    if not bool(value.detach().isfinite()):
+        raise TargetError(f"the loss of batch {number} is {float(value):g}; it must be a finite number")
+    return value
+
+
+@torch.no_grad()
+def _seconds(model: nn.Module, batch: Any) -> float:
+    """Time a forward: the quicker of two."""
+    seconds = []
+    for _ in range(2):
+        begun = time.perf_counter()
+        called(model, batch)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds)
+
+
+def _size(model: nn.Module) -> tuple[int, int]:
+    """Return the number of parameters, and the bytes of these and of buffers."""
+    parameters = list(model.parameters())
+    tensors = [*parameters, *model.buffers()]
+    return sum(p.numel() for p in parameters), sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,97 @@
+"""Objective: a loss for a model whose task is unknown, from its own outputs.
+
+    logits -> labels drawn from them         the gradients whose squares are the Fisher information
+    other outputs -> a random projection     the gradients whose squares are those of a squared error
+
+The labels of a batch are drawn once, from the whole model, so that the loss of a smaller one can be set beside it: its
+mean rise is the divergence between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from ecospa_fx.errors import TargetError
+
+Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
+"""`loss(model, batch)` -> a scalar."""
+
+
+def called(model: nn.Module, batch: Any) -> Any:
+    """Call a model with a batch: keyword arguments in a mapping, positional ones in a tuple or list, else one input."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+class Objective:
+    """The loss of a model's own outputs; call it as `loss(model, batch)`.
+
+    Args:
+        seed: of labels and projections.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self._wanted: dict[int, tuple[Any, Tensor]] = {}  # id of a batch -> the batch, and its labels or outputs
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Compute the loss of a batch; of one that it meets for the first time, it sets the labels."""
+        return self._value(model, batch, drawn=1.0)
+
+    def measured(self, model: nn.Module, batch: Any) -> Tensor:
+        """Compute the loss without what is drawn at random of a projection: half the squared error of the outputs."""
+        return self._value(model, batch, drawn=0.0)
+
+    def _value(self, model: nn.Module, batch: Any, drawn: float) -> Tensor:
+        result = called(model, batch)
+        own = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", None)
+        if isinstance(own, Tensor) and own.ndim == 0:
+            return own
+        logits = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", None)
+        told_apart = isinstance(logits, Tensor) and logits.ndim > 1
+        outputs = logits if isinstance(logits, Tensor) and told_apart else _outputs(result)
+        rows = outputs.float().flatten(0, -2) if told_apart else outputs.float().flatten()
+        if told_apart and (mask := _mask_of(batch)) is not None and mask.numel() == len(rows):
+            rows = rows[mask.flatten().to(rows.device).bool()]
+        if id(batch) not in self._wanted:
+            generator = torch.Generator().manual_seed(self.seed + len(self._wanted))
+            wanted = (_labels if told_apart else _projection)(rows, generator)
+            self._wanted[id(batch)] = batch, wanted
+        wanted = self._wanted[id(batch)][1].to(rows.device)
+        if told_apart:
+            return cross_entropy(rows, wanted)
+        # Half the squared error, and a random projection, whose gradient is that at the whole model.
+        error, along = rows - wanted[0], wanted[1]
+        return (error.square().sum() / 2 - drawn * (error * along).sum()) / max(1, len(outputs))
+
+
+def _labels(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a label for each row from its softmax."""
+    noise = torch.rand(logits.shape, generator=generator).clamp_(min=1e-20).to(logits.device)
+    return (logits.detach() - (-noise.log()).log()).argmax(-1)  # Gumbel's trick
+
+
+def _projection(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the outputs, and a direction among them drawn at random, as long as they vary."""
+    scale = outputs.detach().std(correction=0)
+    return torch.stack([outputs.detach(), scale * torch.randn(outputs.shape, generator=generator).to(outputs.device)])
+
+
+def _outputs(result: Any) -> Tensor:
+    """Return the first tensor of a result that has a gradient."""
+    for leaf in pytree.tree_leaves(dict(result) if isinstance(result, Mapping) else result):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf
+    raise TargetError(f"the model returns no tensor of numbers but {type(result).__name__}; pass loss=")
+
+
+def _mask_of(batch: Any) -> Tensor | None:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask if isinstance(mask, Tensor) else None
