@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import torch
 import typer
 
 import ecospa_fx
-from ecospa_fx.couple.constraints import Uniform
 
 from . import options as o
 from .console import FAILED, CommandError, at_work, check_directory, show, show_json
-from .models import Named, gguf_model, imported_name, named_model, remember_source, tokenizer_of, write_pretrained
+
+if TYPE_CHECKING:
+    from ecospa_fx.couple.constraints import Uniform
+
+    from .models import Named
 
 EPILOG = """\
 \b
@@ -48,6 +50,8 @@ def compress(
     as_json: o.Json = False,
 ) -> None:
     """Make a trained model smaller in one call, without training, and save it."""
+    from .models import gguf_model, named_model, remember_source, write_pretrained
+
     check_directory(out)
     if (text is None) == (batches is None):
         raise CommandError("pass either --text FILE or --batches FILE.PY:NAME, the data that the model is for")
@@ -82,6 +86,10 @@ def compress(
 
 def _windows(name: str, named: Named, text: Path, tokens: int, context: int) -> Iterable[dict[str, Any]]:
     """Cut a text into calls of a language model."""
+    import torch
+
+    from .models import tokenizer_of
+
     if not text.is_file():
         raise CommandError(f"--text {text}: no such file")
     try:
@@ -98,6 +106,8 @@ def _windows(name: str, named: Named, text: Path, tokens: int, context: int) -> 
 
 def _made(name: str) -> Iterable[Any]:
     """Make batches by a function in a file."""
+    from .models import imported_name
+
     function = imported_name(name)
     try:
         return list(islice(iter(function()), 4096))
