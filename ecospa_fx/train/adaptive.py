@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from ecospa_fx.couple.coupling import Coupling
@@ -19,8 +20,8 @@ from .sparsifier import CoupledSparsifier, named_sizes
 MOST_UNEVEN = 1.15
 """No coupling loses more than so many times the mean share of its kind; `docs/absorption.md` has the numbers."""
 
-FREE = 1e-9
-"""Entries that are worth less than this share of the mean of their kind do nothing: they go wherever they are."""
+FREE = 1e-3
+"""Entries that are worth less than this share of the median of their kind do nothing: they go wherever they are."""
 
 KNOTS = 16
 """Sizes of tied couplings at which the cost is computed exactly."""
@@ -138,9 +139,9 @@ def _least(
     for same in kinds.values():
         whole = sum(c.original_size for c in same)
         share = MOST_UNEVEN * sum(c.original_size - after[c] for c in same) / whole
-        mean = float(sum(worth[c].sum() for c in same)) / sum(c.size for c in same)
+        median = torch.cat([worth[c] for c in same]).median()
         for c in same:
-            free = int((worth[c] <= FREE * mean).sum())
+            free = int((worth[c] <= FREE * median).sum())
             least[c] = min(math.ceil(c.original_size * (1 - share)), c.size - free) if len(same) > 1 else 0
     return least
 
