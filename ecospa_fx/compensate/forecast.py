@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.model.lookup import state_of
-from ecospa_fx.model.state import ModelState
 from ecospa_fx.passes.transform.eliminate import eliminate
 from ecospa_fx.score.saliency import Saliency
 from ecospa_fx.text import plain
@@ -142,7 +142,7 @@ def forecast(
             no time, and its costs are an upper bound.
     """
     curves: dict[Coupling, Curve] = {}
-    state: ModelState | None = None  # read once: that takes a while
+    state: CompiledModel | None = None  # read once: that takes a while
     for coupling in couplings:
         alone, curve = _alone(coupling, saliency, by_context), None
         if rotate and coupling.linear:
@@ -177,7 +177,7 @@ def _removed(alone: Tensor) -> Curve:
 
 def _rotated(
     model: nn.Module,
-    state: ModelState,
+    state: CompiledModel,
     coupling: Coupling,
     grams: Grams | None,
     optimizers: Sequence[Optimizer],
