@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.model.lookup import state_of
 from ecospa_fx.passes.transform.eliminate import eliminate
 from ecospa_fx.score.saliency import Saliency
@@ -141,10 +142,12 @@ def forecast(
             no time, and its costs are an upper bound.
     """
     curves: dict[Coupling, Curve] = {}
+    state: CompiledModel | None = None  # read once: that takes a while
     for coupling in couplings:
         alone, curve = _alone(coupling, saliency, by_context), None
         if rotate and coupling.linear:
-            curve = _rotated(model, coupling, grams, optimizers, alone)
+            state = state or state_of(model)
+            curve = _rotated(model, state, coupling, grams, optimizers, alone)
         if curve is None and absorb and grams is not None:
             least = 1 if widths is None else widths.get(coupling, coupling.size)
             curve = _absorbed(coupling, grams, alone, least, order)
@@ -173,9 +176,14 @@ def _removed(alone: Tensor) -> Curve:
 
 
 def _rotated(
-    model: nn.Module, coupling: Coupling, grams: Grams | None, optimizers: Sequence[Optimizer], alone: Tensor
+    model: nn.Module,
+    state: CompiledModel,
+    coupling: Coupling,
+    grams: Grams | None,
+    optimizers: Sequence[Optimizer],
+    alone: Tensor,
 ) -> Curve | None:
-    basis = free_basis(model, state_of(model), coupling, grams, optimizers)
+    basis = free_basis(model, state, coupling, grams, optimizers)
     if isinstance(basis, str):
         return None
     carried = basis.change.energy.square().cpu().flip(-1)

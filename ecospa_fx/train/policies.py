@@ -184,6 +184,10 @@ class Adaptive:
 
     def decide(self, at_most: int | None) -> Decision:
         """Decide by one price for all couplings."""
+        with self.saliency.at_once():
+            return self._decide(at_most)
+
+    def _decide(self, at_most: int | None) -> Decision:
         sparsifier = self.ready()
         assert at_most is not None, "a schedule with an end sets a cost"
         judged = [coupling for coupling in couplings(self.model) if self.saliency.judges(coupling)]

@@ -186,10 +186,11 @@ class CoupledSparsifier:
             count += 1
         if not self._enough(keeps, sizes, at_most):
             keeps = self._by_theta(order, running, self._largest_theta(order, running, sizes, at_most, 0.0))
-        if at_least is not None and sizes.total(named_sizes(keeps, keeps)) < at_least:
+        elif at_least is not None and sizes.total(named_sizes(keeps, keeps)) < at_least:
             first = order[:count]
             keeps = owed | self._by_theta(first, running, self._largest_theta(first, running, sizes, at_least))
-            keeps = self._give_back(first, keeps, sizes, at_least, owed)
+        if at_least is not None:
+            keeps = self._give_back([unit for unit in order if unit in keeps], keeps, sizes, at_least, owed)
         keeps = self._stop_at_target(order, keeps, sizes, owed)
         left = sizes.total(named_sizes(keeps, keeps))
         stuck = left == sizes.total({}) if at_most is None else at_most <= self.target_size(sizes)
