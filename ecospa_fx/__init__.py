@@ -4,6 +4,7 @@
 >>> trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, target=0.5)
 """
 
+import random
 from importlib import import_module
 from importlib.util import find_spec
 from sys import modules
@@ -134,15 +135,24 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names.spli
 def __getattr__(name: str) -> Any:
     """Import a public name, or a module of the package."""
     if name in _HOME:
-        value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        value = globals()[name] = getattr(_imported(f"{__name__}.{_HOME[name]}"), name)
         return value
     spec = None if name.startswith("__") else find_spec(f"{__name__}.{name}")
     if spec is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if spec.submodule_search_locations is not None:  # a room, whose modules are reached through it, too
         for module in _HOMES:
-            import_module(f"{__name__}.{module}")
-    return import_module(spec.name)
+            _imported(f"{__name__}.{module}")
+    return _imported(spec.name)
+
+
+def _imported(module: str) -> Any:
+    """Import a module. Some libraries draw random numbers as they are imported, which a seeded program must not see."""
+    before = random.getstate()
+    try:
+        return import_module(module)
+    finally:
+        random.setstate(before)
 
 
 def __dir__() -> list[str]:

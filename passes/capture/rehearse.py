@@ -109,15 +109,18 @@ def rehearsed(
         yield Rehearsal()
         return
 
+    def called() -> Any:
+        try:
+            call_args, call_kwargs = copied_call(args, kwargs)
+            return forward(module, *call_args, **call_kwargs)
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise _ForwardFails from error
+
     def run() -> Any:
         with without_hooks(module):  # which are captured, or called beside the graph
-            try:
-                call_args, call_kwargs = copied_call(args, kwargs)
-                return forward(module, *call_args, **call_kwargs)
-            except CaptureError:
-                raise
-            except Exception as error:
-                raise _ForwardFails from error
+            return called()
 
     @contextmanager
     def eager() -> Iterator[None]:
@@ -142,7 +145,9 @@ def rehearsed(
                     f"`{change.where}` in its first call; call the model once before it is compiled"
                 )
         if rehearsal.filled:
-            rehearsal = replace(rehearsal, first_only=first_only(module, rehearsal.filled, run, eager))
+            # Hooks that the first call installs take part in the later ones.
+            again = called if rehearsal.hooking else run
+            rehearsal = replace(rehearsal, first_only=first_only(module, rehearsal.filled, again, eager))
     with after_first_call(module, rehearsal.filled):
         try:
             yield rehearsal

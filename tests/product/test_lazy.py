@@ -38,6 +38,30 @@ def test_neither_an_import_nor_help_imports_torch():
     assert done.stdout.split("\n")[:2] == ["{}", "True"]
 
 
+SEEDED = """
+import random
+import numpy, torch
+import ecospa_fx
+random.seed(0), numpy.random.seed(0), torch.manual_seed(0)
+state = lambda: (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+before = state()
+for name in ecospa_fx.__all__:
+    getattr(ecospa_fx, name)
+model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+before = (before[0], before[1], state()[2])
+x = torch.ones(2, 3)
+ecospa_fx.compile(model)
+model(x)
+str(ecospa_fx.explain(model, example_inputs=(x,)))
+print(state() == before)
+"""
+
+
+def test_a_seed_that_is_set_after_the_import_stays():
+    done = subprocess.run([sys.executable, "-c", SEEDED], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+
+
 def imported_for_types():
     """The names of the package, with their modules, as type checkers see them."""
     body = ast.parse(Path(ecospa_fx.__file__).read_text()).body
