@@ -44,6 +44,11 @@ class Flow:
         self.model = model
         self._scores: _Shortly | None = None
 
+    @property
+    def watching(self) -> bool:
+        """True while the next step is read."""
+        return self._scores is not None and self._scores.active
+
     def watch(self, soon: bool) -> None:
         """Read the next step, or not.
 

@@ -509,6 +509,7 @@ class EcoSpaTrainer:
             "settings": self._described(),
             "scores": [estimator.state_dict() for estimator in self.policy.estimators],
             "compensation": self._compensation.state_dict(),
+            "flow": self._flow.watching,
         }
 
     def _described(self) -> dict[str, Any]:
@@ -557,3 +558,4 @@ class EcoSpaTrainer:
         for estimator, scores in zip(self.policy.estimators, state["scores"], strict=True):
             estimator.load_state_dict(scores)
         self._compensation.load_state_dict(state.get("compensation", {}))
+        self._flow.watch(state["flow"])

@@ -35,6 +35,11 @@ def fresh():
     torch.manual_seed(0)
 
 
+def told(trainer):
+    """The history, without what flows, which is not read in compiled code."""
+    return [{key: value for key, value in entry.items() if key != "flow"} for entry in trainer.history]
+
+
 def trained(model, wrapped):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     trainer = ecospa_fx.EcoSpaTrainer(wrapped, optimizer, target=0.6, interval=1, end=4)
@@ -51,7 +56,7 @@ def test_training_in_a_wrapper_is_training_the_model(wrap, execution):
     assert unwrapped(wrapped) is model
     assert ecospa_fx.compile(wrapped, execution=execution) is wrapped  # the wrapper, with the model in it compiled
     trainer = trained(model, wrapped)
-    assert trainer.done and trainer.model is model and trainer.history == trained(twin, twin).history
+    assert trainer.done and trainer.model is model and told(trainer) == told(trained(twin, twin))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
     assert torch.equal(wrapped(X), twin(X))
 
