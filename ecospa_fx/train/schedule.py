@@ -71,15 +71,20 @@ class Schedule:
             return True
         return self._taken(now) > self._taken(before)
 
-    def share(self, now: float) -> float | None:
-        """Return the share, 0 to 1, of all that is to go that should be gone after a step at `now`; None: any share."""
+    def share(self, now: float, ahead: bool = False) -> float | None:
+        """Return the share, 0 to 1, of all that is to go that should be gone after a step at `now`; None: any share.
+
+        Args:
+            now: the time.
+            ahead: count a step more.
+        """
         if self.shape == "one_shot":
-            return 1.0 if now >= self.start else 0.0
+            return 1.0 if now >= self.start or ahead else 0.0
         if self.end is None:
             return None
         if now >= self.end:
             return 1.0
-        t = self._taken(now) / self._taken(self.end)
+        t = min(1.0, (self._taken(now) + ahead) / self._taken(self.end))
         if self.shape == "cubic":
             return 1.0 - (1.0 - t) ** 3
         return (1.0 - math.cos(math.pi * t)) / 2 if self.shape == "cosine" else t

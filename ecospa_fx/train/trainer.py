@@ -317,7 +317,7 @@ class EcoSpaTrainer:
             "trainer.step", lambda: self._take_step(loss, tokens, epochs, ranks), lambda _: self._common_facts
         )
         if shrinks:
-            self.sparsify()
+            self._sparsify(ahead=False)
         self._prepare(amount)
 
     def _prepare(self, amount: float) -> None:
@@ -358,13 +358,19 @@ class EcoSpaTrainer:
         return amount, due and not self._owed and not self._clock.postpone(self.steps)
 
     def sparsify(self) -> None:
-        """Take a sparsification step now: as a whole, or not at all, whatever interrupts it; on all ranks, or none."""
+        """Take a sparsification step now: as a whole, or not at all, whatever interrupts it; on all ranks, or none.
+
+        It is the next one of the schedule, and as much goes as is due with that.
+        """
+        self._sparsify(ahead=True)
+
+    def _sparsify(self, ahead: bool) -> None:
         self._finish()
         ranks = ranks_of(self.model)
-        all_or_nothing(lambda journal: self._decide_and_shrink(journal, ranks), ranks, "sparsify")
+        all_or_nothing(lambda journal: self._decide_and_shrink(journal, ranks, ahead), ranks, "sparsify")
         self._finish()
 
-    def _decide_and_shrink(self, journal: Journal, ranks: Ranks) -> None:
+    def _decide_and_shrink(self, journal: Journal, ranks: Ranks, ahead: bool) -> None:
         """Shrink by a decision of the policy, and write it into the history."""
         check_wrappers(self._called)
         offered_everywhere(self.model, ranks, journal)
@@ -373,7 +379,7 @@ class EcoSpaTrainer:
         for each in (self, self._spikes, *([] if self._decisions.latency is None else [self._decisions.latency])):
             journal.note_object(each)
         journal.note_list(self.history)
-        decision = self.policy.decide(self._cost_due(sparsifier))
+        decision = self.policy.decide(self._cost_due(sparsifier, ahead))
         self._left_out.note(self.model, decision.importance, sparsifier.whole)
         self.forecast = decision.forecast
         self._unfinished = (self._readings,)
@@ -438,9 +444,9 @@ class EcoSpaTrainer:
         self._constraints = self.policy.constraints = found.constraints
         return found
 
-    def _cost_due(self, sparsifier: CoupledSparsifier) -> int | None:
+    def _cost_due(self, sparsifier: CoupledSparsifier, ahead: bool) -> int | None:
         """Compute the cost that the model may have after this step by the schedule; None if it does not say."""
-        share = self._clock.share
+        share = self._clock.share(ahead)
         sizes = sparsifier.sizes()
         if self._initial_cost is None:
             self._initial_cost = sizes.total({})
