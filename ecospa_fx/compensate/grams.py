@@ -279,7 +279,7 @@ class Grams:
             tensors: those of the model by name; one that is not there is left out.
         """
         found = [
-            absorber.consumer.columns(weight.detach())
+            absorber.consumer.columns(gathered(weight).detach())
             for (name, _), absorber in self._absorbers.items()
             if absorber.gram == gram and (weight := tensors.get(name)) is not None and _has_values(weight)
         ]

@@ -232,7 +232,7 @@ def test_widths_over_time_are_those_of_the_model(trained):
     for coupling in ecospa_fx.couplings(model):
         assert widths[coupling.name][0] == coupling.original_size
         assert widths[coupling.name][-1] == coupling.size
-    assert [figure["title"].split()[0] for figure in figures_of(training)] == ["Loss", "Width", "Importance"]
+    assert [figure["title"].split()[0] for figure in figures_of(training)] == ["Loss", "Width", "Importance", "Share"]
     assert training["sizes"][-1] == sum(p.numel() for p in model.parameters())
 
 

@@ -53,8 +53,8 @@ def test_a_table_of_shrinks():
 2,272 -> 1,388 parameters (x 0.611)
 step  parameters    share  couplings  entries  loss before  after
    4       1,947  x 0.857          3       11        3.812  2.938
-   8       1,616  x 0.711          4        9        3.562  2.688
-  12       1,388  x 0.611          2        2        3.188  2.438""",
+   8       1,666  x 0.733          4        7        3.562  2.688
+  12       1,388  x 0.611          3        4        3.188  2.438""",
     )
 
 
@@ -67,7 +67,7 @@ def test_lines_of_json_hold_all_of_it(tmp_path):
     assert [line["size"] for line in steps] == watch.sizes and steps[-1]["loss"] == "nan"
     assert [line["loss"] for line in steps[:-1]] == watch.losses[:-1]
     shrinks = [line for line in lines if line.get("event") == "shrink"]
-    assert [{k: line[k] for k in ("step", "size", "removed", "importance")} for line in shrinks] == (
+    assert [{k: line[k] for k in ("step", "size", "removed", "importance", "flow")} for line in shrinks] == (
         watch.trainer.history
     )
     # Widths add up with what was removed, and are those of the model at the end.
