@@ -39,8 +39,9 @@ from .latency import Latency
 from .objective import Loss, Objective, called
 from .settings import Among, DecisionSettings, check_option
 
-EVERY = 4
-"""One batch in so many is held out, if there are as many."""
+EVERY = 8
+"""One batch in so many is held out, if there are as many. Each that is decides about nothing: on SmolLM2, with four
+batches of 512 tokens, perplexity after 20% of the FFNs was 41.6 with one of them held out, and 34.9 with none."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Compression:
         removed: coupling name -> entries before and after.
         expected: coupling name -> expected rise of the loss without compensation, in the unit of the costs.
         left: name of a weight that took over -> share of the squares of the removed part that nothing took over.
-        loss: loss of the batches held out (of all, if there were fewer than four) before and after.
+        loss: loss of the batches held out (of all, if there were fewer than eight) before and after.
         parameters: their number before and after.
         size: bytes of parameters and buffers before and after.
         latency: seconds of a forward of the first batch before and after.
