@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,23 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ecospa_fx.errors import OptimizerError
 from ecospa_fx.model.lookup import couplings
 from ecospa_fx.model.optimizer_state import layers
+
+
+_WATCHERS: weakref.WeakSet[ForeignSteps] = weakref.WeakSet()
+
+
+@functools.cache
+def _listen() -> None:
+    """Hear of the steps of all optimizers, once and for good.
+
+    torch iterates over its hooks: one that went when a trainer is collected as garbage would break a step off.
+    """
+
+    def note(optimizer: Any, *_: Any) -> None:
+        for watcher in list(_WATCHERS):
+            watcher._note(optimizer)
+
+    register_optimizer_step_pre_hook(note)
 
 
 class ForeignSteps:
@@ -31,15 +49,8 @@ class ForeignSteps:
         self.model, self.optimizers = model, optimizers
         self._own: weakref.WeakSet[Any] = weakref.WeakSet()
         self._foreign: weakref.WeakSet[Any] = weakref.WeakSet()
-        me = weakref.ref(self)
-
-        def note(optimizer: Any, *_: Any) -> None:
-            watcher = me()
-            if watcher is not None:
-                watcher._note(optimizer)
-
-        self._handle = register_optimizer_step_pre_hook(note)
-        self._finalizer = weakref.finalize(self, self._handle.remove)
+        _listen()
+        _WATCHERS.add(self)
 
     def _note(self, optimizer: Any) -> None:
         """Take note that some optimizer, of this model or another, is about to take a step."""
@@ -77,4 +88,4 @@ class ForeignSteps:
 
     def detach(self) -> None:
         """Stop watching."""
-        self._finalizer()
+        _WATCHERS.discard(self)

@@ -6,10 +6,11 @@ import gc
 import pytest
 import torch
 from test_training import Stack
-from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import ecospa_fx
 from ecospa_fx.errors import CaptureError, EcoSpaError, OptimizerError
+from ecospa_fx.train.foreign_steps import _WATCHERS
 
 X = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(0))
 SETTINGS = {"target": 0.8, "among": "prunable", "interval": 2, "end": 8}
@@ -88,18 +89,31 @@ def test_optimizers_of_others_and_without_state_are_no_concern():
     model, other = stack(), stack()
     mine, plain, theirs = adamw(model), torch.optim.SGD(model.parameters(), 1e-3), adamw(other)
     gc.collect()  # of trainers that nobody holds any more
-    hooks = len(_global_optimizer_pre_hooks)
+    watchers = len(_WATCHERS)
     trainer = ecospa_fx.EcoSpaTrainer(model, mine, **SETTINGS)
     for _ in range(8):
         loss_of(other).backward()
         theirs.step()
         train(model, trainer, [mine, plain], 1)
-    assert trainer.done and len(_global_optimizer_pre_hooks) == hooks  # nothing is watched any more
+    assert trainer.done and len(_WATCHERS) == watchers  # nothing is watched any more
     trainer = ecospa_fx.EcoSpaTrainer(other, theirs, target=0.9)
-    assert len(_global_optimizer_pre_hooks) == hooks + 1
+    assert len(_WATCHERS) == watchers + 1
     del trainer
     gc.collect()
-    assert len(_global_optimizer_pre_hooks) == hooks
+    assert len(_WATCHERS) == watchers
+
+
+def test_a_trainer_that_is_collected_while_an_optimizer_steps_breaks_nothing():
+    model = stack()
+    held = [ecospa_fx.EcoSpaTrainer(other, adamw(other), **SETTINGS) for other in (stack(), stack())]
+    optimizer = adamw(model)
+    handle = register_optimizer_step_pre_hook(lambda *_: (held.clear(), gc.collect()))
+    try:
+        trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, **SETTINGS)
+        train(model, trainer, [optimizer], 8)
+    finally:
+        handle.remove()
+    assert trainer.done and not held
 
 
 def test_gradients_in_backward_are_read_before_hooks_that_step():
