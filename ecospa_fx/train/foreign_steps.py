@@ -16,7 +16,6 @@ from ecospa_fx.errors import OptimizerError
 from ecospa_fx.model.lookup import couplings
 from ecospa_fx.model.optimizer_state import layers
 
-
 _WATCHERS: weakref.WeakSet[ForeignSteps] = weakref.WeakSet()
 
 

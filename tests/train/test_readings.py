@@ -107,7 +107,12 @@ def test_a_trainer_that_is_collected_while_an_optimizer_steps_breaks_nothing():
     model = stack()
     held = [ecospa_fx.EcoSpaTrainer(other, adamw(other), **SETTINGS) for other in (stack(), stack())]
     optimizer = adamw(model)
-    handle = register_optimizer_step_pre_hook(lambda *_: (held.clear(), gc.collect()))
+
+    def collect(*_):
+        held.clear()
+        gc.collect()
+
+    handle = register_optimizer_step_pre_hook(collect)
     try:
         trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, **SETTINGS)
         train(model, trainer, [optimizer], 8)
