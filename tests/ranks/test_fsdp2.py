@@ -77,9 +77,9 @@ def alone(kind, execution, regions, world, mixed, evals=(), make=torch.optim.Ada
     return model, optimizer, trainer
 
 
-def beside(rank, world, kind, execution, layout, evals=(), settings=None, optimizer="AdamW"):
+def beside(rank, world, kind, execution, layout, evals=(), settings=None, optimizer=torch.optim.AdamW):
     """Train sharded, and in one process; how far weights and state are apart, and what is not as it should be."""
-    layout, settings, make = dict(LAYOUTS[layout][1]), settings or {}, getattr(torch.optim, optimizer)
+    layout, settings, make = dict(LAYOUTS[layout][1]), settings or {}, optimizer
     regions = layout.pop("regions", "blocks" if layout.get("blocks", True) else "root")
     lone, its_optimizer, its_trainer = alone(
         kind, execution, regions, world, layout.get("mp_policy"), evals, make, **settings
