@@ -278,4 +278,4 @@ def test_state_of_another_shape_than_its_parameter_is_cut(two):
 @pytest.mark.sweep
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer(two, optimizer):
-    check(two, "glu", "graph", "blocks", (), {}, optimizer)
+    check(two, "glu", "graph", "blocks", (), {}, getattr(torch.optim, optimizer))
