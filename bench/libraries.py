@@ -67,7 +67,7 @@ def parts(name: str, budget: float) -> Iterator[measure.Row]:
 def compiled(model: nn.Module, args: Any, kwargs: Any, how: str, prefix: str) -> Iterator[measure.Row]:
     """Compile, verify, shrink every coupling to half, and take a training step."""
     start = time.process_time()
-    model = ecospa_fx.compile(model, example_inputs=args or kwargs, regions=how)
+    model = ecospa_fx.compile(model, example_inputs=args, example_kwargs=kwargs, regions=how)
     found = ecospa_fx.couplings(model)
     on = {member.parameter for coupling in found for member in coupling.members}
     named = dict(model.named_parameters())
@@ -77,7 +77,7 @@ def compiled(model: nn.Module, args: Any, kwargs: Any, how: str, prefix: str) ->
         f"{prefix}share": round(share, 3),
         f"{prefix}compile_s": round(time.process_time() - start, 2),
     }
-    result = ecospa_fx.verify(model, example_inputs=args or kwargs)
+    result = ecospa_fx.verify(model, example_inputs=args, example_kwargs=kwargs)
     comparisons = list(result.by_coupling.values())
     worst = max((max(c.output_error, c.gradient_error) for c in comparisons), default=0.0)
     bad = [f"{c.coupling}: {max(c.output_error, c.gradient_error):.0e}" for c in comparisons if not c.ok]
