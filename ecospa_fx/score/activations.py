@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +34,7 @@ from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.ranks.members import ranks_of, sharing_ranks
 
 from .products import ProductSite, Side, product_sites
+from .reader import Averaged
 
 
 @dataclass
@@ -45,7 +45,7 @@ class _Sum:
     count: int = 0
 
 
-class ActivationScores:
+class ActivationScores(Averaged[str]):
     """Scores each entry of each coupling in forwards in training mode with gradients on.
 
     Args:
@@ -57,7 +57,6 @@ class ActivationScores:
     def __init__(self, model: nn.Module, *, attention: bool = False) -> None:
         self.model, self.attention = model, attention
         self.sums: dict[str, _Sum] = {}
-        self._means: dict[str, Tensor] | None = None
         check_observable(model)
         for region in regions_of(model).values():
             observe(region, self)
@@ -91,7 +90,7 @@ class ActivationScores:
 
         Where ranks train the model together, each of them must call it: their scores are averaged.
         """
-        mean = (self.means() if self._means is None else self._means).get(coupling.name)
+        mean = self.means_now().get(coupling.name)
         if mean is None or mean.shape[1] != coupling.size:
             return None
         if by_context:
@@ -105,15 +104,6 @@ class ActivationScores:
         sums = ranks_of(self.model).totals(named, "the scores of activations")
         totals = {label.removeprefix("total "): each for label, each in sums.items() if label.startswith("total ")}
         return {name: total.cpu() / float(sums[f"count {name}"]) for name, total in totals.items()}
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Score several couplings by the same means, added up over ranks once."""
-        before, self._means = self._means, self.means()
-        try:
-            yield
-        finally:
-            self._means = before
 
     def wants(self, module: nn.Module) -> bool:
         """Return whether the forward is one that trains."""

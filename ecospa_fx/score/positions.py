@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,7 +37,7 @@ from ecospa_fx.ranks.members import ranks_of, sharing_ranks
 
 from .gates import GateReader
 from .products import ProductSite, Side, product_sites
-from .reader import NO_GRADIENT, ZERO_GRADIENT, GradientStep, ReaderOptions
+from .reader import NO_GRADIENT, ZERO_GRADIENT, Averaged, GradientStep, ReaderOptions
 from .slices import SliceKey
 from .totals import GateTotals
 
@@ -161,7 +160,7 @@ class _Pending:
         return self.squares
 
 
-class PositionReader:
+class PositionReader(Averaged[str]):
     """Squared changes of the loss without an entry at a position, to first order, added up over positions.
 
     They are read in backward: before gradients are clipped, and of weights that are frozen too, as long as others
@@ -186,7 +185,6 @@ class PositionReader:
         self._partly: set[str] = set()  # couplings that some weight sums over where it cannot be seen
         self._slots: dict[str, set[str]] = {}
         self._measure: str | None = None  # the coupling whose gradient tells by how much a loss was scaled
-        self._means: dict[str, Tensor] | None = None
         self._pending = _Pending()
         self._observed: list[Region] = []
 
@@ -364,7 +362,7 @@ class PositionReader:
         Where ranks train the model together, each of them must call it: a loss is a mean over them all.
         """
         shape = coupling.contexts, coupling.size
-        mean = (self.means() if self._means is None else self._means).get(coupling.name)
+        mean = self.means_now().get(coupling.name)
         if coupling.name in self._partly or mean is None or mean.numel() not in (shape[1], shape[0] * shape[1]):
             return self.gates.entries(coupling, by_context=by_context)
         if not bool(mean.isfinite().all()):
@@ -379,15 +377,6 @@ class PositionReader:
         means = {name: mean for name, mean in found.items() if mean is not None}
         summed = ranks.totals(means, "the squared terms by position")
         return {name: each.cpu() / ranks.count**2 for name, each in summed.items()}
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Judge several couplings by the same means."""
-        before, self._means = self._means, self.means()
-        try:
-            yield
-        finally:
-            self._means = before
 
     def reset(self) -> None:
         """Drop the sums."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,6 +16,8 @@ from ecospa_fx.passes.graph.tensors import dense
 from .scores import Score
 from .slices import SliceKey
 from .sums import StepCount, Total
+
+Key = TypeVar("Key")
 
 NO_GRADIENT = "no parameter of a coupling has a gradient: call trainer.step() after backward() and before zero_grad()"
 ZERO_GRADIENT = (
@@ -70,6 +72,29 @@ class ReaderOptions:
     count: StepCount
     optimizers: Sequence[Optimizer] | None = None
     seed: int = 0
+
+
+class Averaged(Generic[Key]):
+    """Base of what judges by means over steps or calls, which are added up over ranks."""
+
+    _kept: dict[Key, Tensor] | None = None
+
+    def means(self) -> dict[Key, Tensor]:
+        """Compute the means; where ranks train the model together, each of them must call it."""
+        raise NotImplementedError
+
+    def means_now(self) -> dict[Key, Tensor]:
+        """Return the means, inside `at_once` those of its beginning."""
+        return self.means() if self._kept is None else self._kept
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Judge several couplings by the same means, added up over ranks once."""
+        before, self._kept = self._kept, self.means_now()
+        try:
+            yield
+        finally:
+            self._kept = before
 
 
 class Reader(Protocol):

@@ -6,8 +6,8 @@ A score of a new kind is a class here with its row in `READERS`, and its row in 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -26,7 +26,7 @@ from .activations import ActivationScores
 from .gates import GateReader
 from .judging import coupling_entries, coupling_importance
 from .positions import PositionReader
-from .reader import NO_GRADIENT, ZERO_GRADIENT, GradientStep, Reader, ReaderOptions
+from .reader import NO_GRADIENT, ZERO_GRADIENT, Averaged, GradientStep, Reader, ReaderOptions
 from .scores import Score, ScoreInput
 from .slices import SliceKey
 from .sums import Latest, SliceTotals, Total, key_of, label_of
@@ -37,7 +37,7 @@ NO_ACTIVATION = (
 )
 
 
-class SliceReader:
+class SliceReader(Averaged[SliceKey]):
     """Base of the readers of tensors in the shapes of the weights, which judge by sums per row and column.
 
     Args:
@@ -52,7 +52,6 @@ class SliceReader:
     def __init__(self, options: ReaderOptions, rule: Total) -> None:
         self.model, self.score, self.count = options.model, options.score, options.count
         self.totals = SliceTotals(options.model, rule, weighted=self.score.name == "taylor_squared")
-        self._means: dict[SliceKey, Tensor] | None = None
 
     @property
     def sums(self) -> Mapping[SliceKey, Tensor]:
@@ -79,28 +78,17 @@ class SliceReader:
 
     def importance(self, coupling: Coupling) -> float:
         """Return the mean score of the coupling's matrices; 0 for one of which nothing was read."""
-        return coupling_importance(coupling, self.means())
+        return coupling_importance(coupling, self.means_now())
 
     def entries(self, coupling: Coupling, *, by_context: bool) -> Tensor | None:
         """Return the mean over the coupling's matrices of the score of each entry's slices."""
-        return coupling_entries(coupling, self.means(), by_context=by_context)
+        return coupling_entries(coupling, self.means_now(), by_context=by_context)
 
     def means(self) -> dict[SliceKey, Tensor]:
         """Return for each slice the mean of its entries' scores per step, float64 on the CPU, added up over ranks."""
-        if self._means is not None:
-            return self._means
         reshard(self.model)
         self.refresh()
         return self.totals.means(self.count)
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Judge several couplings by the same means."""
-        before, self._means = self._means, self.means()
-        try:
-            yield
-        finally:
-            self._means = before
 
     def reset(self) -> None:
         """Drop the sums."""
@@ -137,7 +125,7 @@ class GradientReader(SliceReader):
         """Return the message where there was no gradient, or none but zeros."""
         if self.empty:
             return NO_GRADIENT
-        return None if any(bool((mean != 0).any()) for mean in self.means().values()) else ZERO_GRADIENT
+        return None if any(bool((mean != 0).any()) for mean in self.means_now().values()) else ZERO_GRADIENT
 
     def add(self, step: GradientStep) -> None:
         """Add the scores of one step."""
@@ -186,7 +174,7 @@ class OptimizerReader(SliceReader):
     def means(self) -> dict[SliceKey, Tensor]:
         """Return the means, also of parameters whose state another rank holds."""
         ranks = ranks_of(self.model) if any(map(is_partitioned, self.optimizers)) else Ranks()
-        if self._means is not None or not ranks:
+        if not ranks:
             return super().means()
         mine = {label_of(key): mean for key, mean in super().means().items()}
         held = {f"ranks {label}": mean.new_ones(1) for label, mean in mine.items()}
