@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -168,46 +167,31 @@ def refit(model: nn.Module, saved: Saved) -> None:
     Raises:
         CheckpointError: the save is of another model; this one is unchanged then.
     """
-    compiled: CompiledModel | None = model.__dict__.get(MODEL)
-    own, plan = named_tensors(model), Plan() if compiled is None else compiled.plan
-    before = {name: own[name].data for name in plan.original_shapes}
-    for name, data in before.items():  # tied weights have several names
-        own[name].data = unshrunk(data, plan, name)
-    try:
-        if compiled is not None:
-            compiled.state.plan = Plan()
-            for attribute, (original, _) in compiled.attributes.items():
-                attribute.write(model, original)
-        rebuild(saved, lambda: model, None)
-    except BaseException:
-        for name, data in before.items():
-            own[name].data = data
-        if compiled is not None:
-            compiled.state.plan = plan
-            for attribute, (_, now) in compiled.attributes.items():
-                attribute.write(model, now)
-        raise
-    reduced_anew(named_tensors(model).values())
+    with refitted(model, saved):
+        pass
 
 
 @contextmanager
 def refitted(model: nn.Module, saved: Saved) -> Iterator[None]:
-    """Refit a model; whatever is raised inside, by the refit too, leaves it as it was."""
-
-    def attempt(journal: Journal) -> None:
-        for module in model.modules():
-            journal.note_attribute(module, "__class__")
-            journal.note_object(module)
-            for name in module._buffers:
-                journal.note_item(module._buffers, name)
-        for tensor in named_tensors(model).values():
-            if not tensor.is_meta:
-                journal.note(partial(_put_back, tensor, tensor.data, tensor.grad, tensor.requires_grad))
-        refit(model, saved)
-
+    """Refit a model; whatever is raised, by the refit or inside, leaves it as it was."""
+    compiled: CompiledModel | None = model.__dict__.get(MODEL)
+    own, plan = named_tensors(model), Plan() if compiled is None else compiled.plan
     journal = Journal()
     try:
-        attempt(journal)
+        journal.note_modules(model)
+        for tensor in own.values():
+            if not tensor.is_meta:
+                journal.note_tensor(tensor)
+        if compiled is not None:
+            journal.note_object(compiled.state)
+            for attribute, (original, _) in compiled.attributes.items():
+                attribute.write(model, original)
+        for name, data in {name: own[name].data for name in plan.original_shapes}.items():  # tied ones have several
+            own[name].data = unshrunk(data, plan, name)
+        if compiled is not None:
+            compiled.state.plan = Plan()
+        rebuild(saved, lambda: model, None)
+        reduced_anew(named_tensors(model).values())
         yield
     except BaseException:
         journal.undo()
@@ -249,14 +233,6 @@ def filled(model: nn.Module, saved: Saved) -> Iterator[None]:
             for name, value in before.items():
                 tensors[name].copy_(value)
         raise
-
-
-def _put_back(tensor: Tensor, data: Tensor, grad: Tensor | None, trains: bool) -> None:
-    tensor.requires_grad_(False)
-    tensor.grad = None
-    tensor.data = data
-    tensor.requires_grad_(trains)
-    tensor.grad = grad
 
 
 def attach_compiled(model: nn.Module, about: Mapping[str, Any], plan: Plan, attributes: Changes) -> None:

@@ -366,7 +366,7 @@ class CompiledModel:
 
         def commit(journal: Journal) -> None:
             for module in (model, *(module for module, _ in twins)):
-                _note_modules(module, journal)
+                journal.note_modules(module)
                 self._hold(module, attributes)
             change.commit(journal)
             if self.execution == "module":
@@ -463,13 +463,6 @@ class _Prepared:
             for (name, dim), kept in self.after.kept.items()
             if (name, dim) not in before.kept or not torch.equal(kept, before.kept[name, dim])
         }
-
-
-def _note_modules(root: nn.Module, journal: Journal) -> None:
-    """Note the class of every module, and the attributes by which it is compiled or knows a size."""
-    for module in root.modules():
-        journal.note_attribute(module, "__class__")
-        journal.note_object(module)
 
 
 def find_followed(model: nn.Module, regions: Mapping[str, Region]) -> None:

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ecospa_fx.errors import ArgumentError, EcoSpaError
 from ecospa_fx.ranks.agreement import Ranks
@@ -61,6 +61,27 @@ class Journal:
         """Note one attribute, or the class of an object."""
         value = getattr(held, name)
         self.note(lambda: setattr(held, name, value))
+
+    def note_modules(self, root: nn.Module) -> None:
+        """Note the class of every module, the attributes by which it is compiled or knows a size, and its buffers."""
+        for module in root.modules():
+            self.note_attribute(module, "__class__")
+            self.note_object(module)
+            for name in module._buffers:
+                self.note_item(module._buffers, name)
+
+    def note_tensor(self, tensor: Tensor) -> None:
+        """Note the data of a tensor, its gradient, and whether it has one."""
+        data, grad, trains = tensor.data, tensor.grad, tensor.requires_grad
+        self._replaced.append(tensor)
+
+        def undo() -> None:
+            tensor.requires_grad_(False)  # for now: the dtype between may not allow gradients
+            _assign(tensor, data, None)
+            tensor.requires_grad_(trains)
+            _assign(tensor, data, grad)
+
+        self.note(undo)
 
     def set_tensor(self, tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
         """Give a tensor other data and another gradient."""

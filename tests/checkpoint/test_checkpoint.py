@@ -339,6 +339,19 @@ def test_a_resume_of_a_new_model_that_fails_leaves_it_as_it_was(saved):
     assert torch.equal(model(TOKENS), loaded(TOKENS)) and ecospa_fx.plan(model) == ecospa_fx.plan(loaded)
 
 
+def test_a_resume_that_fails_leaves_a_model_that_has_shrunk_as_it_was(saved):
+    *_, directory = saved
+    model = ecospa_fx.compile(Net(), example_inputs=(TOKENS,))
+    coupling = ecospa_fx.couplings(model)[0]
+    ecospa_fx.shrink(model, {coupling: torch.arange(coupling.size - 1)})
+    expected, plan = model(TOKENS), ecospa_fx.plan(model)
+    with pytest.raises(errors.CheckpointError, match="holds state of AdamW, not of SGD"):
+        ecospa_fx.resume(directory, model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    assert plan.kept and ecospa_fx.plan(model) == plan and torch.equal(model(TOKENS), expected)
+    ecospa_fx.shrink(model, {coupling.name: torch.arange(coupling.size - 2)})
+    assert ecospa_fx.verify(model, example_inputs=(TOKENS,)).ok
+
+
 def test_state_of_another_optimizer_is_refused(saved):
     model, _, _, directory = saved
     with pytest.raises(errors.CheckpointError, match="holds state of AdamW, not of SGD"):
