@@ -48,7 +48,7 @@ COLUMNS = (
 
 def parts(name: str, budget: float) -> Iterator[measure.Row]:
     """Parts of the row of a model."""
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore")  # of the libraries, which this does not judge
     torch.manual_seed(0)
     model, args, kwargs = others.MODELS[name]()
     model.eval()

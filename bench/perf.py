@@ -1,4 +1,4 @@
-"""What people wait for, beside the least that it could take: imports, captures, calls, steps and explanations.
+"""Times that people wait, beside the least that they could be: imports, captures, calls, steps and explanations.
 
 PYTHONPATH=bench python bench/perf.py [PART ...] [--rounds 5]
 

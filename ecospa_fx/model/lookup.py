@@ -173,8 +173,8 @@ def check_whole(model: nn.Module, what: str) -> None:
             raise WrapperError(
                 f"`{name}` of {type(model).__name__} is sharded over ranks, and {what} takes whole weights. Gather "
                 "them on rank 0, get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) of "
-                "torch.distributed.checkpoint.state_dict, or save shards with torch.distributed.checkpoint; see "
-                "docs/distributed.md"
+                "torch.distributed.checkpoint.state_dict, or save it by all ranks, ecospa_fx.save, and load it in one "
+                "process; see docs/distributed.md"
             )
 
 

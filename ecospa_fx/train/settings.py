@@ -41,7 +41,7 @@ PRESETS: dict[Preset, Defaults] = {
 """Settings by the advice of the paper: from scratch its own; a model that is already trained loses less at a time.
 
 In a trained model weights do not tell what flows through them: on SmolLM2-135M the paper's order of entries does worse
-than a random one (bench/real/training.py), so that there it is activations and their gradients that decide.
+than a random one (docs/absorption.md), so that there it is activations and their gradients that decide.
 """
 
 
