@@ -32,6 +32,8 @@ from ecospa_fx.model.shrinking import shrink
 from ecospa_fx.passes.find.discover import Kind
 from ecospa_fx.ranks.wrappers import unwrapped
 from ecospa_fx.score.saliency import Saliency
+from ecospa_fx.text import plural
+from ecospa_fx.text import size as sized
 
 from .adaptive import AdaptiveSparsifier
 from .latency import Latency
@@ -79,9 +81,9 @@ class Compression:
         gone = [f"  {name}: {size} -> {keep}" for name, (size, keep) in self.removed.items()]
         left = sorted(self.left.values())
         lines = [
-            f"{before:,} -> {after:,} parameters ({after / before:.1%}), {self.size[0] / 1e6:.1f} -> "
-            f"{self.size[1] / 1e6:.1f} MB, {len(gone)} couplings, in {self.seconds:.1f} s",
-            f"loss {dense:.4f} -> {small:.4f} ({small - dense:+.4f}), forward {slow * 1e3:.1f} -> {fast * 1e3:.1f} ms",
+            f"{before:,} -> {after:,} parameters ({after / before:.1%}), {sized(self.size[0])} -> {sized(self.size[1])}, "
+            f"{plural(len(gone), 'coupling')}, in {self.seconds:.1f} s",
+            f"loss {dense:.4g} -> {small:.4g} ({small - dense:+.2g}), forward {slow * 1e3:.3g} -> {fast * 1e3:.3g} ms",
         ]
         if left:
             lines.append(f"of what was removed {left[len(left) // 2]:.0%} is taken over by nothing (median of weights)")
