@@ -81,8 +81,8 @@ class Compression:
         gone = [f"  {name}: {size} -> {keep}" for name, (size, keep) in self.removed.items()]
         left = sorted(self.left.values())
         lines = [
-            f"{before:,} -> {after:,} parameters ({after / before:.1%}), {sized(self.size[0])} -> {sized(self.size[1])}, "
-            f"{plural(len(gone), 'coupling')}, in {self.seconds:.1f} s",
+            f"{before:,} -> {after:,} parameters ({after / before:.1%}), {sized(self.size[0])} -> "
+            f"{sized(self.size[1])}, {plural(len(gone), 'coupling')}, in {self.seconds:.1f} s",
             f"loss {dense:.4g} -> {small:.4g} ({small - dense:+.2g}), forward {slow * 1e3:.3g} -> {fast * 1e3:.3g} ms",
         ]
         if left:
