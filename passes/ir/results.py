@@ -87,7 +87,7 @@ def _every(value: Any, inside: list[Any]) -> Iterator[Any]:
 
 def _is_record(value: Any) -> bool:
     """Return whether a value is an instance of a class that is declared a dataclass, and nothing more than its data."""
-    cls = type(value)
+    cls: Any = type(value)
     plain = cls.__new__ is object.__new__ and "__dataclass_fields__" in vars(cls)
     return (
         plain
