@@ -36,8 +36,9 @@ from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts
 from ecospa_fx.plan import Plan
-from ecospa_fx.ranks.fsdp2 import check_reduced, gathered_whole, owners, reshard
+from ecospa_fx.ranks.fsdp2 import check_reduced, owners, reshard
 from ecospa_fx.ranks.members import ranks_of
+from ecospa_fx.ranks.tensor_parallel import gathered_whole, spread_dims
 
 from .class_swap import (
     CopiesWait,
@@ -60,6 +61,7 @@ from .parametrized import first_removal
 from .planning import planned
 from .region import REGION as REGION
 from .region import Region, check_gathered_at_once
+from .share import check_served
 from .slicing import Absorber, prepare_tensors
 from .specialization import Specialization
 from .state import ModelState
@@ -290,6 +292,13 @@ class CompiledModel:
 
         all_or_nothing(take_up)
 
+    def follow_shards(self, model: nn.Module) -> None:
+        """Take up which dims of weights tensor parallelism shares out: couplings along them have fewer sizes."""
+        shared_out = spread_dims(model)
+        if shared_out != self.state.shared_out:
+            self.state.shared_out = shared_out
+            self.state.forget_couplings()
+
     def _check_shapes(self, model: nn.Module) -> None:
         """Refuse tensors whose sizes have changed other than by a shrink."""
         for name, tensor in named_tensors(model).items():
@@ -346,7 +355,11 @@ class CompiledModel:
         for name in self.regions:
             check_gathered_at_once(name, model.get_submodule(name), self.execution)
         self.follow_ties(model)
+        self.follow_shards(model)
         self._check_shapes(model)
+        if self.execution == "graph":
+            for name in self.regions:
+                check_served(name, model.get_submodule(name))
         joints = joint_offers(self.state, self.regions)
         after = planned(self.plan, self.regions, self.couplings(), selection, joints)
         rewritten: dict[Program, Program] = {}

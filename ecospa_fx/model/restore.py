@@ -20,7 +20,7 @@ from ecospa_fx.passes.follow.attributes import fitted, sync_layer_sizes
 from ecospa_fx.passes.follow.trial import NotTried, difference, example_calls, modes
 from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.rewrite.program import Program
-from ecospa_fx.ranks.fsdp2 import gathered_whole
+from ecospa_fx.ranks.tensor_parallel import gathered_whole
 from ecospa_fx.ranks.wrappers import looks_inside
 
 from .class_swap import ShrinkableLinear, own_forward, unswap_forward

@@ -21,7 +21,7 @@ from ecospa_fx.passes.axes.selection import Selected, per_context_or_shared, who
 from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.rewrite.verify import Comparison, compare
-from ecospa_fx.ranks.fsdp2 import gathered_whole
+from ecospa_fx.ranks.tensor_parallel import gathered_whole
 from ecospa_fx.ranks.wrappers import looks_inside
 from ecospa_fx.text import plural
 
