@@ -36,7 +36,7 @@ from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts, keys_of, whole_objects
 from ecospa_fx.ranks.fsdp2 import sharded_apart
-from ecospa_fx.ranks.tensor_parallel import gathered_here
+from ecospa_fx.ranks.tensor_parallel import check_sequences, gathered_here
 
 from .class_swap import own_forward
 from .full_size import FullSizeTensors, in_transform, outside_forward, outside_inference, unshrunk_dim
@@ -115,6 +115,7 @@ class Region:
         program = self.routing.remembered(self.specializations, key, inputs, objects)
         if program is None:
             check_gathered_at_once(self.name, module, "graph")
+            check_sequences(self._named())
             if self.share is None:
                 try:
                     self.share = share_of(self.name, module)
@@ -137,6 +138,8 @@ class Region:
                     "and runs as one graph, in which it would not be called. Remove it, or put it on an nn.Linear, on "
                     "a parameter or on the region"
                 )
+            if program is None and self.share is not None:
+                self._check_numbers(module, self.share.ranks)
             if program is None and not self.shrunk:
                 program, uncaptured = self._add_or_none(module, args, kwargs)
                 if program is None or self.routing.changed_constant(self.specializations, module, program) is not None:
@@ -264,6 +267,21 @@ class Region:
 
         full: Call = pytree.tree_map_only(Tensor, expand, (args, kwargs), is_leaf=foreign)
         return full
+
+    def _check_numbers(self, module: nn.Module, ranks: int) -> None:
+        """Refuse integers that have been divided by a number of ranks: generated code follows shards by itself.
+
+        Raises:
+            WrapperError: there are such.
+        """
+        for each in self.specializations:
+            divided = self.routing.divided_number(module, each.program, ranks)
+            if divided is not None:
+                raise WrapperError(
+                    f"{self._named()} runs as generated code, which computes this rank's part by itself, and "
+                    f"{divided}: leave such numbers as they were when the model was compiled, or use "
+                    "execution='module'"
+                )
 
     def _add_or_none(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -62,6 +62,12 @@ class Share:
         self._first = next(linears[path] for path in self._layouts)
         self._programs: WeakKeyDictionary[Program, Program] = WeakKeyDictionary()
 
+    @property
+    def ranks(self) -> int:
+        """The number of ranks that compute the region together."""
+        weight: Any = self._first._parameters["weight"]
+        return int(weight.device_mesh.size())
+
     def holds(self) -> bool:
         """Return whether the weights are sharded now: for a while all ranks may hold all of them."""
         return is_sharded(self._first._parameters["weight"])
@@ -106,13 +112,18 @@ def share_of(name: str, module: nn.Module) -> Share | None:
     return Share(name, module)
 
 
-def check_served(name: str, module: nn.Module) -> None:
+def check_served(name: str, module: nn.Module, model: nn.Module | None = None) -> None:
     """Refuse a region that runs as one graph, with modules in it that tensor parallelism has changed otherwise.
+
+    Args:
+        name: of the region.
+        module: the region, in a forward; or
+        model: the model that it is a part of, outside of one.
 
     Raises:
         WrapperError: it has such modules.
     """
-    for path, child in parallel_modules(module).items():
+    for path, child in parallel_modules(module, model).items():
         if not (calls_itself(child) and _weight(child)):
             raise WrapperError(
                 f"`{join(name, path)}` ({type(child).__name__}) is parallel over ranks, and "

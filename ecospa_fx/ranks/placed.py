@@ -21,11 +21,11 @@ def shards_of(tensor: Any) -> dict[int, list[tuple[int, int]]] | None:
         tensor: a DTensor, or something else with `placements` and `ndim`.
 
     Returns:
-        None where a rank cannot tell which entries it has, as of sums that are not added up yet.
+        None where a rank cannot tell which entries it has. Sums that are not added up yet have all entries on each.
     """
     found: dict[int, list[tuple[int, int]]] = {}
     for mesh_dim, placement in enumerate(tensor.placements):
-        if placement.is_replicate():
+        if placement.is_replicate() or placement.is_partial():
             continue
         runs = _runs(placement)
         if runs is None:

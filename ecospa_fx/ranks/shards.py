@@ -201,7 +201,8 @@ def mean_squares_along(tensor: Any, dim: int) -> Tensor:
     for other, shards in (shards_of(tensor) or {}).items():
         for mesh_dim in (mesh_dim for mesh_dim, _ in shards if other != dim):
             (sums,) = all_reduce_sum(sums, group=tensor.device_mesh.get_group(mesh_dim))
-    return sums / max(1, tensor.numel() // tensor.shape[dim])
+    mean: Tensor = sums / max(1, tensor.numel() // tensor.shape[dim])
+    return mean
 
 
 def split(whole: Tensor, like: Any) -> Any:

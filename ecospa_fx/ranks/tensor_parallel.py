@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ecospa_fx.collectives import is_distributed
+from ecospa_fx.errors import WrapperError
 
 from . import fsdp2
 from .placed import coordinates, positions_here, shards_of
@@ -100,6 +101,20 @@ def _filled(cell: Any) -> bool:
     return True
 
 
+def check_sequences(where: str) -> None:
+    """Refuse context parallelism, which replaces the function of attention for a while.
+
+    Raises:
+        WrapperError: it is on now.
+    """
+    if sends(nn.functional.scaled_dot_product_attention):
+        raise WrapperError(
+            f"{where} is called inside of context_parallel, which replaces the attention of torch, and generated code "
+            "calls the operator behind that: each rank would attend to its part of a sequence alone. Shard batches "
+            "with fully_shard, or weights with parallelize_module"
+        )
+
+
 def sending(module: nn.Module) -> list[tuple[dict[Any, Any], Any]]:
     """Return the dicts, each with the key in it, in which a module has functions that speak for a device mesh."""
     found: list[tuple[dict[Any, Any], Any]] = [
@@ -110,12 +125,25 @@ def sending(module: nn.Module) -> list[tuple[dict[Any, Any], Any]]:
     return found
 
 
-def parallel_modules(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules in another one, without itself, that are spread: by their parameters, or what they send."""
+def parallel_modules(module: nn.Module, model: nn.Module | None = None) -> dict[str, nn.Module]:
+    """Return the modules in another one, without itself, that are spread: by their parameters, or what they send.
+
+    Args:
+        module: the module, in a forward; or
+        model: the model that it is a part of, outside of one.
+    """
+    if not is_distributed():
+        return {}
+    known = {} if model is None else fsdp2.owners(model)
+
+    def sharded(parameter: Any) -> bool:
+        owner = known.get(id(parameter))
+        return is_sharded(parameter if owner is None else fsdp2.in_forward(owner))
+
     return {
         path: child
         for path, child in module.named_modules()
-        if path and (any(map(is_sharded, child._parameters.values())) or sending(child))
+        if path and (any(map(sharded, child._parameters.values())) or sending(child))
     }
 
 

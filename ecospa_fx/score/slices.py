@@ -200,7 +200,7 @@ class SliceSums:
         if not is_sharded(tensor):
             return
         shards = shards_of(tensor)
-        if shards is None:
+        if shards is None or any(placement.is_partial() for placement in tensor.placements):
             kinds = ", ".join(type(placement).__name__ for placement in tensor.placements)
             raise OptimizerError(
                 f"the gradient of `{name}` is placed {kinds} along the dims of its device mesh, and only Shard and "
@@ -217,8 +217,8 @@ def counts_here(parameter: Any) -> bool:
     """Decide whether sums over a whole parameter count on this rank, where those of all ranks are added up."""
     if not is_sharded(parameter):
         return True
-    dims = [dim for dim, placement in enumerate(parameter.placements) if not placement.is_replicate()]
-    return all(parameter.device_mesh.get_local_rank(dim) == 0 for dim in dims)
+    mesh_dims = {mesh_dim for shards in (shards_of(parameter) or {}).values() for mesh_dim, _ in shards}
+    return all(parameter.device_mesh.get_local_rank(mesh_dim) == 0 for mesh_dim in mesh_dims)
 
 
 def _local(tensor: Any) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from crew import Crew, said
+from crew import Crew
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -101,17 +101,9 @@ def over_a_grid(rank, world):
         (result,) = moved([move("w", before, {0: rows, 1: columns})])
         after = distribute_tensor(whole[rows][:, columns], mesh, placements, src_data_rank=None)
         assert torch.equal(local_part(result), local_part(after)) and list(result.placements) == list(placements)
-    partial = DTensor.from_local(whole, mesh, [Partial(), Shard(0)], run_check=False)
-    return said(move, "w", partial, {0: rows})
-
-
-def test_a_mesh_of_two_dims():
-    text = (
-        "RanksError: `w` is placed (Partial(sum), Shard(dim=0)) on its device mesh, which tells no rank which entries "
-        "it has; shard it, or redistribute it"
-    )
-    with Crew(4) as four:
-        assert four.run(over_a_grid) == [text] * 4
+    summands = DTensor.from_local(whole * rank, mesh, [Partial(), Partial()], run_check=False)
+    (result,) = moved([move("w", summands, {0: rows})])
+    assert torch.equal(result.full_tensor(), 6 * whole[rows])
 
 
 def positions_by_hand(rank, world):
@@ -123,9 +115,10 @@ def positions_by_hand(rank, world):
             assert positions_here(size, mesh, shards_of(given)[0]).tolist() == given.to_local().tolist()
 
 
-def test_the_positions_of_a_rank_are_the_entries_that_it_has():
+def test_a_mesh_of_two_dims():
     with Crew(4) as four:
         four.run(positions_by_hand)
+        four.run(over_a_grid)
 
 
 def put_and_back(rank, world):
