@@ -298,6 +298,8 @@ class CompiledModel:
         shared_out = spread_dims(model)
         if shared_out != self.state.shared_out:
             self.state.shared_out = shared_out
+            for region in self.regions.values():
+                region.share, region.routing = None, region.routing.without_routes()
             self.state.forget_couplings()
 
     def _check_shapes(self, model: nn.Module) -> None:

@@ -138,8 +138,8 @@ class Region:
                     "and runs as one graph, in which it would not be called. Remove it, or put it on an nn.Linear, on "
                     "a parameter or on the region"
                 )
-            if program is None and self.share is not None:
-                self._check_numbers(module, self.share.ranks)
+            if program is None and self.shared_out is not None:
+                self._check_numbers(module, self.shared_out.ranks)
             if program is None and not self.shrunk:
                 program, uncaptured = self._add_or_none(module, args, kwargs)
                 if program is None or self.routing.changed_constant(self.specializations, module, program) is not None:

@@ -21,7 +21,7 @@ from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.errors import RanksError
 from ecospa_fx.kernels import compacted
 
-from .placed import coordinates, shards_of
+from .placed import coordinates, positions_here, shards_of
 
 MOST_BYTES = 1 << 28
 """Bytes of a rank's shards that one all-to-all moves at most, unless a single tensor has more."""
@@ -207,14 +207,11 @@ def mean_squares_along(tensor: Any, dim: int) -> Tensor:
 
 def split(whole: Tensor, like: Any) -> Any:
     """Place a tensor that every rank has as another one is; nothing moves."""
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = like.device_mesh
-    home = like.device
-    if home.type != mesh.device_type and home.type != "meta":
-        whole = whole.to(mesh.device_type)
-    everywhere = DTensor.from_local(whole.contiguous(), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return everywhere.redistribute(placements=like.placements).to(home)
+    local = whole
+    for dim, shards in (shards_of(like) or {}).items():
+        here = positions_here(whole.shape[dim], like.device_mesh, shards)
+        local = local.index_select(dim, here.to(local.device))
+    return whole_of(local.contiguous(), like, whole.shape).to(like.device)
 
 
 def data_of(tensor: Any) -> Any:

@@ -393,13 +393,13 @@ class PositionReader(Averaged[str]):
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums by name."""
         gates = {f"{GATES}{name}": tensor for name, tensor in self.gates.tensors().items()}
-        return sharing_ranks(self.model).totals(gates | self.totals.tensors(), "the state of scores by position")
+        return gates | sharing_ranks(self.model).totals(self.totals.tensors(), "the state of scores by position")
 
     def load_tensors(self, named: Mapping[str, Tensor]) -> None:
         """Go on with what `tensors` returned."""
         self.observe()
         if not sharing_ranks(self.model).is_first:  # or they would count once per rank
-            named = {name: torch.zeros_like(tensor) for name, tensor in named.items()}
+            named = {n: each if n.startswith(GATES) else torch.zeros_like(each) for n, each in named.items()}
         self.gates.load_tensors({n.removeprefix(GATES): tensor for n, tensor in named.items() if n.startswith(GATES)})
         self.totals.load_tensors({name: tensor for name, tensor in named.items() if not name.startswith(GATES)})
         self._seen = {name for name, _ in self.totals.sums}
