@@ -19,7 +19,7 @@ from ecospa_fx.passes.transform.consumers import Consumer, WeightDim, consumers
 
 
 @dataclass(frozen=True, eq=False)
-class Absorber:
+class Absorbing:
     """A weight that may absorb: how it is used, and the (parameter, dim) under which its inputs' moments are kept."""
 
     consumer: Consumer
@@ -40,7 +40,7 @@ class Absorbers:
 
     def __init__(self, model: nn.Module, regions: Sequence[Region]) -> None:
         self.model, self.regions = model, regions
-        self.found: dict[WeightDim, Absorber] = {}
+        self.found: dict[WeightDim, Absorbing] = {}
         self.refused: dict[WeightDim, str] = {}
         self._graphs: dict[int, tuple[AxisFacts, Mapping[WeightDim, Consumer | str]]] = {}
         self._read_for: list[object] = []  # a coupling and the graphs that absorbers have been found for
@@ -74,7 +74,7 @@ class Absorbers:
                 continue
             bias = same[0].bias if len({each.bias for each in same}) == 1 else None
             inputs = tuple(tuple((i.node, i.dim, i.window) for i in each.inputs) for each in same)
-            self.found[key] = Absorber(replace(same[0], bias=bias), groups.setdefault(inputs, key))
+            self.found[key] = Absorbing(replace(same[0], bias=bias), groups.setdefault(inputs, key))
 
     def grams_in(self, region: Region) -> list[WeightDim]:
         """Return the (parameter, dim)s under which a region's moments are kept."""

@@ -16,7 +16,7 @@ from ecospa_fx.passes.transform.judged import HeldOut, absorb_judged
 from ecospa_fx.ranks.agreement import Ranks
 from ecospa_fx.ranks.shards import gathered, is_sharded, local_part, split, whole_of
 
-from .absorbers import Absorber
+from .absorbers import Absorbing
 from .moments import columns
 
 
@@ -33,7 +33,7 @@ class TakingOver:
         left: (parameter, dim) -> share of the removed part that nothing took over, of those that were changed.
     """
 
-    absorbers: Mapping[WeightDim, Absorber]
+    absorbers: Mapping[WeightDim, Absorbing]
     moments: Mapping[WeightDim, Moments]
     rows: Mapping[WeightDim, Tensor]
     ridge: float | None
@@ -81,7 +81,7 @@ class TakingOver:
                     _assign(values, tensors, constant_in, _placed(value, constant_in, by_rows))
         return values
 
-    def _solve(self, absorber: Absorber, steps: Tensor, tensors: Mapping[str, Tensor]) -> Absorption | None:
+    def _solve(self, absorber: Absorbing, steps: Tensor, tensors: Mapping[str, Tensor]) -> Absorption | None:
         """Regress what goes on what stays.
 
         Args:
