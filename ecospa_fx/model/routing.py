@@ -114,6 +114,10 @@ class Routing:
         """Return the numbers held by a graph that have changed; None if something else has changed, too."""
         return self._bind(module, program.captured).changed_numbers()
 
+    def divided_number(self, module: nn.Module, program: Program, ranks: int) -> str | None:
+        """Return in words an integer held by a graph that has been divided by a number of ranks since; None if none."""
+        return self._bind(module, program.captured).divided(ranks)
+
     def _bind(self, module: nn.Module, captured: RegionGraph) -> _Bound:
         bound = self._bound.get(id(captured))
         if bound is None or bound.captured is not captured or not bound.is_of(module):
@@ -172,6 +176,14 @@ class _Bound:
         for number in self.captured.numbers:
             if not number.fits(self.named):
                 return told(number.read, number.read.now(self.named))
+        return None
+
+    def divided(self, ranks: int) -> str | None:
+        """Return in words the first integer that has been divided by a number of ranks; None if there is none."""
+        for read in self.reads:
+            now = read.now(self.named)
+            if type(read.value) is int and type(now) is int and now and now * ranks == read.value:
+                return told(read, now)
         return None
 
     def changed_numbers(self) -> list[Read] | None:
