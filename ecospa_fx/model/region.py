@@ -12,6 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ecospa_fx.collectives import is_distributed
 from ecospa_fx.errors import CaptureError, EcoSpaError, NotNowError, PinnedAxisError, TooManyCallsError, WrapperError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of, size_of
@@ -115,7 +116,8 @@ class Region:
         program = self.routing.remembered(self.specializations, key, inputs, objects)
         if program is None:
             check_gathered_at_once(self.name, module, "graph")
-            check_sequences(self._named())
+            if is_distributed():
+                check_sequences(self._named())
             if self.share is None:
                 try:
                     self.share = share_of(self.name, module)
@@ -167,7 +169,9 @@ class Region:
     def program_here(self, program: Program, module: nn.Module) -> Program:
         """Return the program of what this rank computes, for a program of the whole region."""
         share = self.shared_out
-        return program if share is None else share.program(program, self.state.plan, module)
+        if share is None:
+            return program
+        return share.program(program, self.state.plan, module, (each.program for each in self.specializations))
 
     def kept_here(self, program: Program, module: nn.Module) -> dict[Atom, Selected]:
         """Return what this rank computes of the plan, in atoms of one program's graph."""

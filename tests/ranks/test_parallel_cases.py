@@ -2,6 +2,7 @@
 
 import functools
 import os
+import warnings
 
 import pytest
 import torch
@@ -112,6 +113,35 @@ def test_sequence_parallelism_goes_with_the_models_own_python(two):
             "graph, which calls nn.Linear alone as a module: compile with execution='module', or leave it out of the "
             "plan of parallelize_module"
         )
+
+
+def layouts(rank, world):
+    """Shard weights so that what they return is gathered, and take it whole; compile blocks with torch.compile."""
+    model, lone = (compiled(make("glu"), "glu", "graph") for _ in range(2))
+    whole_out, whole_in = ColwiseParallel(output_layouts=Replicate()), RowwiseParallel(input_layouts=Replicate())
+    for block in blocks_of(model):
+        parallelize_module(block, mesh_of(world), {"gate": whole_out, "up": whole_out, "down": whole_in})
+    fast = parallel(compiled(make("glu"), "glu", "graph"), mesh_of(world))
+    for block in blocks_of(fast):
+        block.compile(backend="eager")
+    keep = {c.name: torch.arange(3, 17) for c in ecospa_fx.couplings(lone)}
+    found = []
+    for cut in (False, True):
+        for each in (model, lone, fast):
+            if cut:
+                ecospa_fx.shrink(each, keep)
+            for p in each.parameters():
+                p.grad = None
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="The .grad attribute")  # torch.compile reads it
+                loss_of(each, inputs("glu", 3)).backward()
+        pairs = [[whole(p.grad) for p in each.parameters()] for each in (model, lone, fast)]
+        found += [float((a - b).abs().max()) for one in (0, 2) for a, b in zip(pairs[one], pairs[1], strict=True)]
+    return max(found)
+
+
+def test_other_layouts_and_compiled_blocks(two):
+    assert max(two.run(layouts)) < 1e-13
 
 
 def refusals(rank, world):
