@@ -175,7 +175,8 @@ def _layout(name: str, linear: nn.Module) -> _Layout:
             return _Layout(width != weight.shape[1], result.shape[-1] != weight.shape[0])
     raise WrapperError(
         f"`{name}` takes or returns DTensors, or shards of a sequence, and the region around it runs as one graph of "
-        "plain tensors: compile with execution='module', or leave input_layouts and output_layouts as they are"
+        "plain tensors: compile with execution='module', or use layouts in which tensors are local and whole, or "
+        "shared out along the last dim"
     )
 
 

@@ -157,11 +157,25 @@ def refusals(rank, world):
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     absorbs = said(ecospa_fx.EcoSpaTrainer, model, optimizer, absorb=True, **SCHEDULE)
     adaptive = said(ecospa_fx.EcoSpaTrainer, model, optimizer, policy="adaptive", **SCHEDULE)
-    return divided, attention, absorbs, adaptive
+    model = compiled(make("glu"), "glu", "graph")
+    for block in blocks_of(model):
+        plan = {name: ColwiseParallel(use_local_output=False) for name in ("gate", "up")}
+        parallelize_module(block, mesh, {**plan, "down": RowwiseParallel()})
+    before = [whole(p).clone() for p in model.parameters()]
+    outputs = [said(ecospa_fx.shrink, model, {ecospa_fx.couplings(model)[0]: torch.arange(20)})]
+    runs = loss_of(model, inputs("glu", 0)).isfinite().item()  # by its own Python
+    outputs.append(said(ecospa_fx.shrink, model, {ecospa_fx.couplings(model)[0]: torch.arange(20)}))
+    assert runs and all(torch.equal(a, whole(b)) for a, b in zip(before, model.parameters(), strict=True))
+    return divided, attention, absorbs, adaptive, outputs
 
 
 def test_refusals_name_the_way_out(two):
-    for divided, attention, absorbs, adaptive in two.run(refusals):
+    for divided, attention, absorbs, adaptive, outputs in two.run(refusals):
+        assert outputs == 2 * [
+            "WrapperError: `blocks.0.gate` takes or returns DTensors, or shards of a sequence, and the region around "
+            "it runs as one graph of plain tensors: compile with execution='module', or use layouts in which tensors "
+            "are local and whole, or shared out along the last dim"
+        ]
         assert divided == (
             "WrapperError: region `blocks.0` runs as generated code, which computes this rank's part by itself, and "
             "`heads` is 2 and was 4: leave such numbers as they were when the model was compiled, or use "
