@@ -84,7 +84,8 @@ class Share:
         for held, mine in self._programs:
             if held is whole:
                 return mine
-        return self._add(whole, plan, module, alive)
+        made: Program = self._add(whole, plan, module, alive)
+        return made
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _add(self, whole: Program, plan: Plan, module: nn.Module, alive: Iterable[Program]) -> Program:
@@ -124,7 +125,8 @@ def share_of(name: str, module: nn.Module) -> Share | None:
     """Return the part of a region that this rank computes; None where each rank computes all of it."""
     if not is_distributed() or not any(is_sharded(parameter) for parameter in module.parameters()):
         return None
-    return _made(name, module)
+    share: Share = _made(name, module)
+    return share
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
