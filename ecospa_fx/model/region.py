@@ -117,6 +117,8 @@ class Region:
         key, inputs, objects = call_key(args, kwargs) or (None, [], [])
         program = self.routing.remembered(self.specializations, key, inputs, objects)
         if program is None:
+            if self.routing.leaves(key) and not self.shrunk:
+                return own_forward(module, REGION)(module, *args, **kwargs)
             check_gathered_at_once(self.name, module, "graph")
             if is_distributed():
                 check_sequences(self._named())
@@ -152,6 +154,8 @@ class Region:
                     result = own_forward(module, REGION)(module, *args, **kwargs)
                     if uncaptured is not None:
                         self.leave(uncaptured)
+                    if program is None and self.uncaptured is not None:
+                        self.routing.leave(key)
                     return result
             elif program is None:
                 program = self._add_shrunk(module, args, kwargs)

@@ -35,6 +35,9 @@ class Routing:
         # A key leads to several routes where modes, hooks, constants or the contents of objects tell calls apart.
         self._routes: dict[Any, tuple[Route, ...]] = {}
         self._bound: dict[int, _Bound] = {}  # per graph
+        self._own_python: set[Any] = (
+            set()
+        )  # keys of calls that no program serves, nor ever will while the region is whole
 
     def without_routes(self) -> Routing:
         """Return a routing that remembers no call, for a region that takes other sizes from now on."""
@@ -71,6 +74,17 @@ class Routing:
             route = program.captured.signature, holds
             routes = self._routes.get(key, ())
             self._routes[key] = (route, *(other for other in routes if other != route))[:MOST_GUARDS]
+
+    def leave(self, key: Any) -> None:
+        """Leave later calls of the same key to the region's own Python, which is right for all while it is whole."""
+        if key is not None:
+            if len(self._own_python) >= MOST_ROUTES:
+                self._own_python.clear()
+            self._own_python.add(key)
+
+    def leaves(self, key: Any) -> bool:
+        """Return whether calls of this key are left to the region's own Python."""
+        return key in self._own_python
 
     def search(
         self, specializations: Sequence[Specialization], module: nn.Module, call: Any, hooks: Mapping[str, int]
