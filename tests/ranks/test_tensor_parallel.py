@@ -73,6 +73,8 @@ def inputs(kind, step):
 
 @pytest.fixture(scope="module")
 def two():
+    import transformers.models.llama.modeling_llama  # noqa: F401, what is imported here need not be on each rank
+
     with Crew(2) as crew:
         yield crew
 
@@ -204,7 +206,6 @@ def check(crew, *case):
 QUICK = [
     ("glu", "graph", "compile, shard", (1, 4)),
     ("glu", "module", "shard, compile"),
-    ("tied", "graph", "compile, shard"),
     ("tied", "module", "compile, shard"),
     ("llama", "graph", "transformers"),
 ]
@@ -226,11 +227,6 @@ def test_two_ranks_train_as_one_process(two, case):
 @pytest.mark.parametrize("case", ALL, ids=lambda case: " ".join(case[:3]))
 def test_every_model_in_every_order(two, case):
     check(two, *case)
-
-
-def test_beside_fsdp2_on_four_ranks():
-    with Crew(4) as four:
-        check(four, "glu", "graph", "2-D")
 
 
 @pytest.mark.sweep
