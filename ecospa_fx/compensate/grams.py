@@ -32,6 +32,7 @@ from ecospa_fx.passes.transform.eliminate import Summing
 from ecospa_fx.passes.transform.rotate import FAR, BasisChange, Part
 from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.members import ranks_of, sharing_ranks
+from ecospa_fx.ranks.tensor_parallel import parallel_count
 from ecospa_fx.ranks.wrappers import unwrapped
 from ecospa_fx.score.products import ProductSite
 
@@ -52,6 +53,11 @@ from .taking_over import TakingOver, has_values
 ROWS = 512
 """Positions read of one call at most, or a quarter of the columns if that is more: 16 calls are 4 rows a column."""
 
+
+_SHARED_OUT = (
+    "absorb=True and rotate=True read all inputs of a weight, and by tensor parallelism each rank has a part of them; "
+    "use absorb=False and rotate=False"
+)
 
 Read: TypeAlias = GramInput | MaskInput | ProductSite
 
@@ -97,6 +103,8 @@ class Grams:
         mask: str | Tensor | None = "attention_mask",
     ) -> None:
         model = unwrapped(model)
+        if parallel_count(model) > 1:
+            raise TargetError(_SHARED_OUT)
         if rows is not None and (not isinstance(rows, int) or rows < 1):
             raise TargetError(f"rows={rows!r} is out of range; it is a whole number of positions, at least 1")
         if ridge is not None and (not isinstance(ridge, (int, float)) or not ridge >= 0):
@@ -222,8 +230,10 @@ class Grams:
         """Return True at every forward, or at those that train."""
         return self.active and (not self.training or (torch.is_grad_enabled() and module.training))
 
-    def nodes_of(self, region: Region, program: Program) -> tuple[list[fx.Node], list[Read]]:
+    def nodes_of(self, region: Region, program: Program, module: nn.Module) -> tuple[list[fx.Node], list[Read]]:
         """Return the nodes whose values the weights of a region meet, and which input each is."""
+        if region.shared_out is not None:
+            raise TargetError(_SHARED_OUT)
         self._absorbers.read(region)
         here = self._absorbers.consumers(program.axis_facts)
         found: list[Read] = [] if not isinstance(self.mask, str) else list(mask_inputs(program, self.mask))

@@ -217,7 +217,7 @@ def pair_sites(region: Region, program: Program) -> Iterator[ProductSite]:
         coupling = offered.get(join(region.name, names.get(found.key, "")))
         if coupling is None or not coupling.linear:
             continue
-        for site in product_sites(program.axis_facts, found, coupling, kept):
+        for site in product_sites(program.axis_facts, found, coupling, kept, kept):
             activations = all(side.node not in weights for side in site.sides)
             told_apart = coupling.contexts == 1 or all(side.along is not None for side in site.sides)
             if activations and told_apart and len(site.entry) == coupling.size and site.context is None:

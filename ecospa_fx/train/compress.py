@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ecospa_fx.api import compile as compiled
-from ecospa_fx.arguments import FUNCTION, MODULE, NUMBER, WHOLE, optional, takes
+from ecospa_fx.arguments import FUNCTION, MODULE, NAMES, NUMBER, SEVERAL, TEXT, WHOLE, either, optional, takes
 from ecospa_fx.compensate.forecast import forecast, worth_of
 from ecospa_fx.compensate.grams import Grams
 from ecospa_fx.compensate.rotation import rotate
@@ -28,6 +29,7 @@ from ecospa_fx.logs import logger
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.cost import Cost
 from ecospa_fx.model.lookup import couplings
+from ecospa_fx.model.restore import restore
 from ecospa_fx.model.shrinking import shrink
 from ecospa_fx.passes.find.discover import Kind
 from ecospa_fx.ranks.wrappers import unwrapped
@@ -91,7 +93,10 @@ class Compression:
         return "\n".join([*lines, *gone, *(f"note: {note}" for note in self.notes)])
 
 
-@takes(model=MODULE, target=NUMBER, steps=WHOLE, loss=optional(FUNCTION), heal=optional(FUNCTION))
+@takes(
+    model=MODULE, batches=SEVERAL, target=NUMBER, kinds=optional(either(NAMES, TEXT)), steps=WHOLE,
+    loss=optional(FUNCTION), heal=optional(FUNCTION),
+)  # fmt: skip
 def compress(
     model: nn.Module,
     batches: Iterable[Any],
@@ -125,7 +130,8 @@ def compress(
         loss: `loss(model, batch)` -> a scalar; by default that of the model's result if it has one, else of labels
             drawn from its own logits, or of a random projection of its outputs.
         steps: strokes; each has fresh statistics, and takes as long as the first.
-        heal: called with the model after each stroke, such as a few steps of training.
+        heal: called with the model after each stroke, such as a few steps of training. An error in it is raised, and
+            leaves the model as it is then.
 
     Returns:
         A report of what went and what it cost.
@@ -139,9 +145,14 @@ def compress(
         raise TargetError(f"steps={steps} is out of range; it is a whole number, at least 1")
     DecisionSettings(target, cost, among).check()
     _check_kinds(kinds)
+    Constraints(uniform=uniform)
     calls = list(batches)
     if not calls:
         raise TargetError("batches is empty; pass a few batches of the data that the model is for")
+    for number, batch in enumerate(calls):
+        tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+        if tensors and not any(tensor.numel() for tensor in tensors):
+            raise TargetError(f"batch {number} has no entries; leave it out")
     _check_values(module)
     own = Objective()
     objective: Loss = loss or own
@@ -151,7 +162,7 @@ def compress(
     judges = [calls[number] for number in held] or calls
     if not held:
         notes.append(f"{len(calls)} batches are too few to hold some out: pass {EVERY} or more")
-    with _evaluating(module):
+    with _as_it_was_unless_shrunk(module), _evaluating(module):
         if MODEL not in module.__dict__:
             with torch.no_grad():
                 _loss(objective, module, calls[0], 0)  # its own Python says best what is wrong with a batch
@@ -282,6 +293,8 @@ def _constraints(model: nn.Module, kinds: Collection[str] | None, uniform: Unifo
 def _check_kinds(kinds: Collection[str] | None) -> None:
     if isinstance(kinds, str):
         raise TargetError(f"kinds={kinds!r} is one string; pass a list of them")
+    if kinds is not None and not kinds:
+        raise TargetError("kinds is empty, so that nothing may shrink; pass some, or None for all")
     for kind in kinds or ():
         check_option("kinds", kind, get_args(Kind))
 
@@ -295,6 +308,19 @@ def _check_values(model: nn.Module) -> None:
         weight = module._buffers.get("weight", module._buffers.get("qweight"))
         if weight is not None and not weight.is_floating_point():
             raise TargetError(f"`{module_name}` holds quantised weights of {weight.dtype}; de-quantise the model first")
+
+
+@contextmanager
+def _as_it_was_unless_shrunk(model: nn.Module) -> Iterator[None]:
+    """Undo after an error that the model has been compiled, if nothing has shrunk."""
+    compiled_before = MODEL in model.__dict__
+    try:
+        yield
+    except BaseException:
+        state = model.__dict__.get(MODEL)
+        if state is not None and not compiled_before and not state.plan.original_shapes:
+            restore(model)
+        raise
 
 
 @contextmanager

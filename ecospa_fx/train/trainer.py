@@ -227,7 +227,7 @@ class EcoSpaTrainer:
         for each in self.optimizers:
             check_optimizer(model, each)
             check_can_follow(each)
-            if cost == "bytes" and is_partitioned(each):
+            if isinstance(cost, str) and cost == "bytes" and is_partitioned(each):
                 raise OptimizerError(
                     f'cost="bytes" counts the state of optimizers, of which this {type(each).__name__} holds another '
                     'part on each rank; use cost="parameters"'

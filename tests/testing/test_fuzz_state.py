@@ -156,6 +156,18 @@ def test_the_twin_follows_a_shrink_by_zeros_or_by_size() -> None:
         assert (both.plain.model.blocks[0].up.weight.shape == (6, 4)) == (not sized)
 
 
+@pytest.mark.parametrize("execution", ["graph", "module"])
+def test_a_graph_that_the_module_holds_is_no_obstacle_to_a_smaller_twin(execution: Any) -> None:
+    """It holds the gradient accumulators of the old shapes. Program 386 of seed 3."""
+    source = PLAIN.replace("y = self.down(h)", "y = self.down(h)\n        self.last = y")
+    both = Beside(source, execution=execution, regions="root", sized=True)
+    both.compile(2)
+    both.train(3)
+    both.shrink(1)
+    both.train(5)
+    assert both.shrinks == 1 and both.plain.model.blocks[0].last.requires_grad
+
+
 def test_generators_are_compared_each() -> None:
     state = Generators.seeded(0)
     state.check("now")
