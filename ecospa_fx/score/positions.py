@@ -172,6 +172,7 @@ class PositionReader(Averaged[str]):
 
     Attributes:
         gates: judges what has no such place.
+        begins: gradients begin at the first place where no weight before it trains, so that no weight need have one.
     """
 
     learns = True
@@ -189,6 +190,7 @@ class PositionReader(Averaged[str]):
         self._measure: str | None = None  # the coupling whose gradient tells by how much a loss was scaled
         self._pending = _Pending()
         self._observed: list[Region] = []
+        self.begins = False
 
     @property
     def sums(self) -> Mapping[SliceKey, Tensor]:
@@ -255,7 +257,11 @@ class PositionReader(Averaged[str]):
             self._take(places, value, gradient)
 
         def read_gradient(value: Tensor) -> Tensor:
-            read: Tensor = _Read.apply(value, take) if value.requires_grad else value  # type: ignore[no-untyped-call]
+            if not value.requires_grad:
+                if not self.begins:
+                    return value
+                value = value.detach().requires_grad_()
+            read: Tensor = _Read.apply(value, take)  # type: ignore[no-untyped-call]
             return read
 
         return read_gradient
