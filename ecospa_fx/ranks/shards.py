@@ -72,6 +72,22 @@ def local_part(tensor: Any) -> Tensor:
     return local.to_local() if is_sharded(tensor) else local  # type: ignore[attr-defined]
 
 
+def first_of(tensor: Any) -> tuple[int, ...]:
+    """Return the position in the whole tensor at which the part on this rank begins."""
+    if not is_sharded(tensor):
+        return (0,) * int(tensor.ndim)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, first = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(first)
+
+
+def is_first_replica(tensor: Any) -> bool:
+    """Decide whether this rank has the copy of its part that counts, where all ranks of a device mesh are added up."""
+    mesh, (_, replicate) = tensor.device_mesh, _placements()
+    return all(mesh.get_local_rank(d) == 0 for d, each in enumerate(tensor.placements) if type(each) is replicate)
+
+
 def move(name: str, tensor: Any, keep: Mapping[int, Tensor]) -> Move:
     """Look at how a sharded tensor loses entries.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.errors import OptimizerError
 from ecospa_fx.kernels import add_slice_sums, add_slice_sums_now
-from ecospa_fx.ranks.shards import is_sharded, local_part
+from ecospa_fx.ranks.shards import first_of, is_sharded, local_part
 
 SliceKey = tuple[str, int]
 
@@ -179,13 +179,8 @@ class SliceSums:
 
     def _first(self, name: str, gradient: Any) -> tuple[int, ...]:
         """Return the position in the whole parameter at which the local part of a gradient begins."""
-        if not is_sharded(gradient):
-            return (0,) * int(gradient.ndim)
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
         self._note_shards(name, gradient)
-        _, first = compute_local_shape_and_global_offset(gradient.shape, gradient.device_mesh, gradient.placements)
-        return tuple(first)
+        return first_of(gradient)
 
     def _note_shards(self, name: str, tensor: Any) -> None:
         """Note along which dims of its device mesh a tensor is sharded, if it is."""
