@@ -338,7 +338,9 @@ class Grams:
                 return None
             unit = member.index if member.context is None else member.context * coupling.size + member.index
             unit = torch.where(member.index >= 0, unit, -1).repeat_interleave(absorber.consumer.window)
-            matrix = absorber.consumer.columns(weight.detach())
+            if is_sharded(weight):
+                ranks_of(self.model).meet("weights that take over")
+            matrix = absorber.consumer.columns(gathered(weight).detach())
             summing.append(Summing(matrix, moments, unit, absorber.consumer.bias is not None))
         return summing or None
 
