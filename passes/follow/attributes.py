@@ -221,7 +221,7 @@ _WEIGHTED = (
 
 def sizes_of_layer(module: nn.Module) -> dict[str, Any]:
     """Return the attributes in which a torch.nn layer keeps the sizes of its weights, with these sizes now."""
-    weight = weight_of(module) if isinstance(module, _WEIGHTED) else None
+    weight: Any = weight_of(module) if isinstance(module, _WEIGHTED) else None
     match module:
         case nn.modules.conv._ConvTransposeNd():
             return {"in_channels": weight.shape[0], "out_channels": weight.shape[1] * module.groups}
