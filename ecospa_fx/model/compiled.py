@@ -359,6 +359,8 @@ class CompiledModel:
         self.follow_ties(model)
         self.follow_shards(model)
         self._check_shapes(model)
+        if self.execution == "graph" and self.state.shared_out:
+            ranks_of(model).meet("look at how weights are sharded")  # which takes calls of layers
         if self.execution == "graph":
             for name in self.regions:
                 self.regions[name].check_shared(model.get_submodule(name), model)
