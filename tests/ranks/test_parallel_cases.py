@@ -9,6 +9,7 @@ import torch
 from crew import Crew, said
 from test_tensor_parallel import compiled, inputs, make, parallel, trained, whole
 from tiny import SCHEDULE, blocks_of, loss_of, made, share
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -21,6 +22,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from torch.nn import functional as F
 
 import ecospa_fx
 
@@ -143,6 +145,53 @@ def other_layouts(world, fast=False):
         pairs = [(whole(a.grad), b.grad) for a, b in zip(model.parameters(), lone.parameters(), strict=True)]
         found += [float((a - b).abs().max()) for a, b in pairs]
     return max(found)
+
+
+class Packed(nn.Module):
+    """A gated layer whose two projections are one weight."""
+
+    def __init__(self, d=12, h=20):
+        super().__init__()
+        self.fused, self.down = nn.Linear(d, 2 * h, bias=False), nn.Linear(h, d)
+
+    def forward(self, x):
+        gate, up = self.fused(x).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+def packed(rank, world, execution):
+    """Shard a packed weight as transformers does: each rank has a run of each part."""
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    found = []
+    for spread in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(Packed(), Packed()).double()
+        x = torch.randn(6, 4, 12, dtype=torch.float64)
+        ecospa_fx.compile(model, example_inputs=(x,), execution=execution, regions=["0", "1"])
+        if spread:
+            plan = {}
+            for name, style in (("fused", "packed_colwise"), ("down", "rowwise")):
+                for each in (f"{i}.{name}" for i in (0, 1)):
+                    names = [f"{each}.{p}" for p, _ in model.get_submodule(each).named_parameters()]
+                    plan |= dict.fromkeys([*names, each], style)
+            apply_tensor_parallelism(model, mesh_of(world), plan)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+        settings = {**SCHEDULE, "multiple_of": {"glu": 2}, "index_score": "taylor"}
+        trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, **settings)
+        for step in range(8):
+            model(x + step).square().mean().backward()
+            optimizer.step()
+            trainer.step()
+            optimizer.zero_grad()
+        assert len(trainer.history) == 2
+        found.append([whole(p) for p in model.parameters()])
+    return max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("execution", ["graph", "module"])
+def test_packed_weights_are_shared_out_part_by_part(two, execution):
+    assert max(two.run(packed, execution)) < 1e-12
 
 
 def compiled_blocks(rank, world):
