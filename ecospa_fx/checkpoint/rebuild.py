@@ -29,7 +29,7 @@ from ecospa_fx.passes.follow.attributes import Changes, assigned, sync_layer_siz
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.ir.border import NO_BORDER
 from ecospa_fx.plan import Plan
-from ecospa_fx.ranks.shards import is_sharded
+from ecospa_fx.ranks.shards import is_sharded, split
 
 from .across import joints_in
 from .directory import Draft, Save
@@ -226,7 +226,8 @@ def filled(model: nn.Module, saved: Saved) -> Iterator[None]:
         with torch.no_grad():
             for name, value in saved.tensors.items():
                 before[name] = tensors[name].detach().clone()
-                tensors[name].copy_(value)
+                whole = is_sharded(tensors[name]) and not is_sharded(value)
+                tensors[name].copy_(split(value, tensors[name]) if whole else value)
         yield
     except BaseException:
         with torch.no_grad():

@@ -24,6 +24,7 @@ from ecospa_fx.arguments import SEVERAL, STATEFUL
 from ecospa_fx.errors import CheckpointError, EcoSpaError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.lookup import check_optimizer
+from ecospa_fx.ranks.shards import is_sharded, split
 
 from .directory import Draft, Save
 from .packing import Packer, Unpacker
@@ -305,7 +306,7 @@ def _into_optimizer(
         if name not in index:
             raise CheckpointError(f"{where} holds optimizer state of `{name}`, which this optimizer does not have")
     numbers = [[index[name] for name in group] for group in groups]
-    exact = {index[name]: entries for name, entries in saved["state"].items()}
+    exact = {index[name]: _placed(entries, parameters[index[name]]) for name, entries in saved["state"].items()}
     state = {
         **saved["rest"],
         "state": {**exact, **saved["more"]},
@@ -326,6 +327,16 @@ def _into_optimizer(
                     placed[key] = _like(value, placed.get(key))
 
     return apply, lambda: optimizer.__dict__.update(before)
+
+
+def _placed(value: Any, parameter: Tensor) -> Any:
+    """Return state of a parameter, its tensors of the parameter's shape sharded as that is, if they were whole."""
+    if isinstance(value, Tensor):
+        sharded = is_sharded(parameter) and not is_sharded(value) and value.ndim and value.shape == parameter.shape
+        return split(value, parameter) if sharded else value
+    if isinstance(value, dict):
+        return {key: _placed(entry, parameter) for key, entry in value.items()}
+    return value
 
 
 def _like(value: Any, placed: Any) -> Any:
