@@ -138,7 +138,21 @@ def read_training(save: Save, training: Training, rng: bool, model: nn.Module) -
         shards = read_shards(save, _sharded_state(document, model)) if part == "optimizer" and save.sharded else {}
         unpacker = Unpacker(tensors, str(save.directory / file), shards)
         states[part] = {name: unpacker.unpack(document[name]) for name in wanted}
+    for each in states.get("optimizer", {}).values():
+        _split_state(each["state"], model)
     return states
+
+
+def _split_state(state: dict[str, Any], model: nn.Module) -> None:
+    """Shard state that one process wrote like its parameter, where it has its shape and this model is sharded."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, entries in state.items():
+        like = parameters.get(name)
+        if like is None or not is_sharded(like) or not isinstance(entries, dict):
+            continue
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and not is_sharded(value) and value.shape == like.shape:
+                entries[key] = split(value.to(like.device), like)
 
 
 def _sharded_state(document: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -306,7 +320,7 @@ def _into_optimizer(
         if name not in index:
             raise CheckpointError(f"{where} holds optimizer state of `{name}`, which this optimizer does not have")
     numbers = [[index[name] for name in group] for group in groups]
-    exact = {index[name]: _placed(entries, parameters[index[name]]) for name, entries in saved["state"].items()}
+    exact = {index[name]: entries for name, entries in saved["state"].items()}
     state = {
         **saved["rest"],
         "state": {**exact, **saved["more"]},
@@ -327,16 +341,6 @@ def _into_optimizer(
                     placed[key] = _like(value, placed.get(key))
 
     return apply, lambda: optimizer.__dict__.update(before)
-
-
-def _placed(value: Any, parameter: Tensor) -> Any:
-    """Return state of a parameter, its tensors of the parameter's shape sharded as that is, if they were whole."""
-    if isinstance(value, Tensor):
-        sharded = is_sharded(parameter) and not is_sharded(value) and value.ndim and value.shape == parameter.shape
-        return split(value, parameter) if sharded else value
-    if isinstance(value, dict):
-        return {key: _placed(entry, parameter) for key, entry in value.items()}
-    return value
 
 
 def _like(value: Any, placed: Any) -> Any:

@@ -530,6 +530,6 @@ def _nothing_found(model: nn.Module, analyses: Mapping[str, Analysis]) -> str:
     else:
         axes = [axis for analysis in analyses.values() for axis in analysis.discovery.uncoupled]
         why = f": {'; '.join(map(str, axes[:2]))}" if axes else ""
-        detail = f" No two of its weights multiply each other{why}"
+        detail = f" No axis of a weight leads to another weight{why}"
     detail += first_removal(model)
     return f"{type(model).__name__} has no coupling that can shrink, and is left as it was.{detail}"

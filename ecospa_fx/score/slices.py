@@ -18,8 +18,8 @@ from torch import Tensor, distributed
 from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.errors import OptimizerError
 from ecospa_fx.kernels import add_slice_sums, add_slice_sums_now
-from ecospa_fx.ranks.placed import positions_here, shards_of
-from ecospa_fx.ranks.shards import is_sharded, local_part
+from ecospa_fx.ranks.placed import shards_of
+from ecospa_fx.ranks.shards import held_along, is_sharded, local_part
 
 SliceKey = tuple[str, int]
 
@@ -214,8 +214,8 @@ class SliceSums:
             return {}
         self._note_shards(name, gradient)
         found: dict[int, list[tuple[int, int, int]]] = {}
-        for dim, shards in (shards_of(gradient) or {}).items():
-            here = positions_here(gradient.shape[dim], gradient.device_mesh, shards)
+        for dim in range(gradient.ndim):
+            here = held_along(gradient, dim)
             starts = [0, *((here.diff() != 1).nonzero().flatten() + 1).tolist(), len(here)] if len(here) else []
             found[dim] = [(a, b - a, int(here[a])) for a, b in pairwise(starts)]
         return found

@@ -137,6 +137,34 @@ def test_strokes_have_their_own_statistics_and_can_be_healed():
     assert apart(model, dense, ids) < at_random(dense, ids, 0.5)
 
 
+class Recurrent(nn.Module):
+    """Its hidden units have no place in a graph; its loss alone knows how it is called."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cells, self.up, self.down = nn.LSTM(6, 12, batch_first=True), nn.Linear(12, 24), nn.Linear(24, 4)
+
+    def forward(self, *, x):
+        return self.down(torch.relu(self.up(self.cells(x)[0])))
+
+
+def test_what_has_no_place_in_a_graph_is_judged_by_its_weights():
+    batches = [torch.randn(3, 7, 6) for _ in range(3)]
+    model, grads = Recurrent(), []
+
+    def loss(model, x):
+        grads.append([name for name, p in model.named_parameters() if p.requires_grad])
+        return model(x=x).square().mean()
+
+    report = ecospa_fx.compress(model, batches, 0.6, loss=loss)
+    sizes = dict(report.removed)
+    assert sizes["recurrent"][1] < 12 and len(sizes) == 2
+    # Measured with all weights training, read with none, then again with those that must.
+    assert [] in grads and any(names and all(n.startswith(("cells", "up")) for n in names) for names in grads)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
 def test_a_mapping_its_mask_and_its_own_loss():
     class Masked(nn.Module):
         def __init__(self):
@@ -215,4 +243,11 @@ def test_quantised_weights_are_refused_by_name():
     model, batches, _ = sinks()
     model.head.weight = nn.Parameter(torch.zeros(WORDS, WIDTH, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TargetError, match=r"`head.weight` holds torch.int8, quantised weights; de-quantise the model"):
+        ecospa_fx.compress(model, batches)
+
+
+def test_a_model_without_values():
+    with torch.device("meta"):
+        model, batches, _ = sinks()
+    with pytest.raises(EcoSpaError, match="is on the meta device and has no values to compress"):
         ecospa_fx.compress(model, batches)
