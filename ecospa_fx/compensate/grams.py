@@ -375,6 +375,43 @@ class Grams:
                 done.add(id(gram))
                 gram.follow(part, change)
 
+    def norm_rows(self, vector: str, number: int) -> Tensor | None:
+        """Return what was read of the input of a norm, `[positions, entries]` at the sizes of now, or None."""
+        return self._norms.rows(vector, number)
+
+    def follow_rows(self, vector: str, number: int, basis: Tensor, journal: Journal) -> None:
+        """Follow a change of basis of the input of a norm."""
+        read = self._norms.read.get((vector, number))
+        rows = self.norm_rows(vector, number)
+        if read is not None and rows is not None:
+            journal.note_object(read)
+            read.rows = (rows.double() @ basis.to(rows.device).T).to(rows)
+
+    def follow_affine(
+        self, part: Part, matrix: Tensor | None, constant: Tensor, done: set[int], journal: Journal
+    ) -> None:
+        """Follow a change of the input of a weight, `matrix @ x + constant`; None: forget what was read of it.
+
+        Args:
+            part: the weight.
+            matrix: `[d, d]`.
+            constant: `[d]`.
+            done: `id` of the moments that have followed, which several weights may share.
+            journal: that of the change.
+        """
+        absorber = self._absorbers.found.get((part.parameter, part.dim))
+        gram = None if absorber is None else self._grams.get(absorber.gram)
+        if gram is None or absorber is None or id(gram) in done:
+            return
+        done.add(id(gram))
+        positions = plan(self.model).kept.get((part.parameter, part.dim))
+        if matrix is None or gram.window > 1 or not gram.narrow_to(positions):
+            journal.note_object(self)
+            self._grams = {key: each for key, each in self._grams.items() if each is not gram}
+            return
+        journal.note_object(gram)
+        gram.follow_affine(part, matrix, constant)
+
     @takes(before=instance("an ecospa_fx.Plan", Plan), after=instance("an ecospa_fx.Plan", Plan), held=SEVERAL)
     def absorbed(self, before: Plan, after: Plan, held: Sequence[Mapping[str, Tensor]]) -> dict[int, Tensor]:
         """Compute the new values of the weights that take over, at their sizes before the shrink.

@@ -159,6 +159,22 @@ class InputMoments:
         sums = change_basis(sums, replace(part, dim=0), change.near)
         self.moments, self.held = Moments(squares, sums, self.moments.count), held
 
+    def follow_affine(self, part: Part, matrix: Tensor, constant: Tensor) -> None:
+        """Follow a change of the weight's inputs, `matrix @ x + constant`."""
+        moments, count = self.moments, self.moments.count
+        order = part.order[:, 0].to(moments.sums.device)
+        by, added = matrix.to(moments.sums.device), constant.to(moments.sums.device)
+        squares, sums = moments.squares.double()[order][:, order], by @ moments.sums.double()[order]
+        squares = by @ squares @ by.T + torch.outer(sums, added) + torch.outer(added, sums)
+        squares = squares + count * torch.outer(added, added)
+        sums = sums + count * added
+        back = order.argsort()
+        held = None
+        if self.held is not None:
+            held = (self.held.double()[:, order] @ by.T + added)[:, back].to(self.held)
+        moved = Moments(squares[back][:, back].to(moments.squares), sums[back].to(moments.sums), count)
+        self.moments, self.held = moved, held
+
 
 @dataclass
 class PairMoments:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ecospa_fx.logs import logger
-from ecospa_fx.model.lookup import regions_of
+from ecospa_fx.model.lookup import plan, regions_of
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import kept_positions
 from ecospa_fx.passes.axes.algebra import Expr, atoms_of, size_of
@@ -234,6 +234,15 @@ class Norms:
             return None
         return norm.shaped(read.rows) if norm.by_rows else read.rows
 
+    def rows(self, vector: str, number: int) -> Tensor | None:
+        """Return what was read of the input of a norm, `[positions, entries]` at the sizes of now, or None."""
+        read = self.read.get((vector, number))
+        if read is None or read.rows.ndim != 2:
+            return None
+        kept = plan(self.model).kept
+        dim = next((d for (name, d) in kept if name == vector), None)
+        return read.rows if read.narrow_to(None if dim is None else kept[vector, dim], 1) else None
+
     def reset(self) -> None:
         """Forget what was read."""
         self.read.clear()
@@ -294,8 +303,10 @@ def _imagined(norm: Norm, facts: AxisFacts, plans: tuple[Selection, Selection], 
         value = norm.shaped(torch.randn(ROWS, sizes[norm.dim], generator=random))
     else:
         value = torch.randn(sizes, generator=random)
-    goes = ~mask_of(norm.expr, after)[mask_of(norm.expr, before)]
-    value.index_fill_(norm.dim, goes.nonzero().flatten(), 0.0)
+    stays = mask_of(norm.expr, after)[mask_of(norm.expr, before)]
+    left = value.index_select(norm.dim, stays.nonzero().flatten())
+    left = left - left.mean(norm.dim, keepdim=True)  # nothing is the mean, where one is subtracted
+    value = torch.zeros_like(value).index_copy_(norm.dim, stays.nonzero().flatten(), left)
     return value.to(like.device, norm.source.meta["val"].dtype)
 
 

@@ -124,6 +124,23 @@ def norms(axis_facts: AxisFacts) -> list[Norm]:
     return [norm for norm in found.values() if fine.issuperset(norm.vectors)]
 
 
+def steps(axis_facts: AxisFacts, atoms: set[Atom]) -> list[Norm]:
+    """Find the places of a graph where values are normalised along some axes and no vector scales the result."""
+    search, found, taken = _Search(axis_facts), list[Norm](), set[fx.Node]()
+    for node in axis_facts.captured.graph.nodes:
+        if node not in search.given or node in taken or not is_tensor(node):
+            continue
+        carried = [e for e in next(iter(axis_facts.values.get(node, ())), ()) if atoms & set(atoms_of(e))]
+        operands = axis_facts.operands.get(node, ())
+        without = any(o.node in search.given and not any(atoms & set(atoms_of(e)) for e in o.exprs) for o in operands)
+        if len(carried) == 1 and (without or search.reduced.get(node, set()) & atoms):
+            step = search.ending_in(node, carried[0])
+            if step is not None and not step.vectors:
+                found.append(step)
+                taken.update(step.ops)
+    return found
+
+
 class _Search:
     """The search for norms in one graph."""
 
@@ -150,9 +167,9 @@ class _Search:
             for user in node.users
         }
 
-    def ending_in(self, node: fx.Node) -> Norm | None:
-        """Return the norm whose result a node is, if it is one."""
-        expr = self._vector_in(node)
+    def ending_in(self, node: fx.Node, plain: Expr | None = None) -> Norm | None:
+        """Return the norm whose result a node is, if it is one; without a vector, if it is `plain` along that axis."""
+        expr = self._vector_in(node) or plain
         if expr is None:
             return None
         atoms = set(atoms_of(expr))
@@ -171,7 +188,9 @@ class _Search:
                 break
             frontier.update(entering)
             if len(frontier) == 1 and any(self.reduced.get(each, set()) & atoms for each in inner[done:]):
-                best, done = self._norm(next(iter(frontier)), node, expr, inner), len(inner)
+                best, done = self._norm(next(iter(frontier)), node, expr, inner, plain is None), len(inner)
+                if plain is not None:
+                    break
         return best
 
     def _vector_in(self, node: fx.Node) -> Expr | None:
@@ -186,7 +205,9 @@ class _Search:
                 return axes[0]
         return None
 
-    def _norm(self, source: fx.Node, result: fx.Node, expr: Expr, inner: Sequence[fx.Node]) -> Norm | None:
+    def _norm(
+        self, source: fx.Node, result: fx.Node, expr: Expr, inner: Sequence[fx.Node], scaled: bool
+    ) -> Norm | None:
         captured, values = self.axis_facts.captured, self.axis_facts.values
         ops, tensors = self._with_weights(inner)
         if any(source.user in ops and self._meets(source.exprs, expr) for source in self.axis_facts.sources):
@@ -199,7 +220,7 @@ class _Search:
         if any(sum(e == expr for e in exprs) != 1 or _entries(exprs) != 1 for _, exprs in lying):
             return None
         vectors = tuple(dict.fromkeys(captured.same_storage.get(name, name) for name, _ in lying))
-        if not vectors or not all(captured.is_parameter(name) for name in vectors):
+        if bool(vectors) != scaled or not all(captured.is_parameter(name) for name in vectors):
             return None
         ordered = tuple(sorted(ops, key=self.order.__getitem__))
         by_rows = all(_row_by_row(self.axis_facts.relations.get(op), dims[0][0]) for op in inner)
@@ -234,7 +255,7 @@ def _row_by_row(relation: Relation | None, dim: int) -> bool:
         case SameDims(absent=absent, dropped=dropped, pinned=pinned):
             return {*absent, *dropped, *pinned} <= {dim}
         case Pattern(spec=spec):
-            return spec.startswith("... ") and len({name for name in spec.split() if "~" in name.rstrip(",")}) <= 2
+            return spec.startswith("... ") and len({name.strip("+,") for name in spec.split() if "~" in name}) == 1
         case _:
             return False
 
@@ -273,7 +294,8 @@ class Responses:
             return y.movedim(norm.along, -1).reshape(-1, y.shape[norm.along]).double()
 
         alone = run(None)
-        return cls(alone, torch.stack([run(name) - alone for name in norm.vectors]))
+        each = [run(name) - alone for name in norm.vectors]
+        return cls(alone, torch.stack(each) if each else alone.new_zeros(0, *alone.shape))
 
 
 def is_affine(norm: Norm, axis_facts: AxisFacts, kept: Selection, x: Tensor, tensors: Mapping[str, Tensor]) -> bool:
