@@ -4,8 +4,8 @@ PYTHONPATH=bench:DIR python bench/real/residual.py [--rows dense removed ...] [-
 
 DIR holds the installed packages of `weights.py`. The text is Python source of the standard library: some modules to
 calibrate on, others to test on, six windows of 512 tokens. The head is untied from the embedding in all rows, as a
-rotation needs it. `removed` takes out the entries that weigh least: mean squares of what norms return, times the squares
-of the columns that read them. `random` takes as many at random.
+rotation needs it. `removed` takes out the entries that weigh least: mean squares of what norms return, times the
+squares of the columns that read them. `random` takes as many at random.
 """
 
 from __future__ import annotations
