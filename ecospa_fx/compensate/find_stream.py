@@ -23,8 +23,8 @@ from ecospa_fx.passes.transform.rotate import FAR, NEAR, Part
 from ecospa_fx.passes.transform.stream import Factors, KeepsBasis, Kind, OnGraphs, Trace, factors
 from ecospa_fx.ranks.shards import gathered
 
-from .placing import has_values
 from .streams import FarWeight, Key, OnStream, Stream, region_of
+from .taking_over import has_values
 
 
 def on_norms(compiled: CompiledModel, coupling: Coupling) -> bool:

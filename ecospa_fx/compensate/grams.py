@@ -26,18 +26,17 @@ from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import kept_positions
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.passes.rewrite.program import Program
-from ecospa_fx.passes.transform.absorb import Absorption, Moments, absorb
 from ecospa_fx.passes.transform.consumers import Consumer, WeightDim
 from ecospa_fx.passes.transform.eliminate import Summing
-from ecospa_fx.passes.transform.judged import HeldOut, absorb_judged
 from ecospa_fx.passes.transform.rotate import FAR, BasisChange, Part
 from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.members import ranks_of, sharing_ranks
-from ecospa_fx.ranks.shards import gathered, local_part
+from ecospa_fx.ranks.shards import gathered, is_sharded
+from ecospa_fx.ranks.tensor_parallel import parallel_count
 from ecospa_fx.ranks.wrappers import unwrapped
 from ecospa_fx.score.products import ProductSite
 
-from .absorbers import Absorbers, TakingOver, key_in_region
+from .absorbers import Absorbers, key_in_region
 from .moments import (
     Gathered,
     GramInput,
@@ -46,18 +45,22 @@ from .moments import (
     PairMoments,
     RowChoice,
     add_blocks,
-    columns,
     mask_inputs,
     moments_in,
     pair_sites,
     without_sums,
 )  # fmt: skip
 from .norms import NormInput, NormRows, Norms, Place
-from .placing import assign, has_values, lie_alike, placed
+from .taking_over import TakingOver, has_values
 
 ROWS = 512
 """Positions read of one call at most, or a quarter of the columns if that is more: 16 calls are 4 rows a column."""
 
+
+_SHARED_OUT = (
+    "absorb=True and rotate=True read all inputs of a weight, and by tensor parallelism each rank has a part of them; "
+    "use absorb=False and rotate=False"
+)
 
 Read: TypeAlias = GramInput | MaskInput | NormInput | ProductSite
 
@@ -103,6 +106,8 @@ class Grams:
         mask: str | Tensor | None = "attention_mask",
     ) -> None:
         model = unwrapped(model)
+        if parallel_count(model) > 1:
+            raise TargetError(_SHARED_OUT)
         if rows is not None and (not isinstance(rows, int) or rows < 1):
             raise TargetError(f"rows={rows!r} is out of range; it is a whole number of positions, at least 1")
         if ridge is not None and (not isinstance(ridge, (int, float)) or not ridge >= 0):
@@ -231,15 +236,15 @@ class Grams:
         """Return True at every forward, or at those that train."""
         return self.active and (not self.training or (torch.is_grad_enabled() and module.training))
 
-    def nodes_of(self, region: Region, program: Program) -> tuple[list[fx.Node], list[Read]]:
+    def nodes_of(self, region: Region, program: Program, module: nn.Module) -> tuple[list[fx.Node], list[Read]]:
         """Return the nodes whose values the weights of a region meet, and which input each is."""
+        if region.shared_out is not None:
+            raise TargetError(_SHARED_OUT)
         self._absorbers.read(region)
-        here = self._absorbers.consumers_in(program.axis_facts)
+        here = self._absorbers.consumers(program.axis_facts)
         found: list[Read] = [] if not isinstance(self.mask, str) else list(mask_inputs(program, self.mask))
         found += pair_sites(region, program)
-        for key in dict.fromkeys(
-            self._absorbers.found[key].gram for key in self._absorbers.offered(region) if key in self._absorbers.found
-        ):
+        for key in self._absorbers.grams_in(region):
             consumer = here.get(key_in_region(region, key))
             if isinstance(consumer, Consumer):
                 found.append(GramInput(key, consumer.inputs, consumer.window, region.state.plan.kept.get(key)))
@@ -273,20 +278,6 @@ class Grams:
             before.add(moments)
         else:
             self._grams[gram_input.gram] = moments
-
-    def _matrix(self, gram: WeightDim, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """Return the weights that sum over the inputs of a Gram matrix, `[outputs, columns]`; None where none is whole.
-
-        Args:
-            gram: the (parameter, dim) under which the matrix is kept.
-            tensors: those of the model by name; one that is not there is left out.
-        """
-        found = [
-            absorber.consumer.columns(gathered(weight).detach())
-            for (name, _), absorber in self._absorbers.found.items()
-            if absorber.gram == gram and (weight := tensors.get(name)) is not None and has_values(weight)
-        ]
-        return torch.cat([each.to(found[0]) for each in found]) if found else None
 
     def _add_pair(self, site: ProductSite, values: Sequence[Tensor]) -> None:
         before = self._pairs.get(site.coupling)
@@ -348,7 +339,7 @@ class Grams:
             key = member.parameter, member.dim
             absorber = self._absorbers.found.get(key)
             if absorber is None:
-                if key in self.refused:
+                if key in self._absorbers.refused:
                     return None
                 continue
             moments, weight = whole.inputs.get(absorber.gram), tensors[member.parameter]
@@ -356,7 +347,9 @@ class Grams:
                 return None
             unit = member.index if member.context is None else member.context * coupling.size + member.index
             unit = torch.where(member.index >= 0, unit, -1).repeat_interleave(absorber.consumer.window)
-            matrix = absorber.consumer.columns(weight.detach())
+            if is_sharded(weight):
+                ranks_of(self.model).meet("weights that take over")
+            matrix = absorber.consumer.columns(gathered(weight).detach())
             summing.append(Summing(matrix, moments, unit, absorber.consumer.bias is not None))
         return summing or None
 
@@ -428,76 +421,26 @@ class Grams:
             `id` of a tensor in `held` -> its new value, for those that change.
         """
         self._absorbers.read_all()
-        values: dict[int, Tensor] = {}
-        solved: dict[tuple[WeightDim, bool], Absorption] = {}
-        self.left = {}
         going: dict[WeightDim, Tensor] = {}
         for name, dim in self._absorbers.found:
             steps = kept_positions(name, before, after).get(dim) if (name, dim) in after.kept else None
             if steps is not None:
                 going[name, dim] = steps
-        whole = self._gathered(self._absorbers.found[key].gram for key in sorted(going))
-        able = [
-            key for key in going if self._absorbers.found[key].gram in whole.inputs and has_values(held[0].get(key[0]))
-        ]
-        everywhere = set(ranks_of(self.model).common([f"{n} {d}" for n, d in able], "the weights that take over"))
-        for name, dim in sorted(key for key in able if f"{key[0]} {key[1]}" in everywhere):
-            absorber, steps = self._absorbers.found[name, dim], going[name, dim]
-            consumer, constant = absorber.consumer, absorber.consumer.bias is not None
-            if (absorber.gram, constant) not in solved:
-                found = self._solve(absorber, whole.inputs[absorber.gram], steps, held[0])
-                if found is None:
-                    continue
-                solved[absorber.gram, constant] = found
-            absorption = solved[absorber.gram, constant]
-            self.left[name, dim] = absorption.left
-            bias = None if consumer.bias is None else name.removesuffix(consumer.parameter) + consumer.bias
-            for tensors in held:
-                weight = tensors.get(name)
-                if weight is None or not has_values(weight):
-                    continue
-                constant_in = tensors[bias] if bias is not None and has_values(tensors.get(bias)) else None
-                by_rows = lie_alike(weight, constant_in, dim)
-                part = local_part(weight) if by_rows else gathered(weight).detach()
-                matrix = consumer.columns(part)
-                value = consumer.as_weight(absorption.columns(matrix), part)
-                assign(values, tensors, weight, placed(value, weight, by_rows))
-                if constant_in is not None:
-                    part = local_part(constant_in) if by_rows else gathered(constant_in).detach()
-                    value = absorption.bias(part, matrix)
-                    assign(values, tensors, constant_in, placed(value, constant_in, by_rows))
+        found = self._absorbers.found
+        whole = self._gathered(found[key].gram for key in sorted(going))
+        rows = {key: gram.held for key, gram in self._grams.items() if gram.held is not None}
+        taking = TakingOver(found, whole.inputs, rows, self.ridge, ranks_of(self.model))
+        values = taking.values(going, held)
+        self.left = taking.left
         self._log(before, after)
         return values | self._norms.absorbed(before, after, held)
-
-    def _solve(
-        self, absorber: TakingOver, moments: Moments, steps: Tensor, tensors: Mapping[str, Tensor]
-    ) -> Absorption | None:
-        """Regress what goes on what stays.
-
-        Args:
-            absorber: a weight that may take over.
-            moments: those of its input, over all ranks.
-            steps: the positions of its dim that stay.
-            tensors: those of the model by name.
-        """
-        constant, kept = absorber.consumer.bias is not None, columns(steps, absorber.consumer.window)
-        if self.ridge is not None:
-            return absorb(moments, kept, constant=constant, ridge=self.ridge)
-        gram, matrix, ranks = self._grams.get(absorber.gram), self._matrix(absorber.gram, tensors), ranks_of(self.model)
-
-        def total(sums: Tensor) -> Tensor:
-            return ranks.totals({"sums": sums}, "the positions held out")["sums"] if ranks else sums
-
-        rows = moments.squares[:0] if gram is None or gram.held is None else gram.held
-        count = total(torch.tensor([float(len(rows))], device=moments.sums.device))
-        held = None if matrix is None or not int(count) else HeldOut(rows, matrix)
-        return absorb_judged(moments, kept, held, constant=constant, total=total)
 
     def _log(self, before: Plan, after: Plan) -> None:
         log = logger("shrink")
         for key, share in self.left.items():
             log.debug("%s[%d] takes over the entries that go, but for %.1f%% of them", *key, 100 * share)
-        for key in [*self.refused, *(key for key in self._absorbers.found if key not in self.left)]:
+        refused = self._absorbers.refused
+        for key in [*refused, *(key for key in self._absorbers.found if key not in self.left)]:
             if key in after.kept and not torch.equal(after.kept[key], before.kept.get(key, after.kept[key][:0])):
-                reason = self.refused.get(key, "no finite moments of its inputs were gathered")
+                reason = refused.get(key, "no finite moments of its inputs were gathered")
                 log.info("nothing takes over in %s[%d]: %s", *key, reason)

@@ -31,7 +31,7 @@ from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.members import ranks_of
 from ecospa_fx.ranks.shards import gathered
 
-from .placing import assign, has_values, placed
+from .taking_over import assign, has_values, placed
 
 ROWS = 512
 """Positions that are kept of the input of one norm; a norm has two unknowns per channel."""
