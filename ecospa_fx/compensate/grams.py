@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -21,25 +20,23 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.journal import Journal, take_state
-from ecospa_fx.model.lookup import compiled_state, plan, regions_of
+from ecospa_fx.model.lookup import plan, regions_of
 from ecospa_fx.model.observers import check_observable, ignore, observe
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import kept_positions
-from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
-from ecospa_fx.passes.ir.axis_facts import AxisFacts
-from ecospa_fx.passes.ir.region_graph import RegionGraph
+from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.passes.rewrite.program import Program
-from ecospa_fx.passes.transform.absorb import Absorption, Moments, absorb
-from ecospa_fx.passes.transform.consumers import Consumer, WeightDim, consumers
+from ecospa_fx.passes.transform.absorb import Moments
+from ecospa_fx.passes.transform.consumers import Consumer, WeightDim
 from ecospa_fx.passes.transform.eliminate import Summing
-from ecospa_fx.passes.transform.judged import HeldOut, absorb_judged
 from ecospa_fx.passes.transform.rotate import FAR, BasisChange, Part
 from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.members import ranks_of, sharing_ranks
-from ecospa_fx.ranks.shards import gathered, is_sharded, local_part, split, whole_of
+from ecospa_fx.ranks.tensor_parallel import parallel_count
 from ecospa_fx.ranks.wrappers import unwrapped
 from ecospa_fx.score.products import ProductSite
 
+from .absorbers import Absorbers, key_in_region
 from .moments import (
     Gathered,
     GramInput,
@@ -48,24 +45,21 @@ from .moments import (
     PairMoments,
     RowChoice,
     add_blocks,
-    columns,
     mask_inputs,
     pair_sites,
 )  # fmt: skip
+from .taking_over import TakingOver, has_values
 
 ROWS = 512
 """Positions read of one call at most, or a quarter of the columns if that is more: 16 calls are 4 rows a column."""
 
 
+_SHARED_OUT = (
+    "absorb=True and rotate=True read all inputs of a weight, and by tensor parallelism each rank has a part of them; "
+    "use absorb=False and rotate=False"
+)
+
 Read: TypeAlias = GramInput | MaskInput | ProductSite
-
-
-@dataclass(frozen=True, eq=False)
-class _Absorber:
-    """A weight that may absorb: how it is used, and the (parameter, dim) under which its inputs' moments are kept."""
-
-    consumer: Consumer
-    gram: WeightDim
 
 
 class Grams:
@@ -91,7 +85,6 @@ class Grams:
             assigned anew before each call. None: all.
 
     Attributes:
-        refused: (parameter, dim) of a weight that sums over a coupling and cannot take over -> the reason.
         left: (parameter, dim) -> share of the squares of the removed part at the last shrink that nothing took over;
             at the positions held out, if there are any.
 
@@ -110,6 +103,8 @@ class Grams:
         mask: str | Tensor | None = "attention_mask",
     ) -> None:
         model = unwrapped(model)
+        if parallel_count(model) > 1:
+            raise TargetError(_SHARED_OUT)
         if rows is not None and (not isinstance(rows, int) or rows < 1):
             raise TargetError(f"rows={rows!r} is out of range; it is a whole number of positions, at least 1")
         if ridge is not None and (not isinstance(ridge, (int, float)) or not ridge >= 0):
@@ -119,15 +114,12 @@ class Grams:
         self.model, self.rows, self.ridge, self.training = model, rows, ridge, training
         self.mask = mask
         self.active = True
-        self.refused: dict[WeightDim, str] = {}
         self.left: dict[WeightDim, float] = {}
         self._grams: dict[WeightDim, InputMoments] = {}
         self._pairs: dict[str, PairMoments] = {}
-        self._graphs: dict[int, tuple[AxisFacts, Mapping[WeightDim, Consumer | str]]] = {}
-        self._absorbers: dict[WeightDim, _Absorber] = {}
-        self._read_for: list[object] = []  # a coupling and the graphs that absorbers have been found for
         self._whole: Gathered | None = None  # of all ranks, while they are read several times
         self._regions = list(regions_of(model).values())
+        self._absorbers = Absorbers(model, self._regions)
         if self._regions:
             check_observable(model)
         for region in self._regions:
@@ -167,10 +159,15 @@ class Grams:
         self._mask = mask
 
     @property
+    def refused(self) -> dict[WeightDim, str]:
+        """(parameter, dim) of a weight that sums over a coupling and cannot take over -> the reason."""
+        return self._absorbers.refused
+
+    @property
     def absorbing(self) -> tuple[WeightDim, ...]:
         """(parameter, dim) of the weights that can take over."""
-        self._read_all()
-        return tuple(self._absorbers)
+        self._absorbers.read_all()
+        return tuple(self._absorbers.found)
 
     @property
     def empty(self) -> bool:
@@ -233,14 +230,16 @@ class Grams:
         """Return True at every forward, or at those that train."""
         return self.active and (not self.training or (torch.is_grad_enabled() and module.training))
 
-    def nodes_of(self, region: Region, program: Program) -> tuple[list[fx.Node], list[Read]]:
+    def nodes_of(self, region: Region, program: Program, module: nn.Module) -> tuple[list[fx.Node], list[Read]]:
         """Return the nodes whose values the weights of a region meet, and which input each is."""
-        self._read(region)
-        here = self._consumers(program.axis_facts)
+        if region.shared_out is not None:
+            raise TargetError(_SHARED_OUT)
+        self._absorbers.read(region)
+        here = self._absorbers.consumers(program.axis_facts)
         found: list[Read] = [] if not isinstance(self.mask, str) else list(mask_inputs(program, self.mask))
         found += pair_sites(region, program)
-        for key in dict.fromkeys(self._absorbers[key].gram for key in self._offered(region) if key in self._absorbers):
-            consumer = here.get(_key_in_region(region, key))
+        for key in self._absorbers.grams_in(region):
+            consumer = here.get(key_in_region(region, key))
             if isinstance(consumer, Consumer):
                 found.append(GramInput(key, consumer.inputs, consumer.window, region.state.plan.kept.get(key)))
         return [node for place in found for node in place.nodes], found
@@ -271,20 +270,6 @@ class Grams:
         else:
             self._grams[gram_input.gram] = moments
 
-    def _matrix(self, gram: WeightDim, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """Return the weights that sum over the inputs of a Gram matrix, `[outputs, columns]`; None where none is whole.
-
-        Args:
-            gram: the (parameter, dim) under which the matrix is kept.
-            tensors: those of the model by name; one that is not there is left out.
-        """
-        found = [
-            absorber.consumer.columns(gathered(weight).detach())
-            for (name, _), absorber in self._absorbers.items()
-            if absorber.gram == gram and (weight := tensors.get(name)) is not None and _has_values(weight)
-        ]
-        return torch.cat([each.to(found[0]) for each in found]) if found else None
-
     def _add_pair(self, site: ProductSite, values: Sequence[Tensor]) -> None:
         before = self._pairs.get(site.coupling)
         moments = PairMoments.of_call(site, values, self.rows or ROWS, 0 if before is None else before.calls)
@@ -302,8 +287,8 @@ class Grams:
             near: the matrix of the weights on one side, `[contexts, d, d]`.
             far: likewise on the other side.
         """
-        self._read_all()
-        over = [(part, self._absorbers.get((part.parameter, part.dim))) for part in parts if part.side == FAR]
+        self._absorbers.read_all()
+        over = [(part, self._absorbers.found.get((part.parameter, part.dim))) for part in parts if part.side == FAR]
         whole = self._gathered([absorber.gram for _, absorber in over if absorber is not None], [coupling.name])
         pair = whole.pairs.get(coupling.name)
         if pair is not None and pair[0].shape == near.shape:
@@ -319,7 +304,7 @@ class Grams:
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Read moments several times, while ranks add them up once."""
-        self._read_all()
+        self._absorbers.read_all()
         before, self._whole = self._whole, self._gathered(self._grams, self._pairs)
         try:
             yield
@@ -337,19 +322,19 @@ class Grams:
 
     def summing(self, coupling: Coupling) -> list[Summing] | None:
         """Return the weights that sum over a coupling, and their inputs' moments; None if one cannot take over."""
-        self._read_all()
+        self._absorbers.read_all()
         tensors, summing = named_tensors(self.model), []
         keys = [(member.parameter, member.dim) for member in coupling.members]
-        whole = self._gathered(self._absorbers[key].gram for key in keys if key in self._absorbers)
+        whole = self._gathered(self._absorbers.found[key].gram for key in keys if key in self._absorbers.found)
         for member in coupling.members:
             key = member.parameter, member.dim
-            absorber = self._absorbers.get(key)
+            absorber = self._absorbers.found.get(key)
             if absorber is None:
-                if key in self.refused:
+                if key in self._absorbers.refused:
                     return None
                 continue
             moments, weight = whole.inputs.get(absorber.gram), tensors[member.parameter]
-            if moments is None or not _has_values(weight):
+            if moments is None or not has_values(weight):
                 return None
             unit = member.index if member.context is None else member.context * coupling.size + member.index
             unit = torch.where(member.index >= 0, unit, -1).repeat_interleave(absorber.consumer.window)
@@ -367,55 +352,12 @@ class Grams:
             self._pairs[coupling.name].follow(change)
         done: set[int] = set()
         for part in parts:
-            absorber = self._absorbers.get((part.parameter, part.dim)) if part.side == FAR else None
+            absorber = self._absorbers.found.get((part.parameter, part.dim)) if part.side == FAR else None
             gram = None if absorber is None else self._grams.get(absorber.gram)
             positions = plan(self.model).kept.get((part.parameter, part.dim))
             if gram is not None and gram.narrow_to(positions) and id(gram) not in done:
                 done.add(id(gram))
                 gram.follow(part, change)
-
-    def _consumers(self, axis_facts: AxisFacts) -> Mapping[WeightDim, Consumer | str]:
-        cached = self._graphs.get(id(axis_facts))
-        if cached is None or cached[0] is not axis_facts:
-            self._graphs[id(axis_facts)] = cached = (axis_facts, consumers(axis_facts))
-        return cached[1]
-
-    def _offered(self, region: Region) -> list[WeightDim]:
-        """Return the dims of matrices that couplings of a region lie on."""
-        prefix = f"{region.name}." if region.name else ""
-        members = (m for c in compiled_state(self.model).couplings() for m in c.members if m.matrix)
-        return sorted({(m.parameter, m.dim) for m in members if m.parameter.startswith(prefix)})
-
-    def _read_all(self) -> None:
-        """Find the weights of all regions that may absorb, once for the couplings and the graphs that there are."""
-        graphs = [program for region in self._regions for program in region.specializations]
-        now = [*compiled_state(self.model).couplings()[:1], *graphs]
-        if len(now) == len(self._read_for) and all(a is b for a, b in zip(now, self._read_for, strict=True)):
-            return
-        self._read_for = now
-        for region in self._regions:
-            if region.specializations:
-                self._read(region)
-
-    def _read(self, region: Region) -> None:
-        """Find the weights of a region that may absorb: every graph of it must sum over the dim in the same way."""
-        groups: dict[Any, WeightDim] = {}
-        for key in self._offered(region):
-            self._absorbers.pop(key, None)
-            self.refused.pop(key, None)
-            inside = _key_in_region(region, key)
-            graphs = [p.axis_facts for p in reversed(region.specializations) if _uses(p.captured, inside[0])]
-            found = [self._consumers(axis_facts).get(inside) for axis_facts in graphs]
-            if not any(found):
-                continue  # its outputs are summed over by other weights
-            reasons = [each for each in found if isinstance(each, str)]
-            same = [each for each in found if isinstance(each, Consumer)]
-            if reasons or len(same) < len(found) or len({each.window for each in same}) > 1:
-                self.refused[key] = reasons[0] if reasons else "not every call of its region sums over it"
-                continue
-            bias = same[0].bias if len({each.bias for each in same}) == 1 else None
-            inputs = tuple(tuple((i.node, i.dim, i.window) for i in each.inputs) for each in same)
-            self._absorbers[key] = _Absorber(replace(same[0], bias=bias), groups.setdefault(inputs, key))
 
     @takes(before=instance("an ecospa_fx.Plan", Plan), after=instance("an ecospa_fx.Plan", Plan), held=SEVERAL)
     def absorbed(self, before: Plan, after: Plan, held: Sequence[Mapping[str, Tensor]]) -> dict[int, Tensor]:
@@ -432,77 +374,29 @@ class Grams:
         Returns:
             `id` of a tensor in `held` -> its new value, for those that change.
         """
-        self._read_all()
-        values: dict[int, Tensor] = {}
-        solved: dict[tuple[WeightDim, bool], Absorption] = {}
-        self.left = {}
+        self._absorbers.read_all()
         going: dict[WeightDim, Tensor] = {}
-        for name, dim in self._absorbers:
+        for name, dim in self._absorbers.found:
             steps = kept_positions(name, before, after).get(dim) if (name, dim) in after.kept else None
             if steps is not None:
                 going[name, dim] = steps
-        whole = self._gathered(self._absorbers[key].gram for key in sorted(going))
-        able = [key for key in going if self._absorbers[key].gram in whole.inputs and _has_values(held[0].get(key[0]))]
-        everywhere = set(ranks_of(self.model).common([f"{n} {d}" for n, d in able], "the weights that take over"))
-        for name, dim in sorted(key for key in able if f"{key[0]} {key[1]}" in everywhere):
-            absorber, steps = self._absorbers[name, dim], going[name, dim]
-            consumer, constant = absorber.consumer, absorber.consumer.bias is not None
-            if (absorber.gram, constant) not in solved:
-                found = self._solve(absorber, whole.inputs[absorber.gram], steps, held[0])
-                if found is None:
-                    continue
-                solved[absorber.gram, constant] = found
-            absorption = solved[absorber.gram, constant]
-            self.left[name, dim] = absorption.left
-            bias = None if consumer.bias is None else name.removesuffix(consumer.parameter) + consumer.bias
-            for tensors in held:
-                weight = tensors.get(name)
-                if weight is None or not _has_values(weight):
-                    continue
-                constant_in = tensors[bias] if bias is not None and _has_values(tensors.get(bias)) else None
-                by_rows = _lie_alike(weight, constant_in, dim)
-                part = local_part(weight) if by_rows else gathered(weight).detach()
-                matrix = consumer.columns(part)
-                value = consumer.as_weight(absorption.columns(matrix), part)
-                _assign(values, tensors, weight, _placed(value, weight, by_rows))
-                if constant_in is not None:
-                    part = local_part(constant_in) if by_rows else gathered(constant_in).detach()
-                    value = absorption.bias(part, matrix)
-                    _assign(values, tensors, constant_in, _placed(value, constant_in, by_rows))
+        found = self._absorbers.found
+        whole = self._gathered(found[key].gram for key in sorted(going))
+        rows = {key: gram.held for key, gram in self._grams.items() if gram.held is not None}
+        taking = TakingOver(found, whole.inputs, rows, self.ridge, ranks_of(self.model))
+        values = taking.values(going, held)
+        self.left = taking.left
         self._log(before, after)
         return values
-
-    def _solve(
-        self, absorber: _Absorber, moments: Moments, steps: Tensor, tensors: Mapping[str, Tensor]
-    ) -> Absorption | None:
-        """Regress what goes on what stays.
-
-        Args:
-            absorber: a weight that may take over.
-            moments: those of its input, over all ranks.
-            steps: the positions of its dim that stay.
-            tensors: those of the model by name.
-        """
-        constant, kept = absorber.consumer.bias is not None, columns(steps, absorber.consumer.window)
-        if self.ridge is not None:
-            return absorb(moments, kept, constant=constant, ridge=self.ridge)
-        gram, matrix, ranks = self._grams.get(absorber.gram), self._matrix(absorber.gram, tensors), ranks_of(self.model)
-
-        def total(sums: Tensor) -> Tensor:
-            return ranks.totals({"sums": sums}, "the positions held out")["sums"] if ranks else sums
-
-        rows = moments.squares[:0] if gram is None or gram.held is None else gram.held
-        count = total(torch.tensor([float(len(rows))], device=moments.sums.device))
-        held = None if matrix is None or not int(count) else HeldOut(rows, matrix)
-        return absorb_judged(moments, kept, held, constant=constant, total=total)
 
     def _log(self, before: Plan, after: Plan) -> None:
         log = logger("shrink")
         for key, share in self.left.items():
             log.debug("%s[%d] takes over the entries that go, but for %.1f%% of them", *key, 100 * share)
-        for key in [*self.refused, *(key for key in self._absorbers if key not in self.left)]:
+        refused = self._absorbers.refused
+        for key in [*refused, *(key for key in self._absorbers.found if key not in self.left)]:
             if key in after.kept and not torch.equal(after.kept[key], before.kept.get(key, after.kept[key][:0])):
-                reason = self.refused.get(key, "no finite moments of its inputs were gathered")
+                reason = refused.get(key, "no finite moments of its inputs were gathered")
                 log.info("nothing takes over in %s[%d]: %s", *key, reason)
 
 
@@ -528,49 +422,3 @@ def _moments_in(state: Mapping[str, Tensor]) -> tuple[dict[WeightDim, InputMomen
     return grams, {
         name: PairMoments(state[f"near {name}"], state[f"far {name}"], int(state[f"calls {name}"])) for name in pairs
     }
-
-
-def _key_in_region(region: Region, key: WeightDim) -> WeightDim:
-    """Return a (parameter, dim) by the parameter's name inside a region."""
-    return (key[0].removeprefix(f"{region.name}.") if region.name else key[0]), key[1]
-
-
-def _uses(captured: RegionGraph, name: str) -> bool:
-    """Return whether a graph uses a parameter."""
-    return any(
-        captured.same_storage.get(tensor, tensor) == name
-        for node in captured.graph.nodes
-        if node.op == "placeholder" and node.users and (tensor := captured.tensors.get(node.name)) is not None
-    )
-
-
-def _has_values(tensor: Tensor | None) -> bool:
-    """Return whether a tensor has values that can be read, on this rank or on several."""
-    plain = type(tensor) in (Tensor, nn.Parameter) or is_sharded(tensor)
-    return plain and tensor is not None and tensor.device.type != "meta"
-
-
-def _lie_alike(weight: Any, bias: Any, dim: int) -> bool:
-    """Return whether this rank holds rows of a weight with all columns along `dim`, and the bias of the same rows.
-
-    Each row takes over for itself, so that nothing need move then.
-    """
-    if not is_sharded(weight):
-        return bias is None or not is_sharded(bias)
-    by_rows = dim != 0 and all(not placement.is_shard() or placement.is_shard(0) for placement in weight.placements)
-    return by_rows and (bias is None or (is_sharded(bias) and bias.placements == weight.placements))
-
-
-def _placed(value: Tensor, like: Any, by_rows: bool) -> Tensor:
-    """Return the new value of a tensor, sharded as that is."""
-    if not is_sharded(like):
-        return value
-    placed: Tensor = whole_of(value, like) if by_rows else split(value, like)
-    return placed
-
-
-def _assign(values: dict[int, Tensor], tensors: Mapping[str, Tensor], tensor: Tensor, value: Tensor) -> None:
-    """Set the new value of a tensor, and of those that share its memory."""
-    for each in tensors.values():
-        if each is tensor or (storage_key(each) == storage_key(tensor) and each.shape == tensor.shape):
-            values[id(each)] = value

@@ -21,7 +21,7 @@ EVERY = 4
 """One call in so many is held out."""
 
 HELD = 512
-"""Positions that are held out at most."""
+"""Positions that are held out at most, evenly of all the calls held out; the others of these calls are fitted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,14 +126,21 @@ class InputMoments:
 
     def add(self, other: InputMoments) -> None:
         """Add those of another call."""
-        mine, theirs = self.moments, other.moments
+        self._add_sums(other.moments)
+        if other.held is not None:
+            rows = other.held if self.held is None else torch.cat([self.held, other.held])
+            stays = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+            stays[spaced(torch.arange(len(rows), device=rows.device), HELD, 0)] = True
+            self.held, rest = rows[stays], rows[~stays]
+            self._add_sums(Moments(rest.T @ rest, rest.sum(0), len(rest)))
+        self.calls += other.calls
+        self.total += other.total
+
+    def _add_sums(self, theirs: Moments) -> None:
+        mine = self.moments
         mine.squares.add_(theirs.squares)
         mine.sums.add_(theirs.sums)
         self.moments = Moments(mine.squares, mine.sums, mine.count + theirs.count)
-        if other.held is not None:
-            self.held = other.held if self.held is None else spaced(torch.cat([self.held, other.held]), HELD, 0)
-        self.calls += other.calls
-        self.total += other.total
 
     def narrow_to(self, positions: Tensor | None) -> bool:
         """Drop the entries that have gone since; return False if one of `positions` is missing."""
@@ -210,7 +217,7 @@ def pair_sites(region: Region, program: Program) -> Iterator[ProductSite]:
         coupling = offered.get(join(region.name, names.get(found.key, "")))
         if coupling is None or not coupling.linear:
             continue
-        for site in product_sites(program.axis_facts, found, coupling, kept):
+        for site in product_sites(program.axis_facts, found, coupling, kept, kept):
             activations = all(side.node not in weights for side in site.sides)
             told_apart = coupling.contexts == 1 or all(side.along is not None for side in site.sides)
             if activations and told_apart and len(site.entry) == coupling.size and site.context is None:

@@ -103,6 +103,7 @@ class Constraints:
                 conditions at once.
         """
         whole = self._frozen(model, couplings) | {c.name: self.whole[c.name] for c in couplings if c.name in self.whole}
+        whole |= {c.name: "tensor parallelism cuts its entries apart" for c in couplings if not c.parts}
         if self.head_dims == "off":
             whole |= {c.name: 'head_dims="off"' for c in couplings if _inside_heads(c)}
         ties = Ties(couplings)
@@ -222,7 +223,7 @@ class Constraints:
         """Return the number that the entries of a coupling which shrinks are a multiple of."""
         multiple = self.multiple_of.get(coupling.kind, 1)
         round_to = 1 if _counts_heads(coupling) else self.round_to
-        return lcm(round_to // gcd(round_to, width), multiple // gcd(multiple, width))
+        return lcm(round_to // gcd(round_to, width), multiple // gcd(multiple, width), coupling.parts or 1)
 
     def _allows(self, coupling: Coupling, keep: Fraction, width: int, whole: Mapping[str, str]) -> bool:
         """Decide whether a coupling may have `keep` entries."""

@@ -73,6 +73,8 @@ class Coupling:
         changes: with execution="module", the integers in the model's modules that change with its size.
         in_step: with execution="module", names of couplings that must keep the same share of their entries, because its
             own Python has one integer for the sizes of all (one `head_dim` for queries, keys and values).
+        parts: its size stays a multiple of this number, as many ranks share its entries out by tensor parallelism; 0
+            where that cuts entries apart, so that none can go.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Coupling:
     attention: str | None = None
     changes: tuple[str, ...] = ()
     in_step: tuple[str, ...] = ()
+    parts: int = 1
 
     @cached_property
     def width(self) -> int:

@@ -29,15 +29,16 @@ from ecospa_fx.logs import logger
 from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.find.analyse import Analysis, shared_outside
 from ecospa_fx.passes.find.joined import choose_regions
-from ecospa_fx.passes.follow.attributes import Changes, numbers_in, sync_layer_sizes
+from ecospa_fx.passes.follow.attributes import Attribute, Changes, numbers_in, sync_layer_sizes
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts
 from ecospa_fx.plan import Plan
-from ecospa_fx.ranks.fsdp2 import check_reduced, gathered_whole, owners, reshard
+from ecospa_fx.ranks.fsdp2 import check_reduced, owners, reshard
 from ecospa_fx.ranks.members import ranks_of
+from ecospa_fx.ranks.tensor_parallel import gathered_whole, parallel_count, spread_dims
 
 from .class_swap import (
     CopiesWait,
@@ -63,6 +64,7 @@ from .region import Region, check_gathered_at_once
 from .slicing import Absorber, prepare_tensors
 from .specialization import Specialization
 from .state import ModelState
+from .whole import shared_numbers
 
 _NOT_JOINED = (
     "regions='joined' needs execution='graph': the Python of a block holds sizes of its own for what comes in and goes "
@@ -290,6 +292,15 @@ class CompiledModel:
 
         all_or_nothing(take_up)
 
+    def follow_shards(self, model: nn.Module) -> None:
+        """Take up which dims of weights tensor parallelism shares out: couplings along them have fewer sizes."""
+        shared_out = spread_dims(model)
+        if shared_out != self.state.shared_out:
+            self.state.shared_out = shared_out
+            for region in self.regions.values():
+                region.share, region.unshared, region.routing = None, None, region.routing.without_routes()
+            self.state.forget_couplings()
+
     def _check_shapes(self, model: nn.Module) -> None:
         """Refuse tensors whose sizes have changed other than by a shrink."""
         for name, tensor in named_tensors(model).items():
@@ -346,7 +357,11 @@ class CompiledModel:
         for name in self.regions:
             check_gathered_at_once(name, model.get_submodule(name), self.execution)
         self.follow_ties(model)
+        self.follow_shards(model)
         self._check_shapes(model)
+        if self.execution == "graph":
+            for name in self.regions:
+                self.regions[name].check_shared(model.get_submodule(name), model)
         joints = joint_offers(self.state, self.regions)
         after = planned(self.plan, self.regions, self.couplings(), selection, joints)
         rewritten: dict[Program, Program] = {}
@@ -363,11 +378,12 @@ class CompiledModel:
             replaced = absorb.absorbed(self.plan, after, weights)
         change = prepare_tensors(named, self.plan, after, optimizers, replaced, owners(model))
         attributes = self._attributes_under(after)
+        numbers = self._numbers_here(model, attributes)
 
         def commit(journal: Journal) -> None:
             for module in (model, *(module for module, _ in twins)):
                 journal.note_modules(module)
-                self._hold(module, attributes)
+                self._hold(module, numbers)
             change.commit(journal)
             if self.execution == "module":
                 for module in (model, *(module for module, _ in twins)):
@@ -382,9 +398,22 @@ class CompiledModel:
 
         return _Prepared(after, commit)
 
-    def _hold(self, module: nn.Module, attributes: Changes) -> None:
+    def _numbers_here(self, model: nn.Module, attributes: Changes) -> dict[Attribute, int]:
+        """Return the integers that modules are to hold; where they hold the part of this rank, that part."""
+        shared, ranks = shared_numbers(model, self.regions), parallel_count(model)
+        numbers = {attribute: now for attribute, (_, now) in attributes.items()}
+        for attribute in numbers.keys() & shared.keys():
+            if numbers[attribute] % ranks:
+                raise ShrinkError(
+                    f"`{attribute}` is of the part of one of {ranks} ranks, and would be {numbers[attribute]} for all "
+                    f"of them; keep a multiple of {ranks}"
+                )
+            numbers[attribute] //= ranks
+        return numbers
+
+    def _hold(self, module: nn.Module, numbers: Mapping[Attribute, int]) -> None:
         """Let the integers of modules follow."""
-        for attribute, (_, now) in attributes.items():
+        for attribute, now in numbers.items():
             if attribute.read(module) != now:
                 attribute.write(module, now)
 
@@ -498,6 +527,6 @@ def _nothing_found(model: nn.Module, analyses: Mapping[str, Analysis]) -> str:
     else:
         axes = [axis for analysis in analyses.values() for axis in analysis.discovery.uncoupled]
         why = f": {'; '.join(map(str, axes[:2]))}" if axes else ""
-        detail = f" No two of its weights multiply each other{why}"
+        detail = f" No axis of a weight leads to another weight{why}"
     detail += first_removal(model)
     return f"{type(model).__name__} has no coupling that can shrink, and is left as it was.{detail}"

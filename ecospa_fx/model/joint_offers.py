@@ -22,7 +22,7 @@ from ecospa_fx.passes.ir.border import WeightDim
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.plan import Plan
 
-from .offers import nearest
+from .offers import nearest, parts_of
 
 if TYPE_CHECKING:
     from .region import Region
@@ -61,15 +61,17 @@ class JointOffer:
             return None
         kept = {region.name: region.offers.kept for region in self.touched()}
         members = tuple(member for each in self.joint.members for member in self._members(each, kept))
+        size = len(self._left(self.state.plan))
         return Coupling(
             name=self.joint.name,
             kind=self.joint.kind,
-            size=len(self._left(self.state.plan)),
+            size=size,
             original_size=self.joint.size,
             members=members,
             linear=self.joint.linear,
             region="",
             explain_path=self._why,
+            parts=parts_of(members, size, self.state.shared_out),
         )
 
     def supported(self) -> bool:

@@ -61,6 +61,7 @@ def state_of(model: nn.Module) -> CompiledModel:
             "once, or compile it with example_inputs=(x,)"
         )
     compiled.follow_ties(model)
+    compiled.follow_shards(model)
     return compiled
 
 

@@ -28,7 +28,7 @@ class Observer(Protocol):
     def wants(self, module: nn.Module) -> bool:
         """Decide whether to observe the call of a region that is about to run."""
 
-    def nodes_of(self, region: Region, program: Program) -> tuple[Sequence[fx.Node], Any]:
+    def nodes_of(self, region: Region, program: Program, module: nn.Module) -> tuple[Sequence[fx.Node], Any]:
         """Choose the nodes of a program's graph to read, and a tag that `receive` gets with their values."""
 
     def receive(self, tag: Any, values: Sequence[Tensor]) -> None:
@@ -39,7 +39,7 @@ class Observer(Protocol):
 class Tapper(Protocol):
     """An observer that reads gradients inside regions."""
 
-    def taps_of(self, region: Region, program: Program) -> Sequence[Tap]:
+    def taps_of(self, region: Region, program: Program, module: nn.Module) -> Sequence[Tap]:
         """Choose the values of a program's graph that pass through a function of the observer's."""
 
 
@@ -63,8 +63,8 @@ class Observers:
         """Run one call of the region."""
         observers = [observer for observer in self.observers if observer.wants(module)]
         if not observers:
-            return program(module, inputs)
-        key = (id(program), *map(id, observers))
+            return region.program_here(program, module)(module, inputs)
+        key = (id(program), id(region.shared_out), *map(id, observers))
         observed = self._observed.get(key)
         if observed is None or observed.program is not program:
             alive = {id(each.program) for each in region.specializations}
@@ -78,12 +78,13 @@ class Observers:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _observed_program(region: Region, program: Program, module: nn.Module, observers: Sequence[Observer]) -> _Observed:
-    requests = [(observer, *observer.nodes_of(region, program)) for observer in observers]
+    requests = [(observer, *observer.nodes_of(region, program, module)) for observer in observers]
     nodes = list(dict.fromkeys(node for _, chosen, _ in requests for node in chosen))
     number = {node: i for i, node in enumerate(nodes)}
     numbered = tuple((observer, tag, tuple(number[node] for node in chosen)) for observer, chosen, tag in requests)
-    taps = [tap for observer in observers if isinstance(observer, Tapper) for tap in observer.taps_of(region, program)]
-    return _Observed(program, watch(program, region.kept(program), module, nodes, taps), numbered)
+    tappers = [observer for observer in observers if isinstance(observer, Tapper)]
+    taps = [tap for observer in tappers for tap in observer.taps_of(region, program, module)]
+    return _Observed(program, watch(program, region.kept_here(program, module), module, nodes, taps), numbered)
 
 
 def check_observable(model: nn.Module) -> None:
@@ -94,8 +95,9 @@ def check_observable(model: nn.Module) -> None:
     """
     if compiled_state(model).execution == "module":
         raise EcoSpaError(
-            "scores of activations, and Gram matrices, are read off the graphs that run, and with execution='module' "
-            "the model's own Python runs; use another score, absorb=False and rotate=False, or execution='graph'"
+            "scores of activations, and Gram matrices (for absorb and rotate, which policy='adaptive' turns on), are "
+            "read off the graphs that run, and with execution='module' the model's own Python runs; use another score, "
+            "absorb=False and rotate=False, or execution='graph'"
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from ecospa_fx.couple.coupling import Coupling, Member
 from ecospa_fx.couple.coupling_index import CouplingIndex, by_part
@@ -22,6 +23,7 @@ from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.rewrite.replay import replay, selected_by, write_plan
 from ecospa_fx.passes.rewrite.stored import check_state_layouts
 from ecospa_fx.plan import Plan
+from ecospa_fx.ranks.tensor_parallel import Sharding
 
 from .specialization import Specialization
 
@@ -39,6 +41,7 @@ class Offers:
         unsupported_marks: marks (see `_mark`) of couplings that some call before a save could not follow.
         across: atoms of the naming graph that are a coupling across regions -> its name.
         uncaptured: why a call could not be captured, if there is one: then nothing can shrink.
+        shared_out: see `ModelState`.
     """
 
     region: str
@@ -48,6 +51,7 @@ class Offers:
     unsupported_marks: frozenset[str]
     uncaptured: str | None = None
     across: Mapping[Atom, str] = field(default_factory=dict)
+    shared_out: Mapping[tuple[str, int], Sharding] = field(default_factory=dict)
 
     @property
     def naming_graph(self) -> Specialization:
@@ -175,12 +179,13 @@ class Offers:
             inside = [name.removeprefix(f"{self.region}.") for name in (a, b)]
             return path_between(axis_facts, offered.atom, inside[0], inside[1])
 
+        members = tuple(self._members(offered, numbers))
         return Coupling(
             name=join(self.region, offered.name),
             kind=offered.kind,
             size=numbers.size,
             original_size=offered.atom.size,
-            members=tuple(self._members(offered, numbers)),
+            members=members,
             linear=offered.linear,
             region=self.region,
             explain_path=why,
@@ -191,6 +196,7 @@ class Offers:
             if support is not None
             else (),
             in_step=tuple(self._names_of(support.in_step.get(offered.key, ()))) if support is not None else (),
+            parts=parts_of(members, numbers.size, self.shared_out),
         )
 
     def _members(self, offered: RegionCoupling, numbers: CouplingIndex) -> Iterator[Member]:
@@ -220,6 +226,21 @@ class Offers:
         names = [join(self.region, coupling.name) for coupling in couplings if coupling.atom is atom]
         names += [self.across[atom]] if atom in self.across else []
         return names[0] if names else f"an axis of {atom.size} that stays whole"
+
+
+def parts_of(members: Iterable[Member], size: int, shared_out: Mapping[tuple[str, int], Sharding]) -> int:
+    """Return the number that the size of a coupling stays a multiple of, see `Coupling.parts`."""
+    found: list[Tensor] = []  # [size, ranks]: the ranks that have a part of each entry
+    for member in members:
+        sharding = shared_out.get((member.parameter, member.dim))
+        if sharding is not None:
+            owned, ranks = member.index >= 0, sharding.owners(len(member.index))
+            found.append(torch.zeros(size, sharding.ranks, dtype=torch.bool))
+            found[-1][member.index[owned], ranks[owned]] = True
+    if all(bool(each.all()) for each in found):
+        return 1  # as the dims inside of heads, of which every rank has some
+    apart = all(bool((each.sum(1) == 1).all()) and torch.equal(each, found[0]) for each in found)
+    return found[0].shape[1] if apart else 0
 
 
 def _mark(coupling: RegionCoupling, context: Atom | None) -> str:

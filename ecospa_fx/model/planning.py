@@ -118,6 +118,15 @@ def _check_keep(coupling: Coupling, keep: Tensor) -> None:
         raise ShrinkError(f"cannot shrink {where}: keep has {len(keep)} rows; it has {coupling.contexts} contexts now")
     if not keep.numel():
         raise ShrinkError(f"cannot shrink {where} to nothing; at least one of its {coupling.size} entries must stay")
+    left = keep.shape[-1]
+    if left != coupling.size and (coupling.parts == 0 or left % coupling.parts):
+        why = (
+            f"{coupling.parts} ranks share its entries out by tensor parallelism, and {left} would stay; keep a "
+            f"multiple of {coupling.parts}"
+            if coupling.parts
+            else "tensor parallelism cuts its entries apart, so that ranks have parts of them"
+        )
+        raise ShrinkError(f"cannot shrink {where}: {why}")
     if int(keep.min()) < 0 or int(keep.max()) >= coupling.size:
         raise ShrinkError(
             f"cannot shrink {where}: keep reaches from {int(keep.min())} to {int(keep.max())}, and it has entries 0 to "

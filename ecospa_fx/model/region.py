@@ -12,6 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ecospa_fx.collectives import is_distributed
 from ecospa_fx.errors import CaptureError, EcoSpaError, NotNowError, PinnedAxisError, TooManyCallsError, WrapperError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of, size_of
@@ -35,7 +36,8 @@ from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts, keys_of, whole_objects
-from ecospa_fx.ranks.fsdp2 import sharded_apart
+from ecospa_fx.ranks.fsdp2 import fsdp_modules, sharded_apart
+from ecospa_fx.ranks.tensor_parallel import check_sequences, gathered_here
 
 from .class_swap import own_forward
 from .full_size import FullSizeTensors, in_transform, outside_forward, outside_inference, unshrunk_dim
@@ -43,6 +45,7 @@ from .journal import Journal, all_or_nothing
 from .moving import moving_buffers, settled
 from .offers import Offers
 from .routing import Routing
+from .share import Share, check_served, share_of
 from .specialization import Specialization
 from .state import ModelState
 
@@ -69,6 +72,8 @@ class Region:
         python_support: where the region's own Python runs, the couplings that it can follow.
         border: the dims of its arguments, results and tied weights that shrink with the model around it.
         uncaptured: why a call could not be captured that its own Python serves while it is whole; else None.
+        unshared: why no graph can run where tensor parallelism has changed the region's modules.
+        share: the part that this rank computes where tensor parallelism spreads the weights; else None.
     """
 
     def __init__(
@@ -85,20 +90,25 @@ class Region:
         self.unsupported_marks: frozenset[str] = frozenset()
         self.python_support: PythonSupport | None = None
         self.uncaptured: str | None = None
+        self.share: Share | None = None
+        self.unshared: str | None = None
         self._warned = False
         self._not_inputs: set[str] = set()  # numbers that a graph cannot take as inputs
         self._fills: tuple[StateChange, ...] = ()  # the changes that the last captured call makes to caches
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle writes: without programs, which the next call captures and generates again."""
-        fresh = {"specializations": [], "routing": Routing(), "watcher": None, "python_support": None, "_fills": ()}
+        fresh = {
+            "specializations": [], "routing": Routing(), "watcher": None, "python_support": None, "_fills": (),
+            "share": None, "unshared": None,
+        }  # fmt: skip
         known = {"called": self.first_sizes, "unsupported_marks": frozenset(self.offers.marks())}
         return {**self.__dict__, **fresh, **known}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
         """Copy the region for a copy of the model, which can run at once: programs hold no module and are shared."""
         memo[id(self)] = twin = object.__new__(type(self))
-        fresh: dict[str, Any] = {"routing": Routing(), "watcher": None, "_fills": ()}
+        fresh: dict[str, Any] = {"routing": Routing(), "watcher": None, "_fills": (), "share": None, "unshared": None}
         twin.__dict__ |= {key: copy.deepcopy(value, memo) for key, value in (self.__dict__ | fresh).items()}
         return twin
 
@@ -107,7 +117,19 @@ class Region:
         key, inputs, objects = call_key(args, kwargs) or (None, [], [])
         program = self.routing.remembered(self.specializations, key, inputs, objects)
         if program is None:
+            if self.routing.leaves(key) and not self.shrunk:
+                return own_forward(module, REGION)(module, *args, **kwargs)
             check_gathered_at_once(self.name, module, "graph")
+            if is_distributed():
+                check_sequences(self._named())
+            if self.share is None:
+                try:
+                    self.share = share_of(self.name, module)
+                except WrapperError as error:
+                    if self.shrunk:
+                        raise
+                    self.unshared = str(error)
+                    return own_forward(module, REGION)(module, *args, **kwargs)
             leaves, objects = parted(flattened((args, kwargs))[0])
             inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             hooks = inner_hooks(module)
@@ -123,6 +145,8 @@ class Region:
                     "and runs as one graph, in which it would not be called. Remove it, or put it on an nn.Linear, on "
                     "a parameter or on the region"
                 )
+            if program is None and self.shared_out is not None:
+                self._check_numbers(module, self.shared_out.ranks)
             if program is None and not self.shrunk:
                 program, uncaptured = self._add_or_none(module, args, kwargs)
                 if program is None or self.routing.changed_constant(self.specializations, module, program) is not None:
@@ -130,6 +154,8 @@ class Region:
                     result = own_forward(module, REGION)(module, *args, **kwargs)
                     if uncaptured is not None:
                         self.leave(uncaptured)
+                    if program is None and self.uncaptured is not None:
+                        self.routing.leave(key)
                     return result
             elif program is None:
                 program = self._add_shrunk(module, args, kwargs)
@@ -138,7 +164,42 @@ class Region:
             self.routing.remember(key, module, program)
         if objects:
             inputs = [*inputs, *(program.captured.carried.read(objects) or ()), *objects]
-        return program(module, inputs) if self.watcher is None else self.watcher(self, program, module, inputs)
+        if self.watcher is not None:
+            return self.watcher(self, program, module, inputs)
+        return self.program_here(program, module)(module, inputs)
+
+    @property
+    def shared_out(self) -> Share | None:
+        """The part that this rank computes, unless it computes all now."""
+        return self.share if self.share is not None and self.share.holds() else None
+
+    def check_shared(self, module: nn.Module, model: nn.Module) -> None:
+        """Refuse to shrink a region in which tensor parallelism has changed modules so that no graph can run.
+
+        Args:
+            module: the region.
+            model: the model that it is a part of. Every rank must be here.
+
+        Raises:
+            WrapperError: it has.
+        """
+        check_served(self.name, module, model)
+        if self.unshared is not None:
+            raise WrapperError(self.unshared)
+        if self.share is None and not fsdp_modules(model):  # FSDP2 gathers weights for a forward only
+            self.share = share_of(self.name, module)
+
+    def program_here(self, program: Program, module: nn.Module) -> Program:
+        """Return the program of what this rank computes, for a program of the whole region."""
+        share = self.shared_out
+        if share is None:
+            return program
+        return share.program(program, self.state.plan, module, (each.program for each in self.specializations))
+
+    def kept_here(self, program: Program, module: nn.Module) -> dict[Atom, Selected]:
+        """Return what this rank computes of the plan, in atoms of one program's graph."""
+        share = self.shared_out
+        return self.kept(program) if share is None else share.kept(program, self.state.plan, module)
 
     @property
     def naming_graph(self) -> Specialization:
@@ -156,6 +217,7 @@ class Region:
             self.unsupported_marks,
             self.uncaptured,
             self._across(),
+            self.state.shared_out,
         )
 
     def _across(self) -> dict[Atom, str]:
@@ -233,6 +295,21 @@ class Region:
         full: Call = pytree.tree_map_only(Tensor, expand, (args, kwargs), is_leaf=foreign)
         return full
 
+    def _check_numbers(self, module: nn.Module, ranks: int) -> None:
+        """Refuse integers that have been divided by a number of ranks: generated code follows shards by itself.
+
+        Raises:
+            WrapperError: there are such.
+        """
+        for each in self.specializations:
+            divided = self.routing.divided_number(module, each.program, ranks)
+            if divided is not None:
+                raise WrapperError(
+                    f"{self._named()} runs as generated code, which computes this rank's part by itself, and "
+                    f"{divided}: leave such numbers as they were when the model was compiled, or use "
+                    "execution='module'"
+                )
+
     def _add_or_none(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Program | None, str | None]:
@@ -283,7 +360,14 @@ class Region:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @outside_forward()
     def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
-        """Capture a call of a new signature at original sizes and replay the plan on it."""
+        """Capture a call of a new signature at original sizes and replay the plan on it.
+
+        Where tensor parallelism spreads the weights, each rank holds all of the region's meanwhile.
+        """
+        with gathered_here(module):
+            return self._added(module, args, kwargs)
+
+    def _added(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         if len(self.specializations) >= MOST_PROGRAMS:
             raise TooManyCallsError(
                 f"{self._named()} has been called in {MOST_PROGRAMS} different ways, each with its own graph; "

@@ -20,13 +20,13 @@ from ecospa_fx.passes.follow.attributes import fitted, sync_layer_sizes
 from ecospa_fx.passes.follow.trial import NotTried, difference, example_calls, modes
 from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.rewrite.program import Program
-from ecospa_fx.ranks.fsdp2 import gathered_whole
 from ecospa_fx.ranks.wrappers import looks_inside
 
 from .class_swap import ShrinkableLinear, own_forward, unswap_forward
 from .compiled import COPIES, MODEL, REGION, CompiledModel
 from .lookup import try_call
 from .region import Region
+from .whole import held_whole
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -68,7 +68,7 @@ def restore(
             try_call(
                 model, tuple(example_inputs or ()), dict(example_kwargs or {})
             )  # captures what has not been called
-        with gathered_whole(model), fitted(model):
+        with held_whole(model, compiled.regions), fitted(model):
             for name, region in compiled.regions.items():
                 if any(True for _ in compiled.plan.under(name)):
                     _try(region, model.get_submodule(name))

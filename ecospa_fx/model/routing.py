@@ -35,6 +35,9 @@ class Routing:
         # A key leads to several routes where modes, hooks, constants or the contents of objects tell calls apart.
         self._routes: dict[Any, tuple[Route, ...]] = {}
         self._bound: dict[int, _Bound] = {}  # per graph
+        self._own_python: set[Any] = (
+            set()
+        )  # keys of calls that no program serves, nor ever will while the region is whole
 
     def without_routes(self) -> Routing:
         """Return a routing that remembers no call, for a region that takes other sizes from now on."""
@@ -72,6 +75,17 @@ class Routing:
             routes = self._routes.get(key, ())
             self._routes[key] = (route, *(other for other in routes if other != route))[:MOST_GUARDS]
 
+    def leave(self, key: Any) -> None:
+        """Leave later calls of the same key to the region's own Python, which is right for all while it is whole."""
+        if key is not None:
+            if len(self._own_python) >= MOST_ROUTES:
+                self._own_python.clear()
+            self._own_python.add(key)
+
+    def leaves(self, key: Any) -> bool:
+        """Return whether calls of this key are left to the region's own Python."""
+        return key in self._own_python
+
     def search(
         self, specializations: Sequence[Specialization], module: nn.Module, call: Any, hooks: Mapping[str, int]
     ) -> Program | None:
@@ -99,6 +113,10 @@ class Routing:
     def changed_numbers(self, module: nn.Module, program: Program) -> list[Read] | None:
         """Return the numbers held by a graph that have changed; None if something else has changed, too."""
         return self._bind(module, program.captured).changed_numbers()
+
+    def divided_number(self, module: nn.Module, program: Program, ranks: int) -> str | None:
+        """Return in words an integer held by a graph that has been divided by a number of ranks since; None if none."""
+        return self._bind(module, program.captured).divided(ranks)
 
     def _bind(self, module: nn.Module, captured: RegionGraph) -> _Bound:
         bound = self._bound.get(id(captured))
@@ -158,6 +176,14 @@ class _Bound:
         for number in self.captured.numbers:
             if not number.fits(self.named):
                 return told(number.read, number.read.now(self.named))
+        return None
+
+    def divided(self, ranks: int) -> str | None:
+        """Return in words the first integer that has been divided by a number of ranks; None if there is none."""
+        for read in self.reads:
+            now = read.now(self.named)
+            if type(read.value) is int and type(now) is int and now and now * ranks == read.value:
+                return told(read, now)
         return None
 
     def changed_numbers(self) -> list[Read] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from ecospa_fx.couple.coupling import Coupling
@@ -13,6 +14,7 @@ from ecospa_fx.passes.find.joint import Joint
 from ecospa_fx.passes.find.left_whole import Refusal
 from ecospa_fx.passes.follow.attributes import Changes
 from ecospa_fx.plan import Plan
+from ecospa_fx.ranks.tensor_parallel import Sharding
 
 from .execution import EXECUTIONS, Execution
 
@@ -30,6 +32,7 @@ class ModelState:
         joint_refusals: axes that cross them and cannot shrink, with the reasons.
         withheld: names of joints that some call before a save could not follow.
         elsewhere: names of couplings that this rank could shrink, and another one cannot.
+        shared_out: (parameter, dim) -> how it is sharded, where tensor parallelism shares it out.
         couplings: the couplings by name at their sizes now; None until somebody asks for them.
     """
 
@@ -44,6 +47,7 @@ class ModelState:
         self.joint_refusals: tuple[Refusal, ...] = ()
         self.withheld: frozenset[str] = frozenset()
         self.elsewhere: frozenset[str] = frozenset()
+        self.shared_out: Mapping[tuple[str, int], Sharding] = {}
         self.couplings: dict[str, Coupling] | None = None
 
     @property
@@ -53,7 +57,7 @@ class ModelState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle writes: without graphs, which the next call captures again."""
-        return {**self.__dict__, "captures": [], "couplings": None}
+        return {**self.__dict__, "captures": [], "couplings": None, "shared_out": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelState:
         """Copy the state for a copy of the model; analyses never change and are shared."""

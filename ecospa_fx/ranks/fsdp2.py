@@ -10,12 +10,16 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ecospa_fx.errors import RanksError
+
+from .placed import positions_here, shards_of
+from .shards import whole_of
 
 KNOWN = {
     "param", "module_info", "mesh_info", "post_forward_mesh_info", "device", "shard_placement_fn", "mp_policy",
@@ -61,6 +65,36 @@ def owners(model: nn.Module) -> dict[int, Any]:
         RanksError: this version of torch keeps them elsewhere.
     """
     return {id(owner.sharded_param): owner for group in _groups(model) for owner in group.fsdp_params}
+
+
+def in_forward(owner: Any) -> Any:
+    """Return how a parameter is placed while its weights are gathered, with its sizes; None where it is whole then.
+
+    It is sharded there if it was before `fully_shard`, as by tensor parallelism.
+    """
+    if not owner.is_dtensor:
+        return None
+    spec = getattr(owner, "_unsharded_dtensor_spec", None)
+    if spec is None:
+        raise RanksError(_unknown("FSDPParam has no `_unsharded_dtensor_spec`"))
+    return _Placed(spec.mesh, tuple(spec.placements), owner.sharded_param.shape)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """The way in which a tensor is placed on a device mesh."""
+
+    device_mesh: Any
+    placements: tuple[Any, ...]
+    shape: torch.Size
+
+    @property
+    def ndim(self) -> int:
+        """The number of dims."""
+        return len(self.shape)
+
+    def to_local(self) -> None:
+        """Return nothing: it has no values."""
 
 
 def _groups(model: nn.Module) -> Iterator[Any]:
@@ -115,8 +149,14 @@ def anew(owner: Any, new: Any) -> tuple[Any, Mapping[str, Any]]:
     info, placement = owner._module_info, owner.fsdp_placement
     stand_in = nn.Module()
     stand_in.register_parameter(info.param_name, None)
+    placed = in_forward(owner)
+    sizes = list(new.shape)
+    for dim, shards in (shards_of(placed) or {}).items() if placed is not None else ():
+        sizes[dim] = len(positions_here(sizes[dim], placed.device_mesh, shards))
+    blank: Any = torch.empty(sizes, dtype=new.dtype, device="meta")
     shell = nn.Parameter(
-        torch.empty(new.shape, dtype=new.dtype, device="meta"), requires_grad=owner.sharded_param.requires_grad
+        blank if placed is None else whole_of(blank, placed, new.shape),
+        requires_grad=owner.sharded_param.requires_grad,
     )
     offload = CPUOffloadPolicy(pin_memory=owner.pin_memory) if owner.offload_to_cpu else OffloadPolicy()
     try:

@@ -10,6 +10,7 @@ from ecospa_fx.collectives import is_distributed
 from .agreement import Ranks
 from .fsdp2 import owners
 from .shards import groups_of
+from .tensor_parallel import spread_dims
 from .wrappers import unwrapped, wrappers_around
 
 
@@ -33,7 +34,8 @@ def ranks_of(model: nn.Module) -> Ranks:
 
 def sharing_ranks(model: nn.Module) -> Ranks:
     """Return the ranks of a model that is sharded, whose state is whole only once they have added up their shares."""
-    return ranks_of(model) if is_distributed() and owners(unwrapped(model)) else Ranks()
+    inside = unwrapped(model)
+    return ranks_of(model) if is_distributed() and (owners(inside) or spread_dims(inside)) else Ranks()
 
 
 def is_replicated(model: nn.Module) -> bool:

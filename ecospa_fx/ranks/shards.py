@@ -1,14 +1,14 @@
 """Shards: the parts of a sharded tensor (a DTensor), and how a tensor loses entries where each rank has a part of it.
 
 dims that are whole on every rank   entries are left out where they lie, and nothing moves
-dims that are sharded               the entries that stay go to their new owners by one all-to-all of many tensors
+dims that are sharded               the entries that stay go to their new owners by one all-to-all of many tensors,
+                                    along one dim of the device mesh after the other
 
 The device mesh and the placements stay. A rank sends and gets at most its own shard.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.errors import RanksError
 from ecospa_fx.kernels import compacted
+
+from .placed import coordinates, positions_here, shards_of
 
 MOST_BYTES = 1 << 28
 """Bytes of a rank's shards that one all-to-all moves at most, unless a single tensor has more."""
@@ -45,20 +48,70 @@ class Move:
 
 
 @dataclass(eq=False)
+class _Way:
+    """The way that the entries of one dim take which stay, by their numbers after it.
+
+    Attributes:
+        index: LongTensor, the positions of the entries on this rank among those that it has now; used once.
+        now: dim of the device mesh -> LongTensor `[entries that stay]`, where along it the ranks are that have them.
+        after: the same, of the ranks that are to have them.
+        mine: dim of the device mesh -> where this rank is.
+    """
+
+    index: Tensor
+    now: dict[int, Tensor]
+    after: dict[int, Tensor]
+    mine: dict[int, int]
+
+    @classmethod
+    def of(cls, tensor: Any, dim: int, keep: Tensor) -> _Way:
+        """Find the way of the entries of one dim of a DTensor."""
+        mesh, shards = tensor.device_mesh, (shards_of(tensor) or {})[dim]
+        before, keep = coordinates(tensor.shape[dim], mesh, shards), keep.cpu()
+        mine = {mesh_dim: mesh.get_local_rank(mesh_dim) for mesh_dim, _ in shards}
+        here = torch.stack([before[mesh_dim] == at for mesh_dim, at in mine.items()]).all(0)
+        index = (here.cumsum(0) - 1)[keep[here[keep]]]
+        now = {mesh_dim: ranks[keep] for mesh_dim, ranks in before.items()}
+        return cls(index, now, coordinates(len(keep), mesh, shards), mine)
+
+    def step(self, mesh_dim: int, ranks: int) -> tuple[Tensor, list[int], list[int], Tensor]:
+        """Take the step along one dim of the device mesh, which has so many ranks.
+
+        Returns:
+            The order in which to send the rows of this rank, how many to each rank and from each, and the order in
+            which to put those that came, so that they ascend.
+        """
+        beside = [self.now[other] == at for other, at in self.mine.items() if other != mesh_dim]
+        line = torch.stack([*beside, torch.ones_like(self.now[mesh_dim], dtype=torch.bool)]).all(0)
+        to, of = (each[mesh_dim] for each in (self.after, self.now))
+        sent, got = to[line & (of == self.mine[mesh_dim])], of[line & (to == self.mine[mesh_dim])]
+        self.now[mesh_dim] = to
+        counts = [torch.bincount(each, minlength=ranks).tolist() for each in (sent, got)]
+        return sent.argsort(stable=True), counts[0], counts[1], got.argsort(stable=True).argsort()
+
+
+@dataclass(eq=False)
 class _Parcel:
     """The rows of one tensor that this rank sends and gets.
 
     Attributes:
-        rows: what it sends, the dim that is sharded first.
+        rows: what it sends, the dim that is sharded first, by rank.
         sends: rows for each rank.
         gets: rows from each rank.
+        order: of the rows that come, by rank, so that they ascend.
         got: what came, in order of the ranks.
     """
 
     rows: Tensor
     sends: list[int]
     gets: list[int]
+    order: Tensor
     got: list[Tensor] = field(default_factory=list)
+
+    def arrived(self) -> Tensor:
+        """Return the rows that came, in their order."""
+        rows = torch.cat(self.got) if self.got else self.rows[:0]
+        return _ordered(rows, self.order)
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -72,14 +125,11 @@ def local_part(tensor: Any) -> Tensor:
     return local.to_local() if is_sharded(tensor) else local  # type: ignore[attr-defined]
 
 
-def first_of(tensor: Any) -> tuple[int, ...]:
-    """Return the position in the whole tensor at which the part on this rank begins."""
-    if not is_sharded(tensor):
-        return (0,) * int(tensor.ndim)
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, first = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tuple(first)
+def held_along(tensor: Any, dim: int) -> Tensor:
+    """Return the positions along a dim of a tensor that this rank holds, ascending: all of one that is not sharded."""
+    shards = (shards_of(tensor) or {}).get(dim) if is_sharded(tensor) else None
+    size = tensor.shape[dim]
+    return torch.arange(size) if shards is None else positions_here(size, tensor.device_mesh, shards)
 
 
 def is_first_replica(tensor: Any) -> bool:
@@ -99,20 +149,13 @@ def move(name: str, tensor: Any, keep: Mapping[int, Tensor]) -> Move:
     Raises:
         RanksError: it is placed in a way that tells no rank which entries it has.
     """
-    shard, replicate = _placements()
-    rows: list[tuple[int, int]] = []
-    sharded: set[int] = set()
-    for mesh_dim, placement in enumerate(tensor.placements):
-        if type(placement) is replicate:
-            continue
-        if type(placement) is not shard or placement.dim in sharded:
-            raise RanksError(
-                f"`{name}` is placed {tuple(tensor.placements)} on its device mesh, and only a dim that one dim of the "
-                "mesh shards, or none, can lose entries: shard it along one dim of the mesh"
-            )
-        sharded.add(placement.dim)
-        if placement.dim in keep:
-            rows.append((mesh_dim, placement.dim))
+    shards = shards_of(tensor)
+    if shards is None:
+        raise RanksError(
+            f"`{name}` is placed {tuple(tensor.placements)} on its device mesh, which tells no rank which entries it "
+            "has; shard it, or redistribute it"
+        )
+    rows = [(mesh_dim, dim) for dim, by in shards.items() if dim in keep for mesh_dim, _ in by]
     return Move(tensor, keep, tuple(rows))
 
 
@@ -125,16 +168,16 @@ def moved(moves: Sequence[Move]) -> list[Any]:
             for each in moves
         ]
     )
+    ways: dict[tuple[int, int], _Way] = {}
     for stage in range(max((len(each.rows) for each in moves), default=0)):
         for batch in _batches([(n, each) for n, each in enumerate(moves) if len(each.rows) > stage], stage):
-            parcels = {n: _parcel(locals_[n], each, *each.rows[stage]) for n, each in batch}
+            parcels = {n: _parcel(locals_[n], each, each.rows[stage], ways, n) for n, each in batch}
             _, first = batch[0]
             mesh_dim = first.rows[stage][0]
             _exchange(list(parcels.values()), first.tensor.device_mesh.get_group(mesh_dim), first.tensor.device_mesh)
             for n, each in batch:
-                dim, parcel = each.rows[stage][1], parcels[n]
-                got = torch.cat(parcel.got) if parcel.got else parcel.rows[:0]
-                locals_[n] = got.to(locals_[n].device).movedim(0, dim).contiguous()
+                dim, rows = each.rows[stage][1], parcels[n].arrived()
+                locals_[n] = rows.to(locals_[n].device).movedim(0, dim).contiguous()
     return [whole_of(local, each.tensor, each.shape) for local, each in zip(locals_, moves, strict=True)]
 
 
@@ -160,16 +203,28 @@ def gathered(tensor: Any) -> Tensor:
     return whole.to(device)
 
 
+def mean_squares_along(tensor: Any, dim: int) -> Tensor:
+    """Return the mean square of each slice along a dim of a sharded tensor, of those slices that are here.
+
+    The ranks that have parts of the same slices must all call it.
+    """
+    local = local_part(tensor)
+    squares = (local.double() if local.dtype == torch.float64 else local.float()).square()
+    sums = squares.movedim(dim, 0).flatten(1).sum(1)
+    for other, shards in (shards_of(tensor) or {}).items():
+        for mesh_dim in (mesh_dim for mesh_dim, _ in shards if other != dim):
+            (sums,) = all_reduce_sum(sums, group=tensor.device_mesh.get_group(mesh_dim))
+    mean: Tensor = sums / max(1, tensor.numel() // tensor.shape[dim])
+    return mean
+
+
 def split(whole: Tensor, like: Any) -> Any:
     """Place a tensor that every rank has as another one is; nothing moves."""
-    from torch.distributed.tensor import DTensor, Replicate
-
-    mesh = like.device_mesh
-    home = like.device
-    if home.type != mesh.device_type and home.type != "meta":
-        whole = whole.to(mesh.device_type)
-    everywhere = DTensor.from_local(whole.contiguous(), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return everywhere.redistribute(placements=like.placements).to(home)
+    local = whole
+    for dim, shards in (shards_of(like) or {}).items():
+        here = positions_here(whole.shape[dim], like.device_mesh, shards)
+        local = local.index_select(dim, here.to(local.device))
+    return whole_of(local.contiguous(), like, whole.shape).to(like.device)
 
 
 def data_of(tensor: Any) -> Any:
@@ -180,6 +235,11 @@ def data_of(tensor: Any) -> Any:
 def put(tensor: Any, new: Any, grad: Tensor | None) -> None:
     """Give a sharded tensor other data and another gradient; it stays the same object."""
     tensor.grad = None
+    if tensor.requires_grad:
+        # A graph that is still alive keeps the gradient accumulator, which knows the old sizes. torch makes a new one
+        # when the dtype changes, so it does change for a moment.
+        other = torch.float16 if new.dtype != torch.float16 else torch.float32
+        tensor.data = whole_of(torch.empty_like(local_part(new), dtype=other), new)
     tensor.data = new.detach()  # the sizes that it shows
     tensor._local_tensor, tensor._spec = new._local_tensor, new._spec
     tensor.grad = grad
@@ -192,28 +252,21 @@ def groups_of(tensors: Iterable[Any]) -> list[distributed.ProcessGroup]:
     return list(dict.fromkeys(groups))
 
 
-def bounds(size: int, ranks: int) -> list[int]:
-    """Return the positions at which the chunk of each rank begins, and the end; all but the last are equally long."""
-    chunk = -(-size // ranks)
-    return [min(rank * chunk, size) for rank in range(ranks + 1)]
+def _parcel(local: Tensor, each: Move, row: tuple[int, int], ways: dict[tuple[int, int], _Way], number: int) -> _Parcel:
+    """Lay out what this rank sends of a tensor: its rows that stay, by rank."""
+    mesh_dim, dim = row
+    if (number, dim) not in ways:  # the first step
+        ways[number, dim] = way = _Way.of(each.tensor, dim, each.keep[dim])
+        local = local.index_select(dim, way.index.to(local.device))
+    order, sends, gets, arrives = ways[number, dim].step(mesh_dim, each.tensor.device_mesh.size(mesh_dim))
+    return _Parcel(_ordered(local.movedim(dim, 0), order).contiguous(), sends, gets, arrives)
 
 
-def _parcel(local: Tensor, each: Move, mesh_dim: int, dim: int) -> _Parcel:
-    """Lay out what this rank sends of a tensor: its rows that stay, in order."""
-    mesh, keep = each.tensor.device_mesh, each.keep[dim].cpu()
-    ranks, me = mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim)
-    old, new = bounds(each.tensor.shape[dim], ranks), bounds(len(keep), ranks)
-    # `keep` is sorted, so that the rows of a rank are neighbours before and after.
-    first = [int(torch.searchsorted(keep, begin)) for begin in old]  # new position of the first row of each owner
-    mine = keep[first[me] : first[me + 1]] - old[me]
-    rows = local.index_select(dim, mine.to(local.device)).movedim(dim, 0).contiguous()
-
-    def common(a: int, b: int, c: int, d: int) -> int:
-        return max(0, min(b, d) - max(a, c))
-
-    sends = [common(first[me], first[me + 1], new[r], new[r + 1]) for r in range(ranks)]
-    gets = [common(first[r], first[r + 1], new[me], new[me + 1]) for r in range(ranks)]
-    return _Parcel(rows, sends, gets)
+def _ordered(rows: Tensor, order: Tensor) -> Tensor:
+    """Return rows in an order, the same tensor where they are in it."""
+    if torch.equal(order, torch.arange(len(order))):
+        return rows
+    return rows.index_select(0, order.to(rows.device))
 
 
 def _exchange(parcels: list[_Parcel], group: distributed.ProcessGroup, mesh: Any) -> None:
@@ -280,8 +333,3 @@ def _batches(moves: list[tuple[int, Move]], stage: int) -> Iterator[list[tuple[i
         held[key] = ([*batch, (n, each)], total + size)
     for batch, _ in held.values():
         yield batch
-
-
-def _placements() -> tuple[type[Any], type[Any]]:
-    placements: Any = sys.modules["torch.distributed.tensor"]
-    return placements.Shard, placements.Replicate

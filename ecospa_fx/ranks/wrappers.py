@@ -22,7 +22,7 @@ from ecospa_fx.collectives import is_distributed
 from ecospa_fx.errors import WrapperError
 
 from .ddp import note_trained, refusal
-from .fsdp2 import owners
+from .placed import shards_of
 from .shards import is_sharded
 
 HOLDS = {
@@ -94,12 +94,20 @@ def check_wrappers(model: nn.Module) -> None:
         reason = refusal(around) if isinstance(around, DistributedDataParallel) else None
         if reason is not None:
             raise WrapperError(f"{name} is wrapped in DistributedDataParallel {reason}")
-    follows = {key for key, owner in owners(inside).items() if not owner.is_dtensor}
-    for parameter_name, parameter in inside.named_parameters():
-        if is_sharded(parameter) and id(parameter) not in follows:
+    outer = next((type(each).__name__ for each in wrappers_around(inside)), None)
+    parameters: Iterable[tuple[str, Any]] = inside.named_parameters()
+    for parameter_name, parameter in parameters:
+        if not is_sharded(parameter):
+            continue
+        if shards_of(parameter) is None:
             raise WrapperError(
-                f"`{parameter_name}` of {name} is sharded (a DTensor), as in tensor parallelism, and its shards would "
-                f"keep their sizes when the model shrinks. Shard it with fully_shard instead. Or: {WAY_OUT}"
+                f"`{parameter_name}` of {name} is placed {tuple(parameter.placements)} on its device mesh, which tells "
+                "no rank which entries it has; shard it, or redistribute it"
+            )
+        if outer is not None:
+            raise WrapperError(
+                f"`{parameter_name}` of {name} is sharded (a DTensor), and {name} is wrapped in {outer}, which takes "
+                "whole parameters: use fully_shard on the mesh of the data in its place"
             )
 
 

@@ -32,8 +32,9 @@ from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.relations import Pattern, SameDims
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.ranks.members import ranks_of, sharing_ranks
+from ecospa_fx.ranks.shards import is_sharded, mean_squares_along
 
-from .products import ProductSite, Side, product_sites
+from .products import ProductSite, Side, parts, product_sites
 from .reader import Averaged
 
 
@@ -130,7 +131,8 @@ class ActivationScores(Averaged[str]):
         else:
             total = total.index_add_(0, places, score[0, owned.to(score.device)]).view(site.contexts, -1)
         if self.attention:  # several positions of an entry are several heads: their mean
-            total /= max(1, int(owned.sum()) // (site.contexts * site.size))
+            total /= max(1, int(owned.sum()) * site.parts // (site.contexts * site.size))
+        total *= site.parts  # the mean over ranks counts each entry once per rank
         before = self.sums.get(site.coupling)
         if before is None or before.total.shape != total.shape:
             self.sums[site.coupling] = _Sum(total, 1)
@@ -138,9 +140,9 @@ class ActivationScores(Averaged[str]):
             before.total += total
             before.count += 1
 
-    def nodes_of(self, region: Region, program: Program) -> tuple[list[fx.Node], list[ProductSite]]:
+    def nodes_of(self, region: Region, program: Program, module: nn.Module) -> tuple[list[fx.Node], list[ProductSite]]:
         """Return the nodes of all sites of a program, one after another, and the sites."""
-        kept = region.kept(program)
+        kept = region.kept(program), region.kept_here(program, module)
         names = {found.key: found.name for found in region.naming_graph.discovery.couplings}
         offered = {coupling.name: coupling for coupling in compiled_state(self.model).couplings()}
         sites: list[ProductSite] = []
@@ -148,7 +150,7 @@ class ActivationScores(Averaged[str]):
         for name, found in (*here, *parts_across(region.state, program.axis_facts)):
             if name in offered:
                 sites_of = _attention_sites if self.attention else product_sites
-                sites += sites_of(program.axis_facts, found, offered[name], kept)
+                sites += sites_of(program.axis_facts, found, offered[name], *kept)
         return [node for site in sites for node in site.nodes], sites
 
 
@@ -156,6 +158,10 @@ def _outer_norms(site: ProductSite, values: list[Tensor]) -> Tensor:
     """Compute the norm of each position's outer product in a contraction, `[contexts beside or 1, positions]`."""
     result: Tensor | None = None
     for side, value in zip(site.sides, values, strict=True):
+        if is_sharded(value):  # a weight
+            rows = mean_squares_along(value, side.dim)[None]
+            result = rows if result is None else result * rows
+            continue
         squares = value.double().square() if value.dtype == torch.float64 else value.float().square()
         rows = squares.movedim(side.dim, -1)
         if side.beside is None or side.along is None:
@@ -171,7 +177,11 @@ def _outer_norms(site: ProductSite, values: list[Tensor]) -> Tensor:
 
 
 def _attention_sites(
-    axis_facts: AxisFacts, found: RegionCoupling, coupling: Coupling, kept: dict[Atom, Selected]
+    axis_facts: AxisFacts,
+    found: RegionCoupling,
+    coupling: Coupling,
+    kept: dict[Atom, Selected],
+    here: dict[Atom, Selected],
 ) -> Iterator[ProductSite]:
     """Find the attention of the heads of `found`: attention as one op, or softmax on its own."""
     if found.kind not in ("heads", "groups"):
@@ -188,17 +198,19 @@ def _attention_sites(
         if len(dims) != 1 or (not fused and node.args[1] not in (-1, len(exprs) - 1)):
             continue
         (dim,) = dims
-        entry, on = numbers.read(exprs[dim], index_of(exprs[dim], found.atom), mask_of(exprs[dim], kept))
+        remaining = mask_of(exprs[dim], here)
+        entry, on = numbers.read(exprs[dim], index_of(exprs[dim], found.atom), remaining)
         if context is not None and context not in atoms_of(exprs[dim]):
             continue
         common: dict[str, Any] = {"entry": entry, "size": coupling.size, "contexts": coupling.contexts, "context": on}
+        common["parts"] = parts(mask_of(exprs[dim], kept), remaining)
         if not fused:
             yield ProductSite(coupling.name, node, (Side(node, dim),), **common)
             continue
         sides = tuple(Side(operand.node, dim) for operand in operands[:2])
         given: dict[str, Any] = dict(zip(("mask", "dropout", "causal"), node.args[3:6], strict=False)) | node.kwargs
         mask = given.get("attn_mask", given.get("mask"))
-        rows = tuple(mask_of(expr, kept).nonzero().flatten() if touched(expr, kept) else None for expr in exprs[:-2])
+        rows = tuple(mask_of(expr, here).nonzero().flatten() if touched(expr, here) else None for expr in exprs[:-2])
         yield ProductSite(
             coupling.name, node, sides, **common, mask=mask if isinstance(mask, fx.Node) else None, mask_rows=rows,
             scale=given.get("scale"), causal=bool(given.get("is_causal", given.get("causal", False))),

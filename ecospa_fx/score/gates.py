@@ -21,7 +21,7 @@ from ecospa_fx.model.lookup import couplings, regions_of
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.transform.consumers import WeightDim, consumers
 from ecospa_fx.ranks.members import sharing_ranks
-from ecospa_fx.ranks.shards import first_of, is_first_replica, is_sharded, local_part
+from ecospa_fx.ranks.shards import held_along, is_first_replica, is_sharded, local_part
 
 from .judging import places_of
 from .reader import NO_GRADIENT, ZERO_GRADIENT, GradientStep, ReaderOptions
@@ -234,8 +234,8 @@ def _products(name: str, dim: int, weight: Tensor, gradient: Tensor, scale: Tens
     if products.ndim > 1:
         products = products.sum([other for other in range(products.ndim) if other != dim])
     if is_sharded(gradient):
-        part, begin = products, first_of(gradient)[dim]
+        part = products
         products = part.new_zeros(gradient.shape[dim])
         if is_first_replica(gradient):
-            products[begin : begin + len(part)] = part
+            products[held_along(gradient, dim).to(part.device)] = part
     return products if scale is None else products / scale.to(products.device)

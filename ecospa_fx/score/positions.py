@@ -34,6 +34,7 @@ from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.rewrite import Tap
 from ecospa_fx.passes.transform.consumers import consumers
 from ecospa_fx.ranks.members import ranks_of, sharing_ranks
+from ecospa_fx.ranks.tensor_parallel import parallel_count
 
 from .gates import GateReader
 from .products import ProductSite, Side, product_sites
@@ -171,6 +172,7 @@ class PositionReader(Averaged[str]):
 
     Attributes:
         gates: judges what has no such place.
+        begins: gradients begin at the first place where no weight before it trains, so that no weight need have one.
     """
 
     learns = True
@@ -185,9 +187,11 @@ class PositionReader(Averaged[str]):
         self._partly: set[str] = set()  # couplings that some weight sums over where it cannot be seen
         self._common: set[str] | None = None  # of these, those that all ranks have seen
         self._slots: dict[str, set[str]] = {}
+        self._parts: dict[str, int] = {}  # coupling -> the number of ranks that its entries are shared out over
         self._measure: str | None = None  # the coupling whose gradient tells by how much a loss was scaled
         self._pending = _Pending()
         self._observed: list[Region] = []
+        self.begins = False
 
     @property
     def sums(self) -> Mapping[SliceKey, Tensor]:
@@ -232,17 +236,17 @@ class PositionReader(Averaged[str]):
             and not torch._C._are_functorch_transforms_active()
         )
 
-    def nodes_of(self, region: Region, program: Program) -> tuple[Sequence[fx.Node], None]:
+    def nodes_of(self, region: Region, program: Program, module: nn.Module) -> tuple[Sequence[fx.Node], None]:
         """Return no nodes: values are read where their gradients are."""
         return (), None
 
     def receive(self, tag: None, values: Sequence[Tensor]) -> None:
         """Do nothing."""
 
-    def taps_of(self, region: Region, program: Program) -> list[Tap]:
+    def taps_of(self, region: Region, program: Program, module: nn.Module) -> list[Tap]:
         """Return a tap at each place of the program's graph at which gates of couplings act."""
         by_place: dict[tuple[fx.Node, tuple[fx.Node, ...]], list[Place]] = {}
-        for place, users in self._places_in(region, program):
+        for place, users in self._places_in(region, program, module):
             by_place.setdefault((place.side.node, users), []).append(place)
             self._slots.setdefault(place.coupling, set()).add(place.slot)
             if self._measure is None and place.share == 1.0 and self.gates.gates()[place.coupling][1]:
@@ -254,14 +258,20 @@ class PositionReader(Averaged[str]):
             self._take(places, value, gradient)
 
         def read_gradient(value: Tensor) -> Tensor:
-            read: Tensor = _Read.apply(value, take) if value.requires_grad else value  # type: ignore[no-untyped-call]
+            if not value.requires_grad:
+                if not self.begins:
+                    return value
+                value = value.detach().requires_grad_()
+            read: Tensor = _Read.apply(value, take)  # type: ignore[no-untyped-call]
             return read
 
         return read_gradient
 
-    def _places_in(self, region: Region, program: Program) -> Iterator[tuple[Place, tuple[fx.Node, ...]]]:
+    def _places_in(
+        self, region: Region, program: Program, module: nn.Module
+    ) -> Iterator[tuple[Place, tuple[fx.Node, ...]]]:
         """Find the places, and the ops at each that sum over the coupling."""
-        facts, kept = program.axis_facts, region.kept(program)
+        facts, kept = program.axis_facts, (region.kept(program), region.kept_here(program, module))
         names = {found.key: found.name for found in region.naming_graph.discovery.couplings}
         offered = {coupling.name: coupling for coupling in compiled_state(self.model).couplings()}
         weights = {o.node: o.parameters for each in facts.operands.values() for o in each if o.parameters}
@@ -270,7 +280,8 @@ class PositionReader(Averaged[str]):
         for name, found in (*here, *parts_across(region.state, facts)):
             if name not in offered:
                 continue
-            sites = list(product_sites(facts, found, offered[name], kept))
+            sites = list(product_sites(facts, found, offered[name], *kept))
+            self._parts[name] = max((site.parts for site in sites), default=1)
             unseen = {weight for weight, dim in summing if found.atom in atoms_of(facts.parameters[weight][dim])}
             over: dict[tuple[fx.Node, int], list[tuple[ProductSite, Side, str]]] = {}
             pairs: list[tuple[ProductSite, Side]] = []
@@ -322,7 +333,7 @@ class PositionReader(Averaged[str]):
         squares, scale = pending.all_squares(), step.scale if step.scale is not None else self._scale(pending, step)
         if scale is not None:
             squares = {name: each / scale.to(each).square() for name, each in squares.items()}
-        squares = {name: each for name, each in squares.items() if name not in self._partly}
+        squares = {name: each * self._parts[name] for name, each in squares.items() if name not in self._partly}
         self._seen.update(squares)
         self.totals.add(squares, step)
         self.gates.read(step, self._read_by_position(), odd=False)
@@ -386,7 +397,8 @@ class PositionReader(Averaged[str]):
         ranks = ranks_of(self.model)
         means = {name: mean for name, mean in found.items() if mean is not None}
         summed = ranks.totals(means, "the squared terms by position")
-        return {name: each.cpu() / ranks.count**2 for name, each in summed.items()}
+        beside = parallel_count(self.model) if ranks else 1  # ranks that have the same positions
+        return {name: each.cpu() / (beside * (ranks.count // beside) ** 2) for name, each in summed.items()}
 
     def reset(self) -> None:
         """Drop the sums."""

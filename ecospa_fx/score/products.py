@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -46,6 +47,7 @@ class ProductSite:
         scale: factor on the logits of an attention.
         causal: whether an attention sees earlier positions only.
         mask: the node of its mask.
+        parts: the number of ranks that the entries are shared out over, of which this one has its own.
     """
 
     coupling: str
@@ -59,6 +61,7 @@ class ProductSite:
     causal: bool = False
     mask: fx.Node | None = None
     mask_rows: tuple[Tensor | None, ...] = ()
+    parts: int = 1
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -67,15 +70,27 @@ class ProductSite:
 
 
 def product_sites(
-    axis_facts: AxisFacts, found: RegionCoupling, coupling: Coupling, kept: dict[Atom, Selected]
+    axis_facts: AxisFacts,
+    found: RegionCoupling,
+    coupling: Coupling,
+    kept: dict[Atom, Selected],
+    here: dict[Atom, Selected],
 ) -> Iterator[ProductSite]:
-    """Find the products in which the entries of `found` are summed over."""
+    """Find the products in which the entries of `found` are summed over.
+
+    Args:
+        axis_facts: axes of a graph.
+        found: the coupling, as that graph has it.
+        coupling: the same at the sizes of now.
+        kept: the entries of each atom that stay.
+        here: of these the ones that this rank computes.
+    """
     context = found.context if coupling.context is not None else None
     numbers = CouplingIndex(found.atom, context, kept)
     for fact in axis_facts.facts:
         if fact.role != "contracted" or found.atom not in atoms_of(fact.expr) or len(fact.operands) < 2:
             continue
-        sides = []
+        sides, beside_parts = [], 1
         for operand in axis_facts.operands[fact.node]:
             dims = [dim for dim, expr in enumerate(operand.exprs) if expr == fact.expr]
             if len(dims) == 1 and operand.weighted:
@@ -83,18 +98,26 @@ def product_sites(
                 beside = [d for d, atoms in other if context in atoms]
                 if any(type(size_of(operand.exprs[d])) is not int for d in beside):
                     break  # heads folded into the batch: the graph does not say which row is of which head
-                rows = _contexts(operand.exprs[beside[0]], context, kept) if beside and context is not None else None
+                rows = None
+                if beside and context is not None:
+                    rows = _contexts(operand.exprs[beside[0]], context, kept, here)
+                    beside_parts = len(_contexts(operand.exprs[beside[0]], context, kept, kept)) // max(1, len(rows))
                 sides.append(Side(operand.node, dims[0], beside[0] if beside else None, rows))
         if len(sides) != 2:
             continue
-        remaining = mask_of(fact.expr, _along(kept, fact.expr))
-        index = index_of(fact.expr, found.atom)
+        whole, remaining = (mask_of(fact.expr, _along(each, fact.expr)) for each in (kept, here))
+        index, apart = index_of(fact.expr, found.atom), parts(whole, remaining) * beside_parts
+        common: dict[str, Any] = {"size": coupling.size, "contexts": coupling.contexts, "parts": apart}
         if context is None or context in atoms_of(fact.expr):
             entry, on = numbers.read(fact.expr, index, remaining)
-            yield ProductSite(coupling.name, fact.node, tuple(sides), entry, coupling.size, coupling.contexts, on)
+            yield ProductSite(coupling.name, fact.node, tuple(sides), entry, context=on, **common)
         elif all(side.along is not None for side in sides):  # every context has a row of its own
-            entry = numbers.in_first(index, remaining)
-            yield ProductSite(coupling.name, fact.node, tuple(sides), entry, coupling.size, coupling.contexts)
+            yield ProductSite(coupling.name, fact.node, tuple(sides), numbers.in_first(index, whole), **common)
+
+
+def parts(whole: Tensor, here: Tensor) -> int:
+    """Return over how many ranks an axis is shared out, from masks of what is left of it and of what is here."""
+    return int(whole.sum()) // max(1, int(here.sum()))
 
 
 def _along(kept: dict[Atom, Selected], expr: Expr) -> dict[Atom, Selected]:
@@ -106,7 +129,7 @@ def _along(kept: dict[Atom, Selected], expr: Expr) -> dict[Atom, Selected]:
     }
 
 
-def _contexts(expr: Expr, context: Atom, kept: dict[Atom, Selected]) -> Tensor:
-    """Return the context, in the numbering of now, at each position of an axis that carries it."""
+def _contexts(expr: Expr, context: Atom, kept: dict[Atom, Selected], here: dict[Atom, Selected]) -> Tensor:
+    """Return the context, in the numbering of now, at each position here of an axis that carries it."""
     live = mask_of(context, kept)
-    return (live.cumsum(0) - 1)[index_of(expr, context)[mask_of(expr, _along(kept, expr))]]
+    return (live.cumsum(0) - 1)[index_of(expr, context)[mask_of(expr, _along(here, expr))]]

@@ -13,6 +13,7 @@ from torch import nn
 from ecospa_fx.couple.coupling import Coupling
 
 from .estimator import CoupledEstimator
+from .positions import PositionReader
 from .scores import Score
 
 SALIENCY = Score("saliency", "positions", None, "squared change of the loss without the entry, to first order")
@@ -27,6 +28,16 @@ class Saliency(CoupledEstimator):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, SALIENCY)
+
+    @property
+    def begins(self) -> bool:
+        """True if gradients begin where they are read, as far as no weight before trains. Set it."""
+        return isinstance(self.reader, PositionReader) and self.reader.begins
+
+    @begins.setter
+    def begins(self, begins: bool) -> None:
+        if isinstance(self.reader, PositionReader):
+            self.reader.begins = begins
 
     def judges(self, coupling: Coupling) -> bool:
         """Return whether gradients say anything of a coupling: not if one is inf or NaN, or its weights are frozen."""

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.errors import OptimizerError
 from ecospa_fx.kernels import add_slice_sums, add_slice_sums_now
-from ecospa_fx.ranks.shards import first_of, is_sharded, local_part
+from ecospa_fx.ranks.shards import held_along, is_sharded, local_part
 
 SliceKey = tuple[str, int]
 
@@ -64,7 +64,8 @@ class SliceSums:
             home: torch.zeros(1 + weighted, width, dtype=home[1], device=home[0]) for home, width in widths.items()
         }
         self._calls: dict[Any, list[tuple[tuple[torch.device, torch.dtype], _Call]]] = {}
-        self._sharded: dict[tuple[Any, int], set[SliceKey]] = {}  # (mesh, its dim) -> slices that it shards
+        # By the members of a group, of which several meshes may have one: the group, and the slices that it shards.
+        self._sharded: dict[tuple[int, ...], tuple[distributed.ProcessGroup, set[SliceKey]]] = {}
         for name in self.dims:
             self._note_shards(name, parameters[name])
         self.views = self._views(self._flat)
@@ -146,13 +147,13 @@ class SliceSums:
         flats = {}
         for home, flat in flats_here.items():
             whole = flat
-            for (mesh, mesh_dim), keys in self._sharded.items():
-                if mesh.get_local_rank(mesh_dim) != 0:
+            for group, keys in self._sharded.values():
+                if distributed.get_rank(group) != 0:
                     whole = whole.clone()
                     for key, begin in self._begin.items():
                         if self._home[key[0]] == home and key not in keys:
                             whole[:, begin : begin + self._sizes[key]] = 0
-                (whole,) = all_reduce_sum(whole, group=mesh.get_group(mesh_dim))
+                (whole,) = all_reduce_sum(whole, group=group)
             flats[home] = whole.cpu()
         return flats
 
@@ -180,32 +181,41 @@ class SliceSums:
     def _first(self, name: str, gradient: Any) -> tuple[int, ...]:
         """Return the position in the whole parameter at which the local part of a gradient begins."""
         self._note_shards(name, gradient)
-        return first_of(gradient)
+        first = []
+        for dim in range(gradient.ndim if is_sharded(gradient) else 0):
+            here = held_along(gradient, dim)
+            first.append(int(here[0]) if len(here) else 0)
+            if len(here) and int(here[-1]) - first[dim] + 1 != len(here):
+                raise OptimizerError(
+                    f"a rank holds rows of `{name}` in several runs, placed {tuple(gradient.placements)}, and no score "
+                    "is read of such gradients; shard it along one dim of the mesh"
+                )
+        return tuple(first) or (0,) * int(gradient.ndim)
 
     def _note_shards(self, name: str, tensor: Any) -> None:
         """Note along which dims of its device mesh a tensor is sharded, if it is."""
         if not is_sharded(tensor):
             return
-        from torch.distributed.tensor import Replicate, Shard
-
-        for mesh_dim, placement in enumerate(tensor.placements):
-            if type(placement) not in (Shard, Replicate):
-                raise OptimizerError(
-                    f"the gradient of `{name}` is placed {type(placement).__name__} along dim {mesh_dim} of its device "
-                    "mesh, and only Shard and Replicate tell which slices a rank holds; redistribute it before the "
-                    "optimizer's step"
-                )
-            if type(placement) is Shard:
-                keys = {(name, dim) for dim in self.dims[name]}
-                self._sharded.setdefault((tensor.device_mesh, mesh_dim), set()).update(keys)
+        shards = shards_of(tensor)
+        if shards is None or any(placement.is_partial() for placement in tensor.placements):
+            kinds = ", ".join(type(placement).__name__ for placement in tensor.placements)
+            raise OptimizerError(
+                f"the gradient of `{name}` is placed {kinds} along the dims of its device mesh, and only Shard and "
+                "Replicate tell which slices a rank holds; redistribute it before the optimizer's step"
+            )
+        keys = {(name, dim) for dim in self.dims[name]}
+        for mesh_dim in (mesh_dim for by in shards.values() for mesh_dim, _ in by):
+            group = tensor.device_mesh.get_group(mesh_dim)
+            members = tuple(distributed.get_process_group_ranks(group))
+            self._sharded.setdefault(members, (group, set()))[1].update(keys)
 
 
 def counts_here(parameter: Any) -> bool:
     """Decide whether sums over a whole parameter count on this rank, where those of all ranks are added up."""
     if not is_sharded(parameter):
         return True
-    dims = [dim for dim, placement in enumerate(parameter.placements) if placement.is_shard()]
-    return all(parameter.device_mesh.get_local_rank(dim) == 0 for dim in dims)
+    mesh_dims = {mesh_dim for shards in (shards_of(parameter) or {}).values() for mesh_dim, _ in shards}
+    return all(parameter.device_mesh.get_local_rank(mesh_dim) == 0 for mesh_dim in mesh_dims)
 
 
 def _local(tensor: Any) -> Tensor:

@@ -25,7 +25,7 @@ from ecospa_fx.model.region import Region
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.find.joined import choose_regions
 from ecospa_fx.passes.graph.nodes import place
-from ecospa_fx.ranks.fsdp2 import gathered_whole
+from ecospa_fx.ranks.tensor_parallel import gathered_whole
 from ecospa_fx.ranks.wrappers import looks_inside
 from ecospa_fx.text import plural
 

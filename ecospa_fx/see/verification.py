@@ -14,14 +14,14 @@ from ecospa_fx.arguments import CALL, MODULE, WHOLE, takes
 from ecospa_fx.errors import NoInputsError, VerificationError
 from ecospa_fx.model.full_size import unshrunk
 from ecospa_fx.model.joint_offers import atoms_at_edges
-from ecospa_fx.model.lookup import check_values, plan, state_of, try_call
+from ecospa_fx.model.lookup import check_values, plan, regions_of, state_of, try_call
 from ecospa_fx.model.region import Region
+from ecospa_fx.model.whole import held_whole
 from ecospa_fx.passes.axes.algebra import Atom
 from ecospa_fx.passes.axes.selection import Selected, per_context_or_shared, whole
 from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.rewrite.verify import Comparison, compare
-from ecospa_fx.ranks.fsdp2 import gathered_whole
 from ecospa_fx.ranks.wrappers import looks_inside
 from ecospa_fx.text import plural
 
@@ -116,7 +116,7 @@ def verify(
     try:
         # Dropout would draw other masks at other sizes; entry by entry, train and eval mode agree.
         model.eval()
-        with gathered_whole(model):
+        with held_whole(model, regions_of(model)):
             try_call(model, args, kwargs)  # captures regions that have not been called so far
             results = sorted(comparisons(model, args, kwargs, seed), key=lambda c: c.coupling.startswith("all of "))
         if not results:

@@ -88,7 +88,10 @@ class Remains:
             stays = torch.isin(was, left).nonzero().flatten()
             state, grad, shape = optimizer.state.get(tensor, {}), tensor.grad, tensor.shape
             tensor.grad = None
-            tensor.data = tensor.data.index_select(dim, stays)
+            small = tensor.data.index_select(dim, stays)
+            if tensor.requires_grad:  # a graph that the module holds knows the old shape, up to a change of dtype
+                tensor.data = torch.empty(0, dtype=torch.float16)
+            tensor.data = small
             tensor.grad = None if grad is None else grad.index_select(dim, stays)
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == shape:

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ecospa_fx.api import compile as compiled
-from ecospa_fx.arguments import FUNCTION, MODULE, NUMBER, WHOLE, optional, takes
+from ecospa_fx.arguments import FUNCTION, MODULE, NAMES, NUMBER, SEVERAL, TEXT, WHOLE, either, optional, takes
 from ecospa_fx.compensate.forecast import forecast, worth_of
 from ecospa_fx.compensate.grams import Grams
 from ecospa_fx.compensate.rotation import rotate
@@ -27,7 +28,8 @@ from ecospa_fx.errors import EcoSpaError, TargetError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.cost import Cost
-from ecospa_fx.model.lookup import couplings
+from ecospa_fx.model.lookup import check_values, couplings
+from ecospa_fx.model.restore import restore
 from ecospa_fx.model.shrinking import shrink
 from ecospa_fx.passes.find.discover import Kind
 from ecospa_fx.ranks.wrappers import unwrapped
@@ -37,12 +39,13 @@ from ecospa_fx.text import size as sized
 
 from .adaptive import AdaptiveSparsifier
 from .latency import Latency
-from .objective import Loss, Objective, called
+from .objective import Loss, Objective
 from .settings import Among, DecisionSettings, check_option
 
-EVERY = 8
-"""One batch in so many is held out, if there are as many. It does not say what entries are worth: on SmolLM2, with four
-batches of 512 tokens, perplexity after 20% of the FFNs was 41.6 with one of them held out, and 34.9 with none."""
+EVERY, MOST = 8, 2
+"""One batch in so many is held out, if there are as many, and `MOST` of them. They do not say what entries are worth:
+on SmolLM2, with four batches of 512 tokens, perplexity after 20% of the FFNs was 41.6 with one of them held out, and
+34.9 with none."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Compression:
         loss: loss of the batches held out (of all, if there were fewer than eight) before and after.
         parameters: their number before and after.
         size: bytes of parameters and buffers before and after.
-        latency: seconds of a forward of the first batch before and after.
+        latency: seconds of a forward of the first batch, and of its loss, before and after.
         seconds: seconds that all of it took.
         notes: what was left out, or done otherwise, and why.
     """
@@ -90,7 +93,10 @@ class Compression:
         return "\n".join([*lines, *gone, *(f"note: {note}" for note in self.notes)])
 
 
-@takes(model=MODULE, target=NUMBER, steps=WHOLE, loss=optional(FUNCTION), heal=optional(FUNCTION))
+@takes(
+    model=MODULE, batches=SEVERAL, target=NUMBER, kinds=optional(either(NAMES, TEXT)), steps=WHOLE,
+    loss=optional(FUNCTION), heal=optional(FUNCTION),
+)  # fmt: skip
 def compress(
     model: nn.Module,
     batches: Iterable[Any],
@@ -124,7 +130,8 @@ def compress(
         loss: `loss(model, batch)` -> a scalar; by default that of the model's result if it has one, else of labels
             drawn from its own logits, or of a random projection of its outputs.
         steps: strokes; each has fresh statistics, and takes as long as the first.
-        heal: called with the model after each stroke, such as a few steps of training.
+        heal: called with the model after each stroke, such as a few steps of training. An error in it is raised, and
+            leaves the model as it is then.
 
     Returns:
         A report of what went and what it cost.
@@ -138,19 +145,25 @@ def compress(
         raise TargetError(f"steps={steps} is out of range; it is a whole number, at least 1")
     DecisionSettings(target, cost, among).check()
     _check_kinds(kinds)
+    Constraints(uniform=uniform)
+    check_values(module, "compress")
     calls = list(batches)
     if not calls:
         raise TargetError("batches is empty; pass a few batches of the data that the model is for")
-    _check_values(module)
+    for number, batch in enumerate(calls):
+        tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+        if tensors and not any(tensor.numel() for tensor in tensors):
+            raise TargetError(f"batch {number} has no entries; leave it out")
+    _check_plain_numbers(module)
     own = Objective()
     objective: Loss = loss or own
     measured: Loss = loss or own.measured
     notes: list[str] = []
-    held = range(EVERY - 1, len(calls), EVERY)
+    held = range(EVERY - 1, len(calls), EVERY)[:MOST]
     judges = [calls[number] for number in held] or calls
     if not held:
         notes.append(f"{len(calls)} batches are too few to hold some out: pass {EVERY} or more")
-    with _evaluating(module):
+    with _as_it_was_unless_shrunk(module), _evaluating(module):
         if MODEL not in module.__dict__:
             with torch.no_grad():
                 _loss(objective, module, calls[0], 0)  # its own Python says best what is wrong with a batch
@@ -158,7 +171,7 @@ def compress(
         with torch.no_grad():
             dense = [_loss(measured, module, batch, number) for number, batch in enumerate(judges)]
         constraints = _constraints(module, kinds, uniform)
-        latency, size = _seconds(module, calls[0]), _size(module)
+        latency, size = _seconds(measured, module, calls[0]), _size(module)
         before = {c.name: c.size for c in couplings(module)}
         AdaptiveSparsifier(module, target=target, constraints=constraints, cost=cost, among=among)  # is it reachable?
         expected: dict[str, float] = {}
@@ -179,7 +192,7 @@ def compress(
         return Compression(
             {name: (entries, after[name]) for name, entries in before.items() if after.get(name, entries) != entries},
             expected, left, (sum(dense) / len(dense), sum(small) / len(small)), (size[0], _size(module)[0]),
-            (size[1], _size(module)[1]), (latency, _seconds(module, calls[0])), time.perf_counter() - begun,
+            (size[1], _size(module)[1]), (latency, _seconds(measured, module, calls[0])), time.perf_counter() - begun,
             tuple(notes),
         )  # fmt: skip
 
@@ -202,20 +215,40 @@ class _Stroke:
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Shrink; return the expected rises by coupling, and the shares that nothing takes over by weight."""
         sparsifier = AdaptiveSparsifier.of(self.model, self.settings, self.constraints, ())
-        saliency, watched = Saliency(self.model), Grams(self.model)
+        saliency, watched = Saliency(self.model), Grams(self.model, rows=ROWS)
+        saliency.begins = True
         try:
-            for number, batch in enumerate(calls):
-                if number in held:
-                    with torch.no_grad():  # seen by `Grams`, which chooses its ridge by such calls
-                        _loss(objective, self.model, batch, number)
-                    continue
-                _gradients(objective, self.model, batch, number)
-                saliency.accumulate()
-                self.model.zero_grad(set_to_none=True)
+            with _frozen(self.model):
+                for number, batch in enumerate(calls):
+                    if number in held:
+                        with torch.no_grad():  # seen by `Grams`, which chooses its ridge by such calls
+                            _loss(objective, self.model, batch, number)
+                        continue
+                    _gradients(objective, self.model, batch, number)
+                    saliency.accumulate()
+                    self.model.zero_grad(set_to_none=True)
+                    if not number and self._let_train(saliency):
+                        # What has no place in a graph is judged by gradients of weights: from the first batch on.
+                        saliency.reset()
+                        watched.active = False
+                        _gradients(objective, self.model, batch, number)
+                        watched.active = True
+                        saliency.accumulate()
+                        self.model.zero_grad(set_to_none=True)
         finally:
             watched.detach()
             saliency.detach()
         return self._shrink(saliency, watched, sparsifier)
+
+    def _let_train(self, saliency: Saliency) -> bool:
+        """Let those weights have gradients without which a coupling cannot be judged; return whether there are any."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        frozen = self.constraints.frozen
+        unjudged = [c for c in couplings(self.model) if c not in frozen and not saliency.judges(c)]
+        members = {member.parameter for coupling in unjudged for member in coupling.members}
+        for name in members & parameters.keys():
+            parameters[name].requires_grad_(True)
+        return bool(members)
 
     def _shrink(
         self, saliency: Saliency, watched: Grams, sparsifier: AdaptiveSparsifier
@@ -245,6 +278,9 @@ class _Stroke:
         return rises, {name: share for (name, _), share in watched.left.items()}
 
 
+ROWS = 4096
+"""Positions read of a batch at most: all of a usual one. A trainer, which sees more batches, reads fewer."""
+
 ROWS_WANTED = 8
 """Rows per column of the widest weight from which a regression on them is to be trusted."""
 
@@ -258,11 +294,13 @@ def _constraints(model: nn.Module, kinds: Collection[str] | None, uniform: Unifo
 def _check_kinds(kinds: Collection[str] | None) -> None:
     if isinstance(kinds, str):
         raise TargetError(f"kinds={kinds!r} is one string; pass a list of them")
+    if kinds is not None and not kinds:
+        raise TargetError("kinds is empty, so that nothing may shrink; pass some, or None for all")
     for kind in kinds or ():
         check_option("kinds", kind, get_args(Kind))
 
 
-def _check_values(model: nn.Module) -> None:
+def _check_plain_numbers(model: nn.Module) -> None:
     """Refuse weights that are no plain numbers."""
     for name, tensor in model.named_parameters():
         if not tensor.is_floating_point():
@@ -271,6 +309,19 @@ def _check_values(model: nn.Module) -> None:
         weight = module._buffers.get("weight", module._buffers.get("qweight"))
         if weight is not None and not weight.is_floating_point():
             raise TargetError(f"`{module_name}` holds quantised weights of {weight.dtype}; de-quantise the model first")
+
+
+@contextmanager
+def _as_it_was_unless_shrunk(model: nn.Module) -> Iterator[None]:
+    """Undo after an error that the model has been compiled, if nothing has shrunk."""
+    compiled_before = MODEL in model.__dict__
+    try:
+        yield
+    except BaseException:
+        state = model.__dict__.get(MODEL)
+        if state is not None and not compiled_before and not state.plan.original_shapes:
+            restore(model)
+        raise
 
 
 @contextmanager
@@ -293,13 +344,28 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no weight have a gradient, unless it is asked for inside; then let all have one again."""
+    parameters = list(model.parameters())
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
 def _loss(objective: Loss, model: nn.Module, batch: Any, number: int) -> float:
     return float(_checked(objective, model, batch, number).detach())
 
 
 def _gradients(objective: Loss, model: nn.Module, batch: Any, number: int) -> None:
     with torch.enable_grad():
-        _checked(objective, model, batch, number).backward()
+        loss = _checked(objective, model, batch, number)
+        if loss.requires_grad:  # or there is nothing in it that a gradient could be read of
+            loss.backward()
 
 
 def _checked(objective: Loss, model: nn.Module, batch: Any, number: int) -> Tensor:
@@ -326,12 +392,12 @@ def _checked(objective: Loss, model: nn.Module, batch: Any, number: int) -> Tens
 
 
 @torch.no_grad()
-def _seconds(model: nn.Module, batch: Any) -> float:
-    """Time a forward: the quicker of two."""
+def _seconds(measured: Loss, model: nn.Module, batch: Any) -> float:
+    """Time a forward and its loss, called as all batches are: the quicker of two."""
     seconds = []
     for _ in range(2):
         begun = time.perf_counter()
-        called(model, batch)
+        _loss(measured, model, batch, 0)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)

@@ -104,6 +104,8 @@ class CoupledSparsifier:
             limits += [f"uniform={self.constraints.uniform!r}"] if self.constraints.uniform else []
             limits += [f"multiple_of={dict(self.constraints.multiple_of)!r}"] if self.constraints.multiple_of else []
             limits += [f"{len(self.whole)} couplings that stay whole"] if self.whole else []
+            shared = [coupling.parts for coupling in couplings(model) if coupling.parts > 1]
+            limits += [f"{len(shared)} couplings that {max(shared)} ranks share out"] if shared else []
             state = state_of(model)
             of = f"{sizes.original:,} {'ns' if isinstance(cost, Latency) else cost}"
             of = of if among == "all" else f"the {base:,} prunable ones of {of}"

@@ -34,6 +34,7 @@ from ecospa_fx.passes.graph.namespaces import foreign_code
 from ecospa_fx.passes.graph.tensors import named_tensors, same_storage, swapped
 from ecospa_fx.passes.ir.border import argument_names
 from ecospa_fx.passes.ir.region_graph import RegionGraph
+from ecospa_fx.passes.ir.results import flattened_results
 from ecospa_fx.passes.ir.signature import Signature, autocast_now
 from ecospa_fx.passes.ir.state_access import TENSOR, ObjectPath, copy_objects, flattened, foreign, parted
 
@@ -50,7 +51,7 @@ class RegionCall:
         arguments: name -> node of the graph between, for tensors that depend on weights; None for others.
         held: nodes of tensors in the objects that it is called with.
         results: placeholders of the tensors that it returned.
-        returned: what it returned.
+        returned: leaves and tree of what it returned.
     """
 
     region: str
@@ -128,7 +129,7 @@ class _Watch(TorchDispatchMode):
         self._tensors: dict[str, str] = {}
         self._inputs: list[fx.Node] = []
         self._alive: list[tuple[Any, fx.Node]] = []
-        self._running: list[RegionCall] = []
+        self._running: list[tuple[RegionCall, list[Any]]] = []  # with the objects of their arguments
         self._results: list[fx.Node] = []
         self._last: fx.Node | None = None
 
@@ -182,20 +183,21 @@ class _Watch(TorchDispatchMode):
 
         copy_objects(objects, note)
         self.calls.append(call)
-        self._running.append(call)
+        self._running.append((call, objects))
         if self._instead is None:  # not the tensors themselves, which would stay alive
             call.call = pytree.tree_map_only(Tensor, plain_tensor, (args, kwargs), is_leaf=foreign)
 
     def _leave(self, result: Any) -> None:
-        call = self._running[-1]
-        for leaf in flattened(result)[0]:
+        call, objects = self._running.pop()
+        leaves, spec = flattened_results(result, lambda each: any(each is other for other in objects))
+        for leaf in leaves:
             if isinstance(leaf, Tensor):
                 node = self._placeholder(leaf, "result")
                 self._remember(leaf, node)
                 call.results.append(node)
         if self._instead is None:
-            call.returned = pytree.tree_map_only(Tensor, plain_tensor, result, is_leaf=foreign)
-        self._running.pop()
+            plain = [plain_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            call.returned = plain, spec
         _seed(len(self.calls))  # so that a forward without the regions draws the same numbers between them
 
     # The ops between.

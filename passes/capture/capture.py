@@ -176,6 +176,12 @@ def _traced(
         state += more  # traced, the forward reads tensors that it does not read otherwise
     flat.carried = replace(flat.carried, state=state)
     results = [leaf for leaf in flat.out_leaves if leaf is not TENSOR]
+    if flat.kept != "NoneType":
+        raise CaptureError(
+            f"{described(region)} ({type(module).__name__}) returns a {flat.kept} that something else holds too (an "
+            "attribute, a list), while its graph would make another one at every call: return a copy of it "
+            "(dataclasses.replace), or let smaller submodules be captured (regions='auto' finds them)"
+        )
     refuse_foreign(module, region, results, "returns", "call it so that it does not")
     for point in flat.points:
         values = [leaf for leaf in point.leaves if leaf is not TENSOR]

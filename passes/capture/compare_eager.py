@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from ecospa_fx.passes.graph.isolate import fresh_leaf, isolated, seed
 from ecospa_fx.passes.graph.tensors import dense, named_tensors
 from ecospa_fx.passes.ir.region_graph import Forward
+from ecospa_fx.passes.ir.results import flattened_results
 from ecospa_fx.passes.ir.signature import AUTOCAST, autocast_now
 from ecospa_fx.passes.ir.state_access import ObjectLeaf, copy_objects, flattened, parted
 
@@ -170,7 +171,8 @@ def _difference(
         twins = copy_objects(objects, lambda place, t: state[place] if place in state else t.detach().clone())
         call = [twins[leaf.number] if isinstance(leaf, ObjectLeaf) else leaf for leaf in inputs[:call_leaves]]
         call_args, call_kwargs = pytree.tree_unflatten(call, spec)
-        results, _ = flattened(forward(module, *call_args, **call_kwargs))
+        returned = forward(module, *call_args, **call_kwargs)
+        results, _ = flattened_results(returned, lambda each: any(each is twin for twin in twins))
         return [*results, *(place.find(twins) for place in captured.carried.stored), *state.values()]
 
     def graph(inputs: list[Any]) -> Sequence[Any]:

@@ -21,7 +21,9 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.ir.region_graph import Assigned, Forward, Point, described
-from ecospa_fx.passes.ir.state_access import PLAIN, TENSOR, ObjectLeaf, ObjectPath, foreign
+from ecospa_fx.passes.ir.results import flattened_results, kept_elsewhere
+from ecospa_fx.passes.ir.state_access import PLAIN, TENSOR, ObjectLeaf, ObjectPath, flattened
+from ecospa_fx.passes.objects.proxies import Proxy
 from ecospa_fx.passes.objects.tracker import Tracker
 
 from .hooks import points
@@ -43,6 +45,7 @@ class Flat(nn.Module):
         tracker: watched the last forward use the objects of the call. (Not set before one has run: torch.export resets
             attributes that change.)
         carried: the state access that it saw.
+        kept: class of a result that the forward keeps, `NoneType` without one.
         state: paths in the objects of the tensors that come after those of the call.
     """
 
@@ -76,12 +79,14 @@ class Flat(nn.Module):
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         before = [(place, place.value(self.region)) for place in self.assigned]
         with points(self.region, self.observe) as seen:
-            out_leaves, self.out_spec = self._flattened(self.own_forward(self.region, *args, **kwargs))
+            results = self.own_forward(self.region, *args, **kwargs)
+            self.kept = type(kept_elsewhere(results, lambda each: isinstance(each, Proxy))).__name__
+            out_leaves, self.out_spec = self._numbered(*flattened_results(results))
         self.out_leaves = [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in out_leaves]
         results = [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
         self.points = []
         for path, call in seen:
-            call_leaves, call_spec = self._flattened(call)
+            call_leaves, call_spec = self._numbered(*flattened(call))
             stands_in = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in call_leaves)
             self.points.append(Point(path, stands_in, call_spec))
             results += [leaf for leaf in call_leaves if isinstance(leaf, Tensor)]
@@ -92,8 +97,7 @@ class Flat(nn.Module):
         self.carried = self.tracker.carried([place for place, _ in stored])
         return (*results, *(tensor for _, tensor in stored))
 
-    def _flattened(self, value: Any) -> tuple[list[Any], pytree.TreeSpec]:
-        leaves, spec = pytree.tree_flatten(value, is_leaf=foreign)
+    def _numbered(self, leaves: list[Any], spec: pytree.TreeSpec) -> tuple[list[Any], pytree.TreeSpec]:
         numbers = [self.tracker.number_of(leaf) for leaf in leaves]
         return [leaf if n is None else ObjectLeaf(n) for leaf, n in zip(leaves, numbers, strict=True)], spec
 

@@ -25,7 +25,6 @@ from ecospa_fx.passes.graph.tensors import sliced
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.border import WeightDim
 from ecospa_fx.passes.ir.op_site import OpSite
-from ecospa_fx.passes.ir.state_access import foreign
 from ecospa_fx.passes.rules import op_info
 
 from .joint import BETWEEN, Across
@@ -111,7 +110,8 @@ class _Trial:
                     return fake(made)
                 return sliced(tensor, dims).clone()
 
-            return pytree.tree_map_only(Tensor, cut, call.returned, is_leaf=foreign)
+            leaves, spec = call.returned
+            return pytree.tree_unflatten([cut(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
         try:
             after = follow_between(

@@ -29,6 +29,7 @@ from ecospa_fx.passes.graph.tensors import as_held, named_tensors, sliced, swapp
 from ecospa_fx.passes.infer.sizes import symbols_of
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.region_graph import Forward
+from ecospa_fx.passes.ir.results import flattened_results
 from ecospa_fx.passes.ir.signature import Signature, below
 from ecospa_fx.passes.ir.state_access import TENSOR
 from ecospa_fx.passes.rewrite.program import Program
@@ -249,7 +250,7 @@ def _difference(
             result = own_forward(module, forward, args, kwargs, course)
         except Failed as failed:
             return str(failed)
-    tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in flattened_results(result)[0] if isinstance(leaf, Tensor)]
     if len(tensors) != len(expected):
         return f"runs, but gives {len(tensors)} tensors and not {len(expected)}"
     for mine, theirs in zip(tensors, expected, strict=True):

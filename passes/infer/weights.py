@@ -2,7 +2,8 @@
 
     Weights(captured)
       .visit(node, relation)     the parameters that the result of an op is a weight of, if it is one
-      .derivations(axis_facts)   the ops that make weights, which bring no axis into a product of the model
+      .derivations(axis_facts)   the ops that make weights, or state of them, which bring no axis into a product of
+                                 the model
 
 A mask, a scale, a quantiser or a parametrization stands between a parameter and its use. The result is a weight like
 the parameter if an entry of it stands for an entry of the parameter: some operand that is a weight has all of its dims,
@@ -16,7 +17,7 @@ from torch import fx
 
 from ecospa_fx.passes.axes.algebra import Size
 from ecospa_fx.passes.axes.sizes import as_size
-from ecospa_fx.passes.graph.nodes import tensor_meta, tensors_of
+from ecospa_fx.passes.graph.nodes import memory_root, tensor_meta, tensors_of, written_arguments
 from ecospa_fx.passes.ir import relations as r
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.patterns import bind
@@ -93,7 +94,7 @@ class Weights:
         return kept if matrix or all(x.parameters or not x.weighted for x in others) else None
 
     def derivations(self, axis_facts: AxisFacts) -> set[fx.Node]:
-        """Return the ops that make weights out of parameters, with all that enters them."""
+        """Return the ops that make weights, or state that only these read, out of parameters, with all that enters."""
         found: set[fx.Node] = set()
         waiting = [node for node in self._weights if node in axis_facts.operands]
         while waiting:
@@ -101,7 +102,35 @@ class Weights:
             if node.op == "call_function" and node not in found and node not in self._given:
                 found.add(node)
                 waiting += [arg for arg in node.all_input_nodes if self._made_of.get(arg)]
-        return found
+        return self._with_state(found)
+
+    def _with_state(self, derivations: set[fx.Node]) -> set[fx.Node]:
+        """Return `derivations` and the ops whose results end in state that nothing but all of these reads.
+
+        The vectors of a spectral norm are such state: products of a weight with itself, step by step.
+        """
+        nodes = [node for node in self._captured.graph.nodes if node.op == "call_function"]
+        found = {node for node in nodes if node not in self._given}
+        results = next(reversed(self._captured.graph.nodes)).args[0]
+        assigned = {
+            node: place.full_name
+            for place, node in zip(self._captured.assigned, self._captured.assigned_among(results), strict=True)
+        }
+        placed = {name: node for node in self._captured.graph.nodes if (name := self._captured.tensors.get(node.name))}
+        readers: dict[fx.Node, set[fx.Node]] = {node: set(node.users) for node in self._captured.graph.nodes}
+        for node in assigned.keys() - set(results[: self._captured.returned]):
+            state = placed.get(assigned[node])
+            readers[node] = {user for user in node.users if user.op != "output"} | set(state.users if state else ())
+        for node in nodes:
+            for value in written_arguments(node):
+                readers[node] |= readers[memory_root(value)]
+        inside, size = found | derivations, -1
+        while size != len(inside):
+            size = len(inside)
+            for node in reversed(nodes):  # readers come after what they read
+                if node not in derivations and not readers[node] <= inside:
+                    inside.discard(node)
+        return inside
 
 
 def _has_dims(x: r.Operand, shape: tuple[Size, ...]) -> bool:

@@ -103,7 +103,17 @@ class SameDraws:
 
 
 def _copied(arguments: Any) -> Any:
-    return pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), arguments)
+    return pytree.tree_map_only(Tensor, _copy, arguments)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Copy a tensor and its layout: the numbers of a generator go into a tensor in the order of its memory."""
+    tensor = tensor.detach()
+    if tensor.layout != torch.strided or any(
+        not st and n > 1 for n, st in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
+        return tensor.clone()
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _generators(node: fx.Node, arguments: Any) -> list[torch.Generator]:
@@ -117,7 +127,8 @@ def _generators(node: fx.Node, arguments: Any) -> list[torch.Generator]:
 def _whole(whole: Any, given: Any, left: Any) -> Any:
     """Return an argument at its original sizes, with the entries that are given in their places.
 
-    The others are those of the masked call. Of the numbers, integers count entries; a shrink rewrites them.
+    The others are those of the masked call, and so is the layout in memory: an op may pick another one at other sizes.
+    Of the numbers, integers count entries; a shrink rewrites them.
     """
     if isinstance(whole, (list, tuple)):
         if not any(isinstance(item, Tensor) for item in whole):
@@ -126,10 +137,10 @@ def _whole(whole: Any, given: Any, left: Any) -> Any:
     if not isinstance(whole, Tensor):
         return given if isinstance(whole, float) else whole
     if left is None:
-        return given
+        return given if given.shape != whole.shape or given.stride() == whole.stride() else _copy(whole).copy_(given)
     if list(given.shape) != left.shape_left(whole.shape):  # a source, selected for its use together with a context
         return whole
-    full = whole.clone()
+    full = _copy(whole)
     full[left.mask.to(full.device).expand(full.shape)] = given.flatten()
     return full
 
@@ -145,6 +156,6 @@ def _written(
     for argument in op._schema.arguments:
         value = whole.get(argument.name)
         if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
-            if (layout_left := left.get(argument.name)) is not None:
-                given[argument.name].copy_(compressed(value, layout_left))
+            if value is not given[argument.name]:
+                given[argument.name].copy_(_cut(value, left.get(argument.name)))
             yield id(value), given[argument.name]

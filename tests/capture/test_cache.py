@@ -9,6 +9,7 @@ from torch import nn
 import ecospa_fx
 from ecospa_fx import errors
 from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.model.routing import Routing
 
 HEADS, DIM, WIDTH = 4, 6, 10
 
@@ -358,6 +359,23 @@ def test_what_no_graph_can_do_to_an_object(block, why, caplog):
     assert not any(c.region == "blocks.0" for c in ecospa_fx.couplings(model))
     reasons = [refusal.reasons for refusal in ecospa_fx.explain(model).refusals if refusal.region == "blocks.0"]
     assert reasons.count((f"a call has no graph: {said}",)) >= 3
+
+
+def test_calls_of_a_kind_that_no_graph_serves_are_not_looked_up_again(monkeypatch):
+    """Every token would cost the search for a graph."""
+    plain = made(Counting)
+    model, cache, theirs = compiled(copy.deepcopy(plain)), Cache(), Cache()
+    searches, search = [], Routing.search
+    monkeypatch.setattr(Routing, "search", lambda *args: searches.append(1) or search(*args))
+    for _ in range(4):
+        close(model.blocks[0](sequence(), None, cache), plain.blocks[0](sequence(), None, theirs))
+    assert len(searches) == 1
+    for block in (model.blocks[0], plain.blocks[0]):  # whatever changes meanwhile is followed
+        block.train(not block.training)
+        with torch.no_grad():
+            block.get_parameter(next(name for name, _ in block.named_parameters())).mul_(2)
+    close(model.blocks[0](sequence(), None, cache), plain.blocks[0](sequence(), None, theirs))
+    assert len(searches) == 1 and len(graphs(model)) == 2
 
 
 def test_its_own_python_needs_no_graph_for_a_cache():

@@ -145,3 +145,47 @@ def test_spectral_norm_in_training_is_that_of_the_smaller_layer():
         torch.testing.assert_close(model(X), small(X))
         for name, buffer in small.named_buffers():
             torch.testing.assert_close(model.get_buffer(name), buffer)
+
+
+class OwnSpectral(nn.Module):
+    """A step of a power iteration per call, kept in buffers by writing into them or by assigning others."""
+
+    def __init__(self, assigns):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.out, self.assigns = nn.Parameter(torch.randn(6, 4)), nn.Linear(6, 3), assigns
+        self.register_buffer("u", F.normalize(torch.randn(6), dim=0))
+        self.register_buffer("v", F.normalize(torch.randn(4), dim=0))
+
+    def forward(self, x):
+        u, v = self.u, self.v
+        if self.training:
+            with torch.no_grad():
+                v = F.normalize(self.weight.t() @ u, dim=0)
+                u = F.normalize(self.weight @ v, dim=0)
+                if self.assigns:
+                    self.u, self.v = u, v
+                else:
+                    self.u.copy_(u)
+                    self.v.copy_(v)
+        return self.out(F.relu(F.linear(x, self.weight / torch.dot(u, self.weight @ v))))
+
+
+SPECTRAL = {
+    "parametrized": lambda: nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 3)
+    ),
+    "written": lambda: OwnSpectral(False),
+    "assigned": lambda: OwnSpectral(True),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRAL)
+def test_state_that_a_weight_makes_of_itself_is_no_meeting_of_weights(name):
+    """The columns of a first layer are those of the input, in training as in eval mode."""
+    found = {}
+    for training in (True, False):
+        model = ecospa_fx.compile(SPECTRAL[name]().double().train(training), example_inputs=(X,), regions="root")
+        found[training] = {(m.parameter, m.dim) for c in ecospa_fx.couplings(model) for m in c.members}
+        assert [c.size for c in ecospa_fx.couplings(model)] == [6]
+    assert found[True] == found[False]

@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
-from crew import Crew, said
+from crew import Crew
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from ecospa_fx.ranks import shards
+from ecospa_fx.ranks.placed import positions_here, shards_of
 from ecospa_fx.ranks.shards import gathered, local_part, move, moved, put, split
 
 
@@ -90,26 +92,33 @@ def test_so_many_bytes_go_at_once(three):
 
 
 def over_a_grid(rank, world):
-    """Cut a tensor whose rows one dim of the mesh shards and whose columns the other; and one with replicas."""
+    """Cut a tensor whose rows one dim of the mesh shards and whose columns the other; with replicas; both the rows."""
     mesh = init_device_mesh("cpu", (2, 2))
-    whole, rows, columns = torch.arange(77.0).reshape(7, 11), torch.tensor([0, 3, 4, 6]), torch.tensor([1, 2, 10])
-    for placements in ([Shard(0), Shard(1)], [Replicate(), Shard(0)], [Shard(1), Replicate()]):
-        (result,) = moved([move("w", distribute_tensor(whole, mesh, placements), {0: rows, 1: columns})])
-        assert torch.equal(result.full_tensor(), whole[rows][:, columns]) and list(result.placements) == placements
-    partial = DTensor.from_local(whole, mesh, [Partial(), Shard(0)], run_check=False)
-    twice = distribute_tensor(whole, mesh, [Shard(0), Shard(0)])
-    return [said(move, "w", each, {0: rows}) for each in (partial, twice)]
+    whole, rows, columns = torch.arange(88.0).reshape(8, 11), torch.tensor([0, 3, 4, 6]), torch.tensor([1, 2, 10])
+    placed = [Shard(0), Shard(1)], [Replicate(), Shard(0)], [Shard(1), Replicate()], [Shard(0), Shard(0)]
+    for placements in (*placed, [_StridedShard(0, split_factor=2), Shard(0)], [_StridedShard(0, split_factor=4)] * 2):
+        before = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        (result,) = moved([move("w", before, {0: rows, 1: columns})])
+        after = distribute_tensor(whole[rows][:, columns], mesh, placements, src_data_rank=None)
+        assert torch.equal(local_part(result), local_part(after)) and list(result.placements) == list(placements)
+    summands = DTensor.from_local(whole * rank, mesh, [Partial(), Partial()], run_check=False)
+    (result,) = moved([move("w", summands, {0: rows})])
+    assert torch.equal(result.full_tensor(), 6 * whole[rows])
+
+
+def positions_by_hand(rank, world):
+    """Compare the positions that a rank holds with the entries that torch gives it, in sizes that it splits evenly."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    for placements in ([Shard(0), Shard(0)], [_StridedShard(0, split_factor=2), Shard(0)], [Replicate(), Shard(0)]):
+        for size in (4, 8, 14, 10):
+            given = distribute_tensor(torch.arange(size), mesh, placements, src_data_rank=None)
+            assert positions_here(size, mesh, shards_of(given)[0]).tolist() == given.to_local().tolist()
 
 
 def test_a_mesh_of_two_dims():
-    text = (
-        "RanksError: `w` is placed {} on its device mesh, and only a dim that one dim of the mesh shards, or none, can "
-        "lose entries: shard it along one dim of the mesh"
-    )
     with Crew(4) as four:
-        for partial, twice in four.run(over_a_grid):
-            assert partial == text.format("(Partial(sum), Shard(dim=0))")
-            assert twice == text.format("(Shard(dim=0), Shard(dim=0))")
+        four.run(positions_by_hand)
+        four.run(over_a_grid)
 
 
 def put_and_back(rank, world):

@@ -37,13 +37,14 @@ def fsdp1():
     return model, wrapped
 
 
-def tensor_parallel():
+def around_shards():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     model = compiled()
+    wrapped = nn.parallel.DistributedDataParallel(model)
     parallelize_module(model, init_device_mesh("cpu", (2,)), {"up": ColwiseParallel()})
-    return model, model
+    return model, wrapped
 
 
 def a_part():
@@ -53,7 +54,7 @@ def a_part():
 
 
 COUPLING = "ffn"
-CASES = [fsdp1, tensor_parallel, a_part]
+CASES = [fsdp1, around_shards, a_part]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,10 @@ def test_two_ranks_refuse_wrappers_that_cannot_follow_before_anything_changes(tw
         "DistributedDataParallel or fully_shard, or train in one process on one device; or shrink the plain model "
         "first, and wrap it afterwards"
     }
-    assert all("`up.weight` of Blocks is sharded (a DTensor)" in text for text in first["tensor_parallel"])
+    assert set(first["around_shards"]) == {
+        "WrapperError: `up.weight` of Blocks is sharded (a DTensor), and Blocks is wrapped in DistributedDataParallel, "
+        "which takes whole parameters: use fully_shard on the mesh of the data in its place"
+    }
     assert set(first["a_part"]) == {
         "WrapperError: `up` of Blocks is wrapped in DistributedDataParallel, and the model around it is to shrink: "
         "wrap the whole model, DistributedDataParallel(model), and not a part of it"

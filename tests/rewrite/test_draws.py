@@ -34,6 +34,8 @@ NOISE: dict[str, list[Callable[[Tensor], Tensor]]] = {
     "written": [
         lambda h: h * torch.empty_like(h).exponential_() + h.new_empty(h.shape).normal_(),
         lambda h: h * torch.empty_like(h)[..., :].uniform_(),
+        lambda h: h + h.new_empty(h.shape).mT.normal_().mT,
+        lambda h: h * h.new_empty(*h.shape[:-1], 2, h.shape[-1])[..., 0, :].normal_(),
     ],
 }
 
@@ -59,6 +61,19 @@ class NoisyAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (m(x).unflatten(-1, (2, 4)).transpose(1, 2) for m in (self.q, self.k, self.v))
         return self.o(F.scaled_dot_product_attention(q, k, v, dropout_p=0.3).transpose(1, 2).flatten(2))
+
+
+class NoisyLatent(nn.Module):
+    """An autoencoder whose latent takes the layout of what comes in, which what is left may not keep."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.up, self.down, self.head = nn.Linear(8, 6), nn.Conv2d(6, 3, 1), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.down(self.norm(self.up(x).permute(0, 3, 1, 2)))
+        return self.head(mean + torch.randn_like(mean))
 
 
 class NoisyRecurrent(nn.Module):
@@ -94,6 +109,15 @@ def test_ops_that_draw_inside_are_exact(model: Any, names: str) -> None:
     assert " ".join(sorted(c.name for c in ecospa_fx.couplings(noisy))) == names
     result = ecospa_fx.verify(noisy, example_inputs=(x,))
     assert result.ok, result
+
+
+@pytest.mark.parametrize("norm", [nn.Identity(), nn.GroupNorm(1, 6)])
+def test_noise_in_another_layout_is_the_same(norm: nn.Module) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 5, 8).double()
+    model = ecospa_fx.compile(NoisyLatent(norm).double(), example_inputs=(x,), regions="root")
+    result = ecospa_fx.verify(model, example_inputs=(x,))
+    assert len(result.by_coupling) == 3 and result.ok, result
 
 
 def test_its_own_python_follows_noise() -> None:

@@ -305,6 +305,6 @@ def test_sharded_gradients_add_up_over_ranks(tmp_path):
     )
     messages = [results.get() for _ in range(2)]
     assert set(messages) == {
-        "the gradient of `up.weight` is placed Partial along dim 0 of its device mesh, and only Shard and Replicate "
+        "the gradient of `up.weight` is placed Partial along the dims of its device mesh, and only Shard and Replicate "
         "tell which slices a rank holds; redistribute it before the optimizer's step"
     }

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 import ecospa_fx
+from ecospa_fx.score.saliency import Saliency
 from ecospa_fx.score.scores import Score
 
 
@@ -129,6 +130,22 @@ def test_each_entry_is_the_squared_gradient_of_its_gate_at_every_position(compil
     loss_of(model, ids).backward()
     estimator.accumulate()
     estimator.detach()
+    check(model, estimator, squares_of(plain, [ids]), by_head(plain, [ids]))
+
+
+def test_no_weight_need_train(compiled):
+    plain, model, ids = compiled
+    estimator = Saliency(model)
+    estimator.begins = True
+    model.zero_grad(set_to_none=True)
+    model.requires_grad_(False)
+    try:
+        loss_of(model, ids).backward()
+    finally:
+        model.requires_grad_(True)
+    estimator.accumulate()
+    estimator.detach()
+    assert all(p.grad is None for p in model.parameters())
     check(model, estimator, squares_of(plain, [ids]), by_head(plain, [ids]))
 
 

@@ -361,3 +361,4 @@ def _saved(world: World) -> Path:
 
 
 THEIRS = {("rewire", 1), ("load", 1), ("latency", "measure")}  # functions of the caller, whose own errors come through
+LATE = {("compress", "heal")}  # and of these, those that are called when the model has changed already

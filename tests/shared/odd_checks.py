@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from odd_calls import CALLS, NAMES, STATES, THEIRS, Call, World, odd_value
+from odd_calls import CALLS, LATE, NAMES, STATES, THEIRS, Call, World, odd_value
 
 from ecospa_fx.errors import ArgumentError, EcoSpaError
 
@@ -65,7 +65,9 @@ class Checked:
         if not kept:  # a step has been made, or something is attached
             self._before, self._outputs = before, self.world.outputs()
         theirs = any((case.function, place) in THEIRS and callable(value) for place, value in odd.items())
-        wrong = self._call(function, arguments | odd, theirs) or self._left(call, quick)
+        late = any((case.function, place) in LATE and callable(value) for place, value in odd.items())
+        wrong = self._call(function, arguments | odd, theirs or late)
+        wrong = wrong or (None if late and self.error else self._left(call, quick))
         if self._renews and (not kept or wrong or call.trains or self.world.snapshot() != before):
             self._fresh()
         return wrong

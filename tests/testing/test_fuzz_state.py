@@ -156,6 +156,31 @@ def test_the_twin_follows_a_shrink_by_zeros_or_by_size() -> None:
         assert (both.plain.model.blocks[0].up.weight.shape == (6, 4)) == (not sized)
 
 
+@pytest.mark.parametrize("execution", ["graph", "module"])
+def test_a_graph_that_the_module_holds_is_no_obstacle_to_a_smaller_twin(execution: Any) -> None:
+    """It holds the gradient accumulators of the old shapes. Program 386 of seed 3."""
+    source = PLAIN.replace("y = self.down(h)", "y = self.down(h)\n        self.last = y")
+    both = Beside(source, execution=execution, regions="root", sized=True)
+    both.compile(2)
+    both.train(3)
+    both.shrink(1)
+    both.train(5)
+    assert both.shrinks == 1 and both.plain.model.blocks[0].last.requires_grad
+
+
+def test_gradients_of_a_backward_that_fails_half_way_are_no_difference() -> None:
+    """A loss of a graph that is freed, kept by a forward in another mode. Program 548 of seed 2."""
+    aux = "if self.training:\n            self.aux = (self.down.weight ** 2).mean()\n        y = self.down(h)"
+    both = Beside(PLAIN.replace("y = self.down(h)", aux), regions="root")
+    both.train(3)
+    both.mode(False)
+    both.compile(5)
+    both.shrink(657)
+    both.train(5)
+    assert both.shrinks == 1
+    assert all(p.grad is None for world in (both.plain, both.ours) for p in world.model.parameters())
+
+
 def test_generators_are_compared_each() -> None:
     state = Generators.seeded(0)
     state.check("now")

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import log_softmax, silu
 
 import ecospa_fx
-from ecospa_fx.errors import TargetError
+from ecospa_fx.errors import ArgumentError, EcoSpaError, TargetError
 
 WIDTH, HIDDEN, WORDS, LENGTH = 12, 32, 20, 10
 
@@ -137,6 +137,34 @@ def test_strokes_have_their_own_statistics_and_can_be_healed():
     assert apart(model, dense, ids) < at_random(dense, ids, 0.5)
 
 
+class Recurrent(nn.Module):
+    """Its hidden units have no place in a graph; its loss alone knows how it is called."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cells, self.up, self.down = nn.LSTM(6, 12, batch_first=True), nn.Linear(12, 24), nn.Linear(24, 4)
+
+    def forward(self, *, x):
+        return self.down(torch.relu(self.up(self.cells(x)[0])))
+
+
+def test_what_has_no_place_in_a_graph_is_judged_by_its_weights():
+    batches = [torch.randn(3, 7, 6) for _ in range(3)]
+    model, grads = Recurrent(), []
+
+    def loss(model, x):
+        grads.append([name for name, p in model.named_parameters() if p.requires_grad])
+        return model(x=x).square().mean()
+
+    report = ecospa_fx.compress(model, batches, 0.6, loss=loss)
+    sizes = dict(report.removed)
+    assert sizes["recurrent"][1] < 12 and len(sizes) == 2
+    # Measured with all weights training, read with none, then again with those that must.
+    assert [] in grads and any(names and all(n.startswith(("cells", "up")) for n in names) for names in grads)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
 def test_a_mapping_its_mask_and_its_own_loss():
     class Masked(nn.Module):
         def __init__(self):
@@ -174,20 +202,52 @@ def test_a_mapping_its_mask_and_its_own_loss():
         (None, {"steps": 0}, "steps=0 is out of range"),
         (None, {"kinds": "glu"}, "kinds='glu' is one string"),
         (None, {"kinds": ["glue"]}, "kinds='glue' is none of"),
+        (None, {"kinds": []}, "kinds is empty, so that nothing may shrink; pass some, or None for all"),
+        ([torch.zeros(0, LENGTH, dtype=torch.long)], {}, "batch 0 has no entries; leave it out"),
         (None, {"loss": lambda model, ids: model(ids).sum() * torch.nan}, "the loss of batch 0 is nan"),
         (None, {"loss": lambda model, ids: model(ids)}, "loss returns Tensor and not a scalar"),
     ],
 )
 def test_bad_input_changes_nothing(batches, options, message):
     model, good, _ = sinks()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before, classes = {name: p.detach().clone() for name, p in model.named_parameters()}, [*map(type, model.modules())]
     with pytest.raises(TargetError, match=message):
         ecospa_fx.compress(model, good if batches is None else batches, **options)
     assert all(p.equal(before[name]) and p.grad is None for name, p in model.named_parameters())
+    assert [*map(type, model.modules())] == classes  # compiled for nothing, it is plain again
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("batches", 3, "several, in a list or a tuple"),
+        ("batches", torch.zeros(2, LENGTH), "several, in a list or a tuple"),
+        ("kinds", torch.ones(2), "several names, or a text, or None"),
+        ("kinds", 2.0, "several names, or a text, or None"),
+    ],
+)
+def test_arguments_of_a_wrong_kind(name, value, kind):
+    model, batches, _ = sinks()
+    with pytest.raises(ArgumentError, match=f"compress: `{name}` is .*; it must be {kind}"):
+        ecospa_fx.compress(**{"model": model, "batches": batches, name: value})
+
+
+def test_uniform_is_checked_before_anything_runs():
+    model, batches, _ = sinks()
+    with pytest.raises(EcoSpaError, match="uniform='rows' is none of"):
+        ecospa_fx.compress(model, batches, uniform="rows")
+    assert "_ecospa_model" not in vars(model)
 
 
 def test_quantised_weights_are_refused_by_name():
     model, batches, _ = sinks()
     model.head.weight = nn.Parameter(torch.zeros(WORDS, WIDTH, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TargetError, match=r"`head.weight` holds torch.int8, quantised weights; de-quantise the model"):
+        ecospa_fx.compress(model, batches)
+
+
+def test_a_model_without_values():
+    with torch.device("meta"):
+        model, batches, _ = sinks()
+    with pytest.raises(EcoSpaError, match="is on the meta device and has no values to compress"):
         ecospa_fx.compress(model, batches)
