@@ -36,8 +36,9 @@ def _as_when_wrapped(ddp: Any) -> Iterator[None]:
     now = [parameter.requires_grad for parameter in parameters]
     trained = _TRAINED.get(ddp)
     try:
-        for parameter in parameters if trained is not None else ():
-            parameter.requires_grad_(id(parameter) in trained)
+        if trained is not None:
+            for parameter in parameters:
+                parameter.requires_grad_(id(parameter) in trained)
         yield
     finally:
         for parameter, trains in zip(parameters, now, strict=True):

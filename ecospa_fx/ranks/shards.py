@@ -134,8 +134,8 @@ def held_along(tensor: Any, dim: int) -> Tensor:
 
 def is_first_replica(tensor: Any) -> bool:
     """Decide whether this rank has the copy of its part that counts, where all ranks of a device mesh are added up."""
-    mesh, (_, replicate) = tensor.device_mesh, _placements()
-    return all(mesh.get_local_rank(d) == 0 for d, each in enumerate(tensor.placements) if type(each) is replicate)
+    mesh = tensor.device_mesh
+    return all(mesh.get_local_rank(d) == 0 for d, each in enumerate(tensor.placements) if each.is_replicate())
 
 
 def move(name: str, tensor: Any, keep: Mapping[int, Tensor]) -> Move:

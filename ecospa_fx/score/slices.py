@@ -17,6 +17,7 @@ from torch import Tensor, distributed
 from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.errors import OptimizerError
 from ecospa_fx.kernels import add_slice_sums, add_slice_sums_now
+from ecospa_fx.ranks.placed import shards_of
 from ecospa_fx.ranks.shards import held_along, is_sharded, local_part
 
 SliceKey = tuple[str, int]
