@@ -171,7 +171,6 @@ def refusals(rank, world):
     model = parallel(compiled(make("glu"), "glu", "graph"), mesh)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     absorbs = said(ecospa_fx.EcoSpaTrainer, model, optimizer, absorb=True, **SCHEDULE)
-    adaptive = said(ecospa_fx.EcoSpaTrainer, model, optimizer, policy="adaptive", **SCHEDULE)
     model = compiled(make("glu"), "glu", "graph")
     for block in blocks_of(model):
         plan = {name: ColwiseParallel(use_local_output=False) for name in ("gate", "up")}
@@ -181,11 +180,11 @@ def refusals(rank, world):
     runs = loss_of(model, inputs("glu", 0)).isfinite().item()  # by its own Python
     outputs.append(said(ecospa_fx.shrink, model, {ecospa_fx.couplings(model)[0]: torch.arange(20)}))
     assert runs and all(torch.equal(a, whole(b)) for a, b in zip(before, model.parameters(), strict=True))
-    return divided, attention, absorbs, adaptive, outputs
+    return divided, attention, absorbs, outputs
 
 
 def test_refusals_name_the_way_out(two):
-    for divided, attention, absorbs, adaptive, outputs in two.run(refusals):
+    for divided, attention, absorbs, outputs in two.run(refusals):
         assert outputs == 2 * [
             "WrapperError: `blocks.0.gate` takes or returns DTensors, or shards of a sequence, and the region around "
             "it runs as one graph of plain tensors: compile with execution='module', or use layouts in which tensors "
@@ -205,7 +204,6 @@ def test_refusals_name_the_way_out(two):
             "TargetError: absorb=True and rotate=True read all inputs of a weight, and by tensor parallelism each rank "
             "has a part of them; use absorb=False and rotate=False"
         )
-        assert adaptive.startswith('TargetError: policy="adaptive" needs whole gradients at every step')
 
 
 def verified(rank, world):

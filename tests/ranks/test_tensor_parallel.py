@@ -223,10 +223,31 @@ def test_two_ranks_train_as_one_process(two, case):
     check(two, *case)
 
 
+def adaptive(rank, world, kind, execution, how):
+    return beside(rank, world, kind, execution, how, policy="adaptive", absorb=False, rotate=False)
+
+
+@pytest.mark.parametrize(
+    "case", [("glu", "graph", "compile, shard"), ("glu", "module", "shard, compile")], ids=" ".join
+)
+def test_the_adaptive_policy(two, case):
+    for apart, wrong in two.run(adaptive, *case):
+        assert not wrong and apart < 1e-12, (apart, wrong)
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("case", ALL, ids=lambda case: " ".join(case[:3]))
 def test_every_model_in_every_order(two, case):
     check(two, *case)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("kind", ["glu", "tied"])
+@pytest.mark.parametrize("execution", ["graph", "module"])
+def test_the_adaptive_policy_beside_fsdp2(kind, execution):
+    with Crew(4) as four:
+        for apart, wrong in four.run(adaptive, kind, execution, "2-D"):
+            assert not wrong and apart < 1e-12, (apart, wrong)
 
 
 @pytest.mark.sweep
