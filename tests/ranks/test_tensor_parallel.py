@@ -239,15 +239,6 @@ def test_every_model_in_every_order(two, case):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("kind", ["glu", "tied"])
-@pytest.mark.parametrize("execution", ["graph", "module"])
-def test_the_adaptive_policy_beside_fsdp2(kind, execution):
-    with Crew(4) as four:
-        for apart, wrong in four.run(adaptive, kind, execution, "2-D"):
-            assert not wrong and apart < 1e-12, (apart, wrong)
-
-
-@pytest.mark.sweep
 @pytest.mark.parametrize("execution", ["graph", "module"])
 def test_every_model_beside_fsdp2(execution):
     with Crew(4) as four:
