@@ -397,7 +397,7 @@ class PositionReader(Averaged[str]):
         ranks = ranks_of(self.model)
         means = {name: mean for name, mean in found.items() if mean is not None}
         summed = ranks.totals(means, "the squared terms by position")
-        return {name: each.cpu() / _factor(self.model) for name, each in summed.items()}
+        return {name: each.cpu() / self._added_up() for name, each in summed.items()}
 
     def reset(self) -> None:
         """Drop the sums."""
@@ -420,15 +420,11 @@ class PositionReader(Averaged[str]):
         self._seen, self._common = {name for name, _ in self.totals.sums}, None
 
     def _unit(self) -> float:
-        """Return the factor of sums here on those of one process."""
-        return _factor(self.model) if sharing_ranks(self.model) else float(ranks_of(self.model).count)
+        """Return the factor of sums here on those of one process: each rank's loss is a mean over its part alone."""
+        return float(self._added_up() if sharing_ranks(self.model) else ranks_of(self.model).count)
 
-
-def _factor(model: nn.Module) -> float:
-    """Return the factor of the sums of all ranks on those of one process: a rank's loss is a mean over its part alone.
-
-    Ranks of tensor parallelism have the same positions.
-    """
-    ranks = ranks_of(model)
-    beside = parallel_count(model) if ranks else 1
-    return float(beside * (ranks.count // beside) ** 2)
+    def _added_up(self) -> int:
+        """Return the factor of sums over all ranks on those of one process; some ranks may have the same positions."""
+        ranks = ranks_of(self.model)
+        beside = parallel_count(self.model) if ranks else 1
+        return int(beside * (ranks.count // beside) ** 2)
