@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ecospa_fx.errors import CheckpointError
 from ecospa_fx.json_text import format_json, parse_json
+from ecospa_fx.ranks.agreement import Ranks
 
 try:
     import fcntl
@@ -37,6 +38,7 @@ NAME = re.compile(r"save-(\d{1,18})")
 
 SHARDS = re.compile(r"shard-.*\.safetensors")  # as torch.distributed.checkpoint names them
 
+ALONE = Ranks()
 Read = TypeVar("Read")
 
 
@@ -188,22 +190,40 @@ def digest_of(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(weights[name] for name in sorted(weights)).encode()).hexdigest()
 
 
-def read_save(directory: Path, read: Callable[[Save], Read]) -> Read:
+def read_save(directory: Path, read: Callable[[Save], Read], *, ranks: Ranks = ALONE, values: bool = True) -> Read:
     """Call `read` with the current save and return its result; start again if another save replaces it meanwhile.
+
+    Args:
+        directory: the directory.
+        read: reads files of the save.
+        ranks: processes that read a directory that all of them see, of whose shards each checks a share.
+        values: False: `read` reads no values of shards, which are not checked therefore.
 
     Raises:
         CheckpointError: there is no save, it is incomplete, or its files have changed.
+        RanksError: another rank has found this.
     """
     while True:
-        before = _manifest(directory)
+        before = _manifest_of_first(directory, ranks)
+        problem: CheckpointError | OSError | None = None
         try:
-            return read(_checked(directory, before))
+            save = _checked(directory, before, ranks, values)
         except (CheckpointError, OSError) as error:
-            if _manifest(directory) != before:
-                continue
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{directory} cannot be read: {error}") from error
+            problem = error
+        if not ranks.any(problem is not None, "resume"):
+            try:
+                return read(save)
+            except (CheckpointError, OSError) as error:
+                if ranks:  # the others read
+                    raise
+                problem = error
+        if _manifest_of_first(directory, ranks) != before:
+            continue
+        if problem is None:
+            ranks.meet("resume")  # the rank with the problem tells it here
+        if isinstance(problem, CheckpointError):
+            raise problem
+        raise CheckpointError(f"{directory} cannot be read: {problem}") from problem
 
 
 def saved_files(directory: Path) -> Path:
@@ -213,6 +233,11 @@ def saved_files(directory: Path) -> Path:
         CheckpointError: there is no save.
     """
     return directory / str(_document(directory, _manifest(directory))["save"])
+
+
+def _manifest_of_first(directory: Path, ranks: Ranks) -> bytes:
+    """Return the manifest that the first rank sees; one that does not see any is told."""
+    return ranks.said_by_first(_manifest(directory).decode("latin-1"), "resume").encode("latin-1")
 
 
 def _manifest(directory: Path) -> bytes:
@@ -242,12 +267,16 @@ def _document(directory: Path, manifest: bytes) -> dict[str, Any]:
     return {"save": name, "files": files}
 
 
-def _checked(directory: Path, manifest: bytes) -> Save:
+def _checked(directory: Path, manifest: bytes, ranks: Ranks, values: bool) -> Save:
     document = _document(directory, manifest)
     save = directory / document["save"]
+    shards = sorted(filter(SHARDS.fullmatch, document["files"]))
+    others = {*shards} - ({*shards[ranks.index :: ranks.count]} if values else set())
     for name, file in document["files"].items():
         if Path(name).name != name or name == ".." or "\\" in name or "\0" in name:
             raise CheckpointError(f"{directory / MANIFEST} names a file outside its directory: {name!r}")
+        if name in others:
+            continue
         path = save / name
         if not path.is_file():
             raise CheckpointError(f"{save} is incomplete: {name} is missing")

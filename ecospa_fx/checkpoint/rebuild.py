@@ -29,7 +29,7 @@ from ecospa_fx.passes.follow.attributes import Changes, assigned, sync_layer_siz
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.ir.border import NO_BORDER
 from ecospa_fx.plan import Plan
-from ecospa_fx.ranks.shards import is_sharded
+from ecospa_fx.ranks.shards import is_sharded, local_part, split
 
 from .across import joints_in
 from .directory import Draft, Save
@@ -220,18 +220,29 @@ def check_same(model: nn.Module, saved: Saved) -> None:
 
 @contextmanager
 def filled(model: nn.Module, saved: Saved) -> Iterator[None]:
-    """Copy saved values into a model of the same sizes, sharded in the same way; put back the old ones on an error."""
-    tensors, before = named_tensors(model), dict[str, Tensor]()
+    """Swap values of a model that is sharded with saved ones of the same sizes; swap back on an error.
+
+    Saved shards lie in the memory of the host, and the old ones take their place there, so that the device holds no
+    more than before but for one tensor.
+    """
+    tensors, old = named_tensors(model), list[tuple[Tensor, Tensor]]()
     try:
-        with torch.no_grad():
-            for name, value in saved.tensors.items():
-                before[name] = tensors[name].detach().clone()
-                tensors[name].copy_(value)
+        for name, value in saved.tensors.items():
+            here = local_part(tensors[name])
+            before = here.to("cpu", copy=True)
+            old.append((here, before))
+            if is_sharded(value):
+                here.copy_(local_part(value))
+                if value.dtype == before.dtype:
+                    old[-1] = here, local_part(value).copy_(before)
+            else:  # one process wrote it, in a file that is mapped
+                here.copy_(
+                    local_part(split(value.to(here.device), tensors[name])) if is_sharded(tensors[name]) else value
+                )
         yield
     except BaseException:
-        with torch.no_grad():
-            for name, value in before.items():
-                tensors[name].copy_(value)
+        for here, before in old:
+            here.copy_(before)
         raise
 
 

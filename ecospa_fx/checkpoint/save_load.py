@@ -31,7 +31,7 @@ from ecospa_fx.ranks.shards import is_sharded
 from ecospa_fx.ranks.wrappers import looks_inside
 from ecospa_fx.train.trainer import EcoSpaTrainer
 
-from .directory import Draft, Save, read_save, saving
+from .directory import ALONE, Draft, Save, read_save, saving
 from .rebuild import Saved, check_same, filled, read_model, rebuild, refitted, write_model
 from .sharded import save_by_all
 from .training_state import Training, as_tuple, by_name, read_training, resume_training, write_training
@@ -113,7 +113,9 @@ def load(
     home = None if device is None else _device(device)
     values = home is None or home.type != "meta"
     with torch.device("cpu"):  # within torch.device("meta") only the factory makes tensors there
-        saved, digest = read_save(Path(directory), lambda save: (read_model(save, values=values), save.digest))
+        saved, digest = read_save(
+            Path(directory), lambda save: (read_model(save, values=values), save.digest), values=values
+        )
     model = rebuild(saved, factory, home)
     model.__dict__[MODEL].save = digest if values else None
     return model
@@ -167,7 +169,8 @@ def resume(
             weights = read_model(save, named_tensors(model) if sharded else {}) if fresh else None
             return read_training(save, training, rng, model), weights, save.digest
 
-        state, weights, digest = read_save(source, read)
+        # Ranks that share a model see one directory; those that each have all of it may have copies.
+        state, weights, digest = read_save(source, read, ranks=ranks if sharded else ALONE)
         if weights is None and compiled.save != digest:
             raise CheckpointError(f"{source} has been saved to since this model was loaded from it; load it again")
         if weights is not None and sharded:

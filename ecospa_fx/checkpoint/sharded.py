@@ -10,8 +10,8 @@ The first rank makes the save the current one when every rank has written its pa
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, distributed
 
 from ecospa_fx.collectives import is_distributed
-from ecospa_fx.errors import CheckpointError
+from ecospa_fx.errors import CheckpointError, RanksError
 from ecospa_fx.ranks.agreement import Ranks
-from ecospa_fx.ranks.shards import is_sharded, local_part, whole_of
+from ecospa_fx.ranks.shards import groups_of, is_sharded, local_part, whole_of
 
 from .directory import Draft, Save, saving
 
@@ -62,7 +62,7 @@ def own_random(files: Iterable[str]) -> str | None:
     """Return the name of the file of random numbers that this rank goes on with; None if there is none for it."""
     rank = distributed.get_rank() if is_distributed() else 0
     name = of_rank("random.json", rank) if rank else "random.json"
-    return name if rank == 0 or name in files or not any(each.startswith("random-") for each in files) else None
+    return name if rank == 0 or name in files else None
 
 
 def save_by_all(ranks: Ranks, directory: Path, write: Callable[[Draft], None]) -> str:
@@ -95,11 +95,12 @@ def save_by_all(ranks: Ranks, directory: Path, write: Callable[[Draft], None]) -
             write(mine)
             ranks.agree("save", {"names of sharded tensors": sorted(mine.shards or ())})
             _write_shards(folder, mine.shards or {})
-            ranks.meet("save")
+            written = ranks.first(sorted(path.name for path in folder.glob("shard-*")), "save")
+            for name in written[ranks.index :: ranks.count]:
+                mine.finish(name)
+            files = ranks.gathered(mine.files, "save")
             if draft is not None:
-                draft.files |= mine.files
-                for path in sorted({*folder.glob("shard-*"), *folder.glob("random-*")}):
-                    draft.finish(path.name)
+                draft.files |= {name: file for each in files.values() for name, file in each.items()}
             return "" if draft is None else draft.digest
 
     return ranks.said_by_first(ranks.together("save", work), "save")
@@ -110,7 +111,24 @@ def _write_shards(folder: Path, shards: Mapping[str, Tensor]) -> None:
     from torch.distributed.checkpoint.state_dict_saver import save
 
     state = {name: tensor.detach() for name, tensor in shards.items()}
-    save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    with _told_by_torch("written"):
+        save(state, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+
+
+@contextmanager
+def _told_by_torch(done: str) -> Iterator[None]:
+    """Say in the words of this library what torch.distributed.checkpoint says on every rank, or when one is gone."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise CheckpointError(f"shards cannot be {done}: {type(cause).__name__} on rank {rank}: {cause}") from error
+    except RuntimeError as error:
+        raise RanksError(
+            f"shards cannot be {done}: another rank does not answer ({error}); see its own output"
+        ) from error
 
 
 def read_shards(
@@ -150,10 +168,13 @@ def read_shards(
             )
         else:
             local = local_part(model)
-            state[name] = whole_of(torch.empty_like(local, dtype=dtype), model)
+            home = local.device if prefix is None else torch.device("cpu")  # values that are copied into a model
+            state[name] = whole_of(torch.empty_like(local, dtype=dtype, device=home), model)
     if values and state:
-        alone = not any(map(is_sharded, state.values()))
-        with warnings.catch_warnings():
+        ranks = Ranks(groups_of(state.values()))
+        ranks.meet("resume")  # one that has failed so far would miss what torch sends
+        alone = not ranks
+        with warnings.catch_warnings(), _told_by_torch("read"):
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             load(state, storage_reader=reader, no_dist=alone)
     return state

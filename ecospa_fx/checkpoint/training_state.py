@@ -24,6 +24,7 @@ from ecospa_fx.arguments import SEVERAL, STATEFUL
 from ecospa_fx.errors import CheckpointError, EcoSpaError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.lookup import check_optimizer
+from ecospa_fx.ranks.shards import is_sharded, split
 
 from .directory import Draft, Save
 from .packing import Packer, Unpacker
@@ -137,7 +138,21 @@ def read_training(save: Save, training: Training, rng: bool, model: nn.Module) -
         shards = read_shards(save, _sharded_state(document, model)) if part == "optimizer" and save.sharded else {}
         unpacker = Unpacker(tensors, str(save.directory / file), shards)
         states[part] = {name: unpacker.unpack(document[name]) for name in wanted}
+    for each in states.get("optimizer", {}).values():
+        _split_state(each["state"], model)
     return states
+
+
+def _split_state(state: dict[str, Any], model: nn.Module) -> None:
+    """Shard state that one process wrote like its parameter, where it has its shape and this model is sharded."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, entries in state.items():
+        like = parameters.get(name)
+        if like is None or not is_sharded(like) or not isinstance(entries, dict):
+            continue
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and not is_sharded(value) and value.shape == like.shape:
+                entries[key] = split(value.to(like.device), like)
 
 
 def _sharded_state(document: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:

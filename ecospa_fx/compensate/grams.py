@@ -32,6 +32,7 @@ from ecospa_fx.passes.transform.eliminate import Summing
 from ecospa_fx.passes.transform.rotate import FAR, BasisChange, Part
 from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.members import ranks_of, sharing_ranks
+from ecospa_fx.ranks.shards import gathered, is_sharded
 from ecospa_fx.ranks.tensor_parallel import parallel_count
 from ecospa_fx.ranks.wrappers import unwrapped
 from ecospa_fx.score.products import ProductSite
@@ -338,7 +339,9 @@ class Grams:
                 return None
             unit = member.index if member.context is None else member.context * coupling.size + member.index
             unit = torch.where(member.index >= 0, unit, -1).repeat_interleave(absorber.consumer.window)
-            matrix = absorber.consumer.columns(weight.detach())
+            if is_sharded(weight):
+                ranks_of(self.model).meet("weights that take over")
+            matrix = absorber.consumer.columns(gathered(weight).detach())
             summing.append(Summing(matrix, moments, unit, absorber.consumer.bias is not None))
         return summing or None
 

@@ -28,6 +28,7 @@ from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.execution import Execution
 from ecospa_fx.model.lookup import plan
 from ecospa_fx.model.optimizer_state import forget_resized
+from ecospa_fx.ranks.members import sharing_ranks
 from ecospa_fx.train.trainer import EcoSpaTrainer
 
 from .hf_checkpoints import DIRECTORY, CheckpointSizes, take
@@ -45,6 +46,9 @@ class EcoSpaCallback(TrainerCallback):
     the wrapper that the Trainer makes, `DistributedDataParallel`, follows. After an interruption build the model as
     for a new run, from its config, and call `trainer.train(resume_from_checkpoint=True)`. Each checkpoint holds a
     directory `ecospa_fx`, from which `ecospa_fx.load` builds the shrunk model.
+
+    Under FSDP2 (`fsdp=True`) the model is sharded before the Trainer loads a checkpoint. To go on, make it at the sizes
+    of that one: `Trainer(ecospa_fx.load("run/checkpoint-500/ecospa_fx"), ...)`.
 
     With `load_best_model_at_end=True` the model has the sizes of the best checkpoint in the end, and a warning in the
     log `ecospa_fx.shrink` says so where these are not the last ones: the best model may be larger than the target.
@@ -109,7 +113,11 @@ class EcoSpaCallback(TrainerCallback):
             source = self._sizes.of_step(state)
             if not source.is_dir():
                 raise self._sizes.missing(state.global_step, source)
-            self._go_on_from(source, read_save(source, read_model), model, optimizer)
+            if sharing_ranks(model):  # it has the sizes of the checkpoint, or the Trainer could not have filled it
+                self._begin(model, optimizer)
+                resume(source, model, trainer=self.trainer, rng=False)
+            else:
+                self._go_on_from(source, read_save(source, read_model), model, optimizer)
         elif self.trainer is None or self.trainer.model is not model:
             self._begin(model, optimizer)
         elif self.trainer.optimizer is not optimizer or self._state is not model.__dict__[MODEL]:
@@ -150,7 +158,7 @@ class EcoSpaCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Save the shrunk model and the schedule into the checkpoint that has just been written."""
-        if args.should_save:
+        if args.should_save or sharing_ranks(given["model"]):  # all ranks write their shards
             save(given["model"], self._sizes.of_step(state), trainer=self.trainer)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
@@ -180,14 +188,23 @@ class EcoSpaCallback(TrainerCallback):
 
 
 def _check_wrapper(args: TrainingArguments) -> None:
-    spread = {"DataParallel": args.n_gpu > 1, "FSDP": bool(args.fsdp), "DeepSpeed": bool(args.deepspeed)}
+    sharded = bool(args.fsdp)
+    version = (getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version", 1)
+    if sharded and version == 2:
+        if args.load_best_model_at_end:
+            raise WrapperError(
+                "load_best_model_at_end=True would load weights of other sizes into a model that FSDP2 has sharded "
+                "already. Leave it out, and load the best checkpoint afterwards: ecospa_fx.load(checkpoint/ecospa_fx)"
+            )
+        sharded = False
+    spread = {"DataParallel": args.n_gpu > 1, "FSDP1": sharded, "DeepSpeed": bool(args.deepspeed)}
     for wrapper, used in reversed(spread.items()):
         if used:
             raise WrapperError(
                 f"this Trainer wraps the model in {wrapper} (world_size={args.world_size}, n_gpu={args.n_gpu}), whose "
                 "gradients are kept at sizes of their own, which a shrink would change under it: ranks would drift "
-                "apart. Train under torchrun, which wraps it in DistributedDataParallel, or in one process on one "
-                "device, with CUDA_VISIBLE_DEVICES=0"
+                "apart. Train under torchrun, which wraps it in DistributedDataParallel, with FSDP2 (fsdp=True), or in "
+                "one process on one device, with CUDA_VISIBLE_DEVICES=0"
             )
 
 

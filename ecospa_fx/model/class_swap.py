@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from ecospa_fx.passes.graph.stand_in_class import below, is_stand_in, stand_in_class, stands_for
+from ecospa_fx.ranks.fsdp2 import class_inside
 
 _SWAPPED: dict[tuple[type, str], type] = {}
 
@@ -166,4 +167,4 @@ def forwards_to(module: nn.Module, attribute: str) -> bool:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """Return the class that a module had before any class swap, those on top of ours included."""
-    return stands_for(type(module))
+    return stands_for(class_inside(stands_for(type(module))))

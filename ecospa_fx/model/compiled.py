@@ -61,7 +61,6 @@ from .parametrized import first_removal
 from .planning import planned
 from .region import REGION as REGION
 from .region import Region, check_gathered_at_once
-from .share import check_served
 from .slicing import Absorber, prepare_tensors
 from .specialization import Specialization
 from .state import ModelState
@@ -299,7 +298,7 @@ class CompiledModel:
         if shared_out != self.state.shared_out:
             self.state.shared_out = shared_out
             for region in self.regions.values():
-                region.share, region.routing = None, region.routing.without_routes()
+                region.share, region.unshared, region.routing = None, None, region.routing.without_routes()
             self.state.forget_couplings()
 
     def _check_shapes(self, model: nn.Module) -> None:
@@ -362,7 +361,7 @@ class CompiledModel:
         self._check_shapes(model)
         if self.execution == "graph":
             for name in self.regions:
-                check_served(name, model.get_submodule(name), model)
+                self.regions[name].check_shared(model.get_submodule(name), model)
         joints = joint_offers(self.state, self.regions)
         after = planned(self.plan, self.regions, self.couplings(), selection, joints)
         rewritten: dict[Program, Program] = {}
@@ -528,6 +527,6 @@ def _nothing_found(model: nn.Module, analyses: Mapping[str, Analysis]) -> str:
     else:
         axes = [axis for analysis in analyses.values() for axis in analysis.discovery.uncoupled]
         why = f": {'; '.join(map(str, axes[:2]))}" if axes else ""
-        detail = f" No two of its weights multiply each other{why}"
+        detail = f" No axis of a weight leads to another weight{why}"
     detail += first_removal(model)
     return f"{type(model).__name__} has no coupling that can shrink, and is left as it was.{detail}"

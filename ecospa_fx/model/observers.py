@@ -95,8 +95,9 @@ def check_observable(model: nn.Module) -> None:
     """
     if compiled_state(model).execution == "module":
         raise EcoSpaError(
-            "scores of activations, and Gram matrices, are read off the graphs that run, and with execution='module' "
-            "the model's own Python runs; use another score, absorb=False and rotate=False, or execution='graph'"
+            "scores of activations, and Gram matrices (for absorb and rotate, which policy='adaptive' turns on), are "
+            "read off the graphs that run, and with execution='module' the model's own Python runs; use another score, "
+            "absorb=False and rotate=False, or execution='graph'"
         )
 
 

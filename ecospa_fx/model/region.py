@@ -12,6 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ecospa_fx.collectives import is_distributed
 from ecospa_fx.errors import CaptureError, EcoSpaError, NotNowError, PinnedAxisError, TooManyCallsError, WrapperError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of, size_of
@@ -35,7 +36,7 @@ from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts, keys_of, whole_objects
-from ecospa_fx.ranks.fsdp2 import sharded_apart
+from ecospa_fx.ranks.fsdp2 import fsdp_modules, sharded_apart
 from ecospa_fx.ranks.tensor_parallel import check_sequences, gathered_here
 
 from .class_swap import own_forward
@@ -44,7 +45,7 @@ from .journal import Journal, all_or_nothing
 from .moving import moving_buffers, settled
 from .offers import Offers
 from .routing import Routing
-from .share import Share, share_of
+from .share import Share, check_served, share_of
 from .specialization import Specialization
 from .state import ModelState
 
@@ -71,6 +72,7 @@ class Region:
         python_support: where the region's own Python runs, the couplings that it can follow.
         border: the dims of its arguments, results and tied weights that shrink with the model around it.
         uncaptured: why a call could not be captured that its own Python serves while it is whole; else None.
+        unshared: why no graph can run where tensor parallelism has changed the region's modules.
         share: the part that this rank computes where tensor parallelism spreads the weights; else None.
     """
 
@@ -89,6 +91,7 @@ class Region:
         self.python_support: PythonSupport | None = None
         self.uncaptured: str | None = None
         self.share: Share | None = None
+        self.unshared: str | None = None
         self._warned = False
         self._not_inputs: set[str] = set()  # numbers that a graph cannot take as inputs
         self._fills: tuple[StateChange, ...] = ()  # the changes that the last captured call makes to caches
@@ -97,7 +100,7 @@ class Region:
         """Return what pickle writes: without programs, which the next call captures and generates again."""
         fresh = {
             "specializations": [], "routing": Routing(), "watcher": None, "python_support": None, "_fills": (),
-            "share": None,
+            "share": None, "unshared": None,
         }  # fmt: skip
         known = {"called": self.first_sizes, "unsupported_marks": frozenset(self.offers.marks())}
         return {**self.__dict__, **fresh, **known}
@@ -105,7 +108,7 @@ class Region:
     def __deepcopy__(self, memo: dict[int, Any]) -> Region:
         """Copy the region for a copy of the model, which can run at once: programs hold no module and are shared."""
         memo[id(self)] = twin = object.__new__(type(self))
-        fresh: dict[str, Any] = {"routing": Routing(), "watcher": None, "_fills": (), "share": None}
+        fresh: dict[str, Any] = {"routing": Routing(), "watcher": None, "_fills": (), "share": None, "unshared": None}
         twin.__dict__ |= {key: copy.deepcopy(value, memo) for key, value in (self.__dict__ | fresh).items()}
         return twin
 
@@ -117,13 +120,15 @@ class Region:
             if self.routing.leaves(key) and not self.shrunk:
                 return own_forward(module, REGION)(module, *args, **kwargs)
             check_gathered_at_once(self.name, module, "graph")
-            check_sequences(self._named())
+            if is_distributed():
+                check_sequences(self._named())
             if self.share is None:
                 try:
                     self.share = share_of(self.name, module)
-                except WrapperError:
+                except WrapperError as error:
                     if self.shrunk:
                         raise
+                    self.unshared = str(error)
                     return own_forward(module, REGION)(module, *args, **kwargs)
             leaves, objects = parted(flattened((args, kwargs))[0])
             inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -168,10 +173,28 @@ class Region:
         """The part that this rank computes, unless it computes all now."""
         return self.share if self.share is not None and self.share.holds() else None
 
+    def check_shared(self, module: nn.Module, model: nn.Module) -> None:
+        """Refuse to shrink a region in which tensor parallelism has changed modules so that no graph can run.
+
+        Args:
+            module: the region.
+            model: the model that it is a part of. Every rank must be here.
+
+        Raises:
+            WrapperError: it has.
+        """
+        check_served(self.name, module, model)
+        if self.unshared is not None:
+            raise WrapperError(self.unshared)
+        if self.share is None and not fsdp_modules(model):  # FSDP2 gathers weights for a forward only
+            self.share = share_of(self.name, module)
+
     def program_here(self, program: Program, module: nn.Module) -> Program:
         """Return the program of what this rank computes, for a program of the whole region."""
         share = self.shared_out
-        return program if share is None else share.program(program, self.state.plan, module)
+        if share is None:
+            return program
+        return share.program(program, self.state.plan, module, (each.program for each in self.specializations))
 
     def kept_here(self, program: Program, module: nn.Module) -> dict[Atom, Selected]:
         """Return what this rank computes of the plan, in atoms of one program's graph."""

@@ -8,10 +8,11 @@ modules with sharded weights see to themselves. So its program is that of a shri
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -60,23 +61,38 @@ class Share:
         linears = parallel_modules(module)
         self._layouts = {path: _layout(join(name, path), each) for path, each in linears.items() if _weight(each)}
         self._first = next(linears[path] for path in self._layouts)
-        self._programs: WeakKeyDictionary[Program, Program] = WeakKeyDictionary()
+        self._programs: list[tuple[Program, Program]] = []  # those of all ranks together, and of this one
 
     @property
     def ranks(self) -> int:
         """The number of ranks that compute the region together."""
-        weight: Any = self._first._parameters["weight"]
-        return int(weight.device_mesh.size())
+        return max((each.ranks for each in shardings(self._first._parameters["weight"]).values()), default=1)
 
     def holds(self) -> bool:
         """Return whether the weights are sharded now: for a while all ranks may hold all of them."""
         return is_sharded(self._first._parameters["weight"])
 
-    def program(self, whole: Program, plan: Plan, module: nn.Module) -> Program:
-        """Return the program of this rank for one of the whole region under a plan."""
-        mine = self._programs.get(whole)
-        if mine is None:
-            self._programs[whole] = mine = rewrite(whole.axis_facts, self.kept(whole, plan, module), module)
+    def program(self, whole: Program, plan: Plan, module: nn.Module, alive: Iterable[Program]) -> Program:
+        """Return the program of this rank for one of the whole region.
+
+        Args:
+            whole: the program of all ranks together.
+            plan: the plan that it is of.
+            module: the region.
+            alive: all programs that the region has now.
+        """
+        for held, mine in self._programs:
+            if held is whole:
+                return mine
+        made: Program = self._add(whole, plan, module, alive)
+        return made
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _add(self, whole: Program, plan: Plan, module: nn.Module, alive: Iterable[Program]) -> Program:
+        now = [*alive]
+        self._programs = [pair for pair in self._programs if any(pair[0] is each for each in now)]
+        mine: Program = rewrite(whole.axis_facts, self.kept(whole, plan, module), module)
+        self._programs.append((whole, mine))
         return mine
 
     def kept(self, whole: Program, plan: Plan, module: nn.Module) -> dict[Atom, Selected]:
@@ -107,8 +123,14 @@ class Share:
 
 def share_of(name: str, module: nn.Module) -> Share | None:
     """Return the part of a region that this rank computes; None where each rank computes all of it."""
-    if not is_distributed() or torch.compiler.is_compiling() or not any(map(is_sharded, module.parameters())):
+    if not is_distributed() or not any(is_sharded(parameter) for parameter in module.parameters()):
         return None
+    share: Share = _made(name, module)
+    return share
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _made(name: str, module: nn.Module) -> Share:
     return Share(name, module)
 
 
@@ -143,7 +165,7 @@ def _layout(name: str, linear: nn.Module) -> _Layout:
     by_dim = shardings(weight)
     (given,) = {len(each.here(weight.shape[1])) for dim, each in by_dim.items() if dim == 1} or {weight.shape[1]}
     ranks = weight.device_mesh.size()
-    with _without_others(linear):
+    with _without_others(linear), _quiet():
         for width in dict.fromkeys((given, weight.shape[1])):
             taken = torch.zeros(ranks, ranks, width, dtype=weight.dtype, device=weight.device)
             try:
@@ -155,8 +177,21 @@ def _layout(name: str, linear: nn.Module) -> _Layout:
             return _Layout(width != weight.shape[1], result.shape[-1] != weight.shape[0])
     raise WrapperError(
         f"`{name}` takes or returns DTensors, or shards of a sequence, and the region around it runs as one graph of "
-        "plain tensors: compile with execution='module', or leave input_layouts and output_layouts as they are"
+        "plain tensors: compile with execution='module', or use layouts in which tensors are local and whole, or "
+        "shared out along the last dim"
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let torch say nothing of sizes that do not fit."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _without_others(linear: nn.Module) -> Any:

@@ -59,6 +59,14 @@ class Ranks:
         """The number of processes."""
         return math.prod(distributed.get_world_size(each) for each in self.groups)
 
+    @property
+    def index(self) -> int:
+        """The number of this process among them, from 0."""
+        place = 0
+        for each in self.groups:
+            place = place * distributed.get_world_size(each) + distributed.get_rank(each)
+        return place
+
     def together(
         self,
         doing: str,

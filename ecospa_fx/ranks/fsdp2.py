@@ -44,6 +44,12 @@ def is_fsdp(module: nn.Module) -> bool:
     return cls is not None and isinstance(module, cls)
 
 
+def class_inside(cls: type[Any]) -> type[Any]:
+    """Return the class of a module before `fully_shard` put one of its own on top; another class itself."""
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return cls.__bases__[1] if fsdp is not None and cls.__bases__[:1] == (fsdp,) else cls
+
+
 def reshard(model: nn.Module) -> None:
     """Let a model hold its sharded parameters: a root keeps its weights gathered after a forward without backward."""
     if torch.compiler.is_compiling():  # inside of a forward

@@ -125,6 +125,19 @@ def local_part(tensor: Any) -> Tensor:
     return local.to_local() if is_sharded(tensor) else local  # type: ignore[attr-defined]
 
 
+def held_along(tensor: Any, dim: int) -> Tensor:
+    """Return the positions along a dim of a tensor that this rank holds, ascending: all of one that is not sharded."""
+    shards = (shards_of(tensor) or {}).get(dim) if is_sharded(tensor) else None
+    size = tensor.shape[dim]
+    return torch.arange(size) if shards is None else positions_here(size, tensor.device_mesh, shards)
+
+
+def is_first_replica(tensor: Any) -> bool:
+    """Decide whether this rank has the copy of its part that counts, where all ranks of a device mesh are added up."""
+    mesh = tensor.device_mesh
+    return all(mesh.get_local_rank(d) == 0 for d, each in enumerate(tensor.placements) if each.is_replicate())
+
+
 def move(name: str, tensor: Any, keep: Mapping[int, Tensor]) -> Move:
     """Look at how a sharded tensor loses entries.
 

@@ -78,7 +78,7 @@ def spread_dims(model: nn.Module) -> dict[tuple[str, int], Sharding]:
 
 def parallel_count(model: nn.Module) -> int:
     """Return the number of ranks that compute one batch together; 1 without tensor parallelism."""
-    return max((each.mesh.size() for each in spread_dims(model).values()), default=1)
+    return max((each.ranks for each in spread_dims(model).values()), default=1)
 
 
 def sends(function: Any, deep: int = _DEEP) -> bool:

@@ -35,10 +35,12 @@ from ecospa_fx.model.journal import take_state
 from ecospa_fx.model.lookup import check_values, couplings
 from ecospa_fx.model.optimizer_state import innermost, several
 from ecospa_fx.ranks.fsdp2 import reshard
-from ecospa_fx.ranks.members import is_replicated
+from ecospa_fx.ranks.members import is_replicated, sharing_ranks
 from ecospa_fx.ranks.wrappers import unwrapped
 
+from .gates import GateReader
 from .judging import frozen_names
+from .positions import PositionReader
 from .reader import GradientStep, Reader, ReaderOptions
 from .readers import READERS
 from .scores import Score, ScoreFunction, score_named
@@ -216,6 +218,12 @@ class CoupledEstimator:
                 'gradients="backward" reads each gradient as soon as backward has it, and DistributedDataParallel '
                 "reduces it over ranks only then, so that each rank would decide by its own; read them at the steps of "
                 'the optimizers, gradients="optimizer"'
+            )
+        if isinstance(self.reader, (GateReader, PositionReader)) and sharing_ranks(self.model):
+            raise WrapperError(
+                'gradients="backward" reads each gradient as soon as backward has it, and where parameters are sharded '
+                f"ranks add up {self.score.name} once a step has all gradients; read them at the steps of the "
+                'optimizers, gradients="optimizer"'
             )
 
     def detach(self) -> None:

@@ -20,6 +20,8 @@ from ecospa_fx.errors import TargetError
 from ecospa_fx.model.lookup import couplings, regions_of
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.transform.consumers import WeightDim, consumers
+from ecospa_fx.ranks.members import sharing_ranks
+from ecospa_fx.ranks.shards import held_along, is_first_replica, is_sharded, local_part
 
 from .judging import places_of
 from .reader import NO_GRADIENT, ZERO_GRADIENT, GradientStep, ReaderOptions
@@ -94,38 +96,50 @@ class GateReader:
         self.count.note(step.found_inf, step.new_step)
         self.read(step)
 
-    def read(self, step: GradientStep, but: Container[str] = (), sharded: bool = True) -> None:
+    def read(self, step: GradientStep, but: Container[str] = (), odd: bool = True) -> None:
         """Add the squared gradients along the gates.
+
+        Where parameters are sharded the gradients along gates are added up over ranks, which must all call it, with
+        the same `but`: the square of a sum is no sum of what each rank has.
 
         Args:
             step: the step.
             but: names of couplings that are left out.
-            sharded: refuse gradients that are sharded; otherwise their couplings are left out.
+            odd: refuse gradients that are tensors of other classes; otherwise their couplings are left out.
         """
         parameters, gradients = step.tensors()
-        if not sharded:
-            gradients = {name: each for name, each in gradients.items() if _whole(each)}
-        products: dict[WeightDim, Tensor] = {}  # a fused projection has members in many couplings
+        if not odd:
+            gradients = {name: each for name, each in gradients.items() if _whole(each) or is_sharded(each)}
+        chosen: dict[str, list[list[Gate]]] = {}
+        for name, (_, sides) in self.gates().items():
+            here = [[gate for gate in side if gate.parameter in gradients] for side in sides if name not in but]
+            if any(here):
+                chosen[name] = [side for side in here if side]
+        # A fused projection has members in many couplings.
+        keys = dict.fromkeys((g.parameter, g.dim) for sides in chosen.values() for side in sides for g in side)
+        products = {key: _products(*key, parameters[key[0]], gradients[key[0]], step.scale) for key in keys}
+        self._add_up(products, gradients)
         squares: dict[str, Tensor] = {}
-        for name, (width, sides) in self.gates().items():
-            if name in but:
-                continue
-            here = [[gate for gate in side if gate.parameter in gradients] for side in sides]
-            here = [side for side in here if side]
-            if not here:
-                continue
-            total = torch.zeros(width, device=gradients[here[0][0].parameter].device)
-            for side in here:
+        for name, sides in chosen.items():
+            first = sides[0][0]
+            total = torch.zeros(self.gates()[name][0], device=products[first.parameter, first.dim].device)
+            for side in sides:
                 along = torch.zeros_like(total)
                 for gate in side:
-                    key = gate.parameter, gate.dim
-                    if key not in products:
-                        weight, gradient = parameters[gate.parameter], gradients[gate.parameter]
-                        products[key] = _products(*key, weight, gradient, step.scale)
-                    along.index_add_(0, gate.place.to(along.device), products[key][gate.owned.to(along.device)])
-                total += along.square() / len(here)
+                    product = products[gate.parameter, gate.dim]
+                    along.index_add_(0, gate.place.to(along.device), product[gate.owned.to(product.device)].to(along))
+                total += along.square() / len(sides)
             squares[name] = total
         self.totals.add(squares, step)
+
+    def _add_up(self, products: dict[WeightDim, Tensor], gradients: Mapping[str, Tensor]) -> None:
+        """Add up those of sharded parameters over ranks, in place."""
+        shared = {f"{name} {dim}": (name, dim) for name, dim in products if is_sharded(gradients[name])}
+        if shared:
+            mine = {label: products[key] for label, key in shared.items()}
+            for label, each in sharing_ranks(self.model).totals(mine, "gradients along gates").items():
+                if label in shared:
+                    products[shared[label]] = each
 
     def along(self, name: str, step: GradientStep) -> Tensor | None:
         """Return the gradient along the gates of one coupling, from one side, if that has gradients, and whole ones."""
@@ -210,13 +224,18 @@ def _whole(gradient: Tensor) -> bool:
 
 
 def _products(name: str, dim: int, weight: Tensor, gradient: Tensor, scale: Tensor | None) -> Tensor:
-    """Sum a weight's entries times their gradients over all dims but one."""
-    if not _whole(gradient):
+    """Sum a weight's entries times their gradients over all dims but one; of a shard those of this rank."""
+    if not _whole(gradient) and not is_sharded(gradient):
         raise TargetError(
-            f'policy="adaptive" needs whole gradients, and that of `{name}` is a {type(gradient).__name__}; use '
-            'policy="paper" where parameters are sharded'
+            f'policy="adaptive" needs plain gradients, and that of `{name}` is a {type(gradient).__name__}; use '
+            'policy="paper"'
         )
-    products = (weight.detach() * gradient.detach()).float()
+    products = (local_part(weight) * local_part(gradient)).float()
     if products.ndim > 1:
         products = products.sum([other for other in range(products.ndim) if other != dim])
+    if is_sharded(gradient):
+        part = products
+        products = part.new_zeros(gradient.shape[dim])
+        if is_first_replica(gradient):
+            products[held_along(gradient, dim).to(part.device)] = part
     return products if scale is None else products / scale.to(products.device)

@@ -185,6 +185,7 @@ class PositionReader(Averaged[str]):
         self.gates = GateReader(replace(options, rule=copy.deepcopy(options.rule)))
         self._seen: set[str] = set()  # couplings whose gradients have come by
         self._partly: set[str] = set()  # couplings that some weight sums over where it cannot be seen
+        self._common: set[str] | None = None  # of these, those that all ranks have seen
         self._slots: dict[str, set[str]] = {}
         self._parts: dict[str, int] = {}  # coupling -> the number of ranks that its entries are shared out over
         self._measure: str | None = None  # the coupling whose gradient tells by how much a loss was scaled
@@ -335,7 +336,16 @@ class PositionReader(Averaged[str]):
         squares = {name: each * self._parts[name] for name, each in squares.items() if name not in self._partly}
         self._seen.update(squares)
         self.totals.add(squares, step)
-        self.gates.read(step, self._seen - self._partly, sharded=False)
+        self.gates.read(step, self._read_by_position(), odd=False)
+
+    def _read_by_position(self) -> set[str]:
+        """Return the couplings that gates are not read for; those of all ranks where these read gates together."""
+        seen, ranks = self._seen - self._partly, sharing_ranks(self.model)
+        if not ranks:
+            return seen
+        if self._common is None:  # asked once per reset: nothing is sent in between, if all couplings are read so
+            self._common = set(ranks.common(seen, "couplings that are read by position"))
+        return self._common
 
     def _scale(self, pending: _Pending, step: GradientStep) -> Tensor | None:
         """Find the factor between gradients in backward and those that are left now, which may have been unscaled.
@@ -394,18 +404,23 @@ class PositionReader(Averaged[str]):
         """Drop the sums."""
         self.totals.reset()
         self.gates.reset()
-        self._pending = _Pending()
+        self._pending, self._common = _Pending(), None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the sums by name."""
+        """Return the sums by name, in the unit of one process on the whole batch; of replicas those of this rank."""
         gates = {f"{GATES}{name}": tensor for name, tensor in self.gates.tensors().items()}
-        return gates | sharing_ranks(self.model).totals(self.totals.tensors(), "the state of scores by position")
+        whole = sharing_ranks(self.model).totals(self.totals.tensors(), "the state of scores by position")
+        return gates | {name: tensor / self._unit() for name, tensor in whole.items()}
 
     def load_tensors(self, named: Mapping[str, Tensor]) -> None:
         """Go on with what `tensors` returned."""
         self.observe()
-        if not sharing_ranks(self.model).is_first:  # or they would count once per rank
-            named = {n: each if n.startswith(GATES) else torch.zeros_like(each) for n, each in named.items()}
+        unit = self._unit() if sharing_ranks(self.model).is_first else 0.0  # or they would count once per rank
         self.gates.load_tensors({n.removeprefix(GATES): tensor for n, tensor in named.items() if n.startswith(GATES)})
-        self.totals.load_tensors({name: tensor for name, tensor in named.items() if not name.startswith(GATES)})
-        self._seen = {name for name, _ in self.totals.sums}
+        self.totals.load_tensors({name: each * unit for name, each in named.items() if not name.startswith(GATES)})
+        self._seen, self._common = {name for name, _ in self.totals.sums}, None
+
+    def _unit(self) -> float:
+        """Return the factor of sums here on those of one process: each rank's loss is a mean over its part alone."""
+        count = ranks_of(self.model).count
+        return float(count**2 if sharing_ranks(self.model) else count)

@@ -17,8 +17,8 @@ from torch import Tensor, distributed
 from ecospa_fx.collectives import all_reduce_sum
 from ecospa_fx.errors import OptimizerError
 from ecospa_fx.kernels import add_slice_sums, add_slice_sums_now
-from ecospa_fx.ranks.placed import positions_here, shards_of
-from ecospa_fx.ranks.shards import is_sharded, local_part
+from ecospa_fx.ranks.placed import shards_of
+from ecospa_fx.ranks.shards import held_along, is_sharded, local_part
 
 SliceKey = tuple[str, int]
 
@@ -181,19 +181,17 @@ class SliceSums:
 
     def _first(self, name: str, gradient: Any) -> tuple[int, ...]:
         """Return the position in the whole parameter at which the local part of a gradient begins."""
-        if not is_sharded(gradient):
-            return (0,) * int(gradient.ndim)
         self._note_shards(name, gradient)
-        first = [0] * int(gradient.ndim)
-        for dim, shards in (shards_of(gradient) or {}).items():
-            here = positions_here(gradient.shape[dim], gradient.device_mesh, shards)
-            first[dim] = int(here[0]) if len(here) else 0
+        first = []
+        for dim in range(gradient.ndim if is_sharded(gradient) else 0):
+            here = held_along(gradient, dim)
+            first.append(int(here[0]) if len(here) else 0)
             if len(here) and int(here[-1]) - first[dim] + 1 != len(here):
                 raise OptimizerError(
                     f"a rank holds rows of `{name}` in several runs, placed {tuple(gradient.placements)}, and no score "
                     "is read of such gradients; shard it along one dim of the mesh"
                 )
-        return tuple(first)
+        return tuple(first) or (0,) * int(gradient.ndim)
 
     def _note_shards(self, name: str, tensor: Any) -> None:
         """Note along which dims of its device mesh a tensor is sharded, if it is."""

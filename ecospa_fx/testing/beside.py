@@ -85,10 +85,16 @@ class Beside:
         self._changed: list[str] = []  # statements of the loop since the last shrink
         self._compare("before compile")
 
+    goes_on_after_errors = True
+
     @property
     def compiled(self) -> bool:
         """True while the model is compiled."""
         return MODEL in self.ours.model.__dict__
+
+    def called(self, world: Sandbox) -> nn.Module:
+        """Return what the loop calls to train: the model itself."""
+        return world.model
 
     # Steps of both: each is one line of a program
 
@@ -109,7 +115,7 @@ class Beside:
             world.model.zero_grad()
 
         def run(world: Sandbox) -> Any:
-            y = world.model(x)
+            y = self.called(world)(x)
             loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum()
             for module in world.model.modules():
                 loss = loss + sum(v for k, v in vars(module).items() if k.startswith("aux") and isinstance(v, Tensor))
@@ -261,6 +267,8 @@ class Beside:
         """Run something in both worlds, and compare all that there is."""
         before = Generators.now()
         expected, error = _tried(lambda: run(self.plain))
+        if error is not None and not self.goes_on_after_errors:
+            raise Ended
         after = Generators.now()
         before.put_back()
         state = frozen(self.ours)
@@ -271,6 +279,9 @@ class Beside:
             found, ours_error = _tried(lambda: run(self.ours))
         _check_error(what, error, ours_error)
         after.check(what)
+        if error is not None:  # how far a backward comes that fails depends on the order in which its ops ran
+            for world in (self.plain, self.ours):
+                world.model.zero_grad()
         if self.compiled and ours_error is None:
             self._called.add(self.ours.model.training)
         for name, a, b in zip(("output", "loss"), _listed(expected), _listed(found), strict=False):

@@ -1,6 +1,7 @@
 """Fuzzing of state: random stateful modules in random loops, compiled beside plain.
 
     python -m ecospa_fx.testing.fuzz_state 1000 --seed 0
+    python -m ecospa_fx.testing.fuzz_state 200 --ranks 2     under DistributedDataParallel
 
 It prints the smallest program of each kind of failure as runnable code, and exits with 1 if there is any.
 """
@@ -14,8 +15,10 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeAlias
 
 import torch
 
@@ -23,6 +26,7 @@ from ecospa_fx.model.execution import Execution
 
 from . import stateful_parts  # noqa: F401  (it registers parts)
 from .beside import Beside, Ended
+from .beside_ranks import BesideRanks, RankCrew, any_rank
 from .fuzz import parser_of
 from .loops import random_loop
 from .sandbox import Differs
@@ -64,6 +68,7 @@ class StateProgram:
         )
 
 
+Check: TypeAlias = "Callable[[StateProgram, StateTally | None], StateFailure | None]"
 EXECUTIONS: tuple[Execution, ...] = ("graph", "graph", "module")
 
 
@@ -100,6 +105,14 @@ class StateTally:
     steps: int = 0
     refusals: Counter[str] = field(default_factory=Counter)
 
+    def add(self, other: StateTally) -> None:
+        """Add the counts of other programs."""
+        self.programs += other.programs
+        self.compiled += other.compiled
+        self.shrunk += other.shrunk
+        self.steps += other.steps
+        self.refusals.update(other.refusals)
+
     def __str__(self) -> str:
         refusals = "".join(f"\n{count:6} {text}" for text, count in self.refusals.most_common(30))
         return (
@@ -108,16 +121,34 @@ class StateTally:
         )
 
 
-def check(program: StateProgram, tally: StateTally | None = None) -> StateFailure | None:
-    """Return the first failure of a program, or None."""
+def check(
+    program: StateProgram,
+    tally: StateTally | None = None,
+    beside: type[Beside] = Beside,
+    stops: Callable[[bool], bool] = bool,
+) -> StateFailure | None:
+    """Return the first failure of a program, or None.
+
+    Args:
+        program: the program.
+        tally: counts it.
+        beside: what its steps are called on.
+        stops: called after each step with whether it has failed or ended; returns whether the program ends there.
+    """
     tally = StateTally() if tally is None else tally
     tally.programs += 1
     module, taken = program.module, 0
     try:
-        both = Beside(module.source(), program.execution, program.regions, module.sized, module.tokens)
+        both = beside(module.source(), program.execution, program.regions, module.sized, module.tokens)
         for step in program.steps:
-            exec(f"both.{step}", {"both": both})
+            try:
+                exec(f"both.{step}", {"both": both})
+            except Exception:
+                stops(True)
+                raise
             taken += 1
+            if stops(False):
+                break
     except Ended:
         pass
     except Differs as error:
@@ -133,6 +164,24 @@ def check(program: StateProgram, tally: StateTally | None = None) -> StateFailur
     tally.shrunk += both.shrinks > 0
     tally.refusals.update(_kind(each)[:150] for each in both.refusals)
     return None
+
+
+def check_on_rank(program: StateProgram) -> tuple[tuple[StateFailure | None, StateTally], bool]:
+    """Check a program on one of several ranks: the failure and the counts, and whether the group is as before."""
+    tally = StateTally()
+    failure = check(program, tally, BesideRanks, any_rank)
+    return (failure, tally), failure is None or not failure.kind.startswith("RuntimeError")
+
+
+def check_on_ranks(crew: RankCrew, program: StateProgram, tally: StateTally | None = None) -> StateFailure | None:
+    """Return the first failure of a program on several ranks, or None; the first rank is counted."""
+    found = crew.results(program)
+    if tally is not None:
+        tally.add(found[0][1] if isinstance(found[0], tuple) else StateTally(1))
+    texts = [each for each in found if isinstance(each, str)]
+    if texts:
+        return StateFailure(texts[0].strip().split("\n")[-1], texts[0], len(program.steps) - 1)
+    return next((failure for failure, _ in found if failure is not None), None)
 
 
 def _kind(text: str) -> str:
@@ -156,7 +205,7 @@ class Found:
         return "{}\n{}".format(what.replace("\n", "\n# "), self.program.source())
 
 
-def smallest(found: Found) -> Found:
+def smallest(found: Found, check: Check = check) -> Found:
     """Find the same failure in a program that is as small as possible."""
     program, failure = found.program, found.failure
     program = replace(program, steps=program.steps[: failure.step + 1])
@@ -193,7 +242,7 @@ def _smaller(program: StateProgram) -> Iterator[StateProgram]:
         yield replace(program, regions="root")
 
 
-def fuzz(numbers: Sequence[int], seed: int, tally: StateTally) -> Iterator[Found]:
+def fuzz(numbers: Sequence[int], seed: int, tally: StateTally, check: Check = check) -> Iterator[Found]:
     """Iterate over the failures among the programs of a seed."""
     for number in numbers:
         program = program_number(seed, number)
@@ -205,19 +254,23 @@ def fuzz(numbers: Sequence[int], seed: int, tally: StateTally) -> Iterator[Found
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fuzz from the command line, and return 0 if everything is exact, else 1."""
     parser = parser_of("python -m ecospa_fx.testing.fuzz_state", __doc__.split("\n")[0])
+    parser.add_argument("--ranks", type=int, default=1, help="processes that train each program together by DDP (1)")
     parser.add_argument("--show", type=int, default=5, help="failures that are minimised and printed (5)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     tally, start = StateTally(), time.perf_counter()
     failures: dict[str, list[Found]] = {}
-    for found in fuzz(range(options.start, options.start + options.programs), options.seed, tally):
-        failures.setdefault(found.failure.kind, []).append(found)
-        print(f"program {found.number}: {found.failure.what[:300]}", flush=True)
-    count = sum(map(len, failures.values()))
-    print(f"seed {options.seed}: {time.perf_counter() - start:.0f} s, {count} failed; {tally}")
-    for same in sorted(failures.values(), key=lambda same: -len(same))[: options.show]:
-        print(f"\n# {len(same)} like this\n{smallest(min(same, key=lambda found: len(found.program)))}", flush=True)
+    with RankCrew(options.ranks, check_on_rank) as crew:
+        chosen: Check = check if options.ranks == 1 else partial(check_on_ranks, crew)
+        for found in fuzz(range(options.start, options.start + options.programs), options.seed, tally, chosen):
+            failures.setdefault(found.failure.kind, []).append(found)
+            print(f"program {found.number}: {found.failure.what[:300]}", flush=True)
+        count = sum(map(len, failures.values()))
+        print(f"seed {options.seed}: {time.perf_counter() - start:.0f} s, {count} failed; {tally}")
+        for same in sorted(failures.values(), key=lambda same: -len(same))[: options.show]:
+            least = smallest(min(same, key=lambda found: len(found.program)), chosen)
+            print(f"\n# {len(same)} like this\n{least}", flush=True)
     return 1 if failures else 0
 
 

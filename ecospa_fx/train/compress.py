@@ -28,7 +28,7 @@ from ecospa_fx.errors import EcoSpaError, TargetError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.cost import Cost
-from ecospa_fx.model.lookup import couplings
+from ecospa_fx.model.lookup import check_values, couplings
 from ecospa_fx.model.restore import restore
 from ecospa_fx.model.shrinking import shrink
 from ecospa_fx.passes.find.discover import Kind
@@ -146,6 +146,7 @@ def compress(
     DecisionSettings(target, cost, among).check()
     _check_kinds(kinds)
     Constraints(uniform=uniform)
+    check_values(module, "compress")
     calls = list(batches)
     if not calls:
         raise TargetError("batches is empty; pass a few batches of the data that the model is for")
@@ -153,7 +154,7 @@ def compress(
         tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
         if tensors and not any(tensor.numel() for tensor in tensors):
             raise TargetError(f"batch {number} has no entries; leave it out")
-    _check_values(module)
+    _check_plain_numbers(module)
     own = Objective()
     objective: Loss = loss or own
     measured: Loss = loss or own.measured
@@ -296,7 +297,7 @@ def _check_kinds(kinds: Collection[str] | None) -> None:
         check_option("kinds", kind, get_args(Kind))
 
 
-def _check_values(model: nn.Module) -> None:
+def _check_plain_numbers(model: nn.Module) -> None:
     """Refuse weights that are no plain numbers."""
     for name, tensor in model.named_parameters():
         if not tensor.is_floating_point():

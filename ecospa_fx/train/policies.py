@@ -18,10 +18,8 @@ from ecospa_fx.compensate.compensation import Compensation
 from ecospa_fx.compensate.forecast import EntryOrder, Forecast, forecast, worth_of
 from ecospa_fx.couple.constraints import Constraints
 from ecospa_fx.couple.coupling import Coupling
-from ecospa_fx.errors import TargetError
 from ecospa_fx.model.lookup import couplings
 from ecospa_fx.ranks.members import ranks_of
-from ecospa_fx.ranks.shards import is_sharded
 from ecospa_fx.score.estimator import CoupledEstimator
 from ecospa_fx.score.saliency import Saliency
 
@@ -156,12 +154,6 @@ class Adaptive:
     ) -> None:
         self.model, self.optimizers, self.settings, self.constraints = model, optimizers, settings, constraints
         self.compensation, self.order = compensation, order
-        sharded = next((name for name, p in model.named_parameters() if is_sharded(p)), None)
-        if sharded is not None:
-            raise TargetError(
-                f'policy="adaptive" needs whole gradients at every step, and `{sharded}` is sharded over ranks; use '
-                'policy="paper", or DistributedDataParallel'
-            )
         self.saliency = Saliency(model)
         self._sparsifier: AdaptiveSparsifier | None = None
 

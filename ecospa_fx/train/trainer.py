@@ -38,6 +38,7 @@ from ecospa_fx.model.optimizer_state import check_can_follow, is_partitioned, se
 from ecospa_fx.model.shrinking import shrink_within
 from ecospa_fx.ranks.agreement import Ranks
 from ecospa_fx.ranks.members import ranks_of
+from ecospa_fx.ranks.tensor_parallel import parallel_count
 from ecospa_fx.ranks.wrappers import check_wrappers, unwrapped
 
 from .batches import LISTENER, LossListener, loss_of, tokens_of
@@ -246,6 +247,7 @@ class EcoSpaTrainer:
         self._gradients: Gradients = gradients
         # A policy that was asked for says what it cannot do; one by default does without.
         compensates = adaptive and (policy is not None or compiled_state(model).execution != "module")
+        compensates &= parallel_count(model) == 1
         self._compensation = Compensation(
             model,
             CompensationSettings(compensates if absorb is None else absorb, compensates if rotate is None else rotate),

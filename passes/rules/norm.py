@@ -181,10 +181,9 @@ def _by_channel(batch: str, x: Operand, *stats: Any) -> Pattern:
 
 @axis_rule(aten._weight_norm.default)
 def weight_norm(direction: Operand, magnitude: Operand, dim: int = 0) -> Pattern:
-    """The norm of a weight is taken over all dims but one."""
-    dim %= direction.ndim
+    """The norm of a weight is taken over all dims but one, or over all (-1)."""
     letters = [f"d{i}" if i == dim else f"d{i}~" for i in range(direction.ndim)]
-    alone = [f"d{i}" if i == dim else f"one{i}" for i in range(direction.ndim)]
+    alone = [f"d{i}" if i == dim else f"one{i}" for i in range(magnitude.ndim)]
     spec = f"{' '.join(letters)}, +{' '.join(alone)} -> {' '.join(letters)}"
     return Pattern(spec, (direction, magnitude), apart=True, rescaled=direction)
 

@@ -97,7 +97,7 @@ def test_a_checkpoint_with_other_settings_is_refused(whole, tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "wrapper"),
-    [({"n_gpu": 2}, "DataParallel"), ({"fsdp": [True]}, "FSDP"), ({"deepspeed": "config.json"}, "DeepSpeed")],
+    [({"n_gpu": 2}, "DataParallel"), ({"fsdp": [True]}, "FSDP1"), ({"deepspeed": "config.json"}, "DeepSpeed")],
 )
 def test_wrappers_that_cannot_follow_are_refused_before_the_model_is_touched(given, wrapper):
     args = SimpleNamespace(**{"n_gpu": 1, "fsdp": [], "deepspeed": None, "world_size": 2, **given})

@@ -97,8 +97,23 @@ def test_no_coupling_that_a_rule_could_find():
         "Running has no coupling that can shrink, and is left as it was. No axis rule is known for specimens.centred; "
         "axes that these touch stay full size"
     )
-    with pytest.raises(errors.NoCouplingError, match=r"is left as it was. No two of its weights multiply each other"):
+    with pytest.raises(errors.NoCouplingError, match=r"is left as it was. No axis of a weight leads to another weight"):
         ecospa_fx.compile(nn.Linear(6, 6), example_inputs=(X,))
+
+
+def test_weights_that_are_made_of_all_entries_of_others_are_named_with_the_op():
+    class Unitary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(6, 8))
+
+        def forward(self, x):
+            return x @ torch.linalg.qr(self.a).Q.T @ torch.linalg.qr(self.b.T).Q
+
+    with pytest.raises(errors.NoCouplingError) as caught:
+        ecospa_fx.compile(Unitary(), example_inputs=(X,))
+    said = "a[0] (8): aten.linalg_qr: every entry of a matrix counts in every entry of the result (test_errors.py:"
+    assert f"No axis of a weight leads to another weight: {said}" in str(caught.value)
 
 
 def test_inputs_that_do_not_fit_the_model(caplog):

@@ -17,10 +17,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-RANKS = "fsdp2_torchrun"
+RANKS = {
+    "fsdp2_torchrun": [(2, ["--steps", "40"]), (3, ["--resume"])],
+    "fsdp2_accelerate": [(2, [])],
+    "fsdp2_huggingface": [(2, ["--steps", "20"]), (2, ["--resume"])],
+}
+"""Script -> its runs, one after the other: the number of ranks, and arguments."""
 
 
-@pytest.mark.parametrize("script", sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != RANKS))
+@pytest.mark.parametrize("script", sorted({path.stem for path in EXAMPLES.glob("*.py")} - RANKS.keys()))
 def test_it_runs_and_ends_at_its_target(script, tmp_path):
     command = [sys.executable, "-c", RUN, str(EXAMPLES / f"{script}.py"), "--out", str(tmp_path / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -28,15 +33,17 @@ def test_it_runs_and_ends_at_its_target(script, tmp_path):
     check(done)
 
 
-def test_two_ranks_begin_and_three_end_at_the_target(tmp_path):
-    script = [str(EXAMPLES / f"{RANKS}.py"), "--out", str(tmp_path / "run")]
+@pytest.mark.parametrize("script", RANKS)
+def test_ranks_end_at_the_target(script, tmp_path):
+    (tmp_path / "begin.py").write_text(RUN)
+    command = [str(tmp_path / "begin.py"), str(EXAMPLES / f"{script}.py"), "--out", str(tmp_path / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if Path("/sys/class/net/lo").exists():
         environment["GLOO_SOCKET_IFNAME"] = "lo"
-    for ranks, more in ((2, ["--steps", "40"]), (3, ["--resume"])):
+    for ranks, more in RANKS[script]:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         done = subprocess.run(
-            [*torchrun, *script, *more], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
+            [*torchrun, *command, *more], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
         )
         assert done.returncode == 0, done.stderr[-3000:]
     check(done)

@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor, Shard
 import ecospa_fx
 from ecospa_fx.model import slicing
 
+ADAPTIVE = {"policy": "adaptive", "end": 9}
+
 
 @pytest.fixture(scope="module")
 def two():
@@ -54,7 +56,10 @@ def state_of_a_trainer(rank, world, settings):
         assert a == pytest.approx(b, rel=1e-10)
 
 
-@pytest.mark.parametrize("settings", [{}, {"window": 2}, {"decay": 0.5, "score": "taylor_squared"}], ids=str)
+KEEP = [{}, {"window": 2}, {"decay": 0.5, "score": "taylor_squared"}, {"policy": "adaptive", "end": 99}]
+
+
+@pytest.mark.parametrize("settings", KEEP, ids=str)
 def test_the_state_of_a_trainer_is_whole_on_every_rank_and_counts_once(two, settings):
     two.run(state_of_a_trainer, settings)
 
@@ -162,7 +167,7 @@ def verbs(rank, world):
     refused = [
         said(ecospa_fx.save, model, f"nowhere{rank}", optimizer=optimizer, trainer=trainer),
         said(ecospa_fx.export, model, (), given),
-        said(ecospa_fx.EcoSpaTrainer, model, optimizer, policy="adaptive", end=9),
+        said(ecospa_fx.EcoSpaTrainer, model, optimizer, policy="adaptive", end=9, gradients="backward"),
     ]
     ecospa_fx.restore(model)
     assert type(model).__name__ == "FSDPGLU" and float(loss_of(model, given).detach()) > 0
@@ -174,18 +179,19 @@ def test_verbs_that_read_weights_work_or_say_how_to_gather_them(two):
         assert save.startswith('RanksError: save: ranks differ in directory, "nowhere0" on rank 0 and "nowhere1" on')
         assert "and an export takes whole weights" in export
         assert adaptive == (
-            'TargetError: policy="adaptive" needs whole gradients at every step, and `inp.weight` is sharded over '
-            'ranks; use policy="paper", or DistributedDataParallel'
+            'WrapperError: gradients="backward" reads each gradient as soon as backward has it, and where parameters '
+            "are sharded ranks add up saliency once a step has all gradients; read them at the steps of the "
+            'optimizers, gradients="optimizer"'
         )
 
 
-def collectives(rank, world):
+def collectives(rank, world, settings):
     """Count the collectives of trainer.step at a step without and at a step with a sparsification step."""
-    model, optimizer, trainer = begun(rank, world, steps=0, start=2, interval=50)
+    model, optimizer, trainer = begun(rank, world, steps=0, start=3, interval=50, **settings)
     counts = []
     names = ["all_reduce", "all_gather_into_tensor", "all_to_all_single", "broadcast", "all_gather_object"]
     real = {name: getattr(dist, name) for name in names}
-    for step in range(3):
+    for step in range(4):
         loss_of(model, share(batch("glu", step), rank, world)).backward()
         optimizer.step()
         seen = dict.fromkeys(names, 0)
@@ -210,13 +216,19 @@ def collectives(rank, world):
     return counts
 
 
-def test_nothing_is_sent_between_sparsification_steps(two):
-    for before, at, after in two.run(collectives):
-        assert not any(before.values()) and not any(after.values())
-        assert at["all_to_all_single"] == 1 and at["all_gather_into_tensor"] == 0
+@pytest.mark.parametrize(("settings", "asked"), [({}, 0), (ADAPTIVE, 1)], ids=["paper", "adaptive"])
+def test_nothing_is_sent_between_sparsification_steps(two, settings, asked):
+    """The adaptive policy asks once, after each of them, whether all ranks read the same couplings by position."""
+    for first, second, at, after in two.run(collectives, settings):
+        assert not any(second.values())
+        assert all(sum(each.values()) == each["all_reduce"] == asked for each in (first, after))
+        assert at["all_to_all_single"] == 1 and (asked or at["all_gather_into_tensor"] == 0)
 
 
 SETTINGS = [
+    {"policy": "adaptive"},
+    {"policy": "adaptive", "order": "saliency", "absorb": False},
+    {"score": "taylor_positions"},
     {"absorb": True},
     {"absorb": True, "rotate": True},
     {"score": "activation"},
@@ -239,6 +251,12 @@ def check(crew, *case):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_entries_take_over_and_bases_change_on_shards(two, kind):
     check(two, kind, "graph", "blocks", (), {"absorb": True, "rotate": True})
+
+
+@pytest.mark.parametrize("execution", ["graph", "module"])
+def test_the_adaptive_policy_on_shards(two, execution):
+    """By position where graphs run, else by gradients of weights along gates."""
+    check(two, "glu", execution, "blocks", (), {"policy": "adaptive", "absorb": execution == "graph", "rotate": False})
 
 
 @pytest.mark.sweep

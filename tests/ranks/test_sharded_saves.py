@@ -2,10 +2,12 @@
 
 import functools
 import os
+import resource
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from crew import Crew, differ, said
 from tiny import KINDS, SCHEDULE, blocks_of, compiled, made, share, trained
 from torch.distributed.device_mesh import init_device_mesh
@@ -111,21 +113,80 @@ def odd(rank, world, directory):
     before = saved_files(Path(directory))
     also = {"loader": object()} if rank == 1 else {"loader": torch.Generator()}
     failed = said(ecospa_fx.save, model, directory, optimizer=optimizer, trainer=trainer, also=also)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    full = said(ecospa_fx.save, model, directory, optimizer=optimizer, trainer=trainer)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dist.barrier()
     kept = saved_files(Path(directory)) == before and sorted(os.listdir(directory))[-1] == before.name
     fresh = sharded(compiled(made("glu"), "glu", part), world)
     optimizer, trainer = loop_of(fresh)
     values = [p.detach().to_local().clone() for p in fresh.parameters()]
     refused = said(ecospa_fx.resume, directory, fresh, optimizer=optimizer, trainer=trainer)
     same = all(torch.equal(p.to_local(), value) for p, value in zip(fresh.parameters(), values, strict=True))
-    return failed, kept, refused, same
+    return failed, full, kept, refused, same
 
 
 def test_a_save_that_fails_on_one_rank_is_none_and_a_whole_model_that_is_sharded_is_refused(crews, tmp_path):
-    (one, kept, refused, same), (other, *_) = crews[2].run(odd, str(tmp_path / "run"))
+    (one, full, kept, refused, same), (other, *_) = crews[2].run(odd, str(tmp_path / "run"))
     assert other.startswith("CheckpointError: ") and "RanksError" in one and "rank 1 cannot take part" in one
+    assert full.startswith("CheckpointError: shards cannot be written: ") and "on rank 1: " in full
     assert kept and same
     assert refused.startswith("CheckpointError: ") and "at (12, 33), and it is (12, 40) here" in refused
     assert "before it is sharded: ecospa_fx.load" in refused
+
+
+def damaged(rank, world, directory):
+    """Resume with another optimizer, then with a file that has changed: a rank checks its share of the shards."""
+    part = functools.partial(share, rank=rank, world=world)
+    model = sharded(ecospa_fx.load(directory, KINDS["glu"], device="meta"), world)
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        torch.nn.init.constant_(p, 1.0 + rank)
+    before = [p.detach().to_local().clone() for p in model.parameters()]
+    optimizer, trainer = loop_of(model)
+    texts = [said(ecospa_fx.resume, directory, model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))]
+    paths = sorted(saved_files(Path(directory)).glob("shard-*"))
+    for path in paths:
+        dist.barrier()
+        content = path.read_bytes()
+        dist.barrier()
+        if rank == 0:
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        dist.barrier()
+        texts.append(said(ecospa_fx.resume, directory, model, optimizer=optimizer, trainer=trainer))
+        dist.barrier()
+        if rank == 0:
+            path.write_bytes(content)
+    dist.barrier()
+    same = all(torch.equal(p.to_local(), value) for p, value in zip(model.parameters(), before, strict=True))
+    ecospa_fx.resume(directory, model, optimizer=optimizer, trainer=trainer)
+    trained(model, optimizer, trainer, "glu", part, steps=CUTS[1] - CUTS[0], first=CUTS[0])
+    return texts, same, state_of(model, optimizer)
+
+
+def test_ranks_go_on_from_a_save_of_one_process_or_of_ranks_or_say_what_is_wrong(crews, tmp_path):
+    model = compiled(made("glu"), "glu")
+    optimizer, trainer = loop_of(model)
+    trained(model, optimizer, trainer, "glu", steps=CUTS[0])
+    directories = str(tmp_path / "alone"), str(tmp_path / "by two")
+    ecospa_fx.save(model, directories[0], optimizer=optimizer, trainer=trainer)
+    crews[2].run(begin, "glu", directories[1])
+    trained(model, optimizer, trainer, "glu", steps=CUTS[1] - CUTS[0], first=CUTS[0])
+    expected = state_of(model, optimizer)
+    for directory in directories:
+        found = crews[2].run(damaged, directory)
+        for texts, same, state in found:
+            assert same and "holds state of AdamW, not of SGD" in texts[0]
+            for name, tensors in state.items():
+                for mine, other in zip(tensors, expected[name], strict=True):
+                    torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+    changed = "shard-0000{}-model-00001-of-00001.safetensors is not the file that was saved: it has been changed since"
+    for owner in (0, 1):
+        mine, other = (found[rank][0][1 + owner] for rank in (owner, 1 - owner))
+        assert mine.startswith("CheckpointError: ") and mine.endswith(changed.format(owner + 1))
+        assert other.startswith(f"RanksError: resume: rank {owner} cannot take part (CheckpointError: ")
 
 
 def noises(rank, world, directory, resumed):

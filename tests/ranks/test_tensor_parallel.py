@@ -73,6 +73,8 @@ def inputs(kind, step):
 
 @pytest.fixture(scope="module")
 def two():
+    import transformers.models.llama.modeling_llama  # noqa: F401, what is imported here need not be on each rank
+
     with Crew(2) as crew:
         yield crew
 
@@ -151,12 +153,16 @@ def spread(kind, execution, how, world):
         model = transformers_plan(model, mesh) if how == "transformers" else parallel(model, mesh)
         return compiled(model, kind, execution), lambda given: given
     model = compiled(model, kind, execution)
-    if how == "2-D":
-        grid = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
+    if how in ("2-D", "replicas"):
+        names, sizes = ("dp", "tp"), (2, world // 2)
+        if how == "replicas":  # of shards on one rank
+            names, sizes = ("dp", "one", "tp"), (2, 1, world // 2)
+        grid = init_device_mesh("cpu", sizes, mesh_dim_names=names)
         parallel(model, grid["tp"], divide)
+        data = grid["dp"] if how == "2-D" else grid["dp", "one"]
         for block in blocks_of(model):
-            fully_shard(block, mesh=grid["dp"])
-        fully_shard(model, mesh=grid["dp"])
+            fully_shard(block, mesh=data)
+        fully_shard(model, mesh=data)
         return model, lambda given: share(given, grid.get_local_rank("dp"), 2)
     return parallel(model, mesh, divide), lambda given: given
 
@@ -200,7 +206,6 @@ def check(crew, *case):
 QUICK = [
     ("glu", "graph", "compile, shard", (1, 4)),
     ("glu", "module", "shard, compile"),
-    ("tied", "graph", "compile, shard"),
     ("tied", "module", "compile, shard"),
     ("llama", "graph", "transformers"),
 ]
@@ -224,14 +229,57 @@ def test_every_model_in_every_order(two, case):
     check(two, *case)
 
 
-def test_beside_fsdp2_on_four_ranks():
-    with Crew(4) as four:
-        check(four, "glu", "graph", "2-D")
-
-
 @pytest.mark.sweep
 @pytest.mark.parametrize("execution", ["graph", "module"])
 def test_every_model_beside_fsdp2(execution):
     with Crew(4) as four:
         for kind in ("glu", "tied", "llama"):
             check(four, kind, execution, "2-D")
+        check(four, "glu", execution, "replicas")
+
+
+def regions(rank, world, how, execution):
+    """Train with couplings that cross regions, or one region for all."""
+    found = []
+    for spread_out in (True, False):
+        model = ecospa_fx.compile(make("glu"), example_kwargs=inputs("glu", 0), regions=how, execution=execution)
+        if spread_out:
+            parallel(model, init_device_mesh("cpu", (world,)))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+        settings = {**SCHEDULE, "target": 0.6, "multiple_of": {"glu": 2}}
+        trained(model, optimizer, ecospa_fx.EcoSpaTrainer(model, optimizer, **settings), "glu", evals=(1, 4))
+        found.append([whole(p) for p in model.parameters()])
+        assert all(c.size < c.original_size for c in ecospa_fx.couplings(model))
+    return max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(("how", "execution"), [("joined", "graph"), ("root", "graph"), ("root", "module")])
+def test_what_runs_through_all_blocks_shrinks_too(two, how, execution):
+    assert max(two.run(regions, how, execution)) < 1e-12
+
+
+def pretrained(rank, world, directory, execution):
+    """Train a model that transformers has loaded and spread by its own plan, embeddings and head included."""
+    from transformers import LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    config = DistributedConfig(tp_size=world, tp_plan="auto")
+    model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float64, distributed_config=config)
+    sharded = sum(isinstance(p, DTensor) for p in model.parameters())
+    found = []
+    for each in (model.train(), LlamaForCausalLM.from_pretrained(directory, dtype=torch.float64).train()):
+        compiled(each, "llama", execution)
+        optimizer = torch.optim.AdamW(each.parameters(), lr=1e-2, foreach=False)
+        settings = {**SCHEDULE, "multiple_of": {"groups": 2, "glu": 2}}
+        trained(each, optimizer, ecospa_fx.EcoSpaTrainer(each, optimizer, **settings), "llama", evals=(1, 4))
+        found.append([whole(p) for p in each.parameters()])
+    return sharded, max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("execution", ["graph", "module"])
+def test_a_model_that_transformers_has_loaded_by_its_plan(two, tmp_path, execution):
+    make("llama").save_pretrained(tmp_path)
+    for sharded, apart in two.run(pretrained, str(tmp_path), execution):
+        assert sharded >= 14 and apart < 1e-12

@@ -201,6 +201,7 @@ BY_HAND |= {
     "_weight_norm": [
         Call(aten._weight_norm.default, (t(3, 4, 5), t(3, 1, 1), 0)),
         Call(aten._weight_norm.default, (t(3, 4, 5), t(1, 1, 5), 2)),
+        Call(aten._weight_norm.default, (t(3, 4), t(), -1)),
     ],
     "col2im": [Call(aten.col2im.default, (t(2, 12, 9), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]))],
     "gru": [

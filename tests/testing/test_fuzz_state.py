@@ -168,6 +168,19 @@ def test_a_graph_that_the_module_holds_is_no_obstacle_to_a_smaller_twin(executio
     assert both.shrinks == 1 and both.plain.model.blocks[0].last.requires_grad
 
 
+def test_gradients_of_a_backward_that_fails_half_way_are_no_difference() -> None:
+    """A loss of a graph that is freed, kept by a forward in another mode. Program 548 of seed 2."""
+    aux = "if self.training:\n            self.aux = (self.down.weight ** 2).mean()\n        y = self.down(h)"
+    both = Beside(PLAIN.replace("y = self.down(h)", aux), regions="root")
+    both.train(3)
+    both.mode(False)
+    both.compile(5)
+    both.shrink(657)
+    both.train(5)
+    assert both.shrinks == 1
+    assert all(p.grad is None for world in (both.plain, both.ours) for p in world.model.parameters())
+
+
 def test_generators_are_compared_each() -> None:
     state = Generators.seeded(0)
     state.check("now")

@@ -244,3 +244,10 @@ def test_quantised_weights_are_refused_by_name():
     model.head.weight = nn.Parameter(torch.zeros(WORDS, WIDTH, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TargetError, match=r"`head.weight` holds torch.int8, quantised weights; de-quantise the model"):
         ecospa_fx.compress(model, batches)
+
+
+def test_a_model_without_values():
+    with torch.device("meta"):
+        model, batches, _ = sinks()
+    with pytest.raises(EcoSpaError, match="is on the meta device and has no values to compress"):
+        ecospa_fx.compress(model, batches)

@@ -179,8 +179,9 @@ def test_settings_that_read_graphs_are_refused_at_once_where_no_graph_runs(setti
     with pytest.raises(EcoSpaError) as caught:
         ecospa_fx.EcoSpaTrainer(model, adamw(model), **{**SETTINGS, **settings})
     assert str(caught.value) == (
-        "scores of activations, and Gram matrices, are read off the graphs that run, and with execution='module' the "
-        "model's own Python runs; use another score, absorb=False and rotate=False, or execution='graph'"
+        "scores of activations, and Gram matrices (for absorb and rotate, which policy='adaptive' turns on), are read "
+        "off the graphs that run, and with execution='module' the model's own Python runs; use another score, "
+        "absorb=False and rotate=False, or execution='graph'"
     )
     if called:
         settings = {"policy": "adaptive", "absorb": False, "rotate": False}

@@ -1,0 +1,160 @@
+"""BesideRanks: both worlds of `Beside` under DistributedDataParallel, on each of some processes with its own batches.
+
+    with RankCrew(2) as crew:
+        crew.check(program)      forked once; each program goes to all of them
+          each rank: the plain model in DDP, the compiled one in DDP, compared after every step
+          after every step: has one rank found a difference, or come to the end? then all stop
+
+The judge is DDP of the plain model: what ranks keep on their own (counters, running means, generators) is each rank's.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import wait
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .beside import Beside
+from .sandbox import Sandbox
+
+TIMEOUT = 60.0
+"""Seconds that a collective waits for a rank."""
+
+LIMIT = 240.0
+"""Seconds that a program may take."""
+
+
+class BesideRanks(Beside):
+    """Two worlds of one file on one of several ranks, each trained under DistributedDataParallel."""
+
+    goes_on_after_errors = False  # no reducer does
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        self._wrappers: dict[str, DistributedDataParallel] = {}
+        super().__init__(*given, **options)
+
+    def called(self, world: Sandbox) -> nn.Module:
+        """Return the wrapper, made when a model is trained for the first time, or again after `compile`."""
+        wrapper = self._wrappers.get(world.name)
+        if wrapper is None or wrapper.module is not world.model:
+            # A forward may leave parts of the model out, and ranks differ in which.
+            wrapper = DistributedDataParallel(world.model, find_unused_parameters=True)
+            self._wrappers[world.name] = wrapper
+        return wrapper
+
+    def compile(self, batch: int = 0) -> None:
+        """Compile the model, which is wrapped afterwards."""
+        self._wrappers.clear()
+        super().compile(batch)
+
+    def shrink(self, seed: int, line: int = 0) -> None:
+        """Remove the same entries on every rank; nobody presses Ctrl-C."""
+        super().shrink(seed)
+
+    def save_and_load(self) -> None:
+        """Do nothing: a save is of one rank, and each has state of its own."""
+
+    def _input(self, batch: int) -> Tensor:
+        self._inputs += 1
+        generator = torch.Generator().manual_seed(self._inputs * 100 + distributed.get_rank())
+        shape = (batch, 3, 3) if self.tokens else (batch, 3)
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def any_rank(value: bool) -> bool:
+    """Return whether something is so on some rank."""
+    told = torch.tensor([float(value)])
+    distributed.all_reduce(told, distributed.ReduceOp.MAX)
+    return bool(told[0])
+
+
+class RankCrew:
+    """Processes of one group, which check programs together.
+
+    Args:
+        ranks: how many.
+        check: of a program, `(result, whether the processes can go on)` on one rank.
+    """
+
+    def __init__(self, ranks: int, check: Callable[[Any], tuple[Any, bool]]) -> None:
+        self.ranks, self._check = ranks, check
+        self._members: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> RankCrew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def results(self, program: Any) -> list[Any]:
+        """Return what each rank has found; the text of an error where it has failed, or given no answer."""
+        if not self._members:
+            self._start()
+        for _, pipe in self._members:
+            pipe.send(program)
+        found: list[Any] = ["no answer"] * self.ranks
+        waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._members)}
+        sound = True
+        while waiting and (ready := wait(list(waiting), LIMIT)):
+            for pipe in ready:
+                rank = waiting.pop(pipe)  # type: ignore[call-overload]
+                try:
+                    found[rank], goes_on = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    found[rank], goes_on = "died", False
+                sound = sound and goes_on
+        if waiting or not sound:
+            self.stop()
+        return found
+
+    def stop(self) -> None:
+        """End the processes."""
+        for process, pipe in self._members:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._members = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("fork")
+        store = tempfile.mktemp(prefix="ranks")
+        for rank in range(self.ranks):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=self._serve, args=(rank, store, theirs), daemon=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+                process.start()
+            theirs.close()
+            self._members.append((process, ours))
+
+    def _serve(self, rank: int, store: str, pipe: Any) -> None:
+        if "lo" in [name for _, name in socket.if_nameindex()]:
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        torch.set_num_threads(1)
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=self.ranks, timeout=timedelta(seconds=TIMEOUT)
+        )
+        while True:
+            try:
+                program = pipe.recv()
+            except EOFError:
+                os._exit(0)
+            try:
+                answer = self._check(program)
+            except BaseException:
+                answer = traceback.format_exc(), False
+            pipe.send(answer)
+
+
+__all__ = ["BesideRanks", "RankCrew", "any_rank"]
