@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 
 import ecospa_fx
+from ecospa_fx.model.lookup import regions_of
 
 IN = ("gate", "up", "fc", "q", "k", "v", "gate_proj", "up_proj", "q_proj", "k_proj", "v_proj")
 
@@ -186,6 +187,8 @@ def beside(rank, world, kind, execution, how="compile, shard", evals=(), setting
     its = torch.optim.AdamW(lone.parameters(), lr=1e-2, foreach=False)
     other = ecospa_fx.EcoSpaTrainer(lone, its, multiple_of=limits, **settings)
     trained(lone, its, other, kind, evals=evals)
+    graphs = [len(region.specializations) for region in regions_of(model).values()]
+    assert execution == "module" or max(graphs) <= (2 if evals else 1)  # of training, and of eval mode
     shrinks = [[entry["step"] for entry in each.history] for each in (trainer, other)]
     wrong = [f"shrinks {shrinks}"] if shrinks[0] != shrinks[1] or len(shrinks[0]) != 2 else []
     for module in model.modules():
