@@ -241,14 +241,15 @@ def test_every_model_in_every_order(two, case):
     check(two, *case)
 
 
+GRID = [(kind, execution, "2-D") for kind in ("glu", "tied", "llama") for execution in ("graph", "module")]
+GRID += [("glu", "graph", "replicas"), ("glu", "graph", "2-D", (), ADAPTIVE)]
+
+
 @pytest.mark.sweep
-@pytest.mark.parametrize("execution", ["graph", "module"])
-def test_every_model_beside_fsdp2(execution):
+@pytest.mark.parametrize("case", GRID, ids=lambda case: " ".join(map(str, case)))
+def test_every_model_beside_fsdp2(case):
     with Crew(4) as four:
-        for kind in ("glu", "tied", "llama"):
-            check(four, kind, execution, "2-D")
-        check(four, "glu", execution, "replicas")
-        check(four, "glu", execution, "2-D", (), ADAPTIVE)
+        check(four, *case)
 
 
 def regions(rank, world, how, execution):
