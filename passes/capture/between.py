@@ -188,7 +188,7 @@ class _Watch(TorchDispatchMode):
             call.call = pytree.tree_map_only(Tensor, plain_tensor, (args, kwargs), is_leaf=foreign)
 
     def _leave(self, result: Any) -> None:
-        call, objects = self._running.pop()
+        call, objects = self._running[-1]
         leaves, spec = flattened_results(result, lambda each: any(each is other for other in objects))
         for leaf in leaves:
             if isinstance(leaf, Tensor):
@@ -198,6 +198,7 @@ class _Watch(TorchDispatchMode):
         if self._instead is None:
             plain = [plain_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             call.returned = plain, spec
+        self._running.pop()  # copies of results are no ops between
         _seed(len(self.calls))  # so that a forward without the regions draws the same numbers between them
 
     # The ops between.
