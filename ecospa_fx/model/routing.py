@@ -13,11 +13,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ecospa_fx.passes.ir.guards import Read, first_changed, setting_read, told
+from ecospa_fx.passes.capture.hooks import calls_itself
+from ecospa_fx.passes.ir.guards import ModuleRoot, Read, first_changed, setting_read, told
 from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.ir.signature import Signature, below, modes_and_hooks, training_flags
 from ecospa_fx.passes.ir.unchanged import unchanged
 from ecospa_fx.passes.rewrite.program import Program
+from ecospa_fx.ranks.tensor_parallel import sends
 
 from .specialization import Specialization
 
@@ -165,17 +167,31 @@ class _Bound:
     def changed(self) -> str | None:
         """Return the first value that has changed, in words."""
         if torch.compiler.is_compiling():
-            found = first_changed(self.reads, self.named)
+            found = self._first(self.reads)
         elif any(holds() for holds in self.guards):
             return None
         else:  # what has changed once is as a rule what changes
-            found = first_changed(self._changed, self.named) or first_changed(self.reads, self.named)
+            found = self._first(self._changed) or self._first(self.reads)
             self._changed = () if found is None else (found[0],)
         if found is not None:
             return told(*found)
         for number in self.captured.numbers:
             if not number.fits(self.named):
                 return told(number.read, number.read.now(self.named))
+        return None
+
+    def _first(self, reads: Sequence[Read]) -> tuple[Read, Any] | None:
+        """Return the first of some reads that has changed, and its value now.
+
+        A layer that the code calls as a module may have got a forward that sends for it, by tensor parallelism.
+        """
+        while (found := first_changed(reads, self.named)) is not None:
+            read, now = found
+            layer = self.named.get(read.root.path) if isinstance(read.root, ModuleRoot) else None
+            is_forward = layer is not None and [step.key for step in read.steps] == ["forward"]
+            if layer is None or not (is_forward and calls_itself(layer) and sends(now)):
+                return found
+            reads = reads[next(i for i, each in enumerate(reads) if each is read) + 1 :]
         return None
 
     def divided(self, ranks: int) -> str | None:
@@ -188,7 +204,7 @@ class _Bound:
 
     def changed_numbers(self) -> list[Read] | None:
         """Return the numbers that have changed, of those that the graph holds; None if something else has changed."""
-        changed = [read for read in self.reads if not read.holds(self.named)]
+        changed = [read for read in self.reads if self._first([read]) is not None]
         changed = [entry for read in changed for entry in read.entries() if not entry.holds(self.named)]
         numbers = [read for read in changed if type(read.value) is float and type(read.now(self.named)) is float]
         return numbers if len(numbers) == len(changed) else None

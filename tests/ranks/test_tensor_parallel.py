@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 
 import ecospa_fx
+from ecospa_fx.model.lookup import regions_of
 
 IN = ("gate", "up", "fc", "q", "k", "v", "gate_proj", "up_proj", "q_proj", "k_proj", "v_proj")
 
@@ -186,6 +187,8 @@ def beside(rank, world, kind, execution, how="compile, shard", evals=(), setting
     its = torch.optim.AdamW(lone.parameters(), lr=1e-2, foreach=False)
     other = ecospa_fx.EcoSpaTrainer(lone, its, multiple_of=limits, **settings)
     trained(lone, its, other, kind, evals=evals)
+    graphs = [len(region.specializations) for region in regions_of(model).values()]
+    assert execution == "module" or max(graphs) <= (2 if evals else 1)  # of training, and of eval mode
     shrinks = [[entry["step"] for entry in each.history] for each in (trainer, other)]
     wrong = [f"shrinks {shrinks}"] if shrinks[0] != shrinks[1] or len(shrinks[0]) != 2 else []
     for module in model.modules():
@@ -238,14 +241,15 @@ def test_every_model_in_every_order(two, case):
     check(two, *case)
 
 
+GRID = [(kind, execution, "2-D") for kind in ("glu", "tied", "llama") for execution in ("graph", "module")]
+GRID += [("glu", "graph", "replicas"), ("glu", "graph", "2-D", (), ADAPTIVE)]
+
+
 @pytest.mark.sweep
-@pytest.mark.parametrize("execution", ["graph", "module"])
-def test_every_model_beside_fsdp2(execution):
+@pytest.mark.parametrize("case", GRID, ids=lambda case: " ".join(map(str, case)))
+def test_every_model_beside_fsdp2(case):
     with Crew(4) as four:
-        for kind in ("glu", "tied", "llama"):
-            check(four, kind, execution, "2-D")
-        check(four, "glu", execution, "replicas")
-        check(four, "glu", execution, "2-D", (), ADAPTIVE)
+        check(four, *case)
 
 
 def regions(rank, world, how, execution):
