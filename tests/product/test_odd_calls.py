@@ -12,6 +12,8 @@ from torch import nn
 
 import ecospa_fx
 from ecospa_fx import errors
+from ecospa_fx.model.cost import CostModel
+from ecospa_fx.model.lookup import state_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # numbers that torch or numpy warn of are not what is tested
@@ -277,3 +279,29 @@ def test_nothing_compared_is_nothing_verified():
     for check_it in (empty.raise_if_failed, lambda: empty.worst):
         with pytest.raises(errors.VerificationError, match="nothing was compared"):
             check_it()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("latency.observe", "compiled", ((0, "plain layer"),)),
+        Case("latency.observe", "meta", ((0, "other model"),)),
+        Case("estimator.accumulate scaled", "compiled", (("found_inf", "huge"),)),
+        Case("trainer", "compiled", (("cost", "array"),)),
+        Case("compress", "plain", (("uniform", "a name"),)),
+        Case("compress", "meta", ((1, "meta inputs"),)),
+    ],
+    ids=str,
+)
+def test_values_that_the_sweep_has_found(case):
+    assert check(case) is None
+
+
+def test_a_latency_says_which_call_fails():
+    with torch.device("meta"):
+        model = ecospa_fx.compile(Tiny(), example_inputs=(torch.empty(5, 4),))
+    latency = ecospa_fx.Latency((X,), repeats=1)
+    latency.points = [(1, 1.0)]
+    with pytest.raises(errors.TargetError) as caught:
+        latency.observe(model, CostModel(model, state_of(model), "flops"))
+    assert str(caught.value).startswith("Tiny cannot be called with the inputs of this Latency, it fails with Runtime")
