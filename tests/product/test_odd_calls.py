@@ -12,8 +12,6 @@ from torch import nn
 
 import ecospa_fx
 from ecospa_fx import errors
-from ecospa_fx.model.cost import CostModel
-from ecospa_fx.model.lookup import state_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # numbers that torch or numpy warn of are not what is tested
@@ -298,10 +296,9 @@ def test_values_that_the_sweep_has_found(case):
 
 
 def test_a_latency_says_which_call_fails():
-    with torch.device("meta"):
-        model = ecospa_fx.compile(Tiny(), example_inputs=(torch.empty(5, 4),))
-    latency = ecospa_fx.Latency((X,), repeats=1)
-    latency.points = [(1, 1.0)]
     with pytest.raises(errors.TargetError) as caught:
-        latency.observe(model, CostModel(model, state_of(model), "flops"))
-    assert str(caught.value).startswith("Tiny cannot be called with the inputs of this Latency, it fails with Runtime")
+        ecospa_fx.Latency((X,), repeats=1).measure(torch.nn.Linear(2, 2))
+    assert str(caught.value) == (
+        "Linear cannot be called with the inputs of this Latency, it fails with RuntimeError: mat1 and mat2 shapes "
+        "cannot be multiplied (5x4 and 2x2); make one with inputs of the model"
+    )
