@@ -65,6 +65,7 @@ class Job:
 
     Attributes:
         before: what the model has learned already, and in how many steps; None starts at random weights.
+        regions: see `ecospa_fx.compile`.
     """
 
     title: str
@@ -73,6 +74,7 @@ class Job:
     seed: int
     variants: tuple[Variant, ...]
     before: tuple[Task, int] | None = None
+    regions: str = "auto"
 
 
 @dataclass
@@ -145,7 +147,7 @@ def run_job(job: Job) -> list[dict[str, Any]]:
         task, steps = job.before
         earlier = Job(job.title, task, steps, job.seed, ())
         train(earlier, Training.begun(model, task), list(task.batches(steps, job.seed)), 0, steps, [])
-    ecospa_fx.compile(model, example_inputs=(first,))
+    ecospa_fx.compile(model, example_inputs=(first,), regions=job.regions)
     training = Training.begun(model, job.task)
     batches = list(job.task.batches(job.steps, job.seed))
     starts = sorted({round(variant.begin * job.steps) for variant in job.variants})

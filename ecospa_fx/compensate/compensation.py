@@ -29,7 +29,8 @@ class CompensationSettings:
 
     Attributes:
         absorb: the entries that stay take over, see `ecospa_fx.Grams`.
-        rotate: couplings between linear maps that are about to shrink are rotated first, see `ecospa_fx.rotate`.
+        rotate: couplings between linear maps, and streams with norms on them, that are about to shrink are rotated
+            first, see `ecospa_fx.rotate`.
     """
 
     absorb: bool = False
@@ -86,10 +87,8 @@ class Compensation:
         """
         if not self.settings.rotate:
             return keeps
-        linear = {coupling.name: keep.shape[-1] for coupling, keep in keeps.items() if coupling.linear}
-        done = rotate_within(
-            journal, self.model, linear, keep=linear, grams=self.grams, optimizer=optimizers, also=also
-        )
+        free = {c.name: keep.shape[-1] for c, keep in keeps.items() if c.linear or c.kind == "residual"}
+        done = rotate_within(journal, self.model, free, keep=free, grams=self.grams, optimizer=optimizers, also=also)
         return {
             coupling: torch.arange(keep.shape[-1]) if coupling.name in done.energy else keep
             for coupling, keep in keeps.items()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,7 +26,6 @@ from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import kept_positions
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.passes.rewrite.program import Program
-from ecospa_fx.passes.transform.absorb import Moments
 from ecospa_fx.passes.transform.consumers import Consumer, WeightDim
 from ecospa_fx.passes.transform.eliminate import Summing
 from ecospa_fx.passes.transform.rotate import FAR, BasisChange, Part
@@ -47,8 +46,11 @@ from .moments import (
     RowChoice,
     add_blocks,
     mask_inputs,
+    moments_in,
     pair_sites,
+    without_sums,
 )  # fmt: skip
+from .norms import NormInput, NormRows, Norms, Place
 from .taking_over import TakingOver, has_values
 
 ROWS = 512
@@ -60,7 +62,7 @@ _SHARED_OUT = (
     "use absorb=False and rotate=False"
 )
 
-Read: TypeAlias = GramInput | MaskInput | ProductSite
+Read: TypeAlias = GramInput | MaskInput | NormInput | ProductSite
 
 
 class Grams:
@@ -120,7 +122,7 @@ class Grams:
         self._pairs: dict[str, PairMoments] = {}
         self._whole: Gathered | None = None  # of all ranks, while they are read several times
         self._regions = list(regions_of(model).values())
-        self._absorbers = Absorbers(model, self._regions)
+        self._absorbers, self._norms = Absorbers(model, self._regions), Norms(model)
         if self._regions:
             check_observable(model)
         for region in self._regions:
@@ -143,6 +145,7 @@ class Grams:
         """Forget the moments."""
         self._grams.clear()
         self._pairs.clear()
+        self._norms.reset()
 
     @property
     def mask(self) -> str | Tensor | None:
@@ -202,10 +205,10 @@ class Grams:
                 tensors[f"held {label}"] = gram.held
         for name, pair in self._pairs.items():
             tensors |= {f"near {name}": pair.near, f"far {name}": pair.far, f"calls {name}": torch.tensor(pair.calls)}
-        ranks = sharing_ranks(self.model)
+        ranks, own = sharing_ranks(self.model), self._norms.state_dict()
         if not ranks:
-            return tensors
-        own = {name: each for name, each in tensors.items() if name.startswith(("positions ", "held "))}
+            return tensors | own
+        own |= {name: each for name, each in tensors.items() if name.startswith(("positions ", "held "))}
         whole = ranks.totals({n: each for n, each in tensors.items() if n not in own}, "the state of input moments")
         for name in [name for name in whole if name.startswith("counts ") and name in tensors]:
             whole[name][1:3] = tensors[name][1:3]  # the window and the calls of a rank
@@ -219,11 +222,13 @@ class Grams:
             ArgumentError: the state is none that `state_dict` returned.
         """
         if not sharing_ranks(self.model).is_first:  # or they would count once per rank
-            state = {name: _without_sums(name, each) for name, each in state.items()}
-        take_state("Grams", [self], lambda: self._take(*_moments_in(state)))
+            state = {name: without_sums(name, each) for name, each in state.items()}
+        take_state("Grams", [self, self._norms], lambda: self._take(*moments_in(state), Norms.read_in(state)))
 
-    def _take(self, grams: dict[WeightDim, InputMoments], pairs: dict[str, PairMoments]) -> None:
-        self._grams, self._pairs = grams, pairs
+    def _take(
+        self, grams: dict[WeightDim, InputMoments], pairs: dict[str, PairMoments], rows: dict[Place, NormRows]
+    ) -> None:
+        self._grams, self._pairs, self._norms.read = grams, pairs, rows
 
     # The methods of an observer of regions, see `ecospa_fx.model.observers`.
 
@@ -243,6 +248,7 @@ class Grams:
             consumer = here.get(key_in_region(region, key))
             if isinstance(consumer, Consumer):
                 found.append(GramInput(key, consumer.inputs, consumer.window, region.state.plan.kept.get(key)))
+        found += self._norms.inputs(region, program)
         return [node for place in found for node in place.nodes], found
 
     def receive(self, known: list[Read], values: Sequence[Tensor]) -> None:
@@ -258,6 +264,8 @@ class Grams:
                     mask = None if own[0].is_floating_point() else own[0].bool()
                 elif isinstance(place, GramInput):
                     self._add_input(place, own, mask)
+                elif isinstance(place, NormInput):
+                    self._norms.add(place, own[0], mask)
                 else:
                     self._add_pair(place, own)
 
@@ -360,6 +368,43 @@ class Grams:
                 done.add(id(gram))
                 gram.follow(part, change)
 
+    def norm_rows(self, vector: str, number: int) -> Tensor | None:
+        """Return what was read of the input of a norm, `[positions, entries]` at the sizes of now, or None."""
+        return self._norms.rows(vector, number)
+
+    def follow_rows(self, vector: str, number: int, basis: Tensor, journal: Journal) -> None:
+        """Follow a change of basis of the input of a norm."""
+        read = self._norms.read.get((vector, number))
+        rows = self.norm_rows(vector, number)
+        if read is not None and rows is not None:
+            journal.note_object(read)
+            read.rows = (rows.double() @ basis.to(rows.device).T).to(rows)
+
+    def follow_affine(
+        self, part: Part, matrix: Tensor | None, constant: Tensor, done: set[int], journal: Journal
+    ) -> None:
+        """Follow a change of the input of a weight, `matrix @ x + constant`; None: forget what was read of it.
+
+        Args:
+            part: the weight.
+            matrix: `[d, d]`.
+            constant: `[d]`.
+            done: `id` of the moments that have followed, which several weights may share.
+            journal: that of the change.
+        """
+        absorber = self._absorbers.found.get((part.parameter, part.dim))
+        gram = None if absorber is None else self._grams.get(absorber.gram)
+        if gram is None or absorber is None or id(gram) in done:
+            return
+        done.add(id(gram))
+        positions = plan(self.model).kept.get((part.parameter, part.dim))
+        if matrix is None or gram.window > 1 or not gram.narrow_to(positions):
+            journal.note_object(self)
+            self._grams = {key: each for key, each in self._grams.items() if each is not gram}
+            return
+        journal.note_object(gram)
+        gram.follow_affine(part, matrix, constant)
+
     @takes(before=instance("an ecospa_fx.Plan", Plan), after=instance("an ecospa_fx.Plan", Plan), held=SEVERAL)
     def absorbed(self, before: Plan, after: Plan, held: Sequence[Mapping[str, Tensor]]) -> dict[int, Tensor]:
         """Compute the new values of the weights that take over, at their sizes before the shrink.
@@ -388,7 +433,7 @@ class Grams:
         values = taking.values(going, held)
         self.left = taking.left
         self._log(before, after)
-        return values
+        return values | self._norms.absorbed(before, after, held)
 
     def _log(self, before: Plan, after: Plan) -> None:
         log = logger("shrink")
@@ -399,27 +444,3 @@ class Grams:
             if key in after.kept and not torch.equal(after.kept[key], before.kept.get(key, after.kept[key][:0])):
                 reason = refused.get(key, "no finite moments of its inputs were gathered")
                 log.info("nothing takes over in %s[%d]: %s", *key, reason)
-
-
-def _without_sums(name: str, tensor: Any) -> Any:
-    """Return a tensor of a state as if nothing had been added up; of counts, the window and the calls stay."""
-    if not isinstance(tensor, Tensor) or name.startswith("positions "):
-        return tensor
-    if name.startswith("counts "):
-        return tensor * torch.tensor([0, 1, 1, 0])
-    return torch.zeros_like(tensor)
-
-
-def _moments_in(state: Mapping[str, Tensor]) -> tuple[dict[WeightDim, InputMoments], dict[str, PairMoments]]:
-    """Read the moments that `Grams.state_dict` has named."""
-    grams: dict[WeightDim, InputMoments] = {}
-    for label in [name.removeprefix("squares ") for name in state if name.startswith("squares ")]:
-        name, _, dim = label.removesuffix("]").rpartition("[")
-        count, window, calls, total = state[f"counts {label}"].tolist()
-        moments = Moments(state[f"squares {label}"], state[f"sums {label}"], count)
-        held = state.get(f"held {label}")
-        grams[name, int(dim)] = InputMoments(moments, state.get(f"positions {label}"), window, calls, total, held)
-    pairs = [name.removeprefix("near ") for name in state if name.startswith("near ")]
-    return grams, {
-        name: PairMoments(state[f"near {name}"], state[f"far {name}"], int(state[f"calls {name}"])) for name in pairs
-    }

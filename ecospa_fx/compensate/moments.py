@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -165,6 +166,22 @@ class InputMoments:
         sums = change_basis(sums, replace(part, dim=0), change.near)
         self.moments, self.held = Moments(squares, sums, self.moments.count), held
 
+    def follow_affine(self, part: Part, matrix: Tensor, constant: Tensor) -> None:
+        """Follow a change of the weight's inputs, `matrix @ x + constant`."""
+        moments, count = self.moments, self.moments.count
+        order = part.order[:, 0].to(moments.sums.device)
+        by, added = matrix.to(moments.sums.device), constant.to(moments.sums.device)
+        squares, sums = moments.squares.double()[order][:, order], by @ moments.sums.double()[order]
+        squares = by @ squares @ by.T + torch.outer(sums, added) + torch.outer(added, sums)
+        squares = squares + count * torch.outer(added, added)
+        sums = sums + count * added
+        back = order.argsort()
+        held = None
+        if self.held is not None:
+            held = (self.held.double()[:, order] @ by.T + added)[:, back].to(self.held)
+        moved = Moments(squares[back][:, back].to(moments.squares), sums[back].to(moments.sums), count)
+        self.moments, self.held = moved, held
+
 
 @dataclass
 class PairMoments:
@@ -282,3 +299,27 @@ def _sides(pairs: Mapping[str, PairMoments]) -> dict[str, tuple[Tensor, Tensor]]
 
 def _precise(rows: Tensor) -> Tensor:
     return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def without_sums(name: str, tensor: Any) -> Any:
+    """Return a tensor of a state as if nothing had been added up; of counts, the window and the calls stay."""
+    if not isinstance(tensor, Tensor) or name.startswith(("positions ", "rows ", "calls of ", "left of ")):
+        return tensor
+    if name.startswith("counts "):
+        return tensor * torch.tensor([0, 1, 1, 0])
+    return torch.zeros_like(tensor)
+
+
+def moments_in(state: Mapping[str, Tensor]) -> tuple[dict[WeightDim, InputMoments], dict[str, PairMoments]]:
+    """Read the moments that `Grams.state_dict` has named."""
+    grams: dict[WeightDim, InputMoments] = {}
+    for label in [name.removeprefix("squares ") for name in state if name.startswith("squares ")]:
+        name, _, dim = label.removesuffix("]").rpartition("[")
+        count, window, calls, total = state[f"counts {label}"].tolist()
+        moments = Moments(state[f"squares {label}"], state[f"sums {label}"], count)
+        held = state.get(f"held {label}")
+        grams[name, int(dim)] = InputMoments(moments, state.get(f"positions {label}"), window, calls, total, held)
+    pairs = [name.removeprefix("near ") for name in state if name.startswith("near ")]
+    return grams, {
+        name: PairMoments(state[f"near {name}"], state[f"far {name}"], int(state[f"calls {name}"])) for name in pairs
+    }

@@ -22,7 +22,7 @@ from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.model.copies import copies_of
 from ecospa_fx.model.journal import Journal, all_or_nothing
 from ecospa_fx.model.lookup import check_optimizer, state_of
-from ecospa_fx.model.optimizer_state import check_can_follow, layers, several
+from ecospa_fx.model.optimizer_state import averages_of, check_can_follow, layers, several
 from ecospa_fx.model.optimizer_table import TransformsAs, rules_for
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import Change
@@ -40,11 +40,13 @@ from ecospa_fx.passes.transform.rotate import (
     near_old_basis,
     sides,
 )
+from ecospa_fx.passes.transform.stream import KeepsBasis
 from ecospa_fx.ranks.fsdp2 import owners, reshard
 from ecospa_fx.ranks.members import ranks_of
 from ecospa_fx.ranks.shards import gathered, is_sharded, split
 from ecospa_fx.ranks.wrappers import check_wrappers, looks_inside
 
+from .find_stream import on_norms, stream_of
 from .grams import Grams
 
 
@@ -85,8 +87,10 @@ def rotate(
     """Give couplings between linear maps a basis in which their entries are ordered by the energy that they carry.
 
     These are values and outputs of an attention, and queries and keys without rotary embedding; the basis is that of
-    the singular vectors of the product, per head. The model computes the same as before, to rounding, and loses least
-    by its last entries. Values that hooks see along these couplings are in the new basis.
+    the singular vectors of the product, per head. A coupling that norms stand on, such as the residual stream of a
+    transformer, gets one orthonormal basis: the principal components of what its norms return, with the norms' weights
+    moved into what reads them (SliceGPT, arXiv 2401.15024). The model computes the same as before, to rounding, and
+    loses least by its last entries. Values that hooks see along these couplings are in the new basis.
 
     >>> ecospa_fx.rotate(model, optimizer=optimizer)
 
@@ -162,6 +166,8 @@ def _rotate(
     journal: Journal,
 ) -> str | None:
     """Rotate one coupling as a whole, or return the reason why it keeps its basis."""
+    if not coupling.linear and on_norms(compiled, coupling):
+        return _rotate_stream(model, compiled, coupling, keep, grams, optimizers, copies, result, journal)
     basis = free_basis(model, compiled, coupling, grams, optimizers)
     if isinstance(basis, str):
         return basis
@@ -182,6 +188,74 @@ def _rotate(
         grams.follow(coupling, parts, change, journal)
     result.energy[coupling.name] = change.energy.cpu()
     return None
+
+
+def _rotate_stream(
+    model: nn.Module,
+    compiled: CompiledModel,
+    coupling: Coupling,
+    keep: int | None,
+    grams: Grams | None,
+    optimizers: Sequence[Optimizer],
+    copies: Sequence[Mapping[str, Tensor]],
+    result: Rotation,
+    journal: Journal,
+) -> str | None:
+    """Rotate a coupling that norms stand on."""
+    tensors, pending = named_tensors(model), Change(owners=owners(model))
+    try:
+        stream = stream_of(model, compiled, coupling)
+        averages = averages_of(tensors, optimizers)
+        for each in (*copies, *averages):
+            stream.check(each)
+        basis, energy = stream.basis(grams, keep)
+    except KeepsBasis as error:
+        return str(error)
+    states: dict[tuple[str, TransformsAs], dict[str, tuple[dict[str, Any], Tensor]]] = {}
+    for name in stream.names:
+        found = _states_of(optimizers, tensors[name])
+        if isinstance(found, str):
+            return f"`{name}`: {found}"
+        averaged = {id(each[name]) for each in averages if name in each}
+        for state, entry, value, how in found:
+            if id(value) not in averaged:
+                states.setdefault((entry, how), {})[name] = state, value
+    new = stream.turned(tensors, basis)
+    for each in (tensors, *copies):
+        turned = new if each is tensors else stream.turned(each, basis)
+        given = {name: each[name].grad for name in turned}
+        present = {name: grad for name, grad in given.items() if grad is not None}
+        grads = stream.turned_like(present, "gradient", turned, each, basis)
+        for name, value in turned.items():
+            grad = _placed_as(grads[name], given[name]) if name in grads else None
+            pending.tensors.append((each[name], _placed_as(value, each[name]), grad))
+    for average in averages:
+        for name, value in stream.turned(average, basis).items():
+            for state, entry in _places_of(average[name], optimizers, tensors[name]):
+                pending.states.append((state, entry, _placed_as(value, average[name])))
+    for (entry, how), held in states.items():
+        values = stream.turned_like({name: value for name, (_, value) in held.items()}, how, new, tensors, basis)
+        pending.states += [(held[name][0], entry, _placed_as(values[name], held[name][1])) for name in held]
+    if grams is not None:
+        stream.follow(grams, tensors, basis, journal)
+    pending.commit(journal)
+    result.energy[coupling.name] = energy.cpu()[None]
+    return None
+
+
+def _places_of(
+    value: Tensor, optimizers: Sequence[Optimizer], parameter: Tensor
+) -> Iterable[tuple[dict[str, Any], str]]:  # fmt: skip
+    """Yield the entries of optimizer state that hold a tensor."""
+    for each in [layer for optimizer in optimizers for layer in layers(optimizer)]:
+        state = getattr(each, "state", {}).get(parameter) or {}
+        yield from ((state, entry) for entry, held in state.items() if held is value)
+
+
+def _placed_as(value: Tensor, like: Any) -> Tensor:
+    """Return a whole tensor placed, and laid out, as another one is."""
+    placed: Tensor = split(value, like) if is_sharded(like) else value
+    return placed
 
 
 @dataclass(frozen=True, eq=False)

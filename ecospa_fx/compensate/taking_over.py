@@ -74,11 +74,11 @@ class TakingOver:
                 part = local_part(weight) if by_rows else gathered(weight).detach()
                 matrix = consumer.columns(part)
                 value = consumer.as_weight(absorption.columns(matrix), part)
-                _assign(values, tensors, weight, _placed(value, weight, by_rows))
+                assign(values, tensors, weight, placed(value, weight, by_rows))
                 if constant_in is not None:
                     part = local_part(constant_in) if by_rows else gathered(constant_in).detach()
                     value = absorption.bias(part, matrix)
-                    _assign(values, tensors, constant_in, _placed(value, constant_in, by_rows))
+                    assign(values, tensors, constant_in, placed(value, constant_in, by_rows))
         return values
 
     def _solve(self, absorber: Absorbing, steps: Tensor, tensors: Mapping[str, Tensor]) -> Absorption | None:
@@ -135,7 +135,7 @@ def _lie_alike(weight: Any, bias: Any, dim: int) -> bool:
     return by_rows and (bias is None or (is_sharded(bias) and bias.placements == weight.placements))
 
 
-def _placed(value: Tensor, like: Any, by_rows: bool) -> Tensor:
+def placed(value: Tensor, like: Any, by_rows: bool) -> Tensor:
     """Return the new value of a tensor, sharded as that is."""
     if not is_sharded(like):
         return value
@@ -143,7 +143,7 @@ def _placed(value: Tensor, like: Any, by_rows: bool) -> Tensor:
     return placed
 
 
-def _assign(values: dict[int, Tensor], tensors: Mapping[str, Tensor], tensor: Tensor, value: Tensor) -> None:
+def assign(values: dict[int, Tensor], tensors: Mapping[str, Tensor], tensor: Tensor, value: Tensor) -> None:
     """Set the new value of a tensor, and of those that share its memory."""
     for each in tensors.values():
         if each is tensor or (storage_key(each) == storage_key(tensor) and each.shape == tensor.shape):

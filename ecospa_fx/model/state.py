@@ -10,6 +10,7 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.passes.capture.options import CaptureOptions
 from ecospa_fx.passes.find.analyse import Captures
+from ecospa_fx.passes.find.flow import RegionFlow
 from ecospa_fx.passes.find.joint import Joint
 from ecospa_fx.passes.find.left_whole import Refusal
 from ecospa_fx.passes.follow.attributes import Changes
@@ -30,6 +31,8 @@ class ModelState:
         captures: the analyses that equal blocks share.
         joints: the couplings that cross the edges of regions, at original sizes.
         joint_refusals: axes that cross them and cannot shrink, with the reasons.
+        flow: the calls of regions in the forward that was captured; None where no coupling crosses their edges, or
+            after a load.
         withheld: names of joints that some call before a save could not follow.
         elsewhere: names of couplings that this rank could shrink, and another one cannot.
         shared_out: (parameter, dim) -> how it is sharded, where tensor parallelism shares it out.
@@ -45,6 +48,7 @@ class ModelState:
         self.captures: Captures = []
         self.joints: tuple[Joint, ...] = ()
         self.joint_refusals: tuple[Refusal, ...] = ()
+        self.flow: RegionFlow | None = None
         self.withheld: frozenset[str] = frozenset()
         self.elsewhere: frozenset[str] = frozenset()
         self.shared_out: Mapping[tuple[str, int], Sharding] = {}
@@ -57,13 +61,13 @@ class ModelState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle writes: without graphs, which the next call captures again."""
-        return {**self.__dict__, "captures": [], "couplings": None, "shared_out": {}}
+        return {**self.__dict__, "captures": [], "couplings": None, "shared_out": {}, "flow": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelState:
         """Copy the state for a copy of the model; analyses never change and are shared."""
         memo[id(self)] = twin = object.__new__(type(self))
         copied = {key: copy.deepcopy(value, memo) for key, value in self.__getstate__().items()}
-        twin.__dict__ |= {**copied, "captures": list(self.captures)}
+        twin.__dict__ |= {**copied, "captures": list(self.captures), "flow": self.flow}
         return twin
 
     def adopt(self, plan: Plan, attributes: Changes) -> None:

@@ -25,6 +25,7 @@ from ecospa_fx.passes.ir.border import WeightDim
 
 from .analyse import Analysis, Captures
 from .analyse_calls import analyse_calls
+from .flow import RegionFlow, flow_of
 from .joint import Joint
 from .joints import find_joints
 from .joints_tried import not_followed
@@ -41,12 +42,14 @@ class Chosen:
         failed: submodules that were not captured, with the reasons.
         joints: the couplings that cross their edges.
         refusals: axes that cross them and cannot shrink, with the reasons.
+        flow: the calls of regions, where couplings cross their edges.
     """
 
     analyses: dict[str, Analysis]
     failed: dict[str, str]
     joints: tuple[Joint, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    flow: RegionFlow | None = None
 
 
 def choose_regions(
@@ -129,7 +132,7 @@ def joined(
         if name in blocks or found.edges.get(name) or analysis.discovery.couplings
     }
     in_order = {name: used[name] for name, _ in model.named_modules() if name in used}
-    return Chosen(in_order, failed, found.joints, found.refusals)
+    return Chosen(in_order, failed, found.joints, found.refusals, flow_of(between, found))
 
 
 def _between(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], regions: Set[str]) -> tuple[Between, int]:

@@ -163,6 +163,46 @@ def consumers(axis_facts: AxisFacts) -> dict[WeightDim, Consumer | str]:
     return results
 
 
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One op that takes a parameter, through transposes and casts.
+
+    Attributes:
+        user: the op.
+        dim: the dim of the parameter that it sums over with one activation; None if it does something else.
+        input: the node of that activation.
+        bias: name of the parameter that is added to the sum and used nowhere else, or None.
+        plain: the sum is over one entry at a time, so that a constant in the input is one in the result.
+    """
+
+    user: fx.Node
+    dim: int | None = None
+    input: fx.Node | None = None
+    bias: str | None = None
+    plain: bool = True
+
+
+def uses_of(axis_facts: AxisFacts) -> dict[str, list[Use]]:
+    """List the uses of each parameter of a graph, under the first name of a tied one."""
+    captured = axis_facts.captured
+    nodes_of: dict[str, list[fx.Node]] = {}
+    for node in captured.graph.nodes:
+        name = captured.tensors.get(node.name) if node.op == "placeholder" else None
+        if name is not None:
+            nodes_of.setdefault(captured.same_storage.get(name, name), []).append(node)
+    found: dict[str, list[Use]] = {}
+    for name, nodes in nodes_of.items():
+        for node in nodes:
+            for user, argument, order in _users(node, tuple(range(len(_shape(node)))), axis_facts):
+                use = _use(user, argument, order, axis_facts)
+                if isinstance(use, str):
+                    found.setdefault(name, []).append(Use(user))
+                else:
+                    bias = _bias([use], captured, nodes_of)
+                    found.setdefault(name, []).append(Use(user, use.dim, use.input.node, bias, use.window == 1))
+    return found
+
+
 def _summed_over(name: str, axis_facts: AxisFacts) -> set[int]:
     """Return the dims of a parameter that are summed over according to the axis facts, in whatever way."""
     summed = [
