@@ -150,9 +150,9 @@ class CoupledEstimator:
         """
         reshard(self.model)
         self._count.seen += new_step
-        factor = torch.as_tensor(scale, dtype=torch.float32) if isinstance(scale, (int, float)) else scale
+        given: Any = scale, found_inf
+        factor, skip = (x if x is None or isinstance(x, Tensor) else torch.tensor(float(x)) for x in given)
         named = ((name, p) for name, p in self.model.named_parameters() if names is None or name in names)
-        skip = torch.as_tensor(found_inf) if isinstance(found_inf, (int, float)) else found_inf
         self.reader.add(GradientStep(named, factor, skip, new_step))
 
     def attach(self, *optimizers: Optimizer) -> None:

@@ -286,6 +286,10 @@ class Beside:
         if self.compiled and ours_error is None:
             self._called.add(self.ours.model.training)
             self._ran.add(self.ours.model.training)
+        if self.shrinks and not self.sized and self.compiled:  # a graph of a new mode may reduce over what has shrunk
+            shrunk = (each for each in couplings(self.ours.model) if each.size < each.original_size)
+            if any(_reduced(self.ours.model, each) for each in shrunk):
+                raise Ended
         for name, a, b in zip(("output", "loss"), _listed(expected), _listed(found), strict=False):
             check_value(a, b, f"{what}: {name}")
         self._compare(what)

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from ecospa_fx.arguments import FUNCTION, INPUTS, KEYWORDS, MODULE, NUMBER, instance, optional, takes
-from ecospa_fx.errors import TargetError
+from ecospa_fx.errors import EcoSpaError, TargetError
 from ecospa_fx.model.cost import CostModel
-from ecospa_fx.model.lookup import couplings
+from ecospa_fx.model.lookup import couplings, plan
 from ecospa_fx.model.shrinking import shrink
 
 WIDTHS = (0.7, 0.4, 0.15)
@@ -63,7 +63,13 @@ class Latency:
 
     @takes(model=MODULE, flops=instance("a CostModel of FLOPs", CostModel))
     def observe(self, model: nn.Module, flops: CostModel) -> None:
-        """Measure the model as it is; the first time also copies of it at smaller widths."""
+        """Measure the model as it is; the first time also copies of it at smaller widths.
+
+        Raises:
+            EcoSpaError: the model is not compiled.
+            TargetError: it cannot be called with these inputs.
+        """
+        plan(model)
         if not self.points:
             for share in WIDTHS:
                 smaller = copy.deepcopy(model)
@@ -90,6 +96,18 @@ class Latency:
     def _add(self, flops: int, seconds: float) -> None:
         self.points = sorted([point for point in self.points if point[0] != flops] + [(flops, seconds)])
 
+    def _call(self, model: nn.Module) -> None:
+        try:
+            model(*self.inputs, **self.kwargs)
+        except EcoSpaError:
+            raise
+        except Exception as error:
+            line = (str(error).strip().splitlines() or [""])[0]
+            raise TargetError(
+                f"{type(model).__name__} cannot be called with the inputs of this Latency, it fails with "
+                f"{type(error).__name__}: {line:.200}; make one with inputs of the model"
+            ) from error
+
     @torch.no_grad()
     def _timed(self, model: nn.Module) -> float:
         training, seconds = model.training, []
@@ -98,7 +116,7 @@ class Latency:
             for i in range(self.repeats + 3):
                 _wait(model)
                 begun = time.perf_counter()
-                model(*self.inputs, **self.kwargs)
+                self._call(model)
                 _wait(model)
                 if i >= 3:  # the first calls capture, allocate and tune
                     seconds.append(time.perf_counter() - begun)

@@ -277,3 +277,28 @@ def test_nothing_compared_is_nothing_verified():
     for check_it in (empty.raise_if_failed, lambda: empty.worst):
         with pytest.raises(errors.VerificationError, match="nothing was compared"):
             check_it()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("latency.observe", "compiled", ((0, "plain layer"),)),
+        Case("latency.observe", "meta", ((0, "other model"),)),
+        Case("estimator.accumulate scaled", "compiled", (("found_inf", "huge"),)),
+        Case("trainer", "compiled", (("cost", "array"),)),
+        Case("compress", "plain", (("uniform", "a name"),)),
+        Case("compress", "meta", ((1, "meta inputs"),)),
+    ],
+    ids=str,
+)
+def test_values_that_the_sweep_has_found(case):
+    assert check(case) is None
+
+
+def test_a_latency_says_which_call_fails():
+    with pytest.raises(errors.TargetError) as caught:
+        ecospa_fx.Latency((X,), repeats=1).measure(torch.nn.Linear(2, 2))
+    assert str(caught.value) == (
+        "Linear cannot be called with the inputs of this Latency, it fails with RuntimeError: mat1 and mat2 shapes "
+        "cannot be multiplied (5x4 and 2x2); make one with inputs of the model"
+    )

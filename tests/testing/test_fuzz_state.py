@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from torch import nn
 
 import ecospa_fx
 from ecospa_fx.errors import CaptureError
-from ecospa_fx.testing.beside import Beside
+from ecospa_fx.testing.beside import Beside, Ended
 from ecospa_fx.testing.beside_ranks import RankCrew
 from ecospa_fx.testing.fuzz_state import (
     StateProgram,
@@ -214,6 +215,19 @@ def test_gradients_of_a_backward_that_fails_half_way_are_no_difference() -> None
     both.train(5)
     assert both.shrinks == 1
     assert all(p.grad is None for world in (both.plain, both.ours) for p in world.model.parameters())
+
+
+def test_zeros_stand_for_no_reduction_that_only_another_mode_runs() -> None:
+    """A softmax over what is left, in training only. Program 1211 of seed 1."""
+    softmax = "if self.training:\n            self.aux = x.softmax(-1).mean(0).pow(2).sum()\n        h = "
+    both = Beside(PLAIN.replace("h = ", softmax, 1), regions="root")
+    both.mode(False)
+    both.compile(5)
+    both.shrink(18)
+    both.mode(True)
+    with contextlib.suppress(Ended):
+        both.train(3)
+    assert both.shrinks == 1
 
 
 def test_generators_are_compared_each() -> None:
