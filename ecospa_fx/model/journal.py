@@ -26,15 +26,24 @@ _MISSING = object()
 
 
 class Journal:
-    """A list of what a change has replaced."""
+    """A list of what a change has replaced, and of what is left to do once it is complete."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
         self._replaced: list[Tensor] = []
+        self._later: list[Callable[[], None]] = []
 
-    def note(self, undo: Callable[[], None]) -> None:
-        """Note a function that takes a change back. It may be called twice, and before the change was made."""
+    def note(self, undo: Callable[[], None], *replaced: Tensor) -> None:
+        """Note a function that takes a change back, and the tensors that the change gives other data.
+
+        It may be called twice, and before the change was made.
+        """
+        self._replaced += replaced
         self._undo.append(undo)
+
+    def note_later(self, finish: Callable[[], None]) -> None:
+        """Note a function to call once nothing can be taken back any more. It must not fail."""
+        self._later.append(finish)
 
     def note_object(self, held: object) -> None:
         """Note the attributes of an object."""
@@ -73,22 +82,20 @@ class Journal:
     def note_tensor(self, tensor: Tensor) -> None:
         """Note the data of a tensor, its gradient, and whether it has one."""
         data, grad, trains = tensor.data, tensor.grad, tensor.requires_grad
-        self._replaced.append(tensor)
 
         def undo() -> None:
             tensor.requires_grad_(False)  # for now: the dtype between may not allow gradients
-            _assign(tensor, data, None)
+            assign(tensor, data, None)
             tensor.requires_grad_(trains)
-            _assign(tensor, data, grad)
+            assign(tensor, data, grad)
 
-        self.note(undo)
+        self.note(undo, tensor)
 
     def set_tensor(self, tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
         """Give a tensor other data and another gradient."""
         data_before, grad_before = (data_of(tensor) if is_sharded(tensor) else tensor.data), tensor.grad
-        self._replaced.append(tensor)
-        self.note(lambda: _assign(tensor, data_before, grad_before))
-        _assign(tensor, data, grad)
+        self.note(lambda: assign(tensor, data_before, grad_before), tensor)
+        assign(tensor, data, grad)
 
     def set_attributes(self, held: object, attributes: Mapping[str, Any]) -> None:
         """Give an object other attributes, and none besides."""
@@ -117,6 +124,12 @@ class Journal:
     def close(self) -> None:
         """Keep everything as it is now."""
         self._undo = []
+
+    def finish(self) -> None:
+        """Do what is left, after `close`."""
+        later, self._later = self._later, []
+        for finish in later:
+            finish()
 
 
 def all_or_nothing(change: Callable[[Journal], Result], ranks: Ranks | None = None, doing: str = "shrink") -> Result:
@@ -148,6 +161,7 @@ def all_or_nothing(change: Callable[[Journal], Result], ranks: Ranks | None = No
     except BaseException:
         journal.undo()  # an exception may have come at any line of the first attempt
         raise
+    journal.finish()
     return result
 
 
@@ -157,7 +171,7 @@ def reduced_anew(tensors: Iterable[Tensor]) -> None:
     for each in reducers_of(replaced):
         for tensor in replaced:
             grad = tensor.grad
-            _assign(tensor, tensor.data, grad if grad is not None and grad.shape == tensor.shape else None)
+            assign(tensor, tensor.data, grad if grad is not None and grad.shape == tensor.shape else None)
         make_again(each)
 
 
@@ -188,7 +202,8 @@ def take_state(where: str, held: Iterable[object], take: Callable[[], None]) -> 
         ) from error
 
 
-def _assign(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+def assign(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    """Give a tensor other data and another gradient."""
     if is_sharded(tensor):
         put(tensor, data, grad)
         return

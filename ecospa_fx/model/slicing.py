@@ -1,7 +1,7 @@
 """Slicing: remove from parameters, gradients and optimizer state the entries that a plan drops, all or nothing.
 
-prepare(model, before, after, optimizers)   every new tensor is made beside the old one, or from its replacement
--> Change.commit(journal)                   assignments only; the Parameter objects stay the same
+prepare(model, before, after, optimizers)   the entries that go are copied, tensors with other values are made
+-> Change.commit(journal)                   one tensor after another; the Parameter objects stay the same
 
 Sharded tensors are only looked at in the first step: their entries move between ranks in the second, which all ranks
 take together once each of them is ready.
@@ -24,6 +24,7 @@ from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.fsdp2 import anew
 from ecospa_fx.ranks.shards import Move, is_sharded, move, moved
 
+from .cuts import Cuts
 from .journal import Journal
 from .optimizer_state import OptimizerStates
 from .optimizer_table import SliceLater
@@ -41,6 +42,7 @@ class Change:
     """New tensors for a model and its optimizers, ready to be put in place.
 
     Attributes:
+        cuts: the tensors that lose entries and have no other values.
         tensors: (parameter or buffer, its new data, its new gradient).
         states: (an optimizer's state of one parameter, key, new value).
         owners: `id` of a parameter -> what FSDP2 keeps of it, see `ecospa_fx.ranks.fsdp2`.
@@ -49,6 +51,7 @@ class Change:
 
     tensors: list[tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=list)
     states: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+    cuts: Cuts = field(default_factory=Cuts)
     owners: Mapping[int, Any] = field(default_factory=dict)
     sharded: ShardedChange | None = None
 
@@ -64,6 +67,7 @@ class Change:
             journal.set_tensor(tensor, data, grad)
         for state, key, value in self.states:
             journal.set_item(state, key, value)
+        self.cuts.commit(journal)
 
 
 @dataclass(eq=False)
@@ -111,7 +115,7 @@ def prepare_tensors(
     replaced: Mapping[int, Tensor] = MappingProxyType({}),
     owners: Mapping[int, Any] = MappingProxyType({}),
 ) -> Change:
-    """Make new tensors as `prepare` does, for tensors of one or several models by their names in the plan.
+    """Prepare a change as `prepare` does, for tensors of one or several models by their names in the plan.
 
     Args:
         named: the tensors.
@@ -127,7 +131,8 @@ def prepare_tensors(
         RanksError: a sharded tensor is placed in a way in which it cannot lose entries.
     """
     optimizer_states = OptimizerStates(optimizers)
-    # The source of each new tensor, and the positions that stay. Tensors that share storage go on sharing it.
+    cuts = Cuts()
+    # Of tensors that get other values: the source of each new one, and the positions that stay.
     jobs: list[tuple[Tensor, dict[int, Tensor]]] = []
     numbers: dict[Any, int] = {}
     tensors: list[tuple[Tensor, int, int | None]] = []
@@ -159,23 +164,30 @@ def prepare_tensors(
                 entries = optimizer_states.entries(tensor)
                 states.extend((state, entry, replaced[id(v)]) for state, entry, v in entries if id(v) in replaced)
         else:
-            key = (storage_key(tensor), tensor.shape)
-            if key not in numbers:
+            key = (storage_key(tensor), tensor.shape)  # tensors that share storage go on sharing it
+            if id(tensor) in replaced and key not in numbers:
                 numbers[key] = new(tensor, keep)
-            tensors.append((tensor, numbers[key], None if tensor.grad is None else new(tensor.grad, keep)))
+            if key in numbers:
+                tensors.append((tensor, numbers[key], None if tensor.grad is None else new(tensor.grad, keep)))
+            else:
+                cuts.add(tensor, key, keep)
         for state, entry, value in optimizer_states.shrunk(name, tensor, keep) if keep else ():
             if isinstance(value, SliceLater) and is_sharded(value.value):
                 source = replaced.get(id(value.value), value.value)
                 sharded.states.append((state, entry, sharded.add(f"{entry} of {name}", source, keep)))
+            elif isinstance(value, SliceLater) and id(value.value) not in replaced:
+                cuts.add_entry(state, entry, keep)
             elif isinstance(value, SliceLater):
                 sliced_states.append((state, entry, new(value.value, keep)))
             else:
                 states.append((state, entry, value))
     results = compacted(jobs)
+    cuts.prepare()
     return Change(
         [(tensor, results[data], None if grad is None else results[grad]) for tensor, data, grad in tensors]
         + full_size,
         [(state, entry, results[value]) for state, entry, value in sliced_states] + states,
+        cuts,
         owners,
         sharded if sharded.moves else None,
     )

@@ -10,21 +10,48 @@ unpickled (`DistributedDataParallel.__setstate__`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+
+
+def note_trained(wrapper: DistributedDataParallel, module: nn.Module) -> None:
+    """Note which parameters train as a module is wrapped: the gradients of these are reduced from then on."""
+    _TRAINED[wrapper] = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+
+
+_TRAINED: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def _as_when_wrapped(ddp: Any) -> Iterator[None]:
+    """Let those parameters train that did when the module was wrapped: one may be frozen now, and go on later."""
+    parameters = list(ddp.module.parameters())
+    now = [parameter.requires_grad for parameter in parameters]
+    trained = _TRAINED.get(ddp)
+    try:
+        if trained is not None:
+            for parameter in parameters:
+                parameter.requires_grad_(id(parameter) in trained)
+        yield
+    finally:
+        for parameter, trains in zip(parameters, now, strict=True):
+            parameter.requires_grad_(trains)
 
 
 def make_again(wrapper: DistributedDataParallel) -> None:
     """Give a wrapper a reducer for its parameters as they are now; the wrapper, its hooks and settings stay."""
     ddp: Any = wrapper
     builtin = _builtin_hook(ddp)
-    parameters, sparse = ddp._build_params_for_reducer()
-    ddp._ddp_init_helper(parameters, sparse, ddp._build_debug_param_to_name_mapping(parameters), ddp.static_graph)
+    with _as_when_wrapped(ddp):
+        parameters, sparse = ddp._build_params_for_reducer()
+        ddp._ddp_init_helper(parameters, sparse, ddp._build_debug_param_to_name_mapping(parameters), ddp.static_graph)
     ddp._has_rebuilt_buckets = False
     if ddp.static_graph:
         _learn_the_graph(ddp)

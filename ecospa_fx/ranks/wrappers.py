@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ecospa_fx.collectives import is_distributed
 from ecospa_fx.errors import WrapperError
 
-from .ddp import refusal
+from .ddp import note_trained, refusal
 from .placed import shards_of
 from .shards import is_sharded
 
@@ -167,13 +167,15 @@ def note_earlier() -> None:
         _SEARCHED.append(True)
 
 
-def _note(module: nn.Module, *_: object) -> None:
+def _note(module: nn.Module, name: str = "", child: object = None) -> None:
     """Note a module that takes another one, if it is a wrapper."""
     cls = type(module)
     if cls not in _KNOWN:
         _KNOWN[cls] = _torch_class(module, (*HOLDS, FOLLOWS)) is not None
     if _KNOWN[cls]:
         _NOTED.add(module)
+        if isinstance(module, DistributedDataParallel) and isinstance(child, nn.Module) and name == "module":
+            note_trained(module, child)
 
 
 _NOTED: weakref.WeakSet[nn.Module] = weakref.WeakSet()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,10 +137,11 @@ class GateReader:
         """Add up those of sharded parameters over ranks, in place."""
         shared = {f"{name} {dim}": (name, dim) for name, dim in products if is_sharded(gradients[name])}
         if shared:
-            mine = {label: products[key] for label, key in shared.items()}
-            for label, each in sharing_ranks(self.model).totals(mine, "gradients along gates").items():
+            ranks, mine = sharing_ranks(self.model), {label: products[key] for label, key in shared.items()}
+            for label, each in ranks.totals(mine, "gradients along gates").items():
                 if label in shared:
-                    products[shared[label]] = each
+                    mesh: Any = getattr(gradients[shared[label][0]], "device_mesh", None)
+                    products[shared[label]] = each / (ranks.count // mesh.size())  # as often as others hold the same
 
     def along(self, name: str, step: GradientStep) -> Tensor | None:
         """Return the gradient along the gates of one coupling, from one side, if that has gradients, and whole ones."""

@@ -397,8 +397,7 @@ class PositionReader(Averaged[str]):
         ranks = ranks_of(self.model)
         means = {name: mean for name, mean in found.items() if mean is not None}
         summed = ranks.totals(means, "the squared terms by position")
-        beside = parallel_count(self.model) if ranks else 1  # ranks that have the same positions
-        return {name: each.cpu() / (beside * (ranks.count // beside) ** 2) for name, each in summed.items()}
+        return {name: each.cpu() / self._added_up() for name, each in summed.items()}
 
     def reset(self) -> None:
         """Drop the sums."""
@@ -422,5 +421,10 @@ class PositionReader(Averaged[str]):
 
     def _unit(self) -> float:
         """Return the factor of sums here on those of one process: each rank's loss is a mean over its part alone."""
-        count = ranks_of(self.model).count
-        return float(count**2 if sharing_ranks(self.model) else count)
+        return float(self._added_up() if sharing_ranks(self.model) else ranks_of(self.model).count)
+
+    def _added_up(self) -> int:
+        """Return the factor of sums over all ranks on those of one process; some ranks may have the same positions."""
+        ranks = ranks_of(self.model)
+        beside = parallel_count(self.model) if ranks else 1
+        return int(beside * (ranks.count // beside) ** 2)

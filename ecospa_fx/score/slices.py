@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,10 +25,32 @@ SliceKey = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class _Call:
-    """The arguments of one kernel call: parameter names in order, then targets as `add_slice_sums` takes them."""
+class _Part:
+    """A tensor that this rank has of a parameter, or of one dim of that a run of it.
 
-    names: tuple[str, ...]
+    Attributes:
+        name: of the parameter.
+        dim: the dim of which it is a run; None for all.
+        start: where the run begins.
+        length: of the run.
+    """
+
+    name: str
+    dim: int | None = None
+    start: int = 0
+    length: int = 0
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the part of one of some tensors by name."""
+        local = _local(tensors[self.name])
+        return local if self.dim is None else local.narrow(self.dim, self.start, self.length)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of one kernel call: parts of parameters in order, then targets as `add_slice_sums` takes them."""
+
+    parts: tuple[_Part, ...]
     tensors: list[int]
     dims: list[int]
     offsets: list[int]
@@ -106,8 +129,8 @@ class SliceSums:
             device = home[0]
             add(
                 self._flat[home],
-                [_local(gradients[name]) for name in call.names],
-                [_local(weights[name]) for name in call.names] if weights is not None and self.weighted else [],
+                [part.of(gradients) for part in call.parts],
+                [part.of(weights) for part in call.parts] if weights is not None and self.weighted else [],
                 call.tensors,
                 call.dims,
                 call.offsets,
@@ -171,27 +194,31 @@ class SliceSums:
         calls: dict[tuple[torch.device, torch.dtype], _Call] = {}
         for name in names:
             call = calls.setdefault(self._home[name], _Call((), [], [], []))
-            first = self._first(name, gradients[name])
+            runs, parts = self._runs(name, gradients[name]), [_Part(name)]
             for dim in self.dims[name]:
-                call.tensors.append(len(call.names))
-                call.dims.append(dim)
-                call.offsets.append(self._begin[name, dim] + first[dim])
-            calls[self._home[name]] = _Call((*call.names, name), call.tensors, call.dims, call.offsets)
+                for start, length, begin in runs.get(dim, [(0, 0, 0)]):
+                    whole = len(runs.get(dim, ())) < 2
+                    parts += [] if whole else [_Part(name, dim, start, length)]
+                    call.tensors.append(len(call.parts) + (0 if whole else len(parts) - 1))
+                    call.dims.append(dim)
+                    call.offsets.append(self._begin[name, dim] + begin)
+            calls[self._home[name]] = _Call((*call.parts, *parts), call.tensors, call.dims, call.offsets)
         return list(calls.items())
 
-    def _first(self, name: str, gradient: Any) -> tuple[int, ...]:
-        """Return the position in the whole parameter at which the local part of a gradient begins."""
+    def _runs(self, name: str, gradient: Any) -> dict[int, list[tuple[int, int, int]]]:
+        """Return by dim the runs of a parameter that the local part of a gradient has.
+
+        Each is where it begins in that, how long it is, and where it begins in the whole.
+        """
+        if not is_sharded(gradient):
+            return {}
         self._note_shards(name, gradient)
-        first = []
-        for dim in range(gradient.ndim if is_sharded(gradient) else 0):
+        found: dict[int, list[tuple[int, int, int]]] = {}
+        for dim in range(gradient.ndim):
             here = held_along(gradient, dim)
-            first.append(int(here[0]) if len(here) else 0)
-            if len(here) and int(here[-1]) - first[dim] + 1 != len(here):
-                raise OptimizerError(
-                    f"a rank holds rows of `{name}` in several runs, placed {tuple(gradient.placements)}, and no score "
-                    "is read of such gradients; shard it along one dim of the mesh"
-                )
-        return tuple(first) or (0,) * int(gradient.ndim)
+            starts = [0, *((here.diff() != 1).nonzero().flatten() + 1).tolist(), len(here)] if len(here) else []
+            found[dim] = [(a, b - a, int(here[a])) for a, b in pairwise(starts)]
+        return found
 
     def _note_shards(self, name: str, tensor: Any) -> None:
         """Note along which dims of its device mesh a tensor is sharded, if it is."""

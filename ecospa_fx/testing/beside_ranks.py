@@ -104,15 +104,15 @@ class RankCrew:
         for _, pipe in self._members:
             pipe.send(program)
         found: list[Any] = ["no answer"] * self.ranks
-        waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._members)}
-        sound = True
-        while waiting and (ready := wait(list(waiting), LIMIT)):
-            for pipe in ready:
-                rank = waiting.pop(pipe)  # type: ignore[call-overload]
+        pipes = [pipe for _, pipe in self._members]
+        waiting, sound = list(pipes), True
+        while waiting and (ready := wait(waiting, LIMIT)):
+            for pipe in [each for each in waiting if each in ready]:
+                waiting.remove(pipe)
                 try:
-                    found[rank], goes_on = pipe.recv()  # type: ignore[union-attr]
+                    found[pipes.index(pipe)], goes_on = pipe.recv()
                 except EOFError:
-                    found[rank], goes_on = "died", False
+                    found[pipes.index(pipe)], goes_on = "died", False
                 sound = sound and goes_on
         if waiting or not sound:
             self.stop()

@@ -211,7 +211,7 @@ def smallest(found: Found, check: Check = check) -> Found:
     program = replace(program, steps=program.steps[: failure.step + 1])
 
     def fails(smaller: StateProgram) -> bool:
-        again = check(smaller)
+        again = check(smaller, None)
         return again is not None and again.kind == failure.kind
 
     going = True
@@ -221,7 +221,7 @@ def smallest(found: Found, check: Check = check) -> Found:
             if fails(smaller):
                 program, going = smaller, True
                 break
-    return Found(found.seed, found.number, program, check(program) or failure)
+    return Found(found.seed, found.number, program, check(program, None) or failure)
 
 
 def _smaller(program: StateProgram) -> Iterator[StateProgram]:

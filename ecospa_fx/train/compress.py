@@ -215,7 +215,7 @@ class _Stroke:
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Shrink; return the expected rises by coupling, and the shares that nothing takes over by weight."""
         sparsifier = AdaptiveSparsifier.of(self.model, self.settings, self.constraints, ())
-        saliency, watched = Saliency(self.model), Grams(self.model, rows=ROWS)
+        saliency, watched = Saliency(self.model), Grams(self.model)
         saliency.begins = True
         try:
             with _frozen(self.model):
@@ -277,9 +277,6 @@ class _Stroke:
             )
         return rises, {name: share for (name, _), share in watched.left.items()}
 
-
-ROWS = 4096
-"""Positions read of a batch at most: all of a usual one. A trainer, which sees more batches, reads fewer."""
 
 ROWS_WANTED = 8
 """Rows per column of the widest weight from which a regression on them is to be trusted."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.errors import CheckpointError
 from ecospa_fx.passes.capture.reads import AttributeReads
+from ecospa_fx.passes.graph.isolate import weight_of
 from ecospa_fx.passes.graph.python_state import OWN
 
 
@@ -212,9 +213,15 @@ def _with_fields(original: Any, fields: Mapping[str, int]) -> Any:
     return original
 
 
+_WEIGHTED = (
+    nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.Embedding,
+    nn.EmbeddingBag, nn.PReLU,
+)  # fmt: skip
+
+
 def sizes_of_layer(module: nn.Module) -> dict[str, Any]:
     """Return the attributes in which a torch.nn layer keeps the sizes of its weights, with these sizes now."""
-    weight: Any = getattr(module, "weight", None)
+    weight: Any = weight_of(module) if isinstance(module, _WEIGHTED) else None
     match module:
         case nn.modules.conv._ConvTransposeNd():
             return {"in_channels": weight.shape[0], "out_channels": weight.shape[1] * module.groups}

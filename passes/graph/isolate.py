@@ -99,6 +99,19 @@ def isolated(model: nn.Module, state: PythonState | None = None) -> Iterator[Non
         state.restore()
 
 
+def weight_of(layer: nn.Module) -> Any:
+    """Return the weight of a layer, None if it has none; looking at one that is computed leaves no trace.
+
+    A parametrization computes it at every look, and may take a step of a power iteration, or draw.
+    """
+    if "weight" in layer._parameters:
+        return layer._parameters["weight"]
+    if not hasattr(type(layer), "weight"):
+        return getattr(layer, "weight", None)
+    with isolated(layer), torch.no_grad():
+        return layer.weight
+
+
 class restored_parameters(TorchFunctionMode):
     """A context that puts back the parameters that a forward writes into, such as those of a momentum encoder.
 

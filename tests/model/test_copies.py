@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from failing_assignments import fail_at
 from test_errors import assert_untouched, snapshot
 from test_training import Stack, one_step
 from torch import Tensor, nn
@@ -245,17 +246,7 @@ def test_model_optimizer_and_copies_change_together_or_not_at_all(failing, monke
     if failing == "optimizer":
         optimizer.state[model.layers[1].down.weight]["square"] = torch.zeros(3, 3)
     else:
-        from ecospa_fx.model import journal as shrink
-
-        calls, assign = [], shrink._assign
-
-        def fail(*args):
-            calls.append(args)
-            if len(calls) == 30:
-                raise MemoryError
-            assign(*args)
-
-        monkeypatch.setattr(shrink, "_assign", fail)
+        fail_at(monkeypatch, 30)
     everything = [snapshot(model, optimizer), snapshot(late), snapshot(plain)]
     plans = ecospa_fx.plan(model), ecospa_fx.plan(late.module)
     with pytest.raises(OptimizerError if failing == "optimizer" else MemoryError):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from failing_assignments import fail_at
 from torch import nn
 from zoo_refused import centred
 
@@ -326,17 +327,7 @@ def test_rule_that_fails_in_the_middle_of_a_rewrite(monkeypatch):
 def test_commit_that_fails_half_way(monkeypatch):
     model, optimizer = trained(Deep())
     before = snapshot(model, optimizer)
-    from ecospa_fx.model import journal as shrink
-
-    assign, calls = shrink._assign, []
-
-    def failing(*args):
-        calls.append(args)
-        if len(calls) == 4:
-            raise MemoryError
-        assign(*args)
-
-    monkeypatch.setattr(shrink, "_assign", failing)
+    fail_at(monkeypatch, 4)
     with pytest.raises(MemoryError):
         ecospa_fx.shrink(model, {c: torch.arange(4) for c in ecospa_fx.couplings(model)}, optimizer=optimizer)
     assert_untouched(model, before, optimizer)

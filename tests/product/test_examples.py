@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from crew import free_port
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RUN = """
@@ -18,11 +19,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 RANKS = {
-    "fsdp2_torchrun": [(2, ["--steps", "40"]), (3, ["--resume"])],
-    "fsdp2_accelerate": [(2, [])],
-    "fsdp2_huggingface": [(2, ["--steps", "20"]), (2, ["--resume"])],
+    "fsdp2_torchrun": [(2, 1, ["--steps", "40"]), (1, 3, ["--resume"])],
+    "fsdp2_accelerate": [(1, 2, [])],
+    "fsdp2_huggingface": [(1, 2, ["--steps", "20"]), (1, 2, ["--resume"])],
 }
-"""Script -> its runs, one after the other: the number of ranks, and arguments."""
+"""Script -> its runs, one after the other: hosts (addresses of this one), ranks on each, and arguments."""
 
 
 @pytest.mark.parametrize("script", sorted({path.stem for path in EXAMPLES.glob("*.py")} - RANKS.keys()))
@@ -40,13 +41,23 @@ def test_ranks_end_at_the_target(script, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if Path("/sys/class/net/lo").exists():
         environment["GLOO_SOCKET_IFNAME"] = "lo"
-    for ranks, more in RANKS[script]:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        done = subprocess.run(
-            [*torchrun, *command, *more], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    check(done)
+    for hosts, ranks, more in RANKS[script]:
+        port, running = free_port(), []
+        for host in range(hosts):
+            torchrun = [
+                sys.executable, "-m", "torch.distributed.run", "--nnodes", str(hosts), "--node-rank", str(host),
+                "--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1", "--master-port", str(port),
+                "--local-addr", f"127.0.0.{1 + host}",
+            ]  # fmt: skip
+            running.append(
+                subprocess.Popen(
+                    [*torchrun, *command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                    env=environment, cwd=tmp_path,
+                )
+            )  # fmt: skip
+        told = [each.communicate() for each in running]
+        assert not any(each.returncode for each in running), "\n".join(errors[-3000:] for _, errors in told)
+    check(subprocess.CompletedProcess([], 0, told[0][0], told[0][1]))
 
 
 def check(done):

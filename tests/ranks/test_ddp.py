@@ -117,6 +117,30 @@ def test_by_hand_and_rotated(two):
     assert two.run(by_hand) == [(4, 0.0)] * 2
 
 
+def frozen_for_a_while(rank, world):
+    """A shrink while some weights are frozen that train later, and others train that were frozen when wrapped."""
+    model = ecospa_fx.compile(made("glu"), example_kwargs=part(batch("glu", 0), rank, world))
+    plain = made("glu")
+    for each in (model, plain):
+        each.inp.requires_grad_(False)
+    pair = [DDP(each, find_unused_parameters=True) for each in (model, plain)]
+    for each in (model, plain):
+        each.head.requires_grad_(False)
+    ecospa_fx.shrink(model, {c: torch.arange(c.size - 1) for c in ecospa_fx.couplings(model)})
+    found = []
+    for each, wrapper in zip((model, plain), pair):
+        each.requires_grad_(True)
+        for step in range(2):
+            each.zero_grad()
+            loss_of(wrapper, part(batch("glu", step), rank, world)).backward()
+        found.append([differ([p.grad for p in m.parameters()]) > 0 for m in (each.head, each.inp, each.blocks)])
+    return found
+
+
+def test_what_trains_when_it_is_wrapped_is_reduced_after_a_shrink(two):
+    assert two.run(frozen_for_a_while) == [[[False, True, False]] * 2] * 2
+
+
 def accumulated(rank, world, settings):
     """Two micro-batches per step, the first without sync, against one process with the same two."""
 

@@ -1,5 +1,7 @@
 """FSDP2: what a trainer keeps, errors that take everything back on every rank, and verbs that read weights."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -101,6 +103,26 @@ def test_a_failure_on_one_rank_takes_the_shards_back_on_all(two):
     errors = two.run(failing, 1)
     assert errors[1] == "MemoryError: no memory left"
     assert "rank 1 cannot take part (MemoryError: no memory left)" in errors[0], errors
+
+
+def dying(rank, world, where):
+    """Kill one rank in the middle of a shrink: while rows move, or as it puts them in place."""
+    model, optimizer, _ = begun(rank, world)
+    before, plan = [p.to_local().detach().clone() for p in model.parameters()], ecospa_fx.plan(model)
+    place, name = {"rows move": (dist, "all_to_all_single"), "a commit": (slicing, "anew")}[where]
+    real = getattr(place, name)
+    setattr(place, name, (lambda *_, **__: os._exit(9)) if rank == 1 else real)
+    coupling = ecospa_fx.couplings(model)[0]
+    error = said(ecospa_fx.shrink, model, {coupling: torch.arange(coupling.size // 2)}, optimizer=optimizer)
+    same = all(torch.equal(p.to_local(), old) for p, old in zip(model.parameters(), before, strict=True))
+    return error, same and ecospa_fx.plan(model) == plan
+
+
+@pytest.mark.parametrize("where", ["rows move", "a commit"])
+def test_a_rank_is_killed_in_a_shrink_and_the_others_stay_as_they_are(two, where):
+    (kind, (error, same)), died = two.outcomes(dying, where)
+    assert died == ("died", 9) and kind == "ok" and same
+    assert error.startswith("RanksError: shrink: another rank does not answer "), error
 
 
 def unreduced(rank, world):

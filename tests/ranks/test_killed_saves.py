@@ -89,7 +89,8 @@ def everywhere(world, directory, moments):
                 told = crew.outcomes(saving, [None, here], who, 1 + int(moment * calls[who]))
             (which,) = (name for name, state in states.items() if state == held(here))
             found.append((who, moment, which))
-            assert told.pop(who) == ("died", -signal.SIGKILL)
+            own = told.pop(who)  # calls vary a little: the last moments may not come
+            assert own == ("died", -signal.SIGKILL) or (moment > 0.9 and own[0] == "ok" and which == "new"), own
             for kind, text in told:
                 assert kind == "ok" and (which == "new" or text[0].startswith("RanksError: ")), (found, text)
             if moment == moments[len(moments) // 2]:  # the next save needs nobody who cleans up

@@ -11,6 +11,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from ecospa_fx.ranks import shards
 from ecospa_fx.ranks.placed import positions_here, shards_of
 from ecospa_fx.ranks.shards import gathered, local_part, move, moved, put, split
+from ecospa_fx.score.slices import SliceSums
 
 
 def bytes_sent(function):
@@ -115,10 +116,24 @@ def positions_by_hand(rank, world):
             assert positions_here(size, mesh, shards_of(given)[0]).tolist() == given.to_local().tolist()
 
 
+def sums_of_runs(rank, world):
+    """Sum up slices of a tensor of which each rank has several runs, along each dim."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    whole = torch.randn(12, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for placements in ([_StridedShard(0, split_factor=3), Replicate()], [_StridedShard(0, split_factor=2), Shard(1)]):
+        sharded = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        sums = SliceSums({"w": sharded}, {"w": (0, 1)}, weighted=True)
+        sums.add({"w": sharded}, {"w": 2 * sharded})
+        found = sums.reduced()
+        for dim in (0, 1):
+            torch.testing.assert_close(found["w", dim], (2 * whole * whole).square().sum(1 - dim), rtol=0, atol=1e-12)
+
+
 def test_a_mesh_of_two_dims():
     with Crew(4) as four:
         four.run(positions_by_hand)
         four.run(over_a_grid)
+        four.run(sums_of_runs)
 
 
 def put_and_back(rank, world):

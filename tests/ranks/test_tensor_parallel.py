@@ -171,8 +171,8 @@ def _shards(parameter, dim):
     return isinstance(parameter, DTensor) and any(p.is_shard(dim) for p in parameter.placements)
 
 
-def beside(rank, world, kind, execution, how="compile, shard", evals=(), **settings):
-    settings = {**SCHEDULE, **settings}
+def beside(rank, world, kind, execution, how="compile, shard", evals=(), settings=None):
+    settings = {**SCHEDULE, **(settings or {})}
     model, part = spread(kind, execution, how, world)
     objects = list(model.parameters())
     columns = [p for block in blocks_of(model) for p in block.parameters() if _shards(p, 1)]
@@ -203,8 +203,10 @@ def check(crew, *case):
         assert not wrong and apart < 1e-12, (apart, wrong)
 
 
+ADAPTIVE = {"policy": "adaptive", "absorb": False, "rotate": False}
 QUICK = [
     ("glu", "graph", "compile, shard", (1, 4)),
+    ("glu", "graph", "shard, compile", (), ADAPTIVE),
     ("glu", "module", "shard, compile"),
     ("tied", "module", "compile, shard"),
     ("llama", "graph", "transformers"),
@@ -218,13 +220,20 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize("case", QUICK, ids=lambda case: " ".join(case[:3]))
+@pytest.mark.parametrize("case", QUICK, ids=lambda case: " ".join(map(str, case)))
 def test_two_ranks_train_as_one_process(two, case):
     check(two, *case)
 
 
+ALL += [
+    ("tied", "module", "compile, shard", (), ADAPTIVE),
+    ("llama", "graph", "transformers", (), ADAPTIVE),
+    ("llama", "graph", "compile, shard", (), {"score": "taylor_positions", "window": 2}),
+]
+
+
 @pytest.mark.sweep
-@pytest.mark.parametrize("case", ALL, ids=lambda case: " ".join(case[:3]))
+@pytest.mark.parametrize("case", ALL, ids=lambda case: " ".join(map(str, case)))
 def test_every_model_in_every_order(two, case):
     check(two, *case)
 
@@ -236,6 +245,7 @@ def test_every_model_beside_fsdp2(execution):
         for kind in ("glu", "tied", "llama"):
             check(four, kind, execution, "2-D")
         check(four, "glu", execution, "replicas")
+        check(four, "glu", execution, "2-D", (), ADAPTIVE)
 
 
 def regions(rank, world, how, execution):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ from torch import nn
 import ecospa_fx
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.testing.beside import Beside
-from ecospa_fx.testing.fuzz_state import StateProgram, StateTally, check, fuzz, main, program_number, smallest
+from ecospa_fx.testing.beside_ranks import RankCrew
+from ecospa_fx.testing.fuzz_state import (
+    StateProgram,
+    StateTally,
+    check,
+    check_on_rank,
+    check_on_ranks,
+    fuzz,
+    main,
+    program_number,
+    smallest,
+)
 from ecospa_fx.testing.sandbox import Differs, Generators
 from ecospa_fx.testing.stateful import PARTS, Draw, StatefulModule, random_module
 
@@ -28,6 +40,29 @@ def test_stateful_modules_in_loops_equal_the_plain_ones() -> None:
     assert not [str(smallest(found)) for found in fuzz(range(40), seed=20261129, tally=tally)]
     # Programs in which nothing is compiled, or nothing shrinks, would be no test.
     assert tally.programs == 40 and tally.compiled > 8 and tally.shrunk > 3 and tally.steps > 220
+
+
+def test_on_two_ranks_they_equal_the_plain_ones_there() -> None:
+    tally = StateTally()
+    with RankCrew(2, check_on_rank) as crew:
+        assert not [str(found) for found in fuzz(range(10), 4, tally, partial(check_on_ranks, crew))]
+    assert tally.programs == 10 and tally.compiled > 2 and tally.shrunk > 0 and tally.steps > 40
+
+
+def test_gradients_that_are_not_reduced_after_a_shrink_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = "compile(2)", "train(3)", "shrink(1)", "train(2)"
+    program = StateProgram(StatefulModule(()), steps, "graph", "root")
+    monkeypatch.setattr(ecospa_fx.model.journal, "make_again", lambda wrapper: None)
+    with RankCrew(2, check_on_rank) as crew:
+        failure = check_on_ranks(crew, program)
+    assert failure is not None and failure.step == 3
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(7200)
+def test_many_on_two_ranks_equal_the_plain_ones_there() -> None:
+    with RankCrew(2, check_on_rank) as crew:
+        assert not [str(found) for found in fuzz(range(1500), 1, StateTally(), partial(check_on_ranks, crew))]
 
 
 @pytest.mark.sweep

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from failing_assignments import fail_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -274,24 +275,10 @@ def test_all_of_it_or_nothing(monkeypatch):
     model, x = mlp()
     grams = gathered(model, (x,))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    monkeypatch.setattr("ecospa_fx.model.journal._assign", failing_after(2))
+    fail_at(monkeypatch, 2, RuntimeError("no more"))
     with pytest.raises(RuntimeError, match="no more"):
         ecospa_fx.shrink(model, {"ffn": torch.arange(4)}, absorb=grams)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
-def failing_after(count):
-    from ecospa_fx.model.journal import _assign
-
-    calls = []
-
-    def assign(*args):
-        calls.append(args)
-        if len(calls) == count:
-            raise RuntimeError("no more")
-        _assign(*args)
-
-    return assign
 
 
 def test_singular_moments_are_no_obstacle():
