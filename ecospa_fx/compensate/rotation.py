@@ -1,6 +1,7 @@
 """Rotation: another basis for couplings between linear maps, in which a few entries carry most, and the rest little.
 
 rotate(model, couplings) -> sides, or a reason -> balanced -> weights, gradients and optimizer state
+                         -> where norms stand on it: stream_of, or a reason -> an orthonormal basis, see `streams.py`
 """
 
 from __future__ import annotations

@@ -133,7 +133,8 @@ class EcoSpaTrainer:
         also: copies of the model that shrink with it, such as averages of its weights; see `ecospa_fx.shrink`.
         absorb: entries that stay take over from those that go, by least squares on the inputs of weights in the last
             training steps before a shrink; see docs/absorption.md. By default only with `policy="adaptive"`.
-        rotate: couplings between linear maps that are about to shrink first get the basis in which the entries that go
+        rotate: couplings between linear maps, and streams with norms on them (`residual`), that are about to shrink
+            first get the basis in which the entries that go
             carry least; see `ecospa_fx.rotate`. A coupling that an optimizer cannot follow keeps its basis, and the log
             says so. The default is as for `absorb`.
 

@@ -62,7 +62,9 @@ def opt():
 def t5():
     config = hf.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=24,
                          tie_word_embeddings=False, decoder_start_token_id=0)  # fmt: skip
-    return Logits(hf.T5ForConditionalGeneration(config), "decoder_input_ids", "use_cache")
+    model = hf.T5ForConditionalGeneration(config)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    return Logits(model, "decoder_input_ids", "use_cache")
 
 
 def vit():
