@@ -65,7 +65,7 @@ class Trial:
         self._shapes_tell = False
         self._idle: dict[Attribute, bool] = {}
         try:
-            with modes(module, axis_facts.captured.signature.training):
+            with modes(module, self._training):
                 tensors = named_tensors(module)
         except NotTried as error:
             self.unable = f"cannot be tried: {error}"
@@ -89,6 +89,7 @@ class Trial:
             if attribute not in self.held and attribute.inside is None
         }
         self._shapes_tell = self._fails_on_shapes(self.tensors, {}) is None
+        self._other_mode_tells = self._shapes_tell and self._fails_on_shapes(self.tensors, {}, other_mode=True) is None
 
     def difference(self, kept: Selection, values: Values) -> str | None:
         """Say how the forward under a selection, with attributes at `values`, differs from the program.
@@ -102,7 +103,12 @@ class Trial:
             return error
         self.course = Course()
         with self._ready(small, values):
-            return _difference(self.module, expected, self.forward, self.args, self.kwargs, self.course, self._alone())
+            error = _difference(self.module, expected, self.forward, self.args, self.kwargs, self.course, self._alone())
+        if error is not None or not self._other_mode_tells:
+            return error
+        # No graph has to be there for the other mode, and this Python runs in it all the same.
+        error = self._fails_on_shapes(small, values, other_mode=True)
+        return error and f"{error}, in {'eval' if self._training[0] else 'training'} mode"
 
     def _at(self, kept: Selection) -> tuple[dict[str, Tensor], list[Tensor] | str]:
         """Return the weights under a selection, and what its program gives, or why it does not run; made once."""
@@ -135,13 +141,23 @@ class Trial:
             self._idle[attribute] = self.difference({}, other) is None
         return self._idle[attribute]
 
-    def _fails_on_shapes(self, tensors: Mapping[str, Tensor], values: Values) -> str | None:
-        """Say why the forward fails on the meta device, which takes no time; None where it runs."""
+    @property
+    def _training(self) -> Sequence[bool]:
+        return self.axis_facts.captured.signature.training
+
+    def _fails_on_shapes(self, tensors: Mapping[str, Tensor], values: Values, other_mode: bool = False) -> str | None:
+        """Say why the forward fails on the meta device, which takes no time; None where it runs.
+
+        Args:
+            tensors: its weights and buffers.
+            values: attributes at values of their own.
+            other_mode: in eval mode for a graph of training mode, and the other way round.
+        """
         args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (self.args, self.kwargs))
         shapes = {name: t.to("meta") for name, t in tensors.items()}
         self.course = Course()
         try:
-            with self._ready(shapes, values), isolated(self.module, self._state):
+            with self._ready(shapes, values, other_mode), isolated(self.module, self._state):
                 own_forward(self.module, self.forward, args, kwargs, self.course)
         except Failed as failed:
             return str(failed)
@@ -158,10 +174,11 @@ class Trial:
                 return f"cannot be tried: {error}"
 
     @contextmanager
-    def _ready(self, tensors: Mapping[str, Tensor], values: Values) -> Iterator[None]:
+    def _ready(self, tensors: Mapping[str, Tensor], values: Values, other_mode: bool = False) -> Iterator[None]:
+        training = [not self._training[0]] * len(self._training) if other_mode else self._training
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(modes(self.module, self.axis_facts.captured.signature.training))
+            stack.enter_context(modes(self.module, training))
             stack.enter_context(swapped(self.module, as_held(self.module, tensors)))
             stack.enter_context(fitted(self.module))
             stack.enter_context(holding(self.module, values))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 
 import pytest
 import torch
@@ -460,3 +461,34 @@ def test_a_module_that_gets_submodules_in_its_first_call_is_not_tried():
     with pytest.raises(errors.NoCouplingError, match="cannot be tried: it has 3 modules, and had 4"):
         ecospa_fx.compile(net, example_inputs=(torch.ones(2, 4),), regions="blocks", execution="module")
     net(torch.ones(2, 4))
+
+
+class Momentum(nn.Module):
+    """A block with a slow copy of a weight, which follows in training only, where no graph can be captured."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.beside = nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 6)
+        self.slow = copy.deepcopy(self.down).requires_grad_(False)
+        self.last = nn.Linear(6, 4)
+
+    def forward(self, x):
+        if self.training:
+            x = x * (0.5 + random.random())
+            with torch.no_grad():
+                self.slow.weight.mul_(0.9).add_(self.down.weight, alpha=0.1)
+        return x + self.down(torch.tanh(self.up(x))) + self.last(torch.tanh(self.beside(x)))
+
+
+def test_what_only_the_other_mode_does_must_run_at_the_sizes_left():
+    before = random.getstate()
+    model = ecospa_fx.compile(
+        nn.Sequential(Momentum()).eval(), example_inputs=(torch.ones(2, 4),), regions="root", execution="module"
+    )
+    assert random.getstate() == before
+    (ffn,) = (coupling for coupling in ecospa_fx.couplings(model) if coupling.kind == "ffn")
+    assert ffn.members[0].parameter == "0.beside.weight"
+    (why,) = regions_of(model)[""].python_support.refused.values()
+    assert why.startswith("fails in `0` (Momentum)") and why.endswith(", in training mode")
+    ecospa_fx.shrink(model, {ffn: torch.arange(3)})
+    model.train()(torch.ones(2, 4)).sum().backward()
