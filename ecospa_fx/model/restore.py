@@ -121,11 +121,11 @@ def _difference(program: Program, module: nn.Module) -> str | None:
     """Say how the own forward of a module differs from a program on a call that both take."""
     why: str | None = None
     for args, kwargs in example_calls(program.axis_facts, program.sizes):
-        with modes(module, program.captured.signature.training), isolated(module), torch.no_grad():
-            try:
+        try:
+            with modes(module, program.captured.signature.training), isolated(module), torch.no_grad():
                 return difference(module, program, own_forward(module, REGION), args, kwargs)
-            except NotTried as error:
-                why = f"cannot be tried: {error}"
+        except NotTried as error:
+            why = f"cannot be tried: {error}"
     return why
 
 

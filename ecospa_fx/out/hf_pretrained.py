@@ -28,6 +28,7 @@ from ecospa_fx.checkpoint.metadata import check_execution, describe_execution
 from ecospa_fx.checkpoint.rebuild import attach_compiled
 from ecospa_fx.errors import CheckpointError, EcoSpaError
 from ecospa_fx.json_text import format_json, parse_json
+from ecospa_fx.model.class_swap import original_class
 from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.model.configured import configuration_at
 from ecospa_fx.model.lookup import check_whole, compiled_state
@@ -74,7 +75,7 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **optio
         writable.config = original
     about = {
         "format": FORMAT,
-        "class": type(model).__name__,
+        "class": original_class(model).__name__,
         "plan": json.loads(compiled.plan.to_json()),
         **describe_execution(compiled),
     }

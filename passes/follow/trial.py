@@ -64,7 +64,12 @@ class Trial:
         self._under: tuple[Selection, dict[str, Tensor], list[Tensor] | str] | None = None  # the latest selection
         self._shapes_tell = False
         self._idle: dict[Attribute, bool] = {}
-        tensors = named_tensors(module)
+        try:
+            with modes(module, axis_facts.captured.signature.training):
+                tensors = named_tensors(module)
+        except NotTried as error:
+            self.unable = f"cannot be tried: {error}"
+            return
         if any(t.is_meta for t in tensors.values()):
             self.unable = "its Python can only be tried with values, and it is on the meta device"
             return
@@ -310,7 +315,13 @@ def _running(module: nn.Module, course: Course) -> Iterator[None]:
 
 @contextmanager
 def modes(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
-    """Set the training flags that a graph was captured with, for the time inside."""
+    """Set the training flags that a graph was captured with, for the time inside.
+
+    Raises:
+        NotTried: the module has other submodules than it had then, such as those that a forward registers.
+    """
+    if len(training) != len(below(module)):
+        raise NotTried(f"it has {len(below(module))} modules, and had {len(training)} in the call that was captured")
     before = [(child, child.training) for child in module.modules()]
     try:
         for child, flag in zip(below(module), training, strict=True):

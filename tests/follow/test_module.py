@@ -440,3 +440,23 @@ def test_a_search_that_fails_is_made_once_for_equal_blocks(monkeypatch):
     assert searched == ["0.ffn", "residual", "2.ffn"]
     (region,) = regions_of(model).values()
     assert {why.split("`")[1] for why in region.python_support.refused.values()} == {"0", "1", "3"}
+
+
+class Registers(nn.Module):
+    """A block that gives one of its modules a second name in its first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        self.again = self.up if hasattr(self, "up") else self.down
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+def test_a_module_that_gets_submodules_in_its_first_call_is_not_tried():
+    net = nn.Sequential(Registers(), Registers())
+    net(torch.ones(2, 4))
+    with pytest.raises(errors.NoCouplingError, match="cannot be tried: it has 3 modules, and had 4"):
+        ecospa_fx.compile(net, example_inputs=(torch.ones(2, 4),), regions="blocks", execution="module")
+    net(torch.ones(2, 4))
