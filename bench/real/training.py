@@ -180,7 +180,7 @@ def main() -> None:
 def versions() -> str:
     import transformers
 
-    return f"torch {torch.__version__}, transformers {transformers.__version__}, ecospa_fx {ecospa_fx.__version__}"
+    return f"torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 if __name__ == "__main__":
