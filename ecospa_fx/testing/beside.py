@@ -286,7 +286,8 @@ class Beside:
         if self.compiled and ours_error is None:
             self._called.add(self.ours.model.training)
             self._ran.add(self.ours.model.training)
-        if self.shrinks and not self.sized and self.compiled:  # a graph of a new mode may reduce over what has shrunk
+        known = self.compiled and self.ours.model.__dict__[MODEL].captured
+        if self.shrinks and not self.sized and known:  # a graph of a new mode may reduce over what has shrunk
             shrunk = (each for each in couplings(self.ours.model) if each.size < each.original_size)
             if any(_reduced(self.ours.model, each) for each in shrunk):
                 raise Ended
