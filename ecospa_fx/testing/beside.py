@@ -289,7 +289,7 @@ class Beside:
         known = self.compiled and self.ours.model.__dict__[MODEL].captured
         if self.shrinks and not self.sized and known:  # a graph of a new mode may reduce over what has shrunk
             shrunk = (each for each in couplings(self.ours.model) if each.size < each.original_size)
-            if any(_reduced(self.ours.model, each) for each in shrunk):
+            if any(_reduced(self.ours.model, each) for each in shrunk) or self._own_python_alone():
                 raise Ended
         for name, a, b in zip(("output", "loss"), _listed(expected), _listed(found), strict=False):
             check_value(a, b, f"{what}: {name}")
@@ -316,6 +316,14 @@ class Beside:
         if self.shrinks and any(name in str(error) for each in self._changed for name in _names(each)):
             raise Ended
         raise Differs(f"{what}: a {'shrunk' if self.shrinks else 'compiled'} model refuses a call: {error}")
+
+    def _own_python_alone(self) -> bool:
+        """Return whether the model's Python runs in a mode of which no graph says what it reduces over."""
+        if self.execution != "module":
+            return False
+        regions = self.ours.model.__dict__[MODEL].regions.values()
+        modes = {each.captured.signature.training[0] for region in regions for each in region.specializations}
+        return self.ours.model.training not in modes
 
     def _ran_partly(self) -> bool:
         """Return whether a call that one region refuses may have run the Python of others before it came there."""
