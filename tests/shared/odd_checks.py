@@ -11,6 +11,7 @@ from typing import Any
 from odd_calls import CALLS, LATE, NAMES, STATES, THEIRS, Call, World, odd_value
 
 from ecospa_fx.errors import ArgumentError, EcoSpaError
+from ecospa_fx.model.compiled import MODEL
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,12 @@ class Checked:
         kept = before == self._before
         if not kept:  # a step has been made, or something is attached
             self._before, self._outputs = before, self.world.outputs()
+        compiled = self.world.model.__dict__.get(MODEL)
+        waits = compiled is not None and not compiled.captured  # also after `rewire`, say
         theirs = any((case.function, place) in THEIRS and callable(value) for place, value in odd.items())
         late = any((case.function, place) in LATE and callable(value) for place, value in odd.items())
         wrong = self._call(function, arguments | odd, theirs or late)
-        wrong = wrong or (None if late and self.error else self._left(call, quick))
+        wrong = wrong or (None if late and self.error else self._left(call, quick, waits))
         if self._renews and (not kept or wrong or call.trains or self.world.snapshot() != before):
             self._fresh()
         return wrong
@@ -86,11 +89,11 @@ class Checked:
             return None if theirs else f"raised {type(error).__name__}: {str(error)[:200]}"
         return None
 
-    def _left(self, call: Call, quick: bool) -> str | None:
+    def _left(self, call: Call, quick: bool, waits: bool) -> str | None:
         """Say what a call has left changed, of what it must leave as it is."""
         if self.error is not None and call.trains:
             return None
-        if self.error is None and (self.state == "waiting" or not call.looks):  # its first call is captured
+        if self.error is None and (waits or not call.looks):  # its first call is captured
             return None
         after, when = self.world.snapshot(), "after an error" if self.error else "it only looks, but"
         for key, value in self._before.items():
