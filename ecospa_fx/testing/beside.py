@@ -246,9 +246,13 @@ class Beside:
             self.ours.model, self.ours.optimizer = loaded, optimizer
             fresh = fitted(self.plain.made(), self.plain.model)
             fresh.load_state_dict(self.plain.model.state_dict())
-            for path, module in self.plain.model.named_modules():  # `save` keeps those that a state_dict leaves out
-                for name in module._non_persistent_buffers_set:
-                    fresh.get_submodule(path)._buffers[name] = module._buffers[name]
+            for path, module in self.plain.model.named_modules():
+                buffers = fresh.get_submodule(path)._buffers
+                for name, buffer in module._buffers.items():  # `save` keeps dtypes, and what a state_dict leaves out
+                    if name in module._non_persistent_buffers_set:
+                        buffers[name] = buffer
+                    elif buffer is not None and (loaded_one := buffers[name]) is not None:
+                        buffers[name] = loaded_one.to(buffer.dtype)
             fresh.train(self.plain.model.training)
             plain_optimizer = optimizer_of(fresh)
             plain_optimizer.load_state_dict(self.plain.optimizer.state_dict())
