@@ -69,6 +69,8 @@ class Remains:
             tensor = named[name]
             gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
             gone[left] = False
+            if 0 in tensor.stride():  # one entry in memory for many
+                tensor.data = tensor.data.contiguous()
             for each in (tensor.data, tensor.grad, *optimizer.state.get(tensor, {}).values()):
                 if isinstance(each, Tensor) and each.shape == tensor.shape:
                     each.index_fill_(dim, gone.nonzero().flatten(), 0.0)
