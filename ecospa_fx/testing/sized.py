@@ -47,12 +47,13 @@ def sized_program(rng: random.Random, most: int = 8) -> RandomProgram:
     w = _Widths(rng, (rng.choice(WIDTHS),))
     sizes = {"b": rng.choice((1, 2, 4)), "s": rng.choice((3, 4, 5, 6)), "d": rng.choice(ENTERING)}
     x = w.input(rng.choice(INPUTS).format(**sizes))
-    if not x.floating:
-        w.put(f"{w.hold(f'nn.Embedding(6, {w.size()})')}({x})")
-    elif x.ndim == 4:
-        w.put(f"{w.hold(f'nn.Conv2d({x.shape[1]}, {w.size()}, 1)')}({x})")
-    elif w.chance(0.8):
-        project(w, x, w.size())
+    with suppress(Dead):  # a large prime makes too many entries
+        if not x.floating:
+            w.put(f"{w.hold(f'nn.Embedding(6, {w.size()})')}({x})")
+        elif x.ndim == 4:
+            w.put(f"{w.hold(f'nn.Conv2d({x.shape[1]}, {w.size()}, 1)')}({x})")
+        elif w.chance(0.8):
+            project(w, x, w.size())
     table = [
         (step, weight * OFTEN.get(kind, 1.0)) for step, weight, kind in MOVES if step.__name__ not in _WITH_NUMBERS
     ]
