@@ -67,10 +67,18 @@ def sized_program(rng: random.Random, most: int = 8) -> RandomProgram:
 
 
 def widths_of(program: RandomProgram) -> list[int]:
-    """Return the primes of a program that may become smaller: those of no argument."""
+    """Return the primes of a program that may become smaller: those of no argument, and of no table."""
     entering = {int(n) for _, code in program.inputs for n in _NUMBER.findall(code)}
     written = {int(n) for _, code in program.state for n in _NUMBER.findall(code)}
-    return [p for p in WIDTHS if not _multiples(entering, p) and _multiples(written, p)]
+    code = program.source()
+    return [
+        p for p in WIDTHS if not _multiples(entering, p) and _multiples(written, p) and not _counted_by_hand(code, p)
+    ]
+
+
+def _counted_by_hand(code: str, prime: int) -> bool:
+    """Return whether code counts a width in a table of positions or a slice, which no smaller weights make smaller."""
+    return re.search(rf"arange\({prime}\b|:{prime}\b", code) is not None
 
 
 def _multiples(numbers: set[int], prime: int) -> bool:
