@@ -69,7 +69,7 @@ def measure(data: Path, row: str, share: float, seed: int) -> dict[str, Any]:
 
 
 def lines(data: Path, split: str) -> list[str]:
-    """The longer lines of a text that are no headings."""
+    """The longer lines of a text that are not headings."""
     every = (line.strip() for line in (data / f"{split}.txt").read_text(encoding="utf-8").splitlines())
     return [line for line in every if len(line) > 60 and not line.startswith("=")]
 

@@ -98,7 +98,7 @@ class _Cut:
     def make(self, journal: Journal, scratches: Mapping[torch.device, Scratch]) -> Tensor:
         """Make the tensor without the entries that go, which is still to be put into its place."""
         memory = Memory(self.place.held(), self.keep, self.gone)
-        device = self.place.held().device
+        device = self.place.held().device  # held by no name here: whoever else holds the tensor keeps its memory
         journal.note(partial(_put_back, self.place, memory), *self.place.tensors)
         journal.note_later(memory.settle)
         return memory.cut(self.place.empty(), scratches[device])

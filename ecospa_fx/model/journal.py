@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from types import FrameType
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from ecospa_fx.errors import ArgumentError, EcoSpaError
 from ecospa_fx.ranks.agreement import Ranks
 from ecospa_fx.ranks.ddp import make_again
-from ecospa_fx.ranks.shards import data_of, is_sharded, put
+from ecospa_fx.ranks.shards import data_of, is_sharded, other_dtype, put
 from ecospa_fx.ranks.wrappers import reducers_of
 
 Result = TypeVar("Result")
@@ -210,9 +209,7 @@ def assign(tensor: Tensor, data: Tensor, grad: Tensor | None) -> None:
     # A gradient must have its parameter's shape at every moment.
     tensor.grad = None
     if tensor.requires_grad:
-        # A graph that is still alive (a loss someone holds) keeps the parameter's gradient accumulator, which knows the
-        # old shape. torch makes a new one when the dtype changes, so it does change for a moment.
-        tensor.data = data.new_empty(0, dtype=torch.float16 if data.dtype != torch.float16 else torch.float32)
+        tensor.data = data.new_empty(0, dtype=other_dtype(data.dtype))
     tensor.data = data
     tensor.grad = grad
 

@@ -37,9 +37,8 @@ class Routing:
         # A key leads to several routes where modes, hooks, constants or the contents of objects tell calls apart.
         self._routes: dict[Any, tuple[Route, ...]] = {}
         self._bound: dict[int, _Bound] = {}  # per graph
-        self._own_python: set[Any] = (
-            set()
-        )  # keys of calls that no program serves, nor ever will while the region is whole
+        # Keys of calls that no program serves, nor ever will while the region is whole.
+        self._own_python: set[Any] = set()
 
     def without_routes(self) -> Routing:
         """Return a routing that remembers no call, for a region that takes other sizes from now on."""

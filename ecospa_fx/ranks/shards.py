@@ -232,14 +232,20 @@ def data_of(tensor: Any) -> Any:
     return whole_of(local_part(tensor), tensor)
 
 
+def other_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return a dtype for the moment between the old data of a parameter and its new data.
+
+    A graph that is still alive (a loss someone holds) keeps the parameter's gradient accumulator, which knows the old
+    sizes. torch makes a new one when the dtype changes.
+    """
+    return torch.float16 if dtype != torch.float16 else torch.float32
+
+
 def put(tensor: Any, new: Any, grad: Tensor | None) -> None:
     """Give a sharded tensor other data and another gradient; it stays the same object."""
     tensor.grad = None
     if tensor.requires_grad:
-        # A graph that is still alive keeps the gradient accumulator, which knows the old sizes. torch makes a new one
-        # when the dtype changes, so it does change for a moment.
-        other = torch.float16 if new.dtype != torch.float16 else torch.float32
-        tensor.data = whole_of(torch.empty_like(local_part(new), dtype=other), new)
+        tensor.data = whole_of(torch.empty_like(local_part(new), dtype=other_dtype(new.dtype)), new)
     tensor.data = new.detach()  # the sizes that it shows
     tensor._local_tensor, tensor._spec = new._local_tensor, new._spec
     tensor.grad = grad

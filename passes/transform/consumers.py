@@ -129,14 +129,20 @@ class _Use:
     bias: fx.Node | None = None
 
 
-def consumers(axis_facts: AxisFacts) -> dict[WeightDim, Consumer | str]:
-    """Find the dims of parameters that some op of a graph sums over, each with its inputs or a reason against it."""
-    captured = axis_facts.captured
+def _placeholders_of(captured: RegionGraph) -> dict[str, list[fx.Node]]:
+    """Return the placeholders of each parameter and buffer, under the first name of a tied one."""
     nodes_of: dict[str, list[fx.Node]] = {}
     for node in captured.graph.nodes:
         name = captured.tensors.get(node.name) if node.op == "placeholder" else None
         if name is not None:
             nodes_of.setdefault(captured.same_storage.get(name, name), []).append(node)
+    return nodes_of
+
+
+def consumers(axis_facts: AxisFacts) -> dict[WeightDim, Consumer | str]:
+    """Find the dims of parameters that some op of a graph sums over, each with its inputs or a reason against it."""
+    captured = axis_facts.captured
+    nodes_of = _placeholders_of(captured)
     results: dict[WeightDim, Consumer | str] = {}
     overwritten = _written_later(captured.graph)
     for name, nodes in nodes_of.items():
@@ -185,11 +191,7 @@ class Use:
 def uses_of(axis_facts: AxisFacts) -> dict[str, list[Use]]:
     """List the uses of each parameter of a graph, under the first name of a tied one."""
     captured = axis_facts.captured
-    nodes_of: dict[str, list[fx.Node]] = {}
-    for node in captured.graph.nodes:
-        name = captured.tensors.get(node.name) if node.op == "placeholder" else None
-        if name is not None:
-            nodes_of.setdefault(captured.same_storage.get(name, name), []).append(node)
+    nodes_of = _placeholders_of(captured)
     found: dict[str, list[Use]] = {}
     for name, nodes in nodes_of.items():
         for node in nodes:
