@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ecospa_fx.train.latency import Latency
     from ecospa_fx.train.sparsifier import CoupledSparsifier
     from ecospa_fx.train.trainer import EcoSpaTrainer
+    from ecospa_fx.vocabulary.trim import Trimmed, trim_vocabulary
 
     from . import errors as errors
     from . import graphs as graphs
@@ -68,6 +69,7 @@ __all__ = [
     "Rotation",
     "ShrinkableLinear",
     "Summary",
+    "Trimmed",
     "Verification",
     "Watch",
     "compile",
@@ -93,6 +95,7 @@ __all__ = [
     "shrink",
     "state_rule",
     "summary",
+    "trim_vocabulary",
     "verify",
 ]
 
@@ -124,6 +127,7 @@ _HOMES = {
     "train.latency": "Latency",
     "train.sparsifier": "CoupledSparsifier",
     "train.trainer": "EcoSpaTrainer",
+    "vocabulary.trim": "Trimmed trim_vocabulary",
     "api": "compile diff",
     "plan": "Plan",
 }
