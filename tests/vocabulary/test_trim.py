@@ -18,6 +18,7 @@ from torch import nn
 
 import ecospa_fx
 from ecospa_fx import errors
+from ecospa_fx.cli.app import main
 from ecospa_fx.demo import torchvision_cure
 
 LINES = [
@@ -347,6 +348,23 @@ def test_a_process_without_this_library_writes_the_same(tmp_path):
         [sys.executable, "-c", PLAIN, str(tmp_path), OTHERS[0]], capture_output=True, text=True, check=False
     )
     assert done.stdout.split("\n")[:2] == [str(call.tolist()), str(here.tolist())], done.stderr
+
+
+def test_the_command(tmp_path, capsys):
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=trained_tokenizer("bytes"), pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    hf("bert", len(tokenizer)).save_pretrained(tmp_path / "whole")
+    tokenizer.save_pretrained(tmp_path / "whole")
+    (tmp_path / "texts").write_text("\n".join(LINES[:2]))
+    texts, out = f"--texts={tmp_path / 'texts'}", f"--out={tmp_path / 'small'}"
+    assert main(["trim-vocabulary", str(tmp_path / "whole"), texts, "--size", "300", out]) == 0
+    assert "330 -> 300 tokens" in capsys.readouterr().out
+    small = transformers.BertForMaskedLM.from_pretrained(tmp_path / "small")
+    assert small.config.vocab_size == len(transformers.AutoTokenizer.from_pretrained(tmp_path / "small")) == 300
+    assert main(["trim-vocabulary", str(tmp_path / "whole"), texts, "--size", "30", f"{out}2"]) == 1
+    assert "259 tokens must stay" in capsys.readouterr().err and not (tmp_path / "small2").exists()
+    assert main(["trim-vocabulary", str(tmp_path), texts, f"{out}2"]) == 2
 
 
 def test_in_the_middle_of_training(tmp_path):
