@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from ecospa_fx.see.watch import Watch
     from ecospa_fx.train.compress import Compression, compress
     from ecospa_fx.train.latency import Latency
+    from ecospa_fx.train.sensitivities import Sensitivity
+    from ecospa_fx.train.sensitivity import sensitivity
     from ecospa_fx.train.sparsifier import CoupledSparsifier
     from ecospa_fx.train.trainer import EcoSpaTrainer
     from ecospa_fx.vocabulary.trim import Trimmed, trim_vocabulary
@@ -67,6 +69,7 @@ __all__ = [
     "Plan",
     "Refusal",
     "Rotation",
+    "Sensitivity",
     "ShrinkableLinear",
     "Summary",
     "Trimmed",
@@ -92,6 +95,7 @@ __all__ = [
     "save",
     "save_pretrained",
     "save_unshrunk",
+    "sensitivity",
     "shrink",
     "state_rule",
     "summary",
@@ -125,6 +129,8 @@ _HOMES = {
     "see.watch": "Watch",
     "train.compress": "Compression compress",
     "train.latency": "Latency",
+    "train.sensitivities": "Sensitivity",
+    "train.sensitivity": "sensitivity",
     "train.sparsifier": "CoupledSparsifier",
     "train.trainer": "EcoSpaTrainer",
     "vocabulary.trim": "Trimmed trim_vocabulary",

@@ -66,6 +66,7 @@ from .settings import (
     chosen_policy,
 )
 from .sparsifier import CoupledSparsifier, reachable
+from .targets import Target
 
 BeforeShrink = Callable[[nn.Module, Mapping[Coupling, Tensor], Any], None]
 
@@ -85,7 +86,9 @@ class EcoSpaTrainer:
         model: a compiled model; it may not have been called yet.
         optimizer: the optimizer that holds its parameters, or several that hold some each; their state is carried
             through every shrink.
-        target: share of the model's original cost that remains at the end.
+        target: share of the model's original cost that remains at the end. Or a share for each kind of coupling, of the
+            entries of all couplings of that kind together, `{"ffn": 0.5, "heads": 0.75}`; others stay whole. Keys may
+            be patterns of names of couplings too, of which the first that fits counts, and before kinds.
         cost: the cost that this is a share of: `"parameters"`, `"flops"` of a forward, `"bytes"` of training (weights,
             gradients and optimizer state), or a `Latency`, the measured time of a forward.
         among: `"all"` of it, or the `"prunable"` part, which lies on some coupling.
@@ -165,7 +168,7 @@ class EcoSpaTrainer:
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer],
         *,
-        target: float = 0.5,
+        target: Target = 0.5,
         cost: Cost | Latency = "parameters",
         among: Among = "all",
         policy: PolicyName | None = None,

@@ -31,7 +31,7 @@ from ecospa_fx.plan import Plan
 from .pieces import Pieces
 from .places import TokenCall, Vocabulary, difference, find, run
 from .recompiled import adopt_rows, captured_call, note, own_python, wait_again, without_graphs
-from .settings import configurations, held_ids, renumbered
+from .settings import below, configurations, held_ids, renumbered
 
 PADDING = 16  # a model may have this share of its rows for no token, to fill up a multiple
 
@@ -66,7 +66,7 @@ class TokenCut:
         with own_python(self.model, self.compiled):
             found = self._found()
             self._check(found)
-            fields = counts_of(self.model, found, len(self.kept))
+            fields = counts_of(self.model, found, self.kept.tolist())
             self._cut(journal, found, fields)
             self._compare(found, fields)
         if captured and self.compiled is not None and not self.compiled.captured:
@@ -202,12 +202,13 @@ class TokenCounts:
             setattr(owner, str(way[-1]), tokens)
 
 
-def counts_of(model: nn.Module, found: Vocabulary, tokens: int) -> TokenCounts:
+def counts_of(model: nn.Module, found: Vocabulary, kept: Sequence[int]) -> TokenCounts:
     """Find the numbers that must follow, and add the places that a configuration knows of.
 
     Raises:
         FormatError: no number of a configuration gives these tensors.
     """
+    tokens = len(kept)
     held = {
         (path, name)
         for path, module in model.named_modules()
@@ -223,7 +224,7 @@ def counts_of(model: nn.Module, found: Vocabulary, tokens: int) -> TokenCounts:
     for where in ([way] for way in ways) if len(ways) == 1 else (*([way] for way in ways), ways):
         if not where:
             continue
-        after = shapes_in(model, changed(config, dict.fromkeys(map(tuple, where), tokens)))
+        after = shapes_in(model, _smaller(changed(config, dict.fromkeys(map(tuple, where), tokens)), kept, found.rows))
         dims = {
             (name, dim)
             for name in before.keys() & after.keys()
@@ -240,3 +241,12 @@ def counts_of(model: nn.Module, found: Vocabulary, tokens: int) -> TokenCounts:
         f"no number of the configuration of this {kind} is how many tokens there are in {named}, so that it could not "
         "be saved and loaded; where adapters were added, merge them first"
     )
+
+
+def _smaller(config: Any, kept: Sequence[int], rows: int) -> Any:
+    """Renumber the tokens in a copy of a configuration: a table refuses one for padding that it has no row for."""
+    new = {old: i for i, old in enumerate(kept)}
+    for each in below(config):
+        for name, value in renumbered(each, new, rows).items():
+            setattr(each, name, value)
+    return config

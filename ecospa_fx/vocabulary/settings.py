@@ -22,17 +22,18 @@ UNKNOWN = ("sequence_bias", "force_words_ids", "constraints")
 
 def configurations(model: nn.Module) -> list[Any]:
     """Return the configuration of a model, those below it, and that of `generate`; none of a plain module."""
-    found = [*_below(getattr(model, "config", None))]
+    found = [*below(getattr(model, "config", None))]
     generation = getattr(model, "generation_config", None)
     return [*found, *([generation] if generation is not None and hasattr(generation, "to_dict") else [])]
 
 
-def _below(config: Any) -> Iterator[Any]:
+def below(config: Any) -> Iterator[Any]:
+    """Yield a configuration and those below it."""
     if config is None or not hasattr(config, "to_dict"):
         return
     yield config
     for name in getattr(config, "sub_configs", ()):
-        yield from _below(vars(config).get(name))
+        yield from below(vars(config).get(name))
 
 
 def held_ids(model: nn.Module) -> list[tuple[nn.Module, str, int]]:
