@@ -23,6 +23,7 @@ from ecospa_fx.logs import logger
 from ecospa_fx.model.copies import copies_of
 from ecospa_fx.model.diff import ModuleDiff, diff_of, shapes_of
 from ecospa_fx.model.journal import Journal, all_or_nothing
+from ecospa_fx.model.left_behind import left_behind
 from ecospa_fx.model.lookup import check_optimizer, check_ready, check_values, check_whole
 from ecospa_fx.model.optimizer_state import several
 from ecospa_fx.passes.graph.tensors import named_tensors
@@ -114,7 +115,8 @@ def trim_vocabulary(
         size: how many tokens stay; what is left over goes to further tokens in the order of their ids. None: those that
             `keep` and `texts` ask for, and those that cannot go: special and added ones, bytes, single characters where
             there are no bytes to fall back to, and whatever tokens that stay are made of.
-        optimizer: the optimizer, or several, that hold the parameters.
+        optimizer: the optimizer, or several, that hold the parameters. One with state that is left out refuses its next
+            step.
         also: copies of the model that shrink with it, see `ecospa_fx.shrink`.
         example_inputs: positional arguments of a call. Of its integers those are tokens by which something is looked
             up, and they are replaced. By default ids alone, by the name `input_ids` for a model of transformers.
@@ -147,12 +149,14 @@ def trim_vocabulary(
     made = _trimmed_tokenizer(tokenizer, pieces, choice, lines)
     calls = _calls(model, example_inputs, example_kwargs)
 
-    def change(journal: Journal) -> Trimmed:
+    def trim(journal: Journal) -> Trimmed:
         before = shapes_of(model)
         rows = TokenCut(model, optimizers, copies, pieces, choice.kept, calls).made(journal)
-        return Trimmed(made, torch.tensor(choice.kept), rows, choice.asked, diff_of(model, before), choice.notes)
+        change = diff_of(model, before)
+        left_behind().note(model, change.before)
+        return Trimmed(made, torch.tensor(choice.kept), rows, choice.asked, change, choice.notes)
 
-    trimmed = all_or_nothing(change, doing="trim the vocabulary")
+    trimmed = all_or_nothing(trim, doing="trim the vocabulary")
     logger("shrink").info("%s", trimmed)
     return trimmed
 

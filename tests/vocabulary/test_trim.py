@@ -164,6 +164,16 @@ def test_a_step_after_is_a_step_of_the_smaller_class():
         torch.testing.assert_close(a, b, msg=name)
 
 
+def test_an_optimizer_that_was_not_told():
+    model = Language()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(drawn(torch.arange(ROWS))).sum().backward()
+    optimizer.step()
+    ecospa_fx.trim_vocabulary(model, keep=KEEP)
+    with pytest.raises(errors.OptimizerError, match=r"table\.weight"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "error", "words"),
     [
