@@ -101,9 +101,15 @@ def made_from(tokenizer: Any, document: Mapping[str, Any], kept: Sequence[int]) 
             decoder = about["added_tokens_decoder"].items()
             about["added_tokens_decoder"] = {str(new[int(i)]): token for i, token in decoder if int(i) in new}
             settings.write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding="utf-8")
-        made = type(tokenizer).from_pretrained(here)
-    for name in ("name_or_path",):
-        setattr(made, name, getattr(tokenizer, name, ""))
+        try:
+            made = type(tokenizer).from_pretrained(here)
+        except Exception as error:  # each class fails in its own way
+            line = (str(error).strip().splitlines() or [""])[0]
+            raise FormatError(
+                f"{type(tokenizer).__name__} cannot be loaded with {len(kept):,} tokens: {type(error).__name__}: "
+                f"{line:.200}"
+            ) from error
+    made.name_or_path = getattr(tokenizer, "name_or_path", "")  # not the folder that is gone
     before = getattr(tokenizer, "backend_tokenizer").get_vocab(with_added_tokens=True)  # noqa: B009
     new = {old: i for i, old in enumerate(kept)}
     expected = {token: new[i] for token, i in before.items() if i in new}

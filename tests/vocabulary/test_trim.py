@@ -19,6 +19,7 @@ from torch import nn
 import ecospa_fx
 from ecospa_fx import errors
 from ecospa_fx.cli.app import main
+from ecospa_fx.cli.models import named_model
 from ecospa_fx.demo import torchvision_cure
 
 LINES = [
@@ -316,6 +317,29 @@ def test_models_of_transformers(kind):
         assert trimmed.tokenizer.eos_token_id == model.generation_config.eos_token_id == model.config.eos_token_id
         written = model.generate(**call, max_new_tokens=4, do_sample=False)
         assert int(written.max()) < len(kept)
+
+
+FAMILIES = """
+opt gpt_neox gemma2 gemma3_text qwen2 qwen3 mistral phi falcon bloom mt5 electra distilbert albert deberta-v2 xlm-roberta
+whisper mamba mpt olmo2 mixtral xglm pegasus marian fsmt roformer fnet big_bird stablelm bart
+"""
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("kind", FAMILIES.split())
+def test_families(kind):
+    """Of each the model without its vocabulary's odd half, beside the whole one."""
+    torch.manual_seed(0)
+    model = named_model(f"hf/{kind}").model.eval()
+    plain = copy.deepcopy(model)
+    trimmed = ecospa_fx.trim_vocabulary(model, keep=range(4, model.config.vocab_size, 2))
+    tokens = trimmed.kept[torch.randint(3, len(trimmed.kept), (2, 6))]
+    more = ("input_ids", "decoder_input_ids") if model.config.is_encoder_decoder else ("input_ids",)
+    with torch.no_grad():
+        before = plain(**dict.fromkeys(more, tokens))[0]
+        after = model(**dict.fromkeys(more, trimmed.new_ids(tokens)))[0]
+    torch.testing.assert_close(after, before[..., trimmed.kept] if before.shape != after.shape else before)
+    assert model.config.vocab_size == len(trimmed.kept)
 
 
 PLAIN = f"""
