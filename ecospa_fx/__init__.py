@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ecospa_fx.see.watch import Watch
     from ecospa_fx.train.compress import Compression, compress
     from ecospa_fx.train.latency import Latency
+    from ecospa_fx.train.nested import NestedSizes
     from ecospa_fx.train.sensitivities import Sensitivity
     from ecospa_fx.train.sensitivity import sensitivity
     from ecospa_fx.train.sparsifier import CoupledSparsifier
@@ -66,6 +67,7 @@ __all__ = [
     "Latency",
     "Member",
     "ModuleDiff",
+    "NestedSizes",
     "Plan",
     "Refusal",
     "Rotation",
@@ -129,6 +131,7 @@ _HOMES = {
     "see.watch": "Watch",
     "train.compress": "Compression compress",
     "train.latency": "Latency",
+    "train.nested": "NestedSizes",
     "train.sensitivities": "Sensitivity",
     "train.sensitivity": "sensitivity",
     "train.sparsifier": "CoupledSparsifier",

@@ -10,6 +10,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ecospa_fx.compensate.forecast import worth_of
+from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import EcoSpaError, TargetError
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.lookup import couplings
@@ -142,3 +144,49 @@ def _checked(objective: Loss, model: nn.Module, batch: Any, number: int) -> Tens
     if not bool(value.detach().isfinite()):
         raise TargetError(f"the loss of batch {number} is {float(value):g}; it must be a finite number")
     return value
+
+
+def weakest_first(
+    model: nn.Module,
+    calls: Iterable[tuple[int, Any]],
+    objective: Loss,
+    wanted: Collection[Coupling],
+    by_context: bool = True,
+) -> tuple[dict[Coupling, Tensor], dict[Coupling, Tensor]]:
+    """Read the saliency of entries off batches.
+
+    Args:
+        model: a compiled model.
+        calls: batches with their numbers.
+        objective: the loss.
+        wanted: couplings to judge.
+        by_context: whether contexts (heads) have orders of their own.
+
+    Returns:
+        Coupling -> its entries from the weakest on, `[size]` or `[contexts, size]`; and coupling -> the expected rise
+        of the loss by the first of them, by the second, ..., `[size]`, for those that can be judged.
+    """
+    saliency = Saliency(model)
+    saliency.begins = True
+    others = [c for c in couplings(model) if c not in wanted]
+    begun = False
+    try:
+        with without_gradients(model):
+            for number, batch in calls:
+                backward_of(objective, model, batch, number)
+                saliency.accumulate()
+                model.zero_grad(set_to_none=True)
+                if not begun and let_train(model, saliency, others):
+                    saliency.reset()
+                    backward_of(objective, model, batch, number)
+                    saliency.accumulate()
+                    model.zero_grad(set_to_none=True)
+                begun = True
+            orders = {
+                c: saliency.entries(c, by_context=by_context and c.context is not None).argsort(dim=-1, stable=True)
+                for c in wanted
+            }
+            judged = [c for c in wanted if saliency.judges(c)]
+            return orders, {c: worth_of(c, saliency, by_context=by_context) for c in judged}
+    finally:
+        saliency.detach()

@@ -30,17 +30,14 @@ from ecospa_fx.passes.find.discover import Kind
 from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.ranks.members import ranks_of
 from ecospa_fx.ranks.wrappers import check_wrappers, unwrapped
-from ecospa_fx.score.saliency import Saliency
 
 from .measuring import (
     as_it_was_unless_shrunk,
-    backward_of,
     check_plain_numbers,
     evaluating,
-    let_train,
     listed_calls,
     value_of,
-    without_gradients,
+    weakest_first,
 )
 from .objective import Loss, Objective
 from .sensitivities import Measured, Sensitivity
@@ -115,7 +112,7 @@ def sensitivity(
         groups = _groups(module, kinds, by)
         together = {key: _in_step(module, group) for key, group in groups.items()}
         wanted = {c for group in together.values() for c in group}
-        order = _weakest_first(module, calls[::2], loss or own, wanted)
+        order, _ = weakest_first(module, list(enumerate(calls))[::2], loss or own, wanted)
         costs = {
             "parameters": CostModel(module, state_of(module)),
             "flops": CostModel(module, state_of(module), "flops"),
@@ -194,34 +191,6 @@ def layer_of(name: str) -> str:
 def _gone(coupling: Coupling, share: float) -> int:
     """Return how many entries go; at least one stays."""
     return min(coupling.size - 1, round(share * coupling.size))
-
-
-def _weakest_first(
-    model: nn.Module, calls: Sequence[Any], objective: Loss, wanted: Collection[Coupling]
-) -> dict[Coupling, Tensor]:
-    """Return the entries of couplings from the weakest on, `[size]`, or `[contexts, size]`."""
-    saliency = Saliency(model)
-    saliency.begins = True
-    others = [c for c in couplings(model) if c not in wanted]
-    try:
-        with without_gradients(model):
-            for number, batch in enumerate(calls):
-                backward_of(objective, model, batch, 2 * number)
-                saliency.accumulate()
-                model.zero_grad(set_to_none=True)
-                if not number and let_train(model, saliency, others):
-                    saliency.reset()
-                    backward_of(objective, model, batch, 0)
-                    saliency.accumulate()
-                    model.zero_grad(set_to_none=True)
-            return {
-                coupling: saliency.entries(coupling, by_context=coupling.context is not None).argsort(
-                    dim=-1, stable=True
-                )
-                for coupling in wanted
-            }
-    finally:
-        saliency.detach()
 
 
 def _without(model: nn.Module, keeps: dict[Coupling, Tensor], measured: Loss, judges: Sequence[Any]) -> float:

@@ -48,6 +48,7 @@ from .flow import Flow, warn_of_flow
 from .latency import Latency
 from .left_out import LeftOut, say_if_short
 from .loss_spikes import LossSpikes, number_of
+from .nested import NestedSizes, nested
 from .offered import offered_everywhere
 from .policies import Adaptive, Decision, Paper, Policy
 from .readings import Readings
@@ -501,6 +502,37 @@ class EcoSpaTrainer:
             if watch is not None:
                 watch.step(losses[-1])
         return losses
+
+    @takes(batches=SEVERAL, targets=SEVERAL, loss=optional(FUNCTION))
+    def nested(
+        self,
+        batches: Iterable[Any],
+        targets: Sequence[Target],
+        *,
+        loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    ) -> NestedSizes:
+        """Shrink the model to the largest of several targets, and find the others as parts of it.
+
+        The batches say which entries each size keeps, as they do in `compress`; the same weights serve all sizes. Train
+        on with the `backward` of the result, which adds up the gradients of all sizes, and save it with
+        `ecospa_fx.save(model, directory, nested=sizes)`. Nothing takes over from entries that go.
+
+        Args:
+            batches: calls of the model, as `compress` takes them.
+            targets: one for each size, as the trainer's own.
+            loss: as of `compress`.
+
+        Raises:
+            TargetError: there are no targets or batches, or one of the targets is out of reach.
+        """
+        self._finish()
+        sizes = nested(
+            self.model, batches, targets, optimizers=self.optimizers, also=self.also, constraints=self._constraints,
+            cost=self._decisions.cost, among=self._decisions.among, loss=loss,
+        )  # fmt: skip
+        self._unfinished = (self._readings, self._compensation)
+        self._finish()
+        return sizes
 
     def state_dict(self) -> dict[str, Any]:
         """Return the schedule's state: plain numbers and the accumulated sums."""
