@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +28,6 @@ from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.cost import Cost
 from ecospa_fx.model.lookup import check_values, couplings
 from ecospa_fx.model.shrinking import shrink
-from ecospa_fx.passes.find.discover import Kind
 from ecospa_fx.ranks.wrappers import unwrapped
 from ecospa_fx.score.saliency import Saliency
 from ecospa_fx.text import plural
@@ -39,6 +38,7 @@ from .latency import Latency
 from .measuring import (
     as_it_was_unless_shrunk,
     backward_of,
+    check_kinds,
     check_plain_numbers,
     evaluating,
     let_train,
@@ -47,7 +47,7 @@ from .measuring import (
     without_gradients,
 )
 from .objective import Loss, Objective
-from .settings import Among, DecisionSettings, check_option
+from .settings import Among, DecisionSettings
 from .targets import Target, at_once
 
 EVERY, MOST = 8, 2
@@ -152,7 +152,7 @@ def compress(
     if steps < 1:
         raise TargetError(f"steps={steps} is out of range; it is a whole number, at least 1")
     DecisionSettings(target, cost, among).check()
-    _check_kinds(kinds)
+    check_kinds(kinds)
     Constraints(uniform=uniform)
     check_values(module, "compress")
     calls = listed_calls(batches)
@@ -278,15 +278,6 @@ def _constraints(model: nn.Module, kinds: Collection[str] | None, uniform: Unifo
     """Keep the couplings of other kinds whole, at the sizes that they have now."""
     frozen = [each for each in couplings(model) if kinds is not None and each.kind not in kinds]
     return Constraints(frozen=frozen, uniform=uniform)
-
-
-def _check_kinds(kinds: Collection[str] | None) -> None:
-    if isinstance(kinds, str):
-        raise TargetError(f"kinds={kinds!r} is one string; pass a list of them")
-    if kinds is not None and not kinds:
-        raise TargetError("kinds is empty, so that nothing may shrink; pass some, or None for all")
-    for kind in kinds or ():
-        check_option("kinds", kind, get_args(Kind))
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.utils._pytree as pytree
@@ -16,9 +16,11 @@ from ecospa_fx.errors import EcoSpaError, TargetError
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.lookup import couplings
 from ecospa_fx.model.restore import restore
+from ecospa_fx.passes.find.discover import Kind
 from ecospa_fx.score.saliency import Saliency
 
 from .objective import Loss
+from .settings import check_option
 
 
 def listed_calls(batches: Iterable[Any]) -> list[Any]:
@@ -35,6 +37,20 @@ def listed_calls(batches: Iterable[Any]) -> list[Any]:
         if tensors and not any(tensor.numel() for tensor in tensors):
             raise TargetError(f"batch {number} has no entries; leave it out")
     return calls
+
+
+def check_kinds(kinds: Collection[str] | None) -> None:
+    """Refuse kinds of coupling that do not exist, or none.
+
+    Raises:
+        TargetError: naming them.
+    """
+    if isinstance(kinds, str):
+        raise TargetError(f"kinds={kinds!r} is one string; pass a list of them")
+    if kinds is not None and not kinds:
+        raise TargetError("kinds is empty, so that nothing may shrink; pass some, or None for all")
+    for kind in kinds or ():
+        check_option("kinds", kind, get_args(Kind))
 
 
 def let_train(model: nn.Module, saliency: Saliency, frozen: Collection[Any] = ()) -> bool:

@@ -26,13 +26,13 @@ from ecospa_fx.model.journal import Journal
 from ecospa_fx.model.lookup import check_values, couplings, regions_of, state_of
 from ecospa_fx.model.restore import restore
 from ecospa_fx.model.shrinking import shrink_within
-from ecospa_fx.passes.find.discover import Kind
 from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.ranks.members import ranks_of
 from ecospa_fx.ranks.wrappers import check_wrappers, unwrapped
 
 from .measuring import (
     as_it_was_unless_shrunk,
+    check_kinds,
     check_plain_numbers,
     evaluating,
     listed_calls,
@@ -92,10 +92,7 @@ def sensitivity(
         raise TargetError("several processes train this model: measure it in one, before it is wrapped or sharded")
     check_option("by", by, get_args(By))
     removed = _checked_shares(shares)
-    if isinstance(kinds, str):
-        raise TargetError(f"kinds={kinds!r} is one string; pass a list of them")
-    for kind in kinds or ():
-        check_option("kinds", kind, get_args(Kind))
+    check_kinds(kinds)
     check_values(module, "measure")
     calls = listed_calls(batches)
     check_plain_numbers(module)

@@ -52,7 +52,9 @@ def trained(model, steps=9, **settings):
     return trainer
 
 
-@pytest.mark.parametrize("settings", [{}, {"policy": "adaptive"}, {"interval": 1}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"policy": "adaptive"}, pytest.param({"interval": 1}, marks=pytest.mark.sweep)]
+)
 def test_each_kind_comes_to_its_share(settings):
     model = llama()
     schedule = {"interval": 2, "end": 8} if "interval" not in settings else {}
