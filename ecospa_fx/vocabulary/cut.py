@@ -50,6 +50,7 @@ class TokenCut:
     ) -> None:
         self.model, self.optimizers, self.copies, self.pieces, self.calls = model, optimizers, copies, pieces, calls
         self.kept = torch.tensor(kept)
+        self.left: list[str] = []  # tensors that still have as many entries as there were tokens
         self.compiled: CompiledModel | None = model.__dict__.get(MODEL)
         self.modules = [model, *(copy.module for copy in copies if copy.module is not None)]
 
@@ -74,6 +75,11 @@ class TokenCut:
                 self._capture_again(found, seen)
             except CaptureError as error:
                 logger("capture").info("the next call captures the model anew, because this one cannot: %s", error)
+        self.left = [
+            f"`{name}` {tuple(tensor.shape)}"
+            for name, tensor in named_tensors(self.model).items()
+            if found.rows in tensor.shape and found.rows != len(self.kept)
+        ]
         return found.rows
 
     def _found(self) -> Vocabulary:

@@ -24,7 +24,7 @@ from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 
 aten = torch.ops.aten
 Place = tuple[str, int]  # the name of a tensor, and a dim of it
-Lookup = tuple[Any, int, int, Tensor]  # the memory that is looked up in, stride and size of the dim, and the indices
+Lookup = tuple[tuple[Place, ...], Tensor]  # the dim of a tensor that is looked up in, by all its names, and the indices
 
 
 @dataclass
@@ -99,7 +99,7 @@ class _Lookups(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[Lookup] = []
+        self.found: list[tuple[Any, Tensor]] = []  # memory, stride and size of the dim; indices
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (aten.embedding.default, aten._embedding_bag.default, aten._embedding_bag_forward_only.default):
@@ -114,7 +114,7 @@ class _Lookups(TorchDispatchMode):
 
     def _note(self, source: Tensor, dim: int, index: Tensor) -> None:
         if source.layout is torch.strided and source.ndim:
-            self.found.append((storage_key(source), source.stride(dim), source.shape[dim], index.detach().clone()))
+            self.found.append(((storage_key(source), source.stride(dim), source.shape[dim]), index.detach().clone()))
 
 
 def lookups(model: nn.Module, call: TokenCall) -> list[Lookup]:
@@ -123,7 +123,11 @@ def lookups(model: nn.Module, call: TokenCall) -> list[Lookup]:
     with isolated(model), torch.no_grad(), mode:
         seed(0)
         model(*call.args, **call.kwargs)
-    return mode.found
+        places: dict[Any, list[Place]] = {}  # in here, where buffers are copies
+        for name, tensor in named_tensors(model).items():
+            for dim in range(tensor.ndim if tensor.layout is torch.strided else 0):
+                places.setdefault((storage_key(tensor), tensor.stride(dim), tensor.shape[dim]), []).append((name, dim))
+    return [(tuple(places[key]), index) for key, index in mode.found if key in places]
 
 
 def find(model: nn.Module, call: TokenCall, kept: Sequence[int]) -> Vocabulary:
@@ -146,7 +150,7 @@ def find(model: nn.Module, call: TokenCall, kept: Sequence[int]) -> Vocabulary:
         call = with_tokens(model, call, inside, generator)
         before = lookups(model, call)
         others = {i: drawn(call.leaves()[i], outside, generator) for i in call.tokens}
-        moved = moved_tables(before, lookups(model, call.holding(others)))
+        moved = moved_tables(before, lookups(model, call.holding(others)), tokens_in(call), outside)
     except (ShrinkError, CaptureError):
         raise
     except IndexError as error:
@@ -161,12 +165,7 @@ def find(model: nn.Module, call: TokenCall, kept: Sequence[int]) -> Vocabulary:
             "a call that it takes, example_inputs= or example_kwargs="
         ) from error
     held = named_tensors(model)
-    tables = [
-        (name, dim)
-        for name, tensor in held.items()
-        for dim in range(tensor.ndim)
-        if tensor.layout is torch.strided and (storage_key(tensor), tensor.stride(dim), tensor.shape[dim]) in moved
-    ]
+    tables = sorted(moved)
     if not tables:
         raise CaptureError(f"no weight of {kind} is looked up by the integers of the call; there is nothing to trim")
     sizes = sorted({held[name].shape[dim] for name, dim in tables})
@@ -174,6 +173,11 @@ def find(model: nn.Module, call: TokenCall, kept: Sequence[int]) -> Vocabulary:
         named = ", ".join(f"`{name}` {tuple(held[name].shape)}" for name, _ in tables)
         raise ShrinkError(f"{kind} looks the same tokens up in tables of different sizes, {named}, which share no ids")
     found = Vocabulary(sizes[0], tables, list(tables), call, run(model, call))
+    if not found.outputs:
+        raise CaptureError(
+            f"{kind} returns no tensor of numbers to compare with those of the smaller model; let it return "
+            "tensors, in tuples, lists, dicts or dataclasses that torch.utils._pytree knows"
+        )
     _follow(model, found, int(outside[-1]))
     return found
 
@@ -192,7 +196,7 @@ def with_tokens(model: nn.Module, call: TokenCall, among: Tensor, generator: tor
         for i in integers:
             trial = call.holding({i: drawn(leaves[i], among, generator)})
             try:
-                if moved_tables(before, lookups(model, trial)):
+                if moved_tables(before, lookups(model, trial), leaves[i], among):
                     tokens.append(i)
             except (IndexError, RuntimeError, ValueError):  # integers of another meaning, out of their range now
                 continue
@@ -200,17 +204,34 @@ def with_tokens(model: nn.Module, call: TokenCall, among: Tensor, generator: tor
     return call.holding({i: drawn(leaves[i], among, generator) for i in tokens})
 
 
+def tokens_in(call: TokenCall) -> Tensor:
+    """Return the tokens of a call, in one row."""
+    leaves = call.leaves()
+    return torch.cat([leaves[i].flatten() for i in call.tokens]) if call.tokens else torch.zeros(0, dtype=torch.long)
+
+
 def drawn(like: Tensor, among: Tensor, generator: torch.Generator) -> Tensor:
     """Draw tokens in the place of others."""
     return among[torch.randint(len(among), like.shape, generator=generator)].to(like)
 
 
-def moved_tables(before: Sequence[Lookup], after: Sequence[Lookup]) -> set[tuple[Any, int, int]]:
-    """Return (memory, stride, size) of the tensors in which other entries are looked up than before."""
-    if len(before) != len(after):
-        return {lookup[:3] for lookup in before}
-    pairs = zip(before, after, strict=True)
-    return {a[:3] for a, b in pairs if a[:3] != b[:3] or not torch.equal(a[3], b[3])}
+def moved_tables(before: Sequence[Lookup], after: Sequence[Lookup], old: Tensor, new: Tensor) -> set[Place]:
+    """Return the dims of tensors that are looked up in by tokens.
+
+    Args:
+        before: the look-ups of a call.
+        after: those of a call with other tokens.
+        old: the tokens of the first; indices that are none, such as classes of tokens, are of another table.
+        new: the tokens of the second.
+    """
+    found: set[Place] = set()
+    for (places, first), (others, second) in zip(before, after, strict=False):
+        if places != others or first.shape != second.shape:
+            continue
+        moved = first != second
+        if bool(moved.any()) and bool(torch.isin(first[moved], old).all() & torch.isin(second[moved], new).all()):
+            found.update(places)
+    return found
 
 
 @contextmanager

@@ -151,10 +151,13 @@ def trim_vocabulary(
 
     def trim(journal: Journal) -> Trimmed:
         before = shapes_of(model)
-        rows = TokenCut(model, optimizers, copies, pieces, choice.kept, calls).made(journal)
+        cut = TokenCut(model, optimizers, copies, pieces, choice.kept, calls)
+        rows = cut.made(journal)
         change = diff_of(model, before)
         left_behind().note(model, change.before)
-        return Trimmed(made, torch.tensor(choice.kept), rows, choice.asked, change, choice.notes)
+        more = f"{', '.join(cut.left[:3])} stay as they are: no token of the call is looked up or scored there"
+        notes = (*choice.notes, more) if cut.left else choice.notes
+        return Trimmed(made, torch.tensor(choice.kept), rows, choice.asked, change, notes)
 
     trimmed = all_or_nothing(trim, doing="trim the vocabulary")
     logger("shrink").info("%s", trimmed)

@@ -86,6 +86,13 @@ class Language(nn.Module):
         return scores.view(-1, self.rows)
 
 
+class Nothing(nn.Embedding):
+    """A table that is read, and of which nothing can be compared."""
+
+    def forward(self, tokens):
+        return str(super().forward(tokens))
+
+
 def hf(kind, rows, tied=False):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -192,6 +199,7 @@ def test_an_optimizer_that_was_not_told():
         (Language(habit="mean of rows"), {"keep": KEEP}, errors.ShrinkError, "other tokens"),
         (Language(habit="order of ids"), {"keep": KEEP}, errors.ShrinkError, "another model"),
         (nn.Linear(3, 3), {"keep": [1]}, errors.CaptureError, "example_inputs="),
+        (Nothing(40, 4), {"keep": [1, 5]}, errors.CaptureError, "no tensor of numbers"),
         (nn.Embedding(40, 4), {"keep": [1, 5], "optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters())},
          errors.OptimizerError, "none of them"),
     ],
@@ -236,6 +244,28 @@ def test_tokens_are_found_among_other_integers():
     assert (model.words.weight.shape, model.places.weight.shape, model.gains.shape) == ((13, 8), (20, 8), (8, 13))
     tokens = drawn(trimmed.kept)
     torch.testing.assert_close(model(trimmed.new_ids(tokens), places, mask), twin(tokens, places, mask))
+
+
+def test_what_is_looked_up_by_classes_of_tokens():
+    """A buffer gives each token a class, and a table is looked up by that; another buffer is only counted in."""
+
+    class Classes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.classes, self.out = nn.Embedding(50, 8, max_norm=1.0), nn.Embedding(4, 8), nn.Linear(8, 50)
+            self.register_buffer("class_of", torch.arange(50) % 4)
+            self.register_buffer("counts", torch.zeros(50))
+
+        def forward(self, tokens):
+            return self.out(self.words(tokens) + self.classes(self.class_of[tokens]))
+
+    model = Classes()
+    twin = copy.deepcopy(model)
+    trimmed = ecospa_fx.trim_vocabulary(model, keep=KEEP)
+    assert model.class_of.tolist() == [i % 4 for i in KEEP] and model.classes.weight.shape == (4, 8)
+    assert trimmed.notes == ("`counts` (50,) stay as they are: no token of the call is looked up or scored there",)
+    tokens = drawn(trimmed.kept)
+    torch.testing.assert_close(model(trimmed.new_ids(tokens)), twin(tokens)[..., trimmed.kept])
 
 
 @pytest.mark.parametrize("kind", KINDS)
