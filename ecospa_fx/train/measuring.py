@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, get_args
 
@@ -14,7 +14,8 @@ from ecospa_fx.compensate.forecast import worth_of
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import EcoSpaError, TargetError
 from ecospa_fx.model.compiled import MODEL
-from ecospa_fx.model.lookup import couplings
+from ecospa_fx.model.journal import Journal
+from ecospa_fx.model.lookup import couplings, state_of
 from ecospa_fx.model.restore import restore
 from ecospa_fx.passes.find.discover import Kind
 from ecospa_fx.score.saliency import Saliency
@@ -160,6 +161,28 @@ def _checked(objective: Loss, model: nn.Module, batch: Any, number: int) -> Tens
     if not bool(value.detach().isfinite()):
         raise TargetError(f"the loss of batch {number} is {float(value):g}; it must be a finite number")
     return value
+
+
+@contextmanager
+def smaller(model: nn.Module, keeps: Mapping[str, Tensor]) -> Iterator[None]:
+    """Shrink a compiled model for the time inside, really, and put everything back: these sizes come again.
+
+    Args:
+        model: the model.
+        keeps: coupling name -> entries that stay.
+    """
+    compiled = state_of(model)
+    by_name = {c.name: c for c in compiled.couplings()}
+    routings = [(region, region.routing) for region in compiled.regions.values()]
+    journal = Journal()
+    try:
+        if keeps:
+            compiled.shrink(model, {by_name[name]: keep for name, keep in keeps.items()}, journal)
+        yield
+    finally:
+        journal.undo()
+        for region, routing in routings:
+            region.routing = routing
 
 
 def weakest_first(

@@ -20,9 +20,8 @@ from ecospa_fx.couple.constraints import Constraints
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import EcoSpaError, TargetError
 from ecospa_fx.model.cost import Cost
-from ecospa_fx.model.journal import Journal
-from ecospa_fx.model.lookup import check_values, compiled_state, couplings, regions_of, state_of
-from ecospa_fx.model.shrinking import shrink, shrink_within
+from ecospa_fx.model.lookup import check_values, compiled_state, couplings
+from ecospa_fx.model.shrinking import shrink
 from ecospa_fx.model.slicing import kept_positions
 from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.ranks.members import ranks_of
@@ -30,7 +29,7 @@ from ecospa_fx.ranks.wrappers import unwrapped
 
 from .adaptive import AdaptiveSparsifier
 from .latency import Latency
-from .measuring import evaluating, listed_calls, weakest_first
+from .measuring import evaluating, listed_calls, smaller, weakest_first
 from .objective import Loss, Objective
 from .settings import Among
 from .targets import Target
@@ -93,23 +92,17 @@ class NestedSizes:
             raise EcoSpaError(f"there is no size {number!r}; sizes are 0 to {len(self.sizes) - 1}, 0 the largest")
         if self._now() != self._widths:
             raise EcoSpaError("the model has shrunk since its sizes were chosen, and they would be others now")
-        keeps = self.sizes[number].keeps
         held = [(p, p.grad) for p in self.model.parameters()]
-        routings = [(region, region.routing) for region in regions_of(self.model).values()]
-        journal = Journal()
         for p, _ in held:
             p.grad = None
         try:
-            if keeps:
-                by_name = {c.name: c for c in couplings(self.model)}
-                shrink_within(journal, self.model, {by_name[name]: keep for name, keep in keeps.items()})
-            yield self.model
+            with smaller(self.model, self.sizes[number].keeps):
+                try:
+                    yield self.model
+                finally:
+                    for p, _ in held:
+                        p.grad = None
         finally:
-            for p, _ in held:
-                p.grad = None
-            journal.undo()
-            for region, routing in routings:
-                region.routing = routing
             for p, grad in held:
                 p.grad = grad
 
@@ -190,8 +183,8 @@ def nested(
     found: list[dict[Coupling, Tensor]] = []
     for number in order:
         each = sparsifiers[number]
-        smaller = each.widths(worths, left[number])
-        widths = {c: min(width, smaller.get(c, c.size)) for c, width in widths.items()}
+        fewer = each.widths(worths, left[number])
+        widths = {c: min(width, fewer.get(c, c.size)) for c, width in widths.items()}
         found.append({c: orders[c][..., c.size - width :].sort(-1).values for c, width in widths.items()})
     largest = {c: keep for c, keep in found[0].items() if keep.shape[-1] < c.size}
     sizes = [
@@ -204,7 +197,6 @@ def nested(
     ]
     if largest:
         shrink(module, largest, optimizer=optimizers, also=also)
-    state_of(module)
     result = NestedSizes(module, sizes)
     counted = []
     for number, size in enumerate(sizes):

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ecospa_fx.api import compile as compiled
 from ecospa_fx.arguments import FUNCTION, MODULE, NAMES, SEVERAL, TEXT, either, optional, takes
@@ -22,10 +22,8 @@ from ecospa_fx.errors import TargetError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.cost import CostModel
-from ecospa_fx.model.journal import Journal
-from ecospa_fx.model.lookup import check_values, couplings, regions_of, state_of
+from ecospa_fx.model.lookup import check_values, couplings, state_of
 from ecospa_fx.model.restore import restore
-from ecospa_fx.model.shrinking import shrink_within
 from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.ranks.members import ranks_of
 from ecospa_fx.ranks.wrappers import check_wrappers, unwrapped
@@ -36,6 +34,7 @@ from .measuring import (
     check_plain_numbers,
     evaluating,
     listed_calls,
+    smaller,
     value_of,
     weakest_first,
 )
@@ -122,7 +121,8 @@ def sensitivity(
                 gone = sum(_gone(c, share) for c in group)
                 if not gone:
                     continue
-                value = _without(module, keeps, measured, judges)
+                with smaller(module, {c.name: keep for c, keep in keeps.items()}):
+                    value = _mean(measured, module, judges)
                 left = cost.total({c.name: keep.shape[-1] for c, keep in keeps.items()})
                 part = gone / sum(c.size for c in group)
                 found.append(Measured(kind, layer, share, part, gone, cost.total({}) - left, value, value - whole))
@@ -188,19 +188,6 @@ def layer_of(name: str) -> str:
 def _gone(coupling: Coupling, share: float) -> int:
     """Return how many entries go; at least one stays."""
     return min(coupling.size - 1, round(share * coupling.size))
-
-
-def _without(model: nn.Module, keeps: dict[Coupling, Tensor], measured: Loss, judges: Sequence[Any]) -> float:
-    """Measure the loss with couplings shrunk, and put everything back."""
-    regions = [(region, region.routing) for region in regions_of(model).values()]
-    journal = Journal()
-    try:
-        shrink_within(journal, model, keeps)
-        return _mean(measured, model, judges)
-    finally:
-        journal.undo()
-        for region, routing in regions:
-            region.routing = routing
 
 
 @torch.no_grad()
