@@ -113,7 +113,7 @@ class Places:
 def _handed_on(relation: r.Relation) -> r.Operand | None:
     """Return the operand whose entries the result of an op holds."""
     match relation:
-        case r.Pattern(operands=(x, *_), moves=True):
+        case r.Pattern(operands=(x, *_), moves=True) | r.SameDims(x, ordered=True):
             return x
         case _:
             return r.moved_operand(relation)

@@ -112,6 +112,7 @@ class SameDims:
         moves: entries go to other positions along the pinned dims, or become zero there.
         positions: the output that holds positions along the one dim that is absent or pinned. Where several are, and it
             is used, they stay whole.
+        ordered: the first output holds entries of `x`, in an order that their values decide.
         running: a dim that stays, and along which each result is the sum of the entries so far.
         empty: the operand gives its sizes, not its values.
     """
@@ -125,6 +126,7 @@ class SameDims:
     shares: bool = False
     moves: bool = False
     positions: int | None = None
+    ordered: bool = False
     running: int | None = None
     empty: bool = False
 

@@ -150,7 +150,7 @@ class _OverWhatIsLeft:
         if found is None:
             return result
         number, x, dim = found
-        index = dict(self._indices(x.exprs)).get(dim)
+        index = dict(self._indices(self.axis_facts.resolve(x.exprs))).get(dim)
         if index is None:
             return result
         places: Tensor = result if isinstance(result, Tensor) else result[number]

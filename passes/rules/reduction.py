@@ -131,13 +131,13 @@ def sum_to_size(x: Operand, size: list[Any]) -> str:
 @axis_rule(aten.msort.default)
 def sorted_rows(x: Operand) -> SameDims:
     """Entries along the axis are sorted."""
-    return SameDims(x, pinned=dims_of(x, 0), moves=True)
+    return SameDims(x, pinned=dims_of(x, 0), ordered=True)
 
 
 @axis_rule(aten.sort.default)
 def ordered(x: Operand, dim: int = -1, *_: Any, **__: Any) -> SameDims:
     """Entries along the axis are sorted."""
-    return SameDims(x, pinned=dims_of(x, dim), moves=True, positions=1)
+    return SameDims(x, pinned=dims_of(x, dim), ordered=True, positions=1)
 
 
 @axis_rule(aten.sort.stable)
