@@ -216,6 +216,8 @@ def least_entries(axis_facts: AxisFacts) -> dict[Atom, tuple[int, fx.Node]]:
 
     for expr, number, node in sorted(axis_facts.least, key=lambda each: len(atoms_of(each[0]))):
         atoms = atoms_of(expr)
+        if not all(type(atom.size) is int for atom in atoms):
+            continue  # of tokens, say
         even = isinstance(expr, Atom) or (isinstance(expr, Product) and atoms == expr.factors)
         for atom in atoms:
             others = prod(needs(other) for other in atoms if other is not atom)

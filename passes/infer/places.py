@@ -77,8 +77,8 @@ class Places:
     ) -> Iterator[r.Operand]:
         """Yield the operands whose places an op reads in a way that does not follow a shrink."""
         match relation:
-            case r.Created() | r.SameDims(empty=True):
-                return
+            case r.Created() | r.SameDims(empty=True) | r.SameDims(positions=0):
+                return  # nothing is read, or entries are compared with each other: a shrink keeps their order
             case r.Pointwise((a, b), compares=True) if a.places is not None and b.places is not None:
                 if size_of(a.places) == size_of(b.places):
                     self._axis_facts.axes.unify(a.places, b.places)

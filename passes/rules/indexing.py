@@ -151,7 +151,8 @@ def take_along_dim(x: Operand, index: Operand, dim: int | None = None) -> Patter
         return take(x, index) if index.ndim == 1 else Opaque((x, index))
     if x.ndim != index.ndim:
         return Opaque((x, index))
-    return gather(x, dim, index)
+    spec = f"{letters(x, dim, 'from')}, +{letters(x, dim, 'to')} -> {letters(x, dim, 'to')}"
+    return Pattern(spec, (x, index), apart=True, chosen={"from": index}, moves=True)
 
 
 @axis_rule(aten.take.default)
@@ -214,9 +215,10 @@ def index_add(x: Operand, dim: int, index: Operand, source: Operand, *_: Any, **
     """The values of an index decide which entries along the axis are written or added to."""
     if x.ndim == 0 or index.ndim != 1 or not _alike(x, source, dim):
         return Opaque((x, index, source))
-    own, added = letters(x, dim, "to"), letters(x, dim, "from!")
-    # There are as many entries to add as the index has, but nothing proves it where sizes depend on values.
-    spec = f"{own}, +chosen!, +{added} -> {own}"
+    own, added = letters(x, dim, "to"), letters(x, dim, "from~")
+    spec = f"{own}, +from~, +{added} -> {own}"
+    if index.shape[0] != source.shape[dim]:  # sizes that depend on values, which nothing proves equal
+        spec = f"{own}, +chosen!, +{added.replace('~', '!')} -> {own}"
     return Pattern(spec, (x, index, source), apart=True, chosen={"to": index})
 
 
