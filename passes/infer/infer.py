@@ -40,7 +40,7 @@ from ecospa_fx.passes.ir.state_access import ObjectPath
 from ecospa_fx.passes.rules import op_info, relation_of
 
 from .contexts import contexts
-from .places import Places, counting_dim
+from .places import Places, counting_dim, read_as_places
 from .probe import probe
 from .solve import Solver
 from .taint import weighted_nodes
@@ -305,13 +305,11 @@ class _Walk:
         relation = relation_of(node, operands, self.captured.region)
         assert relation is not None
         if isinstance(relation, r.Pointwise) or (isinstance(relation, r.Expanded) and relation.like is not None):
-            compared = isinstance(relation, r.Pointwise) and relation.compares and all(
-                operand.places is not None for operand in operands
-            )
-            own = {operand.node: operand.places for operand in operands if compared}
-            self.axis_facts.sources[before:] = [
-                replace(s, aligned=True, places=own.get(s.node)) for s in self.axis_facts.sources[before:]
-            ]
+            self.axis_facts.sources[before:] = [replace(s, aligned=True) for s in self.axis_facts.sources[before:]]
+        counting = {x.node: x.places for x in read_as_places(relation)}
+        self.axis_facts.sources[before:] = [
+            replace(s, places=counting.get(s.node)) for s in self.axis_facts.sources[before:]
+        ]
         self._carry_out(relation, node, operands, shapes, info.why)
 
     def _carry_out(

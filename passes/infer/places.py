@@ -79,17 +79,15 @@ class Places:
         match relation:
             case r.Created() | r.SameDims(empty=True) | r.SameDims(positions=0):
                 return  # nothing is read, or entries are compared with each other: a shrink keeps their order
-            case r.Pointwise((a, b), compares=True) if a.places is not None and b.places is not None:
-                if size_of(a.places) == size_of(b.places):
-                    self._axis_facts.axes.unify(a.places, b.places)
-                    return
-            case r.Joined(xs) | r.Stacked(xs) if all(x.places is not None for x in xs):
-                first = xs[0].places
-                if all(size_of(x.places) == size_of(first) for x in xs):  # type: ignore[arg-type]
-                    for x in xs[1:]:
-                        self._axis_facts.axes.unify(first, x.places)  # type: ignore[arg-type]
-                    return
-        known = {x.node for x in (_handed_on(relation), *_choosing(relation)) if x is not None}
+            case r.Pointwise(xs, compares=True) if len(xs) > 1 and _along_one(xs):
+                for x in xs[1:]:
+                    self._axis_facts.axes.unify(xs[0].places, x.places)  # type: ignore[arg-type]
+                return
+            case r.Joined(xs) | r.Stacked(xs) if _along_one(xs) and all(x.weighted for x in xs):
+                for x in xs[1:]:
+                    self._axis_facts.axes.unify(xs[0].places, x.places)  # type: ignore[arg-type]
+                return
+        known = {x.node for x in (_handed_on(relation), *read_as_places(relation)) if x is not None}
         yield from (x for x in operands if x.weighted and x.places is not None and x.node not in known)
 
     def _results(self, relation: r.Relation) -> Iterator[tuple[int, Expr]]:
@@ -102,7 +100,7 @@ class Places:
                 yield 1 - number, handed.places
             return
         match relation:
-            case r.Joined(xs) | r.Stacked(xs) if all(x.places is not None for x in xs):
+            case r.Joined(xs) | r.Stacked(xs) if _along_one(xs) and all(x.weighted for x in xs):
                 yield 0, xs[0].places  # type: ignore[misc]
             case r.Parted(x, _, sizes) if x.places is not None:
                 yield from ((number, x.places) for number in range(len(sizes)))
@@ -119,13 +117,21 @@ def _handed_on(relation: r.Relation) -> r.Operand | None:
             return r.moved_operand(relation)
 
 
-def _choosing(relation: r.Relation) -> Iterator[r.Operand]:
-    """Yield the operands by whose values an op chooses entries of an axis."""
+def _along_one(xs: Sequence[r.Operand]) -> bool:
+    """Return whether operands all hold places along axes of one size."""
+    sizes = {None if x.places is None else size_of(x.places) for x in xs}
+    return len(sizes) == 1 and None not in sizes
+
+
+def read_as_places(relation: r.Relation) -> Iterator[r.Operand]:
+    """Yield the operands by whose values an op chooses entries of an axis, or whose places it compares with others."""
     match relation:
         case r.Indexed(index=index):
             yield index
         case r.Pattern(chosen=chosen):
             yield from chosen.values()
+        case r.Pointwise(xs, compares=True) if len(xs) > 1 and _along_one(xs):
+            yield from xs
 
 
 def counting_dim(node: fx.Node) -> int | None:
