@@ -30,8 +30,8 @@ class Constraints:
     Attributes:
         min_keep: number of entries that every coupling keeps at least.
         round_to: widths come out as multiples of it (8 or 64 for tensor cores), except those of heads and query groups,
-            which are numbers of heads, and of experts. A rotary pair is two rows wide, so that 8 means 4 pairs. A coupling narrower
-            than it stays at full size.
+            and of experts, which are numbers of these. A rotary pair is two rows wide, so that 8 means 4 pairs. A
+            coupling narrower than it stays at full size.
         head_dims: the dims kept inside heads: `"per_head"`, as many in each head, and other ones in each where that is
             exact; `"per_layer"`, the same dims in every head of a layer; `"off"`, all dims.
         equal_head_dims: queries and keys keep as many dims as values, as FlashAttention-2 requires. Where that is

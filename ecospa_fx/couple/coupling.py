@@ -58,8 +58,8 @@ class Coupling:
     Attributes:
         name: unique in the model, made of the module the members share and the kind.
         kind: `qk` (contracted in a score), `vo` (carried through attention), `heads`, `groups` (query heads that share
-            a key head), `experts` (of a mixture, with the rows of its router), `ffn`, `glu` (a product of two branches), `conv`, `recurrent` (hidden units from step to step),
-            `residual` (a stream that several add to).
+            a key head), `experts` (of a mixture, with the rows of its router), `ffn`, `glu` (a product of two
+            branches), `conv`, `recurrent` (hidden units from step to step), `residual` (a stream that several add to).
         size: number of entries now (in each context).
         original_size: number of entries before any shrink.
         members: the parameter dims that it lies on.

@@ -159,7 +159,11 @@ def kind_of(parts: Sequence[Weighed]) -> Kind:
 
 def is_linear(parts: Sequence[Weighed], kind: Kind) -> bool:
     """Return whether nothing along a coupling is nonlinear or scales entries apart."""
-    return not any(p.roles["nonlinear"] or p.roles["gate"] for p in parts) and kind not in ("heads", "groups", "experts")
+    return not any(p.roles["nonlinear"] or p.roles["gate"] for p in parts) and kind not in (
+        "heads",
+        "groups",
+        "experts",
+    )
 
 
 def discover(axis_facts: AxisFacts) -> Discovery:
@@ -184,7 +188,9 @@ def discover(axis_facts: AxisFacts) -> Discovery:
         needed, by = least.get(atom, (1, None))
         reasons = pinned_by(roles["pinned"], region)
         if by is not None and needed >= atom.size:
-            reasons += (reason_text(f"{op_name(by)} takes so many entries that none of {atom.size} can go", by, region),)
+            reasons += (
+                reason_text(f"{op_name(by)} takes so many entries that none of {atom.size} can go", by, region),
+            )
         if reasons:
             members = tuple(f"{join(region, name)}[{dim}]" for name, dim in key)
             refusals.append(Refusal(members, atom.size, reasons, region))

@@ -1,7 +1,7 @@
 """Places: the values of a graph that are positions along an axis, and what each op makes of them.
 
     Places(axis_facts)
-      .axis_of(node)     the axis that the entries of a value are positions along: indices out of `topk`, `argmax`, `sort`
+      .axis_of(node)     the axis that the entries of a value are positions along: those of a `topk`, `argmax`, `sort`
       .visit(node, ...)  hand places on, meet those that are compared, and pin the axis of those that are read otherwise
 
 A shrink renumbers what is left along an axis. Positions along it that the graph finds itself (among router logits, say)

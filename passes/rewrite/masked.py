@@ -6,8 +6,9 @@
                               runs on the entries that stay, and its results go back to where these entries were
 
 Positions along an axis (an argmax, the indices of a top-k) come out as those that the entries have at original sizes,
-so all that is counted or picked by them is right there too. It computes what a smaller model of the same class does. Nothing else may read a removed entry, so the places of removed
-entries in results hold a number that no common function is infinite at.
+so all that is counted or picked by them is right there too. It computes what a smaller model of the same class does.
+Nothing else may read a removed entry, so the places of removed entries in results hold a number that no common function
+is infinite at.
 """
 
 from __future__ import annotations

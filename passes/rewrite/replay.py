@@ -59,8 +59,8 @@ def replay(axis_facts: AxisFacts, plan: Plan, difference: str = "") -> dict[Atom
         if type(left) is int and touched(expr, kept) and left < number:
             raise PinnedAxisError(
                 f"this call takes {number} entries of an axis that has shrunk to {left} "
-                f"({_members(axis_facts, atoms_of(expr)[0])}): {reason_text(op_name(node), node, region)}.{why} Call the "
-                "model as before, or make this call once before the first shrink, so that enough stay"
+                f"({_members(axis_facts, atoms_of(expr)[0])}): {reason_text(op_name(node), node, region)}.{why} Call "
+                "the model as before, or make this call once before the first shrink, so that enough stay"
             )
     for name, exprs in axis_facts.parameters.items():
         full = join(region, name)

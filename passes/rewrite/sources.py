@@ -5,7 +5,8 @@
       -> index            a dim that keeps other entries in each context: picked together with the context's dim,
                           which a source that lacks it (a rotary table has no heads) gets here
 
-An `arange` that positions along an axis are compared with counts what is left. Each use is selected on its own: a table that all layers share does not tie their axes.
+Each use is selected on its own: a table that all layers share does not tie their axes. An `arange` that positions along
+an axis are compared with counts what is left.
 """
 
 from __future__ import annotations
