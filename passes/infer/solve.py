@@ -348,7 +348,8 @@ class Solver:
             # One entry meets many: the operand repeats along that axis, as after `expand`.
             if not (term.added or isinstance(key, tuple)) and expr == UNIT and axis_of[key] != UNIT:
                 self.axis_facts.facts.append(Fact("expanded", axis_of[key], node, operands=(operand,)))
-        self._pattern_facts(node, pattern, axis_of, carriers, sum(not term.added for term in terms))
+        meeting = {name: xs for name, xs in carriers.items() if name not in relation.chosen or name in pattern.kept}
+        self._pattern_facts(node, pattern, axis_of, meeting, sum(not term.added for term in terms))
         if relation.apart:
             for name in carriers:
                 if name in pattern.kept:
