@@ -281,7 +281,7 @@ def _kind_inside(part: Weighed) -> Kind | None:
     roles, axis_facts = part.roles, part.axis_facts
     activations = {role: [fact for fact in roles[role] if _of_activations(fact)] for role in ("batch", "free")}
     shared = any(len(fact.operands) > 1 for fact in activations["batch"])
-    if _products(roles, part.matrices, "chosen") or (not shared and _is_routed(part)):
+    if _is_stack(part) and (roles["chosen"] or (not shared and _is_routed(part))):
         return "experts"
     if any(_meets_another(fact) for fact in roles["contracted"]):
         return "qk"
@@ -294,13 +294,18 @@ def _kind_inside(part: Weighed) -> Kind | None:
     return None
 
 
+def _is_stack(part: Weighed) -> bool:
+    """Return whether entries are matrices of a stack, not those of a convolution."""
+    convolved = any(op_name(node).startswith("aten.conv") for node in _products(part.roles, part.matrices))
+    return not convolved and any(len(part.axis_facts.parameters[name]) > 2 for name, _ in part.axes)
+
+
 def _is_routed(part: Weighed) -> bool:
-    """Return whether each entry is one row of a matrix, a router, and one matrix of a stack of them: an expert."""
+    """Return whether each entry is one row of a matrix, a router, and one matrix of a stack: an expert."""
     parameters = part.axis_facts.parameters
     alone = [name for name, dim in part.axes if parameters[name][dim] is part.atom]
-    stacks = any(len(parameters[name]) > 2 for name in alone)
-    convolved = any(op_name(node).startswith("aten.conv") for node in _products(part.roles, part.matrices))
-    return stacks and not convolved and any(len(parameters[name]) == 2 for name in part.producers if name in alone)
+    stacked = any(len(parameters[name]) > 2 for name in alone)
+    return stacked and any(len(parameters[name]) == 2 for name in part.producers if name in alone)
 
 
 def _steps(roles: dict[Role, list[Fact]], matrices: Set[str]) -> set[fx.Node]:

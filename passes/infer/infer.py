@@ -139,6 +139,9 @@ class _Walk:
             self._call(node)
         elif node.op == "call_function" and isinstance(node.meta.get("val"), (tuple, list)):
             self._several(node)
+        elif node.op == "call_function":
+            for arg in node.all_input_nodes:  # a number is read out of it
+                self.places.pin(arg, node)
 
     @property
     def _whole(self) -> str:

@@ -30,6 +30,9 @@ _SAME_ENTRIES = {
 }  # fmt: skip
 
 
+_EXACT = (torch.int64, torch.int32, torch.int16, torch.float64, torch.float32)  # that hold any position
+
+
 class Places:
     """The positions among the values of one graph, in the order in which its ops are visited."""
 
@@ -56,8 +59,11 @@ class Places:
         """Note the places among the results of an op, and pin the axes of those that it reads as numbers."""
         for x in self._read_as_numbers(node, relation, operands):
             self.pin(x.node, node, x.places)
-        for number, expr in self._results(relation):
-            if isinstance(node.meta["val"], torch.Tensor):
+        several = not isinstance(node.meta["val"], torch.Tensor)
+        for number, expr in _results(relation, len(node.meta["val"]) if several else 1):
+            if not several and node.meta["val"].dtype not in _EXACT:
+                self._axis_facts.pin(expr, node, f"{op_name(node)}: positions along the axis are rounded")
+            elif not several:
                 self._axis_facts.places[node] = expr
             else:
                 self._several[node, number] = expr
@@ -90,22 +96,21 @@ class Places:
         known = {x.node for x in (_handed_on(relation), *read_as_places(relation)) if x is not None}
         yield from (x for x in operands if x.weighted and x.places is not None and x.node not in known)
 
-    def _results(self, relation: r.Relation) -> Iterator[tuple[int, Expr]]:
-        """Yield the results that hold places, and the axis that these lie along."""
-        handed, found = _handed_on(relation), r.positions(relation)
-        if found is not None:
-            number, x, dim = found
-            yield number, x.exprs[dim]
-            if handed is not None and handed.places is not None:
-                yield 1 - number, handed.places
-            return
-        match relation:
-            case r.Joined(xs) | r.Stacked(xs) if _along_one(xs) and all(x.weighted for x in xs):
-                yield 0, xs[0].places  # type: ignore[misc]
-            case r.Parted(x, _, sizes) if x.places is not None:
-                yield from ((number, x.places) for number in range(len(sizes)))
-            case _ if handed is not None and handed.places is not None:
-                yield from ((number, handed.places) for number in range(2))
+
+def _results(relation: r.Relation, count: int) -> Iterator[tuple[int, Expr]]:
+    """Yield the results, of `count`, that hold places, and the axis that these lie along."""
+    handed, found = _handed_on(relation), r.positions(relation)
+    if found is not None:
+        number, x, dim = found
+        yield number, x.exprs[dim]
+        if handed is not None and handed.places is not None:
+            yield 1 - number, handed.places
+        return
+    match relation:
+        case r.Joined(xs) | r.Stacked(xs) if _along_one(xs) and all(x.weighted for x in xs):
+            yield 0, xs[0].places  # type: ignore[misc]
+        case _ if handed is not None and handed.places is not None:
+            yield from ((number, handed.places) for number in range(count))
 
 
 def _handed_on(relation: r.Relation) -> r.Operand | None:
