@@ -157,7 +157,8 @@ def _chosen(w: Writer, logits: Value, gates: Value, count: int, k: int) -> tuple
     """Choose `k` of the experts of each token; return their shares and their places."""
     match w.rng.randrange(5):
         case 0:
-            return w.put_all(f"{gates}.topk({k}, dim=-1)", 2)
+            best, chosen = w.put_all(f"{gates}.topk({k}, dim=-1)", 2)
+            return best, chosen
         case 1:
             best, chosen = w.put_all(f"{logits}.topk({k}, dim=-1)", 2)
             return w.put(f"{best}.softmax(-1)"), chosen
