@@ -88,6 +88,9 @@ def inferred_again(
     return infer_axes(captured, experiments, refuted, apart)
 
 
+_BESIDE = "positions along it go to a hook, or into state that is kept"
+
+
 class _Walk:
     def __init__(
         self, captured: RegionGraph, experiments: bool, unconfirmed_ops: Collection[str], apart: Collection[fx.Node]
@@ -126,7 +129,7 @@ class _Walk:
             self.axis_facts.results = tuple(operand.exprs for operand in operands[: self.captured.returned])
             for i, operand in enumerate(operands):
                 why = f"positions along it leave the {self._whole} as output {i}"
-                self.places.pin(operand.node, node, why=why if i < self.captured.returned else "positions are kept")
+                self.places.pin(operand.node, node, why=why if i < self.captured.returned else _BESIDE)
             for i, operand in enumerate(operands[: self.captured.returned]):
                 for dim, expr in enumerate(operand.exprs):
                     if (i, dim) in self.captured.border.results:

@@ -230,6 +230,23 @@ def test_as_many_experts_stay_as_a_token_takes() -> None:
         model(X)
 
 
+class Asked(Routed):
+    asked = False
+
+    def forward(self, x: Tensor) -> Any:
+        return (super().forward(x), self.router(x)) if self.asked else super().forward(x)
+
+
+def test_a_later_call_that_returns_router_logits_is_refused() -> None:
+    model = Asked()
+    model.asked = False
+    routed(model)
+    ecospa_fx.shrink(model, {"experts": torch.tensor([0, 2, 5])})
+    model.asked = True
+    with pytest.raises(PinnedAxisError, match=r"all 6 entries of an axis that has shrunk to 3 .* leaves the region"):
+        model(X)
+
+
 def test_where_every_expert_is_taken_none_can_go() -> None:
     model = routed(Routed(experts=3, take=3))
     assert {c.kind for c in ecospa_fx.couplings(model)} == {"ffn"}
