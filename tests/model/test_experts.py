@@ -187,8 +187,9 @@ def test_it_trains_on_is_saved_and_plain_transformers_loads_it(make: Callable[[i
         assert "layer by layer" in (ecospa_fx.save_pretrained(model, tmp_path) or "")
         loaded = ecospa_fx.from_pretrained(tmp_path)
         torch.testing.assert_close(loaded(**CALL).logits, model(**CALL).logits, rtol=1e-5, atol=1e-6)
-    with pytest.raises(FormatError, match="zeros cannot stand for the entries"):
-        ecospa_fx.save_unshrunk(model, tmp_path / "whole")
+    for mark, reason in ((False, "zeros cannot stand for the entries"), (True, "has lost experts")):
+        with pytest.raises(FormatError, match=reason):
+            ecospa_fx.save_unshrunk(model, tmp_path / "whole", mark=mark)
 
 
 class Routed(nn.Module):
@@ -277,7 +278,24 @@ class Sent(Routed):
         return torch.zeros_like(x).index_add(0, chosen.flatten(), each.flatten(0, 1))
 
 
-@pytest.mark.parametrize("cls", [Counted, Sent])
+class Balanced(Routed):
+    """A bias of choice that every step moves by how often an expert was chosen."""
+
+    def __init__(self, experts: int = 6) -> None:
+        super().__init__(experts)
+        self.bias, self.times = nn.Buffer(torch.zeros(experts)), nn.Buffer(torch.zeros(experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = self.router(x).sigmoid()
+        chosen = (gates + self.bias).topk(self.take, dim=-1)[1]
+        with torch.no_grad():
+            self.times += F.one_hot(chosen, self.times.shape[0]).sum((0, 1)).to(x.dtype)
+            self.bias += 0.01 * torch.sign(self.times.mean() - self.times)
+        hidden = torch.einsum("td,tkfd->tkf", x, self.up[chosen]).relu()
+        return torch.einsum("tkf,tkdf,tk->td", hidden, self.down[chosen], gates.gather(1, chosen))
+
+
+@pytest.mark.parametrize("cls", [Counted, Sent, Balanced])
 def test_all_that_counts_along_the_experts_follows(cls: type[Routed]) -> None:
     torch.manual_seed(0)
     x = X.double()
@@ -290,6 +308,8 @@ def test_all_that_counts_along_the_experts_follows(cls: type[Routed]) -> None:
     for each in (model, twin):
         each(x).square().sum().backward()
     torch.testing.assert_close(model(x), twin(x), rtol=1e-10, atol=1e-12)
+    for a, b in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-12)
 
