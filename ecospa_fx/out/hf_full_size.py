@@ -77,7 +77,7 @@ def save_unshrunk(model: nn.Module, directory: str | os.PathLike[str], *, mark: 
         )
     if fewer := [c.name for c in compiled.couplings() if c.kind == "experts" and c.size < c.original_size]:
         raise FormatError(
-            f"`{fewer[0]}` has lost experts, and neither zeros nor NaN can stand for them: a router would choose these. "
+            f"`{fewer[0]}` has lost experts, and no zeros can stand for them: a router would choose these. "
             "Write the model with save_pretrained or ecospa_fx.save, or keep them with frozen=['*experts']"
         )
     state = _full_size_state(model, plan, float("nan") if mark else 0.0)
