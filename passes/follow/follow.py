@@ -106,7 +106,7 @@ def follow(
         return PythonSupport({}, frozenset(), {}, {f.key: first.unable for f in programs[0][1].couplings})
     for coupling in programs[0][1].couplings:
         in_graphs = [next((f for f in discovery.couplings if f.key == coupling.key), None) for _, discovery in programs]
-        kept = {coupling.atom: some(coupling.atom, None, 0.5, generator)}
+        kept = {coupling.atom: some(coupling.atom, None, 0.5, generator, coupling.least)}
         candidates = [*_candidates(first, kept, sizes)]
         in_block = _in_any_block(coupling, candidates)
         if in_block in failed and (same := first.difference(kept, {}) or "") and _starred(same) == failed[in_block]:
@@ -131,7 +131,7 @@ def follow(
         couplings[coupling.key] = tuple(sorted(needed))
         sizes.update(needed)
         if coupling.context is not None:
-            apart = {coupling.atom: some(coupling.atom, coupling.context, 0.5, generator)}
+            apart = {coupling.atom: some(coupling.atom, coupling.context, 0.5, generator, coupling.least)}
             if first.difference(apart, _sizes_under(needed, apart)) is None:
                 varied.add(coupling.key)
     in_step: dict[Any, tuple[Any, ...]] = {}
@@ -171,7 +171,7 @@ def _jointly(
     share = _common_share(group, 0.5)
     if share is None:
         return None
-    kept = {coupling.atom: some(coupling.atom, None, share, generator) for coupling in group}
+    kept = {coupling.atom: some(coupling.atom, None, share, generator, coupling.least) for coupling in group}
     first = trials[0]
     near = [(a, expr) for a, expr in _candidates(first, kept, sizes) if all(_near(a, coupling) for coupling in group)]
     needed, _ = _first_that_follows(first, near, kept)
@@ -196,9 +196,9 @@ def _common_share(group: Sequence[RegionCoupling], about: float) -> float | None
     return None if parts == 1 else min(max(1, round(about * parts)), parts - 1) / parts
 
 
-def some(atom: Atom, context: Atom | None, share: float, generator: torch.Generator) -> Selected:
-    """Select a random share of the entries of `atom`, at least one and not all; others in each entry of `context`."""
-    keep = min(max(1, round(atom.size * share)), atom.size - 1)
+def some(atom: Atom, context: Atom | None, share: float, generator: torch.Generator, least: int = 1) -> Selected:
+    """Select a random share of the entries of `atom`, at least `least`, not all; others in each entry of `context`."""
+    keep = min(max(least, round(atom.size * share)), atom.size - 1)
     rows = torch.stack([torch.randperm(atom.size, generator=generator) for _ in range(context.size if context else 1)])
     masks = rows < keep
     return masks[0] if context is None else per_context_or_shared(context, masks, whole(context))
@@ -345,7 +345,7 @@ def _together(trial: Trial, discovery: Discovery, support: PythonSupport, genera
         share = 0.7 if len(group) == 1 else _common_share(group, 0.7) or 0.7
         for coupling in group:
             context = coupling.context if coupling.key in support.varied else None
-            kept.setdefault(coupling.atom, some(coupling.atom, context, share, generator))
+            kept.setdefault(coupling.atom, some(coupling.atom, context, share, generator, coupling.least))
     if trial.difference(kept, support.values(kept)) is None:
         return support
     refused, accepted = dict(support.refused), dict[Atom, Selected]()
