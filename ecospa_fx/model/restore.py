@@ -18,11 +18,12 @@ from ecospa_fx.arguments import CALL, MODULE, takes
 from ecospa_fx.errors import EcoSpaError, NoInputsError, RestoreError
 from ecospa_fx.passes.follow.attributes import fitted, sync_layer_sizes
 from ecospa_fx.passes.follow.trial import NotTried, difference, example_calls, modes
+from ecospa_fx.passes.graph.forward_swap import own_forward
 from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.ranks.wrappers import looks_inside
 
-from .class_swap import ShrinkableLinear, own_forward, unswap_forward
+from .class_swap import ShrinkableLinear, unswap_forward
 from .compiled import COPIES, MODEL, REGION, CompiledModel
 from .lookup import try_call
 from .region import Region

@@ -40,7 +40,8 @@ from ecospa_fx.passes.find.discover import Discovery, RegionCoupling
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.region_graph import Forward
 
-from .attributes import Attribute
+from .attributes import Attribute, Value
+from .given import Given, given_along, positions_under
 from .trial import Trial
 
 MOST_TRIALS = 400  # per coupling
@@ -69,15 +70,18 @@ class PythonSupport:
     def __deepcopy__(self, memo: dict[int, Any]) -> PythonSupport:
         return self  # its axes are compared by identity
 
-    def values(self, kept: Selection) -> dict[Attribute, int]:
+    def values(self, kept: Selection) -> dict[Attribute, Value]:
         """Return the value of each attribute under a selection."""
         return _sizes_under(self.sizes, kept)
 
 
-def _sizes_under(axes: Mapping[Attribute, Expr], kept: Selection) -> dict[Attribute, int]:
-    """Return the values of attributes under a selection: the sizes of these axes."""
+def _sizes_under(axes: Mapping[Attribute, Expr], kept: Selection) -> dict[Attribute, Value]:
+    """Return the values of attributes under a selection: the sizes of these axes, or the positions that are left."""
     counts = in_first_contexts(kept)
-    return {attribute: int(count(expr, counts)) for attribute, expr in axes.items()}
+    return {
+        attribute: positions_under(expr, kept) if isinstance(attribute, Given) else int(count(expr, counts))
+        for attribute, expr in axes.items()
+    }
 
 
 def follow(
@@ -107,7 +111,7 @@ def follow(
     for coupling in programs[0][1].couplings:
         in_graphs = [next((f for f in discovery.couplings if f.key == coupling.key), None) for _, discovery in programs]
         kept = {coupling.atom: some(coupling.atom, None, 0.5, generator)}
-        candidates = [*_candidates(first, kept, sizes)]
+        candidates = [*_candidates(first, kept, sizes, coupling.axes)]
         in_block = _in_any_block(coupling, candidates)
         if in_block in failed and (same := first.difference(kept, {}) or "") and _starred(same) == failed[in_block]:
             refused[coupling.key] = same
@@ -128,9 +132,9 @@ def follow(
         if why:
             refused[coupling.key] = why
             continue
-        couplings[coupling.key] = tuple(sorted(needed))
+        couplings[coupling.key] = tuple(sorted(needed, key=str))
         sizes.update(needed)
-        if coupling.context is not None:
+        if coupling.context is not None and not any(isinstance(each, Given) for each in needed):
             apart = {coupling.atom: some(coupling.atom, coupling.context, 0.5, generator)}
             if first.difference(apart, _sizes_under(needed, apart)) is None:
                 varied.add(coupling.key)
@@ -141,19 +145,19 @@ def follow(
             sizes.update(joint)
             for coupling in group:
                 del refused[coupling.key]
-                couplings[coupling.key] = tuple(sorted(joint))
+                couplings[coupling.key] = tuple(sorted(joint, key=str))
                 in_step[coupling.key] = tuple(other.key for other in group if other is not coupling)
     support = PythonSupport(couplings, frozenset(varied), sizes, refused, in_step)
     return _together(first, programs[0][1], support, generator)
 
 
 def _of_one_attention(discovery: Discovery, refused: Collection[Any]) -> list[list[RegionCoupling]]:
-    """Return the queries and keys, and the values, of each attention that its Python follows neither of alone."""
+    """Return the queries and keys, and the values, of each attention that its Python follows none of alone."""
     groups: dict[str, list[RegionCoupling]] = {}
     for coupling in discovery.couplings:
-        if coupling.key in refused and coupling.attention is not None:
+        if coupling.key in refused and coupling.attention is not None and coupling.kind in ("qk", "vo"):
             groups.setdefault(coupling.attention, []).append(coupling)
-    return [group for group in groups.values() if sorted(c.kind for c in group) == ["qk", "vo"]]
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _jointly(
@@ -173,7 +177,9 @@ def _jointly(
         return None
     kept = {coupling.atom: some(coupling.atom, None, share, generator) for coupling in group}
     first = trials[0]
-    near = [(a, expr) for a, expr in _candidates(first, kept, sizes) if all(_near(a, coupling) for coupling in group)]
+    axes = [axis for coupling in group for axis in coupling.axes]
+    candidates = _candidates(first, kept, sizes, axes)
+    near = [(a, expr) for a, expr in candidates if all(_near(a, coupling) for coupling in group)]
     needed, _ = _first_that_follows(first, near, kept)
     if needed is None:
         return None
@@ -242,12 +248,13 @@ def _first_that_follows(
     def wait(chosen: dict[Attribute, Expr], why: str) -> None:
         nearest = trial.course.nearest
         more = sorted((each for each in candidates if each[0] not in chosen), key=lambda each: nearest(each[0].module))
-        heapq.heappush(waiting, (-trial.course.reached, len(chosen), next(order), chosen, why, iter(more)))
+        start = (chosen, why, trial.course.place, iter(more))
+        heapq.heappush(waiting, (-trial.course.reached, len(chosen), next(order), *start))
 
     wait({}, why)
     furthest, stuck = trial.course.reached, 0
     while waiting and stuck < MOST_STUCK and len(seen) < MOST_TRIALS:
-        *_, chosen, failure, rest = waiting[0]
+        *_, chosen, failure, place, rest = waiting[0]
         more = next(rest, None)
         if more is None:
             heapq.heappop(waiting)
@@ -261,12 +268,12 @@ def _first_that_follows(
             return _fewest(trial, needed, kept), ""
         stuck = 0 if trial.course.reached > furthest else stuck + 1
         furthest = max(furthest, trial.course.reached)
-        if difference != failure:  # else it was not read so far
+        if difference != failure or trial.course.place != place:  # else it was not read so far
             wait(needed, difference)
     return None, why
 
 
-_Start = tuple[float, int, int, dict[Attribute, Expr], str, Iterator[tuple[Attribute, Expr]]]
+_Start = tuple[float, int, int, dict[Attribute, Expr], str, Any, Iterator[tuple[Attribute, Expr]]]
 
 
 def _fewest(trial: Trial, needed: dict[Attribute, Expr], kept: Selection) -> dict[Attribute, Expr]:
@@ -324,8 +331,13 @@ def _near(attribute: Attribute, coupling: RegionCoupling) -> bool:
     return any(not attribute.module or name.startswith(f"{attribute.module}.") for name, _ in coupling.axes)
 
 
-def _candidates(trial: Trial, kept: Selection, sizes: Mapping[Attribute, Expr]) -> Iterator[tuple[Attribute, Expr]]:
-    """Yield the attributes whose integer may be the size of an axis that a selection touches, with that axis."""
+def _candidates(
+    trial: Trial, kept: Selection, sizes: Mapping[Attribute, Expr], axes: Sequence[tuple[str, int]]
+) -> Iterator[tuple[Attribute, Expr]]:
+    """Yield the attributes whose integer may be the size of an axis that a selection touches, with that axis.
+
+    Then the tensors from outside that may run along one, of the module that holds all weights along the selection.
+    """
     for attribute, value in trial.held.items():
         meanings = [sizes[attribute]] if attribute in sizes else trial.axes_of_size.get(value, [])
         seen = set()
@@ -333,6 +345,9 @@ def _candidates(trial: Trial, kept: Selection, sizes: Mapping[Attribute, Expr]) 
             if touched(expr, kept) and (size := int(count(expr, kept))) not in seen:
                 seen.add(size)
                 yield attribute, expr
+    for given, expr in given_along(trial.given, axes, trial.axes_of_size, kept):
+        if sizes.get(given, expr) == expr:
+            yield given, expr
 
 
 def _together(trial: Trial, discovery: Discovery, support: PythonSupport, generator: torch.Generator) -> PythonSupport:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import traceback
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -37,6 +38,7 @@ from ecospa_fx.passes.rewrite.rewrite import rewrite
 
 from .attributes import Attribute, Values, fitted, held_integers, holding
 from .even_draws import even_draws
+from .given import GIVEN, Places, noted_arguments
 
 
 class Trial:
@@ -47,6 +49,7 @@ class Trial:
         held: integers of modules that the call read, and that may be sizes.
         unread: the other integers of the modules.
         axes_of_size: number of entries -> axes, and parts of axes, with as many.
+        given: the tensors that modules were given.
         course: how far the forward came in the latest comparison.
     """
 
@@ -57,6 +60,7 @@ class Trial:
         self.unable: str | None = None
         self.held: dict[Attribute, int] = {}
         self.unread: dict[Attribute, int] = {}
+        self.given: Places = {}
         self.axes_of_size = _axes_of_size(axis_facts)
         self.course = Course()
         self._state: PythonState | None = None
@@ -76,7 +80,7 @@ class Trial:
         self.tensors = drawn(tensors)
         self._state = PythonState(module)  # no trial leaves another
         program = rewrite(axis_facts, {}, module)
-        with recorded_reads(module) as reads:
+        with recorded_reads(module) as reads, noted_arguments(module) as self.given:
             for self.args, self.kwargs in example_calls(axis_facts):
                 self.unable = self._compare(program, self.tensors, {})
                 if self.unable is None:
@@ -192,6 +196,7 @@ class Course:
         self.entered: list[str] = [""]
         self.inside: list[tuple[str, nn.Module]] = []
         self.failed = False
+        self.place: tuple[object, ...] = ()  # in the code, where it failed
         self.events = 0
 
     @property
@@ -294,11 +299,14 @@ def own_forward(module: nn.Module, forward: Forward, args: Any, kwargs: Any, cou
     """
     course = Course() if course is None else course
     inside = course.inside
+    if GIVEN in module.__dict__:
+        forward = type(module).forward  # takes only some entries of what it is given
     with _running(module, course):
         try:
             return forward(module, *args, **kwargs)
         except Exception as error:
             course.failed = True
+            course.place = tuple((frame.f_code, frame.f_lasti) for frame, _ in traceback.walk_tb(error.__traceback__))
             path, failing = inside[-1] if inside else ("", module)
             where = f" in `{path}` ({type(failing).__name__})" if path else ""
             lines = str(error).strip().splitlines() or [type(error).__name__]
