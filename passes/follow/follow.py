@@ -241,39 +241,55 @@ def _first_that_follows(
     why = trial.difference(kept, {})
     if why is None:
         return {}, ""
+    steps = _steps(candidates)
     order = itertools.count()
     seen: set[frozenset[tuple[Attribute, Expr]]] = set()
     waiting: list[_Start] = []
 
-    def wait(chosen: dict[Attribute, Expr], why: str) -> None:
+    def wait(chosen: dict[Attribute, Expr], why: str, reached: tuple[int, ...]) -> None:
         nearest = trial.course.nearest
-        more = sorted((each for each in candidates if each[0] not in chosen), key=lambda each: nearest(each[0].module))
-        start = (chosen, why, trial.course.place, iter(more))
-        heapq.heappush(waiting, (-trial.course.reached, len(chosen), next(order), *start))
+        free = [step for step in steps if not any(attribute in chosen for attribute, _ in step)]
+        more = sorted(free, key=lambda step: nearest(step[0][0].module))
+        furthest_first = tuple(-n for n in reached) or (0,)
+        heapq.heappush(waiting, (furthest_first, len(chosen), next(order), chosen, why, reached, iter(more)))
 
-    wait({}, why)
+    wait({}, why, trial.course.reached)
     furthest, stuck = trial.course.reached, 0
     while waiting and stuck < MOST_STUCK and len(seen) < MOST_TRIALS:
-        *_, chosen, failure, place, rest = waiting[0]
+        *_, chosen, failure, before, rest = waiting[0]
         more = next(rest, None)
         if more is None:
             heapq.heappop(waiting)
             continue
-        needed = dict([*chosen.items(), more])
+        needed = dict([*chosen.items(), *more])
         if (key := frozenset(needed.items())) in seen:
             continue
         seen.add(key)
         difference = trial.difference(kept, _sizes_under(needed, kept))
         if difference is None:
             return _fewest(trial, needed, kept), ""
-        stuck = 0 if trial.course.reached > furthest else stuck + 1
-        furthest = max(furthest, trial.course.reached)
-        if difference != failure or trial.course.place != place:  # else it was not read so far
-            wait(needed, difference)
+        # One that runs to a wrong end has come further than the failure before, and nobody knows how much.
+        reached = trial.course.reached or (before if difference == failure else before and (*before, 1))
+        stuck = 0 if reached > furthest else stuck + 1
+        furthest = max(furthest, reached)
+        if difference != failure or reached != before:  # else it was not read so far
+            wait(needed, difference, reached)
     return None, why
 
 
-_Start = tuple[float, int, int, dict[Attribute, Expr], str, Any, Iterator[tuple[Attribute, Expr]]]
+_Step = tuple[tuple[Attribute, Expr], ...]
+_Start = tuple[tuple[int, ...], int, int, dict[Attribute, Expr], str, tuple[int, ...], Iterator[_Step]]
+
+
+def _steps(candidates: Sequence[tuple[Attribute, Expr]]) -> list[_Step]:
+    """Return what a search adds at a time: a candidate, or all given tensors along one axis (sines, cosines)."""
+    along: dict[Any, list[tuple[Attribute, Expr]]] = {}
+    for attribute, expr in candidates:
+        if isinstance(attribute, Given):
+            along.setdefault((expr, attribute.size), []).append((attribute, expr))
+    joint = [tuple(dict(each).items()) for each in along.values() if len(dict(each)) > 1]
+    integers = [(each,) for each in candidates if not isinstance(each[0], Given)]
+    return [*integers, *joint, *((each,) for each in candidates if isinstance(each[0], Given))]
 
 
 def _fewest(trial: Trial, needed: dict[Attribute, Expr], kept: Selection) -> dict[Attribute, Expr]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import math
 import traceback
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Container, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -39,6 +40,9 @@ from ecospa_fx.passes.rewrite.rewrite import rewrite
 from .attributes import Attribute, Values, fitted, held_integers, holding
 from .even_draws import even_draws
 from .given import GIVEN, Places, noted_arguments
+
+MOST_AVOIDED = 12  # sizes, before one is made up that means something else too
+_NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))  # torch, and these passes
 
 
 class Trial:
@@ -79,9 +83,9 @@ class Trial:
             return
         self.tensors = drawn(tensors)
         self._state = PythonState(module)  # no trial leaves another
-        program = rewrite(axis_facts, {}, module)
+        program, sizes = rewrite(axis_facts, {}, module), self.axes_of_size.keys()
         with recorded_reads(module) as reads, noted_arguments(module) as self.given:
-            for self.args, self.kwargs in example_calls(axis_facts):
+            for self.args, self.kwargs in example_calls(axis_facts, avoid=sizes):
                 self.unable = self._compare(program, self.tensors, {})
                 if self.unable is None:
                     break
@@ -196,13 +200,13 @@ class Course:
         self.entered: list[str] = [""]
         self.inside: list[tuple[str, nn.Module]] = []
         self.failed = False
-        self.place: tuple[object, ...] = ()  # in the code, where it failed
+        self.place: tuple[int, ...] = ()  # the instruction at which it failed, in each function of the model
         self.events = 0
 
     @property
-    def reached(self) -> float:
-        """How far the forward came: modules entered and left; infinite at its end."""
-        return self.events if self.failed else math.inf
+    def reached(self) -> tuple[int, ...]:
+        """How far the forward came: modules entered and left, and instructions. None where it ran to a wrong end."""
+        return (self.events, *self.place) if self.failed else ()
 
     def nearest(self, module: str) -> tuple[int, int]:
         """Return a key by which modules sort: around the place of the failure first, then those entered last."""
@@ -306,7 +310,8 @@ def own_forward(module: nn.Module, forward: Forward, args: Any, kwargs: Any, cou
             return forward(module, *args, **kwargs)
         except Exception as error:
             course.failed = True
-            course.place = tuple((frame.f_code, frame.f_lasti) for frame, _ in traceback.walk_tb(error.__traceback__))
+            frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+            course.place = tuple(f.f_lasti for f in frames if not f.f_code.co_filename.startswith(_NOT_THE_MODEL))
             path, failing = inside[-1] if inside else ("", module)
             where = f" in `{path}` ({type(failing).__name__})" if path else ""
             lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -357,7 +362,9 @@ def modes(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
             child.training = flag
 
 
-def example_calls(axis_facts: AxisFacts, now: Sequence[tuple[Size, ...]] = ()) -> Iterator[tuple[Any, Any]]:
+def example_calls(
+    axis_facts: AxisFacts, now: Sequence[tuple[Size, ...]] = (), avoid: Container[int] = ()
+) -> Iterator[tuple[Any, Any]]:
     """Make up calls that a graph serves, with random values: a small one if its sizes may be so, and one as captured.
 
     Sizes may depend on each other, and on what the forward asks of them: the call that was captured answers to that.
@@ -365,16 +372,19 @@ def example_calls(axis_facts: AxisFacts, now: Sequence[tuple[Size, ...]] = ()) -
     Args:
         axis_facts: axes of the graph.
         now: the sizes of its inputs, where some have shrunk since.
+        avoid: sizes that mean something else, and are not made up where that can be.
     """
     signature, decided = axis_facts.captured.signature, axis_facts.captured.data_sizes
     called = {symbol: size for symbol, size in symbols_of(axis_facts).items() if symbol not in decided}
     # Sizes that the graph does not use are not known from it.
     shapes = [size for _, _, shape in signature.tensors for size in shape if isinstance(size, sympy.Expr)]
     symbols = {*called, *(symbol for size in shapes for symbol in size.free_symbols)}
-    small = {}
+    small: dict[sympy.Symbol, int] = {}
     for i, symbol in enumerate(sorted(symbols, key=str)):
         low, high = signature.ranges.get(symbol, (0, math.inf))
-        small[symbol] = int(min(max(low, 3 + i), high))
+        size = int(min(max(low, 3 + i), high))
+        free = (n for n in range(size, size + MOST_AVOIDED) if n <= high and n not in avoid and n not in small.values())
+        small[symbol] = next(free, size)
     if small != called and signature.admits(small):
         yield _call(signature, small, now)
     yield _call(signature, {**small, **called}, now)
