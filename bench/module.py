@@ -64,7 +64,7 @@ NAMES = (
 WIDER: dict[str, Call] = {
     "t5": {"d_ff": 96}, "gpt_neox": {"rotary_pct": 0.5}, "stablelm": {"partial_rotary_factor": 0.5},
 }  # fmt: skip
-"""Where a size of the zoo's smallest is that of another thing, too, or one pair of dims that turns, which stays whole."""
+"""Where a size of the zoo's smallest is that of another thing, too, or one pair of dims is all that turns."""
 VARIANTS = {"mlp_mixer": ("mixer_s32_224", {})}
 """Where the zoo's smallest can lose nothing: its gates normalise what they gate."""
 TARGET, NEW = 0.6, 6  # of the prunable parameters; tokens to generate

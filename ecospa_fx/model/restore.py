@@ -17,6 +17,7 @@ from torch import nn
 from ecospa_fx.arguments import CALL, MODULE, takes
 from ecospa_fx.errors import EcoSpaError, NoInputsError, RestoreError
 from ecospa_fx.passes.follow.attributes import fitted, sync_layer_sizes
+from ecospa_fx.passes.follow.given import Given
 from ecospa_fx.passes.follow.trial import NotTried, difference, example_calls, modes
 from ecospa_fx.passes.graph.forward_swap import own_forward
 from ecospa_fx.passes.graph.isolate import isolated
@@ -64,6 +65,12 @@ def restore(
     compiled: CompiledModel | None = model.__dict__.get(MODEL)
     if compiled is None:
         raise EcoSpaError(f"{type(model).__name__} is not compiled; there is nothing to restore")
+    for given in sorted((a for a in compiled.attributes if isinstance(a, Given)), key=str):
+        if (taken := len(given.read(model))) < given.size:
+            raise RestoreError(
+                f"`{given.module}` has shrunk and takes {taken} of {given.size} entries of dim {given.dim} of "
+                f"`{given.inside}`, which the model around it makes at full size. Keep the model compiled"
+            )
     if compiled.plan.original_shapes:
         if example_inputs is not None or example_kwargs is not None:
             try_call(

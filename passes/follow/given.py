@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ecospa_fx.errors import ShrinkError
 from ecospa_fx.passes.axes.algebra import Expr
 from ecospa_fx.passes.axes.selection import Selection, in_first_contexts, mask_of, touched
-from ecospa_fx.passes.graph.forward_swap import own_forward, swap_forward
+from ecospa_fx.passes.graph.forward_swap import own_forward, swap_forward, swap_of
+from ecospa_fx.passes.graph.stand_in_class import below
 
 from .attributes import Attribute
 
@@ -65,6 +66,8 @@ class Given(Attribute):
         if positions:
             module.__dict__[GIVEN] = _Taken(positions)
             swap_forward(module, GIVEN)
+        elif type(module) is swap_of(module, GIVEN):
+            module.__class__ = below(type(module))
 
 
 class _Taken:
