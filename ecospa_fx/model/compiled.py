@@ -161,7 +161,8 @@ class CompiledModel:
         try:
             self._wait_no_longer(model)
             with gathered_whole(model):
-                chosen = choose_regions(model, args, kwargs, self.how, self.state.captures, self.state.options)
+                across = self.execution == "graph"
+                chosen = choose_regions(model, args, kwargs, self.how, self.state.captures, self.state.options, across)
             analyses, self.not_captured = chosen.analyses, chosen.failed
             if not chosen.joints and not any(analysis.discovery.couplings for analysis in analyses.values()):
                 raise NoCouplingError(_nothing_found(model, analyses))
@@ -246,10 +247,10 @@ class CompiledModel:
         """Swap the classes of the regions, so that their calls run through `Region.__call__`."""
         for name, region in self.regions.items():
             module = model.get_submodule(name)
+            swap_linears(module)  # first: the region may be one itself
             if self.execution == "graph":
                 module.__dict__[REGION] = region
                 swap_forward(module, REGION)
-            swap_linears(module)
         if self.execution == "module":
             model.__dict__[COPIES] = CopiesWait(model, MODEL)
 

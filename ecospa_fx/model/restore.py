@@ -89,13 +89,13 @@ def restore(
 
 def plain(module: nn.Module) -> None:
     """Give a module, and the linear layers in it, their original classes, and remove the attributes of this library."""
+    unswap_forward(module)
     child: nn.Module
     for child in module.modules():
         if type(child) is ShrinkableLinear:
             sizes = child.in_features, child.out_features
             child.__class__ = nn.Linear  # type: ignore[assignment]
             child.in_features, child.out_features = sizes
-    unswap_forward(module)
     for key in (MODEL, REGION, COPIES):
         module.__dict__.pop(key, None)
 
