@@ -18,6 +18,7 @@ from ecospa_fx.ranks.wrappers import check_wrappers, unwrapped
 from .copies import copies_of
 from .diff import ModuleDiff, diff_of, shapes_of
 from .journal import Journal, all_or_nothing
+from .left_behind import left_behind
 from .lookup import check_optimizer, state_of
 from .optimizer_state import several
 from .slicing import Absorber
@@ -46,7 +47,8 @@ def shrink(
     Args:
         model: a compiled model.
         selection: coupling (or its name) -> sorted LongTensor of the entries to keep, in `0..coupling.size - 1`.
-        optimizer: the optimizer, or several, that hold the parameters.
+        optimizer: the optimizer, or several, that hold the parameters. One with state that is left out refuses its next
+            step.
         also: copies of the model that shrink with it, such as averages of its weights: modules, objects that hold some
             (`torch.optim.swa_utils.AveragedModel`, timm's `ModelEma`), dicts of names and tensors; or one of these.
         absorb: statistics of the inputs of weights. Where a weight sums over removed entries, the entries that stay
@@ -102,6 +104,7 @@ def shrink_within(
     before, sizes = shapes_of(model), {coupling.name: coupling.size for coupling in compiled.couplings()}
     compiled.shrink(model, selection, journal, optimizers, copies_of(model, also), absorb)
     change = diff_of(model, before)
+    left_behind().note(model, change.before)
     log = logger("shrink")
     log.info("%s", change.headline())
     for coupling in compiled.couplings():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -10,27 +9,11 @@ from typing import Any
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ecospa_fx.errors import OptimizerError
 from ecospa_fx.model.lookup import couplings
 from ecospa_fx.model.optimizer_state import layers
-
-_WATCHERS: weakref.WeakSet[ForeignSteps] = weakref.WeakSet()
-
-
-@functools.cache
-def _listen() -> None:
-    """Hear of the steps of all optimizers, once and for good.
-
-    torch iterates over its hooks: one that went when a trainer is collected as garbage would break a step off.
-    """
-
-    def note(optimizer: Any, *_: Any) -> None:
-        for watcher in list(_WATCHERS):
-            watcher._note(optimizer)
-
-    register_optimizer_step_pre_hook(note)
+from ecospa_fx.model.step_watch import unwatch_steps, watch_steps
 
 
 class ForeignSteps:
@@ -48,10 +31,9 @@ class ForeignSteps:
         self.model, self.optimizers = model, optimizers
         self._own: weakref.WeakSet[Any] = weakref.WeakSet()
         self._foreign: weakref.WeakSet[Any] = weakref.WeakSet()
-        _listen()
-        _WATCHERS.add(self)
+        watch_steps(self)
 
-    def _note(self, optimizer: Any) -> None:
+    def before_step(self, optimizer: Any) -> None:
         """Take note that some optimizer, of this model or another, is about to take a step."""
         if optimizer not in self._own and optimizer not in self._foreign:
             mine = any(optimizer is layer for each in self.optimizers for layer in layers(each))
@@ -87,4 +69,4 @@ class ForeignSteps:
 
     def detach(self) -> None:
         """Stop watching."""
-        _WATCHERS.discard(self)
+        unwatch_steps(self)

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from ecospa_fx.errors import TargetError
 from ecospa_fx.model.cost import Cost
-from ecospa_fx.ranks.shards import is_sharded
 from ecospa_fx.score.estimator import CoupledEstimator
 from ecospa_fx.score.scores import Score, ScoreFunction
 
@@ -142,7 +141,7 @@ def check_options(policy: PolicyName | None, preset: Preset, gradients: Gradient
 
 
 def chosen_policy(
-    policy: PolicyName | None, preset: Preset, schedule: Schedule, given: Mapping[str, object], model: nn.Module
+    policy: PolicyName | None, preset: Preset, schedule: Schedule, given: Mapping[str, object]
 ) -> PolicyName:
     """Return the policy of a trainer that is given none: in fine-tuning by a schedule `"adaptive"`, else the paper's.
 
@@ -151,12 +150,9 @@ def chosen_policy(
         preset: the preset.
         schedule: the schedule.
         given: settings of the paper's rule, None where they are not given.
-        model: the model; one that is sharded over ranks the adaptive policy cannot judge.
     """
     if policy is not None:
         return policy
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        return "paper"
     ends = schedule.end is not None or schedule.shape == "one_shot"
     own = any(value is not None for value in given.values())
     return "adaptive" if preset == "finetune" and ends and not own else "paper"

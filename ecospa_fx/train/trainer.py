@@ -205,7 +205,7 @@ class EcoSpaTrainer:
         self.schedule = Schedule(interval, start, end, shape, shrinks, unit)
         given: dict[str, object] = {"top_k": top_k, "theta": theta, "decay": decay, "window": window}
         given |= {"score": score, "index_score": index_score}
-        adaptive = chosen_policy(policy, preset, self.schedule, given, model) == "adaptive"
+        adaptive = chosen_policy(policy, preset, self.schedule, given) == "adaptive"
         if adaptive:
             check_adaptive(self.schedule, given)
         defaults = PRESETS[preset]

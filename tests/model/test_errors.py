@@ -239,6 +239,27 @@ def test_optimizer_state_that_cannot_follow():
     assert_untouched(model, before, optimizer)
 
 
+def test_an_optimizer_that_a_shrink_was_not_told_of():
+    model, optimizer = trained()
+    told, without_state = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), torch.optim.SGD(model.parameters())
+    told.step()
+    (coupling,) = ecospa_fx.couplings(model)
+    ecospa_fx.shrink(model, {coupling: torch.arange(3)}, optimizer=told)
+    model(X).square().sum().backward()
+    told.step()
+    without_state.step()
+    before = snapshot(model)
+    with pytest.raises(errors.OptimizerError) as caught:
+        optimizer.step()
+    assert str(caught.value) == (
+        "this AdamW holds `exp_avg` of `up.weight` at the sizes (10, 6), and a shrink made the parameter (3, 6) "
+        "without it. Nothing can be taken out of that state now: give every shrink the optimizers of the model, "
+        "shrink(model, selection, optimizer=...), or make this optimizer anew here"
+    )
+    assert_untouched(model, before)
+    torch.optim.AdamW(model.parameters()).step()
+
+
 @pytest.mark.parametrize(
     ("keep", "words"),
     [

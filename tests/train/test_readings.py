@@ -10,7 +10,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import ecospa_fx
 from ecospa_fx.errors import CaptureError, EcoSpaError, OptimizerError
-from ecospa_fx.train.foreign_steps import _WATCHERS
+from ecospa_fx.model.step_watch import _WATCHERS
+from ecospa_fx.train.foreign_steps import ForeignSteps
 
 X = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(0))
 SETTINGS = {"target": 0.8, "among": "prunable", "interval": 2, "end": 8}
@@ -23,6 +24,10 @@ def stack(**options):
 
 def loss_of(model):
     return (model(X) - X.flip(-1)).square().mean()
+
+
+def watching():
+    return sum(isinstance(each, ForeignSteps) for each in _WATCHERS)
 
 
 def adamw(model):
@@ -89,18 +94,18 @@ def test_optimizers_of_others_and_without_state_are_no_concern():
     model, other = stack(), stack()
     mine, plain, theirs = adamw(model), torch.optim.SGD(model.parameters(), 1e-3), adamw(other)
     gc.collect()  # of trainers that nobody holds any more
-    watchers = len(_WATCHERS)
+    watchers = watching()
     trainer = ecospa_fx.EcoSpaTrainer(model, mine, **SETTINGS)
     for _ in range(8):
         loss_of(other).backward()
         theirs.step()
         train(model, trainer, [mine, plain], 1)
-    assert trainer.done and len(_WATCHERS) == watchers  # nothing is watched any more
+    assert trainer.done and watching() == watchers  # nothing is watched any more
     trainer = ecospa_fx.EcoSpaTrainer(other, theirs, target=0.9)
-    assert len(_WATCHERS) == watchers + 1
+    assert watching() == watchers + 1
     del trainer
     gc.collect()
-    assert len(_WATCHERS) == watchers
+    assert watching() == watchers
 
 
 def test_a_trainer_that_is_collected_while_an_optimizer_steps_breaks_nothing():
