@@ -14,8 +14,6 @@ fail the trial.
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
@@ -31,7 +29,6 @@ from ecospa_fx.passes.axes.selection import (
     Selected,
     Selection,
     count,
-    in_first_contexts,
     per_context_or_shared,
     touched,
     whole,
@@ -41,11 +38,9 @@ from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.region_graph import Forward
 
 from .attributes import Attribute, Value
-from .given import Given, given_along, positions_under
+from .given import Given, given_along
+from .search import first_that_follows, values_under
 from .trial import Trial
-
-MOST_TRIALS = 400  # per coupling
-MOST_STUCK = 60  # of them, one after another, with which the forward comes no further
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,16 +67,7 @@ class PythonSupport:
 
     def values(self, kept: Selection) -> dict[Attribute, Value]:
         """Return the value of each attribute under a selection."""
-        return _sizes_under(self.sizes, kept)
-
-
-def _sizes_under(axes: Mapping[Attribute, Expr], kept: Selection) -> dict[Attribute, Value]:
-    """Return the values of attributes under a selection: the sizes of these axes, or the positions that are left."""
-    counts = in_first_contexts(kept)
-    return {
-        attribute: positions_under(expr, kept) if isinstance(attribute, Given) else int(count(expr, counts))
-        for attribute, expr in axes.items()
-    }
+        return values_under(self.sizes, kept)
 
 
 def follow(
@@ -128,7 +114,7 @@ def follow(
         for trial, other in zip(trials[1:], in_graphs[1:], strict=True):
             if other is not None and why == "":
                 theirs: Selection = {other.atom: kept[coupling.atom]}
-                why = trial.difference(theirs, _sizes_under(needed, kept)) or ""
+                why = trial.difference(theirs, values_under(needed, kept)) or ""
         if why:
             refused[coupling.key] = why
             continue
@@ -136,12 +122,16 @@ def follow(
         sizes.update(needed)
         if coupling.context is not None and not any(isinstance(each, Given) for each in needed):
             apart = {coupling.atom: some(coupling.atom, coupling.context, 0.5, generator)}
-            if first.difference(apart, _sizes_under(needed, apart)) is None:
+            if first.difference(apart, values_under(needed, apart)) is None:
                 varied.add(coupling.key)
     in_step: dict[Any, tuple[Any, ...]] = {}
     for group in _of_one_attention(programs[0][1], refused):
-        joint = _jointly(trials, [discovery for _, discovery in programs], group, sizes, generator)
-        if joint is not None:
+        joint, why = _jointly(trials, [discovery for _, discovery in programs], group, sizes, generator)
+        if joint is None:
+            refused |= {
+                c.key: f"{refused[c.key]}; with the same share of {_listed(group)} removed {why}" for c in group
+            }
+        else:
             sizes.update(joint)
             for coupling in group:
                 del refused[coupling.key]
@@ -166,34 +156,40 @@ def _jointly(
     group: Sequence[RegionCoupling],
     sizes: Mapping[Attribute, Expr],
     generator: torch.Generator,
-) -> dict[Attribute, Expr] | None:
+) -> tuple[dict[Attribute, Expr] | None, str]:
     """Find the attributes that must change if couplings keep the same share, one integer being the size of all.
 
     Returns:
-        Attribute -> the axis whose size it holds; None where its Python cannot follow them so either.
+        Attribute -> the axis whose size it holds; None and the reason where its Python cannot follow them so either.
     """
     share = _common_share(group, 0.5)
     if share is None:
-        return None
+        return None, "nothing is left out: their sizes have no common factor"
     kept = {coupling.atom: some(coupling.atom, None, share, generator) for coupling in group}
     first = trials[0]
     axes = [axis for coupling in group for axis in coupling.axes]
     candidates = _candidates(first, kept, sizes, axes)
     near = [(a, expr) for a, expr in candidates if all(_near(a, coupling) for coupling in group)]
-    needed, _ = _first_that_follows(first, near, kept)
+    needed, _, end = first_that_follows(first, near, kept)
     if needed is None:
-        return None
+        return None, f"it {end}"
     for coupling in group:
         needed |= _also_sizes(first, coupling, kept, needed)
-    if any(_uncertain(first, coupling, kept, needed) is not None for coupling in group):
-        return None
-    values = _sizes_under(needed, kept)
+    if any((uncertain := _uncertain(first, coupling, kept, needed)) is not None for coupling in group):
+        return None, f"it {uncertain}"
+    values = values_under(needed, kept)
     for trial, discovery in zip(trials[1:], discoveries[1:], strict=True):
         others = {c.key: c for c in discovery.couplings}
         theirs: Selection = {others[c.key].atom: kept[c.atom] for c in group if c.key in others}
-        if len(theirs) < len(group) or trial.difference(theirs, values) is not None:
-            return None
-    return needed
+        if len(theirs) < len(group):
+            return None, "another call needs one of them whole"
+        if (difference := trial.difference(theirs, values)) is not None:
+            return None, f"it {difference} in another call"
+    return needed, ""
+
+
+def _listed(group: Sequence[RegionCoupling]) -> str:
+    return " and ".join(f"`{coupling.name}`" for coupling in group)
 
 
 def _common_share(group: Sequence[RegionCoupling], about: float) -> float | None:
@@ -215,7 +211,8 @@ def _find_needed(
 ) -> tuple[dict[Attribute, Expr] | None, str]:
     """Find the attributes that must change for a coupling, as few as possible; or None, and why a trial failed."""
     # Those of modules around its weights come first: in a whole model there are as many as there are layers.
-    return _first_that_follows(trial, sorted(candidates, key=lambda each: not _near(each[0], coupling)), kept)
+    nearest_first = sorted(candidates, key=lambda each: not _near(each[0], coupling))
+    return first_that_follows(trial, nearest_first, kept)[:2]
 
 
 def _in_any_block(coupling: RegionCoupling, candidates: Sequence[tuple[Attribute, Expr]]) -> tuple[Any, ...]:
@@ -228,77 +225,6 @@ def _in_any_block(coupling: RegionCoupling, candidates: Sequence[tuple[Attribute
 def _starred(text: str) -> str:
     """Replace the positions in lists that a text names."""
     return re.sub(r"(?<=[.`])\d+(?=[.`])|^\d+(?=\.)", "*", text)
-
-
-def _first_that_follows(
-    trial: Trial, candidates: Sequence[tuple[Attribute, Expr]], kept: Selection
-) -> tuple[dict[Attribute, Expr] | None, str]:
-    """Find a set of attributes with which the forward follows a selection, and say why it does not follow without.
-
-    A forward with a wrong size fails where that is used. A set with which it comes further is gone on from, by the
-    attributes of the modules where it fails now: as many trials as attributes, and not as sets of them.
-    """
-    why = trial.difference(kept, {})
-    if why is None:
-        return {}, ""
-    steps = _steps(candidates)
-    order = itertools.count()
-    seen: set[frozenset[tuple[Attribute, Expr]]] = set()
-    waiting: list[_Start] = []
-
-    def wait(chosen: dict[Attribute, Expr], why: str, reached: tuple[int, ...]) -> None:
-        nearest = trial.course.nearest
-        free = [step for step in steps if not any(attribute in chosen for attribute, _ in step)]
-        more = sorted(free, key=lambda step: nearest(step[0][0].module))
-        furthest_first = tuple(-n for n in reached) or (0,)
-        heapq.heappush(waiting, (furthest_first, len(chosen), next(order), chosen, why, reached, iter(more)))
-
-    wait({}, why, trial.course.reached)
-    furthest, stuck = trial.course.reached, 0
-    while waiting and stuck < MOST_STUCK and len(seen) < MOST_TRIALS:
-        *_, chosen, failure, before, rest = waiting[0]
-        more = next(rest, None)
-        if more is None:
-            heapq.heappop(waiting)
-            continue
-        needed = dict([*chosen.items(), *more])
-        if (key := frozenset(needed.items())) in seen:
-            continue
-        seen.add(key)
-        difference = trial.difference(kept, _sizes_under(needed, kept))
-        if difference is None:
-            return _fewest(trial, needed, kept), ""
-        # One that runs to a wrong end has come further than the failure before, and nobody knows how much.
-        reached = trial.course.reached or (before if difference == failure else before and (*before, 1))
-        stuck = 0 if reached > furthest else stuck + 1
-        furthest = max(furthest, reached)
-        if difference != failure or reached != before:  # else it was not read so far
-            wait(needed, difference, reached)
-    return None, why
-
-
-_Step = tuple[tuple[Attribute, Expr], ...]
-_Start = tuple[tuple[int, ...], int, int, dict[Attribute, Expr], str, tuple[int, ...], Iterator[_Step]]
-
-
-def _steps(candidates: Sequence[tuple[Attribute, Expr]]) -> list[_Step]:
-    """Return what a search adds at a time: a candidate, or all given tensors along one axis (sines, cosines)."""
-    along: dict[Any, list[tuple[Attribute, Expr]]] = {}
-    for attribute, expr in candidates:
-        if isinstance(attribute, Given):
-            along.setdefault((expr, attribute.size), []).append((attribute, expr))
-    joint = [tuple(dict(each).items()) for each in along.values() if len(dict(each)) > 1]
-    integers = [(each,) for each in candidates if not isinstance(each[0], Given)]
-    return [*integers, *joint, *((each,) for each in candidates if isinstance(each[0], Given))]
-
-
-def _fewest(trial: Trial, needed: dict[Attribute, Expr], kept: Selection) -> dict[Attribute, Expr]:
-    """Leave out the attributes without which the forward follows too."""
-    for attribute in [*needed] if len(needed) > 1 else ():
-        fewer = {other: expr for other, expr in needed.items() if other != attribute}
-        if trial.difference(kept, _sizes_under(fewer, kept)) is None:
-            needed = fewer
-    return needed
 
 
 def _uncertain(trial: Trial, coupling: RegionCoupling, kept: Selection, needed: Mapping[Attribute, Expr]) -> str | None:
@@ -337,7 +263,7 @@ def _also_sizes(
         if len(sizes) > 1 or None in sizes:
             continue
         tried = {**needed, **more, attribute: meanings[0]}
-        if trial.difference(kept, _sizes_under(tried, kept)) is None:
+        if trial.difference(kept, values_under(tried, kept)) is None:
             more[attribute] = meanings[0]
     return more
 
@@ -387,7 +313,7 @@ def _together(trial: Trial, discovery: Discovery, support: PythonSupport, genera
         more = accepted | {coupling.atom: kept[coupling.atom] for coupling in group}
         keys = [coupling.key for coupling in group]
         needed = {a: support.sizes[a] for key in (*couplings, *keys) for a in support.couplings[key]}
-        difference = trial.difference(more, _sizes_under(needed, more))
+        difference = trial.difference(more, values_under(needed, more))
         if difference is None:
             accepted = more
             couplings |= {key: support.couplings[key] for key in keys}
