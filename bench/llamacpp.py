@@ -12,8 +12,8 @@ that is tried first, and `refused` means that the loader does not take the file.
     everything   half of every coupling, more in one layer than in the next; zeros where the format needs entries
     widths       feed-forward layers and heads only; zeros only to make layers equal
     per layer    the same with one width per layer, as an architecture whose loader reads that
-    uniform      trained to half in its own Python with `deployable="transformers"`, and saved by `save_pretrained`: the
-                 converter takes that directory, and nothing is cut. `written` are the entries other than zero.
+    uniform      trained to half (0.7 where heads stay) in its own Python with `deployable="transformers"`, and saved by
+                 `save_pretrained`: the converter takes that, and nothing is cut. `written`: entries that are not zero
 """
 
 from __future__ import annotations
@@ -73,9 +73,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 3, "n_head": 8, "hidden_size": 64},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 4},
 }
+ABOUT = ("GGUF", "general", "tokenizer")  # the first words of fields that hold no sizes
 COMPUTES_THE_SAME = {"llama": "deci", "mistral": "deci"}
 ENTRY = 2e-4  # what another entry of the table of GELUs, after a difference in the last bit, makes in the end
-UNIFORM = ("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite", "smollm3")
+WHOLE = ("*.heads", "*.groups")
+UNIFORM: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen3", "smollm3"), ()),
+    **dict.fromkeys(
+        ("qwen2", "phi3", "olmo2", "granite"), WHOLE
+    ),  # their loaders compute the length of a head from the hidden size
+}
 WAYS = ("everything", "widths", "per layer", "uniform")
 WIDTHS = ("ffn", "glu", "heads", "groups")
 COLUMNS = (
@@ -215,8 +222,9 @@ def uniform(name: str, llama_cpp: str) -> dict[str, Any]:
     ecospa_fx.compile(model, example_kwargs=call, execution="module")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
     trainer = ecospa_fx.EcoSpaTrainer(
-        model, optimizer, target=0.5, among="prunable", interval=1, end=3, deployable="transformers"
-    )
+        model, optimizer, target=0.7 if UNIFORM[name] else 0.5, among="prunable", interval=1, end=3,
+        deployable="transformers", frozen=UNIFORM[name],
+    )  # fmt: skip
     for _ in range(4):
         model(**call).logits.square().mean().backward()
         optimizer.step()
@@ -239,7 +247,9 @@ def uniform(name: str, llama_cpp: str) -> dict[str, Any]:
             return row | {"refused": why}
         convert(llama_cpp, directory / "saved", directory / "small.gguf")
         reader = gguf.GGUFReader(directory / "small.gguf")
-        lists = [key for key, field in reader.fields.items() if key.startswith(name) and len(field.data) > 1]
+        lists = [
+            key for key, field in reader.fields.items() if key.partition(".")[0] not in ABOUT and len(field.data) > 1
+        ]
         if lists:
             return row | {"refused": f"{lists[0]} is a list"}
         row["written"] = sum(int((tensor.data != 0).sum()) for tensor in reader.tensors)

@@ -1,7 +1,8 @@
 """Trial: a call of a region, run by its own Python with smaller weights, against the program at the same sizes.
 
-The weights are drawn at random, and the call is made up: small, of the signature that was captured. It runs on the meta
-device first, which takes no time; if it succeeds there, it is compared in values.
+The weights are drawn at random, and the call is made up: small, of the signature that was captured. A large region
+runs on the meta device first, which multiplies nothing, and is compared in values if it succeeds there. In a small one
+values take less time than the Python in which torch finds shapes.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from .course import Course, Failed, own_forward
 from .even_draws import even_draws
 from .given import Places, noted_arguments
 
+FEW = 4_000_000  # entries of weights, with which a forward takes less time in values than on the meta device
 MOST_AVOIDED = 12  # sizes, before one is made up that means something else too
 
 
@@ -68,6 +70,7 @@ class Trial:
         self._draws = any(may_draw(node.target) for node in axis_facts.captured.graph.nodes)
         self._under: tuple[Selection, dict[str, Tensor], list[Tensor] | str] | None = None  # the latest selection
         self._shapes_tell = False
+        self._device: str | None = None  # on which it only has to run: its own, or the meta device
         self._idle: dict[Attribute, bool] = {}
         try:
             with modes(module, self._training):
@@ -93,8 +96,11 @@ class Trial:
             for attribute, value in held_integers(module, every, numbers).items()
             if attribute not in self.held and attribute.inside is None
         }
-        self._shapes_tell = self._fails_on_shapes(self.tensors, {}) is None
-        self._other_mode_tells = self._shapes_tell and self._fails_on_shapes(self.tensors, {}, other_mode=True) is None
+        if sum(tensor.numel() for tensor in self.tensors.values()) > FEW:
+            self._device = "meta"
+        runs = self.unable is None and self._fails(self.tensors, {}) is None
+        self._shapes_tell = runs and self._device == "meta"
+        self._other_mode_tells = runs and self._fails(self.tensors, {}, other_mode=True) is None
 
     def difference(self, kept: Selection, values: Values) -> str | None:
         """Say how the forward under a selection, with attributes at `values`, differs from the program.
@@ -104,7 +110,7 @@ class Trial:
         small, expected = self._at(kept)
         if isinstance(expected, str):
             return expected
-        if self._shapes_tell and (error := self._fails_on_shapes(small, values)) is not None:
+        if self._shapes_tell and (error := self._fails(small, values)) is not None:
             return error
         self.course = Course()
         with self._ready(small, values):
@@ -112,7 +118,7 @@ class Trial:
         if error is not None or not self._other_mode_tells:
             return error
         # No graph has to be there for the other mode, and this Python runs in it all the same.
-        error = self._fails_on_shapes(small, values, other_mode=True)
+        error = self._fails(small, values, other_mode=True)
         return error and f"{error}, in {'eval' if self._training[0] else 'training'} mode"
 
     def _at(self, kept: Selection) -> tuple[dict[str, Tensor], list[Tensor] | str]:
@@ -150,19 +156,21 @@ class Trial:
     def _training(self) -> Sequence[bool]:
         return self.axis_facts.captured.signature.training
 
-    def _fails_on_shapes(self, tensors: Mapping[str, Tensor], values: Values, other_mode: bool = False) -> str | None:
-        """Say why the forward fails on the meta device, which takes no time; None where it runs.
+    def _fails(self, tensors: Mapping[str, Tensor], values: Values, other_mode: bool = False) -> str | None:
+        """Say why the forward fails, whatever it computes; None where it runs.
 
         Args:
             tensors: its weights and buffers.
             values: attributes at values of their own.
             other_mode: in eval mode for a graph of training mode, and the other way round.
         """
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (self.args, self.kwargs))
-        shapes = {name: t.to("meta") for name, t in tensors.items()}
+        args, kwargs = self.args, self.kwargs
+        if self._device is not None:
+            args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(self._device), (args, kwargs))
+            tensors = {name: t.to(self._device) for name, t in tensors.items()}
         self.course = Course()
         try:
-            with self._ready(shapes, values, other_mode), isolated(self.module, self._state):
+            with self._ready(tensors, values, other_mode), self._alone():
                 own_forward(self.module, self.forward, args, kwargs, self.course)
         except Failed as failed:
             return str(failed)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+TYPES = ("llama", "mistral", "mixtral", "qwen3", "olmo2", "granite", "smollm3", "qwen2", "phi3")
 BENCH = Path(__file__).parents[2] / "bench"
 
 
@@ -29,7 +30,7 @@ def llamacpp():
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite", "smollm3"])
+@pytest.mark.parametrize("name", TYPES)
 def test_a_uniform_model_needs_no_zeros(name, llamacpp):
     bench, sources = llamacpp
     row = bench.uniform(name, sources)
