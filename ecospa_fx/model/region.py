@@ -40,6 +40,7 @@ from ecospa_fx.passes.rewrite.stored import check_state_layouts, keys_of, whole_
 from ecospa_fx.ranks.fsdp2 import fsdp_modules, sharded_apart
 from ecospa_fx.ranks.tensor_parallel import check_sequences, gathered_here
 
+from .compiled_code import check_not_recomputed
 from .full_size import FullSizeTensors, in_transform, outside_forward, outside_inference, unshrunk_dim
 from .journal import Journal, all_or_nothing
 from .moving import moving_buffers, settled
@@ -147,6 +148,8 @@ class Region:
                 )
             if program is None and self.shared_out is not None:
                 self._check_numbers(module, self.shared_out.ranks)
+            if program is None and torch.compiler.is_compiling():
+                check_not_recomputed(self._named())
             if program is None and not self.shrunk:
                 program, uncaptured = self._add_or_none(module, args, kwargs)
                 if program is None or self.routing.changed_constant(self.specializations, module, program) is not None:

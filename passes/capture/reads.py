@@ -33,6 +33,7 @@ from ecospa_fx.passes.graph.namespaces import (
     mutable_defaults,
     names_in,
     namespaces,
+    seen_in,
     value_in,
 )
 from ecospa_fx.passes.graph.python_state import (
@@ -171,7 +172,8 @@ class Reads:
     def add_names(self, names: Iterable[tuple[Any, str, str]]) -> None:
         """Record the values of names outside of the modules, see `namespaces`."""
         for namespace, name, where in names:
-            entry, value = isinstance(namespace, dict), value_in(namespace, name)
+            entry = isinstance(namespace, dict)
+            value = seen_in(namespace, name) if isinstance(namespace, type) else value_in(namespace, name)
             if value is not ABSENT and not isinstance(value, ModuleType):
                 self.add(namespace, (PathItem(name, entry=entry),), value, where)
 

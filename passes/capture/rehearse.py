@@ -222,7 +222,15 @@ def _effects(module: nn.Module, region: str, run: Callable[[], Any]) -> Rehearsa
     again, draws, memory = PythonState(module, code), Draws(), memory_of(module)
     try:
         with recorded_reads(module, code) as reads, watched_stores(again) as stores, DataUses(module) as data:
-            run()
+            try:
+                run()
+            except _ForwardFails as error:  # without knowing what it reads, no graph of it could be trusted
+                cause = error.__cause__
+                raise CaptureError(
+                    f"{described(region)} ({type(module).__name__}) runs once, and a second call, in which its reads "
+                    f"and writes are watched, ends with {type(cause).__name__}: {cause}. Let it run twice in a row, or "
+                    "let smaller submodules be captured (regions='auto' finds them)"
+                ) from cause
         generator = draws.moved(among=("Python", "numpy"))
         if generator:
             raise CaptureError(

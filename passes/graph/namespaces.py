@@ -47,6 +47,7 @@ class Watching:
         """Keep quiet."""
 
 
+_OF_FUNCTIONS = ("__defaults__", "__kwdefaults__")  # which lie in a function beside its `__dict__`
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 Code = Mapping[CodeType, FunctionType | dict[str, Any]]
@@ -137,10 +138,14 @@ def namespaces(module: nn.Module, code: Code) -> Iterator[tuple[Any, str, str]]:
         for name in _global_names(each):
             if name in namespace:
                 yield namespace, name, f"{namespace.get('__name__', '')}.{name}"
+        if isinstance(function, FunctionType):
+            cls = _class_of(function)
+            if cls is not None and function.__name__[:2] != "__":
+                yield cls, function.__name__, f"{cls.__name__}.{function.__name__}"
         for owner, attribute in _attributes_of_globals(each):
             held = namespace.get(owner)
-            if isinstance(held, (ModuleType, type, FunctionType)) and not foreign_code(_package(held)):
-                yield held, attribute, f"{owner}.{attribute}"
+            for place in _places_of(held, attribute):
+                yield place, attribute, f"{owner}.{attribute}"
     for function in (each for each in code.values() if isinstance(each, FunctionType)):
         for name in mutable_defaults(function):
             yield function, name, f"{function.__qualname__}.{name}"
@@ -156,12 +161,37 @@ def namespaces(module: nn.Module, code: Code) -> Iterator[tuple[Any, str, str]]:
                     yield cls, name, f"{cls.__name__}.{name}"
 
 
+def _class_of(function: FunctionType) -> type | None:
+    """Return the class in which a function lies under its own name, as far as its globals lead to it."""
+    owner, *way = function.__qualname__.split(".")
+    found = function.__globals__.get(owner)
+    for name in way[:-1]:
+        found = vars(found).get(name) if isinstance(found, type) else None
+    held = vars(found).get(way[-1]) if way and isinstance(found, type) else None
+    return found if isinstance(found, type) and getattr(held, "__func__", held) is function else None
+
+
+def _places_of(held: Any, attribute: str) -> Iterator[ModuleType | type | FunctionType]:
+    """Yield the modules, functions and classes in which an attribute of one lies, or would be set."""
+    if not isinstance(held, (ModuleType, type, FunctionType)) or foreign_code(_package(held)):
+        return
+    yield held
+    if isinstance(held, type):
+        for cls in (*held.__mro__[1:], *type(held).__mro__):
+            if attribute in vars(cls) and not foreign_code(cls.__module__):
+                yield cls
+
+
 def _package(held: Any) -> str | None:
     return held.__name__ if isinstance(held, ModuleType) else held.__module__
 
 
 def value_in(namespace: Any, name: str) -> Any:
-    """Return the value of a name in globals, a cell, a module or a class; `ABSENT` where it has none."""
+    """Return the value of a name in globals, a cell, a module or a class; `ABSENT` where it has none.
+
+    A class and a function have what lies in themselves. A base, a metaclass or a descriptor makes other values, anew at
+    each look: put back, such a value would lie in the class and hide what made it.
+    """
     if isinstance(namespace, dict):
         return dict.get(namespace, name, ABSENT)  # a subclass may have another `get`
     if isinstance(namespace, CellType):
@@ -169,7 +199,14 @@ def value_in(namespace: Any, name: str) -> Any:
             return namespace.cell_contents
         except ValueError:  # empty
             return ABSENT
+    if isinstance(namespace, type) or (isinstance(namespace, FunctionType) and name not in _OF_FUNCTIONS):
+        return vars(namespace).get(name, ABSENT)
     return getattr(namespace, name, ABSENT)
+
+
+def seen_in(cls: type, name: str) -> Any:
+    """Return what a look at an attribute of a class gives, wherever it lies; `ABSENT` for what all classes have."""
+    return getattr(cls, name, ABSENT) if any(name in vars(place) for place in _places_of(cls, name)) else ABSENT
 
 
 def put_in(namespace: Any, name: str, value: Any) -> None:

@@ -55,14 +55,18 @@ def whole(tensor):
 
 
 def alone(kind, execution, regions, world, mixed, evals=(), make=torch.optim.AdamW, **settings):
-    """Train in one process; with mixed precision by casts in plain sight, part by part."""
+    """Train in one process; with mixed precision by casts in plain sight, part by part.
+
+    Part by part too beside a number of ranks that is no power of two: LLaMA's norms are float32 in a model of float64,
+    and round gradients of a third of a batch otherwise than those of the whole.
+    """
     model = compiled(made(kind), kind, execution=execution, regions=regions)
     optimizer = make(model.parameters(), lr=1e-2)
     trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, **{**SCHEDULE, **settings})
-    if mixed is None:
+    if mixed is None and world.bit_count() == 1:
         trained(model, optimizer, trainer, kind, evals=evals)
         return model, optimizer, trainer
-    low = mixed.param_dtype
+    low = mixed.param_dtype if mixed is not None else next(model.parameters()).dtype
     for step in range(10):
         for rank in range(world):
             inputs = share(batch(kind, step), rank, world)
