@@ -14,7 +14,7 @@ from torch import nn
 from ecospa_fx.errors import CheckpointError, EcoSpaError
 from ecospa_fx.model.lookup import compiled_state
 from ecospa_fx.model.slicing import kept_positions
-from ecospa_fx.passes.follow.attributes import changes_in
+from ecospa_fx.passes.follow.saved import changes_in
 from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.shards import is_sharded
 from ecospa_fx.train.nested import NestedSizes
