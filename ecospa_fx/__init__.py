@@ -190,5 +190,9 @@ class _Package(ModuleType):
     def plan(self) -> None:
         del self.__dict__["plan"]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what imports the package: libraries that send functions to other processes pickle modules by class."""
+        return import_module, (self.__name__,)
+
 
 modules[__name__].__class__ = _Package

@@ -6,7 +6,7 @@ sizes.json    target, plan and integers of modules of each size
 from __future__ import annotations
 
 import json
-from dataclasses import astuple, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from ecospa_fx.errors import CheckpointError, EcoSpaError
 from ecospa_fx.model.lookup import compiled_state
 from ecospa_fx.model.slicing import kept_positions
-from ecospa_fx.passes.follow.attributes import changes_in
+from ecospa_fx.passes.follow.saved import changes_in, changes_listed
 from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.shards import is_sharded
 from ecospa_fx.train.nested import NestedSizes
@@ -40,8 +40,8 @@ def write_sizes(draft: Draft, model: nn.Module, nested: NestedSizes) -> None:
     for number, each in enumerate(nested.sizes):
         with nested.at(number):
             compiled = compiled_state(model)
-            attributes = [[*astuple(a), *values] for a, values in sorted(compiled.attributes.items(), key=str)]
-            sizes.append({"target": each.target, "plan": json.loads(compiled.plan.to_json()), "attributes": attributes})
+            plan, attributes = json.loads(compiled.plan.to_json()), changes_listed(compiled.attributes)
+            sizes.append({"target": each.target, "plan": plan, "attributes": attributes})
     draft.document(FILE, {"sizes": sizes})
 
 

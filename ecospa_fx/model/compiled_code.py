@@ -35,8 +35,9 @@ def forget_code(model: nn.Module, changed: Collection[str]) -> None:
     paths = {"", *(name[:end] for name in changed for end, letter in enumerate(name) if letter == ".")}
     modules = [model.get_submodule(path) for path in sorted(paths)]
     functions = (*(type(module).forward for module in modules), *OWN)
-    for code in {getattr(function, "__code__", None) for function in functions} - {None}:
-        for each in _with_resumed(code):
+    codes = {getattr(function, "__code__", None) for function in functions}
+    for code in codes:
+        for each in _with_resumed(code) if code is not None else ():
             reset(each)
     _warn_of_many_sizes(model, dynamo.config.recompile_limit)
 
@@ -68,7 +69,7 @@ def _with_resumed(code: CodeType) -> Iterator[CodeType]:
     """
     yield code
     made = getattr(sys.modules.get("torch._dynamo.resume_execution"), "ContinueExecutionCache", None)
-    cache = getattr(made, "cache", ())
+    cache: Any = getattr(made, "cache", {})
     for each in cache[code].values() if code in cache else ():
         yield from _with_resumed(each)
 

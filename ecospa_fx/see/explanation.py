@@ -202,7 +202,8 @@ def explain(
         model.__dict__.pop(MODEL, None)
         unswap_forward(model)
         with gathered_whole(model):
-            chosen = choose_regions(model, args, kwargs, regions, options=scratch.state.options)
+            across = execution == "graph"
+            chosen = choose_regions(model, args, kwargs, regions, options=scratch.state.options, across=across)
     finally:
         model.__class__ = waiting
         if compiled is not None:
