@@ -30,8 +30,8 @@ class Constraints:
     Attributes:
         min_keep: number of entries that every coupling keeps at least.
         round_to: widths come out as multiples of it (8 or 64 for tensor cores), except those of heads and query groups,
-            which are numbers of heads. A rotary pair is two rows wide, so that 8 means 4 pairs. A coupling narrower
-            than it stays at full size.
+            and of experts, which are numbers of these. A rotary pair is two rows wide, so that 8 means 4 pairs. A
+            coupling narrower than it stays at full size.
         head_dims: the dims kept inside heads: `"per_head"`, as many in each head, and other ones in each where that is
             exact; `"per_layer"`, the same dims in every head of a layer; `"off"`, all dims.
         equal_head_dims: queries and keys keep as many dims as values, as FlashAttention-2 requires. Where that is
@@ -41,7 +41,7 @@ class Constraints:
         uniform: `"layers"`: couplings that lie on repeated blocks in the same way keep as many entries each, though not
             the same ones. Where one of them must stay whole, all do.
         multiple_of: kind of couplings -> a number that their widths are multiples of, on top of `round_to`:
-            `{"heads": 4, "glu": 256}`; of `heads` and `groups` the number of heads. Unlike with `round_to`, a width
+            `{"heads": 4, "glu": 256}`; of `heads`, `groups` and `experts` their number. Unlike with `round_to`, a width
             that is not a multiple now shrinks to one at the first opportunity.
         tied: groups of coupling names that keep the same share of their original entries.
         whole: coupling name -> the reason why it stays as it is.
@@ -201,7 +201,7 @@ class Constraints:
             # The first coupling must have a multiple of this, so that all have whole, allowed numbers of entries.
             steps = [(self._step(c, width), scale) for c, scale, width in parts]
             step = lcm(*(scale.denominator * each // gcd(each, scale.numerator) for each, scale in steps))
-            least = max(self.min_keep / scale for _, scale, _ in parts)
+            least = max(max(self.min_keep, c.least) / scale for c, scale, _ in parts)
             sizes = [size for size in range(step, ceil(most), step) if size >= least]
             for coupling, scale, _ in parts:
                 if coupling.name in self.allowed:
@@ -214,6 +214,7 @@ class Constraints:
         settings = [f"`{c.name}` stays at {c.size} ({whole[c.name]})" for c in group if c.name in whole][:1]
         settings += [why] if why else []
         settings += [f"min_keep={self.min_keep}"] if self.min_keep > 1 else []
+        settings += [f"at least {c.least} of `{c.name}`" for c in group if c.least > 1]
         settings += [f"round_to={self.round_to}"] if self.round_to > 1 else []
         settings += [f"multiple_of={dict(self.multiple_of)!r}"] if self.multiple_of else []
         listed = ", ".join(f"`{c.name}` {c.size}" for c in group[:4])
@@ -231,7 +232,7 @@ class Constraints:
             return coupling.name in whole or not keep * width % self.multiple_of.get(coupling.kind, 1)
         if coupling.name in whole or keep.denominator != 1 or keep not in self.allowed.get(coupling.name, (keep,)):
             return False
-        return self.min_keep <= keep < coupling.size and not keep % self._step(coupling, width)
+        return max(self.min_keep, coupling.least) <= keep < coupling.size and not keep % self._step(coupling, width)
 
     def _check_multiple(self, coupling: Coupling, width: int) -> None:
         """Refuse a multiple that a coupling is too narrow for.
@@ -255,7 +256,7 @@ class Constraints:
         parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
         for entry in self.frozen:
             if isinstance(entry, str):
-                what, matches = f"`{entry}`", [c for c in couplings if _matches(entry, c)]
+                what, matches = f"`{entry}`", [c for c in couplings if fits_name(entry, c)]
                 exists = bool(matches) or any(_names(entry, name) for name in parameters)
             elif isinstance(entry, Coupling):
                 what, matches = f"`{entry.name}`", [c for c in couplings if c == entry]
@@ -281,7 +282,7 @@ def _check_option(name: str, value: object, options: Sequence[str]) -> None:
 
 
 def _counts_heads(coupling: Coupling) -> bool:
-    return coupling.kind in ("heads", "groups")
+    return coupling.kind in ("heads", "groups", "experts")
 
 
 def _inside_heads(coupling: Coupling) -> bool:
@@ -296,7 +297,8 @@ def _can_be_equal(group: Sequence[Coupling]) -> bool:
     return a.size * a.width == b.size * b.width and a.width % b.width == 0
 
 
-def _matches(pattern: str, coupling: Coupling) -> bool:
+def fits_name(pattern: str, coupling: Coupling) -> bool:
+    """Decide whether a pattern matches the name of a coupling or of one of its parameters, or a module around these."""
     return any(_names(pattern, name) for name in (coupling.name, *(m.parameter for m in coupling.members)))
 
 

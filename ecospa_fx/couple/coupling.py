@@ -58,8 +58,8 @@ class Coupling:
     Attributes:
         name: unique in the model, made of the module the members share and the kind.
         kind: `qk` (contracted in a score), `vo` (carried through attention), `heads`, `groups` (query heads that share
-            a key head), `ffn`, `glu` (a product of two branches), `conv`, `recurrent` (hidden units from step to step),
-            `residual` (a stream that several add to).
+            a key head), `experts` (of a mixture, with the rows of its router), `ffn`, `glu` (a product of two
+            branches), `conv`, `recurrent` (hidden units from step to step), `residual` (a stream that several add to).
         size: number of entries now (in each context).
         original_size: number of entries before any shrink.
         members: the parameter dims that it lies on.
@@ -73,6 +73,7 @@ class Coupling:
         changes: with execution="module", the integers in the model's modules that change with its size.
         in_step: with execution="module", names of couplings that must keep the same share of their entries, because its
             own Python has one integer for the sizes of all (one `head_dim` for queries, keys and values).
+        least: number of entries that it keeps at least, because the model takes so many of them (a top-k of experts).
         parts: its size stays a multiple of this number, as many ranks share its entries out by tensor parallelism; 0
             where that cuts entries apart, so that none can go.
     """
@@ -91,6 +92,7 @@ class Coupling:
     changes: tuple[str, ...] = ()
     in_step: tuple[str, ...] = ()
     parts: int = 1
+    least: int = 1
 
     @cached_property
     def width(self) -> int:

@@ -197,6 +197,7 @@ class Offers:
             else (),
             in_step=tuple(self._names_of(support.in_step.get(offered.key, ()))) if support is not None else (),
             parts=parts_of(members, numbers.size, self.shared_out),
+            least=max(c.least for s in self.specializations for c in s.discovery.couplings if c.key == offered.key),
         )
 
     def _members(self, offered: RegionCoupling, numbers: CouplingIndex) -> Iterator[Member]:

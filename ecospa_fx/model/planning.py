@@ -119,6 +119,11 @@ def _check_keep(coupling: Coupling, keep: Tensor) -> None:
     if not keep.numel():
         raise ShrinkError(f"cannot shrink {where} to nothing; at least one of its {coupling.size} entries must stay")
     left = keep.shape[-1]
+    if left < coupling.least:
+        raise ShrinkError(
+            f"cannot shrink {where} to {left}: its model takes the best {coupling.least} of its entries (a top-k), so "
+            f"keep at least {coupling.least}"
+        )
     if left != coupling.size and (coupling.parts == 0 or left % coupling.parts):
         why = (
             f"{coupling.parts} ranks share its entries out by tensor parallelism, and {left} would stay; keep a "

@@ -50,7 +50,7 @@ def save_unshrunk(model: nn.Module, directory: str | os.PathLike[str], *, mark: 
     Raises:
         EcoSpaError: the model is not compiled, or not of transformers.
         FormatError: its configuration is not that of the original sizes; a norm or an average runs over an axis that
-            has shrunk, which would count zeros; or, with `mark`, its weights hold NaN already.
+            has shrunk, which would count zeros; it has lost experts; or, with `mark`, its weights hold NaN already.
     """
     compiled, kind = compiled_state(model), type(model).__name__
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
@@ -74,6 +74,11 @@ def save_unshrunk(model: nn.Module, directory: str | os.PathLike[str], *, mark: 
             f"zeros cannot stand for the entries that this {kind} has lost: {where} takes what is left of them, and "
             "would count the zeros. Write it with model.save_pretrained or ecospa_fx.save, or frozen=[...] keeps the "
             "weights of norms at full size"
+        )
+    if fewer := [c.name for c in compiled.couplings() if c.kind == "experts" and c.size < c.original_size]:
+        raise FormatError(
+            f"`{fewer[0]}` has lost experts, and no zeros can stand for them: a router would choose these. "
+            "Write the model with save_pretrained or ecospa_fx.save, or keep them with frozen=['*experts']"
         )
     state = _full_size_state(model, plan, float("nan") if mark else 0.0)
     target = Path(directory)

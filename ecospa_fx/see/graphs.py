@@ -43,7 +43,7 @@ __all__ = [
 
 COLOURS = {
     "qk": "#4269d0", "vo": "#2a9d8f", "heads": "#8e6bbf", "groups": "#c26fb0", "ffn": "#e08b2d", "glu": "#d1652c",
-    "conv": "#7a8b3c", "recurrent": "#8a6d3b", "residual": "#777777",
+    "experts": "#b8475a", "conv": "#7a8b3c", "recurrent": "#8a6d3b", "residual": "#777777",
 }  # fmt: skip
 """A colour per kind of coupling, the same in graphs and reports."""
 

@@ -170,7 +170,7 @@ def comparisons(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         axis_facts = program.axis_facts
         of_program = {c.key: c for c in region.discovery_of(program).couplings}
         couplings = [of_program[c.key] for c in region.naming_graph.discovery.couplings if c.key in of_program]
-        kept = {coupling.atom: _half(coupling.atom, coupling.context, generator) for coupling in couplings}
+        kept = {c.atom: _half(c.atom, c.context, generator, c.least) for c in couplings}
         across = {
             joint.name: dict.fromkeys(atoms_at_edges(axis_facts, joint), halves[joint.name])
             for joint in compiled.state.joints
@@ -186,10 +186,10 @@ def comparisons(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
                 yield compare(axis_facts, selected, module, tensors, inputs, f"{joint} in {name}")
 
 
-def _half(atom: Atom, context: Atom | None, generator: torch.Generator) -> Selected:
-    """Select a random half of the entries of `atom`, a different one in each entry of its context, if it has one."""
+def _half(atom: Atom, context: Atom | None, generator: torch.Generator, least: int = 1) -> Selected:
+    """Select a random half of the entries of `atom`, or as many as it needs; another in each entry of its context."""
     rows = torch.stack([torch.randperm(atom.size, generator=generator) for _ in range(context.size if context else 1)])
-    masks = rows < max(1, atom.size // 2)
+    masks = rows < max(least, atom.size // 2)
     return masks[0] if context is None else per_context_or_shared(context, masks, whole(context))
 
 

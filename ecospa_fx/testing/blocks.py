@@ -110,6 +110,71 @@ def experts(w: Writer) -> None:
             w.put(f"torch.bmm({down}[{chosen}], {hidden}.unsqueeze(-1)).squeeze(-1).view({b}, {s}, {d})")
 
 
+@move(2, "experts")
+def routed(w: Writer) -> None:
+    """Write experts that a router chooses: gates, a top-k, and one of the ways to bring tokens and experts together."""
+    x = tokens(w)
+    b, s, d = x.shape
+    count, k, f = w.rng.choice((4, 5, 6)), w.rng.choice((1, 2)), w.size()
+    rows = w.put(f"{x}.reshape({b * s}, {d})")
+    logits = w.put(f"{w.hold(f'nn.Linear({d}, {count})')}({rows})")
+    gates = w.put(w.rng.choice((f"{logits}.softmax(-1)", f"torch.sigmoid({logits})")))
+    shares, chosen = _chosen(w, logits, gates, count, k)
+    up, down = w.parameter(count, d, f), w.parameter(count, f, d)
+    if w.chance(0.5):
+        match w.rng.randrange(4):
+            case 0:
+                own, back = (w.put(f"{each}[{chosen}]") for each in (up, down))
+            case 1:
+                own = w.put(f"{up}.index_select(0, {chosen}.flatten()).view({b * s}, {k}, {d}, {f})")
+                back = w.put(f"{down}.index_select(0, {chosen}.flatten()).view({b * s}, {k}, {f}, {d})")
+            case 2:
+                own = w.put(f"F.embedding({chosen}, {up}.flatten(1)).view({b * s}, {k}, {d}, {f})")
+                back = w.put(f"F.embedding({chosen}, {down}.flatten(1)).view({b * s}, {k}, {f}, {d})")
+            case _:
+                wide = [f"{chosen}[..., None, None].expand(-1, -1, {d}, {f})", f"{up}.expand({b * s}, -1, -1, -1)"]
+                own = w.put(f"torch.gather({wide[1]}, 1, {wide[0]})")
+                back = w.put(f"{down}[{chosen}]")
+        hidden = activate(w, w.put(f"torch.einsum('td,tkdf->tkf', {rows}, {own})"))
+        out = w.put(f"torch.einsum('tkf,tkfd,tk->td', {hidden}, {back}, {shares})")
+    else:
+        match w.rng.randrange(4):
+            case 0:
+                weights = w.put(f"torch.zeros_like({gates}).scatter(1, {chosen}, {shares})")
+            case 1:
+                weights = w.put(f"(F.one_hot({chosen}, {count}) * {shares}[..., None]).sum(1)")
+            case 2:
+                weights = w.put(f"(({chosen}[..., None] == torch.arange({count})) * {shares}[..., None]).sum(1)")
+            case _:
+                least = w.put(f"{gates}.topk({k})[0][:, -1:]")
+                weights = w.put(f"{gates} * ({gates} >= {least})")
+        hidden = activate(w, w.put(f"torch.einsum('td,edf->tef', {rows}, {up})"))
+        out = w.put(f"torch.einsum('tef,efd,te->td', {hidden}, {down}, {weights})")
+    w.put(f"{out}.view({b}, {s}, {d})")
+
+
+def _chosen(w: Writer, logits: Value, gates: Value, count: int, k: int) -> tuple[Value, Value]:
+    """Choose `k` of the experts of each token; return their shares and their places."""
+    match w.rng.randrange(5):
+        case 0:
+            best, chosen = w.put_all(f"{gates}.topk({k}, dim=-1)", 2)
+            return best, chosen
+        case 1:
+            best, chosen = w.put_all(f"{logits}.topk({k}, dim=-1)", 2)
+            return w.put(f"{best}.softmax(-1)"), chosen
+        case 2 if k == 1:
+            chosen = w.put(f"{gates}.argmax(-1, keepdim=True)")
+        case 3 if count % 2 == 0:
+            sums = w.put(f"{gates}.view(-1, 2, {count // 2}).topk({k}, dim=-1)[0].sum(-1)")
+            mark = w.put(f"torch.zeros_like({sums}).scatter(1, {sums}.argmax(-1, keepdim=True), 1.0)")
+            mask = w.put(f"{mark}[..., None].expand(-1, 2, {count // 2}).reshape(-1, {count})")
+            chosen = w.put(f"{gates}.masked_fill({mask} == 0, -1.0).topk({k}, dim=-1)[1]")
+        case _:
+            chosen = w.put(f"({gates} + {w.parameter(count)}).topk({k}, dim=-1)[1]")
+    shares = w.put(f"{gates}.gather(1, {chosen})")
+    return (w.put(f"{shares} / {shares}.sum(-1, keepdim=True)") if w.chance(0.5) else shares), chosen
+
+
 @move(1, "conv")
 def squeeze_excite(w: Writer) -> None:
     """Write a gate per channel, from averages over positions."""

@@ -172,7 +172,7 @@ def _first_failure(
 def _choice(coupling: RegionCoupling, rng: random.Random) -> Selected:
     """Select some entries of a coupling at random, not all; mostly different ones in each of its contexts."""
     size, context = coupling.atom.size, coupling.context
-    amount = rng.randint(1, size - 1)
+    amount = rng.randint(coupling.least, size - 1)
     rows = context.size if context is not None and rng.random() < 0.8 else 1
     masks = torch.zeros(rows, size, dtype=torch.bool)
     for row in masks:

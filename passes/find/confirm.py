@@ -66,5 +66,5 @@ def _half(coupling: RegionCoupling, generator: torch.Generator) -> Selected:
     """Select a random half of the entries, another half in each context where there are contexts."""
     size, context = coupling.atom.size, coupling.context
     rows = [torch.randperm(size, generator=generator) for _ in range(context.size if context is not None else 1)]
-    masks = torch.stack(rows) < max(1, size // 2)
+    masks = torch.stack(rows) < max(coupling.least, size // 2)
     return masks[0] if context is None else per_context_or_shared(context, masks, whole(context))

@@ -13,22 +13,23 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import takewhile
+from math import prod
 from typing import Literal
 
 from torch import fx
 
-from ecospa_fx.passes.axes.algebra import Atom, atoms_of, size_of
+from ecospa_fx.passes.axes.algebra import Atom, Product, atoms_of, size_of
 from ecospa_fx.passes.axes.selection import placed
-from ecospa_fx.passes.graph.nodes import op_name
+from ecospa_fx.passes.graph.nodes import op_name, reason_text
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.ir import relations as r
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Role
 
 from .left_whole import Refusal, UncoupledAxis, one_by_one, pinned_by, uncoupled
 
-Kind = Literal["qk", "vo", "ffn", "glu", "heads", "groups", "conv", "recurrent", "residual"]
+Kind = Literal["qk", "vo", "ffn", "glu", "heads", "groups", "experts", "conv", "recurrent", "residual"]
 
-_OF_ATTENTION: tuple[Kind, ...] = ("qk", "groups", "heads", "vo")
+_INSIDE: tuple[Kind, ...] = ("experts", "qk", "groups", "heads", "vo")  # what is found in one region, in this order
 
 ParameterDim = tuple[str, int]  # (parameter name in the region, dim)
 
@@ -48,6 +49,7 @@ class RegionCoupling:
         context: an atom in each of whose entries other entries may be kept, if there is one.
         context_key: positions of the context on the same parameter axes.
         attention: name of the op that makes the scores of the attention that a `qk` or `vo` coupling is part of.
+        least: number of entries that its ops need at least, as a top-k does.
     """
 
     key: tuple[object, ...]
@@ -60,6 +62,7 @@ class RegionCoupling:
     context: Atom | None = None
     context_key: tuple[object, ...] = ()
     attention: str | None = None
+    least: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +145,7 @@ def kind_of(parts: Sequence[Weighed]) -> Kind:
     if any(_steps(part.roles, part.matrices) - part.axis_facts.derivations for part in parts):
         return "recurrent"
     found = {_kind_inside(part) for part in parts}
-    for kind in _OF_ATTENTION:
+    for kind in _INSIDE:
         if kind in found:
             return kind
     if convolutions:
@@ -156,7 +159,11 @@ def kind_of(parts: Sequence[Weighed]) -> Kind:
 
 def is_linear(parts: Sequence[Weighed], kind: Kind) -> bool:
     """Return whether nothing along a coupling is nonlinear or scales entries apart."""
-    return not any(p.roles["nonlinear"] or p.roles["gate"] for p in parts) and kind not in ("heads", "groups")
+    return not any(p.roles["nonlinear"] or p.roles["gate"] for p in parts) and kind not in (
+        "heads",
+        "groups",
+        "experts",
+    )
 
 
 def discover(axis_facts: AxisFacts) -> Discovery:
@@ -169,6 +176,7 @@ def discover(axis_facts: AxisFacts) -> Discovery:
     scores = {fact.node for fact in axis_facts.facts if fact.role == "contracted" and _meets_another(fact)}
     couplings, refusals, others = [], [], []
     taken: set[str] = set()
+    least = least_entries(axis_facts)
     for each in weighed(axis_facts):
         atom, key, roles, producers = each.atom, each.axes, each.roles, each.producers
         if atom in crossing:
@@ -177,9 +185,15 @@ def discover(axis_facts: AxisFacts) -> Discovery:
             if each.matrices:
                 others.append(uncoupled(axis_facts, key, atom.size, roles, producers))
             continue
-        if roles["pinned"]:
+        needed, by = least.get(atom, (1, None))
+        reasons = pinned_by(roles["pinned"], region)
+        if by is not None and needed >= atom.size:
+            reasons += (
+                reason_text(f"{op_name(by)} takes so many entries that none of {atom.size} can go", by, region),
+            )
+        if reasons:
             members = tuple(f"{join(region, name)}[{dim}]" for name, dim in key)
-            refusals.append(Refusal(members, atom.size, pinned_by(roles["pinned"], region), region))
+            refusals.append(Refusal(members, atom.size, reasons, region))
             continue
         kind = kind_of([each])
         name = named(kind, sorted(each.matrices), taken)
@@ -189,10 +203,34 @@ def discover(axis_facts: AxisFacts) -> Discovery:
             RegionCoupling(
                 (atom.size, *_where(atom, key, axis_facts)), key, name, atom, kind, linear, producers, context,
                 _where(context, key, axis_facts) if context is not None else (),
-                _attention(roles, axis_facts, scores) if kind in ("qk", "vo") else None,
+                _attention(roles, axis_facts, scores) if kind in ("qk", "vo") else None, needed,
             )
         )  # fmt: skip
     return Discovery(tuple(couplings), tuple(refusals), (*others, *one_by_one(axis_facts)))
+
+
+def least_entries(axis_facts: AxisFacts) -> dict[Atom, tuple[int, fx.Node]]:
+    """Return the number of entries that each atom keeps so that ops have enough, whatever others keep, and one such op.
+
+    Where an op takes entries of a product (of experts in groups), outer factors keep more of theirs, so that inner ones
+    are free to lose some.
+    """
+    least: dict[Atom, tuple[int, fx.Node]] = {}
+
+    def needs(atom: Atom) -> int:
+        return least[atom][0] if atom in least else 1
+
+    for expr, number, node in sorted(axis_facts.least, key=lambda each: len(atoms_of(each[0]))):
+        atoms = atoms_of(expr)
+        if not all(type(atom.size) is int for atom in atoms):
+            continue  # of tokens, say
+        even = isinstance(expr, Atom) or (isinstance(expr, Product) and atoms == expr.factors)
+        for atom in atoms:
+            others = prod(needs(other) for other in atoms if other is not atom)
+            wanted = min(atom.size, -(-number // others)) if even else atom.size
+            if wanted > needs(atom):
+                least[atom] = wanted, node
+    return least
 
 
 def _by_role(facts: list[Fact], derivations: Collection[fx.Node]) -> dict[Role, list[Fact]]:
@@ -242,15 +280,32 @@ def _kind_inside(part: Weighed) -> Kind | None:
     """Return the kind of a coupling that is a part of an attention; None for another."""
     roles, axis_facts = part.roles, part.axis_facts
     activations = {role: [fact for fact in roles[role] if _of_activations(fact)] for role in ("batch", "free")}
+    shared = any(len(fact.operands) > 1 for fact in activations["batch"])
+    if _is_stack(part) and (roles["chosen"] or (not shared and _is_routed(part))):
+        return "experts"
     if any(_meets_another(fact) for fact in roles["contracted"]):
         return "qk"
-    if any(len(fact.operands) > 1 for fact in activations["batch"]):
+    if shared:
         return "groups" if roles["expanded"] else "heads"
     # Free in a product of two activations: attention weights times values, or query heads over one key head.
     if any(len(axis_facts.operands.get(fact.node, ())) > 1 and _between_activations(fact, axis_facts)
            for fact in activations["free"]):  # fmt: skip
         return "groups" if _grouped(activations["free"], axis_facts) else "vo"
     return None
+
+
+def _is_stack(part: Weighed) -> bool:
+    """Return whether entries are matrices of a stack, not those of a convolution."""
+    convolved = any(op_name(node).startswith("aten.conv") for node in _products(part.roles, part.matrices))
+    return not convolved and any(len(part.axis_facts.parameters[name]) > 2 for name, _ in part.axes)
+
+
+def _is_routed(part: Weighed) -> bool:
+    """Return whether each entry is one row of a matrix, a router, and one matrix of a stack: an expert."""
+    parameters = part.axis_facts.parameters
+    alone = [name for name, dim in part.axes if parameters[name][dim] is part.atom]
+    stacked = any(len(parameters[name]) > 2 for name in alone)
+    return stacked and any(len(parameters[name]) == 2 for name in part.producers if name in alone)
 
 
 def _steps(roles: dict[Role, list[Fact]], matrices: Set[str]) -> set[fx.Node]:

@@ -28,7 +28,7 @@ from ecospa_fx.passes.ir.axis_facts import AxisFacts, Exprs
 from ecospa_fx.passes.ir.border import Border, Edge, WeightDim
 
 from .analyse import Analysis
-from .discover import Weighed, discover, is_linear, kind_of, meet, named, weighed
+from .discover import Weighed, discover, is_linear, kind_of, least_entries, meet, named, weighed
 from .joint import BETWEEN, Across, Classes, Joint, Place
 from .left_whole import Refusal
 
@@ -373,6 +373,9 @@ class _Search:
         for (where, _, _), part in with_names:
             if where != BETWEEN:
                 reasons += [reason_text(fact.reason, fact.node, where) for fact in part.roles["pinned"]]
+                needed, by = least_entries(part.axis_facts).get(part.atom, (1, None))
+                if by is not None and needed > 1:
+                    reasons.append(reason_text(f"{op_name(by)} takes {needed} of its entries", by, where))
         reasons += [self.refused[member] for member in members if member in self.refused]
         if plain is None:
             reasons.append("no parameter has it as a dim of its own")

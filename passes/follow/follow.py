@@ -96,7 +96,7 @@ def follow(
         return PythonSupport({}, frozenset(), {}, {f.key: first.unable for f in programs[0][1].couplings})
     for coupling in programs[0][1].couplings:
         in_graphs = [next((f for f in discovery.couplings if f.key == coupling.key), None) for _, discovery in programs]
-        kept = {coupling.atom: some(coupling.atom, None, 0.5, generator)}
+        kept = {coupling.atom: some(coupling.atom, None, 0.5, generator, coupling.least)}
         candidates = [*_candidates(first, kept, sizes, coupling.axes)]
         in_block = _in_any_block(coupling, candidates)
         if in_block in failed and (same := first.difference(kept, {}) or "") and _starred(same) == failed[in_block]:
@@ -121,7 +121,7 @@ def follow(
         couplings[coupling.key] = tuple(sorted(needed, key=str))
         sizes.update(needed)
         if coupling.context is not None and not any(isinstance(each, Given) for each in needed):
-            apart = {coupling.atom: some(coupling.atom, coupling.context, 0.5, generator)}
+            apart = {coupling.atom: some(coupling.atom, coupling.context, 0.5, generator, coupling.least)}
             if first.difference(apart, values_under(needed, apart)) is None:
                 varied.add(coupling.key)
     in_step: dict[Any, tuple[Any, ...]] = {}
@@ -165,7 +165,7 @@ def _jointly(
     share = _common_share(group, 0.5)
     if share is None:
         return None, "nothing is left out: their sizes have no common factor"
-    kept = {coupling.atom: some(coupling.atom, None, share, generator) for coupling in group}
+    kept = {coupling.atom: some(coupling.atom, None, share, generator, coupling.least) for coupling in group}
     first = trials[0]
     axes = [axis for coupling in group for axis in coupling.axes]
     candidates = _candidates(first, kept, sizes, axes)
@@ -198,9 +198,9 @@ def _common_share(group: Sequence[RegionCoupling], about: float) -> float | None
     return None if parts == 1 else min(max(1, round(about * parts)), parts - 1) / parts
 
 
-def some(atom: Atom, context: Atom | None, share: float, generator: torch.Generator) -> Selected:
-    """Select a random share of the entries of `atom`, at least one and not all; others in each entry of `context`."""
-    keep = min(max(1, round(atom.size * share)), atom.size - 1)
+def some(atom: Atom, context: Atom | None, share: float, generator: torch.Generator, least: int = 1) -> Selected:
+    """Select a random share of the entries of `atom`, at least `least`, not all; others in each entry of `context`."""
+    keep = min(max(least, round(atom.size * share)), atom.size - 1)
     rows = torch.stack([torch.randperm(atom.size, generator=generator) for _ in range(context.size if context else 1)])
     masks = rows < keep
     return masks[0] if context is None else per_context_or_shared(context, masks, whole(context))
@@ -302,7 +302,7 @@ def _together(trial: Trial, discovery: Discovery, support: PythonSupport, genera
         share = 0.7 if len(group) == 1 else _common_share(group, 0.7) or 0.7
         for coupling in group:
             context = coupling.context if coupling.key in support.varied else None
-            kept.setdefault(coupling.atom, some(coupling.atom, context, share, generator))
+            kept.setdefault(coupling.atom, some(coupling.atom, context, share, generator, coupling.least))
     if trial.difference(kept, support.values(kept)) is None:
         return support
     refused, accepted = dict(support.refused), dict[Atom, Selected]()

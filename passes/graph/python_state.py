@@ -180,6 +180,12 @@ def _put_tensor(tensor: Tensor, was: _TensorState) -> None:
             data.copy_(value)
 
 
+def _dims(value: Any) -> int:
+    """Return the number of dims of an array, 0 of anything else: a class of arrays has a descriptor for it."""
+    dims = getattr(value, "ndim", 0)
+    return dims if isinstance(dims, int) else 0
+
+
 def _has_state(value: Any) -> bool:
     if isinstance(value, Tensor):
         return not isinstance(value, nn.Parameter) and type(value) is Tensor and value.layout is torch.strided
@@ -187,7 +193,7 @@ def _has_state(value: Any) -> bool:
         return True
     if type(value).__module__.partition(".")[0] != "numpy":
         return False
-    return hasattr(value, "bit_generator") or hasattr(value, "set_state") or getattr(value, "ndim", 0) > 0
+    return hasattr(value, "bit_generator") or hasattr(value, "set_state") or _dims(value) > 0
 
 
 class PythonState:

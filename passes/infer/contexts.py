@@ -72,6 +72,8 @@ def _selectable(source: Source, atom: Atom, context: Atom, axis_facts: AxisFacts
     Index tensors are made at rewriting, so the dim of the contexts must have a known size. Where the source lacks it,
     only a pointwise op says where it would be.
     """
+    if source.places is not None and atom in atoms_of(source.places):
+        return False
     along = [expr for expr in source.exprs if context in atoms_of(expr)]
     if along:
         return _varies(source.exprs, atom, context) and type(size_of(along[0])) is int

@@ -40,6 +40,7 @@ from ecospa_fx.passes.ir.state_access import ObjectPath
 from ecospa_fx.passes.rules import op_info, relation_of
 
 from .contexts import contexts
+from .places import Places, counting_dim, read_as_places
 from .probe import probe
 from .solve import Solver
 from .taint import weighted_nodes
@@ -87,6 +88,9 @@ def inferred_again(
     return infer_axes(captured, experiments, refuted, apart)
 
 
+_BESIDE = "positions along it go to a hook, or into state that is kept"
+
+
 class _Walk:
     def __init__(
         self, captured: RegionGraph, experiments: bool, unconfirmed_ops: Collection[str], apart: Collection[fx.Node]
@@ -103,6 +107,7 @@ class _Walk:
             for value in written_arguments(node)
         }
         self.weights = Weights(captured)
+        self.places = Places(self.axis_facts)
         self.solver = Solver(self.axis_facts, apart)
 
     def visit(self, node: fx.Node) -> None:
@@ -122,6 +127,9 @@ class _Walk:
             # Outputs after those that the region returns go to hooks, which take any size.
             operands = self._operands(node)
             self.axis_facts.results = tuple(operand.exprs for operand in operands[: self.captured.returned])
+            for i, operand in enumerate(operands):
+                why = f"positions along it leave the {self._whole} as output {i}"
+                self.places.pin(operand.node, node, why=why if i < self.captured.returned else _BESIDE)
             for i, operand in enumerate(operands[: self.captured.returned]):
                 for dim, expr in enumerate(operand.exprs):
                     if (i, dim) in self.captured.border.results:
@@ -134,6 +142,9 @@ class _Walk:
             self._call(node)
         elif node.op == "call_function" and isinstance(node.meta.get("val"), (tuple, list)):
             self._several(node)
+        elif node.op == "call_function":
+            for arg in node.all_input_nodes:  # a number is read out of it
+                self.places.pin(arg, node)
 
     @property
     def _whole(self) -> str:
@@ -220,10 +231,16 @@ class _Walk:
         axis_facts.results = tuple(map(axis_facts.resolve, axis_facts.results))
         axis_facts.crossing = {edge: axis_facts.axes.resolve(expr) for edge, expr in axis_facts.crossing.items()}
         axis_facts.made = {node: axis_facts.resolve(exprs) for node, exprs in axis_facts.made.items()}
-        axis_facts.sources = [replace(s, exprs=axis_facts.resolve(s.exprs)) for s in axis_facts.sources]
+        axis_facts.sources = [
+            replace(s, exprs=axis_facts.resolve(s.exprs), places=s.places and axis_facts.axes.resolve(s.places))
+            for s in axis_facts.sources
+        ]
+        axis_facts.places = {node: axis_facts.axes.resolve(expr) for node, expr in axis_facts.places.items()}
+        axis_facts.least = [(axis_facts.axes.resolve(expr), n, node) for expr, n, node in axis_facts.least]
         axis_facts.operands = {
             node: tuple(
-                r.Operand(axis_facts.resolve(o.exprs), o.shape, o.node, o.weighted, o.parameters) for o in operands
+                replace(o, exprs=axis_facts.resolve(o.exprs), places=o.places and axis_facts.axes.resolve(o.places))
+                for o in operands
             )
             for node, operands in axis_facts.operands.items()
         }
@@ -269,11 +286,14 @@ class _Walk:
                 self._several(node)  # one of a list among the results, say
             else:
                 self.axis_facts.values[node] = (self.axis_facts.values[source][i],)
+                self.places.take(node, source, i)
             return
         self.axis_facts.operands[node] = operands
         shapes = [_shape(meta) for meta in tensor_meta(node)]
         if not any(shapes) and not any(operand.exprs for operand in operands):
             self.axis_facts.values[node] = tuple(() for _ in shapes)  # numbers have no axes
+            for operand in operands:
+                self.places.pin(operand.node, node)
             return
         info = op_info(node.target)
         name = op_name(node)
@@ -286,12 +306,16 @@ class _Walk:
                 return
         if info is None:
             self.axis_facts.missing.setdefault(name, []).append(node)
-            self.solver.opaque(node, operands, shapes, f"no axis rule for {name}")
+            self._opaque(node, operands, shapes, f"no axis rule for {name}")
             return
         relation = relation_of(node, operands, self.captured.region)
         assert relation is not None
         if isinstance(relation, r.Pointwise) or (isinstance(relation, r.Expanded) and relation.like is not None):
             self.axis_facts.sources[before:] = [replace(s, aligned=True) for s in self.axis_facts.sources[before:]]
+        counting = {x.node: x.places for x in read_as_places(relation)}
+        self.axis_facts.sources[before:] = [
+            replace(s, places=counting.get(s.node)) for s in self.axis_facts.sources[before:]
+        ]
         self._carry_out(relation, node, operands, shapes, info.why)
 
     def _carry_out(
@@ -309,10 +333,17 @@ class _Walk:
                 )
             self.axis_facts.values[node] = tuple(outputs)
             self.axis_facts.relations[node] = relation
+            self.places.visit(node, relation, operands)
         except Mismatch as mismatch:
             for size in (size for operand in operands for size in operand.shape if isinstance(size, sympy.Expr)):
                 self.axis_facts.unsolved |= size.free_symbols
-            self.solver.opaque(node, operands, shapes, f"{op_name(node)}: {mismatch}")
+            self._opaque(node, operands, shapes, f"{op_name(node)}: {mismatch}")
+
+    def _opaque(self, node: fx.Node, operands: tuple[r.Operand, ...], shapes: list[Any], reason: str) -> None:
+        """Pin all that goes into an op and comes out of it, and what positions among its operands lie along."""
+        self.solver.opaque(node, operands, shapes, reason)
+        for operand in operands:
+            self.places.pin(operand.node, node, why=reason)
 
     def _differ(self, expr: Expr, size: Size, node: fx.Node) -> bool:
         """Return whether an axis has another size than the output; pin it if nothing proves the sizes equal."""
@@ -329,7 +360,7 @@ class _Walk:
         name = op_name(node)
         self.axis_facts.missing.setdefault(name, []).append(node)
         shapes = [_shape(val) if isinstance(val, torch.Tensor) else () for val in node.meta["val"]]
-        self.solver.opaque(node, operands, shapes, f"no axis rule for {name}")
+        self._opaque(node, operands, shapes, f"no axis rule for {name}")
 
     def _operands(self, node: fx.Node) -> tuple[r.Operand, ...]:
         """Return the tensor arguments of `node` in order; sources get fresh axes for this use."""
@@ -339,10 +370,15 @@ class _Walk:
                 continue
             shape = _shape(arg.meta["val"])
             if arg in self.weighted:
-                operand = r.Operand(self.axis_facts.values[arg][0], shape, arg, True, self.weights.of(arg))
+                operand = r.Operand(
+                    self.axis_facts.values[arg][0], shape, arg, True, self.weights.of(arg), self.places.axis_of(arg),
+                    self.places.is_counted(arg),
+                )  # fmt: skip
             else:
-                operand = r.Operand(tuple(self.axes.fresh(size) for size in shape), shape, arg, False)
-                self.axis_facts.sources.append(Source(node, occurrence, arg, operand.exprs))
+                exprs = tuple(self.axes.fresh(size) for size in shape)
+                own = counting_dim(arg)
+                operand = r.Operand(exprs, shape, arg, False, places=None if own is None else exprs[own])
+                self.axis_facts.sources.append(Source(node, occurrence, arg, exprs))
                 if memory_root(arg) in self.writers:
                     writer = self.writers[memory_root(arg)]
                     for expr in operand.exprs:

@@ -70,9 +70,12 @@ class Solver:
             case r.Permuted(x, order):
                 return [tuple(x.exprs[i] for i in order)]
             case r.SameDims(x, pinned, absent, dropped, keepdim, apart):
-                if relation.positions is not None and _uses(node, relation.positions):
+                if relation.positions is not None and len({*pinned, *absent}) > 1 and _uses(node, relation.positions):
                     pinned, absent = (*pinned, *absent), ()
-                    why = "Its result holds positions along the axis"
+                    why = "Its result holds positions along several axes at once"
+                if relation.running is not None:
+                    self.axis_facts.facts.append(Fact("contracted", x.exprs[relation.running], node, operands=(x,)))
+                    self.axis_facts.facts.append(Fact("nonlinear", x.exprs[relation.running], node))
                 for i in pinned:
                     self._pin(x.exprs[i], node, why)
                 for i in absent:
@@ -118,7 +121,7 @@ class Solver:
             case r.Repeated():
                 return [self._repeated(relation, node)]
             case r.Indexed(x, dim, index):
-                self._pin(x.exprs[dim], node, why)
+                self._choose(x.exprs[dim], index, node, (x,), why)
                 if not x.parameters or x.ndim < 3:  # a picked matrix is multiplied only later
                     self._free(x.exprs[dim + 1 :] + x.exprs[:dim], node, x)
                 return [(*x.exprs[:dim], *index.exprs, *x.exprs[dim + 1 :])]
@@ -330,18 +333,44 @@ class Solver:
         for name in pattern.pinned:
             if name in axis_of:
                 self._pin(axis_of[name], node, why)
+        for name, by in relation.chosen.items():
+            along = any(operand.node is by.node and key == name for _, operand, key, _ in dims)
+            if not (along and by.counted):  # numbers of entries along the axis itself need no places
+                self._choose(axis_of[name], by, node, tuple(carriers.get(name, ())), why)
+            else:
+                self._note_chosen(axis_of[name], node, tuple(carriers.get(name, ())))
         for name in pattern.absent:
             self._reduce(axis_of[name], node, tuple(carriers.get(name, ())))
+        if relation.least is not None:
+            name, number = relation.least
+            self.axis_facts.least.append((axis_of[name], number, node))
         for term, operand, key, expr in dims:
             # One entry meets many: the operand repeats along that axis, as after `expand`.
             if not (term.added or isinstance(key, tuple)) and expr == UNIT and axis_of[key] != UNIT:
                 self.axis_facts.facts.append(Fact("expanded", axis_of[key], node, operands=(operand,)))
-        self._pattern_facts(node, pattern, axis_of, carriers, sum(not term.added for term in terms))
+        meeting = {name: xs for name, xs in carriers.items() if name not in relation.chosen or name in pattern.kept}
+        self._pattern_facts(node, pattern, axis_of, meeting, sum(not term.added for term in terms))
         if relation.apart:
             for name in carriers:
                 if name in pattern.kept:
                     self.axis_facts.facts.append(Fact("nonlinear", axis_of[name], node))
         return results
+
+    def _choose(self, expr: Expr, by: r.Operand, node: fx.Node, carriers: tuple[r.Operand, ...], why: str) -> None:
+        """Record that the values of an operand choose entries of an axis; pin it where they are no places."""
+        size = size_of(expr)
+        if by.places is None or type(size) is not int or type(size_of(by.places)) is not int:
+            self._pin(expr, node, why)
+            if by.places is not None:
+                self._pin(by.places, node, why)
+            return
+        more = size - size_of(by.places)  # entries beyond all places are never chosen
+        self._meet(expr, segments(by.places, self.axes.fresh(more)) if more > 0 else by.places, node)
+        self._note_chosen(expr, node, carriers)
+
+    def _note_chosen(self, expr: Expr, node: fx.Node, carriers: tuple[r.Operand, ...]) -> None:
+        self.axis_facts.facts.append(Fact("chosen", expr, node, operands=carriers))
+        self.axis_facts.facts.append(Fact("nonlinear", expr, node))
 
     def _meet_product(self, names: tuple[str, ...], expr: Expr, axis_of: dict[str, Expr], node: fx.Node) -> None:
         """Unify a dim with a product of named axes, all of which but one have axes already."""

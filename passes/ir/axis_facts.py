@@ -16,7 +16,7 @@ from .region_graph import RegionGraph
 from .state_access import ObjectPath
 
 Exprs: TypeAlias = tuple[Expr, ...]
-Role = Literal["pinned", "contracted", "reduced", "free", "batch", "expanded", "nonlinear", "gate", "merge"]
+Role = Literal["pinned", "contracted", "reduced", "free", "batch", "expanded", "nonlinear", "gate", "merge", "chosen"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class Fact:
     """The role of one axis in one op. If the axis is pinned, `reason` says why.
 
     Entries that go count as zero where the axis is contracted. Where it is reduced, they are absent: the op takes what
-    is left, see `passes.rewrite.masked`.
+    is left, see `passes.rewrite.masked`. Where it is chosen, values say which of its entries each token, say, meets.
     """
 
     role: Role
@@ -39,6 +39,7 @@ class Source:
     """One use of a value that depends on no parameter: argument number `occurrence` of `user`.
 
     `aligned`: its dims are those of the result, counted from the right, as in any pointwise op.
+    `places`: the axis of its own that its entries are positions along, where they are compared with other positions.
     """
 
     user: fx.Node
@@ -46,6 +47,7 @@ class Source:
     node: fx.Node
     exprs: Exprs
     aligned: bool = False
+    places: Expr | None = None
 
 
 @dataclass(eq=False)
@@ -70,6 +72,9 @@ class AxisFacts:
         crossing: axis expressions of the dims that shrink with the model around, see `RegionGraph.border`.
         unsolved: dynamic sizes of operands whose axes did not fit the rule of an op.
         derivations: ops that make weights out of parameters, before an activation comes in.
+        places: tensors whose entries are positions, and the axis that these lie along.
+        counted: values that depend on parameters by places only.
+        least: axes of which ops need some number of entries, with that number and the op.
     """
 
     captured: RegionGraph
@@ -89,6 +94,9 @@ class AxisFacts:
     crossing: dict[Edge, Expr] = field(default_factory=dict)
     unsolved: set[sympy.Symbol] = field(default_factory=set)
     derivations: set[fx.Node] = field(default_factory=set)
+    places: dict[fx.Node, Expr] = field(default_factory=dict)
+    counted: set[fx.Node] = field(default_factory=set)
+    least: list[tuple[Expr, int, fx.Node]] = field(default_factory=list)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AxisFacts:
         return self  # not changed after inference

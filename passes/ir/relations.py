@@ -13,6 +13,8 @@ from torch import fx
 
 from ecospa_fx.passes.axes.algebra import Expr, Size
 
+from .patterns import bind
+
 
 @dataclass(frozen=True, eq=False)
 class Operand:
@@ -25,6 +27,8 @@ class Operand:
         weighted: it depends on a parameter; otherwise it is a source, and is index-selected where it enters.
         parameters: names of the parameters that it is a weight made of; none if it is an activation, see
             `passes.infer.weights`.
+        places: the axis that its entries are positions along, see `passes.infer.places`.
+        counted: it depends on parameters by places only, so that it holds numbers of entries at them.
     """
 
     exprs: tuple[Expr, ...]
@@ -32,6 +36,8 @@ class Operand:
     node: fx.Node
     weighted: bool
     parameters: tuple[str, ...] = ()
+    places: Expr | None = None
+    counted: bool = False
 
     @property
     def ndim(self) -> int:
@@ -54,6 +60,10 @@ class Pattern:
         attention: the operands are queries, keys and values, and a softmax over keys lies between the two products.
         moves: entries of the one operand go to other positions, and zeros may come between them.
         rescaled: the operand whose entries the output holds, each multiplied by some number.
+        chosen: name -> the operand whose values say which of its entries are met. Where these are places, the name is
+            the axis that they lie along; where they are counted along it, it is their own; otherwise it is pinned.
+        positions: (output, name), where an output holds positions along a name that is reduced.
+        least: (name, number), where the op needs so many entries.
     """
 
     spec: str
@@ -64,6 +74,9 @@ class Pattern:
     attention: bool = False
     moves: bool = False
     rescaled: Operand | None = None
+    chosen: Mapping[str, Operand] = field(default_factory=dict)
+    positions: tuple[int, str] | None = None
+    least: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,10 +88,12 @@ class Pointwise:
         how: `"copy"` (the entries of the one operand, at most in another dtype or layout), `"linear"` (in all operands
             together), `"affine"` (linear, and a number added), `"product"` (linear in each operand), `"quotient"`
             (linear in the first), `"nonlinear"`.
+        compares: the result says which operand is larger, or whether they are equal.
     """
 
     operands: tuple[Operand, ...]
     how: Literal["copy", "linear", "affine", "product", "quotient", "nonlinear"]
+    compares: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +110,11 @@ class SameDims:
         apart: the result is not linear in the entries that are summed over, so a change of basis does not pass.
         shares: entries along the absent dim become shares of 1, as in a softmax.
         moves: entries go to other positions along the pinned dims, or become zero there.
-        positions: the output that holds positions along the absent dims; if it is used, they stay whole.
+        positions: the output that holds positions along the one dim that is absent or pinned. Where several are, and it
+            is used, they stay whole.
+        ordered: the first output holds entries of `x`, in an order that their values decide.
+        running: a dim that stays, and along which each result is the sum of the entries so far.
+        empty: the operand gives its sizes, not its values.
     """
 
     x: Operand
@@ -107,6 +126,9 @@ class SameDims:
     shares: bool = False
     moves: bool = False
     positions: int | None = None
+    ordered: bool = False
+    running: int | None = None
+    empty: bool = False
 
 
 @dataclass(frozen=True)
@@ -261,6 +283,20 @@ def moved_operand(relation: Relation) -> Operand | None:
             return x
         case _:
             return None
+
+
+def positions(relation: Relation) -> tuple[int, Operand, int] | None:
+    """Return the output of an op that holds positions along an axis, and the operand and the dim that have it."""
+    match relation:
+        case SameDims(x, pinned, absent, positions=int(number)) if len({*pinned, *absent}) == 1:
+            return number, x, (*pinned, *absent)[0]
+        case Pattern(positions=(number, name)):
+            pattern = bind(relation.spec, len(relation.operands), tuple(relation.sizes))
+            for term, operand in zip(pattern.operands, relation.operands, strict=True):
+                keys = [*term.keys_of(operand.shape)]
+                if name in keys:
+                    return number, operand, keys.index(name)
+    return None
 
 
 def is_linear(relation: Relation, carrying: Collection[fx.Node]) -> bool:

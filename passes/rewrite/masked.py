@@ -5,8 +5,10 @@
       -> _OverWhatIsLeft      at every other reduction over it (an average, a norm, a softmax) they are absent: the op
                               runs on the entries that stay, and its results go back to where these entries were
 
-It computes what a smaller model of the same class does. Nothing else may read a removed entry, so the places of removed
-entries in results hold a number that no common function is infinite at.
+Positions along an axis (an argmax, the indices of a top-k) come out as those that the entries have at original sizes,
+so all that is counted or picked by them is right there too. It computes what a smaller model of the same class does.
+Nothing else may read a removed entry, so the places of removed entries in results hold a number that no common function
+is infinite at.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from ecospa_fx.passes.axes.selection import (
 from ecospa_fx.passes.graph.nodes import argument_nodes, is_tensor, tensor_meta, written_arguments
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.op_site import OpSite
+from ecospa_fx.passes.ir.relations import positions
 from ecospa_fx.passes.rules import op_info
 
 NOWHERE = 0.5  # in place of removed entries: log, sqrt, 1 / x, atanh and the like are finite, with their gradients
@@ -136,10 +139,26 @@ class _OverWhatIsLeft:
         for i, operand in zip(tensors, self.axis_facts.operands[node], strict=True):
             if argument_nodes(node)[i] in written_arguments(node) and given[i] is not values[i]:
                 values[i].copy_(self._put_back(given[i], operand.exprs))
+        result = self._at_original_positions(result)
         outputs = self.axis_facts.values[node]
         if isinstance(result, Tensor):
             return self._put_back(result, outputs[0])
-        return type(result)(self._put_back(*each) for each in zip(result, outputs, strict=True))
+        return tuple(self._put_back(*each) for each in zip(result, outputs, strict=True))
+
+    def _at_original_positions(self, result: Any) -> Any:
+        """Turn positions among the entries that stay, in one of the results, into those among all."""
+        found = positions(self.axis_facts.relations[self.node])
+        if found is None:
+            return result
+        number, x, dim = found
+        index = dict(self._indices(self.axis_facts.resolve(x.exprs))).get(dim)
+        if index is None:
+            return result
+        places: Tensor = result if isinstance(result, Tensor) else result[number]
+        aligned = places if places.ndim == x.ndim else places.unsqueeze(dim)
+        sizes = [index.shape[d] if d == dim else size for d, size in enumerate(aligned.shape)]
+        whole = index.to(places.device).expand(sizes).gather(dim, aligned).view_as(places)
+        return whole if isinstance(result, Tensor) else tuple(whole if i == number else r for i, r in enumerate(result))
 
     def _alone(self) -> fx.Graph:
         """Make a graph of the op alone, with the sizes among its arguments written anew by its rule."""

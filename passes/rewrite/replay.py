@@ -12,13 +12,15 @@ from ecospa_fx.passes.axes.algebra import Atom, Expr, atoms_of, size_of
 from ecospa_fx.passes.axes.selection import (
     Selected,
     Selection,
+    count,
     entries,
+    in_first_contexts,
     mask_of,
     per_context_or_shared,
     project,
     touched,
 )
-from ecospa_fx.passes.graph.nodes import reason_text
+from ecospa_fx.passes.graph.nodes import op_name, reason_text
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Exprs
 from ecospa_fx.passes.ir.border import WeightDim
@@ -52,6 +54,14 @@ def replay(axis_facts: AxisFacts, plan: Plan, difference: str = "") -> dict[Atom
                         f"({_members(axis_facts, atom)}): {reason}.{why} Call the model as before, or make this call "
                         "once before the first shrink, so that the axis is never offered"
                     )
+    for expr, number, node in axis_facts.least:
+        left = count(expr, in_first_contexts(kept))
+        if type(left) is int and touched(expr, kept) and left < number:
+            raise PinnedAxisError(
+                f"this call takes {number} entries of an axis that has shrunk to {left} "
+                f"({_members(axis_facts, atoms_of(expr)[0])}): {reason_text(op_name(node), node, region)}.{why} Call "
+                "the model as before, or make this call once before the first shrink, so that enough stay"
+            )
     for name, exprs in axis_facts.parameters.items():
         full = join(region, name)
         for dim, expr in enumerate(exprs):

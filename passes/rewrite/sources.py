@@ -5,7 +5,8 @@
       -> index            a dim that keeps other entries in each context: picked together with the context's dim,
                           which a source that lacks it (a rotary table has no heads) gets here
 
-Each use is selected on its own: a table that all layers share does not tie their axes.
+Each use is selected on its own: a table that all layers share does not tie their axes. An `arange` that positions along
+an axis are compared with counts what is left.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ class _Selector:
         for dim, expr in enumerate(exprs):
             if dim not in per_context and touched(expr, self.kept):
                 node = self._select_dim(node, dim, expr, device)
+        if source.places is not None and touched(source.places, self.kept):
+            node = self._renumbered(node, source.places, device)
         (result, *_) = self.axis_facts.values[source.user]
         if per_context and source.aligned:
             # A context that the source does not depend on may run along a dim that the source does not even have.
@@ -103,6 +106,11 @@ class _Selector:
         node = self._call(aten.unflatten.int, node, dim, sizes)
         node = self._call(aten.index_select.default, node, dim + fastest, index)
         return self._call(aten.flatten.using_ints, node, dim, dim + 1)
+
+    def _renumbered(self, node: fx.Node, axis: Expr, device: torch.device) -> fx.Node:
+        """Turn positions among all entries of an axis into those among the entries that stay."""
+        mask = mask_of(axis, self.kept)
+        return self._call(aten.index.Tensor, self._constant(mask.cumsum(0) - mask.long(), device), [node])
 
     def _foreign(self, expr: Expr) -> Atom | None:
         """Return the context that decides which entries of `expr` stay, if `expr` does not run along it itself."""

@@ -181,7 +181,9 @@ def grouped_mm(x: Operand, weight: Operand, groups: Operand | None = None, bias:
     """The position of a row decides which matrix it is multiplied with."""
     if groups is None or bias is not None or (x.ndim, weight.ndim) != (2, 3):
         return Opaque(tuple(operand for operand in (x, weight, groups, bias) if operand is not None))
-    return Pattern("s! k, e! k n, +e! -> s! n", (x, weight, groups))
+    if not groups.counted:
+        return Pattern("s! k, e! k n, +e! -> s! n", (x, weight, groups))
+    return Pattern("s! k, e~ k n, +e~ -> s! n", (x, weight, groups), chosen={"e": groups})
 
 
 @axis_rule(aten.cdist.default)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,13 +12,16 @@ from . import formulas as f
 from .operands import letters, spaced, tensors
 from .registry import axis_rule, refuse
 
+if TYPE_CHECKING:
+    from ecospa_fx.passes.ir.op_site import OpSite
+
 aten = torch.ops.aten
 
 
 @axis_rule(aten.embedding.default)
-def embedding(weight: Operand, index: Operand, *_: Any) -> str:
+def embedding(weight: Operand, index: Operand, *_: Any) -> Pattern:
     """Entries along the axis are chosen by the values of an index."""
-    return "v! e, ... -> ... e"
+    return Pattern("v e, ... -> ... e", (weight, index), chosen={"v": index})
 
 
 @axis_rule(aten.embedding_bag)
@@ -79,8 +82,9 @@ def index(x: Operand, indices: list[Operand | None]) -> Indexed | Pattern | Opaq
     adjacent = chosen[-1][0] - chosen[0][0] == len(chosen) - 1
     longest = max((term.split() for term in terms), key=len)
     out = [*before, *longest, *after] if adjacent else [*longest, *before, *after]
-    own = " ".join(f"{n}!" if n in picked else n for n in _in_order(x, indices))
-    return Pattern(f"{own}, {', '.join(terms)} -> {' '.join(out)}", (x, *(i for _, i in chosen)))
+    spec = f"{' '.join(_in_order(x, indices))}, {', '.join(terms)} -> {' '.join(out)}"
+    by = {letter: i for letter, (_, i) in zip(picked, chosen, strict=True)}
+    return Pattern(spec, (x, *by.values()), chosen=by, moves=True)
 
 
 def _is_condition(index: Operand) -> bool:
@@ -121,13 +125,14 @@ def index_put(x: Operand, indices: list[Operand | None], values: Operand, *_: An
     adjacent = picks[-1] - picks[0] == len(picks) - 1
     if not adjacent or any(map(_is_condition, chosen)):
         return Opaque(everything)
-    before, _picked, after, terms = _places(x, indices)
+    before, picked, after, terms = _places(x, indices)
     longest = max((term.split() for term in terms), key=len)
     places = [f"{letter}!" for letter in longest]  # entries that are not written stay as they were, which is not zero
     written = [*before, *places, *after][len(before) + len(places) + len(after) - values.ndim :]
-    own = " ".join(f"{n}!" if n[0] == "p" else n for n in _in_order(x, indices))
+    own = " ".join(_in_order(x, indices))
     placed = ", ".join("+" + " ".join(f"{letter}!" for letter in term.split()) for term in terms)
-    return Pattern(f"{own}, {placed}, +{' '.join(written)} -> {own}", everything, apart=True)
+    by = dict(zip(picked, chosen, strict=True))
+    return Pattern(f"{own}, {placed}, +{' '.join(written)} -> {own}", everything, apart=True, chosen=by)
 
 
 @axis_rule(aten.gather.default)
@@ -135,8 +140,8 @@ def gather(x: Operand, dim: int, index: Operand, **_: Any) -> Pattern | Opaque:
     """Entries along the axis are chosen by the values of an index."""
     if x.ndim == 0 or not _alike(x, index, dim):
         return Opaque((x, index))
-    spec = f"{letters(x, dim, 'from!')}, +{letters(x, dim, 'to')} -> {letters(x, dim, 'to')}"
-    return Pattern(spec, (x, index), apart=True)
+    spec = f"{letters(x, dim, 'from')}, +{letters(x, dim, 'to')} -> {letters(x, dim, 'to')}"
+    return Pattern(spec, (x, index), apart=True, chosen={"from": index}, moves=True)
 
 
 @axis_rule(aten.take_along_dim.default)
@@ -146,9 +151,8 @@ def take_along_dim(x: Operand, index: Operand, dim: int | None = None) -> Patter
         return take(x, index) if index.ndim == 1 else Opaque((x, index))
     if x.ndim != index.ndim:
         return Opaque((x, index))
-    return Pattern(
-        f"{letters(x, dim, 'from!')}, +{letters(x, dim, 'to')} -> {letters(x, dim, 'to')}", (x, index), apart=True
-    )
+    spec = f"{letters(x, dim, 'from')}, +{letters(x, dim, 'to')} -> {letters(x, dim, 'to')}"
+    return Pattern(spec, (x, index), apart=True, chosen={"from": index}, moves=True)
 
 
 @axis_rule(aten.take.default)
@@ -164,9 +168,9 @@ def scatter(x: Operand, dim: int, index: Operand, values: Any, *_: Any, **__: An
     everything = (x, index, values) if isinstance(values, Operand) else (x, index)
     if x.ndim == 0 or len(everything) - 1 != len(written) or not all(_alike(x, w, dim) for w in written):
         return Opaque(everything)
-    own = letters(x, dim, "to!")
+    own = letters(x, dim, "to")
     more = "".join(f", +{letters(x, dim, f'from{i}!')}" for i in range(len(written)))
-    return Pattern(f"{own}{more} -> {own}", (x, *written), apart=True)
+    return Pattern(f"{own}{more} -> {own}", (x, *written), apart=True, chosen={"to": index})
 
 
 def _alike(x: Operand, other: Operand, dim: int) -> bool:
@@ -181,8 +185,9 @@ def index_fill(x: Operand, dim: int, index: Operand, value: Any) -> Pattern | Op
     operands = tensors(x, index, value)
     if x.ndim == 0 or index.ndim > 1:
         return Opaque(operands)
-    own = letters(x, dim, "to!")
-    return Pattern(f"{own}, +{'chosen!' * index.ndim}, + -> {own}", operands, apart=True)
+    own = letters(x, dim, "to")
+    spec = f"{own}, +{'chosen!' * index.ndim}, + -> {own}"
+    return Pattern(spec, operands, apart=True, chosen={"to": index})
 
 
 @axis_rule(aten.select_scatter.default)
@@ -210,15 +215,37 @@ def index_add(x: Operand, dim: int, index: Operand, source: Operand, *_: Any, **
     """The values of an index decide which entries along the axis are written or added to."""
     if x.ndim == 0 or index.ndim != 1 or not _alike(x, source, dim):
         return Opaque((x, index, source))
-    own, added = letters(x, dim, "to!"), letters(x, dim, "from!")
-    # There are as many entries to add as the index has, but nothing proves it where sizes depend on values.
-    return Pattern(f"{own}, +chosen!, +{added} -> {own}", (x, index, source), apart=True)
+    own, added = letters(x, dim, "to"), letters(x, dim, "from~")
+    spec = f"{own}, +from~, +{added} -> {own}"
+    if index.shape[0] != source.shape[dim]:  # sizes that depend on values, which nothing proves equal
+        spec = f"{own}, +chosen!, +{added.replace('~', '!')} -> {own}"
+    return Pattern(spec, (x, index, source), apart=True, chosen={"to": index})
 
 
-@axis_rule(aten.one_hot.default)
-def one_hot(x: Operand, *_: Any) -> str:
-    """The axis has one entry per class."""
-    return "... -> ... classes!"
+def _resize_classes(site: OpSite) -> None:
+    site.args["num_classes"] = site.resized(site.args["num_classes"], site.outputs[0][-1])
+
+
+@axis_rule(aten.one_hot.default, resize=_resize_classes)
+def one_hot(x: Operand, classes: Any = -1) -> Pattern:
+    """The value of an entry says which of the entries along the axis is one."""
+    if type(classes) is not int or classes < 1:
+        return Pattern("... -> ... classes!", (x,))
+    return Pattern("... -> ... classes", (x,), {"classes": classes}, chosen={"classes": x})
+
+
+def _resize_bins(site: OpSite) -> None:
+    bins = site.count(site.outputs[0][0])
+    site.args |= {"bins": bins, "max": site.args["max"] - (site.args["bins"] - bins)}
+
+
+@axis_rule(aten.histc.default, resize=_resize_bins)
+def histc(x: Operand, bins: int = 100, least: float = 0, most: float = 0) -> Pattern | Opaque:
+    """The value of an entry decides where it is counted."""
+    if type(bins) is not int or least != 0 or most not in (bins - 1, bins):  # else a position is no number of a bin
+        return Opaque((x,))
+    own = spaced("x", x.ndim, "!")
+    return Pattern(f"{own} -> bins", (x,), {"bins": bins}, apart=True, chosen={"bins": x})
 
 
 def created(*_: Any, **__: Any) -> Created:

@@ -32,7 +32,15 @@ def log_softmax(x: Operand, dim: int, *_: Any, **__: Any) -> SameDims:
     return SameDims(x, absent=dims_of(x, dim))
 
 
-@axis_rule(aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin)
+@axis_rule(aten.cumsum)
+def summed_so_far(x: Operand, dim: int, *_: Any, **__: Any) -> SameDims:
+    """Results along the axis depend on other entries along it."""
+    if x.counted:  # numbers of entries at places: there are none at those that go
+        return SameDims(x, running=dim % x.ndim)
+    return accumulated(x, dim)
+
+
+@axis_rule(aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin)
 def accumulated(x: Operand, dim: int, *_: Any, **__: Any) -> SameDims:
     """Results along the axis depend on other entries along it."""
     return SameDims(x, pinned=(dim % x.ndim,))

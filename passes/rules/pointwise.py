@@ -45,6 +45,11 @@ def nonlinear(*args: Any, **_: Any) -> Pointwise:
     return Pointwise(tensors(*args), "nonlinear")
 
 
+def compared(*args: Any, **_: Any) -> Pointwise:
+    """Entries are compared with entries at the same position."""
+    return Pointwise(tensors(*args), "nonlinear", compares=True)
+
+
 @axis_rule(aten.broadcast_tensors.default)
 def broadcast_tensors(xs: list[Operand]) -> Pointwise:
     """The operands are repeated to one shape."""
@@ -75,7 +80,7 @@ def conjugated(x: Operand) -> Pointwise:
 
 def shaped_like(x: Operand, *_: Any, **__: Any) -> SameDims:
     """New values are made, in the shape of the operand."""
-    return SameDims(x)
+    return SameDims(x, empty=True)
 
 
 @axis_rule(aten.fake_quantize_per_channel_affine.default, aten.quantize_per_channel.default)
@@ -105,6 +110,9 @@ axis_rule(aten.full_like, formula=f.SECOND)(shaped_like)
 for _op, _formula in (
     (aten.ge, f.AT_LEAST), (aten.le, f.AT_MOST), (aten.gt, f.MORE), (aten.lt, f.LESS), (aten.eq, f.EQUAL),
     (aten.ne, f.UNEQUAL),
+):  # fmt: skip
+    axis_rule(_op, formula=_formula)(compared)
+for _op, _formula in (
     (aten.logical_and, f.BOTH), (aten.bitwise_and, f.BOTH), (aten.__and__, f.BOTH),
     (aten.logical_or, f.EITHER), (aten.bitwise_or, f.EITHER), (aten.__or__, f.EITHER),
     (aten.logical_not, f.NOT), (aten.bitwise_not, f.NOT),

@@ -41,15 +41,18 @@ def chosen(x: Operand, dim: int = -1, keepdim: bool = False) -> SameDims:
 
 @axis_rule(aten.argmax, aten.argmin)
 def position(x: Operand, dim: Any = None, keepdim: bool = False) -> SameDims:
-    """The result is a position along the axis."""
+    """The result is a position among all entries of several axes."""
     dims = dims_of(x, dim)
-    return SameDims(x, pinned=dims, dropped=dims, keepdim=keepdim)
+    if len(dims) > 1:
+        return SameDims(x, pinned=dims, dropped=dims, keepdim=keepdim)
+    return SameDims(x, absent=dims, dropped=dims, keepdim=keepdim, positions=0)
 
 
 @axis_rule(aten.kthvalue.default)
 def kth(x: Operand, k: int, dim: int = -1, keepdim: bool = False) -> SameDims:
     """There may be no k-th entry among those that are left."""
-    return position(x, dim, keepdim)
+    dims = dims_of(x, dim)
+    return SameDims(x, pinned=dims, dropped=dims, keepdim=keepdim, positions=1)
 
 
 @axis_rule(aten.any.default, aten.any.dim, aten.any.dims, aten.count_nonzero, aten.nansum, aten.hash_tensor)
@@ -128,25 +131,40 @@ def sum_to_size(x: Operand, size: list[Any]) -> str:
 @axis_rule(aten.msort.default)
 def sorted_rows(x: Operand) -> SameDims:
     """Entries along the axis are sorted."""
-    return ordered(x, 0)
+    return SameDims(x, pinned=dims_of(x, 0), ordered=True)
 
 
-@axis_rule(aten.sort.default, aten.argsort.default)
+@axis_rule(aten.sort.default)
 def ordered(x: Operand, dim: int = -1, *_: Any, **__: Any) -> SameDims:
     """Entries along the axis are sorted."""
-    return SameDims(x, pinned=dims_of(x, dim) if x.ndim else ())
+    return SameDims(x, pinned=dims_of(x, dim), ordered=True, positions=1)
 
 
-@axis_rule(aten.sort.stable, aten.argsort.stable)
+@axis_rule(aten.sort.stable)
 def ordered_stably(x: Operand, *, dim: int = -1, **_: Any) -> SameDims:
     """Entries along the axis are sorted."""
     return ordered(x, dim)
 
 
+@axis_rule(aten.argsort.default)
+def order(x: Operand, dim: int = -1, *_: Any, **__: Any) -> SameDims:
+    """Entries along the axis are sorted."""
+    return SameDims(x, pinned=dims_of(x, dim), positions=0)
+
+
+@axis_rule(aten.argsort.stable)
+def stable_order(x: Operand, *, dim: int = -1, **_: Any) -> SameDims:
+    """Entries along the axis are sorted."""
+    return order(x, dim)
+
+
 @axis_rule(aten.topk.default)
 def topk(x: Operand, k: int, dim: int = -1, *_: Any, **__: Any) -> Pattern | Opaque:
     """Entries along the axis are sorted."""
-    return along(x, dim)
+    if x.ndim == 0 or type(k) is not int:
+        return along(x, dim)
+    spec = f"{letters(x, dim, 'along~')} -> {letters(x, dim, 'new!')}"
+    return Pattern(spec, (x,), apart=True, positions=(1, "along"), least=("along", k))
 
 
 @axis_rule(aten.diff.default)

@@ -10,7 +10,7 @@ aten = torch.ops.aten
 
 refuse(
     "The value of an entry decides where it is counted",
-    aten.histc, aten.histogram, aten.histogramdd, aten.bincount,
+    aten.histogram, aten.histogramdd, aten.bincount,
 )  # fmt: skip
 refuse(
     "The position of an entry in the result depends on how many were chosen before it",

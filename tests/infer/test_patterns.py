@@ -358,7 +358,7 @@ def test_the_page_about_patterns_is_true(capsys: pytest.CaptureFixture[str], mon
             exec(compile(text, "patterns.md", "exec"), names)
         else:
             assert settled(capsys.readouterr().out) == settled(text)
-    assert len(blocks) == 33
+    assert len(blocks) == 35
 
 
 def settled(text: str) -> list[str]:
