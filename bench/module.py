@@ -65,7 +65,8 @@ NAMES = (
     *(f"timm/{family}" for family in TIMM),
 )
 WIDER: dict[str, Call] = {
-    "t5": {"d_ff": 96}, "gpt_neox": {"rotary_pct": 0.5}, "stablelm": {"partial_rotary_factor": 0.5},
+    "t5": {"d_ff": 96, "relative_attention_num_buckets": 20}, "gpt_neox": {"rotary_pct": 0.5},
+    "stablelm": {"partial_rotary_factor": 0.5},
 }  # fmt: skip
 """Where a size of the zoo's smallest is that of another thing, too, or one pair of dims is all that turns."""
 VARIANTS = {"mlp_mixer": ("mixer_s32_224", {})}

@@ -99,6 +99,7 @@ def test_gguf_of_one_needs_neither_lists_nor_zeros(tmp_path):
 
 
 @pytest.mark.sweep
+@pytest.mark.timeout(1200)  # two minutes of one core where an encoder and a decoder have sizes of their own
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_type(kind, tmp_path):
     saved(kind, tmp_path)
