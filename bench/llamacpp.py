@@ -12,6 +12,8 @@ that is tried first, and `refused` means that the loader does not take the file.
     everything   half of every coupling, more in one layer than in the next; zeros where the format needs entries
     widths       feed-forward layers and heads only; zeros only to make layers equal
     per layer    the same with one width per layer, as an architecture whose loader reads that
+    uniform      trained to half (0.7 where heads stay) in its own Python with `deployable="transformers"`, and saved by
+                 `save_pretrained`: the converter takes that, and nothing is cut. `written`: entries that are not zero
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +73,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 3, "n_head": 8, "hidden_size": 64},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 4},
 }
+ABOUT = ("GGUF", "general", "tokenizer")  # the first words of fields that hold no sizes
 COMPUTES_THE_SAME = {"llama": "deci", "mistral": "deci"}
 ENTRY = 2e-4  # what another entry of the table of GELUs, after a difference in the last bit, makes in the end
-WAYS = ("everything", "widths", "per layer")
+WHOLE = ("*.heads", "*.groups")
+UNIFORM: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen3", "smollm3"), ()),
+    **dict.fromkeys(
+        ("qwen2", "phi3", "olmo2", "granite"), WHOLE
+    ),  # their loaders compute the length of a head from the hidden size
+}
+WAYS = ("everything", "widths", "per layer", "uniform")
 WIDTHS = ("ffn", "glu", "heads", "groups")
 COLUMNS = (
     "name",
@@ -199,14 +210,62 @@ def measure(name: str, way: str, llama_cpp: str) -> dict[str, Any]:
     return row
 
 
+def uniform(name: str, llama_cpp: str) -> dict[str, Any]:
+    """A row about a model that needs neither zeros nor a cut."""
+    import gguf
+
+    model, ids = build(name)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    mask = torch.ones_like(ids).repeat(2, 1)
+    mask[0, :2] = 0  # without padding, some code takes a path on which a number of heads is of no account
+    call = {"input_ids": ids.repeat(2, 1), "attention_mask": mask, "use_cache": False}
+    ecospa_fx.compile(model, example_kwargs=call, execution="module")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    trainer = ecospa_fx.EcoSpaTrainer(
+        model, optimizer, target=0.7 if UNIFORM[name] else 0.5, among="prunable", interval=1, end=3,
+        deployable="transformers", frozen=UNIFORM[name],
+    )  # fmt: skip
+    for _ in range(4):
+        model(**call).logits.square().mean().backward()
+        optimizer.step()
+        trainer.step()
+        optimizer.zero_grad()
+    shrunk = [coupling for coupling in ecospa_fx.couplings(model) if coupling.size < coupling.original_size]
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits[0]
+    row: dict[str, Any] = {
+        "name": name, "way": "uniform", "kinds": " ".join(sorted({c.kind for c in shrunk})), "before": before,
+        "left": sum(parameter.numel() for parameter in model.parameters()), "largest": f"{expected.abs().max():.2f}",
+        "heads": any(c.kind in ("heads", "groups") for c in shrunk),
+    }  # fmt: skip
+    if not trainer.done:
+        return row | {"refused": "the target is not reached"}
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        why = ecospa_fx.save_pretrained(model, directory / "saved")
+        if why is not None:
+            return row | {"refused": why}
+        convert(llama_cpp, directory / "saved", directory / "small.gguf")
+        reader = gguf.GGUFReader(directory / "small.gguf")
+        lists = [
+            key for key, field in reader.fields.items() if key.partition(".")[0] not in ABOUT and len(field.data) > 1
+        ]
+        if lists:
+            return row | {"refused": f"{lists[0]} is a list"}
+        row["written"] = sum(int((tensor.data != 0).sum()) for tensor in reader.tensors)
+        del reader
+        row["error"] = f"{(logits(directory / 'small.gguf', ids) - expected).abs().max():.0e}"
+    return row
+
+
 def report(rows: Sequence[dict[str, Any]]) -> None:
     """The table."""
     table = Table(*COLUMNS[:2], *COLUMNS[3:], box=None)
     for row in rows:
         table.add_row(*(str(row.get(column.header, "")) for column in table.columns))
     Console(width=200).print(table)
-    fine = sum(float(row.get("changed") or 1) <= ENTRY for row in rows)
-    print(f"{fine} of {len(rows)} compute what they did before the cut, to {ENTRY}")
+    fine = sum(float(row.get("changed") or row.get("error") or 1) <= ENTRY for row in rows)
+    print(f"{fine} of {len(rows)} compute what they did before the cut, or what torch does, to {ENTRY}")
 
 
 def main() -> None:
@@ -223,13 +282,16 @@ def main() -> None:
     if path.exists():
         with path.open(newline="") as file:
             rows = {(row["name"], row["way"]): {key: row[key] for key in COLUMNS} for row in csv.DictReader(file)}
-    asked = [(name, way) for name in MODELS for way in WAYS if way != "per layer" or name in COMPUTES_THE_SAME]
+    only = {"per layer": COMPUTES_THE_SAME, "uniform": UNIFORM}
+    asked = [(name, way) for name in MODELS for way in WAYS if name in only.get(way, MODELS)]
     if not options.report:
         warnings.simplefilter("ignore")
         for name, way in asked:
             if any(re.fullmatch(pattern, name) for pattern in options.patterns or [".*"]):
                 try:
-                    row = measure(name, way, options.llama_cpp)
+                    row = (uniform if way == "uniform" else partial(measure, way=way))(
+                        name, llama_cpp=options.llama_cpp
+                    )
                 except Exception as error:
                     row = {"name": name, "way": way, "refused": f"{type(error).__name__}: {error}"[:300]}
                 rows[name, way] = row

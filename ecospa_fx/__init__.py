@@ -37,8 +37,12 @@ if TYPE_CHECKING:
     from ecospa_fx.see.watch import Watch
     from ecospa_fx.train.compress import Compression, compress
     from ecospa_fx.train.latency import Latency
+    from ecospa_fx.train.nested import NestedSizes
+    from ecospa_fx.train.sensitivities import Sensitivity
+    from ecospa_fx.train.sensitivity import sensitivity
     from ecospa_fx.train.sparsifier import CoupledSparsifier
     from ecospa_fx.train.trainer import EcoSpaTrainer
+    from ecospa_fx.vocabulary.trim import Trimmed, trim_vocabulary
 
     from . import errors as errors
     from . import graphs as graphs
@@ -63,11 +67,14 @@ __all__ = [
     "Latency",
     "Member",
     "ModuleDiff",
+    "NestedSizes",
     "Plan",
     "Refusal",
     "Rotation",
+    "Sensitivity",
     "ShrinkableLinear",
     "Summary",
+    "Trimmed",
     "Verification",
     "Watch",
     "compile",
@@ -90,9 +97,11 @@ __all__ = [
     "save",
     "save_pretrained",
     "save_unshrunk",
+    "sensitivity",
     "shrink",
     "state_rule",
     "summary",
+    "trim_vocabulary",
     "verify",
 ]
 
@@ -122,8 +131,12 @@ _HOMES = {
     "see.watch": "Watch",
     "train.compress": "Compression compress",
     "train.latency": "Latency",
+    "train.nested": "NestedSizes",
+    "train.sensitivities": "Sensitivity",
+    "train.sensitivity": "sensitivity",
     "train.sparsifier": "CoupledSparsifier",
     "train.trainer": "EcoSpaTrainer",
+    "vocabulary.trim": "Trimmed trim_vocabulary",
     "api": "compile diff",
     "plan": "Plan",
 }
@@ -176,6 +189,10 @@ class _Package(ModuleType):
     @plan.deleter
     def plan(self) -> None:
         del self.__dict__["plan"]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what imports the package: libraries that send functions to other processes pickle modules by class."""
+        return import_module, (self.__name__,)
 
 
 modules[__name__].__class__ = _Package

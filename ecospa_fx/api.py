@@ -42,7 +42,8 @@ def compile(
         example_kwargs: keyword arguments of that call.
         regions: the submodules to capture as graphs: `"auto"` (repeated blocks where couplings close inside them and
             reach most of what those of the whole model do, else the whole model, else the largest submodules that can
-            be captured), `"blocks"`, `"joined"`, `"root"`, or names of submodules. `explain` says what lies outside.
+            be captured, joined if that covers more), `"blocks"`, `"joined"`, `"root"`, or names of submodules.
+            `explain` says what lies outside.
             `"joined"`: blocks and the modules around them, with the couplings that cross their edges, such as a
             residual stream, which `"blocks"` keeps whole. After it has shrunk, blocks take and return smaller tensors:
             a hook, or a later call that returns hidden states, sees them at the size that is left.

@@ -111,12 +111,15 @@ def main() -> None:
         for name, parameter in model.named_parameters():
             nn.init.ones_(parameter) if "norm" in name else nn.init.normal_(parameter, std=0.05)
 
+    first = trainer.steps
     while trainer.steps < options.steps:
         step = trainer.steps
+        # The first call in bfloat16 is captured, which compiled code under checkpointing cannot wait for.
+        torch.compiler.set_stance("force_eager" if step == first else "default")
         for micro in range(MICRO):
             model.set_requires_gradient_sync(micro == MICRO - 1)  # gradients are reduced once per step
-            first = ((step * MICRO + micro) * world + rank) * BATCH % (len(windows) - BATCH)
-            tokens = windows[first : first + BATCH].to(device)
+            row = ((step * MICRO + micro) * world + rank) * BATCH % (len(windows) - BATCH)
+            tokens = windows[row : row + BATCH].to(device)
             logits = model(tokens[:, :-1]).float()
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) / MICRO
             loss.backward()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from ecospa_fx.errors import CheckpointError
 from ecospa_fx.model.class_swap import original_class
 from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.model.execution import EXECUTIONS
-from ecospa_fx.passes.follow.attributes import Changes, changes_in
+from ecospa_fx.passes.follow.attributes import Changes
+from ecospa_fx.passes.follow.saved import changes_in, changes_listed
 from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 from ecospa_fx.ranks.shards import is_sharded
 
@@ -45,7 +45,7 @@ def describe_execution(compiled: CompiledModel) -> dict[str, Any]:
         "how": compiled.how if isinstance(compiled.how, str) else list(compiled.how),
         "experiments": compiled.experiments,
         "execution": compiled.execution,
-        "attributes": [[*astuple(a), *values] for a, values in sorted(compiled.attributes.items(), key=str)],
+        "attributes": changes_listed(compiled.attributes),
         "given_up": compiled.not_captured,
         "withheld": {name: marks for name, region in compiled.regions.items() if (marks := region.offers.marks())},
         "called": {name: r.first_sizes for name, r in compiled.regions.items() if r.first_sizes is not None},

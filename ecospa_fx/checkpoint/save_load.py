@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ecospa_fx.arguments import FLAG, FUNCTION, MODULE, PATH, TRAINING, optional, shown, takes
+from ecospa_fx.arguments import FLAG, FUNCTION, MODULE, PATH, TRAINING, instance, optional, shown, takes
 from ecospa_fx.errors import ArgumentError, CheckpointError
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.lookup import check_optimizer, compiled_state
@@ -29,15 +29,20 @@ from ecospa_fx.ranks.fsdp2 import reshard
 from ecospa_fx.ranks.members import ranks_of
 from ecospa_fx.ranks.shards import is_sharded
 from ecospa_fx.ranks.wrappers import looks_inside
+from ecospa_fx.train.nested import NestedSizes
 from ecospa_fx.train.trainer import EcoSpaTrainer
 
 from .directory import ALONE, Draft, Save, read_save, saving
+from .nested_sizes import at_size, write_sizes
 from .rebuild import Saved, check_same, filled, read_model, rebuild, refitted, write_model
 from .sharded import save_by_all
 from .training_state import Training, as_tuple, by_name, read_training, resume_training, write_training
 
 
-@takes(model=MODULE, directory=PATH, **TRAINING)
+@takes(
+    model=MODULE, directory=PATH, **TRAINING,
+    nested=optional(instance("what trainer.nested() returned", NestedSizes)),
+)  # fmt: skip
 @looks_inside
 def save(
     model: nn.Module,
@@ -48,6 +53,7 @@ def save(
     scheduler: Any = None,
     scaler: Any = None,
     also: Mapping[str, Any] | Iterable[Any] | None = None,
+    nested: NestedSizes | None = None,
 ) -> None:
     """Write a compiled model, and the state of its training, to a directory.
 
@@ -63,9 +69,10 @@ def save(
         scaler: a `torch.amp.GradScaler`.
         also: other objects, by name or as a list: averaged weights, a data loader (anything with `state_dict` and
             `load_state_dict`), `torch.Generator`, `numpy.random.Generator`, `random.Random`.
+        nested: sizes of the model, of which `load(size=)` takes one; they share the weights in the directory.
 
     Raises:
-        EcoSpaError: the model is not compiled.
+        EcoSpaError: the model is not compiled, or `nested` is of another model.
         OptimizerError: an optimizer holds none of its parameters.
         CheckpointError: some state cannot be saved without pickle, or another process is saving there.
     """
@@ -80,6 +87,8 @@ def save(
     def write(draft: Draft) -> None:
         write_model(draft, model, compiled)
         write_training(draft, model, training)
+        if nested is not None:
+            write_sizes(draft, model, nested)
 
     if any(map(is_sharded, model.parameters())):
         compiled.save = save_by_all(ranks_of(model), Path(directory), write)
@@ -95,6 +104,7 @@ def load(
     factory: Callable[[], nn.Module] | None = None,
     *,
     device: torch.device | str | None = None,
+    size: float | str | None = None,
 ) -> nn.Module:
     """Load a saved model, compiled and at the sizes at which it was saved.
 
@@ -106,6 +116,7 @@ def load(
             takes no time and no memory. A Hugging Face model needs no factory: it is rebuilt from its config.
         device: device of the model; None: as the factory places it, and meta tensors on the CPU. `"meta"`: the model
             at the sizes of the save and without values, to be sharded over ranks, `to_empty`, and filled by `resume`.
+        size: the target of one of the sizes that were saved with `nested=`; None: the largest.
 
     Raises:
         CheckpointError: the directory is incomplete, altered, of another format version, or of another model.
@@ -114,10 +125,12 @@ def load(
     values = home is None or home.type != "meta"
     with torch.device("cpu"):  # within torch.device("meta") only the factory makes tensors there
         saved, digest = read_save(
-            Path(directory), lambda save: (read_model(save, values=values), save.digest), values=values
+            Path(directory),
+            lambda save: (at_size(save, read_model(save, values=values), size), save.digest),
+            values=values,
         )
     model = rebuild(saved, factory, home)
-    model.__dict__[MODEL].save = digest if values else None
+    model.__dict__[MODEL].save = digest if values and size is None else None
     return model
 
 

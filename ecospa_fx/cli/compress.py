@@ -37,7 +37,7 @@ def compress(
     batches: Annotated[
         str | None, typer.Option(metavar="FILE.PY:NAME", help="function that returns calls of the model")
     ] = None,
-    target: Annotated[float, typer.Option(help="share of the original parameters that remains")] = 0.7,
+    target: o.Target = "0.7",
     tokens: Annotated[int, typer.Option(min=1, help="tokens of the text to look at, at most")] = 16384,
     context: Annotated[int, typer.Option(min=2, help="tokens per call")] = 512,
     kinds: Annotated[str | None, typer.Option(metavar="KINDS", help="kinds that may shrink: glu,vo")] = None,
@@ -60,7 +60,7 @@ def compress(
         named = gguf_model(path) if path.suffix == ".gguf" else named_model(model, fields=fields, factory=factory)
         calls = _windows(model, named, text, tokens, context) if text is not None else _made(str(batches))
         report = ecospa_fx.compress(
-            named.model, calls, target, among="prunable" if prunable else "all",
+            named.model, calls, o.target_of(target), among="prunable" if prunable else "all",
             kinds=None if kinds is None else [kind.strip() for kind in kinds.split(",")],
             uniform=cast("Uniform | None", uniform), steps=steps,
         )  # fmt: skip

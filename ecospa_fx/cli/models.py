@@ -251,6 +251,26 @@ def gguf_model(path: Path) -> Named:
     return Named(model.eval(), (), call_of(model, model.config))
 
 
+def pretrained_model(path: Path) -> Any:
+    """Load a model of transformers by the class that its configuration names, with weights.
+
+    Raises:
+        CommandError: there is none.
+    """
+    tolerate_missing_torchvision_ops()
+    if not (path / "config.json").is_file():
+        raise CommandError(f"{path} holds no model of transformers: there is no config.json")
+    import transformers
+
+    with _quietly(), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            config = transformers.AutoConfig.from_pretrained(path)
+            cls: Any = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
+            return cls.from_pretrained(path, local_files_only=True).eval()
+        except Exception as error:  # each class fails in its own way
+            raise CommandError(f"{path} cannot be loaded: {_first_line(error)}", FAILED) from error
+
+
 def tokenizer_of(name: str) -> Any:
     """Return the tokenizer in a directory of transformers, or in a GGUF file.
 

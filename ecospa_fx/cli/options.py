@@ -41,6 +41,26 @@ Deploy = Annotated[
 OutFile = Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="write to a file")]
 
 
+Target = Annotated[
+    str, typer.Option(metavar="SHARE", help="share of the parameters that remains, or of kinds: ffn=0.5,heads=0.75")
+]
+
+
+def target_of(text: str) -> float | dict[str, float]:
+    """Parse `--target`.
+
+    Raises:
+        CommandError: a text is neither a number nor kinds with numbers.
+    """
+    try:
+        if "=" not in text:
+            return float(text)
+        pairs = [pair.rpartition("=") for pair in text.split(",")]
+        return {key.strip(): float(share) for key, _, share in pairs}
+    except ValueError:
+        raise CommandError(f"--target {text} is neither a share nor kinds with shares, ffn=0.5,heads=0.75") from None
+
+
 def multiples_of(texts: list[str] | None) -> dict[str, int]:
     """Parse `--multiple-of`.
 

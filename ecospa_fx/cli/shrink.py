@@ -23,6 +23,7 @@ Examples:
   ecospa-fx shrink runs/mine/model --target 0.5 --out smaller
   ecospa-fx shrink hf/llama --target 0.7 --out smaller
   ecospa-fx shrink hf/llama --target 0.7 --deployable transformers --multiple-of heads=2 --out smaller
+  ecospa-fx shrink hf/llama --target glu=0.5,heads=0.75 --out smaller
   ecospa-fx shrink saved --factory my_model.py:make --target 0.5 --out smaller
 
 Without data, the magnitude of the weights is the only score: train afterwards, or use `ecospa-fx train`.
@@ -32,7 +33,7 @@ Without data, the magnitude of the weights is the only score: train afterwards, 
 def shrink(
     model: o.Model,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="directory for the smaller model")],
-    target: Annotated[float, typer.Option(help="share of the original parameters that remains")] = 0.5,
+    target: o.Target = "0.5",
     min_keep: Annotated[int, typer.Option(help="entries that every coupling keeps")] = 1,
     round_to: Annotated[int, typer.Option(help="widths are multiples of this")] = 1,
     uniform: o.Uniform = None,
@@ -64,7 +65,7 @@ def shrink(
         if purpose is not None:
             check_deployable(named.model, purpose)
             constraints = deployment(named.model, purpose, constraints).constraints
-        sparsifier = ecospa_fx.CoupledSparsifier(named.model, target=target, constraints=constraints)
+        sparsifier = ecospa_fx.CoupledSparsifier(named.model, target=o.target_of(target), constraints=constraints)
         estimator = ecospa_fx.CoupledEstimator(named.model, "magnitude")
         while not sparsifier.reached():
             keeps = sparsifier.decide(estimator.importance(), sparsifier.target_size(sparsifier.sizes()))

@@ -55,7 +55,7 @@ def train(
     lr: Annotated[float, typer.Option(min=0, help="peak learning rate of AdamW")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(min=0, help="weight decay of AdamW")] = 0.01,
     seed: Annotated[int, typer.Option(help="seed of weights and data order")] = 0,
-    target: Annotated[float, typer.Option(help="share of the parameters that remains")] = 0.5,
+    target: o.Target = "0.5",
     top_k: Annotated[float, typer.Option(help="share of the couplings that shrink at a step")] = 0.3,
     theta: Annotated[float, typer.Option(help="share of its score that a coupling keeps at a step")] = 0.9,
     interval: Annotated[int | None, typer.Option(help="steps between shrinks (default: ten shrinks)")] = None,
@@ -86,7 +86,7 @@ def train(
     first = start if start is not None else round(0.3 * steps)
     last = end if end is not None else max(first + 1, round(0.8 * steps))
     settings: dict[str, Any] = {
-        "target": target, "top_k": top_k, "theta": theta, "start": first, "end": last, "score": score,
+        "target": o.target_of(target), "top_k": top_k, "theta": theta, "start": first, "end": last, "score": score,
         "min_keep": min_keep, "round_to": round_to, "uniform": uniform, "multiple_of": o.multiples_of(multiple_of),
         "deployable": deployable,
         "interval": interval if interval is not None else max(1, (last - first) // 10),

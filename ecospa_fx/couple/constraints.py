@@ -256,7 +256,7 @@ class Constraints:
         parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
         for entry in self.frozen:
             if isinstance(entry, str):
-                what, matches = f"`{entry}`", [c for c in couplings if _matches(entry, c)]
+                what, matches = f"`{entry}`", [c for c in couplings if fits_name(entry, c)]
                 exists = bool(matches) or any(_names(entry, name) for name in parameters)
             elif isinstance(entry, Coupling):
                 what, matches = f"`{entry.name}`", [c for c in couplings if c == entry]
@@ -297,7 +297,8 @@ def _can_be_equal(group: Sequence[Coupling]) -> bool:
     return a.size * a.width == b.size * b.width and a.width % b.width == 0
 
 
-def _matches(pattern: str, coupling: Coupling) -> bool:
+def fits_name(pattern: str, coupling: Coupling) -> bool:
+    """Decide whether a pattern matches the name of a coupling or of one of its parameters, or a module around these."""
     return any(_names(pattern, name) for name in (coupling.name, *(m.parameter for m in coupling.members)))
 
 

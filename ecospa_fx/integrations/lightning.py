@@ -28,7 +28,7 @@ from ecospa_fx.model.compiled import MODEL, CompiledModel
 from ecospa_fx.model.copies import listed
 from ecospa_fx.model.execution import Execution
 from ecospa_fx.model.optimizer_state import innermost
-from ecospa_fx.passes.follow.attributes import changes_in
+from ecospa_fx.passes.follow.saved import changes_in
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.members import ranks_of

@@ -29,7 +29,8 @@ from ecospa_fx.logs import logger
 from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.find.analyse import Analysis, shared_outside
 from ecospa_fx.passes.find.joined import choose_regions
-from ecospa_fx.passes.follow.attributes import Attribute, Changes, numbers_in, sync_layer_sizes
+from ecospa_fx.passes.follow.attributes import Attribute, Changes, Value, Values, numbers_in, sync_layer_sizes
+from ecospa_fx.passes.graph.forward_swap import forwards_to, own_forward, swap_forward
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.replay import replay
@@ -40,16 +41,7 @@ from ecospa_fx.ranks.fsdp2 import check_reduced, owners, reshard
 from ecospa_fx.ranks.members import ranks_of
 from ecospa_fx.ranks.tensor_parallel import check_sequences, gathered_whole, parallel_count, spread_dims
 
-from .class_swap import (
-    CopiesWait,
-    forwards_to,
-    is_waiting,
-    own_forward,
-    own_forward_aside,
-    swap_forward,
-    swap_linears,
-    unswap_forward,
-)
+from .class_swap import CopiesWait, is_waiting, own_forward_aside, swap_linears, unswap_forward
 from .copies import Copy, check_plan
 from .execution import Execution
 from .full_size import in_transform, outside_forward, outside_inference
@@ -169,7 +161,8 @@ class CompiledModel:
         try:
             self._wait_no_longer(model)
             with gathered_whole(model):
-                chosen = choose_regions(model, args, kwargs, self.how, self.state.captures, self.state.options)
+                across = self.execution == "graph"
+                chosen = choose_regions(model, args, kwargs, self.how, self.state.captures, self.state.options, across)
             analyses, self.not_captured = chosen.analyses, chosen.failed
             if not chosen.joints and not any(analysis.discovery.couplings for analysis in analyses.values()):
                 raise NoCouplingError(_nothing_found(model, analyses))
@@ -254,10 +247,10 @@ class CompiledModel:
         """Swap the classes of the regions, so that their calls run through `Region.__call__`."""
         for name, region in self.regions.items():
             module = model.get_submodule(name)
+            swap_linears(module)  # first: the region may be one itself
             if self.execution == "graph":
                 module.__dict__[REGION] = region
                 swap_forward(module, REGION)
-            swap_linears(module)
         if self.execution == "module":
             model.__dict__[COPIES] = CopiesWait(model, MODEL)
 
@@ -402,21 +395,23 @@ class CompiledModel:
 
         return _Prepared(after, commit)
 
-    def _numbers_here(self, model: nn.Module, attributes: Changes) -> dict[Attribute, int]:
+    def _numbers_here(self, model: nn.Module, attributes: Changes) -> Values:
         """Return the integers that modules are to hold; where they hold the part of this rank, that part."""
         shared, ranks = shared_numbers(model, self.regions), parallel_count(model)
-        numbers = {attribute: now for attribute, (_, now) in attributes.items()}
-        for attribute in numbers.keys() & shared.keys():
-            if numbers[attribute] % ranks:
+        numbers: dict[Attribute, Value] = {attribute: now for attribute, (_, now) in attributes.items()}
+        for attribute, now in numbers.items():
+            if attribute not in shared or not isinstance(now, int):
+                continue
+            if now % ranks:
                 raise ShrinkError(
-                    f"`{attribute}` is of the part of one of {ranks} ranks, and would be {numbers[attribute]} for all "
-                    f"of them; keep a multiple of {ranks}"
+                    f"`{attribute}` is of the part of one of {ranks} ranks, and would be {now} for all of them; keep a "
+                    f"multiple of {ranks}"
                 )
-            numbers[attribute] //= ranks
+            numbers[attribute] = now // ranks
         return numbers
 
-    def _hold(self, module: nn.Module, numbers: Mapping[Attribute, int]) -> None:
-        """Let the integers of modules follow."""
+    def _hold(self, module: nn.Module, numbers: Values) -> None:
+        """Let the integers of modules, and what they take of their arguments, follow."""
         for attribute, now in numbers.items():
             if attribute.read(module) != now:
                 attribute.write(module, now)

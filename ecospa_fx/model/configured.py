@@ -28,7 +28,7 @@ def configured(model: nn.Module, compiled: CompiledModel) -> Described:
         made: nn.Module = cls(other)
         return made
 
-    maker = Maker(dict(_numbers(config)), make, _unset(cls, config))
+    maker = Maker(dict(numbers_of(config)), make, _unset(cls, config))
     return Described(model, compiled, maker, f"a {type(config).__name__}")
 
 
@@ -64,14 +64,14 @@ def _noting(asked: dict[str, None], kind: Any) -> Any:
     return get
 
 
-def _numbers(config: Any) -> Iterator[tuple[Where, Number]]:
+def numbers_of(config: Any) -> Iterator[tuple[Where, Number]]:
     """Yield the numbers of a configuration and of those below it, with the way to each."""
     below = set(getattr(config, "sub_configs", ()))
     for name, value in vars(config).items():
         if name[:1] == "_":
             continue
         if name in below and hasattr(value, "to_dict"):
-            yield from (((name, *where), number) for where, number in _numbers(value))
+            yield from (((name, *where), number) for where, number in numbers_of(value))
         elif type(value) is int and value > 1:
             yield (name,), value
         elif type(value) in (list, tuple) and all(type(item) is int for item in value):

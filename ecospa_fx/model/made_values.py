@@ -7,7 +7,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ecospa_fx.passes.capture.compare_eager import TOLERANCE, relative_error
-from ecospa_fx.passes.follow.trial import Failed, drawn, example_calls, modes, own_forward
+from ecospa_fx.passes.follow.course import Failed, own_forward
+from ecospa_fx.passes.follow.trial import drawn, example_calls, modes
 from ecospa_fx.passes.graph.isolate import isolated, seed
 from ecospa_fx.passes.graph.tensors import as_held, join, named_tensors, sliced, swapped
 from ecospa_fx.passes.rewrite.replay import replay

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ecospa_fx.passes.follow.attributes import Attribute
+from ecospa_fx.passes.follow.attributes import Attribute, Value
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.plan import Plan
@@ -68,7 +68,7 @@ def wanted_under(model: nn.Module, compiled: CompiledModel, plan: Plan | None) -
         if planned is not None:
             shape = shapes[planned] if plan is None else plan.shape(planned)
         facts |= {(name, dim): size for dim, size in enumerate(shape)}
-    integers: dict[Attribute, int] = {}
+    integers: dict[Attribute, Value] = {}
     for region in compiled.regions.values():
         if region.python_support is not None and region.specializations:
             kept = {} if plan is None else replay(region.naming_graph.axis_facts, plan)
@@ -76,7 +76,7 @@ def wanted_under(model: nn.Module, compiled: CompiledModel, plan: Plan | None) -
     # After a load the regions are not known before a call, but the integers that have changed are.
     for attribute, (before, now) in compiled.attributes.items():
         integers.setdefault(attribute, before if plan is None else now)
-    return Wanted(facts | {(str(a), ""): value for a, value in integers.items()}, tuple(integers))
+    return Wanted(facts | {(str(a), ""): _number(value) for a, value in integers.items()}, tuple(integers))
 
 
 def _sizes(tensors: Mapping[str, Tensor]) -> Facts:
@@ -87,10 +87,15 @@ def _integers(made: nn.Module, attributes: Sequence[Attribute]) -> Facts:
     values: Facts = {}
     for attribute in attributes:
         try:
-            values[str(attribute), ""] = attribute.read(made)
+            values[str(attribute), ""] = _number(attribute.read(made))
         except AttributeError:
             continue
     return values
+
+
+def _number(value: Value) -> int:
+    """Return an integer; of a given tensor, the number of entries that are taken."""
+    return value if isinstance(value, int) else len(value)
 
 
 @dataclass(eq=False)

@@ -6,6 +6,7 @@ observe(region, observer)   region.watcher -> Observers -> one program with the 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +19,7 @@ from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.rewrite import Tap
 from ecospa_fx.passes.rewrite.watch import Watched, watch
 
+from .compiled_code import OWN
 from .lookup import compiled_state
 from .region import Region
 
@@ -48,6 +50,7 @@ class _Observed:
     """A program generated once more, with the nodes that some observers read among its outputs."""
 
     program: Program
+    shared_out: Any
     call: Watched
     requests: tuple[tuple[Observer, Any, tuple[int, ...]], ...]  # observer, its tag, numbers of its values
 
@@ -57,23 +60,41 @@ class Observers:
 
     def __init__(self) -> None:
         self.observers: list[Observer] = []
-        self._observed: dict[tuple[int, ...], _Observed] = {}
+        self._observed: list[_Observed] = []
 
     def __call__(self, region: Region, program: Program, module: nn.Module, inputs: Sequence[Tensor]) -> Any:
         """Run one call of the region."""
         observers = [observer for observer in self.observers if observer.wants(module)]
         if not observers:
             return region.program_here(program, module)(module, inputs)
-        key = (id(program), id(region.shared_out), *map(id, observers))
-        observed = self._observed.get(key)
-        if observed is None or observed.program is not program:
-            alive = {id(each.program) for each in region.specializations}
-            self._observed = {key: value for key, value in self._observed.items() if key[0] in alive}
-            self._observed[key] = observed = _observed_program(region, program, module, observers)
+        observed = self._found(region, program, observers)
+        if observed is None:
+            observed = _observed_program(region, program, module, observers)
+            alive = [each.program for each in region.specializations]
+            self._observed = [each for each in self._observed if any(each.program is program for program in alive)]
+            self._observed.append(observed)
         result, values = observed.call(module, inputs)
-        for observer, tag, numbers in observed.requests:
-            observer.receive(tag, [values[number] for number in numbers])
+        _hand_over(observed.requests, values)
         return result
+
+    def _found(self, region: Region, program: Program, observers: Sequence[Observer]) -> _Observed | None:
+        """Return the program with the values that some observers read; None where it has still to be made.
+
+        By `is`, not by `id`, at which torch.compile would take each of many equal blocks for another.
+        """
+        for each in self._observed:
+            if each.program is program and each.shared_out is region.shared_out:
+                theirs = [request[0] for request in each.requests]
+                if len(theirs) == len(observers) and all(map(operator.is_, theirs, observers)):
+                    return each
+        return None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _hand_over(requests: Sequence[tuple[Observer, Any, tuple[int, ...]]], values: Sequence[Tensor]) -> None:
+    """Give observers their values: one break in compiled code, and nothing of theirs to compile again."""
+    for observer, tag, numbers in requests:
+        observer.receive(tag, [values[number] for number in numbers])
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -84,7 +105,9 @@ def _observed_program(region: Region, program: Program, module: nn.Module, obser
     numbered = tuple((observer, tag, tuple(number[node] for node in chosen)) for observer, chosen, tag in requests)
     tappers = [observer for observer in observers if isinstance(observer, Tapper)]
     taps = [tap for observer in tappers for tap in observer.taps_of(region, program, module)]
-    return _Observed(program, watch(program, region.kept_here(program, module), module, nodes, taps), numbered)
+    return _Observed(
+        program, region.shared_out, watch(program, region.kept_here(program, module), module, nodes, taps), numbered
+    )
 
 
 def check_observable(model: nn.Module) -> None:
@@ -114,3 +137,6 @@ def ignore(region: Region, observer: Observer) -> None:
         region.watcher.observers = [each for each in region.watcher.observers if each is not observer]
         if not region.watcher.observers:
             region.watcher = None
+
+
+OWN += [Region.__call__, Observers.__call__]

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from ecospa_fx.collectives import is_distributed
 from ecospa_fx.errors import CaptureError, EcoSpaError, NotNowError, PinnedAxisError, TooManyCallsError, WrapperError
 from ecospa_fx.logs import logger
-from ecospa_fx.passes.axes.algebra import Atom, atoms_of, size_of
+from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.axes.selection import Selected, Selection
 from ecospa_fx.passes.capture.first_call import after_first_call, make
 from ecospa_fx.passes.capture.hooks import backward_hooked, calls_itself, inner_hooks
 from ecospa_fx.passes.find.analyse import Analysis, analyse_once, shared_outside
 from ecospa_fx.passes.find.discover import Discovery, discover
 from ecospa_fx.passes.find.numbers import with_numbers
-from ecospa_fx.passes.follow.attributes import Attribute, holding, numbers_in, restore_layer_sizes, sync_layer_sizes
+from ecospa_fx.passes.follow.attributes import holding, numbers_in, restore_layer_sizes, sync_layer_sizes
 from ecospa_fx.passes.follow.follow import PythonSupport, follow
+from ecospa_fx.passes.graph.forward_swap import own_forward
 from ecospa_fx.passes.graph.python_state import StateChange
 from ecospa_fx.passes.graph.tensors import join, same_storage, swapped
 from ecospa_fx.passes.infer.infer import inferred_again
@@ -39,7 +40,7 @@ from ecospa_fx.passes.rewrite.stored import check_state_layouts, keys_of, whole_
 from ecospa_fx.ranks.fsdp2 import fsdp_modules, sharded_apart
 from ecospa_fx.ranks.tensor_parallel import check_sequences, gathered_here
 
-from .class_swap import own_forward
+from .compiled_code import check_not_recomputed
 from .full_size import FullSizeTensors, in_transform, outside_forward, outside_inference, unshrunk_dim
 from .journal import Journal, all_or_nothing
 from .moving import moving_buffers, settled
@@ -147,6 +148,8 @@ class Region:
                 )
             if program is None and self.shared_out is not None:
                 self._check_numbers(module, self.shared_out.ranks)
+            if program is None and torch.compiler.is_compiling():
+                check_not_recomputed(self._named())
             if program is None and not self.shrunk:
                 program, uncaptured = self._add_or_none(module, args, kwargs)
                 if program is None or self.routing.changed_constant(self.specializations, module, program) is not None:
@@ -465,7 +468,7 @@ class Region:
             return
         prefix = f"{self.name}." if self.name else ""
         inside = {
-            Attribute(f"{a.module}."[len(prefix) :].removesuffix("."), a.name, a.inside): original
+            replace(a, module=f"{a.module}."[len(prefix) :].removesuffix(".")): original
             for a, (original, _) in self.state.attributes.items()
             if f"{a.module}.".startswith(prefix)
         }
@@ -490,7 +493,7 @@ class Region:
             return False
         assert other.python_support is not None
         try:
-            return all(a.read(module) == size_of(expr) for a, expr in other.python_support.sizes.items())
+            return all(a.read(module) == value for a, value in other.python_support.values({}).items())
         except AttributeError:
             return False
 

@@ -17,12 +17,14 @@ from torch import nn
 from ecospa_fx.arguments import CALL, MODULE, takes
 from ecospa_fx.errors import EcoSpaError, NoInputsError, RestoreError
 from ecospa_fx.passes.follow.attributes import fitted, sync_layer_sizes
+from ecospa_fx.passes.follow.given import Given
 from ecospa_fx.passes.follow.trial import NotTried, difference, example_calls, modes
+from ecospa_fx.passes.graph.forward_swap import own_forward
 from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.ranks.wrappers import looks_inside
 
-from .class_swap import ShrinkableLinear, own_forward, unswap_forward
+from .class_swap import ShrinkableLinear, unswap_forward
 from .compiled import COPIES, MODEL, REGION, CompiledModel
 from .lookup import try_call
 from .region import Region
@@ -63,6 +65,12 @@ def restore(
     compiled: CompiledModel | None = model.__dict__.get(MODEL)
     if compiled is None:
         raise EcoSpaError(f"{type(model).__name__} is not compiled; there is nothing to restore")
+    for given in sorted((a for a in compiled.attributes if isinstance(a, Given)), key=str):
+        if (taken := len(given.read(model))) < given.size:
+            raise RestoreError(
+                f"`{given.module}` has shrunk and takes {taken} of {given.size} entries of dim {given.dim} of "
+                f"`{given.inside}`, which the model around it makes at full size. Keep the model compiled"
+            )
     if compiled.plan.original_shapes:
         if example_inputs is not None or example_kwargs is not None:
             try_call(
@@ -81,13 +89,13 @@ def restore(
 
 def plain(module: nn.Module) -> None:
     """Give a module, and the linear layers in it, their original classes, and remove the attributes of this library."""
+    unswap_forward(module)
     child: nn.Module
     for child in module.modules():
         if type(child) is ShrinkableLinear:
             sizes = child.in_features, child.out_features
             child.__class__ = nn.Linear  # type: ignore[assignment]
             child.in_features, child.out_features = sizes
-    unswap_forward(module)
     for key in (MODEL, REGION, COPIES):
         module.__dict__.pop(key, None)
 

@@ -15,6 +15,7 @@ from ecospa_fx.logs import logger
 from ecospa_fx.ranks.members import ranks_of
 from ecospa_fx.ranks.wrappers import check_wrappers, unwrapped
 
+from .compiled_code import forget_code
 from .copies import copies_of
 from .diff import ModuleDiff, diff_of, shapes_of
 from .journal import Journal, all_or_nothing
@@ -105,6 +106,7 @@ def shrink_within(
     compiled.shrink(model, selection, journal, optimizers, copies_of(model, also), absorb)
     change = diff_of(model, before)
     left_behind().note(model, change.before)
+    forget_code(model, change.before)
     log = logger("shrink")
     log.info("%s", change.headline())
     for coupling in compiled.couplings():

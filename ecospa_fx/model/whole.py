@@ -28,7 +28,7 @@ def shared_numbers(model: nn.Module, regions: Mapping[str, Region]) -> dict[Attr
             continue
         for attribute, whole in support.values(replay(region.naming_graph.axis_facts, region.state.plan)).items():
             here = attribute.within(region.name).read(model)
-            if here != whole and here * ranks == whole:
+            if isinstance(whole, int) and here != whole and here * ranks == whole:
                 shared[attribute.within(region.name)] = whole
     return shared
 

@@ -218,7 +218,7 @@ def _per_layer(model: nn.Module, fields: Mapping[str, int], wanted: NamedShapes,
             value = vars(config)[field]  # reading it as an attribute is refused where layers differ
             probe = copy.deepcopy(config)
             _override(probe, field, dict.fromkeys(layers, 2 * value))
-            before, after = _shapes(model, config), _shapes(model, probe)
+            before, after = shapes_in(model, config), shapes_in(model, probe)
             shares: dict[int, set[Fraction]] = {}
             for name in before.keys() & after.keys() & wanted.keys():
                 number = re.search(r"\.(\d+)\.", name)
@@ -255,11 +255,11 @@ def _proportional(value: int, plan: Plan, names: Any) -> set[int]:
 
 def shape_differences(model: nn.Module, config: Any, wanted: NamedShapes) -> set[str]:
     """Return the names whose shapes differ in a model made from a configuration; all of them if none can be made."""
-    shapes = _shapes(model, config)
+    shapes = shapes_in(model, config)
     return {name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name)}
 
 
-def _shapes(model: nn.Module, config: Any) -> NamedShapes:
+def shapes_in(model: nn.Module, config: Any) -> NamedShapes:
     """Return the shapes in a model of the same class made from a configuration; none if it refuses its numbers."""
     cls: Any = type(model)
     try:

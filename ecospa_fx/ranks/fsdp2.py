@@ -230,5 +230,5 @@ def _hooks(module: Any) -> list[tuple[dict[int, Any], int]]:
 
 def sharded_apart(module: nn.Module) -> list[str]:
     """Return the names of the modules inside a module that `fully_shard` gathers on their own."""
-    inside = set(map(id, fsdp_modules(module))) - {id(module)}
-    return [name for name, child in module.named_modules() if id(child) in inside]
+    # Without `id`, at which torch.compile would take each of many equal blocks for another.
+    return [name for name, child in module.named_modules() if name and is_fsdp(child)]

@@ -12,7 +12,7 @@ import networkx as nx
 from rich.console import Group
 from torch import nn
 
-from ecospa_fx.arguments import CALL, FLAG, MODULE, NAMED, PATH, REGIONS, TEXT, optional, takes
+from ecospa_fx.arguments import CALL, FLAG, MODULE, NAMED, PATH, REGIONS, TEXT, instance, optional, takes
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.couple.why import Path, Why, axis_graph, path_between
 from ecospa_fx.errors import NoCouplingError, NoInputsError
@@ -28,6 +28,7 @@ from ecospa_fx.passes.graph.nodes import place
 from ecospa_fx.ranks.tensor_parallel import gathered_whole
 from ecospa_fx.ranks.wrappers import looks_inside
 from ecospa_fx.text import plural
+from ecospa_fx.train.sensitivities import Sensitivity
 
 from .findings import Findings
 from .report import write_report
@@ -137,15 +138,22 @@ class Explanation(Findings):
         """
         return why_not(self.snapshot, self.couplings, name)
 
-    @takes(path=PATH, training=optional(NAMED))
-    def report(self, path: str | os.PathLike[str], *, training: Mapping[str, Any] | None = None) -> None:
+    @takes(path=PATH, training=optional(NAMED), sensitivity=optional(instance("an ecospa_fx.Sensitivity", Sensitivity)))
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        training: Mapping[str, Any] | None = None,
+        sensitivity: Sensitivity | None = None,
+    ) -> None:
         """Write everything as one HTML file, which opens from disk and needs no network.
 
         Args:
             path: the file.
             training: the result of `ecospa_fx.report.training_of(trainer, losses)`, for curves and widths over time.
+            sensitivity: the result of `ecospa_fx.sensitivity`, for its table.
         """
-        write_report(self, path, training)
+        write_report(self, path, training, sensitivity)
 
 
 @takes(model=MODULE, **CALL, regions=REGIONS, experiments=FLAG, execution=TEXT)
@@ -194,7 +202,8 @@ def explain(
         model.__dict__.pop(MODEL, None)
         unswap_forward(model)
         with gathered_whole(model):
-            chosen = choose_regions(model, args, kwargs, regions, options=scratch.state.options)
+            across = execution == "graph"
+            chosen = choose_regions(model, args, kwargs, regions, options=scratch.state.options, across=across)
     finally:
         model.__class__ = waiting
         if compiled is not None:

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.couple.ties import TiedCouplings
-from ecospa_fx.model.cost import CostModel
 
-from .latency import LatencyModel
 from .sparsifier import CoupledSparsifier, named_sizes
+from .targets import AnyCost
 
 MOST_UNEVEN = 1.15
 """No coupling loses more than so many times the mean share of its kind; `docs/absorption.md` has the numbers."""
@@ -56,6 +55,13 @@ class AdaptiveSparsifier(CoupledSparsifier):
         Returns:
             Coupling -> entries that stay, for those that shrink.
         """
+        if self.parts:
+            return {
+                coupling: width
+                for part in self.parts.values()
+                if isinstance(part, AdaptiveSparsifier)
+                for coupling, width in part.widths(worth, self._due(at_most, part) or 0).items()
+            }
         sizes = self.sizes()
         at_most = max(at_most, self.target_size(sizes))
         units = [unit for unit in self._units() if all(c in worth for c in unit.couplings)]
@@ -81,7 +87,7 @@ class AdaptiveSparsifier(CoupledSparsifier):
         self,
         units: list[TiedCouplings],
         prices: Mapping[TiedCouplings, list[float]],
-        sizes: CostModel | LatencyModel,
+        sizes: AnyCost,
         at_most: int,
     ) -> dict[TiedCouplings, int]:
         """Return the size of each unit once enough of the cheapest steps are taken, or all there are."""
@@ -108,7 +114,7 @@ class AdaptiveSparsifier(CoupledSparsifier):
         self,
         order: list[TiedCouplings],
         keeps: Mapping[TiedCouplings, int],
-        sizes: CostModel | LatencyModel,
+        sizes: AnyCost,
         at_most: int,
     ) -> dict[TiedCouplings, int]:
         """Take units one allowed size down, in order, until enough has gone; none that would pass the target."""
@@ -157,7 +163,7 @@ def _beyond(unit: TiedCouplings, keeps: Mapping[TiedCouplings, int], least: Mapp
     return len(unit.sizes) - 1 - unit.sizes.index(keeps.get(unit, unit.sizes[-1])) >= _steps(unit, least)
 
 
-def _prices(unit: TiedCouplings, worth: Mapping[Coupling, Tensor], sizes: CostModel | LatencyModel) -> list[float]:
+def _prices(unit: TiedCouplings, worth: Mapping[Coupling, Tensor], sizes: AnyCost) -> list[float]:
     """Compute the loss per cost saved of each allowed size of a unit, from the largest down; it never falls.
 
     A cheap step after a dear one is priced together with it: the lower convex hull of loss over cost.
@@ -171,7 +177,7 @@ def _prices(unit: TiedCouplings, worth: Mapping[Coupling, Tensor], sizes: CostMo
     return _slopes(points)
 
 
-def _costs(unit: TiedCouplings, sizes: CostModel | LatencyModel) -> dict[int, float]:
+def _costs(unit: TiedCouplings, sizes: AnyCost) -> dict[int, float]:
     """Return the cost of the model at each size of a unit, the others as they are.
 
     A cost is linear in one width. Tied widths may multiply each other: between a number of sizes it is a straight line.

@@ -9,29 +9,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import nn
 
 from ecospa_fx.api import compile as compiled
-from ecospa_fx.arguments import FUNCTION, MODULE, NAMES, NUMBER, SEVERAL, TEXT, WHOLE, either, optional, takes
+from ecospa_fx.arguments import FUNCTION, MAPPING, MODULE, NAMES, NUMBER, SEVERAL, TEXT, WHOLE, either, optional, takes
 from ecospa_fx.compensate.forecast import forecast, worth_of
 from ecospa_fx.compensate.grams import Grams
 from ecospa_fx.compensate.rotation import rotate
 from ecospa_fx.couple.constraints import Constraints, Uniform
-from ecospa_fx.errors import EcoSpaError, TargetError
+from ecospa_fx.errors import TargetError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.cost import Cost
 from ecospa_fx.model.lookup import check_values, couplings
-from ecospa_fx.model.restore import restore
 from ecospa_fx.model.shrinking import shrink
-from ecospa_fx.passes.find.discover import Kind
 from ecospa_fx.ranks.wrappers import unwrapped
 from ecospa_fx.score.saliency import Saliency
 from ecospa_fx.text import plural
@@ -39,8 +35,20 @@ from ecospa_fx.text import size as sized
 
 from .adaptive import AdaptiveSparsifier
 from .latency import Latency
+from .measuring import (
+    as_it_was_unless_shrunk,
+    backward_of,
+    check_kinds,
+    check_plain_numbers,
+    evaluating,
+    let_train,
+    listed_calls,
+    value_of,
+    without_gradients,
+)
 from .objective import Loss, Objective
-from .settings import Among, DecisionSettings, check_option
+from .settings import Among, DecisionSettings
+from .targets import Target, at_once
 
 EVERY, MOST = 8, 2
 """One batch in so many is held out, if there are as many, and `MOST` of them. They do not say what entries are worth:
@@ -94,13 +102,13 @@ class Compression:
 
 
 @takes(
-    model=MODULE, batches=SEVERAL, target=NUMBER, kinds=optional(either(NAMES, TEXT)), steps=WHOLE,
+    model=MODULE, batches=SEVERAL, target=either(NUMBER, MAPPING), kinds=optional(either(NAMES, TEXT)), steps=WHOLE,
     loss=optional(FUNCTION), heal=optional(FUNCTION),
 )  # fmt: skip
 def compress(
     model: nn.Module,
     batches: Iterable[Any],
-    target: float = 0.7,
+    target: Target = 0.7,
     *,
     among: Among = "all",
     kinds: Collection[str] | None = None,
@@ -122,7 +130,7 @@ def compress(
         model: any module; it is compiled if it is not. Its gradients and its mode stay as they are.
         batches: calls of the model: a mapping of keyword arguments, a tuple of positional ones, or one input. All of
             them are kept in memory while it runs. Eight calls of 512 positions or more are a good number.
-        target: share of the cost that remains.
+        target: share of the cost that remains; or of the entries of each kind, see `EcoSpaTrainer`.
         among: `"all"` of the cost, or the `"prunable"` part, which lies on some coupling.
         kinds: kinds of coupling that may shrink; None: all.
         cost: see `EcoSpaTrainer`.
@@ -144,17 +152,11 @@ def compress(
     if steps < 1:
         raise TargetError(f"steps={steps} is out of range; it is a whole number, at least 1")
     DecisionSettings(target, cost, among).check()
-    _check_kinds(kinds)
+    check_kinds(kinds)
     Constraints(uniform=uniform)
     check_values(module, "compress")
-    calls = list(batches)
-    if not calls:
-        raise TargetError("batches is empty; pass a few batches of the data that the model is for")
-    for number, batch in enumerate(calls):
-        tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
-        if tensors and not any(tensor.numel() for tensor in tensors):
-            raise TargetError(f"batch {number} has no entries; leave it out")
-    _check_plain_numbers(module)
+    calls = listed_calls(batches)
+    check_plain_numbers(module)
     own = Objective()
     objective: Loss = loss or own
     measured: Loss = loss or own.measured
@@ -163,13 +165,13 @@ def compress(
     judges = [calls[number] for number in held] or calls
     if not held:
         notes.append(f"{len(calls)} batches are too few to hold some out: pass {EVERY} or more")
-    with _as_it_was_unless_shrunk(module), _evaluating(module):
+    with as_it_was_unless_shrunk(module), evaluating(module):
         if MODEL not in module.__dict__:
             with torch.no_grad():
-                _loss(objective, module, calls[0], 0)  # its own Python says best what is wrong with a batch
+                value_of(objective, module, calls[0], 0)  # its own Python says best what is wrong with a batch
             compiled(module)
         with torch.no_grad():
-            dense = [_loss(measured, module, batch, number) for number, batch in enumerate(judges)]
+            dense = [value_of(measured, module, batch, number) for number, batch in enumerate(judges)]
         constraints = _constraints(module, kinds, uniform)
         latency, size = _seconds(measured, module, calls[0]), _size(module)
         before = {c.name: c.size for c in couplings(module)}
@@ -178,7 +180,7 @@ def compress(
         left: dict[str, float] = {}
         for number in range(1, steps + 1):
             constraints = _constraints(module, kinds, uniform)
-            stroke = _Stroke(module, constraints, DecisionSettings(target ** (number / steps), cost, among))
+            stroke = _Stroke(module, constraints, DecisionSettings(at_once(target, number / steps), cost, among))
             rises, shares = stroke.run(calls, held, objective)
             expected = {name: expected.get(name, 0.0) + rise for name, rise in rises.items()}
             left |= shares
@@ -187,7 +189,7 @@ def compress(
             if heal is not None:
                 heal(module)
         with torch.no_grad():
-            small = [_loss(measured, module, batch, number) for number, batch in enumerate(judges)]
+            small = [value_of(measured, module, batch, number) for number, batch in enumerate(judges)]
         after = {c.name: c.size for c in couplings(module)}
         return Compression(
             {name: (entries, after[name]) for name, entries in before.items() if after.get(name, entries) != entries},
@@ -218,20 +220,20 @@ class _Stroke:
         saliency, watched = Saliency(self.model), Grams(self.model)
         saliency.begins = True
         try:
-            with _frozen(self.model):
+            with without_gradients(self.model):
                 for number, batch in enumerate(calls):
                     if number in held:
                         with torch.no_grad():  # seen by `Grams`, which chooses its ridge by such calls
-                            _loss(objective, self.model, batch, number)
+                            value_of(objective, self.model, batch, number)
                         continue
-                    _gradients(objective, self.model, batch, number)
+                    backward_of(objective, self.model, batch, number)
                     saliency.accumulate()
                     self.model.zero_grad(set_to_none=True)
-                    if not number and self._let_train(saliency):
+                    if not number and let_train(self.model, saliency, self.constraints.frozen):
                         # What has no place in a graph is judged by gradients of weights: from the first batch on.
                         saliency.reset()
                         watched.active = False
-                        _gradients(objective, self.model, batch, number)
+                        backward_of(objective, self.model, batch, number)
                         watched.active = True
                         saliency.accumulate()
                         self.model.zero_grad(set_to_none=True)
@@ -239,16 +241,6 @@ class _Stroke:
             watched.detach()
             saliency.detach()
         return self._shrink(saliency, watched, sparsifier)
-
-    def _let_train(self, saliency: Saliency) -> bool:
-        """Let those weights have gradients without which a coupling cannot be judged; return whether there are any."""
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        frozen = self.constraints.frozen
-        unjudged = [c for c in couplings(self.model) if c not in frozen and not saliency.judges(c)]
-        members = {member.parameter for coupling in unjudged for member in coupling.members}
-        for name in members & parameters.keys():
-            parameters[name].requires_grad_(True)
-        return bool(members)
 
     def _shrink(
         self, saliency: Saliency, watched: Grams, sparsifier: AdaptiveSparsifier
@@ -292,113 +284,13 @@ def _constraints(model: nn.Module, kinds: Collection[str] | None, uniform: Unifo
     return Constraints(frozen=frozen, uniform=uniform)
 
 
-def _check_kinds(kinds: Collection[str] | None) -> None:
-    if isinstance(kinds, str):
-        raise TargetError(f"kinds={kinds!r} is one string; pass a list of them")
-    if kinds is not None and not kinds:
-        raise TargetError("kinds is empty, so that nothing may shrink; pass some, or None for all")
-    for kind in kinds or ():
-        check_option("kinds", kind, get_args(Kind))
-
-
-def _check_plain_numbers(model: nn.Module) -> None:
-    """Refuse weights that are no plain numbers."""
-    for name, tensor in model.named_parameters():
-        if not tensor.is_floating_point():
-            raise TargetError(f"`{name}` holds {tensor.dtype}, quantised weights; de-quantise the model first")
-    for module_name, module in model.named_modules():
-        weight = module._buffers.get("weight", module._buffers.get("qweight"))
-        if weight is not None and not weight.is_floating_point():
-            raise TargetError(f"`{module_name}` holds quantised weights of {weight.dtype}; de-quantise the model first")
-
-
-@contextmanager
-def _as_it_was_unless_shrunk(model: nn.Module) -> Iterator[None]:
-    """Undo after an error that the model has been compiled, if nothing has shrunk."""
-    compiled_before = MODEL in model.__dict__
-    try:
-        yield
-    except BaseException:
-        state = model.__dict__.get(MODEL)
-        if state is not None and not compiled_before and not state.plan.original_shapes:
-            restore(model)
-        raise
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Let all weights have gradients, in evaluation mode; then let everything be as it was."""
-    parameters = list(model.parameters())
-    states = [(p, p.requires_grad, p.grad) for p in parameters]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for p in parameters:
-        p.grad = None
-        p.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for p, learns, gradient in states:
-            p.requires_grad_(learns)
-            p.grad = gradient if gradient is None or gradient.shape == p.shape else None
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let no weight have a gradient, unless it is asked for inside; then let all have one again."""
-    parameters = list(model.parameters())
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
-
-
-def _loss(objective: Loss, model: nn.Module, batch: Any, number: int) -> float:
-    return float(_checked(objective, model, batch, number).detach())
-
-
-def _gradients(objective: Loss, model: nn.Module, batch: Any, number: int) -> None:
-    with torch.enable_grad():
-        loss = _checked(objective, model, batch, number)
-        if loss.requires_grad:  # or there is nothing in it that a gradient could be read of
-            loss.backward()
-
-
-def _checked(objective: Loss, model: nn.Module, batch: Any, number: int) -> Tensor:
-    """Compute the loss of a batch.
-
-    Raises:
-        TargetError: the model cannot be called with it, or the loss is not a finite number.
-    """
-    try:
-        value = objective(model, batch)
-    except EcoSpaError:
-        raise
-    except (IndexError, TypeError, ValueError, RuntimeError) as error:
-        line = (str(error).strip().splitlines() or [""])[0]
-        raise TargetError(
-            f"batch {number} does not fit the model: {type(error).__name__}: {line:.200}; is it of another vocabulary "
-            "or shape?"
-        ) from error
-    if not isinstance(value, Tensor) or value.ndim > 0:
-        raise TargetError(f"loss returns {type(value).__name__} and not a scalar tensor")
-    if not bool(value.detach().isfinite()):
-        raise TargetError(f"the loss of batch {number} is {float(value):g}; it must be a finite number")
-    return value
-
-
 @torch.no_grad()
 def _seconds(measured: Loss, model: nn.Module, batch: Any) -> float:
     """Time a forward and its loss, called as all batches are: the quicker of two."""
     seconds = []
     for _ in range(2):
         begun = time.perf_counter()
-        _loss(measured, model, batch, 0)
+        value_of(measured, model, batch, 0)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)

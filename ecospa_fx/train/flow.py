@@ -30,7 +30,8 @@ class _Shortly(ActivationScores):
 
     def wants(self, module: nn.Module) -> bool:
         """Return whether a shrink comes next; never in compiled code, which would be compiled anew for it."""
-        return self.active and not torch.compiler.is_compiling() and super().wants(module)
+        # In this order: torch.compile guards what comes before the answer.
+        return not torch.compiler.is_compiling() and self.active and super().wants(module)
 
 
 class Flow:

@@ -16,6 +16,7 @@ from ecospa_fx.score.scores import Score, ScoreFunction
 
 from .latency import Latency
 from .schedule import Schedule
+from .targets import Target, check_target
 
 Among = Literal["all", "prunable"]
 Gradients = Literal["step", "optimizer", "backward"]
@@ -49,7 +50,7 @@ class DecisionSettings:
     """How far a model shrinks, and by which shares at a time.
 
     Attributes:
-        target: share of the model's original cost that remains at the end.
+        target: share of the model's original cost that remains at the end; or of the entries of kinds, see `Target`.
         cost: what that is a share of: `"parameters"`, `"flops"` or `"bytes"`, see `CostModel`; or a `Latency`.
         among: `"all"`, or `"prunable"`: the share is of what lies on some coupling; embeddings, say, do not count.
         top_k: share of the couplings that shrink at a sparsification step, the least important ones.
@@ -59,14 +60,15 @@ class DecisionSettings:
         TargetError: a share is out of range.
     """
 
-    target: float = 0.5
+    target: Target = 0.5
     cost: Cost | Latency = "parameters"
     among: Among = "all"
     top_k: float = PRESETS["pretrain"].top_k
     theta: float = PRESETS["pretrain"].theta
 
     def __post_init__(self) -> None:
-        for name, value in (("target", self.target), ("top_k", self.top_k), ("theta", self.theta)):
+        check_target(self.target)
+        for name, value in (("top_k", self.top_k), ("theta", self.theta)):
             if not isinstance(value, (int, float)) or not 0 < value <= 1:
                 raise TargetError(f"{name}={value!r} is out of range; it is a share, above 0 and at most 1")
 
@@ -79,6 +81,10 @@ class DecisionSettings:
         if not isinstance(self.cost, Latency):
             check_option("cost", self.cost, get_args(Cost))
         check_option("among", self.among, get_args(Among))
+        if isinstance(self.target, Mapping) and (self.cost != "parameters" or self.among != "all"):
+            raise TargetError(
+                "a target of kinds is a share of their entries; leave cost= and among= out, or pass one number"
+            )
 
     @property
     def latency(self) -> Latency | None:
@@ -88,8 +94,9 @@ class DecisionSettings:
     def described(self) -> dict[str, Any]:
         """Return plain values, to be written down."""
         cost = "latency" if isinstance(self.cost, Latency) else self.cost
+        target = dict(self.target) if isinstance(self.target, Mapping) else self.target
         return {
-            "target": self.target, "cost": cost, "among": self.among, "top_k": self.top_k, "theta": self.theta,
+            "target": target, "cost": cost, "among": self.among, "top_k": self.top_k, "theta": self.theta,
         }  # fmt: skip
 
 

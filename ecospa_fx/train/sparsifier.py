@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol, Self
@@ -25,6 +25,7 @@ from ecospa_fx.score.judging import index_scores, squares_of_shards
 
 from .latency import Latency, LatencyModel
 from .settings import Among, DecisionSettings
+from .targets import AnyCost, EntryCounts, Target, grouped
 
 
 class EntryScores(Protocol):
@@ -43,7 +44,8 @@ class CoupledSparsifier:
 
     Args:
         model: a compiled model that has been called.
-        target: share of the model's original cost that remains.
+        target: share of the model's original cost that remains; or kinds, or patterns of names of couplings, with the
+            share of their entries that remains, see `EcoSpaTrainer`.
         top_k: share of the couplings that shrink at a step.
         theta: share of a coupling's score that is kept.
         constraints: which sizes are allowed, and what must stay whole.
@@ -70,7 +72,7 @@ class CoupledSparsifier:
         self,
         model: nn.Module,
         *,
-        target: float = 0.5,
+        target: Target = 0.5,
         top_k: float = 0.3,
         theta: float = 0.9,
         constraints: Constraints | None = None,
@@ -84,7 +86,35 @@ class CoupledSparsifier:
         self.cost, self.among, self.optimizers = cost, among, tuple(optimizers)
         self.constraints = constraints or Constraints()
         self.entries = entries
+        self.parts: dict[str, CoupledSparsifier] = {}
+        self.only: tuple[str, Collection[str]] | None = None
+        self.whole: dict[str, str] = {}
+        if isinstance(target, Mapping):
+            self._divide(target)
+            return
         self.measure()
+        self._check_reach()
+
+    def _divide(self, target: Mapping[str, float]) -> None:
+        """Make a sparsifier of each key of a target, which decides about its couplings alone."""
+        here = couplings(self.model)
+        groups = grouped(target, here)
+        named = {c.name for group in groups.values() for c in group}
+        self.whole = {c.name: "the target does not name it" for c in here if c.name not in named}
+        for key, group in groups.items():
+            part = self.parts[key] = object.__new__(type(self))
+            part.__dict__ |= {**self.__dict__, "parts": {}, "whole": {}, "target": target[key]}
+            part.only = key, frozenset(c.name for c in group)
+            part._check_reach()
+            self.whole |= {name: why for name, why in part.whole.items() if name in part.only[1]}
+
+    def _check_reach(self) -> None:
+        """Refuse a target that the constraints do not allow.
+
+        Raises:
+            TargetError: with the smallest one that they do.
+        """
+        cost, among, model, target = self.cost, self.among, self.model, self._share_left
         sizes = self.sizes()
         units = self._units()
         floor = sizes.total(named_sizes(units, {unit: unit.sizes[0] for unit in units}))
@@ -108,6 +138,7 @@ class CoupledSparsifier:
             limits += [f"{len(shared)} couplings that {max(shared)} ranks share out"] if shared else []
             state = state_of(model)
             of = f"{sizes.original:,} {'ns' if isinstance(cost, Latency) else cost}"
+            of = of if self.only is None else f"{sizes.original:,} entries of {self.only[0]!r}"
             of = of if among == "all" else f"the {base:,} prunable ones of {of}"
             raise TargetError(
                 f"target={target:g} of {of} is {self.target_size(sizes):,}, but the couplings reach "
@@ -130,8 +161,11 @@ class CoupledSparsifier:
             cost=settings.cost, among=settings.among, optimizers=optimizers, entries=entries,
         )  # fmt: skip
 
-    def sizes(self) -> CostModel | LatencyModel:
-        """Return the cost of the model, now and at other widths."""
+    def sizes(self) -> AnyCost:
+        """Return the cost of the model, now and at other widths; of a target by kinds, the entries that it names."""
+        if self.parts or self.only is not None:
+            names = self.only[1] if self.only is not None else {n for p in self.parts.values() for n in p.names}
+            return EntryCounts([c for c in couplings(self.model) if c.name in names])
         if isinstance(self.cost, Latency):
             return LatencyModel(self._flops(), self.cost)
         return CostModel(self.model, state_of(self.model), self.cost, self.optimizers)
@@ -141,20 +175,52 @@ class CoupledSparsifier:
 
     def measure(self) -> None:
         """Measure the cost of the model as it is now, if it is one that must be measured; the first rank's counts."""
-        if isinstance(self.cost, Latency):
+        if isinstance(self.cost, Latency) and not self.parts:
             latency, now, ranks = self.cost, self._flops(), ranks_of(self.model)
             ranks.together("measure the latency", lambda: latency.observe(self.model, now))
             latency.points = [(flops, seconds) for flops, seconds in ranks.first(latency.points, "the latency")]
 
-    @takes(sizes=instance("what sizes() returns", CostModel, LatencyModel))
-    def target_size(self, sizes: CostModel | LatencyModel) -> int:
+    @takes(sizes=instance("what sizes() returns", CostModel, LatencyModel, EntryCounts))
+    def target_size(self, sizes: AnyCost) -> int:
         """Return the cost that remains at the target."""
+        if self.parts:
+            return sum(part.target_size(part.sizes()) for part in self.parts.values())
         whole = 0 if self.among == "all" else sizes.original - sizes.prunable
-        return whole + math.ceil(self.target * (sizes.original - whole))
+        return whole + math.ceil(self._share_left * (sizes.original - whole))
 
     def _units(self) -> list[TiedCouplings]:
         units, self.whole = self.constraints.units(self.model, couplings(self.model))
-        return units
+        if self.only is None:
+            return units
+        key, names = self.only
+        for unit in units:
+            inside = [c for c in unit.couplings if c.name in names]
+            if inside and len(inside) < len(unit.couplings):
+                other = next(c for c in unit.couplings if c.name not in names)
+                raise TargetError(
+                    f"`{inside[0].name}` and `{other.name}` shrink together, and target[{key!r}] is of the first only: "
+                    "name both by one key, a pattern that fits them"
+                )
+        return [unit for unit in units if unit.couplings[0].name in names]
+
+    @property
+    def names(self) -> Collection[str]:
+        """Names of the couplings that it decides about, where that is a part of them."""
+        return self.only[1] if self.only is not None else ()
+
+    @property
+    def _share_left(self) -> float:
+        assert not isinstance(self.target, Mapping)
+        return self.target
+
+    def _due(self, cost: int | None, part: CoupledSparsifier) -> int | None:
+        """Return the cost that a part may have, or should have, when all of it is `cost`: as far on its way."""
+        if cost is None:
+            return None
+        sizes, own = self.sizes(), part.sizes()
+        now, way = own.total({}), sizes.total({}) - self.target_size(sizes)
+        share = min(1.0, max(0.0, (sizes.total({}) - cost) / way)) if way > 0 else 1.0
+        return round(now - share * (now - part.target_size(own)))
 
     @takes(importance=MAPPING, at_most=optional(NUMBER), at_least=optional(NUMBER))
     def decide(
@@ -174,6 +240,14 @@ class CoupledSparsifier:
             Coupling -> sorted LongTensor of the entries to keep, `[kept]` or `[contexts, kept]`, for those that shrink;
             what `ecospa_fx.shrink` takes.
         """
+        if self.parts:
+            return {
+                coupling: keep
+                for part in self.parts.values()
+                for coupling, keep in part.decide(
+                    importance, self._due(at_most, part), self._due(at_least, part)
+                ).items()
+            }
         sizes = self.sizes()
         judged = [unit for unit in self._units() if all(c in importance for c in unit.couplings)]
         order = sorted(judged, key=lambda unit: (_mean(importance[c] for c in unit.couplings), unit.name))
@@ -208,6 +282,8 @@ class CoupledSparsifier:
 
     def reached(self) -> bool:
         """Return whether no coupling can lose another entry without passing the target."""
+        if self.parts:
+            return all(part.reached() for part in self.parts.values())
         sizes, shrinkable = self.sizes(), self.shrinkable()
         if any(unit.due for unit in shrinkable):
             return False
@@ -216,6 +292,8 @@ class CoupledSparsifier:
 
     def shrinkable(self) -> list[TiedCouplings]:
         """Return the couplings that can lose another entry, target aside, those that shrink together as one."""
+        if self.parts:
+            return [unit for part in self.parts.values() for unit in part.shrinkable()]
         return [unit for unit in self._units() if unit.below is not None]
 
     def _scores(self, judged: Sequence[Coupling]) -> dict[Coupling, Tensor]:
@@ -231,7 +309,7 @@ class CoupledSparsifier:
             found[coupling] = scores if by_context else scores[None]
         return found
 
-    def _enough(self, keeps: Mapping[TiedCouplings, int], sizes: CostModel | LatencyModel, at_most: int | None) -> bool:
+    def _enough(self, keeps: Mapping[TiedCouplings, int], sizes: AnyCost, at_most: int | None) -> bool:
         """Return whether a step keeps up with the schedule, or, without one, removes something."""
         now, after = sizes.total({}), sizes.total(named_sizes(keeps, keeps))
         return after <= at_most if at_most is not None else after < now
@@ -246,7 +324,7 @@ class CoupledSparsifier:
         self,
         order: list[TiedCouplings],
         running: Mapping[Coupling, Tensor],
-        sizes: CostModel | LatencyModel,
+        sizes: AnyCost,
         at_most: int | None,
         enough: float | None = None,
     ) -> float:
@@ -272,7 +350,7 @@ class CoupledSparsifier:
         self,
         order: list[TiedCouplings],
         keeps: Mapping[TiedCouplings, int],
-        sizes: CostModel | LatencyModel,
+        sizes: AnyCost,
         enough: int,
         owed: Mapping[TiedCouplings, int],
     ) -> dict[TiedCouplings, int]:
@@ -294,7 +372,7 @@ class CoupledSparsifier:
         self,
         order: list[TiedCouplings],
         keeps: Mapping[TiedCouplings, int],
-        sizes: CostModel | LatencyModel,
+        sizes: AnyCost,
         already: Mapping[TiedCouplings, int] | None = None,
     ) -> dict[TiedCouplings, int]:
         """Take units to the sizes in `keeps`, the least important first, as far as the target allows.

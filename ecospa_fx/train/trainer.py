@@ -48,6 +48,7 @@ from .flow import Flow, warn_of_flow
 from .latency import Latency
 from .left_out import LeftOut, say_if_short
 from .loss_spikes import LossSpikes, number_of
+from .nested import NestedSizes, nested
 from .offered import offered_everywhere
 from .policies import Adaptive, Decision, Paper, Policy
 from .readings import Readings
@@ -66,6 +67,7 @@ from .settings import (
     chosen_policy,
 )
 from .sparsifier import CoupledSparsifier, reachable
+from .targets import Target
 
 BeforeShrink = Callable[[nn.Module, Mapping[Coupling, Tensor], Any], None]
 
@@ -85,7 +87,9 @@ class EcoSpaTrainer:
         model: a compiled model; it may not have been called yet.
         optimizer: the optimizer that holds its parameters, or several that hold some each; their state is carried
             through every shrink.
-        target: share of the model's original cost that remains at the end.
+        target: share of the model's original cost that remains at the end. Or a share for each kind of coupling, of the
+            entries of all couplings of that kind together, `{"ffn": 0.5, "heads": 0.75}`; others stay whole. Keys may
+            be patterns of names of couplings too, of which the first that fits counts, and before kinds.
         cost: the cost that this is a share of: `"parameters"`, `"flops"` of a forward, `"bytes"` of training (weights,
             gradients and optimizer state), or a `Latency`, the measured time of a forward.
         among: `"all"` of it, or the `"prunable"` part, which lies on some coupling.
@@ -165,7 +169,7 @@ class EcoSpaTrainer:
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer],
         *,
-        target: float = 0.5,
+        target: Target = 0.5,
         cost: Cost | Latency = "parameters",
         among: Among = "all",
         policy: PolicyName | None = None,
@@ -498,6 +502,37 @@ class EcoSpaTrainer:
             if watch is not None:
                 watch.step(losses[-1])
         return losses
+
+    @takes(batches=SEVERAL, targets=SEVERAL, loss=optional(FUNCTION))
+    def nested(
+        self,
+        batches: Iterable[Any],
+        targets: Sequence[Target],
+        *,
+        loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    ) -> NestedSizes:
+        """Shrink the model to the largest of several targets, and find the others as parts of it.
+
+        The batches say which entries each size keeps, as they do in `compress`; the same weights serve all sizes. Train
+        on with the `backward` of the result, which adds up the gradients of all sizes, and save it with
+        `ecospa_fx.save(model, directory, nested=sizes)`. Nothing takes over from entries that go.
+
+        Args:
+            batches: calls of the model, as `compress` takes them.
+            targets: one for each size, as the trainer's own.
+            loss: as of `compress`.
+
+        Raises:
+            TargetError: there are no targets or batches, or one of the targets is out of reach.
+        """
+        self._finish()
+        sizes = nested(
+            self.model, batches, targets, optimizers=self.optimizers, also=self.also, constraints=self._constraints,
+            cost=self._decisions.cost, among=self._decisions.among, loss=loss,
+        )  # fmt: skip
+        self._unfinished = (self._readings, self._compensation)
+        self._finish()
+        return sizes
 
     def state_dict(self) -> dict[str, Any]:
         """Return the schedule's state: plain numbers and the accumulated sums."""

@@ -227,8 +227,8 @@ def _effects(module: nn.Module, region: str, run: Callable[[], Any]) -> Rehearsa
             except _ForwardFails as error:  # without knowing what it reads, no graph of it could be trusted
                 cause = error.__cause__
                 raise CaptureError(
-                    f"{described(region)} ({type(module).__name__}) runs once, and a second call in which its reads and "
-                    f"writes are watched ends with {type(cause).__name__}: {cause}. Let it run twice in a row, or "
+                    f"{described(region)} ({type(module).__name__}) runs once, and a second call, in which its reads "
+                    f"and writes are watched, ends with {type(cause).__name__}: {cause}. Let it run twice in a row, or "
                     "let smaller submodules be captured (regions='auto' finds them)"
                 ) from cause
         generator = draws.moved(among=("Python", "numpy"))

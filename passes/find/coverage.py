@@ -43,11 +43,11 @@ class Coverage:
     def on_couplings(self, analyses: Mapping[str, Analysis]) -> set[str]:
         """Return the matrices on a coupling of some region."""
         axes = ((name, axis) for name, a in analyses.items() for c in a.discovery.couplings for axis, _ in c.axes)
-        return self._counted(join(name, axis) for name, axis in axes)
+        return self.counted(join(name, axis) for name, axis in axes)
 
     def most(self, analyses: Mapping[str, Analysis]) -> set[str]:
         """Return the matrices that may be on a coupling of the root: all but those that more than an edge pins."""
-        stuck = self._counted(join(name, inner) for name, a in analyses.items() for inner in _stuck(a))
+        stuck = self.counted(join(name, inner) for name, a in analyses.items() for inner in _stuck(a))
         return self.on_couplings(analyses) | (set(self.sizes) - stuck)
 
     def share(self, names: Iterable[str]) -> float:
@@ -55,7 +55,8 @@ class Coverage:
         total = sum(self.sizes.values())
         return sum(self.sizes[name] for name in names) / total if total else 1.0
 
-    def _counted(self, names: Iterable[str]) -> set[str]:
+    def counted(self, names: Iterable[str]) -> set[str]:
+        """Return the matrices that some names mean, tied ones by their first name."""
         return {self._first[name] for name in names if name in self._first and self._first[name] in self.sizes}
 
 

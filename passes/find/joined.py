@@ -1,5 +1,9 @@
 """Across regions: blocks and what lies between them, with the couplings that cross their edges.
 
+choose_regions(model, args, kwargs, how)
+  -> choose           regions, each on its own
+  -> joined           couplings across them: where that was asked for, or the root covers more and cannot be captured
+
 joined(model, args, kwargs, analyses)
   -> _more            modules that hold weights outside of the blocks (an embedding, a head) are regions too
   -> follow_between   what the model runs between its regions
@@ -25,6 +29,7 @@ from ecospa_fx.passes.ir.border import WeightDim
 
 from .analyse import Analysis, Captures
 from .analyse_calls import analyse_calls
+from .coverage import Coverage
 from .flow import RegionFlow, flow_of
 from .joint import Joint
 from .joints import find_joints
@@ -59,8 +64,11 @@ def choose_regions(
     how: str | Sequence[str] = "auto",
     captures: Captures | None = None,
     options: CaptureOptions = DEFAULTS,
+    across: bool = True,
 ) -> Chosen:
     """Choose the regions of a model, and analyse them.
+
+    With `"auto"`, regions are joined where the root would cover more than they do and cannot be captured.
 
     Args:
         model: the model; left as it is.
@@ -69,18 +77,44 @@ def choose_regions(
         how: as `choose` takes it, or `"joined"`: blocks, and what lies between them.
         captures: gets the captured blocks, for equal ones to share.
         options: of the model's captures.
+        across: whether `"auto"` may take couplings that cross the edges of regions.
 
     Raises:
         CaptureError: nothing can be captured.
     """
     captures = [] if captures is None else captures
     if how != "joined":
-        return Chosen(*choose(model, args, kwargs, how, captures, options))
+        apart = Chosen(*choose(model, args, kwargs, how, captures, options))
+        if how != "auto" or not across or "" not in apart.failed:
+            return apart
+        return _joined_if_it_covers_more(model, args, kwargs, apart, captures, options)
     blocks, failed = choose(model, args, kwargs, "blocks", captures, options)
     if "" in blocks:
         return Chosen(blocks, failed)
     found = joined(model, args, kwargs, blocks, captures, options)
     return replace(found, failed=failed | found.failed)
+
+
+def _joined_if_it_covers_more(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    apart: Chosen,
+    captures: Captures,
+    options: CaptureOptions,
+) -> Chosen:
+    """Join regions if that brings more matrices onto couplings than they do alone; else leave them as they are."""
+    try:
+        found = joined(model, args, kwargs, apart.analyses, captures, options)
+    except CaptureError as error:
+        logger("discover").info("regions cannot be joined: %s", error)
+        return apart
+    coverage = Coverage(model)
+    alone = coverage.on_couplings(apart.analyses)
+    together = coverage.on_couplings(found.analyses) | coverage.counted(m for j in found.joints for m in j.matrices)
+    if coverage.share(together) <= coverage.share(alone):
+        return apart
+    return replace(found, failed=apart.failed | found.failed)
 
 
 def joined(

@@ -76,7 +76,12 @@ def choose(
         search.attempt(name)
     uncalled = {name: _UNCALLED for name in candidates - calls.keys() if _is_callable(model.get_submodule(name))}
     if blocks and len(search.coupled()) == len(blocks):
-        root = _root_if_it_covers_more(model, args, kwargs, search.analyses, ends, options) if how == "auto" else None
+        if how == "blocks":
+            return search.analyses, uncalled
+        try:
+            root = _root_if_it_covers_more(model, args, kwargs, search.analyses, ends, options)
+        except CaptureError as error:
+            return search.analyses, {"": str(error)} | uncalled
         return (search.analyses, uncalled) if root is None else ({"": root}, {})
     if how == "auto" or not blocks:
         try:
@@ -109,7 +114,11 @@ def _root_if_it_covers_more(
     ends: Set[str],
     options: CaptureOptions,
 ) -> Analysis | None:
-    """Analyse the root if blocks leave so much without coupling that it may be worth it; None where it is not."""
+    """Analyse the root if blocks leave so much without coupling that it may be worth it; None where it is not.
+
+    Raises:
+        CaptureError: it may be, and cannot be captured.
+    """
     coverage = Coverage(model, ends)
     share, most = coverage.share(coverage.on_couplings(blocks)), coverage.share(coverage.most(blocks))
     text = f"{len(blocks)} blocks bring {share:.0%} of the entries of matrices onto couplings, the root "
@@ -120,7 +129,7 @@ def _root_if_it_covers_more(
         root = _root(model, args, kwargs, options)
     except CaptureError as error:
         logger("discover").info("%scannot be captured: %s", text, error)
-        return None
+        raise
     whole = coverage.share(coverage.on_couplings({"": root}))
     logger("discover").info("%s%.0f%%", text, 100 * whole)
     return root if share < KEPT * whole else None

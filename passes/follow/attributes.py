@@ -10,13 +10,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from ecospa_fx.errors import CheckpointError
 from ecospa_fx.passes.capture.reads import AttributeReads
 from ecospa_fx.passes.graph.isolate import weight_of
 from ecospa_fx.passes.graph.python_state import OWN
@@ -45,7 +44,7 @@ class Attribute:
 
     def within(self, region: str) -> Attribute:
         """Return the attribute of a region as one of the model."""
-        return Attribute(".".join(filter(None, (region, self.module))), self.name, self.inside)
+        return replace(self, module=".".join(filter(None, (region, self.module))))
 
     def read(self, root: nn.Module) -> Any:
         """Return the value now.
@@ -61,7 +60,7 @@ class Attribute:
         except (KeyError, IndexError, TypeError) as error:
             raise AttributeError(f"there is no {self}") from error
 
-    def write(self, root: nn.Module, value: int) -> None:
+    def write(self, root: nn.Module, value: Any) -> None:
         """Set another integer. An object that others may hold too is not written into: the module gets its own."""
         module = root.get_submodule(self.module)
         if self.inside is None:
@@ -76,27 +75,9 @@ class Attribute:
             module.__dict__[self.name] = with_field(container, str(self.inside), value)
 
 
-Values = Mapping[Attribute, int]
-Changes = dict[Attribute, tuple[int, int]]  # attribute -> its value before any shrink, and its value now
-
-
-def changes_in(listed: Iterable[Any], where: str) -> Changes:
-    """Read `[module, name, inside, original, now]` lists of a save.
-
-    Raises:
-        CheckpointError: they are none.
-    """
-    changes: Changes = {}
-    for item in listed:
-        kinds: tuple[Any, ...] = (str, str, (str, int, type(None)), int, int)
-        fits = type(item) is list and len(item) == 5
-        if not fits or not all(isinstance(part, kind) for part, kind in zip(item, kinds, strict=True)):
-            raise CheckpointError(f"{where} has an attribute that is none: {item!s:.60}")
-        attribute, original, now = Attribute(*item[:3]), item[3], item[4]
-        if not 0 < now <= original:
-            raise CheckpointError(f"{where} lets `{attribute}` go from {original} to {now}, which is no shrinking")
-        changes[attribute] = (original, now)
-    return changes
+Value = int | tuple[int, ...]  # an integer; of a `Given`, positions
+Values = Mapping[Attribute, Value]
+Changes = dict[Attribute, tuple[Value, Value]]  # attribute -> its value before any shrink, and its value now
 
 
 def numbers_in(model: nn.Module) -> frozenset[tuple[type, str]]:
@@ -151,31 +132,47 @@ def _integers(value: Any) -> Iterator[tuple[int | str | None, int]]:
 
 @contextmanager
 def holding(root: nn.Module, values: Values) -> Iterator[None]:
-    """Let attributes hold other integers for the time inside; afterwards they hold the same objects as before."""
-    places = {(a.module, a.name): root.get_submodule(a.module).__dict__[a.name] for a in values}
+    """Let attributes hold other values for the time inside; afterwards they hold the same objects as before."""
+    before = _held_before(root, values)
     try:
         for attribute, value in values.items():
             attribute.write(root, value)
         yield
     finally:
-        for (path, name), held in places.items():
-            root.get_submodule(path).__dict__[name] = held
+        _put_back(before)
 
 
 @contextmanager
 def assigned(root: nn.Module, values: Values) -> Iterator[None]:
-    """Make attributes hold integers; put the old values back if the body fails."""
-    places = {(a.module, a.name): root.get_submodule(a.module).__dict__ for a in values}
-    before = [(held, name, held[name]) for (_, name), held in places.items()]
+    """Make attributes hold other values; put the old ones back if the body fails."""
+    before = _held_before(root, values)
     try:
         for attribute, value in values.items():
             if attribute.read(root) != value:
                 attribute.write(root, value)
         yield
     except BaseException:
-        for held, name, value in before:
-            held[name] = value
+        _put_back(before)
         raise
+
+
+_MISSING = object()
+_Before = list[tuple[nn.Module, type, str, Any]]  # a module, its class, an attribute, what that held
+
+
+def _held_before(root: nn.Module, values: Values) -> _Before:
+    places = {(a.module, a.name): root.get_submodule(a.module) for a in values}
+    return [(m, type(m), name, m.__dict__.get(name, _MISSING)) for (_, name), m in places.items()]
+
+
+def _put_back(before: _Before) -> None:
+    for module, cls, name, held in before:
+        if type(module) is not cls:
+            module.__class__ = cls
+        if held is _MISSING:
+            module.__dict__.pop(name, None)
+        else:
+            module.__dict__[name] = held
 
 
 def with_field(original: Any, field: str, value: int) -> Any:

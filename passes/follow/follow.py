@@ -14,8 +14,6 @@ fail the trial.
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
@@ -31,7 +29,6 @@ from ecospa_fx.passes.axes.selection import (
     Selected,
     Selection,
     count,
-    in_first_contexts,
     per_context_or_shared,
     touched,
     whole,
@@ -40,11 +37,10 @@ from ecospa_fx.passes.find.discover import Discovery, RegionCoupling
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.region_graph import Forward
 
-from .attributes import Attribute
+from .attributes import Attribute, Value
+from .given import Given, given_along
+from .search import first_that_follows, values_under
 from .trial import Trial
-
-MOST_TRIALS = 400  # per coupling
-MOST_STUCK = 60  # of them, one after another, with which the forward comes no further
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,15 +65,9 @@ class PythonSupport:
     def __deepcopy__(self, memo: dict[int, Any]) -> PythonSupport:
         return self  # its axes are compared by identity
 
-    def values(self, kept: Selection) -> dict[Attribute, int]:
+    def values(self, kept: Selection) -> dict[Attribute, Value]:
         """Return the value of each attribute under a selection."""
-        return _sizes_under(self.sizes, kept)
-
-
-def _sizes_under(axes: Mapping[Attribute, Expr], kept: Selection) -> dict[Attribute, int]:
-    """Return the values of attributes under a selection: the sizes of these axes."""
-    counts = in_first_contexts(kept)
-    return {attribute: int(count(expr, counts)) for attribute, expr in axes.items()}
+        return values_under(self.sizes, kept)
 
 
 def follow(
@@ -107,7 +97,7 @@ def follow(
     for coupling in programs[0][1].couplings:
         in_graphs = [next((f for f in discovery.couplings if f.key == coupling.key), None) for _, discovery in programs]
         kept = {coupling.atom: some(coupling.atom, None, 0.5, generator, coupling.least)}
-        candidates = [*_candidates(first, kept, sizes)]
+        candidates = [*_candidates(first, kept, sizes, coupling.axes)]
         in_block = _in_any_block(coupling, candidates)
         if in_block in failed and (same := first.difference(kept, {}) or "") and _starred(same) == failed[in_block]:
             refused[coupling.key] = same
@@ -124,36 +114,40 @@ def follow(
         for trial, other in zip(trials[1:], in_graphs[1:], strict=True):
             if other is not None and why == "":
                 theirs: Selection = {other.atom: kept[coupling.atom]}
-                why = trial.difference(theirs, _sizes_under(needed, kept)) or ""
+                why = trial.difference(theirs, values_under(needed, kept)) or ""
         if why:
             refused[coupling.key] = why
             continue
-        couplings[coupling.key] = tuple(sorted(needed))
+        couplings[coupling.key] = tuple(sorted(needed, key=str))
         sizes.update(needed)
-        if coupling.context is not None:
+        if coupling.context is not None and not any(isinstance(each, Given) for each in needed):
             apart = {coupling.atom: some(coupling.atom, coupling.context, 0.5, generator, coupling.least)}
-            if first.difference(apart, _sizes_under(needed, apart)) is None:
+            if first.difference(apart, values_under(needed, apart)) is None:
                 varied.add(coupling.key)
     in_step: dict[Any, tuple[Any, ...]] = {}
     for group in _of_one_attention(programs[0][1], refused):
-        joint = _jointly(trials, [discovery for _, discovery in programs], group, sizes, generator)
-        if joint is not None:
+        joint, why = _jointly(trials, [discovery for _, discovery in programs], group, sizes, generator)
+        if joint is None:
+            refused |= {
+                c.key: f"{refused[c.key]}; with the same share of {_listed(group)} removed {why}" for c in group
+            }
+        else:
             sizes.update(joint)
             for coupling in group:
                 del refused[coupling.key]
-                couplings[coupling.key] = tuple(sorted(joint))
+                couplings[coupling.key] = tuple(sorted(joint, key=str))
                 in_step[coupling.key] = tuple(other.key for other in group if other is not coupling)
     support = PythonSupport(couplings, frozenset(varied), sizes, refused, in_step)
     return _together(first, programs[0][1], support, generator)
 
 
 def _of_one_attention(discovery: Discovery, refused: Collection[Any]) -> list[list[RegionCoupling]]:
-    """Return the queries and keys, and the values, of each attention that its Python follows neither of alone."""
+    """Return the queries and keys, and the values, of each attention that its Python follows none of alone."""
     groups: dict[str, list[RegionCoupling]] = {}
     for coupling in discovery.couplings:
-        if coupling.key in refused and coupling.attention is not None:
+        if coupling.key in refused and coupling.attention is not None and coupling.kind in ("qk", "vo"):
             groups.setdefault(coupling.attention, []).append(coupling)
-    return [group for group in groups.values() if sorted(c.kind for c in group) == ["qk", "vo"]]
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _jointly(
@@ -162,32 +156,40 @@ def _jointly(
     group: Sequence[RegionCoupling],
     sizes: Mapping[Attribute, Expr],
     generator: torch.Generator,
-) -> dict[Attribute, Expr] | None:
+) -> tuple[dict[Attribute, Expr] | None, str]:
     """Find the attributes that must change if couplings keep the same share, one integer being the size of all.
 
     Returns:
-        Attribute -> the axis whose size it holds; None where its Python cannot follow them so either.
+        Attribute -> the axis whose size it holds; None and the reason where its Python cannot follow them so either.
     """
     share = _common_share(group, 0.5)
     if share is None:
-        return None
+        return None, "nothing is left out: their sizes have no common factor"
     kept = {coupling.atom: some(coupling.atom, None, share, generator, coupling.least) for coupling in group}
     first = trials[0]
-    near = [(a, expr) for a, expr in _candidates(first, kept, sizes) if all(_near(a, coupling) for coupling in group)]
-    needed, _ = _first_that_follows(first, near, kept)
+    axes = [axis for coupling in group for axis in coupling.axes]
+    candidates = _candidates(first, kept, sizes, axes)
+    near = [(a, expr) for a, expr in candidates if all(_near(a, coupling) for coupling in group)]
+    needed, _, end = first_that_follows(first, near, kept)
     if needed is None:
-        return None
+        return None, f"it {end}"
     for coupling in group:
         needed |= _also_sizes(first, coupling, kept, needed)
-    if any(_uncertain(first, coupling, kept, needed) is not None for coupling in group):
-        return None
-    values = _sizes_under(needed, kept)
+    if any((uncertain := _uncertain(first, coupling, kept, needed)) is not None for coupling in group):
+        return None, f"it {uncertain}"
+    values = values_under(needed, kept)
     for trial, discovery in zip(trials[1:], discoveries[1:], strict=True):
         others = {c.key: c for c in discovery.couplings}
         theirs: Selection = {others[c.key].atom: kept[c.atom] for c in group if c.key in others}
-        if len(theirs) < len(group) or trial.difference(theirs, values) is not None:
-            return None
-    return needed
+        if len(theirs) < len(group):
+            return None, "another call needs one of them whole"
+        if (difference := trial.difference(theirs, values)) is not None:
+            return None, f"it {difference} in another call"
+    return needed, ""
+
+
+def _listed(group: Sequence[RegionCoupling]) -> str:
+    return " and ".join(f"`{coupling.name}`" for coupling in group)
 
 
 def _common_share(group: Sequence[RegionCoupling], about: float) -> float | None:
@@ -209,7 +211,8 @@ def _find_needed(
 ) -> tuple[dict[Attribute, Expr] | None, str]:
     """Find the attributes that must change for a coupling, as few as possible; or None, and why a trial failed."""
     # Those of modules around its weights come first: in a whole model there are as many as there are layers.
-    return _first_that_follows(trial, sorted(candidates, key=lambda each: not _near(each[0], coupling)), kept)
+    nearest_first = sorted(candidates, key=lambda each: not _near(each[0], coupling))
+    return first_that_follows(trial, nearest_first, kept)[:2]
 
 
 def _in_any_block(coupling: RegionCoupling, candidates: Sequence[tuple[Attribute, Expr]]) -> tuple[Any, ...]:
@@ -222,60 +225,6 @@ def _in_any_block(coupling: RegionCoupling, candidates: Sequence[tuple[Attribute
 def _starred(text: str) -> str:
     """Replace the positions in lists that a text names."""
     return re.sub(r"(?<=[.`])\d+(?=[.`])|^\d+(?=\.)", "*", text)
-
-
-def _first_that_follows(
-    trial: Trial, candidates: Sequence[tuple[Attribute, Expr]], kept: Selection
-) -> tuple[dict[Attribute, Expr] | None, str]:
-    """Find a set of attributes with which the forward follows a selection, and say why it does not follow without.
-
-    A forward with a wrong size fails where that is used. A set with which it comes further is gone on from, by the
-    attributes of the modules where it fails now: as many trials as attributes, and not as sets of them.
-    """
-    why = trial.difference(kept, {})
-    if why is None:
-        return {}, ""
-    order = itertools.count()
-    seen: set[frozenset[tuple[Attribute, Expr]]] = set()
-    waiting: list[_Start] = []
-
-    def wait(chosen: dict[Attribute, Expr], why: str) -> None:
-        nearest = trial.course.nearest
-        more = sorted((each for each in candidates if each[0] not in chosen), key=lambda each: nearest(each[0].module))
-        heapq.heappush(waiting, (-trial.course.reached, len(chosen), next(order), chosen, why, iter(more)))
-
-    wait({}, why)
-    furthest, stuck = trial.course.reached, 0
-    while waiting and stuck < MOST_STUCK and len(seen) < MOST_TRIALS:
-        *_, chosen, failure, rest = waiting[0]
-        more = next(rest, None)
-        if more is None:
-            heapq.heappop(waiting)
-            continue
-        needed = dict([*chosen.items(), more])
-        if (key := frozenset(needed.items())) in seen:
-            continue
-        seen.add(key)
-        difference = trial.difference(kept, _sizes_under(needed, kept))
-        if difference is None:
-            return _fewest(trial, needed, kept), ""
-        stuck = 0 if trial.course.reached > furthest else stuck + 1
-        furthest = max(furthest, trial.course.reached)
-        if difference != failure:  # else it was not read so far
-            wait(needed, difference)
-    return None, why
-
-
-_Start = tuple[float, int, int, dict[Attribute, Expr], str, Iterator[tuple[Attribute, Expr]]]
-
-
-def _fewest(trial: Trial, needed: dict[Attribute, Expr], kept: Selection) -> dict[Attribute, Expr]:
-    """Leave out the attributes without which the forward follows too."""
-    for attribute in [*needed] if len(needed) > 1 else ():
-        fewer = {other: expr for other, expr in needed.items() if other != attribute}
-        if trial.difference(kept, _sizes_under(fewer, kept)) is None:
-            needed = fewer
-    return needed
 
 
 def _uncertain(trial: Trial, coupling: RegionCoupling, kept: Selection, needed: Mapping[Attribute, Expr]) -> str | None:
@@ -314,7 +263,7 @@ def _also_sizes(
         if len(sizes) > 1 or None in sizes:
             continue
         tried = {**needed, **more, attribute: meanings[0]}
-        if trial.difference(kept, _sizes_under(tried, kept)) is None:
+        if trial.difference(kept, values_under(tried, kept)) is None:
             more[attribute] = meanings[0]
     return more
 
@@ -324,8 +273,13 @@ def _near(attribute: Attribute, coupling: RegionCoupling) -> bool:
     return any(not attribute.module or name.startswith(f"{attribute.module}.") for name, _ in coupling.axes)
 
 
-def _candidates(trial: Trial, kept: Selection, sizes: Mapping[Attribute, Expr]) -> Iterator[tuple[Attribute, Expr]]:
-    """Yield the attributes whose integer may be the size of an axis that a selection touches, with that axis."""
+def _candidates(
+    trial: Trial, kept: Selection, sizes: Mapping[Attribute, Expr], axes: Sequence[tuple[str, int]]
+) -> Iterator[tuple[Attribute, Expr]]:
+    """Yield the attributes whose integer may be the size of an axis that a selection touches, with that axis.
+
+    Then the tensors from outside that may run along one, of the module that holds all weights along the selection.
+    """
     for attribute, value in trial.held.items():
         meanings = [sizes[attribute]] if attribute in sizes else trial.axes_of_size.get(value, [])
         seen = set()
@@ -333,6 +287,9 @@ def _candidates(trial: Trial, kept: Selection, sizes: Mapping[Attribute, Expr]) 
             if touched(expr, kept) and (size := int(count(expr, kept))) not in seen:
                 seen.add(size)
                 yield attribute, expr
+    for given, expr in given_along(trial.given, axes, trial.axes_of_size, kept):
+        if sizes.get(given, expr) == expr:
+            yield given, expr
 
 
 def _together(trial: Trial, discovery: Discovery, support: PythonSupport, generator: torch.Generator) -> PythonSupport:
@@ -356,7 +313,7 @@ def _together(trial: Trial, discovery: Discovery, support: PythonSupport, genera
         more = accepted | {coupling.atom: kept[coupling.atom] for coupling in group}
         keys = [coupling.key for coupling in group]
         needed = {a: support.sizes[a] for key in (*couplings, *keys) for a in support.couplings[key]}
-        difference = trial.difference(more, _sizes_under(needed, more))
+        difference = trial.difference(more, values_under(needed, more))
         if difference is None:
             accepted = more
             couplings |= {key: support.couplings[key] for key in keys}

@@ -1,16 +1,16 @@
 """Trial: a call of a region, run by its own Python with smaller weights, against the program at the same sizes.
 
-The weights are drawn at random, and the call is made up: small, of the signature that was captured. It runs on the meta
-device first, which takes no time; if it succeeds there, it is compared in values.
+The weights are drawn at random, and the call is made up: small, of the signature that was captured. A large region
+runs on the meta device first, which multiplies nothing, and is compared in values if it succeeds there. In a small one
+values take less time than the Python in which torch finds shapes.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Container, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import sympy
@@ -36,7 +36,12 @@ from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 
 from .attributes import Attribute, Values, fitted, held_integers, holding
+from .course import Course, Failed, own_forward
 from .even_draws import even_draws
+from .given import Places, noted_arguments
+
+FEW = 4_000_000  # entries of weights, with which a forward takes less time in values than on the meta device
+MOST_AVOIDED = 12  # sizes, before one is made up that means something else too
 
 
 class Trial:
@@ -47,6 +52,7 @@ class Trial:
         held: integers of modules that the call read, and that may be sizes.
         unread: the other integers of the modules.
         axes_of_size: number of entries -> axes, and parts of axes, with as many.
+        given: the tensors that modules were given.
         course: how far the forward came in the latest comparison.
     """
 
@@ -57,12 +63,14 @@ class Trial:
         self.unable: str | None = None
         self.held: dict[Attribute, int] = {}
         self.unread: dict[Attribute, int] = {}
+        self.given: Places = {}
         self.axes_of_size = _axes_of_size(axis_facts)
         self.course = Course()
         self._state: PythonState | None = None
         self._draws = any(may_draw(node.target) for node in axis_facts.captured.graph.nodes)
         self._under: tuple[Selection, dict[str, Tensor], list[Tensor] | str] | None = None  # the latest selection
         self._shapes_tell = False
+        self._device: str | None = None  # on which it only has to run: its own, or the meta device
         self._idle: dict[Attribute, bool] = {}
         try:
             with modes(module, self._training):
@@ -75,9 +83,9 @@ class Trial:
             return
         self.tensors = drawn(tensors)
         self._state = PythonState(module)  # no trial leaves another
-        program = rewrite(axis_facts, {}, module)
-        with recorded_reads(module) as reads:
-            for self.args, self.kwargs in example_calls(axis_facts):
+        program, sizes = rewrite(axis_facts, {}, module), self.axes_of_size.keys()
+        with recorded_reads(module) as reads, noted_arguments(module) as self.given:
+            for self.args, self.kwargs in example_calls(axis_facts, avoid=sizes):
                 self.unable = self._compare(program, self.tensors, {})
                 if self.unable is None:
                     break
@@ -88,8 +96,11 @@ class Trial:
             for attribute, value in held_integers(module, every, numbers).items()
             if attribute not in self.held and attribute.inside is None
         }
-        self._shapes_tell = self._fails_on_shapes(self.tensors, {}) is None
-        self._other_mode_tells = self._shapes_tell and self._fails_on_shapes(self.tensors, {}, other_mode=True) is None
+        if sum(tensor.numel() for tensor in self.tensors.values()) > FEW:
+            self._device = "meta"
+        runs = self.unable is None and self._fails(self.tensors, {}) is None
+        self._shapes_tell = runs and self._device == "meta"
+        self._other_mode_tells = runs and self._fails(self.tensors, {}, other_mode=True) is None
 
     def difference(self, kept: Selection, values: Values) -> str | None:
         """Say how the forward under a selection, with attributes at `values`, differs from the program.
@@ -99,7 +110,7 @@ class Trial:
         small, expected = self._at(kept)
         if isinstance(expected, str):
             return expected
-        if self._shapes_tell and (error := self._fails_on_shapes(small, values)) is not None:
+        if self._shapes_tell and (error := self._fails(small, values)) is not None:
             return error
         self.course = Course()
         with self._ready(small, values):
@@ -107,7 +118,7 @@ class Trial:
         if error is not None or not self._other_mode_tells:
             return error
         # No graph has to be there for the other mode, and this Python runs in it all the same.
-        error = self._fails_on_shapes(small, values, other_mode=True)
+        error = self._fails(small, values, other_mode=True)
         return error and f"{error}, in {'eval' if self._training[0] else 'training'} mode"
 
     def _at(self, kept: Selection) -> tuple[dict[str, Tensor], list[Tensor] | str]:
@@ -145,19 +156,21 @@ class Trial:
     def _training(self) -> Sequence[bool]:
         return self.axis_facts.captured.signature.training
 
-    def _fails_on_shapes(self, tensors: Mapping[str, Tensor], values: Values, other_mode: bool = False) -> str | None:
-        """Say why the forward fails on the meta device, which takes no time; None where it runs.
+    def _fails(self, tensors: Mapping[str, Tensor], values: Values, other_mode: bool = False) -> str | None:
+        """Say why the forward fails, whatever it computes; None where it runs.
 
         Args:
             tensors: its weights and buffers.
             values: attributes at values of their own.
             other_mode: in eval mode for a graph of training mode, and the other way round.
         """
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (self.args, self.kwargs))
-        shapes = {name: t.to("meta") for name, t in tensors.items()}
+        args, kwargs = self.args, self.kwargs
+        if self._device is not None:
+            args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(self._device), (args, kwargs))
+            tensors = {name: t.to(self._device) for name, t in tensors.items()}
         self.course = Course()
         try:
-            with self._ready(shapes, values, other_mode), isolated(self.module, self._state):
+            with self._ready(tensors, values, other_mode), self._alone():
                 own_forward(self.module, self.forward, args, kwargs, self.course)
         except Failed as failed:
             return str(failed)
@@ -183,35 +196,6 @@ class Trial:
             stack.enter_context(fitted(self.module))
             stack.enter_context(holding(self.module, values))
             yield
-
-
-class Course:
-    """The modules that a forward has entered, in order, and those that it was in when it failed."""
-
-    def __init__(self) -> None:
-        self.entered: list[str] = [""]
-        self.inside: list[tuple[str, nn.Module]] = []
-        self.failed = False
-        self.events = 0
-
-    @property
-    def reached(self) -> float:
-        """How far the forward came: modules entered and left; infinite at its end."""
-        return self.events if self.failed else math.inf
-
-    def nearest(self, module: str) -> tuple[int, int]:
-        """Return a key by which modules sort: around the place of the failure first, then those entered last."""
-        around = ["", *(path for path, _ in self.inside)]
-        if not self.failed:
-            return (0, 0)
-        if module in around:
-            return (0, -around.index(module))
-        last = next((i for i, path in enumerate(reversed(self.entered)) if path == module), len(self.entered))
-        return (1, last)
-
-
-class Failed(Exception):
-    """A forward fails; the message says where and why."""
 
 
 class NotTried(Exception):
@@ -286,50 +270,6 @@ def _difference(
     return None
 
 
-def own_forward(module: nn.Module, forward: Forward, args: Any, kwargs: Any, course: Course | None = None) -> Any:
-    """Run a region's own forward.
-
-    Raises:
-        Failed: it fails.
-    """
-    course = Course() if course is None else course
-    inside = course.inside
-    with _running(module, course):
-        try:
-            return forward(module, *args, **kwargs)
-        except Exception as error:
-            course.failed = True
-            path, failing = inside[-1] if inside else ("", module)
-            where = f" in `{path}` ({type(failing).__name__})" if path else ""
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise Failed(f"fails{where}: {lines[0]}") from error
-
-
-@contextmanager
-def _running(module: nn.Module, course: Course) -> Iterator[None]:
-    """Note the calls of submodules, for messages and to tell how far a forward came."""
-
-    def entering(path: str, child: nn.Module, _: Any) -> None:
-        course.inside.append((path, child))
-        course.entered.append(path)
-        course.events += 1
-
-    def leaving(*_: Any) -> None:
-        course.inside.pop()
-        course.events += 1
-
-    handles = []
-    for path, child in module.named_modules():
-        if path:
-            handles.append(child.register_forward_pre_hook(partial(entering, path)))
-            handles.append(child.register_forward_hook(leaving))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @contextmanager
 def modes(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
     """Set the training flags that a graph was captured with, for the time inside.
@@ -349,7 +289,9 @@ def modes(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
             child.training = flag
 
 
-def example_calls(axis_facts: AxisFacts, now: Sequence[tuple[Size, ...]] = ()) -> Iterator[tuple[Any, Any]]:
+def example_calls(
+    axis_facts: AxisFacts, now: Sequence[tuple[Size, ...]] = (), avoid: Container[int] = ()
+) -> Iterator[tuple[Any, Any]]:
     """Make up calls that a graph serves, with random values: a small one if its sizes may be so, and one as captured.
 
     Sizes may depend on each other, and on what the forward asks of them: the call that was captured answers to that.
@@ -357,16 +299,19 @@ def example_calls(axis_facts: AxisFacts, now: Sequence[tuple[Size, ...]] = ()) -
     Args:
         axis_facts: axes of the graph.
         now: the sizes of its inputs, where some have shrunk since.
+        avoid: sizes that mean something else, and are not made up where that can be.
     """
     signature, decided = axis_facts.captured.signature, axis_facts.captured.data_sizes
     called = {symbol: size for symbol, size in symbols_of(axis_facts).items() if symbol not in decided}
     # Sizes that the graph does not use are not known from it.
     shapes = [size for _, _, shape in signature.tensors for size in shape if isinstance(size, sympy.Expr)]
     symbols = {*called, *(symbol for size in shapes for symbol in size.free_symbols)}
-    small = {}
+    small: dict[sympy.Symbol, int] = {}
     for i, symbol in enumerate(sorted(symbols, key=str)):
         low, high = signature.ranges.get(symbol, (0, math.inf))
-        small[symbol] = int(min(max(low, 3 + i), high))
+        size = int(min(max(low, 3 + i), high))
+        free = (n for n in range(size, size + MOST_AVOIDED) if n <= high and n not in avoid and n not in small.values())
+        small[symbol] = next(free, size)
     if small != called and signature.admits(small):
         yield _call(signature, small, now)
     yield _call(signature, {**small, **called}, now)

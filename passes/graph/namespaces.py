@@ -177,7 +177,8 @@ def _places_of(held: Any, attribute: str) -> Iterator[ModuleType | type | Functi
         return
     yield held
     if isinstance(held, type):
-        for cls in (*held.__mro__[1:], *type(held).__mro__):
+        metaclass: type = type(held)
+        for cls in (*held.__mro__[1:], *metaclass.__mro__):
             if attribute in vars(cls) and not foreign_code(cls.__module__):
                 yield cls
 

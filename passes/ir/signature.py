@@ -185,12 +185,16 @@ def training_flags(module: nn.Module) -> tuple[bool, ...]:
 
 def below(module: nn.Module) -> list[nn.Module]:
     """Return a module and all submodules, in the order of `training_flags`."""
-    modules, stack, seen = [], [module], {id(module)}
+    modules: list[nn.Module] = []
+    stack, seen = (
+        [module],
+        {module},
+    )  # not of `id`, at which torch.compile would take each of many equal blocks for another
     while stack:
         modules.append(child := stack.pop())
         for grandchild in child._modules.values():
-            if grandchild is not None and id(grandchild) not in seen:
-                seen.add(id(grandchild))
+            if grandchild is not None and grandchild not in seen:
+                seen.add(grandchild)
                 stack.append(grandchild)
     return modules
 

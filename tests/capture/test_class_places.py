@@ -1,4 +1,4 @@
-"""Class places: attributes of classes that a forward looks up are left where they lie, and followed when they change."""
+"""Class places: attributes of classes that a forward looks up stay in place, and are followed when they change."""
 
 import copy
 import enum

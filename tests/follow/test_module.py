@@ -299,7 +299,7 @@ def test_an_integer_that_may_be_two_things():
     ids = kwargs["input_ids"]
     call = {"input_ids": ids, "use_cache": False}
     model = ecospa_fx.compile(copy.deepcopy(plain), example_kwargs=call, execution="module")
-    assert {c.kind for c in ecospa_fx.couplings(model)} == {"glu"}
+    assert {c.kind for c in ecospa_fx.couplings(model)} == {"glu", "qk", "vo"}
     refused = [str(refusal) for refusal in ecospa_fx.explain(model).refusals]
     assert (
         sum("`self_attn.num_key_value_groups`, which is 2 and may be the size of this axis" in t for t in refused) == 4
@@ -309,7 +309,7 @@ def test_an_integer_that_may_be_two_things():
     model = ecospa_fx.compile(copy.deepcopy(plain), example_kwargs=call, execution="module")
     groups = next(c for c in ecospa_fx.couplings(model) if c.kind == "groups")
     assert "model.layers.0.self_attn.num_key_value_groups" in groups.changes
-    assert {c.kind for c in ecospa_fx.couplings(model)} == {"glu", "heads", "groups"}
+    assert {c.kind for c in ecospa_fx.couplings(model)} == {"glu", "heads", "groups", "qk", "vo"}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -318,7 +318,7 @@ def test_generate_with_every_cache(name):
     for parameter in plain.parameters():
         parameter.data.mul_(3)
     model = ecospa_fx.compile(copy.deepcopy(plain), example_kwargs=kwargs, execution="module")
-    kinds = {"gpt2": {"heads", "ffn", "qk", "vo"}, "llama": {"heads", "groups", "glu"}}[name]
+    kinds = {"gpt2": {"heads", "ffn", "qk", "vo"}, "llama": {"heads", "groups", "glu", "qk", "vo"}}[name]
     assert {coupling.kind for coupling in ecospa_fx.couplings(model)} == kinds
     keeps = halves(model)
     positions = kept_positions(plain, keeps)

@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 # A room imports only rooms further on in this text, files of its own, and the ground that it stands on.
-PRODUCT = "cli demo __init__ testing integrations out see checkpoint train compensate score api model couple ranks"
+PRODUCT = (
+    "cli demo __init__ testing integrations vocabulary out see checkpoint train compensate score api model couple ranks"
+)
 COMPILER = "transform follow find rewrite infer capture simplify rules objects ir graph axes"
 GROUND = "collectives plan json_text text logs arguments errors kernels"  # nobody below `score` knows `kernels`
 COMPILER_STANDS_ON = {"errors", "logs", "plan"}

@@ -5,8 +5,10 @@ import pickle
 
 import pytest
 import torch
+from deployed import plain
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from twin import half, kept_positions, zeroed
 
 import ecospa_fx
 from ecospa_fx.errors import EcoSpaError
@@ -258,3 +260,87 @@ def test_the_trainer_and_the_tables_know_it() -> None:
             trainer.step()
         assert sum(p.numel() for p in each.parameters()) <= 0.55 * before, options
         assert each.embed.weight.shape[1] < 8 or options["policy"] == "adaptive"
+
+
+class Chain(nn.Module):
+    """Layers between repeated blocks, and a choice by value that no graph of the whole can hold."""
+
+    class Repeated(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+        def forward(self, x: Tensor) -> Tensor:
+            """Add to the stream."""
+            return x + self.second(self.first(x).relu())
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Linear(3, width), nn.ModuleList(self.Repeated(width) for _ in range(2))
+        self.wide, self.mix, self.head = nn.Linear(width, 10), nn.Linear(10, 10), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run all layers."""
+        if x.sum().item() > 1e6:
+            x = -x
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.mix(self.wide(x).relu()).relu())
+
+
+def test_auto_joins_regions_where_the_root_covers_more_and_cannot_be_captured() -> None:
+    model, x = Chain().double(), torch.randn(2, 3, dtype=torch.float64)
+    assert {c.name for c in ecospa_fx.explain(model, example_inputs=(x,), regions="blocks").couplings} == {
+        "blocks.0.ffn", "blocks.1.ffn",
+    }  # fmt: skip
+    own = ecospa_fx.explain(copy.deepcopy(model), example_inputs=(x,), execution="module")
+    assert len(own.couplings) == 2 and "" in own.not_captured
+    before = copy.deepcopy(model)
+    ecospa_fx.compile(model, example_inputs=(x,))
+    found = ecospa_fx.couplings(model)
+    assert [c.size for c in found] == [6, 6, 6, 10, 10]
+    keeps = {c: half(c.size, i) for i, c in enumerate(found)}
+    positions = kept_positions(before, keeps)
+    ecospa_fx.shrink(model, keeps)
+    assert (model.stem.out_features, model.wide.in_features, model.head.in_features) == (3, 3, 5)
+    torch.testing.assert_close(model(x), zeroed(before, positions)(x), rtol=1e-12, atol=1e-12)
+    assert ecospa_fx.verify(model, example_inputs=(x,)).ok
+
+
+def places(model: nn.Module) -> dict[str, set[tuple[int, int]]]:
+    """The members of each coupling, as numbers of parameters and dims: tied weights have several names."""
+    numbers = {id(parameter): i for i, parameter in enumerate(model.parameters())}
+    return {
+        coupling.name: {(numbers[id(model.get_parameter(m.parameter))], m.dim) for m in coupling.members}
+        for coupling in ecospa_fx.couplings(model)
+    }
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "vit", "t5"])
+def test_transformers_by_blocks_are_as_by_the_root(kind: str) -> None:
+    class Logits(nn.Module):
+        """Returns nothing of the stream, of which T5 returns that of its encoder."""
+
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, **call: object) -> Tensor:
+            """Run the model."""
+            return self.model(**call).logits
+
+    model, call = plain(kind)
+    model = Logits(model.double())
+    call = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in call.items()}
+    root = copy.deepcopy(model)
+    for each, regions in ((model, "joined"), (root, "root")):
+        ecospa_fx.compile(each, example_kwargs=call, regions=regions)
+    mine = by_name(model)
+    assert "residual" in {c.kind for c in mine.values()}
+    assert places(model) == places(root)
+    keeps = {name: half(coupling.size, 0) for name, coupling in mine.items()}
+    for each in (model, root):
+        ecospa_fx.shrink(each, keeps)
+    torch.testing.assert_close(model(**call), root(**call), rtol=1e-12, atol=1e-12)

@@ -24,7 +24,9 @@ def llama(execution="module", layers=2):
 
 
 def shrink(model, by=lambda c, i: c.size // 2 or 1):
-    ecospa_fx.shrink(model, {c: torch.arange(by(c, i)) for i, c in enumerate(ecospa_fx.couplings(model))})
+    """Shrink all but the length of heads: a configuration has one, and not which entries of rotary tables go."""
+    couplings = [c for c in ecospa_fx.couplings(model) if not c.in_step]
+    ecospa_fx.shrink(model, {c: torch.arange(by(c, i)) for i, c in enumerate(couplings)})
 
 
 def logits(model, ids):

@@ -1,7 +1,9 @@
 """Imports that neither `import ecospa_fx` nor `ecospa-fx --help` makes: torch takes a second, its tracer two."""
 
 import ast
+import copy
 import importlib
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +118,8 @@ def test_what_lies_deeper_is_reached_from_the_package():
 def test_the_choices_of_the_command_line_are_the_rows_of_the_tables():
     assert set(get_args(drawings.Level)) == set(graphs.LEVELS)
     assert set(get_args(drawings.Format)) == set(graphs.WRITERS)
+
+
+def test_the_package_goes_to_other_processes_by_its_name():
+    """Ray, Dask and joblib pickle the globals of functions that they send, modules among them."""
+    assert pickle.loads(pickle.dumps(ecospa_fx)) is ecospa_fx and copy.copy(ecospa_fx) is ecospa_fx

@@ -83,7 +83,13 @@ MODELS: Mapping[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
 
 
 def built(kind: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A model whose weights are large enough for scores to differ, compiled to run its own Python, and a call of it."""
+    """A model, compiled to run its own Python, and a call of it."""
+    model, call = plain(kind)
+    return ecospa_fx.compile(model, example_kwargs=call, execution="module"), call
+
+
+def plain(kind: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A model whose weights are large enough for scores to differ, and a call of it."""
     torch.manual_seed(0)
     model, call = MODELS[kind]()
     generator = torch.Generator().manual_seed(1)
@@ -92,7 +98,7 @@ def built(kind: str) -> tuple[nn.Module, dict[str, Any]]:
             noise = torch.randn(parameter.shape, generator=generator)
             width = max(1, parameter.numel() // max(parameter.shape))
             parameter.copy_(noise / width**0.5) if parameter.ndim > 1 else parameter.add_(noise / 5)
-    return ecospa_fx.compile(model.eval(), example_kwargs=call, execution="module"), call
+    return model.eval(), call
 
 
 def trained(model: nn.Module, call: Mapping[str, Any], target: float | None = None, **settings: Any) -> Any:

@@ -12,12 +12,18 @@ from typing import Any
 from ecospa_fx.arguments import check_state
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.see.findings import Findings
+from ecospa_fx.train.sensitivities import Sensitivity
 
 from .document import document_of
 from .training import figures_of
 
 
-def write_report(findings: Findings, path: str | os.PathLike[str], training: Mapping[str, Any] | None = None) -> None:
+def write_report(
+    findings: Findings,
+    path: str | os.PathLike[str],
+    training: Mapping[str, Any] | None = None,
+    sensitivity: Sensitivity | None = None,
+) -> None:
     """Write the report of findings. With a training run it includes plotly.js, which is 4.8 MB.
 
     Raises:
@@ -46,11 +52,28 @@ def write_report(findings: Findings, path: str | os.PathLike[str], training: Map
         document=_inside_script(document),
         plotly=plotly,
         curves=training is not None,
+        sensitivity=None if sensitivity is None else _measured(sensitivity),
     )
     try:
         Path(path).write_text(page, encoding="utf-8")
     except OSError as error:
         raise EcoSpaError(f"the report cannot be written to {str(path)!r}: {error.strerror or error}") from error
+
+
+def _measured(table: Sensitivity) -> dict[str, Any]:
+    """Collect the table of a sensitivity: text of each cell, and how dark it is."""
+    largest = max((row.rise for row in table.measured), default=0.0)
+
+    def cell(rise: float | None) -> dict[str, Any]:
+        if rise is None:
+            return {"text": "", "heat": 0}
+        return {"text": f"{rise:+.3g}", "heat": round(70 * max(0.0, rise) / largest) if largest > 0 else 0}
+
+    rows = [
+        {"name": name, "part": f"{table.part(*key):.2%} of all", "cells": [cell(rise) for rise in rises]}
+        for (name, rises), key in zip(table.rows(), table.groups, strict=True)
+    ]
+    return {"headline": table.headline, "shares": [f"-{share:.0%}" for share in table.shares], "rows": rows}
 
 
 def _inside_script(document: Any) -> str:

@@ -255,7 +255,7 @@
   }
 
   const views = [...document.querySelectorAll('[role="tab"]')].map((tab) => tab.getAttribute("aria-controls"));
-  const draw = { model: () => drawTree(false), couplings: drawCouplings, refusals: drawRefusals, training: drawTraining };
+  const draw = { model: () => drawTree(false), couplings: drawCouplings, refusals: drawRefusals, training: drawTraining, sensitivity: () => {} };
   let view = "model";
 
   function show(name) {
