@@ -136,7 +136,7 @@ def rehearsed(
     rehearsal = Rehearsal()
     with contextlib.suppress(_ForwardFails):  # torch.export says so in words of its own
         with eager():
-            rehearsal = _effects(module, region, run)
+            rehearsal = _effects(module, region, run, called)
         for change in rehearsal.filled:
             registers = isinstance(change.key, tuple) and change.key[0] in TENSORS
             if registers or is_iterator(change.owner) or isinstance(change.owner, bytearray):
@@ -206,8 +206,14 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _effects(module: nn.Module, region: str, run: Callable[[], Any]) -> Rehearsal:
+def _effects(module: nn.Module, region: str, run: Callable[[], Any], called: Callable[[], Any]) -> Rehearsal:
     """Run a forward twice, to see what only its first call changes and what each does.
+
+    Args:
+        module: the module.
+        region: its name.
+        run: runs the forward, without hooks of modules.
+        called: runs it with them: hooks that the first call installs take part in the later ones.
 
     Raises:
         CaptureError: it draws from Python's or numpy's generators, changes state that a graph would not change, or
@@ -219,6 +225,8 @@ def _effects(module: nn.Module, region: str, run: Callable[[], Any]) -> Rehearsa
     # Cells of closures are known from functions, which a frame does not name.
     code = seen | {key: function for key, function in code_of(module).items() if key in seen}
     first = tuple(world.changes())
+    if any(change.is_hook for change in first):
+        run = called
     again, draws, memory = PythonState(module, code), Draws(), memory_of(module)
     try:
         with recorded_reads(module, code) as reads, watched_stores(again) as stores, DataUses(module) as data:
