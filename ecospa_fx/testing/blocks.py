@@ -110,7 +110,7 @@ def experts(w: Writer) -> None:
             w.put(f"torch.bmm({down}[{chosen}], {hidden}.unsqueeze(-1)).squeeze(-1).view({b}, {s}, {d})")
 
 
-@move(2, "experts")
+@move(1, "experts")
 def routed(w: Writer) -> None:
     """Write experts that a router chooses: gates, a top-k, and one of the ways to bring tokens and experts together."""
     x = tokens(w)

@@ -246,6 +246,10 @@ class _Stroke:
         self, saliency: Saliency, watched: Grams, sparsifier: AdaptiveSparsifier
     ) -> tuple[dict[str, float], dict[str, float]]:
         judged = [coupling for coupling in couplings(self.model) if saliency.judges(coupling)]
+        names = [c.name for c in couplings(self.model) if c not in judged and c not in self.constraints.frozen]
+        if names:
+            more = f" and {len(names) - 1} more stay" if names[1:] else " stays"
+            self.notes.append(f"`{names[0]}`{more} whole: gradients say nothing of the loss without its entries")
         by_context = self.constraints.head_dims == "per_head"
         worth = {coupling: worth_of(coupling, saliency, by_context=by_context) for coupling in judged}
         sizes = sparsifier.sizes()

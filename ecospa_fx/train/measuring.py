@@ -15,7 +15,7 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import EcoSpaError, TargetError
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.journal import Journal
-from ecospa_fx.model.lookup import couplings, state_of
+from ecospa_fx.model.lookup import couplings, regions_of, state_of
 from ecospa_fx.model.restore import restore
 from ecospa_fx.passes.find.discover import Kind
 from ecospa_fx.score.saliency import Saliency
@@ -161,6 +161,19 @@ def _checked(objective: Loss, model: nn.Module, batch: Any, number: int) -> Tens
     if not bool(value.detach().isfinite()):
         raise TargetError(f"the loss of batch {number} is {float(value):g}; it must be a finite number")
     return value
+
+
+@contextmanager
+def unwatched(model: nn.Module) -> Iterator[None]:
+    """Let nobody who watches the regions of a compiled model, such as a trainer's scores, see the calls inside."""
+    watchers = [(region, region.watcher) for region in regions_of(model).values()]
+    for region, _ in watchers:
+        region.watcher = None
+    try:
+        yield
+    finally:
+        for region, watcher in watchers:
+            region.watcher = watcher
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from ecospa_fx.ranks.wrappers import unwrapped
 
 from .adaptive import AdaptiveSparsifier
 from .latency import Latency
-from .measuring import evaluating, listed_calls, smaller, weakest_first
+from .measuring import evaluating, listed_calls, smaller, unwatched, weakest_first
 from .objective import Loss, Objective
 from .settings import Among
 from .targets import Target
@@ -174,7 +174,7 @@ def nested(
     ]  # each is reachable, or none is taken
     left = {number: each.target_size(each.sizes()) for number, each in enumerate(sparsifiers)}
     order = sorted(left, key=lambda number: -left[number])
-    with evaluating(module), isolated(module):
+    with evaluating(module), isolated(module), unwatched(module):
         by_context = limits.head_dims == "per_head"
         orders, worths = weakest_first(
             module, enumerate(calls), loss or Objective(), couplings(module), by_context=by_context

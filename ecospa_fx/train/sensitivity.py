@@ -35,6 +35,7 @@ from .measuring import (
     evaluating,
     listed_calls,
     smaller,
+    unwatched,
     value_of,
     weakest_first,
 )
@@ -99,7 +100,7 @@ def sensitivity(
     measured: Loss = loss or own.measured
     judges = calls[1::2] or calls
     plain = MODEL not in module.__dict__
-    with as_it_was_unless_shrunk(module), evaluating(module), isolated(module):
+    with as_it_was_unless_shrunk(module), evaluating(module), isolated(module), unwatched(module):
         if plain:
             with torch.no_grad():
                 value_of(loss or own, module, calls[0], 0)  # its own Python says best what is wrong with a batch

@@ -30,7 +30,7 @@ from ecospa_fx.plan import Plan
 
 from .pieces import Pieces
 from .places import TokenCall, Vocabulary, difference, find, run
-from .recompiled import adopt_rows, captured_call, note, own_python, wait_again, without_graphs
+from .recompiled import adopt_rows, captured_call, forget_graphs, note, own_python
 from .settings import below, configurations, held_ids, renumbered
 
 PADDING = 16  # a model may have this share of its rows for no token, to fill up a multiple
@@ -60,16 +60,16 @@ class TokenCut:
             note(journal, module, module.__dict__.get(MODEL))
         captured = self.compiled is not None and self.compiled.captured
         seen = captured_call(self.model)
-        for module in self.modules:
-            state: CompiledModel | None = module.__dict__.get(MODEL)
-            if state is not None and not state.plan.original_shapes:
-                wait_again(module, state)
         with own_python(self.model, self.compiled):
             found = self._found()
             self._check(found)
             fields = counts_of(self.model, found, self.kept.tolist())
             self._cut(journal, found, fields)
             self._compare(found, fields)
+        for module in self.modules:
+            state: CompiledModel | None = module.__dict__.get(MODEL)
+            if state is not None and not state.plan.original_shapes:
+                forget_graphs(module, state)
         if captured and self.compiled is not None and not self.compiled.captured:
             try:
                 self._capture_again(found, seen)
@@ -142,7 +142,7 @@ class TokenCut:
             fields.write(module, len(self.kept))
             state: CompiledModel | None = module.__dict__.get(MODEL)
             if state is not None and state.plan.original_shapes:
-                without_graphs(module, state)
+                forget_graphs(module, state)
                 adopt_rows(module, state, found.places, len(self.kept))
 
     def _compare(self, found: Vocabulary, fields: TokenCounts) -> None:

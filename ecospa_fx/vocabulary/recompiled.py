@@ -1,17 +1,19 @@
 """Recompiled: a compiled model whose original sizes change, so that its graphs are captured anew.
 
-Nothing shrunk yet    it waits for a call again, as after `compile` without inputs
-shrunk                it is as after a load: the plan stays, in which the original sizes are others now
+nothing shrunk yet  -> its own Python is compared; then its graphs are dropped
+shrunk              -> its graphs are dropped, as after a load; the plan stays, with other original sizes
+-> captured again, by the same regions: whoever watches them goes on
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
-from ecospa_fx.model.compiled import MODEL, CompiledModel
+from ecospa_fx.model.compiled import MODEL, REGION, CompiledModel
 from ecospa_fx.model.journal import Journal
 from ecospa_fx.model.restore import plain
 from ecospa_fx.passes.follow.trial import example_calls
@@ -46,19 +48,46 @@ def captured_call(model: nn.Module) -> TokenCall | None:
 
 @contextmanager
 def own_python(model: nn.Module, compiled: CompiledModel | None) -> Iterator[None]:
-    """Let a model that waits for its first call run its own forward, which captures nothing, for the time inside."""
-    waits = compiled is not None and not compiled.regions
-    if waits:
-        model.__dict__.pop(MODEL, None)
+    """Let a model in which nothing has shrunk run its own forward for the time inside: nothing is captured or watched.
+
+    A model that has shrunk runs its graphs, and is not watched either.
+    """
+    held: list[tuple[dict[str, Any], str, Any]] = []
+    watchers = [] if compiled is None else [(region, region.watcher) for region in compiled.regions.values()]
+    if compiled is not None and not compiled.plan.original_shapes:
+        held = [
+            (m.__dict__, key, m.__dict__[key]) for m in model.modules() for key in (MODEL, REGION) if key in vars(m)
+        ]
+    for region, _ in watchers:
+        region.watcher = None
+    for attributes, key, _ in held:
+        del attributes[key]
     try:
         yield
     finally:
-        if waits:
-            model.__dict__[MODEL] = compiled
+        for attributes, key, value in held:
+            attributes[key] = value
+        for region, watcher in watchers:
+            region.watcher = watcher
 
 
-def wait_again(model: nn.Module, compiled: CompiledModel) -> None:
-    """Let a model in which nothing has shrunk wait for a call, as it did before its first."""
+def forget_graphs(model: nn.Module, compiled: CompiledModel) -> None:
+    """Drop all graphs of a model: its calls are captured as they come.
+
+    Where nothing has shrunk and nothing is watched, couplings across regions are found anew, as at the first call.
+    """
+    unwatched = all(region.watcher is None for region in compiled.regions.values())
+    if compiled.state.joints and unwatched and not compiled.plan.original_shapes:
+        _wait_again(model, compiled)
+        return
+    for region in compiled.regions.values():
+        region.__dict__.update({**region.__getstate__(), "watcher": region.watcher})
+    compiled.state.__dict__.update(compiled.state.__getstate__())
+    if compiled.execution == "module" and compiled.regions:
+        compiled.attach(model)
+
+
+def _wait_again(model: nn.Module, compiled: CompiledModel) -> None:
     for name in compiled.regions:
         plain(model.get_submodule(name))
     plain(model)
@@ -68,15 +97,6 @@ def wait_again(model: nn.Module, compiled: CompiledModel) -> None:
     state.withheld, state.elsewhere = frozenset(), frozenset()
     state.adopt(Plan(), {})
     compiled.attach(model)
-
-
-def without_graphs(model: nn.Module, compiled: CompiledModel) -> None:
-    """Drop all graphs of a model that has shrunk, as pickle does: calls are captured as they come."""
-    for region in compiled.regions.values():
-        region.__dict__.update(region.__getstate__())
-    compiled.state.__dict__.update(compiled.state.__getstate__())
-    if compiled.execution == "module":
-        compiled.attach(model)
 
 
 def adopt_rows(model: nn.Module, compiled: CompiledModel, dims: Collection[tuple[str, int]], rows: int) -> None:

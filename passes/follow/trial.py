@@ -232,6 +232,9 @@ def _expected(
     module: nn.Module, program: Program, args: Any, kwargs: Any, alone: AbstractContextManager[None]
 ) -> list[Tensor]:
     """Return the tensors that a program returns."""
+    if program.captured.carried.types:
+        objects = " and ".join(sorted({f"a {cls.__name__}" for cls in program.captured.carried.types}))
+        raise NotTried(f"it has been called with {objects}, which cannot be made up")
     inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     with alone:
         try:

@@ -211,8 +211,8 @@ def test_ties_in_other_proportions():
         ({"uniform": True}, "uniform=True is none of 'layers'"),
         (
             {"multiple_of": {"mlp": 2}},
-            "multiple_of has 'mlp', which is not a kind; kinds are qk, vo, ffn, glu, heads, groups, conv, recurrent, "
-            "residual",
+            "multiple_of has 'mlp', which is not a kind; kinds are qk, vo, ffn, glu, heads, groups, experts, conv, "
+            "recurrent, residual",
         ),
         ({"multiple_of": {"ffn": 0}}, "multiple_of['ffn']=0 is out of range; it is a whole number, at least 1"),
         (

@@ -358,3 +358,9 @@ def test_experts_stay_where_their_numbers_are_read(cls: type[Routed], why: str) 
     model = routed(cls())
     assert {c.kind for c in ecospa_fx.couplings(model)} <= {"ffn"}
     assert why in " ".join(str(ecospa_fx.explain(model)).split())
+
+
+def test_compress_says_that_it_cannot_judge_experts_that_tokens_pick() -> None:
+    report = ecospa_fx.compress(Routed(), [(X,)] * 5, target=0.8, loss=lambda m, batch: m(*batch).square().mean())
+    assert list(report.removed) == ["ffn"]
+    assert "`experts` stays whole: gradients say nothing of the loss without its entries" in report.notes

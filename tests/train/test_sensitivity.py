@@ -161,6 +161,19 @@ def test_what_is_wrong_is_said(batches, arguments, words):
     assert type(model) is Blocks and all(torch.equal(value, before[name]) for name, value in state(model).items())
 
 
+def test_a_trainer_does_not_see_it(batches):
+    """What a policy has gathered stays as it is."""
+    model = ecospa_fx.compile(Blocks(), example_inputs=(batches[0],))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, target=0.5, policy="adaptive", interval=4, end=8)
+    loss(model, batches[0]).backward()
+    trainer.step()
+    before = copy.deepcopy(trainer.state_dict())
+    ecospa_fx.sensitivity(model, batches, loss=loss)
+    after = trainer.state_dict()
+    assert str(after) == str(before)
+
+
 def test_an_error_in_the_middle_leaves_nothing(batches):
     """The loss fails while the model is smaller."""
     model, calls = Blocks(), []

@@ -431,12 +431,15 @@ def test_the_command(tmp_path, capsys):
     assert main(["trim-vocabulary", str(tmp_path), texts, f"{out}2"]) == 2
 
 
-def test_in_the_middle_of_training(tmp_path):
+@pytest.mark.parametrize("policy", ["paper", "adaptive"])
+def test_in_the_middle_of_training(tmp_path, policy):
     """A trainer goes on with what it knows; copies follow; the result is saved and loaded."""
     model = Language()
     ecospa_fx.compile(model, example_inputs=(drawn(torch.arange(ROWS)),))
     optimizer, ema = torch.optim.AdamW(model.parameters()), copy.deepcopy(model)
-    trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, target=0.7, interval=2, end=10, also=[ema], spike=9)
+    trainer = ecospa_fx.EcoSpaTrainer(
+        model, optimizer, target=0.7, interval=2, end=10, also=[ema], spike=9, policy=policy
+    )
 
     def steps(kept, count):
         for _ in range(count):
@@ -447,7 +450,7 @@ def test_in_the_middle_of_training(tmp_path):
             trainer.step(loss=loss)
             optimizer.zero_grad()
 
-    steps(torch.arange(ROWS), 5)
+    steps(torch.arange(ROWS), 5)  # the next decision reads steps before and after
     first = sum(c.size for c in ecospa_fx.couplings(model))
     assert first < 48
     trimmed = ecospa_fx.trim_vocabulary(model, keep=KEEP, optimizer=trainer.optimizers, also=[ema])
