@@ -111,15 +111,33 @@ def test_tables_and_heads_do_not_count():
     assert regions(Language(), torch.randint(500, (2, 5))) == ("blocks.0", "blocks.1")
 
 
-def test_where_the_root_cannot_be_captured_blocks_stay_and_what_is_outside_is_told():
-    model = Around(mlp(32), branching=True)
+def test_where_the_root_cannot_be_captured_regions_are_joined():
+    explanation = ecospa_fx.explain(Around(mlp(32), branching=True), example_inputs=(X,))
+    assert explanation.regions == ("before", "blocks.0", "blocks.1") and explanation.snapshot.share_outside == 0
+    assert [coupling.name for coupling in explanation.couplings] == ["before.ffn", "blocks.0.ffn", "blocks.1.ffn"]
+
+
+class Branching(nn.Module):
+    """A network without layers in which a value decides what is computed, so that no graph holds it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(8, 32)), nn.Parameter(torch.randn(32, 8))
+
+    def forward(self, x):
+        h = torch.relu(x @ self.up)
+        return (h if h.sum().item() > 1e6 else -h) @ self.down
+
+
+def test_where_nothing_more_can_be_captured_blocks_stay_and_what_is_outside_is_told():
+    model = Around(Branching())
     explanation = ecospa_fx.explain(model, example_inputs=(X,))
     assert explanation.regions == ("blocks.0", "blocks.1")
     outside = sum(p.numel() for p in model.before.parameters()) / sum(p.numel() for p in model.parameters())
     assert explanation.snapshot.share_outside == pytest.approx(outside)
     assert explanation.title == f"Around: 2 couplings in 2 regions, {outside:.0%} of the parameters outside"
     lines = " ".join(str(explanation).split())
-    assert "it lies outside of the captured regions: before.0.weight[0] and 3 more" in lines
+    assert "it lies outside of the captured regions: before.up[0] and 3 more" in lines
 
 
 def test_an_unreachable_target_names_what_lies_outside(caplog):
