@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import subprocess
 import sys
@@ -13,24 +12,12 @@ import torch
 import transformers
 from deployed import MODELS, built, trained
 from torch import nn
+from without_us import WITHOUT_US
 
 import ecospa_fx
 from ecospa_fx import errors
-from ecospa_fx.demo import torchvision_cure
 
-PLAIN = f"""
-import sys
-
-class Blocked:
-    def find_spec(self, name, *_):
-        if name.partition(".")[0] == "ecospa_fx":
-            raise ImportError("this process must do without it")
-
-sys.meta_path.insert(0, Blocked())
-{inspect.getsource(torchvision_cure).replace("from __future__ import annotations", "")}
-tolerate_missing_torchvision_ops()
-import torch, transformers
-
+PLAIN = f"""{WITHOUT_US}
 for directory in sys.argv[1:]:
     call, expected, name = torch.load(directory + "/expected.pt")
     model = getattr(transformers, name).from_pretrained(directory).eval()

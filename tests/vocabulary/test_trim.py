@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import subprocess
 import sys
@@ -15,12 +14,12 @@ import torch.nn.functional as F
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import nn
+from without_us import WITHOUT_US
 
 import ecospa_fx
 from ecospa_fx import errors
 from ecospa_fx.cli.app import main
 from ecospa_fx.cli.models import named_model
-from ecospa_fx.demo import torchvision_cure
 
 LINES = [
     "the bank of the river is where the fisherman was fishing for trout",
@@ -372,19 +371,7 @@ def test_families(kind):
     assert model.config.vocab_size == len(trimmed.kept)
 
 
-PLAIN = f"""
-import sys
-
-class Blocked:
-    def find_spec(self, name, *_):
-        if name.partition(".")[0] == "ecospa_fx":
-            raise ImportError("this process must do without it")
-
-sys.meta_path.insert(0, Blocked())
-{inspect.getsource(torchvision_cure).replace("from __future__ import annotations", "")}
-tolerate_missing_torchvision_ops()
-import torch, transformers
-
+PLAIN = f"""{WITHOUT_US}
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
 tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
 call = tokenizer([sys.argv[2]], return_tensors="pt")["input_ids"]
