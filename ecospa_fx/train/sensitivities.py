@@ -193,6 +193,8 @@ class Sensitivity:
     @property
     def headline(self) -> str:
         """The loss of the whole model, and the meaning of the table, in a line."""
+        if self.loss == 0:
+            return "half the squared distance from the results of the whole model, without a share of the entries"
         return f"loss {self.loss:.4g} of the whole model; its rise without a share of the entries"
 
     def part(self, kind: str, layer: str = "") -> float:
