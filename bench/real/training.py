@@ -37,6 +37,7 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "taylor_squared": {**PAPER, "score": "taylor_squared", "index_score": "taylor_squared"},
     "taylor_positions": {**PAPER, "score": "taylor_positions", "index_score": "taylor_positions"},
     "finetune": {"preset": "finetune"},
+    "finetune, cubic": {"preset": "finetune", "shape": "cubic"},
     "adaptive": {"policy": "adaptive"},
     "adaptive, removed": {"policy": "adaptive", "absorb": False, "rotate": False},
     "random": {**PAPER, "score": "random", "index_score": "random"},
