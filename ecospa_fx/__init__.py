@@ -150,6 +150,8 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = globals()[name] = getattr(_imported(f"{__name__}.{_HOME[name]}"), name)
         return value
+    if name == "__version__":
+        return import_module("importlib.metadata").version("ecospa-fx")
     spec = None if name.startswith("__") else find_spec(f"{__name__}.{name}")
     if spec is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,7 @@
 import ast
 import copy
 import importlib
+import importlib.metadata
 import pickle
 import subprocess
 import sys
@@ -123,3 +124,7 @@ def test_the_choices_of_the_command_line_are_the_rows_of_the_tables():
 def test_the_package_goes_to_other_processes_by_its_name():
     """Ray, Dask and joblib pickle the globals of functions that they send, modules among them."""
     assert pickle.loads(pickle.dumps(ecospa_fx)) is ecospa_fx and copy.copy(ecospa_fx) is ecospa_fx
+
+
+def test_the_version_is_that_of_the_distribution():
+    assert ecospa_fx.__version__ == importlib.metadata.version("ecospa-fx")
