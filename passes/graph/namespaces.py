@@ -161,6 +161,11 @@ def namespaces(module: nn.Module, code: Code) -> Iterator[tuple[Any, str, str]]:
                     yield cls, name, f"{cls.__name__}.{name}"
 
 
+def is_special(name: str) -> bool:
+    """Decide whether a name is one of Python's own, such as `__module__`, in whose place nothing else can stand."""
+    return name[:2] == "__" and name[-2:] == "__" and name not in _OF_FUNCTIONS
+
+
 def _class_of(function: FunctionType) -> type | None:
     """Return the class in which a function lies under its own name, as far as its globals lead to it."""
     owner, *way = function.__qualname__.split(".")
@@ -173,7 +178,7 @@ def _class_of(function: FunctionType) -> type | None:
 
 def _places_of(held: Any, attribute: str) -> Iterator[ModuleType | type | FunctionType]:
     """Yield the modules, functions and classes in which an attribute of one lies, or would be set."""
-    if not isinstance(held, (ModuleType, type, FunctionType)) or foreign_code(_package(held)):
+    if not isinstance(held, (ModuleType, type, FunctionType)) or is_special(attribute) or foreign_code(_package(held)):
         return
     yield held
     if isinstance(held, type):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .namespaces import foreign_code
+from .namespaces import foreign_code, is_special
 from .python_state import PythonState, StateChange, is_constant, item_of, put_item, same
 
 # Methods of lists, deques and dicts that store, and return nothing.
@@ -79,6 +79,8 @@ class Stores:
         self._open: list[_Place] = []
         self._written: dict[tuple[int, Any], _Place] = {}
         for owner, key, where, value in state.places():
+            if isinstance(key, str) and is_special(key):
+                continue
             copy = value if _torch_layer(owner) or isinstance(owner, ModuleType) else _equal_copy(value)
             if copy is not value:
                 self._copies.append((owner, key, where, value, copy))

@@ -66,8 +66,14 @@ class Net(nn.Module):
         return self.down(h if self.mode is Mode.UP else -h)
 
 
+def helper(x):
+    return x
+
+
 class Function(Net):
     def forward(self, x):
+        if helper.__module__ == Backend.__module__ and Backend.__name__ == "Backend":
+            x = helper(x)
         return self.down(Double.apply(torch.relu(self.up(x))))
 
 
