@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ecospa_fx.errors import OptimizerError
 
 from .diff import TensorShape
+from .optimizer_state import layers
 from .step_watch import watch_steps
 
 
@@ -27,12 +29,20 @@ class LeftBehind:
         self._shapes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> its name and the shapes it had
         self._checked: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def note(self, model: nn.Module, before: Mapping[str, TensorShape]) -> None:
-        """Remember that parameters had the shapes `before` until now."""
+    def note(self, model: nn.Module, before: Mapping[str, TensorShape], told: Iterable[Optimizer] = ()) -> None:
+        """Remember that parameters had the shapes `before` until now.
+
+        Args:
+            model: the model.
+            before: name -> shape, of those that have changed.
+            told: optimizers whose state has followed. What they hold at such a shape is of that shape for a reason, as
+                a square preconditioner is.
+        """
         for name, parameter in model.named_parameters():
             if name in before:
                 self._shapes.setdefault(parameter, (name, set()))[1].add(before[name])
         self._checked.clear()
+        self._checked.update(layer for each in told for layer in layers(each))
 
     def before_step(self, optimizer: Any) -> None:
         """Compare the state of an optimizer with what it is for, once after each shrink.

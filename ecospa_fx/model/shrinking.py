@@ -105,7 +105,7 @@ def shrink_within(
     before, sizes = shapes_of(model), {coupling.name: coupling.size for coupling in compiled.couplings()}
     compiled.shrink(model, selection, journal, optimizers, copies_of(model, also), absorb)
     change = diff_of(model, before)
-    left_behind().note(model, change.before)
+    left_behind().note(model, change.before, optimizers)
     forget_code(model, change.before)
     log = logger("shrink")
     log.info("%s", change.headline())

@@ -154,7 +154,7 @@ def trim_vocabulary(
         cut = TokenCut(model, optimizers, copies, pieces, choice.kept, calls)
         rows = cut.made(journal)
         change = diff_of(model, before)
-        left_behind().note(model, change.before)
+        left_behind().note(model, change.before, optimizers)
         more = f"{', '.join(cut.left[:3])} stay as they are: no token of the call is looked up or scored there"
         notes = (*choice.notes, more) if cut.left else choice.notes
         return Trimmed(made, torch.tensor(choice.kept), rows, choice.asked, change, notes)

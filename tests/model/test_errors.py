@@ -260,6 +260,30 @@ def test_an_optimizer_that_a_shrink_was_not_told_of():
     torch.optim.AdamW(model.parameters()).step()
 
 
+class Preconditioned(torch.optim.SGD):
+    """Holds columns by columns, which for a square matrix has its shape."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            if p.ndim == 2:
+                self.state[p]["right"] = torch.eye(p.shape[1])
+
+
+def test_state_of_a_shape_that_a_parameter_had_may_have_followed():
+    @ecospa_fx.state_rule(Preconditioned)
+    def follow(state, parameter, keep):
+        named = {"right": state["right"]} if "right" in state else {}
+        return {name: ecospa_fx.optimizers.take(value, keep, dims=(1, 1)) for name, value in named.items()}
+
+    model, optimizer = trained(MLP(6, 6), Preconditioned)
+    (coupling,) = ecospa_fx.couplings(model)
+    ecospa_fx.shrink(model, {coupling: torch.arange(3)}, optimizer=optimizer)
+    assert optimizer.state[model.up.weight]["right"].shape == (6, 6)  # up.weight was of that shape, and is (3, 6)
+    model(X).sum().backward()
+    optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("keep", "words"),
     [
