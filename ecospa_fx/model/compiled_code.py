@@ -7,7 +7,7 @@ on. After each shrink it needs a new one: those of sizes that do not come back a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from types import CodeType
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import nn
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.logs import logger
+
+from .full_size import saved_tensors_hooks_on
 
 OWN: list[Any] = []
 """Functions of this library that become frames of their own in compiled code, where a value leaves it."""
@@ -51,9 +53,8 @@ def check_not_recomputed(region: str) -> None:
     Raises:
         CaptureError: it is such a call.
     """
-    top: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    hooks = top(True) if top is not None else None
-    if hooks is not None and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint":
+    hooks = saved_tensors_hooks_on()
+    if hooks and getattr(hooks[0], "__module__", None) == "torch.utils.checkpoint":
         raise CaptureError(
             f"{region} is called in a new way (another dtype, mode or kind of arguments) under torch.compile and "
             "activation checkpointing, which would compute it again by other code than it ran by. Take the first step "

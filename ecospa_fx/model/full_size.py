@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -36,9 +37,15 @@ def outside_forward() -> Iterator[None]:
 
 
 def _hooked() -> bool:
-    """Return whether hooks are on that take the tensors which ops save for their gradients."""
-    top: Callable[[bool], object] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is None or top(True) is not None
+    """Return whether hooks are on that take the tensors which ops save for their gradients, or may be."""
+    hooks = saved_tensors_hooks_on()
+    return hooks is None or len(hooks) > 0
+
+
+def saved_tensors_hooks_on() -> tuple[Callable[..., Any], ...] | None:
+    """Return the innermost hooks on saved tensors, (pack, unpack), or (); None where this torch does not say."""
+    top: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return None if top is None else tuple(top(True) or ())
 
 
 def outside_inference(call: Call) -> Call:

@@ -71,7 +71,7 @@ def let_train(model: nn.Module, saliency: Saliency, frozen: Collection[Any] = ()
 
 
 def check_plain_numbers(model: nn.Module) -> None:
-    """Refuse weights that are no plain numbers."""
+    """Refuse weights that are not plain numbers."""
     for name, tensor in model.named_parameters():
         if not tensor.is_floating_point():
             raise TargetError(f"`{name}` holds {tensor.dtype}, quantised weights; de-quantise the model first")
