@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -150,18 +151,17 @@ class Distiller:
         That is of use where the student's own weights stay and adapters learn (LoRA). A later shrink of the student
         leaves the teacher as it is.
         """
-        saved, own = 0, dict(self.student.named_parameters(remove_duplicate=False))
-        for name, held in self.teacher.named_parameters():
-            mine = own.get(name)
-            if (
-                mine is None or mine.requires_grad or mine is held or type(mine.data) is not Tensor
-                or mine.data_ptr() == held.data_ptr() or mine.dtype != held.dtype or mine.device != held.device
-                or mine.shape != held.shape or not torch.equal(mine, held)
-            ):  # fmt: skip
-                continue
-            held.requires_grad_(False)
-            held.data = mine.data
-            saved += held.numel() * held.element_size()
+        saved, frozen = 0, defaultdict(list)
+        for mine in self.student.parameters():
+            if not mine.requires_grad and type(mine.data) is Tensor and not mine.is_meta:
+                frozen[_look(mine)].append(mine)
+        for held in self.teacher.parameters():
+            for mine in frozen.get(_look(held), ()):
+                if mine is not held and mine.data_ptr() != held.data_ptr() and torch.equal(mine, held):
+                    held.requires_grad_(False)
+                    held.data = mine.data
+                    saved += held.numel() * held.element_size()
+                    break
         return saved
 
     def _named(self, hidden: Mapping[str, float]) -> dict[str, float]:
@@ -345,6 +345,11 @@ def _share(kwargs: Mapping[str, Any]) -> Any:
 
 def _at(values: Tensor, rows: Tensor | None) -> Tensor:
     return values.float().flatten(0, -2) if rows is None else values.float()[rows]
+
+
+def _look(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what equal tensors have in common; their names may differ, as adapters change them."""
+    return tensor.shape, tensor.dtype, tensor.device, tensor.stride(), float(tensor.detach().double().sum())
 
 
 def _error(mine: Tensor, theirs: Tensor, rows: Tensor | None) -> Tensor:
