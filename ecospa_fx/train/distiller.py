@@ -156,12 +156,11 @@ class Distiller:
             if not mine.requires_grad and type(mine.data) is Tensor and not mine.is_meta:
                 frozen[_look(mine)].append(mine)
         for held in self.teacher.parameters():
-            for mine in frozen.get(_look(held), ()):
-                if mine is not held and mine.data_ptr() != held.data_ptr() and torch.equal(mine, held):
-                    held.requires_grad_(False)
-                    held.data = mine.data
-                    saved += held.numel() * held.element_size()
-                    break
+            equal = [mine for mine in frozen.get(_look(held), ()) if torch.equal(mine, held)]
+            if equal and all(mine.data_ptr() != held.data_ptr() for mine in equal):
+                held.requires_grad_(False)
+                held.data = equal[0].data
+                saved += held.numel() * held.element_size()
         return saved
 
     def _named(self, hidden: Mapping[str, float]) -> dict[str, float]:
