@@ -36,7 +36,10 @@ def report(
     factory: o.Factory = None,
     as_json: o.Json = False,
 ) -> None:
-    """Write the findings as one HTML file that needs no network."""
+    """Write the findings as one HTML file.
+
+    It needs no network and no server.
+    """
     from .models import named_model
 
     check_file(out)

@@ -1,7 +1,9 @@
 """The command line: what it prints, and one line with the right exit code for whatever goes wrong."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -447,3 +449,24 @@ def test_completion_offers_commands_and_options(capsys, monkeypatch):
     command = command_line("_", _ECOSPA_FX_COMPLETE="complete_bash", COMP_WORDS="ecospa-fx ex", COMP_CWORD="1")
     out, _ = command.communicate(timeout=120)
     assert out.split() == ["explain"]
+
+
+def test_help_fits_80_columns_and_no_sentence_is_cut_short(capsys):
+    code, out, _ = run(capsys, "--help")
+    commands = re.findall(r"^  ([a-z-]+) {2,}\S", out.partition("Commands:")[2], flags=re.MULTILINE)
+    assert code == 0 and {*COMMANDS, "doctor", "demo"} <= {*commands}
+    assert "..." not in out.partition("Commands:")[2]
+    for command in commands:
+        with contextlib.suppress(SystemExit):  # of the demo's own parser
+            main([command, "--help"])
+        shown = capsys.readouterr().out.splitlines()
+        assert [line for line in shown if len(line) > 80] == [], command
+
+
+def test_long_lines_go_on_further_in(capsys):
+    _, out, _ = run(capsys, "explain", "hf/gpt2", "--why", "h.0.attn.c_attn,h.0.attn.c_proj")
+    lines = [line.rstrip() for line in out.splitlines()]
+    steps = [line for line in lines if re.match(r" +\d+\. ", line)]
+    assert steps and max(map(len, lines)) <= 80
+    others = [line for line in lines if line and line not in steps]
+    assert len(others) > len(steps) and all(line.startswith(("  ", "transformer.h.0.attn.")) for line in others), out
