@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test fuzz fuzz-state check lint types bench bench-kernels bench-gpu clean
+.PHONY: help demo docs test matrix fuzz fuzz-state check lint types bench bench-kernels bench-gpu clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -29,6 +29,9 @@ demo: $(TEST_READY)  ## run the demo; ARGS="..." is passed on
 
 test: $(TEST_READY)  ## run the tests, the long sweeps left out; ARGS="..." goes to pytest
 	$(RUN) -m pytest -n auto $(ARGS)
+
+matrix:  ## run the tests with each Python and torch, in clean environments; ARGS="..." chooses
+	$(PYTHON) bench/matrix.py $(ARGS)
 
 fuzz: $(TEST_READY)  ## check the first N random programs of SEED against masking and smaller ones
 	$(RUN) -m ecospa_fx.testing.fuzz $(N) --seed $(SEED) $(ARGS)

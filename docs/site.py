@@ -1,6 +1,6 @@
 """Hooks of the documentation site: files outside of docs/ that pages link to become files of the site.
 
-Examples in docstrings (`>>> `) become blocks of code, which Markdown alone takes for quotations.
+The index of errors gets all messages of the source. Examples in docstrings (`>>> `) become blocks of code, which Markdown alone takes for quotations.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import messages
 from markdown import Extension, Markdown
 from markdown.preprocessors import Preprocessor
 from mkdocs.structure.files import File, Files
@@ -56,7 +57,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Point links that leave the folder to the files that were added."""
+    """Point links that leave the folder to the files that were added, and fill in the messages of errors."""
+    if page.file.src_uri == "errors.md":
+        markdown = markdown.replace("<!-- messages -->", messages.page())
     up = "../" * page.file.src_uri.count("/")
     if page.file.src_uri.startswith(f"{FOLDER}/"):
         return re.sub(r"\]\((?!https?:)([^)]+)\)", "]", markdown)  # its own links lead elsewhere in the repository

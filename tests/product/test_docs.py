@@ -1,5 +1,7 @@
 """The documentation site: it builds without a warning, its code runs, and its lists are complete."""
 
+import copy
+import importlib.util
 import inspect
 import os
 import re
@@ -41,6 +43,49 @@ def test_every_error_is_in_the_index():
     assert not [name for name in errors if f"`{name}`" not in text and not text.count(f".{name}`")]
 
 
+def test_what_is_raised_is_in_the_index_with_its_words():
+    """The text of errors as they come, beside what was read off the source without running it."""
+    messages = load(DOCS / "messages.py")
+    index = messages.messages()
+    assert index.keys() - {"CommandError", "OptionError"} == {
+        name for name, each in vars(ecospa_fx.errors).items() if inspect.isclass(each)
+    }
+    assert [name for name, listed in index.items() if not listed] == []
+    x, line = torch.ones(2, 3), torch.nn.Linear(3, 3)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+    compiled = ecospa_fx.compile(copy.deepcopy(model), example_inputs=(x,))
+    optimizer = torch.optim.SGD(compiled.parameters())
+    for wrong in (
+        lambda: ecospa_fx.explain(model),
+        lambda: ecospa_fx.couplings(model),
+        lambda: ecospa_fx.couplings(ecospa_fx.compile(copy.deepcopy(model))),
+        lambda: ecospa_fx.compile(copy.deepcopy(model), example_inputs=(x[:, :2],)),
+        lambda: ecospa_fx.shrink(compiled, {"fnn": torch.tensor([0])}),
+        lambda: ecospa_fx.shrink(compiled, {"ffn": torch.tensor([0, 7])}),
+        lambda: ecospa_fx.shrink(compiled, {"ffn": torch.tensor([0])}, optimizer=torch.optim.SGD(line.parameters())),
+        lambda: ecospa_fx.EcoSpaTrainer(compiled, optimizer, target=1.5),
+        lambda: ecospa_fx.EcoSpaTrainer(compiled, optimizer, target=0.0001),
+        lambda: ecospa_fx.load("nowhere", lambda: model),
+        lambda: ecospa_fx.save_pretrained(compiled, "nowhere"),
+        lambda: ecospa_fx.compile(3),
+    ):
+        with pytest.raises(ecospa_fx.errors.EcoSpaError) as raised:
+            wrong()
+        text = " ".join(str(raised.value).split())
+        known = [re.escape(each.text) for each in index[type(raised.value).__name__]]
+        known = [re.sub("‹[^›]*›|…", ".*", each) for each in known]
+        assert [each for each in known if len(each) > 30 and re.fullmatch(each, text)], (
+            f"{raised.type.__name__}: {text}"
+        )
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_every_score_is_in_the_list():
     text = (DOCS / "scores.md").read_text()
     assert not [name for name in ecospa_fx.scores.SCORES if f'`"{name}"`' not in text]
@@ -65,4 +110,6 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "WARNING" not in done.stderr
     reference = (tmp_path / "reference.html").read_text()
+    assert "All messages" in (errors := (tmp_path / "errors.html").read_text())
+    assert "is out of range" in errors and "<!-- messages" not in errors
     assert "optimizer state" in reference and "EcoSpaTrainer" in reference
