@@ -1,6 +1,7 @@
 """Hooks of the documentation site: files outside of docs/ that pages link to become files of the site.
 
-The index of errors gets all messages of the source. Examples in docstrings (`>>> `) become blocks of code, which Markdown alone takes for quotations.
+The index of errors gets all messages of the source. Examples in docstrings (`>>> `) become blocks of code, which
+Markdown alone takes for quotations.
 """
 
 from __future__ import annotations
