@@ -2,10 +2,11 @@
 
 make matrix ARGS="[--python 3.12] [--torch 'torch==2.13.*'] [--with PYTHON] [--keep] [what pytest takes]"
 
-By default Python 3.11 to 3.14, those that are on this machine, each with torch 2.13 and with the newest; of transformers,
-timm and all others pip takes the newest that fit. An environment takes 3 GB below build/matrix, and is deleted
-afterwards. `--with` takes an environment that is there, as it is. Every run is a row of results/matrix.csv, in place of
-one of the same versions and the same part of the suite. It needs nothing but Python: torch is in the environments.
+By default Python 3.11 to 3.14, those that are on this machine, each with torch 2.13 and with the newest; of
+transformers, timm and all others pip takes the newest that fit. An environment takes 3 GB and more below build/matrix,
+and is deleted afterwards. `--with` takes an environment that is there, as it is. Every run is a row of
+results/matrix.csv, in place of one of the same versions and the same part of the suite. It needs nothing but Python:
+torch is in the environments.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ RESULTS = ROOT / "bench" / "results" / "matrix.csv"
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 TORCHES = ("torch==2.13.*", "torch")
 COLUMNS = (
-    "python", "torch", "transformers", "timm", "part", "passed", "failed", "skipped", "seconds", "private_parts_missing",
-    "environment", "failing", "machine", "date",
+    "python", "torch", "transformers", "timm", "part", "passed", "failed", "skipped", "seconds",
+    "private_parts_missing", "environment", "failing", "machine", "date",
 )  # fmt: skip
 KEY = ("python", "torch", "part")
 LOOK = """
@@ -76,7 +77,7 @@ def environments(pythons: list[str], torches: list[str], keep: bool) -> Iterator
             shutil.rmtree(folder, ignore_errors=True)
             subprocess.run([found, "-m", "venv", str(folder)], check=True)
             python = str(folder / "bin" / "python")
-            pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+            pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-qq"]
             try:
                 done = subprocess.run([*pip, "-e", f"{ROOT}[test]", torch], check=False)
                 if done.returncode:
@@ -156,8 +157,8 @@ def main() -> int:
         count += 1
         failed += bool(row["failed"])
         print(
-            "Python {python}, torch {torch}, transformers {transformers}, timm {timm}: {passed} passed, {failed} failed, "
-            "{skipped} skipped in {seconds} s".format(**row),
+            "Python {python}, torch {torch}, transformers {transformers}, timm {timm}: {passed} passed, "
+            "{failed} failed, {skipped} skipped in {seconds} s".format(**row),
             flush=True,
         )
     if not count:

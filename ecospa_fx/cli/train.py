@@ -107,7 +107,8 @@ def train(
         for loss in run.steps(steps, seed):
             watch.step(loss)
     with at_work("saving and writing the report"):
-        training.write_run(run, out, model, fields)
+        chosen = {"steps": steps, "seed": seed, "lr": lr, "batch size": batch_size, "context": context, **settings}
+        training.write_run(run, out, model, fields, factory, chosen)
     training.tell(run, out, as_json)
 
 

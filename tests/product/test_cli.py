@@ -72,6 +72,25 @@ def run(capsys, *arguments):
     return code, printed.out, printed.err
 
 
+def out_of(file):
+    return Path(file).read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["one"], "name two or more runs: ecospa-fx compare runs/one runs/other"),
+        (["one", "./one"], "a run is named twice"),
+        (["nowhere", "one"], "nowhere cannot be read as training.json: No such file or directory"),
+        (["own.py", "one"], "own.py cannot be read as training.json: "),
+    ],
+)
+def test_compare_says_what_is_wrong_in_one_line(capsys, here, arguments, message):
+    (here / "one").mkdir()
+    code, out, err = run(capsys, "compare", *arguments)
+    assert (code, out) == (2, "") and err.startswith(f"ecospa-fx compare: error: {message}") and err.count("\n") == 1
+
+
 def with_out(command, out="out"):
     """The least arguments that a command takes, its output where none is in the way."""
     writes = ["--out", out] if command in ("compress", "shrink", "train", "report") else []
@@ -191,6 +210,20 @@ def test_train_on_text_writes_model_curves_and_report(capsys, here):
     assert "Importance of each coupling" in (here / "run/report.html").read_text()
     code, out, _ = run(capsys, "report", "run/model", "--training", "run/training.json", "--out", "again.html")
     assert code == 0 and "again.html: 8 couplings" in out
+    latency = training["latency"]
+    assert latency["after"] > 0 and latency["before"] > 0 and f"(x {latency['ratio']:.2f}" in out_of("again.html")
+    training["settings"]["target"] = 0.7
+    (here / "other").mkdir()
+    (here / "other/training.json").write_text(json.dumps(training))
+    code, out, err = run(capsys, "compare", "run", "other", "--out", "side.html")
+    lines = [line.split() for line in out.splitlines()]
+    assert (code, err) == (0, "") and ["run", "other"] in lines and ["steps", "12", "12"] in lines
+    assert ["target", "0.6", "0.7"] in lines and not [line for line in lines if line[:1] == ["seed"]]
+    assert "Held-out loss" in out_of("side.html")
+    document = json.loads(run(capsys, "compare", "run", "other/training.json", "--json")[1])
+    assert document["names"] == ["run", "training.json"] and document["settings"] == {"target": [0.6, 0.7]}
+    whole, left = document["rows"]["parameters at first"], document["rows"]["parameters"]
+    assert document["rows"]["share left"][0] == left[0] / whole[0] and whole[0] > left[0]
 
 
 def test_train_on_images(capsys, here):
