@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,11 +57,11 @@ def outputs_of(path: Path) -> list[str]:
 
 
 def page(path: Path) -> str:
-    """Write a notebook as Markdown."""
+    """Write a notebook as Markdown; other notebooks that it links to are pages too."""
     parts = []
     for cell in cells_of(path):
         if cell["cell_type"] == "markdown":
-            parts.append(cell["source"])
+            parts.append(re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", cell["source"]))
             continue
         parts.append(f"```python\n{cell['source']}\n```")
         for output in cell["outputs"]:

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ import ecospa_fx
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("page", ["index.md", "scores.md"])
@@ -98,7 +100,30 @@ def test_every_public_name_is_in_the_reference():
 
 def test_every_page_is_in_the_navigation():
     listed = set(re.findall(r"(\w[\w-]*\.md)", (ROOT / "mkdocs.yml").read_text()))
-    assert {page.name for page in DOCS.glob("*.md")} == listed
+    pages = {page.name for page in DOCS.glob("*.md")} | {f"{each.stem}.md" for each in NOTEBOOKS}
+    assert len(NOTEBOOKS) == 3 and pages == listed
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_prints_what_is_stored_in_it(path, tmp_path, monkeypatch):
+    """Numbers aside, which torch may round otherwise, and what a watch warns of."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    texts, names = load(DOCS / "notebooks.py").run(path)
+    stored = json.loads(path.read_text())["cells"]
+    stored = ["".join("".join(out["text"]) for out in cell["outputs"]) for cell in stored if "outputs" in cell]
+    words = [re.findall(r"[a-zA-Z_]{2,}", re.sub(r"(?m)^!.*", "", text)) for text in (*texts, *stored)]
+    assert words[: len(texts)] == words[len(texts) :]
+    match path.stem:
+        case "explain":
+            assert names["verification"].ok and (tmp_path / "found.html").exists()
+        case "train":
+            assert names["trainer"].done and names["trainer"].steps == 300 and texts[-1] == "(300, True)\n"
+            assert abs(names["accuracy"](names["model"]) - names["accuracy"](names["dense"])) < 0.05
+        case "compress":
+            sizes = [sum(p.numel() for p in names[name].parameters()) for name in ("whole", "model")]
+            assert sizes[1] <= 0.51 * sizes[0] and texts[-1] == "True\n"
+            assert names["accuracy"](names["model"]) > names["accuracy"](names["plain"]) + 0.1
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
@@ -109,6 +134,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "WARNING" not in done.stderr
+    assert "blocks.*" in (tmp_path / "notebooks" / "explain.html").read_text()
     reference = (tmp_path / "reference.html").read_text()
     assert "All messages" in (errors := (tmp_path / "errors.html").read_text())
     assert "is out of range" in errors and "<!-- messages" not in errors

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +18,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.sweep
 def test_a_chosen_part_becomes_a_row_and_failures_are_named(tmp_path):
     (tmp_path / "test_part.py").write_text("def test_good(): pass\ndef test_bad(): assert False\n")
     table = tmp_path / "matrix.csv"
