@@ -23,8 +23,10 @@ EPILOG = """\
 \b
 Examples:
   ecospa-fx compress llama/ --text calibration.txt --target 0.7 --out small
-  ecospa-fx compress llama/model.Q4_1.gguf --text calibration.txt --kinds glu --out small
-  ecospa-fx compress my_model.py:make --batches my_model.py:batches --out small
+  ecospa-fx compress llama/model.Q4_1.gguf --text calibration.txt \\
+      --kinds glu --out small
+  ecospa-fx compress my_model.py:make --batches my_model.py:batches \\
+      --out small
 
 Nothing is trained. Tens of thousands of tokens of the text that the model is for are a good number.
 """
@@ -49,7 +51,10 @@ def compress(
     factory: o.Factory = None,
     as_json: o.Json = False,
 ) -> None:
-    """Make a trained model smaller in one call, without training, and save it."""
+    """Make a trained model smaller without training.
+
+    It is saved where `--out` says.
+    """
     from .models import gguf_model, named_model, remember_source, write_pretrained
 
     check_directory(out)

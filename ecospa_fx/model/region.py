@@ -342,6 +342,13 @@ class Region:
             raise
         except CaptureError as error:
             named = self._named()
+            held = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+            if moved := [name for name in self.state.plan.under(self.name) if name not in held]:
+                raise CaptureError(
+                    f"{named} has shrunk, and its `{moved[0]}` is not there any more, as where a module was wrapped "
+                    "(an adapter, a quantised layer). Wrap modules before `ecospa_fx.compile`, so that all shrinks "
+                    "together, or compile with execution='module', whose modules have the sizes that are left"
+                ) from error
             raise CaptureError(
                 f"{str(error).rstrip('.')}. {named[:1].upper()}{named[1:]} has shrunk, and its own Python is of the "
                 "original sizes: if such a call is right, make it before the first shrink, which then leaves the "
