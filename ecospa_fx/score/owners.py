@@ -180,7 +180,8 @@ class Owners:
                     yield Tap(source, (owned.node,), self._note(source))
         after = [*((each.node,) for each in self._chain[1:]), self.sum.users]
         for owned, users in zip(self._chain, after, strict=True):
-            if isinstance(owned.origin, Passed) and isinstance(owned.origin.relation, r.Regrouped):
+            regrouped = isinstance(owned.origin, Passed) and isinstance(owned.origin.relation, r.Regrouped)
+            if regrouped or isinstance(owned.origin, Grouped):
                 yield Tap(owned.node, users, self._note(owned.node))
         for factor in self.sum.factors:
             yield Tap(factor.node, self.sum.users, self._keep(factor.node))
@@ -241,11 +242,12 @@ class Owners:
                 sizes = {at[number]: index.shape[place] for place, number in enumerate(order)}
                 return units.to(index.device)[index].view(*(sizes.get(d, 1) for d in range(rank)))
             case Grouped(ends=node, dim=dim):
-                ends = self._seen.get(node)
-                if ends is None:
+                ends, shape = self._seen.get(node), self._shapes.get(owned.node)
+                if ends is None or shape is None:
                     return None
-                rows = torch.arange(int(ends[-1]), device=ends.device)  # the rows after these belong to nobody
-                units = units.to(ends.device)[torch.searchsorted(ends.long(), rows, right=True)]
+                rows = torch.arange(shape[dim], device=ends.device)
+                units = torch.cat([units, units.new_tensor([-1])]).to(ends.device)  # rows after the last end: nobody's
+                units = units[torch.searchsorted(ends.long(), rows, right=True)]
                 return units.view(*(-1 if d == dim else 1 for d in range(rank)))
 
     def _moved(
