@@ -114,6 +114,22 @@ def alone(model: Any, x: Tensor) -> Tensor:
     return torch.stack(added)
 
 
+def test_groups_that_kept_other_experts_are_read_as_they_are_now() -> None:
+    torch.manual_seed(0)
+    model, x = zoo_experts.experts_in_groups().double(), torch.randn(2, 5, 6).double()
+    ecospa_fx.compile(model, example_inputs=(x,), regions="root")
+    inner = next(coupling for coupling in ecospa_fx.couplings(model) if coupling.contexts == 2)
+    ecospa_fx.shrink(model, {inner: torch.tensor([[0, 2, 3], [1, 2, 3]])})
+    (inner,) = (coupling for coupling in ecospa_fx.couplings(model) if coupling.contexts == 2)
+    twin = zoo_experts.experts_in_groups(2, 3).double()
+    twin.load_state_dict(model.state_dict())
+    norms = alone(twin, x).norm(dim=-1)
+    scores = ecospa_fx.CoupledEstimator(model, "reap")
+    model(x)
+    expected = (norms.sum(1) / (norms > 1e-9).sum(1)).nan_to_num(0.0).view(2, 3)
+    torch.testing.assert_close(scores.entries(inner, by_context=True), expected)
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_what_an_expert_adds_is_found_however_tokens_and_experts_meet(cls: Any) -> None:
     torch.manual_seed(0)
@@ -237,6 +253,32 @@ class Switched(zoo_experts.Experts):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(super().forward(x).relu()).mean(1)
+
+
+class Overwritten(Switched):
+    """What the experts add is overwritten by its sum with the stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = zoo_experts.Experts.forward(self, x)
+        out += x
+        return self.head(out)
+
+
+def test_contributions_that_are_overwritten_by_their_sum_train_on() -> None:
+    torch.manual_seed(0)
+    model, x = Overwritten().double(), torch.randn(2, 3, 6).double()
+    plain = copy.deepcopy(model)
+    added = alone(plain, x).norm(dim=-1)
+    ecospa_fx.compile(model, example_inputs=(x,), regions="root")
+    saliency, scores = Saliency(model), ecospa_fx.CoupledEstimator(model, "reap")
+    for each in (model, plain):
+        each(x).square().sum().backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    saliency.accumulate()
+    (experts,) = (coupling for coupling in ecospa_fx.couplings(model) if coupling.kind == "experts")
+    assert saliency.judges(experts)  # by step
+    assert torch.equal(scores.entries(experts) > 0, added.sum(1) > 1e-9)
 
 
 def test_an_expert_alone_with_its_token_adds_what_it_makes() -> None:
