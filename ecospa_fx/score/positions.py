@@ -17,6 +17,7 @@ own Python runs, or torch.compile), are judged by `gates.py`.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -74,6 +75,7 @@ class Place:
     unit: Tensor
     slot: str
     share: float = 1.0
+    _copies: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, site: ProductSite, side: Side, slot: str, share: float) -> Place:
@@ -98,16 +100,35 @@ class Place:
         else:
             rows = product.movedim((along % product.ndim, dim), (-2, -1)).flatten(-2)
             rows = rows.reshape(-1, rows.shape[-1])
-        return rows if len(self.columns) == rows.shape[1] else rows[:, self.columns.to(rows.device)]
+        return rows if len(self.columns) == rows.shape[1] else rows[:, self._on(rows.device)[0]]
 
     def by_unit(self, rows: Tensor) -> Tensor:
         """Add up the columns of each gate, `[positions, units]`."""
-        return rows.new_zeros(len(rows), self.units).index_add_(1, self.unit.to(rows.device), rows)
+        if self.whole:
+            return rows.clone()  # other places may read the same tensor
+        return rows.new_zeros(len(rows), self.units).index_add_(1, self._on(rows.device)[1], rows)
 
-    @property
+    def sums(self, columns: Tensor) -> Tensor:
+        """Add up the values of the columns `[columns]` of each gate, `[units]`."""
+        if self.whole:
+            return columns
+        return columns.new_zeros(self.units).index_add_(0, self._on(columns.device)[1], columns)
+
+    @functools.cached_property
     def apart(self) -> bool:
         """True if every gate has one column at most."""
         return len(self.unit.unique()) == len(self.unit)
+
+    @functools.cached_property
+    def whole(self) -> bool:
+        """True if the columns are the gates in their order."""
+        return torch.equal(self.unit, torch.arange(self.units))
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return columns and units on a device: copied there once, and not at every backward."""
+        if device not in self._copies:
+            self._copies[device] = self.columns.to(device), self.unit.to(device)
+        return self._copies[device]
 
 
 class _Read(torch.autograd.Function):
@@ -322,17 +343,14 @@ class PositionReader(Averaged[str]):
         for place in places:
             rows = place.rows(product)
             if place.coupling == self._measure:
-                along = rows.new_zeros(place.units).index_add_(0, place.unit.to(rows.device), rows.sum(0))
+                along = place.sums(rows.sum(0))
                 before = self._pending.gradient
                 self._pending.gradient = along if before is None or before.shape != along.shape else before.add_(along)
             if place.share == 1.0 and len(self._slots[place.coupling]) > 1:
                 self._pending.add_terms(place, place.by_unit(rows))
-            elif place.apart:
-                squares, unit = rows.square().sum(0), place.unit.to(rows.device)
-                squares = squares.new_zeros(place.units).index_add_(0, unit, squares)
-                self._pending.add(place.coupling, squares.mul_(place.share))
             else:
-                self._pending.add(place.coupling, place.by_unit(rows).square().sum(0).mul_(place.share))
+                squares = place.sums(rows.square().sum(0)) if place.apart else place.by_unit(rows).square().sum(0)
+                self._pending.add(place.coupling, squares.mul_(place.share))
 
     @torch.no_grad()
     def _take_experts(self, site: SumSite, owner: Tensor, value: Tensor, gradient: Tensor) -> None:
