@@ -38,6 +38,16 @@ def test_every_option_of_the_trainer_is_listed_with_its_default():
     assert {name: eval(text) for name, text in listed.items()} == options
 
 
+def test_every_option_of_the_trainer_has_advice_and_is_explained_in_its_docstring():
+    rows = re.findall(r"^\| `(\w+)` \| `.*?` \| ?(.*?) ?\| (.*) \|$", (DOCS / "options.md").read_text(), re.MULTILINE)
+    explained = set(re.findall(r"^ {4,}(\w+): ", ecospa_fx.EcoSpaTrainer.__doc__, re.MULTILINE))
+    assert len(rows) > 25 and {name for name, _, _ in rows} <= explained
+    assert [name for name, _, advice in rows if len(advice) < 10] == []
+    numbers = [name for name, unit, _ in rows if not unit]
+    options = inspect.signature(ecospa_fx.EcoSpaTrainer.__init__).parameters
+    assert [n for n in numbers if type(options[n].default) in (int, float) and n != "seed"] == []  # each has a unit
+
+
 def test_every_error_is_in_the_index():
     text = (DOCS / "errors.md").read_text()
     errors = [name for name, each in vars(ecospa_fx.errors).items() if inspect.isclass(each)]
