@@ -30,6 +30,33 @@ def test_the_code_of_a_page_runs(page, capsys):
     assert capsys.readouterr().out
 
 
+def test_a_run_goes_on_with_the_lines_of_its_page(tmp_path, monkeypatch):
+    """After the first hundred steps of the start page, saved; beside the run that never stopped."""
+    monkeypatch.chdir(tmp_path)
+    blocks = {page: re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL) for page in (
+        "index.md", "checkpoints.md")}  # fmt: skip
+    start, loop = blocks["index.md"][0].split("for step in range(300):\n")
+    loop = loop.partition("\nprint")[0]
+    save, load, resume, *_ = blocks["checkpoints.md"]
+    torch.manual_seed(0)
+    names = {}
+    exec(f"{start}\nfor step in range(100):\n{loop}", names)
+    shape = names["model"][0].weight.shape
+    names["make"] = lambda: torch.nn.Sequential(
+        torch.nn.Linear(8, 64), torch.nn.GELU(), torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 2)
+    )
+    exec(save, names)
+    exec(f"for step in range(100, 300):\n{loop}", names)
+    whole_run = [p.detach().clone() for p in names["model"].parameters()]
+    exec(load, names)
+    assert names["model"][0].weight.shape == shape != whole_run[0].shape
+    torch.manual_seed(7)  # what a new process draws
+    exec(resume.replace("    ...\n", loop), names)
+    assert names["trainer"].steps == 300
+    for one, other in zip(whole_run, names["model"].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_every_option_of_the_trainer_is_listed_with_its_default():
     listed = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", (DOCS / "options.md").read_text(), flags=re.MULTILINE))
     signature = inspect.signature(ecospa_fx.EcoSpaTrainer.__init__).parameters.values()
