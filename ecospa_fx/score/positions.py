@@ -8,6 +8,8 @@ The loss changes by what all positions say together. `gates.py` squares that sum
 of the squares has the same mean where positions are independent, and as many samples as there are positions, so that
 it tells entries apart after a few steps (Molchanov et al. 2019, arXiv 1906.10771, with positions for examples).
 
+Experts of a mixture are not summed over along an axis; their gates act on the outputs that the mixture adds up.
+
 Couplings where no such place is in the graph (hidden units of an LSTM), or whose gradient never comes by (the model's
 own Python runs, or torch.compile), are judged by `gates.py`.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,6 +39,7 @@ from ecospa_fx.ranks.members import ranks_of, sharing_ranks
 from ecospa_fx.ranks.tensor_parallel import parallel_count
 
 from .gates import GateReader
+from .owners import SumSite, sums_of
 from .products import ProductSite, Side, product_sites
 from .reader import NO_GRADIENT, ZERO_GRADIENT, Averaged, GradientStep, ReaderOptions
 from .slices import SliceKey
@@ -246,31 +249,36 @@ class PositionReader(Averaged[str]):
     def taps_of(self, region: Region, program: Program, module: nn.Module) -> list[Tap]:
         """Return a tap at each place of the program's graph at which gates of couplings act."""
         by_place: dict[tuple[fx.Node, tuple[fx.Node, ...]], list[Place]] = {}
-        for place, users in self._places_in(region, program, module):
+        sites = list(sums_of(compiled_state(self.model), region, program, module))
+        for place, users in self._places_in(region, program, module, {site.coupling.name for site in sites}):
             by_place.setdefault((place.side.node, users), []).append(place)
             self._slots.setdefault(place.coupling, set()).add(place.slot)
             if self._measure is None and place.share == 1.0 and self.gates.gates()[place.coupling][1]:
                 self._measure = place.coupling
-        return [Tap(node, users, self._tap(places)) for (node, users), places in by_place.items()]
+        taps = [Tap(node, users, self._tap(places)) for (node, users), places in by_place.items()]
+        return taps + [tap for site in sites for tap in site.owners.taps(self._tap_of_experts(site))]
 
     def _tap(self, places: list[Place]) -> Callable[[Tensor], Tensor]:
-        def take(value: Tensor, gradient: Tensor) -> None:
-            self._take(places, value, gradient)
+        return lambda value: self._read(value, lambda each, gradient: self._take(places, each, gradient))
 
-        def read_gradient(value: Tensor) -> Tensor:
-            if not value.requires_grad:
-                if not self.begins:
-                    return value
-                value = value.detach().requires_grad_()
-            read: Tensor = _Read.apply(value, take)  # type: ignore[no-untyped-call]
-            return read
+    def _tap_of_experts(self, site: SumSite) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda value, owner: self._read(
+            value, lambda each, gradient: self._take_experts(site, owner, each, gradient)
+        )
 
-        return read_gradient
+    def _read(self, value: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:
+        """Let a function see a value, and its gradient once that is known."""
+        if not value.requires_grad:
+            if not self.begins:
+                return value
+            value = value.detach().requires_grad_()
+        read: Tensor = _Read.apply(value, take)  # type: ignore[no-untyped-call]
+        return read
 
     def _places_in(
-        self, region: Region, program: Program, module: nn.Module
+        self, region: Region, program: Program, module: nn.Module, but: Container[str]
     ) -> Iterator[tuple[Place, tuple[fx.Node, ...]]]:
-        """Find the places, and the ops at each that sum over the coupling."""
+        """Find the places, and the ops at each that sum over the coupling; not those of the couplings `but`."""
         facts, kept = program.axis_facts, (region.kept(program), region.kept_here(program, module))
         names = {found.key: found.name for found in region.naming_graph.discovery.couplings}
         offered = {coupling.name: coupling for coupling in compiled_state(self.model).couplings()}
@@ -278,7 +286,7 @@ class PositionReader(Averaged[str]):
         summing = consumers(facts)
         here = [(join(region.name, names.get(f.key, "")), f) for f in region.discovery_of(program).couplings]
         for name, found in (*here, *parts_across(region.state, facts)):
-            if name not in offered:
+            if name not in offered or name in but:
                 continue
             sites = list(product_sites(facts, found, offered[name], *kept))
             self._parts[name] = max((site.parts for site in sites), default=1)
@@ -325,6 +333,13 @@ class PositionReader(Averaged[str]):
             else:
                 self._pending.add(place.coupling, place.by_unit(rows).square().sum(0).mul_(place.share))
 
+    @torch.no_grad()
+    def _take_experts(self, site: SumSite, owner: Tensor, value: Tensor, gradient: Tensor) -> None:
+        """Add what one backward shows where the outputs of experts are added up."""
+        precise = torch.promote_types(value.dtype, torch.float32)
+        product = value.to(precise) * gradient.to(precise)
+        self._pending.add(site.coupling.name, site.squares(product, owner))
+
     def add(self, step: GradientStep) -> None:
         """Add what the backwards since the last training step have shown; read gates where they have shown nothing."""
         self.observe()
@@ -333,7 +348,7 @@ class PositionReader(Averaged[str]):
         squares, scale = pending.all_squares(), step.scale if step.scale is not None else self._scale(pending, step)
         if scale is not None:
             squares = {name: each / scale.to(each).square() for name, each in squares.items()}
-        squares = {name: each * self._parts[name] for name, each in squares.items() if name not in self._partly}
+        squares = {name: each * self._parts.get(name, 1) for name, each in squares.items() if name not in self._partly}
         self._seen.update(squares)
         self.totals.add(squares, step)
         self.gates.read(step, self._read_by_position(), odd=False)

@@ -18,7 +18,7 @@ from torch import nn
 
 from ecospa_fx.api import compile as compiled
 from ecospa_fx.arguments import FUNCTION, MAPPING, MODULE, NAMES, NUMBER, SEVERAL, TEXT, WHOLE, either, optional, takes
-from ecospa_fx.compensate.forecast import forecast, worth_of
+from ecospa_fx.compensate.forecast import forecast, removed_by, worth_of
 from ecospa_fx.compensate.grams import Grams
 from ecospa_fx.compensate.rotation import rotate
 from ecospa_fx.couple.constraints import Constraints, Uniform
@@ -29,7 +29,9 @@ from ecospa_fx.model.cost import Cost
 from ecospa_fx.model.lookup import check_values, couplings
 from ecospa_fx.model.shrinking import shrink
 from ecospa_fx.ranks.wrappers import unwrapped
+from ecospa_fx.score.estimator import CoupledEstimator
 from ecospa_fx.score.saliency import Saliency
+from ecospa_fx.score.scores import score_named
 from ecospa_fx.text import plural
 from ecospa_fx.text import size as sized
 
@@ -103,7 +105,7 @@ class Compression:
 
 @takes(
     model=MODULE, batches=SEVERAL, target=either(NUMBER, MAPPING), kinds=optional(either(NAMES, TEXT)), steps=WHOLE,
-    loss=optional(FUNCTION), heal=optional(FUNCTION),
+    loss=optional(FUNCTION), heal=optional(FUNCTION), scores=optional(MAPPING),
 )  # fmt: skip
 def compress(
     model: nn.Module,
@@ -117,6 +119,7 @@ def compress(
     loss: Loss | None = None,
     steps: int = 1,
     heal: Callable[[nn.Module], object] | None = None,
+    scores: Mapping[str, str] | None = None,
 ) -> Compression:
     """Make a trained model smaller, in place, with a few batches of the data that it is for; labels are not needed.
 
@@ -140,6 +143,8 @@ def compress(
         steps: strokes; each has fresh statistics, and takes as long as the first.
         heal: called with the model after each stroke, such as a few steps of training. An error in it is raised, and
             leaves the model as it is then.
+        scores: kind -> the score that says which entries of its couplings go, `{"experts": "reap"}`; how many go is
+            decided as ever. One that reads gradients cannot be had here.
 
     Returns:
         A report of what went and what it cost.
@@ -153,6 +158,7 @@ def compress(
         raise TargetError(f"steps={steps} is out of range; it is a whole number, at least 1")
     DecisionSettings(target, cost, among).check()
     check_kinds(kinds)
+    _check_scores(scores or {})
     Constraints(uniform=uniform)
     check_values(module, "compress")
     calls = listed_calls(batches)
@@ -180,7 +186,8 @@ def compress(
         left: dict[str, float] = {}
         for number in range(1, steps + 1):
             constraints = _constraints(module, kinds, uniform)
-            stroke = _Stroke(module, constraints, DecisionSettings(at_once(target, number / steps), cost, among))
+            settings = DecisionSettings(at_once(target, number / steps), cost, among)
+            stroke = _Stroke(module, constraints, settings, scores or {})
             rises, shares = stroke.run(calls, held, objective)
             expected = {name: expected.get(name, 0.0) + rise for name, rise in rises.items()}
             left |= shares
@@ -206,10 +213,13 @@ class _Stroke:
         model: a compiled model.
         constraints: which sizes are allowed.
         settings: how far.
+        scores: kind -> the score that its entries go by.
     """
 
-    def __init__(self, model: nn.Module, constraints: Constraints, settings: DecisionSettings) -> None:
-        self.model, self.constraints, self.settings = model, constraints, settings
+    def __init__(
+        self, model: nn.Module, constraints: Constraints, settings: DecisionSettings, scores: Mapping[str, str]
+    ) -> None:
+        self.model, self.constraints, self.settings, self.scores = model, constraints, settings, scores
         self.notes: list[str] = []
 
     def run(
@@ -219,6 +229,7 @@ class _Stroke:
         sparsifier = AdaptiveSparsifier.of(self.model, self.settings, self.constraints, ())
         saliency, watched = Saliency(self.model), Grams(self.model)
         saliency.begins = True
+        others = {score: CoupledEstimator(self.model, score) for score in dict.fromkeys(self.scores.values())}
         try:
             with without_gradients(self.model):
                 for number, batch in enumerate(calls):
@@ -232,6 +243,8 @@ class _Stroke:
                     if not number and let_train(self.model, saliency, self.constraints.frozen):
                         # What has no place in a graph is judged by gradients of weights: from the first batch on.
                         saliency.reset()
+                        for each in others.values():
+                            each.reset()
                         watched.active = False
                         backward_of(objective, self.model, batch, number)
                         watched.active = True
@@ -239,11 +252,12 @@ class _Stroke:
                         self.model.zero_grad(set_to_none=True)
         finally:
             watched.detach()
-            saliency.detach()
-        return self._shrink(saliency, watched, sparsifier)
+            for each in (saliency, *others.values()):
+                each.detach()
+        return self._shrink(saliency, watched, sparsifier, others)
 
     def _shrink(
-        self, saliency: Saliency, watched: Grams, sparsifier: AdaptiveSparsifier
+        self, saliency: Saliency, watched: Grams, sparsifier: AdaptiveSparsifier, others: Mapping[str, CoupledEstimator]
     ) -> tuple[dict[str, float], dict[str, float]]:
         judged = [coupling for coupling in couplings(self.model) if saliency.judges(coupling)]
         names = [c.name for c in couplings(self.model) if c not in judged and c not in self.constraints.frozen]
@@ -258,6 +272,16 @@ class _Stroke:
             self.model, list(widths), saliency, grams=watched, absorb=True, rotate=True, by_context=by_context,
             widths=widths, order="saliency",
         ).curves  # fmt: skip
+        for coupling in widths:
+            score = self.scores.get(coupling.kind)
+            if score is None:
+                continue
+            with others[score].at_once():
+                curve = removed_by(coupling, saliency, others[score], by_context=by_context)
+            if curve is None:
+                self.notes.append(f"`{coupling.name}` goes by saliency: {score!r} says nothing of its entries")
+            else:
+                curves[coupling] = curve
         keeps = {coupling.name: curves[coupling].keep(width) for coupling, width in widths.items()}
         rises = {c.name: float(curves[c].rises[c.size - width]) for c, width in widths.items()}
         linear = {c.name: width for c, width in widths.items() if curves[c].way == "rotated"}
@@ -276,6 +300,18 @@ class _Stroke:
 
 ROWS_WANTED = 8
 """Rows per column of the widest weight from which a regression on them is to be trusted."""
+
+
+def _check_scores(scores: Mapping[str, str]) -> None:
+    """Refuse scores that cannot be had, or that say nothing of their kind."""
+    check_kinds(list(scores) or None)
+    for kind, name in scores.items():
+        score = score_named(name, f"scores[{kind!r}]")
+        if score.reads not in ("experts", "weights", "nothing") or (score.reads == "experts" and kind != "experts"):
+            raise TargetError(
+                f"scores={{{kind!r}: {name!r}}}: it reads {score.reads}, and compress has none of these for {kind}; "
+                "for experts there are 'reap' and 'frequency', for all kinds 'magnitude' and 'random', or leave it out"
+            )
 
 
 def _constraints(model: nn.Module, kinds: Collection[str] | None, uniform: Uniform | None) -> Constraints:

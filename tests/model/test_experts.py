@@ -360,7 +360,7 @@ def test_experts_stay_where_their_numbers_are_read(cls: type[Routed], why: str) 
     assert why in " ".join(str(ecospa_fx.explain(model)).split())
 
 
-def test_compress_says_that_it_cannot_judge_experts_that_tokens_pick() -> None:
+def test_compress_judges_experts_that_tokens_pick() -> None:
+    torch.manual_seed(0)
     report = ecospa_fx.compress(Routed(), [(X,)] * 5, target=0.8, loss=lambda m, batch: m(*batch).square().mean())
-    assert list(report.removed) == ["ffn"]
-    assert "`experts` stays whole: gradients say nothing of the loss without its entries" in report.notes
+    assert "experts" in report.removed and not any("stays whole" in note for note in report.notes)
