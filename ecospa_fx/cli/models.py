@@ -418,4 +418,8 @@ def write_pretrained(model: nn.Module, out: Path) -> None:
     """
     why = ecospa_fx.save_pretrained(model, out / "pretrained")
     if why is not None:
-        raise CommandError(f"plain transformers does not load {out / 'pretrained'}: {why}", FAILED)
+        raise CommandError(
+            f"plain transformers does not load {out / 'pretrained'}: {why}. Sizes that all layers share may do: "
+            "--uniform layers, and of `compress` --kinds glu or --kinds ffn",
+            FAILED,
+        )
