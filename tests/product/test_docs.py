@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import ecospa_fx
 
@@ -28,6 +29,53 @@ def test_the_code_of_a_page_runs(page, capsys):
         exec(block, names)
     assert names["trainer"].done
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["training.md", "sensitivity.md", "healing.md"])
+def test_the_code_of_a_how_to_runs_as_it_stands(page, tmp_path, monkeypatch, capsys):
+    """On a small language model, with the names that a reader has: model, optimizer, batches, loader, make_model."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    batches = [{"input_ids": each, "labels": each} for each in torch.randint(0, 16, (8, 2, 8))]
+    model = make_model()
+    if page == "training.md":
+        ecospa_fx.compile(model, example_kwargs=batches[0])
+    names = {
+        "ecospa_fx": ecospa_fx,
+        "torch": torch,
+        "copy": copy,
+        "make_model": make_model,
+        "model": model,
+        "steps": 40,
+    }
+    names |= {
+        "model": model,
+        "batches": batches,
+        "loader": batches,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
+    blocks = blocks[:1] if page == "healing.md" else blocks  # the others are parts of the loops of other libraries
+    for block in blocks:
+        exec(block, names)
+    before = sum(p.numel() for p in make_model().parameters())
+    shrunk = before - sum(p.numel() for p in names["model"].parameters())
+    match page:
+        case "training.md":
+            assert sum(p.numel() for p in names["small"].parameters()) <= 0.36 * before
+        case "sensitivity.md":
+            assert "glu" in capsys.readouterr().out and not shrunk and names["target"].keys() >= {"glu"}
+        case "healing.md":
+            assert shrunk >= 0.28 * before and names["loss"].isfinite()
+
+
+def make_model():
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=16, use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
 
 
 def test_a_run_goes_on_with_the_lines_of_its_page(tmp_path, monkeypatch):
