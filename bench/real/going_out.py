@@ -3,9 +3,9 @@
 PYTHONPATH=bench:bench/real:DIR python bench/real/going_out.py --data DATA --llama-cpp SOURCES [--target 0.8]
 
 DIR holds the installed packages of `weights.py`, DATA `valid.txt` (calibration) and `test.txt` of WikiText-2, SOURCES
-llama.cpp with its converter (see `bench/llamacpp.py`). `compress(uniform="layers")` takes hidden units of all FFNs,
-`save_pretrained` writes a directory, and another process that cannot import this library reads it with transformers;
-llama.cpp reads what its converter makes of it, in float32. Six windows of 256 tokens.
+llama.cpp with its converter (see `bench/llamacpp.py`). `compress(deployable="transformers")` takes what a configuration
+can say, `save_pretrained` writes a directory, and another process that cannot import this library reads it with
+transformers; llama.cpp reads what its converter makes of it, in float32. Six windows of 256 tokens.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def main() -> None:
     dense = torch_scores()
     add("torch, before", dense, dense, cpu_seconds=f"{once:.1f}")
     begun = time.process_time()
-    print(ecospa_fx.compress(model, calls, options.target, kinds=["glu"], uniform="layers"), flush=True)
+    print(ecospa_fx.compress(model, calls, options.target, deployable="transformers"), flush=True)
     small_seconds = time.process_time() - begun
     small = torch_scores()
     add("torch, after", small, small, cpu_seconds=f"{small_seconds:.1f}")

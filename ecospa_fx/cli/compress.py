@@ -16,6 +16,7 @@ from .console import FAILED, CommandError, at_work, check_directory, show, show_
 
 if TYPE_CHECKING:
     from ecospa_fx.couple.constraints import Uniform
+    from ecospa_fx.train.deployable import Deployable
 
     from .models import Named
 
@@ -46,6 +47,7 @@ def compress(
     steps: Annotated[int, typer.Option(min=1, help="strokes, each with fresh statistics")] = 1,
     prunable: Annotated[bool, typer.Option("--prunable", help="the share is of what can shrink, not of all")] = False,
     uniform: o.Uniform = None,
+    deployable: o.Deploy = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="also write pretrained/ for transformers")] = False,
     fields: o.Set = None,
     factory: o.Factory = None,
@@ -67,12 +69,12 @@ def compress(
         report = ecospa_fx.compress(
             named.model, calls, o.target_of(target), among="prunable" if prunable else "all",
             kinds=None if kinds is None else [kind.strip() for kind in kinds.split(",")],
-            uniform=cast("Uniform | None", uniform), steps=steps,
+            uniform=cast("Uniform | None", uniform), deployable=cast("Deployable | None", deployable), steps=steps,
         )  # fmt: skip
         try:
             ecospa_fx.save(named.model, out)
             remember_source(out, model, fields)
-            if pretrained:
+            if pretrained or deployable is not None:
                 write_pretrained(named.model, out)
         except OSError as error:
             raise CommandError(f"{out} cannot be written: {error.strerror or error}", FAILED) from None
@@ -86,7 +88,7 @@ def compress(
             }
         )  # fmt: skip
     else:
-        plain = f", and plain transformers {out / 'pretrained'}" if pretrained else ""
+        plain = f", and plain transformers {out / 'pretrained'}" if pretrained or deployable is not None else ""
         show(str(report), f"saved to {out}; ecospa_fx.load reads it{plain}")
 
 

@@ -419,7 +419,7 @@ def write_pretrained(model: nn.Module, out: Path) -> None:
     why = ecospa_fx.save_pretrained(model, out / "pretrained")
     if why is not None:
         raise CommandError(
-            f"plain transformers does not load {out / 'pretrained'}: {why}. Sizes that all layers share may do: "
-            "--uniform layers, and of `compress` --kinds glu or --kinds ffn",
+            f"plain transformers does not load {out / 'pretrained'}: {why}. With --deployable transformers "
+            "only what it loads is removed",
             FAILED,
         )

@@ -33,7 +33,7 @@ from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.model.configured import configuration_at
 from ecospa_fx.model.lookup import check_whole, compiled_state
 from ecospa_fx.model.made_values import difference_of_made
-from ecospa_fx.passes.graph.tensors import join, named_tensors
+from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.wrappers import looks_inside
 
@@ -168,8 +168,8 @@ def configuration_for(model: nn.Module, compiled: CompiledModel) -> Any:
 def _untried(model: nn.Module, compiled: CompiledModel) -> str | None:
     """Say why a model of the same class cannot be tried beside graphs; None where each region can."""
     kind = type(model).__name__
-    inside = {join(region, name) for region in compiled.regions for name in compiled.plan.under(region)}
-    if compiled.state.joints or inside != set(compiled.plan.original_shapes):
+    crossing = {member for joint in compiled.state.joints for member in joint.members}
+    if crossing & compiled.plan.kept.keys():
         return (
             f"this {kind} has shrunk across its regions, where its own Python runs between graphs; compile it with "
             "regions='root', or with execution='module'"

@@ -25,7 +25,7 @@ from ecospa_fx.passes.ir.patterns import DimKey
 from ecospa_fx.passes.ir.relations import Pattern
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.rewrite import Tap
-from ecospa_fx.passes.transform.contributions import keys_of
+from ecospa_fx.passes.transform.owned import keys_of
 from ecospa_fx.ranks.members import ranks_of, sharing_ranks
 
 from .owners import SumSite, sums_of
@@ -183,13 +183,13 @@ def _norms_of_product(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield those of the products that an op sums up: of one entry after another, or of one row of each token."""
     added, facts = site.sum, site.owners.facts
-    relation = facts.relations[added.user]
+    relation = facts.relations[added.users[0]]
     assert isinstance(relation, Pattern)
     keys, result = keys_of(relation)
     by_node = {o.node: own for o, own in zip(relation.operands, keys, strict=True)}
     own, others = by_node[added.owned.node], [by_node[factor.node] for factor in added.factors]
     summed = [d for d in sorted(added.owned.dims) if own[d] not in result]
-    exprs = facts.values[added.user][0]
+    exprs = facts.values[added.users[0]][0]
     features = [d for d, expr in enumerate(exprs) if added.features & set(atoms_of(expr)) and result[d] not in
                 {own[each] for each in added.owned.dims}]  # fmt: skip
     letters = _letters([own, *others, result])

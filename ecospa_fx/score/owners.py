@@ -27,7 +27,8 @@ from ecospa_fx.passes.ir import relations as r
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.rewrite import Tap
-from ecospa_fx.passes.transform.contributions import (
+from ecospa_fx.passes.transform.contributions import contributions
+from ecospa_fx.passes.transform.owned import (
     Along,
     ChosenBy,
     Contributions,
@@ -35,7 +36,6 @@ from ecospa_fx.passes.transform.contributions import (
     Owned,
     Passed,
     Sum,
-    contributions,
     keys_of,
 )
 
@@ -178,11 +178,12 @@ class Owners:
                     yield Tap(index.node, (owned.node,), self._keep(index.node))
                 case Passed(source, r.Regrouped()):
                     yield Tap(source, (owned.node,), self._note(source))
-        for owned, after in zip(self._chain, [*(each.node for each in self._chain[1:]), self.sum.user], strict=True):
+        after = [*((each.node,) for each in self._chain[1:]), self.sum.users]
+        for owned, users in zip(self._chain, after, strict=True):
             if isinstance(owned.origin, Passed) and isinstance(owned.origin.relation, r.Regrouped):
-                yield Tap(owned.node, (after,), self._note(owned.node))
+                yield Tap(owned.node, users, self._note(owned.node))
         for factor in self.sum.factors:
-            yield Tap(factor.node, (self.sum.user,), self._keep(factor.node))
+            yield Tap(factor.node, self.sum.users, self._keep(factor.node))
 
         def stand(value: Tensor) -> Tensor:
             try:
@@ -192,7 +193,7 @@ class Owners:
                 self._seen.clear()
                 self._shapes.clear()
 
-        yield Tap(self.sum.owned.node, (self.sum.user,), stand)
+        yield Tap(self.sum.owned.node, self.sum.users, stand)
 
     def _keep(self, node: fx.Node) -> Callable[[Tensor], Tensor]:
         def see(value: Tensor) -> Tensor:

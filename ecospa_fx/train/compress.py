@@ -36,6 +36,7 @@ from ecospa_fx.text import plural
 from ecospa_fx.text import size as sized
 
 from .adaptive import AdaptiveSparsifier
+from .deployable import Deployable, check_deployable, deployment
 from .latency import Latency
 from .measuring import (
     as_it_was_unless_shrunk,
@@ -116,6 +117,7 @@ def compress(
     kinds: Collection[str] | None = None,
     cost: Cost | Latency = "parameters",
     uniform: Uniform | None = None,
+    deployable: Deployable | None = None,
     loss: Loss | None = None,
     steps: int = 1,
     heal: Callable[[nn.Module], object] | None = None,
@@ -138,6 +140,7 @@ def compress(
         kinds: kinds of coupling that may shrink; None: all.
         cost: see `EcoSpaTrainer`.
         uniform: see `Constraints`.
+        deployable: see `EcoSpaTrainer`; with `"transformers"`, `save_pretrained` writes what plain transformers loads.
         loss: `loss(model, batch)` -> a scalar; by default that of the model's result if it has one, else of labels
             drawn from its own logits, or of a random projection of its outputs.
         steps: strokes; each has fresh statistics, and takes as long as the first.
@@ -161,6 +164,7 @@ def compress(
     _check_scores(scores or {})
     Constraints(uniform=uniform)
     check_values(module, "compress")
+    check_deployable(module, deployable)
     calls = listed_calls(batches)
     check_plain_numbers(module)
     own = Objective()
@@ -178,14 +182,15 @@ def compress(
             compiled(module)
         with torch.no_grad():
             dense = [value_of(measured, module, batch, number) for number, batch in enumerate(judges)]
-        constraints = _constraints(module, kinds, uniform)
+        constraints = _constraints(module, kinds, uniform, deployable, notes)
         latency, size = _seconds(measured, module, calls[0]), _size(module)
         before = {c.name: c.size for c in couplings(module)}
         AdaptiveSparsifier(module, target=target, constraints=constraints, cost=cost, among=among)  # is it reachable?
         expected: dict[str, float] = {}
         left: dict[str, float] = {}
         for number in range(1, steps + 1):
-            constraints = _constraints(module, kinds, uniform)
+            if number > 1:
+                constraints = _constraints(module, kinds, uniform, deployable)
             settings = DecisionSettings(at_once(target, number / steps), cost, among)
             stroke = _Stroke(module, constraints, settings, scores or {})
             rises, shares = stroke.run(calls, held, objective)
@@ -314,10 +319,19 @@ def _check_scores(scores: Mapping[str, str]) -> None:
             )
 
 
-def _constraints(model: nn.Module, kinds: Collection[str] | None, uniform: Uniform | None) -> Constraints:
-    """Keep the couplings of other kinds whole, at the sizes that they have now."""
+def _constraints(
+    model: nn.Module, kinds: Collection[str] | None, uniform: Uniform | None, deployable: Deployable | None,
+    notes: list[str] | None = None,
+) -> Constraints:  # fmt: skip
+    """Keep the couplings of other kinds whole, at the sizes that they have now; note what `deployable` forbids."""
     frozen = [each for each in couplings(model) if kinds is not None and each.kind not in kinds]
-    return Constraints(frozen=frozen, uniform=uniform)
+    constraints = Constraints(frozen=frozen, uniform=uniform)
+    if deployable is None:
+        return constraints
+    found = deployment(model, deployable, constraints)
+    if notes is not None:
+        notes.append(str(found))
+    return found.constraints
 
 
 @torch.no_grad()

@@ -12,100 +12,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from dataclasses import replace
 
 from torch import fx
 
 from ecospa_fx.passes.axes.algebra import UNIT, Atom, Expr, Product, atoms_of
 from ecospa_fx.passes.ir import relations as r
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Exprs
-from ecospa_fx.passes.ir.patterns import DimKey, bind
+from ecospa_fx.passes.ir.patterns import bind
 
-
-@dataclass(frozen=True, eq=False)
-class Along:
-    """Positions of `dim` belong to the entries at them."""
-
-    expr: Expr
-    dim: int
-
-
-@dataclass(frozen=True, eq=False)
-class ChosenBy:
-    """Positions belong to the entries that `index` names there; `at`: the dim of the value for each dim of it."""
-
-    expr: Expr
-    index: fx.Node
-    at: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Grouped:
-    """Positions of `dim` belong to entries in order; `ends` has the end of each."""
-
-    expr: Expr
-    ends: fx.Node
-    dim: int
-
-
-@dataclass(frozen=True, eq=False)
-class Passed:
-    """Positions belong to entries as those of `source` do, through an op; None where it is one of several results."""
-
-    source: fx.Node
-    relation: r.Relation | None
-
-
-Origin: TypeAlias = Along | ChosenBy | Grouped | Passed
-
-
-@dataclass(frozen=True, eq=False)
-class Owned:
-    """A value whose positions along `dims` belong to entries.
-
-    Attributes:
-        node: the value.
-        dims: dims along which the entry differs.
-        origin: how the entries are told.
-        features: atoms that are axes of weights on the way here, the entries' own axis and its context left out.
-        weights: parameters in which the value is linear, all of them together.
-        made: an activation has entered; otherwise it is weights alone.
-    """
-
-    node: fx.Node
-    dims: frozenset[int]
-    origin: Origin
-    features: frozenset[Atom]
-    weights: frozenset[str]
-    made: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Sum:
-    """A place where contributions of entries are added up, or where they can be told apart no longer.
-
-    Attributes:
-        owned: the contributions; where there are `factors`, these are its products with them.
-        user: the op.
-        factors: the other operands of a product that the op sums up; none if it adds.
-        weights: parameters in which the contributions are linear, all of them together.
-        features: atoms that are axes of weights, of what is added up.
-    """
-
-    owned: Owned
-    user: fx.Node
-    factors: tuple[r.Operand, ...]
-    weights: frozenset[str]
-    features: frozenset[Atom]
-
-
-@dataclass(frozen=True, eq=False)
-class Contributions:
-    """The sums of one axis, and all owned values by node."""
-
-    sums: tuple[Sum, ...]
-    owned: dict[fx.Node, Owned]
+from .owned import Along, ChosenBy, Contributions, Grouped, Owned, Passed, Sum, keys_of
 
 
 def contributions(axis_facts: AxisFacts, atom: Atom, context: Atom | None) -> Contributions:
@@ -126,6 +42,8 @@ class _Flow:
         self.own = set.intersection(*beside) if beside else {atom}  # groups of entries too
         self.owned: dict[fx.Node, Owned] = {}
         self.sums: list[Sum] = []
+        self._parents: dict[fx.Node, list[fx.Node]] = {}
+        self._bringing: set[fx.Node] = set()  # ops that bring weights of entries in
 
     def run(self) -> Contributions:
         """Visit all ops in order."""
@@ -134,7 +52,70 @@ class _Flow:
                 self._begin(node)
             elif node.op == "call_function":
                 self._visit(node)
-        return Contributions(tuple(self.sums), self.owned)
+        return Contributions(self._settled(), self.owned)
+
+    def _settled(self) -> tuple[Sum, ...]:
+        """Leave out what comes after contributions have ended, and end those that are never added up.
+
+        One entry to a token, and its rows stay apart to the end of the graph. Then they are contributions as long as
+        they are linear in the entries' last weights, and meet no others.
+        """
+        children: dict[fx.Node, list[fx.Node]] = {node: [] for node in self.owned}
+        for node, parents in self._parents.items():
+            for parent in parents:
+                children[parent].append(node)
+        summed = {each.owned.node for each in self.sums if self._adds_up(each)}
+        more, real = set[fx.Node](), set[fx.Node]()  # with weights of entries to come; with a sum to come
+        for node in reversed(self.owned):
+            if any(child in self._bringing or child in more for child in children[node]):
+                more.add(node)
+            if node in summed or any(child in real for child in children[node]):
+                real.add(node)
+        alive: set[fx.Node] = set()
+        ends: dict[fx.Node, list[fx.Node]] = {}
+        for node, owned in self.owned.items():
+            parents = [parent for parent in self._parents.get(node, ()) if parent in alive]
+            if not parents and self._parents.get(node):
+                continue
+            over = [p for p in parents if self.owned[p].made and p not in more and p not in real]
+            if over and not self._keeps_linear(node):
+                for parent in over:
+                    ends.setdefault(parent, []).append(node)
+                continue
+            alive.add(node)
+            out = [user for user in node.users if user.op == "output"]
+            if owned.made and out and node not in more and node not in real:
+                ends.setdefault(node, []).extend(out)
+        sums = [each for each in self.sums if each.owned.node in alive and each.factors]
+        for each in self.sums:
+            if each.owned.node in alive and not each.factors:
+                ends.setdefault(each.owned.node, []).extend(each.users)
+        features = {each.owned.node: each.features for each in self.sums}
+        for node, users in ends.items():
+            owned = self.owned[node]
+            sums.append(Sum(owned, tuple(users), (), owned.weights, features.get(node, owned.features)))
+        return tuple(sums)
+
+    def _adds_up(self, each: Sum) -> bool:
+        """Return whether a sum is one, and not an average over tokens, say, or an op that mixes rows."""
+        match self.facts.relations.get(each.users[0]):
+            case r.SameDims(dropped=dropped, absent=absent, pinned=pinned):
+                return bool(dropped) and not each.owned.dims & {*absent, *pinned}
+            case r.Pattern():
+                return True
+        return False
+
+    def _keeps_linear(self, node: fx.Node) -> bool:
+        """Return whether an op moves, gates or joins contributions, and does no more."""
+        match relation := self.facts.relations.get(node):
+            case None:
+                return True
+            case r.Pointwise(how=how):
+                return how in ("copy", "linear", "product", "quotient")
+            case r.Pattern(rescaled=x):
+                return x is not None
+            case _:
+                return r.moved_operand(relation) is not None
 
     def _features(self, exprs: Exprs) -> frozenset[Atom]:
         return frozenset(atom for expr in exprs for atom in atoms_of(expr)) - self.own
@@ -156,6 +137,7 @@ class _Flow:
         if relation is None:
             if node.target is operator.getitem and (source := self.owned.get(node.args[0])):  # type: ignore[arg-type]
                 self._pass(node, source, source.dims, None)
+                self._parents[node] = [source.node]
             return
         if isinstance(relation, r.Created) or (isinstance(relation, r.SameDims) and relation.empty):
             return
@@ -209,6 +191,8 @@ class _Flow:
     def _grouped(self, node: fx.Node, x: r.Operand, origin: Grouped, operands: Sequence[r.Operand]) -> Owned:
         before = [self.owned[each.node].features for each in operands if each.node in self.owned]
         features = self._features(x.exprs).union(*before)
+        self._parents[node] = [each.node for each in operands if each.node in self.owned and not each.parameters]
+        self._bringing.add(node)
         return Owned(node, frozenset([origin.dim]), origin, features, frozenset(x.parameters), made=True)
 
     def _follow(
@@ -229,6 +213,9 @@ class _Flow:
                 self._end(owned, node, operands, mine)
             return
         source = next(owned for owned, dims in passed if dims == widest)
+        self._parents[node] = [owned.node for _, owned in mine]
+        if any(not owned.made for _, owned in mine):
+            self._bringing.add(node)
         features = self._all_features(operands)
         made = any(owned.made for _, owned in mine) or any(not x.parameters and x.node not in self.owned
                                                            for x in operands)  # fmt: skip
@@ -263,13 +250,18 @@ class _Flow:
         factors = _factors_beside(self.facts.relations.get(user), owned.node)
         others = [self.owned[o.node] for o in factors if o.node in self.owned]
         if not owned.made:
-            if any(each.made for _, each in mine):
-                return  # it is a factor of these
+            if any(each.made for _, each in mine) or not self._is_chosen(owned):
+                return  # it is a factor of these, or weights of all entries that an activation is summed up with
             if not factors and not isinstance(self.facts.relations.get(user), r.SameDims):
                 return
         pure = [each.weights for each in others if not each.made]
         weights = (pure[0] if len(pure) == 1 else frozenset()) if others and owned.made else owned.weights
-        self.sums.append(Sum(owned, user, factors, weights, owned.features | self._all_features(operands)))
+        self.sums.append(Sum(owned, (user,), factors, weights, owned.features | self._all_features(operands)))
+
+    def _is_chosen(self, owned: Owned) -> bool:
+        while isinstance(owned.origin, Passed):
+            owned = self.owned[owned.origin.source]
+        return isinstance(owned.origin, ChosenBy)
 
     def _through(self, node: fx.Node, relation: r.Relation, x: r.Operand, owned: Owned) -> frozenset[int] | None:
         """Return the dims of the result along which the entry differs; None where positions do not stay apart."""
@@ -303,18 +295,6 @@ class _Flow:
                     return None
                 return frozenset(result.index(own[d]) for d in dims)
         return None
-
-
-def keys_of(relation: r.Pattern) -> tuple[list[list[DimKey]], list[DimKey]]:
-    """Return the key of each dim of each operand of a pattern, and of its first output."""
-    pattern = bind(relation.spec, len(relation.operands), tuple(relation.sizes))
-    keys = [list(term.keys_of(o.shape)) for term, o in zip(pattern.operands, relation.operands, strict=True)]
-    hidden = sorted({key for own in keys for key in own if isinstance(key, str) and key.startswith(".")},
-                    key=lambda key: -int(key[1:]))  # fmt: skip
-    result: list[DimKey] = []
-    for key in pattern.outputs[0].keys_of((0,) * len(pattern.outputs[0].dims)):
-        result += hidden if isinstance(key, str) and key.startswith(".") else [key]
-    return keys, result
 
 
 def _factors(exprs: Exprs) -> Iterator[tuple[int, Expr]]:

@@ -185,3 +185,42 @@ def test_compress_orders_experts_by_the_score_that_it_is_given() -> None:
     ):
         with pytest.raises(TargetError, match=why):
             ecospa_fx.compress(model, batches, scores={kind: score})
+
+
+class Switched(zoo_experts.Experts):
+    """One expert to a token, whose rows stay apart to the end: no sum, but another weight."""
+
+    K = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(self.D, 3)
+
+    def mix(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        chosen = experts.squeeze(-1)
+        gate, up = torch.einsum("td,tfd->tf", tokens, self.gate_up_matrix[chosen]).chunk(2, -1)
+        return torch.einsum("tf,tdf->td", F.silu(gate) * up, self.down_matrix[chosen]) * weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(super().forward(x).relu()).mean(1)
+
+
+def test_an_expert_alone_with_its_token_adds_what_it_makes() -> None:
+    torch.manual_seed(0)
+    model, x = Switched().double(), torch.randn(2, 3, 6).double()
+    shares, chosen = model.router(x).softmax(-1).max(-1)
+    gate, up = torch.einsum("bsd,bsfd->bsf", x, model.gate_up_matrix[chosen]).chunk(2, -1)
+    made = torch.einsum("bsf,bsdf->bsd", F.silu(gate) * up, model.down_matrix[chosen]) * shares[..., None]
+    expected = torch.stack([made[chosen == e].norm(dim=-1).mean() for e in range(8)]).nan_to_num(0.0)
+    ecospa_fx.compile(model, example_inputs=(x,), regions="root")
+    scores, saliency = ecospa_fx.CoupledEstimator(model, "reap"), Saliency(model)
+    made.retain_grad()
+    model.head(made.relu()).mean(1).square().sum().backward()
+    squares = (made * made.grad).sum(-1).square()
+    model(x).square().sum().backward()
+    saliency.accumulate()
+    (experts,) = (coupling for coupling in ecospa_fx.couplings(model) if coupling.kind == "experts")
+    torch.testing.assert_close(scores.entries(experts), expected.detach())
+    torch.testing.assert_close(
+        saliency.entries(experts), torch.stack([squares[chosen == e].sum() for e in range(8)]), rtol=1e-6, atol=1e-12
+    )
