@@ -207,8 +207,9 @@ class Offers:
 
     def _last_stays(self, offered: RegionCoupling) -> str | None:
         """Return the reason why one entry of a coupling stays, of the first graph that needs it."""
-        if self.python_support is not None:
-            return "its own Python needs an entry of it; execution='graph' needs none"
+        support = self.python_support
+        if support is not None and offered.key in support.last_stays:
+            return f"its own Python {support.last_stays[offered.key]}; execution='graph' needs none"
         return next((c.last_stays for c in self._in_each_graph(offered) if c.last_stays is not None), None)
 
     def _members(self, offered: RegionCoupling, numbers: CouplingIndex) -> Iterator[Member]:

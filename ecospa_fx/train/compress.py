@@ -18,7 +18,7 @@ from torch import nn
 
 from ecospa_fx.api import compile as compiled
 from ecospa_fx.arguments import FUNCTION, MAPPING, MODULE, NAMES, NUMBER, SEVERAL, TEXT, WHOLE, either, optional, takes
-from ecospa_fx.compensate.forecast import forecast, worth_of
+from ecospa_fx.compensate.forecast import forecast, whole_worth, worth_of
 from ecospa_fx.compensate.grams import Grams
 from ecospa_fx.compensate.rotation import rotate
 from ecospa_fx.couple.constraints import Constraints, Uniform
@@ -114,6 +114,7 @@ def compress(
     kinds: Collection[str] | None = None,
     cost: Cost | Latency = "parameters",
     uniform: Uniform | None = None,
+    min_keep: int = 1,
     loss: Loss | None = None,
     steps: int = 1,
     heal: Callable[[nn.Module], object] | None = None,
@@ -135,6 +136,7 @@ def compress(
         kinds: kinds of coupling that may shrink; None: all.
         cost: see `EcoSpaTrainer`.
         uniform: see `Constraints`.
+        min_keep: see `Constraints`; with 0 whole sublayers may go, where that costs less than entries of many.
         loss: `loss(model, batch)` -> a scalar; by default that of the model's result if it has one, else of labels
             drawn from its own logits, or of a random projection of its outputs.
         steps: strokes; each has fresh statistics, and takes as long as the first.
@@ -153,7 +155,7 @@ def compress(
         raise TargetError(f"steps={steps} is out of range; it is a whole number, at least 1")
     DecisionSettings(target, cost, among).check()
     check_kinds(kinds)
-    Constraints(uniform=uniform)
+    Constraints(min_keep, uniform=uniform)
     check_values(module, "compress")
     calls = listed_calls(batches)
     check_plain_numbers(module)
@@ -172,14 +174,14 @@ def compress(
             compiled(module)
         with torch.no_grad():
             dense = [value_of(measured, module, batch, number) for number, batch in enumerate(judges)]
-        constraints = _constraints(module, kinds, uniform)
+        constraints = _constraints(module, kinds, uniform, min_keep)
         latency, size = _seconds(measured, module, calls[0]), _size(module)
         before = {c.name: c.size for c in couplings(module)}
         AdaptiveSparsifier(module, target=target, constraints=constraints, cost=cost, among=among)  # is it reachable?
         expected: dict[str, float] = {}
         left: dict[str, float] = {}
         for number in range(1, steps + 1):
-            constraints = _constraints(module, kinds, uniform)
+            constraints = _constraints(module, kinds, uniform, min_keep)
             stroke = _Stroke(module, constraints, DecisionSettings(at_once(target, number / steps), cost, among))
             rises, shares = stroke.run(calls, held, objective)
             expected = {name: expected.get(name, 0.0) + rise for name, rise in rises.items()}
@@ -218,7 +220,7 @@ class _Stroke:
         """Shrink; return the expected rises by coupling, and the shares that nothing takes over by weight."""
         sparsifier = AdaptiveSparsifier.of(self.model, self.settings, self.constraints, ())
         saliency, watched = Saliency(self.model), Grams(self.model)
-        saliency.begins = True
+        saliency.begins, saliency.wholes = True, self.constraints.min_keep == 0
         try:
             with without_gradients(self.model):
                 for number, batch in enumerate(calls):
@@ -246,25 +248,34 @@ class _Stroke:
         self, saliency: Saliency, watched: Grams, sparsifier: AdaptiveSparsifier
     ) -> tuple[dict[str, float], dict[str, float]]:
         judged = [coupling for coupling in couplings(self.model) if saliency.judges(coupling)]
-        names = [c.name for c in couplings(self.model) if c not in judged and c not in self.constraints.frozen]
+        names = [
+            c.name for c in couplings(self.model) if c.size and c not in judged and c not in self.constraints.frozen
+        ]
         if names:
             more = f" and {len(names) - 1} more stay" if names[1:] else " stays"
             self.notes.append(f"`{names[0]}`{more} whole: gradients say nothing of the loss without its entries")
         by_context = self.constraints.head_dims == "per_head"
         worth = {coupling: worth_of(coupling, saliency, by_context=by_context) for coupling in judged}
         sizes = sparsifier.sizes()
-        widths = sparsifier.widths(worth, sparsifier.target_size(sizes))
+        wholes = whole_worth(judged, saliency)
+        widths = sparsifier.widths(worth, sparsifier.target_size(sizes), wholes)
         curves = forecast(
             self.model, list(widths), saliency, grams=watched, absorb=True, rotate=True, by_context=by_context,
             widths=widths, order="saliency",
         ).curves  # fmt: skip
         keeps = {coupling.name: curves[coupling].keep(width) for coupling, width in widths.items()}
-        rises = {c.name: float(curves[c].rises[c.size - width]) for c, width in widths.items()}
-        linear = {c.name: width for c, width in widths.items() if curves[c].way == "rotated"}
+        rises = {
+            c.name: wholes[c] if not width and c in wholes else float(curves[c].rises[c.size - width])
+            for c, width in widths.items()
+        }
+        linear = {c.name: width for c, width in widths.items() if curves[c].way == "rotated" and width}
         if linear:
             rotate(self.model, list(linear), keep=linear, grams=watched)
         named = {c.name: c for c in couplings(self.model)}
-        shrink(self.model, {named[name]: keep for name, keep in keeps.items()}, absorb=watched)
+        shrink(
+            self.model, {named[name]: keep for name, keep in keeps.items()}, absorb=watched,
+            constraints=None if self.constraints.min_keep else Constraints(min_keep=0),
+        )  # fmt: skip
         short = watched.rows_per_column
         if short is not None and short < ROWS_WANTED:
             self.notes.append(
@@ -278,10 +289,12 @@ ROWS_WANTED = 8
 """Rows per column of the widest weight from which a regression on them is to be trusted."""
 
 
-def _constraints(model: nn.Module, kinds: Collection[str] | None, uniform: Uniform | None) -> Constraints:
+def _constraints(
+    model: nn.Module, kinds: Collection[str] | None, uniform: Uniform | None, min_keep: int
+) -> Constraints:
     """Keep the couplings of other kinds whole, at the sizes that they have now."""
     frozen = [each for each in couplings(model) if kinds is not None and each.kind not in kinds]
-    return Constraints(frozen=frozen, uniform=uniform)
+    return Constraints(min_keep, frozen=frozen, uniform=uniform)
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ class NothingLeft:
     parts: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _cone: set[fx.Node] = field(default_factory=set)  # all that leads to what is known
     _written: set[fx.Node] = field(default_factory=set)
-    _ends: list[fx.Node] = field(default_factory=list)  # nodes of the copy on which spent weights may depend
+    _ends: dict[fx.Node, fx.Node] = field(default_factory=dict)  # node in place of a constant -> that constant
 
     def put_constants(self) -> None:
         """Lead around sums with zeros, and make the constants and empty results that ops which stay take."""
@@ -112,7 +112,7 @@ class NothingLeft:
         self.graph.erase_node(old)
         self.new[node], self.parts[node] = value, other
         if not in_place:
-            self._ends.append(value)
+            self._ends[value] = left if other is right else right  # type: ignore[assignment]
 
     def _zero(self, arg: Any) -> bool:
         constant = self.known.get(arg) if isinstance(arg, fx.Node) else None
@@ -155,7 +155,7 @@ class NothingLeft:
                 made = self._repeated(known, sizes)
             if isinstance(known, Constant) and node.meta["val"].is_floating_point():
                 made = self.graph.call_function(spent, (made,))
-                self._ends.append(made)
+                self._ends[made] = node
                 relations = self.axis_facts.relations
                 viewed = any(user.op == "output" or isinstance(relations.get(user), r.Regrouped) for user in others)
                 if viewed or self._root(node) in self._written:  # it needs memory of its own, entry by entry
@@ -260,15 +260,19 @@ class NothingLeft:
         return root.op != "call_function" or root in alive
 
     def _spend(self, weights: Sequence[fx.Node]) -> None:
-        """Let weights depend on the first constant or sum that is left of theirs; the others are passed."""
+        """Let what stands in place of a constant depend on the spent weights that it was made of."""
         parameters = self.axis_facts.captured.parameters
         names = {old.name: new for old, new in self.new.items()}
         spendable = {names[name] for name in parameters if name in names}
-        weights = [node for node in weights if node in spendable]
-        ends = [node for node in self._ends if node.graph is self.graph and node.users]
-        for node in ends:
-            if weights and node is ends[0]:
-                node.args = (*node.args, *weights)
+        spent_here = {node for node in weights if node in spendable}
+        old_of = {node: old for old, node in self.new.items() if node in spent_here}
+        for node, constant in self._ends.items():
+            if not node.users:
+                continue
+            above = self._ancestors(constant)
+            own = [weight for weight in weights if weight in spent_here and old_of[weight] in above]
+            if own:
+                node.args = (*node.args, *own)
                 continue
             (value,) = node.args
             node.replace_all_uses_with(value)  # type: ignore[arg-type]

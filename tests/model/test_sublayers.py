@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import ecospa_fx
+from ecospa_fx.errors import ShrinkError, TargetError
 
 NONE = torch.empty(0, dtype=torch.long)
 ALL_MAY_GO = ecospa_fx.Constraints(min_keep=0)
@@ -177,10 +178,17 @@ def compare(model: nn.Module, judge: nn.Module, call: dict[str, Any], tolerance:
             assert parameter.grad is None or parameter.grad.shape == parameter.shape
 
 
-def check(family: Family) -> None:
+def check(family: Family, execution: str = "graph") -> None:
     model, judge = built(family)
-    model = ecospa_fx.compile(model, execution="graph")
+    model = ecospa_fx.compile(model, execution=execution)
     result(model, family.call)
+    if execution == "module":  # the sublayers that its own Python can do without; of the others it says why
+        offered = {pair: c for pair in family.sublayers for c in ecospa_fx.couplings(model) if c.name.endswith(pair[0])}
+        reasons = [c.last_stays for c in offered.values() if c.last_stays is not None]
+        assert all("its own Python" in reason for reason in reasons)
+        refused = [reason for each in ecospa_fx.explain(model).refusals for reason in each.reasons]
+        assert len(offered) == len(family.sublayers) or any("its own Python" in reason for reason in refused)
+        family = replace(family, sublayers=tuple(pair for pair, c in offered.items() if c.last_stays is None))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
     result(model, family.call).square().sum().backward()
     optimizer.step()
@@ -214,3 +222,137 @@ def test_a_sublayer_of_some_families(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"llama", "gemma2", "gpt2"}))
 def test_a_sublayer_of_all_families(name: str) -> None:
     check(FAMILIES[name])
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_sublayer_in_its_own_python(name: str) -> None:
+    check(FAMILIES[name], "module")
+
+
+def test_what_cannot_be_without_an_entry_is_refused() -> None:
+    model, _ = built(FAMILIES["llama"])
+    model = ecospa_fx.compile(model)
+    result(model, GENERATING)
+    before = {name: p.shape for name, p in model.named_parameters()}
+    with pytest.raises(ShrinkError, match=r"to nothing: without any of it all scores are equal, so that its sublayer"):
+        ecospa_fx.shrink(model, {named(model, "0.self_attn.qk").name: NONE}, constraints=ALL_MAY_GO)
+    with pytest.raises(ShrinkError, match=r"unless constraints=Constraints\(min_keep=0\) lets the last one go"):
+        ecospa_fx.shrink(model, {named(model, "0.mlp.glu").name: NONE})
+    with pytest.raises(TargetError, match="min_keep=-1 is out of range; it is a whole number, at least 0"):
+        ecospa_fx.Constraints(min_keep=-1)
+    assert before == {name: p.shape for name, p in model.named_parameters()}
+
+
+class Normed(nn.Module):
+    """Hidden units that are normalised: their mean is over what is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.norm(self.up(x)))  # type: ignore[no-any-return]
+
+
+def test_an_average_needs_an_entry() -> None:
+    model, x = Normed(), torch.randn(2, 6)
+    model = ecospa_fx.compile(model, example_inputs=(x,))
+    (coupling,) = ecospa_fx.couplings(model)
+    with pytest.raises(ShrinkError, match="layer_norm takes what is left of it, and needs one entry"):
+        ecospa_fx.shrink(model, {coupling: NONE}, constraints=ALL_MAY_GO)
+
+
+def test_saves_and_programs_without_the_sublayer(tmp_path: Any) -> None:
+    family = FAMILIES["llama"]
+    model, _ = built(family)
+    model = ecospa_fx.compile(model)
+    result(model, family.call)
+    gone = {named(model, end).name: NONE for end, _ in family.sublayers}
+    ecospa_fx.shrink(model, gone, constraints=ALL_MAY_GO)
+    expected = result(model, family.call)
+    ecospa_fx.save(model, tmp_path)
+    loaded = ecospa_fx.load(tmp_path, lambda: family.make().to(family.dtype).eval())
+    assert torch.equal(result(loaded, family.call), expected)
+    assert {c.name: c.size for c in ecospa_fx.couplings(loaded)} == {c.name: c.size for c in ecospa_fx.couplings(model)}
+    assert ecospa_fx.verify(model, example_kwargs=family.call).ok
+    call = _call_of_a_layer(model)
+    with torch.profiler.profile() as seen, torch.no_grad():
+        args, kwargs = call
+        model.model.layers[0](*args, **kwargs)
+    products = sum(
+        event.count for event in seen.key_averages() if event.key in ("aten::mm", "aten::addmm", "aten::bmm")
+    )
+    assert products == 3 and not any("attention" in event.key for event in seen.key_averages())  # the MLP's alone
+
+
+def _call_of_a_layer(model: nn.Module) -> tuple[Any, ...]:
+    kept: list[tuple[Any, ...]] = []
+    handle = model.model.layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: kept.append((args, kwargs)), with_kwargs=True
+    )
+    result(model, GENERATING)
+    handle.remove()
+    ((args, kwargs),) = kept
+    return args, kwargs
+
+
+class Block(nn.Module):
+    """A sublayer added to a stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))  # type: ignore[no-any-return]
+
+
+def stack(share: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block() for _ in range(3)))
+    with torch.no_grad():
+        model[1].down.weight.mul_(share)
+        model[1].down.bias.zero_()
+    model = ecospa_fx.compile(model, example_inputs=(torch.randn(4, 8),))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def trained(policy: str, **settings: Any) -> dict[str, int]:
+    model, optimizer = stack(1e-4)
+    trainer = ecospa_fx.EcoSpaTrainer(
+        model, optimizer, policy=policy, interval=2, start=2, end=6, min_keep=0, **settings
+    )
+    for _ in range(12):
+        optimizer.zero_grad()
+        (model(torch.randn(16, 8)) - 1).square().mean().backward()
+        optimizer.step()
+        trainer.step()
+    return {c.name: c.size for c in ecospa_fx.couplings(model)}
+
+
+def test_a_sublayer_that_does_nothing_goes_as_a_whole() -> None:
+    sizes = trained("adaptive", target=0.5)
+    assert sizes["1.ffn"] == 0 and min(sizes["0.ffn"], sizes["2.ffn"]) > 8
+    assert all(size for name, size in trained("paper", target=0.7).items())
+
+
+def test_latency_sees_that_ops_go() -> None:
+    """Time that no width saves, only depth: 1 ms a sublayer."""
+
+    def milliseconds(model: nn.Module) -> float:
+        return 1e-3 * sum(c.size > 0 for c in ecospa_fx.couplings(model)) + 1e-9 * sum(
+            p.numel() for p in model.parameters()
+        )
+
+    cost = ecospa_fx.Latency(measure=milliseconds)
+    sizes = trained("adaptive", target=0.6, cost=cost)
+    assert cost.fixed["ffn"] == pytest.approx(1e-3, rel=0.05)
+    assert sizes["1.ffn"] == 0 and sum(size > 0 for size in sizes.values()) == 2
+
+
+def test_compression_weighs_sublayers_and_widths() -> None:
+    model, _ = stack(1e-4)
+    batches = [torch.randn(32, 8) for _ in range(8)]
+    report = ecospa_fx.compress(model, batches, target=0.6, min_keep=0)
+    assert report.removed["1.ffn"][1] == 0 and abs(report.rise) < 0.05
