@@ -356,3 +356,55 @@ def test_compression_weighs_sublayers_and_widths() -> None:
     batches = [torch.randn(32, 8) for _ in range(8)]
     report = ecospa_fx.compress(model, batches, target=0.6, min_keep=0)
     assert report.removed["1.ffn"][1] == 0 and abs(report.rise) < 0.05
+
+
+class Stream(nn.Module):
+    """A sublayer that is added to what comes from outside, of which not all is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(8, 6), nn.Linear(6, 8, bias=False), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(x + self.down(self.up(x))), self.down(self.up(x))
+
+
+def test_a_constant_is_a_result_and_depends_on_its_weights() -> None:
+    torch.manual_seed(0)
+    model, x = Stream(), torch.randn(2, 8)
+    judge = copy.deepcopy(model)
+    model = ecospa_fx.compile(model, example_inputs=(x,), regions="root")
+    hidden = next(c for c in ecospa_fx.couplings(model) if c.size == 6)
+    ecospa_fx.shrink(model, {hidden: NONE}, constraints=ALL_MAY_GO)
+    zero_out(judge, ["down.weight"])
+    found, wanted = model(x), judge(x)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.requires_grad  # as in any model whose weights train
+    found[1].add_(1)  # a result is nobody else's memory
+    (found[0].sum() + found[1].sum()).backward()
+    assert model.down.weight.grad is not None and model.down.weight.grad.shape == (8, 0)
+
+
+class Kept(nn.Module):
+    """A stream from outside, of which a weight sums over the entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 6), nn.Linear(6, 8, bias=False)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.down(self.up(x)))  # type: ignore[no-any-return]
+
+
+def test_what_is_left_of_a_stream_is_selected_where_nothing_is_added_to_it() -> None:
+    torch.manual_seed(0)
+    model, x = Kept(), torch.randn(2, 8)
+    judge = copy.deepcopy(model)
+    model = ecospa_fx.compile(model, example_inputs=(x,), regions="root")
+    sizes = {c.size: c for c in ecospa_fx.couplings(model)}
+    assert set(sizes) == {6, 8}
+    keep = torch.tensor([0, 2, 3, 5, 6])
+    ecospa_fx.shrink(model, {sizes[6]: NONE, sizes[8]: keep}, constraints=ALL_MAY_GO)
+    torch.testing.assert_close(model(x), nn.functional.linear(x[:, keep], judge.head.weight[:, keep], judge.head.bias))
