@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test fuzz fuzz-state check lint types bench bench-kernels bench-gpu clean
+.PHONY: help demo docs test matrix fuzz fuzz-state check lint types bench bench-kernels bench-gpu clean
 
 PYTHON ?= python3
 ARGS ?=
@@ -13,6 +13,7 @@ N ?= 1000
 SEED ?= 0
 VENV := .venv
 RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install -qq
 TEST_READY := $(VENV)/.test-installed
 DEV_READY := $(VENV)/.dev-installed
 LINKED := build/types
@@ -24,10 +25,13 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 24
 
 demo: $(TEST_READY)  ## run the demo; ARGS="..." is passed on
-	$(RUN) -m ecospa_fx demo $(ARGS)
+	@$(RUN) -m ecospa_fx demo $(ARGS)
 
 test: $(TEST_READY)  ## run the tests, the long sweeps left out; ARGS="..." goes to pytest
 	$(RUN) -m pytest -n auto $(ARGS)
+
+matrix:  ## run the tests with each Python and torch, in clean environments; ARGS="..." chooses
+	$(PYTHON) bench/matrix.py $(ARGS)
 
 fuzz: $(TEST_READY)  ## check the first N random programs of SEED against masking and smaller ones
 	$(RUN) -m ecospa_fx.testing.fuzz $(N) --seed $(SEED) $(ARGS)
@@ -69,11 +73,13 @@ clean:  ## remove caches and build output (the environment in .venv stays)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
+# pip's own 200 lines are no part of the answer; its errors are.
 $(TEST_READY): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -e '.[test]' '$(TORCH)'
-	touch $@
+	@echo "setting up $(VENV) (once; some minutes, 3 GB)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -e '.[test]' '$(TORCH)'
+	@touch $@
 
 $(DEV_READY): $(TEST_READY)
-	$(RUN) -m pip install -e '.[dev]' '$(TORCH)'
-	touch $@
+	@$(PIP) -e '.[dev]' '$(TORCH)'
+	@touch $@

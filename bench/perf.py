@@ -18,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from datetime import date
@@ -255,6 +256,104 @@ def steps() -> Iterator[Row]:
             yield f"{what}, halved", "plain, built so", mine, step(make(hidden // 2), arguments, loss), None
 
 
+def scoring() -> Iterator[Row]:
+    """A training step, AdamW included, that gathers scores, in small batches."""
+    ids = tokens(4, 64)
+    for name, settings in (("paper", {}), ("adaptive", {"policy": "adaptive"})):
+        plain = llama(hidden_size=256, intermediate_size=768)
+        model = ecospa_fx.compile(copy.deepcopy(plain), example_kwargs={"input_ids": ids, "labels": ids})
+        optimizers = [torch.optim.AdamW(each.parameters(), 1e-4) for each in (model, plain)]
+        trainer = ecospa_fx.EcoSpaTrainer(
+            model, optimizers[0], target=0.5, start=10_000, interval=10_000, end=100_000, **settings
+        )
+
+        def step(model: nn.Module, optimizer: Any, then: Callable[[Tensor], Any]) -> Call:
+            def run() -> None:
+                loss = model(input_ids=ids, labels=ids).loss
+                loss.backward()
+                optimizer.step()
+                then(loss)
+                optimizer.zero_grad()
+
+            return lambda: seconds(run)
+
+        mine = step(model, optimizers[0], lambda loss, trainer=trainer: trainer.step(loss=loss))
+        yield (
+            f"step of 256 tokens with scores, {name}",
+            "plain",
+            mine,
+            step(plain, optimizers[1], lambda loss: None),
+            None,
+        )
+
+
+def decisions() -> Iterator[Row]:
+    """A sparsification step of the adaptive policy in a model of the size of SmolLM2-135M, beside a training step."""
+    ids = tokens(2, 256)
+    fields = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    model = llama(**fields, num_key_value_heads=3)
+    ecospa_fx.compile(model, example_kwargs={"input_ids": ids, "labels": ids})
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+    trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, policy="adaptive", target=0.8, start=2, interval=2, end=40)
+    steps: list[float] = []
+
+    def until_decided() -> float:
+        decided = len(trainer.history)
+        while len(trainer.history) == decided:
+            began = time.process_time()
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            steps.append(time.process_time() - began)
+            began = time.process_time()
+            trainer.step(loss=loss)
+            taken = time.process_time() - began
+            optimizer.zero_grad()
+        return taken
+
+    yield "adaptive decision, 30 layers of 576/1536", "step of 512 tokens", until_decided, lambda: steps[-1], None
+
+
+def loads() -> Iterator[Row]:
+    """A shrunk model from its save, beside the whole one as transformers loads it."""
+    from transformers import LlamaForCausalLM
+
+    fields = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    model, ids = llama(**fields, num_key_value_heads=3, vocab_size=49152), tokens(2, 16)
+    with tempfile.TemporaryDirectory() as place:
+        model.save_pretrained(f"{place}/plain")
+        ecospa_fx.compile(model, example_inputs=(ids,))
+        ecospa_fx.shrink(model, {c: torch.arange(768) for c in ecospa_fx.couplings(model) if c.kind == "glu"})
+        ecospa_fx.save(model, f"{place}/shrunk")
+        yield (
+            "load of 163 million parameters, 123 left",
+            "from_pretrained, whole",
+            lambda: seconds(lambda: ecospa_fx.load(f"{place}/shrunk")),
+            lambda: seconds(lambda: LlamaForCausalLM.from_pretrained(f"{place}/plain")),
+            0.9,
+        )
+
+
+def inductor() -> Iterator[Row]:
+    """Forward and backward under torch.compile, halved, beside a plain model built at those sizes."""
+    x = torch.randn(64, 256)
+    for regions in ("root", "blocks"):
+        model = ecospa_fx.compile(stack(4, 256, 1024), example_inputs=(x,), regions=regions)
+        ecospa_fx.shrink(model, {c: torch.arange(0, 1024, 2) for c in ecospa_fx.couplings(model) if c.size == 1024})
+
+        def step(model: nn.Module) -> Call:
+            compiled = torch.compile(model)
+
+            def run() -> None:
+                model.zero_grad(set_to_none=True)
+                compiled(x).square().mean().backward()
+
+            return lambda: seconds(run)
+
+        what = f"step of perceptrons by {regions}, inductor, halved"
+        yield what, "plain, built so, inductor", step(model), step(stack(4, 256, 512)), None
+
+
 def explanations() -> Iterator[Row]:
     """LLaMA-70B on the meta device, beside making it there."""
     fields = {
@@ -271,7 +370,8 @@ def explanations() -> Iterator[Row]:
     yield "explain LLaMA-70B on meta", "to make it there", explain, lambda: seconds(made), 2.0
 
 
-PARTS = {part.__name__: part for part in (starts, captures, region_calls, steps, explanations)}
+EVERY = (starts, captures, region_calls, steps, scoring, decisions, loads, inductor, explanations)
+PARTS = {part.__name__: part for part in EVERY}
 
 
 def measured(row: Row, rounds: int) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """Hooks of the documentation site: files outside of docs/ that pages link to become files of the site.
 
-Examples in docstrings (`>>> `) become blocks of code, which Markdown alone takes for quotations.
+Notebooks become pages. The index of errors gets all messages of the source. Examples in docstrings (`>>> `) become
+blocks of code, which Markdown alone takes for quotations.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import messages
+import notebooks
 from markdown import Extension, Markdown
 from markdown.preprocessors import Preprocessor
 from mkdocs.structure.files import File, Files
@@ -46,17 +49,24 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the files outside of the folder that some page links to; a README or the like as a page."""
+    """Add notebooks as pages, and the files outside of the folder that a page links to."""
     linked = set()
     for page in files.documentation_pages():
         linked |= {match[1] for match in _OUTSIDE.finditer(page.content_string)}
     for name in sorted(linked):
         files.append(File.generated(config, f"{FOLDER}/{name}", abs_src_path=str(ROOT / name)))
+    for path in sorted(notebooks.FOLDER.glob("*.ipynb")):
+        name = f"{notebooks.FOLDER.name}/{path.stem}.md"
+        files.append(File.generated(config, name, content=notebooks.page(path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Point links that leave the folder to the files that were added."""
+    """Point links that leave the folder to the files that were added, and fill in the messages of errors."""
+    if page.file.src_uri == "errors.md":
+        markdown = markdown.replace("<!-- messages -->", messages.page())
+    if page.file.src_uri.startswith(f"{notebooks.FOLDER.name}/"):
+        return markdown  # they lie one folder down, and link to pages
     up = "../" * page.file.src_uri.count("/")
     if page.file.src_uri.startswith(f"{FOLDER}/"):
         return re.sub(r"\]\((?!https?:)([^)]+)\)", "]", markdown)  # its own links lead elsewhere in the repository

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ecospa_fx.see.verification import Verification, verify
     from ecospa_fx.see.watch import Watch
     from ecospa_fx.train.compress import Compression, compress
+    from ecospa_fx.train.distiller import Distiller
     from ecospa_fx.train.latency import Latency
     from ecospa_fx.train.nested import NestedSizes
     from ecospa_fx.train.sensitivities import Sensitivity
@@ -61,6 +62,7 @@ __all__ = [
     "CoupledSparsifier",
     "Coupling",
     "Cut",
+    "Distiller",
     "EcoSpaTrainer",
     "Explanation",
     "Grams",
@@ -130,6 +132,7 @@ _HOMES = {
     "see.verification": "Verification verify",
     "see.watch": "Watch",
     "train.compress": "Compression compress",
+    "train.distiller": "Distiller",
     "train.latency": "Latency",
     "train.nested": "NestedSizes",
     "train.sensitivities": "Sensitivity",

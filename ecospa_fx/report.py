@@ -1,5 +1,5 @@
-"""Reports: one HTML file of findings, and pictures of a training run; see `see/report/`."""
+"""Reports: one HTML file of findings or of several runs, and pictures of a training run; see `see/report/`."""
 
-from ecospa_fx.see.report import save_widths, training_of, write_report
+from ecospa_fx.see.report import SideBySide, compare_runs, latency_of, save_widths, training_of, write_report
 
-__all__ = ["save_widths", "training_of", "write_report"]
+__all__ = ["SideBySide", "compare_runs", "latency_of", "save_widths", "training_of", "write_report"]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
+from collections.abc import Iterator
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
+from rich.text import Text
 
 
 def count(number: int) -> str:
@@ -31,6 +34,29 @@ def plain(table: Table, width: int = 80) -> str:
     console.print(table)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
+
+
+class Hanging:
+    """Lines for people: a line that is too long goes on further in than it began, at any width of the console."""
+
+    def __init__(self, text: str, style: str = "") -> None:
+        self.text = text
+        self.style = style
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[Text]:
+        for line in self.text.split("\n"):
+            yield Text(hanging(line, options.max_width), style=self.style)
+
+
+def hanging(line: str, width: int) -> str:
+    """Wrap a line; what follows stands below the text behind its number or dash, or two columns further in."""
+    mark = re.match(r" *(\d+\. +|- )?", line)
+    begin = mark.end() if mark is not None else 0
+    rest = begin if mark is not None and mark[1] else begin + 2
+    return textwrap.fill(
+        line[begin:], width, initial_indent=line[:begin], subsequent_indent=" " * rest, break_long_words=False,
+        break_on_hyphens=False,
+    ) or line  # fmt: skip
 
 
 def starred(name: str) -> str:

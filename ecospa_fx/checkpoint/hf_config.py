@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ecospa_fx.errors import CheckpointError
 from ecospa_fx.json_text import parse_json
@@ -39,7 +40,7 @@ def implementations(model: nn.Module) -> dict[str, dict[str, str]]:
 
 
 def from_config(name: str, text: str | None, chosen: Mapping[str, Any], where: str) -> nn.Module:
-    """Make a model of a class of transformers from its config, with random weights.
+    """Make a model of a class of transformers from its config, whose weights have no values yet.
 
     Args:
         name: name of the class.
@@ -69,7 +70,8 @@ def from_config(name: str, text: str | None, chosen: Mapping[str, Any], where: s
         for path, each in _configs(config):
             for kind in KINDS:
                 each.__dict__[f"_{kind}_implementation_internal"] = _local(chosen.get(path, {}).get(kind), where)
-        model: nn.Module = cls(config)
+        with _NothingDrawn():
+            model: nn.Module = cls(config)
     except CheckpointError:
         raise
     except Exception as error:
@@ -78,6 +80,23 @@ def from_config(name: str, text: str | None, chosen: Mapping[str, Any], where: s
             f"{where}/config.json makes no {name}: {type(error).__name__}: {first}; pass a factory"
         ) from error
     return model
+
+
+DRAWN = {"uniform_", "normal_", "kaiming_uniform_"}
+"""Names of functions that draw values in place, of tensors and of `torch.nn.init`, where transformers puts its own."""
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """A context in which parameters are not filled at random: a save has all of them, and drawing takes most of a load.
+
+    Classes of transformers know that: their own `from_pretrained` makes them so.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        drawn = args[0] if args else (kwargs or {}).get("tensor")
+        if getattr(func, "__name__", "") in DRAWN and isinstance(drawn, nn.Parameter):
+            return drawn
+        return func(*args, **(kwargs or {}))
 
 
 def _configs(config: Any, path: str = "") -> list[tuple[str, Any]]:

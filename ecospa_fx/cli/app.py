@@ -12,7 +12,7 @@ import typer
 
 from ecospa_fx.errors import EcoSpaError
 
-from . import compress, demo, doctor, explain, graph, report, shrink, train, trim, verify
+from . import compare, compress, demo, doctor, explain, graph, report, shrink, train, trim, verify
 from .console import FAILED, INTERRUPTED, WRONG, CommandError, complain
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-for command in (explain, verify, graph, report, compress, shrink, trim, train, doctor, demo):
+for command in (explain, verify, graph, report, compress, shrink, trim, train, compare, doctor, demo):
     command.register(app)
 
 

@@ -16,6 +16,7 @@ from .console import FAILED, CommandError, at_work, check_directory, show, show_
 
 if TYPE_CHECKING:
     from ecospa_fx.couple.constraints import Uniform
+    from ecospa_fx.train.deployable import Deployable
 
     from .models import Named
 
@@ -23,8 +24,10 @@ EPILOG = """\
 \b
 Examples:
   ecospa-fx compress llama/ --text calibration.txt --target 0.7 --out small
-  ecospa-fx compress llama/model.Q4_1.gguf --text calibration.txt --kinds glu --out small
-  ecospa-fx compress my_model.py:make --batches my_model.py:batches --out small
+  ecospa-fx compress llama/model.Q4_1.gguf --text calibration.txt \\
+      --kinds glu --out small
+  ecospa-fx compress my_model.py:make --batches my_model.py:batches \\
+      --out small
 
 Nothing is trained. Tens of thousands of tokens of the text that the model is for are a good number.
 """
@@ -44,12 +47,16 @@ def compress(
     steps: Annotated[int, typer.Option(min=1, help="strokes, each with fresh statistics")] = 1,
     prunable: Annotated[bool, typer.Option("--prunable", help="the share is of what can shrink, not of all")] = False,
     uniform: o.Uniform = None,
+    deployable: o.Deploy = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="also write pretrained/ for transformers")] = False,
     fields: o.Set = None,
     factory: o.Factory = None,
     as_json: o.Json = False,
 ) -> None:
-    """Make a trained model smaller in one call, without training, and save it."""
+    """Make a trained model smaller without training.
+
+    It is saved where `--out` says.
+    """
     from .models import gguf_model, named_model, remember_source, write_pretrained
 
     check_directory(out)
@@ -62,12 +69,12 @@ def compress(
         report = ecospa_fx.compress(
             named.model, calls, o.target_of(target), among="prunable" if prunable else "all",
             kinds=None if kinds is None else [kind.strip() for kind in kinds.split(",")],
-            uniform=cast("Uniform | None", uniform), steps=steps,
+            uniform=cast("Uniform | None", uniform), deployable=cast("Deployable | None", deployable), steps=steps,
         )  # fmt: skip
         try:
             ecospa_fx.save(named.model, out)
             remember_source(out, model, fields)
-            if pretrained:
+            if pretrained or deployable is not None:
                 write_pretrained(named.model, out)
         except OSError as error:
             raise CommandError(f"{out} cannot be written: {error.strerror or error}", FAILED) from None

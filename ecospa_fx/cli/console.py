@@ -14,6 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from ecospa_fx.text import Hanging
+
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
 
@@ -37,7 +39,7 @@ def show(*renderables: Any) -> None:
     """Print for people: in colour and at full width on a terminal, plain elsewhere."""
     console = Console(highlight=False, soft_wrap=False)
     for each in renderables:
-        console.print(each, markup=False)
+        console.print(Hanging(each) if isinstance(each, str) else each, markup=False)
 
 
 def show_json(document: Any) -> None:

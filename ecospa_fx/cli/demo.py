@@ -27,11 +27,15 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def demo(context: typer.Context) -> int:
-    """Train a small language model dense, with EcoSpa, and with the pairing broken."""
+    """Train a small model with and without this library.
+
+    Dense, with EcoSpa, and with the pairing broken.
+    """
     parser = _OneLineParser(
         prog=PROGRAM,
-        description="Train a small language model three times on real text: dense, with EcoSpa down to a target size, "
-        "and with rows and columns removed independently. Prints a table; writes plot, JSON, CSV and the shrunk model.",
+        description="Train a small language model three times on real text: dense, with\n"
+        "EcoSpa down to a target size, and with rows and columns removed independently.\n"
+        "Prints a table; writes plot, JSON, CSV and the shrunk model.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -111,7 +111,7 @@ def _torchvision() -> Finding:
 
 
 def doctor(as_json: o.Json = False) -> None:
-    """Check the environment: versions, GPU, Triton, torchvision."""
+    """Check versions, GPU, Triton and torchvision."""
     with at_work("checking"):
         results = findings()
     problems = [each.what for each in results if not each.ok]

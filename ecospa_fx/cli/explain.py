@@ -19,7 +19,8 @@ Examples:
   ecospa-fx explain timm/vit_tiny_patch16_224 --savings
   ecospa-fx explain hf/gpt2 --execution module
   ecospa-fx explain hf/qwen3 --why-not layers.1.self_attn.q_proj
-  ecospa-fx explain hf/llama --why layers.0.self_attn.q_proj,layers.0.self_attn.k_proj
+  ecospa-fx explain hf/llama \\
+      --why layers.0.self_attn.q_proj,layers.0.self_attn.k_proj
   ecospa-fx explain my_model.py:make --input 2x16:long --json
 """
 

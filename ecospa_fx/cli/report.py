@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import ecospa_fx
 
 from . import options as o
-from .console import CommandError, at_work, check_file, show, show_json
+from .compare import read_training
+from .console import at_work, check_file, show, show_json
 
 EPILOG = """\
 \b
@@ -36,11 +36,14 @@ def report(
     factory: o.Factory = None,
     as_json: o.Json = False,
 ) -> None:
-    """Write the findings as one HTML file that needs no network."""
+    """Write the findings as one HTML file.
+
+    It needs no network and no server.
+    """
     from .models import named_model
 
     check_file(out)
-    curves = _read(training) if training is not None else None
+    curves = read_training(training) if training is not None else None
     with at_work(f"looking at {model}"):
         named = named_model(model, full=full, fields=fields, inputs=inputs, factory=factory)
         explanation = ecospa_fx.explain(named.model, **named.call, regions=o.regions_of(regions))
@@ -50,17 +53,6 @@ def report(
         show_json({"out": str(out), "bytes": size, "couplings": len(explanation.couplings)})
     else:
         show(f"{out}: {len(explanation.couplings)} couplings, {size / 1e6:.1f} MB; open it in a browser")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text())
-        if missing := [key for key in ("loss", "history", "sizes") if key not in document]:
-            raise ValueError(f"it lacks {', '.join(missing)}")
-    except (OSError, ValueError, TypeError) as error:
-        raise CommandError(f"{path} cannot be read as training.json: {error}") from None
-    result: dict[str, Any] = document
-    return result
 
 
 def register(app: typer.Typer) -> None:

@@ -22,7 +22,8 @@ EPILOG = """\
 Examples:
   ecospa-fx shrink runs/mine/model --target 0.5 --out smaller
   ecospa-fx shrink hf/llama --target 0.7 --out smaller
-  ecospa-fx shrink hf/llama --target 0.7 --deployable transformers --multiple-of heads=2 --out smaller
+  ecospa-fx shrink hf/llama --target 0.7 --deployable transformers \\
+      --multiple-of heads=2 --out smaller
   ecospa-fx shrink hf/llama --target glu=0.5,heads=0.75 --out smaller
   ecospa-fx shrink saved --factory my_model.py:make --target 0.5 --out smaller
 
@@ -45,7 +46,10 @@ def shrink(
     factory: o.Factory = None,
     as_json: o.Json = False,
 ) -> None:
-    """Shrink a model to a share of its parameters, the weakest rows and columns first, and save it."""
+    """Shrink a model in one step, without data.
+
+    The weakest rows and columns go first, until a share of the parameters is left; it is saved where `--out` says.
+    """
     from ecospa_fx.model.compiled import MODEL
     from ecospa_fx.train.deployable import check_deployable, deployment
 

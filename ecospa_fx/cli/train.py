@@ -14,10 +14,14 @@ from .console import CommandError, at_work, check_directory
 EPILOG = """\
 \b
 Examples:
-  ecospa-fx train hf/llama --text book.txt --steps 1000 --target 0.5 --out runs/llama
-  ecospa-fx train timm/vit_tiny_patch16_224 --images photos --steps 500 --out runs/vit
-  ecospa-fx train hf/gpt2 --set n_layer=4 --set n_embd=128 --end 800 --trainer top_k=0.5
-  ecospa-fx train hf/gpt2 --config run.toml        options by their long names: steps = 1000
+  ecospa-fx train hf/llama --text book.txt --steps 1000 --target 0.5 \\
+      --out runs/llama
+  ecospa-fx train timm/vit_tiny_patch16_224 --images photos --steps 500 \\
+      --out runs/vit
+  ecospa-fx train hf/gpt2 --set n_layer=4 --set n_embd=128 --end 800 \\
+      --trainer top_k=0.5
+  ecospa-fx train hf/gpt2 \\
+      --config run.toml        options by their long names: steps = 1000
 
 It writes model/ (ecospa_fx.load reads it), training.json, history.jsonl and report.html. Text is read as bytes.
 """
@@ -75,7 +79,10 @@ def train(
     factory: o.Factory = None,
     as_json: o.Json = False,
 ) -> None:
-    """Train a causal language model on text, or a classifier on images, while it shrinks."""
+    """Train a model on text or images while it shrinks.
+
+    A causal language model takes text, a classifier images.
+    """
     import torch
 
     from . import training
@@ -100,7 +107,8 @@ def train(
         for loss in run.steps(steps, seed):
             watch.step(loss)
     with at_work("saving and writing the report"):
-        training.write_run(run, out, model, fields)
+        chosen = {"steps": steps, "seed": seed, "lr": lr, "batch size": batch_size, "context": context, **settings}
+        training.write_run(run, out, model, fields, factory, chosen)
     training.tell(run, out, as_json)
 
 

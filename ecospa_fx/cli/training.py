@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 import ecospa_fx
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.model.compiled import MODEL
-from ecospa_fx.see.report.training import training_of
+from ecospa_fx.see.report import latency_of, training_of
 
 from .console import FAILED, CommandError, show, show_json, write
 from .datasets import Images, Text, channels, read_images, read_text
@@ -86,14 +86,21 @@ def model_and_data(
     return *_classifier(name, images, batch_size, fields, factory), fields
 
 
-def _forward(named: Named, data: Text | Images) -> Callable[[Tensor], Tensor]:
-    """Return a function from a batch to logits, whatever the model names its input and wraps its output in."""
-    model, kwargs = named.model, dict(named.kwargs or {})
+def _call(named: Named) -> Callable[[Tensor], tuple[tuple[Tensor, ...], dict[str, Any]]]:
+    """Return a function from a batch to the arguments of a call."""
+    kwargs = dict(named.kwargs or {})
     key = next((name for name, value in kwargs.items() if isinstance(value, Tensor)), None)
     rest = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
+    return lambda batch: ((batch,), {}) if key is None else ((), {key: batch, **rest})
+
+
+def _forward(named: Named, data: Text | Images) -> Callable[[Tensor], Tensor]:
+    """Return a function from a batch to logits, whatever the model names its input and wraps its output in."""
+    model, call = named.model, _call(named)
 
     def forward(batch: Tensor) -> Tensor:
-        output = model(batch) if key is None else model(**{key: batch}, **rest)
+        args, kwargs = call(batch)
+        output = model(*args, **kwargs)
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits
 
@@ -108,6 +115,7 @@ class TrainingRun:
     ) -> None:
         model = named.model
         self.model, self.data, self.forward, self.lr = model, data, _forward(named, data), lr
+        self.call = _call(named)
         self.losses: list[float] = []
         self.sizes: list[int] = []
         self.valid: list[tuple[int, float]] = []
@@ -148,6 +156,11 @@ class TrainingRun:
             )
         return cross_entropy(logits.flatten(0, -2), y.flatten())
 
+    def latency(self, before: nn.Module) -> dict[str, Any]:
+        """Time a forward beside that of the model as it was."""
+        args, kwargs = self.call(next(iter(self.data.validation(1)))[0])
+        return latency_of(before, self.model, args, kwargs)
+
     @torch.no_grad()
     def evaluate(self) -> float:
         """Compute the mean loss on held-out data."""
@@ -156,9 +169,25 @@ class TrainingRun:
         return sum(losses) / max(1, len(losses))
 
 
-def write_run(run: TrainingRun, out: Path, name: str, fields: list[str] | None) -> None:
-    """Save the model of a run, its curves and the report."""
+def write_run(
+    run: TrainingRun, out: Path, name: str, fields: list[str] | None, factory: str | None, settings: dict[str, Any]
+) -> None:
+    """Save the model of a run, its curves and the report.
+
+    Args:
+        run: the run.
+        out: directory for the files.
+        name: the model's, from the command line.
+        fields: `FIELD=VALUE` for its configuration.
+        factory: FILE.PY:NAME that makes the original of a saved model.
+        settings: what was chosen for the run, to be compared with other runs.
+    """
     training = training_of(run.trainer, run.losses, sizes=run.sizes, valid=run.valid)
+    training |= {
+        "parameters": run.original,
+        "settings": {"model": name, "set": " ".join(fields or []), **settings},
+        "latency": run.latency(named_model(name, fields=fields, factory=factory).model),
+    }
     try:
         out.mkdir(parents=True, exist_ok=True)
         ecospa_fx.save(run.model, out / "model", optimizer=run.optimizer, trainer=run.trainer)

@@ -30,7 +30,10 @@ def trim_vocabulary(
     size: Annotated[int | None, typer.Option(min=1, help="how many tokens stay; by default all of the text")] = None,
     as_json: o.Json = False,
 ) -> None:
-    """Remove tokens from a model of transformers and its tokenizer, and save both."""
+    """Remove tokens from a model and its tokenizer.
+
+    Both are of transformers, and both are saved.
+    """
     from .models import pretrained_model, tokenizer_of
 
     check_directory(out)

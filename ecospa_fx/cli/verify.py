@@ -33,7 +33,10 @@ def verify(
     as_json: o.Json = False,
     out: o.OutFile = None,
 ) -> None:
-    """Remove half of each coupling and compare outputs and gradients with masking."""
+    """Check that removal equals masking.
+
+    Half of each coupling is removed, and outputs and gradients are compared.
+    """
     from ecospa_fx.model.compiled import MODEL
 
     from .models import named_model

@@ -21,6 +21,7 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.model.lookup import state_of
 from ecospa_fx.passes.transform.eliminate import eliminate
+from ecospa_fx.score.estimator import CoupledEstimator
 from ecospa_fx.score.saliency import Saliency
 from ecospa_fx.text import plain
 
@@ -167,6 +168,24 @@ def whole_worth(couplings: Iterable[Coupling], saliency: Saliency) -> dict[Coupl
     """Return the rise of the loss without any entry of a coupling, in the unit of `worth_of`, where it is known."""
     found = {coupling: saliency.whole(coupling) for coupling in couplings if coupling.last_stays is None}
     return {coupling: worth / 2 for coupling, worth in found.items() if worth is not None}
+
+
+def removed_by(
+    coupling: Coupling, saliency: Saliency, scores: CoupledEstimator, *, by_context: bool = True
+) -> Curve | None:
+    """Return the curve of entries that go in the order of other scores, at the costs by saliency; None without scores.
+
+    Args:
+        coupling: the coupling.
+        saliency: the worth of each entry alone.
+        scores: which entries go first.
+        by_context: entries of each context on their own.
+    """
+    if scores.reader.importance(coupling) is None:
+        return None
+    alone = _alone(coupling, saliency, by_context)
+    order = scores.entries(coupling, by_context=len(alone) > 1).view(alone.shape).argsort(dim=-1, stable=True)
+    return Curve("removed", order, alone.gather(-1, order).sum(0) / 2)
 
 
 def _running(cost: Tensor) -> Tensor:

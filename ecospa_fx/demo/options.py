@@ -11,12 +11,13 @@ HEAD_DIM = 32
 
 EXAMPLES = """\
 examples:
-  python -m ecospa_fx demo                                   GPT-2 on Python's standard library, about 5 minutes
-  python -m ecospa_fx demo --steps 200 --layers 2             a quick look, about a minute
-  python -m ecospa_fx demo --arch llama --target 0.4         another architecture, smaller target
-  python -m ecospa_fx demo --text book.txt --out runs/book   your own file or folder
+  python -m ecospa_fx demo                              GPT-2, 5 to 10 minutes
+  python -m ecospa_fx demo --steps 200 --layers 2       a quick look, a minute
+  python -m ecospa_fx demo --arch llama --target 0.4    another one, smaller
+  python -m ecospa_fx demo --text book.txt --out book   your own file or folder
 
-exit codes: 0 done, 1 failed or the reloaded model differs from the saved one, 2 an option is wrong, 130 interrupted
+exit codes: 0 done, 1 failed or the reloaded model differs from the saved one,
+2 an option is wrong, 130 interrupted
 """
 
 

@@ -149,12 +149,6 @@ def configuration_for(model: nn.Module, compiled: CompiledModel) -> Any:
     config: Any = getattr(model, "config")  # noqa: B009
     if not compiled.plan.original_shapes:
         return config
-    kind = type(model).__name__
-    if compiled.execution == "graph":
-        return (
-            f"this {kind} runs as graphs, and its own Python may not run at these sizes; compile it with "
-            "execution='module' to shrink only what its Python can follow"
-        )
     found = configuration_at(model, compiled, compiled.plan)
     if not isinstance(found, str):
         return found

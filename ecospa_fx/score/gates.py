@@ -2,8 +2,9 @@
 
 An entry's gate multiplies it wherever it is summed over. The gradient along the gate is `sum(w * g)` over the weights
 that the entry is multiplied by: over columns of the weights that sum over it, or, where two activations meet along it,
-over the rows that make either. Where a weight is a function of its parameters, these are the parameters: the sum is the
-gradient along the gate if the function is linear in them (a mask, a fixed scale), and close to it if it is not.
+over the rows that make either. Of an expert it is the sum over the last weights of its own. Where a weight is a
+function of its parameters, these are the parameters: the sum is the gradient along the gate if the function is linear
+in them (a mask, a fixed scale), and close to it if it is not.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ecospa_fx.ranks.members import sharing_ranks
 from ecospa_fx.ranks.shards import held_along, is_first_replica, is_sharded, local_part
 
 from .judging import places_of
+from .owners import last_weights
 from .reader import NO_GRADIENT, ZERO_GRADIENT, GradientStep, ReaderOptions
 from .slices import SliceKey
 from .totals import GateTotals
@@ -207,12 +209,19 @@ class GateReader:
                 for name, dim in consumers(first.axis_facts)
             }
             learned = {n for n, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
-            self._gates = {c.name: (c.contexts * c.size, _sides(c, summing, learned)) for c in offered}
+            last = last_weights(regions_of(self.model))
+            self._gates = {c.name: (c.contexts * c.size, _sides(c, summing, learned, last)) for c in offered}
         return self._gates
 
 
-def _sides(coupling: Coupling, summing: set[WeightDim], learned: set[str]) -> list[list[Gate]]:
+def _sides(
+    coupling: Coupling, summing: set[WeightDim], learned: set[str], last: Mapping[str, frozenset[str]]
+) -> list[list[Gate]]:
     over = [m for m in coupling.members if (m.parameter, m.dim) in summing]
+    if coupling.kind == "experts" and not over:
+        over = [m for m in coupling.members if m.parameter in last.get(coupling.name, ())]
+        if not over:  # rows of a router are no gate of what an expert adds
+            return []
     groups: dict[str, list[Member]] = {}
     for member in coupling.members:
         groups.setdefault(member.of, []).append(member)

@@ -8,6 +8,8 @@ The loss changes by what all positions say together. `gates.py` squares that sum
 of the squares has the same mean where positions are independent, and as many samples as there are positions, so that
 it tells entries apart after a few steps (Molchanov et al. 2019, arXiv 1906.10771, with positions for examples).
 
+Experts of a mixture are not summed over along an axis; their gates act on the outputs that the mixture adds up.
+
 Couplings where no such place is in the graph (hidden units of an LSTM), or whose gradient never comes by (the model's
 own Python runs, or torch.compile), are judged by `gates.py`.
 """
@@ -15,8 +17,9 @@ own Python runs, or torch.compile), are judged by `gates.py`.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,6 +40,7 @@ from ecospa_fx.ranks.members import ranks_of, sharing_ranks
 from ecospa_fx.ranks.tensor_parallel import parallel_count
 
 from .gates import GateReader
+from .owners import SumSite, sums_of
 from .products import ProductSite, Side, product_sites
 from .reader import NO_GRADIENT, ZERO_GRADIENT, Averaged, GradientStep, ReaderOptions
 from .slices import SliceKey
@@ -74,6 +78,7 @@ class Place:
     unit: Tensor
     slot: str
     share: float = 1.0
+    _copies: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, site: ProductSite, side: Side, slot: str, share: float) -> Place:
@@ -98,16 +103,35 @@ class Place:
         else:
             rows = product.movedim((along % product.ndim, dim), (-2, -1)).flatten(-2)
             rows = rows.reshape(-1, rows.shape[-1])
-        return rows if len(self.columns) == rows.shape[1] else rows[:, self.columns.to(rows.device)]
+        return rows if len(self.columns) == rows.shape[1] else rows[:, self._on(rows.device)[0]]
 
     def by_unit(self, rows: Tensor) -> Tensor:
         """Add up the columns of each gate, `[positions, units]`."""
-        return rows.new_zeros(len(rows), self.units).index_add_(1, self.unit.to(rows.device), rows)
+        if self.whole:
+            return rows.clone()  # other places may read the same tensor
+        return rows.new_zeros(len(rows), self.units).index_add_(1, self._on(rows.device)[1], rows)
 
-    @property
+    def sums(self, columns: Tensor) -> Tensor:
+        """Add up the values of the columns `[columns]` of each gate, `[units]`."""
+        if self.whole:
+            return columns
+        return columns.new_zeros(self.units).index_add_(0, self._on(columns.device)[1], columns)
+
+    @functools.cached_property
     def apart(self) -> bool:
         """True if every gate has one column at most."""
         return len(self.unit.unique()) == len(self.unit)
+
+    @functools.cached_property
+    def whole(self) -> bool:
+        """True if the columns are the gates in their order."""
+        return torch.equal(self.unit, torch.arange(self.units))
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return columns and units on a device: copied there once, and not at every backward."""
+        if device not in self._copies:
+            self._copies[device] = self.columns.to(device), self.unit.to(device)
+        return self._copies[device]
 
 
 class _Read(torch.autograd.Function):
@@ -253,31 +277,36 @@ class PositionReader(Averaged[str]):
     def taps_of(self, region: Region, program: Program, module: nn.Module) -> list[Tap]:
         """Return a tap at each place of the program's graph at which gates of couplings act."""
         by_place: dict[tuple[fx.Node, tuple[fx.Node, ...]], list[Place]] = {}
-        for place, users in self._places_in(region, program, module):
+        sites = list(sums_of(compiled_state(self.model), region, program, module))
+        for place, users in self._places_in(region, program, module, {site.coupling.name for site in sites}):
             by_place.setdefault((place.side.node, users), []).append(place)
             self._slots.setdefault(place.coupling, set()).add(place.slot)
             if self._measure is None and place.share == 1.0 and self.gates.gates()[place.coupling][1]:
                 self._measure = place.coupling
-        return [Tap(node, users, self._tap(places)) for (node, users), places in by_place.items()]
+        taps = [Tap(node, users, self._tap(places)) for (node, users), places in by_place.items()]
+        return taps + [tap for site in sites for tap in site.owners.taps(self._tap_of_experts(site))]
 
     def _tap(self, places: list[Place]) -> Callable[[Tensor], Tensor]:
-        def take(value: Tensor, gradient: Tensor) -> None:
-            self._take(places, value, gradient)
+        return lambda value: self._read(value, lambda each, gradient: self._take(places, each, gradient))
 
-        def read_gradient(value: Tensor) -> Tensor:
-            if not value.requires_grad:
-                if not self.begins:
-                    return value
-                value = value.detach().requires_grad_()
-            read: Tensor = _Read.apply(value, take)  # type: ignore[no-untyped-call]
-            return read
+    def _tap_of_experts(self, site: SumSite) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda value, owner: self._read(
+            value, lambda each, gradient: self._take_experts(site, owner, each, gradient)
+        )
 
-        return read_gradient
+    def _read(self, value: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:
+        """Let a function see a value, and its gradient once that is known."""
+        if not value.requires_grad:
+            if not self.begins:
+                return value
+            value = value.detach().requires_grad_()
+        read: Tensor = _Read.apply(value, take)  # type: ignore[no-untyped-call]
+        return read
 
     def _places_in(
-        self, region: Region, program: Program, module: nn.Module
+        self, region: Region, program: Program, module: nn.Module, but: Container[str]
     ) -> Iterator[tuple[Place, tuple[fx.Node, ...]]]:
-        """Find the places, and the ops at each that sum over the coupling."""
+        """Find the places, and the ops at each that sum over the coupling; not those of the couplings `but`."""
         facts, kept = program.axis_facts, (region.kept(program), region.kept_here(program, module))
         names = {found.key: found.name for found in region.naming_graph.discovery.couplings}
         offered = {coupling.name: coupling for coupling in compiled_state(self.model).couplings()}
@@ -285,7 +314,7 @@ class PositionReader(Averaged[str]):
         summing = consumers(facts)
         here = [(join(region.name, names.get(f.key, "")), f) for f in region.discovery_of(program).couplings]
         for name, found in (*here, *parts_across(region.state, facts)):
-            if name not in offered:
+            if name not in offered or name in but:
                 continue
             sites = list(product_sites(facts, found, offered[name], *kept))
             if self.wholes and offered[name].last_stays is None:
@@ -322,7 +351,7 @@ class PositionReader(Averaged[str]):
         for place in places:
             rows = place.rows(product)
             if place.coupling == self._measure:
-                along = rows.new_zeros(place.units).index_add_(0, place.unit.to(rows.device), rows.sum(0))
+                along = place.sums(rows.sum(0))
                 before = self._pending.gradient
                 self._pending.gradient = along if before is None or before.shape != along.shape else before.add_(along)
             whole = place.coupling in self._may_go and place.share == 1.0 and self._parts[place.coupling] == 1
@@ -330,12 +359,16 @@ class PositionReader(Averaged[str]):
                 self._pending.add(ALL + place.coupling, rows.sum(1).square().sum()[None])
             if place.share == 1.0 and len(self._slots[place.coupling]) > 1:
                 self._pending.add_terms(place, place.by_unit(rows))
-            elif place.apart:
-                squares, unit = rows.square().sum(0), place.unit.to(rows.device)
-                squares = squares.new_zeros(place.units).index_add_(0, unit, squares)
-                self._pending.add(place.coupling, squares.mul_(place.share))
             else:
-                self._pending.add(place.coupling, place.by_unit(rows).square().sum(0).mul_(place.share))
+                squares = place.sums(rows.square().sum(0)) if place.apart else place.by_unit(rows).square().sum(0)
+                self._pending.add(place.coupling, squares.mul_(place.share))
+
+    @torch.no_grad()
+    def _take_experts(self, site: SumSite, owner: Tensor, value: Tensor, gradient: Tensor) -> None:
+        """Add what one backward shows where the outputs of experts are added up."""
+        precise = torch.promote_types(value.dtype, torch.float32)
+        product = value.to(precise) * gradient.to(precise)
+        self._pending.add(site.coupling.name, site.squares(product, owner))
 
     def add(self, step: GradientStep) -> None:
         """Add what the backwards since the last training step have shown; read gates where they have shown nothing."""
@@ -348,7 +381,9 @@ class PositionReader(Averaged[str]):
         if scale is not None:
             squares = {name: each / scale.to(each).square() for name, each in squares.items()}
         alone = {name: name.removeprefix(ALL) for name in squares}
-        squares = {n: each * self._parts[alone[n]] for n, each in squares.items() if alone[n] not in self._partly}
+        squares = {
+            n: each * self._parts.get(alone[n], 1) for n, each in squares.items() if alone[n] not in self._partly
+        }
         self._seen.update(name for name in squares if not name.startswith(ALL))
         self.totals.add(squares, step)
         self.gates.read(step, self._read_by_position(), odd=False)

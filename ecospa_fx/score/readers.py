@@ -23,6 +23,7 @@ from ecospa_fx.ranks.fsdp2 import reshard
 from ecospa_fx.ranks.members import ranks_of
 
 from .activations import ActivationScores
+from .contributions import ContributionReader
 from .gates import GateReader
 from .judging import coupling_entries, coupling_importance
 from .positions import PositionReader
@@ -313,6 +314,7 @@ READERS: dict[ScoreInput, Callable[[ReaderOptions], Reader]] = {
     "attention": partial(ActivationReader, attention=True),
     "gates": GateReader,
     "positions": PositionReader,
+    "experts": ContributionReader,
     "nothing": RandomReader,
 }
 """Each kind of input -> its reader."""

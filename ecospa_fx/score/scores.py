@@ -18,7 +18,9 @@ from torch import Tensor
 from ecospa_fx.errors import TargetError
 
 ScoreFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-ScoreInput = Literal["gradients", "weights", "optimizer", "activations", "attention", "gates", "positions", "nothing"]
+ScoreInput = Literal[
+    "gradients", "weights", "optimizer", "activations", "attention", "gates", "positions", "experts", "nothing"
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +30,8 @@ class Score:
     Attributes:
         name: its name.
         reads: its input, see `readers.py`. `"gradients"` (with the weights), `"gates"` and `"positions"` are
-            accumulated over steps, `"activations"` and `"attention"` over forwards; the others are read when a decision
-            is due.
+            accumulated over steps, `"activations"`, `"attention"` and `"experts"` over forwards; the others are read
+            when a decision is due.
         of: `of(weight, gradient)` -> worth of each entry, not negative, in the weight's shape. For a score that reads
             the optimizer, `gradient` is the root of Adam's second moment.
         meaning: its meaning in a line.
@@ -53,6 +55,8 @@ SCORES = {
         Score("adam", "optimizer", lambda w, g: g.square(), "Adam's second moment, as the optimizer holds it"),
         Score("activation", "activations", None, "norm of the products it takes part in (as Wanda, Sun et al. 2023)"),
         Score("attention_entropy", "attention", None, "how far a head's attention is from looking everywhere alike"),
+        Score("reap", "experts", None, "mean norm of what an expert adds to its tokens (REAP, Lasby et al. 2025)"),
+        Score("frequency", "experts", None, "the share of all choices of a router that fall on an expert"),
         Score("random", "nothing", None, "nothing: a control"),
     )
 }

@@ -138,13 +138,17 @@ class Explanation(Findings):
         """
         return why_not(self.snapshot, self.couplings, name)
 
-    @takes(path=PATH, training=optional(NAMED), sensitivity=optional(instance("an ecospa_fx.Sensitivity", Sensitivity)))
+    @takes(
+        path=PATH, training=optional(NAMED), latency=optional(NAMED),
+        sensitivity=optional(instance("an ecospa_fx.Sensitivity", Sensitivity)),
+    )  # fmt: skip
     def report(
         self,
         path: str | os.PathLike[str],
         *,
         training: Mapping[str, Any] | None = None,
         sensitivity: Sensitivity | None = None,
+        latency: Mapping[str, Any] | None = None,
     ) -> None:
         """Write everything as one HTML file, which opens from disk and needs no network.
 
@@ -152,8 +156,9 @@ class Explanation(Findings):
             path: the file.
             training: the result of `ecospa_fx.report.training_of(trainer, losses)`, for curves and widths over time.
             sensitivity: the result of `ecospa_fx.sensitivity`, for its table.
+            latency: the result of `ecospa_fx.report.latency_of(before, after, (x,))`.
         """
-        write_report(self, path, training, sensitivity)
+        write_report(self, path, training, sensitivity, latency)
 
 
 @takes(model=MODULE, **CALL, regions=REGIONS, experiments=FLAG, execution=TEXT)

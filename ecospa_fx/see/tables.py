@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.passes.find.left_whole import Refusal
-from ecospa_fx.text import plain
+from ecospa_fx.text import Hanging, plain
 
 from .findings import Findings
 from .fold import Fold, fold_couplings, fold_refusals, fold_uncoupled, heading
@@ -133,8 +133,8 @@ def rich_of(findings: Findings) -> Group:
     for name, items in _notes(findings):
         parts += [Text(), Text(f"{name}:", style="bold")]
         for item, details in items:
-            parts.append(Padding(Text(item), (0, 0, 0, 2)))
-            parts += [Padding(Text(f"- {detail}", style="yellow"), (0, 0, 0, 4)) for detail in details]
+            parts.append(Padding(Hanging(item), (0, 0, 0, 2)))
+            parts += [Padding(Hanging(f"- {detail}", style="yellow"), (0, 0, 0, 4)) for detail in details]
     return Group(*parts)
 
 

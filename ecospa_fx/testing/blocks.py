@@ -121,7 +121,9 @@ def routed(w: Writer) -> None:
     gates = w.put(w.rng.choice((f"{logits}.softmax(-1)", f"torch.sigmoid({logits})")))
     shares, chosen = _chosen(w, logits, gates, count, k)
     up, down = w.parameter(count, d, f), w.parameter(count, f, d)
-    if w.chance(0.5):
+    if w.chance(0.3):
+        out = _by_expert(w, rows, gates, shares, chosen, up, down)
+    elif w.chance(0.5):
         match w.rng.randrange(4):
             case 0:
                 own, back = (w.put(f"{each}[{chosen}]") for each in (up, down))
@@ -151,6 +153,30 @@ def routed(w: Writer) -> None:
         hidden = activate(w, w.put(f"torch.einsum('td,edf->tef', {rows}, {up})"))
         out = w.put(f"torch.einsum('tef,efd,te->td', {hidden}, {down}, {weights})")
     w.put(f"{out}.view({b}, {s}, {d})")
+
+
+def _by_expert(w: Writer, rows: Value, gates: Value, shares: Value, chosen: Value, up: str, down: str) -> Value:
+    """Lay rows out expert by expert, or let experts choose their rows; add up where these came from."""
+    (n, d), k = rows.shape, chosen.shape[1]
+    way = w.rng.randrange(4)
+    if way == 3:
+        best, taken = w.put_all(f"{gates}.t().topk({min(n, 2)}, dim=-1)", 2)
+        hidden = activate(w, w.put(f"torch.bmm({rows}[{taken}], {up})"))
+        each = w.put(f"torch.bmm({hidden}, {down}) * {best}[..., None]")
+        return w.put(f"torch.zeros_like({rows}).index_add(0, {taken}.flatten(), {each}.flatten(0, 1))")
+    flat = w.put(f"{chosen}.flatten()")
+    order = w.put(f"{flat}.argsort(stable=True)")
+    mine, source = w.put(f"{flat}[{order}]"), w.put(f"{order} // {k}")
+    hidden = activate(w, w.put(f"torch.einsum('td,tdf->tf', {rows}[{source}], {up}[{mine}])"))
+    each = w.put(f"torch.einsum('tf,tfd,t->td', {hidden}, {down}[{mine}], {shares}.flatten()[{order}])")
+    match way:
+        case 0:
+            return w.put(f"torch.zeros_like({rows}).index_add(0, {source}, {each})")
+        case 1:
+            return w.put(f"torch.zeros_like({rows}).scatter_add(0, {source}[:, None].expand(-1, {d}), {each})")
+        case _:
+            back = w.put(f"torch.empty_like({order}).scatter(0, {order}, torch.arange({n * k}))")
+            return w.put(f"{each}[{back}].view({n}, {k}, {d}).sum(1)")
 
 
 def _chosen(w: Writer, logits: Value, gates: Value, count: int, k: int) -> tuple[Value, Value]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from ecospa_fx.api import compile as compiled
 from ecospa_fx.arguments import FUNCTION, MAPPING, MODULE, NAMES, NUMBER, SEVERAL, TEXT, WHOLE, either, optional, takes
-from ecospa_fx.compensate.forecast import forecast, whole_worth, worth_of
+from ecospa_fx.compensate.forecast import forecast, removed_by, whole_worth, worth_of
 from ecospa_fx.compensate.grams import Grams
 from ecospa_fx.compensate.rotation import rotate
 from ecospa_fx.couple.constraints import Constraints, Uniform
@@ -29,11 +29,14 @@ from ecospa_fx.model.cost import Cost
 from ecospa_fx.model.lookup import check_values, couplings
 from ecospa_fx.model.shrinking import shrink
 from ecospa_fx.ranks.wrappers import unwrapped
+from ecospa_fx.score.estimator import CoupledEstimator
 from ecospa_fx.score.saliency import Saliency
+from ecospa_fx.score.scores import score_named
 from ecospa_fx.text import plural
 from ecospa_fx.text import size as sized
 
 from .adaptive import AdaptiveSparsifier
+from .deployable import Deployable, check_deployable, deployment
 from .latency import Latency
 from .measuring import (
     as_it_was_unless_shrunk,
@@ -103,7 +106,7 @@ class Compression:
 
 @takes(
     model=MODULE, batches=SEVERAL, target=either(NUMBER, MAPPING), kinds=optional(either(NAMES, TEXT)), steps=WHOLE,
-    loss=optional(FUNCTION), heal=optional(FUNCTION),
+    loss=optional(FUNCTION), heal=optional(FUNCTION), scores=optional(MAPPING),
 )  # fmt: skip
 def compress(
     model: nn.Module,
@@ -115,9 +118,11 @@ def compress(
     cost: Cost | Latency = "parameters",
     uniform: Uniform | None = None,
     min_keep: int = 1,
+    deployable: Deployable | None = None,
     loss: Loss | None = None,
     steps: int = 1,
     heal: Callable[[nn.Module], object] | None = None,
+    scores: Mapping[str, str] | None = None,
 ) -> Compression:
     """Make a trained model smaller, in place, with a few batches of the data that it is for; labels are not needed.
 
@@ -137,11 +142,14 @@ def compress(
         cost: see `EcoSpaTrainer`.
         uniform: see `Constraints`.
         min_keep: see `Constraints`; with 0 whole sublayers may go, where that costs less than entries of many.
+        deployable: see `EcoSpaTrainer`; with `"transformers"`, `save_pretrained` writes what plain transformers loads.
         loss: `loss(model, batch)` -> a scalar; by default that of the model's result if it has one, else of labels
             drawn from its own logits, or of a random projection of its outputs.
         steps: strokes; each has fresh statistics, and takes as long as the first.
         heal: called with the model after each stroke, such as a few steps of training. An error in it is raised, and
             leaves the model as it is then.
+        scores: kind -> the score that says which entries of its couplings go, `{"experts": "reap"}`; how many go is
+            decided as ever. One that reads gradients cannot be had here.
 
     Returns:
         A report of what went and what it cost.
@@ -155,8 +163,10 @@ def compress(
         raise TargetError(f"steps={steps} is out of range; it is a whole number, at least 1")
     DecisionSettings(target, cost, among).check()
     check_kinds(kinds)
+    _check_scores(scores or {})
     Constraints(min_keep, uniform=uniform)
     check_values(module, "compress")
+    check_deployable(module, deployable)
     calls = listed_calls(batches)
     check_plain_numbers(module)
     own = Objective()
@@ -174,15 +184,17 @@ def compress(
             compiled(module)
         with torch.no_grad():
             dense = [value_of(measured, module, batch, number) for number, batch in enumerate(judges)]
-        constraints = _constraints(module, kinds, uniform, min_keep)
+        constraints = _constraints(module, kinds, uniform, min_keep, deployable, notes)
         latency, size = _seconds(measured, module, calls[0]), _size(module)
         before = {c.name: c.size for c in couplings(module)}
         AdaptiveSparsifier(module, target=target, constraints=constraints, cost=cost, among=among)  # is it reachable?
         expected: dict[str, float] = {}
         left: dict[str, float] = {}
         for number in range(1, steps + 1):
-            constraints = _constraints(module, kinds, uniform, min_keep)
-            stroke = _Stroke(module, constraints, DecisionSettings(at_once(target, number / steps), cost, among))
+            if number > 1:
+                constraints = _constraints(module, kinds, uniform, min_keep, deployable)
+            settings = DecisionSettings(at_once(target, number / steps), cost, among)
+            stroke = _Stroke(module, constraints, settings, scores or {})
             rises, shares = stroke.run(calls, held, objective)
             expected = {name: expected.get(name, 0.0) + rise for name, rise in rises.items()}
             left |= shares
@@ -208,10 +220,13 @@ class _Stroke:
         model: a compiled model.
         constraints: which sizes are allowed.
         settings: how far.
+        scores: kind -> the score that its entries go by.
     """
 
-    def __init__(self, model: nn.Module, constraints: Constraints, settings: DecisionSettings) -> None:
-        self.model, self.constraints, self.settings = model, constraints, settings
+    def __init__(
+        self, model: nn.Module, constraints: Constraints, settings: DecisionSettings, scores: Mapping[str, str]
+    ) -> None:
+        self.model, self.constraints, self.settings, self.scores = model, constraints, settings, scores
         self.notes: list[str] = []
 
     def run(
@@ -221,6 +236,7 @@ class _Stroke:
         sparsifier = AdaptiveSparsifier.of(self.model, self.settings, self.constraints, ())
         saliency, watched = Saliency(self.model), Grams(self.model)
         saliency.begins, saliency.wholes = True, self.constraints.min_keep == 0
+        others = {score: CoupledEstimator(self.model, score) for score in dict.fromkeys(self.scores.values())}
         try:
             with without_gradients(self.model):
                 for number, batch in enumerate(calls):
@@ -234,6 +250,8 @@ class _Stroke:
                     if not number and let_train(self.model, saliency, self.constraints.frozen):
                         # What has no place in a graph is judged by gradients of weights: from the first batch on.
                         saliency.reset()
+                        for each in others.values():
+                            each.reset()
                         watched.active = False
                         backward_of(objective, self.model, batch, number)
                         watched.active = True
@@ -241,11 +259,12 @@ class _Stroke:
                         self.model.zero_grad(set_to_none=True)
         finally:
             watched.detach()
-            saliency.detach()
-        return self._shrink(saliency, watched, sparsifier)
+            for each in (saliency, *others.values()):
+                each.detach()
+        return self._shrink(saliency, watched, sparsifier, others)
 
     def _shrink(
-        self, saliency: Saliency, watched: Grams, sparsifier: AdaptiveSparsifier
+        self, saliency: Saliency, watched: Grams, sparsifier: AdaptiveSparsifier, others: Mapping[str, CoupledEstimator]
     ) -> tuple[dict[str, float], dict[str, float]]:
         judged = [coupling for coupling in couplings(self.model) if saliency.judges(coupling)]
         names = [
@@ -263,6 +282,16 @@ class _Stroke:
             self.model, list(widths), saliency, grams=watched, absorb=True, rotate=True, by_context=by_context,
             widths=widths, order="saliency",
         ).curves  # fmt: skip
+        for coupling in widths:
+            score = self.scores.get(coupling.kind)
+            if score is None:
+                continue
+            with others[score].at_once():
+                curve = removed_by(coupling, saliency, others[score], by_context=by_context)
+            if curve is None:
+                self.notes.append(f"`{coupling.name}` goes by saliency: {score!r} says nothing of its entries")
+            else:
+                curves[coupling] = curve
         keeps = {coupling.name: curves[coupling].keep(width) for coupling, width in widths.items()}
         rises = {
             c.name: wholes[c] if not width and c in wholes else float(curves[c].rises[c.size - width])
@@ -289,12 +318,31 @@ ROWS_WANTED = 8
 """Rows per column of the widest weight from which a regression on them is to be trusted."""
 
 
+def _check_scores(scores: Mapping[str, str]) -> None:
+    """Refuse scores that cannot be had, or that say nothing of their kind."""
+    check_kinds(list(scores) or None)
+    for kind, name in scores.items():
+        score = score_named(name, f"scores[{kind!r}]")
+        if score.reads not in ("experts", "weights", "nothing") or (score.reads == "experts" and kind != "experts"):
+            raise TargetError(
+                f"scores={{{kind!r}: {name!r}}}: it reads {score.reads}, and compress has none of these for {kind}; "
+                "for experts there are 'reap' and 'frequency', for all kinds 'magnitude' and 'random', or leave it out"
+            )
+
+
 def _constraints(
-    model: nn.Module, kinds: Collection[str] | None, uniform: Uniform | None, min_keep: int
-) -> Constraints:
-    """Keep the couplings of other kinds whole, at the sizes that they have now."""
+    model: nn.Module, kinds: Collection[str] | None, uniform: Uniform | None, min_keep: int,
+    deployable: Deployable | None, notes: list[str] | None = None,
+) -> Constraints:  # fmt: skip
+    """Keep the couplings of other kinds whole, at the sizes that they have now; note what `deployable` forbids."""
     frozen = [each for each in couplings(model) if kinds is not None and each.kind not in kinds]
-    return Constraints(min_keep, frozen=frozen, uniform=uniform)
+    constraints = Constraints(min_keep, frozen=frozen, uniform=uniform)
+    if deployable is None:
+        return constraints
+    found = deployment(model, deployable, constraints)
+    if notes is not None:
+        notes.append(str(found))
+    return found.constraints
 
 
 @torch.no_grad()

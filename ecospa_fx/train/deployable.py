@@ -27,7 +27,7 @@ from ecospa_fx.model.configured import configured
 from ecospa_fx.model.constructed import Constructed
 from ecospa_fx.model.described import Described
 from ecospa_fx.model.joint_offers import joint_offers
-from ecospa_fx.model.lookup import compiled_state, state_of
+from ecospa_fx.model.lookup import state_of
 from ecospa_fx.model.making import Number, Where
 from ecospa_fx.model.planning import planned
 
@@ -74,7 +74,7 @@ def check_deployable(model: nn.Module, deployable: Deployable | None) -> None:
 
     Raises:
         TargetError: there is no such way to deploy.
-        EcoSpaError: the model is not of transformers, or runs as graphs.
+        EcoSpaError: the model is not of transformers.
     """
     if deployable is None or callable(deployable):
         return
@@ -87,11 +87,6 @@ def check_deployable(model: nn.Module, deployable: Deployable | None) -> None:
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         raise EcoSpaError(
             f"deployable='transformers': {kind} is not a model of transformers: it has no save_pretrained"
-        )
-    if compiled_state(model).execution != "module":
-        raise EcoSpaError(
-            f"deployable='transformers': this {kind} runs as graphs, and its own Python may not run at the sizes that "
-            "these reach; compile it with execution='module'"
         )
 
 

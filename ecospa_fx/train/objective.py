@@ -51,12 +51,11 @@ class Objective:
 
     def _value(self, model: nn.Module, batch: Any, drawn: float) -> Tensor:
         result = called(model, batch)
-        own = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", None)
-        if isinstance(own, Tensor) and own.ndim == 0:
+        if (own := loss_in(result)) is not None:
             return own
-        logits = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", None)
-        told_apart = isinstance(logits, Tensor) and logits.ndim > 1
-        outputs = logits if isinstance(logits, Tensor) and told_apart else _outputs(result)
+        logits = logits_of(result)
+        told_apart = logits is not None
+        outputs = outputs_of(result) if logits is None else logits
         rows = outputs.float().flatten(0, -2) if told_apart else outputs.float().flatten()
         if told_apart and (mask := _mask_of(batch)) is not None and mask.numel() == len(rows):
             rows = rows[mask.flatten().to(rows.device).bool()]
@@ -84,7 +83,19 @@ def _projection(outputs: Tensor, generator: torch.Generator) -> Tensor:
     return torch.stack([outputs.detach(), scale * torch.randn(outputs.shape, generator=generator).to(outputs.device)])
 
 
-def _outputs(result: Any) -> Tensor:
+def loss_in(result: Any) -> Tensor | None:
+    """Return the loss of a result that has one, as models of transformers do that were given labels."""
+    loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", None)
+    return loss if isinstance(loss, Tensor) and loss.ndim == 0 else None
+
+
+def logits_of(result: Any) -> Tensor | None:
+    """Return the logits `[..., classes]` of a result that names them, as models with a head of transformers do."""
+    logits = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", None)
+    return logits if isinstance(logits, Tensor) and logits.ndim > 1 else None
+
+
+def outputs_of(result: Any) -> Tensor:
     """Return the first tensor of a result that has a gradient."""
     for leaf in pytree.tree_leaves(dict(result) if isinstance(result, Mapping) else result):
         if isinstance(leaf, Tensor) and leaf.is_floating_point():

@@ -114,8 +114,10 @@ class Paper:
     def ready(self) -> CoupledSparsifier:
         """Return the sparsifier, made once the couplings are known."""
         if self._sparsifier is None:
-            constraints, kinds = self.constraints, self.estimator.reader.kinds
-            if kinds is not None:
+            constraints = self.constraints
+            for kinds in dict.fromkeys(each.reader.kinds for each in self.estimators):
+                if kinds is None:
+                    continue
                 # The score says nothing about the others.
                 others = [c for c in couplings(self.model) if c.kind not in kinds]
                 constraints = replace(constraints, frozen=[*constraints.frozen, *others])

@@ -185,7 +185,7 @@ def discover(axis_facts: AxisFacts) -> Discovery:
             continue
         if not meet([each]):
             if each.matrices:
-                others.append(uncoupled(axis_facts, key, atom.size, roles, producers))
+                others.append(uncoupled(axis_facts, key, atom, roles, producers))
             continue
         needed, by = least.get(atom, (1, None))
         reasons = pinned_by(roles["pinned"], region)

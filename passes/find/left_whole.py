@@ -5,13 +5,15 @@ uncoupled(axis_facts, axes, ...)   an axis along which no two weights meet, with
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ecospa_fx.passes.axes.algebra import atoms_of, size_of
+from ecospa_fx.passes.axes.algebra import Atom, Expr, atoms_of, size_of
 from ecospa_fx.passes.graph.nodes import reason_text
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Role
+
+from .apart import own_weights
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,16 @@ def pinned_by(facts: Sequence[Fact], region: str) -> tuple[str, ...]:
 def uncoupled(
     axis_facts: AxisFacts,
     axes: Sequence[tuple[str, int]],
-    size: int,
+    atom: Atom,
     roles: Mapping[Role, Sequence[Fact]],
     producers: Sequence[str],
 ) -> UncoupledAxis:
     """Describe an axis that is neither a coupling nor a refusal, with the reasons."""
     region = axis_facts.captured.region
     reasons = pinned_by(roles["pinned"], region)
-    if not reasons:
+    if reasons:
+        reasons = (*lone_modules(axis_facts, lambda expr: atom in atoms_of(expr)), *reasons)
+    else:
         facts = [*roles["contracted"], *roles["free"]]
         if producers:
             why = "no weight of the region sums over the entries that it produces"
@@ -68,7 +72,19 @@ def uncoupled(
         else:
             why = "no op multiplies it with another weight along it"
         reasons = (reason_text(why, facts[0].node, region) if facts else why,)
-    return UncoupledAxis(tuple(f"{join(region, name)}[{dim}]" for name, dim in axes), size, reasons, region)
+    return UncoupledAxis(tuple(f"{join(region, name)}[{dim}]" for name, dim in axes), atom.size, reasons, region)
+
+
+def lone_modules(axis_facts: AxisFacts, is_axis: Callable[[Expr], bool]) -> tuple[str, ...]:
+    """Return the reason where each entry of an axis is the gate of weights of its own, and the way out."""
+    weights = own_weights(axis_facts, is_axis)
+    if not weights:
+        return ()
+    first = join(axis_facts.captured.region, weights[0])
+    return (
+        f"each entry goes to weights of its own, such as `{first}`, which are no entries of one tensor; experts can go "
+        "where the weights of all are in one, `[experts, ...]`, that their gates meet or places pick from",
+    )
 
 
 def one_by_one(axis_facts: AxisFacts) -> Iterator[UncoupledAxis]:
@@ -79,7 +95,9 @@ def one_by_one(axis_facts: AxisFacts) -> Iterator[UncoupledAxis]:
             size = size_of(expr)
             if type(size) is int and size > 1 and not atoms_of(expr):
                 axis = f"{join(captured.region, name)}[{dim}]"
-                yield UncoupledAxis((axis,), size, ("each of its entries is cut out for itself",), captured.region)
+                reasons = ("each of its entries is cut out for itself",)
+                apart = lone_modules(axis_facts, lambda each, expr=expr: each == expr)  # type: ignore[misc]
+                yield UncoupledAxis((axis,), size, (*apart, *reasons), captured.region)
 
 
 def _unused(axis_facts: AxisFacts) -> set[str]:

@@ -9,7 +9,6 @@ call, and names are dropped after their last use, so that memory is freed as in 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import keyword
 import linecache
@@ -18,6 +17,7 @@ import operator
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import fx
@@ -39,13 +39,26 @@ def generate(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
         `forward(region, *placeholders)`, and its source.
     """
     source, scope = _Source(graph).write()
-    exec(_compile(source), scope)
-    return scope["forward"], source
+    same = source, frozenset((name, _identity(value)) for name, value in scope.items())
+    if (function := _FUNCTIONS.get(same)) is None:
+        exec(_compile(source), scope)
+        _FUNCTIONS[same] = function = scope["forward"]
+    return function, source
 
 
-@functools.lru_cache(maxsize=256)
+_FUNCTIONS: WeakValueDictionary[tuple[str, frozenset[Any]], Callable[..., Any]] = WeakValueDictionary()
+"""Functions by their source and the identity of their globals, one for equal blocks at equal sizes.
+
+torch.compile keeps graphs by code object, and puts their names into the globals of the function that it met first: a
+code object may have one dict of globals only, and equal blocks are to have one code object.
+"""
+
+
+def _identity(value: Any) -> Any:
+    return value if isinstance(value, torch.device) else repr(value) if isinstance(value, float) else id(value)
+
+
 def _compile(source: str) -> CodeType:
-    """Compile a source, only once for equal blocks at equal sizes, whose code is equal."""
     name = f"<ecospa_fx {hashlib.sha1(source.encode()).hexdigest()[:8]}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)  # tracebacks show its lines
     return compile(source, name, "exec")

@@ -126,3 +126,27 @@ def test_a_call_of_a_new_kind_under_checkpointing_and_in_compiled_code_is_refuse
     model.zero_grad()
     model(X.double()).sum().backward()
     assert torch.allclose(model.blocks[0].up.weight.grad, gradient)
+
+
+class Recurrent(nn.Module):
+    """A net with an operator at which torch.compile breaks, in the middle of its program."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.into, self.rnn, self.out = nn.Linear(8, 10), nn.GRU(10, 12, batch_first=True), nn.Linear(12, 8)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.rnn(torch.tanh(self.into(x)))[0]))
+
+
+def test_a_program_that_breaks_under_compilation_finds_what_is_compiled_of_it_after_shrinks():
+    losses = []
+    for compiled in (False, True):
+        model = ecospa_fx.compile(Recurrent(), example_inputs=(X,))
+        forward = torch.compile(model, backend="eager") if compiled else model
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, target=0.6, start=1, interval=1, end=4)
+        losses.append([stepped(model, optimizer, trainer, forward) for _ in range(6)])
+        assert len(trainer.history) >= 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

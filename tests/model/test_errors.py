@@ -176,8 +176,8 @@ def test_a_first_call_that_is_wrong_leaves_the_model_waiting():
             "score",
             "fischer",
             "score='fischer' is none of 'fisher', 'gradient', 'taylor', 'taylor_squared', 'taylor_positions', "
-            "'magnitude', 'adam', 'activation', 'attention_entropy', 'random', nor a function of a weight and its "
-            "gradient",
+            "'magnitude', 'adam', 'activation', 'attention_entropy', 'reap', 'frequency', 'random', nor a function of "
+            "a weight and its gradient",
         ),
     ],
 )

@@ -41,15 +41,7 @@ def test_layers_of_unequal_sizes_come_back(tmp_path, execution):
         model(input_ids=ids, use_cache=False)
     shrink(model, lambda c, i: 1 + (i * 7) % (c.size - 1))
     why = ecospa_fx.save_pretrained(model, tmp_path, max_shard_size="20KB")
-    assert (
-        why is not None
-        and (
-            "a LlamaConfig cannot express the sizes of this LlamaForCausalLM"
-            if execution == "module"
-            else "runs as graphs"
-        )
-        in why
-    )
+    assert why is not None and "a LlamaConfig cannot express the sizes of this LlamaForCausalLM" in why
     loaded = ecospa_fx.from_pretrained(tmp_path)
     assert type(loaded).__name__ == "LlamaForCausalLM" and ecospa_fx.plan(loaded) == ecospa_fx.plan(model)
     kwargs = {"input_ids": ids, "use_cache": False}

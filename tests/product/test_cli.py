@@ -1,7 +1,9 @@
 """The command line: what it prints, and one line with the right exit code for whatever goes wrong."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -68,6 +70,25 @@ def run(capsys, *arguments):
     code = main(list(arguments))
     printed = capsys.readouterr()
     return code, printed.out, printed.err
+
+
+def out_of(file):
+    return Path(file).read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["one"], "name two or more runs: ecospa-fx compare runs/one runs/other"),
+        (["one", "./one"], "a run is named twice"),
+        (["nowhere", "one"], "nowhere cannot be read as training.json: No such file or directory"),
+        (["own.py", "one"], "own.py cannot be read as training.json: "),
+    ],
+)
+def test_compare_says_what_is_wrong_in_one_line(capsys, here, arguments, message):
+    (here / "one").mkdir()
+    code, out, err = run(capsys, "compare", *arguments)
+    assert (code, out) == (2, "") and err.startswith(f"ecospa-fx compare: error: {message}") and err.count("\n") == 1
 
 
 def with_out(command, out="out"):
@@ -189,6 +210,20 @@ def test_train_on_text_writes_model_curves_and_report(capsys, here):
     assert "Importance of each coupling" in (here / "run/report.html").read_text()
     code, out, _ = run(capsys, "report", "run/model", "--training", "run/training.json", "--out", "again.html")
     assert code == 0 and "again.html: 8 couplings" in out
+    latency = training["latency"]
+    assert latency["after"] > 0 and latency["before"] > 0 and f"(x {latency['ratio']:.2f}" in out_of("again.html")
+    training["settings"]["target"] = 0.7
+    (here / "other").mkdir()
+    (here / "other/training.json").write_text(json.dumps(training))
+    code, out, err = run(capsys, "compare", "run", "other", "--out", "side.html")
+    lines = [line.split() for line in out.splitlines()]
+    assert (code, err) == (0, "") and ["run", "other"] in lines and ["steps", "12", "12"] in lines
+    assert ["target", "0.6", "0.7"] in lines and not [line for line in lines if line[:1] == ["seed"]]
+    assert "Held-out loss" in out_of("side.html")
+    document = json.loads(run(capsys, "compare", "run", "other/training.json", "--json")[1])
+    assert document["names"] == ["run", "training.json"] and document["settings"] == {"target": [0.6, 0.7]}
+    whole, left = document["rows"]["parameters at first"], document["rows"]["parameters"]
+    assert document["rows"]["share left"][0] == left[0] / whole[0] and whole[0] > left[0]
 
 
 def test_train_on_images(capsys, here):
@@ -447,3 +482,24 @@ def test_completion_offers_commands_and_options(capsys, monkeypatch):
     command = command_line("_", _ECOSPA_FX_COMPLETE="complete_bash", COMP_WORDS="ecospa-fx ex", COMP_CWORD="1")
     out, _ = command.communicate(timeout=120)
     assert out.split() == ["explain"]
+
+
+def test_help_fits_80_columns_and_no_sentence_is_cut_short(capsys):
+    code, out, _ = run(capsys, "--help")
+    commands = re.findall(r"^  ([a-z-]+) {2,}\S", out.partition("Commands:")[2], flags=re.MULTILINE)
+    assert code == 0 and {*COMMANDS, "doctor", "demo"} <= {*commands}
+    assert "..." not in out.partition("Commands:")[2]
+    for command in commands:
+        with contextlib.suppress(SystemExit):  # of the demo's own parser
+            main([command, "--help"])
+        shown = capsys.readouterr().out.splitlines()
+        assert [line for line in shown if len(line) > 80] == [], command
+
+
+def test_long_lines_go_on_further_in(capsys):
+    _, out, _ = run(capsys, "explain", "hf/gpt2", "--why", "h.0.attn.c_attn,h.0.attn.c_proj")
+    lines = [line.rstrip() for line in out.splitlines()]
+    steps = [line for line in lines if re.match(r" +\d+\. ", line)]
+    assert steps and max(map(len, lines)) <= 80
+    others = [line for line in lines if line and line not in steps]
+    assert len(others) > len(steps) and all(line.startswith(("  ", "transformer.h.0.attn.")) for line in others), out

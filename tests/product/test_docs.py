@@ -1,6 +1,9 @@
 """The documentation site: it builds without a warning, its code runs, and its lists are complete."""
 
+import copy
+import importlib.util
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -14,6 +17,7 @@ import ecospa_fx
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("page", ["index.md", "scores.md"])
@@ -41,6 +45,49 @@ def test_every_error_is_in_the_index():
     assert not [name for name in errors if f"`{name}`" not in text and not text.count(f".{name}`")]
 
 
+def test_what_is_raised_is_in_the_index_with_its_words():
+    """The text of errors as they come, beside what was read off the source without running it."""
+    messages = load(DOCS / "messages.py")
+    index = messages.messages()
+    assert index.keys() - {"CommandError", "OptionError"} == {
+        name for name, each in vars(ecospa_fx.errors).items() if inspect.isclass(each)
+    }
+    assert [name for name, listed in index.items() if not listed] == []
+    x, line = torch.ones(2, 3), torch.nn.Linear(3, 3)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+    compiled = ecospa_fx.compile(copy.deepcopy(model), example_inputs=(x,))
+    optimizer = torch.optim.SGD(compiled.parameters())
+    for wrong in (
+        lambda: ecospa_fx.explain(model),
+        lambda: ecospa_fx.couplings(model),
+        lambda: ecospa_fx.couplings(ecospa_fx.compile(copy.deepcopy(model))),
+        lambda: ecospa_fx.compile(copy.deepcopy(model), example_inputs=(x[:, :2],)),
+        lambda: ecospa_fx.shrink(compiled, {"fnn": torch.tensor([0])}),
+        lambda: ecospa_fx.shrink(compiled, {"ffn": torch.tensor([0, 7])}),
+        lambda: ecospa_fx.shrink(compiled, {"ffn": torch.tensor([0])}, optimizer=torch.optim.SGD(line.parameters())),
+        lambda: ecospa_fx.EcoSpaTrainer(compiled, optimizer, target=1.5),
+        lambda: ecospa_fx.EcoSpaTrainer(compiled, optimizer, target=0.0001),
+        lambda: ecospa_fx.load("nowhere", lambda: model),
+        lambda: ecospa_fx.save_pretrained(compiled, "nowhere"),
+        lambda: ecospa_fx.compile(3),
+    ):
+        with pytest.raises(ecospa_fx.errors.EcoSpaError) as raised:
+            wrong()
+        text = " ".join(str(raised.value).split())
+        known = [re.escape(each.text) for each in index[type(raised.value).__name__]]
+        known = [re.sub("‹[^›]*›|…", ".*", each) for each in known]
+        assert [each for each in known if len(each) > 30 and re.fullmatch(each, text)], (
+            f"{raised.type.__name__}: {text}"
+        )
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_every_score_is_in_the_list():
     text = (DOCS / "scores.md").read_text()
     assert not [name for name in ecospa_fx.scores.SCORES if f'`"{name}"`' not in text]
@@ -53,7 +100,30 @@ def test_every_public_name_is_in_the_reference():
 
 def test_every_page_is_in_the_navigation():
     listed = set(re.findall(r"(\w[\w-]*\.md)", (ROOT / "mkdocs.yml").read_text()))
-    assert {page.name for page in DOCS.glob("*.md")} == listed
+    pages = {page.name for page in DOCS.glob("*.md")} | {f"{each.stem}.md" for each in NOTEBOOKS}
+    assert len(NOTEBOOKS) == 3 and pages == listed
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_prints_what_is_stored_in_it(path, tmp_path, monkeypatch):
+    """Numbers aside, which torch may round otherwise, and what a watch warns of."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    texts, names = load(DOCS / "notebooks.py").run(path)
+    stored = json.loads(path.read_text())["cells"]
+    stored = ["".join("".join(out["text"]) for out in cell["outputs"]) for cell in stored if "outputs" in cell]
+    words = [re.findall(r"[a-zA-Z_]{2,}", re.sub(r"(?m)^!.*", "", text)) for text in (*texts, *stored)]
+    assert words[: len(texts)] == words[len(texts) :]
+    match path.stem:
+        case "explain":
+            assert names["verification"].ok and (tmp_path / "found.html").exists()
+        case "train":
+            assert names["trainer"].done and names["trainer"].steps == 300 and texts[-1] == "(300, True)\n"
+            assert abs(names["accuracy"](names["model"]) - names["accuracy"](names["dense"])) < 0.05
+        case "compress":
+            sizes = [sum(p.numel() for p in names[name].parameters()) for name in ("whole", "model")]
+            assert sizes[1] <= 0.51 * sizes[0] and texts[-1] == "True\n"
+            assert names["accuracy"](names["model"]) > names["accuracy"](names["plain"]) + 0.1
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
@@ -64,5 +134,8 @@ def test_the_site_builds_without_a_warning(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "WARNING" not in done.stderr
+    assert "blocks.*" in (tmp_path / "notebooks" / "explain.html").read_text()
     reference = (tmp_path / "reference.html").read_text()
+    assert "All messages" in (errors := (tmp_path / "errors.html").read_text())
+    assert "is out of range" in errors and "<!-- messages" not in errors
     assert "optimizer state" in reference and "EcoSpaTrainer" in reference

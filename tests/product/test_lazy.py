@@ -23,7 +23,7 @@ import ecospa_fx
 seen = {"import": [m for m in SLOW if m in sys.modules]}
 dir(ecospa_fx)
 from ecospa_fx.cli import main
-for command in ["", "explain", "verify", "graph", "report", "compress", "shrink", "train", "doctor", "demo"]:
+for command in ["", "explain", "verify", "graph", "report", "compress", "shrink", "train", "compare", "doctor", "demo"]:
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         main([*([command] if command else []), "--help"])

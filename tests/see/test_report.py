@@ -241,3 +241,108 @@ def test_a_model_without_couplings_has_a_report_too(tmp_path):
     explanation = ecospa_fx.explain(specimen.build(), example_inputs=specimen.inputs(2, 5))
     explanation.report(tmp_path / "report.html")
     assert "specimens.centred" in (tmp_path / "report.html").read_text()
+
+
+def aria(page, selector):
+    return page.locator(selector).evaluate_all("nodes => nodes.map(node => node.getAttribute('aria-label'))")
+
+
+@in_browser
+def test_the_graph_unfolds_block_by_block(explanation, open_page, tmp_path):
+    explanation.report(tmp_path / "report.html")
+    page = open_page(tmp_path / "report.html")
+    page.click("#tab-graph")
+    (fold,) = page.locator(".fold").all()  # three equal blocks are one, and one alone lies open
+    assert "layers.* ×3" in fold.inner_text() and fold.get_attribute("aria-expanded") == "true"
+    weights = {label.split(" ")[0] for label in aria(page, "#graph .weight")}
+    assert weights == {"q", "k", "v", "o", "gate", "up", "down", "norm"}
+    pills = aria(page, "#graph .coupling")
+    assert sorted(pill.split(" ")[0] for pill in pills) == ["glu", "groups", "heads", "qk", "vo"]
+    assert all("×3" in pill for pill in pills)
+    dims = sum(len({(m.parameter, m.dim) for m in c.members}) for c in explanation.couplings if ".0." in c.name)
+    whole = [name for r in explanation.refusals if "layers.0." in r.members[0] for name in r.members]
+    assert "layers.0.norm.bias[0]" in whole  # it goes with its weight, without a place of its own
+    assert page.locator("#graph .edge").count() == dims + len(whole) - 1
+    page.select_option("#graph select", "layers.2")
+    assert not [pill for pill in aria(page, "#graph .coupling") if "×" in pill or "layers.2" not in pill]
+    fold.click()
+    assert page.locator("#graph .drawing").count() == 0
+    page.keyboard.press("Enter")  # the button keeps the focus
+    page.locator("#graph .coupling", has_text="glu").press("Enter")
+    assert "layers.2.glu" in text_of(page, "#details h2") and "takes it to" in text_of(page, "#details")
+    page.click("#tab-graph")
+    page.locator("#graph .weight", has_text="down").click()
+    assert "layers.2.down Linear" in text_of(page, "#details h2")
+
+
+@in_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_graph_fits_the_page(explanation, open_page, tmp_path, width):
+    explanation.report(tmp_path / "report.html")
+    page = open_page(tmp_path / "report.html")
+    page.set_viewport_size({"width": width, "height": 800})
+    page.click("#tab-graph")
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+    outside = """() => [...document.querySelectorAll('#graph .drawing, #graph rect')].filter(
+        node => node.scrollWidth > node.clientWidth + 1 || node.getBoundingClientRect().right > innerWidth).length"""
+    assert page.evaluate(outside) == 0
+
+
+@in_browser
+def test_runs_side_by_side(trained, open_page, tmp_path):
+    _, training = trained
+    other = {**training, "loss": [2 * loss for loss in training["loss"]], "settings": {"target": 0.5, "seed": 1}}
+    one = {**training, "settings": {"target": 0.6, "seed": 1}}
+    compared = ecospa_fx.report.compare_runs({"one": one, "<other>": other})
+    assert compared.differ == {"target": (0.6, 0.5)} and compared.rows["held-out loss"] == (0.4, 0.4)
+    first, second = compared.rows["loss, mean of the last 10"]
+    assert second == pytest.approx(2 * first) and first == pytest.approx(sum(training["loss"][-10:]) / 10)
+    compared.report(tmp_path / "compared.html")
+    page = open_page(tmp_path / "compared.html")
+    page.wait_for_selector("#figure3 .heatmaplayer image")
+    assert page.locator("#figure0 .scatterlayer .trace").count() == 2
+    cells = page.locator("#facts-table tr", has_text="target").locator("td").all_inner_texts()
+    assert cells == ["0.6", "0.5"] and "<other>" in text_of(page, "#facts-table")
+    page.click("#theme")
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+
+
+def test_runs_that_cannot_be_compared_are_refused(trained):
+    _, training = trained
+    with pytest.raises(ecospa_fx.errors.ArgumentError, match="`runs` has 1 of the two or more runs"):
+        ecospa_fx.report.compare_runs({"one": training})
+    with pytest.raises(ecospa_fx.errors.ArgumentError, match=r"`runs\['two'\]` has no 'loss'; it must be what"):
+        ecospa_fx.report.compare_runs({"one": training, "two": {}})
+
+
+class Slow(torch.nn.Module):
+    """A clock by which each call of a model takes as long as it says."""
+
+    now = 0.0
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds, self.modes = seconds, []
+
+    def forward(self, x):
+        self.modes.append((self.training, torch.is_grad_enabled()))
+        Slow.now += self.seconds.pop(0) if isinstance(self.seconds, list) else self.seconds
+
+
+def test_latency_is_of_both_in_turn(monkeypatch, tmp_path):
+    monkeypatch.setattr("time.perf_counter", lambda: Slow.now)
+    # Other load, which slows a round down three times, meets both.
+    load = [9.0, 9.0, 9.0, 1.0, 3.0, 1.0, 1.0]
+    before, after = Slow([2.0 * each for each in load]), Slow(list(load))
+    latency = ecospa_fx.report.latency_of(before, after, (X,), rounds=4)
+    assert (latency["ratio"], latency["low"], latency["high"]) == (0.5, 0.5, 0.5)
+    assert (latency["before"], latency["after"], latency["rounds"]) == (2.0, 1.0, 4)
+    assert set(before.modes) == {(False, False)} and before.training and after.training
+    ecospa_fx.explain(Model(), example_inputs=(X,)).report(tmp_path / "report.html", latency=latency)
+    words = "a forward takes 1e+03 ms, before 2e+03 ms (x 0.50, middle half 0.50 to 0.50, on cpu, 1 thread)"
+    assert words in (tmp_path / "report.html").read_text()
+    with pytest.raises(ecospa_fx.errors.ArgumentError, match="`latency` has no 'after'; it must be what"):
+        ecospa_fx.explain(Model(), example_inputs=(X,)).report(tmp_path / "report.html", latency={"before": 1})
+    with pytest.raises(ecospa_fx.errors.ArgumentError, match="`rounds` is 1; it must be a whole number, at least 2"):
+        ecospa_fx.report.latency_of(before, after, (X,), rounds=1)

@@ -102,10 +102,23 @@ def test_whom_it_refuses():
     assert ecospa_fx.plan(model) == ecospa_fx.Plan()
 
 
-def test_graphs_cannot_be_deployed_so():
+def test_graphs_are_deployed_as_well(tmp_path):
+    """Half of the value heads' sizes have no number in the configuration; `compress` keeps them whole and says so."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
-    model = ecospa_fx.compile(LlamaForCausalLM(config))
-    with pytest.raises(EcoSpaError, match=r"this LlamaForCausalLM runs as graphs.*compile it with execution='module'"):
-        ecospa_fx.EcoSpaTrainer(model, torch.optim.SGD(model.parameters(), lr=0.1), deployable="transformers")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=40, pad_token_id=0,
+    )  # fmt: skip
+    ids = torch.randint(1, 40, (2, 9))
+    model = LlamaForCausalLM(config).eval()
+    calls = [{"input_ids": ids, "use_cache": False}] * 2
+    report = ecospa_fx.compress(model, calls, 0.6, among="prunable", deployable="transformers")
+    assert {name.rpartition(".")[2] for name in report.removed} <= {"glu", "heads", "groups"}
+    assert any("`model.layers.0.self_attn.vo`" in note and "stay whole" in note for note in report.notes)
+    assert ecospa_fx.save_pretrained(model, tmp_path) is None
+    plain = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert sum(p.numel() for p in plain.parameters()) == report.parameters[1] < report.parameters[0]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, model(ids, use_cache=False).logits)

@@ -39,6 +39,7 @@ def document_of(findings: Findings) -> dict[str, Any]:
         "experiments": findings.experiments,
         "given_up": {name or "the model": why for name, why in findings.not_captured.items()},
         "figures": None,
+        "latency": None,
     }
 
 

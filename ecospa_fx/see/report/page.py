@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,12 @@ from ecospa_fx.see.findings import Findings
 from ecospa_fx.train.sensitivities import Sensitivity
 
 from .document import document_of
+from .latency import KEYS as LATENCY
+from .latency import words_of
 from .training import figures_of
+
+KEYS = ("loss", "valid", "sizes", "history", "original", "forecast")
+"""Keys of a training run."""
 
 
 def write_report(
@@ -23,8 +28,31 @@ def write_report(
     path: str | os.PathLike[str],
     training: Mapping[str, Any] | None = None,
     sensitivity: Sensitivity | None = None,
+    latency: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the report of findings. With a training run it includes plotly.js, which is 4.8 MB.
+
+    Raises:
+        EcoSpaError: jinja2 is not installed, or plotly is not and there are curves to draw.
+    """
+    if training is not None:
+        check_state(training, KEYS, "report", "training", "ecospa_fx.report.training_of(trainer, losses)")
+        latency = latency or training.get("latency")
+    if latency is not None:
+        check_state(latency, LATENCY, "report", "latency", "ecospa_fx.report.latency_of(before, after, (x,))")
+    document = document_of(findings)
+    document["latency"] = None if latency is None else words_of(latency)
+    if training is not None:
+        document["figures"] = figures_of(training)
+    page = page_of(
+        "page.html.j2", document, ("figures.js", "graph.js", "report.js"), title=document["title"],
+        curves=training is not None, sensitivity=None if sensitivity is None else _measured(sensitivity),
+    )  # fmt: skip
+    write_page(page, path)
+
+
+def page_of(template: str, document: Any, scripts: Sequence[str], *, curves: bool, **values: Any) -> str:
+    """Fill a template with a document, the style, scripts and, for curves, plotly.js.
 
     Raises:
         EcoSpaError: jinja2 is not installed, or plotly is not and there are curves to draw.
@@ -33,27 +61,25 @@ def write_report(
         import jinja2
     except ModuleNotFoundError:
         raise EcoSpaError("a report needs jinja2: pip install 'ecospa-fx[report]'") from None
-    if training is not None:
-        keys = ("loss", "valid", "sizes", "history", "original", "forecast")
-        check_state(training, keys, "report", "training", "ecospa_fx.report.training_of(trainer, losses)")
-    document = document_of(findings)
-    plotly = ""
-    if training is not None:
-        document["figures"] = figures_of(training)
-        plotly = _plotly()
     here = files(__package__)
+
+    def read(name: str) -> str:
+        return (here / name).read_text(encoding="utf-8")
+
     # Undefined names are mistakes, and everything that comes from a model is escaped.
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string((here / "page.html.j2").read_text(encoding="utf-8"))
-    page = template.render(
-        title=document["title"],
-        style=(here / "report.css").read_text(encoding="utf-8"),
-        script=(here / "report.js").read_text(encoding="utf-8"),
-        document=_inside_script(document),
-        plotly=plotly,
-        curves=training is not None,
-        sensitivity=None if sensitivity is None else _measured(sensitivity),
-    )
+    return environment.from_string(read(template)).render(
+        style=read("report.css"), script="\n".join(map(read, scripts)), document=_inside_script(document),
+        plotly=_plotly() if curves else "", curves=curves, **values,
+    )  # fmt: skip
+
+
+def write_page(page: str, path: str | os.PathLike[str]) -> None:
+    """Write a page to a file.
+
+    Raises:
+        EcoSpaError: it cannot be written.
+    """
     try:
         Path(path).write_text(page, encoding="utf-8")
     except OSError as error:

@@ -24,7 +24,8 @@
   }
 
   byId("facts").textContent =
-    `${count(found.parameters)} parameters, ${found.size}, ${count(found.flops)} FLOPs in a forward of what was captured`;
+    `${count(found.parameters)} parameters, ${found.size}, ${count(found.flops)} FLOPs in a forward of what was captured` +
+    (found.latency ? `; ${found.latency}` : "");
 
   // Modules by path, with children in order.
   const modules = new Map();
@@ -245,17 +246,16 @@
   function drawTraining() {
     if (!drawn) byId("training").replaceChildren(...found.figures.flatMap((figure, i) => [element("h3", {}, figure.title), element("div", { id: "figure" + i })]));
     drawn = true;
-    const style = getComputedStyle(document.documentElement);
-    const ink = style.getPropertyValue("--ink").trim(), line = style.getPropertyValue("--line").trim();
-    found.figures.forEach((figure, i) => {
-      const layout = { margin: { t: 20, r: 60, b: 45, l: 60 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink, size: 12 } };
-      for (const [name, value] of Object.entries(figure.layout)) layout[name] = name.includes("axis") ? { gridcolor: line, zerolinecolor: line, ...value } : value;
-      Plotly.react("figure" + i, figure.traces, layout, { responsive: true, displaylogo: false });
-    });
+    paintFigures(found.figures);
   }
 
+  const drawGraph = couplingGraph({
+    found, element, where: byId("graph"), reveal, drawCoupling, showRefusals: () => show("refusals"),
+  });
+  addEventListener("resize", () => { if (view === "graph") drawGraph(query); });
+
   const views = [...document.querySelectorAll('[role="tab"]')].map((tab) => tab.getAttribute("aria-controls"));
-  const draw = { model: () => drawTree(false), couplings: drawCouplings, refusals: drawRefusals, training: drawTraining, sensitivity: () => {} };
+  const draw = { model: () => drawTree(false), couplings: drawCouplings, refusals: drawRefusals, graph: () => drawGraph(query), training: drawTraining, sensitivity: () => {} };
   let view = "model";
 
   function show(name) {
@@ -316,11 +316,7 @@
     if (number >= 1 && number <= views.length) { show(views[number - 1]); byId("tab-" + view).focus(); }
   });
 
-  const root = document.documentElement, dark = matchMedia("(prefers-color-scheme: dark)");
-  const paint = (theme) => { root.dataset.theme = theme; if (view === "training") drawTraining(); };
-  paint(dark.matches ? "dark" : "light");
-  dark.addEventListener("change", () => paint(dark.matches ? "dark" : "light"));
-  byId("theme").addEventListener("click", () => paint(root.dataset.theme === "dark" ? "light" : "dark"));
+  themed(() => { if (view === "training") drawTraining(); });
 
   drawTree(false);
   drawModule(modules.get(""));

@@ -81,13 +81,8 @@ def widths_of(training: Mapping[str, Any]) -> tuple[list[int], dict[str, list[in
 
 def figures_of(training: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Build the figures for plotly.js: a title, traces and a layout each."""
-    figures = [_loss(training)]
-    steps, widths = widths_of(training)
-    names = list(widths)
-    original = training["original"]
-    shares = [[size / original[name] for size in widths[name]] for name in names]
-    words = [[f"{size} of {original[name]}" for size in widths[name]] for name in names]
-    figures.append(_heatmap("Width of each coupling over time, share left", steps, names, shares, words, (0, 1)))
+    figures = [_loss(training), widths_figure(training)]
+    names = list(training["original"])
     scored = [entry for entry in training["history"] if entry.get("importance")]
     if scored:
         at = [entry["step"] for entry in scored]
@@ -103,6 +98,16 @@ def figures_of(training: Mapping[str, Any]) -> list[dict[str, Any]]:
     if training.get("forecast"):
         figures.append(_expected(training["forecast"]))
     return figures
+
+
+def widths_figure(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the figure of the widths of all couplings over time."""
+    steps, widths = widths_of(training)
+    original = training["original"]
+    shares = [[size / original[name] for size in sizes] for name, sizes in widths.items()]
+    words = [[f"{size} of {original[name]}" for size in sizes] for name, sizes in widths.items()]
+    title = "Width of each coupling over time, share left"
+    return _heatmap(title, steps, list(widths), shares, words, (0, 1))
 
 
 def _expected(forecast: Mapping[str, Any]) -> dict[str, Any]:
