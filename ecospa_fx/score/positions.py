@@ -381,16 +381,9 @@ class PositionReader(Averaged[str]):
         scale = step.scale if step.scale is not None else self._scale(pending, step)
         if scale is not None:
             squares = {name: each / scale.to(each).square() for name, each in squares.items()}
-<<<<<<< HEAD
-        squares = {name: each * self._parts[name] for name, each in squares.items() if name not in self._partly}
-        self._seen.update(squares)
-=======
         alone = {name: name.removeprefix(ALL) for name in squares}
-        squares = {
-            n: each * self._parts.get(alone[n], 1) for n, each in squares.items() if alone[n] not in self._partly
-        }
+        squares = {n: each * self._parts[alone[n]] for n, each in squares.items() if alone[n] not in self._partly}
         self._seen.update(name for name in squares if not name.startswith(ALL))
->>>>>>> 781643fea9b71bafe65900d87c3dfc84b1f55eee
         self.totals.add(squares, step)
         self.gates.read(step, self._read_by_position(), odd=False)
 
