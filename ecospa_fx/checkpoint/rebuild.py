@@ -24,8 +24,8 @@ from ecospa_fx.model.full_size import unshrunk
 from ecospa_fx.model.journal import Journal, reduced_anew
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.restore import restore
-from ecospa_fx.passes.find.analyse import shared_outside
 from ecospa_fx.passes.follow.attributes import Changes, assigned, sync_layer_sizes
+from ecospa_fx.passes.graph.shared_memory import SharedMemory
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.ir.border import NO_BORDER
 from ecospa_fx.plan import Plan
@@ -254,10 +254,9 @@ def attach_compiled(model: nn.Module, about: Mapping[str, Any], plan: Plan, attr
     compiled.state.adopt(plan, attributes)
     if about["regions"]:
         model.__dict__[MODEL] = compiled
+        memory = SharedMemory(named_tensors(model))
         for name in about["regions"]:
-            compiled.regions[name] = Region(
-                name, compiled.state, shared_outside(model, name), borders.get(name, NO_BORDER)
-            )
+            compiled.regions[name] = Region(name, compiled.state, memory.outside(name), borders.get(name, NO_BORDER))
             compiled.regions[name].unsupported_marks = frozenset(map(str, about["withheld"].get(name) or ()))
             compiled.regions[name].called = about["called"].get(name)
         compiled.route(model)

@@ -27,10 +27,11 @@ from ecospa_fx.couple.coupling import Coupling, CouplingSelection
 from ecospa_fx.errors import CaptureError, EcoSpaError, NoCouplingError, ShrinkError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.capture.record import record
-from ecospa_fx.passes.find.analyse import Analysis, shared_outside
+from ecospa_fx.passes.find.analyse import Analysis
 from ecospa_fx.passes.find.joined import choose_regions
 from ecospa_fx.passes.follow.attributes import Attribute, Changes, Value, Values, numbers_in, sync_layer_sizes
 from ecospa_fx.passes.graph.forward_swap import forwards_to, own_forward, swap_forward
+from ecospa_fx.passes.graph.shared_memory import SharedMemory
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.replay import replay
@@ -270,11 +271,12 @@ class CompiledModel:
         Raises:
             EcoSpaError: weights were tied that have shrunk apart.
         """
-        retied = {name: region.retied(model) for name, region in self.regions.items()}
+        memory = SharedMemory(named_tensors(model))
+        retied = {name: region.retied(model, memory) for name, region in self.regions.items()}
         changed = {name: found for name, found in retied.items() if found is not None}
         if not changed:
             return
-        outside = {name: shared_outside(model, name) for name in changed}
+        outside = {name: memory.outside(name) for name in changed}
 
         def take_up(journal: Journal) -> None:
             journal.note_object(self.state)

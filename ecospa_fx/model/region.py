@@ -19,14 +19,15 @@ from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.axes.selection import Selected, Selection
 from ecospa_fx.passes.capture.first_call import after_first_call, make
 from ecospa_fx.passes.capture.hooks import backward_hooked, calls_itself, inner_hooks
-from ecospa_fx.passes.find.analyse import Analysis, analyse_once, shared_outside
+from ecospa_fx.passes.find.analyse import Analysis, analyse_once
 from ecospa_fx.passes.find.discover import Discovery, discover
 from ecospa_fx.passes.find.numbers import with_numbers
 from ecospa_fx.passes.follow.attributes import holding, numbers_in, restore_layer_sizes, sync_layer_sizes
 from ecospa_fx.passes.follow.follow import PythonSupport, follow
 from ecospa_fx.passes.graph.forward_swap import own_forward
 from ecospa_fx.passes.graph.python_state import StateChange
-from ecospa_fx.passes.graph.tensors import join, same_storage, swapped
+from ecospa_fx.passes.graph.shared_memory import SharedMemory
+from ecospa_fx.passes.graph.tensors import join, swapped
 from ecospa_fx.passes.infer.infer import inferred_again
 from ecospa_fx.passes.infer.sizes import called_sizes
 from ecospa_fx.passes.ir.border import NO_BORDER, Border, argument_names
@@ -517,14 +518,14 @@ class Region:
         self.specializations = settled(self.name, module, self.specializations, self.state, more).specializations
         self.state.forget_couplings()
 
-    def retied(self, model: nn.Module) -> list[Specialization] | None:
+    def retied(self, model: nn.Module, memory: SharedMemory) -> list[Specialization] | None:
         """Return the specializations as they must be after weights were tied or untied; None if none were.
 
         Raises:
             EcoSpaError: weights were tied that have shrunk apart.
         """
-        module, outside = model.get_submodule(self.name), shared_outside(model, self.name)
-        ties = [same_storage(module, each.captured.tensors.values()) for each in self.specializations]
+        outside = memory.outside(self.name)
+        ties = [memory.tied(self.name, tuple(each.captured.tensors.values())) for each in self.specializations]
         if outside == self.shared_outside and all(
             same == each.captured.same_storage for same, each in zip(ties, self.specializations, strict=True)
         ):
@@ -544,6 +545,7 @@ class Region:
                     f"weights have been tied since they shrank, {', '.join(new[:3])}, which cannot be followed: "
                     f"{error}. Untie them, or tie them before the first shrink"
                 ) from error
+            module = model.get_submodule(self.name)
             specializations.append(Specialization(rewrite(axis_facts, kept, module), discover(axis_facts)))
         return specializations
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from ecospa_fx.arguments import FUNCTION, MODULE, takes
 from ecospa_fx.errors import EcoSpaError
-from ecospa_fx.passes.find.analyse import shared_outside
+from ecospa_fx.passes.graph.shared_memory import SharedMemory
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.wrappers import looks_inside
@@ -105,8 +105,9 @@ def _moved(
         for attribute, values in compiled.attributes.items()
         if attribute.module in paths
     }
+    memory = SharedMemory(named_tensors(result))
     for name, region in compiled.regions.items():
-        moved.regions[paths[name]] = fresh = Region(paths[name], moved.state, shared_outside(result, paths[name]))
+        moved.regions[paths[name]] = fresh = Region(paths[name], moved.state, memory.outside(paths[name]))
         fresh.called, fresh.unsupported_marks = region.called, frozenset(region.offers.marks())
     return moved
 

@@ -17,8 +17,9 @@ own Python runs, or torch.compile), are judged by `gates.py`.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,6 +49,9 @@ from .totals import GateTotals
 GATES = "gates of "
 """Prefix of the names of the sums that `gates.py` keeps, in a saved state."""
 
+ALL = "all of "
+"""Prefix of the names of the sums for all entries of a coupling at once."""
+
 SCALED = 16.0
 """Factor above which gradients in backward have been multiplied by a gradient scaler; less may be clipping."""
 
@@ -74,6 +78,7 @@ class Place:
     unit: Tensor
     slot: str
     share: float = 1.0
+    _copies: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, site: ProductSite, side: Side, slot: str, share: float) -> Place:
@@ -98,16 +103,35 @@ class Place:
         else:
             rows = product.movedim((along % product.ndim, dim), (-2, -1)).flatten(-2)
             rows = rows.reshape(-1, rows.shape[-1])
-        return rows if len(self.columns) == rows.shape[1] else rows[:, self.columns.to(rows.device)]
+        return rows if len(self.columns) == rows.shape[1] else rows[:, self._on(rows.device)[0]]
 
     def by_unit(self, rows: Tensor) -> Tensor:
         """Add up the columns of each gate, `[positions, units]`."""
-        return rows.new_zeros(len(rows), self.units).index_add_(1, self.unit.to(rows.device), rows)
+        if self.whole:
+            return rows.clone()  # other places may read the same tensor
+        return rows.new_zeros(len(rows), self.units).index_add_(1, self._on(rows.device)[1], rows)
 
-    @property
+    def sums(self, columns: Tensor) -> Tensor:
+        """Add up the values of the columns `[columns]` of each gate, `[units]`."""
+        if self.whole:
+            return columns
+        return columns.new_zeros(self.units).index_add_(0, self._on(columns.device)[1], columns)
+
+    @functools.cached_property
     def apart(self) -> bool:
         """True if every gate has one column at most."""
         return len(self.unit.unique()) == len(self.unit)
+
+    @functools.cached_property
+    def whole(self) -> bool:
+        """True if the columns are the gates in their order."""
+        return torch.equal(self.unit, torch.arange(self.units))
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return columns and units on a device: copied there once, and not at every backward."""
+        if device not in self._copies:
+            self._copies[device] = self.columns.to(device), self.unit.to(device)
+        return self._copies[device]
 
 
 class _Read(torch.autograd.Function):
@@ -157,10 +181,12 @@ class _Pending:
         same = before is not None and before.shape == terms.shape
         self.terms[key] = before.add_(terms.to(before.device)) if same and before is not None else terms
 
-    def all_squares(self) -> dict[str, Tensor]:
-        """Return the sums of squares of every coupling."""
+    def all_squares(self, at_once: Collection[str] = ()) -> dict[str, Tensor]:
+        """Return the sums of squares of every coupling, and of all entries of those in `at_once` together."""
         for (name, _, _), terms in self.terms.items():
             self.add(name, terms.square().sum(0))
+            if name in at_once:
+                self.add(ALL + name, terms.sum(1).square().sum()[None])
         return self.squares
 
 
@@ -176,6 +202,7 @@ class PositionReader(Averaged[str]):
     Attributes:
         gates: judges what has no such place.
         begins: gradients begin at the first place where no weight before it trains, so that no weight need have one.
+        wholes: couplings whose entries may all go are judged as a whole, too.
     """
 
     learns = True
@@ -191,10 +218,11 @@ class PositionReader(Averaged[str]):
         self._common: set[str] | None = None  # of these, those that all ranks have seen
         self._slots: dict[str, set[str]] = {}
         self._parts: dict[str, int] = {}  # coupling -> the number of ranks that its entries are shared out over
+        self._may_go: set[str] = set()  # couplings that are judged as a whole, too
         self._measure: str | None = None  # the coupling whose gradient tells by how much a loss was scaled
         self._pending = _Pending()
         self._observed: list[Region] = []
-        self.begins = False
+        self.begins = self.wholes = False
 
     @property
     def sums(self) -> Mapping[SliceKey, Tensor]:
@@ -249,7 +277,8 @@ class PositionReader(Averaged[str]):
     def taps_of(self, region: Region, program: Program, module: nn.Module) -> list[Tap]:
         """Return a tap at each place of the program's graph at which gates of couplings act."""
         by_place: dict[tuple[fx.Node, tuple[fx.Node, ...]], list[Place]] = {}
-        sites = list(sums_of(compiled_state(self.model), region, program, module))
+        sites = [site for site in sums_of(compiled_state(self.model), region, program, module) if not site.overwritten]
+        self._parts |= {site.coupling.name: site.parts for site in sites}
         for place, users in self._places_in(region, program, module, {site.coupling.name for site in sites}):
             by_place.setdefault((place.side.node, users), []).append(place)
             self._slots.setdefault(place.coupling, set()).add(place.slot)
@@ -289,6 +318,8 @@ class PositionReader(Averaged[str]):
             if name not in offered or name in but:
                 continue
             sites = list(product_sites(facts, found, offered[name], *kept))
+            if self.wholes and offered[name].last_stays is None:
+                self._may_go.add(name)
             self._parts[name] = max((site.parts for site in sites), default=1)
             unseen = {weight for weight, dim in summing if found.atom in atoms_of(facts.parameters[weight][dim])}
             over: dict[tuple[fx.Node, int], list[tuple[ProductSite, Side, str]]] = {}
@@ -321,17 +352,17 @@ class PositionReader(Averaged[str]):
         for place in places:
             rows = place.rows(product)
             if place.coupling == self._measure:
-                along = rows.new_zeros(place.units).index_add_(0, place.unit.to(rows.device), rows.sum(0))
+                along = place.sums(rows.sum(0))
                 before = self._pending.gradient
                 self._pending.gradient = along if before is None or before.shape != along.shape else before.add_(along)
+            whole = place.coupling in self._may_go and place.share == 1.0 and self._parts[place.coupling] == 1
+            if whole and len(self._slots[place.coupling]) == 1:
+                self._pending.add(ALL + place.coupling, rows.sum(1).square().sum()[None])
             if place.share == 1.0 and len(self._slots[place.coupling]) > 1:
                 self._pending.add_terms(place, place.by_unit(rows))
-            elif place.apart:
-                squares, unit = rows.square().sum(0), place.unit.to(rows.device)
-                squares = squares.new_zeros(place.units).index_add_(0, unit, squares)
-                self._pending.add(place.coupling, squares.mul_(place.share))
             else:
-                self._pending.add(place.coupling, place.by_unit(rows).square().sum(0).mul_(place.share))
+                squares = place.sums(rows.square().sum(0)) if place.apart else place.by_unit(rows).square().sum(0)
+                self._pending.add(place.coupling, squares.mul_(place.share))
 
     @torch.no_grad()
     def _take_experts(self, site: SumSite, owner: Tensor, value: Tensor, gradient: Tensor) -> None:
@@ -345,11 +376,14 @@ class PositionReader(Averaged[str]):
         self.observe()
         self.count.note(step.found_inf, step.new_step)
         pending, self._pending = self._pending, _Pending()
-        squares, scale = pending.all_squares(), step.scale if step.scale is not None else self._scale(pending, step)
+        at_once = {name for name in self._may_go if self._parts[name] == 1}
+        squares = pending.all_squares(at_once)
+        scale = step.scale if step.scale is not None else self._scale(pending, step)
         if scale is not None:
             squares = {name: each / scale.to(each).square() for name, each in squares.items()}
-        squares = {name: each * self._parts.get(name, 1) for name, each in squares.items() if name not in self._partly}
-        self._seen.update(squares)
+        alone = {name: name.removeprefix(ALL) for name in squares}
+        squares = {n: each * self._parts[alone[n]] for n, each in squares.items() if alone[n] not in self._partly}
+        self._seen.update(name for name in squares if not name.startswith(ALL))
         self.totals.add(squares, step)
         self.gates.read(step, self._read_by_position(), odd=False)
 
@@ -406,6 +440,11 @@ class PositionReader(Averaged[str]):
         mean = mean.view(-1, shape[1])
         return mean.expand(shape) if by_context else mean.sum(0)
 
+    def whole(self, coupling: Coupling) -> float | None:
+        """Return the mean over steps of the squared change without any entry, summed over positions; None: unknown."""
+        mean = self.means_now().get(ALL + coupling.name)
+        return None if mean is None or not bool(mean.isfinite().all()) else float(mean.sum())
+
     def means(self) -> dict[str, Tensor]:
         """Return by coupling name the mean over steps of each gate, of the positions of all ranks."""
         found = {name: self.totals.mean(name, self.count) for name, _ in self.totals.sums}
@@ -432,7 +471,7 @@ class PositionReader(Averaged[str]):
         unit = self._unit() if sharing_ranks(self.model).is_first else 0.0  # or they would count once per rank
         self.gates.load_tensors({n.removeprefix(GATES): tensor for n, tensor in named.items() if n.startswith(GATES)})
         self.totals.load_tensors({name: each * unit for name, each in named.items() if not name.startswith(GATES)})
-        self._seen, self._common = {name for name, _ in self.totals.sums}, None
+        self._seen, self._common = {name for name, _ in self.totals.sums if not name.startswith(ALL)}, None
 
     def _unit(self) -> float:
         """Return the factor of sums here on those of one process: each rank's loss is a mean over its part alone."""

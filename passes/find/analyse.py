@@ -19,7 +19,7 @@ from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
 from ecospa_fx.passes.capture.reads import AttributeReads, filled_read, recorded_reads
 from ecospa_fx.passes.capture.rehearse import rehearsed
 from ecospa_fx.passes.graph.python_state import COMPILED, OWN, StateChange, same
-from ecospa_fx.passes.graph.tensors import at_original_sizes, named_tensors, storage_key
+from ecospa_fx.passes.graph.tensors import at_original_sizes, named_tensors
 from ecospa_fx.passes.infer.infer import infer_axes
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.border import NO_BORDER, Border, argument_names
@@ -322,26 +322,3 @@ def _shared(
         return None
     seconds = {"export": checked - start, "infer": 0.0, "discover": time.thread_time() - checked}
     return Analysis(name, captured, axis_facts, discovery, seconds)
-
-
-def shared_outside(model: nn.Module, region: str, named: Mapping[str, Tensor] | None = None) -> dict[str, str]:
-    """Find the parameters and buffers of a region whose storage something outside it uses too.
-
-    Args:
-        model: the model.
-        region: name of the region.
-        named: tensors of the model by name; pass them for many regions, since looking them up takes long.
-
-    Returns:
-        Name in the region -> where else it is used, in words.
-    """
-    if not region:
-        return {}
-    inside: dict[Any, list[str]] = {}
-    outside: dict[Any, str] = {}
-    for name, tensor in (named_tensors(model) if named is None else named).items():
-        if name.startswith(f"{region}."):
-            inside.setdefault(storage_key(tensor), []).append(name.removeprefix(f"{region}."))
-        else:
-            outside.setdefault(storage_key(tensor), name)
-    return {name: f"as `{outside[key]}`" for key, names in inside.items() if key in outside for name in names}

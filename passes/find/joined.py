@@ -24,6 +24,7 @@ from ecospa_fx.logs import logger
 from ecospa_fx.passes.capture.between import Between, follow_between
 from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
 from ecospa_fx.passes.capture.record import ATTEMPTS
+from ecospa_fx.passes.graph.shared_memory import SharedMemory
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.passes.ir.border import WeightDim
 
@@ -137,7 +138,9 @@ def joined(
             try:
                 if not calls:
                     raise CaptureError("it is not called in this forward of the model")
-                analyses[name] = analyse_calls(model, name, calls, captures, named_tensors(model), {}, options)
+                analyses[name] = analyse_calls(
+                    model, name, calls, captures, SharedMemory(named_tensors(model)), {}, options
+                )
             except CaptureError as error:
                 children = [f"{name}.{child}" for child, _ in model.get_submodule(name).named_children()]
                 more += [child for child in children if _holds_weights(model.get_submodule(child))]

@@ -24,6 +24,7 @@ from ecospa_fx.logs import logger
 from ecospa_fx.passes.capture.capture import class_forward
 from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
 from ecospa_fx.passes.capture.record import record_all
+from ecospa_fx.passes.graph.shared_memory import SharedMemory
 from ecospa_fx.passes.graph.tensors import named_tensors
 
 from .analyse import Analysis, Captures, _analyse_watched
@@ -69,8 +70,10 @@ def choose(
     used_outside: dict[str, str] = {}
     ends: set[str] = set()
     calls = record_all(model, args, kwargs, candidates, used_outside, ends) if candidates else {}
-    named = named_tensors(model)
-    search = Search(model, lambda name: analyse_calls(model, name, calls[name], captures, named, used_outside, options))
+    memory = SharedMemory(named_tensors(model))
+    search = Search(
+        model, lambda name: analyse_calls(model, name, calls[name], captures, memory, used_outside, options)
+    )
     blocks = [name for name in calls if not any(name.startswith(f"{other}.") for other in calls)]
     for name in blocks:
         search.attempt(name)
@@ -181,8 +184,8 @@ def _named(
     missing = [name for name in names if name not in calls]
     if missing:
         raise CaptureError(f"regions: `{missing[0]}` is not called in a forward of the model; name another")
-    named = named_tensors(model)
-    return {name: analyse_calls(model, name, calls[name], captures, named, used_outside, options) for name in names}
+    memory = SharedMemory(named_tensors(model))
+    return {name: analyse_calls(model, name, calls[name], captures, memory, used_outside, options) for name in names}
 
 
 def _candidates(model: nn.Module) -> Iterator[str]:
