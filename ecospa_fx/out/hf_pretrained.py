@@ -168,12 +168,6 @@ def configuration_for(model: nn.Module, compiled: CompiledModel) -> Any:
 def _untried(model: nn.Module, compiled: CompiledModel) -> str | None:
     """Say why a model of the same class cannot be tried beside graphs; None where each region can."""
     kind = type(model).__name__
-    crossing = {member for joint in compiled.state.joints for member in joint.members}
-    if crossing & compiled.plan.kept.keys():
-        return (
-            f"this {kind} has shrunk across its regions, where its own Python runs between graphs; compile it with "
-            "regions='root', or with execution='module'"
-        )
     for name, region in compiled.regions.items():
         if any(True for _ in compiled.plan.under(name)) and not region.specializations:
             return f"`{name}` has not been called since this {kind} was loaded; call the model once, then save it"
