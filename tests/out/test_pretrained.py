@@ -77,15 +77,6 @@ def test_graphs_of_equal_sizes_are_a_smaller_configuration(tmp_path):
     assert "cannot express the sizes" in ecospa_fx.save_pretrained(loaded, tmp_path / "heads")
 
 
-def test_what_shrank_between_graphs_is_not_promised(tmp_path):
-    model, ids = llama("graph")
-    ecospa_fx.restore(model)
-    ecospa_fx.compile(model, example_kwargs={"input_ids": ids, "use_cache": False}, regions="joined")
-    (stream,) = (c for c in ecospa_fx.couplings(model) if c.kind == "residual")
-    ecospa_fx.shrink(model, {stream: torch.arange(stream.size // 2)})
-    assert "runs through several regions" in ecospa_fx.save_pretrained(model, tmp_path)
-
-
 def test_layers_of_equal_sizes_are_a_smaller_configuration(tmp_path):
     model, ids = llama()
     shrink(model)
