@@ -130,7 +130,11 @@ def _positions(axis: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
     if name not in shapes or type(dim) is not int or not 0 <= dim < len(shapes[name]):
         raise CheckpointError(f"the plan keeps entries of `{name}` dim {dim}, but has no original shape for it")
     size = shapes[name][dim]
-    ordered = all(type(p) is int for p in positions) and all(a < b for a, b in pairwise(positions))
-    if not positions or not ordered or positions[0] < 0 or positions[-1] >= size:
+    ordered = (
+        type(positions) is list
+        and all(type(p) is int for p in positions)
+        and all(a < b for a, b in pairwise(positions))
+    )
+    if not ordered or (positions and (positions[0] < 0 or positions[-1] >= size)):
         raise CheckpointError(f"the plan's positions of `{name}` dim {dim} are not increasing within 0..{size - 1}")
     return torch.tensor(positions, dtype=torch.long, device="cpu")  # within torch.device("meta") too

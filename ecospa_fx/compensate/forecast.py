@@ -146,6 +146,9 @@ def forecast(
     state: CompiledModel | None = None  # read once: that takes a while
     for coupling in couplings:
         alone, curve = _alone(coupling, saliency, by_context), None
+        if widths is not None and widths.get(coupling) == 0:  # nothing is left that could take over
+            curves[coupling] = _removed(alone)
+            continue
         if rotate and coupling.linear:
             state = state or state_of(model)
             curve = _rotated(model, state, coupling, grams, optimizers, alone)
@@ -159,6 +162,12 @@ def forecast(
 def worth_of(coupling: Coupling, saliency: Saliency, *, by_context: bool = True) -> Tensor:
     """Return the rise of the loss by the cheapest entry, by the next, and so on, without compensation: `[size]`."""
     return _removed(_alone(coupling, saliency, by_context)).cost
+
+
+def whole_worth(couplings: Iterable[Coupling], saliency: Saliency) -> dict[Coupling, float]:
+    """Return the rise of the loss without any entry of a coupling, in the unit of `worth_of`, where it is known."""
+    found = {coupling: saliency.whole(coupling) for coupling in couplings if coupling.last_stays is None}
+    return {coupling: worth / 2 for coupling, worth in found.items() if worth is not None}
 
 
 def removed_by(

@@ -245,9 +245,9 @@ class Grams:
         found: list[Read] = [] if not isinstance(self.mask, str) else list(mask_inputs(program, self.mask))
         found += pair_sites(region, program)
         for key in self._absorbers.grams_in(region):
-            consumer = here.get(key_in_region(region, key))
-            if isinstance(consumer, Consumer):
-                found.append(GramInput(key, consumer.inputs, consumer.window, region.state.plan.kept.get(key)))
+            consumer, left = here.get(key_in_region(region, key)), region.state.plan.kept.get(key)
+            if isinstance(consumer, Consumer) and (left is None or len(left)):
+                found.append(GramInput(key, consumer.inputs, consumer.window, left))
         found += self._norms.inputs(region, program)
         return [node for place in found for node in place.nodes], found
 

@@ -91,8 +91,8 @@ class TakingOver:
         """
         constant, kept = absorber.consumer.bias is not None, columns(steps, absorber.consumer.window)
         moments, ranks = self.moments[absorber.gram], self.ranks
-        if self.ridge is not None:
-            return absorb(moments, kept, constant=constant, ridge=self.ridge)
+        if self.ridge is not None or not len(kept):  # without any column a bias may take up their mean
+            return absorb(moments, kept, constant=constant, ridge=self.ridge or 0.0)
         matrix = self._matrix(absorber.gram, tensors)
 
         def total(sums: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ class Constraints:
     """The conditions that every shrink meets.
 
     Attributes:
-        min_keep: number of entries that every coupling keeps at least.
+        min_keep: number of entries that every coupling keeps at least. With 0 a coupling may lose its last entry too
+            where what it feeds is then a constant, so that its sublayer goes; see `Coupling.last_stays`.
         round_to: widths come out as multiples of it (8 or 64 for tensor cores), except those of heads and query groups,
             and of experts, which are numbers of these. A rotary pair is two rows wide, so that 8 means 4 pairs. A
             coupling narrower than it stays at full size.
@@ -60,9 +61,9 @@ class Constraints:
     allowed: Mapping[str, Collection[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value in (("min_keep", self.min_keep), ("round_to", self.round_to)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise TargetError(f"{name}={value!r} is out of range; it is a whole number, at least 1")
+        for name, value, least in (("min_keep", self.min_keep, 0), ("round_to", self.round_to, 1)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise TargetError(f"{name}={value!r} is out of range; it is a whole number, at least {least}")
         _check_option("head_dims", self.head_dims, get_args(HeadDims))
         if self.uniform is not None:
             _check_option("uniform", self.uniform, get_args(Uniform))
@@ -150,6 +151,8 @@ class Constraints:
         for coupling, keep in keeps.items():
             if coupling.name in whole and keep != coupling.size:
                 raise ShrinkError(f"cannot shrink `{coupling.name}`: {whole[coupling.name]}")
+            if not keep:
+                check_none_left(coupling)
         for unit in units:
             after = {c: keeps.get(c, c.size) for c in unit.couplings}
             if after not in [unit.keeps(size) for size in unit.sizes]:
@@ -203,6 +206,8 @@ class Constraints:
             step = lcm(*(scale.denominator * each // gcd(each, scale.numerator) for each, scale in steps))
             least = max(max(self.min_keep, c.least) / scale for c, scale, _ in parts)
             sizes = [size for size in range(step, ceil(most), step) if size >= least]
+            if self.min_keep == 0 and most and all(c.smallest == 0 for c in group):
+                sizes = [0, *sizes]
             for coupling, scale, _ in parts:
                 if coupling.name in self.allowed:
                     sizes = [size for size in sizes if int(size * scale) in self.allowed[coupling.name]]
@@ -232,6 +237,8 @@ class Constraints:
             return coupling.name in whole or not keep * width % self.multiple_of.get(coupling.kind, 1)
         if coupling.name in whole or keep.denominator != 1 or keep not in self.allowed.get(coupling.name, (keep,)):
             return False
+        if not keep:
+            return self.min_keep == 0 and coupling.smallest == 0
         return max(self.min_keep, coupling.least) <= keep < coupling.size and not keep % self._step(coupling, width)
 
     def _check_multiple(self, coupling: Coupling, width: int) -> None:
@@ -241,7 +248,7 @@ class Constraints:
             TargetError: it is.
         """
         multiple, rows = self.multiple_of.get(coupling.kind, 1), coupling.size * width
-        if rows < multiple:
+        if 0 < rows < multiple:
             raise TargetError(
                 f"multiple_of[{coupling.kind!r}]={multiple} is more than the {rows} of `{coupling.name}`; choose at "
                 f"most {rows}, or keep it whole with frozen=[{coupling.name!r}]"
@@ -274,6 +281,19 @@ class Constraints:
                 )
             frozen |= {c.name: f"frozen by {what}" for c in matches}
         return frozen
+
+
+def check_none_left(coupling: Coupling) -> None:
+    """Refuse to remove all entries of a coupling that needs one.
+
+    Raises:
+        ShrinkError: it does.
+    """
+    if coupling.size and coupling.last_stays is not None:
+        raise ShrinkError(
+            f"cannot shrink `{coupling.name}` to nothing: {coupling.last_stays}; keep at least {coupling.least} of its "
+            f"{coupling.size} entries"
+        )
 
 
 def _check_option(name: str, value: object, options: Sequence[str]) -> None:

@@ -74,6 +74,8 @@ class Coupling:
         in_step: with execution="module", names of couplings that must keep the same share of their entries, because its
             own Python has one integer for the sizes of all (one `head_dim` for queries, keys and values).
         least: number of entries that it keeps at least, because the model takes so many of them (a top-k of experts).
+        last_stays: the reason why one entry must stay; None where all may go, as `Constraints(min_keep=0)` allows: what
+            they feed is a constant then.
         parts: its size stays a multiple of this number, as many ranks share its entries out by tensor parallelism; 0
             where that cuts entries apart, so that none can go.
     """
@@ -93,11 +95,18 @@ class Coupling:
     in_step: tuple[str, ...] = ()
     parts: int = 1
     least: int = 1
+    last_stays: str | None = None
 
     @cached_property
     def width(self) -> int:
         """Rows or columns of one entry in the narrowest of its matrices, per context: 2 for a rotary pair."""
-        return min(int((m.index >= 0).sum()) for m in self.members if m.matrix) // (self.size * self.contexts)
+        rows = min(int((m.index >= 0).sum()) for m in self.members if m.matrix)
+        return max(1, rows // max(1, self.size * self.contexts))
+
+    @property
+    def smallest(self) -> int:
+        """The number of entries that it may come down to: 0 where all may go."""
+        return self.least if self.last_stays is not None else 0
 
     @takes(a=TEXT, b=TEXT)
     def why(self, a: str, b: str) -> Path:

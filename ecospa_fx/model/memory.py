@@ -55,7 +55,7 @@ class Scratch:
 def rows_at_once(tensor: Tensor) -> tuple[int, int]:
     """Return how many rows of a tensor move at once, and their bytes: a 32nd of a large tensor, for few launches."""
     row = max(1, tensor.element_size() * math.prod(tensor.shape[1:]))
-    rows = min(len(tensor), max(1, CHUNK // row, len(tensor) // 32))
+    rows = max(1, min(len(tensor), max(1, CHUNK // row, len(tensor) // 32)))
     return rows, rows * row
 
 
@@ -201,7 +201,7 @@ class _Mover:
     def _places(self, first: int, last: int) -> Tensor:
         """Return the new places of some rows."""
         length = math.prod(self.shape[1:])
-        return self.old.view(-1)[first * length : last * length].view(-1, *self.shape[1:])
+        return self.old.view(-1)[first * length : last * length].view(last - first, *self.shape[1:])
 
     def _positions(self, first: int, last: int) -> Tensor:
         """Return the old positions of some rows."""

@@ -197,8 +197,20 @@ class Offers:
             else (),
             in_step=tuple(self._names_of(support.in_step.get(offered.key, ()))) if support is not None else (),
             parts=parts_of(members, numbers.size, self.shared_out),
-            least=max(c.least for s in self.specializations for c in s.discovery.couplings if c.key == offered.key),
+            least=max(c.least for c in self._in_each_graph(offered)),
+            last_stays=self._last_stays(offered),
         )
+
+    def _in_each_graph(self, offered: RegionCoupling) -> Iterator[RegionCoupling]:
+        """Yield a coupling as each graph of the region has it."""
+        yield from (c for s in self.specializations for c in s.discovery.couplings if c.key == offered.key)
+
+    def _last_stays(self, offered: RegionCoupling) -> str | None:
+        """Return the reason why one entry of a coupling stays, of the first graph that needs it."""
+        support = self.python_support
+        if support is not None and offered.key in support.last_stays:
+            return f"its own Python {support.last_stays[offered.key]}; execution='graph' needs none"
+        return next((c.last_stays for c in self._in_each_graph(offered) if c.last_stays is not None), None)
 
     def _members(self, offered: RegionCoupling, numbers: CouplingIndex) -> Iterator[Member]:
         axis_facts = self.naming_graph.axis_facts

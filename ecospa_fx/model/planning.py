@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ecospa_fx.arguments import shown
+from ecospa_fx.couple.constraints import check_none_left
 from ecospa_fx.couple.coupling import Coupling, CouplingSelection
 from ecospa_fx.errors import NoCouplingError, ShrinkError
 from ecospa_fx.passes.axes.algebra import Atom
@@ -116,9 +117,10 @@ def _check_keep(coupling: Coupling, keep: Tensor) -> None:
         )
     if keep.ndim == 2 and len(keep) != coupling.contexts:
         raise ShrinkError(f"cannot shrink {where}: keep has {len(keep)} rows; it has {coupling.contexts} contexts now")
-    if not keep.numel():
-        raise ShrinkError(f"cannot shrink {where} to nothing; at least one of its {coupling.size} entries must stay")
     left = keep.shape[-1]
+    if not left:
+        check_none_left(coupling)
+        return
     if left < coupling.least:
         raise ShrinkError(
             f"cannot shrink {where} to {left}: its model takes the best {coupling.least} of its entries (a top-k), so "

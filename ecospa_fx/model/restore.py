@@ -71,6 +71,12 @@ def restore(
                 f"`{given.module}` has shrunk and takes {taken} of {given.size} entries of dim {given.dim} of "
                 f"`{given.inside}`, which the model around it makes at full size. Keep the model compiled"
             )
+    for coupling in compiled.couplings():
+        if coupling.kind == "heads" and not coupling.size:
+            raise RestoreError(
+                f"`{coupling.name}` has no entry left, and its own Python would keep keys of no heads, by which a "
+                "cache counts its tokens. Keep the model compiled"
+            )
     if compiled.plan.original_shapes:
         if example_inputs is not None or example_kwargs is not None:
             try_call(

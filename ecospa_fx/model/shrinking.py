@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.arguments import MAPPING, MODULE, having, instance, optional, takes
 from ecospa_fx.couple.constraints import Constraints
 from ecospa_fx.couple.coupling import CouplingSelection
+from ecospa_fx.errors import ShrinkError
 from ecospa_fx.logs import logger
 from ecospa_fx.ranks.members import ranks_of
 from ecospa_fx.ranks.wrappers import check_wrappers, unwrapped
@@ -47,7 +49,8 @@ def shrink(
 
     Args:
         model: a compiled model.
-        selection: coupling (or its name) -> sorted LongTensor of the entries to keep, in `0..coupling.size - 1`.
+        selection: coupling (or its name) -> sorted LongTensor of the entries to keep, in `0..coupling.size - 1`. It may
+            be empty, for all to go, with `constraints=Constraints(min_keep=0)`.
         optimizer: the optimizer, or several, that hold the parameters. One with state that is left out refuses its next
             step.
         also: copies of the model that shrink with it, such as averages of its weights: modules, objects that hold some
@@ -74,6 +77,8 @@ def shrink(
         check_wrappers(model)
         if constraints is not None:
             _check_sizes(unwrapped(model), selection, constraints)
+        if constraints is None or constraints.min_keep:
+            _check_some_stay(unwrapped(model), selection)
         return shrink_within(journal, model, selection, optimizer=optimizer, also=also, absorb=absorb)
 
     return all_or_nothing(change, ranks_of(model), "shrink")
@@ -85,6 +90,20 @@ def _check_sizes(model: nn.Module, selection: CouplingSelection, constraints: Co
     tensors = {name: keep for name, keep in named.items() if isinstance(keep, Tensor) and keep.ndim}
     sizes = {by_name[name]: keep.shape[-1] for name, keep in tensors.items() if name in by_name}
     constraints.check(model, tuple(by_name.values()), sizes)
+
+
+def _check_some_stay(model: nn.Module, selection: CouplingSelection) -> None:
+    """Refuse to remove all entries of a coupling where nobody has said that this may be."""
+    by_name = {coupling.name: coupling for coupling in state_of(model).couplings()}
+    for given, keep in selection.items():
+        coupling = by_name.get(str(getattr(given, "name", given)))
+        if coupling is None or not coupling.size or not isinstance(keep, Tensor) or keep.dtype != torch.long:
+            continue
+        if keep.ndim in (1, 2) and not keep.is_meta and not keep.numel():
+            raise ShrinkError(
+                f"cannot shrink `{coupling.name}` to nothing; at least one of its {coupling.size} entries must stay, "
+                "unless constraints=Constraints(min_keep=0) lets the last one go"
+            )
 
 
 def shrink_within(

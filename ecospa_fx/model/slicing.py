@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ecospa_fx.errors import RanksError
 from ecospa_fx.kernels import compacted
 from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 from ecospa_fx.plan import Plan
@@ -151,6 +152,11 @@ def prepare_tensors(
             continue
         seen.add(id(tensor))
         keep = kept_positions(name, before, after) if name in after.original_shapes else {}
+        if keep and is_sharded(tensor) and not all(len(at) for at in keep.values()):
+            raise RanksError(
+                f"`{name}` would have no entry left, and ranks share it out; gather it before, or keep one entry "
+                "(min_keep=1)"
+            )
         if is_sharded(tensor) and (keep or id(tensor) in replaced):
             value = replaced.get(id(tensor), tensor)
             grad = None if tensor.grad is None else sharded.add(name, tensor.grad, keep)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,6 +48,9 @@ from .totals import GateTotals
 
 GATES = "gates of "
 """Prefix of the names of the sums that `gates.py` keeps, in a saved state."""
+
+ALL = "all of "
+"""Prefix of the names of the sums for all entries of a coupling at once."""
 
 SCALED = 16.0
 """Factor above which gradients in backward have been multiplied by a gradient scaler; less may be clipping."""
@@ -178,10 +181,12 @@ class _Pending:
         same = before is not None and before.shape == terms.shape
         self.terms[key] = before.add_(terms.to(before.device)) if same and before is not None else terms
 
-    def all_squares(self) -> dict[str, Tensor]:
-        """Return the sums of squares of every coupling."""
+    def all_squares(self, at_once: Collection[str] = ()) -> dict[str, Tensor]:
+        """Return the sums of squares of every coupling, and of all entries of those in `at_once` together."""
         for (name, _, _), terms in self.terms.items():
             self.add(name, terms.square().sum(0))
+            if name in at_once:
+                self.add(ALL + name, terms.sum(1).square().sum()[None])
         return self.squares
 
 
@@ -197,6 +202,7 @@ class PositionReader(Averaged[str]):
     Attributes:
         gates: judges what has no such place.
         begins: gradients begin at the first place where no weight before it trains, so that no weight need have one.
+        wholes: couplings whose entries may all go are judged as a whole, too.
     """
 
     learns = True
@@ -212,10 +218,11 @@ class PositionReader(Averaged[str]):
         self._common: set[str] | None = None  # of these, those that all ranks have seen
         self._slots: dict[str, set[str]] = {}
         self._parts: dict[str, int] = {}  # coupling -> the number of ranks that its entries are shared out over
+        self._may_go: set[str] = set()  # couplings that are judged as a whole, too
         self._measure: str | None = None  # the coupling whose gradient tells by how much a loss was scaled
         self._pending = _Pending()
         self._observed: list[Region] = []
-        self.begins = False
+        self.begins = self.wholes = False
 
     @property
     def sums(self) -> Mapping[SliceKey, Tensor]:
@@ -311,6 +318,8 @@ class PositionReader(Averaged[str]):
             if name not in offered or name in but:
                 continue
             sites = list(product_sites(facts, found, offered[name], *kept))
+            if self.wholes and offered[name].last_stays is None:
+                self._may_go.add(name)
             self._parts[name] = max((site.parts for site in sites), default=1)
             unseen = {weight for weight, dim in summing if found.atom in atoms_of(facts.parameters[weight][dim])}
             over: dict[tuple[fx.Node, int], list[tuple[ProductSite, Side, str]]] = {}
@@ -346,6 +355,9 @@ class PositionReader(Averaged[str]):
                 along = place.sums(rows.sum(0))
                 before = self._pending.gradient
                 self._pending.gradient = along if before is None or before.shape != along.shape else before.add_(along)
+            whole = place.coupling in self._may_go and place.share == 1.0 and self._parts[place.coupling] == 1
+            if whole and len(self._slots[place.coupling]) == 1:
+                self._pending.add(ALL + place.coupling, rows.sum(1).square().sum()[None])
             if place.share == 1.0 and len(self._slots[place.coupling]) > 1:
                 self._pending.add_terms(place, place.by_unit(rows))
             else:
@@ -364,11 +376,14 @@ class PositionReader(Averaged[str]):
         self.observe()
         self.count.note(step.found_inf, step.new_step)
         pending, self._pending = self._pending, _Pending()
-        squares, scale = pending.all_squares(), step.scale if step.scale is not None else self._scale(pending, step)
+        at_once = {name for name in self._may_go if self._parts[name] == 1}
+        squares = pending.all_squares(at_once)
+        scale = step.scale if step.scale is not None else self._scale(pending, step)
         if scale is not None:
             squares = {name: each / scale.to(each).square() for name, each in squares.items()}
-        squares = {name: each * self._parts[name] for name, each in squares.items() if name not in self._partly}
-        self._seen.update(squares)
+        alone = {name: name.removeprefix(ALL) for name in squares}
+        squares = {n: each * self._parts[alone[n]] for n, each in squares.items() if alone[n] not in self._partly}
+        self._seen.update(name for name in squares if not name.startswith(ALL))
         self.totals.add(squares, step)
         self.gates.read(step, self._read_by_position(), odd=False)
 
@@ -425,6 +440,11 @@ class PositionReader(Averaged[str]):
         mean = mean.view(-1, shape[1])
         return mean.expand(shape) if by_context else mean.sum(0)
 
+    def whole(self, coupling: Coupling) -> float | None:
+        """Return the mean over steps of the squared change without any entry, summed over positions; None: unknown."""
+        mean = self.means_now().get(ALL + coupling.name)
+        return None if mean is None or not bool(mean.isfinite().all()) else float(mean.sum())
+
     def means(self) -> dict[str, Tensor]:
         """Return by coupling name the mean over steps of each gate, of the positions of all ranks."""
         found = {name: self.totals.mean(name, self.count) for name, _ in self.totals.sums}
@@ -451,7 +471,7 @@ class PositionReader(Averaged[str]):
         unit = self._unit() if sharing_ranks(self.model).is_first else 0.0  # or they would count once per rank
         self.gates.load_tensors({n.removeprefix(GATES): tensor for n, tensor in named.items() if n.startswith(GATES)})
         self.totals.load_tensors({name: each * unit for name, each in named.items() if not name.startswith(GATES)})
-        self._seen, self._common = {name for name, _ in self.totals.sums}, None
+        self._seen, self._common = {name for name, _ in self.totals.sums if not name.startswith(ALL)}, None
 
     def _unit(self) -> float:
         """Return the factor of sums here on those of one process: each rank's loss is a mean over its part alone."""

@@ -85,6 +85,8 @@ def product_sites(
         kept: the entries of each atom that stay.
         here: of these the ones that this rank computes.
     """
+    if not coupling.size:
+        return
     context = found.context if coupling.context is not None else None
     numbers = CouplingIndex(found.atom, context, kept)
     for fact in axis_facts.facts:

@@ -39,6 +39,20 @@ class Saliency(CoupledEstimator):
         if isinstance(self.reader, PositionReader):
             self.reader.begins = begins
 
+    @property
+    def wholes(self) -> bool:
+        """True if couplings whose entries may all go are judged as a whole, too. Set it before the first step."""
+        return isinstance(self.reader, PositionReader) and self.reader.wholes
+
+    @wholes.setter
+    def wholes(self, wholes: bool) -> None:
+        if isinstance(self.reader, PositionReader):
+            self.reader.wholes = wholes
+
+    def whole(self, coupling: Coupling) -> float | None:
+        """Return the worth of all entries of a coupling together, in the unit of entries; None where it is unknown."""
+        return self.reader.whole(coupling) if isinstance(self.reader, PositionReader) else None
+
     def judges(self, coupling: Coupling) -> bool:
         """Return whether gradients say anything of a coupling: not if one is inf or NaN, or its weights are frozen."""
-        return self.reader.importance(coupling) is not None
+        return coupling.size > 0 and self.reader.importance(coupling) is not None

@@ -18,7 +18,7 @@ from ecospa_fx.model.lookup import check_values, plan, regions_of, state_of, try
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.whole import held_whole
 from ecospa_fx.passes.axes.algebra import Atom
-from ecospa_fx.passes.axes.selection import Selected, per_context_or_shared, whole
+from ecospa_fx.passes.axes.selection import Selected, entries, per_context_or_shared, whole
 from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.rewrite.verify import Comparison, compare
@@ -96,7 +96,8 @@ def verify(
     """Check numerically that shrinking equals masking, for each coupling alone and for all of a region together.
 
     Works on a copy of every tensor, at original sizes and in eval mode; the model is left as it is. About half of each
-    coupling is removed, at random, and another half in each context (head) where it may differ. Of a model that FSDP2
+    coupling is removed, at random, and another half in each context (head) where it may differ; all of one that has no
+    entry left. Of a model that FSDP2
     shards every rank must call this, and holds all weights meanwhile.
 
     Args:
@@ -171,6 +172,8 @@ def comparisons(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         of_program = {c.key: c for c in region.discovery_of(program).couplings}
         couplings = [of_program[c.key] for c in region.naming_graph.discovery.couplings if c.key in of_program]
         kept = {c.atom: _half(c.atom, c.context, generator, c.least) for c in couplings}
+        gone = [atom for atom, choice in region.kept(program).items() if not entries(choice)]
+        kept |= {c.atom: ~whole(c.atom) for c in couplings if c.last_stays is None and c.atom in gone}
         across = {
             joint.name: dict.fromkeys(atoms_at_edges(axis_facts, joint), halves[joint.name])
             for joint in compiled.state.joints
@@ -202,7 +205,8 @@ def _originals(region: Region, module: nn.Module, generator: torch.Generator) ->
         if full in plan.original_shapes:
             original = unshrunk(tensor, plan, full).detach()
             removed = ~unshrunk(torch.ones_like(tensor), plan, full).bool()
-            noise = torch.randn(original.shape, generator=generator).to(original) * tensor.detach().abs().mean()
+            scale = tensor.detach().abs().mean() if tensor.numel() else 1.0
+            noise = torch.randn(original.shape, generator=generator).to(original) * scale
             tensor = torch.where(removed, noise.abs(), original)
         tensors[name] = tensor.detach()
     return tensors

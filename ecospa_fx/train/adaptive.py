@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from itertools import pairwise
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -44,13 +45,17 @@ class AdaptiveSparsifier(CoupledSparsifier):
     Settings, attributes and errors are those of `CoupledSparsifier`.
     """
 
-    def widths(self, worth: Mapping[Coupling, Tensor], at_most: int) -> dict[Coupling, int]:
+    def widths(
+        self, worth: Mapping[Coupling, Tensor], at_most: int, wholes: Mapping[Coupling, float] = MappingProxyType({})
+    ) -> dict[Coupling, int]:
         """Decide how many entries of each coupling stay.
 
         Args:
             worth: coupling -> `[size]`, the rise of the loss by its cheapest entry, by the next, and so on; a coupling
                 that is not in it stays as it is.
             at_most: the cost that the model may have after this step; if the target is larger, the target.
+            wholes: coupling -> the rise of the loss without any of its entries, where more is known of that than what
+                they are worth one by one. All that is left of a coupling is one step, beside those of single entries.
 
         Returns:
             Coupling -> entries that stay, for those that shrink.
@@ -60,17 +65,28 @@ class AdaptiveSparsifier(CoupledSparsifier):
                 coupling: width
                 for part in self.parts.values()
                 if isinstance(part, AdaptiveSparsifier)
-                for coupling, width in part.widths(worth, self._due(at_most, part) or 0).items()
+                for coupling, width in part.widths(worth, self._due(at_most, part) or 0, wholes).items()
             }
         sizes = self.sizes()
         at_most = max(at_most, self.target_size(sizes))
         units = [unit for unit in self._units() if all(c in worth for c in unit.couplings)]
-        prices = {unit: _prices(unit, worth, sizes) for unit in units}
+        prices = {unit: _prices(unit, worth, sizes, wholes) for unit in units}
         keeps = self._cheapest(units, prices, sizes, at_most)
-        least = _least(units, keeps, worth)
-        keeps = self._cheapest(units, {u: p[: _steps(u, least)] for u, p in prices.items()}, sizes, at_most)
-        order = sorted(keeps, key=lambda unit: (_last(prices[unit], unit, keeps[unit]), unit.name))
-        keeps = self._stop_at_target(order, keeps, sizes, {unit: unit.sizes[-1] for unit in units if unit.due})
+        gone = {unit for unit, size in keeps.items() if size == 0}  # as a whole: how uneven that is says nothing
+        least = _least([unit for unit in units if unit not in gone], keeps, worth)
+        least |= {c: 0 for unit in gone for c in unit.couplings}
+        within = {u: p if u in gone else p[: _steps(u, least)] for u, p in prices.items()}
+        due = {unit: unit.sizes[-1] for unit in units if unit.due}
+        while True:
+            keeps = self._cheapest(units, within, sizes, at_most)
+            order = sorted(keeps, key=lambda unit: (_last(prices[unit], unit, keeps[unit]), unit.name))
+            taken = self._stop_at_target(order, keeps, sizes, due)
+            missed = [unit for unit, size in keeps.items() if size == 0 and taken[unit]]
+            if not missed:
+                break
+            # All of it would pass the target, and a part of it is not worth its price.
+            within |= {unit: within[unit][: _before_all(unit, within[unit])] for unit in missed}
+        keeps = taken
         if sizes.total(named_sizes(keeps, keeps)) > at_most:  # whole entries left a little over: the next cheapest ones
             order = sorted(
                 units, key=lambda unit: (_beyond(unit, keeps, least), _next(prices[unit], unit, keeps), unit.name)
@@ -94,8 +110,13 @@ class AdaptiveSparsifier(CoupledSparsifier):
         steps = sorted((price, place, number) for number, unit in enumerate(units)
                        for place, price in enumerate(prices[unit]))  # fmt: skip
 
+        whole = {number: _before_all(unit, prices[unit]) for number, unit in enumerate(units)}
+
         def after(count: int) -> dict[TiedCouplings, int]:
             taken = Counter(number for _, _, number in steps[:count])  # the steps of one unit come in order
+            for number, first in whole.items():
+                if taken[number] < len(prices[units[number]]):
+                    taken[number] = min(taken[number], first)
             return {
                 unit: unit.sizes[-1 - taken[number]] for number, unit in enumerate(units) if taken[number] or unit.due
             }
@@ -132,6 +153,13 @@ class AdaptiveSparsifier(CoupledSparsifier):
         return taken
 
 
+def _before_all(unit: TiedCouplings, prices: list[float]) -> int:
+    """Return the number of steps before the last ones, at one price, if they take all that is left at once."""
+    if unit.sizes[0] or len(prices) < len(unit.sizes) - 1:
+        return len(prices)
+    return next((i for i, price in enumerate(prices) if price == prices[-1]), len(prices))
+
+
 def _least(
     units: list[TiedCouplings], keeps: Mapping[TiedCouplings, int], worth: Mapping[Coupling, Tensor]
 ) -> dict[Coupling, int]:
@@ -163,7 +191,12 @@ def _beyond(unit: TiedCouplings, keeps: Mapping[TiedCouplings, int], least: Mapp
     return len(unit.sizes) - 1 - unit.sizes.index(keeps.get(unit, unit.sizes[-1])) >= _steps(unit, least)
 
 
-def _prices(unit: TiedCouplings, worth: Mapping[Coupling, Tensor], sizes: AnyCost) -> list[float]:
+def _prices(
+    unit: TiedCouplings,
+    worth: Mapping[Coupling, Tensor],
+    sizes: AnyCost,
+    wholes: Mapping[Coupling, float] = MappingProxyType({}),
+) -> list[float]:
     """Compute the loss per cost saved of each allowed size of a unit, from the largest down; it never falls.
 
     A cheap step after a dear one is priced together with it: the lower convex hull of loss over cost.
@@ -172,7 +205,9 @@ def _prices(unit: TiedCouplings, worth: Mapping[Coupling, Tensor], sizes: AnyCos
     costs = _costs(unit, sizes)
     points = []
     for size in reversed(unit.sizes):
-        rise = sum(rises[c][c.size - keep] for c, keep in unit.keeps(size).items())
+        rise = sum(
+            wholes[c] if not keep and c in wholes else rises[c][c.size - keep] for c, keep in unit.keeps(size).items()
+        )
         points.append((costs[unit.sizes[-1]] - costs[size], rise))
     return _slopes(points)
 
@@ -185,6 +220,8 @@ def _costs(unit: TiedCouplings, sizes: AnyCost) -> dict[int, float]:
     last = len(unit.sizes) - 1
     knots = min(last, 1 if len(unit.couplings) == 1 else KNOTS)
     positions = [round(last * i / max(1, knots)) for i in range(knots + 1)]
+    if unit.sizes[0] == 0 and last > 1:  # with the last entries whole ops go
+        positions = sorted({*positions, 1})
     exact = [sizes.total(named_sizes([unit], {unit: unit.sizes[position]})) for position in positions]
     costs = {unit.sizes[positions[0]]: float(exact[0])}
     for (a, b), (x, y) in zip(pairwise(positions), pairwise(exact), strict=True):

@@ -18,7 +18,7 @@ from torch import nn
 
 from ecospa_fx.api import compile as compiled
 from ecospa_fx.arguments import FUNCTION, MAPPING, MODULE, NAMES, NUMBER, SEVERAL, TEXT, WHOLE, either, optional, takes
-from ecospa_fx.compensate.forecast import forecast, removed_by, worth_of
+from ecospa_fx.compensate.forecast import forecast, removed_by, whole_worth, worth_of
 from ecospa_fx.compensate.grams import Grams
 from ecospa_fx.compensate.rotation import rotate
 from ecospa_fx.couple.constraints import Constraints, Uniform
@@ -117,6 +117,7 @@ def compress(
     kinds: Collection[str] | None = None,
     cost: Cost | Latency = "parameters",
     uniform: Uniform | None = None,
+    min_keep: int = 1,
     deployable: Deployable | None = None,
     loss: Loss | None = None,
     steps: int = 1,
@@ -140,6 +141,7 @@ def compress(
         kinds: kinds of coupling that may shrink; None: all.
         cost: see `EcoSpaTrainer`.
         uniform: see `Constraints`.
+        min_keep: see `Constraints`; with 0 whole sublayers may go, where that costs less than entries of many.
         deployable: see `EcoSpaTrainer`; with `"transformers"`, `save_pretrained` writes what plain transformers loads.
         loss: `loss(model, batch)` -> a scalar; by default that of the model's result if it has one, else of labels
             drawn from its own logits, or of a random projection of its outputs.
@@ -162,7 +164,7 @@ def compress(
     DecisionSettings(target, cost, among).check()
     check_kinds(kinds)
     _check_scores(scores or {})
-    Constraints(uniform=uniform)
+    Constraints(min_keep, uniform=uniform)
     check_values(module, "compress")
     check_deployable(module, deployable)
     calls = listed_calls(batches)
@@ -182,7 +184,7 @@ def compress(
             compiled(module)
         with torch.no_grad():
             dense = [value_of(measured, module, batch, number) for number, batch in enumerate(judges)]
-        constraints = _constraints(module, kinds, uniform, deployable, notes)
+        constraints = _constraints(module, kinds, uniform, min_keep, deployable, notes)
         latency, size = _seconds(measured, module, calls[0]), _size(module)
         before = {c.name: c.size for c in couplings(module)}
         AdaptiveSparsifier(module, target=target, constraints=constraints, cost=cost, among=among)  # is it reachable?
@@ -190,7 +192,7 @@ def compress(
         left: dict[str, float] = {}
         for number in range(1, steps + 1):
             if number > 1:
-                constraints = _constraints(module, kinds, uniform, deployable)
+                constraints = _constraints(module, kinds, uniform, min_keep, deployable)
             settings = DecisionSettings(at_once(target, number / steps), cost, among)
             stroke = _Stroke(module, constraints, settings, scores or {})
             rises, shares = stroke.run(calls, held, objective)
@@ -233,7 +235,7 @@ class _Stroke:
         """Shrink; return the expected rises by coupling, and the shares that nothing takes over by weight."""
         sparsifier = AdaptiveSparsifier.of(self.model, self.settings, self.constraints, ())
         saliency, watched = Saliency(self.model), Grams(self.model)
-        saliency.begins = True
+        saliency.begins, saliency.wholes = True, self.constraints.min_keep == 0
         others = {score: CoupledEstimator(self.model, score) for score in dict.fromkeys(self.scores.values())}
         try:
             with without_gradients(self.model):
@@ -265,14 +267,17 @@ class _Stroke:
         self, saliency: Saliency, watched: Grams, sparsifier: AdaptiveSparsifier, others: Mapping[str, CoupledEstimator]
     ) -> tuple[dict[str, float], dict[str, float]]:
         judged = [coupling for coupling in couplings(self.model) if saliency.judges(coupling)]
-        names = [c.name for c in couplings(self.model) if c not in judged and c not in self.constraints.frozen]
+        names = [
+            c.name for c in couplings(self.model) if c.size and c not in judged and c not in self.constraints.frozen
+        ]
         if names:
             more = f" and {len(names) - 1} more stay" if names[1:] else " stays"
             self.notes.append(f"`{names[0]}`{more} whole: gradients say nothing of the loss without its entries")
         by_context = self.constraints.head_dims == "per_head"
         worth = {coupling: worth_of(coupling, saliency, by_context=by_context) for coupling in judged}
         sizes = sparsifier.sizes()
-        widths = sparsifier.widths(worth, sparsifier.target_size(sizes))
+        wholes = whole_worth(judged, saliency)
+        widths = sparsifier.widths(worth, sparsifier.target_size(sizes), wholes)
         curves = forecast(
             self.model, list(widths), saliency, grams=watched, absorb=True, rotate=True, by_context=by_context,
             widths=widths, order="saliency",
@@ -288,12 +293,18 @@ class _Stroke:
             else:
                 curves[coupling] = curve
         keeps = {coupling.name: curves[coupling].keep(width) for coupling, width in widths.items()}
-        rises = {c.name: float(curves[c].rises[c.size - width]) for c, width in widths.items()}
-        linear = {c.name: width for c, width in widths.items() if curves[c].way == "rotated"}
+        rises = {
+            c.name: wholes[c] if not width and c in wholes else float(curves[c].rises[c.size - width])
+            for c, width in widths.items()
+        }
+        linear = {c.name: width for c, width in widths.items() if curves[c].way == "rotated" and width}
         if linear:
             rotate(self.model, list(linear), keep=linear, grams=watched)
         named = {c.name: c for c in couplings(self.model)}
-        shrink(self.model, {named[name]: keep for name, keep in keeps.items()}, absorb=watched)
+        shrink(
+            self.model, {named[name]: keep for name, keep in keeps.items()}, absorb=watched,
+            constraints=None if self.constraints.min_keep else Constraints(min_keep=0),
+        )  # fmt: skip
         short = watched.rows_per_column
         if short is not None and short < ROWS_WANTED:
             self.notes.append(
@@ -320,12 +331,12 @@ def _check_scores(scores: Mapping[str, str]) -> None:
 
 
 def _constraints(
-    model: nn.Module, kinds: Collection[str] | None, uniform: Uniform | None, deployable: Deployable | None,
-    notes: list[str] | None = None,
+    model: nn.Module, kinds: Collection[str] | None, uniform: Uniform | None, min_keep: int,
+    deployable: Deployable | None, notes: list[str] | None = None,
 ) -> Constraints:  # fmt: skip
     """Keep the couplings of other kinds whole, at the sizes that they have now; note what `deployable` forbids."""
     frozen = [each for each in couplings(model) if kinds is not None and each.kind not in kinds]
-    constraints = Constraints(frozen=frozen, uniform=uniform)
+    constraints = Constraints(min_keep, frozen=frozen, uniform=uniform)
     if deployable is None:
         return constraints
     found = deployment(model, deployable, constraints)

@@ -3,7 +3,8 @@
     Latency(inputs) -> a few copies at smaller widths, timed -> seconds by FLOPs -> corrected at each shrink
 
 FLOPs are known for any widths, seconds only where they were measured; between measurements the curve is straight. The
-model itself is timed before every decision, so that the curve is exact where it matters.
+model itself is timed before every decision, so that the curve is exact where it matters. With the last entries of a
+coupling ops go whole, which FLOPs do not show: that is measured apart.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import math
 import statistics
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ecospa_fx.arguments import FUNCTION, INPUTS, KEYWORDS, MODULE, NUMBER, instance, optional, takes
+from ecospa_fx.couple.constraints import Constraints
+from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import EcoSpaError, TargetError
 from ecospa_fx.model.cost import CostModel
 from ecospa_fx.model.lookup import couplings, plan
@@ -42,6 +45,8 @@ class Latency:
 
     Attributes:
         points: (FLOPs, seconds) of every measurement, ascending; of the same FLOPs the last one counts.
+        fixed: kind of coupling -> seconds that go beside its FLOPs with the last entry of one, once that is measured:
+            whole ops are not called any more.
     """
 
     @takes(inputs=INPUTS, kwargs=optional(KEYWORDS), measure=optional(FUNCTION))
@@ -60,10 +65,17 @@ class Latency:
         self.inputs, self.kwargs, self.repeats = tuple(inputs), dict(kwargs or {}), repeats
         self.measure = measure or self._timed
         self.points: list[tuple[int, float]] = []
+        self.fixed: dict[str, float] = {}
+        self._gone = 0.0
 
     @takes(model=MODULE, flops=instance("a CostModel of FLOPs", CostModel))
-    def observe(self, model: nn.Module, flops: CostModel) -> None:
+    def observe(self, model: nn.Module, flops: CostModel, *, depth: bool = False) -> None:
         """Measure the model as it is; the first time also copies of it at smaller widths.
+
+        Args:
+            model: a compiled model.
+            flops: its FLOPs.
+            depth: measure also what goes with the last entry of a coupling, in a copy for each kind.
 
         Raises:
             EcoSpaError: the model is not compiled.
@@ -73,11 +85,44 @@ class Latency:
         if not self.points:
             for share in WIDTHS:
                 smaller = copy.deepcopy(model)
-                keeps = {c: torch.arange(max(1, math.ceil(share * c.size))) for c in couplings(smaller)}
+                keeps = {c: torch.arange(max(1, math.ceil(share * c.size))) for c in couplings(smaller) if c.size}
                 shrink(smaller, keeps)
                 # Equal blocks in the copy have the names that they have in the model.
                 self._add(flops.total({c.name: len(keep) for c, keep in keeps.items()}), self.measure(smaller))
+        gone = sum(self.saved(couplings(model), {c.name for c in couplings(model) if not c.size}).values())
+        if gone != self._gone:  # sublayers have gone since the other measurements
+            self.points = [(x, max(0.0, y - gone + self._gone)) for x, y in self.points]
+            self._gone = gone
         self._add(flops.total({}), self.measure(model))
+        if depth and not self.fixed:
+            self._observe_depth(model, flops)
+
+    def _observe_depth(self, model: nn.Module, flops: CostModel) -> None:
+        """Measure a copy without every other coupling of a kind, for each kind of which some may lose all entries."""
+        kinds: dict[str, list[Coupling]] = {}
+        for coupling in couplings(model):
+            if coupling.size and coupling.last_stays is None:
+                kinds.setdefault(coupling.kind, []).append(coupling)
+        for kind, same in kinds.items():
+            smaller, names = copy.deepcopy(model), [c.name for c in same[::2]]
+            shrink(smaller, dict.fromkeys(names, torch.arange(0)), constraints=Constraints(min_keep=0))
+            by_flops = self.seconds(flops.total(dict.fromkeys(names, 0)))
+            self.fixed[kind] = max(0.0, by_flops - self.measure(smaller)) / len(names)
+
+    def saved(self, among: Sequence[Coupling], gone: Collection[str]) -> dict[str, float]:
+        """Return the seconds that go beside FLOPs with each sublayer of which a coupling has no entry left.
+
+        Couplings that lie on one weight are of one sublayer: its ops go once.
+        """
+        sublayers: dict[str, float] = {}
+        first: dict[str, str] = {}
+        for coupling in among:
+            weights = [m.parameter for m in coupling.members]
+            name = next((first[weight] for weight in weights if weight in first), coupling.name)
+            first |= dict.fromkeys(weights, name)
+            if coupling.name in gone:
+                sublayers[name] = max(sublayers.get(name, 0.0), self.fixed.get(coupling.kind, 0.0))
+        return sublayers
 
     @takes(flops=NUMBER)
     def seconds(self, flops: float) -> float:
@@ -128,15 +173,18 @@ class Latency:
 class LatencyModel:
     """The interface of `CostModel` in measured nanoseconds."""
 
-    def __init__(self, flops: CostModel, latency: Latency) -> None:
+    def __init__(self, flops: CostModel, latency: Latency, among: Sequence[Coupling] = ()) -> None:
         self.flops, self.latency = flops, latency
+        self._there = [coupling for coupling in among if coupling.size]
         self.sizes = flops.sizes
         self.original = self._nano(flops.original)
         self.prunable = self.original - self._nano(flops.original - flops.prunable)
 
     def total(self, sizes: Mapping[str, int]) -> int:
         """Return the nanoseconds of a forward with couplings at `sizes`; those not named stay as they are."""
-        return self._nano(self.flops.total(sizes))
+        gone = {name for name, size in sizes.items() if not size}
+        saved = sum(self.latency.saved(self._there, gone).values()) if gone and self.latency.fixed else 0.0
+        return max(0, self._nano(self.flops.total(sizes)) - round(NANO * saved))
 
     def _nano(self, flops: int) -> int:
         return round(NANO * self.latency.seconds(flops))

@@ -53,7 +53,7 @@ class LeftOut:
         self.reasons = {
             coupling.name: _reason(coupling, frozen)
             for coupling in couplings(model)
-            if coupling.name not in importance and coupling.name not in whole
+            if coupling.size and coupling.name not in importance and coupling.name not in whole
         }
         self.reasons |= dict.fromkeys(sorted(state_of(model).state.elsewhere), ELSEWHERE)
         self._said |= state_of(model).state.elsewhere  # where they were found

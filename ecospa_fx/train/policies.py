@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.compensate.compensation import Compensation
-from ecospa_fx.compensate.forecast import EntryOrder, Forecast, forecast, worth_of
+from ecospa_fx.compensate.forecast import EntryOrder, Forecast, forecast, whole_worth, worth_of
 from ecospa_fx.couple.constraints import Constraints
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
@@ -181,6 +181,7 @@ class Adaptive:
         self.model, self.optimizers, self.settings, self.constraints = model, optimizers, settings, constraints
         self.compensation, self.order = compensation, order
         self.saliency = Saliency(model)
+        self.saliency.wholes = constraints.min_keep == 0
         self._sparsifier: AdaptiveSparsifier | None = None
 
     @property
@@ -211,7 +212,7 @@ class Adaptive:
         judged = [coupling for coupling in couplings(self.model) if self.saliency.judges(coupling)]
         by_context = sparsifier.constraints.head_dims == "per_head"
         worth = {coupling: worth_of(coupling, self.saliency, by_context=by_context) for coupling in judged}
-        widths = sparsifier.widths(worth, at_most)
+        widths = sparsifier.widths(worth, at_most, whole_worth(judged, self.saliency))
         compensation, ranks = self.compensation, ranks_of(self.model)
         positions = ranks.mean(compensation.positions, "positions per step")
         with compensation.at_once():

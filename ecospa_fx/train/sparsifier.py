@@ -167,7 +167,7 @@ class CoupledSparsifier:
             names = self.only[1] if self.only is not None else {n for p in self.parts.values() for n in p.names}
             return EntryCounts([c for c in couplings(self.model) if c.name in names])
         if isinstance(self.cost, Latency):
-            return LatencyModel(self._flops(), self.cost)
+            return LatencyModel(self._flops(), self.cost, couplings(self.model))
         return CostModel(self.model, state_of(self.model), self.cost, self.optimizers)
 
     def _flops(self) -> CostModel:
@@ -177,8 +177,10 @@ class CoupledSparsifier:
         """Measure the cost of the model as it is now, if it is one that must be measured; the first rank's counts."""
         if isinstance(self.cost, Latency) and not self.parts:
             latency, now, ranks = self.cost, self._flops(), ranks_of(self.model)
-            ranks.together("measure the latency", lambda: latency.observe(self.model, now))
-            latency.points = [(flops, seconds) for flops, seconds in ranks.first(latency.points, "the latency")]
+            depth = self.constraints.min_keep == 0
+            ranks.together("measure the latency", lambda: latency.observe(self.model, now, depth=depth))
+            points, latency.fixed = ranks.first([latency.points, latency.fixed], "the latency")
+            latency.points = [(flops, seconds) for flops, seconds in points]
 
     @takes(sizes=instance("what sizes() returns", CostModel, LatencyModel, EntryCounts))
     def target_size(self, sizes: AnyCost) -> int:
@@ -287,7 +289,8 @@ class CoupledSparsifier:
         sizes, shrinkable = self.sizes(), self.shrinkable()
         if any(unit.due for unit in shrinkable):
             return False
-        smallest = (sizes.total(named_sizes([unit], {unit: unit.below or 1})) for unit in shrinkable)
+        below = [(unit, unit.below) for unit in shrinkable]
+        smallest = (sizes.total(named_sizes([u], {u: size})) for u, size in below if size is not None)
         return sizes.total({}) <= self.target_size(sizes) or all(total < self.target_size(sizes) for total in smallest)
 
     def shrinkable(self) -> list[TiedCouplings]:
@@ -407,7 +410,7 @@ def _first_with(theta: float, unit: TiedCouplings, running: Mapping[Coupling, Te
 
     def share(size: int) -> float:
         return _mean(
-            float(running[c][keep - 1] / running[c][-1]) if float(running[c][-1]) > 0 else 0.0
+            float(running[c][keep - 1] / running[c][-1]) if keep and float(running[c][-1]) > 0 else 0.0
             for c, keep in unit.keeps(size).items()
         )
 

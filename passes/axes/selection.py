@@ -151,6 +151,8 @@ def _at(mask: Tensor, positions: Tensor) -> Tensor:
 
 def per_context_or_shared(context: Atom, masks: Tensor, live: Tensor) -> Selected:
     """Make a choice from one mask per context; removed contexts get the mask of the first remaining one."""
+    if not live.any():  # no context is left either
+        return torch.zeros(masks.shape[-1], dtype=torch.bool)
     first = masks[live][0]
     masks = torch.where(live[:, None], masks, first)
     return first if bool((masks == first).all()) else PerContext(context, masks)

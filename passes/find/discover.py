@@ -51,6 +51,7 @@ class RegionCoupling:
         context_key: positions of the context on the same parameter axes.
         attention: name of the op that makes the scores of the attention that a `qk` or `vo` coupling is part of.
         least: number of entries that its ops need at least, as a top-k does.
+        last_stays: the reason why one entry must stay; None where all may go, so that what sums over them is zero.
     """
 
     key: tuple[object, ...]
@@ -64,6 +65,7 @@ class RegionCoupling:
     context_key: tuple[object, ...] = ()
     attention: str | None = None
     least: int = 1
+    last_stays: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,6 +208,7 @@ def discover(axis_facts: AxisFacts) -> Discovery:
                 (atom.size, *_where(atom, key, axis_facts)), key, name, atom, kind, linear, producers, context,
                 _where(context, key, axis_facts) if context is not None else (),
                 _attention(roles, axis_facts, scores) if kind in ("qk", "vo") else None, needed,
+                _last_stays(roles, kind, by, region),
             )
         )  # fmt: skip
     return Discovery(tuple(couplings), tuple(refusals), (*others, *one_by_one(axis_facts, apart)))
@@ -233,6 +236,26 @@ def least_entries(axis_facts: AxisFacts) -> dict[Atom, tuple[int, fx.Node]]:
             if wanted > needs(atom):
                 least[atom] = wanted, node
     return least
+
+
+_NEVER_EMPTY: dict[Kind, str] = {
+    "qk": "without any of it all scores are equal, so that its sublayer is no constant",
+    "residual": "it is what layers add to, not what one of them holds",
+    "recurrent": "it is the state of a cell, which needs one",
+}
+
+
+def _last_stays(roles: dict[Role, list[Fact]], kind: Kind, top_k: fx.Node | None, region: str) -> str | None:
+    """Return the reason why a coupling keeps an entry, None where every op along it but sums is entry by entry."""
+    if kind in _NEVER_EMPTY:
+        return _NEVER_EMPTY[kind]
+    for role, what in (("reduced", "takes what is left of it, and needs one entry"),
+                       ("chosen", "picks among its entries")):  # fmt: skip
+        for fact in roles[role]:  # type: ignore[index]
+            return reason_text(f"{op_name(fact.node)} {what}", fact.node, region)
+    if top_k is not None:
+        return reason_text(f"{op_name(top_k)} takes some of its entries", top_k, region)
+    return None if roles["contracted"] else "nothing sums over it"
 
 
 def _by_role(facts: list[Fact], derivations: Collection[fx.Node]) -> dict[Role, list[Fact]]:

@@ -54,6 +54,7 @@ class PythonSupport:
         in_step: key of a coupling -> those of the couplings that must keep the same share of their entries, because one
             integer holds the sizes of all.
         refused: key of a coupling -> why its Python cannot follow.
+        last_stays: key of a coupling that its Python can follow -> why it needs one entry, where no graph does.
     """
 
     couplings: Mapping[Any, tuple[Attribute, ...]]
@@ -61,6 +62,7 @@ class PythonSupport:
     sizes: Mapping[Attribute, Expr]
     refused: Mapping[Any, str]
     in_step: Mapping[Any, tuple[Any, ...]] = field(default_factory=dict)
+    last_stays: Mapping[Any, str] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PythonSupport:
         return self  # its axes are compared by identity
@@ -137,7 +139,8 @@ def follow(
                 del refused[coupling.key]
                 couplings[coupling.key] = tuple(sorted(joint, key=str))
                 in_step[coupling.key] = tuple(other.key for other in group if other is not coupling)
-    support = PythonSupport(couplings, frozenset(varied), sizes, refused, in_step)
+    last_stays = _last_stay(trials, programs, couplings, sizes)
+    support = PythonSupport(couplings, frozenset(varied), sizes, refused, in_step, last_stays)
     return _together(first, programs[0][1], support, generator)
 
 
@@ -190,6 +193,48 @@ def _jointly(
 
 def _listed(group: Sequence[RegionCoupling]) -> str:
     return " and ".join(f"`{coupling.name}`" for coupling in group)
+
+
+def _last_stay(
+    trials: Sequence[Trial],
+    programs: Sequence[tuple[AxisFacts, Discovery]],
+    couplings: Mapping[Any, tuple[Attribute, ...]],
+    sizes: Mapping[Attribute, Expr],
+) -> dict[Any, str]:
+    """Say of the couplings that may lose all entries in a graph why one must stay in the Python, where that is so."""
+    found: dict[Any, str] = {}
+    in_block: dict[Any, str] = {}  # equal blocks are tried once
+    for coupling in programs[0][1].couplings:
+        if coupling.key not in couplings or coupling.last_stays is not None:
+            continue
+        needed = couplings[coupling.key]
+        axes = tuple((_starred(name), dim) for name, dim in coupling.axes)
+        block = coupling.kind, coupling.atom.size, axes, tuple(_starred(str(each)) for each in needed)
+        if block not in in_block:
+            in_block[block] = _last_stays(trials, programs, coupling, {each: sizes[each] for each in needed})
+        if in_block[block]:
+            found[coupling.key] = in_block[block]
+    return found
+
+
+def _last_stays(
+    trials: Sequence[Trial],
+    programs: Sequence[tuple[AxisFacts, Discovery]],
+    coupling: RegionCoupling,
+    needed: Mapping[Attribute, Expr],
+) -> str:
+    """Say why an entry of a coupling must stay in the Python; empty where none must."""
+    if coupling.kind == "heads":
+        return "would keep keys of no heads, and a cache counts tokens by the keys that it holds"
+    none: Selection = {coupling.atom: ~whole(coupling.atom)}
+    for trial, (_, discovery) in zip(trials, programs, strict=True):
+        theirs = next((each for each in discovery.couplings if each.key == coupling.key), None)
+        if theirs is not None:
+            kept = none if theirs is coupling else {theirs.atom: ~whole(theirs.atom)}
+            why = trial.difference(kept, values_under(needed, none))
+            if why is not None:
+                return f"without any entry {why}"
+    return ""
 
 
 def _common_share(group: Sequence[RegionCoupling], about: float) -> float | None:
@@ -321,4 +366,4 @@ def _together(trial: Trial, discovery: Discovery, support: PythonSupport, genera
             refused |= dict.fromkeys(keys, f"with other couplings shrunk too, {difference}")
     sizes = {a: support.sizes[a] for needed in couplings.values() for a in needed}
     in_step = {key: others for key, others in support.in_step.items() if key in couplings}
-    return PythonSupport(couplings, support.varied & couplings.keys(), sizes, refused, in_step)
+    return PythonSupport(couplings, support.varied & couplings.keys(), sizes, refused, in_step, support.last_stays)

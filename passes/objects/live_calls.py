@@ -112,7 +112,7 @@ def go_live(
         with graph.inserting_before(last):
             given = [node.args[0] for _, node in sorted(into.items())]
             expected = [sizes(before[node]) for _, node in sorted(out.items())]
-            wanted = [[_as_node(size, graph, new) for size in shape] for shape in expected]
+            wanted = [[size_node(size, graph, new) for size in shape] for shape in expected]
             live = graph.call_function(
                 _calling(call, [[None if isinstance(n, fx.Node) else n for n in shape] for shape in wanted]),
                 (objects[call.place.number], *given, *(n for shape in wanted for n in shape if isinstance(n, fx.Node))),
@@ -146,7 +146,7 @@ def pass_edges(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _as_node(size: Size, graph: fx.Graph, new: Mapping[fx.Node, fx.Node]) -> Any:
+def size_node(size: Size, graph: fx.Graph, new: Mapping[fx.Node, fx.Node]) -> Any:
     """Return a size as a number, or as a node that computes it from sizes of inputs; -1 where it cannot."""
     if not isinstance(size, sympy.Expr):
         return int(size)
@@ -160,7 +160,7 @@ def _as_node(size: Size, graph: fx.Graph, new: Mapping[fx.Node, fx.Node]) -> Any
                         if as_size(found) == size:
                             return graph.call_function(aten.sym_size.int, (node, dim))
         case sympy.Add() | sympy.Mul():
-            parts = [_as_node(part, graph, new) for part in size.args]
+            parts = [size_node(part, graph, new) for part in size.args]
             if not any(type(part) is int and part == -1 and part != size.args[i] for i, part in enumerate(parts)):
                 combine = operator.add if isinstance(size, sympy.Add) else operator.mul
                 total = parts[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -54,6 +54,15 @@ def replay(axis_facts: AxisFacts, plan: Plan, difference: str = "") -> dict[Atom
                         f"({_members(axis_facts, atom)}): {reason}.{why} Call the model as before, or make this call "
                         "once before the first shrink, so that the axis is never offered"
                     )
+    gone = {atom for atom, choice in kept.items() if not entries(choice)}
+    for fact in axis_facts.facts if gone else ():
+        if fact.role in ("reduced", "chosen") and gone & set(atoms_of(fact.expr)):
+            members = _members(axis_facts, next(iter(gone & set(atoms_of(fact.expr)))))
+            raise PinnedAxisError(
+                f"this call needs an entry of an axis of which none is left ({members}): "
+                f"{reason_text(op_name(fact.node), fact.node, region)}.{why} Call the model as before, or make this "
+                "call once before the first shrink, so that one stays"
+            )
     for expr, number, node in axis_facts.least:
         left = count(expr, in_first_contexts(kept))
         if type(left) is int and touched(expr, kept) and left < number:
@@ -118,14 +127,19 @@ def selected_by(axis_facts: AxisFacts, plan: Plan) -> dict[Atom, Selected]:
     """
     region = axis_facts.captured.region
     masks: dict[Atom, Tensor] = {}
+    empty: list[Expr] = []
     for name in plan.under(region):
         if name not in axis_facts.parameters:
             continue
         for dim, expr in enumerate(axis_facts.parameters[name]):
             mask = plan.mask(join(region, name), dim)
-            if not mask.all():
+            if not mask.any():
+                empty.append(expr)
+            elif not mask.all():
                 for atom, part in project(expr, mask, axis_facts.contexts).items():
                     masks[atom] = masks[atom] | part if atom in masks else part
+    if empty:
+        masks |= _emptied(axis_facts, plan, masks, empty)
     for edge, of in axis_facts.captured.border.along().items():
         crossing, planned = axis_facts.crossing.get(edge), _planned(plan, of)
         if planned is None or not isinstance(crossing, Atom) or crossing.size != len(planned):
@@ -133,6 +147,32 @@ def selected_by(axis_facts: AxisFacts, plan: Plan) -> dict[Atom, Selected]:
         if crossing not in masks and crossing not in axis_facts.contexts:  # no weight of the region has it
             masks[crossing] = planned
     return _selection(axis_facts, masks)
+
+
+def _emptied(
+    axis_facts: AxisFacts, plan: Plan, masks: Mapping[Atom, Tensor], empty: Sequence[Expr]
+) -> dict[Atom, Tensor]:
+    """Return masks, without any entry, of the atoms that are gone where dims of parameters have no entry left.
+
+    Nothing tells an axis of no heads from one of heads without entries. Those that some parameter still has are there;
+    of the rest all are gone, but for those that an op needs an entry of, if that explains each of the dims.
+    """
+    region, known = axis_facts.captured.region, {atom for atom, mask in masks.items() if mask.any()}
+    for name, exprs in axis_facts.parameters.items():
+        full = join(region, name)
+        for dim, expr in enumerate(exprs):
+            if full not in plan.original_shapes or (full, dim) not in plan.kept:
+                known.update(atoms_of(expr))
+    needed = {atom for fact in axis_facts.facts if fact.role in ("reduced", "chosen") for atom in atoms_of(fact.expr)}
+    gone: set[Atom] = set()
+    for expr in empty:
+        unknown = set(atoms_of(expr)) - known
+        gone |= (unknown - needed) or unknown
+    contexts = axis_facts.contexts
+    return {
+        atom: torch.zeros(*((contexts[atom].size,) if atom in contexts else ()), atom.size, dtype=torch.bool)
+        for atom in gone
+    }
 
 
 def write_plan(plan: Plan, region: str, parameters: Mapping[str, Exprs], kept: Selection) -> None:
@@ -160,6 +200,9 @@ def _selection(axis_facts: AxisFacts, masks: dict[Atom, Tensor]) -> dict[Atom, S
     for atom, mask in masks.items():
         if atom not in axis_facts.contexts:
             kept[atom] = mask
+            continue
+        if not mask.any():
+            kept[atom] = mask[0]
             continue
         live = mask.any(1)
         counts = sorted(set(mask[live].sum(1).tolist()))

@@ -2,6 +2,7 @@
 
     rewrite(axis_facts, kept, region)
       -> _copy            the captured graph, with inputs and constants as arguments
+      -> NothingLeft      where all of a coupling has gone, ops whose results are constants then are left out
       -> select_sources   values that depend on no parameter are index-selected where they are used
       -> resize           sizes in arguments become counts, bounds become prefix sums (one `resize` per rule)
       -> _bind            parameters are read from the live region; its nn.Linears are called as modules
@@ -24,6 +25,7 @@ from ecospa_fx.errors import RuleError
 from ecospa_fx.passes.axes.algebra import Size, as_size
 from ecospa_fx.passes.axes.selection import Selection, count, in_first_contexts, touched
 from ecospa_fx.passes.capture.hooks import calls_itself
+from ecospa_fx.passes.graph.boundary_op import edge
 from ecospa_fx.passes.graph.nodes import op_name, place
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.numbers import put_number
@@ -32,8 +34,10 @@ from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.objects.live_calls import go_live, pass_edges
 from ecospa_fx.passes.rules import op_info
 
+from .constants import find_constants
 from .draws import StandIn
 from .generate import generate
+from .nothing_left import NothingLeft
 from .program import Program
 from .sources import select_sources
 
@@ -80,9 +84,15 @@ def rewrite(
     """
     captured = axis_facts.captured
     graph, new, objects, constants = _copy(captured, live)
-    constants |= select_sources(graph, axis_facts, kept, new)
+    left = NothingLeft(axis_facts, graph, new, find_constants(axis_facts, kept), _sizes_now(axis_facts, kept), live,
+                       watched)  # fmt: skip
+    if left.known:
+        left.put_constants()
+    constants |= select_sources(graph, axis_facts, kept, new, {*left.known, *left.parts})
     constants |= _number_inputs(captured, graph, new)
     for original, node in new.items():
+        if original in left.known or original in left.parts:
+            continue
         rule = op_info(original.target)
         if rule is None or rule.resize is None or original not in axis_facts.operands:
             continue
@@ -99,8 +109,9 @@ def rewrite(
             ) from error
         site.apply()
     for original, stand_in in stand_ins.items():
-        new[original].target = stand_in(new[original].target)
-    sizes = _sizes_now(axis_facts, kept)
+        if original not in left.known:
+            new[original].target = stand_in(new[original].target)
+    sizes = _sizes_held(axis_facts, kept)
     if live:
         go_live(captured.carried, graph, new, objects, sizes)
     else:
@@ -108,7 +119,9 @@ def rewrite(
     if watched:
         output = next(node for node in reversed(graph.nodes) if node.op == "output")
         output.args = ((*output.args[0], *(new[node] for node in watched)),)
-    _insert(taps, graph, new)
+    _insert([tap for tap in taps if tap.node not in left.known], graph, new)
+    if left.known:
+        left.erase()
     _bind(captured, region, graph, new)
     run, source = generate(graph)
     called = frozenset(node.target for node in graph.nodes if node.op == "call_module")
@@ -126,7 +139,7 @@ def _insert(taps: Sequence[Tap], graph: fx.Graph, new: Mapping[fx.Node, fx.Node]
     for tap in taps:
         value = new[tap.node]
         groups: dict[fx.Node, set[fx.Node]] = {}
-        for user in (new[user] for user in tap.users):
+        for user in (new[user] for user in tap.users if user in new):
             given = through.get((value, user), value)
             if given in user.all_input_nodes:  # else it takes something made of it, at the sizes left
                 groups.setdefault(given, set()).add(user)
@@ -147,6 +160,17 @@ def _sizes_now(axis_facts: AxisFacts, kept: Selection) -> Callable[[fx.Node], Se
         return [as_size(size) for size in node.meta["val"].shape]
 
     return sizes
+
+
+def _sizes_held(axis_facts: AxisFacts, kept: Selection) -> Callable[[fx.Node], Sequence[Size]]:
+    """Return the sizes of tensors in objects: one entry stands where none is left, see `nothing_left.py`."""
+    sizes = _sizes_now(axis_facts, kept)
+
+    def held(node: fx.Node) -> Sequence[Size]:
+        of_an_object = node.target is edge or node.name in axis_facts.captured.state
+        return [1 if size == 0 else size for size in sizes(node)] if of_an_object else sizes(node)
+
+    return held
 
 
 def _copy(

@@ -12,6 +12,7 @@ an axis are compared with counts what is left.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -26,7 +27,11 @@ aten = torch.ops.aten
 
 
 def select_sources(
-    graph: fx.Graph, axis_facts: AxisFacts, kept: Selection, new: dict[fx.Node, fx.Node]
+    graph: fx.Graph,
+    axis_facts: AxisFacts,
+    kept: Selection,
+    new: dict[fx.Node, fx.Node],
+    left_out: Collection[fx.Node] = (),
 ) -> dict[fx.Node, Any]:
     """Index-select every use of a source whose axes have lost entries.
 
@@ -35,13 +40,14 @@ def select_sources(
         axis_facts: axes of the captured graph.
         kept: the entries of each atom that stay.
         new: node of the captured graph -> node of the copy.
+        left_out: nodes whose results are known without the ops.
 
     Returns:
         Placeholder that was added -> its index tensor.
     """
     selector = _Selector(graph, axis_facts, kept)
     for source in axis_facts.sources:
-        if not any(touched(expr, kept) for expr in source.exprs):
+        if source.user in left_out or not any(touched(expr, kept) for expr in source.exprs):
             continue
         user = new[source.user]
         with graph.inserting_before(user):

@@ -44,6 +44,10 @@ class StateLayout:
         """Return the shape that is left of a tensor whose whole dims have the sizes of `shape`."""
         return [size if left is None else left for size, left in zip(shape, self.sizes, strict=True)]
 
+    def shape_held(self, shape: Sequence[int]) -> list[int]:
+        """Return the shape in an object, where one entry stands for none: a cache counts tokens by what it holds."""
+        return [1 if left == 0 else size for size, left in zip(self.shape_left(shape), self.sizes, strict=True)]
+
     def mask_over(self, tensor: Tensor) -> Tensor:
         """Expand the mask over a tensor at its original sizes, whose whole dims are as in `tensor`."""
         original = [
@@ -81,6 +85,8 @@ def expanded(tensor: Tensor, left: StateLayout) -> Tensor:
     """Expand a tensor to its original sizes, with zeros where entries are gone."""
     mask = left.mask_over(tensor)
     original = tensor.new_zeros(mask.shape)
+    if 0 in left.sizes:
+        return original
     original[mask] = tensor.detach().flatten()
     return original
 
@@ -142,10 +148,10 @@ def whole_objects(objects: Sequence[Any], graphs: Iterable[tuple[AxisFacts, Sele
         left = layouts.get((type(objects[place.number]), place.path))
         if left is None:
             return tensor.detach().clone()
-        if tensor.ndim == len(left.sizes) and list(tensor.shape) == left.shape_left(tensor.shape):
+        if tensor.ndim == len(left.sizes) and list(tensor.shape) == left.shape_held(tensor.shape):
             return expanded(tensor, left)
         needed = (
-            str(tuple(left.shape_left(tensor.shape))) if tensor.ndim == len(left.sizes) else f"{len(left.sizes)} dims"
+            str(tuple(left.shape_held(tensor.shape))) if tensor.ndim == len(left.sizes) else f"{len(left.sizes)} dims"
         )
         raise EcoSpaError(
             f"`{place}` of the {type(objects[place.number]).__name__} that `{who}` is called with has sizes "

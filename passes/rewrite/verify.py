@@ -167,11 +167,12 @@ def _tolerance(axis_facts: AxisFacts) -> float:
 def _gradients(outputs: Sequence[Any], leaves: list[Tensor]) -> list[Tensor | None]:
     """Return the gradients of a fixed random projection of the outputs."""
     generator = torch.Generator().manual_seed(1)
-    terms = [
-        (out * torch.randn(out.shape, generator=generator).to(out)).sum()
+    projected = [
+        (out, torch.randn(out.shape, generator=generator))  # of all, as a result may be a constant on one side
         for out in outputs
-        if isinstance(out, Tensor) and out.requires_grad
+        if isinstance(out, Tensor) and (out.requires_grad or out.is_floating_point())
     ]
+    terms = [(out * projection.to(out)).sum() for out, projection in projected if out.requires_grad]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     if not terms or not wanted:
         return [None] * len(leaves)

@@ -220,7 +220,8 @@ def test_a_plan_with_differing_heads_survives_json_and_a_new_signature():
         ),
         (
             torch.zeros(3, 0, dtype=torch.long),
-            "cannot shrink `vo` to nothing; at least one of its 4 entries must stay",
+            "cannot shrink `vo` to nothing; at least one of its 4 entries must stay, unless "
+            "constraints=Constraints(min_keep=0) lets the last one go",
         ),
     ],
 )

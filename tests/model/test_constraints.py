@@ -163,7 +163,7 @@ def test_each_head_keeps_its_strongest_dims():
     ("settings", "words"),
     [
         ({"round_to": 0}, "round_to=0 is out of range; it is a whole number, at least 1"),
-        ({"min_keep": 1.5}, "min_keep=1.5 is out of range; it is a whole number, at least 1"),
+        ({"min_keep": 1.5}, "min_keep=1.5 is out of range; it is a whole number, at least 0"),
         ({"head_dims": "each"}, "head_dims='each' is none of 'per_head', 'per_layer', 'off'"),
         (
             {"frozen": ["nothing.*"]},

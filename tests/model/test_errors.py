@@ -168,7 +168,7 @@ def test_a_first_call_that_is_wrong_leaves_the_model_waiting():
         ("top_k", -0.1, "top_k=-0.1 is out of range; it is a share, above 0 and at most 1"),
         ("target", 0, "target=0 is out of range; it is a share, above 0 and at most 1"),
         ("target", 50, "target=50 is out of range; it is a share, above 0 and at most 1"),
-        ("min_keep", 0, "min_keep=0 is out of range; it is a whole number, at least 1"),
+        ("min_keep", -1, "min_keep=-1 is out of range; it is a whole number, at least 0"),
         ("interval", 0, "interval=0 is out of range; it is a whole number of steps, at least 1"),
         ("start", -1, "start=-1 is out of range; it is a whole number of steps, at least 0"),
         ("end", 0, "end=0 is not after start=0"),
@@ -289,7 +289,8 @@ def test_state_of_a_shape_that_a_parameter_had_may_have_followed():
     [
         (
             torch.tensor([], dtype=torch.long),
-            "cannot shrink `ffn` to nothing; at least one of its 10 entries must stay",
+            "cannot shrink `ffn` to nothing; at least one of its 10 entries must stay, unless "
+            "constraints=Constraints(min_keep=0) lets the last one go",
         ),
         (torch.tensor([0, 10]), "cannot shrink `ffn`: keep reaches from 0 to 10, and it has entries 0 to 9 now"),
         (torch.tensor([-1, 3]), "cannot shrink `ffn`: keep reaches from -1 to 3, and it has entries 0 to 9 now"),
