@@ -1,6 +1,6 @@
 """Experts removed from a trained mixture in one stroke, chosen by one score or another, three seeds.
 
-PYTHONPATH=bench python -m experiments.experts --data DATA [--seeds 3] [--steps 1500] [--heal 100]
+PYTHONPATH=bench python -m experiments.experts --data DATA [--seeds 3] [--steps 1200] [--heal 24]
 
 A small Mixtral (4 layers of 16 experts, of which every token takes 2) learns WikiText-2 by bytes. Then a quarter,
 half or three quarters of the experts of every layer go, by their scores on 16 batches of the training text:
@@ -53,14 +53,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with wikitext-2/")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--heal", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--heal", type=int, default=24)
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments"), help="weights and rows")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.runs.mkdir(parents=True, exist_ok=True)
     texts = {part: _bytes(options.data / "wikitext-2" / f"{part}.txt") for part in ("test", "valid")}
-    rows = [row for seed in range(options.seeds) for row in strokes(texts["test"], texts["valid"], seed, options)]
+    rows: list[dict[str, Any]] = []
+    for seed in range(options.seeds):
+        rows += strokes(texts["test"], texts["valid"], seed, options)
+        write(rows, options)
+
+
+def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Write the table and the plot of the seeds so far."""
     about = {"steps": options.steps, "heal": options.heal, "machine": machine(), "date": date.today().isoformat()}
     with (RESULTS / "experts.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *about])
@@ -205,7 +212,9 @@ def plot(rows: list[dict[str, Any]]) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("loss over dense, nats per byte")
     figure.axes[0].legend(fontsize=8)
-    figure.suptitle(f"Mixtral of {LAYERS} x {EXPERTS} experts, {seeds} seeds", fontsize=11)
+    figure.suptitle(
+        f"Mixtral of {LAYERS} x {EXPERTS} experts, {seeds} {'seed' if seeds == 1 else 'seeds'}", fontsize=11
+    )
     figure.savefig(RESULTS / "experts.png")
 
 
