@@ -54,6 +54,7 @@ types: $(DEV_READY)  ## mypy --strict on the source tree
 
 docs: $(TEST_READY)  ## build the documentation site in build/site
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+	@echo "build/site/index.html; with its search: $(RUN) -m http.server -d build/site, then http://localhost:8000"
 
 bench: $(TEST_READY)  ## run the benchmarks; ARGS="..." goes to bench/rewrite.py
 	PYTHONPATH=bench $(RUN) bench/perf.py

@@ -11,8 +11,11 @@ Torch-Pruning is set up as its own examples do it for each kind of model: the ou
 `num_heads` for attention, head sizes written into the modules afterwards, timm's attention with the forward of
 `prune_timm_vit.py`, group magnitude importance, defaults for the rest. It takes a ratio of channels and not of
 parameters, so ratios are tried in steps of 0.05, and the smallest that reaches the target counts and is timed.
-`bottleneck` is the option of its ViT examples that leaves the width of the residual stream unchanged. Models that no
-example covers run with defaults.
+`bottleneck` is the option of its ViT examples that leaves the width of the residual stream unchanged; `blocks` is
+`regions="blocks"`, which does so in ecospa_fx. Models that no example covers run with defaults.
+
+Where a norm runs over fewer entries than before, neither library gives the original with zeros: it gives what a smaller
+model of the same class does. Of ecospa_fx `verify` says whether that is so, which is its own judge.
 """
 
 from __future__ import annotations
@@ -184,9 +187,8 @@ def torch_pruning(model: nn.Module, case: Case, ratio: float, bottleneck: bool) 
             m.head_dim = m.qkv.out_features // (3 * m.num_heads)
 
 
-def ecospa(model: nn.Module, case: Case, left: float) -> None:
-    call = {"example_inputs": tuple(case.call.values())} if "x" in case.call else {"example_kwargs": case.call}
-    ecospa_fx.compile(model, **call)
+def ecospa(model: nn.Module, case: Case, left: float, regions: str) -> None:
+    ecospa_fx.compile(model, **call_of(case), regions=regions)
     sparsifier = ecospa_fx.CoupledSparsifier(model, target=left)
     estimator = ecospa_fx.CoupledEstimator(model, "magnitude")
     while not sparsifier.reached():
@@ -194,6 +196,20 @@ def ecospa(model: nn.Module, case: Case, left: float) -> None:
         if not keeps:
             break
         ecospa_fx.shrink(model, keeps)
+
+
+def call_of(case: Case) -> dict[str, Any]:
+    return {"example_inputs": tuple(case.call.values())} if "x" in case.call else {"example_kwargs": case.call}
+
+
+def with_ecospa(case: Case, left: float, regions: str) -> dict[str, Any]:
+    """The row; where it is not the original with zeros, whether `verify` finds it to be a smaller model."""
+    row = question(case, lambda m: ecospa(m, case, left, regions))
+    if row.get("exact") == "no" and not row.get("why"):
+        model = ecospa_fx.compile(made(case), **call_of(case), regions=regions)
+        exact = ecospa_fx.verify(model, **call_of(case)).ok
+        row["why"] = f"norms run over what is left; verify, which counts so: {'exact' if exact else 'DIFFERS'}"
+    return row
 
 
 # The same questions to both.
@@ -309,10 +325,11 @@ def main() -> None:
         if not any(re.fullmatch(pattern, name) for pattern in options.patterns or [".*"]):
             continue
         tools: dict[str, Callable[[], dict[str, Any]]] = {
-            "ecospa_fx": lambda case=case: question(case, lambda m: ecospa(m, case, options.left)),
+            "ecospa_fx": lambda case=case: with_ecospa(case, options.left, "auto"),
             "Torch-Pruning": lambda case=case: with_torch_pruning(case, options.left, False),
         }
         if case.writers:
+            tools["ecospa_fx, blocks"] = lambda case=case: with_ecospa(case, options.left, "blocks")
             tools["Torch-Pruning, bottleneck"] = lambda case=case: with_torch_pruning(case, options.left, True)
         for tool, ask in tools.items():
             row = {"model": name, "tool": tool, **dict.fromkeys(columns, ""), **ask()}

@@ -122,14 +122,14 @@ def train(model: nn.Module, text: Tensor, steps: int, seed: int, rate: float, ba
 def trained(text: Tensor, seed: int, options: argparse.Namespace) -> nn.Module:
     """Return a model that has learned; its weights are kept in a file."""
     torch.manual_seed(seed)
-    model, file = make(), options.runs / f"experts_{options.steps}_{seed}.pt"
-    if file.exists():
-        model.load_state_dict(torch.load(file))
-    else:
-        began = time.perf_counter()
+    file = options.runs / f"experts_{options.steps}_{seed}.pt"
+    if not file.exists():
+        model, began = make(), time.perf_counter()
         train(model, text, options.steps, seed, RATE, balance=True)
         print(f"seed {seed}: trained in {time.perf_counter() - began:.0f} s", flush=True)
         torch.save(model.state_dict(), file)
+    model = make()  # a new one: a call that asks for router logits leaves hooks on routers, which pin the experts' axis
+    model.load_state_dict(torch.load(file))
     return model
 
 
@@ -180,6 +180,7 @@ def scores(model: nn.Module, text: Tensor, seed: int) -> dict[str, dict[str, Ten
             estimator.accumulate()
         model.zero_grad()
     experts = [coupling for coupling in ecospa_fx.couplings(model) if coupling.kind == "experts"]
+    assert len(experts) == LAYERS, str(ecospa_fx.explain(model))
     found = {way: {c.name: each.entries(c) for c in experts} for way, each in estimators.items()}
     for estimator in estimators.values():
         estimator.detach()

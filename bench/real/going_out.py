@@ -11,6 +11,7 @@ transformers; llama.cpp reads what its converter makes of it, in float32. Six wi
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import subprocess
 import sys
@@ -26,11 +27,14 @@ from torch.nn.functional import cross_entropy
 from weights import smollm2, version_of
 
 import ecospa_fx
+from ecospa_fx.demo import torchvision_cure
 
 WINDOW, WINDOWS, CALLS = 256, 6, 8
 
-PLAIN = """
+PLAIN = f"""
 import sys
+{inspect.getsource(torchvision_cure).replace("from __future__ import annotations", "")}
+tolerate_missing_torchvision_ops()
 sys.modules["ecospa_fx"] = None
 import torch
 from transformers import AutoModelForCausalLM

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from machine import RESULTS, machine
-from rows import Seen, bias_of, gone_of, worth
+from rows import Seen, bias_of, fitted_of, gone_of, worth
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from weights import smollm2, version_of
@@ -31,7 +31,10 @@ import ecospa_fx
 
 WINDOW = 512
 SOURCE = ("argparse", "ast", "calendar", "heapq", "textwrap", "tarfile", "random", "queue")
-ROWS = ("dense", "random", "norms", "wanda-sp", "flap", "taylor", "tok2", "ours")
+ROWS = (
+    "dense", "random", "magnitude", "norms", "wanda-sp", "flap", "taylor", "tok2", "llm-pruner", "modegpt", "slimgpt",
+    "ours",
+)  # fmt: skip
 FIELDS = (
     "row", "share", "tokens", "seed", "in_domain", "out_of_domain", "windows", "seconds", "cpu_seconds", "weights",
     "machine", "date",
@@ -114,40 +117,49 @@ def shrink(model: Any, row: str, share: float, calls: list[Tensor], seed: int) -
         print(ecospa_fx.compress(model, calls, 1 - share * glu / total, kinds=["glu"], loss=loss_of, steps=steps))
         return
     needs_nothing = row in ("random", "norms", "magnitude")
-    seen = [None] * len(ffns) if needs_nothing else look(model, ffns, calls)
+    seen, gradients = [None] * len(ffns), [None] * len(ffns)
+    if not needs_nothing:
+        seen, gradients = look(model, ffns, calls, row)
     with torch.no_grad():
         worths = [
-            worth(row, ffn.down_proj.weight, [ffn.gate_proj.weight, ffn.up_proj.weight], each, seed + i)
-            for i, (ffn, each) in enumerate(zip(ffns, seen))
+            worth(row, ffn.down_proj.weight, [ffn.gate_proj.weight, ffn.up_proj.weight], each, seed + i, found)
+            for i, (ffn, each, found) in enumerate(zip(ffns, seen, gradients))
         ]
         for ffn, each, gone in zip(ffns, seen, gone_of(row, worths, share)):
             kept = torch.ones(len(ffn.up_proj.weight), dtype=torch.bool)
             kept[gone] = False
             bias = bias_of(row, ffn.down_proj.weight, each, gone)
+            fitted = fitted_of(row, ffn.down_proj.weight, each, gone)
             ffn.gate_proj.weight = nn.Parameter(ffn.gate_proj.weight[kept])
             ffn.up_proj.weight = nn.Parameter(ffn.up_proj.weight[kept])
-            ffn.down_proj.weight = nn.Parameter(ffn.down_proj.weight[:, kept])
+            ffn.down_proj.weight = nn.Parameter(ffn.down_proj.weight[:, kept] if fitted is None else fitted)
             ffn.down_proj.bias = None if bias is None else nn.Parameter(bias)
 
 
-def look(model: Any, ffns: list[Any], calls: list[Tensor]) -> list[Seen]:
-    """See the inputs of the last weight of each FFN, and their gradients."""
+def look(model: Any, ffns: list[Any], calls: list[Tensor], row: str) -> tuple[list[Seen], list[list[Tensor] | None]]:
+    """See the inputs of the last weight of each FFN, and their gradients; with `llm-pruner` those of its weights."""
     seen: list[Seen] = []
     inputs: dict[int, Tensor] = {}
     hooks = [
         ffn.down_proj.register_forward_pre_hook(lambda _, given, i=i: inputs.__setitem__(i, given[0]))
         for i, ffn in enumerate(ffns)
     ]
+    weights = [[ffn.down_proj.weight, ffn.gate_proj.weight, ffn.up_proj.weight] for ffn in ffns]
+    asked = [weight for each in weights for weight in each] if row == "llm-pruner" else []
+    sums = [torch.zeros_like(weight) for weight in asked]
     for ids in calls:
         loss = loss_of(model, ids)
         xs = [inputs[i] for i in range(len(ffns))]
-        found = [Seen.of(x[0].detach(), g[0]) for x, g in zip(xs, torch.autograd.grad(loss, xs))]
-        for mine, each in zip(seen, found):
+        found = torch.autograd.grad(loss, [*xs, *asked])
+        for total, gradient in zip(sums, found[len(xs) :], strict=True):
+            total += gradient
+        here = [Seen.of(x[0].detach(), g[0], row in ("modegpt", "slimgpt")) for x, g in zip(xs, found)]
+        for mine, each in zip(seen, here):
             mine.add(each)
-        seen = seen or found
+        seen = seen or here
     for hook in hooks:
         hook.remove()
-    return seen
+    return seen, [sums[3 * i : 3 * i + 3] if sums else None for i in range(len(ffns))]
 
 
 def write(row: dict[str, Any]) -> None:

@@ -14,6 +14,12 @@
 | taylor | `(sum over positions of x * g) ** 2`, summed over calls | Molchanov et al. 2019 (1906.10771), eq. 8 |
 | tok2 | `(x * g) ** 2`, summed over positions | the same, with positions for examples |
 | energy | `|W| ** 2 * mean of x ** 2` | optimal brain damage of a layer's output |
+| llm-pruner | `|weight * its gradient|`, summed over the unit's slices | Ma et al. 2023 (2305.11627) |
+| modegpt | ridge leverage `diag(C (C + I)^-1)`; W is fitted by Nystrom | Lin et al. 2024 (2408.09632), algorithm 1 |
+| slimgpt | `|W| ** 2 / diag(H^-1)`, one unit after another, each time W is fitted | Ling et al. 2024 (2412.18110) |
+
+C is the Gram matrix of x, `[units, units]`, H that with 1% of its mean diagonal added. `fitted_of` returns W of the
+units that stay for the last two, all others keep it.
 """
 
 from __future__ import annotations
@@ -34,6 +40,7 @@ class Seen:
         squares: `[units]`, of its squares.
         by_position: `[units]`, of the squares of x * g.
         by_call: `[units]`, of the squares of what x * g adds up to in a call.
+        gram: `[units, units]`, of products; None where no row needs it.
     """
 
     count: int
@@ -41,13 +48,14 @@ class Seen:
     squares: Tensor
     by_position: Tensor
     by_call: Tensor
+    gram: Tensor | None = None
 
     @classmethod
-    def of(cls, x: Tensor, g: Tensor) -> Seen:
+    def of(cls, x: Tensor, g: Tensor, gram: bool = False) -> Seen:
         """Sum up one call."""
         terms = x * g
         return cls(
-            len(x), x.sum(0), x.square().sum(0), terms.square().sum(0), terms.sum(0).square()
+            len(x), x.sum(0), x.square().sum(0), terms.square().sum(0), terms.sum(0).square(), x.T @ x if gram else None
         )  # fmt: skip
 
     def add(self, other: Seen) -> None:
@@ -55,10 +63,14 @@ class Seen:
         self.count += other.count
         for name in ("sums", "squares", "by_position", "by_call"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        if self.gram is not None and other.gram is not None:
+            self.gram += other.gram
 
 
-def worth(row: str, weight: Tensor, makers: list[Tensor], seen: Seen, seed: int = 0) -> Tensor:
-    """Return the worth of each unit by a row's formula."""
+def worth(
+    row: str, weight: Tensor, makers: list[Tensor], seen: Seen, seed: int = 0, gradients: list[Tensor] | None = None
+) -> Tensor:
+    """Return the worth of each unit by a row's formula; `gradients` are those of `weight` and of the makers."""
     match row:
         case "random":
             return torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(seed))
@@ -77,7 +89,53 @@ def worth(row: str, weight: Tensor, makers: list[Tensor], seen: Seen, seed: int 
             return seen.by_position
         case "energy":
             return weight.square().sum(0) * seen.squares / seen.count
+        case "llm-pruner":
+            assert gradients is not None
+            made = sum((m * g).abs().sum(1) for m, g in zip(makers, gradients[1:], strict=True))
+            return (weight * gradients[0]).abs().sum(0) + made
+        case "modegpt":
+            assert seen.gram is not None
+            gram = seen.gram.double()
+            return torch.linalg.solve(gram + torch.eye(len(gram)), gram).diagonal().float()
+        case "slimgpt":
+            assert seen.gram is not None
+            return _eliminated(weight, seen, len(seen.gram) * 3 // 5)[0]  # more than any share here
     raise ValueError(row)
+
+
+def fitted_of(row: str, weight: Tensor, seen: Seen, gone: Tensor) -> Tensor | None:
+    """Return W `[outputs, units left]` as a row fits it; None where it stays as it is."""
+    kept = torch.ones(weight.shape[1], dtype=torch.bool)
+    kept[gone] = False
+    if row == "modegpt":
+        assert seen.gram is not None
+        gram = seen.gram.double()
+        return (torch.linalg.pinv(gram[kept][:, kept]) @ gram[kept] @ weight.double().T).T.to(weight)
+    if row == "slimgpt":
+        return _eliminated(weight, seen, len(gone))[1][:, kept]
+    return None
+
+
+def _eliminated(weight: Tensor, seen: Seen, count: int) -> tuple[Tensor, Tensor]:
+    """Remove units one after another, each the one by whose loss the output is hurt least.
+
+    Returns:
+        The place of each unit in that order, of those that stay the last, and W after `count` of them.
+    """
+    assert seen.gram is not None
+    gram, fitted = seen.gram.double(), weight.double().clone()
+    inverse = torch.linalg.inv(gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram)))
+    place = torch.full((len(gram),), float(len(gram)))
+    left = torch.ones(len(gram), dtype=torch.bool)
+    for number in range(count):
+        hurt = fitted.square().sum(0) / inverse.diagonal()
+        unit = int(hurt.masked_fill(~left, torch.inf).argmin())
+        row, pivot = inverse[unit].clone(), inverse[unit, unit].clone()
+        fitted -= fitted[:, unit, None] / pivot * row
+        inverse -= torch.outer(row, row) / pivot
+        inverse[unit, unit] = 1.0  # it is out
+        left[unit], place[unit] = False, float(number)
+    return place, fitted.to(weight)
 
 
 def gone_of(row: str, worths: list[Tensor], share: float) -> list[Tensor]:

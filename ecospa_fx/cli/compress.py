@@ -88,7 +88,8 @@ def compress(
             }
         )  # fmt: skip
     else:
-        show(str(report), f"saved to {out}; ecospa_fx.load reads it")
+        plain = f", and plain transformers {out / 'pretrained'}" if pretrained or deployable is not None else ""
+        show(str(report), f"saved to {out}; ecospa_fx.load reads it{plain}")
 
 
 def _windows(name: str, named: Named, text: Path, tokens: int, context: int) -> Iterable[dict[str, Any]]:

@@ -378,7 +378,7 @@ def _saved(path: Path, factory: str | None, shapes: Sequence[str]) -> Named:
     source: dict[str, Any] | None = {"name": factory} if factory is not None else _source_of(path)
     if source is None:
         return _with_inputs(str(path), ecospa_fx.load(path), (), shapes)
-    original = named_model(**source)
+    original = named_model(**source, inputs=shapes)
     model = ecospa_fx.load(path, lambda: original.model)
     return _with_inputs(str(path), model, (), shapes) if shapes else Named(model, original.args, original.kwargs)
 
@@ -418,4 +418,8 @@ def write_pretrained(model: nn.Module, out: Path) -> None:
     """
     why = ecospa_fx.save_pretrained(model, out / "pretrained")
     if why is not None:
-        raise CommandError(f"plain transformers does not load {out / 'pretrained'}: {why}", FAILED)
+        raise CommandError(
+            f"plain transformers does not load {out / 'pretrained'}: {why}. With --deployable transformers "
+            "only what it loads is removed",
+            FAILED,
+        )

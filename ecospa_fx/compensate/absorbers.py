@@ -16,6 +16,12 @@ from ecospa_fx.model.region import Region
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.transform.consumers import Consumer, WeightDim, consumers
+from ecospa_fx.score.owners import last_weights
+
+EXPERTS = (
+    "its entries are experts, each a function with weights of its own, of which none is a sum of others; those that go "
+    "are left out, not merged into others, and tokens go to those that stay"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +65,15 @@ class Absorbers:
     def read(self, region: Region) -> None:
         """Find the weights of a region that may absorb: every graph of it must sum over the dim in the same way."""
         groups: dict[Any, WeightDim] = {}
+        experts = self._experts(region)
         for key in self._offered(region):
             self.found.pop(key, None)
             self.refused.pop(key, None)
             inside = key_in_region(region, key)
             graphs = [p.axis_facts for p in reversed(region.specializations) if _uses(p.captured, inside[0])]
             found = [self.consumers(axis_facts).get(inside) for axis_facts in graphs]
+            if key in experts and not any(found):
+                self.refused[key] = EXPERTS
             if not any(found):
                 continue  # its outputs are summed over by other weights
             reasons = [each for each in found if isinstance(each, str)]
@@ -86,6 +95,12 @@ class Absorbers:
         if cached is None or cached[0] is not axis_facts:
             self._graphs[id(axis_facts)] = cached = (axis_facts, consumers(axis_facts))
         return cached[1]
+
+    def _experts(self, region: Region) -> set[WeightDim]:
+        """Return the dims of the last weights of experts in a region."""
+        last = last_weights({region.name: region})
+        experts = [c for c in compiled_state(self.model).couplings() if c.kind == "experts" and c.name in last]
+        return {(m.parameter, m.dim) for c in experts for m in c.members if m.parameter in last[c.name]}
 
     def _offered(self, region: Region) -> list[WeightDim]:
         """Return the dims of matrices that couplings of a region lie on."""

@@ -33,6 +33,13 @@ def difference_of_made(model: nn.Module, compiled: CompiledModel, plan: Plan, ma
         plan: the plan, which may remove more than is removed now.
         made: the model that was made, with values in its buffers.
     """
+    through = (of for region in compiled.regions.values() for of in region.border.along().values())
+    crossing = next((of[0] for of in through if of is not None and of in plan.kept), None)
+    if crossing is not None:
+        return (
+            f"the axis of `{crossing}` runs through several regions, and what the model's own Python does between them "
+            "with numbers of the new sizes is not compared: compile with regions='root'"
+        )
     inside = tuple(compiled.regions)
     for path, module in model.named_modules():
         if any(path == name or path.startswith(f"{name}.") or not name for name in inside):

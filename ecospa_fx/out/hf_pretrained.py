@@ -79,6 +79,8 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **optio
         "plan": json.loads(compiled.plan.to_json()),
         **describe_execution(compiled),
     }
+    if compiled.execution == "graph" and config is not original and not isinstance(config, str):
+        about["config"] = json.loads(original.to_json_string(use_diff=False))  # graphs are captured at original sizes
     write_text(Path(directory) / FILE, format_json(about))
     return config if isinstance(config, str) else None
 
@@ -108,6 +110,7 @@ def from_pretrained(directory: str | os.PathLike[str], **options: Any) -> Any:
     cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise CheckpointError(f"{path} names a class {name!s:.60} that transformers does not have")
+    kind: Any = cls
     plan = Plan.from_json(json.dumps(about.get("plan")))
     attributes = check_execution(about, str(path))
 
@@ -115,6 +118,8 @@ def from_pretrained(directory: str | os.PathLike[str], **options: Any) -> Any:
         super(resized, self).__init__(config, *args, **kwargs)
         _resize(self, plan, str(path))
 
+    if isinstance(about.get("config"), dict):
+        options.setdefault("config", kind.config_class.from_dict(about["config"]))
     # transformers loads weights into the tensors that the constructor makes, so these must have the small sizes.
     body = {"__init__": init, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     resized: Any = type(cls.__name__, (cls,), body)
@@ -149,6 +154,8 @@ def configuration_for(model: nn.Module, compiled: CompiledModel) -> Any:
     config: Any = getattr(model, "config")  # noqa: B009
     if not compiled.plan.original_shapes:
         return config
+    if compiled.execution == "graph" and (why := _untried(model, compiled)) is not None:
+        return why
     found = configuration_at(model, compiled, compiled.plan)
     if not isinstance(found, str):
         return found
@@ -156,6 +163,15 @@ def configuration_for(model: nn.Module, compiled: CompiledModel) -> Any:
     if not isinstance(by_layer, str):
         return by_layer
     return f"{found}; {by_layer}. ecospa_fx.from_pretrained loads it, plain from_pretrained of transformers does not"
+
+
+def _untried(model: nn.Module, compiled: CompiledModel) -> str | None:
+    """Say why a model of the same class cannot be tried beside graphs; None where each region can."""
+    for name, region in compiled.regions.items():
+        if any(True for _ in compiled.plan.under(name)) and not region.specializations:
+            kind = type(model).__name__
+            return f"`{name}` has not been called since this {kind} was loaded; call the model once, then save it"
+    return None
 
 
 def _by_layer(model: nn.Module, compiled: CompiledModel) -> Any:

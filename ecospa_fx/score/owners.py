@@ -22,6 +22,7 @@ from ecospa_fx.couple.coupling_index import CouplingIndex
 from ecospa_fx.model.region import Region
 from ecospa_fx.passes.axes.algebra import Atom, Expr, atoms_of
 from ecospa_fx.passes.axes.selection import Selected, index_of, mask_of
+from ecospa_fx.passes.graph.nodes import written_arguments
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.ir import relations as r
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
@@ -39,6 +40,8 @@ from ecospa_fx.passes.transform.owned import (
     keys_of,
 )
 
+from .products import parts
+
 if TYPE_CHECKING:
     from ecospa_fx.model.compiled import CompiledModel
 
@@ -52,12 +55,19 @@ class SumSite:
         number: number of the sum among those of the coupling.
         sum: the place.
         owners: tells whose each row is.
+        parts: the number of ranks that the entries are shared out over, of which this one has its own.
     """
 
     coupling: Coupling
     number: int
     sum: Sum
     owners: Owners
+    parts: int
+
+    @property
+    def overwritten(self) -> bool:
+        """True if an op writes its sum where the contributions are."""
+        return any(self.sum.owned.node in written_arguments(user) for user in self.sum.users)
 
     @property
     def units(self) -> int:
@@ -109,7 +119,8 @@ def sums_of(state: CompiledModel, region: Region, program: Program, module: nn.M
         numbers = CouplingIndex(found.atom, context, kept)
         for number, each in enumerate(flow.sums):
             owners = Owners(program.axis_facts, flow, each, found.atom, numbers, here, coupling.size)
-            yield SumSite(coupling, number, each, owners)
+            if owners.readable:
+                yield SumSite(coupling, number, each, owners, owners.parts(kept))
 
 
 def last_weights(regions: Mapping[str, Region]) -> dict[str, frozenset[str]]:
@@ -180,7 +191,8 @@ class Owners:
                     yield Tap(source, (owned.node,), self._note(source))
         after = [*((each.node,) for each in self._chain[1:]), self.sum.users]
         for owned, users in zip(self._chain, after, strict=True):
-            if isinstance(owned.origin, Passed) and isinstance(owned.origin.relation, r.Regrouped):
+            regrouped = isinstance(owned.origin, Passed) and isinstance(owned.origin.relation, r.Regrouped)
+            if regrouped or isinstance(owned.origin, Grouped):
                 yield Tap(owned.node, users, self._note(owned.node))
         for factor in self.sum.factors:
             yield Tap(factor.node, self.sum.users, self._keep(factor.node))
@@ -209,11 +221,24 @@ class Owners:
 
         return see
 
-    def _units(self, expr: Expr) -> Tensor | None:
+    @property
+    def _expr(self) -> Expr:
+        """The axis that rows belong to entries of."""
+        first = self._chain[0].origin
+        assert not isinstance(first, Passed)
+        return first.expr
+
+    @property
+    def readable(self) -> bool:
+        """False where entries differ by a context that the axis there does not tell."""
+        return self._numbers.context is None or self._numbers.context in atoms_of(self._expr)
+
+    def parts(self, kept: dict[Atom, Selected]) -> int:
+        """Return the number of ranks that the entries are shared out over."""
+        return parts(mask_of(self._expr, kept), mask_of(self._expr, self._here))
+
+    def _units(self, expr: Expr) -> Tensor:
         """Return the entry at each position of an axis, contexts one after another."""
-        context = self._numbers.context
-        if context is not None and context not in atoms_of(expr):
-            return None
         entry, on = self._numbers.read(expr, index_of(expr, self._atom), mask_of(expr, self._here))
         return entry if on is None else torch.where(entry >= 0, on * self._size + entry, -1)
 
@@ -225,8 +250,6 @@ class Owners:
             before = self._owner(source)
             return None if before is None else self._moved(owned, source, owned.origin.relation, before, rank)
         units = self._units(owned.origin.expr)
-        if units is None:
-            return None
         match owned.origin:
             case Along(dim=dim):
                 return units.view(*(-1 if d == dim else 1 for d in range(rank)))
@@ -241,11 +264,12 @@ class Owners:
                 sizes = {at[number]: index.shape[place] for place, number in enumerate(order)}
                 return units.to(index.device)[index].view(*(sizes.get(d, 1) for d in range(rank)))
             case Grouped(ends=node, dim=dim):
-                ends = self._seen.get(node)
-                if ends is None:
+                ends, shape = self._seen.get(node), self._shapes.get(owned.node)
+                if ends is None or shape is None:
                     return None
-                rows = torch.arange(int(ends[-1]), device=ends.device)  # the rows after these belong to nobody
-                units = units.to(ends.device)[torch.searchsorted(ends.long(), rows, right=True)]
+                rows = torch.arange(shape[dim], device=ends.device)
+                units = torch.cat([units, units.new_tensor([-1])]).to(ends.device)  # rows after the last end: nobody's
+                units = units[torch.searchsorted(ends.long(), rows, right=True)]
                 return units.view(*(-1 if d == dim else 1 for d in range(rank)))
 
     def _moved(

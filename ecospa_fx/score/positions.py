@@ -277,7 +277,8 @@ class PositionReader(Averaged[str]):
     def taps_of(self, region: Region, program: Program, module: nn.Module) -> list[Tap]:
         """Return a tap at each place of the program's graph at which gates of couplings act."""
         by_place: dict[tuple[fx.Node, tuple[fx.Node, ...]], list[Place]] = {}
-        sites = list(sums_of(compiled_state(self.model), region, program, module))
+        sites = [site for site in sums_of(compiled_state(self.model), region, program, module) if not site.overwritten]
+        self._parts |= {site.coupling.name: site.parts for site in sites}
         for place, users in self._places_in(region, program, module, {site.coupling.name for site in sites}):
             by_place.setdefault((place.side.node, users), []).append(place)
             self._slots.setdefault(place.coupling, set()).add(place.slot)
@@ -381,9 +382,7 @@ class PositionReader(Averaged[str]):
         if scale is not None:
             squares = {name: each / scale.to(each).square() for name, each in squares.items()}
         alone = {name: name.removeprefix(ALL) for name in squares}
-        squares = {
-            n: each * self._parts.get(alone[n], 1) for n, each in squares.items() if alone[n] not in self._partly
-        }
+        squares = {n: each * self._parts[alone[n]] for n, each in squares.items() if alone[n] not in self._partly}
         self._seen.update(name for name in squares if not name.startswith(ALL))
         self.totals.add(squares, step)
         self.gates.read(step, self._read_by_position(), odd=False)

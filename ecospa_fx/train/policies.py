@@ -6,8 +6,8 @@ Adaptive    saliency, and how far others take over -> expected rise of the loss 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -18,12 +18,15 @@ from ecospa_fx.compensate.compensation import Compensation
 from ecospa_fx.compensate.forecast import EntryOrder, Forecast, forecast, whole_worth, worth_of
 from ecospa_fx.couple.constraints import Constraints
 from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.errors import TargetError
 from ecospa_fx.model.lookup import couplings
 from ecospa_fx.ranks.members import ranks_of
 from ecospa_fx.score.estimator import CoupledEstimator
+from ecospa_fx.score.judging import index_scores
 from ecospa_fx.score.saliency import Saliency
 
 from .adaptive import AdaptiveSparsifier
+from .measuring import check_kinds
 from .settings import DecisionSettings, ScoreSettings
 from .sparsifier import CoupledSparsifier, EntryScores
 
@@ -94,43 +97,64 @@ class Paper:
         self.model, self.optimizers, self.settings, self.constraints = model, optimizers, settings, constraints
         self.estimator = scores.estimator(model, scores.score, optimizers)
         self.index: CoupledEstimator | None = None
-        if not isinstance(scores.index_score, str) or scores.index_score != "norms":
-            index, score = scores.index_score, scores.score
+        self.by_kind: dict[str, CoupledEstimator] = {}
+        index, score = scores.index_score, scores.score
+        if isinstance(index, Mapping):
+            check_kinds(list(index))
+            self.by_kind = {kind: scores.estimator(model, each, optimizers) for kind, each in index.items()}
+            for kind, each in self.by_kind.items():
+                if each.reader.kinds is not None and kind not in each.reader.kinds:
+                    raise TargetError(
+                        f"index_score={{{kind!r}: {each.score.name!r}}}: it judges {', '.join(each.reader.kinds)} only"
+                    )
+        elif index != "norms":
             same = index is score or (isinstance(index, str) and isinstance(score, str) and index == score)
             self.index = self.estimator if same else scores.estimator(model, index, optimizers)
         self._sparsifier: CoupledSparsifier | None = None
 
     @property
     def estimators(self) -> list[CoupledEstimator]:
-        """The estimator of the score, and that of the index score if it is another one."""
-        return [self.estimator] if self.index in (None, self.estimator) else [self.estimator, self.index]
+        """The estimator of the score, and those of the index score if they are others."""
+        own = [self.estimator] if self.index in (None, self.estimator) else [self.estimator, self.index]
+        return [*own, *self.by_kind.values()]
 
     @property
     def described(self) -> dict[str, str]:
         """The names of its scores."""
         index = "norms" if self.index is None else self.index.score.name
+        index += "".join(f", {kind} by {each.score.name}" for kind, each in self.by_kind.items())
         return {"policy": "paper", "score": self.estimator.score.name, "index_score": index}
 
     def ready(self) -> CoupledSparsifier:
         """Return the sparsifier, made once the couplings are known."""
         if self._sparsifier is None:
             constraints = self.constraints
-            for kinds in dict.fromkeys(each.reader.kinds for each in self.estimators):
+            for kinds in {each.reader.kinds: None for each in (self.estimator, self.index) if each is not None}:
                 if kinds is None:
                     continue
                 # The score says nothing about the others.
                 others = [c for c in couplings(self.model) if c.kind not in kinds]
                 constraints = replace(constraints, frozen=[*constraints.frozen, *others])
             entries: EntryScores | None = None if self.index is None else self.index.entries
+            if self.by_kind:
+                entries = self._entries_by_kind
             self._sparsifier = CoupledSparsifier.of(self.model, self.settings, constraints, self.optimizers, entries)
         return self._sparsifier
 
     def decide(self, at_most: int | None) -> Decision:
         """Decide by the rule; where that is too slow or too fast for the schedule, remove as much as is due."""
         importance = self.estimator.importance()
-        with self.index.at_once() if self.index is not None else nullcontext():
+        with ExitStack() as stack:
+            for each in (self.index, *self.by_kind.values()):
+                if each is not None:
+                    stack.enter_context(each.at_once())
             keeps = self.ready().decide(importance, at_most, at_most)
         return Decision(keeps, {coupling.name: value for coupling, value in importance.items()})
+
+    def _entries_by_kind(self, coupling: Coupling, *, by_context: bool = False) -> Tensor:
+        if coupling.kind in self.by_kind:
+            return self.by_kind[coupling.kind].entries(coupling, by_context=by_context)
+        return index_scores(self.model, coupling, by_context=by_context)
 
 
 class Adaptive:

@@ -106,14 +106,15 @@ class ScoreSettings:
 
     Attributes:
         score: importance of a coupling: a name, or a function of a weight and its gradient.
-        index_score: order in which the entries of a coupling go: a score, or `"norms"`.
+        index_score: order in which the entries of a coupling go: a score, or `"norms"`; or the scores of some kinds,
+            the others by `"norms"`.
         decay: see `CoupledEstimator`.
         window: see `CoupledEstimator`.
         seed: of `"random"` scores.
     """
 
     score: AnyScore
-    index_score: AnyScore
+    index_score: AnyScore | Mapping[str, AnyScore]
     decay: float | None = None
     window: int | None = None
     seed: int = 0

@@ -113,7 +113,8 @@ class EcoSpaTrainer:
         score: importance of a coupling, see `CoupledEstimator`: a name, or a function of a weight and its gradient; by
             default `"fisher"`, see `preset`.
         index_score: the order in which the entries of a coupling go: `"norms"`, the product of the norms of their
-            slices, as in the paper, or any score; by default `"norms"`, see `preset`.
+            slices, as in the paper, or any score; by default `"norms"`, see `preset`. `{"experts": "reap"}`: of that
+            kind by that score, of all others by `"norms"`.
         decay: see `CoupledEstimator`.
         window: see `CoupledEstimator`.
         seed: of `"random"` scores.
@@ -183,7 +184,7 @@ class EcoSpaTrainer:
         shrinks: int | None = None,
         unit: ScheduleUnit = "steps",
         score: AnyScore | None = None,
-        index_score: AnyScore | None = None,
+        index_score: AnyScore | Mapping[str, AnyScore] | None = None,
         decay: float | None = None,
         window: int | None = None,
         seed: int = 0,

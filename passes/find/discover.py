@@ -25,6 +25,7 @@ from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.ir import relations as r
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Role
 
+from .apart import EntriesApart
 from .left_whole import Refusal, UncoupledAxis, one_by_one, pinned_by, uncoupled
 
 Kind = Literal["qk", "vo", "ffn", "glu", "heads", "groups", "experts", "conv", "recurrent", "residual"]
@@ -179,13 +180,14 @@ def discover(axis_facts: AxisFacts) -> Discovery:
     couplings, refusals, others = [], [], []
     taken: set[str] = set()
     least = least_entries(axis_facts)
+    apart = EntriesApart(axis_facts)
     for each in weighed(axis_facts):
         atom, key, roles, producers = each.atom, each.axes, each.roles, each.producers
         if atom in crossing:
             continue
         if not meet([each]):
             if each.matrices:
-                others.append(uncoupled(axis_facts, key, atom, roles, producers))
+                others.append(uncoupled(axis_facts, key, atom, roles, producers, apart))
             continue
         needed, by = least.get(atom, (1, None))
         reasons = pinned_by(roles["pinned"], region)
@@ -209,7 +211,7 @@ def discover(axis_facts: AxisFacts) -> Discovery:
                 _last_stays(roles, kind, by, region),
             )
         )  # fmt: skip
-    return Discovery(tuple(couplings), tuple(refusals), (*others, *one_by_one(axis_facts)))
+    return Discovery(tuple(couplings), tuple(refusals), (*others, *one_by_one(axis_facts, apart)))
 
 
 def least_entries(axis_facts: AxisFacts) -> dict[Atom, tuple[int, fx.Node]]:

@@ -5,15 +5,17 @@ uncoupled(axis_facts, axes, ...)   an axis along which no two weights meet, with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import eq
 
-from ecospa_fx.passes.axes.algebra import Atom, Expr, atoms_of, size_of
+from ecospa_fx.passes.axes.algebra import Atom, atoms_of, size_of
 from ecospa_fx.passes.graph.nodes import reason_text
 from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact, Role
 
-from .apart import own_weights
+from .apart import EntriesApart
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,13 @@ def uncoupled(
     atom: Atom,
     roles: Mapping[Role, Sequence[Fact]],
     producers: Sequence[str],
+    apart: EntriesApart,
 ) -> UncoupledAxis:
     """Describe an axis that is neither a coupling nor a refusal, with the reasons."""
     region = axis_facts.captured.region
     reasons = pinned_by(roles["pinned"], region)
     if reasons:
-        reasons = (*lone_modules(axis_facts, lambda expr: atom in atoms_of(expr)), *reasons)
+        reasons = (*lone_modules(apart.weights(lambda expr: atom in atoms_of(expr)), region), *reasons)
     else:
         facts = [*roles["contracted"], *roles["free"]]
         if producers:
@@ -75,19 +78,18 @@ def uncoupled(
     return UncoupledAxis(tuple(f"{join(region, name)}[{dim}]" for name, dim in axes), atom.size, reasons, region)
 
 
-def lone_modules(axis_facts: AxisFacts, is_axis: Callable[[Expr], bool]) -> tuple[str, ...]:
+def lone_modules(weights: Sequence[str], region: str) -> tuple[str, ...]:
     """Return the reason where each entry of an axis is the gate of weights of its own, and the way out."""
-    weights = own_weights(axis_facts, is_axis)
     if not weights:
         return ()
-    first = join(axis_facts.captured.region, weights[0])
     return (
-        f"each entry goes to weights of its own, such as `{first}`, which are no entries of one tensor; experts can go "
-        "where the weights of all are in one, `[experts, ...]`, that their gates meet or places pick from",
+        f"each entry goes to weights of its own, such as `{join(region, weights[0])}`, which are no entries of one "
+        "tensor; experts can go where the weights of all are in one, `[experts, ...]`, that their gates meet or places "
+        "pick from",
     )
 
 
-def one_by_one(axis_facts: AxisFacts) -> Iterator[UncoupledAxis]:
+def one_by_one(axis_facts: AxisFacts, apart: EntriesApart) -> Iterator[UncoupledAxis]:
     """Yield the dims of matrices of which each entry is cut out for itself, so that there is no axis to select from."""
     captured = axis_facts.captured
     for name, exprs in axis_facts.parameters.items():
@@ -96,8 +98,8 @@ def one_by_one(axis_facts: AxisFacts) -> Iterator[UncoupledAxis]:
             if type(size) is int and size > 1 and not atoms_of(expr):
                 axis = f"{join(captured.region, name)}[{dim}]"
                 reasons = ("each of its entries is cut out for itself",)
-                apart = lone_modules(axis_facts, lambda each, expr=expr: each == expr)  # type: ignore[misc]
-                yield UncoupledAxis((axis,), size, (*apart, *reasons), captured.region)
+                alone = apart.weights(partial(eq, expr))
+                yield UncoupledAxis((axis,), size, (*lone_modules(alone, captured.region), *reasons), captured.region)
 
 
 def _unused(axis_facts: AxisFacts) -> set[str]:

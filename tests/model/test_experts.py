@@ -464,6 +464,19 @@ def test_the_two_halves_of_a_gate_are_no_experts() -> None:
     assert "weights of its own" not in str(ecospa_fx.explain(routed(Halves())))
 
 
+def test_experts_that_go_are_not_merged_into_others_and_absorb_says_so() -> None:
+    torch.manual_seed(0)
+    model = routed(Routed())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    grams = ecospa_fx.Grams(model)
+    model(torch.randn(64, 5)).square().mean().backward()
+    grams.detach()
+    assert "its entries are experts" in grams.refused["down", 0] and ("up", 0) not in grams.refused
+    ecospa_fx.shrink(model, {"experts": torch.tensor([0, 2, 5])}, absorb=grams)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, before[name][[0, 2, 5]], rtol=0, atol=0)
+
+
 def test_compress_judges_experts_that_tokens_pick() -> None:
     torch.manual_seed(0)
     report = ecospa_fx.compress(Routed(), [(X,)] * 5, target=0.8, loss=lambda m, batch: m(*batch).square().mean())

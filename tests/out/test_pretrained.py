@@ -59,6 +59,33 @@ def test_layers_of_unequal_sizes_come_back(tmp_path, execution):
     torch.testing.assert_close(loaded(**kwargs).logits, model(**kwargs).logits)
 
 
+def test_graphs_of_equal_sizes_are_a_smaller_configuration(tmp_path):
+    """The class at the sizes left is tried beside the graphs; what is loaded again captures at the original sizes."""
+    model, ids = llama("graph")
+    kwargs = {"input_ids": ids, "use_cache": False}
+    glus = [c for c in ecospa_fx.couplings(model) if c.kind == "glu"]
+    ecospa_fx.shrink(model, {c: torch.arange(1, c.size, 2) for c in glus})
+    assert ecospa_fx.save_pretrained(model, tmp_path) is None
+    assert json.loads((tmp_path / "config.json").read_text())["intermediate_size"] == glus[0].size // 2
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(plain(**kwargs).logits, model(**kwargs).logits)
+    loaded = ecospa_fx.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(**kwargs).logits, model(**kwargs).logits)
+    assert ecospa_fx.verify(loaded, example_kwargs=kwargs).ok  # a capture, at the original sizes
+    assert "has not been called since" in ecospa_fx.save_pretrained(ecospa_fx.from_pretrained(tmp_path), tmp_path)
+    shrink(loaded)  # heads, and their length, which differs between queries and values
+    assert "cannot express the sizes" in ecospa_fx.save_pretrained(loaded, tmp_path / "heads")
+
+
+def test_what_shrank_between_graphs_is_not_promised(tmp_path):
+    model, ids = llama("graph")
+    ecospa_fx.restore(model)
+    ecospa_fx.compile(model, example_kwargs={"input_ids": ids, "use_cache": False}, regions="joined")
+    (stream,) = (c for c in ecospa_fx.couplings(model) if c.kind == "residual")
+    ecospa_fx.shrink(model, {stream: torch.arange(stream.size // 2)})
+    assert "runs through several regions" in ecospa_fx.save_pretrained(model, tmp_path)
+
+
 def test_layers_of_equal_sizes_are_a_smaller_configuration(tmp_path):
     model, ids = llama()
     shrink(model)

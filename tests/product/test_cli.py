@@ -184,6 +184,9 @@ def test_shrink_saves_what_load_reads_and_every_command_takes(capsys, here):
     assert code == 0 and "of 24" in out
     code, _, err = run(capsys, "explain", "small")
     assert (code, err) == (2, "ecospa-fx explain: error: small was made by a factory; pass --factory FILE.PY:NAME\n")
+    given = ["small", "--factory", "own.py:silent", "--input", "2x8"]  # a factory without inputs of its own
+    code, out, _ = run(capsys, "explain", *given)
+    assert code == 0 and "of 24" in out
     code, out, _ = run(
         capsys, "shrink", "small", "--factory", "own.py:make", "--target", "0.3", "--out", "less", "--json"
     )

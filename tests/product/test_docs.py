@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import ecospa_fx
 
@@ -30,12 +31,96 @@ def test_the_code_of_a_page_runs(page, capsys):
     assert capsys.readouterr().out
 
 
+@pytest.mark.parametrize("page", ["training.md", "sensitivity.md", "healing.md"])
+def test_the_code_of_a_how_to_runs_as_it_stands(page, tmp_path, monkeypatch, capsys):
+    """On a small language model, with the names that a reader has: model, optimizer, batches, loader, make_model."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    batches = [{"input_ids": each, "labels": each} for each in torch.randint(0, 16, (8, 2, 8))]
+    model = make_model()
+    if page == "training.md":
+        ecospa_fx.compile(model, example_kwargs=batches[0])
+    names = {
+        "ecospa_fx": ecospa_fx,
+        "torch": torch,
+        "copy": copy,
+        "make_model": make_model,
+        "model": model,
+        "steps": 40,
+    }
+    names |= {
+        "model": model,
+        "batches": batches,
+        "loader": batches,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
+    blocks = blocks[:1] if page == "healing.md" else blocks  # the others are parts of the loops of other libraries
+    for block in blocks:
+        exec(block, names)
+    before = sum(p.numel() for p in make_model().parameters())
+    shrunk = before - sum(p.numel() for p in names["model"].parameters())
+    match page:
+        case "training.md":
+            assert sum(p.numel() for p in names["small"].parameters()) <= 0.36 * before
+        case "sensitivity.md":
+            assert "glu" in capsys.readouterr().out and not shrunk and names["target"].keys() >= {"glu"}
+        case "healing.md":
+            assert shrunk >= 0.28 * before and names["loss"].isfinite()
+
+
+def make_model():
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=16, use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def test_a_run_goes_on_with_the_lines_of_its_page(tmp_path, monkeypatch):
+    """After the first hundred steps of the start page, saved; beside the run that never stopped."""
+    monkeypatch.chdir(tmp_path)
+    blocks = {page: re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL) for page in (
+        "index.md", "checkpoints.md")}  # fmt: skip
+    start, loop = blocks["index.md"][0].split("for step in range(300):\n")
+    loop = loop.partition("\nprint")[0]
+    save, load, resume, *_ = blocks["checkpoints.md"]
+    torch.manual_seed(0)
+    names = {}
+    exec(f"{start}\nfor step in range(100):\n{loop}", names)
+    shape = names["model"][0].weight.shape
+    names["make"] = lambda: torch.nn.Sequential(
+        torch.nn.Linear(8, 64), torch.nn.GELU(), torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 2)
+    )
+    exec(save, names)
+    exec(f"for step in range(100, 300):\n{loop}", names)
+    whole_run = [p.detach().clone() for p in names["model"].parameters()]
+    exec(load, names)
+    assert names["model"][0].weight.shape == shape != whole_run[0].shape
+    torch.manual_seed(7)  # what a new process draws
+    exec(resume.replace("    ...\n", loop), names)
+    assert names["trainer"].steps == 300
+    for one, other in zip(whole_run, names["model"].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_every_option_of_the_trainer_is_listed_with_its_default():
     listed = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", (DOCS / "options.md").read_text(), flags=re.MULTILINE))
     signature = inspect.signature(ecospa_fx.EcoSpaTrainer.__init__).parameters.values()
     options = {p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY}
     assert listed.keys() == options.keys()
     assert {name: eval(text) for name, text in listed.items()} == options
+
+
+def test_every_option_of_the_trainer_has_advice_and_is_explained_in_its_docstring():
+    rows = re.findall(r"^\| `(\w+)` \| `.*?` \| ?(.*?) ?\| (.*) \|$", (DOCS / "options.md").read_text(), re.MULTILINE)
+    explained = set(re.findall(r"^ {4,}(\w+): ", ecospa_fx.EcoSpaTrainer.__doc__, re.MULTILINE))
+    assert len(rows) > 25 and {name for name, _, _ in rows} <= explained
+    assert [name for name, _, advice in rows if len(advice) < 10] == []
+    numbers = [name for name, unit, _ in rows if not unit]
+    options = inspect.signature(ecospa_fx.EcoSpaTrainer.__init__).parameters
+    assert [n for n in numbers if type(options[n].default) in (int, float) and n != "seed"] == []  # each has a unit
 
 
 def test_every_error_is_in_the_index():

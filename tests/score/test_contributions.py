@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import ecospa_fx
 from ecospa_fx.errors import EcoSpaError, TargetError
+from ecospa_fx.score.judging import index_scores
 from ecospa_fx.score.saliency import Saliency
 
 CALL = {"input_ids": torch.tensor([[3, 8, 5, 1, 9, 2], [7, 4, 4, 6, 3, 8]]), "use_cache": False}
@@ -113,6 +114,22 @@ def alone(model: Any, x: Tensor) -> Tensor:
     return torch.stack(added)
 
 
+def test_groups_that_kept_other_experts_are_read_as_they_are_now() -> None:
+    torch.manual_seed(0)
+    model, x = zoo_experts.experts_in_groups().double(), torch.randn(2, 5, 6).double()
+    ecospa_fx.compile(model, example_inputs=(x,), regions="root")
+    inner = next(coupling for coupling in ecospa_fx.couplings(model) if coupling.contexts == 2)
+    ecospa_fx.shrink(model, {inner: torch.tensor([[0, 2, 3], [1, 2, 3]])})
+    (inner,) = (coupling for coupling in ecospa_fx.couplings(model) if coupling.contexts == 2)
+    twin = zoo_experts.experts_in_groups(2, 3).double()
+    twin.load_state_dict(model.state_dict())
+    norms = alone(twin, x).norm(dim=-1)
+    scores = ecospa_fx.CoupledEstimator(model, "reap")
+    model(x)
+    expected = (norms.sum(1) / (norms > 1e-9).sum(1)).nan_to_num(0.0).view(2, 3)
+    torch.testing.assert_close(scores.entries(inner, by_context=True), expected)
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_what_an_expert_adds_is_found_however_tokens_and_experts_meet(cls: Any) -> None:
     torch.manual_seed(0)
@@ -153,6 +170,39 @@ def test_a_trainer_removes_the_experts_that_reap_or_frequency_finds_weak() -> No
             optimizer.zero_grad()
         assert {c.name: c.size for c in ecospa_fx.couplings(model)} == {"experts": 4, "glu": 10}
         torch.testing.assert_close(model.router.bias, bias[[1, 2, 4, 7]])
+
+
+def test_experts_go_by_reap_and_all_else_by_norms_in_one_trainer() -> None:
+    torch.manual_seed(0)
+    model, x = zoo_experts.picked_experts(), torch.randn(8, 4, 6)
+    with torch.no_grad():
+        model.router.weight[:4] *= 5  # their norms are large, whatever they make
+    bias, down = model.router.bias.detach().clone(), model.down_matrix.detach().clone()
+    ecospa_fx.compile(model, example_inputs=(x,), regions="root")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    trainer = ecospa_fx.EcoSpaTrainer(
+        model, optimizer, target={"experts": 0.5, "glu": 0.5}, policy="paper", index_score={"experts": "reap"},
+        start=3, shape="one_shot", top_k=1.0, theta=0.01,
+    )  # fmt: skip
+    scores = ecospa_fx.CoupledEstimator(model, "reap")
+    experts, glu = (next(c for c in ecospa_fx.couplings(model) if c.kind == kind) for kind in ("experts", "glu"))
+    expected = []
+    for _ in range(5):
+        model(x).square().mean().backward()
+        if len(model.router.bias) == 8:
+            expected = [scores.entries(experts), index_scores(model, experts), index_scores(model, glu)]
+        trainer.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    by_reap, by_norms, units = (each.topk(len(each) // 2).indices.sort().values for each in expected)
+    assert {c.name: c.size for c in ecospa_fx.couplings(model)} == {"experts": 4, "glu": 5}
+    assert not torch.equal(by_reap, by_norms)
+    torch.testing.assert_close(model.router.bias, bias[by_reap])
+    torch.testing.assert_close(model.down_matrix, down[by_reap][:, :, units])
+    with pytest.raises(TargetError, match=r"index_score={'glu': 'reap'}: it judges experts only"):
+        ecospa_fx.EcoSpaTrainer(model, optimizer, policy="paper", index_score={"glu": "reap"})
+    with pytest.raises(TargetError, match=r"kinds='expert' is none of"):
+        ecospa_fx.EcoSpaTrainer(model, optimizer, policy="paper", index_score={"expert": "reap"})
 
 
 def test_experts_have_no_scores_of_their_own_where_the_models_own_python_runs() -> None:
@@ -203,6 +253,32 @@ class Switched(zoo_experts.Experts):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(super().forward(x).relu()).mean(1)
+
+
+class Overwritten(Switched):
+    """What the experts add is overwritten by its sum with the stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = zoo_experts.Experts.forward(self, x)
+        out += x
+        return self.head(out)
+
+
+def test_contributions_that_are_overwritten_by_their_sum_train_on() -> None:
+    torch.manual_seed(0)
+    model, x = Overwritten().double(), torch.randn(2, 3, 6).double()
+    plain = copy.deepcopy(model)
+    added = alone(plain, x).norm(dim=-1)
+    ecospa_fx.compile(model, example_inputs=(x,), regions="root")
+    saliency, scores = Saliency(model), ecospa_fx.CoupledEstimator(model, "reap")
+    for each in (model, plain):
+        each(x).square().sum().backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    saliency.accumulate()
+    (experts,) = (coupling for coupling in ecospa_fx.couplings(model) if coupling.kind == "experts")
+    assert saliency.judges(experts)  # by step
+    assert torch.equal(scores.entries(experts) > 0, added.sum(1) > 1e-9)
 
 
 def test_an_expert_alone_with_its_token_adds_what_it_makes() -> None:

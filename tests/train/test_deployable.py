@@ -122,3 +122,22 @@ def test_graphs_are_deployed_as_well(tmp_path):
     assert sum(p.numel() for p in plain.parameters()) == report.parameters[1] < report.parameters[0]
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, model(ids, use_cache=False).logits)
+
+
+def test_an_axis_through_several_regions_is_left_to_the_root(tmp_path):
+    """Between them its own Python may compute with the new numbers: here it scales by the width."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.modeling_outputs import CausalLMOutput
+
+    class Scaled(LlamaForCausalLM):
+        def forward(self, input_ids, **more):
+            x = self.model.embed_tokens(input_ids) * self.config.hidden_size**0.5
+            return CausalLMOutput(logits=self.lm_head(self.model(inputs_embeds=x, **more).last_hidden_state))
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = Scaled(LlamaConfig(**sizes, vocab_size=40, head_dim=4)).eval()
+    ids = torch.arange(9)[None]
+    ecospa_fx.compile(model, example_kwargs={"input_ids": ids, "use_cache": False}, regions="joined")
+    ecospa_fx.shrink(model, {c: torch.arange(8) for c in ecospa_fx.couplings(model) if c.kind == "residual"})
+    why = ecospa_fx.save_pretrained(model, tmp_path)
+    assert why is not None and "runs through several regions" in why and "regions='root'" in why
