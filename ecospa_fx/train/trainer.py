@@ -120,7 +120,7 @@ class EcoSpaTrainer:
         seed: of `"random"` scores.
         spike: a shrink, and with it all later ones, waits for the next sparsification step while the smoothed loss is
             more than this share above its level before the last shrink. Only if `step` is told the loss.
-        min_keep: entries that every coupling keeps.
+        min_keep: entries that every coupling keeps; with 0 whole sublayers may go, see `Constraints`.
         round_to: widths come out as multiples of it; see `Constraints`.
         head_dims: `"per_head"`, `"per_layer"` or `"off"`; see `Constraints`.
         equal_head_dims: queries and keys keep as many dims as values; see `Constraints`.

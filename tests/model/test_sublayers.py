@@ -133,6 +133,9 @@ FAMILIES = {
 }  # fmt: skip
 
 
+QUICK = ("llama", "gpt2")
+
+
 def result(model: nn.Module, call: dict[str, Any]) -> Tensor:
     out = model(**call)
     return out if isinstance(out, Tensor) else out.logits
@@ -213,13 +216,13 @@ def check(family: Family, execution: str = "graph") -> None:
         assert torch.equal(*tokens)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", QUICK)
 def test_a_sublayer_of_some_families(name: str) -> None:
     check(FAMILIES[name])
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"llama", "gemma2", "gpt2"}))
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - set(QUICK)))
 def test_a_sublayer_of_all_families(name: str) -> None:
     check(FAMILIES[name])
 
@@ -408,3 +411,35 @@ def test_what_is_left_of_a_stream_is_selected_where_nothing_is_added_to_it() -> 
     keep = torch.tensor([0, 2, 3, 5, 6])
     ecospa_fx.shrink(model, {sizes[6]: NONE, sizes[8]: keep}, constraints=ALL_MAY_GO)
     torch.testing.assert_close(model(x), nn.functional.linear(x[:, keep], judge.head.weight[:, keep], judge.head.bias))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("how", [{"num_beams": 2}, {"cache_implementation": "static"}, {}], ids=str)
+def test_blocks_that_add_nothing(how: dict[str, Any]) -> None:
+    """All heads of the first block are gone, by which its cache counts tokens; of the second block those of queries."""
+    model, judge = built(FAMILIES["llama"])
+    model = ecospa_fx.compile(model)
+    result(model, GENERATING)
+    names = ("0.self_attn.heads", "0.mlp.glu", "1.self_attn.groups", "1.mlp.glu")
+    ecospa_fx.shrink(model, {f"model.layers.{name}": NONE for name in names}, constraints=ALL_MAY_GO)
+    zero_out(judge, [f"{i}.{name}.weight" for i in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")])
+    compare(model, judge, GENERATING, 1e-9)
+    tokens = [m.generate(**WORDS, max_new_tokens=5, do_sample=False, **how) for m in (model, judge)]
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.sweep
+def test_later_draws_stay_the_same() -> None:
+    """Dropout behind an FFN without units drops zeros, and draws as many numbers as before."""
+    model, judge = built(FAMILIES["bert"])
+    model = ecospa_fx.compile(model)
+    for each in (model, judge):
+        each.train()
+    result(model, WORDS)
+    ecospa_fx.shrink(model, {named(model, "1.ffn"): NONE}, constraints=ALL_MAY_GO)
+    zero_out(judge, ["1.output.dense.weight"])
+    found = []
+    for each in (model, judge):
+        torch.manual_seed(3)
+        found.append((result(each, WORDS), torch.rand(3)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-9)
