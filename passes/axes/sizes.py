@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import sympy
 import torch
@@ -18,7 +19,29 @@ def as_size(size: int | torch.SymInt | sympy.Expr) -> Size:
     if type(size) is int:
         return size
     expr = size.node.expr if isinstance(size, torch.SymInt) else size
-    return _normal(expr) if isinstance(expr, sympy.Expr) else int(expr)
+    if not isinstance(expr, sympy.Expr):
+        return int(expr)
+    if isinstance(size, torch.SymInt) and not expr.is_Symbol and (told := _told(size.node.shape_env)):
+        expr = expr.xreplace(told)
+    return _normal(expr)
+
+
+_TOLD: WeakKeyDictionary[Any, tuple[int, dict[sympy.Expr, sympy.Expr]]] = WeakKeyDictionary()
+
+
+def _told(shapes: Any) -> dict[sympy.Expr, sympy.Expr]:
+    """Return the sizes of which a graph holds only where they are certain numbers: one patch of a small image, say.
+
+    torch.export writes the number from the op on that asked for it, and the size before.
+    """
+    if shapes is None:
+        return {}
+    number, told = _TOLD.get(shapes, (0, {}))
+    if number != len(shapes.guards):
+        equal = [guard.expr for guard in shapes.guards if isinstance(guard.expr, sympy.Eq)]
+        told = {each.lhs: each.rhs for each in equal if isinstance(each.rhs, sympy.Integer) and not each.lhs.is_Symbol}
+        _TOLD[shapes] = len(shapes.guards), told
+    return told
 
 
 @lru_cache(maxsize=1 << 14)  # a graph has few sizes and asks for them at every node, and sympy is slow
