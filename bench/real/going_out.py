@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -96,7 +97,9 @@ def main() -> None:
             raise SystemExit(why)
         torch.save(windows, place / "windows.pt")
         subprocess.run(
-            [sys.executable, "-c", PLAIN, place / "small", place / "windows.pt", place / "scores.pt"], check=True
+            [sys.executable, "-c", PLAIN, place / "small", place / "windows.pt", place / "scores.pt"],
+            check=True,
+            env={**os.environ, "PYTHONPATH": ""},  # `kernels` of this directory is none of transformers
         )
         add("plain transformers", torch.load(place / "scores.pt"), small, cpu_seconds="")
         convert(options.llama_cpp, place / "small", place / "small.gguf")
