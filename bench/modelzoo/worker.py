@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import resource
 import select
 import signal
@@ -123,4 +124,5 @@ def _said(error: BaseException) -> Any:
     """An error in a line, with where it arose."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({where})"
+    told = re.sub(r"[^'\s]*/site-packages/", "", " ".join(str(error).split()))  # where packages lie is of no account
+    return f"{type(error).__name__}: {told[:200]} ({where})"

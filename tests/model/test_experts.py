@@ -17,7 +17,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import ecospa_fx
-from ecospa_fx.errors import FormatError, PinnedAxisError, ShrinkError, TargetError
+from ecospa_fx.errors import PinnedAxisError, ShrinkError, TargetError
 
 CALL = {"input_ids": torch.tensor([[3, 8, 5, 1, 9, 2], [7, 4, 4, 6, 3, 8]]), "use_cache": False}
 SIZES: dict[str, Any] = {
@@ -153,10 +153,19 @@ def test_a_model_without_some_experts_is_the_class_built_with_fewer(
         assert ecospa_fx.verify(model, example_inputs=(), example_kwargs=CALL).ok
 
 
-@pytest.mark.sweep
+QUICKEST = mixtral, (8, [4, 4])
+COUNTS: tuple[tuple[int, list[int]], ...] = ((8, [4, 4]), (8, [6, 4]), (64, [48, 48]), (64, [48, 40]))
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("counts", [(8, [4, 4]), (8, [6, 4]), (64, [48, 48]), (64, [48, 40])], ids=str)
-@pytest.mark.parametrize("make", CLASSES)
+@pytest.mark.parametrize(
+    ("make", "counts"),
+    [
+        pytest.param(make, counts, marks=() if (make, counts) == QUICKEST else pytest.mark.sweep)
+        for make in CLASSES
+        for counts in COUNTS
+    ],
+)
 def test_even_counts_go_to_plain_transformers_and_uneven_ones_do_not(
     make: Callable[[int], Any], counts: tuple[int, list[int]], tmp_path: Path
 ) -> None:
@@ -192,36 +201,6 @@ def test_of_64_experts_48_and_40_are_left(make: Callable[[int], Any]) -> None:
     twin = built(make, [48, 40], model)
     twin.load_state_dict(model.state_dict())
     torch.testing.assert_close(model(**CALL).logits, twin(**CALL).logits, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("make", [mixtral, pytest.param(deepseek_v3, marks=pytest.mark.sweep)])
-def test_it_trains_on_is_saved_and_plain_transformers_loads_it(make: Callable[[int], Any], tmp_path: Path) -> None:
-    model = compiled(make, "module", "grouped_mm")
-    left = [4, 4]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    steps(model, optimizer)
-    ecospa_fx.shrink(model, fewer(model, left), optimizer=optimizer)
-    twin = built(make, left, model)
-    twin.load_state_dict(model.state_dict())
-    others = torch.optim.AdamW(twin.parameters(), lr=1e-3)
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        others.state[q] = {k: v.clone() for k, v in optimizer.state[p].items()}
-    for each, its in ((model, optimizer), (twin, others)):
-        steps(each, its)
-    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
-    assert ecospa_fx.save_pretrained(model, tmp_path) is None
-    for loaded in (type(twin).from_pretrained(tmp_path), ecospa_fx.from_pretrained(tmp_path)):
-        torch.testing.assert_close(loaded(**CALL).logits, model(**CALL).logits, rtol=1e-5, atol=1e-6)
-    experts = [c for c in ecospa_fx.couplings(model) if c.kind == "experts"]
-    if len(experts) == 2:  # with another number in one layer there is no such config
-        ecospa_fx.shrink(model, {experts[1]: torch.tensor([0, 1, 3])})
-        assert "layer by layer" in (ecospa_fx.save_pretrained(model, tmp_path) or "")
-        loaded = ecospa_fx.from_pretrained(tmp_path)
-        torch.testing.assert_close(loaded(**CALL).logits, model(**CALL).logits, rtol=1e-5, atol=1e-6)
-    for mark, reason in ((False, "zeros cannot stand for the entries"), (True, "has lost experts")):
-        with pytest.raises(FormatError, match=reason):
-            ecospa_fx.save_unshrunk(model, tmp_path / "whole", mark=mark)
 
 
 class Routed(nn.Module):
