@@ -30,16 +30,17 @@ _TOLD: WeakKeyDictionary[Any, tuple[int, dict[sympy.Expr, sympy.Expr]]] = WeakKe
 
 
 def _told(shapes: Any) -> dict[sympy.Expr, sympy.Expr]:
-    """Return the sizes of which a graph holds only where they are certain numbers: one patch of a small image, say.
+    """Return the sizes of which a graph holds only where they are one: of one patch of a small image, say.
 
-    torch.export writes the number from the op on that asked for it, and the size before.
+    torch.export writes the one from the op on that asked for it, and the size before. Of other numbers the size tells
+    more: of which axes it is the product.
     """
     if shapes is None:
         return {}
     number, told = _TOLD.get(shapes, (0, {}))
     if number != len(shapes.guards):
         equal = [guard.expr for guard in shapes.guards if isinstance(guard.expr, sympy.Eq)]
-        told = {each.lhs: each.rhs for each in equal if isinstance(each.rhs, sympy.Integer) and not each.lhs.is_Symbol}
+        told = {each.lhs: each.rhs for each in equal if each.rhs == 1 and not each.lhs.is_Symbol}
         _TOLD[shapes] = len(shapes.guards), told
     return told
 

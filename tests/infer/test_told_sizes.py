@@ -1,4 +1,4 @@
-"""Sizes of which a graph holds only where they are certain numbers: an image of one patch, attended to by queries."""
+"""Sizes of which a graph holds only where they are one: an image of one patch, attended to by queries."""
 
 import copy
 
