@@ -74,7 +74,7 @@ clean:  ## remove caches and build output (the environment in .venv stays)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-# pip's own 200 lines are no part of the answer; its errors are.
+# Nobody asked for the 200 lines that pip prints; its errors are shown.
 $(TEST_READY): pyproject.toml
 	@echo "setting up $(VENV) (once; some minutes, 3 GB)"
 	@$(PYTHON) -m venv $(VENV)

@@ -26,6 +26,15 @@ def machine() -> str:
     )
 
 
+def kept_rows(name: str) -> list[dict[str, str]]:
+    """Read the rows of `results/<name>.csv`, without the columns that `write_csv` adds; none where there is none."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{k: v for k, v in row.items() if k not in ("machine", "date")} for row in csv.DictReader(file)]
+
+
 def write_csv(name: str, rows: Sequence[Mapping[str, object]]) -> Path:
     """Write `rows` to `results/<name>.csv`, each with the machine and the date."""
     RESULTS.mkdir(exist_ok=True)

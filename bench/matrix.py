@@ -109,7 +109,7 @@ def row_of(python: str, arguments: list[str], environment: str) -> dict[str, obj
         cases = list(ET.parse(log).getroot().iter("testcase"))
     outcome = {tag: [case for case in cases if case.find(tag) is not None] for tag in ("failure", "error", "skipped")}
     bad = outcome["failure"] + outcome["error"]
-    # How many tests run side by side is no part of what was tested.
+    # The number of tests that run side by side does not matter here.
     part = [word for i, word in enumerate(arguments) if word[:2] != "-n" and (i == 0 or arguments[i - 1] != "-n")]
     return {
         **json.loads(look.stdout.splitlines()[-1]),

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import RESULTS, write_csv
+from machine import kept_rows, write_csv
 from torch import Tensor, nn
 from training import batch_of, loss_of, perplexity, tokens_of, versions
 
@@ -102,15 +101,6 @@ def run(name: str, options: argparse.Namespace, train: Tensor, test: Tensor) -> 
     if name == "dense":
         torch.save(model.state_dict(), tuned)
     return rows
-
-
-def kept_rows(name: str) -> list[dict[str, Any]]:
-    """Read the rows of a CSV without the columns that writing adds."""
-    path = RESULTS / f"{name}.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [{k: v for k, v in row.items() if k not in ("machine", "date")} for row in csv.DictReader(file)]
 
 
 def main() -> None:

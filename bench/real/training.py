@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from machine import RESULTS, machine, write_csv
+from machine import kept_rows, machine, write_csv
 from torch import Tensor, nn
 
 import ecospa_fx
@@ -162,19 +162,13 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     train, test = tokens_of(options, "valid"), tokens_of(options, "test")
     for name in options.only:
-        rows: list[dict[str, Any]] = []
-        results = RESULTS / "real_training.csv"
-        if results.exists():
-            with results.open(newline="") as file:
-                rows = [
-                    {k: v for k, v in each.items() if k not in ("machine", "date")} for each in csv.DictReader(file)
-                ]
+        rows: list[dict[str, Any]] = [*kept_rows("real_training")]
         if any(each["row"] == name for each in rows) and not options.again:
             continue
         torch.manual_seed(0)
         found = run(name, options, train, test)
         rows = [each for each in rows if each["row"] != name] + [{**each, "versions": versions()} for each in found]
-        write_csv("real_training", [{k: v for k, v in each.items() if k not in ("machine", "date")} for each in rows])
+        write_csv("real_training", rows)
     print(machine())
 
 

@@ -14,11 +14,11 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ecospa_fx.couple.coupling import Coupling
-from ecospa_fx.model.lookup import compiled_state, regions_of
-from ecospa_fx.model.observers import check_observable, ignore, observe
+from ecospa_fx.model.lookup import compiled_state
+from ecospa_fx.model.observers import check_observable
 from ecospa_fx.model.region import Region
 from ecospa_fx.passes.axes.algebra import atoms_of
 from ecospa_fx.passes.ir.patterns import DimKey
@@ -31,6 +31,7 @@ from ecospa_fx.ranks.members import ranks_of, sharing_ranks
 from .owners import SumSite, sums_of
 from .reader import Averaged, GradientStep, ReaderOptions
 from .slices import SliceKey
+from .tapping import Tapping
 
 NO_CONTRIBUTION = (
     "no expert has been seen to add anything: the scores of experts are read in calls with gradients on, outside of "
@@ -38,7 +39,7 @@ NO_CONTRIBUTION = (
 )
 
 
-class ContributionReader(Averaged[str]):
+class ContributionReader(Tapping, Averaged[str]):
     """Norms and counts of what experts add to the output of their mixture.
 
     Args:
@@ -56,7 +57,6 @@ class ContributionReader(Averaged[str]):
         check_observable(options.model)
         self.model, self.counts = options.model, options.score.name == "frequency"
         self.sums: dict[SliceKey, Tensor] = {}
-        self._observed: list[Region] = []
 
     @property
     def empty(self) -> bool:
@@ -67,39 +67,9 @@ class ContributionReader(Averaged[str]):
         """Return the message where nothing has been seen."""
         return NO_CONTRIBUTION if self.empty else None
 
-    def observe(self) -> None:
-        """Stand in the graphs of the model's regions."""
-        if not self._observed:
-            self._observed = list(regions_of(self.model).values())
-            for region in self._observed:
-                observe(region, self)
-
-    def detach(self) -> None:
-        """Leave them."""
-        for region in self._observed:
-            ignore(region, self)
-        self._observed = []
-
     def add(self, step: GradientStep) -> None:
         """Watch the regions, if they were not known before; gradients are not read."""
         self.observe()
-
-    # The methods of an observer of regions, see `ecospa_fx.model.observers`.
-
-    def wants(self, module: nn.Module) -> bool:
-        """Return whether the call is one with gradients on, outside of compiled code and of torch.func."""
-        return (
-            torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and not torch._C._are_functorch_transforms_active()
-        )
-
-    def nodes_of(self, region: Region, program: Program, module: nn.Module) -> tuple[Sequence[fx.Node], None]:
-        """Return no nodes: values are read where they pass."""
-        return (), None
-
-    def receive(self, tag: None, values: Sequence[Tensor]) -> None:
-        """Do nothing."""
 
     def taps_of(self, region: Region, program: Program, module: nn.Module) -> list[Tap]:
         """Return the taps at each place of the program's graph where experts are added up."""

@@ -220,7 +220,7 @@ def _sides(
     over = [m for m in coupling.members if (m.parameter, m.dim) in summing]
     if coupling.kind == "experts" and not over:
         over = [m for m in coupling.members if m.parameter in last.get(coupling.name, ())]
-        if not over:  # rows of a router are no gate of what an expert adds
+        if not over:  # rows of a router do not scale what an expert adds
             return []
     groups: dict[str, list[Member]] = {}
     for member in coupling.members:

@@ -28,8 +28,7 @@ from torch import Tensor, fx, nn
 
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.model.joint_offers import parts_across
-from ecospa_fx.model.lookup import compiled_state, regions_of
-from ecospa_fx.model.observers import ignore, observe
+from ecospa_fx.model.lookup import compiled_state
 from ecospa_fx.model.region import Region
 from ecospa_fx.passes.axes.algebra import atoms_of
 from ecospa_fx.passes.graph.tensors import join
@@ -44,6 +43,7 @@ from .owners import SumSite, sums_of
 from .products import ProductSite, Side, product_sites
 from .reader import NO_GRADIENT, ZERO_GRADIENT, Averaged, GradientStep, ReaderOptions
 from .slices import SliceKey
+from .tapping import Tapping
 from .totals import GateTotals
 
 GATES = "gates of "
@@ -190,7 +190,7 @@ class _Pending:
         return self.squares
 
 
-class PositionReader(Averaged[str]):
+class PositionReader(Tapping, Averaged[str]):
     """Squared changes of the loss without an entry at a position, to first order, added up over positions.
 
     They are read in backward: before gradients are clipped, and of weights that are frozen too, as long as others
@@ -221,7 +221,6 @@ class PositionReader(Averaged[str]):
         self._may_go: set[str] = set()  # couplings that are judged as a whole, too
         self._measure: str | None = None  # the coupling whose gradient tells by how much a loss was scaled
         self._pending = _Pending()
-        self._observed: list[Region] = []
         self.begins = self.wholes = False
 
     @property
@@ -243,36 +242,6 @@ class PositionReader(Averaged[str]):
         # Zeros of one kind beside numbers of the other would make entries worthless that nothing is known of.
         seen = [any(bool((each != 0).any()) for each in sums) for sums in known]
         return None if all(seen) else ZERO_GRADIENT
-
-    def observe(self) -> None:
-        """Stand in the graphs of the model's regions, where graphs run."""
-        if not self._observed and compiled_state(self.model).execution != "module":
-            self._observed = list(regions_of(self.model).values())
-            for region in self._observed:
-                observe(region, self)
-
-    def detach(self) -> None:
-        """Leave them."""
-        for region in self._observed:
-            ignore(region, self)
-        self._observed = []
-
-    # The methods of an observer of regions, see `ecospa_fx.model.observers`.
-
-    def wants(self, module: nn.Module) -> bool:
-        """Return whether the call is one that may have a backward, outside of compiled code and of torch.func."""
-        return (
-            torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and not torch._C._are_functorch_transforms_active()
-        )
-
-    def nodes_of(self, region: Region, program: Program, module: nn.Module) -> tuple[Sequence[fx.Node], None]:
-        """Return no nodes: values are read where their gradients are."""
-        return (), None
-
-    def receive(self, tag: None, values: Sequence[Tensor]) -> None:
-        """Do nothing."""
 
     def taps_of(self, region: Region, program: Program, module: nn.Module) -> list[Tap]:
         """Return a tap at each place of the program's graph at which gates of couplings act."""

@@ -3,7 +3,7 @@
     EntriesApart(axis_facts)
       .weights(is_axis)   a parameter for each entry of an axis that meets others than the rest do
 
-A gate per module is an axis of the router alone. What it would take along is no entry of any tensor.
+A gate per module is an axis of the router alone. The weights that it would take along are not entries of one tensor.
 """
 
 from __future__ import annotations
