@@ -12,6 +12,7 @@ from ecospa_fx.errors import CheckpointError
 from ecospa_fx.model.class_swap import original_class
 from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.model.execution import EXECUTIONS
+from ecospa_fx.passes.capture.outside_numbers import Place
 from ecospa_fx.passes.follow.attributes import Changes
 from ecospa_fx.passes.follow.saved import changes_in, changes_listed
 from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
@@ -50,7 +51,29 @@ def describe_execution(compiled: CompiledModel) -> dict[str, Any]:
         "withheld": {name: marks for name, region in compiled.regions.items() if (marks := region.offers.marks())},
         "called": {name: r.first_sizes for name, r in compiled.regions.items() if r.first_sizes is not None},
         "across": describe_across(compiled),
+        "numbers": _numbers_listed(compiled),
     }
+
+
+def _numbers_listed(compiled: CompiledModel) -> list[Any] | None:
+    places = compiled.state.numbers
+    return None if places is None else [[path, *names] for path, names in sorted(places)]
+
+
+def numbers_in(about: Mapping[str, Any], where: str) -> frozenset[Place] | None:
+    """Read the places of the numbers that the model's own Python reads outside of its regions; None without any.
+
+    Raises:
+        CheckpointError: they are malformed.
+    """
+    listed = about.get("numbers")  # saves of earlier versions have none
+    if listed is None:
+        return None
+    if not isinstance(listed, list) or not all(
+        isinstance(each, list) and len(each) > 1 and all(isinstance(name, str) for name in each) for each in listed
+    ):
+        raise CheckpointError(f"{where}: `numbers` holds something that is not a list of names")
+    return frozenset((path, tuple(names)) for path, *names in listed)
 
 
 def check_execution(about: Mapping[str, Any], where: str) -> Changes:
@@ -74,6 +97,7 @@ def check_execution(about: Mapping[str, Any], where: str) -> Changes:
         if not isinstance(sizes, list) or any(type(n) is not int or n < 0 for shape in sizes for n in shape):
             raise CheckpointError(f"{where}: `called` holds something that is not a list of sizes")
     joints_in(about.get("across", {}), where)  # saves of earlier versions have none
+    numbers_in(about, where)
     return changes_in(about["attributes"], where)
 
 

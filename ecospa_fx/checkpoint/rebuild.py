@@ -34,7 +34,7 @@ from ecospa_fx.ranks.shards import is_sharded, local_part, split
 from .across import joints_in
 from .directory import Draft, Save
 from .hf_config import config_text, from_config
-from .metadata import aliases_of, check_description, describe
+from .metadata import aliases_of, check_description, describe, numbers_in
 from .packing import Packer, Unpacker, flatten_layout, restore_layout
 from .rng_state import rng_preserved
 from .sharded import WEIGHTS, read_shards
@@ -251,6 +251,7 @@ def attach_compiled(model: nn.Module, about: Mapping[str, Any], plan: Plan, attr
     compiled = CompiledModel(about["how"], about["experiments"], about["execution"])
     compiled.not_captured = about["given_up"]
     compiled.state.joints, borders, compiled.state.withheld = joints_in(about.get("across", {}), "the save")
+    compiled.state.numbers = numbers_in(about, "the save")
     compiled.state.adopt(plan, attributes)
     if about["regions"]:
         model.__dict__[MODEL] = compiled

@@ -188,7 +188,7 @@ class CompiledModel:
             raise
         self.regions = regions
         self.state.joints, self.state.joint_refusals = chosen.joints, chosen.refusals
-        self.state.flow = chosen.flow
+        self.state.flow, self.state.numbers = chosen.flow, chosen.numbers
         self.state.forget_couplings()
         outside = outside_text(model, regions)
         if outside:

@@ -7,6 +7,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ecospa_fx.passes.capture.compare_eager import TOLERANCE, relative_error
+from ecospa_fx.passes.capture.outside_numbers import numbers_at
 from ecospa_fx.passes.follow.course import Failed, own_forward
 from ecospa_fx.passes.follow.trial import drawn, example_calls, modes
 from ecospa_fx.passes.graph.isolate import isolated, seed
@@ -24,8 +25,8 @@ def difference_of_made(model: nn.Module, compiled: CompiledModel, plan: Plan, ma
     """Say how a model that was made at the sizes of a plan computes something else; None where it does not.
 
     Equal shapes do not say that: a scale may follow from a number of heads. Each region is run by the new model's own
-    Python with weights drawn at random, against the program of the compiled model. Outside the regions the numbers that
-    modules hold are compared.
+    Python with weights drawn at random, against the program of the compiled model. Outside the regions, the numbers
+    that are read there are compared, and the tensors that no save holds.
 
     Args:
         model: the compiled model.
@@ -40,14 +41,9 @@ def difference_of_made(model: nn.Module, compiled: CompiledModel, plan: Plan, ma
             f"the axis of `{crossing}` runs through several regions, and what the model's own Python does between them "
             "with numbers of the new sizes is not compared: compile with regions='root'"
         )
-    inside = tuple(compiled.regions)
-    for path, module in model.named_modules():
-        if any(path == name or path.startswith(f"{name}.") or not name for name in inside):
-            continue
-        other = made.get_submodule(path).__dict__
-        for name, value in module.__dict__.items():
-            if type(value) is float and other.get(name) != value:
-                return f"`{join(path, name)}` would be {other.get(name)!s:.30} and is {value}"
+    outside = _difference_outside(model, compiled, made)
+    if outside is not None:
+        return outside
     done: set[tuple[int, ...]] = set()
     for name, region in compiled.regions.items():
         graphs = tuple(id(each.captured.graph) for each in region.specializations)
@@ -57,6 +53,35 @@ def difference_of_made(model: nn.Module, compiled: CompiledModel, plan: Plan, ma
         difference = _of_region(model, compiled.plan, plan, region, made.get_submodule(name))
         if difference is not None:
             return difference
+    return None
+
+
+def _difference_outside(model: nn.Module, compiled: CompiledModel, made: nn.Module) -> str | None:
+    """Say which value that the model's own Python may read outside of the regions is another one."""
+    inside = tuple(compiled.regions)
+    for path, module in model.named_modules():
+        if any(path == name or path.startswith(f"{name}.") or not name for name in inside):
+            continue
+        other = made.get_submodule(path)
+        for name, value in module.__dict__.items():
+            if type(value) is float and other.__dict__.get(name) != value:
+                return f"`{join(path, name)}` would be {other.__dict__.get(name)!s:.30} and is {value}"
+        for name in module._non_persistent_buffers_set:
+            mine, theirs = module._buffers[name], other._buffers.get(name)
+            if mine is not None and (theirs is None or not torch.equal(mine, theirs.to(mine))):
+                return f"the buffer `{join(path, name)}`, which no save holds, would have other values"
+    for place in sorted(compiled.state.numbers or ()):
+        value = numbers_at(model, place)
+        try:
+            theirs = numbers_at(made, place)
+        except AttributeError:
+            theirs = None
+        if theirs != value:
+            where = join(place[0], ".".join(place[1]))
+            return (
+                f"`{where}` would be {theirs!s:.30} and is {value!s:.30}, and what the model's own Python computes "
+                "with it outside of the regions is not compared: compile with regions='root'"
+            )
     return None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.passes.capture.options import CaptureOptions
+from ecospa_fx.passes.capture.outside_numbers import Place
 from ecospa_fx.passes.find.analyse import Captures
 from ecospa_fx.passes.find.flow import RegionFlow
 from ecospa_fx.passes.find.joint import Joint
@@ -33,6 +34,8 @@ class ModelState:
         joint_refusals: axes that cross them and cannot shrink, with the reasons.
         flow: the calls of regions in the forward that was captured; None where no coupling crosses their edges, or
             after a load.
+        numbers: places of the numbers that the model's own Python reads outside of the regions; None where that is not
+            known, as after the load of an earlier version's save.
         withheld: names of joints that some call before a save could not follow.
         elsewhere: names of couplings that this rank could shrink, and another one cannot.
         shared_out: (parameter, dim) -> how it is sharded, where tensor parallelism shares it out.
@@ -49,6 +52,7 @@ class ModelState:
         self.joints: tuple[Joint, ...] = ()
         self.joint_refusals: tuple[Refusal, ...] = ()
         self.flow: RegionFlow | None = None
+        self.numbers: frozenset[Place] | None = None
         self.withheld: frozenset[str] = frozenset()
         self.elsewhere: frozenset[str] = frozenset()
         self.shared_out: Mapping[tuple[str, int], Sharding] = {}

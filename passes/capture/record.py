@@ -22,6 +22,7 @@ from ecospa_fx.passes.ir.signature import call_key, training_flags
 from ecospa_fx.passes.ir.state_access import PLAIN, copy_objects, flattened, foreign, parted, resolve_object
 
 from .ends import Ends
+from .outside_numbers import OutsideNumbers
 from .outside_uses import OutsideUses
 
 # Forwards in which a submodule is looked for that others, drawn at random, may leave out (stochastic depth).
@@ -40,6 +41,7 @@ def record_all(
     names: set[str],
     used_outside: dict[str, str] | None = None,
     ends: set[str] | None = None,
+    numbers: OutsideNumbers | None = None,
 ) -> dict[str, list[Call]]:
     """Return the calls of each named submodule in one forward of the model, one of each signature.
 
@@ -52,6 +54,7 @@ def record_all(
         names: of the submodules.
         used_outside: gets, by submodule, a sentence about a parameter of it that is used while it does not run.
         ends: gets the names of parameters at the ends of the model, see `passes.capture.ends`.
+        numbers: gets the numbers that are read in Python, and which submodules run then.
     """
     calls: dict[str, list[Call]] = {}
     seen: set[Any] = set()
@@ -80,7 +83,8 @@ def record_all(
                 draws = Draws()
                 if attempt:
                     call_args, call_kwargs = computable_call(args, kwargs, fake)
-                with watch, at_ends or nullcontext():
+                heard = nullcontext() if numbers is None else numbers.watching(model)
+                with watch, at_ends or nullcontext(), heard:
                     results = model(*call_args, **call_kwargs)
                 if at_ends is not None:
                     at_ends.leave(results)

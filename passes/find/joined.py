@@ -23,6 +23,7 @@ from ecospa_fx.errors import CaptureError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.capture.between import Between, follow_between
 from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
+from ecospa_fx.passes.capture.outside_numbers import OutsideNumbers, Place
 from ecospa_fx.passes.capture.record import ATTEMPTS
 from ecospa_fx.passes.graph.shared_memory import SharedMemory
 from ecospa_fx.passes.graph.tensors import named_tensors
@@ -49,6 +50,7 @@ class Chosen:
         joints: the couplings that cross their edges.
         refusals: axes that cross them and cannot shrink, with the reasons.
         flow: the calls of regions, where couplings cross their edges.
+        numbers: places of the numbers that the model's own Python reads outside of the regions.
     """
 
     analyses: dict[str, Analysis]
@@ -56,6 +58,7 @@ class Chosen:
     joints: tuple[Joint, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     flow: RegionFlow | None = None
+    numbers: frozenset[Place] = frozenset()
 
 
 def choose_regions(
@@ -83,17 +86,15 @@ def choose_regions(
     Raises:
         CaptureError: nothing can be captured.
     """
-    captures = [] if captures is None else captures
-    if how != "joined":
-        apart = Chosen(*choose(model, args, kwargs, how, captures, options))
-        if how != "auto" or not across or "" not in apart.failed:
-            return apart
-        return _joined_if_it_covers_more(model, args, kwargs, apart, captures, options)
-    blocks, failed = choose(model, args, kwargs, "blocks", captures, options)
-    if "" in blocks:
-        return Chosen(blocks, failed)
-    found = joined(model, args, kwargs, blocks, captures, options)
-    return replace(found, failed=failed | found.failed)
+    captures, numbers = [] if captures is None else captures, OutsideNumbers()
+    apart = "blocks" if how == "joined" else how
+    chosen = Chosen(*choose(model, args, kwargs, apart, captures, options, numbers))
+    if how == "joined" and "" not in chosen.analyses:
+        found = joined(model, args, kwargs, chosen.analyses, captures, options)
+        chosen = replace(found, failed=chosen.failed | found.failed)
+    elif how == "auto" and across and "" in chosen.failed:
+        chosen = _joined_if_it_covers_more(model, args, kwargs, chosen, captures, options)
+    return replace(chosen, numbers=numbers.places(chosen.analyses))
 
 
 def _joined_if_it_covers_more(

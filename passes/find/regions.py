@@ -23,6 +23,7 @@ from ecospa_fx.errors import CaptureError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.capture.capture import class_forward
 from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
+from ecospa_fx.passes.capture.outside_numbers import OutsideNumbers
 from ecospa_fx.passes.capture.record import record_all
 from ecospa_fx.passes.graph.shared_memory import SharedMemory
 from ecospa_fx.passes.graph.tensors import named_tensors
@@ -40,6 +41,7 @@ def choose(
     how: str | Sequence[str] = "auto",
     captures: Captures | None = None,
     options: CaptureOptions = DEFAULTS,
+    numbers: OutsideNumbers | None = None,
 ) -> tuple[dict[str, Analysis], dict[str, str]]:
     """Choose the regions of a model, and analyse them.
 
@@ -50,6 +52,7 @@ def choose(
         how: `"auto"`, `"blocks"`, `"root"`, or names of submodules.
         captures: gets the captured blocks, for equal ones to share.
         options: of the model's captures.
+        numbers: gets the numbers that the model reads outside of them.
 
     Returns:
         The regions by name; and submodules that were not captured, with the reasons.
@@ -61,7 +64,7 @@ def choose(
     if how == "root":
         return {"": _root(model, args, kwargs, options)}, {}
     if not isinstance(how, str):
-        return _named(model, args, kwargs, how, captures, options), {}
+        return _named(model, args, kwargs, how, captures, options, numbers), {}
     if how not in ("auto", "blocks"):
         raise CaptureError(
             f"regions={how!r} is none of 'auto', 'blocks', 'joined', 'root' or a list of submodule names"
@@ -69,7 +72,7 @@ def choose(
     candidates = set(_candidates(model))
     used_outside: dict[str, str] = {}
     ends: set[str] = set()
-    calls = record_all(model, args, kwargs, candidates, used_outside, ends) if candidates else {}
+    calls = record_all(model, args, kwargs, candidates, used_outside, ends, numbers) if candidates else {}
     memory = SharedMemory(named_tensors(model))
     search = Search(
         model, lambda name: analyse_calls(model, name, calls[name], captures, memory, used_outside, options)
@@ -97,7 +100,7 @@ def choose(
     kept = set(search.analyses)
     try:
         names = {name for name, _ in model.named_modules()} - {""} - candidates
-        calls |= record_all(model, args, kwargs, names, used_outside)
+        calls |= record_all(model, args, kwargs, names, used_outside, numbers=numbers)
     except Exception as error:  # the call itself is at fault
         raise CaptureError(_nothing_captured(search.failed)) from error
     for name in [""] if "" in search.failed else list(search.failed):
@@ -165,6 +168,7 @@ def _named(
     names: Sequence[str],
     captures: Captures,
     options: CaptureOptions,
+    numbers: OutsideNumbers | None,
 ) -> dict[str, Analysis]:
     """Analyse the regions that were asked for by name."""
     unknown = sorted(set(names) - {name for name, _ in model.named_modules()})
@@ -180,7 +184,7 @@ def _named(
                 "it left; name one of them"
             )
     used_outside: dict[str, str] = {}
-    calls = record_all(model, args, kwargs, set(names), used_outside)
+    calls = record_all(model, args, kwargs, set(names), used_outside, numbers=numbers)
     missing = [name for name in names if name not in calls]
     if missing:
         raise CaptureError(f"regions: `{missing[0]}` is not called in a forward of the model; name another")
