@@ -39,14 +39,21 @@ class OutsideNumbers:
         return frozenset(place for place, reads in self._read.items() if any(not each & regions for each in reads))
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
-        """Record the reads of the forwards inside the `with` block."""
+    def watching(self, model: nn.Module, closed: Collection[str] = ()) -> Iterator[None]:
+        """Record the reads of the forwards inside the `with` block.
+
+        Args:
+            model: the model.
+            closed: submodules in which no reads are recorded, since they would be regions themselves, as a whole.
+        """
         handles: list[Any] = []
         swapped: list[tuple[Any, type]] = []
         watched: set[int] = set()
+        below = tuple(f"{name}." for name in closed)
         try:
             for path, module in model.named_modules():
-                self._watch(module, path, (), swapped, watched)
+                if not path.startswith(below):
+                    self._watch(module, path, (), swapped, watched)
                 handles += [
                     module.register_forward_pre_hook(functools.partial(self._enter, path), prepend=True),
                     module.register_forward_hook(self._leave, always_call=True),

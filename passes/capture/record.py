@@ -6,7 +6,7 @@ record(model, args, kwargs, names) -> a call per submodule that is called
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -42,6 +42,7 @@ def record_all(
     used_outside: dict[str, str] | None = None,
     ends: set[str] | None = None,
     numbers: OutsideNumbers | None = None,
+    closed: Collection[str] = (),
 ) -> dict[str, list[Call]]:
     """Return the calls of each named submodule in one forward of the model, one of each signature.
 
@@ -55,6 +56,7 @@ def record_all(
         used_outside: gets, by submodule, a sentence about a parameter of it that is used while it does not run.
         ends: gets the names of parameters at the ends of the model, see `passes.capture.ends`.
         numbers: gets the numbers that are read in Python, and which submodules run then.
+        closed: submodules in which it records none.
     """
     calls: dict[str, list[Call]] = {}
     seen: set[Any] = set()
@@ -83,7 +85,7 @@ def record_all(
                 draws = Draws()
                 if attempt:
                     call_args, call_kwargs = computable_call(args, kwargs, fake)
-                heard = nullcontext() if numbers is None else numbers.watching(model)
+                heard = nullcontext() if numbers is None else numbers.watching(model, closed)
                 with watch, at_ends or nullcontext(), heard:
                     results = model(*call_args, **call_kwargs)
                 if at_ends is not None:

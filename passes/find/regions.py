@@ -72,7 +72,7 @@ def choose(
     candidates = set(_candidates(model))
     used_outside: dict[str, str] = {}
     ends: set[str] = set()
-    calls = record_all(model, args, kwargs, candidates, used_outside, ends, numbers) if candidates else {}
+    calls = record_all(model, args, kwargs, candidates, used_outside, ends, numbers, candidates) if candidates else {}
     memory = SharedMemory(named_tensors(model))
     search = Search(
         model, lambda name: analyse_calls(model, name, calls[name], captures, memory, used_outside, options)
