@@ -90,7 +90,7 @@ def _constant(node: fx.Node, axis_facts: AxisFacts, known: Mapping[fx.Node, Know
     if may_draw(node.target) and copied is None:
         return None
     match relation:
-        case r.Pattern(apart=False, attention=False):
+        case r.Pattern(apart=apart, attention=False) if not apart or (summed and relation.window is not None):
             factors = _factors(relation)
             zero = any(x.node in given and given[x.node].zero for x in factors) and _finite_but(factors, given)
             return _bias_of(node, relation) if summed or zero else None

@@ -203,7 +203,10 @@ class NothingLeft:
         back = {new: old for old, new in self.new.items()}
         weights = [node for node in self.graph.nodes if node.op == "get_attr" and back.get(node) in self._cone]
         marked = self._ancestors(*(node for node in self.graph.nodes if not self._may_go(node, back.get(node))))
-        writing = [node for node in self.graph.nodes if node not in marked and next(written_arguments(node), None)]
+        writing = [
+            node for node in self.graph.nodes
+            if node not in marked and next(written_arguments(node), None) and not self._empty(back.get(node))
+        ]  # fmt: skip
         while True:
             alive = {self._root(back[node]) for node in marked if node in back}
             found = [
@@ -240,18 +243,22 @@ class NothingLeft:
             return False
         if old is not None and self._draws(old):
             return False
-        if old is not None and isinstance(self.known.get(old), Empty):
+        if self._empty(old):
             return True
         return isinstance(node.target, torch._ops.OpOverload) or node.target in (
             operator.getitem, operator.mul, operator.floordiv, operator.add, operator.sub, spent,
         )  # fmt: skip
+
+    def _empty(self, node: fx.Node | None) -> bool:
+        """Return whether a result has no entries: an op that writes it in place writes nothing."""
+        return node is not None and isinstance(self.known.get(node), Empty)
 
     def _draws(self, node: fx.Node) -> bool:
         """Return whether an op draws from a generator: one that drops entries with probability 0 does not."""
         if not may_draw(node.target) or r.copied_operand(self.axis_facts.relations.get(node)) is not None:
             return False
         first = next(iter(node.all_input_nodes), None)
-        if first is not None and isinstance(self.known.get(first), Empty):
+        if self._empty(first):
             return False
         target: Any = node.target
         return by_name(target, node.args, node.kwargs, defaults=True).get("dropout_p") != 0

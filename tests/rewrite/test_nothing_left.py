@@ -1,0 +1,82 @@
+"""Programs without the last entry of a coupling, where ops write in place or sum within groups."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import ecospa_fx
+
+
+class Overwritten(nn.Module):
+    """The first half of its input is overwritten by what one layer returns, and some of that in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.new, self.out = nn.Linear(6, 3), nn.Linear(6, 4)
+
+    def forward(self, x):
+        whole = x.clone()
+        whole.narrow(-1, 0, 3).copy_(self.new(x).relu_())
+        return self.out(whole)
+
+
+class InPlace(nn.Module):
+    """The hidden units are scaled by the input, which has as many, and rectified in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.new, self.cell = nn.Linear(8, 8, bias=False), nn.GRUCell(8, 5)
+
+    def forward(self, x):
+        return self.cell((self.new(x) / (x.square() + 1)).relu_())
+
+
+class Grouped(nn.Module):
+    """The channels of every group come from one convolution."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.new, self.grouped = nn.Conv1d(3, 8, 1, bias=False), nn.Conv1d(8, 12, 3, groups=4, bias=bias)
+
+    def forward(self, x):
+        return F.silu(self.grouped(self.new(x)))
+
+
+CASES = {
+    # model, shape of a call, the layer whose outputs all go, and the entries of what sums over them
+    "a part is overwritten in place": (Overwritten, (2, 6), "new.weight", {"out.weight": slice(0, 3)}),
+    "rectified in place": (InPlace, (2, 8), "new.weight", {"cell.weight_ih": slice(None)}),
+    "groups": (lambda: Grouped(False), (2, 3, 7), "new.weight", {"grouped.weight": slice(None)}),
+    "groups and a bias": (lambda: Grouped(True), (2, 3, 7), "new.weight", {"grouped.weight": slice(None)}),
+}
+
+
+def gradients(result, model):
+    loss = (result * result.detach()).sum()
+    return torch.autograd.grad(loss, model.parameters(), allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_equals_zeros_where_they_are_summed(case):
+    make, shape, first, summed = CASES[case]
+    torch.manual_seed(0)
+    model, x = make().double().eval(), torch.randn(shape, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, columns in summed.items():
+            plain.get_parameter(name)[:, columns] = 0
+    ecospa_fx.compile(model, example_inputs=(x,), regions="root")
+    (coupling,) = [c for c in ecospa_fx.couplings(model) if any(m.parameter == first for m in c.members)]
+    assert coupling.last_stays is None
+    ecospa_fx.shrink(model, {coupling: torch.arange(0)}, constraints=ecospa_fx.Constraints(min_keep=0))
+    expected, result = plain(x), model(x)
+    torch.testing.assert_close(result, expected)
+    ours, theirs = gradients(result, model), gradients(expected, plain)
+    for (name, _), mine, other in zip(model.named_parameters(), ours, theirs, strict=True):
+        if mine.shape == other.shape:
+            torch.testing.assert_close(mine, other, msg=name)
