@@ -27,7 +27,7 @@ from ecospa_fx.model.region import Region
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.axes.selection import Selected, index_of, mask_of, touched
 from ecospa_fx.passes.find.discover import RegionCoupling
-from ecospa_fx.passes.graph.tensors import join
+from ecospa_fx.passes.graph.tensors import join, squared
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.relations import Pattern, SameDims
 from ecospa_fx.passes.rewrite.program import Program
@@ -162,7 +162,7 @@ def _outer_norms(site: ProductSite, values: list[Tensor]) -> Tensor:
             rows = mean_squares_along(value, side.dim)[None]
             result = rows if result is None else result * rows
             continue
-        squares = value.double().square() if value.dtype == torch.float64 else value.float().square()
+        squares = squared(value)
         rows = squares.movedim(side.dim, -1)
         if side.beside is None or side.along is None:
             rows = rows.reshape(1, -1, rows.shape[-1]).mean(1)

@@ -21,6 +21,7 @@ from ecospa_fx.model.lookup import compiled_state
 from ecospa_fx.model.observers import check_observable
 from ecospa_fx.model.region import Region
 from ecospa_fx.passes.axes.algebra import atoms_of
+from ecospa_fx.passes.graph.tensors import squared
 from ecospa_fx.passes.ir.patterns import DimKey
 from ecospa_fx.passes.ir.relations import Pattern
 from ecospa_fx.passes.rewrite.program import Program
@@ -139,7 +140,7 @@ class ContributionReader(Tapping, Averaged[str]):
 def _norms(site: SumSite, value: Tensor, owner: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield norms of contributions over their features, and whose each is, both flat."""
     if not site.sum.factors:
-        squares = _precise(value).square()
+        squares = squared(value)
         norms = squares.sum(site.features, keepdim=True).sqrt() if site.features else squares.sqrt()
         yield norms.flatten(), owner.expand(norms.shape).flatten()
         return
@@ -179,7 +180,7 @@ def _norms_of_product(
             for d, at in zip(summed, index, strict=True):
                 whose = whose.narrow(d, int(at), 1)
         parts = [_narrowed(tensor, names, chosen) for tensor, names in tensors]
-        out = torch.einsum(equation, *parts).square()
+        out = squared(torch.einsum(equation, *parts))
         norms = out.sum(features, keepdim=True).sqrt() if features else out.sqrt()
         if whose is None:
             yield norms.flatten(), torch.full_like(norms, place, dtype=torch.long).flatten()
@@ -217,4 +218,4 @@ class _letters:
 
 
 def _precise(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float64 else value.float()
+    return value if value.dtype == torch.float64 or value.is_complex() else value.float()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ecospa_fx.couple.coupling import Coupling, Member
 from ecospa_fx.kernels import slice_sums
 from ecospa_fx.model.lookup import check_values
+from ecospa_fx.passes.graph.tensors import as_real
 from ecospa_fx.ranks.fsdp2 import reshard
 from ecospa_fx.ranks.shards import is_sharded
 
@@ -93,7 +94,7 @@ def squares_of_shards(model: nn.Module, judged: Iterable[Coupling]) -> dict[Slic
     if not any(is_sharded(weight) for weight in weights.values()):
         return None
     sums = SliceSums(weights, dims)
-    sums.add(weights)
+    sums.add({name: as_real(weight) for name, weight in weights.items()})
     return sums.reduced()
 
 
@@ -128,7 +129,7 @@ def index_scores(
     members = [member for member in coupling.members if not stream or member.matrix or _beside(member)]
     known = squares_of_shards(model, [coupling]) if squares_known is None else squares_known
     if known is None:
-        weights: list[Tensor] = [parameters[member.parameter] for member in members]
+        weights: list[Tensor] = [as_real(parameters[member.parameter]) for member in members]
         sums_of = slice_sums(weights, [member.dim for member in members])
     else:
         sums_of = [known[member.parameter, member.dim] for member in members]

@@ -316,8 +316,7 @@ class PositionReader(Tapping, Averaged[str]):
     @torch.no_grad()
     def _take(self, places: Sequence[Place], value: Tensor, gradient: Tensor) -> None:
         """Add what one backward shows at one value."""
-        precise = torch.promote_types(value.dtype, torch.float32)
-        product = value.to(precise) * gradient.to(precise)
+        product = _product(value, gradient)
         for place in places:
             rows = place.rows(product)
             if place.coupling == self._measure:
@@ -336,8 +335,7 @@ class PositionReader(Tapping, Averaged[str]):
     @torch.no_grad()
     def _take_experts(self, site: SumSite, owner: Tensor, value: Tensor, gradient: Tensor) -> None:
         """Add what one backward shows where the outputs of experts are added up."""
-        precise = torch.promote_types(value.dtype, torch.float32)
-        product = value.to(precise) * gradient.to(precise)
+        product = _product(value, gradient)
         self._pending.add(site.coupling.name, site.squares(product, owner))
 
     def add(self, step: GradientStep) -> None:
@@ -451,3 +449,11 @@ class PositionReader(Tapping, Averaged[str]):
         ranks = ranks_of(self.model)
         beside = parallel_count(self.model) if ranks else 1
         return int(beside * (ranks.count // beside) ** 2)
+
+
+def _product(value: Tensor, gradient: Tensor) -> Tensor:
+    """Return what the loss changes by along each entry of a value, to first order."""
+    precise = torch.promote_types(value.dtype, torch.float32)
+    if precise.is_complex:
+        return (value * gradient.conj()).real
+    return value.to(precise) * gradient.to(precise)

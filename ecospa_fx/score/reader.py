@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.couple.coupling import Coupling
-from ecospa_fx.passes.graph.tensors import dense
+from ecospa_fx.passes.graph.tensors import as_real, dense
 
 from .scores import Score
 from .slices import SliceKey
@@ -47,10 +47,14 @@ class GradientStep:
     found_inf: Tensor | None = None
     new_step: bool = True
 
-    def tensors(self) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
-        """Return the parameters that have a gradient, and their gradients, by name; sparse ones with all entries."""
-        parameters = {name: p for name, p in self.named if p.grad is not None}
-        return parameters, {name: dense(p.grad) for name, p in parameters.items() if p.grad is not None}
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the parameters that have a gradient, and their gradients, by name.
+
+        Sparse ones with all entries, complex ones as pairs of real numbers, `[..., 2]`.
+        """
+        named = {name: p for name, p in self.named if p.grad is not None}
+        gradients = {name: as_real(dense(p.grad)) for name, p in named.items() if p.grad is not None}
+        return {name: as_real(p) for name, p in named.items()}, gradients
 
 
 @dataclass(frozen=True, eq=False)

@@ -78,7 +78,7 @@ class SliceSums:
         widths: dict[tuple[torch.device, torch.dtype], int] = {}
         for name, along in self.dims.items():
             parameter = parameters[name]
-            home = (parameter.device, torch.promote_types(parameter.dtype, torch.float32))
+            home = (parameter.device, torch.promote_types(parameter.dtype.to_real(), torch.float32))
             self._home[name] = home
             for dim in along:
                 self._begin[name, dim] = widths.get(home, 0)

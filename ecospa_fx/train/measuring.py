@@ -73,11 +73,11 @@ def let_train(model: nn.Module, saliency: Saliency, frozen: Collection[Any] = ()
 def check_plain_numbers(model: nn.Module) -> None:
     """Refuse weights that are not plain numbers."""
     for name, tensor in model.named_parameters():
-        if not tensor.is_floating_point():
+        if not (tensor.is_floating_point() or tensor.is_complex()):
             raise TargetError(f"`{name}` holds {tensor.dtype}, quantised weights; de-quantise the model first")
     for module_name, module in model.named_modules():
         weight = module._buffers.get("weight", module._buffers.get("qweight"))
-        if weight is not None and not weight.is_floating_point():
+        if weight is not None and not (weight.is_floating_point() or weight.is_complex()):
             raise TargetError(f"`{module_name}` holds quantised weights of {weight.dtype}; de-quantise the model first")
 
 

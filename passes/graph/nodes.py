@@ -20,6 +20,11 @@ def tensor_meta(node: fx.Node) -> tuple[Tensor, ...]:
     return ()
 
 
+def is_complex(node: fx.Node) -> bool:
+    """Return whether an output of `node` holds complex numbers."""
+    return any(each.is_complex() for each in tensor_meta(node))
+
+
 def is_tensor(node: fx.Node) -> bool:
     """Return True if `node` makes one tensor, not several and not a number."""
     return isinstance(node.meta.get("val"), Tensor)

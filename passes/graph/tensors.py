@@ -82,6 +82,22 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """Return a complex tensor as its real and imaginary parts, `[..., 2]`; any other is returned itself.
+
+    Scores count a complex number as these two: |g|² is the sum of their squares, and the change of a loss along w is
+    the real part of w times the conjugate of its gradient (torch's convention), the sum of their products.
+    """
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def squared(tensor: Tensor) -> Tensor:
+    """Square the entries of a tensor, of complex ones their size, in float32; float64 stays float64."""
+    if tensor.is_complex():
+        return as_real(tensor).square().sum(-1)
+    return tensor.double().square() if tensor.dtype == torch.float64 else tensor.float().square()
+
+
 def twins(values: Mapping[Any, Any]) -> dict[Any, Any]:
     """Copy the tensors among some values, without gradients; those that share memory share it in the copies too."""
     memo: dict[int, Any] = {}

@@ -21,6 +21,7 @@ from torch.nn import functional
 from ecospa_fx.passes.axes.algebra import atoms_of
 from ecospa_fx.passes.graph.nodes import (
     argument_nodes,
+    is_complex,
     memory_behind,
     op_name,
     place,
@@ -161,6 +162,8 @@ def consumers(axis_facts: AxisFacts) -> dict[WeightDim, Consumer | str]:
                 reason = "another op sums over another of its dims"  # and may make the input of this one
             if reason is None and len({use.window for use in sums}) > 1:
                 reason = "it is a convolution's kernel in one op and a matrix in another"
+            if reason is None and any(map(is_complex, (*nodes, *(use.input.node for use in sums)))):
+                reason = "its numbers, or those that it sums over, are complex"
             if reason is not None:
                 results[name, dim] = reason
                 continue

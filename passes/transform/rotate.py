@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.axes.selection import index_of
 from ecospa_fx.passes.find.discover import RegionCoupling
-from ecospa_fx.passes.graph.nodes import op_name, place
+from ecospa_fx.passes.graph.nodes import is_complex, op_name, place
 from ecospa_fx.passes.infer.infer import inferred_again
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.relations import is_linear
@@ -118,6 +118,8 @@ def _obstacle(axis_facts: AxisFacts, atom: Atom) -> str | None:
         if not carrying and not any(atom in atoms_of(e) for exprs in axis_facts.values[node] for e in exprs):
             continue
         relation = axis_facts.relations.get(node)
+        if any(is_complex(each) for each in (node, *(o.node for o in carrying))):
+            return f"the numbers of {op_name(node)} ({place(node, region)}) are complex"
         if relation is None or not is_linear(relation, [o.node for o in carrying]):
             return f"no change of basis passes through {op_name(node)} ({place(node, region)}) between the weights"
     return None

@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from ecospa_fx.passes.axes.algebra import Atom, Expr, atoms_of
 from ecospa_fx.passes.axes.selection import Selection
-from ecospa_fx.passes.graph.nodes import op_name, place
+from ecospa_fx.passes.graph.nodes import is_complex, op_name, place
 from ecospa_fx.passes.infer.taint import given_nodes
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.relations import is_linear, moved_operand
@@ -159,6 +159,8 @@ class Trace:
         if node in self._inside or (not carrying and not self._carried(node)):
             return
         relation = self.facts.relations.get(node)
+        if any(is_complex(each) for each in (node, *(o.node for o in carrying))):
+            raise KeepsBasis(f"the numbers of {self._at(node)} on the stream are complex")
         if relation is None or not is_linear(relation, [o.node for o in carrying]):
             raise KeepsBasis(f"no change of basis passes through {self._at(node)} on the stream")
         reading = [(name, use) for name, use in self._by_user.get(node, ()) if self._reads(name, use.dim)]
