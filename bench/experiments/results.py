@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -140,7 +141,7 @@ def dots(
             axis.plot([place - 0.3, place + 0.3], [statistics.mean(heights)] * 2, color=colour, linewidth=2.5)
         values = [str(value) for (value,) in grouped(members, across)]
         axis.set_xticks(range(len(values)), values, rotation=40, ha="right")
-        axis.set_title(str(name), fontsize=10)
+        axis.set_title(textwrap.fill(str(name), 26), fontsize=10)
         axis.axhline(0, color="#7f7f7f", linewidth=1)
         axis.grid(alpha=0.25, axis="y")
         axis.spines[["top", "right"]].set_visible(False)
@@ -163,7 +164,7 @@ def curves(rows: Sequence[Row], path: Path, panel: str, *, title: str) -> None:
             steps = [point[0] for point in runs[0]["curve"]]
             heights = [statistics.mean(run["curve"][place][1] for run in runs) for place in range(len(steps))]
             axis.plot(steps, heights, color=COLOURS.get(variant), label=variant, linewidth=1.8, marker=".")
-        axis.set_title(str(name), fontsize=10)
+        axis.set_title(textwrap.fill(str(name), 26), fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
