@@ -320,9 +320,15 @@ def _kind_inside(part: Weighed) -> Kind | None:
 
 
 def _is_stack(part: Weighed) -> bool:
-    """Return whether entries are matrices of a stack, not those of a convolution."""
-    convolved = any(op_name(node).startswith("aten.conv") for node in _products(part.roles, part.matrices))
-    return not convolved and any(len(part.axis_facts.parameters[name]) > 2 for name, _ in part.axes)
+    """Return whether entries are matrices of a stack, each of which gives a vector; not kernels, which give a number."""
+    axis_facts, products = part.axis_facts, _products(part.roles, part.matrices, "free", "batch")
+    stacks = {name for name, _ in part.axes if len(axis_facts.parameters[name]) > 2}
+    return any(
+        fact.role == "free" and fact.node in products and part.atom not in atoms_of(fact.expr)
+        and any(stacks & set(operand.parameters) for operand in fact.operands)
+        and not op_name(fact.node).startswith("aten.conv")
+        for fact in axis_facts.facts
+    )  # fmt: skip
 
 
 def _is_routed(part: Weighed) -> bool:
