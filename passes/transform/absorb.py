@@ -87,18 +87,23 @@ def absorb(moments: Moments, kept: Tensor, *, constant: bool, ridge: float) -> A
     """
     if moments.squares.device.type == "mps":  # it has no float64
         moments = Moments(moments.squares.cpu(), moments.sums.cpu(), moments.count)
-    squares, sums = moments.squares.double() / moments.count, moments.sums.double() / moments.count
+    squares, sums = moments.squares, moments.sums.double() / moments.count
     if not bool(squares.isfinite().all()) or not bool(sums.isfinite().all()):
         return None
-    if constant:
-        squares = squares - torch.outer(sums, sums)
     kept = kept.to(squares.device)
     goes = torch.ones(len(squares), dtype=torch.bool, device=squares.device)
     goes[kept] = False
     gone = goes.nonzero().flatten()
-    among, across = squares[kept][:, kept], squares[kept][:, gone]
+
+    def means(rows: Tensor, columns: Tensor) -> Tensor:
+        """Return a part of the mean squares, of what varies where there is a constant; no whole matrix is made."""
+        part = squares[rows[:, None], columns].double().div_(moments.count)
+        return part.sub_(torch.outer(sums[rows], sums[columns])) if constant else part
+
+    among, across = means(kept, kept), means(kept, gone)
     share = _solve(among, across, ridge).T
-    total = float(squares.diagonal()[gone].sum())
+    alone = squares.diagonal()[gone].double() / moments.count
+    total = float((alone - sums[gone].square() if constant else alone).sum())
     error = total - 2 * float((share.T * across).sum()) + float(((share @ among) * share).sum())
     rest = sums[gone] - share @ sums[kept] if constant else torch.zeros_like(sums[gone])
     return Absorption(kept, gone, share, rest, min(1.0, max(0.0, error / total)) if total > 0 else 0.0)
