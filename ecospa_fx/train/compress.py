@@ -126,7 +126,8 @@ def compress(
     Args:
         model: any module; it is compiled if it is not. Its gradients and its mode stay as they are.
         batches: calls of the model: a mapping of keyword arguments, a tuple of positional ones, or one input. All of
-            them are kept in memory while it runs. Eight calls of 512 positions or more are a good number.
+            them are kept in memory while it runs. Eight calls of 512 positions or more are a good number. Beside the
+            model there must be room for a forward and backward of one of them.
         target: share of the cost that remains; or of the entries of each kind, see `EcoSpaTrainer`.
         among: `"all"` of the cost, or the `"prunable"` part, which lies on some coupling.
         kinds: kinds of coupling that may shrink; None: all.
@@ -134,7 +135,8 @@ def compress(
         uniform: see `Constraints`.
         min_keep: see `Constraints`; with 0 whole sublayers may go, where that costs less than entries of many.
         deployable: see `EcoSpaTrainer`; with `"transformers"`, `save_pretrained` writes what plain transformers loads.
-        loss: `loss(model, batch)` -> a scalar; by default that of the model's result if it has one, else of labels
+        loss: `loss(model, batch)` -> a scalar; it is called several times with a batch, and broken off where only the
+            first layers of the model are looked at. By default that of the model's result if it has one, else of labels
             drawn from its own logits, or of a random projection of its outputs.
         steps: strokes; each has fresh statistics, and takes as long as the first.
         heal: called with the model after each stroke, such as a few steps of training. An error in it is raised, and
