@@ -122,7 +122,7 @@ def shrink(model: Any, row: str, share: float, calls: list[Tensor], seed: int) -
         seen, gradients = look(model, ffns, calls, row)
     with torch.no_grad():
         worths = [
-            worth(row, ffn.down_proj.weight, [ffn.gate_proj.weight, ffn.up_proj.weight], each, seed + i, found)
+            worth(row, ffn.down_proj.weight, [ffn.gate_proj.weight, ffn.up_proj.weight], each, seed + i, found, share)
             for i, (ffn, each, found) in enumerate(zip(ffns, seen, gradients))
         ]
         for ffn, each, gone in zip(ffns, seen, gone_of(row, worths, share)):

@@ -41,6 +41,7 @@ class Seen:
         by_position: `[units]`, of the squares of x * g.
         by_call: `[units]`, of the squares of what x * g adds up to in a call.
         gram: `[units, units]`, of products; None where no row needs it.
+        fitted: the number of units that `slimgpt` has removed, and W `[outputs, units]` then.
     """
 
     count: int
@@ -49,6 +50,7 @@ class Seen:
     by_position: Tensor
     by_call: Tensor
     gram: Tensor | None = None
+    fitted: tuple[int, Tensor] | None = None
 
     @classmethod
     def of(cls, x: Tensor, g: Tensor, gram: bool = False) -> Seen:
@@ -68,9 +70,20 @@ class Seen:
 
 
 def worth(
-    row: str, weight: Tensor, makers: list[Tensor], seen: Seen, seed: int = 0, gradients: list[Tensor] | None = None
-) -> Tensor:
-    """Return the worth of each unit by a row's formula; `gradients` are those of `weight` and of the makers."""
+    row: str, weight: Tensor, makers: list[Tensor], seen: Seen, seed: int = 0, gradients: list[Tensor] | None = None,
+    share: float = 0.6,
+) -> Tensor:  # fmt: skip
+    """Return the worth of each unit by a row's formula.
+
+    Args:
+        row: its name.
+        weight: W.
+        makers: the weights that make the units.
+        seen: sums over the calls.
+        seed: of `random`.
+        gradients: those of `weight` and of the makers.
+        share: of the units that will go; all others are worth the same to `slimgpt`, which removes these one by one.
+    """
     match row:
         case "random":
             return torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(seed))
@@ -99,7 +112,7 @@ def worth(
             return torch.linalg.solve(gram + torch.eye(len(gram)), gram).diagonal().float()
         case "slimgpt":
             assert seen.gram is not None
-            return _eliminated(weight, seen, len(seen.gram) * 3 // 5)[0]  # more than any share here
+            return _eliminated(weight, seen, round(share * len(seen.gram)))
     raise ValueError(row)
 
 
@@ -110,17 +123,20 @@ def fitted_of(row: str, weight: Tensor, seen: Seen, gone: Tensor) -> Tensor | No
     if row == "modegpt":
         assert seen.gram is not None
         gram = seen.gram.double()
-        return (torch.linalg.pinv(gram[kept][:, kept]) @ gram[kept] @ weight.double().T).T.to(weight)
+        return (torch.linalg.pinv(gram[kept][:, kept], hermitian=True) @ gram[kept] @ weight.double().T).T.to(weight)
     if row == "slimgpt":
-        return _eliminated(weight, seen, len(gone))[1][:, kept]
+        if seen.fitted is None or seen.fitted[0] != len(gone):
+            _eliminated(weight, seen, len(gone))
+        assert seen.fitted is not None
+        return seen.fitted[1][:, kept]
     return None
 
 
-def _eliminated(weight: Tensor, seen: Seen, count: int) -> tuple[Tensor, Tensor]:
-    """Remove units one after another, each the one by whose loss the output is hurt least.
+def _eliminated(weight: Tensor, seen: Seen, count: int) -> Tensor:
+    """Remove units one after another, each the one by whose loss the output is hurt least; note W after `count`.
 
     Returns:
-        The place of each unit in that order, of those that stay the last, and W after `count` of them.
+        The place of each unit in that order, of those that stay the last.
     """
     assert seen.gram is not None
     gram, fitted = seen.gram.double(), weight.double().clone()
@@ -131,11 +147,12 @@ def _eliminated(weight: Tensor, seen: Seen, count: int) -> tuple[Tensor, Tensor]
         hurt = fitted.square().sum(0) / inverse.diagonal()
         unit = int(hurt.masked_fill(~left, torch.inf).argmin())
         row, pivot = inverse[unit].clone(), inverse[unit, unit].clone()
-        fitted -= fitted[:, unit, None] / pivot * row
-        inverse -= torch.outer(row, row) / pivot
+        fitted.addr_(fitted[:, unit] / pivot, row, alpha=-1)
+        inverse.addr_(row / pivot, row, alpha=-1)
         inverse[unit, unit] = 1.0  # it is out
         left[unit], place[unit] = False, float(number)
-    return place, fitted.to(weight)
+    seen.fitted = count, fitted.to(weight)
+    return place
 
 
 def gone_of(row: str, worths: list[Tensor], share: float) -> list[Tensor]:

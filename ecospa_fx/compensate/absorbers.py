@@ -5,18 +5,20 @@ graphs of a region -> how each weight sums over a dim -> absorbers, with those t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from ecospa_fx.model.lookup import compiled_state
+from ecospa_fx.model.lookup import compiled_state, regions_of
 from ecospa_fx.model.region import Region
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.transform.consumers import Consumer, WeightDim, consumers
 from ecospa_fx.score.owners import last_weights
+
+from .moments import HELD
 
 EXPERTS = (
     "its entries are experts, each a function with weights of its own, of which none is a sum of others; those that go "
@@ -85,9 +87,10 @@ class Absorbers:
             inputs = tuple(tuple((i.node, i.dim, i.window) for i in each.inputs) for each in same)
             self.found[key] = Absorbing(replace(same[0], bias=bias), groups.setdefault(inputs, key))
 
-    def grams_in(self, region: Region) -> list[WeightDim]:
-        """Return the (parameter, dim)s under which a region's moments are kept."""
-        return list(dict.fromkeys(self.found[key].gram for key in self._offered(region) if key in self.found))
+    def grams_in(self, region: Region, only: Collection[WeightDim] | None = None) -> list[WeightDim]:
+        """Return the (parameter, dim)s under which a region's moments are kept; those of some weights."""
+        keys = [key for key in self._offered(region) if key in self.found and (only is None or key in only)]
+        return list(dict.fromkeys(self.found[key].gram for key in keys))
 
     def consumers(self, axis_facts: AxisFacts) -> Mapping[WeightDim, Consumer | str]:
         """Return how the weights of a graph sum, by names in the region; worked out once for a graph."""
@@ -107,6 +110,22 @@ class Absorbers:
         prefix = f"{region.name}." if region.name else ""
         members = (m for c in compiled_state(self.model).couplings() for m in c.members if m.matrix)
         return sorted({(m.parameter, m.dim) for m in members if m.parameter.startswith(prefix)})
+
+
+def rooms(model: nn.Module) -> dict[str, int]:
+    """Return about how many bytes moments take, by the name of the coupling that their weights sum over."""
+    regions, parameters = list(regions_of(model).values()), dict(model.named_parameters(remove_duplicate=False))
+    absorbers = Absorbers(model, regions)
+    absorbers.read_all()
+    found: dict[str, int] = {}
+    for coupling in compiled_state(model).couplings():
+        keys = [(member.parameter, member.dim) for member in coupling.members]
+        over = {absorber.gram: absorber for key in keys if (absorber := absorbers.found.get(key)) is not None}
+        found[coupling.name] = 0
+        for (name, dim), absorber in over.items():
+            columns = parameters[name].shape[dim] * absorber.consumer.window
+            found[coupling.name] += columns * (columns + HELD) * max(4, parameters[name].element_size())
+    return found
 
 
 def key_in_region(region: Region, key: WeightDim) -> WeightDim:

@@ -8,19 +8,20 @@ it is a sum, so that ranks add theirs up. No activation is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
-from ecospa_fx.arguments import FLAG, MODULE, NAMED, SEVERAL, instance, takes
+from ecospa_fx.arguments import FLAG, MODULE, NAMED, NAMES, SEVERAL, instance, optional, takes
 from ecospa_fx.couple.coupling import Coupling
-from ecospa_fx.errors import TargetError
+from ecospa_fx.errors import NoCouplingError, TargetError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.journal import Journal, take_state
-from ecospa_fx.model.lookup import plan, regions_of
+from ecospa_fx.model.lookup import compiled_state, plan, regions_of
 from ecospa_fx.model.observers import check_observable, ignore, observe
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.slicing import kept_positions
@@ -65,6 +66,35 @@ _SHARED_OUT = (
 Read: TypeAlias = GramInput | MaskInput | NormInput | ProductSite
 
 
+@dataclass(frozen=True)
+class _Only:
+    """The couplings whose entries will go.
+
+    Attributes:
+        names: their names.
+        dims: the (parameter, dim)s that they lie on.
+    """
+
+    names: frozenset[str]
+    dims: frozenset[WeightDim]
+
+    @classmethod
+    def of(cls, model: nn.Module, names: Collection[str]) -> _Only:
+        there = {coupling.name: coupling for coupling in compiled_state(model).couplings()}
+        for name in names:
+            if name not in there:
+                raise NoCouplingError(f"the model has no coupling `{name}`; it has {', '.join(there) or 'none'}")
+        members = [member for name in names for member in there[name].members]
+        return cls(frozenset(names), frozenset((member.parameter, member.dim) for member in members))
+
+    @property
+    def parameters(self) -> set[str]:
+        return {parameter for parameter, _ in self.dims}
+
+    def lies_in(self, region: Region) -> bool:
+        return not region.name or any(parameter.startswith(f"{region.name}.") for parameter in self.parameters)
+
+
 class Grams:
     """Gathers the moments by which a shrink is absorbed: `X.T @ X` for each weight that sums over a coupling.
 
@@ -83,6 +113,8 @@ class Grams:
             None: every fourth call is held out, and the ridge that does best there is taken, or the weights stay as
             they are if that does best. Before the fourth call it is 1, or 0.3 from 8 rows per column on.
         training: read only forwards in training mode with gradients on, not every forward.
+        couplings: names of the couplings whose entries will go: only inputs of weights that sum over these are read.
+            None: all.
         mask: the positions to read: the name of an argument of the region that tells positions from padding, as a
             tensor of integers or booleans over the first dims (batch, positions); or such a tensor itself, which may be
             assigned anew before each call. None: all.
@@ -93,9 +125,10 @@ class Grams:
 
     Raises:
         TargetError: `rows`, `ridge` or `mask` is out of range.
+        NoCouplingError: one of `couplings` does not exist.
     """
 
-    @takes(model=MODULE, training=FLAG)
+    @takes(model=MODULE, training=FLAG, couplings=optional(NAMES))
     def __init__(
         self,
         model: nn.Module,
@@ -103,6 +136,7 @@ class Grams:
         rows: int | None = None,
         ridge: float | None = None,
         training: bool = False,
+        couplings: Collection[str] | None = None,
         mask: str | Tensor | None = "attention_mask",
     ) -> None:
         model = unwrapped(model)
@@ -121,7 +155,10 @@ class Grams:
         self._grams: dict[WeightDim, InputMoments] = {}
         self._pairs: dict[str, PairMoments] = {}
         self._whole: Gathered | None = None  # of all ranks, while they are read several times
-        self._regions = list(regions_of(model).values())
+        self._only = None if couplings is None else _Only.of(model, couplings)
+        self._regions = [
+            region for region in regions_of(model).values() if self._only is None or self._only.lies_in(region)
+        ]
         self._absorbers, self._norms = Absorbers(model, self._regions), Norms(model)
         if self._regions:
             check_observable(model)
@@ -243,12 +280,14 @@ class Grams:
         self._absorbers.read(region)
         here = self._absorbers.consumers(program.axis_facts)
         found: list[Read] = [] if not isinstance(self.mask, str) else list(mask_inputs(program, self.mask))
-        found += pair_sites(region, program)
-        for key in self._absorbers.grams_in(region):
+        only = self._only
+        found += [site for site in pair_sites(region, program) if only is None or site.coupling in only.names]
+        for key in self._absorbers.grams_in(region, None if only is None else only.dims):
             consumer, left = here.get(key_in_region(region, key)), region.state.plan.kept.get(key)
             if isinstance(consumer, Consumer) and (left is None or len(left)):
                 found.append(GramInput(key, consumer.inputs, consumer.window, left))
-        found += self._norms.inputs(region, program)
+        norms = self._norms.inputs(region, program)
+        found += [norm for norm in norms if only is None or norm.place[0] in only.parameters]
         return [node for place in found for node in place.nodes], found
 
     def receive(self, known: list[Read], values: Sequence[Tensor]) -> None:

@@ -51,13 +51,15 @@ class TakingOver:
             `id` of a tensor in `held` -> its new value, for those that change.
         """
         values: dict[int, Tensor] = {}
-        solved: dict[tuple[WeightDim, bool], Absorption] = {}
+        solved: dict[tuple[WeightDim, bool], Absorption] = {}  # of the inputs at hand
         able = [key for key in going if self.absorbers[key].gram in self.moments and has_values(held[0].get(key[0]))]
         everywhere = set(self.ranks.common([f"{n} {d}" for n, d in able], "the weights that take over"))
-        for name, dim in sorted(key for key in able if f"{key[0]} {key[1]}" in everywhere):
+        taking = [key for key in able if f"{key[0]} {key[1]}" in everywhere]
+        for name, dim in sorted(taking, key=lambda key: (self.absorbers[key].gram, key)):
             absorber = self.absorbers[name, dim]
             consumer, constant = absorber.consumer, absorber.consumer.bias is not None
             if (absorber.gram, constant) not in solved:
+                solved = {key: each for key, each in solved.items() if key[0] == absorber.gram}
                 found = self._solve(absorber, going[name, dim], held[0])
                 if found is None:
                     continue

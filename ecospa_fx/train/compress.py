@@ -1,13 +1,12 @@
 """Compression: a trained model made smaller in one call, with a few batches of the data that it is for.
 
 batches -> gradients at every position -> widths, entries     as `policy="adaptive"` decides
-        -> moments of the inputs of weights -> what stays takes over, chosen by batches held out
+        -> moments of the inputs of weights -> what stays takes over, chosen by batches held out (`stroke.py`)
 again, `steps` times, with fresh statistics of the smaller model
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,19 +17,13 @@ from torch import nn
 
 from ecospa_fx.api import compile as compiled
 from ecospa_fx.arguments import FUNCTION, MAPPING, MODULE, NAMES, NUMBER, SEVERAL, TEXT, WHOLE, either, optional, takes
-from ecospa_fx.compensate.forecast import forecast, removed_by, whole_worth, worth_of
-from ecospa_fx.compensate.grams import Grams
-from ecospa_fx.compensate.rotation import rotate
 from ecospa_fx.couple.constraints import Constraints, Uniform
 from ecospa_fx.errors import TargetError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.cost import Cost
 from ecospa_fx.model.lookup import check_values, couplings
-from ecospa_fx.model.shrinking import shrink
 from ecospa_fx.ranks.wrappers import unwrapped
-from ecospa_fx.score.estimator import CoupledEstimator
-from ecospa_fx.score.saliency import Saliency
 from ecospa_fx.score.scores import score_named
 from ecospa_fx.text import plural
 from ecospa_fx.text import size as sized
@@ -40,17 +33,15 @@ from .deployable import Deployable, check_deployable, deployment
 from .latency import Latency
 from .measuring import (
     as_it_was_unless_shrunk,
-    backward_of,
     check_kinds,
     check_plain_numbers,
     evaluating,
-    let_train,
     listed_calls,
     value_of,
-    without_gradients,
 )
 from .objective import Loss, Objective
 from .settings import Among, DecisionSettings
+from .stroke import Stroke
 from .targets import Target, at_once
 
 EVERY, MOST = 8, 2
@@ -135,7 +126,8 @@ def compress(
     Args:
         model: any module; it is compiled if it is not. Its gradients and its mode stay as they are.
         batches: calls of the model: a mapping of keyword arguments, a tuple of positional ones, or one input. All of
-            them are kept in memory while it runs. Eight calls of 512 positions or more are a good number.
+            them are kept in memory while it runs. Eight calls of 512 positions or more are a good number. Beside the
+            model there must be room for a forward and backward of one of them.
         target: share of the cost that remains; or of the entries of each kind, see `EcoSpaTrainer`.
         among: `"all"` of the cost, or the `"prunable"` part, which lies on some coupling.
         kinds: kinds of coupling that may shrink; None: all.
@@ -143,7 +135,8 @@ def compress(
         uniform: see `Constraints`.
         min_keep: see `Constraints`; with 0 whole sublayers may go, where that costs less than entries of many.
         deployable: see `EcoSpaTrainer`; with `"transformers"`, `save_pretrained` writes what plain transformers loads.
-        loss: `loss(model, batch)` -> a scalar; by default that of the model's result if it has one, else of labels
+        loss: `loss(model, batch)` -> a scalar; it is called several times with a batch, and broken off where only the
+            first layers of the model are looked at. By default that of the model's result if it has one, else of labels
             drawn from its own logits, or of a random projection of its outputs.
         steps: strokes; each has fresh statistics, and takes as long as the first.
         heal: called with the model after each stroke, such as a few steps of training. An error in it is raised, and
@@ -194,10 +187,10 @@ def compress(
             if number > 1:
                 constraints = _constraints(module, kinds, uniform, min_keep, deployable)
             settings = DecisionSettings(at_once(target, number / steps), cost, among)
-            stroke = _Stroke(module, constraints, settings, scores or {})
-            rises, shares = stroke.run(calls, held, objective)
-            expected = {name: expected.get(name, 0.0) + rise for name, rise in rises.items()}
-            left |= shares
+            stroke = Stroke(module, constraints, settings, scores or {})
+            stroke.run(calls, held, objective)
+            expected = {name: expected.get(name, 0.0) + rise for name, rise in stroke.rises.items()}
+            left |= stroke.left
             notes += [note for note in stroke.notes if note not in notes]
             logger("shrink").info("stroke %d of %d: %s parameters are left", number, steps, f"{_size(module)[0]:,}")
             if heal is not None:
@@ -211,111 +204,6 @@ def compress(
             (size[1], _size(module)[1]), (latency, _seconds(measured, module, calls[0])), time.perf_counter() - begun,
             tuple(notes),
         )  # fmt: skip
-
-
-class _Stroke:
-    """One shrink, with statistics of its own.
-
-    Args:
-        model: a compiled model.
-        constraints: which sizes are allowed.
-        settings: how far.
-        scores: kind -> the score that its entries go by.
-    """
-
-    def __init__(
-        self, model: nn.Module, constraints: Constraints, settings: DecisionSettings, scores: Mapping[str, str]
-    ) -> None:
-        self.model, self.constraints, self.settings, self.scores = model, constraints, settings, scores
-        self.notes: list[str] = []
-
-    def run(
-        self, calls: list[Any], held: Collection[int], objective: Loss
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        """Shrink; return the expected rises by coupling, and the shares that nothing takes over by weight."""
-        sparsifier = AdaptiveSparsifier.of(self.model, self.settings, self.constraints, ())
-        saliency, watched = Saliency(self.model), Grams(self.model)
-        saliency.begins, saliency.wholes = True, self.constraints.min_keep == 0
-        others = {score: CoupledEstimator(self.model, score) for score in dict.fromkeys(self.scores.values())}
-        try:
-            with without_gradients(self.model):
-                for number, batch in enumerate(calls):
-                    if number in held:
-                        with torch.no_grad():  # seen by `Grams`, which chooses its ridge by such calls
-                            value_of(objective, self.model, batch, number)
-                        continue
-                    backward_of(objective, self.model, batch, number)
-                    saliency.accumulate()
-                    self.model.zero_grad(set_to_none=True)
-                    if not number and let_train(self.model, saliency, self.constraints.frozen):
-                        # What has no place in a graph is judged by gradients of weights: from the first batch on.
-                        saliency.reset()
-                        for each in others.values():
-                            each.reset()
-                        watched.active = False
-                        backward_of(objective, self.model, batch, number)
-                        watched.active = True
-                        saliency.accumulate()
-                        self.model.zero_grad(set_to_none=True)
-        finally:
-            watched.detach()
-            for each in (saliency, *others.values()):
-                each.detach()
-        return self._shrink(saliency, watched, sparsifier, others)
-
-    def _shrink(
-        self, saliency: Saliency, watched: Grams, sparsifier: AdaptiveSparsifier, others: Mapping[str, CoupledEstimator]
-    ) -> tuple[dict[str, float], dict[str, float]]:
-        judged = [coupling for coupling in couplings(self.model) if saliency.judges(coupling)]
-        names = [
-            c.name for c in couplings(self.model) if c.size and c not in judged and c not in self.constraints.frozen
-        ]
-        if names:
-            more = f" and {len(names) - 1} more stay" if names[1:] else " stays"
-            self.notes.append(f"`{names[0]}`{more} whole: gradients say nothing of the loss without its entries")
-        by_context = self.constraints.head_dims == "per_head"
-        worth = {coupling: worth_of(coupling, saliency, by_context=by_context) for coupling in judged}
-        sizes = sparsifier.sizes()
-        wholes = whole_worth(judged, saliency)
-        widths = sparsifier.widths(worth, sparsifier.target_size(sizes), wholes)
-        curves = forecast(
-            self.model, list(widths), saliency, grams=watched, absorb=True, rotate=True, by_context=by_context,
-            widths=widths, order="saliency",
-        ).curves  # fmt: skip
-        for coupling in widths:
-            score = self.scores.get(coupling.kind)
-            if score is None:
-                continue
-            with others[score].at_once():
-                curve = removed_by(coupling, saliency, others[score], by_context=by_context)
-            if curve is None:
-                self.notes.append(f"`{coupling.name}` goes by saliency: {score!r} says nothing of its entries")
-            else:
-                curves[coupling] = curve
-        keeps = {coupling.name: curves[coupling].keep(width) for coupling, width in widths.items()}
-        rises = {
-            c.name: wholes[c] if not width and c in wholes else float(curves[c].rises[c.size - width])
-            for c, width in widths.items()
-        }
-        linear = {c.name: width for c, width in widths.items() if curves[c].way == "rotated" and width}
-        if linear:
-            rotate(self.model, list(linear), keep=linear, grams=watched)
-        named = {c.name: c for c in couplings(self.model)}
-        shrink(
-            self.model, {named[name]: keep for name, keep in keeps.items()}, absorb=watched,
-            constraints=None if self.constraints.min_keep else Constraints(min_keep=0),
-        )  # fmt: skip
-        short = watched.rows_per_column
-        if short is not None and short < ROWS_WANTED:
-            self.notes.append(
-                f"{watched.positions:,} positions are {short:.1f} per column of the widest weight, so weights were "
-                f"changed little; {math.ceil(watched.positions * ROWS_WANTED / short):,} would do"
-            )
-        return rises, {name: share for (name, _), share in watched.left.items()}
-
-
-ROWS_WANTED = 8
-"""Rows per column of the widest weight from which a regression on them is to be trusted."""
 
 
 def _check_scores(scores: Mapping[str, str]) -> None:

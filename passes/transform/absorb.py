@@ -72,6 +72,64 @@ class Absorption:
         return (bias.to(added) + added).to(bias)
 
 
+@dataclass(frozen=True, eq=False)
+class Regression:
+    """The regression of the columns that go on those that stay, at any ridge.
+
+    Attributes:
+        kept: LongTensor of the columns that stay.
+        gone: LongTensor of the others.
+        among: `[kept, kept]`, float64, mean products; of what varies, where a bias may take up a constant.
+        across: `[kept, gone]`, likewise.
+        total: sum of the mean squares of the columns that go, likewise.
+        means: `[columns]`, means; None where no bias may take up a constant.
+    """
+
+    kept: Tensor
+    gone: Tensor
+    among: Tensor
+    across: Tensor
+    total: float
+    means: Tensor | None
+
+    @classmethod
+    def of(cls, moments: Moments, kept: Tensor, *, constant: bool) -> Regression | None:
+        """Prepare it; None where the moments hold an inf or a NaN. Arguments are those of `absorb`."""
+        if moments.squares.device.type == "mps":  # it has no float64
+            moments = Moments(moments.squares.cpu(), moments.sums.cpu(), moments.count)
+        squares, sums = moments.squares, moments.sums.double() / moments.count
+        if not bool(squares.isfinite().all()) or not bool(sums.isfinite().all()):
+            return None
+        kept = kept.to(squares.device)
+        goes = torch.ones(len(squares), dtype=torch.bool, device=squares.device)
+        goes[kept] = False
+        gone = goes.nonzero().flatten()
+
+        def products(rows: Tensor, columns: Tensor) -> Tensor:  # no whole matrix is made in float64
+            part = squares[rows[:, None], columns].double().div_(moments.count)
+            return part.sub_(torch.outer(sums[rows], sums[columns])) if constant else part
+
+        alone = squares.diagonal()[gone].double() / moments.count
+        total = float((alone - sums[gone].square() if constant else alone).sum())
+        return cls(kept, gone, products(kept, kept), products(kept, gone), total, sums if constant else None)
+
+    def solved(self, ridge: float, left: float | None = None) -> Absorption:
+        """Solve it.
+
+        Args:
+            ridge: see `absorb`.
+            left: the fraction that nothing takes over, if that is known or not asked for; None: computed.
+        """
+        share = _solve(self.among, self.across, ridge).T
+        if left is None:
+            error = self.total - 2 * float((share.T * self.across).sum()) + float(((share @ self.among) * share).sum())
+            left = min(1.0, max(0.0, error / self.total)) if self.total > 0 else 0.0
+        rest = share.new_zeros(len(self.gone))
+        if self.means is not None:
+            rest = self.means[self.gone] - share @ self.means[self.kept]
+        return Absorption(self.kept, self.gone, share, rest, left)
+
+
 def absorb(moments: Moments, kept: Tensor, *, constant: bool, ridge: float) -> Absorption | None:
     """Regress the columns that go on those that stay.
 
@@ -85,23 +143,8 @@ def absorb(moments: Moments, kept: Tensor, *, constant: bool, ridge: float) -> A
     Returns:
         The absorption; None where the moments hold an inf or a NaN.
     """
-    if moments.squares.device.type == "mps":  # it has no float64
-        moments = Moments(moments.squares.cpu(), moments.sums.cpu(), moments.count)
-    squares, sums = moments.squares.double() / moments.count, moments.sums.double() / moments.count
-    if not bool(squares.isfinite().all()) or not bool(sums.isfinite().all()):
-        return None
-    if constant:
-        squares = squares - torch.outer(sums, sums)
-    kept = kept.to(squares.device)
-    goes = torch.ones(len(squares), dtype=torch.bool, device=squares.device)
-    goes[kept] = False
-    gone = goes.nonzero().flatten()
-    among, across = squares[kept][:, kept], squares[kept][:, gone]
-    share = _solve(among, across, ridge).T
-    total = float(squares.diagonal()[gone].sum())
-    error = total - 2 * float((share.T * across).sum()) + float(((share @ among) * share).sum())
-    rest = sums[gone] - share @ sums[kept] if constant else torch.zeros_like(sums[gone])
-    return Absorption(kept, gone, share, rest, min(1.0, max(0.0, error / total)) if total > 0 else 0.0)
+    regression = Regression.of(moments, kept, constant=constant)
+    return None if regression is None else regression.solved(ridge)
 
 
 def _solve(among: Tensor, across: Tensor, ridge: float) -> Tensor:

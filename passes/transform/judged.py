@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .absorb import Absorption, Moments, absorb
+from .absorb import Absorption, Moments, Regression, absorb
 
 ROWS_ENOUGH = 8
 """Rows per column that stays above which the weaker of two ridges is taken."""
@@ -102,13 +102,12 @@ def absorb_judged(
         return absorb(moments, kept, constant=constant, ridge=start)
     if held.rows.device.type == "mps":  # it has no float64
         held = HeldOut(held.rows.cpu(), held.matrix.cpu())
-    weights = held.weights
+    weights, regression = held.weights, Regression.of(moments, kept, constant=constant)
 
     def judge(ridge: float) -> tuple[float, float] | None:
-        absorption = absorb(moments, kept, constant=constant, ridge=ridge)
-        if absorption is None:
+        if regression is None:
             return None
-        with_it, without = held.errors(absorption)
+        with_it, without = held.errors(regression.solved(ridge, left=1.0))
         sums = total(torch.stack([(weights * with_it).sum(), (weights * without).sum(), with_it.sum(), without.sum()]))
         if not bool(sums.isfinite().all()):
             return math.inf, math.inf
@@ -131,8 +130,9 @@ def absorb_judged(
     best = max(ridge for ridge, (worst, _) in shares.items() if worst <= CLOSE * least)
     if shares[best][0] >= 1:
         return nothing_taken(moments, kept)
-    absorption = absorb(_with(moments, held.rows, total), kept, constant=constant, ridge=best)
-    return None if absorption is None else replace(absorption, left=min(1.0, max(0.0, shares[best][1])))
+    regression = None  # its room is needed for that of all positions
+    regression = Regression.of(_with(moments, held.rows, total), kept, constant=constant)
+    return None if regression is None else regression.solved(best, left=min(1.0, max(0.0, shares[best][1])))
 
 
 def _with(moments: Moments, rows: Tensor, total: Callable[[Tensor], Tensor]) -> Moments:
