@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.model.lookup import couplings, regions_of
 from ecospa_fx.model.observers import ignore, observe
 from ecospa_fx.model.shrinking import shrink
+from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.ranks.members import ranks_of
 from ecospa_fx.score.estimator import CoupledEstimator
 from ecospa_fx.score.saliency import Saliency
@@ -95,7 +96,10 @@ class Stroke:
         for group, last in groups(self.model, widths, order.spans):
             with torch.no_grad(), Grams(self.model, couplings=group) as grams, order.attached():
                 for number, batch in enumerate(calls):
-                    with order.counting(last if early and number not in held else None):
+                    until = last if early and number not in held else None
+                    # A forward that is broken off may leave the model's own state half changed.
+                    undone = nullcontext() if until is None else isolated(self.model)
+                    with undone, order.counting(until):
                         value_of(objective, self.model, batch, number)
             self._shrink({name: widths[name] for name in group}, saliency, wholes, grams, others)
         if self._short is not None and self._short[0] < ROWS_WANTED:

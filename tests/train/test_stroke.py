@@ -124,3 +124,24 @@ def test_moments_of_some_couplings_only():
     assert {name for name in grams.state_dict() if name.startswith("squares ")} == {"squares blocks.3.down.weight[1]"}
     with pytest.raises(NoCouplingError, match=r"the model has no coupling `ffn`; it has blocks.0.ffn, blocks.1.ffn"):
         ecospa_fx.Grams(model, couplings=["ffn"])
+
+
+class NotTwice(Stack):
+    """Refuses a call while it believes itself to be in another one."""
+
+    inside = False
+
+    def forward(self, x):
+        assert not self.inside
+        self.inside = True
+        x = super().forward(x)
+        self.inside = False
+        return x
+
+
+def test_a_forward_that_is_broken_off_leaves_the_state_of_before(monkeypatch):
+    torch.manual_seed(0)
+    dense, batches = NotTwice().double().eval(), [torch.randn(300, WIDTH, dtype=torch.float64) for _ in range(9)]
+    small, _, parted, _ = compressed(dense, batches, monkeypatch, 1e-9)
+    assert len(parted) == BLOCKS and not small.inside
+    small(batches[0])
