@@ -320,7 +320,7 @@ def _kind_inside(part: Weighed) -> Kind | None:
 
 
 def _is_stack(part: Weighed) -> bool:
-    """Return whether entries are matrices of a stack, each of which gives a vector; not kernels, which give a number."""
+    """Return whether entries are matrices of a stack, which give vectors; not kernels, which give numbers."""
     axis_facts, products = part.axis_facts, _products(part.roles, part.matrices, "free", "batch")
     stacks = {name for name, _ in part.axes if len(axis_facts.parameters[name]) > 2}
     return any(
