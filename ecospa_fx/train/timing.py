@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,7 +16,7 @@ def in_turn(
     models: Sequence[nn.Module],
     call: Callable[[nn.Module], object],
     rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float],
 ) -> list[tuple[float, ...]]:
     """Time a call of each model in every round, in eval mode and without gradients.
 

@@ -62,7 +62,7 @@ def llama(layers: int = 6) -> tuple[nn.Module, dict[str, Any]]:
             num_attention_heads=8,
             num_key_value_heads=4,
             max_position_embeddings=64,
-        )  # fmt: skip
+        )
     ).eval()
     call = {"input_ids": torch.randint(0, 512, (1, 64)), "use_cache": False}
     return ecospa_fx.compile(model, example_kwargs=call), call

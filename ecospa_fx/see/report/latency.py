@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ def latency_of(
     """
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 2:
         raise ArgumentError(f"latency_of: `rounds` is {rounds!r}; it must be a whole number, at least 2")
-    seconds = in_turn((before, after), lambda model: model(*inputs, **(kwargs or {})), rounds)
+    seconds = in_turn((before, after), lambda model: model(*inputs, **(kwargs or {})), rounds, time.perf_counter)
     slow, fast = zip(*seconds, strict=True)
     low, ratio, high = statistics.quantiles([b / a for a, b in seconds], n=4, method="inclusive")
     return {
