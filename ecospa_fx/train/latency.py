@@ -183,7 +183,8 @@ class Latency:
 
         Those of kinds in `slower` may still go as a whole where that is allowed, or must shrink where that is due.
         """
-        left, whole = [], {}
+        left: list[TiedCouplings] = []
+        whole: dict[str, str] = {}
         for unit in units:
             if unit.due or not any(c.kind in self.slower for c in unit.couplings):
                 left.append(unit)

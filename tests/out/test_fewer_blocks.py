@@ -32,7 +32,7 @@ IMAGE_SIZES = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "intermedia
                "num_hidden_layers": LAYERS, "num_attention_heads": 4}  # fmt: skip
 
 MODELS: dict[str, Any] = {
-    "llama": lambda: (hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, head_dim=6)), WORDS),
+    "llama": lambda: (hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, head_dim=6, tie_word_embeddings=True)), WORDS),
     "qwen3": lambda: (hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES, head_dim=6)), WORDS),
     "gemma3": lambda: (
         hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**SIZES, head_dim=6, layer_types=TYPES, sliding_window=3)),
