@@ -98,14 +98,14 @@ def shrink(
     model: nn.Module, row: str, target: float, calls: list[Tensor], timed: dict[str, Any], readings: dict[str, Any]
 ) -> float:
     """Shrink to a share of the latency by a row; return the share that is forecast of what is left."""
-    latency = ecospa_fx.Latency(kwargs=timed, repeats=9, clock=time.thread_time)
+    latency = ecospa_fx.Latency(kwargs=timed, repeats=7, clock=time.thread_time)
     if readings:
         latency.take(readings)
     else:
         CoupledSparsifier(model, target=target, cost=latency, constraints=ecospa_fx.Constraints(min_keep=0))
         readings |= latency.readings()
         print({k: f"{1e12 * v:.2f} ps per FLOP" for k, v in latency.rates.items()},
-              {k: f"{1e3 * v:.2f} ms fixed" for k, v in latency.fixed.items()}, "slower:", *latency.slower)  # fmt: skip
+              {k: f"{1e3 * v:.2f} ms fixed" for k, v in latency.fixed.items()}, "slower:", *latency.slower, flush=True)  # fmt: skip
     batches = [{"input_ids": ids, "labels": ids, "use_cache": False} for ids in calls]
     constraints = ecospa_fx.Constraints(min_keep=1 if row == "widths" else 0)
     sizes = CoupledSparsifier(model, target=target, cost=latency, constraints=constraints).sizes()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -123,24 +123,29 @@ class Latency:
             return less, work
 
         rates: dict[str, float] = {}
-        fixed: dict[str, float] = {}
         slower: list[str] = []
+        narrowed: dict[str, tuple[float, float]] = {}
         units, _ = constraints.units(model, couplings(model))
         for kinds, same in _by_kinds(units).items():
-            # Seconds are a line of FLOPs, beside which the last entries may take some more with them: a kind's rate is
-            # the slope. If they seem to take less, that is noise, and the line goes between both measurements.
             narrower = {unit: size for unit in same if (size := _narrower(unit)) is not None}
             seconds, work = saved(_sizes(narrower)) if narrower else (0.0, 0.0)
             if narrower and seconds <= 0:
                 slower += kinds
-            rate = max(0.0, seconds) / max(1.0, work)
-            gone = [unit for unit in same if unit.sizes[0] == 0 < unit.sizes[-1]][::2]
-            if gone:
-                less, all_work = saved(_sizes(dict.fromkeys(gone, 0)))
-                if less < rate * all_work or not narrower:
-                    rate = max(0.0, seconds * work + less * all_work) / max(1.0, work**2 + all_work**2)
-                fixed |= dict.fromkeys(kinds, max(0.0, less - rate * all_work) / _sublayers(gone))
-            rates |= dict.fromkeys(kinds, rate)
+            narrowed |= dict.fromkeys(kinds, (seconds, work))
+            rates |= dict.fromkeys(kinds, max(0.0, seconds) / max(1.0, work))
+        beside: dict[str, list[float]] = {}
+        for sublayers in _that_may_go(units):
+            gone = [coupling for each in sublayers for coupling in each]
+            all_seconds, _ = saved({c.name: 0 for c in gone})
+            for kind in dict.fromkeys(c.kind for c in gone):
+                all_work = flops.total({}) - flops.total({c.name: 0 for c in gone if c.kind == kind})
+                # Seconds are a line of FLOPs, beside which the last entries take some more with them: a kind's rate is
+                # the slope. If they seem to take less, that is noise, and the line goes between both measurements.
+                if all_seconds < rates[kind] * all_work:
+                    seconds, work = narrowed[kind]
+                    rates[kind] = max(0.0, seconds * work + all_seconds * all_work) / max(1.0, work**2 + all_work**2)
+                beside.setdefault(kind, []).append(max(0.0, all_seconds - rates[kind] * all_work) / len(sublayers))
+        fixed = {kind: statistics.mean(each) for kind, each in beside.items()}
         self.rates, self.fixed, self.slower = rates, fixed, slower
         self.rate = max(0.0, sum(less for _, less, _ in found)) / max(1.0, sum(work for *_, work in found))
         return [seconds for seconds, *_ in found]
@@ -153,17 +158,6 @@ class Latency:
         found = in_turn((model, smaller), self._call, self.repeats, self.clock)
         seconds = statistics.median(a for a, _ in found)
         return seconds, seconds * (1 - statistics.median(b / a for a, b in found if a > 0))
-
-    def saved(self, among: Sequence[Coupling], gone: Collection[str]) -> dict[str, float]:
-        """Return the seconds that go beside FLOPs with each sublayer of which a coupling has no entry left.
-
-        Couplings that lie on one weight are of one sublayer: its ops go once.
-        """
-        sublayers: dict[str, float] = {}
-        for coupling, name in _sublayer_of(among).items():
-            if coupling.name in gone:
-                sublayers[name] = max(sublayers.get(name, 0.0), self.fixed.get(coupling.kind, 0.0))
-        return sublayers
 
     def readings(self) -> dict[str, Any]:
         """Return all that was measured, as plain values."""
@@ -224,7 +218,8 @@ class LatencyModel:
 
     def __init__(self, flops: CostModel, latency: Latency, among: Sequence[Coupling]) -> None:
         self.flops, self.latency = flops, latency
-        self._there = [coupling for coupling in among if coupling.size]
+        self._kind = {c.name: c.kind for c in among}
+        self._sublayer = {c.name: name for c, name in sublayer_of([c for c in among if c.size]).items()}
         self._rate = {c.name: latency.rates.get(c.kind, latency.rate) for c in among}
         # Where axes of two kinds multiply each other, the dearer one goes first: it takes all FLOPs of both with it.
         self._rates = sorted(set(self._rate.values()), reverse=True)
@@ -244,9 +239,12 @@ class LatencyModel:
                 after = self.flops.total(smaller)
                 saved += rate * (before - after)
                 before = after
-        gone = {name for name, size in sizes.items() if not size}
-        if gone and self.latency.fixed:
-            saved += sum(self.latency.saved(self._there, gone).values())
+        # Of one sublayer the coupling that has taken the FLOPs counts: its ops go once.
+        first: dict[str, str] = {}
+        for name in (name for name, size in sizes.items() if not size and name in self._sublayer):
+            sublayer = self._sublayer[name]
+            first[sublayer] = max(first.get(sublayer, name), name, key=self._rate.__getitem__)
+        saved += sum(self.latency.fixed.get(self._kind[name], 0.0) for name in first.values())
         return max(0, round(NANO * (self._now - saved)))
 
 
@@ -272,11 +270,24 @@ def _sizes(units: Mapping[TiedCouplings, int]) -> dict[str, int]:
     return {c.name: keep for unit, size in units.items() for c, keep in unit.keeps(size).items()}
 
 
-def _sublayers(units: Sequence[TiedCouplings]) -> int:
-    return len(set(_sublayer_of([c for unit in units for c in unit.couplings]).values()))
+def _that_may_go(units: Sequence[TiedCouplings]) -> list[list[list[Coupling]]]:
+    """Return the sublayers that may go as a whole, as the couplings of each that may lose all entries.
+
+    Returns:
+        For each sort of sublayer, by the kinds in it, every other one; all, where some go in step.
+    """
+    may_go = [unit for unit in units if unit.sizes[0] == 0 < unit.sizes[-1]]
+    members: dict[str, list[Coupling]] = {}
+    for coupling, name in sublayer_of([c for unit in may_go for c in unit.couplings]).items():
+        members.setdefault(name, []).append(coupling)
+    sorts: dict[frozenset[str], list[list[Coupling]]] = {}
+    for each in members.values():
+        sorts.setdefault(frozenset(c.kind for c in each), []).append(each)
+    single = all(len(unit.couplings) == 1 for unit in may_go)
+    return [same[::2] if single else same for same in sorts.values()]
 
 
-def _sublayer_of(among: Sequence[Coupling]) -> dict[Coupling, str]:
+def sublayer_of(among: Sequence[Coupling]) -> dict[Coupling, str]:
     """Return the name of the sublayer that each coupling is of: that of the first one which lies on a weight of it."""
     found: dict[Coupling, str] = {}
     first: dict[str, str] = {}

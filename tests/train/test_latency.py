@@ -84,6 +84,8 @@ CASES = {
     "FFNs": {"glu": (5, 0.0)},
     "blocks": {"heads": (2, 0.0), "glu": (2, 0.0)},
     "all blocks but one": {"heads": (5, 0.0), "glu": (5, 0.0)},
+    "an attention by all its couplings": {"heads": (2, 0.0), "vo": (2, 0.0), "groups": (2, 0.0)},
+    "an attention by its values": {"vo": (3, 0.0)},
     "units": {"glu": (6, 0.7)},
     "heads": {"heads": (6, 0.5)},
     "groups": {"groups": (6, 0.5)},
