@@ -104,8 +104,9 @@ def shrink(
     else:
         CoupledSparsifier(model, target=target, cost=latency, constraints=ecospa_fx.Constraints(min_keep=0))
         readings |= latency.readings()
-        print({k: f"{1e12 * v:.2f} ps per FLOP" for k, v in latency.rates.items()},
-              {k: f"{1e3 * v:.2f} ms fixed" for k, v in latency.fixed.items()}, "slower:", *latency.slower, flush=True)  # fmt: skip
+        rates = {kind: f"{1e12 * rate:.2f} ps per FLOP" for kind, rate in latency.rates.items()}
+        fixed = {kind: f"{1e3 * seconds:.2f} ms" for kind, seconds in latency.fixed.items()}
+        print(rates, "beside:", fixed, "slower:", *latency.slower, flush=True)
     batches = [{"input_ids": ids, "labels": ids, "use_cache": False} for ids in calls]
     constraints = ecospa_fx.Constraints(min_keep=1 if row == "widths" else 0)
     sizes = CoupledSparsifier(model, target=target, cost=latency, constraints=constraints).sizes()

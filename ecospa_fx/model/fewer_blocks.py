@@ -188,38 +188,43 @@ def _into_the_block_before(
 def _with_fewer(model: nn.Module, compiled: CompiledModel, lists: Lists) -> Any:
     """Return a configuration that makes a model with fewer blocks and else the same, at original sizes; or why none."""
     config: Any = getattr(model, "config")  # noqa: B009
-    plan, tensors = compiled.plan, named_tensors(model)
+    done: dict[str, tuple[int, ...]] = {}
+    for path, gone in lists.items():
+        count = len(_blocks(model, path))
+        if len(gone) == count:
+            return f"all blocks of `{path}` are empty, and no configuration has none"
+        done[path] = gone
+        wanted = _original_shapes(model, compiled.plan, done)
+        proposals = [
+            _proposal(config, where, count, gone, drop, move)
+            for where, value in numbers_of(config)
+            if value == count
+            for drop, move in itertools.product((True, False), repeat=2)
+        ]
+        found = next((each for each in proposals if _fits(model, compiled, each, wanted, path, gone)), None)
+        if found is None:
+            return (
+                f"no number of this {type(config).__name__} makes `{path}` {count - len(gone)} blocks long, which are "
+                f"as those that are left of {count}, and all else as it is"
+            )
+        config = found
+    return config
+
+
+def _original_shapes(model: nn.Module, plan: Plan, lists: Lists) -> dict[str, tuple[int, ...]]:
+    """Return the shapes before any shrink of all tensors that are not in blocks that are gone, by their new names."""
+    tensors = named_tensors(model)
     names = {id(tensors[name]): name for name in plan.original_shapes}
-    wanted = {}
+    found = {}
     for name, tensor in tensors.items():
         new, planned = renamed(name, lists), names.get(id(tensor))
         if new is not None:
-            wanted[new] = tuple(tensor.shape) if planned is None else plan.original_shapes[planned]
-    for path, gone in lists.items():
-        count: int = len(model.get_submodule(path))  # type: ignore[arg-type]
-        if len(gone) == count:
-            return f"all blocks of `{path}` are empty, and no configuration has none"
-        numbers = [where for where, value in numbers_of(config) if value == count]
-        proposals = (
-            _proposal(config, where, count, gone, drop, move)
-            for where in numbers
-            for drop, move in itertools.product((True, False), repeat=2)
-        )
-        found = next((other for other in proposals if _fits(model, compiled, other, path, gone)), None)
-        if found is None:
-            kind = type(config).__name__
-            return (
-                f"no number of this {kind} makes `{path}` {count - len(gone)} blocks long, which are as those that "
-                f"are left of {count}"
-            )
-        config = found
-    last = _made(model, config)
-    assert last is not None
-    shapes = {name: tuple(t.shape) for name, t in named_tensors(last).items()}
-    if shapes != wanted:
-        wrong = min(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
-        return f"with fewer blocks `{wrong}` would be {shapes.get(wrong)} and not {wanted.get(wrong)}"
-    return config
+            found[new] = tuple(tensor.shape) if planned is None else plan.original_shapes[planned]
+    return found
+
+
+def _blocks(model: nn.Module, path: str) -> Any:
+    return model.get_submodule(path)
 
 
 def _proposal(config: Any, where: Sequence[str | int], count: int, gone: Sequence[int], drop: bool, move: bool) -> Any:
@@ -260,18 +265,20 @@ def _made(model: nn.Module, config: Any) -> nn.Module | None:
     return made
 
 
-def _fits(model: nn.Module, compiled: CompiledModel, config: Any, path: str, gone: Sequence[int]) -> bool:
+def _fits(
+    model: nn.Module, compiled: CompiledModel, config: Any, wanted: Mapping[str, tuple[int, ...]], path: str,
+    gone: Sequence[int],
+) -> bool:  # fmt: skip
     """Decide whether a configuration makes a list without some blocks, of the sort of those that are left.
 
     What blocks differ in among themselves (a window of attention, say) must have come along to the new places, but for
     their numbers in the list.
     """
     made = _made(model, config)
-    blocks: Any = model.get_submodule(path)
-    others: Any = () if made is None else made.get_submodule(path)
-    kept = [number for number in range(len(blocks)) if number not in gone]
-    if len(others) != len(kept):
+    if made is None or {name: tuple(t.shape) for name, t in named_tensors(made).items()} != wanted:
         return False
+    blocks, others = _blocks(model, path), _blocks(made, path)
+    kept = [number for number in range(len(blocks)) if number not in gone]
     values = [_plain_values(block, compiled, f"{path}.{number}") for number, block in enumerate(blocks)]
     theirs = [_plain_values(block) for block in others]
     for key in {key for each in values for key in each}:

@@ -259,7 +259,7 @@ def _per_layer(model: nn.Module, fields: Mapping[str, int], wanted: NamedShapes,
             for name in before.keys() & after.keys() & wanted.keys():
                 number = re.search(r"\.(\d+)\.", name)
                 for a, b, w in zip(before[name], after[name], wanted[name], strict=False):
-                    if number and b == 2 * a:
+                    if number and a and b == 2 * a:
                         shares.setdefault(int(number[1]), set()).add(Fraction(w, a))
             if shares:
                 read.append(field)

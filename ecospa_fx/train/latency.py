@@ -252,9 +252,10 @@ def _by_kinds(units: Sequence[TiedCouplings]) -> dict[tuple[str, ...], list[Tied
     """Group units by the kinds of their couplings; kinds that are tied anywhere are one group."""
     groups: dict[tuple[str, ...], list[TiedCouplings]] = {}
     for unit in units:
-        kinds, same = {c.kind for c in unit.couplings}, [unit]
+        kinds: set[str] = {c.kind for c in unit.couplings}
+        same = [unit]
         for other in [other for other in groups if kinds & set(other)]:
-            kinds |= set(other)  # type: ignore[arg-type]
+            kinds |= set(other)
             same = [*groups.pop(other), *same]
         groups[tuple(sorted(kinds))] = same
     return groups
