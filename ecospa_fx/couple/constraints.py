@@ -116,7 +116,7 @@ class Constraints:
                 ties.join(coupling, other, coupling.original_size, other.original_size, "its own Python")
         if self.uniform is not None:
             axes = CorrespondingAxes({name: tuple(p.shape) for name, p in model.named_parameters()})
-            for group in alike(couplings):
+            for group in alike(c for c in couplings if c.size):  # those that are gone say nothing
                 for other in group[1:]:
                     ties.join(group[0], other, 1, 1, f"uniform={self.uniform!r}")
                 loose = axes.loose(group)

@@ -52,6 +52,7 @@ from .optimizer_state import averages_of
 from .outside import outside_text
 from .parametrized import first_removal
 from .planning import planned
+from .recorded_call import recorded_call
 from .region import REGION as REGION
 from .region import Region, check_gathered_at_once
 from .slicing import Absorber, prepare_tensors
@@ -138,6 +139,8 @@ class CompiledModel:
                     "can be captured; call it once with the same arguments before, or compile it with "
                     "example_inputs=(x,)"
                 )
+            if self.state.call is None:
+                self.state.call = recorded_call(args, kwargs)
             with own_forward_aside(model):
                 if not self.regions:
                     self.capture(model, args, kwargs)
@@ -189,6 +192,7 @@ class CompiledModel:
         self.regions = regions
         self.state.joints, self.state.joint_refusals = chosen.joints, chosen.refusals
         self.state.flow, self.state.numbers = chosen.flow, chosen.numbers
+        self.state.call = recorded_call(args, kwargs)
         self.state.forget_couplings()
         outside = outside_text(model, regions)
         if outside:

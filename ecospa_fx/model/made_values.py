@@ -113,7 +113,7 @@ def _of_region(model: nn.Module, now: Plan, plan: Plan, region: Region, made: nn
                     result = own_forward(made, type(made).forward, args, kwargs)
                 except Failed as failed:
                     return f"{where} {failed}"
-            for mine, theirs_ in zip(_tensors(result), expected, strict=False):
+            for mine, theirs_ in zip(tensors_in(result), expected, strict=False):
                 error = relative_error(theirs_, mine)
                 if mine.shape != theirs_.shape or not error <= TOLERANCE.get(mine.dtype, 0.0):
                     return f"{where} would give results that differ by {error:.1e}"
@@ -121,7 +121,8 @@ def _of_region(model: nn.Module, now: Plan, plan: Plan, region: Region, made: nn
     return None
 
 
-def _tensors(result: object) -> list[Tensor]:
+def tensors_in(result: object) -> list[Tensor]:
+    """Return the tensors that a forward returns, in order."""
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
 

@@ -19,6 +19,7 @@ from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.tensor_parallel import Sharding
 
 from .execution import EXECUTIONS, Execution
+from .recorded_call import RecordedCall
 
 
 class ModelState:
@@ -40,6 +41,7 @@ class ModelState:
         elsewhere: names of couplings that this rank could shrink, and another one cannot.
         shared_out: (parameter, dim) -> how it is sharded, where tensor parallelism shares it out.
         couplings: the couplings by name at their sizes now; None until somebody asks for them.
+        call: the first call of the whole model; None where it cannot be made again.
     """
 
     def __init__(self, experiments: bool = False, execution: Execution = "graph") -> None:
@@ -57,6 +59,7 @@ class ModelState:
         self.elsewhere: frozenset[str] = frozenset()
         self.shared_out: Mapping[tuple[str, int], Sharding] = {}
         self.couplings: dict[str, Coupling] | None = None
+        self.call: RecordedCall | None = None
 
     @property
     def options(self) -> CaptureOptions:

@@ -31,6 +31,7 @@ from ecospa_fx.json_text import format_json, parse_json
 from ecospa_fx.model.class_swap import original_class
 from ecospa_fx.model.compiled import CompiledModel
 from ecospa_fx.model.configured import configuration_at
+from ecospa_fx.model.fewer_blocks import difference_as_a_whole, without_empty
 from ecospa_fx.model.lookup import check_whole, compiled_state
 from ecospa_fx.model.made_values import difference_of_made
 from ecospa_fx.passes.graph.tensors import named_tensors
@@ -65,8 +66,14 @@ def save_pretrained(model: nn.Module, directory: str | os.PathLike[str], **optio
         )
     if "state_dict" not in options:
         check_whole(model, "save_pretrained without state_dict=")
-    writable: Any = model
     config = configuration_for(model, compiled)
+    if isinstance(config, str) and "state_dict" not in options:
+        fewer = _without_empty_blocks(model, compiled)
+        if isinstance(fewer, str):
+            config = f"{fewer}; {config}"
+        elif fewer is not None:
+            model, compiled, config = fewer
+    writable: Any = model
     original = writable.config
     try:
         writable.config = original if isinstance(config, str) else config
@@ -165,6 +172,25 @@ def configuration_for(model: nn.Module, compiled: CompiledModel) -> Any:
     return f"{found}; {by_layer}. ecospa_fx.from_pretrained loads it, plain from_pretrained of transformers does not"
 
 
+def _without_empty_blocks(
+    model: nn.Module, compiled: CompiledModel
+) -> tuple[nn.Module, CompiledModel, Any] | str | None:
+    """Return a twin without the blocks whose sublayers are all gone, its state, and a configuration that makes it.
+
+    Returns:
+        Why there is none, if there are such blocks; None if there are not.
+    """
+    fewer = without_empty(model, compiled)
+    if fewer is None or isinstance(fewer, str):
+        return fewer
+    config = configuration_for(fewer.model, fewer.compiled)
+    if isinstance(config, str):
+        return f"without its empty blocks, {config}"
+    cls: Any = original_class(model)
+    difference = difference_as_a_whole(model, compiled, fewer, cls(copy.deepcopy(config)))
+    return (fewer.model, fewer.compiled, config) if difference is None else difference
+
+
 def _untried(model: nn.Module, compiled: CompiledModel) -> str | None:
     """Say why a model of the same class cannot be tried beside graphs; None where each region can."""
     for name, region in compiled.regions.items():
@@ -233,7 +259,7 @@ def _per_layer(model: nn.Module, fields: Mapping[str, int], wanted: NamedShapes,
             for name in before.keys() & after.keys() & wanted.keys():
                 number = re.search(r"\.(\d+)\.", name)
                 for a, b, w in zip(before[name], after[name], wanted[name], strict=False):
-                    if number and b == 2 * a:
+                    if number and a and b == 2 * a:
                         shares.setdefault(int(number[1]), set()).add(Fraction(w, a))
             if shares:
                 read.append(field)

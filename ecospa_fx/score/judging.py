@@ -52,7 +52,7 @@ def coupling_importance(coupling: Coupling, means: Mapping[SliceKey, Tensor]) ->
     for member in coupling.members:
         if member.matrix and (member.parameter, member.dim) in means:
             rows = member.index >= 0
-            scores.append(float(means[member.parameter, member.dim][rows].sum()) / int(rows.sum()))
+            scores.append(float(means[member.parameter, member.dim][rows].sum()) / max(1, int(rows.sum())))
     return sum(scores) / len(scores) if scores else 0.0
 
 
@@ -76,7 +76,7 @@ def coupling_entries(coupling: Coupling, means: Mapping[SliceKey, Tensor], *, by
     if not matrices:
         return None
     mean = torch.stack(matrices).mean(0)
-    return mean.view(rows, -1) if by_context else mean
+    return mean.view(rows, coupling.size) if by_context else mean
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ def index_scores(
         total = squares.setdefault(matrix, torch.zeros(rows * coupling.size, dtype=torch.float64))
         total.index_add_(0, places, sums.double().cpu()[owned])
     product = torch.stack([total.sqrt() for total in squares.values()]).prod(0)
-    return product.view(rows, -1) if by_context else product
+    return product.view(rows, coupling.size) if by_context else product
 
 
 def _beside(member: Member) -> bool:

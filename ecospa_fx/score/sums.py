@@ -207,7 +207,7 @@ class SliceTotals:
         reduced, divisor = self.current().reduced(), self.rule.divisor(count)
         numels = {name: parameters[name].numel() for name in {name for name, _ in self.sums}}
         return {
-            (name, dim): reduced[name, dim].double() / (numels[name] // len(reduced[name, dim])) / divisor
+            (name, dim): reduced[name, dim].double() / (numels[name] // max(1, len(reduced[name, dim]))) / divisor
             for name, dim in self.sums
         }
 

@@ -26,6 +26,7 @@ from ecospa_fx.errors import EcoSpaError, TargetError
 from ecospa_fx.model.configured import configured
 from ecospa_fx.model.constructed import Constructed
 from ecospa_fx.model.described import Described
+from ecospa_fx.model.fewer_blocks import FewerBlocks, without_empty
 from ecospa_fx.model.joint_offers import joint_offers
 from ecospa_fx.model.lookup import state_of
 from ecospa_fx.model.making import Number, Where
@@ -96,12 +97,19 @@ def deployment(model: nn.Module, deployable: Deployable, constraints: Constraint
     Raises:
         FormatError: the function that `deployable` is makes another model.
     """
-    compiled = state_of(model)
+    compiled, names = state_of(model), {c.name: c.name for c in state_of(model).couplings()}
+    gone = ""
     if callable(deployable):
         make, given = _parts(deployable)
         found = _Attempts(Constructed(model, compiled, make, given))
     else:
-        found = _Attempts(configured(model, compiled))
+        fewer = without_empty(model, compiled)
+        if isinstance(fewer, FewerBlocks):
+            names, compiled = fewer.originals(), fewer.compiled
+            found = _Attempts(configured(fewer.model, compiled))
+        else:
+            gone = "" if fewer is None else f"; {fewer}"
+            found = _Attempts(configured(model, compiled))
     sets = _sets(compiled.couplings())
     failing: list[Set] = []
     why: dict[str, str] = {}
@@ -137,11 +145,13 @@ def deployment(model: nn.Module, deployable: Deployable, constraints: Constraint
             why |= dict.fromkeys(_names(each), "no other size of it passes the checks of the configuration")
         allowed |= {c.name: [size * c.size // _least(each) for size in sizes] for group in each for c in group}
     kept = {name for each in accepted for name in _names(each)}
-    forbidden = {name: why[name] for each in sets for name in _names(each) if name not in kept}
-    tied = [_names(each) for each in accepted if len(each) > 1]
+    forbidden = {names[n]: f"{why[n]}{gone}" for each in sets for n in _names(each) if n not in kept}
+    tied = [[names[name] for name in _names(each)] for each in accepted if len(each) > 1]
+    # All layers alike keep an entry: a configuration has fewer blocks, but none without a sublayer.
     more = replace(
-        constraints, uniform="layers", tied=[*constraints.tied, *tied], whole={**forbidden, **constraints.whole},
-        allowed={name: set(sizes) for name, sizes in allowed.items() if name not in forbidden},
+        constraints, min_keep=max(1, constraints.min_keep), uniform="layers", tied=[*constraints.tied, *tied],
+        whole={**forbidden, **constraints.whole},
+        allowed={names[name]: set(sizes) for name, sizes in allowed.items() if names[name] not in forbidden},
     )  # fmt: skip
     return Deployment(more, forbidden, tied)
 

@@ -1,35 +1,40 @@
 """Latency: the measured time of a forward, as the cost that a target is a share of.
 
-    Latency(inputs) -> a few copies at smaller widths, timed -> seconds by FLOPs -> corrected at each shrink
+    Latency(inputs) -> the model in turn with a copy for each kind of coupling, narrower, and one without sublayers
+                    -> seconds per FLOP of each kind, and what goes with a whole sublayer -> corrected at each shrink
 
-FLOPs are known for any widths, seconds only where they were measured; between measurements the curve is straight. The
-model itself is timed before every decision, so that the curve is exact where it matters. With the last entries of a
-coupling ops go whole, which FLOPs do not show: that is measured apart.
+FLOPs are known for any widths, seconds only where they were measured. A FLOP of a kind costs what it does not cost of
+another: one of a wide product of matrices less than one of a narrow one, and of heads also what runs beside products,
+such as the softmax. So each kind has a rate of its own. With the last entry of a coupling ops go whole, which FLOPs do
+not show: that is measured apart. The model itself is timed again whenever it has shrunk, so that forecasts begin where
+it is.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ecospa_fx.arguments import FUNCTION, INPUTS, KEYWORDS, MODULE, NUMBER, instance, optional, takes
+from ecospa_fx.arguments import FUNCTION, INPUTS, KEYWORDS, MODULE, instance, optional, takes
 from ecospa_fx.couple.constraints import Constraints
 from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.couple.ties import TiedCouplings
 from ecospa_fx.errors import EcoSpaError, TargetError
 from ecospa_fx.model.cost import CostModel
 from ecospa_fx.model.lookup import couplings, plan
 from ecospa_fx.model.shrinking import shrink
 
-WIDTHS = (0.7, 0.4, 0.15)
-"""Shares of the entries in the copies that the first curve is measured on."""
+from .timing import in_turn
+
+NARROWER = 0.6
+"""Share of the entries of a kind in the copy that its rate is measured on."""
 
 NANO = 1e9
 
@@ -40,106 +45,151 @@ class Latency:
     Args:
         inputs: positional arguments of the call to time.
         kwargs: keyword arguments of it.
-        repeats: number of calls; their median counts.
+        repeats: number of calls of each copy, and of the model in turn with it; medians count.
+        clock: returns seconds. With `time.thread_time`, on one thread of a CPU, other load does not count.
         measure: in place of all that: `measure(model)` -> seconds, or any other number that should come down.
 
     Attributes:
-        points: (FLOPs, seconds) of every measurement, ascending; of the same FLOPs the last one counts.
+        points: (FLOPs, seconds) of the model itself, at first and whenever it had shrunk since.
+        rates: kind of coupling -> seconds that go with a FLOP of it.
+        rate: that of all kinds together.
         fixed: kind of coupling -> seconds that go beside its FLOPs with the last entry of one, once that is measured:
             whole ops are not called any more.
+        slower: kinds of coupling of which fewer entries took no less time. A fast attention, for one, may want queries
+            and values of one width.
     """
 
-    @takes(inputs=INPUTS, kwargs=optional(KEYWORDS), measure=optional(FUNCTION))
+    @takes(inputs=INPUTS, kwargs=optional(KEYWORDS), clock=FUNCTION, measure=optional(FUNCTION))
     def __init__(
         self,
         inputs: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
         repeats: int = 20,
+        clock: Callable[[], float] = time.perf_counter,
         measure: Callable[[nn.Module], float] | None = None,
     ) -> None:
         if measure is None and not inputs and not kwargs:
             raise TargetError("Latency() has nothing to time; pass the inputs of a call, or measure=")
         if not isinstance(repeats, int) or repeats < 1:
             raise TargetError(f"repeats={repeats!r} is out of range; it is a whole number of calls, at least 1")
-        self.inputs, self.kwargs, self.repeats = tuple(inputs), dict(kwargs or {}), repeats
+        self.inputs, self.kwargs, self.repeats, self.clock = tuple(inputs), dict(kwargs or {}), repeats, clock
+        self._measured_by = measure
         self.measure = measure or self._timed
         self.points: list[tuple[int, float]] = []
+        self.rates: dict[str, float] = {}
+        self.rate = 0.0
         self.fixed: dict[str, float] = {}
-        self._gone = 0.0
+        self.slower: list[str] = []
 
-    @takes(model=MODULE, flops=instance("a CostModel of FLOPs", CostModel))
-    def observe(self, model: nn.Module, flops: CostModel, *, depth: bool = False) -> None:
-        """Measure the model as it is; the first time also copies of it at smaller widths.
+    @takes(
+        model=MODULE,
+        flops=instance("a CostModel of FLOPs", CostModel),
+        constraints=optional(instance("an ecospa_fx.Constraints", Constraints)),
+    )
+    def observe(self, model: nn.Module, flops: CostModel, constraints: Constraints | None = None) -> None:
+        """Measure the model as it is, unless it was so the last time; the first time also smaller copies of it.
 
         Args:
             model: a compiled model.
             flops: its FLOPs.
-            depth: measure also what goes with the last entry of a coupling, in a copy for each kind.
+            constraints: what may shrink, and to which sizes. With `min_keep=0` copies without whole sublayers are
+                measured too.
 
         Raises:
             EcoSpaError: the model is not compiled.
             TargetError: it cannot be called with these inputs.
         """
         plan(model)
+        now = flops.total({})
         if not self.points:
-            for share in WIDTHS:
-                smaller = copy.deepcopy(model)
-                keeps = {c: torch.arange(max(1, math.ceil(share * c.size))) for c in couplings(smaller) if c.size}
-                shrink(smaller, keeps)
-                # Equal blocks in the copy have the names that they have in the model.
-                self._add(flops.total({c.name: len(keep) for c, keep in keeps.items()}), self.measure(smaller))
-        gone = sum(self.saved(couplings(model), {c.name for c in couplings(model) if not c.size}).values())
-        if gone != self._gone:  # sublayers have gone since the other measurements
-            self.points = [(x, max(0.0, y - gone + self._gone)) for x, y in self.points]
-            self._gone = gone
-        self._add(flops.total({}), self.measure(model))
-        if depth and not self.fixed:
-            self._observe_depth(model, flops)
+            whole = self._observe_kinds(model, flops, constraints or Constraints())
+            self.points = [(now, statistics.median(whole) if whole else self.measure(model))]
+        elif now != self.points[-1][0]:
+            self.points = [*self.points, (now, self.measure(model))]
 
-    def _observe_depth(self, model: nn.Module, flops: CostModel) -> None:
-        """Measure a copy without every other coupling of a kind, for each kind of which some may lose all entries."""
-        kinds: dict[str, list[Coupling]] = {}
-        for coupling in couplings(model):
-            if coupling.size and coupling.last_stays is None:
-                kinds.setdefault(coupling.kind, []).append(coupling)
-        for kind, same in kinds.items():
-            smaller, names = copy.deepcopy(model), [c.name for c in same[::2]]
-            shrink(smaller, dict.fromkeys(names, torch.arange(0)), constraints=Constraints(min_keep=0))
-            by_flops = self.seconds(flops.total(dict.fromkeys(names, 0)))
-            self.fixed[kind] = max(0.0, by_flops - self.measure(smaller)) / len(names)
+    def _observe_kinds(self, model: nn.Module, flops: CostModel, constraints: Constraints) -> list[float]:
+        """Measure copies for each kind; return the seconds of the model in turn with them."""
+        found: list[tuple[float, float, float]] = []
 
-    def saved(self, among: Sequence[Coupling], gone: Collection[str]) -> dict[str, float]:
-        """Return the seconds that go beside FLOPs with each sublayer of which a coupling has no entry left.
+        def saved(keeps: Mapping[str, int]) -> tuple[float, float]:
+            """Return the seconds and the FLOPs that sizes save."""
+            smaller = copy.deepcopy(model)
+            entries = {name: torch.arange(keep) for name, keep in keeps.items()}
+            shrink(smaller, entries, constraints=None if all(keeps.values()) else Constraints(min_keep=0))
+            seconds, less = self._beside(model, smaller)
+            work = flops.total({}) - flops.total(keeps)
+            found.append((seconds, less, work))
+            return less, work
 
-        Couplings that lie on one weight are of one sublayer: its ops go once.
+        rates: dict[str, float] = {}
+        slower: list[str] = []
+        narrowed: dict[str, tuple[float, float]] = {}
+        units, _ = constraints.units(model, couplings(model))
+        for kinds, same in _by_kinds(units).items():
+            narrower = {unit: size for unit in same if (size := _narrower(unit)) is not None}
+            seconds, work = saved(_sizes(narrower)) if narrower else (0.0, 0.0)
+            if narrower and seconds <= 0:
+                slower += kinds
+            narrowed |= dict.fromkeys(kinds, (seconds, work))
+            rates |= dict.fromkeys(kinds, max(0.0, seconds) / max(1.0, work))
+        beside: dict[str, list[float]] = {}
+        for sublayers in _that_may_go(units):
+            gone = [coupling for each in sublayers for coupling in each]
+            all_seconds, _ = saved({c.name: 0 for c in gone})
+            for kind in dict.fromkeys(c.kind for c in gone):
+                all_work = flops.total({}) - flops.total({c.name: 0 for c in gone if c.kind == kind})
+                # Seconds are a line of FLOPs, beside which the last entries take some more with them: a kind's rate is
+                # the slope. If they seem to take less, that is noise, and the line goes between both measurements.
+                if all_seconds < rates[kind] * all_work:
+                    seconds, work = narrowed[kind]
+                    rates[kind] = max(0.0, seconds * work + all_seconds * all_work) / max(1.0, work**2 + all_work**2)
+                beside.setdefault(kind, []).append(max(0.0, all_seconds - rates[kind] * all_work) / len(sublayers))
+        fixed = {kind: statistics.mean(each) for kind, each in beside.items()}
+        self.rates, self.fixed, self.slower = rates, fixed, slower
+        self.rate = max(0.0, sum(less for _, less, _ in found)) / max(1.0, sum(work for *_, work in found))
+        return [seconds for seconds, *_ in found]
+
+    def _beside(self, model: nn.Module, smaller: nn.Module) -> tuple[float, float]:
+        """Measure a model in turn with a smaller copy: its seconds, and how many fewer the copy takes."""
+        if self._measured_by is not None:
+            seconds = self._measured_by(model)
+            return seconds, seconds - self._measured_by(smaller)
+        found = in_turn((model, smaller), self._call, self.repeats, self.clock)
+        seconds = statistics.median(a for a, _ in found)
+        return seconds, seconds * (1 - statistics.median(b / a for a, b in found if a > 0))
+
+    def readings(self) -> dict[str, Any]:
+        """Return all that was measured, as plain values."""
+        return {
+            "points": [list(point) for point in self.points], "rate": self.rate, "rates": self.rates,
+            "fixed": self.fixed, "slower": self.slower,
+        }  # fmt: skip
+
+    def take(self, readings: Mapping[str, Any]) -> None:
+        """Go on with what was measured elsewhere, or before."""
+        self.points = [(int(flops), float(seconds)) for flops, seconds in readings["points"]]
+        self.rate, self.rates = float(readings["rate"]), dict(readings["rates"])
+        self.fixed, self.slower = dict(readings["fixed"]), list(readings["slower"])
+
+    def units(self, units: Sequence[TiedCouplings]) -> tuple[list[TiedCouplings], dict[str, str]]:
+        """Return the units that may save time, and the reason for each coupling that stays as it is, by its name.
+
+        Those of kinds in `slower` may still go as a whole where that is allowed, or must shrink where that is due.
         """
-        sublayers: dict[str, float] = {}
-        first: dict[str, str] = {}
-        for coupling in among:
-            weights = [m.parameter for m in coupling.members]
-            name = next((first[weight] for weight in weights if weight in first), coupling.name)
-            first |= dict.fromkeys(weights, name)
-            if coupling.name in gone:
-                sublayers[name] = max(sublayers.get(name, 0.0), self.fixed.get(coupling.kind, 0.0))
-        return sublayers
-
-    @takes(flops=NUMBER)
-    def seconds(self, flops: float) -> float:
-        """Return the seconds for FLOPs: on the line between two measurements, beyond all of them on the last line."""
-        if len(self.points) == 1:
-            return self.points[0][1] * flops / max(1, self.points[0][0])
-        # Noise may not make a smaller model slower: a search for the width would go astray.
-        xs, ys, highest = [x for x, _ in self.points], [], 0.0
-        for _, y in self.points:
-            highest = max(highest, y)
-            ys.append(highest)
-        i = min(max(1, bisect_left(xs, flops)), len(xs) - 1)
-        slope = (ys[i] - ys[i - 1]) / (xs[i] - xs[i - 1])
-        return max(0.0, ys[i - 1] + slope * (flops - xs[i - 1]))
-
-    def _add(self, flops: int, seconds: float) -> None:
-        self.points = sorted([point for point in self.points if point[0] != flops] + [(flops, seconds)])
+        left: list[TiedCouplings] = []
+        whole: dict[str, str] = {}
+        for unit in units:
+            if unit.due or not any(c.kind in self.slower for c in unit.couplings):
+                left.append(unit)
+            elif unit.sizes[0] == 0 < unit.sizes[-1]:
+                left.append(replace(unit, sizes=(0, unit.sizes[-1])))
+            else:
+                kind = next(c.kind for c in unit.couplings if c.kind in self.slower)
+                whole |= {
+                    c.name: f"with fewer entries of each {kind} a forward took no less time" for c in unit.couplings
+                }
+        return left, whole
 
     def _call(self, model: nn.Module) -> None:
         try:
@@ -153,44 +203,97 @@ class Latency:
                 f"{type(error).__name__}: {line:.200}; make one with inputs of the model"
             ) from error
 
-    @torch.no_grad()
     def _timed(self, model: nn.Module) -> float:
-        training, seconds = model.training, []
-        model.eval()
-        try:
-            for i in range(self.repeats + 3):
-                _wait(model)
-                begun = time.perf_counter()
-                self._call(model)
-                _wait(model)
-                if i >= 3:  # the first calls capture, allocate and tune
-                    seconds.append(time.perf_counter() - begun)
-        finally:
-            model.train(training)
-        return statistics.median(seconds)
+        return statistics.median(seconds for (seconds,) in in_turn((model,), self._call, self.repeats, self.clock))
 
 
 class LatencyModel:
-    """The interface of `CostModel` in measured nanoseconds."""
+    """The interface of `CostModel` in measured nanoseconds.
 
-    def __init__(self, flops: CostModel, latency: Latency, among: Sequence[Coupling] = ()) -> None:
+    Args:
+        flops: FLOPs of the model as it is now.
+        latency: has observed it.
+        among: its couplings.
+    """
+
+    def __init__(self, flops: CostModel, latency: Latency, among: Sequence[Coupling]) -> None:
         self.flops, self.latency = flops, latency
-        self._there = [coupling for coupling in among if coupling.size]
+        self._kind = {c.name: c.kind for c in among}
+        self._sublayer = {c.name: name for c, name in sublayer_of([c for c in among if c.size]).items()}
+        self._rate = {c.name: latency.rates.get(c.kind, latency.rate) for c in among}
+        # Where axes of two kinds multiply each other, the dearer one goes first: it takes all FLOPs of both with it.
+        self._rates = sorted(set(self._rate.values()), reverse=True)
         self.sizes = flops.sizes
-        self.original = self._nano(flops.original)
-        self.prunable = self.original - self._nano(flops.original - flops.prunable)
+        (first, seconds), (_, self._now) = latency.points[0], latency.points[-1]
+        self.original = round(NANO * (seconds + latency.rate * max(0, flops.original - first)))
+        self.prunable = min(self.original, round(NANO * latency.rate * flops.prunable))
 
     def total(self, sizes: Mapping[str, int]) -> int:
         """Return the nanoseconds of a forward with couplings at `sizes`; those not named stay as they are."""
-        gone = {name for name, size in sizes.items() if not size}
-        saved = sum(self.latency.saved(self._there, gone).values()) if gone and self.latency.fixed else 0.0
-        return max(0, self._nano(self.flops.total(sizes)) - round(NANO * saved))
+        saved, before = 0.0, self.flops.total({})
+        smaller: dict[str, int] = {}
+        for rate in self._rates:
+            here = {name: size for name, size in sizes.items() if self._rate[name] == rate}
+            if here:
+                smaller |= here
+                after = self.flops.total(smaller)
+                saved += rate * (before - after)
+                before = after
+        # Of one sublayer the coupling that has taken the FLOPs counts: its ops go once.
+        first: dict[str, str] = {}
+        for name in (name for name, size in sizes.items() if not size and name in self._sublayer):
+            sublayer = self._sublayer[name]
+            first[sublayer] = max(first.get(sublayer, name), name, key=self._rate.__getitem__)
+        saved += sum(self.latency.fixed.get(self._kind[name], 0.0) for name in first.values())
+        return max(0, round(NANO * (self._now - saved)))
 
-    def _nano(self, flops: int) -> int:
-        return round(NANO * self.latency.seconds(flops))
+
+def _by_kinds(units: Sequence[TiedCouplings]) -> dict[tuple[str, ...], list[TiedCouplings]]:
+    """Group units by the kinds of their couplings; kinds that are tied anywhere are one group."""
+    groups: dict[tuple[str, ...], list[TiedCouplings]] = {}
+    for unit in units:
+        kinds: set[str] = {c.kind for c in unit.couplings}
+        same = [unit]
+        for other in [other for other in groups if kinds & set(other)]:
+            kinds |= set(other)
+            same = [*groups.pop(other), *same]
+        groups[tuple(sorted(kinds))] = same
+    return groups
 
 
-def _wait(model: nn.Module) -> None:
-    parameter = next(model.parameters(), None)
-    if parameter is not None and parameter.is_cuda:
-        torch.cuda.synchronize(parameter.device)
+def _narrower(unit: TiedCouplings) -> int | None:
+    """Return the allowed size of a unit that is next to the share to measure at; None where there is none between."""
+    between = [size for size in unit.sizes[:-1] if size]
+    return min(between, key=lambda size: abs(size - NARROWER * unit.sizes[-1]), default=None)
+
+
+def _sizes(units: Mapping[TiedCouplings, int]) -> dict[str, int]:
+    return {c.name: keep for unit, size in units.items() for c, keep in unit.keeps(size).items()}
+
+
+def _that_may_go(units: Sequence[TiedCouplings]) -> list[list[list[Coupling]]]:
+    """Return the sublayers that may go as a whole, as the couplings of each that may lose all entries.
+
+    Returns:
+        For each sort of sublayer, by the kinds in it, every other one; all, where some go in step.
+    """
+    may_go = [unit for unit in units if unit.sizes[0] == 0 < unit.sizes[-1]]
+    members: dict[str, list[Coupling]] = {}
+    for coupling, name in sublayer_of([c for unit in may_go for c in unit.couplings]).items():
+        members.setdefault(name, []).append(coupling)
+    sorts: dict[frozenset[str], list[list[Coupling]]] = {}
+    for each in members.values():
+        sorts.setdefault(frozenset(c.kind for c in each), []).append(each)
+    single = all(len(unit.couplings) == 1 for unit in may_go)
+    return [same[::2] if single else same for same in sorts.values()]
+
+
+def sublayer_of(among: Sequence[Coupling]) -> dict[Coupling, str]:
+    """Return the name of the sublayer that each coupling is of: that of the first one which lies on a weight of it."""
+    found: dict[Coupling, str] = {}
+    first: dict[str, str] = {}
+    for coupling in among:
+        weights = [m.parameter for m in coupling.members]
+        found[coupling] = next((first[weight] for weight in weights if weight in first), coupling.name)
+        first |= dict.fromkeys(weights, found[coupling])
+    return found

@@ -22,7 +22,7 @@ from torch import nn
 from ecospa_fx.arguments import MODULE, NUMBER, optional, takes
 from ecospa_fx.errors import EcoSpaError, TargetError
 from ecospa_fx.model.cost import Cost, CostModel
-from ecospa_fx.model.lookup import state_of
+from ecospa_fx.model.lookup import couplings, state_of
 from ecospa_fx.ranks.wrappers import looks_inside
 from ecospa_fx.text import plain
 
@@ -294,4 +294,4 @@ def _sizes(model: nn.Module, cost: Cost | Latency) -> CostModel | LatencyModel:
         return CostModel(model, state_of(model), cost)
     flops = CostModel(model, state_of(model), "flops")
     cost.observe(model, flops)
-    return LatencyModel(flops, cost)
+    return LatencyModel(flops, cost, couplings(model))

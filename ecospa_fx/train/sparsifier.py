@@ -177,10 +177,8 @@ class CoupledSparsifier:
         """Measure the cost of the model as it is now, if it is one that must be measured; the first rank's counts."""
         if isinstance(self.cost, Latency) and not self.parts:
             latency, now, ranks = self.cost, self._flops(), ranks_of(self.model)
-            depth = self.constraints.min_keep == 0
-            ranks.together("measure the latency", lambda: latency.observe(self.model, now, depth=depth))
-            points, latency.fixed = ranks.first([latency.points, latency.fixed], "the latency")
-            latency.points = [(flops, seconds) for flops, seconds in points]
+            ranks.together("measure the latency", lambda: latency.observe(self.model, now, self.constraints))
+            latency.take(ranks.first(latency.readings(), "the latency"))
 
     @takes(sizes=instance("what sizes() returns", CostModel, LatencyModel, EntryCounts))
     def target_size(self, sizes: AnyCost) -> int:
@@ -192,6 +190,9 @@ class CoupledSparsifier:
 
     def _units(self) -> list[TiedCouplings]:
         units, self.whole = self.constraints.units(self.model, couplings(self.model))
+        if isinstance(self.cost, Latency):
+            units, slower = self.cost.units(units)
+            self.whole |= slower
         if self.only is None:
             return units
         key, names = self.only

@@ -550,7 +550,7 @@ class EcoSpaTrainer:
             "owed": self._owed,
             "from": self._initial_cost,
             "spikes": self._spikes.state_dict(),
-            "latencies": latency.points if latency is not None else [],
+            "latency": latency.readings() if latency is not None else {},
             "settings": self._described(),
             "scores": [estimator.state_dict() for estimator in self.policy.estimators],
             "compensation": self._compensation.state_dict(),
@@ -599,7 +599,7 @@ class EcoSpaTrainer:
         self._initial_cost, self._owed = state["from"], state["owed"]
         self._spikes.load_state_dict(state["spikes"])
         if latency is not None:
-            latency.points = [(int(flops), float(seconds)) for flops, seconds in state["latencies"]]
+            latency.take(state["latency"])
         for estimator, scores in zip(self.policy.estimators, state["scores"], strict=True):
             estimator.load_state_dict(scores)
         self._compensation.load_state_dict(state.get("compensation", {}))

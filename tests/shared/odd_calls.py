@@ -10,6 +10,7 @@ import copy
 import random
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -335,7 +336,8 @@ CALLS: dict[str, Call] = {
     "constraints": right(True, ecospa_fx.Constraints, min_keep=1, round_to=1, head_dims="per_head",
                          equal_head_dims=False, frozen=()),
     "grams": right(True, ecospa_fx.Grams, model, rows=None, ridge=1e-3, training=False, mask="attention_mask"),
-    "latency": right(True, ecospa_fx.Latency, call, nothing, repeats=2, measure=None),
+    "latency": right(True, ecospa_fx.Latency, call, nothing, repeats=2, clock=lambda w: time.perf_counter,
+                     measure=None),
     "watch": right(True, ecospa_fx.Watch, lambda w: w.trainer(), steps=5, lines=None, tensorboard=None, multiple=None),
     "watch.step": method(lambda w: ecospa_fx.Watch(w.trainer()), "step", 0.5, looks=False),
     "why": method(explained, "why", "a.weight", "b.weight"),

@@ -22,7 +22,6 @@ def _trained(world: World) -> Any:
 
 def _observed(world: World) -> Any:
     latency = ecospa_fx.Latency((world.x,), repeats=1)
-    latency.points = [(10, 1.0), (20, 2.0)]
     return latency
 
 
@@ -75,7 +74,6 @@ METHODS = {
                                          at_most=100),
     "constraints.units": method(lambda w: ecospa_fx.Constraints(), "units", model, _couplings),
     "latency.observe": method(_observed, "observe", model, _flops),
-    "latency.seconds": method(_observed, "seconds", 15.0),
     "grams.load_state_dict": method(_gathered, "load_state_dict", lambda w: _gathered(w).state_dict(), looks=False),
     "grams.absorbed": method(_gathered, "absorbed", lambda w: ecospa_fx.plan(w.model),
                               lambda w: ecospa_fx.plan(w.model), lambda w: [dict(w.model.named_parameters())],

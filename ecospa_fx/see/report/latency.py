@@ -12,9 +12,7 @@ from torch import nn
 
 from ecospa_fx.arguments import INPUTS, KEYWORDS, MODULE, optional, takes
 from ecospa_fx.errors import ArgumentError
-
-FIRST_CALLS = 3
-"""The first calls capture, allocate and tune."""
+from ecospa_fx.train.timing import in_turn
 
 KEYS = ("before", "after", "ratio", "low", "high", "rounds", "where")
 
@@ -48,19 +46,7 @@ def latency_of(
     """
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 2:
         raise ArgumentError(f"latency_of: `rounds` is {rounds!r}; it must be a whole number, at least 2")
-    models, modes = (before, after), (before.training, after.training)
-    seconds: list[tuple[float, float]] = []
-    try:
-        for model in models:
-            model.eval()
-        for turn in range(FIRST_CALLS + rounds):
-            swapped = turn % 2 == 1  # neither is always the first of a round
-            first, second = (_timed(model, inputs, kwargs or {}) for model in (models[::-1] if swapped else models))
-            if turn >= FIRST_CALLS:
-                seconds.append((second, first) if swapped else (first, second))
-    finally:
-        for model, training in zip(models, modes, strict=True):
-            model.train(training)
+    seconds = in_turn((before, after), lambda model: model(*inputs, **(kwargs or {})), rounds, time.perf_counter)
     slow, fast = zip(*seconds, strict=True)
     low, ratio, high = statistics.quantiles([b / a for a, b in seconds], n=4, method="inclusive")
     return {
@@ -76,21 +62,6 @@ def words_of(latency: Mapping[str, Any]) -> str:
         f"a forward takes {after} ms, before {before} ms (x {latency['ratio']:.2f}, middle half {latency['low']:.2f} "
         f"to {latency['high']:.2f}, on {latency['where']})"
     )
-
-
-@torch.no_grad()
-def _timed(model: nn.Module, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-    _wait(model)
-    begun = time.perf_counter()
-    model(*inputs, **kwargs)
-    _wait(model)
-    return time.perf_counter() - begun
-
-
-def _wait(model: nn.Module) -> None:
-    parameter = next(model.parameters(), None)
-    if parameter is not None and parameter.is_cuda:
-        torch.cuda.synchronize(parameter.device)
 
 
 def _device(model: nn.Module) -> str:
