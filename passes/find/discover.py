@@ -321,14 +321,34 @@ def _kind_inside(part: Weighed) -> Kind | None:
 
 def _is_stack(part: Weighed) -> bool:
     """Return whether entries are matrices of a stack, which give vectors; not kernels, which give numbers."""
-    axis_facts, products = part.axis_facts, _products(part.roles, part.matrices, "free", "batch")
+    axis_facts = part.axis_facts
+    convolved = any(op_name(node).startswith("aten.conv") for node in _products(part.roles, part.matrices))
     stacks = {name for name, _ in part.axes if len(axis_facts.parameters[name]) > 2}
-    return any(
-        fact.role == "free" and fact.node in products and part.atom not in atoms_of(fact.expr)
-        and any(stacks & set(operand.parameters) for operand in fact.operands)
-        and not op_name(fact.node).startswith("aten.conv")
+    # A value that is summed over entries and over another dim of the weight at once holds numbers of each, no gate.
+    summed = {
+        name for fact in part.roles["contracted"] for o in fact.operands for name in o.parameters
+        if any(_summed_together(fact, other) for other in axis_facts.facts)
+    }  # fmt: skip
+    # Where an entry gives a number, all other dims of the weight are summed over.
+    several = {
+        (fact.node, name)
         for fact in axis_facts.facts
-    )  # fmt: skip
+        if fact.role == "free" and part.atom not in atoms_of(fact.expr)
+        for operand in fact.operands
+        for name in operand.parameters
+    }
+    kernels = {
+        name for fact in part.roles["free"] for o in fact.operands for name in o.parameters
+        if (fact.node, name) not in several
+    }  # fmt: skip
+    return not convolved and bool(stacks - summed - kernels)
+
+
+def _summed_together(fact: Fact, other: Fact) -> bool:
+    """Return whether an op sums one value over two axes."""
+    if other is fact or other.role != "contracted" or other.node is not fact.node:
+        return False
+    return bool({o.node for o in fact.operands if not o.parameters} & {o.node for o in other.operands})
 
 
 def _is_routed(part: Weighed) -> bool:

@@ -5,6 +5,7 @@ The judge knows no graph: a second model from smaller configs takes over the wei
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -460,3 +461,33 @@ def test_compress_judges_experts_that_tokens_pick() -> None:
     torch.manual_seed(0)
     report = ecospa_fx.compress(Routed(), [(X,)] * 5, target=0.8, loss=lambda m, batch: m(*batch).square().mean())
     assert "experts" in report.removed and not any("stays whole" in note for note in report.notes)
+
+
+class Curves(nn.Module):
+    """A layer of a Kolmogorov-Arnold net: each input has five bumps, of which each output is a sum."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.plain = nn.Linear(inputs, outputs)
+        self.bumps = nn.Parameter(torch.randn(outputs, inputs, 5))
+        self.register_buffer("centres", torch.linspace(-2, 2, 5))
+
+    def forward(self, x):
+        bumps = torch.exp(-((x[..., None] - self.centres) ** 2))
+        return self.plain(x) + torch.einsum("big,oig->bo", bumps, self.bumps)
+
+
+def test_kernels_in_three_dims_are_no_experts():
+    """Each hidden unit has one kernel that makes it and some that take it; none of these is a function of its own."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Curves(4, 10), nn.SiLU(), Curves(10, 3)).double().eval(), torch.randn(5, 4).double()
+    plain = copy.deepcopy(model)
+    (coupling,) = ecospa_fx.couplings(ecospa_fx.compile(model, example_inputs=(x,)))
+    assert coupling.kind != "experts" and coupling.size == 10
+    ecospa_fx.shrink(model, {coupling: torch.arange(6)})
+    small = nn.Sequential(Curves(4, 6), nn.SiLU(), Curves(6, 3)).double().eval()
+    small.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(x), small(x))
+    with torch.no_grad():  # bumps of a unit that is zero are not zero
+        plain[2].bumps[:, 6:], plain[2].plain.weight[:, 6:] = 0, 0
+    torch.testing.assert_close(model(x), plain(x))
