@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EcoSpaError as error:
         return complain(name, error, FAILED)
     except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "ecospa_fx":
+            raise  # a broken installation, not a missing extra
         return complain(name, f"{error.name} is not installed: pip install 'ecospa-fx[hf,timm,report]'", FAILED)
     except (KeyboardInterrupt, typer.Abort):
         return complain(name, "interrupted", INTERRUPTED)
