@@ -32,6 +32,7 @@ from .class_swap import original_class
 from .compiled import MODEL, CompiledModel
 from .configured import changed, numbers_of
 from .made_values import tensors_in
+from .making import unheard
 
 Lists = Mapping[str, tuple[int, ...]]  # path of a list of blocks -> the positions of those that are gone
 
@@ -256,9 +257,9 @@ def _proposal(config: Any, where: Sequence[str | int], count: int, gone: Sequenc
 def _made(model: nn.Module, config: Any) -> nn.Module | None:
     cls: Any = original_class(model)
     try:
-        if hasattr(config, "validate"):
-            config.validate()
-        with torch.device("meta"):
+        with torch.device("meta"), unheard():
+            if hasattr(config, "validate"):
+                config.validate()
             made: nn.Module = cls(copy.deepcopy(config))
     except Exception:  # it may refuse its numbers in any way
         return None

@@ -11,7 +11,10 @@ in proportion to it and the model that is made with it is nearer to what is want
 from __future__ import annotations
 
 import itertools
+import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -122,7 +125,7 @@ class Maker:
         places = ("meta", "cpu") if self.place is None else (self.place,)
         for place in places:
             try:
-                with torch.device(place), _Uninitialised():
+                with torch.device(place), _Uninitialised(), unheard():
                     made = self.make(changes)
             except Exception:  # it may refuse its numbers in any way, and some constructors read values
                 continue
@@ -132,8 +135,21 @@ class Maker:
 
     def in_memory(self, changes: Mapping[Where, Number], device: torch.device) -> nn.Module:
         """Make a model whose buffers have values and whose parameters have none yet."""
-        with torch.device(device), _Uninitialised():
+        with torch.device(device), _Uninitialised(), unheard():
             return self.make(changes)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Keep quiet what a class says of models that are made to be looked at: warnings, and those that it logs."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 class _Uninitialised(TorchFunctionMode):

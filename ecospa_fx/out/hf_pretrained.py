@@ -34,6 +34,7 @@ from ecospa_fx.model.configured import configuration_at
 from ecospa_fx.model.fewer_blocks import difference_as_a_whole, without_empty
 from ecospa_fx.model.lookup import check_whole, compiled_state
 from ecospa_fx.model.made_values import difference_of_made
+from ecospa_fx.model.making import unheard
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.wrappers import looks_inside
@@ -299,7 +300,7 @@ def shapes_in(model: nn.Module, config: Any) -> NamedShapes:
     """Return the shapes in a model of the same class made from a configuration; none if it refuses its numbers."""
     cls: Any = type(model)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), unheard():
             made = cls(copy.deepcopy(config))
     except Exception:  # it may do so in any way
         return {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 import transformers
@@ -92,3 +94,18 @@ def test_a_save_knows_them_too(tmp_path):
         again(ids, use_cache=False)
     why = ecospa_fx.save_pretrained(again, tmp_path / "plain")
     assert why is not None and "config.intermediate_size` would be 16 and is 24" in why
+
+
+def test_what_a_class_says_of_models_that_are_only_tried_is_not_heard(tmp_path, caplog):
+    tried = []
+
+    class Talking(Plain):
+        def __init__(self, config):
+            super().__init__(config)
+            if config.intermediate_size != 24:
+                tried.append(config.intermediate_size)
+                logging.getLogger("of the class").warning("an odd width")
+
+    model, _ = shrunk(Talking)
+    assert ecospa_fx.save_pretrained(model, tmp_path) is None
+    assert tried and "odd" not in caplog.text and logging.root.manager.disable < logging.WARNING
