@@ -57,6 +57,7 @@ class NothingLeft:
     parts: dict[fx.Node, fx.Node] = field(default_factory=dict)
     _cone: set[fx.Node] = field(default_factory=set)  # all that leads to what is known
     _written: set[fx.Node] = field(default_factory=set)
+    _replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)  # node that something stands for -> its original
     _ends: dict[fx.Node, fx.Node] = field(default_factory=dict)  # node in place of a constant -> that constant
 
     def put_constants(self) -> None:
@@ -167,6 +168,7 @@ class NothingLeft:
         old.replace_all_uses_with(made)
         if node.target is not edge:
             self.new[node] = made
+            self._replaced[old] = node
 
     def _repeated(self, constant: Constant, sizes: Sequence[Any]) -> fx.Node:
         """Repeat a bias along the dims that it has not."""
@@ -205,7 +207,8 @@ class NothingLeft:
         marked = self._ancestors(*(node for node in self.graph.nodes if not self._may_go(node, back.get(node))))
         writing = [
             node for node in self.graph.nodes
-            if node not in marked and next(written_arguments(node), None) and not self._empty(back.get(node))
+            if node not in marked and next(written_arguments(node), None)
+            and not self._empty(back.get(node, self._replaced.get(node)))
         ]  # fmt: skip
         while True:
             alive = {self._root(back[node]) for node in marked if node in back}

@@ -25,6 +25,19 @@ class Overwritten(nn.Module):
         return self.out(whole)
 
 
+class WrittenThenJoined(nn.Module):
+    """What a layer returns is written into zeros, which are joined with what is made of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.new, self.left, self.out = nn.Linear(6, 6, bias=False), nn.Linear(6, 2), nn.Linear(14, 4)
+
+    def forward(self, x):
+        hidden = self.new(x)
+        written = torch.zeros_like(x).copy_(hidden)
+        return self.out(torch.cat([written, self.left(hidden), written], -1))
+
+
 class InPlace(nn.Module):
     """The hidden units are scaled by the input, which has as many, and rectified in place."""
 
@@ -50,6 +63,12 @@ class Grouped(nn.Module):
 CASES = {
     # model, shape of a call, the layer whose outputs all go, and the entries of what sums over them
     "a part is overwritten in place": (Overwritten, (2, 6), "new.weight", {"out.weight": slice(0, 3)}),
+    "written, then joined": (
+        WrittenThenJoined,
+        (2, 6),
+        "new.weight",
+        {"left.weight": slice(None), "out.weight": [*range(6), *range(8, 14)]},
+    ),
     "rectified in place": (InPlace, (2, 8), "new.weight", {"cell.weight_ih": slice(None)}),
     "groups": (lambda: Grouped(False), (2, 3, 7), "new.weight", {"grouped.weight": slice(None)}),
     "groups and a bias": (lambda: Grouped(True), (2, 3, 7), "new.weight", {"grouped.weight": slice(None)}),
