@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ecospa_fx
+from ecospa_fx.testing.check import check_model
 
 
 class Overwritten(nn.Module):
@@ -99,3 +100,23 @@ def test_it_equals_zeros_where_they_are_summed(case):
     for (name, _), mine, other in zip(model.named_parameters(), ours, theirs, strict=True):
         if mine.shape == other.shape:
             torch.testing.assert_close(mine, other, msg=name)
+
+
+def test_a_write_whose_result_is_made_anew():
+    """As the fuzzer found it, in a graph whose results are joined at their full sizes."""
+    torch.manual_seed(0)
+
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.new, self.left = nn.Linear(6, 6, bias=False), nn.Parameter(torch.randn(2, 6))
+            self.out = nn.Linear(14, 6, bias=False)
+
+        def forward(self, x):
+            hidden = self.new(x)
+            written = torch.zeros_like(x).copy_(hidden)
+            return self.out(torch.cat([written, hidden @ self.left.T, written], 3))
+
+    model, x = Joined().double().eval(), torch.randn(2, 1, 4, 6, dtype=torch.float64)
+    failures = [check_model(model, (x,), seed=seed) for seed in range(24)]  # which entries stay, in some cases none
+    assert failures == [None] * 24
