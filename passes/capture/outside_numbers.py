@@ -20,6 +20,8 @@ from ecospa_fx.passes.graph.namespaces import Watching
 from ecospa_fx.passes.graph.python_state import is_record
 from ecospa_fx.passes.graph.stand_in_class import stand_in_class
 
+from .outside_uses import running_hooks
+
 Place = tuple[str, tuple[str, ...]]
 """Path of a submodule, and the attributes that lead from it to a number, or to numbers in a list."""
 
@@ -49,15 +51,13 @@ class OutsideNumbers:
         handles: list[Any] = []
         swapped: list[tuple[Any, type]] = []
         watched: set[int] = set()
+        modules = dict(model.named_modules())
         below = tuple(f"{name}." for name in closed)
         try:
-            for path, module in model.named_modules():
+            for path, module in modules.items():
                 if not path.startswith(below):
                     self._watch(module, path, (), swapped, watched)
-                handles += [
-                    module.register_forward_pre_hook(functools.partial(self._enter, path), prepend=True),
-                    module.register_forward_hook(self._leave, always_call=True),
-                ]
+            handles += running_hooks(modules, self._running)
             yield
         finally:
             for handle in handles:
@@ -65,12 +65,6 @@ class OutsideNumbers:
             for owner, cls in reversed(swapped):
                 object.__setattr__(owner, "__class__", cls)
             self._running.clear()
-
-    def _enter(self, path: str, *_: Any) -> None:
-        self._running.append(path)
-
-    def _leave(self, *_: Any) -> None:
-        self._running.pop()
 
     def _watch(
         self, owner: Any, path: str, names: tuple[str, ...], swapped: list[tuple[Any, type]], watched: set[int]

@@ -6,7 +6,7 @@ it. Such a block cannot shrink on its own, and nothing in its graph would say so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -39,20 +39,7 @@ class OutsideUses(TorchFunctionMode):
 
     def register_hooks(self) -> list[Any]:
         """Register hooks that tell when a submodule runs; return their handles."""
-        handles: list[Any] = []
-        for name, module in self._modules.items():
-
-            def enter(*_: Any, name: str = name) -> None:
-                self._running.append(name)
-
-            def leave(*_: Any) -> None:
-                self._running.pop()
-
-            handles += [
-                module.register_forward_pre_hook(enter, prepend=True),
-                module.register_forward_hook(leave, always_call=True),
-            ]
-        return handles
+        return running_hooks(self._modules, self._running)
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func`, and record the parameters from which it computes tensors."""
@@ -66,3 +53,21 @@ class OutsideUses(TorchFunctionMode):
                         by = resolve_name(func) or getattr(func, "__name__", "a function")
                         self.reasons.setdefault(name, f"`{name}.{inner}` is used outside of it too, by {by}")
         return result
+
+
+def running_hooks(modules: Mapping[str, nn.Module], running: list[str]) -> list[Any]:
+    """Register hooks that keep the names of the modules that run in a list, innermost last; return their handles."""
+    handles: list[Any] = []
+    for name, module in modules.items():
+
+        def enter(*_: Any, name: str = name) -> None:
+            running.append(name)
+
+        def leave(*_: Any) -> None:
+            running.pop()
+
+        handles += [
+            module.register_forward_pre_hook(enter, prepend=True),
+            module.register_forward_hook(leave, always_call=True),
+        ]
+    return handles

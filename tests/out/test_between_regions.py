@@ -1,4 +1,4 @@
-"""What a model's own Python does around its blocks, with numbers that a smaller configuration would change."""
+"""Python around the blocks of a model, with numbers that a smaller configuration would change."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Overwritten(nn.Module):
 
 
 class WrittenThenJoined(nn.Module):
-    """What a layer returns is written into zeros, which are joined with what is made of it."""
+    """Zeros that the result of a layer is written into, joined with what is made of it."""
 
     def __init__(self):
         super().__init__()
