@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.passes.capture.compare_eager import TOLERANCE, relative_error
 from ecospa_fx.passes.follow.attributes import sizes_of_layer
-from ecospa_fx.passes.follow.trial import example_calls
+from ecospa_fx.passes.follow.trial import example_calls, in_eval_mode
 from ecospa_fx.passes.graph.isolate import forked_rng, isolated, seed
 from ecospa_fx.passes.graph.tensors import as_held, join, named_tensors, swapped
 from ecospa_fx.plan import Plan
@@ -364,7 +363,7 @@ def difference_as_a_whole(model: nn.Module, compiled: CompiledModel, fewer: Fewe
     theirs = {n: t for n, t in named_tensors(fewer.model).items() if n in named_tensors(made)}
     persistent = made.state_dict(keep_vars=True).keys() | {name for name, _ in made.named_parameters()}
     theirs = {name: tensor for name, tensor in theirs.items() if name in persistent}
-    with torch.no_grad(), forked_rng(model), _evaluating(model), _evaluating(made):
+    with torch.no_grad(), forked_rng(model), in_eval_mode(model), in_eval_mode(made):
         seed(0)
         expected = tensors_in(model(*args, **kwargs))
         args, kwargs = call.example()
@@ -380,14 +379,3 @@ def difference_as_a_whole(model: nn.Module, compiled: CompiledModel, fewer: Fewe
         if not difference <= TOLERANCE.get(mine.dtype, 0.0):
             return f"with fewer blocks it returns results that differ by {difference:.1e}"
     return None
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training

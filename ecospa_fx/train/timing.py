@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import nn
+
+from ecospa_fx.passes.follow.trial import in_eval_mode
 
 FIRST_CALLS = 3
 """The first calls capture, allocate and tune."""
@@ -29,18 +32,15 @@ def in_turn(
     Returns:
         For each round the seconds of each model, in the order of `models`.
     """
-    modes, seconds = [model.training for model in models], []
-    try:
+    seconds: list[tuple[float, ...]] = []
+    with ExitStack() as stack:
         for model in models:
-            model.eval()
+            stack.enter_context(in_eval_mode(model))
         for turn in range(FIRST_CALLS + rounds):
             order = range(len(models)) if turn % 2 == 0 else reversed(range(len(models)))  # none is always the first
             found = {place: _timed(models[place], call, clock) for place in order}
             if turn >= FIRST_CALLS:
                 seconds.append(tuple(found[place] for place in range(len(models))))
-    finally:
-        for model, training in zip(models, modes, strict=True):
-            model.train(training)
     return seconds
 
 

@@ -274,6 +274,18 @@ def _difference(
 
 
 @contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Let a model evaluate inside; afterwards each of its modules has the mode that it had, frozen ones too."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextmanager
 def modes(module: nn.Module, training: Sequence[bool]) -> Iterator[None]:
     """Set the training flags that a graph was captured with, for the time inside.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from math import prod
 from typing import Any
 
@@ -186,3 +187,10 @@ def test_models_in_turn_meet_the_same_load():
     assert all(b / a == pytest.approx(0.25, rel=0.06) for a, b in rounds)
     assert rounds[-1][0] > 1.5 * rounds[0][0]  # one after the other would say anything
     assert [model.training for model in models] == [True, False]
+
+
+def test_modules_that_evaluate_while_the_model_trains_still_do_so_after_it():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
+    model[1].eval()
+    in_turn((model,), lambda each: each(torch.randn(3, 4)), 1, time.perf_counter)
+    assert model.training and model[0].training and not model[1].training
