@@ -39,7 +39,13 @@ class Observer(Protocol):
 
 @runtime_checkable
 class Tapper(Protocol):
-    """An observer that reads gradients inside regions."""
+    """An observer that reads gradients inside regions.
+
+    Attributes:
+        computes_again: no value inside a region is held for backward, which computes them again.
+    """
+
+    computes_again: bool
 
     def taps_of(self, region: Region, program: Program, module: nn.Module) -> Sequence[Tap]:
         """Choose the values of a program's graph that pass through a function of the observer's."""
@@ -53,6 +59,7 @@ class _Observed:
     shared_out: Any
     call: Watched
     requests: tuple[tuple[Observer, Any, tuple[int, ...]], ...]  # observer, its tag, numbers of its values
+    tappers: tuple[Tapper, ...]
 
 
 class Observers:
@@ -73,7 +80,7 @@ class Observers:
             alive = [each.program for each in region.specializations]
             self._observed = [each for each in self._observed if any(each.program is program for program in alive)]
             self._observed.append(observed)
-        result, values = observed.call(module, inputs)
+        result, values = observed.call(module, inputs, any(tapper.computes_again for tapper in observed.tappers))
         _hand_over(observed.requests, values)
         return result
 
@@ -103,11 +110,12 @@ def _observed_program(region: Region, program: Program, module: nn.Module, obser
     nodes = list(dict.fromkeys(node for _, chosen, _ in requests for node in chosen))
     number = {node: i for i, node in enumerate(nodes)}
     numbered = tuple((observer, tag, tuple(number[node] for node in chosen)) for observer, chosen, tag in requests)
-    tappers = [observer for observer in observers if isinstance(observer, Tapper)]
+    tappers = tuple(observer for observer in observers if isinstance(observer, Tapper))
     taps = [tap for observer in tappers for tap in observer.taps_of(region, program, module)]
     return _Observed(
-        program, region.shared_out, watch(program, region.kept_here(program, module), module, nodes, taps), numbered
-    )
+        program, region.shared_out, watch(program, region.kept_here(program, module), module, nodes, taps), numbered,
+        tappers,
+    )  # fmt: skip
 
 
 def check_observable(model: nn.Module) -> None:

@@ -40,6 +40,16 @@ class Saliency(CoupledEstimator):
             self.reader.begins = begins
 
     @property
+    def computes_again(self) -> bool:
+        """True if backward computes the values inside regions again, so that none is held. Set it; evaluation mode."""
+        return isinstance(self.reader, PositionReader) and self.reader.computes_again
+
+    @computes_again.setter
+    def computes_again(self, again: bool) -> None:
+        if isinstance(self.reader, PositionReader):
+            self.reader.computes_again = again
+
+    @property
     def wholes(self) -> bool:
         """True if couplings whose entries may all go are judged as a whole, too. Set it before the first step."""
         return isinstance(self.reader, PositionReader) and self.reader.wholes

@@ -14,9 +14,14 @@ from ecospa_fx.passes.rewrite.program import Program
 
 
 class Tapping:
-    """Base of observers (`ecospa_fx.model.observers`) that read nothing but taps, in calls with gradients on."""
+    """Base of observers (`ecospa_fx.model.observers`) that read nothing but taps, in calls with gradients on.
+
+    Attributes:
+        computes_again: no value inside a region is held for backward, which computes them again; for evaluation mode.
+    """
 
     model: nn.Module
+    computes_again = False
     _observed: Sequence[Region] = ()
 
     def observe(self) -> None:

@@ -15,9 +15,10 @@ from typing import Any, TypeAlias
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from ecospa_fx.errors import TargetError
+
+from .cross_entropy import drawn_labels, mean_cross_entropy
 
 Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
 """`loss(model, batch)` -> a scalar."""
@@ -56,25 +57,20 @@ class Objective:
         logits = logits_of(result)
         told_apart = logits is not None
         outputs = outputs_of(result) if logits is None else logits
-        rows = outputs.float().flatten(0, -2) if told_apart else outputs.float().flatten()
+        rows = outputs.flatten(0, -2) if told_apart else outputs.float().flatten()
         if told_apart and (mask := _mask_of(batch)) is not None and mask.numel() == len(rows):
-            rows = rows[mask.flatten().to(rows.device).bool()]
+            counts = mask.flatten().to(rows.device).bool()
+            rows = rows if bool(counts.all()) else rows[counts]
         if id(batch) not in self._wanted:
             generator = torch.Generator().manual_seed(self.seed + len(self._wanted))
-            wanted = (_labels if told_apart else _projection)(rows, generator)
+            wanted = (drawn_labels if told_apart else _projection)(rows, generator)
             self._wanted[id(batch)] = batch, wanted
         wanted = self._wanted[id(batch)][1].to(rows.device)
         if told_apart:
-            return cross_entropy(rows, wanted)
+            return mean_cross_entropy(rows, wanted)
         # Half the squared error, and a random projection, whose gradient is that at the whole model.
         error, along = rows - wanted[0], wanted[1]
         return (error.square().sum() / 2 - drawn * (error * along).sum()) / max(1, len(outputs))
-
-
-def _labels(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw a label for each row from its softmax."""
-    noise = torch.rand(logits.shape, generator=generator).clamp_(min=1e-20).to(logits.device)
-    return (logits.detach() - (-noise.log()).log()).argmax(-1)  # Gumbel's trick
 
 
 def _projection(outputs: Tensor, generator: torch.Generator) -> Tensor:

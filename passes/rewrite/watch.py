@@ -4,21 +4,34 @@
 
 A `Tap` sees a value on its way to some ops only, and in backward the gradient that comes from these. The code is
 generated anew with both, so a call that nobody watches costs nothing more.
+
+A call that `computes_again` holds what goes in and no value inside it for backward, which computes them again
+(activation checkpointing, Chen et al. 2016, arXiv 1604.06174). Taps then see values twice, and each gradient once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from ecospa_fx.passes.axes.selection import Selection
+from ecospa_fx.passes.graph.nodes import memory_root, written_arguments
 
 from .program import Program
 from .rewrite import Tap, rewrite
 
-Watched = Callable[[nn.Module, Sequence[Tensor]], tuple[Any, tuple[Tensor, ...]]]
+
+class Watched(Protocol):
+    """A call of a region that also returns values inside it."""
+
+    def __call__(
+        self, module: nn.Module, inputs: Sequence[Any], computes_again: bool = False
+    ) -> tuple[Any, tuple[Tensor, ...]]:
+        """Run it."""
 
 
 def watch(
@@ -34,12 +47,19 @@ def watch(
         taps: functions between its nodes.
 
     Returns:
-        `call(region, inputs)` -> the results of the program, and the values of `nodes`, detached.
+        `call(region, inputs, computes_again)` -> the results of the program, and the values of `nodes`, detached. A
+        graph that writes to what comes in does not compute anything again, nor does a call without gradients.
     """
     watching = rewrite(program.axis_facts, kept, region, watched=nodes, taps=taps)
+    written = (memory_root(value) for node in program.captured.graph.nodes for value in written_arguments(node))
+    repeatable = all(root.op == "call_function" for root in written)
 
-    def call(module: nn.Module, inputs: Sequence[Any]) -> tuple[Any, tuple[Tensor, ...]]:
-        tensors = watching.run(module, *inputs, *watching.constants_now(module))
+    def call(module: nn.Module, inputs: Sequence[Any], computes_again: bool = False) -> tuple[Any, tuple[Tensor, ...]]:
+        given = module, *inputs, *watching.constants_now(module)
+        if computes_again and repeatable and torch.is_grad_enabled():
+            tensors = checkpoint(watching.run, *given, use_reentrant=False)
+        else:
+            tensors = watching.run(*given)
         count = len(tensors) - len(nodes)
         return watching.returned(module, inputs, tensors[:count]), tuple(value.detach() for value in tensors[count:])
 
