@@ -40,7 +40,7 @@ from .settings import DecisionSettings
 ROWS_WANTED = 8
 """Rows per column of the widest weight from which a regression on them is to be trusted."""
 
-SHARE = 1 / 4
+SHARE = 1 / 6
 """The moments that are held at once take no more than this share of the room of parameters, ..."""
 LEAST = 1 << 26
 """... or so many bytes, if that is more: below that, time is worth more than room."""
