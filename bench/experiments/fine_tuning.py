@@ -9,8 +9,8 @@ paper's rule alone, with a sparsification step every fortieth of the run from a 
 50% of the couplings and 70, 90, 95% of their score. A strict pair may not get to half. Beside them the dense run, and
 `preset="finetune"` and couplings and entries at random, both in eight steps until 70% of the run.
 
-A run that is stopped goes on with the same command; rows are in `--runs`, with `--report` they are reported as far as
-they are there.
+A run that is stopped goes on with the same command; rows come to `results/fine_tuning.jsonl`, with `--report` they are
+reported as far as they are there.
 """
 
 from __future__ import annotations

@@ -7,11 +7,10 @@ import csv
 import statistics
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from machine import RESULTS, machine
+from machine import RESULTS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -45,7 +44,7 @@ def arguments(
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--workers", type=int, default=workers, help="processes, of one thread each")
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs/experiments"), help="rows as they come; a second call goes on there"
+        "--runs", type=Path, default=Path("runs/experiments"), help="what is under way; a second call goes on there"
     )
     for option, how in more.items():
         parser.add_argument(f"--{option}", **how)
@@ -57,36 +56,32 @@ def arguments(
 
 
 def run(name: str, jobs: Sequence[Job], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run an experiment's jobs and write its CSV and curves.
+    """Run an experiment's jobs and write its CSV.
+
+    Rows of long jobs, with their curves, come one by one to `results/<name>.jsonl`, others to the folder `--runs`.
 
     Returns:
         A row per run, those of one job together, ordered as the jobs are.
     """
-    out = options.runs / f"{name}.jsonl"
-    rows = measured(jobs, out) if options.report else run_all(jobs, out, options.workers)
+    kept = RESULTS if any(job.save_every is not None for job in jobs) else options.runs
+    out = kept / f"{name}.jsonl"
+    rows = measured(jobs, out) if options.report else run_all(jobs, out, options.runs, options.workers)
     if not rows:
         raise SystemExit(f"{out} holds no row of these runs")
     order = {job.title: place for place, job in enumerate(jobs)}
     rows.sort(key=lambda row: (order[row["title"]], row["seed"]))
-    about = {"steps": options.steps, "machine": machine(), "date": date.today().isoformat()}
-    write(RESULTS / f"{name}.csv", [{k: v for k, v in row.items() if k not in NESTED} for row in rows], about)
+    columns = dict.fromkeys(key for row in rows for key in row if key not in NOT_COLUMNS)
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*columns, *LAST_COLUMNS], restval="", extrasaction="ignore")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()})
     return rows
 
 
-NESTED = ("curve", "widths", "labels")
-"""Entries of a row that are no column."""
-
-
-def write(path: Path, rows: Sequence[Row], about: Row) -> None:
-    """Write rows to a CSV; columns in order of first appearance, `about` the same in each."""
-    RESULTS.mkdir(exist_ok=True)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*columns, *about], restval="")
-        writer.writeheader()
-        for row in rows:
-            told = {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()}
-            writer.writerow({**told, **about})
+LAST_COLUMNS = ("steps", "machine", "date")
+NOT_COLUMNS = ("curve", "widths", "labels", *LAST_COLUMNS)
 
 
 def spread(values: Iterable[float]) -> str:
@@ -215,16 +210,6 @@ def report(
         row["panel"] = " ".join([f"{row[key]} {key}" for key in keys[:-1] if key in row] or [row["title"]])
     dots(rows, RESULTS / f"{name}.png", "panel", keys[-1], title=f"{heading}: final loss over dense")
     return rows
-
-
-def write_curves(name: str, rows: Sequence[Row]) -> None:
-    """Write every point of every run's curve to `results/<name>_curves.csv`."""
-    points = [
-        {"title": row["title"], "variant": row["variant"], "seed": row["seed"], **row["labels"], **point}
-        for row in rows
-        for point in row["curve"]
-    ]
-    write(RESULTS / f"{name}_curves.csv", points, {"machine": machine(), "date": date.today().isoformat()})
 
 
 def over_steps_flops_seconds(rows: Sequence[Row], path: Path, *measured: str, title: str) -> None:

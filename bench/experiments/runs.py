@@ -19,11 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 from rich.console import Console
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -131,24 +133,28 @@ class Training:
 
     def resume(self, place: Path | None, trainer: Any = None) -> bool:
         """Go on from a save, if there is one."""
-        if place is None or not (place / "checkpoint.json").exists():
+        if not has_save(place):
             return False
         ecospa_fx.resume(place, self.model, optimizer=self.optimizer, trainer=trainer, also={"training": self})
         return True
 
 
-def run_all(jobs: Sequence[Job], out: Path, workers: int, console: Console | None = None) -> list[dict[str, Any]]:
+def has_save(place: Path | None) -> bool:
+    return place is not None and (place / "checkpoint.json").exists()
+
+
+def run_all(jobs: Sequence[Job], out: Path, saves: Path, workers: int) -> list[dict[str, Any]]:
     """Run every job, `workers` at a time in processes of one thread each, and return a row per run.
 
     Rows that `out` already holds are taken from there, so that an interrupted experiment goes on.
     """
-    console = console or Console()
+    console = Console()
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {_key(row) for row in rows_in(out)}
     open_jobs = [job for job in jobs if not _keys(job) <= done]
     began = time.perf_counter()
     with ProcessPoolExecutor(workers, get_context("spawn"), _one_thread) as pool:
-        futures = [pool.submit(run_job, job, out) for job in open_jobs]
+        futures = [pool.submit(run_job, job, out, saves) for job in open_jobs]
         for future in as_completed(futures):
             found = future.result()
             losses = ", ".join(f"{row['variant']} {row['loss']:.3f}" for row in found)
@@ -178,20 +184,25 @@ def rows_in(out: Path) -> list[dict[str, Any]]:
 
 def _key(row: Mapping[str, Any]) -> str:
     """The run of a row, however its values were written."""
-    return json.dumps([row["title"], row["seed"], row["variant"], row["labels"]])
+    return json.dumps([row[name] for name in ("title", "seed", "steps", "variant", "labels")])
 
 
 def _keys(job: Job) -> set[str]:
     rows = [("dense", {}), *((variant.name, variant.labels) for variant in job.variants)]
-    return {_key({"title": job.title, "seed": job.seed, "variant": name, "labels": labels}) for name, labels in rows}
+    return {_key({**vars(job), "variant": name, "labels": labels}) for name, labels in rows}
 
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def run_job(job: Job, out: Path) -> list[dict[str, Any]]:
-    """Train the dense model of a job, then its branches, and write their rows.
+def run_job(job: Job, out: Path, saves: Path) -> list[dict[str, Any]]:
+    """Train the dense model of a job, then its branches, and add their rows to `out`.
+
+    Args:
+        job: with `save_every`, runs of which `out` has a row are not run again.
+        out: a row a line, JSON.
+        saves: folder for what is under way.
 
     Returns:
         A row per run, the dense one first.
@@ -200,37 +211,43 @@ def run_job(job: Job, out: Path) -> list[dict[str, Any]]:
     folder = None
     if job.save_every is not None:
         rows = [row for row in rows_in(out) if _key(row) in keys]
-        folder = out.with_suffix("") / f"{job.title}_{job.seed}".replace(" ", "_")
+        folder = saves / f"{out.stem}_{job.title}_{job.steps}_{job.seed}".replace(" ", "_")
     done = {_key(row) for row in rows}
 
     def add(row: dict[str, Any]) -> None:
-        rows.append(row)
+        rows.append({**row, "steps": job.steps, "machine": machine(), "date": date.today().isoformat()})
         if folder is not None:
-            _write(out, [row])
+            _write(out, rows[-1:])
 
     batches = job.task.batches(job.steps, job.seed)
     batches = batches if isinstance(batches, Sequence) else list(batches)
     kept: dict[int, Training] = {}
     if not rows:
-        dense = _dense(job, batches, folder, kept)
-        add(row_of(job, dense, "dense", {}))
+        add(row_of(job, _dense(job, batches, folder, kept, job.steps), "dense", {}))
+        if folder is not None:
+            shutil.rmtree(folder / "dense", ignore_errors=True)
     for number, variant in enumerate(job.variants):
         if _key({**vars(job), "variant": variant.name, "labels": variant.labels}) in done:
             continue
         begin = round(variant.begin * job.steps)
+        place = None if folder is None else folder / f"variant_{number}"
         if begin in kept:
             start = kept[begin].copy()
+        elif has_save(place):
+            start = fresh(job)  # all of it comes from there
         else:
             start = fresh(job)
-            assert start.resume(None if folder is None else folder / f"start_{begin}"), f"no save at step {begin}"
+            if not start.resume(None if folder is None else folder / f"start_{begin}"):
+                start = _dense(job, batches, folder, kept, begin).copy()
             start.curve = []
-        place = None if folder is None else folder / f"variant_{number}"
         own = variant.own
         add(own(job, variant, start, batches, rows, place) if own else _branch(job, variant, start, batches, place))
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)
     if folder is None:
         _write(out, rows)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
     return rows
 
 
@@ -248,8 +265,8 @@ def fresh(job: Job) -> Training:
     return Training.begun(model, job.task)
 
 
-def _dense(job: Job, batches: Sequence[Any], folder: Path | None, kept: dict[int, Training]) -> Training:
-    """Train the dense model; leave copies where branches begin in `kept`, and in the folder."""
+def _dense(job: Job, batches: Sequence[Any], folder: Path | None, kept: dict[int, Training], stop: int) -> Training:
+    """Train the dense model up to a step; leave copies where branches begin in `kept`, and in the folder."""
     training = fresh(job)
     place = None if folder is None else folder / "dense"
     if not training.resume(place) and job.before is not None:
@@ -257,19 +274,19 @@ def _dense(job: Job, batches: Sequence[Any], folder: Path | None, kept: dict[int
         earlier = Job(job.title, task, steps, job.seed, ())
         train(earlier, Training.begun(training.model, task), list(task.batches(steps, job.seed)), steps)
     for start in sorted({round(variant.begin * job.steps) for variant in job.variants}):
-        if training.step <= start:
+        if training.step <= start <= stop:
             train(job, training, batches, start, place=place)
             kept[start] = training.copy()
             if folder is not None:
                 training.save(folder / f"start_{start}")
-    train(job, training, batches, job.steps, place=place)
+    train(job, training, batches, stop, place=place)
     return training
 
 
 def _branch(
     job: Job, variant: Variant, training: Training, batches: Sequence[Any], place: Path | None
 ) -> dict[str, Any]:
-    begin = training.step
+    begin = round(variant.begin * job.steps)
     span = (1.0 if variant.end is None else variant.end) - variant.begin
     trainer = ecospa_fx.EcoSpaTrainer(
         training.model,

@@ -1,14 +1,14 @@
 """CIFAR-10 until most of it is learned: a ResNet and a vision transformer, dense and made small along the way.
 
-PYTHONPATH=bench python -m experiments.vision --data DIR [--only resnet] [--steps 6240] [--seeds 1] [--report]
+PYTHONPATH=bench python -m experiments.vision --data DIR [--only resnet] [--steps 4680] [--seeds 1] [--report]
 
 ResNet-18 at a quarter of its width (0.7 million parameters), and a transformer of 4 blocks of 128 channels behind a
 stem of three convolutions (0.9 million) for two and a half times as many steps; 64 images a step, each flipped and
 shifted, one cycle of the rate, products in bfloat16. Couplings lose 60% of their entries in five shrinks between 25%
 and 65% of the run: by the paper's rule, by the adaptive policy, at random, by magnitude.
 
-A run that is stopped goes on with the same command; rows are in `--runs`, with `--report` they are reported as far as
-they are there.
+A run that is stopped goes on with the same command; rows come to `results/vision.jsonl`, with `--report` they are
+reported as far as they are there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 from machine import RESULTS
 
 from experiments.images import Images
-from experiments.results import arguments, over_steps_flops_seconds, report, write_curves
+from experiments.results import arguments, over_steps_flops_seconds, report
 from experiments.runs import Job, Variant
 
 WAYS: dict[str, dict[str, object]] = {
@@ -32,7 +32,7 @@ LONGER = {"resnet": 1.0, "vit": 2.5}
 
 def main() -> None:
     options = arguments(
-        __doc__, data=True, steps=6240, seeds=1, workers=1, only={"nargs": "+", "choices": SIZES, "default": [*SIZES]}
+        __doc__, data=True, steps=4680, seeds=1, workers=1, only={"nargs": "+", "choices": SIZES, "default": [*SIZES]}
     )
     if options.data is None:
         raise SystemExit("pass --data, a folder with cifar10/train.npz and cifar10/test.npz")
@@ -49,7 +49,6 @@ def main() -> None:
         for arch in options.only
     ]  # fmt: skip
     rows = report("vision", "CIFAR-10", jobs, options, "variant", also=("accuracy", "seconds"))
-    write_curves("vision", rows)
     over_steps_flops_seconds(rows, RESULTS / "vision_curves.png", "accuracy", title="CIFAR-10, accuracy on test images")
 
 
