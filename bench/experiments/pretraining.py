@@ -1,6 +1,6 @@
 """A GPT-2 of ten million parameters on all text at hand, from scratch: loss over steps, over FLOPs, over seconds.
 
-PYTHONPATH=bench python -m experiments.pretraining --data DIR [--steps 4000] [--seeds 1] [--report]
+PYTHONPATH=bench python -m experiments.pretraining --data DIR [--steps 3000] [--seeds 1] [--report]
 
 36 MB of the standard library, documentation and licences of installed packages and sources of some (`language.py`), in
 tokens of a BPE trained on it; 6 blocks of 352 channels, 16 windows of 128 tokens a step, in bfloat16. Held out:
@@ -33,7 +33,7 @@ BASE = {"target": 0.4, "among": "prunable"}
 
 
 def main() -> None:
-    options = arguments(__doc__, data=True, steps=4000, seeds=1, workers=1)
+    options = arguments(__doc__, data=True, steps=3000, seeds=1, workers=1)
     outside = None if options.data is None else options.data / "wikitext-2" / "test.txt"
     sizes = {"width": 768, "layers": 12, "context": 512, "batch_size": 32} if options.scale == "gpu" else {}
     task = Language(outside, options.runs / "language", **sizes)
