@@ -15,6 +15,7 @@ reported as far as they are there.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,7 +85,8 @@ def maps(rows: Sequence[Row], title: str) -> None:
             for x, value in enumerate(line):
                 dark = (value - low) < 0.5 * (high - low)
                 ink = "white" if dark != colours.endswith("_r") else "black"
-                axis.text(x, y, form.format(value), ha="center", va="center", color=ink, fontsize=12)
+                told = "" if math.isnan(value) else form.format(value)
+                axis.text(x, y, told, ha="center", va="center", color=ink, fontsize=12)
         axis.set_xticks(range(len(THETAS)), [f"{theta:.0%}" for theta in THETAS])
         axis.set_yticks(range(len(SHARES)), [f"{share:.0%}" for share in SHARES])
         axis.set(xlabel="theta: share of score that stays", ylabel="top_k: share of couplings per step")
