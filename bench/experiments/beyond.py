@@ -25,20 +25,20 @@ from __future__ import annotations
 import importlib.util
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-import torch
 from machine import RESULTS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
-import ecospa_fx
 from ecospa_fx.compensate import compensation
 from experiments.results import Row, arguments, difference, dots, grouped, over_dense_table, run, show
 from experiments.runs import Job, Training, Variant, row_of, train
+from experiments.scratch import small, small_as_long
 from experiments.tasks import Text
 
 WHEN = {"early": (0.25, 0.65), "late": (0.7, 0.9), "fine-tuning": (0.2, 0.7)}
@@ -61,38 +61,10 @@ def in_order() -> Iterator[None]:
         compensation.rotate = whole
 
 
-def small(
-    job: Job, variant: Variant, start: Training, batches: Sequence[Any], rows: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """A model of the final size from the start, trained for the compute that the adaptive run took."""
-    (other,) = (row for row in rows if row["variant"] == "adaptive" and variant.labels.items() <= row.items())
-    return _small(job, variant, lambda size: round(other["compute"] / size))
-
-
-def small_as_long(
-    job: Job, variant: Variant, start: Training, batches: Sequence[Any], rows: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """A model of the final size from the start, for as many steps as the others."""
-    return _small(job, variant, lambda size: job.steps)
-
-
-def _small(job: Job, variant: Variant, steps_of: Callable[[int], int]) -> dict[str, Any]:
-    torch.manual_seed(job.seed)
-    model, (first, _) = job.task.model(), next(job.task.batches(1, job.seed))
-    ecospa_fx.compile(model, example_inputs=(first,))
-    target = variant.settings["target"]
-    keep = {c: torch.arange(max(1, round(target * c.size))) for c in ecospa_fx.couplings(model) if c.kind != "heads"}
-    ecospa_fx.shrink(model, keep)  # random weights: any entries are random ones
-    steps = steps_of(sum(p.numel() for p in model.parameters()))
-    training, curve = Training.begun(model, job.task), []
-    longer = Job(job.title, job.task, steps, job.seed, ())
-    train(longer, training, list(job.task.batches(steps, job.seed)), 0, steps, curve)
-    return row_of(longer, training, variant.name, variant.labels, curve)
-
-
 def torch_pruning(
-    job: Job, variant: Variant, start: Training, batches: Sequence[Any], rows: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+    job: Job, variant: Variant, start: Training, batches: Sequence[Any], rows: Sequence[Mapping[str, Any]],
+    place: Path | None,
+) -> dict[str, Any]:  # fmt: skip
     """Torch-Pruning in one stroke, to the size of the adaptive run or just above it."""
     import peers
 
@@ -107,10 +79,10 @@ def torch_pruning(
 
     sizes = {ratio: sum(p.numel() for p in pruned(ratio / 100).parameters()) for ratio in range(5, 90)}
     best = min((size, ratio) for ratio, size in sizes.items() if size >= other["parameters"])[1] / 100
-    training, curve = Training.begun(pruned(best), job.task), []
-    training.seconds, training.compute = start.seconds, start.compute
-    train(job, training, batches, round(variant.begin * job.steps), job.steps, curve)
-    return row_of(job, training, variant.name, variant.labels, curve) | {"ratio": best}
+    training = Training.begun(pruned(best), job.task)
+    training.load_state_dict(start.state_dict())
+    train(job, training, batches, job.steps)
+    return row_of(job, training, variant.name, variant.labels) | {"ratio": best}
 
 
 def variants(when: str) -> tuple[Variant, ...]:
@@ -200,9 +172,12 @@ def curves(rows: Sequence[Row]) -> None:
         begin = [math.inf, math.inf]
         for (variant,), runs in grouped([*dense, *members], "variant").items():
             count = min(len(run["curve"]) for run in runs)
-            points = [[statistics.mean(run["curve"][i][k] for run in runs) for i in range(count)] for k in range(3)]
-            for line, across in ((0, points[0]), (1, points[2])):
-                (drawn,) = axes[line][column].plot(across, points[1], color=COLOURS[variant], marker=".")
+            steps, seconds, losses = (
+                [statistics.mean(run["curve"][i][k] for run in runs) for i in range(count)]
+                for k in ("step", "seconds", "loss")
+            )
+            for line, across in ((0, steps), (1, seconds)):
+                (drawn,) = axes[line][column].plot(across, losses, color=COLOURS[variant], marker=".")
                 lines.setdefault(variant, drawn)
                 if variant == "adaptive":
                     begin[line] = across[0]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,8 +55,9 @@ class NormsOnly:
 
 
 def one_stroke(
-    job: Job, variant: Variant, start: Training, batches: Sequence[Any], rows: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+    job: Job, variant: Variant, start: Training, batches: Sequence[Any], rows: Sequence[Mapping[str, Any]],
+    place: Path | None,
+) -> dict[str, Any]:  # fmt: skip
     """Remove entries of the stream of the trained model."""
     model: Any = start.model.eval()
     (coupling,) = [c for c in ecospa_fx.couplings(model) if c.kind == "residual"]
@@ -71,7 +73,7 @@ def one_stroke(
         entries = weights_of(model, coupling, grams).topk(keep).indices.sort().values
     absorb: Any = NormsOnly(grams) if "norms" in variant.name else grams if "absorbed" in variant.name else None
     ecospa_fx.shrink(model, {coupling.name: entries}, absorb=absorb)
-    return row_of(job, start, variant.name, variant.labels, [])
+    return row_of(job, start, variant.name, variant.labels)
 
 
 def weights_of(model: nn.Module, coupling: ecospa_fx.Coupling, grams: ecospa_fx.Grams) -> Tensor:

@@ -7,29 +7,31 @@ import csv
 import statistics
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from machine import RESULTS, machine
+from machine import RESULTS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from experiments.runs import Job, run_all
+from experiments.runs import Job, measured, run_all
 
 COLOURS = {
-    "dense": "#7f7f7f", "coupled": "#0072b2", "uncoupled": "#d55e00", "magnitude": "#009e73",
-    "activation": "#cc79a7", "random": "#e69f00", "compensated": "#56b4e9", "adaptive": "#009e73",
+    "dense": "#7f7f7f", "coupled": "#0072b2", "uncoupled": "#d55e00", "magnitude": "#882255",
+    "activation": "#cc79a7", "random": "#e69f00", "compensated": "#56b4e9", "adaptive": "#009e73", "paper": "#0072b2",
+    "small, same tokens": "#000000", "small, same FLOPs": "#999933",
 }  # fmt: skip
 """Told apart with colour-blind eyes as well (Okabe and Ito)."""
 
 Row = Mapping[str, Any]
 
 
-def arguments(description: str | None, *, data: bool = False, steps: int) -> argparse.Namespace:
-    """The options that every experiment has."""
+def arguments(
+    description: str | None, *, data: bool = False, steps: int, seeds: int = 3, workers: int = 2, **more: Any
+) -> argparse.Namespace:
+    """The options that every experiment has; `more` are its own: name -> options of `add_argument`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if data:
         parser.add_argument(
@@ -39,11 +41,14 @@ def arguments(description: str | None, *, data: bool = False, steps: int) -> arg
     parser.add_argument(
         "--steps", type=int, default=None, help=f"of each run (default: {steps}, with gpu ten times that)"
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--workers", type=int, default=workers, help="processes, of one thread each")
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs/experiments"), help="rows as they come; a second call goes on there"
+        "--runs", type=Path, default=Path("runs/experiments"), help="what is under way; a second call goes on there"
     )
+    for option, how in more.items():
+        parser.add_argument(f"--{option}", **how)
+    parser.add_argument("--report", action="store_true", help="run nothing; report the rows that there are")
     found = parser.parse_args()
     if found.steps is None:
         found.steps = steps * (10 if found.scale == "gpu" else 1)
@@ -51,24 +56,32 @@ def arguments(description: str | None, *, data: bool = False, steps: int) -> arg
 
 
 def run(name: str, jobs: Sequence[Job], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run an experiment's jobs and write its CSV and curves.
+    """Run an experiment's jobs and write its CSV.
+
+    Rows of long jobs, with their curves, come one by one to `results/<name>.jsonl`, others to the folder `--runs`.
 
     Returns:
         A row per run, those of one job together, ordered as the jobs are.
     """
-    rows = run_all(jobs, options.runs / f"{name}.jsonl", options.workers)
+    kept = RESULTS if any(job.save_every is not None for job in jobs) else options.runs
+    out = kept / f"{name}.jsonl"
+    rows = measured(jobs, out) if options.report else run_all(jobs, out, options.runs, options.workers)
+    if not rows:
+        raise SystemExit(f"{out} holds no row of these runs")
     order = {job.title: place for place, job in enumerate(jobs)}
     rows.sort(key=lambda row: (order[row["title"]], row["seed"]))
-    columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("curve", "widths")))
+    columns = dict.fromkeys(key for row in rows for key in row if key not in NOT_COLUMNS)
     RESULTS.mkdir(exist_ok=True)
-    about = {"steps": options.steps, "machine": machine(), "date": date.today().isoformat()}
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*columns, *about], restval="")
+        writer = csv.DictWriter(file, [*columns, *LAST_COLUMNS], restval="", extrasaction="ignore")
         writer.writeheader()
         for row in rows:
-            told = {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()}
-            writer.writerow({key: value for key, value in told.items() if key not in ("curve", "widths")} | about)
+            writer.writerow({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()})
     return rows
+
+
+LAST_COLUMNS = ("steps", "machine", "date")
+NOT_COLUMNS = ("curve", "widths", "labels", *LAST_COLUMNS)
 
 
 def spread(values: Iterable[float]) -> str:
@@ -161,8 +174,8 @@ def curves(rows: Sequence[Row], path: Path, panel: str, *, title: str) -> None:
         titles = {row["title"] for row in members}
         dense = [row for row in rows if row["variant"] == "dense" and row["title"] in titles]
         for (variant,), runs in grouped([*dense, *members], "variant").items():
-            steps = [point[0] for point in runs[0]["curve"]]
-            heights = [statistics.mean(run["curve"][place][1] for run in runs) for place in range(len(steps))]
+            steps = [point["step"] for point in runs[0]["curve"]]
+            heights = [statistics.mean(run["curve"][place]["loss"] for run in runs) for place in range(len(steps))]
             axis.plot(steps, heights, color=COLOURS.get(variant), label=variant, linewidth=1.8, marker=".")
         axis.set_title(textwrap.fill(str(name), 26), fontsize=10)
         axis.set_xlabel("step")
@@ -197,3 +210,43 @@ def report(
         row["panel"] = " ".join([f"{row[key]} {key}" for key in keys[:-1] if key in row] or [row["title"]])
     dots(rows, RESULTS / f"{name}.png", "panel", keys[-1], title=f"{heading}: final loss over dense")
     return rows
+
+
+def over_steps_flops_seconds(rows: Sequence[Row], path: Path, *measured: str, title: str) -> None:
+    """A line per run over steps, over FLOPs and over seconds; a row of panels per task and per thing measured.
+
+    Args:
+        rows: of one seed.
+        path: file to write.
+        measured: what of the curve's points is drawn.
+        title: of the figure.
+    """
+    panels = [(name, what) for (name,) in grouped(rows, "title") for what in measured]
+    figure = Figure(figsize=(12.6, 3.9 * len(panels)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    lines: dict[str, Any] = {}
+    across = (("step", "step", 1), ("flops", "10¹² FLOPs", 1e12), ("seconds", "seconds of one core", 1))
+    for line, (name, what) in zip(figure.subplots(len(panels), 3, squeeze=False), panels):
+        members = [row for row in rows if row["title"] == name]
+        ends = [row["curve"][-1][what] for row in members]
+        spread_of = max(ends) - min(ends)
+        for axis, (key, label, unit) in zip(line, across):
+            for row in members:
+                points = row["curve"]
+                colour = COLOURS.get(row["variant"])
+                (drawn,) = axis.plot(
+                    [point[key] / unit for point in points], [point[what] for point in points],
+                    color=colour, linewidth=1.8, marker=".", markersize=4,
+                )  # fmt: skip
+                axis.plot(points[-1][key] / unit, points[-1][what], "o", color=drawn.get_color())
+                lines.setdefault(row["variant"], drawn)
+            axis.set(xlabel=label, title=f"{name}: {what.replace('_', ' ')}")
+            if what == "accuracy":
+                axis.set_ylim(bottom=max(0.0, min(ends) - max(0.15, 3 * spread_of)))
+            else:
+                axis.set_ylim(min(ends) - 0.1, max(ends) + max(0.8, 3 * spread_of))
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(7, len(lines)))
+    figure.suptitle(title, fontsize=12)
+    figure.savefig(path)

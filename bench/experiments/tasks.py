@@ -1,16 +1,13 @@
-"""Tasks: for each a model with random weights, batches, a loss, and a score on held-out data."""
+"""Small tasks: for each a model with random weights, batches, a loss, and a score on held-out data."""
 
 from __future__ import annotations
 
-import io
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -18,7 +15,6 @@ from torch.nn.functional import cross_entropy
 from ecospa_fx.demo.corpus import Corpus, read_corpus, training_batches, validation_batches
 from ecospa_fx.demo.models import build_model
 from ecospa_fx.demo.options import Options
-from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
 
 Batch = tuple[Tensor, Tensor]
 
@@ -31,8 +27,8 @@ class Task(Protocol):
     def model(self) -> nn.Module:
         """A model with random weights, as `torch.manual_seed` left the generator."""
 
-    def batches(self, steps: int, seed: int) -> Iterator[Batch]:
-        """Training batches; the same seed gives the same ones."""
+    def batches(self, steps: int, seed: int) -> Iterable[Batch]:
+        """Training batches; the same seed gives the same ones. Those of a long run are a sequence, made when taken."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of a batch."""
@@ -91,67 +87,6 @@ class Text:
 @cache
 def _read(source: Path | None) -> Corpus:
     return read_corpus(source, least=100_000)
-
-
-@dataclass(frozen=True)
-class Images:
-    """CIFAR-10, learned by a small vision transformer; flipped and shifted at random.
-
-    Attributes:
-        source: folder with `train.npz` and `test.npz`: `jpeg` (all files end to end), `offset`, `label`.
-    """
-
-    source: Path
-    width: int = 96
-    layers: int = 4
-    heads: int = 3
-    patch: int = 4
-    batch_size: int = 32
-    rate: float = 1e-3
-
-    def model(self) -> nn.Module:
-        tolerate_missing_torchvision_ops()
-        from timm.models.vision_transformer import VisionTransformer
-
-        sizes = {"embed_dim": self.width, "depth": self.layers, "num_heads": self.heads}
-        return VisionTransformer(img_size=32, patch_size=self.patch, num_classes=10, **sizes)
-
-    def batches(self, steps: int, seed: int) -> Iterator[Batch]:
-        images, labels = _decoded(self.source / "train.npz")
-        draw = torch.Generator().manual_seed(seed)
-        for _ in range(steps):
-            chosen = torch.randint(len(images), (self.batch_size,), generator=draw)
-            x = torch.nn.functional.pad(images[chosen].float(), (4, 4, 4, 4))
-            top, left = torch.randint(9, (2,), generator=draw).tolist()
-            x = x[..., top : top + 32, left : left + 32]
-            flip = torch.rand(self.batch_size, generator=draw) < 0.5
-            yield _normal(torch.where(flip[:, None, None, None], x.flip(-1), x)), labels[chosen]
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return cross_entropy(model(batch[0]), batch[1])
-
-    def validate(self, model: nn.Module) -> dict[str, float]:
-        images, labels = _decoded(self.source / "test.npz")
-        images, labels = images[:2000], labels[:2000]
-        logits = torch.cat([model(_normal(part.float())) for part in images.split(200)])
-        right = (logits.argmax(1) == labels).float().mean().item()
-        return {"loss": cross_entropy(logits, labels).item(), "accuracy": right}
-
-
-@cache
-def _decoded(path: Path) -> Batch:
-    """Images `[n, 3, 32, 32]`, uint8, and labels `[n]`."""
-    from PIL import Image
-
-    held = np.load(path)
-    data, offset = held["jpeg"].tobytes(), held["offset"]
-    files = (data[a:b] for a, b in itertools.pairwise(offset))
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(held["label"].astype(np.int64))
-
-
-def _normal(pixels: Tensor) -> Tensor:
-    return pixels / 64 - 2
 
 
 @dataclass(frozen=True)

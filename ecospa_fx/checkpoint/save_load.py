@@ -185,7 +185,10 @@ def resume(
         # Ranks that share a model see one directory; those that each have all of it may have copies.
         state, weights, digest = read_save(source, read, ranks=ranks if sharded else ALONE)
         if weights is None and compiled.save != digest:
-            raise CheckpointError(f"{source} has been saved to since this model was loaded from it; load it again")
+            raise CheckpointError(
+                f"{source} does not hold the save that this model was loaded from or saved to last: it has been saved "
+                "to since, or is another directory; load it again, or give `resume` a new model"
+            )
         if weights is not None and sharded:
             check_same(model, weights)
         ranks.meet("resume")

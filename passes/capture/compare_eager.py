@@ -75,18 +75,31 @@ def difference_from_eager(
     that has been compared so on a block that runs the same Python.
 
     Graphs are traced without autocast. Under autocast they are compared twice, first without it and exactly, then as
-    they are called, because the region's Python may depend on it. Buffers that a forward updates (running statistics)
-    and the random state are left as they were.
+    they are called, because the region's Python may depend on it. Where eager itself does not run without autocast,
+    because a region before has cast what meets float32 weights here, the second comparison has to do, as for a model
+    that is in the narrow dtype altogether. Buffers that a forward updates (running statistics) and the random state
+    are left as they were.
     """
     dtypes = [dtype for dtype in autocast_now() if dtype is not None]
-    with contextlib.ExitStack() as off:
-        for kind in AUTOCAST:
-            off.enter_context(torch.autocast(kind, enabled=False))
-        error = _difference(captured, module, forward, args, kwargs, once)
+    try:
+        with contextlib.ExitStack() as off:
+            for kind in AUTOCAST:
+                off.enter_context(torch.autocast(kind, enabled=False))
+            error = _difference(captured, module, forward, args, kwargs, once)
+    except _EagerError as failed:
+        error = None if dtypes else f"its eager forward does not run: {failed}"
     if error is None and dtypes:
-        error = _difference(captured, module, forward, args, kwargs, once, max(TOLERANCE[dtype] for dtype in dtypes))
+        try:
+            tolerance = max(TOLERANCE[dtype] for dtype in dtypes)
+            error = _difference(captured, module, forward, args, kwargs, once, tolerance)
+        except _EagerError as failed:
+            error = f"its eager forward does not run: {failed}"
         error = error and f"{error} under autocast"
     return error
+
+
+class _EagerError(Exception):
+    """The region's own Python fails on the call."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +208,11 @@ def _difference(
             return outputs, _state_of(captured, module, marks)
 
     try:
-        mine, theirs = results(eager), results(graph)
+        mine = results(eager)
+    except RuntimeError as error:
+        raise _EagerError(str(error).splitlines()[0]) from error
+    try:
+        theirs = results(graph)
     except RuntimeError as error:
         return f"its graph does not run: {str(error).splitlines()[0]}"
     for which, outs, graph_outs in (

@@ -9,7 +9,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence, Set
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.ir.region_graph import Assigned, Forward, Point, described
 from ecospa_fx.passes.ir.results import flattened_results, kept_elsewhere
+from ecospa_fx.passes.ir.signature import autocast_now
 from ecospa_fx.passes.ir.state_access import PLAIN, TENSOR, ObjectLeaf, ObjectPath, flattened
 from ecospa_fx.passes.objects.proxies import Proxy
 from ecospa_fx.passes.objects.tracker import Tracker
@@ -142,6 +143,11 @@ def export(
             if about_data and first is not None:
                 break
             first = first or error
+    # Autocast has cast an argument that meets wider weights here, and this is traced without it.
+    wide = [t.float() if t.dtype in autocast_now() else t for t in tensors]
+    if any(a is not b for a, b in zip(wide, tensors, strict=True)):
+        with suppress(CaptureError):
+            return export(flat, wide, region, static)
     reason = str(first).strip().split("\n")[0] or type(first).__name__
     raise CaptureError(
         f"torch.export cannot capture {described(region)} ({type(flat.region).__name__}): {reason}"

@@ -163,7 +163,10 @@ def test_state_and_model_of_two_saves_do_not_mix(saved):
     ecospa_fx.save(model, directory, optimizer=optimizer)
     with pytest.raises(errors.CheckpointError) as caught:
         ecospa_fx.resume(directory, loaded, optimizer=optimizer2)
-    assert str(caught.value) == f"{directory} has been saved to since this model was loaded from it; load it again"
+    assert str(caught.value) == (
+        f"{directory} does not hold the save that this model was loaded from or saved to last: it has been saved to "
+        "since, or is another directory; load it again, or give `resume` a new model"
+    )
 
 
 def rewritten(directory, file, change):

@@ -100,6 +100,40 @@ def test_the_first_call_may_be_under_autocast(regions):
         assert torch.equal(grad, grads[1][name]), name
 
 
+class Two(nn.Module):
+    """Two convolutions; between equal blocks autocast hands on what it has cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.norm, self.down = nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.norm(self.up(x))))
+
+
+@pytest.mark.parametrize("first", [False, True])
+@each_way
+def test_blocks_that_get_what_autocast_has_cast(regions, first):
+    """Their inputs are bfloat16 and their weights float32, so that eager runs under autocast only."""
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(Two(), Two(), Two()), torch.randn(2, 4, 6, 6)
+    model = ecospa_fx.compile(copy.deepcopy(plain), regions=regions, example_inputs=None if first else (x,))
+    with torch.autocast("cpu", torch.bfloat16):
+        for training in (True, False):
+            assert torch.equal(model.train(training)(x), plain.train(training)(x))
+    (coupling,) = [c for c in ecospa_fx.couplings(model) if c.name == "1.conv"]
+    keep = torch.tensor([0, 2, 3, 7])
+    twin = copy.deepcopy(plain)
+    removed = [i for i in range(8) if i not in keep]
+    with torch.no_grad():
+        twin[1].down.weight[:, removed] = 0
+    ecospa_fx.shrink(model, {coupling: keep})
+    with torch.autocast("cpu", torch.bfloat16):
+        out, masked = model(x), twin.eval()(x)
+    assert out.dtype == torch.bfloat16 and model[1].up.weight.shape[0] == 4
+    torch.testing.assert_close(out, masked, atol=0.02, rtol=0.02)
+
+
 class Curious(Block):
     """Its Python takes another path under autocast."""
 
