@@ -142,7 +142,8 @@ def compress(
         heal: called with the model after each stroke, such as a few steps of training. An error in it is raised, and
             leaves the model as it is then.
         scores: kind -> the score that says which entries of its couplings go, `{"experts": "reap"}`; how many go is
-            decided as ever. One that reads gradients cannot be had here.
+            decided as ever. One that reads gradients reads those of the loss of all batches together, for which the
+            weights of these couplings hold gradients: it says little without `loss` or labels.
 
     Returns:
         A report of what went and what it cost.
@@ -211,10 +212,12 @@ def _check_scores(scores: Mapping[str, str]) -> None:
     check_kinds(list(scores) or None)
     for kind, name in scores.items():
         score = score_named(name, f"scores[{kind!r}]")
-        if score.reads not in ("experts", "weights", "nothing") or (score.reads == "experts" and kind != "experts"):
+        known = score.reads in ("gradients", "experts", "weights", "nothing")
+        if not known or (score.reads == "experts" and kind != "experts"):
             raise TargetError(
                 f"scores={{{kind!r}: {name!r}}}: it reads {score.reads}, and compress has none of these for {kind}; "
-                "for experts there are 'reap' and 'frequency', for all kinds 'magnitude' and 'random', or leave it out"
+                "for experts there are 'reap' and 'frequency', for all kinds 'taylor' and others that read gradients, "
+                "'magnitude' and 'random', or leave it out"
             )
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ecospa_fx.compensate.absorbers import rooms
 from ecospa_fx.compensate.forecast import forecast, removed_by, whole_worth, worth_of
@@ -83,11 +83,21 @@ class Stroke:
         saliency.begins, saliency.wholes = True, self.constraints.min_keep == 0
         saliency.computes_again = True
         others = {score: CoupledEstimator(self.model, score) for score in dict.fromkeys(self.scores.values())}
+        summed = self._summed(others)
         try:
             with without_gradients(self.model), order.attached():
+                for parameter in summed:
+                    parameter.requires_grad_(True)
                 for number, batch in enumerate(calls):
                     if number not in held:
-                        self._read(saliency, others, order, batch, number, objective)
+                        self._read(saliency, others, order, batch, number, objective, summed)
+                for parameter, gradient in summed.items():
+                    parameter.grad = gradient
+                for each in others.values():
+                    if each.score.reads == "gradients":
+                        each.accumulate()
+                summed.clear()
+                self.model.zero_grad(set_to_none=True)
         finally:
             for each in (saliency, *others.values()):
                 each.detach()
@@ -110,14 +120,24 @@ class Stroke:
                 f"little; {math.ceil(positions * ROWS_WANTED / short):,} would do"
             )
 
+    def _summed(self, others: Mapping[str, CoupledEstimator]) -> dict[nn.Parameter, Tensor | None]:
+        """Return the weights of whose gradients, added up over all batches, the scores of some kinds are made."""
+        kinds = {kind for kind, name in self.scores.items() if others[name].score.reads == "gradients"}
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        of = (c for c in couplings(self.model) if c.kind in kinds and c not in self.constraints.frozen)
+        return {parameters[m.parameter]: None for c in of for m in c.members if m.parameter in parameters}
+
     def _read(
         self, saliency: Saliency, others: Mapping[str, CoupledEstimator], order: CallOrder, batch: Any, number: int,
-        objective: Loss,
+        objective: Loss, summed: dict[nn.Parameter, Tensor | None],
     ) -> None:  # fmt: skip
         """Read the gradients of a batch."""
         with order.counting():
             backward_of(objective, self.model, batch, number)
         saliency.accumulate()
+        for parameter, before in summed.items():
+            if parameter.grad is not None:
+                summed[parameter] = parameter.grad if before is None else before.add_(parameter.grad)
         self.model.zero_grad(set_to_none=True)
         if not number and let_train(self.model, saliency, self.constraints.frozen):
             # What has no place in a graph is judged by gradients of weights: from the first batch on.

@@ -20,6 +20,7 @@ import traceback
 import warnings
 from datetime import timedelta
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -76,8 +77,8 @@ class Crew:
         return found
 
     def _start(self):
-        # What a test has imported need not be imported again, unless a GPU is in use, which does not outlive a fork.
-        context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
+        # What a test has imported need not be imported again, unless there is something that does not outlive a fork.
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() or autograd_threads() else "fork")
         store, port = tempfile.mktemp(prefix="crew"), free_port()
         for rank in range(self.world):
             ours, theirs = context.Pipe()
@@ -125,6 +126,12 @@ def _serve(rank, world, timeout, store, port, pipe, others):
         except BaseException:
             answer = ("error", traceback.format_exc())
         pipe.send(answer)
+
+
+def autograd_threads():
+    """Return whether autograd has threads of its own, as it has for devices other than the CPU."""
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return any(name.startswith("pt_autograd") for name in names)
 
 
 def free_port():

@@ -137,6 +137,27 @@ def test_strokes_have_their_own_statistics_and_can_be_healed():
     assert apart(model, dense, ids) < at_random(dense, ids, 0.5)
 
 
+def test_the_order_of_gradients_of_all_batches_together():
+    """`taylor` beside plain autograd: |weight times gradient| of the summed loss, over all slices of a unit."""
+    dense, batches, _ = sinks()
+
+    def loss(model, ids):
+        return torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    seen = [batch for number, batch in enumerate(batches) if number != 7]  # which is held out
+    sum(loss(dense, ids) for ids in seen).backward()
+    model = copy.deepcopy(dense)
+    model.zero_grad()
+    ecospa_fx.compress(model, batches, 0.7, kinds=["glu"], loss=loss, scores={"glu": "taylor"})
+    for plain, small in zip(dense.blocks, model.blocks, strict=True):
+        terms = {name: (p * p.grad).abs() for name, p in plain.named_parameters()}
+        worth = terms["gate.weight"].sum(1) + terms["up.weight"].sum(1) + terms["down.weight"].sum(0)
+        kept = worth.argsort()[HIDDEN - len(small.gate.weight) :].sort().values
+        assert 0 < len(kept) < HIDDEN
+        assert torch.equal(small.gate.weight, plain.gate.weight[kept])
+        assert small.gate.weight.grad is None
+
+
 class Recurrent(nn.Module):
     """Its hidden units have no place in a graph; its loss alone knows how it is called."""
 
