@@ -6,7 +6,8 @@ PYTHONPATH=bench:DIR python bench/real/one_stroke.py --data DATA [--rows random 
 DIR holds the installed packages of `weights.py`, DATA `valid.txt` (calibration) and `test.txt` of WikiText-2. The other
 domain is Python source: files of the standard library. 512-token windows: the first eight of the test text, and four
 spread over the source; with 2,048 tokens six windows of 256 (the first table of docs/absorption.md). Rows that
-`results/real_one_stroke.csv` holds are not run again.
+`results/real_one_stroke.csv` holds are not run again. `ours x 4` takes four strokes; in `ours, taylor` units go by the
+terms of LLM-Pruner, how many in each layer, and what takes over, as in `ours`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ WINDOW = 512
 SOURCE = ("argparse", "ast", "calendar", "heapq", "textwrap", "tarfile", "random", "queue")
 ROWS = (
     "dense", "random", "magnitude", "norms", "wanda-sp", "flap", "taylor", "tok2", "llm-pruner", "modegpt", "slimgpt",
-    "ours",
+    "ours", "ours, taylor",
 )  # fmt: skip
 FIELDS = (
     "row", "share", "tokens", "seed", "in_domain", "out_of_domain", "windows", "seconds", "cpu_seconds", "weights",
@@ -113,8 +114,9 @@ def shrink(model: Any, row: str, share: float, calls: list[Tensor], seed: int) -
     if row.startswith("ours"):
         total = sum(p.numel() for p in model.parameters())
         glu = sum(p.numel() for ffn in ffns for p in ffn.parameters())
-        steps = int(row.partition("x")[2] or 1)
-        print(ecospa_fx.compress(model, calls, 1 - share * glu / total, kinds=["glu"], loss=loss_of, steps=steps))
+        settings: dict[str, Any] = {"kinds": ["glu"], "loss": loss_of, "steps": int(row.partition(" x ")[2] or 1)}
+        settings["scores"] = {"glu": "taylor"} if row == "ours, taylor" else None
+        print(ecospa_fx.compress(model, calls, 1 - share * glu / total, **settings))
         return
     needs_nothing = row in ("random", "norms", "magnitude")
     seen, gradients = [None] * len(ffns), [None] * len(ffns)

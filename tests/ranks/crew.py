@@ -20,10 +20,11 @@ import traceback
 import warnings
 from datetime import timedelta
 from multiprocessing.connection import wait
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
 
 LIMIT = 240  # seconds that a case may take: other work may hold the machine
 
@@ -78,7 +79,7 @@ class Crew:
 
     def _start(self):
         # What a test has imported need not be imported again, unless there is something that does not outlive a fork.
-        context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() or autograd_threads() else "fork")
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() or not may_fork() else "fork")
         store, port = tempfile.mktemp(prefix="crew"), free_port()
         for rank in range(self.world):
             ours, theirs = context.Pipe()
@@ -104,6 +105,7 @@ class Crew:
 
 
 def _serve(rank, world, timeout, store, port, pipe, others):
+    tolerate_missing_torchvision_ops()  # as the tests do; a process that is no fork has not
     for each in others:  # or the end of the test would not be seen here
         each.close()
     os.environ.update(
@@ -128,10 +130,18 @@ def _serve(rank, world, timeout, store, port, pipe, others):
         pipe.send(answer)
 
 
-def autograd_threads():
-    """Return whether autograd has threads of its own, as it has for devices other than the CPU."""
-    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-    return any(name.startswith("pt_autograd") for name in names)
+def may_fork():
+    """Return whether a fork of this process can compute gradients: not once a backward in a backward took threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, from Python 3.12 on
+        child = os.fork()
+    if not child:
+        try:
+            torch.ones(1, requires_grad=True).sum().backward()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def free_port():
