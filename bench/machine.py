@@ -27,21 +27,21 @@ def machine() -> str:
 
 
 def kept_rows(name: str) -> list[dict[str, str]]:
-    """Read the rows of `results/<name>.csv`, without the columns that `write_csv` adds; none where there is none."""
+    """Read the rows of `results/<name>.csv`, with the machine and the date that each has; none where there is none."""
     path = RESULTS / f"{name}.csv"
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [{k: v for k, v in row.items() if k not in ("machine", "date")} for row in csv.DictReader(file)]
+        return list(csv.DictReader(file))
 
 
 def write_csv(name: str, rows: Sequence[Mapping[str, object]]) -> Path:
-    """Write `rows` to `results/<name>.csv`, each with the machine and the date."""
+    """Write `rows` to `results/<name>.csv`, each with the machine and the date: its own, or those of now."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], "machine", "date"])
+        now = {"machine": machine(), "date": date.today().isoformat()}
+        writer = csv.DictWriter(file, [name for name in rows[0] if name not in now] + list(now))
         writer.writeheader()
-        for row in rows:
-            writer.writerow({**row, "machine": machine(), "date": date.today().isoformat()})
+        writer.writerows({**now, **row} for row in rows)
     return path

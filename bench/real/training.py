@@ -38,6 +38,8 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "taylor_positions": {**PAPER, "score": "taylor_positions", "index_score": "taylor_positions"},
     "finetune": {"preset": "finetune"},
     "finetune, cubic": {"preset": "finetune", "shape": "cubic"},
+    "finetune, glu": {"preset": "finetune", "target": {"glu": 0.6624}},  # as many parameters
+    "finetune, glu, cubic": {"preset": "finetune", "shape": "cubic", "target": {"glu": 0.6624}},
     "adaptive": {"policy": "adaptive"},
     "adaptive, removed": {"policy": "adaptive", "absorb": False, "rotate": False},
     "random": {**PAPER, "score": "random", "index_score": "random"},
@@ -93,8 +95,8 @@ def run(name: str, options: argparse.Namespace, train: Tensor, test: Tensor) -> 
     trainer = None
     if settings is not None:
         trainer = ecospa_fx.EcoSpaTrainer(
-            model, optimizer, target=options.target, start=options.steps // 6, end=2 * options.steps // 3, shrinks=4,
-            **settings,
+            model, optimizer, start=options.steps // 6, end=2 * options.steps // 3, shrinks=4,
+            **{"target": options.target, **settings},
         )  # fmt: skip
     if measured:
         ecospa_fx.resume(place, model, optimizer=optimizer, trainer=trainer)
