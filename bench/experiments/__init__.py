@@ -2,7 +2,9 @@
 
 PYTHONPATH=bench python -m experiments.coupled --data DIR
 
-tasks     the tasks: text, images, associative recall
-runs      dense runs, and the runs that branch off from them and shrink
+tasks     small tasks: bytes of text, associative recall
+language  all text at hand, in tokens      images  CIFAR-10      mails  spam or not
+runs      dense runs, and the runs that branch off from them and shrink; long ones go on where they were stopped
+scratch   models of the final size from the start
 results   tables, CSV and plots
 """

@@ -65,7 +65,10 @@ def run(name: str, jobs: Sequence[Job], options: argparse.Namespace) -> list[dic
     """
     kept = RESULTS if any(job.save_every is not None for job in jobs) else options.runs
     out = kept / f"{name}.jsonl"
-    rows = measured(jobs, out) if options.report else run_all(jobs, out, options.runs, options.workers)
+    if not options.report:
+        chosen = vars(options).get("only") or [job.title for job in jobs]
+        run_all([job for job in jobs if job.title in chosen], out, options.runs, options.workers)
+    rows = measured(jobs, out)
     if not rows:
         raise SystemExit(f"{out} holds no row of these runs")
     order = {job.title: place for place, job in enumerate(jobs)}
@@ -196,7 +199,7 @@ def report(
         name: of its files.
         title: what was trained.
         jobs: what to run.
-        options: from `arguments`.
+        options: from `arguments`; `only`, where an experiment has it, are the titles of jobs to run.
         keys: columns that tell its rows apart, beside the job's title; the last is what runs are compared over.
         how: `also`, more columns of the table.
     """

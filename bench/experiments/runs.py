@@ -143,11 +143,8 @@ def has_save(place: Path | None) -> bool:
     return place is not None and (place / "checkpoint.json").exists()
 
 
-def run_all(jobs: Sequence[Job], out: Path, saves: Path, workers: int) -> list[dict[str, Any]]:
-    """Run every job, `workers` at a time in processes of one thread each, and return a row per run.
-
-    Rows that `out` already holds are taken from there, so that an interrupted experiment goes on.
-    """
+def run_all(jobs: Sequence[Job], out: Path, saves: Path, workers: int) -> None:
+    """Run the jobs of which `out` lacks rows, `workers` at a time in processes of one thread each."""
     console = Console()
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {_key(row) for row in rows_in(out)}
@@ -161,20 +158,17 @@ def run_all(jobs: Sequence[Job], out: Path, saves: Path, workers: int) -> list[d
             console.print(
                 f"{time.perf_counter() - began:5.0f} s  {found[0]['title']}, seed {found[0]['seed']}: {losses}"
             )
-    return measured(jobs, out)
 
 
 def measured(jobs: Sequence[Job], out: Path) -> list[dict[str, Any]]:
     """The rows of `jobs` that `out` holds, each beside the dense run of its seed."""
     wanted = {key for job in jobs for key in _keys(job)}
-    rows = [row for row in rows_in(out) if _key(row) in wanted]
+    rows = [*{_key(row): row for row in rows_in(out) if _key(row) in wanted}.values()]
     dense = {(row["title"], row["seed"]): row for row in rows if row["variant"] == "dense"}
+    computes = {key: row["compute"] for key, row in dense.items()}
     for row in rows:
-        beside = dense[row["title"], row["seed"]]
-        row["over_dense"] = row["loss"] - beside["loss"]
-        row["relative_compute"] = row["compute"] / beside["compute"]
-    for row in rows:
-        row["compute"] = row.pop("relative_compute")
+        row["over_dense"] = row["loss"] - dense[row["title"], row["seed"]]["loss"]
+        row["compute"] /= computes[row["title"], row["seed"]]
     return rows
 
 
