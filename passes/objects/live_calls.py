@@ -90,7 +90,7 @@ def _written(node: fx.Node) -> fx.Node | None:
 def go_live(
     carried: StateAccess,
     graph: fx.Graph,
-    new: Mapping[fx.Node, fx.Node],
+    new: dict[fx.Node, fx.Node],
     objects: Sequence[fx.Node],
     sizes: Callable[[fx.Node], Sequence[Size]],
 ) -> None:
@@ -99,7 +99,7 @@ def go_live(
     Args:
         carried: the state access of the captured graph.
         graph: a copy of the captured graph, at the sizes of now.
-        new: node of the captured graph -> node of the copy.
+        new: node of the captured graph -> node of the copy; results of methods are those of the calls afterwards.
         objects: the placeholders for the objects.
         sizes: returns the sizes now of the tensor that a node of the captured graph makes.
     """
@@ -121,6 +121,7 @@ def go_live(
             for i, (_, node) in enumerate(sorted(out.items())):
                 item = graph.call_function(operator.getitem, (live, i))
                 node.replace_all_uses_with(item)
+                new[before[node]] = item
         graph.erase_node(end)
     for node in reversed(graph.nodes):
         if node.op == "output":
@@ -138,10 +139,18 @@ def _is_rest(node: fx.Node, before: Mapping[fx.Node, fx.Node]) -> bool:
     return unused and (node not in before or BODY in before[node].meta)
 
 
-def pass_edges(graph: fx.Graph) -> None:
-    """Remove the edges of a graph that keeps the traced bodies of its calls."""
+def pass_edges(graph: fx.Graph, new: dict[fx.Node, fx.Node]) -> None:
+    """Remove the edges of a graph that keeps the traced bodies of its calls.
+
+    Args:
+        graph: a copy of the captured graph.
+        new: node of the captured graph -> node of the copy; what comes over an edge is the value itself afterwards.
+    """
+    over = {node: old for old, node in new.items()}
     for node in list(graph.nodes):
         if node.target is edge:
+            if node in over:
+                new[over[node]] = node.args[0]
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 

@@ -115,7 +115,7 @@ def rewrite(
     if live:
         go_live(captured.carried, graph, new, objects, sizes)
     else:
-        pass_edges(graph)
+        pass_edges(graph, new)
     if watched:
         output = next(node for node in reversed(graph.nodes) if node.op == "output")
         output.args = ((*output.args[0], *(new[node] for node in watched)),)

@@ -52,7 +52,7 @@ def watch(
     """
     watching = rewrite(program.axis_facts, kept, region, watched=nodes, taps=taps)
     written = (memory_root(value) for node in program.captured.graph.nodes for value in written_arguments(node))
-    repeatable = all(root.op == "call_function" for root in written)
+    repeatable = not program.captured.carried.calls and all(root.op == "call_function" for root in written)
 
     def call(module: nn.Module, inputs: Sequence[Any], computes_again: bool = False) -> tuple[Any, tuple[Tensor, ...]]:
         given = module, *inputs, *watching.constants_now(module)
