@@ -230,7 +230,7 @@ def test_compress_orders_experts_by_the_score_that_it_is_given() -> None:
         torch.testing.assert_close(small.router.bias, bias[worth.topk(4).indices.sort().values])
     for kind, score, why in (
         ("glu", "reap", "it reads experts, and compress has none of these for glu"),
-        ("experts", "fisher", "it reads gradients"),
+        ("experts", "activation", "it reads activations"),
         ("experts", "best", "scores\\['experts'\\]='best' is none of"),
     ):
         with pytest.raises(TargetError, match=why):
