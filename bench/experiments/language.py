@@ -130,7 +130,7 @@ def trained_on(text: list[str]) -> Any:
 def texts(*, held_out: bool) -> Iterator[str]:
     """The standard library, documentation and licences of installed packages, and sources of some, each text once.
 
-    Files are in the order of a hash of their names, so that what there is no room for is no corner of a tree.
+    Files are in the order of a hash of their names, so that those without room are spread over all folders.
     """
     seen, room = set(), LIMIT
     for root, patterns in _places():

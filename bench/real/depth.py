@@ -117,7 +117,7 @@ def shrink(
         after = {c.name: c.size for c in ecospa_fx.couplings(model)}
         return sizes.total({n: size for n, size in after.items() if size < before[n]}) / sizes.total({})
     saliency = Saliency(model)
-    saliency.begins = saliency.wholes = True
+    saliency.reader.begins = saliency.reader.wholes = True
     for batch in batches:
         model(**batch).loss.backward()
         saliency.accumulate()

@@ -24,44 +24,20 @@ class Saliency(CoupledEstimator):
 
     Args:
         model: a compiled model.
+
+    Attributes:
+        reader: says where gradients begin, what backward computes again and what is judged as a whole; set that before
+            the first step.
     """
+
+    reader: PositionReader
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, SALIENCY)
 
-    @property
-    def begins(self) -> bool:
-        """True if gradients begin where they are read, as far as no weight before trains. Set it."""
-        return isinstance(self.reader, PositionReader) and self.reader.begins
-
-    @begins.setter
-    def begins(self, begins: bool) -> None:
-        if isinstance(self.reader, PositionReader):
-            self.reader.begins = begins
-
-    @property
-    def computes_again(self) -> bool:
-        """True if backward computes the values inside regions again, so that none is held. Set it; evaluation mode."""
-        return isinstance(self.reader, PositionReader) and self.reader.computes_again
-
-    @computes_again.setter
-    def computes_again(self, again: bool) -> None:
-        if isinstance(self.reader, PositionReader):
-            self.reader.computes_again = again
-
-    @property
-    def wholes(self) -> bool:
-        """True if couplings whose entries may all go are judged as a whole, too. Set it before the first step."""
-        return isinstance(self.reader, PositionReader) and self.reader.wholes
-
-    @wholes.setter
-    def wholes(self, wholes: bool) -> None:
-        if isinstance(self.reader, PositionReader):
-            self.reader.wholes = wholes
-
     def whole(self, coupling: Coupling) -> float | None:
         """Return the worth of all entries of a coupling together, in the unit of entries; None where it is unknown."""
-        return self.reader.whole(coupling) if isinstance(self.reader, PositionReader) else None
+        return self.reader.whole(coupling)
 
     def judges(self, coupling: Coupling) -> bool:
         """Return whether gradients say anything of a coupling: not if one is inf or NaN, or its weights are frozen."""

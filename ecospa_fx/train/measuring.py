@@ -219,7 +219,7 @@ def weakest_first(
         of the loss by the first of them, by the second, ..., `[size]`, for those that can be judged.
     """
     saliency = Saliency(model)
-    saliency.begins = saliency.computes_again = True
+    saliency.reader.begins = saliency.reader.computes_again = True
     others = [c for c in couplings(model) if c not in wanted]
     begun = False
     try:

@@ -181,7 +181,7 @@ class Adaptive:
         self.model, self.optimizers, self.settings, self.constraints = model, optimizers, settings, constraints
         self.compensation, self.order = compensation, order
         self.saliency = Saliency(model)
-        self.saliency.wholes = constraints.min_keep == 0
+        self.saliency.reader.wholes = constraints.min_keep == 0
         self._sparsifier: AdaptiveSparsifier | None = None
 
     @property

@@ -80,8 +80,8 @@ class Stroke:
         """
         sparsifier = AdaptiveSparsifier.of(self.model, self.settings, self.constraints, ())
         saliency, order = Saliency(self.model), CallOrder(self.model)
-        saliency.begins, saliency.wholes = True, self.constraints.min_keep == 0
-        saliency.computes_again = True
+        saliency.reader.begins, saliency.reader.wholes = True, self.constraints.min_keep == 0
+        saliency.reader.computes_again = True
         others = {score: CoupledEstimator(self.model, score) for score in dict.fromkeys(self.scores.values())}
         summed = self._summed(others)
         try:

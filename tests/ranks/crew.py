@@ -78,7 +78,7 @@ class Crew:
         return found
 
     def _start(self):
-        # What a test has imported need not be imported again, unless there is something that does not outlive a fork.
+        # A fork has what the test has imported; a GPU in use and the threads of autograd do not work in one.
         context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() or not may_fork() else "fork")
         store, port = tempfile.mktemp(prefix="crew"), free_port()
         for rank in range(self.world):
@@ -105,7 +105,7 @@ class Crew:
 
 
 def _serve(rank, world, timeout, store, port, pipe, others):
-    tolerate_missing_torchvision_ops()  # as the tests do; a process that is no fork has not
+    tolerate_missing_torchvision_ops()  # a process that starts anew has not called it yet
     for each in others:  # or the end of the test would not be seen here
         each.close()
     os.environ.update(

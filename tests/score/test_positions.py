@@ -136,7 +136,7 @@ def test_each_entry_is_the_squared_gradient_of_its_gate_at_every_position(compil
 def test_no_weight_need_train(compiled):
     plain, model, ids = compiled
     estimator = Saliency(model)
-    estimator.begins = True
+    estimator.reader.begins = True
     model.zero_grad(set_to_none=True)
     model.requires_grad_(False)
     try:

@@ -39,7 +39,7 @@ def test_scores_and_moments_are_those_without_a_cache(name, shrunk):
         if shrunk:
             ecospa_fx.shrink(model, {c: torch.arange(c.size - 1) for c in ecospa_fx.couplings(model)})
         saliency, activation = Saliency(model), ecospa_fx.CoupledEstimator(model, "activation")
-        saliency.computes_again = True
+        saliency.reader.computes_again = True
         with Grams(model) as grams:
             result = model(**call)
             assert (result.past_key_values is not None) == use_cache
