@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from ecospa_fx.couple.coupling import Coupling, CouplingSelection
 from ecospa_fx.errors import CaptureError, EcoSpaError, NoCouplingError, ShrinkError
 from ecospa_fx.logs import logger
+from ecospa_fx.passes.capture.options import CaptureOptions
 from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.find.analyse import Analysis
 from ecospa_fx.passes.find.joined import choose_regions
@@ -153,12 +154,18 @@ class CompiledModel:
         return own_forward(model, MODEL)(model, *args, **kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @outside_forward()
     def capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose regions from one call and run them as programs.
 
         After an error the model is as before, and waits if it did; only where nothing can shrink it waits no longer.
         """
+        options = replace(self.state.options, gradients=torch.is_grad_enabled())
+        with outside_forward():
+            self._capture(model, args, kwargs, options)
+
+    def _capture(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: CaptureOptions
+    ) -> None:
         check_sequences(type(model).__name__)
         args, kwargs = outside_inference((args, kwargs))
         waiting = is_waiting(model, MODEL)
@@ -166,7 +173,7 @@ class CompiledModel:
             self._wait_no_longer(model)
             with gathered_whole(model):
                 across = self.execution == "graph"
-                chosen = choose_regions(model, args, kwargs, self.how, self.state.captures, self.state.options, across)
+                chosen = choose_regions(model, args, kwargs, self.how, self.state.captures, options, across)
             analyses, self.not_captured = chosen.analyses, chosen.failed
             if not chosen.joints and not any(analysis.discovery.couplings for analysis in analyses.values()):
                 raise NoCouplingError(_nothing_found(model, analyses))

@@ -19,6 +19,7 @@ from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.axes.selection import Selected, Selection
 from ecospa_fx.passes.capture.first_call import after_first_call, make
 from ecospa_fx.passes.capture.hooks import backward_hooked, calls_itself, inner_hooks
+from ecospa_fx.passes.capture.options import CaptureOptions
 from ecospa_fx.passes.find.analyse import Analysis, analyse_once
 from ecospa_fx.passes.find.discover import Discovery, discover
 from ecospa_fx.passes.find.numbers import with_numbers
@@ -369,16 +370,18 @@ class Region:
             logger("recaptures").warning("%s runs its own Python from now on: %s", self._named(), why)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @outside_forward()
     def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         """Capture a call of a new signature at original sizes and replay the plan on it.
 
         Where tensor parallelism spreads the weights, each rank holds all of the region's meanwhile.
         """
-        with gathered_here(module):
-            return self._added(module, args, kwargs)
+        options = replace(self.state.options, gradients=torch.is_grad_enabled())
+        with outside_forward(), gathered_here(module):
+            return self._added(module, args, kwargs, options)
 
-    def _added(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+    def _added(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: CaptureOptions
+    ) -> Program:
         if len(self.specializations) >= MOST_PROGRAMS:
             raise TooManyCallsError(
                 f"{self._named()} has been called in {MOST_PROGRAMS} different ways, each with its own graph; "
@@ -406,7 +409,7 @@ class Region:
         moving = moving_buffers(module, set(state.plan.under(self.name)), self.specializations)
         how: dict[str, Any] = {
             "forward": own_forward(module, REGION), "originals": originals if originals.named else None,
-            "filled": frozenset(filled), "moving": moving, "border": self.border, "options": state.options,
+            "filled": frozenset(filled), "moving": moving, "border": self.border, "options": options,
         }  # fmt: skip
         with self._original_attributes(module, originals):
             numbered = self._with_numbers(module, (args, kwargs), how)

@@ -89,7 +89,7 @@ def capture(
                 isolated(module),  # what hooks do, too
                 noted(module, observe) as changes,
             ):
-                error = difference_from_eager(captured, module, forward, args, kwargs)
+                error = difference_from_eager(captured, module, forward, args, kwargs, gradients=options.gradients)
                 captured = replace(captured, data_sizes={} if error else data_sizes(captured, module, args, kwargs))
             changing = changes.reach(captured.constants.values())
             if changing:

@@ -68,11 +68,13 @@ def difference_from_eager(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     once: bool = False,
+    gradients: bool = True,
 ) -> str | None:
     """Say where the graph differs from eager on this call, in outputs or gradients; None where they agree.
 
     A second call is compared too, and one without gradients, which may run other Python; not with `once`, for a graph
-    that has been compared so on a block that runs the same Python.
+    that has been compared so on a block that runs the same Python. Where eager itself cannot compute gradients, that
+    is a difference too, or with `gradients=False` nothing to compare.
 
     Graphs are traced without autocast. Under autocast they are compared twice, first without it and exactly, then as
     they are called, because the region's Python may depend on it. Where eager itself does not run without autocast,
@@ -85,21 +87,21 @@ def difference_from_eager(
         with contextlib.ExitStack() as off:
             for kind in AUTOCAST:
                 off.enter_context(torch.autocast(kind, enabled=False))
-            error = _difference(captured, module, forward, args, kwargs, once)
+            error = _difference(captured, module, forward, args, kwargs, once, gradients)
     except _EagerError as failed:
-        error = None if dtypes else f"its eager forward does not run: {failed}"
+        error = None if dtypes else str(failed)
     if error is None and dtypes:
         try:
             tolerance = max(TOLERANCE[dtype] for dtype in dtypes)
-            error = _difference(captured, module, forward, args, kwargs, once, tolerance)
+            error = _difference(captured, module, forward, args, kwargs, once, gradients, tolerance)
         except _EagerError as failed:
-            error = f"its eager forward does not run: {failed}"
+            error = str(failed)
         error = error and f"{error} under autocast"
     return error
 
 
 class _EagerError(Exception):
-    """The region's own Python fails on the call."""
+    """The region's own Python fails on the call, or its backward does."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class _Results:
     outputs: list[Tensor]
     grads: list[Tensor | None]
     names: list[str]
+    backward_error: str | None
     state: dict[str, Tensor]
     again: list[Tensor]
     state_again: dict[str, Tensor]
@@ -147,6 +150,7 @@ def _difference(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     once: bool,
+    gradients: bool,
     tolerance: float = 0.0,
 ) -> str | None:
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -168,16 +172,20 @@ def _difference(
             state = _state_of(captured, module, marks)
             floating = [out for out in outputs if out.requires_grad and out.is_floating_point()]
             grads: list[Tensor | None] = [None] * len(wanted)
+            backward_error = None
             if floating and wanted:
                 seed(1)
                 loss: Any = sum((out * torch.randn_like(out)).sum() for out in floating)
-                grads = list(torch.autograd.grad(loss, list(wanted.values()), allow_unused=True))
+                try:
+                    grads = list(torch.autograd.grad(loss, list(wanted.values()), allow_unused=True))
+                except RuntimeError as error:
+                    backward_error = str(error).splitlines()[0]
             seed(2)
             second = [] if once else call([fresh_leaf(leaf) for leaf in leaves])
             again = [dense(out) for out in second if isinstance(out, Tensor)]
             state_again = {} if once else _state_of(captured, module, marks)
         grads = [grad if grad is None else dense(grad) for grad in grads]
-        return _Results([dense(out) for out in outputs], grads, list(wanted), state, again, state_again)
+        return _Results([dense(out) for out in outputs], grads, list(wanted), backward_error, state, again, state_again)
 
     def eager(inputs: list[Any]) -> list[Any]:
         state = dict(zip(places, cloned_state(inputs), strict=True))
@@ -210,7 +218,12 @@ def _difference(
     try:
         mine = results(eager)
     except RuntimeError as error:
-        raise _EagerError(str(error).splitlines()[0]) from error
+        raise _EagerError(f"its eager forward does not run: {str(error).splitlines()[0]}") from error
+    if gradients and mine.backward_error is not None:
+        raise _EagerError(
+            f"its eager backward does not run: {mine.backward_error} If this call needs no gradients, make it under "
+            "torch.no_grad()"
+        )
     try:
         theirs = results(graph)
     except RuntimeError as error:
@@ -231,18 +244,27 @@ def _difference(
             if not _close(left[name], graph_left[name], tolerance):
                 apart = relative_error(left[name], graph_left[name])
                 return f"`{name}`, which a call changes, differs from eager by {apart:.1e} after it"
-    grads, graph_grads, names = mine.grads, theirs.grads, mine.names
-    largest = max(
-        (float(grad.detach().abs().max()) for grad in grads if grad is not None and grad.numel()), default=0.0
-    )
-    for name, a, b in zip(names, grads, graph_grads, strict=True):
+    if mine.backward_error is None:
+        error = _difference_of_gradients(mine, theirs, tolerance)
+        if error is not None:
+            return error
+    return None if once else _difference_without_gradients(without_gradients, eager, graph, tolerance)
+
+
+def _difference_of_gradients(mine: _Results, theirs: _Results, tolerance: float) -> str | None:
+    """Say which gradient of the graph differs from eager's."""
+    if theirs.backward_error is not None:
+        return f"backward through its graph does not run: {theirs.backward_error}"
+    sizes = (float(grad.detach().abs().max()) for grad in mine.grads if grad is not None and grad.numel())
+    largest = max(sizes, default=0.0)
+    for name, a, b in zip(mine.names, mine.grads, theirs.grads, strict=True):
         if (a is None) != (b is None):
             missing = "the graph" if b is None else "eager"
             if not _negligible(a if a is not None else b):
                 return f"the gradient of {name} is missing in {missing}"
         elif a is not None and b is not None and not _close(a, b, tolerance, largest):
             return f"the gradient of {name} differs from eager by {relative_error(a, b):.1e}"
-    return None if once else _difference_without_gradients(without_gradients, eager, graph, tolerance)
+    return None
 
 
 def _difference_without_gradients(

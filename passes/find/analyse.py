@@ -234,7 +234,7 @@ def analyse_once(
     with at_original_sizes(module, originals.shapes() if originals else None):
         equal = [analysis for analysis, mark in captures if mark.fits(module)]
     for analysis in equal:
-        shared = _shared(analysis, module, name, call, forward, originals, filled, moving, border)
+        shared = _shared(analysis, module, name, call, forward, originals, filled, moving, border, options.gradients)
         if shared is not None:
             return shared
     analysis, reads = _analyse_watched(module, name, call, outside, **settled)
@@ -288,6 +288,7 @@ def _shared(
     filled: Filled,
     moving: frozenset[str],
     border: Border,
+    gradients: bool,
 ) -> Analysis | None:
     """Return the analysis of an equal block for this one, if it serves the call and agrees with the eager forward."""
     start = time.thread_time()
@@ -312,7 +313,8 @@ def _shared(
     on_meta = any(t.is_meta for t in (*pytree.tree_leaves(call), *module.parameters()) if isinstance(t, Tensor))
     if not on_meta:
         with at_original_sizes(module, originals.values() if originals else None):
-            if difference_from_eager(captured, module, forward, *call, once=True) is not None:
+            error = difference_from_eager(captured, module, forward, *call, once=True, gradients=gradients)
+            if error is not None:
                 return None
     stored = {indices.put(place, values): exprs for place, exprs in analysis.axis_facts.stored.items()}
     axis_facts = replace(analysis.axis_facts, captured=captured, stored=stored)

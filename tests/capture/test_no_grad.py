@@ -113,3 +113,62 @@ def test_it_trains_as_eager_does_before_and_after_a_shrink(cls):
             assert_equals_twin(model, twin, positions, (x,), {}, f"{cls.__name__}, shrunk {shrunk}")
             for name, buffer in twin.named_buffers():
                 torch.testing.assert_close(dict(model.named_buffers())[name], buffer)
+
+
+class State:
+    """What a step of generation leaves for the next one."""
+
+    def __init__(self):
+        self.value = None
+
+
+class Recurrent(nn.Module):
+    """Writes its state into a tensor that backward needs, as generation by a state space model does."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x, state=None):
+        h = F.relu(self.a(x))
+        if state is not None:
+            if state.value is None:
+                state.value = torch.zeros_like(h)
+            state.value.copy_(h.sigmoid() * state.value + h)
+            h = state.value * h
+            state.value.mul_(0.5)
+        return self.b(h)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["called before", "called after"])
+def test_a_call_of_which_eager_has_no_gradients_is_compared_without_them(before):
+    torch.manual_seed(0)
+    plain, x = Recurrent(), torch.randn(2, 4)
+    twin = copy.deepcopy(plain)
+    model = ecospa_fx.compile(plain, example_inputs=(x,), regions="root")
+
+    def steps(model):
+        state = State()
+        with torch.no_grad():
+            return [model(x, state) for _ in range(3)]
+
+    if before:
+        assert all(torch.equal(a, b) for a, b in zip(steps(model), steps(twin), strict=True))
+    (coupling,) = ecospa_fx.couplings(model)
+    keep = torch.tensor([0, 2, 3, 6])
+    ecospa_fx.shrink(model, {coupling: keep})
+    small = Recurrent()
+    small.a, small.b = nn.Linear(4, 4), nn.Linear(4, 4)
+    small.load_state_dict(model.state_dict())
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(steps(model), steps(small), strict=True))
+
+
+def test_a_call_with_gradients_that_eager_does_not_have_is_refused_and_says_so():
+    torch.manual_seed(0)
+    model, x = Recurrent(), torch.randn(2, 4)
+    model = ecospa_fx.compile(model, example_inputs=(x,), regions="root")
+    ecospa_fx.shrink(model, {c: torch.arange(4) for c in ecospa_fx.couplings(model)})
+    with pytest.raises(
+        ecospa_fx.errors.CaptureError, match="its eager backward does not run: .* make it under torch.no_grad"
+    ):
+        model(x, State())
