@@ -245,9 +245,9 @@ def _difference(
                 apart = relative_error(left[name], graph_left[name])
                 return f"`{name}`, which a call changes, differs from eager by {apart:.1e} after it"
     if mine.backward_error is None:
-        error = _difference_of_gradients(mine, theirs, tolerance)
-        if error is not None:
-            return error
+        difference = _difference_of_gradients(mine, theirs, tolerance)
+        if difference is not None:
+            return difference
     return None if once else _difference_without_gradients(without_gradients, eager, graph, tolerance)
 
 
