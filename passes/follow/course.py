@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ecospa_fx.passes.ir.region_graph import Forward
 
@@ -28,6 +29,7 @@ class Course:
         self.failed = False
         self.place: tuple[int, ...] = ()  # the instruction at which it failed, in each function of the model
         self.events = 0
+        self.shapes = 0  # of all that was computed up to the end, in one number
 
     @property
     def reached(self) -> tuple[int, ...]:
@@ -59,7 +61,7 @@ def own_forward(module: nn.Module, forward: Forward, args: Any, kwargs: Any, cou
     inside = course.inside
     if GIVEN in module.__dict__:
         forward = type(module).forward  # takes only some entries of what it is given
-    with _running(module, course):
+    with _running(module, course), _noted_shapes(course):
         try:
             return forward(module, *args, **kwargs)
         except Exception as error:
@@ -95,3 +97,26 @@ def _running(module: nn.Module, course: Course) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _noted_shapes(TorchFunctionMode):
+    """A context that notes the shapes of what is computed: two courses of the same shapes are the same."""
+
+    def __init__(self, course: Course) -> None:
+        super().__init__()
+        self._course = course
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run `func` and note the shapes of what it gives."""
+        result = func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():
+            self._course.shapes = hash((self._course.shapes, _shapes(result)))
+        return result
+
+
+def _shapes(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return tuple(result.shape)
+    if isinstance(result, (tuple, list)):
+        return tuple(map(_shapes, result))
+    return result if type(result) in (int, bool) else type(result)

@@ -36,7 +36,8 @@ def first_that_follows(
         The set, or None; why the forward does not follow without; and how it ends with the set that comes furthest.
 
     A forward with a wrong size fails where that is used. A set with which it comes further is gone on from, by the
-    attributes of the modules where it fails now: as many trials as attributes, and not as sets of them.
+    attributes of the modules where it fails now: as many trials as attributes, and not as sets of them. An attribute
+    that changes no shape up to one failure is tried again with the sets that come further than that, and no others.
     """
     why = trial.difference(kept, {})
     if why is None:
@@ -44,22 +45,25 @@ def first_that_follows(
     steps = _steps(candidates)
     order = itertools.count()
     seen: set[frozenset[tuple[Attribute, Expr]]] = set()
+    idle_up_to: dict[_Step, tuple[int, ...]] = {}  # how far the forward came, of the same shapes as without
     waiting: list[_Start] = []
 
     def wait(chosen: dict[Attribute, Expr], why: str, reached: tuple[int, ...]) -> None:
-        nearest = trial.course.nearest
+        nearest, shapes = trial.course.nearest, trial.course.shapes
         free = [step for step in steps if not any(attribute in chosen for attribute, _ in step)]
         more = sorted(free, key=lambda step: nearest(step[0][0].module))
         furthest_first = tuple(-n for n in reached) or (0,)
-        heapq.heappush(waiting, (furthest_first, len(chosen), next(order), chosen, why, reached, iter(more)))
+        heapq.heappush(waiting, (furthest_first, len(chosen), next(order), chosen, why, reached, shapes, iter(more)))
 
     wait({}, why, trial.course.reached)
     furthest, end, stuck = trial.course.reached, why, 0
     while waiting and stuck < MOST_STUCK and len(seen) < MOST_TRIALS:
-        *_, chosen, failure, before, rest = waiting[0]
+        *_, chosen, failure, before, shapes, rest = waiting[0]
         more = next(rest, None)
         if more is None:
             heapq.heappop(waiting)
+            continue
+        if before and before <= idle_up_to.get(more, ()):
             continue
         needed = dict([*chosen.items(), *more])
         if (key := frozenset(needed.items())) in seen:
@@ -73,13 +77,15 @@ def first_that_follows(
         stuck += 1
         if reached > furthest:
             furthest, end, stuck = reached, difference, 0
-        if difference != failure or reached != before:  # else it was not read so far
+        if difference != failure or reached != before:
             wait(needed, difference, reached)
+        elif trial.course.shapes == shapes:  # it was not read so far, or only for values
+            idle_up_to[more] = max(reached, idle_up_to.get(more, ()))
     return None, why, end
 
 
 _Step = tuple[tuple[Attribute, Expr], ...]
-_Start = tuple[tuple[int, ...], int, int, dict[Attribute, Expr], str, tuple[int, ...], Iterator[_Step]]
+_Start = tuple[tuple[int, ...], int, int, dict[Attribute, Expr], str, tuple[int, ...], int, Iterator[_Step]]
 
 
 def _steps(candidates: Sequence[tuple[Attribute, Expr]]) -> list[_Step]:
