@@ -9,7 +9,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence, Set
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from ecospa_fx.passes.ir.state_access import PLAIN, TENSOR, ObjectLeaf, ObjectPa
 from ecospa_fx.passes.objects.proxies import Proxy
 from ecospa_fx.passes.objects.tracker import Tracker
 
+from .cumulative import cumulative_averages
 from .hooks import points
 
 # Questions about a dynamic dim (is it even? larger than 3?) that torch.export may settle by a guard; at one more it
@@ -74,12 +75,12 @@ class Flat(nn.Module):
         """
         remaining = iter(tensors)
         leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
-        self.tracker = Tracker(torch.compiler.is_exporting())
+        self.tracker = Tracker(tracing := torch.compiler.is_exporting())
         proxies = self.tracker.proxies(self.objects, dict(zip(self.state, remaining, strict=True)))
         leaves = [proxies[leaf.number] if isinstance(leaf, ObjectLeaf) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         before = [(place, place.value(self.region)) for place in self.assigned]
-        with points(self.region, self.observe) as seen:
+        with points(self.region, self.observe) as seen, cumulative_averages(self.region) if tracing else nullcontext():
             results = self.own_forward(self.region, *args, **kwargs)
             self.kept = type(kept_elsewhere(results, lambda each: isinstance(each, Proxy))).__name__
             out_leaves, self.out_spec = self._numbered(*flattened_results(results))
