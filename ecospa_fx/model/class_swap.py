@@ -51,7 +51,8 @@ def swap_linears(region: nn.Module) -> None:
 class CopiesWait:
     """An entry of a module's `__dict__`: copies of the module, by copy or pickle, wait for their first call.
 
-    The module itself has its own class and runs its own forward; each copy is made as after `swap_forward`.
+    The module itself has its own class and runs its own forward; each copy is made as after `swap_forward`, and hears of
+    calls that go past it.
 
     Args:
         module: the module.
@@ -66,7 +67,7 @@ class CopiesWait:
 
 
 def _copy_waits(copied: nn.Module, attribute: str) -> CopiesWait:
-    swap_forward(copied, attribute)
+    swap_forward(copied, attribute, missed=True)
     return CopiesWait(copied, attribute)
 
 

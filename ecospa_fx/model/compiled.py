@@ -31,7 +31,7 @@ from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.find.analyse import Analysis
 from ecospa_fx.passes.find.joined import choose_regions
 from ecospa_fx.passes.follow.attributes import Attribute, Changes, Value, Values, numbers_in, sync_layer_sizes
-from ecospa_fx.passes.graph.forward_swap import forwards_to, own_forward, swap_forward
+from ecospa_fx.passes.graph.forward_swap import own_forward, swap_forward
 from ecospa_fx.passes.graph.shared_memory import SharedMemory
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.rewrite.program import Program
@@ -115,17 +115,7 @@ class CompiledModel:
         return any(region.specializations for region in self.regions.values())
 
     def attach(self, model: nn.Module) -> None:
-        """Make `model` capture itself at its first call.
-
-        Raises:
-            CaptureError: its calls go to a forward on the instance, and would not be seen.
-        """
-        if "forward" in model.__dict__ and not forwards_to(model, MODEL):
-            raise CaptureError(
-                f"the forward of this {type(model).__name__} has been replaced on the instance, as accelerate does "
-                "for mixed precision, so its first call would not be seen: compile the model before that (before "
-                "prepare), or with example_inputs"
-            )
+        """Make `model` capture itself at its first call."""
         self._wait(model)
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -152,6 +142,14 @@ class CompiledModel:
         elif REGION not in model.__dict__:  # a copy of a model whose own Python runs
             unswap_forward(model)
         return own_forward(model, MODEL)(model, *args, **kwargs)
+
+    def missed(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Capture a call that a forward on the instance has taken past the one of the class, for the calls to come.
+
+        accelerate sets such a forward for mixed precision, and others for a loss of their own.
+        """
+        if not self.captured and not self.regions and not in_transform():
+            self.capture(model, args, kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -210,7 +208,7 @@ class CompiledModel:
     def _wait(self, model: nn.Module) -> None:
         """Let the next call of the model come here."""
         model.__dict__[MODEL] = self
-        swap_forward(model, MODEL)
+        swap_forward(model, MODEL, missed=True)
 
     def _wait_no_longer(self, model: nn.Module) -> None:
         """Let calls of the model run its own forward, under whatever class others have put on top."""

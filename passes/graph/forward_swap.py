@@ -4,6 +4,9 @@ As in torch's parametrizations and FSDP2, a subclass is made per original class,
 `module.__class__` is set to it. Parameters, hooks, attributes and state_dict keys stay where they were. Its forward
 looks for a callable in the module's `__dict__` at each call, and is that of the class below where there is none: so a
 swap is undone by removing that, whatever class others have put on top since.
+
+A forward on the instance hides that of the class, and may go past it. A callable with a method `missed` can be told of
+calls of the module that did so.
 """
 
 from __future__ import annotations
@@ -20,10 +23,17 @@ from .stand_in_class import below, is_stand_in, stand_in_class
 _SWAPPED: dict[tuple[type, str], type] = {}
 
 
-def swap_forward(module: nn.Module, attribute: str) -> None:
-    """Route `module.forward` to the callable in `module.__dict__[attribute]`, which gets `(module, args, kwargs)`."""
+def swap_forward(module: nn.Module, attribute: str, missed: bool = False) -> None:
+    """Route `module.forward` to the callable in `module.__dict__[attribute]`, which gets `(module, args, kwargs)`.
+
+    Args:
+        module: the module.
+        attribute: of the callable.
+        missed: its `missed` gets them after each call of the module, as long as it is there: one that came to it has
+            removed it, or will not mind. The same for all swaps to that attribute.
+    """
     if swap_of(module, attribute) is None:
-        module.__class__ = _swapped(type(module), attribute)
+        module.__class__ = _swapped(type(module), attribute, missed)
 
 
 def swap_of(module: nn.Module, attribute: str) -> Any:
@@ -41,22 +51,7 @@ def own_forward(module: nn.Module, attribute: str) -> Callable[..., Any]:
     return forward
 
 
-def forwards_to(module: nn.Module, attribute: str) -> bool:
-    """Decide whether a `forward` on the instance ends in a function of `swap_forward`.
-
-    So it does where a module was compiled before accelerate wrapped its forward: that wrapper kept the function.
-    """
-    ours = [_SWAPPED[cls, attribute] for cls in type(module).__mro__ if (cls, attribute) in _SWAPPED]
-    function = module.__dict__.get("forward")
-    while function is not None:
-        function = getattr(function, "__func__", function)
-        if any(function is swap.__dict__["forward"] for swap in ours):
-            return True
-        function = getattr(function, "__wrapped__", None)
-    return False
-
-
-def _swapped(original: type[nn.Module], attribute: str) -> type[nn.Module]:
+def _swapped(original: type[nn.Module], attribute: str, missed: bool) -> type[nn.Module]:
     if (original, attribute) in _SWAPPED:
         return _SWAPPED[original, attribute]
 
@@ -71,16 +66,24 @@ def _swapped(original: type[nn.Module], attribute: str) -> type[nn.Module]:
         reduced = original.__reduce_ex__(self, protocol)
         # Pickle looks a class up by its name, and under the name of this one it would find the original.
         if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__ and reduced[1] == (type(self),):  # type: ignore[attr-defined]
-            return _blank, (original, attribute), *reduced[2:]
+            return _blank, (original, attribute, missed), *reduced[2:]
         return reduced
 
-    swapped = stand_in_class(original, {"forward": forward, "__reduce_ex__": reduce_ex})
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = original.__call__(self, *args, **kwargs)
+        run = self.__dict__.get(attribute)
+        if run is not None:
+            run.missed(self, args, kwargs)
+        return result
+
+    members: dict[str, Any] = {"forward": forward, "__reduce_ex__": reduce_ex}
+    swapped = stand_in_class(original, members | ({"__call__": call} if missed else {}))
     _SWAPPED[original, attribute] = swapped
     return swapped
 
 
-def _blank(original: type[nn.Module], attribute: str) -> nn.Module:
+def _blank(original: type[nn.Module], attribute: str, missed: bool) -> nn.Module:
     """Make an instance without state, for copy and pickle to fill."""
-    swapped = _swapped(original, attribute)
+    swapped = _swapped(original, attribute, missed)
     blank: nn.Module = swapped.__new__(swapped)
     return blank

@@ -76,12 +76,21 @@ def test_mixed_precision(compile_first, tmp_path):
     torch.testing.assert_close(loaded(X), model(X))
 
 
-def test_a_forward_that_does_not_lead_here_is_refused():
+def test_compiled_after_prepare_the_first_call_is_seen():
     AcceleratorState._reset_state(True)
-    model = Accelerator(cpu=True, mixed_precision="bf16").prepare(Stack())
-    with pytest.raises(
-        ecospa_fx.errors.CaptureError, match=r"compile the model before that \(before prepare\), or with"
-    ):
-        ecospa_fx.compile(model)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    torch.manual_seed(0)
+    model = accelerator.prepare(Stack(width=16, heads=2, hidden=32))
+    plain = model(X[:4])
+    ecospa_fx.compile(model)
+    assert torch.equal(model(X[:4]), plain) and len(ecospa_fx.couplings(model)) > 2
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, target=0.6, interval=2, end=8)
+    for _ in range(10):
+        accelerator.backward((model(X[:4]) - X[:4].flip(-1)).square().mean())
+        optimizer.step()
+        trainer.step()
+        optimizer.zero_grad()
+    assert trainer.done
     with pytest.raises(ecospa_fx.errors.CaptureError, match="the model has a forward on the instance"):
-        ecospa_fx.compile(model, example_inputs=(torch.randn(2, 3, 12),), regions="root")
+        ecospa_fx.compile(accelerator.prepare(Stack()), example_inputs=(torch.randn(2, 3, 12),), regions="root")
