@@ -51,8 +51,8 @@ def swap_linears(region: nn.Module) -> None:
 class CopiesWait:
     """An entry of a module's `__dict__`: copies of the module, by copy or pickle, wait for their first call.
 
-    The module itself has its own class and runs its own forward; each copy is made as after `swap_forward`, and hears of
-    calls that go past it.
+    The module itself has its own class and runs its own forward; each copy is made as after `swap_forward`, and hears
+    of calls that go past it.
 
     Args:
         module: the module.

@@ -46,6 +46,7 @@ from .compiled_code import check_not_recomputed
 from .full_size import FullSizeTensors, in_transform, outside_forward, outside_inference, unshrunk_dim
 from .journal import Journal, all_or_nothing
 from .moving import moving_buffers, settled
+from .nested_calls import by_samples
 from .offers import Offers
 from .routing import Routing
 from .share import Share, check_served, share_of
@@ -135,6 +136,10 @@ class Region:
                     return own_forward(module, REGION)(module, *args, **kwargs)
             leaves, objects = parted(flattened((args, kwargs))[0])
             inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            if any(tensor.is_nested for tensor in inputs):
+                if not self.shrunk:
+                    return own_forward(module, REGION)(module, *args, **kwargs)
+                return by_samples(lambda *args, **kwargs: self(module, args, kwargs), args, kwargs, self._named())
             hooks = inner_hooks(module)
             program = self.routing.search(self.specializations, module, (args, kwargs), hooks)
             behind = [path for path in backward_hooked(module) if not calls_itself(module.get_submodule(path))]

@@ -121,7 +121,7 @@ class restored_parameters(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._needing = [(p, p.requires_grad) for p in model.parameters()]
-        # Each parameter and its data, which may be replaced: by `.data =`, or by `set_`, which no mode hears of. Putting
+        # Each parameter and its data, which may be replaced: by `.data =`, or by `set_`, which no mode hears of. To put
         # values back into `.data` leaves alone the backward of whoever has computed with the parameter before.
         self._data = [(p, p.data) for p in model.parameters() if _memory(p) is not None]
         self._held: dict[Any, list[Tensor]] = {}  # by memory, of which parameters may share one

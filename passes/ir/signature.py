@@ -218,7 +218,7 @@ def call_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashable, l
 
     Returns:
         The key, the tensors, and the objects, each once. None for arguments of unknown types, and for sizes that are
-        not plain numbers.
+        not plain numbers, as those of nested tensors.
     """
     if torch.compiler.is_compiling():
         return None  # a traced look-up by sizes would make every size a constant
@@ -229,11 +229,11 @@ def call_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashable, l
         return None
     if torch._C._is_any_autocast_enabled():
         key.append(autocast_now())
-    key += [t.ndim for t in tensors] if objects else [t.shape for t in tensors]
-    hashable = tuple(key)
     try:
+        key += [t.ndim for t in tensors] if objects else [t.shape for t in tensors]
+        hashable = tuple(key)
         hash(hashable)
-    except TypeError:  # a symbolic size
+    except (TypeError, RuntimeError):  # a symbolic size, or none for all samples
         return None
     return hashable, tensors, objects
 

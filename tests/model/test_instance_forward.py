@@ -1,4 +1,4 @@
-"""Forwards on the instance, which may go past the forward of the class, as trainers set them for a loss of their own."""
+"""Forwards on the instance, which may go past the forward of the class, as trainers set them for their losses."""
 
 import functools
 import types
