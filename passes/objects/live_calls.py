@@ -18,6 +18,7 @@ import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch.utils._sympy.functions import FloorDiv, Max
 
 from ecospa_fx.errors import CaptureError, EcoSpaError
 from ecospa_fx.passes.axes.algebra import Size, as_size
@@ -155,28 +156,38 @@ def pass_edges(graph: fx.Graph, new: dict[fx.Node, fx.Node]) -> None:
             graph.erase_node(node)
 
 
+_ARITHMETIC: dict[type, Callable[..., Any]] = {
+    sympy.Add: operator.add, sympy.Mul: operator.mul, sympy.Pow: operator.pow, FloorDiv: operator.floordiv, Max: max,
+}  # fmt: skip
+SIZE_OPS = frozenset((*_ARITHMETIC.values(), aten.sym_size.int))
+"""The functions with which `size_node` computes."""
+
+
 def size_node(size: Size, graph: fx.Graph, new: Mapping[fx.Node, fx.Node]) -> Any:
     """Return a size as a number, or as a node that computes it from sizes of inputs; -1 where it cannot."""
-    if not isinstance(size, sympy.Expr):
+    value = _size_node(size, graph, new)
+    return -1 if value is None else value
+
+
+def _size_node(size: Size, graph: fx.Graph, new: Mapping[fx.Node, fx.Node]) -> Any:
+    if not isinstance(size, sympy.Expr) or isinstance(size, sympy.Integer):
         return int(size)
-    match size:
-        case sympy.Integer():
-            return int(size)
-        case sympy.Symbol():
-            for old, node in new.items():
-                if old.op == "placeholder" and isinstance(old.meta.get("val"), Tensor):
-                    for dim, found in enumerate(old.meta["val"].shape):
-                        if as_size(found) == size:
-                            return graph.call_function(aten.sym_size.int, (node, dim))
-        case sympy.Add() | sympy.Mul():
-            parts = [size_node(part, graph, new) for part in size.args]
-            if not any(type(part) is int and part == -1 and part != size.args[i] for i, part in enumerate(parts)):
-                combine = operator.add if isinstance(size, sympy.Add) else operator.mul
-                total = parts[0]
-                for part in parts[1:]:
-                    total = graph.call_function(combine, (total, part))
-                return total
-    return -1
+    if isinstance(size, sympy.Symbol):
+        for old, node in new.items():
+            if old.op == "placeholder" and isinstance(old.meta.get("val"), Tensor):
+                for dim, found in enumerate(old.meta["val"].shape):
+                    if as_size(found) == size:
+                        return graph.call_function(aten.sym_size.int, (node, dim))
+        return None
+    above, below = sympy.fraction(size)
+    op, args = (operator.floordiv, (above, below)) if below != 1 else (_ARITHMETIC.get(type(size)), size.args)
+    parts = [_size_node(part, graph, new) for part in args]
+    if op is None or any(part is None for part in parts):
+        return None
+    total = parts[0]
+    for part in parts[1:]:
+        total = graph.call_function(op, (total, part))
+    return total
 
 
 def _calling(call: LiveCall, expected: Sequence[Sequence[int | None]]) -> Callable[..., Any]:

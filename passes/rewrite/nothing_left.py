@@ -23,7 +23,7 @@ from ecospa_fx.passes.graph.boundary_op import edge
 from ecospa_fx.passes.graph.nodes import by_name, is_tensor, may_draw, memory_root, written_arguments
 from ecospa_fx.passes.ir import relations as r
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
-from ecospa_fx.passes.objects.live_calls import BODY, size_node
+from ecospa_fx.passes.objects.live_calls import BODY, SIZE_OPS, size_node
 
 from .constants import Constant, Empty, Known
 from .spent import spent
@@ -248,9 +248,8 @@ class NothingLeft:
             return False
         if self._empty(old):
             return True
-        return isinstance(node.target, torch._ops.OpOverload) or node.target in (
-            operator.getitem, operator.mul, operator.floordiv, operator.add, operator.sub, spent,
-        )  # fmt: skip
+        arithmetic = (*SIZE_OPS, operator.getitem, operator.sub, spent)
+        return isinstance(node.target, torch._ops.OpOverload) or node.target in arithmetic
 
     def _empty(self, node: fx.Node | None) -> bool:
         """Return whether a result has no entries: an op that writes it in place writes nothing."""

@@ -61,6 +61,18 @@ class Grouped(nn.Module):
         return F.silu(self.grouped(self.new(x)))
 
 
+class Strided(nn.Module):
+    """The length of what is left is that of the input, halved twice and rounded."""
+
+    def __init__(self, groups):
+        super().__init__()
+        self.new = nn.Conv1d(3, 8, 3, 2, 1, bias=False)
+        self.strided = nn.Conv1d(8, 12, 3, 2, 1, groups=groups, bias=False)
+
+    def forward(self, x):
+        return self.strided(F.silu(self.new(x))) + 1
+
+
 CASES = {
     # model, shape of a call, the layer whose outputs all go, and the entries of what sums over them
     "a part is overwritten in place": (Overwritten, (2, 6), "new.weight", {"out.weight": slice(0, 3)}),
@@ -73,6 +85,8 @@ CASES = {
     "rectified in place": (InPlace, (2, 8), "new.weight", {"cell.weight_ih": slice(None)}),
     "groups": (lambda: Grouped(False), (2, 3, 7), "new.weight", {"grouped.weight": slice(None)}),
     "groups and a bias": (lambda: Grouped(True), (2, 3, 7), "new.weight", {"grouped.weight": slice(None)}),
+    "strides": (lambda: Strided(1), (2, 3, 17), "new.weight", {"strided.weight": slice(None)}),
+    "strides and groups": (lambda: Strided(2), (2, 3, 17), "new.weight", {"strided.weight": slice(None)}),
 }
 
 
