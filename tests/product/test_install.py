@@ -55,19 +55,22 @@ def test_the_wheel_holds_every_file_of_the_source_tree(built):
 
 
 def required(wheel):
-    """Names of all distributions that a wheel requires without extras, those that they require included."""
+    """All distributions, by name, that a wheel requires without its extras, those that they require included."""
     with zipfile.ZipFile(wheel) as archive:
         (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         text = archive.read(metadata).decode()
-    left, found = [Requirement(line) for line in re.findall(r"^Requires-Dist: (.*)$", text, re.MULTILINE)], {}
+    left = [(Requirement(line), "") for line in re.findall(r"^Requires-Dist: (.*)$", text, re.MULTILINE)]
+    found, seen = {}, set()
     while left:
-        requirement = left.pop()
-        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        requirement, extra = left.pop()
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
             continue
-        if name not in found:
-            found[name] = importlib.metadata.distribution(name)
-            left += map(Requirement, found[name].requires or [])
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        found.setdefault(name, importlib.metadata.distribution(name))
+        for wanted in {"", *requirement.extras}:  # torch for CUDA takes most of what it needs as extras
+            if (name, wanted) not in seen:
+                seen.add((name, wanted))
+                left += [(Requirement(line), wanted) for line in found[name].requires or []]
     return found
 
 
@@ -83,8 +86,11 @@ def installed(built, tmp_path_factory):
         for name in {file.parts[0] for file in distribution.files or [] if file.parts[0] not in ("..", "__pycache__")}:
             if not (site / name).exists():
                 (site / name).symlink_to(distribution.locate_file(name))
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", "install", "--quiet"]
-    subprocess.run([*pip, "--no-index", "--no-compile", str(wheel)], check=True)  # pip says what is missing or too old
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"]
+    # Nothing else may be installed: it would be written through the links, over what this environment has.
+    subprocess.run([*pip, "install", "--quiet", "--no-index", "--no-deps", "--no-compile", str(wheel)], check=True)
+    checked = subprocess.run([*pip, "check"], capture_output=True, text=True, check=False)  # what is missing or too old
+    assert checked.returncode == 0, checked.stdout
     return python
 
 
