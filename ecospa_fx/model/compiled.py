@@ -50,7 +50,7 @@ from .full_size import in_transform, outside_forward, outside_inference
 from .joint_offers import joint_offers
 from .journal import Journal, all_or_nothing
 from .optimizer_state import averages_of
-from .outside import outside_text
+from .outside import outside_text, uncalled_text
 from .parametrized import first_removal
 from .planning import planned
 from .recorded_call import recorded_call
@@ -204,6 +204,9 @@ class CompiledModel:
         outside = outside_text(model, regions)
         if outside:
             logger("capture").info("%s: %s", type(model).__name__, outside)
+        uncalled = uncalled_text(self.not_captured)
+        if uncalled:
+            logger("capture").warning("%s: %s", type(model).__name__, uncalled)
         model.__dict__[MODEL] = self
         self.route(model)
 
