@@ -221,8 +221,8 @@ def _difference(
         raise _EagerError(f"its eager forward does not run: {str(error).splitlines()[0]}") from error
     if gradients and mine.backward_error is not None:
         raise _EagerError(
-            f"its eager backward does not run: {mine.backward_error.rstrip('.')}. If this call needs no gradients, make "
-            "it under torch.no_grad()"
+            f"its eager backward does not run: {mine.backward_error.rstrip('.')}. If this call needs no gradients, "
+            "make it under torch.no_grad()"
         )
     try:
         theirs = results(graph)
