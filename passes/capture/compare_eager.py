@@ -245,9 +245,9 @@ def _difference(
                 apart = relative_error(left[name], graph_left[name])
                 return f"`{name}`, which a call changes, differs from eager by {apart:.1e} after it"
     if mine.backward_error is None:
-        error = _difference_of_gradients(mine, theirs, tolerance)
-        if error is not None:
-            return error
+        why = _difference_of_gradients(mine, theirs, tolerance)
+        if why is not None:
+            return why
     return None if once else _difference_without_gradients(without_gradients, eager, graph, tolerance)
 
 
