@@ -267,7 +267,7 @@ class CompiledModel:
             if self.execution == "graph":
                 module.__dict__[REGION] = region
                 swap_forward(module, REGION)
-        self._guard_inner(model)
+        self.guard_inner(model)
         if self.execution == "module":
             model.__dict__[COPIES] = CopiesWait(model, MODEL)
 
@@ -404,14 +404,14 @@ class CompiledModel:
                 for module in (model, *(module for module, _ in twins)):
                     sync_layer_sizes(module)
             self._adopt(after, specializations, attributes, journal)
-            self._guard_inner(model)
+            self.guard_inner(model)
             for (module, twin), theirs in zip(twins, of_twins, strict=True):
                 twin._adopt(after.copy(), theirs, dict(attributes), journal)
                 if module.__dict__.get(MODEL) is not twin:
                     unswap_forward(module)  # it may have been waiting for its first call
                     module.__dict__[MODEL] = twin
                     twin.route(module)
-                twin._guard_inner(module)
+                twin.guard_inner(module)
 
         return _Prepared(after, commit)
 
@@ -487,7 +487,8 @@ class CompiledModel:
         journal.note_object(self.state)
         self.state.adopt(plan, attributes)
 
-    def _guard_inner(self, model: nn.Module) -> None:
+    def guard_inner(self, model: nn.Module) -> None:
+        """Route calls of the modules inside shrunk regions that do not come from the region, without graphs so far."""
         if self.execution == "graph":
             for name in self.regions:
                 guard_inner(model.get_submodule(name), self.regions[name])
