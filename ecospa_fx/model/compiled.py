@@ -47,10 +47,11 @@ from .class_swap import CopiesWait, is_waiting, own_forward_aside, swap_linears,
 from .copies import Copy, check_plan
 from .execution import Execution
 from .full_size import in_transform, outside_forward, outside_inference
+from .inner import guard_inner
 from .joint_offers import joint_offers
 from .journal import Journal, all_or_nothing
 from .optimizer_state import averages_of
-from .outside import outside_text
+from .outside import outside_text, uncalled_text
 from .parametrized import first_removal
 from .planning import planned
 from .recorded_call import recorded_call
@@ -202,6 +203,9 @@ class CompiledModel:
         outside = outside_text(model, regions)
         if outside:
             logger("capture").info("%s: %s", type(model).__name__, outside)
+        uncalled = uncalled_text(self.not_captured)
+        if uncalled:
+            logger("capture").warning("%s: %s", type(model).__name__, uncalled)
         model.__dict__[MODEL] = self
         self.route(model)
 
@@ -261,6 +265,7 @@ class CompiledModel:
             if self.execution == "graph":
                 module.__dict__[REGION] = region
                 swap_forward(module, REGION)
+        self.guard_inner(model)
         if self.execution == "module":
             model.__dict__[COPIES] = CopiesWait(model, MODEL)
 
@@ -397,12 +402,14 @@ class CompiledModel:
                 for module in (model, *(module for module, _ in twins)):
                     sync_layer_sizes(module)
             self._adopt(after, specializations, attributes, journal)
+            self.guard_inner(model)
             for (module, twin), theirs in zip(twins, of_twins, strict=True):
                 twin._adopt(after.copy(), theirs, dict(attributes), journal)
                 if module.__dict__.get(MODEL) is not twin:
                     unswap_forward(module)  # it may have been waiting for its first call
                     module.__dict__[MODEL] = twin
                     twin.route(module)
+                twin.guard_inner(module)
 
         return _Prepared(after, commit)
 
@@ -477,6 +484,12 @@ class CompiledModel:
                 region.routing = region.routing.without_routes()
         journal.note_object(self.state)
         self.state.adopt(plan, attributes)
+
+    def guard_inner(self, model: nn.Module) -> None:
+        """Route calls of the modules inside shrunk regions that do not come from the region, without graphs so far."""
+        if self.execution == "graph":
+            for name in self.regions:
+                guard_inner(model.get_submodule(name), self.regions[name])
 
     def _of_copy(self, copied: Copy) -> CompiledModel:
         """Return the state of a copy of the model, a new one if it was copied before this model was captured."""

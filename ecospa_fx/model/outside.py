@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
+from ecospa_fx.passes.find.regions import UNCALLED
 from ecospa_fx.text import plural
 
 
@@ -38,6 +39,22 @@ def beyond(model: nn.Module, regions: Collection[str], not_captured: Collection[
     if "" in not_captured:
         return f". {outside}; the whole model cannot be captured"
     return f'. {outside}; compiled with regions="root" the whole model is analysed'
+
+
+def uncalled_text(not_captured: Mapping[str, str]) -> str:
+    """Say which blocks the captured forward does not call, and the way out; empty where it calls all.
+
+    A first call that generates text, say, may run the encoder by itself, before the forward of the model.
+    """
+    names = [name for name, why in not_captured.items() if why == UNCALLED]
+    if not names:
+        return ""
+    first, more = min(names), len(names) - 1
+    subject = f"`{first}` and {plural(more, 'other block')} are" if more else f"`{first}` is"
+    return (
+        f"{subject} not called in the forward that is captured, and will stay whole; compile with example_inputs or "
+        "example_kwargs of a forward that calls all blocks, as in training"
+    )
 
 
 def _topmost(name: str, regions: Collection[str]) -> str:

@@ -11,21 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from ecospa_fx.arguments import CALL, MODULE, takes
 from ecospa_fx.errors import EcoSpaError, NoInputsError, RestoreError
 from ecospa_fx.passes.follow.attributes import fitted, sync_layer_sizes
 from ecospa_fx.passes.follow.given import Given
-from ecospa_fx.passes.follow.trial import NotTried, difference, example_calls, modes
-from ecospa_fx.passes.graph.forward_swap import own_forward
-from ecospa_fx.passes.graph.isolate import isolated
-from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.ranks.wrappers import looks_inside
 
 from .class_swap import ShrinkableLinear, unswap_forward
 from .compiled import COPIES, MODEL, REGION, CompiledModel
+from .inner import INNER, difference_of_python, inner_as_is
 from .lookup import try_call
 from .region import Region
 from .whole import held_whole
@@ -82,7 +78,7 @@ def restore(
             try_call(
                 model, tuple(example_inputs or ()), dict(example_kwargs or {})
             )  # captures what has not been called
-        with held_whole(model, compiled.regions), fitted(model):
+        with held_whole(model, compiled.regions), fitted(model), inner_as_is(model):
             for name, region in compiled.regions.items():
                 if any(True for _ in compiled.plan.under(name)):
                     _try(region, model.get_submodule(name))
@@ -98,6 +94,8 @@ def plain(module: nn.Module) -> None:
     unswap_forward(module)
     child: nn.Module
     for child in module.modules():
+        if child.__dict__.pop(INNER, None) is not None:
+            unswap_forward(child)
         if type(child) is ShrinkableLinear:
             sizes = child.in_features, child.out_features
             child.__class__ = nn.Linear  # type: ignore[assignment]
@@ -119,7 +117,7 @@ def _try(region: Region, module: nn.Module) -> None:
             "forward cannot be tried; pass example_inputs=(x,)"
         )
     for program in [each.program for each in reversed(region.specializations)]:
-        why = _difference(program, module)
+        why = difference_of_python(program, module)
         if why is None:
             continue
         way = "Keep the model compiled"
@@ -129,18 +127,6 @@ def _try(region: Region, module: nn.Module) -> None:
         elif why.startswith("runs"):
             way = "It derives a number from their sizes (a scale, a split); keep the model compiled"
         raise RestoreError(f"with the weights that are left, {_named(region.name, module)} {why}. {way}")
-
-
-def _difference(program: Program, module: nn.Module) -> str | None:
-    """Say how the own forward of a module differs from a program on a call that both take."""
-    why: str | None = None
-    for args, kwargs in example_calls(program.axis_facts, program.sizes):
-        try:
-            with modes(module, program.captured.signature.training), isolated(module), torch.no_grad():
-                return difference(module, program, own_forward(module, REGION), args, kwargs)
-        except NotTried as error:
-            why = f"cannot be tried: {error}"
-    return why
 
 
 def _named(name: str, module: nn.Module) -> str:

@@ -136,8 +136,9 @@ def compress(
         min_keep: see `Constraints`; with 0 whole sublayers may go, where that costs less than entries of many.
         deployable: see `EcoSpaTrainer`; with `"transformers"`, `save_pretrained` writes what plain transformers loads.
         loss: `loss(model, batch)` -> a scalar; it is called several times with a batch, and broken off where only the
-            first layers of the model are looked at. By default that of the model's result if it has one, else of labels
-            drawn from its own logits, or of a random projection of its outputs.
+            first layers of the model are looked at. By default that of the model's result if it has one, or the scalar
+            that it returns alone or first; else of labels drawn from its own logits, or of a random projection of its
+            outputs.
         steps: strokes; each has fresh statistics, and takes as long as the first.
         heal: called with the model after each stroke, such as a few steps of training. An error in it is raised, and
             leaves the model as it is then.

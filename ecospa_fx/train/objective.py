@@ -1,5 +1,6 @@
 """Objective: a loss for a model whose task is unknown, from its own outputs.
 
+    a loss, or a scalar              that: a model may compute its loss inside
     logits -> labels drawn from them         the gradients whose squares are the Fisher information
     other outputs -> a random projection     the gradients whose squares are those of a squared error
 
@@ -57,6 +58,8 @@ class Objective:
         logits = logits_of(result)
         told_apart = logits is not None
         outputs = outputs_of(result) if logits is None else logits
+        if outputs.ndim == 0:
+            return outputs
         rows = outputs.flatten(0, -2) if told_apart else outputs.float().flatten()
         if told_apart and (mask := _mask_of(batch)) is not None and mask.numel() == len(rows):
             counts = mask.flatten().to(rows.device).bool()

@@ -83,6 +83,7 @@ def forget_graphs(model: nn.Module, compiled: CompiledModel) -> None:
     for region in compiled.regions.values():
         region.__dict__.update({**region.__getstate__(), "watcher": region.watcher})
     compiled.state.__dict__.update(compiled.state.__getstate__())
+    compiled.guard_inner(model)
     if compiled.execution == "module" and compiled.regions:
         compiled.attach(model)
 

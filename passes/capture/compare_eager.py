@@ -178,8 +178,8 @@ def _difference(
                 loss: Any = sum((out * torch.randn_like(out)).sum() for out in floating)
                 try:
                     grads = list(torch.autograd.grad(loss, list(wanted.values()), allow_unused=True))
-                except RuntimeError as error:
-                    backward_error = str(error).splitlines()[0]
+                except Exception as error:  # a backward of the model's own raises what it likes
+                    backward_error = (str(error) or type(error).__name__).splitlines()[0]
             seed(2)
             second = [] if once else call([fresh_leaf(leaf) for leaf in leaves])
             again = [dense(out) for out in second if isinstance(out, Tensor)]
@@ -221,8 +221,8 @@ def _difference(
         raise _EagerError(f"its eager forward does not run: {str(error).splitlines()[0]}") from error
     if gradients and mine.backward_error is not None:
         raise _EagerError(
-            f"its eager backward does not run: {mine.backward_error} If this call needs no gradients, make it under "
-            "torch.no_grad()"
+            f"its eager backward does not run: {mine.backward_error.rstrip('.')}. If this call needs no gradients, "
+            "make it under torch.no_grad()"
         )
     try:
         theirs = results(graph)

@@ -16,6 +16,7 @@ import torch
 import torch._dynamo
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.fx.experimental import _config as symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -130,6 +131,7 @@ def export(
         options: dict[str, Any] = {"dynamic_shapes": (shapes,) if tensors else None, "strict": False}
         try:
             with (
+                _unvalidated_distributions(),
                 _quiet(),
                 symbolic_shapes.patch(symbol_guard_limit_before_specialize=GUARDS),  # type: ignore[attr-defined]
                 torch._dynamo.config.patch(fake_tensor_cache_enabled=_repeats(flat.region) >= REPEATS),
@@ -174,6 +176,21 @@ def refuse_foreign(module: nn.Module, region: str, leaves: Iterable[Any], does: 
 
 
 _CHATTY = ("torch._export.non_strict_utils", "torch.export", "torch.fx", "torch._subclasses.fake_tensor")
+
+
+@contextmanager
+def _unvalidated_distributions() -> Iterator[None]:
+    """Let torch.distributions trust their arguments for the time inside.
+
+    By default they branch on whether all values are valid, and raise where not, which no graph holds. Nothing else
+    depends on it. Like the asserts of a graph, the check is left out of it; calls in plain Python still make it.
+    """
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def choose(
     blocks = [name for name in calls if not any(name.startswith(f"{other}.") for other in calls)]
     for name in blocks:
         search.attempt(name)
-    uncalled = {name: _UNCALLED for name in candidates - calls.keys() if _is_callable(model.get_submodule(name))}
+    uncalled = {name: UNCALLED for name in candidates - calls.keys() if _is_callable(model.get_submodule(name))}
     if blocks and len(search.coupled()) == len(blocks):
         if how == "blocks":
             return search.analyses, uncalled
@@ -141,7 +141,7 @@ def _root_if_it_covers_more(
     return root if share < KEPT * whole else None
 
 
-_UNCALLED = "it is not called in this forward of the model, so its computation is unknown; it stays whole"
+UNCALLED = "it is not called in this forward of the model, so its computation is unknown; it stays whole"
 
 
 def _is_callable(module: nn.Module) -> bool:

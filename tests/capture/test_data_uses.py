@@ -189,3 +189,37 @@ def test_state_that_a_weight_makes_of_itself_is_no_meeting_of_weights(name):
         found[training] = {(m.parameter, m.dim) for c in ecospa_fx.couplings(model) for m in c.members}
         assert [c.size for c in ecospa_fx.couplings(model)] == [6]
     assert found[True] == found[False]
+
+
+@pytest.mark.parametrize("family", ["normal", "categorical", "independent"])
+def test_distributions_that_check_their_arguments_are_captured(family):
+    """As they do by default, in a branch on values."""
+
+    class Policy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.mean, self.scale = nn.Linear(6, 12), nn.Linear(12, 4), nn.Linear(12, 4)
+            self.d, self.e = nn.Linear(4, 10), nn.Linear(10, 3)
+
+        def forward(self, x):
+            h = self.a(x).relu()
+            if family == "categorical":
+                return self.e(self.d(torch.distributions.Categorical(logits=self.mean(h)).probs).relu())
+            drawn = torch.distributions.Normal(self.mean(h), self.scale(h).exp())
+            if family == "independent":
+                drawn = torch.distributions.Independent(drawn, 1)
+            z = drawn.rsample()
+            return self.e(self.d(z).relu()), drawn.log_prob(z)
+
+    torch.manual_seed(0)
+    model, x = Policy(), torch.randn(5, 6)
+    plain = copy.deepcopy(model)
+    ecospa_fx.compile(model, example_inputs=(x,))
+    assert {10, 12} <= {c.size for c in ecospa_fx.couplings(model)}
+    results = []
+    for each in (plain, model):
+        torch.manual_seed(1)
+        results.append(each(x))
+    torch.testing.assert_close(*results)
+    assert torch.distributions.Distribution._validate_args
+    ecospa_fx.verify(model, example_inputs=(x,)).raise_if_failed()

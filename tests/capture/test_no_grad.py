@@ -171,3 +171,36 @@ def test_a_call_with_gradients_that_eager_does_not_have_is_refused_and_says_so()
     wanted = r"its eager backward does not run: .* make it under torch\.no_grad\(\)"
     with pytest.raises(ecospa_fx.errors.CaptureError, match=wanted):
         model(x, State())
+
+
+class _KeepsNothing(torch.autograd.Function):
+    """Its backward needs what only a forward in training keeps, and fails with an error of its own kind."""
+
+    @staticmethod
+    def forward(ctx, x, kept):
+        ctx.kept = kept
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * len(ctx.kept), None
+
+
+def test_a_backward_that_raises_an_error_of_its_own_kind_is_refused_by_name():
+    class Reversible(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return _KeepsNothing.apply(self.b(F.relu(self.a(x))), [x] if self.training else None)
+
+    model, x = Reversible().eval(), torch.randn(2, 4)
+    with pytest.raises(
+        ecospa_fx.errors.CaptureError,
+        match=r"its eager backward does not run: object of type 'NoneType' .*torch.no_grad",
+    ):
+        ecospa_fx.compile(model, example_inputs=(x,))
+    with torch.no_grad():
+        ecospa_fx.compile(model, example_inputs=(x,))
+    assert [c.size for c in ecospa_fx.couplings(model)] == [8]

@@ -244,6 +244,31 @@ def test_a_block_that_is_not_called_is_said_to_stay_whole():
     }
 
 
+def test_blocks_that_the_first_call_leaves_out_are_named_aloud(caplog):
+    """An encoder that has run by itself, as before text is generated, is no part of the first call of the model."""
+
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = Model(Block(), Block()), Model(Block(), Block())
+
+        def forward(self, x, read=None):
+            return self.decoder(x + (self.encoder(x) if read is None else read))
+
+    model, x = Reading(), torch.randn(2, 3, WIDTH)
+    ecospa_fx.compile(model)
+    with caplog.at_level("WARNING", "ecospa_fx"):
+        model(x, model.encoder(x))
+    assert [record.getMessage() for record in caplog.records] == [
+        "Reading: `encoder.blocks.0` and 1 other block are not called in the forward that is captured, and will stay "
+        "whole; compile with example_inputs or example_kwargs of a forward that calls all blocks, as in training"
+    ]
+    caplog.clear()
+    with caplog.at_level("WARNING", "ecospa_fx"):
+        ecospa_fx.compile(Reading(), example_inputs=(x,))
+    assert not caplog.records
+
+
 class Cache:
     """No graph can hold one."""
 

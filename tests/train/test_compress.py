@@ -209,6 +209,27 @@ def test_a_mapping_its_mask_and_its_own_loss():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("pack", [lambda loss, y: loss, lambda loss, y: (loss, y)], ids=["alone", "first"])
+def test_a_scalar_that_a_model_returns_is_its_loss(pack):
+    class Denoiser(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+
+        def forward(self, x):
+            y = self.down(silu(self.up(x)))
+            return pack((y - x).square().mean(), y)
+
+    torch.manual_seed(0)
+    model, batches = Denoiser(), [torch.randn(8, WIDTH) for _ in range(4)]
+    with torch.no_grad():
+        results = [model(x) for x in batches]
+    losses = [float(result if isinstance(result, torch.Tensor) else result[0]) for result in results]
+    report = ecospa_fx.compress(model, batches, 0.8)
+    assert report.parameters[1] < 0.82 * report.parameters[0]
+    assert report.loss[0] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("batches", "options", "message"),
     [
