@@ -88,6 +88,7 @@ class CompiledModel:
             raise EcoSpaError(_NOT_JOINED)
         self.regions: dict[str, Region] = {}
         self.not_captured: dict[str, str] = {}
+        self._partial = False  # captured from a call without gradients that has left out blocks
         self.save: str | None = None
 
     @property
@@ -140,6 +141,10 @@ class CompiledModel:
                 if self.execution == "module":
                     self._capture_again_if_need_be(model, args, kwargs)
                 # The regions of a loaded model capture the calls that they get.
+        elif self._partial:
+            with own_forward_aside(model):
+                self._complete(model, args, kwargs)
+                return own_forward(model, MODEL)(model, *args, **kwargs)
         elif REGION not in model.__dict__:  # a copy of a model whose own Python runs
             unswap_forward(model)
         return own_forward(model, MODEL)(model, *args, **kwargs)
@@ -149,8 +154,38 @@ class CompiledModel:
 
         accelerate sets such a forward for mixed precision, and others for a loss of their own.
         """
-        if not self.captured and not self.regions and not in_transform():
+        if in_transform():
+            return
+        if not self.captured and not self.regions:
             self.capture(model, args, kwargs)
+        elif self._partial:
+            self._complete(model, args, kwargs)
+
+    def _complete(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Choose regions anew from the first call with gradients, if the one that they are from has left out blocks.
+
+        So has a first call that generates, of an encoder that runs before. Not once the model has shrunk, or is read.
+        """
+        if not torch.is_grad_enabled() or in_transform():
+            return
+        regions, not_captured = self.regions, self.not_captured
+        self._partial = False
+        if self.plan.kept or any(region.watcher is not None for region in regions.values()):
+            unswap_forward(model)
+            return
+        for name in regions:
+            module = model.get_submodule(name)
+            module.__dict__.pop(REGION, None)
+            unswap_forward(module)
+        self.regions = {}
+        try:
+            self.capture(model, args, kwargs)
+        except (CaptureError, NoCouplingError) as error:
+            logger("capture").warning("%s: the blocks that were left out stay whole: %s", type(model).__name__, error)
+            unswap_forward(model)
+            self.regions, self.not_captured = regions, not_captured
+            model.__dict__[MODEL] = self
+            self.route(model)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -204,10 +239,15 @@ class CompiledModel:
         if outside:
             logger("capture").info("%s: %s", type(model).__name__, outside)
         uncalled = uncalled_text(self.not_captured)
-        if uncalled:
+        self._partial = bool(uncalled) and not options.gradients
+        if self._partial:
+            logger("capture").info("%s: %s, unless the first call with gradients does", type(model).__name__, uncalled)
+        elif uncalled:
             logger("capture").warning("%s: %s", type(model).__name__, uncalled)
         model.__dict__[MODEL] = self
         self.route(model)
+        if self._partial:
+            swap_forward(model, MODEL, missed=True)
 
     def _wait(self, model: nn.Module) -> None:
         """Let the next call of the model come here."""

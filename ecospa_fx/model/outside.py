@@ -52,8 +52,8 @@ def uncalled_text(not_captured: Mapping[str, str]) -> str:
     first, more = min(names), len(names) - 1
     subject = f"`{first}` and {plural(more, 'other block')} are" if more else f"`{first}` is"
     return (
-        f"{subject} not called in the forward that is captured, and will stay whole; compile with example_inputs or "
-        "example_kwargs of a forward that calls all blocks, as in training"
+        f"{subject} not called in the forward that is captured, and will stay whole (compile with example_inputs or "
+        "example_kwargs of a forward that calls all blocks, as in training)"
     )
 
 

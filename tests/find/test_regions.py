@@ -244,29 +244,65 @@ def test_a_block_that_is_not_called_is_said_to_stay_whole():
     }
 
 
+class Reading(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = Model(Block(), Block()), Model(Block(), Block())
+
+    def forward(self, x, read=None):
+        return self.decoder(x + (self.encoder(x) if read is None else read))
+
+
 def test_blocks_that_the_first_call_leaves_out_are_named_aloud(caplog):
-    """An encoder that has run by itself, as before text is generated, is no part of the first call of the model."""
-
-    class Reading(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder, self.decoder = Model(Block(), Block()), Model(Block(), Block())
-
-        def forward(self, x, read=None):
-            return self.decoder(x + (self.encoder(x) if read is None else read))
-
+    """An encoder that has run by itself is no part of the first call of the model."""
     model, x = Reading(), torch.randn(2, 3, WIDTH)
     ecospa_fx.compile(model)
     with caplog.at_level("WARNING", "ecospa_fx"):
         model(x, model.encoder(x))
     assert [record.getMessage() for record in caplog.records] == [
         "Reading: `encoder.blocks.0` and 1 other block are not called in the forward that is captured, and will stay "
-        "whole; compile with example_inputs or example_kwargs of a forward that calls all blocks, as in training"
+        "whole (compile with example_inputs or example_kwargs of a forward that calls all blocks, as in training)"
     ]
     caplog.clear()
     with caplog.at_level("WARNING", "ecospa_fx"):
         ecospa_fx.compile(Reading(), example_inputs=(x,))
     assert not caplog.records
+
+
+@pytest.mark.parametrize("execution", ["graph", "module"])
+def test_the_first_call_with_gradients_adds_the_blocks_that_generation_has_left_out(execution, caplog):
+    torch.manual_seed(0)
+    plain, x = Reading(), torch.randn(2, 3, WIDTH)
+    model = ecospa_fx.compile(copy.deepcopy(plain), execution=execution)
+    with caplog.at_level("WARNING", "ecospa_fx"), torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(model(x, model.encoder(x)), plain(x))
+    left_in = ecospa_fx.couplings(model)
+    assert left_in and all(coupling.name.startswith("decoder.") for coupling in left_in)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trainer = ecospa_fx.EcoSpaTrainer(model, optimizer, target=0.87, interval=1, end=4)  # knows the decoder's alone
+    for _ in range(6):
+        model(x).square().mean().backward()
+        optimizer.step()
+        trainer.step()
+        optimizer.zero_grad()
+    assert trainer.done and not caplog.records
+    assert len(ecospa_fx.couplings(model)) == 2 * len(left_in)
+    small = {
+        coupling.name.split(".")[0] for coupling in ecospa_fx.couplings(model) if coupling.size < coupling.original_size
+    }
+    assert small == {"encoder", "decoder"}
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, model.encoder(x)), model(x))
+
+
+def test_what_has_shrunk_before_the_first_call_with_gradients_stays_as_it_is():
+    model, x = ecospa_fx.compile(Reading()), torch.randn(2, 3, WIDTH)
+    with torch.no_grad():
+        model(x, model.encoder(x))
+    ecospa_fx.shrink(model, {c: torch.arange(1) for c in ecospa_fx.couplings(model)})
+    model(x).sum().backward()
+    assert {(c.name.split(".")[0], c.size) for c in ecospa_fx.couplings(model)} == {("decoder", 1)}
 
 
 class Cache:
