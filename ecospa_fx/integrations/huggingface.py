@@ -22,7 +22,7 @@ from ecospa_fx.api import compile
 from ecospa_fx.checkpoint.directory import read_save
 from ecospa_fx.checkpoint.rebuild import Saved, read_model
 from ecospa_fx.checkpoint.save_load import resume, save
-from ecospa_fx.errors import CaptureError, CheckpointError, WrapperError
+from ecospa_fx.errors import CheckpointError, WrapperError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.execution import Execution
@@ -57,7 +57,7 @@ class EcoSpaCallback(TrainerCallback):
     `trainer.train(resume_from_checkpoint=...)` goes on from there. Other weights of other sizes are refused.
 
     With `model_init` every `train()` begins with another model. Let `model_init` return `callback.prepare(model)` to
-    train in mixed precision or to resume: the Trainer prepares and fills that model before it calls any callback.
+    resume: the Trainer fills that model before it calls any callback.
 
     Args:
         execution: see `ecospa_fx.compile`; with `"module"` the model generates with a cache after training as before.
@@ -100,14 +100,7 @@ class EcoSpaCallback(TrainerCallback):
         """Begin the schedule, or go on with it."""
         model, optimizer = given["model"], given["optimizer"]
         self._sizes.look_in(args)
-        try:
-            self.prepare(model)
-        except CaptureError as error:
-            raise CaptureError(
-                f"the Trainer has prepared this {type(model).__name__} for mixed precision before the callback was "
-                "told of it, so its first call would not be seen. Pass the callback to Trainer(callbacks=[...]); with "
-                "model_init, let that return callback.prepare(model)"
-            ) from error
+        self.prepare(model)
         self._loss = None
         if state.global_step:
             source = self._sizes.of_step(state)

@@ -1,7 +1,7 @@
 """BesideRanks: both worlds of `Beside` under DistributedDataParallel, on each of some processes with its own batches.
 
     with RankCrew(2) as crew:
-        crew.check(program)      forked once; each program goes to all of them
+        crew.check(program)      started once; each program goes to all of them
           each rank: the plain model in DDP, the compiled one in DDP, compared after every step
           after every step: has one rank found a difference, or come to the end? then all stop
 
@@ -127,34 +127,55 @@ class RankCrew:
         self._members = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("fork")
+        context = multiprocessing.get_context("fork" if may_fork() else "spawn")
         store = tempfile.mktemp(prefix="ranks")
         for rank in range(self.ranks):
             ours, theirs = context.Pipe()
-            process = context.Process(target=self._serve, args=(rank, store, theirs), daemon=True)
+            given = (self._check, rank, self.ranks, store, theirs)
+            process = context.Process(target=_serve, args=given, daemon=True)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
                 process.start()
             theirs.close()
             self._members.append((process, ours))
 
-    def _serve(self, rank: int, store: str, pipe: Any) -> None:
-        if "lo" in [name for _, name in socket.if_nameindex()]:
-            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        torch.set_num_threads(1)
-        distributed.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=self.ranks, timeout=timedelta(seconds=TIMEOUT)
-        )
-        while True:
-            try:
-                program = pipe.recv()
-            except EOFError:
-                os._exit(0)
-            try:
-                answer = self._check(program)
-            except BaseException:
-                answer = traceback.format_exc(), False
-            pipe.send(answer)
+
+def _serve(check: Callable[[Any], tuple[Any, bool]], rank: int, ranks: int, store: str, pipe: Any) -> None:
+    if "lo" in [name for _, name in socket.if_nameindex()]:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=TIMEOUT)
+    )
+    while True:
+        try:
+            program = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        try:
+            answer = check(program)
+        except BaseException:
+            answer = traceback.format_exc(), False
+        pipe.send(answer)
 
 
-__all__ = ["BesideRanks", "RankCrew", "any_rank"]
+def may_fork() -> bool:
+    """Return whether a fork of this process can compute gradients.
+
+    Not once a backward in a backward took threads: then every step would end in the same error in both worlds.
+    """
+    if torch.cuda.is_initialized():
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, from Python 3.12 on
+        child = os.fork()
+    if not child:
+        try:
+            torch.ones(1, requires_grad=True).sum().backward()  # type: ignore[no-untyped-call]
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+__all__ = ["BesideRanks", "RankCrew", "any_rank", "may_fork"]

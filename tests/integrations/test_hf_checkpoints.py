@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.trainer_utils import HPSearchBackend
 
 import ecospa_fx
-from ecospa_fx.errors import CaptureError, CheckpointError
+from ecospa_fx.errors import CheckpointError
 from ecospa_fx.integrations.huggingface import EcoSpaCallback
 
 TOKENS = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(9))
@@ -176,20 +176,17 @@ def test_every_train_call_may_begin_with_another_model(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), model.parameters(), strict=True))
 
 
-def test_a_model_that_is_made_late_must_be_prepared_for_mixed_precision(tmp_path):
-    trainer, callback = trainer_of(tmp_path / "plain", model_init=make, bf16=True)
-    with pytest.raises(CaptureError) as caught:
-        trainer.train()
-    assert str(caught.value) == (
-        "the Trainer has prepared this GPT2LMHeadModel for mixed precision before the callback was told of it, so its "
-        "first call would not be seen. Pass the callback to Trainer(callbacks=[...]); with model_init, let that return "
-        "callback.prepare(model)"
-    )
+def test_a_model_that_is_made_late_trains_in_mixed_precision_whether_it_is_prepared_or_not(tmp_path):
+    trainer, callback = trainer_of(tmp_path / "unprepared", model_init=make, bf16=True)
+    trainer.train()
+    unprepared, steps = trainer.model, callback.trainer.history
     callback = EcoSpaCallback(target=0.6, interval=2, start=1, end=5)
     options = {"callback": callback, "model_init": lambda: callback.prepare(make()), "bf16": True}
     trainer, _ = trainer_of(tmp_path, **options)
     trainer.train()
     whole, history = trainer.model, callback.trainer.history
+    assert steps == history
+    assert all(torch.equal(p, q) for p, q in zip(unprepared.parameters(), whole.parameters(), strict=True))
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert trainer.model is not whole and callback.trainer.history == history
     assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), whole.parameters(), strict=True))

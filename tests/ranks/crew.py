@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
+from ecospa_fx.testing.beside_ranks import may_fork
 
 LIMIT = 240  # seconds that a case may take: other work may hold the machine
 
@@ -79,7 +80,7 @@ class Crew:
 
     def _start(self):
         # A fork has what the test has imported; a GPU in use and the threads of autograd do not work in one.
-        context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() or not may_fork() else "fork")
+        context = multiprocessing.get_context("fork" if may_fork() else "spawn")
         store, port = tempfile.mktemp(prefix="crew"), free_port()
         for rank in range(self.world):
             ours, theirs = context.Pipe()
@@ -128,20 +129,6 @@ def _serve(rank, world, timeout, store, port, pipe, others):
         except BaseException:
             answer = ("error", traceback.format_exc())
         pipe.send(answer)
-
-
-def may_fork():
-    """Return whether a fork of this process can compute gradients: not once a backward in a backward took threads."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, from Python 3.12 on
-        child = os.fork()
-    if not child:
-        try:
-            torch.ones(1, requires_grad=True).sum().backward()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def free_port():

@@ -16,6 +16,7 @@ from torch import nn
 
 import ecospa_fx
 from ecospa_fx.errors import CaptureError
+from ecospa_fx.testing import beside_ranks
 from ecospa_fx.testing.beside import Beside, Ended
 from ecospa_fx.testing.beside_ranks import RankCrew
 from ecospa_fx.testing.fuzz_state import (
@@ -50,11 +51,18 @@ def test_on_two_ranks_they_equal_the_plain_ones_there() -> None:
     assert tally.programs == 10 and tally.compiled > 2 and tally.shrunk > 0 and tally.steps > 40
 
 
-def test_gradients_that_are_not_reduced_after_a_shrink_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def _check_without_new_reducers(program: Any) -> Any:
+    ecospa_fx.model.journal.make_again = lambda wrapper: None  # of this process, which ends with its crew
+    return check_on_rank(program)
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_gradients_that_are_not_reduced_after_a_shrink_are_found(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = "compile(2)", "train(3)", "shrink(1)", "train(2)"
     program = StateProgram(StatefulModule(()), steps, "graph", "root")
-    monkeypatch.setattr(ecospa_fx.model.journal, "make_again", lambda wrapper: None)
-    with RankCrew(2, check_on_rank) as crew:
+    if start == "spawn":
+        monkeypatch.setattr(beside_ranks, "may_fork", lambda: False)
+    with RankCrew(2, _check_without_new_reducers) as crew:
         failure = check_on_ranks(crew, program)
     assert failure is not None and failure.step == 3
 
