@@ -22,6 +22,8 @@ from ecospa_fx.ranks.fsdp2 import class_inside
 class ShrinkableLinear(nn.Linear):
     """An nn.Linear that reads `in_features` and `out_features` off its weight `[out, in]`."""
 
+    __jit_unused_properties__ = ("in_features", "out_features")  # torch.jit.script compiles all others
+
     @property
     def in_features(self) -> int:
         """Columns of the weight."""

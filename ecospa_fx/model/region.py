@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ecospa_fx.collectives import is_distributed
 from ecospa_fx.errors import CaptureError, EcoSpaError, NotNowError, PinnedAxisError, TooManyCallsError, WrapperError
@@ -349,6 +349,8 @@ class Region:
             raise
         except CaptureError as error:
             named = self._named()
+            if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+                raise CaptureError(self._opaque("torch.fx.symbolic_trace")) from error
             held = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
             if moved := [name for name in self.state.plan.under(self.name) if name not in held]:
                 raise CaptureError(
@@ -368,6 +370,21 @@ class Region:
         self._warn(why)
         self.uncaptured = why
         self.state.forget_couplings()
+
+    def refuse_script(self) -> None:
+        """Refuse torch.jit.script, which would compile the region's own Python.
+
+        Raises:
+            CaptureError: always.
+        """
+        raise CaptureError(self._opaque("torch.jit.script"))
+
+    def _opaque(self, tracer: str) -> str:
+        named = self._named()
+        return (
+            f"{named[:1].upper()}{named[1:]} runs as generated code, into which {tracer} does not look: use "
+            "ecospa_fx.export, torch.export or torch.jit.trace, or compile with execution='module'"
+        )
 
     def _warn(self, why: str) -> None:
         if not self._warned:

@@ -5,6 +5,8 @@ As in torch's parametrizations and FSDP2, a subclass is made per original class,
 looks for a callable in the module's `__dict__` at each call, and is that of the class below where there is none: so a
 swap is undone by removing that, whatever class others have put on top since.
 
+A callable with a method `refuse_script` is asked before torch.jit.script compiles the module.
+
 A forward on the instance hides that of the class, and may go past it. A callable with a method `missed` can be told of
 calls of the module that did so.
 """
@@ -76,7 +78,16 @@ def _swapped(original: type[nn.Module], attribute: str, missed: bool) -> type[nn
             run.missed(self, args, kwargs)
         return result
 
-    members: dict[str, Any] = {"forward": forward, "__reduce_ex__": reduce_ex}
+    def prepare_scriptable(self: nn.Module) -> nn.Module:
+        # torch.jit.script asks each module for what to compile, and would compile the forward below.
+        refuse = getattr(self.__dict__.get(attribute), "refuse_script", None)
+        if refuse is not None:
+            refuse()
+        return self
+
+    members: dict[str, Any] = {
+        "forward": forward, "__reduce_ex__": reduce_ex, "__prepare_scriptable__": prepare_scriptable,
+    }  # fmt: skip
     swapped = stand_in_class(original, members | ({"__call__": call} if missed else {}))
     _SWAPPED[original, attribute] = swapped
     return swapped

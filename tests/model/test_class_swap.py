@@ -70,3 +70,32 @@ def test_a_subclass_of_a_swapped_class_is_its_own() -> None:
     inner = type("Inner", (type(model),), {})
     inner.calls = 9
     assert Net.calls != 9
+
+
+class Doubled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize("regions", ["root", "blocks"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_script_or_a_symbolic_trace_is_right_or_refused(regions):
+    x = torch.randn(3, 4)
+    for execution in ("module", "graph"):
+        model = nn.Sequential(Doubled(), Doubled())
+        model = ecospa_fx.compile(model, example_inputs=(x,), regions=regions, execution=execution)
+        ecospa_fx.shrink(model, {c: torch.arange(3) for c in ecospa_fx.couplings(model)})
+        if execution == "module":
+            torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+            torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+            continue
+        for way in (torch.jit.script, torch.fx.symbolic_trace):
+            with pytest.raises(
+                ecospa_fx.errors.CaptureError, match=r"runs as generated code, into which torch\..* does"
+            ):
+                way(model)
+        torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
