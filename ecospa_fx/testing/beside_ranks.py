@@ -127,7 +127,7 @@ class RankCrew:
         self._members = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("fork" if may_fork() else "spawn")
+        context: Any = multiprocessing.get_context("fork" if may_fork() else "spawn")
         store = tempfile.mktemp(prefix="ranks")
         for rank in range(self.ranks):
             ours, theirs = context.Pipe()
@@ -171,7 +171,7 @@ def may_fork() -> bool:
         child = os.fork()
     if not child:
         try:
-            torch.ones(1, requires_grad=True).sum().backward()  # type: ignore[no-untyped-call]
+            torch.ones(1, requires_grad=True).sum().backward()
             os._exit(0)
         except BaseException:
             os._exit(1)
