@@ -53,12 +53,12 @@ COLOURS = {
 @contextmanager
 def in_order() -> Iterator[None]:
     """Rotate to the basis of singular vectors itself."""
-    whole = compensation.rotate
-    compensation.rotate = lambda *given, keep, **more: whole(*given, **more)
+    whole = compensation.rotate_within
+    compensation.rotate_within = lambda *given, keep, **more: whole(*given, **more)
     try:
         yield
     finally:
-        compensation.rotate = whole
+        compensation.rotate_within = whole
 
 
 def torch_pruning(
