@@ -154,12 +154,10 @@ class CompiledModel:
 
         accelerate sets such a forward for mixed precision, and others for a loss of their own.
         """
-        if in_transform():
-            return
-        if not self.captured and not self.regions:
-            self.capture(model, args, kwargs)
-        elif self._partial:
+        if self._partial:
             self._complete(model, args, kwargs)
+        elif not self.captured and not self.regions and not in_transform():
+            self.capture(model, args, kwargs)
 
     def _complete(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose regions anew from the first call with gradients, if the one that they are from has left out blocks.
@@ -180,12 +178,14 @@ class CompiledModel:
         self.regions = {}
         try:
             self.capture(model, args, kwargs)
-        except (CaptureError, NoCouplingError) as error:
-            logger("capture").warning("%s: the blocks that were left out stay whole: %s", type(model).__name__, error)
+        except BaseException as error:
             unswap_forward(model)
             self.regions, self.not_captured = regions, not_captured
             model.__dict__[MODEL] = self
             self.route(model)
+            if not isinstance(error, (CaptureError, NoCouplingError)):
+                raise
+            logger("capture").warning("%s: the blocks that were left out stay whole: %s", type(model).__name__, error)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -247,7 +247,7 @@ class CompiledModel:
         model.__dict__[MODEL] = self
         self.route(model)
         if self._partial:
-            swap_forward(model, MODEL, missed=True)
+            self._wait(model)
 
     def _wait(self, model: nn.Module) -> None:
         """Let the next call of the model come here."""

@@ -254,7 +254,7 @@ class Reading(nn.Module):
 
 
 def test_blocks_that_the_first_call_leaves_out_are_named_aloud(caplog):
-    """An encoder that has run by itself is no part of the first call of the model."""
+    """An encoder that has run by itself is not a part of the first call of the model."""
     model, x = Reading(), torch.randn(2, 3, WIDTH)
     ecospa_fx.compile(model)
     with caplog.at_level("WARNING", "ecospa_fx"):
@@ -294,6 +294,24 @@ def test_the_first_call_with_gradients_adds_the_blocks_that_generation_has_left_
     assert small == {"encoder", "decoder"}
     with torch.no_grad():
         torch.testing.assert_close(model(x, model.encoder(x)), model(x))
+
+
+def test_an_error_while_blocks_are_added_leaves_the_model_as_it_was(monkeypatch):
+    model, x = ecospa_fx.compile(Reading()), torch.randn(2, 3, WIDTH)
+    with torch.no_grad():
+        model(x, model.encoder(x))
+    left_in = ecospa_fx.couplings(model)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ecospa_fx.model.compiled.choose_regions", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+    assert ecospa_fx.couplings(model) == left_in
+    ecospa_fx.shrink(model, {c: torch.arange(1) for c in left_in})
+    assert torch.isfinite(model(x)).all()
 
 
 def test_what_has_shrunk_before_the_first_call_with_gradients_stays_as_it_is():
