@@ -26,10 +26,10 @@ def by_samples(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         named: what is called, for messages.
 
     Returns:
-        What `run` returns, with nested tensors.
+        The results of `run`, as nested tensors.
 
     Raises:
-        CaptureError: there are plain tensors beside them, which may belong to one sample each or to all.
+        CaptureError: there are plain tensors beside them, which may belong to one sample each or to all; or no sample.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     nested = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_nested}
@@ -40,6 +40,10 @@ def by_samples(run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
             "sample: pad them, or make all of them nested"
         )
     samples = list(zip(*(leaf.unbind() for leaf in nested.values()), strict=True))
+    if not samples:
+        raise CaptureError(
+            f"{named} is called with nested tensors of no samples, whose results would be of no known size"
+        )
     alike: dict[Any, list[int]] = {}
     for number, sample in enumerate(samples):
         alike.setdefault(tuple(tuple(part.shape) for part in sample), []).append(number)

@@ -73,3 +73,5 @@ def test_what_belongs_to_which_sample_must_be_known():
     ecospa_fx.shrink(model, {c: torch.arange(4) for c in ecospa_fx.couplings(model)})
     with pytest.raises(CaptureError, match="pad them, or make all of them nested"):
         model(torch.nested.nested_tensor([X[0], X[1, :3]]), X[:2])
+    with pytest.raises(CaptureError, match="nested tensors of no samples"):
+        model(torch.nested.nested_tensor([]))
