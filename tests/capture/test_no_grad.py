@@ -116,7 +116,7 @@ def test_it_trains_as_eager_does_before_and_after_a_shrink(cls):
 
 
 class State:
-    """What a step of generation leaves for the next one."""
+    """State that a step of generation leaves for the next one."""
 
     def __init__(self):
         self.value = None
