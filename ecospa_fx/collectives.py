@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import time
+from pathlib import Path
+
 from torch import Tensor, distributed
+
+SETTLE = 0.1
+"""Seconds that a process with threads of gloo waits at its end."""
 
 
 def is_distributed() -> bool:
@@ -26,3 +34,27 @@ def all_reduce_sum(*tensors: Tensor, group: distributed.ProcessGroup | None = No
     for each in sums:
         distributed.all_reduce(each, group=group)
     return sums
+
+
+@atexit.register
+def await_gloo() -> None:
+    """Let gloo's threads come to rest before the interpreter ends.
+
+    A worker of gloo gives back what its last collective held after that has returned, for which it needs Python's
+    lock; where the interpreter ends meanwhile, the process aborts ("terminate called without an active exception",
+    pytorch issue 190489). Neither a barrier, whose worker is as late, nor `destroy_process_group` helps: a group that
+    DTensor has used keeps its threads. A sleep does, as it lets go of the lock.
+    """
+    until = time.monotonic() + SETTLE
+    while (states := gloo_threads()) and ("R" in states or time.monotonic() < until):
+        time.sleep(SETTLE / 10)
+
+
+def gloo_threads() -> str:
+    """Return the states of gloo's threads, a letter each, as Linux names them; none where there is no `/proc`."""
+    states = ""
+    for task in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # a thread may end at any time
+            name, _, rest = task.read_text().partition("(")[2].rpartition(")")
+            states += rest.split()[0] if name.startswith("pt_gloo") else ""
+    return states

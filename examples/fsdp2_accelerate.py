@@ -72,8 +72,6 @@ def main() -> None:
         print(change)
         alone = ecospa_fx.load(options.out)  # one process reads what all have written
         print(f"loaded again: {sum(p.numel() for p in alone.parameters()):,} parameters")
-    # torch holds tensors in threads of gloo until the next collective, and a process that ends with one aborts.
-    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

@@ -78,8 +78,6 @@ def main() -> None:
         print(change)
         loaded = ecospa_fx.load(f"{options.out}/checkpoint-{options.steps}/ecospa_fx")  # by one process
         print(f"loaded again: {sum(p.numel() for p in loaded.parameters()):,} parameters")
-    # torch holds tensors in threads of gloo until the next collective, and a process that ends with one aborts.
-    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
