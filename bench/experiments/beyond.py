@@ -79,7 +79,7 @@ def torch_pruning(
 
     sizes = {ratio: sum(p.numel() for p in pruned(ratio / 100).parameters()) for ratio in range(5, 90)}
     best = min((size, ratio) for ratio, size in sizes.items() if size >= other["parameters"])[1] / 100
-    training = Training.begun(pruned(best), job.task)
+    training = Training.begun(pruned(best).to(job.device), job.task)
     training.load_state_dict(start.state_dict())
     train(job, training, batches, job.steps)
     return row_of(job, training, variant.name, variant.labels) | {"ratio": best}

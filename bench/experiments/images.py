@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
-from experiments.tasks import Batch
+from experiments.tasks import Batch, placed
 
 SIDE, BORDER = 32, 4
 """Pixels of an image, and how far it may shift."""
@@ -109,11 +109,11 @@ class Images:
         return Augmented(*_decoded(self.source / "train.npz"), steps, self.batch_size, seed)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return cross_entropy(_logits(model, batch[0]), batch[1])
+        return cross_entropy(_logits(model, batch[0]), *placed(model, batch[1]))
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         images, labels = _decoded(self.source / "test.npz")
-        logits = torch.cat([_logits(model, _normal(part.float())) for part in images.split(250)])
+        logits = torch.cat([_logits(model, _normal(part.float())).cpu() for part in images.split(250)])
         right = (logits.argmax(1) == labels).float().mean().item()
         return {"loss": cross_entropy(logits, labels).item(), "accuracy": right}
 
@@ -149,7 +149,8 @@ def _generator(seed: int, epoch: int, place: int) -> torch.Generator:
 
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+    (x,) = placed(model, x)
+    with torch.autocast(x.device.type, torch.bfloat16):
         return model(x.contiguous(memory_format=torch.channels_last)).float()
 
 

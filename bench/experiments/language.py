@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from ecospa_fx.demo.corpus import SKIPPED_FOLDERS
 from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
-from experiments.tasks import Batch
+from experiments.tasks import Batch, placed
 
 PACKAGES = ("torch", "transformers", "sympy")
 """Packages whose sources are read, as far as there is room."""
@@ -73,9 +73,10 @@ class Language:
             yield self._windows(tokens, torch.randint(len(tokens) - self.context, (self.batch_size,), generator=draw))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(batch[0]).logits
-        return cross_entropy(logits.flatten(0, 1).float(), batch[1].flatten())
+        x, y = placed(model, *batch)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            logits = model(x).logits
+        return cross_entropy(logits.flatten(0, 1).float(), y.flatten())
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         parts = {"loss": "valid", "loss_outside": "outside"}

@@ -7,9 +7,11 @@ import csv
 import statistics
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from machine import RESULTS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -38,6 +40,7 @@ def arguments(
             "--data", type=Path, help="folder with wikitext-2/ and cifar10/; without it, what needs it is left out"
         )
     parser.add_argument("--scale", choices=("cpu", "gpu"), default="cpu", help="gpu: larger models, longer runs")
+    parser.add_argument("--device", default=None, help="where models are (default: cpu, with --scale gpu cuda)")
     parser.add_argument(
         "--steps", type=int, default=None, help=f"of each run (default: {steps}, with gpu ten times that)"
     )
@@ -52,6 +55,9 @@ def arguments(
     found = parser.parse_args()
     if found.steps is None:
         found.steps = steps * (10 if found.scale == "gpu" else 1)
+    found.device = found.device or ("cuda" if found.scale == "gpu" else "cpu")
+    if found.device != "cpu" and not torch.cuda.is_available():
+        parser.error(f"{found.device}, but torch sees no GPU here; --device cpu runs it all the same, slowly")
     return found
 
 
@@ -63,6 +69,7 @@ def run(name: str, jobs: Sequence[Job], options: argparse.Namespace) -> list[dic
     Returns:
         A row per run, those of one job together, ordered as the jobs are.
     """
+    jobs = [replace(job, device=options.device) for job in jobs]
     kept = RESULTS if any(job.save_every is not None for job in jobs) else options.runs
     out = kept / f"{name}.jsonl"
     if not options.report:

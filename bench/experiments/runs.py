@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ecospa_fx
 from ecospa_fx.demo.ablation import break_pairing
-from experiments.tasks import Task
+from experiments.tasks import Task, placed
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Job:
         regions: see `ecospa_fx.compile`.
         evaluations: validation losses along a run.
         last_rate: share of the peak rate that is left at the end.
+        device: where its models are.
         save_every: seconds between two saves of what is under way; None saves nothing, and the job's rows are written
             together when all of it is done.
     """
@@ -86,6 +87,7 @@ class Job:
     evaluations: int = 10
     last_rate: float = 0.1
     save_every: float | None = None
+    device: str = "cpu"
 
 
 @dataclass
@@ -94,7 +96,7 @@ class Training:
 
     Attributes:
         step: steps that it has taken.
-        seconds: of this process's processor that these took.
+        seconds: of this process's processor that these took; on a GPU those of a clock.
         compute: parameters, added up over them.
         flops: of the products in their forwards and backwards (three times those of a forward).
         curve: points along the way: step, seconds, flops, and what was validated.
@@ -253,8 +255,8 @@ def _write(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def fresh(job: Job) -> Training:
     """A compiled model with the random weights of the job's seed."""
     torch.manual_seed(job.seed)
-    model = job.task.model()
-    first, _ = next(iter(job.task.batches(1, job.seed)))
+    model = job.task.model().to(job.device)
+    first, _ = placed(model, *next(iter(job.task.batches(1, job.seed))))
     ecospa_fx.compile(model, example_inputs=(first,), regions=job.regions)
     return Training.begun(model, job.task)
 
@@ -322,7 +324,7 @@ def train(
     for step in range(training.step + 1, stop + 1):
         if (now := sum(p.numel() for p in training.model.parameters())) != size:
             size, flops = now, flops_of(job.task, training.model, batches[step - 1])
-        began = time.process_time()
+        began = clock(job.device)
         for group in training.optimizer.param_groups:
             group["lr"] = job.task.rate * _rate(step, job.steps, job.last_rate)
         training.model.train()
@@ -333,7 +335,7 @@ def train(
         if trainer is not None:
             trainer.step()
         training.optimizer.zero_grad()
-        training.seconds += time.process_time() - began
+        training.seconds += clock(job.device) - began
         training.compute += sum(p.numel() for p in training.model.parameters())
         training.flops += flops
         training.step = step
@@ -342,6 +344,14 @@ def train(
         if place is not None and time.perf_counter() - saved > job.save_every:
             training.save(place, trainer)
             saved = time.perf_counter()
+
+
+def clock(device: str) -> float:
+    """Seconds of this process's processor; on a GPU those of a clock, when all that was asked of it is done."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def flops_of(task: Task, model: nn.Module, batch: Any) -> int:

@@ -19,6 +19,12 @@ from ecospa_fx.demo.options import Options
 Batch = tuple[Tensor, Tensor]
 
 
+def placed(model: nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors on the device of a model."""
+    device = next(model.parameters()).device
+    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+
+
 class Task(Protocol):
     """One thing to learn. It is made in the process that runs it, from values that can be sent there."""
 
@@ -68,7 +74,7 @@ class Text:
         return training_batches(self._corpus(), steps, self.batch_size, self.context, seed)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        x, y = batch
+        x, y = placed(model, *batch)
         return cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
 
     def validate(self, model: nn.Module) -> dict[str, float]:
@@ -124,10 +130,11 @@ class Recall:
             yield self._draw(self.batch_size, draw)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return cross_entropy(model(batch[0]).logits.flatten(0, 1), batch[1].flatten(), ignore_index=-1)
+        x, y = placed(model, *batch)
+        return cross_entropy(model(x).logits.flatten(0, 1), y.flatten(), ignore_index=-1)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        x, y = self._draw(256, torch.Generator().manual_seed(12345))
+        x, y = placed(model, *self._draw(256, torch.Generator().manual_seed(12345)))
         logits = model(x).logits
         asked = y >= 0
         right = (logits.argmax(-1)[asked] == y[asked]).float().mean().item()
