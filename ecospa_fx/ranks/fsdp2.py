@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ecospa_fx.collectives import is_distributed
 from ecospa_fx.errors import RanksError
 
 from .placed import positions_here, shards_of
@@ -52,7 +53,7 @@ def class_inside(cls: type[Any]) -> type[Any]:
 
 def reshard(model: nn.Module) -> None:
     """Let a model hold its sharded parameters: a root keeps its weights gathered after a forward without backward."""
-    if torch.compiler.is_compiling():  # inside of a forward
+    if torch.compiler.is_compiling() or not is_distributed():  # inside of a forward, or with nothing to gather
         return
     for module in fsdp_modules(model):
         module.reshard()

@@ -9,6 +9,7 @@ in them (a mask, a fixed scale), and close to it if it is not.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ class GateReader:
         self.totals = GateTotals(options.rule)
         self._gates: dict[str, tuple[int, list[list[Gate]]]] = {}
         self._built_for: Coupling | None = None
+        self._step: weakref.ref[GradientStep] | None = None
 
     @property
     def sums(self) -> dict[SliceKey, Tensor]:
@@ -114,7 +116,8 @@ class GateReader:
         if not odd:
             gradients = {name: each for name, each in gradients.items() if _whole(each) or is_sharded(each)}
         chosen: dict[str, list[list[Gate]]] = {}
-        for name, (_, sides) in self.gates().items():
+        gates = self._gates_at(step)
+        for name, (_, sides) in gates.items():
             here = [[gate for gate in side if gate.parameter in gradients] for side in sides if name not in but]
             if any(here):
                 chosen[name] = [side for side in here if side]
@@ -125,7 +128,7 @@ class GateReader:
         squares: dict[str, Tensor] = {}
         for name, sides in chosen.items():
             first = sides[0][0]
-            total = torch.zeros(self.gates()[name][0], device=products[first.parameter, first.dim].device)
+            total = torch.zeros(gates[name][0], device=products[first.parameter, first.dim].device)
             for side in sides:
                 along = torch.zeros_like(total)
                 for gate in side:
@@ -148,7 +151,7 @@ class GateReader:
     def along(self, name: str, step: GradientStep) -> Tensor | None:
         """Return the gradient along the gates of one coupling, from one side, if that has gradients, and whole ones."""
         parameters, gradients = step.tensors()
-        width, sides = self.gates().get(name, (0, []))
+        width, sides = self._gates_at(step).get(name, (0, []))
         for side in sides:
             if not all(gate.parameter in gradients and _whole(gradients[gate.parameter]) for gate in side):
                 continue
@@ -192,6 +195,13 @@ class GateReader:
     def load_tensors(self, named: Mapping[str, Tensor]) -> None:
         """Go on with what `tensors` returned."""
         self.totals.load_tensors(named)
+
+    def _gates_at(self, step: GradientStep) -> dict[str, tuple[int, list[list[Gate]]]]:
+        """Return the gates, looked for once in a step: a look walks through the whole model."""
+        if self._step is None or self._step() is not step:
+            self.gates()
+            self._step = weakref.ref(step)
+        return self._gates
 
     def gates(self) -> dict[str, tuple[int, list[list[Gate]]]]:
         """Return by coupling name the number of gates, and the members whose products add up to them, side by side.

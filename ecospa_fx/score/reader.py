@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class GradientStep:
     """Gradients to read: those of a training step, or of a part of one.
 
     Attributes:
-        named: names and parameters whose gradients are read, those without one included; may be read once.
+        named: names and parameters whose gradients are read, those without one included; taken from it once.
         scale: what the gradients are still multiplied by, if so.
         found_inf: unless it is 0, the step is left out; read on the device.
         new_step: whether this is another training step, or a part of the last one that was not read yet.
@@ -50,8 +51,13 @@ class GradientStep:
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the parameters that have a gradient, and their gradients, by name.
 
-        Sparse ones with all entries, complex ones as pairs of real numbers, `[..., 2]`.
+        Sparse ones with all entries, complex ones as pairs of real numbers, `[..., 2]`. Every reader of a step gets the
+        same ones.
         """
+        return self._tensors
+
+    @functools.cached_property
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         named = {name: p for name, p in self.named if p.grad is not None}
         gradients = {name: as_real(dense(p.grad)) for name, p in named.items() if p.grad is not None}
         return {name: as_real(p) for name, p in named.items()}, gradients

@@ -66,14 +66,19 @@ class StepWatcher:
 
         An optimizer that has taken no step since the last call, while gradients have overflowed, has left it out.
         """
-        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         for number in range(len(self.optimizers)):
             names = names_of(self.model, self.optimizers, number)
             taken, found_inf = self._taken[number], self._found_inf[number]
             self._taken[number], self._found_inf[number] = False, None
-            own = [g for name, g in gradients.items() if names is None or name in names]
-            if taken or not self._handles or _finite(own):
+            if taken or not self._handles or _finite(self._gradients(names)):
                 yield Reading(names, found_inf)
+
+    def _gradients(self, names: set[str] | None) -> list[Tensor]:
+        return [
+            p.grad
+            for name, p in self.model.named_parameters()
+            if p.grad is not None and (names is None or name in names)
+        ]
 
     def detach(self) -> None:
         """Stop watching."""

@@ -257,11 +257,14 @@ def test_a_value_used_elsewhere_too_has_the_gradient_of_these_ops_only():
     torch.testing.assert_close(estimator.entries(coupling), gate.grad.square().sum(0), rtol=1e-9, atol=0)
 
 
-def test_hidden_units_without_such_a_place_are_judged_step_by_step():
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside others that have one"])
+def test_hidden_units_without_such_a_place_are_judged_step_by_step(beside):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
             self.cells, self.head = nn.LSTM(3, 5, batch_first=True), nn.Linear(5, 2)
+            if beside:
+                self.head = nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 2))
 
         def forward(self, x):
             return self.head(self.cells(x)[0])
