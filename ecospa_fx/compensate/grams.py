@@ -156,13 +156,13 @@ class Grams:
         self._pairs: dict[str, PairMoments] = {}
         self._whole: Gathered | None = None  # of all ranks, while they are read several times
         self._only = None if couplings is None else _Only.of(model, couplings)
-        self._regions = [
+        self.regions = [
             region for region in regions_of(model).values() if self._only is None or self._only.lies_in(region)
         ]
-        self._absorbers, self._norms = Absorbers(model, self._regions), Norms(model)
-        if self._regions:
+        self._absorbers, self._norms = Absorbers(model, self.regions), Norms(model)
+        if self.regions:
             check_observable(model)
-        for region in self._regions:
+        for region in self.regions:
             observe(region, self)
 
     def __enter__(self) -> Grams:
@@ -175,7 +175,7 @@ class Grams:
 
     def detach(self) -> None:
         """Stop gathering; the moments stay."""
-        for region in self._regions:
+        for region in self.regions:
             ignore(region, self)
 
     def reset(self) -> None:

@@ -7,7 +7,7 @@ observe(region, observer)   region.watcher -> Observers -> one program with the 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,7 +20,7 @@ from ecospa_fx.passes.rewrite.rewrite import Tap
 from ecospa_fx.passes.rewrite.watch import Watched, watch
 
 from .compiled_code import OWN
-from .lookup import compiled_state
+from .lookup import compiled_state, regions_of
 from .region import Region
 
 
@@ -137,6 +137,12 @@ def observe(region: Region, observer: Observer) -> None:
     if not isinstance(region.watcher, Observers):
         region.watcher = Observers()
     region.watcher.observers.append(observer)
+
+
+def are_of(regions: Collection[Region], model: nn.Module) -> bool:
+    """Decide whether these are the regions that a model has now: `resume` may have made others for it."""
+    now = regions_of(model).values()
+    return len(now) == len(regions) and all(map(operator.is_, now, regions))
 
 
 def ignore(region: Region, observer: Observer) -> None:

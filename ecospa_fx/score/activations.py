@@ -59,12 +59,13 @@ class ActivationScores(Averaged[str]):
         self.model, self.attention = model, attention
         self.sums: dict[str, _Sum] = {}
         check_observable(model)
-        for region in regions_of(model).values():
+        self.regions = list(regions_of(model).values())
+        for region in self.regions:
             observe(region, self)
 
     def detach(self) -> None:
         """Stop observing the regions."""
-        for region in regions_of(self.model).values():
+        for region in self.regions:
             ignore(region, self)
 
     def reset(self) -> None:

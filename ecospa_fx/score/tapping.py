@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ecospa_fx.model.lookup import compiled_state, regions_of
-from ecospa_fx.model.observers import ignore, observe
+from ecospa_fx.model.observers import are_of, ignore, observe
 from ecospa_fx.model.region import Region
 from ecospa_fx.passes.rewrite.program import Program
 
@@ -25,8 +25,9 @@ class Tapping:
     _observed: Sequence[Region] = ()
 
     def observe(self) -> None:
-        """Stand in the graphs of the model's regions, where graphs run."""
-        if not self._observed and compiled_state(self.model).execution != "module":
+        """Stand in the graphs of the model's regions, where graphs run; those that it has now."""
+        if not are_of(self._observed, self.model) and compiled_state(self.model).execution != "module":
+            self.detach()
             self._observed = list(regions_of(self.model).values())
             for region in self._observed:
                 observe(region, self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from types import MappingProxyType
 
@@ -88,10 +89,7 @@ class AdaptiveSparsifier(CoupledSparsifier):
             within |= {unit: within[unit][: _before_all(unit, within[unit])] for unit in missed}
         keeps = taken
         if sizes.total(named_sizes(keeps, keeps)) > at_most:  # whole entries left a little over: the next cheapest ones
-            order = sorted(
-                units, key=lambda unit: (_beyond(unit, keeps, least), _next(prices[unit], unit, keeps), unit.name)
-            )
-            keeps = self._fill(order, keeps, sizes, at_most)
+            keeps = self._fill(units, prices, least, keeps, sizes, at_most)
         return {
             coupling: keep
             for unit, size in keeps.items()
@@ -133,23 +131,32 @@ class AdaptiveSparsifier(CoupledSparsifier):
 
     def _fill(
         self,
-        order: list[TiedCouplings],
+        units: list[TiedCouplings],
+        prices: Mapping[TiedCouplings, list[float]],
+        least: Mapping[Coupling, int],
         keeps: Mapping[TiedCouplings, int],
         sizes: AnyCost,
         at_most: int,
     ) -> dict[TiedCouplings, int]:
-        """Take units one allowed size down, in order, until enough has gone; none that would pass the target."""
+        """Take the next cheapest units one allowed size down until enough has gone; none that would pass the target."""
         taken = dict(keeps)
-        for unit in order:
+        total, target = sizes.total(named_sizes(taken, taken)), self.target_size(sizes)
+
+        def place(number: int) -> tuple[bool, float, str, int]:
+            unit = units[number]
+            return _beyond(unit, taken, least), _next(prices[unit], unit, taken), unit.name, number
+
+        order = [place(number) for number in range(len(units))]
+        heapify(order)
+        while total > at_most and order:
+            *_, number = heappop(order)
+            unit = units[number]
             now = unit.sizes.index(taken.get(unit, unit.sizes[-1]))
-            if now == 0:
-                continue
-            trial = {**taken, unit: unit.sizes[now - 1]}
-            total = sizes.total(named_sizes(trial, trial))
-            if total >= self.target_size(sizes):
-                taken = trial
-                if total <= at_most:
-                    break
+            trial = {**taken, unit: unit.sizes[max(0, now - 1)]}
+            after = sizes.total(named_sizes(trial, trial))
+            if now and after >= target:
+                taken, total = trial, after
+                heappush(order, place(number))
         return taken
 
 

@@ -69,6 +69,23 @@ class Convolutions(nn.Module):
         return self.head(self.drop(x.mean((2, 3))))
 
 
+class Recurrent(nn.Module):
+    """Cells whose entries gradients alone tell of, beside hidden units that are read by position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.LSTM(6, 12, batch_first=True)
+        self.up, self.down, self.drop = nn.Linear(12, 24), nn.Linear(24, 5), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.drop(F.gelu(self.up(self.cells(x)[0])))).mean(1)
+
+
+def series(model: nn.Module, generator: torch.Generator) -> Tensor:
+    x = torch.randn(8, 4, 6, generator=generator)
+    return F.cross_entropy(model(x), torch.randint(5, (8,), generator=generator))
+
+
 def words(model: nn.Module, generator: torch.Generator) -> Tensor:
     length = int(torch.randint(5, 12, (), generator=generator))
     tokens = torch.randint(2, WORDS, (4, length), generator=generator)
@@ -120,6 +137,7 @@ class Kind:
     settings: dict[str, Any] = field(default_factory=dict)
     scaled: bool = False
     from_config: bool = False
+    captured: Callable[[], Any] | None = None  # example inputs, with which it is compiled
 
 
 KINDS = {
@@ -129,6 +147,10 @@ KINDS = {
     "convolutions": Kind(Convolutions, images, sgd, one_cycle, {"gradients": "optimizer", "window": 3}, scaled=True),
     "llama": Kind(
         llama, words, muon_and_adafactor, warmup, {"gradients": "backward", "index_score": "random"}, from_config=True
+    ),
+    "cells": Kind(Recurrent, series, adamw, warmup, {"policy": "adaptive"}, captured=lambda: (torch.zeros(2, 4, 6),)),
+    "images, activations": Kind(
+        Convolutions, images, sgd, one_cycle, {"score": "activation"}, captured=lambda: (torch.zeros(2, 3, 8, 8),)
     ),
 }
 
@@ -140,7 +162,7 @@ class Run:
         self.kind = kind = KINDS[kind]
         if saved is None or new:
             torch.manual_seed(0), random.seed(0), np.random.seed(0)  # noqa: NPY002
-            self.model = ecospa_fx.compile(kind.factory())
+            self.model = ecospa_fx.compile(kind.factory(), example_inputs=kind.captured() if kind.captured else None)
         else:
             self.model = ecospa_fx.load(saved, None if kind.from_config else kind.factory)
         self.optimizers = kind.optimizers(self.model)
