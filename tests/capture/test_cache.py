@@ -52,9 +52,13 @@ class Cache:
     def __init__(self, blocks=2, layer=Layer):
         self.layers = [layer() for _ in range(blocks)]
         self.done = {}
+        self.noted = []
 
     def update(self, keys, values, number, more=None):
         return self.layers[number].update(keys, values)
+
+    def note(self, x):
+        self.noted.append(x)
 
     def reorder(self, order):
         for layer in self.layers:
@@ -333,9 +337,20 @@ class Appending(Block):
         return super().forward(x, mask)
 
 
+class Noting(Block):
+    """A block that reads, in the object itself, what a method of it has put there in the same call."""
+
+    def forward(self, x, mask, cache=None):
+        if cache is None:
+            return super().forward(x, mask)
+        cache.note(x)
+        return super().forward(cache.noted[0], mask)
+
+
 @pytest.mark.parametrize(
     ("block", "why"),
     [
+        (Noting, "reads `noted[0]`, which the same call has put there, and no graph does that"),
         (
             Counting,
             "counts in `layers[0].length` of a Cache itself, not by one of its methods: no two calls would be alike",
