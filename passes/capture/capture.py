@@ -77,7 +77,9 @@ def capture(
     )
     check = check and not on_meta
     hooks = inner_hooks(module)
-    dry = dry_run(module, args, kwargs, region, forward, originals, options)
+    # In a fresh context, so that hooks that depend on context variables see none.
+    context = contextvars.Context()
+    dry = context.run(dry_run, module, args, kwargs, region, forward, originals, options)
 
     def attempt(observe: Iterable[str]) -> RegionGraph:
         # Tracing needs shapes only; the comparison with eager needs values.
@@ -100,8 +102,6 @@ def capture(
 
     if not hooks:
         return attempt(())
-    # In a fresh context, so that hooks that depend on context variables see none.
-    context = contextvars.Context()
     observed = [*hooks] if check else []
     captured: RegionGraph | None = None
     while captured is None:

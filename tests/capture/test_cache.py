@@ -1,5 +1,6 @@
 """Calls with objects that a forward changes, caches of keys and values say, in graph execution."""
 
+import contextvars
 import copy
 
 import pytest
@@ -204,6 +205,35 @@ def test_heads_that_keep_different_dims():
         # Captured after all that: what the cache holds is put back among zeros to do it.
         model(x[:, :2], cache := Cache())
         close(model(x[:, 2:5], cache), model(x[:, :5])[:, 2:])
+
+
+SEEN: contextvars.ContextVar[list | None] = contextvars.ContextVar("SEEN", default=None)
+
+
+def test_hooks_that_record_for_a_call_see_nothing_of_a_capture_in_it():
+    def recorded(model):
+        token = SEEN.set([])
+        try:
+            result = model(sequence(), Cache())
+            return result, SEEN.get()
+        finally:
+            SEEN.reset(token)
+
+    def record(module, args, result):
+        if SEEN.get() is not None:
+            SEEN.get().append(result)
+
+    plain = made()
+    model = compiled(copy.deepcopy(plain))
+    for each in (plain, model):
+        for block in each.blocks:
+            block.up.register_forward_hook(record)
+    for count in (1, 2):  # with a graph that the call itself makes, and with one that is there
+        (result, seen), (expected, theirs) = recorded(model), recorded(plain)
+        close(result, expected)
+        assert len(seen) == len(theirs) == 2, count
+        for mine, their in zip(seen, theirs, strict=True):
+            close(mine, their)
 
 
 def test_what_was_filled_before_a_shrink_is_refused():
