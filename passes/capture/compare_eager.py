@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from ecospa_fx.passes.graph.isolate import fresh_leaf, isolated, seed
 from ecospa_fx.passes.graph.tensors import dense, named_tensors
 from ecospa_fx.passes.ir.region_graph import Forward
 from ecospa_fx.passes.ir.results import flattened_results
-from ecospa_fx.passes.ir.signature import AUTOCAST, autocast_now
+from ecospa_fx.passes.ir.signature import autocast_now, with_autocast
 from ecospa_fx.passes.ir.state_access import ObjectLeaf, copy_objects, flattened, parted
 
 if TYPE_CHECKING:
@@ -77,27 +76,32 @@ def difference_from_eager(
     is a difference too, or with `gradients=False` nothing to compare.
 
     Graphs are traced without autocast. Under autocast they are compared twice, first without it and exactly, then as
-    they are called, because the region's Python may depend on it. Where eager itself does not run without autocast,
+    they are called, because the region's Python may depend on it. Where it does, a graph that has been traced under
+    autocast serves under that alone, and is compared so. Where eager itself does not run without autocast,
     because a region before has cast what meets float32 weights here, the second comparison has to do, as for a model
     that is in the narrow dtype altogether. Buffers that a forward updates (running statistics) and the random state
     are left as they were.
     """
     dtypes = [dtype for dtype in autocast_now() if dtype is not None]
-    try:
-        with contextlib.ExitStack() as off:
-            for kind in AUTOCAST:
-                off.enter_context(torch.autocast(kind, enabled=False))
-            error = _difference(captured, module, forward, args, kwargs, once, gradients)
-    except _EagerError as failed:
-        error = None if dtypes else str(failed)
+    error: str | None = None
+    if not captured.under_autocast:
+        try:
+            with with_autocast():
+                error = _difference(captured, module, forward, args, kwargs, once, gradients)
+        except _EagerError as failed:
+            error = None if dtypes else str(failed)
     if error is None and dtypes:
         try:
             tolerance = max(TOLERANCE[dtype] for dtype in dtypes)
             error = _difference(captured, module, forward, args, kwargs, once, gradients, tolerance)
+            error = error and UnderAutocast(f"{error} under autocast")
         except _EagerError as failed:
-            error = str(failed)
-        error = error and f"{error} under autocast"
+            error = f"{failed} under autocast"
     return error
+
+
+class UnderAutocast(str):
+    """A difference that there is under autocast only: a graph that is traced under it may have none."""
 
 
 class _EagerError(Exception):

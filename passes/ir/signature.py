@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,6 +197,15 @@ def _same_constant(a: Any, b: Any) -> bool:
 def autocast_now() -> Autocast:
     """Return the dtype that autocast casts to on each device type; None where it is off."""
     return tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in AUTOCAST)
+
+
+@contextmanager
+def with_autocast(autocast: Autocast | None = None) -> Iterator[None]:
+    """Set autocast on each type of device for the time inside: as `autocast_now` once returned it, by default off."""
+    with ExitStack() as settings:
+        for kind, dtype in zip(AUTOCAST, autocast or (None,) * len(AUTOCAST), strict=True):
+            settings.enter_context(torch.autocast(kind, dtype=dtype, enabled=dtype is not None))
+        yield
 
 
 def training_flags(module: nn.Module) -> tuple[bool, ...]:
