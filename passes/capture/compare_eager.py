@@ -164,9 +164,14 @@ def _difference(
     leaves += [place.find(objects) for place in places]
     call_leaves = len(leaves) - len(places)
 
-    def results(call: Callable[[list[Any]], Sequence[Any]]) -> _Results:
+    def fresh(as_called: bool) -> list[Any]:
+        """Copy the leaves; with gradients of all, or of those only that have them in the call."""
+        plain = [as_called and isinstance(leaf, Tensor) and not leaf.requires_grad for leaf in leaves]
+        return [leaf.detach().clone() if p else fresh_leaf(leaf) for p, leaf in zip(plain, leaves, strict=True)]
+
+    def results(call: Callable[[list[Any]], Sequence[Any]], as_called: bool = False) -> _Results:
         """Make a call with gradients and, unless `once`, another that starts from the state that it leaves."""
-        inputs = [fresh_leaf(leaf) for leaf in leaves]
+        inputs = fresh(as_called)
         wanted = {f"argument {i}": leaf for i, leaf in enumerate(inputs) if _differentiable(leaf)}
         wanted |= {f"`{name}`": p for name, p in parameters.items()}
         with isolated(module), torch.enable_grad():
@@ -185,7 +190,7 @@ def _difference(
                 except Exception as error:  # a backward of the model's own raises what it likes
                     backward_error = (str(error) or type(error).__name__).splitlines()[0]
             seed(2)
-            second = [] if once else call([fresh_leaf(leaf) for leaf in leaves])
+            second = [] if once else call(fresh(as_called))
             again = [dense(out) for out in second if isinstance(out, Tensor)]
             state_again = {} if once else _state_of(captured, module, marks)
         grads = [grad if grad is None else dense(grad) for grad in grads]
@@ -219,17 +224,22 @@ def _difference(
             outputs = [dense(out) for out in call(inputs) if isinstance(out, Tensor)]
             return outputs, _state_of(captured, module, marks)
 
+    as_called = False
     try:
         mine = results(eager)
     except RuntimeError as error:
-        raise _EagerError(f"its eager forward does not run: {str(error).splitlines()[0]}") from error
+        as_called = True  # it may ask for gradients of an input itself, which only a leaf without any allows
+        try:
+            mine = results(eager, as_called)
+        except RuntimeError:
+            raise _EagerError(f"its eager forward does not run: {str(error).splitlines()[0]}") from error
     if gradients and mine.backward_error is not None:
         raise _EagerError(
             f"its eager backward does not run: {mine.backward_error.rstrip('.')}. If this call needs no gradients, "
             "make it under torch.no_grad()"
         )
     try:
-        theirs = results(graph)
+        theirs = results(graph, as_called)
     except RuntimeError as error:
         return f"its graph does not run: {str(error).splitlines()[0]}"
     for which, outs, graph_outs in (
