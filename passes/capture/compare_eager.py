@@ -179,12 +179,13 @@ def _difference(
             seed(0)
             outputs = [out for out in call(inputs) if isinstance(out, Tensor)]
             state = _state_of(captured, module, marks)
-            floating = [out for out in outputs if out.requires_grad and out.is_floating_point()]
+            floating = [out for out in outputs if out.is_floating_point()]
             grads: list[Tensor | None] = [None] * len(wanted)
             backward_error = None
-            if floating and wanted:
-                seed(1)
-                loss: Any = sum((out * torch.randn_like(out)).sum() for out in floating)
+            if wanted and any(out.requires_grad for out in floating):
+                seed(1)  # numbers for all of them: eager may ask for gradients of a constant that it makes
+                drawn = [(out, torch.randn_like(out)) for out in floating]
+                loss: Any = sum((out * number).sum() for out, number in drawn if out.requires_grad)
                 try:
                     grads = list(torch.autograd.grad(loss, list(wanted.values()), allow_unused=True))
                 except Exception as error:  # a backward of the model's own raises what it likes

@@ -135,3 +135,16 @@ def test_a_forward_that_asks_for_gradients_of_its_input() -> None:
         each(x).square().sum().backward()
     torch.testing.assert_close(model(x), plain(x))
     torch.testing.assert_close(model.up.weight.grad, plain.up.weight.grad[:5])
+
+
+class HandingOn(AskingItself):
+    """A forward that returns zeros that ask for gradients beside its result, as biases of positions do."""
+
+    def forward(self, x):
+        return torch.zeros(2, 3, requires_grad=self.training), self.down(self.up(x).relu())
+
+
+def test_a_forward_that_returns_a_constant_that_asks_for_gradients() -> None:
+    x, model = torch.randn(3, 4), HandingOn()
+    ecospa_fx.compile(model, regions="root")
+    assert model(x)[1].requires_grad and {c.kind for c in ecospa_fx.couplings(model)} == {"ffn"}
