@@ -22,6 +22,8 @@ from ecospa_fx.passes.follow.attributes import fitted
 from ecospa_fx.passes.follow.trial import NotTried, difference, example_calls, modes
 from ecospa_fx.passes.graph.forward_swap import own_forward, swap_forward
 from ecospa_fx.passes.graph.isolate import isolated
+from ecospa_fx.passes.graph.tensors import swapped
+from ecospa_fx.passes.ir.signature import autocast_now, with_autocast
 from ecospa_fx.passes.rewrite.program import Program
 
 from .region import REGION, Region
@@ -118,11 +120,20 @@ def inner_as_is(model: nn.Module) -> Iterator[None]:
 
 
 def difference_of_python(program: Program, module: nn.Module) -> str | None:
-    """Say how the own forward of a region differs from a program on a call that both take; None where they agree."""
+    """Say how the own forward of a region differs from a program on a call that both take; None where they agree.
+
+    Both run in the dtypes in which the program was captured, for weights may have been cast since, and under its
+    autocast if it is right under that alone.
+    """
     why: str | None = None
+    signature = program.captured.signature
+    cast = {name: held.detach().to(dtype) for name, held, dtype in signature.other_weights(module)}
     for args, kwargs in example_calls(program.axis_facts, program.sizes):
         try:
-            with modes(module, program.captured.signature.training), isolated(module), torch.no_grad():
+            with (
+                modes(module, signature.training), isolated(module), torch.no_grad(), swapped(module, cast),
+                with_autocast(signature.autocast if program.captured.under_autocast else autocast_now()),
+            ):  # fmt: skip
                 return difference(module, program, own_forward(module, REGION), args, kwargs)
         except NotTried as error:
             why = f"cannot be tried: {error}"

@@ -474,6 +474,7 @@ class Region:
             if (
                 not each.captured.serves(hooks, each.program.called)
                 or each.captured.mismatch(call, training) is not None
+                or each.captured.signature.other_weight(module) is not None
             ):
                 continue
             reads = self.routing.changed_numbers(module, each.program)
@@ -590,7 +591,9 @@ class Region:
             return ""
         latest = self.specializations[-1].program
         changed = self.routing.changed_constant(self.specializations, module, latest)
-        return changed or latest.captured.mismatch((args, kwargs), training_flags(module)) or ""
+        captured = latest.captured
+        changed = changed or captured.mismatch((args, kwargs), training_flags(module))
+        return changed or captured.signature.other_weight(module) or ""
 
 
 def check_gathered_at_once(name: str, module: nn.Module, execution: str) -> None:

@@ -98,6 +98,7 @@ class Routing:
                 continue
             if (
                 program.captured.mismatch(call, training, program.sizes) is None
+                and program.captured.signature.other_weight(module) is None
                 and self.changed_constant(specializations, module, program) is None
             ):
                 return program
@@ -155,13 +156,18 @@ class _Bound:
             return None
         self._made += 1
         if self._made <= 2 * MOST_GUARDS:
-            holds = unchanged(self.module, self.reads, self.captured.numbers)
+            holds = unchanged(self.module, self.reads, self.captured.numbers, self.captured.signature.weights)
             if holds():
                 self.guards = [holds, *self.guards[: MOST_GUARDS - 1]]
                 return holds
         # Something is replaced by its equal at each call, or each time that it is looked at.
         state = modes_and_hooks(self.module)
-        return lambda: self.is_of(self.module) and modes_and_hooks(self.module) == state and self.changed() is None
+        return lambda: (
+            self.is_of(self.module)
+            and modes_and_hooks(self.module) == state
+            and self.captured.signature.other_weight(self.module) is None
+            and self.changed() is None
+        )
 
     def changed(self) -> str | None:
         """Return the first value that has changed, in words."""

@@ -83,7 +83,7 @@ def assemble(
         parameters=frozenset(placeholders.parameters),
         constants=placeholders.constants,
         inputs=tuple(inputs),
-        signature=_signature(program, flat, tensors, graph, inputs),
+        signature=_signature(program, flat, tensors, graph, placeholders),
         sizes={name: named[name].shape for name in names},
         out_spec=flat.out_spec,
         out_leaves=tuple(flat.out_leaves),
@@ -125,10 +125,14 @@ class _Placeholders:
 
 
 def _signature(
-    program: torch.export.ExportedProgram, flat: Flat, tensors: Sequence[Tensor], graph: fx.Graph, inputs: Sequence[str]
+    program: torch.export.ExportedProgram,
+    flat: Flat,
+    tensors: Sequence[Tensor],
+    graph: fx.Graph,
+    placeholders: _Placeholders,
 ) -> Signature:
     """Describe the calls that a graph serves: sizes are those that torch.export left dynamic."""
-    names = set(inputs)
+    names, assigned = set(placeholders.inputs), {each.full_name for each in flat.assigned}
     nodes = [node for node in graph.nodes if node.name in names]
     shapes = [tuple(as_size(size) for size in node.meta["val"].shape) for node in nodes]
     symbols = [size for shape in shapes for size in shape if isinstance(size, sympy.Symbol)]
@@ -143,6 +147,11 @@ def _signature(
         SizeGuards.of(
             (environment.replace(guard.expr) for guard in environment.guards) if environment else (), symbols
         ),
+        {
+            name: node.meta["val"].dtype
+            for node in graph.nodes
+            if (name := placeholders.tensors.get(node.name)) is not None and name not in assigned
+        },
     )
 
 

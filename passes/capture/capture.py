@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextvars
 import warnings
 from collections.abc import Iterable, Sequence, Set
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from ecospa_fx.passes.ir.region_graph import Assigned, Filled, Forward, Original
 from ecospa_fx.passes.ir.state_access import TENSOR, flattened, parted
 
 from .assemble import assemble
-from .compare_eager import difference_from_eager
+from .compare_eager import UnderAutocast, difference_from_eager
 from .data_sizes import data_sizes
 from .dry_run import DryRun, dry_run
 from .export import Flat, export, refuse_foreign
@@ -77,12 +78,16 @@ def capture(
     )
     check = check and not on_meta
     hooks = inner_hooks(module)
-    dry = dry_run(module, args, kwargs, region, forward, originals, options)
+    # In a fresh context, so that hooks that depend on context variables see none.
+    context = contextvars.Context()
+    dry = context.run(dry_run, module, args, kwargs, region, forward, originals, options)
 
-    def attempt(observe: Iterable[str]) -> RegionGraph:
+    def attempt(observe: Iterable[str], under_autocast: bool = False) -> RegionGraph:
         # Tracing needs shapes only; the comparison with eager needs values.
         with at_original_sizes(module, originals.shapes() if originals else None):
-            captured = _traced(module, args, kwargs, region, forward, static, observe, dry, filled, assigned)
+            captured = _traced(
+                module, args, kwargs, region, forward, static, observe, dry, filled, assigned, under_autocast
+            )
         if check:
             with (
                 at_original_sizes(module, originals.values() if originals else None),
@@ -94,14 +99,15 @@ def capture(
             changing = changes.reach(captured.constants.values())
             if changing:
                 raise _HookChanges(changing)
+            if isinstance(error, UnderAutocast) and not under_autocast:
+                with suppress(CaptureError):  # the first reason is the better one
+                    return attempt(observe, under_autocast=True)
             if error is not None:
                 raise CaptureError(f"{described(region)} was captured, but {error}; it is left as it is")
         return captured
 
     if not hooks:
         return attempt(())
-    # In a fresh context, so that hooks that depend on context variables see none.
-    context = contextvars.Context()
     observed = [*hooks] if check else []
     captured: RegionGraph | None = None
     while captured is None:
@@ -159,6 +165,7 @@ def _traced(
     dry: DryRun,
     filled: Filled,
     assigned: Sequence[Assigned],
+    under_autocast: bool,
 ) -> RegionGraph:
     """Trace the region into a graph of which the hooks of the submodules `observe` are no part."""
     leaves, spec = flattened((args, kwargs))
@@ -169,7 +176,7 @@ def _traced(
     while True:
         flat.state = state
         tensors = [*call_tensors, *(path.find(objects) for path in state)]
-        program = export(flat, tensors, region, static)
+        program = export(flat, tensors, region, static, under_autocast)
         more = tuple(path for path in flat.tracker.tensors if path not in state)
         if not more:
             break
@@ -186,7 +193,7 @@ def _traced(
     for point in flat.points:
         values = [leaf for leaf in point.leaves if leaf is not TENSOR]
         refuse_foreign(module, region, values, f"has a hook on `{point.path}`, which takes", "remove the hook")
-    return assemble(program, flat, tensors, region, dry, filled)
+    return replace(assemble(program, flat, tensors, region, dry, filled), under_autocast=under_autocast)
 
 
 def _warn_of_hooks(captured: RegionGraph, hooks: Sequence[str]) -> None:

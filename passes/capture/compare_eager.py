@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from ecospa_fx.passes.graph.isolate import fresh_leaf, isolated, seed
 from ecospa_fx.passes.graph.tensors import dense, named_tensors
 from ecospa_fx.passes.ir.region_graph import Forward
 from ecospa_fx.passes.ir.results import flattened_results
-from ecospa_fx.passes.ir.signature import AUTOCAST, autocast_now
+from ecospa_fx.passes.ir.signature import autocast_now, with_autocast
 from ecospa_fx.passes.ir.state_access import ObjectLeaf, copy_objects, flattened, parted
 
 if TYPE_CHECKING:
@@ -77,27 +76,32 @@ def difference_from_eager(
     is a difference too, or with `gradients=False` nothing to compare.
 
     Graphs are traced without autocast. Under autocast they are compared twice, first without it and exactly, then as
-    they are called, because the region's Python may depend on it. Where eager itself does not run without autocast,
+    they are called, because the region's Python may depend on it. Where it does, a graph that has been traced under
+    autocast serves under that alone, and is compared so. Where eager itself does not run without autocast,
     because a region before has cast what meets float32 weights here, the second comparison has to do, as for a model
     that is in the narrow dtype altogether. Buffers that a forward updates (running statistics) and the random state
     are left as they were.
     """
     dtypes = [dtype for dtype in autocast_now() if dtype is not None]
-    try:
-        with contextlib.ExitStack() as off:
-            for kind in AUTOCAST:
-                off.enter_context(torch.autocast(kind, enabled=False))
-            error = _difference(captured, module, forward, args, kwargs, once, gradients)
-    except _EagerError as failed:
-        error = None if dtypes else str(failed)
+    error: str | None = None
+    if not captured.under_autocast:
+        try:
+            with with_autocast():
+                error = _difference(captured, module, forward, args, kwargs, once, gradients)
+        except _EagerError as failed:
+            error = None if dtypes else str(failed)
     if error is None and dtypes:
         try:
             tolerance = max(TOLERANCE[dtype] for dtype in dtypes)
             error = _difference(captured, module, forward, args, kwargs, once, gradients, tolerance)
+            error = error and UnderAutocast(f"{error} under autocast")
         except _EagerError as failed:
-            error = str(failed)
-        error = error and f"{error} under autocast"
+            error = f"{failed} under autocast"
     return error
+
+
+class UnderAutocast(str):
+    """A difference that there is under autocast only: a graph that is traced under it may have none."""
 
 
 class _EagerError(Exception):
@@ -160,9 +164,14 @@ def _difference(
     leaves += [place.find(objects) for place in places]
     call_leaves = len(leaves) - len(places)
 
-    def results(call: Callable[[list[Any]], Sequence[Any]]) -> _Results:
+    def fresh(as_called: bool) -> list[Any]:
+        """Copy the leaves; with gradients of all, or of those only that have them in the call."""
+        plain = [as_called and isinstance(leaf, Tensor) and not leaf.requires_grad for leaf in leaves]
+        return [leaf.detach().clone() if p else fresh_leaf(leaf) for p, leaf in zip(plain, leaves, strict=True)]
+
+    def results(call: Callable[[list[Any]], Sequence[Any]], as_called: bool = False) -> _Results:
         """Make a call with gradients and, unless `once`, another that starts from the state that it leaves."""
-        inputs = [fresh_leaf(leaf) for leaf in leaves]
+        inputs = fresh(as_called)
         wanted = {f"argument {i}": leaf for i, leaf in enumerate(inputs) if _differentiable(leaf)}
         wanted |= {f"`{name}`": p for name, p in parameters.items()}
         with isolated(module), torch.enable_grad():
@@ -170,18 +179,19 @@ def _difference(
             seed(0)
             outputs = [out for out in call(inputs) if isinstance(out, Tensor)]
             state = _state_of(captured, module, marks)
-            floating = [out for out in outputs if out.requires_grad and out.is_floating_point()]
+            floating = [out for out in outputs if out.is_floating_point()]
             grads: list[Tensor | None] = [None] * len(wanted)
             backward_error = None
-            if floating and wanted:
-                seed(1)
-                loss: Any = sum((out * torch.randn_like(out)).sum() for out in floating)
+            if wanted and any(out.requires_grad for out in floating):
+                seed(1)  # numbers for all of them: eager may ask for gradients of a constant that it makes
+                drawn = [(out, torch.randn_like(out)) for out in floating]
+                loss: Any = sum((out * number).sum() for out, number in drawn if out.requires_grad)
                 try:
                     grads = list(torch.autograd.grad(loss, list(wanted.values()), allow_unused=True))
                 except Exception as error:  # a backward of the model's own raises what it likes
                     backward_error = (str(error) or type(error).__name__).splitlines()[0]
             seed(2)
-            second = [] if once else call([fresh_leaf(leaf) for leaf in leaves])
+            second = [] if once else call(fresh(as_called))
             again = [dense(out) for out in second if isinstance(out, Tensor)]
             state_again = {} if once else _state_of(captured, module, marks)
         grads = [grad if grad is None else dense(grad) for grad in grads]
@@ -215,17 +225,22 @@ def _difference(
             outputs = [dense(out) for out in call(inputs) if isinstance(out, Tensor)]
             return outputs, _state_of(captured, module, marks)
 
+    as_called = False
     try:
         mine = results(eager)
     except RuntimeError as error:
-        raise _EagerError(f"its eager forward does not run: {str(error).splitlines()[0]}") from error
+        as_called = True  # it may ask for gradients of an input itself, which only a leaf without any allows
+        try:
+            mine = results(eager, as_called)
+        except RuntimeError:
+            raise _EagerError(f"its eager forward does not run: {str(error).splitlines()[0]}") from error
     if gradients and mine.backward_error is not None:
         raise _EagerError(
             f"its eager backward does not run: {mine.backward_error.rstrip('.')}. If this call needs no gradients, "
             "make it under torch.no_grad()"
         )
     try:
-        theirs = results(graph)
+        theirs = results(graph, as_called)
     except RuntimeError as error:
         return f"its graph does not run: {str(error).splitlines()[0]}"
     for which, outs, graph_outs in (

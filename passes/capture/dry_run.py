@@ -75,6 +75,9 @@ def dry_run(
         ):
             tracker = run()
             attributes = index_attributes(module, tracker, run)
+        for path in tracker.tensors:
+            if not path.leads_somewhere(objects):
+                raise CaptureError(f"reads `{path}`, which the same call has put there, and no graph does that")
     except Exception as error:
         line = str(error).strip().split("\n")[0]
         raise CaptureError(

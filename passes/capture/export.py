@@ -21,9 +21,10 @@ from torch.fx.experimental import _config as symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ecospa_fx.errors import CaptureError
+from ecospa_fx.passes.graph.isolate import uncached_autocast
 from ecospa_fx.passes.ir.region_graph import Assigned, Forward, Point, described
 from ecospa_fx.passes.ir.results import flattened_results, kept_elsewhere
-from ecospa_fx.passes.ir.signature import autocast_now
+from ecospa_fx.passes.ir.signature import autocast_now, with_autocast
 from ecospa_fx.passes.ir.state_access import PLAIN, TENSOR, ObjectLeaf, ObjectPath, flattened
 from ecospa_fx.passes.objects.proxies import Proxy
 from ecospa_fx.passes.objects.tracker import Tracker
@@ -106,7 +107,7 @@ class Flat(nn.Module):
 
 
 def export(
-    flat: Flat, tensors: list[Tensor], region: str, static: Set[tuple[int, int]]
+    flat: Flat, tensors: list[Tensor], region: str, static: Set[tuple[int, int]], under_autocast: bool = False
 ) -> torch.export.ExportedProgram:
     """Run torch.export on a region.
 
@@ -115,6 +116,7 @@ def export(
         tensors: its arguments.
         region: its name, for messages.
         static: dims to specialise, as (tensor, dim).
+        under_autocast: see `RegionGraph.under_autocast`; else without it, whatever there is around.
 
     Raises:
         CaptureError: torch.export fails.
@@ -135,8 +137,7 @@ def export(
                 _quiet(),
                 symbolic_shapes.patch(symbol_guard_limit_before_specialize=GUARDS),  # type: ignore[attr-defined]
                 torch._dynamo.config.patch(fake_tensor_cache_enabled=_repeats(flat.region) >= REPEATS),
-                torch.autocast("cpu", enabled=False),
-                torch.autocast("cuda", enabled=False),
+                uncached_autocast() if under_autocast else with_autocast(),
             ):
                 return torch.export.export(flat, tuple(t.detach() for t in tensors), **options)
         except Exception as error:
@@ -150,7 +151,7 @@ def export(
     wide = [t.float() if t.dtype in autocast_now() else t for t in tensors]
     if any(a is not b for a, b in zip(wide, tensors, strict=True)):
         with suppress(CaptureError):
-            return export(flat, wide, region, static)
+            return export(flat, wide, region, static, under_autocast)
     reason = str(first).strip().split("\n")[0] or type(first).__name__
     raise CaptureError(
         f"torch.export cannot capture {described(region)} ({type(flat.region).__name__}): {reason}"

@@ -292,7 +292,9 @@ def _shared(
 ) -> Analysis | None:
     """Return the analysis of an equal block for this one, if it serves the call and agrees with the eager forward."""
     start = time.thread_time()
-    # Graphs are traced without autocast: one may serve under any, once it has been compared under it.
+    if analysis.captured.under_autocast and autocast_now() != analysis.captured.signature.autocast:
+        return None
+    # Other graphs are traced without autocast: one may serve under any, once it has been compared under it.
     signature = replace(analysis.captured.signature, autocast=autocast_now())
     captured = replace(analysis.captured, region=name, signature=signature)
     indices = captured.index_attributes

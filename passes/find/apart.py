@@ -15,6 +15,7 @@ from functools import cached_property
 from torch import fx
 
 from ecospa_fx.passes.axes.algebra import Expr
+from ecospa_fx.passes.axes.sizes import as_size
 from ecospa_fx.passes.graph.nodes import tensor_meta
 from ecospa_fx.passes.ir import relations as r
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
@@ -60,7 +61,7 @@ class EntriesApart:
                 case r.Picked(x, dim) | r.Parted(x, dim) if {*getattr(relation, "sizes", ())} <= {1}:
                     several = isinstance(node.meta.get("val"), (tuple, list))
                     yield resolve(x.exprs[dim]), list(node.users) if several else [node]
-                case r.Sliced(x, dim) if tensor_meta(node)[0].shape[dim] == 1:
+                case r.Sliced(x, dim) if as_size(tensor_meta(node)[0].shape[dim]) == 1:
                     yield resolve(x.exprs[dim]), [node]
                 case r.Stacked(xs, dim) if node in self._axis_facts.values:
                     yield self._axis_facts.values[node][0][dim], [x.node for x in xs]

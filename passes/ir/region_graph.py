@@ -118,6 +118,8 @@ class RegionGraph:
         settings: (submodule, attribute) -> a constant that the forward reads there and does not change itself.
         numbers: constants among those that it takes as inputs, because they change from call to call.
         reads: the other values that the forward reads in Python, which its graph holds as constants.
+        under_autocast: it was traced under the autocast of its signature, because the forward reads dtypes that
+            autocast changes: its constants follow them.
         data_sizes: sizes that values in tensors decide -> what they were in the captured call, where it had values.
     """
 
@@ -147,6 +149,7 @@ class RegionGraph:
     settings: Mapping[tuple[str, str], Any] = field(default_factory=dict)
     reads: tuple[Read, ...] = ()
     numbers: tuple[Number, ...] = ()
+    under_autocast: bool = False
     data_sizes: Mapping[sympy.Symbol, int] = field(default_factory=dict)
     _plain_result: str = field(init=False, repr=False)
 

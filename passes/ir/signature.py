@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ class Signature:
         ranges: least and largest size of each dynamic dim.
         autocast: the dtypes that autocast casts to, under which the graph has been compared with eager.
         guards: what the forward asked about the dynamic sizes.
+        weights: parameter or buffer -> its dtype, which the forward may read, and by which its results get theirs.
     """
 
     spec: pytree.TreeSpec
@@ -43,6 +45,7 @@ class Signature:
     ranges: Mapping[sympy.Symbol, tuple[float, float]]
     autocast: Autocast
     guards: SizeGuards = field(default_factory=SizeGuards)
+    weights: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def mismatch(
         self,
@@ -73,6 +76,25 @@ class Signature:
             if mine is not TENSOR and not _same_constant(mine, given):
                 return f"the constant argument {given!r} was {mine!r}"
         return self._sizes_differ([*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *state], self.now(sizes))
+
+    def other_weights(self, region: nn.Module) -> Iterator[tuple[str, Tensor, torch.dtype]]:
+        """Yield the parameters and buffers of a live region that have another dtype than they had, and that dtype."""
+        for name, dtype in self.weights.items():
+            *path, key = name.split(".")
+            owner: nn.Module | None = region
+            for step in path:
+                owner = owner._modules.get(step) if owner is not None else None
+            if owner is None:
+                continue  # a module has been wrapped since
+            held = owner._parameters.get(key) if key in owner._parameters else owner._buffers.get(key)
+            if held is not None and held.dtype != dtype:
+                yield name, held, dtype
+
+    def other_weight(self, region: nn.Module) -> str | None:
+        """Say which parameter or buffer of a live region has another dtype than it had; None where none has."""
+        for name, held, dtype in self.other_weights(region):
+            return f"`{name}` is {held.dtype}, was {dtype}"
+        return None
 
     def now(self, sizes: Sequence[tuple[Size, ...]] | None = None) -> list[tuple[torch.dtype, torch.device, Any]]:
         """Return `tensors` with other sizes."""
@@ -175,6 +197,15 @@ def _same_constant(a: Any, b: Any) -> bool:
 def autocast_now() -> Autocast:
     """Return the dtype that autocast casts to on each device type; None where it is off."""
     return tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in AUTOCAST)
+
+
+@contextmanager
+def with_autocast(autocast: Autocast | None = None) -> Iterator[None]:
+    """Set autocast on each type of device for the time inside: as `autocast_now` once returned it, by default off."""
+    with ExitStack() as settings:
+        for kind, dtype in zip(AUTOCAST, autocast or (None,) * len(AUTOCAST), strict=True):
+            settings.enter_context(torch.autocast(kind, dtype=dtype, enabled=dtype is not None))
+        yield
 
 
 def training_flags(module: nn.Module) -> tuple[bool, ...]:

@@ -81,6 +81,14 @@ class ObjectPath:
             value = value[step.key] if step.entry else getattr(value, step.key)
         return value
 
+    def leads_somewhere(self, objects: Sequence[Any]) -> bool:
+        """Return whether there is a value at this path."""
+        try:
+            self.find(objects)
+        except (AttributeError, IndexError, KeyError):
+            return False
+        return True
+
     def put(self, objects: Sequence[Any], value: Any) -> None:
         """Set the value at this path."""
         owner, last = ObjectPath(self.number, self.path[:-1]).find(objects), self.path[-1]

@@ -1,9 +1,10 @@
 """Unchanged: a generated function that says whether a region is as it is now, because it runs at every call.
 
-    unchanged(module, reads, numbers)
+    unchanged(module, reads, numbers, weights)
       -> modules       children, training flags and hooks of every submodule
       -> reads         every step of every read, once: objects on the way are compared by identity
       -> numbers       the comparisons that a forward made of them
+      -> weights       the dtypes of parameters and buffers
 
 Constants are compared by value where they are not the same object; everything else by identity. So it may say no where
 `first_changed` finds nothing, for an equal list in place of another, say; it never says yes where that finds something.
@@ -35,13 +36,19 @@ _PLAIN = vars(object)["__getattribute__"]
 _FEW = 8  # items of a container that are compared one by one
 
 
-def unchanged(module: nn.Module, reads: Sequence[Read], numbers: Sequence[Number] = ()) -> Callable[[], bool]:
+def unchanged(
+    module: nn.Module,
+    reads: Sequence[Read],
+    numbers: Sequence[Number] = (),
+    weights: Mapping[str, torch.dtype] | None = None,
+) -> Callable[[], bool]:
     """Generate a function that returns whether a region is as it is now.
 
     Args:
         module: the region.
         reads: values that its forward reads, all of which hold now.
         numbers: that its graph takes as inputs, all of which fit now.
+        weights: the dtypes of parameters and buffers by name, as they are now.
     """
     source = _Source()
     modules = dict(module.named_modules(remove_duplicate=False))
@@ -51,6 +58,10 @@ def unchanged(module: nn.Module, reads: Sequence[Read], numbers: Sequence[Number
         source.compare_read(read, modules)
     for number in numbers:
         source.compare_number(number, modules)
+    for name, dtype in (weights or {}).items():
+        path, _, key = name.rpartition(".")
+        if path in modules:  # it may have been wrapped since
+            source.compare_dtype(modules[path], key, dtype)
     return source.function()
 
 
@@ -118,6 +129,15 @@ class _Source:
         self._compare(owner, f"type({place}) is float")
         for sign, other, outcome in number.compared:
             self._compare(owner, f"({place} {_SIGNS[sign]} {self._name(other)}) is {outcome}")
+
+    def compare_dtype(self, owner: nn.Module, key: str, dtype: torch.dtype) -> None:
+        """Compare the dtype of a parameter or buffer, whichever tensor that is."""
+        kind = next((kind for kind in ("_parameters", "_buffers") if owner.__dict__[kind].get(key) is not None), None)
+        if kind is None:
+            return
+        held = owner.__dict__[kind]
+        self._compare(owner.__dict__, f"o[{kind!r}] is {self._name(held)}")
+        self._compare(held, f"o[{key!r}].dtype is {self._name(dtype)}")
 
     def _follow(self, read: Read, steps: Sequence[PathItem], modules: dict[str, nn.Module]) -> Any:
         """Compare the values on a way, and return the last."""

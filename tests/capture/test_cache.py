@@ -1,5 +1,6 @@
 """Calls with objects that a forward changes, caches of keys and values say, in graph execution."""
 
+import contextvars
 import copy
 
 import pytest
@@ -52,9 +53,13 @@ class Cache:
     def __init__(self, blocks=2, layer=Layer):
         self.layers = [layer() for _ in range(blocks)]
         self.done = {}
+        self.noted = []
 
     def update(self, keys, values, number, more=None):
         return self.layers[number].update(keys, values)
+
+    def note(self, x):
+        self.noted.append(x)
 
     def reorder(self, order):
         for layer in self.layers:
@@ -202,6 +207,35 @@ def test_heads_that_keep_different_dims():
         close(model(x[:, 2:5], cache), model(x[:, :5])[:, 2:])
 
 
+SEEN: contextvars.ContextVar[list | None] = contextvars.ContextVar("SEEN", default=None)
+
+
+def test_hooks_that_record_for_a_call_see_nothing_of_a_capture_in_it():
+    def recorded(model):
+        token = SEEN.set([])
+        try:
+            result = model(sequence(), Cache())
+            return result, SEEN.get()
+        finally:
+            SEEN.reset(token)
+
+    def record(module, args, result):
+        if SEEN.get() is not None:
+            SEEN.get().append(result)
+
+    plain = made()
+    model = compiled(copy.deepcopy(plain))
+    for each in (plain, model):
+        for block in each.blocks:
+            block.up.register_forward_hook(record)
+    for count in (1, 2):  # with a graph that the call itself makes, and with one that is there
+        (result, seen), (expected, theirs) = recorded(model), recorded(plain)
+        close(result, expected)
+        assert len(seen) == len(theirs) == 2, count
+        for mine, their in zip(seen, theirs, strict=True):
+            close(mine, their)
+
+
 def test_what_was_filled_before_a_shrink_is_refused():
     model, x, cache = compiled(), sequence(), Cache()
     with torch.no_grad():
@@ -333,9 +367,20 @@ class Appending(Block):
         return super().forward(x, mask)
 
 
+class Noting(Block):
+    """A block that reads, in the object itself, what a method of it has put there in the same call."""
+
+    def forward(self, x, mask, cache=None):
+        if cache is None:
+            return super().forward(x, mask)
+        cache.note(x)
+        return super().forward(cache.noted[0], mask)
+
+
 @pytest.mark.parametrize(
     ("block", "why"),
     [
+        (Noting, "reads `noted[0]`, which the same call has put there, and no graph does that"),
         (
             Counting,
             "counts in `layers[0].length` of a Cache itself, not by one of its methods: no two calls would be alike",

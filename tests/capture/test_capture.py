@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -105,3 +106,45 @@ def test_a_region_graph_is_frozen():
     other = dataclasses.replace(captured, region="other")
     assert (captured.region, other.region, other.graph) == ("", "other", captured.graph)
     assert other._plain_result == captured._plain_result == "tensor"
+
+
+class AskingItself(nn.Module):
+    """A forward that asks for gradients of its input itself, for checkpoints of activations behind frozen layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = x[:, None]
+        if self.training:
+            x.requires_grad = True
+        return self.down(self.up(x).relu())
+
+
+def test_a_forward_that_asks_for_gradients_of_its_input() -> None:
+    torch.manual_seed(0)
+    plain, x = AskingItself(), torch.randn(3, 4)
+    model = ecospa_fx.compile(copy.deepcopy(plain), regions="root")
+    assert torch.equal(model(x), plain(x))
+    (ffn,) = (c for c in ecospa_fx.couplings(model) if c.kind == "ffn")
+    ecospa_fx.shrink(model, {ffn: torch.arange(5)})
+    with torch.no_grad():
+        plain.down.weight[:, 5:] = 0
+    for each in (plain, model):
+        each(x).square().sum().backward()
+    torch.testing.assert_close(model(x), plain(x))
+    torch.testing.assert_close(model.up.weight.grad, plain.up.weight.grad[:5])
+
+
+class HandingOn(AskingItself):
+    """A forward that returns zeros that ask for gradients beside its result, as biases of positions do."""
+
+    def forward(self, x):
+        return torch.zeros(2, 3, requires_grad=self.training), self.down(self.up(x).relu())
+
+
+def test_a_forward_that_returns_a_constant_that_asks_for_gradients() -> None:
+    x, model = torch.randn(3, 4), HandingOn()
+    ecospa_fx.compile(model, regions="root")
+    assert model(x)[1].requires_grad and {c.kind for c in ecospa_fx.couplings(model)} == {"ffn"}

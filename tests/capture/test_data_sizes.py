@@ -73,3 +73,27 @@ def test_where_there_are_no_data():
         "a size in the graph depends on values in tensors (a mask, a number read with item()), and the call that was "
         "captured had none, so FLOPs cannot be counted: use a device other than meta, or count parameters"
     )
+
+
+class Gated(Routed):
+    """A matrix whose rows meet no other and stay whole: what picks single entries is looked at."""
+
+    def __init__(self):
+        super().__init__("item")
+        self.gate = nn.Linear(8, 5)
+
+    def forward(self, x):
+        n = positive(x).sum().item()
+        torch._check(n >= 0)
+        torch._check(n // 4 + 1 <= x.shape[0])
+        some = slice(n // 4 + 1)
+        return self.b(self.a(x[some]).relu()) * self.gate(x)[some].cumsum(1).amax(1, keepdim=True)
+
+
+def test_a_slice_whose_length_data_decide_is_not_taken_for_one_entry():
+    torch.manual_seed(0)
+    x, plain = torch.randn(20, 8), Gated()
+    explanation = ecospa_fx.explain(plain, example_inputs=(x,))
+    assert {c.kind for c in explanation.couplings} == {"ffn"}
+    model = ecospa_fx.compile(copy.deepcopy(plain), example_inputs=(x,))
+    assert torch.equal(model(x), plain(x))

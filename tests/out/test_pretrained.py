@@ -91,6 +91,23 @@ def test_layers_of_equal_sizes_are_a_smaller_configuration(tmp_path):
     torch.testing.assert_close(logits(loaded, ids).float(), logits(model, ids))
 
 
+def test_a_configuration_of_parts_has_no_layers_of_its_own(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 40, "max_position_embeddings": 8, "eos_token_id": 2}
+    image = {**sizes, "image_size": 8, "patch_size": 4}
+    config = transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=12)
+    model = transformers.CLIPModel(config).eval()
+    call = {"input_ids": torch.randint(3, 40, (2, 5)), "pixel_values": torch.randn(2, 3, 8, 8)}
+    ecospa_fx.compile(model, example_kwargs=call)
+    shrink(model, lambda c, i: 1 + (i * 7) % (c.size - 1))
+    why = ecospa_fx.save_pretrained(model, tmp_path)
+    assert why is not None and "a CLIPConfig cannot express the sizes of this CLIPModel" in why
+    assert "layer by layer (`per_layer_config`) CLIPModel of transformers" in why
+    loaded = ecospa_fx.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(**call).logits_per_image, model(**call).logits_per_image)
+
+
 def test_what_has_not_shrunk(tmp_path):
     model, ids = llama()
     assert ecospa_fx.save_pretrained(model, tmp_path) is None
