@@ -215,9 +215,7 @@ def _by_layer(model: nn.Module, compiled: CompiledModel) -> Any:
         trial = copy.deepcopy(best)
         try:
             change(trial)
-        except (
-            Exception
-        ):  # one of several parts, as of a text and an image model, counts no layers and takes none alone
+        except Exception:  # a part, as that of images, may count no layers and take no numbers for single ones
             continue
         now = shape_differences(model, trial, wanted)
         if len(now) < len(wrong):
