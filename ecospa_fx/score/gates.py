@@ -117,9 +117,9 @@ class GateReader:
             gradients = {name: each for name, each in gradients.items() if _whole(each) or is_sharded(each)}
         chosen: dict[str, list[list[Gate]]] = {}
         gates = self._gates_at(step)
-        for name, (_, sides) in gates.items():
+        for name, (width, sides) in gates.items():
             here = [[gate for gate in side if gate.parameter in gradients] for side in sides if name not in but]
-            if any(here):
+            if width and any(here):  # of a sublayer that is gone there is nothing to read
                 chosen[name] = [side for side in here if side]
         # A fused projection has members in many couplings.
         keys = dict.fromkeys((g.parameter, g.dim) for sides in chosen.values() for side in sides for g in side)
