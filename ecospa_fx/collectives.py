@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor, distributed
 
-SETTLE = 0.1
-"""Seconds that a process with threads of gloo waits at its end."""
+SETTLE, LONGEST = 0.1, 5.0
+"""Seconds that a process with threads of gloo waits at its end, and at most where one of them runs."""
 
 
 def is_distributed() -> bool:
@@ -45,8 +45,10 @@ def await_gloo() -> None:
     pytorch issue 190489). Neither a barrier, whose worker is as late, nor `destroy_process_group` helps: a group that
     DTensor has used keeps its threads. A sleep does, as it lets go of the lock.
     """
-    until = time.monotonic() + SETTLE
-    while (states := gloo_threads()) and ("R" in states or time.monotonic() < until):
+    began = time.monotonic()
+    while states := gloo_threads():
+        if time.monotonic() - began > (LONGEST if "R" in states else SETTLE):
+            break
         time.sleep(SETTLE / 10)
 
 
