@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.model.journal import Journal
 from ecospa_fx.model.lookup import regions_of
-from ecospa_fx.model.observers import are_of, check_observable
+from ecospa_fx.model.observers import check_observable, still_watching
 
 from .grams import Grams
 from .rotation import rotate_within
@@ -56,9 +56,7 @@ class Compensation:
     def observe(self) -> None:
         """Watch the regions once they are known: those of a loaded model before its first call, not to miss it."""
         needed = self.settings.absorb or self.settings.rotate
-        if self.grams is not None and not are_of(self.grams.regions, self.model):
-            self.detach()
-            self.grams = None
+        self.grams = still_watching(self.grams, self.model)
         if needed and self.grams is None and regions_of(self.model):
             self.grams = Grams(self.model, training=True)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, fx, nn
@@ -49,6 +49,18 @@ class Tapper(Protocol):
 
     def taps_of(self, region: Region, program: Program, module: nn.Module) -> Sequence[Tap]:
         """Choose the values of a program's graph that pass through a function of the observer's."""
+
+
+class _Watching(Protocol):
+    @property
+    def regions(self) -> Collection[Region]:
+        """The regions that it stands in."""
+
+    def detach(self) -> None:
+        """Leave them."""
+
+
+W = TypeVar("W", bound=_Watching)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +155,14 @@ def are_of(regions: Collection[Region], model: nn.Module) -> bool:
     """Decide whether these are the regions that a model has now: `resume` may have made others for it."""
     now = regions_of(model).values()
     return len(now) == len(regions) and all(map(operator.is_, now, regions))
+
+
+def still_watching(observer: W | None, model: nn.Module) -> W | None:
+    """Return an observer if it stands in the regions that a model has now; else take it off, and return None."""
+    if observer is None or are_of(observer.regions, model):
+        return observer
+    observer.detach()
+    return None
 
 
 def ignore(region: Region, observer: Observer) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.model.lookup import couplings, regions_of
-from ecospa_fx.model.observers import are_of, check_observable
+from ecospa_fx.model.observers import check_observable, still_watching
 from ecospa_fx.model.optimizer_state import is_partitioned, second_moments
 from ecospa_fx.passes.graph.tensors import as_real
 from ecospa_fx.ranks.agreement import Ranks
@@ -215,9 +215,7 @@ class ActivationReader:
 
     def observe(self) -> None:
         """Watch the regions: those of a loaded model before its first call, which must not be missed."""
-        if self._scores is not None and not are_of(self._scores.regions, self.model):
-            self.detach()
-            self._scores = None
+        self._scores = still_watching(self._scores, self.model)
         if self._scores is None and regions_of(self.model):
             self._scores = ActivationScores(self.model, attention=self.attention)
 

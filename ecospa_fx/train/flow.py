@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.logs import logger
 from ecospa_fx.model.lookup import compiled_state, couplings, regions_of
-from ecospa_fx.model.observers import are_of
+from ecospa_fx.model.observers import still_watching
 from ecospa_fx.score.activations import ActivationScores
 
 MUCH = 0.2
@@ -57,8 +57,7 @@ class Flow:
         Args:
             soon: whether a shrink may come with it.
         """
-        if self._scores is not None and not are_of(self._scores.regions, self.model):
-            self.detach()
+        self._scores = still_watching(self._scores, self.model)
         if self._scores is None and regions_of(self.model) and compiled_state(self.model).execution != "module":
             self._scores = _Shortly(self.model)
         if self._scores is not None:
