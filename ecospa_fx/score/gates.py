@@ -112,7 +112,7 @@ class GateReader:
             but: names of couplings that are left out.
             odd: refuse gradients that are tensors of other classes; otherwise their couplings are left out.
         """
-        parameters, gradients = step.tensors()
+        parameters, gradients = step.tensors
         if not odd:
             gradients = {name: each for name, each in gradients.items() if _whole(each) or is_sharded(each)}
         chosen: dict[str, list[list[Gate]]] = {}
@@ -150,7 +150,7 @@ class GateReader:
 
     def along(self, name: str, step: GradientStep) -> Tensor | None:
         """Return the gradient along the gates of one coupling, from one side, if that has gradients, and whole ones."""
-        parameters, gradients = step.tensors()
+        parameters, gradients = step.tensors
         width, sides = self._gates_at(step).get(name, (0, []))
         for side in sides:
             if not all(gate.parameter in gradients and _whole(gradients[gate.parameter]) for gate in side):

@@ -48,16 +48,12 @@ class GradientStep:
     found_inf: Tensor | None = None
     new_step: bool = True
 
-    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the parameters that have a gradient, and their gradients, by name.
-
-        Sparse ones with all entries, complex ones as pairs of real numbers, `[..., 2]`. Every reader of a step gets the
-        same ones.
-        """
-        return self._tensors
-
     @functools.cached_property
-    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Parameters that have a gradient, and their gradients, by name; the same ones for every reader of a step.
+
+        Sparse ones with all entries, complex ones as pairs of real numbers, `[..., 2]`.
+        """
         named = {name: p for name, p in self.named if p.grad is not None}
         gradients = {name: as_real(dense(p.grad)) for name, p in named.items() if p.grad is not None}
         return {name: as_real(p) for name, p in named.items()}, gradients

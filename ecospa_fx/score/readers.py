@@ -132,7 +132,7 @@ class GradientReader(SliceReader):
     def add(self, step: GradientStep) -> None:
         """Add the scores of one step."""
         self.count.note(step.found_inf, step.new_step)
-        (parameters, gradients), scale = step.tensors(), step.scale
+        (parameters, gradients), scale = step.tensors, step.scale
         if not self._in_kernel:
             scored = self.totals.current().dims
             gradients = {
