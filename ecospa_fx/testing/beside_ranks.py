@@ -141,12 +141,7 @@ class RankCrew:
 
 
 def _serve(check: Callable[[Any], tuple[Any, bool]], rank: int, ranks: int, store: str, pipe: Any) -> None:
-    if "lo" in [name for _, name in socket.if_nameindex()]:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=TIMEOUT)
-    )
+    join_group(rank, ranks, store, TIMEOUT)
     while True:
         try:
             program = pipe.recv()
@@ -157,6 +152,23 @@ def _serve(check: Callable[[Any], tuple[Any, bool]], rank: int, ranks: int, stor
         except BaseException:
             answer = traceback.format_exc(), False
         pipe.send(answer)
+
+
+def join_group(rank: int, ranks: int, store: str, timeout: float) -> None:
+    """Make this process, with one thread, a rank of a group of gloo on this machine.
+
+    Args:
+        rank: its number.
+        ranks: how many there are.
+        store: file by which they find each other; it may not exist before.
+        timeout: seconds that a collective waits for a rank.
+    """
+    if "lo" in [name for _, name in socket.if_nameindex()]:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
+    )
 
 
 def may_fork() -> bool:
@@ -178,4 +190,4 @@ def may_fork() -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-__all__ = ["BesideRanks", "RankCrew", "any_rank", "may_fork"]
+__all__ = ["BesideRanks", "RankCrew", "any_rank", "join_group", "may_fork"]

@@ -18,14 +18,13 @@ import socket
 import tempfile
 import traceback
 import warnings
-from datetime import timedelta
 from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
 
 from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
-from ecospa_fx.testing.beside_ranks import may_fork
+from ecospa_fx.testing.beside_ranks import join_group, may_fork
 
 LIMIT = 240  # seconds that a case may take: other work may hold the machine
 
@@ -113,12 +112,7 @@ def _serve(rank, world, timeout, store, port, pipe, others):
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
-    if os.path.exists("/sys/class/net/lo"):
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
-    )
+    join_group(rank, world, store, timeout)
     while True:
         try:
             case, args = pipe.recv()
