@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ecospa_fx.errors import CheckpointError
+from ecospa_fx.passes.graph.tensors import is_quantized
 from ecospa_fx.ranks.shards import is_sharded
 
 PLAIN = (type(None), bool, int, str)
@@ -170,12 +171,14 @@ def flatten_layout(tensor: Tensor, where: str) -> tuple[Tensor, dict[str, Any]]:
         CheckpointError: it is not a plain tensor with values.
     """
     why = None
-    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+    if is_quantized(tensor):
+        why = "is quantized, which safetensors cannot hold; save before that"
+    elif type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
         why = f"is a {type(tensor).__name__}; gather it into a plain tensor first"
     elif tensor.is_meta:
         why = "is on the meta device and has no values"
-    elif tensor.layout != torch.strided or tensor.is_quantized:
-        why = f"is {'quantized' if tensor.is_quantized else tensor.layout}, which safetensors cannot hold"
+    elif tensor.layout != torch.strided:
+        why = f"is {tensor.layout}, which safetensors cannot hold"
     elif tensor.dtype not in SAVABLE and not tensor.is_complex():
         why = f"is {tensor.dtype}, which safetensors cannot hold"
     if why is not None:

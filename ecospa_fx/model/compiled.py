@@ -33,7 +33,7 @@ from ecospa_fx.passes.find.joined import choose_regions
 from ecospa_fx.passes.follow.attributes import Attribute, Changes, Value, Values, numbers_in, sync_layer_sizes
 from ecospa_fx.passes.graph.forward_swap import own_forward, swap_forward
 from ecospa_fx.passes.graph.shared_memory import SharedMemory
-from ecospa_fx.passes.graph.tensors import join, named_tensors
+from ecospa_fx.passes.graph.tensors import is_quantized, join, named_tensors
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
@@ -583,7 +583,11 @@ def _nothing_followed(model: nn.Module, regions: Mapping[str, Region]) -> str:
 def _nothing_found(model: nn.Module, analyses: Mapping[str, Analysis]) -> str:
     refusals = [refusal for analysis in analyses.values() for refusal in analysis.discovery.refusals]
     missing = sorted({op for analysis in analyses.values() for op in analysis.axis_facts.missing})
-    if refusals:
+    quantized = {name: type(tensor).__name__ for name, tensor in named_tensors(model).items() if is_quantized(tensor)}
+    if quantized:
+        name, kind = next(iter(quantized.items()))
+        detail = f" `{name}` is quantized ({kind}): compile and shrink before that"
+    elif refusals:
         detail = f" Refused: {'; '.join(map(str, refusals[:3]))}"
     elif missing:
         detail = f" No axis rule is known for {', '.join(missing)}; axes that these touch stay full size"

@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ecospa_fx.errors import EcoSpaError
-from ecospa_fx.passes.graph.tensors import join, named_tensors
+from ecospa_fx.passes.graph.tensors import dequantized, is_quantized, join, named_tensors
 from ecospa_fx.passes.ir.region_graph import Call
 from ecospa_fx.passes.ir.state_access import foreign
 from ecospa_fx.plan import Plan
@@ -61,7 +61,8 @@ class FullSizeTensors:
     They exist for one comparison, with gradients, of one region: at most half the memory that the unshrunk region took
     in training with Adam, and that the shrunk one no longer takes.
 
-    A parameter that torch.func.functional_call has replaced by a tensor gets a parameter as its stand-in.
+    A parameter that torch.func.functional_call has replaced by a tensor gets a parameter as its stand-in. Quantized
+    weights get plain ones, all of the region: no graph needs to show how entries are packed.
     """
 
     def __init__(self, module: nn.Module, region: str, plan: Plan) -> None:
@@ -71,6 +72,7 @@ class FullSizeTensors:
             name: tensor
             for name, tensor in named_tensors(module).items()
             if join(region, name) in plan.original_shapes
+            or is_quantized(tensor)
             or (name in self.parameters and not isinstance(tensor, nn.Parameter))
         }
 
@@ -89,7 +91,7 @@ class FullSizeTensors:
             if id(tensor) in stand_ins:
                 continue
             full_name, parameter = join(self.region, name), name in self.parameters
-            value = tensor.detach()
+            value = dequantized(tensor)
             if full_name in self.plan.original_shapes:
                 shape = self.plan.original_shapes[full_name]
                 value = full_of(tensor, shape) if empty else unshrunk(tensor, self.plan, full_name)
@@ -102,7 +104,7 @@ def unshrunk(tensor: Tensor, plan: Plan, name: str, fill: float = 0.0) -> Tensor
     fill = fill if tensor.is_floating_point() else 0
     full = full_of(tensor, plan.original_shapes[name], fill)
     index = [plan.kept.get((name, dim), torch.arange(size)).to(tensor.device) for dim, size in enumerate(full.shape)]
-    full[torch.meshgrid(*index, indexing="ij")] = tensor.detach()
+    full[torch.meshgrid(*index, indexing="ij")] = dequantized(tensor)
     return full
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ecospa_fx.errors import RanksError
+from ecospa_fx.errors import RanksError, ShrinkError
 from ecospa_fx.kernels import compacted
-from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
+from ecospa_fx.passes.graph.tensors import is_quantized, named_tensors, storage_key
 from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.fsdp2 import anew
 from ecospa_fx.ranks.shards import Move, is_sharded, move, moved
@@ -129,6 +129,7 @@ def prepare_tensors(
 
     Raises:
         OptimizerError: an optimizer holds state of a shrinking parameter that cannot follow.
+        ShrinkError: a tensor is quantized.
         RanksError: a sharded tensor is placed in a way in which it cannot lose entries.
     """
     optimizer_states = OptimizerStates(optimizers)
@@ -152,6 +153,10 @@ def prepare_tensors(
             continue
         seen.add(id(tensor))
         keep = kept_positions(name, before, after) if name in after.original_shapes else {}
+        if keep and is_quantized(tensor):
+            raise ShrinkError(
+                f"`{name}` is quantized ({type(tensor).__name__}), and cannot lose entries: shrink first, then quantize"
+            )
         if keep and is_sharded(tensor) and not all(len(at) for at in keep.values()):
             raise RanksError(
                 f"`{name}` would have no entry left, and ranks share it out; gather it before, or keep one entry "

@@ -20,7 +20,7 @@ from ecospa_fx.model.whole import held_whole
 from ecospa_fx.passes.axes.algebra import Atom
 from ecospa_fx.passes.axes.selection import Selected, entries, per_context_or_shared, whole
 from ecospa_fx.passes.capture.record import record
-from ecospa_fx.passes.graph.tensors import join, named_tensors
+from ecospa_fx.passes.graph.tensors import dequantized, join, named_tensors
 from ecospa_fx.passes.rewrite.verify import Comparison, compare
 from ecospa_fx.ranks.wrappers import looks_inside
 from ecospa_fx.text import plural
@@ -200,7 +200,8 @@ def _originals(region: Region, module: nn.Module, generator: torch.Generator) ->
     """Return the parameters and buffers of a region at original sizes, removed entries filled with noise."""
     plan = region.state.plan
     tensors = {}
-    for name, tensor in named_tensors(module).items():
+    for name, held in named_tensors(module).items():
+        tensor = dequantized(held)
         full = join(region.name, name)
         if full in plan.original_shapes:
             original = unshrunk(tensor, plan, full).detach()
@@ -208,5 +209,5 @@ def _originals(region: Region, module: nn.Module, generator: torch.Generator) ->
             scale = tensor.detach().abs().mean() if tensor.numel() else 1.0
             noise = torch.randn(original.shape, generator=generator).to(original) * scale
             tensor = torch.where(removed, noise.abs(), original)
-        tensors[name] = tensor.detach()
+        tensors[name] = tensor
     return tensors

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.graph.isolate import isolated
+from ecospa_fx.passes.graph.offloaded import refuse_offloaded
 from ecospa_fx.passes.graph.tensors import at_original_sizes
 from ecospa_fx.passes.ir.region_graph import Assigned, Filled, Forward, Originals, RegionGraph, described
 from ecospa_fx.passes.ir.state_access import TENSOR, flattened, parted
@@ -70,8 +71,9 @@ def capture(
         options: of the model's captures.
 
     Raises:
-        CaptureError: torch.export fails, or the graph disagrees with eager.
+        CaptureError: torch.export fails, the graph disagrees with eager, or weights are offloaded.
     """
+    refuse_offloaded(module, region)
     forward = forward or class_forward(module, region)
     on_meta = any(
         t.is_meta for t in (*pytree.tree_leaves((args, kwargs)), *module.parameters()) if isinstance(t, Tensor)

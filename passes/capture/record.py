@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from ecospa_fx.passes.graph.isolate import Draws, isolated, uncached_autocast
+from ecospa_fx.passes.graph.offloaded import refuse_offloaded
 from ecospa_fx.passes.graph.tensors import named_tensors, swapped
 from ecospa_fx.passes.ir.region_graph import Call
 from ecospa_fx.passes.ir.signature import call_key, training_flags
@@ -156,6 +157,7 @@ def computable(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     if not any(p.is_meta for p in model.parameters()):
         yield lambda tensor: tensor
         return
+    refuse_offloaded(model, "")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     named = named_tensors(model).items()
     with swapped(model, {name: mode.from_tensor(t) for name, t in named}), mode:

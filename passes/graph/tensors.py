@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import stateless
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -80,6 +81,17 @@ def storage_key(tensor: Tensor) -> Any:
 def dense(tensor: Tensor) -> Tensor:
     """Return a tensor with all of its entries in one piece of memory: `tensor` itself where it is not sparse."""
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
+def is_quantized(tensor: Tensor) -> bool:
+    """Decide whether a tensor is quantized: by torch itself, or of a class around tensors that says how to undo it."""
+    own = is_traceable_wrapper_subclass(tensor) and type(tensor).dequantize is not Tensor.dequantize
+    return own or tensor.is_quantized
+
+
+def dequantized(tensor: Tensor) -> Tensor:
+    """Return a tensor without gradients, as plain numbers where it is quantized."""
+    return tensor.detach().dequantize() if is_quantized(tensor) else tensor.detach()
 
 
 def as_real(tensor: Tensor) -> Tensor:
