@@ -11,7 +11,7 @@ SAYS = r"the weights of `0` are offloaded: they are on the meta device, and a fo
 
 
 def offload(model):
-    """Leave the weights of linear layers on the meta device; a forward on the instance puts them in place for a call."""
+    """Leave the weights of linear layers on the meta device; a forward on the instance puts them back for a call."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             held = {name: p.detach() for name, p in module._parameters.items()}
