@@ -13,54 +13,39 @@ date, and only couplings that it can follow are offered. They are checked agains
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
-from zlib import crc32
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
-from ecospa_fx.couple.coupling import Coupling, CouplingSelection
-from ecospa_fx.errors import CaptureError, EcoSpaError, NoCouplingError, ShrinkError
+from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.errors import CaptureError, EcoSpaError, NoCouplingError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.capture.options import CaptureOptions
 from ecospa_fx.passes.capture.record import record
 from ecospa_fx.passes.find.analyse import Analysis
 from ecospa_fx.passes.find.joined import choose_regions
-from ecospa_fx.passes.follow.attributes import Attribute, Changes, Value, Values, numbers_in, sync_layer_sizes
+from ecospa_fx.passes.follow.attributes import Changes, numbers_in
 from ecospa_fx.passes.graph.forward_swap import own_forward, swap_forward
 from ecospa_fx.passes.graph.shared_memory import SharedMemory
-from ecospa_fx.passes.graph.tensors import is_quantized, join, named_tensors
-from ecospa_fx.passes.rewrite.program import Program
-from ecospa_fx.passes.rewrite.replay import replay
-from ecospa_fx.passes.rewrite.rewrite import rewrite
-from ecospa_fx.passes.rewrite.stored import check_state_layouts
+from ecospa_fx.passes.graph.tensors import is_quantized, named_tensors
 from ecospa_fx.plan import Plan
-from ecospa_fx.ranks.fsdp2 import check_reduced, owners, reshard
-from ecospa_fx.ranks.members import ranks_of
-from ecospa_fx.ranks.tensor_parallel import check_sequences, gathered_whole, parallel_count, spread_dims
+from ecospa_fx.ranks.tensor_parallel import check_sequences, gathered_whole, spread_dims
 
 from .class_swap import CopiesWait, is_waiting, own_forward_aside, swap_linears, unswap_forward
-from .copies import Copy, check_plan
 from .execution import Execution
 from .full_size import in_transform, outside_forward, outside_inference
 from .inner import guard_inner
 from .joint_offers import joint_offers
 from .journal import Journal, all_or_nothing
-from .optimizer_state import averages_of
 from .outside import outside_text, uncalled_text
 from .parametrized import first_removal
-from .planning import planned
 from .recorded_call import recorded_call
 from .region import REGION as REGION
 from .region import Region, check_gathered_at_once
-from .slicing import Absorber, prepare_tensors
-from .specialization import Specialization
 from .state import ModelState
-from .whole import shared_numbers
 
 _NOT_JOINED = (
     "regions='joined' needs execution='graph': the Python of a block holds sizes of its own for what comes in and goes "
@@ -352,209 +337,11 @@ class CompiledModel:
                 region.share, region.unshared, region.routing = None, None, region.routing.without_routes()
             self.state.forget_couplings()
 
-    def _check_shapes(self, model: nn.Module) -> None:
-        """Refuse tensors whose sizes have changed other than by a shrink."""
-        for name, tensor in named_tensors(model).items():
-            for region in self.regions.values():
-                inside = name.removeprefix(f"{region.name}." if region.name else "")
-                if not region.specializations or join(region.name, inside) != name:
-                    continue
-                expected = self.plan.shape(name) if name in self.plan.original_shapes else None
-                expected = expected or region.naming_graph.captured.sizes.get(inside)
-                if expected is not None and tuple(tensor.shape) != tuple(expected):
-                    raise ShrinkError(
-                        f"`{name}` is {tuple(tensor.shape)} and was {tuple(expected)} when the model was captured: it "
-                        "has been replaced since. Compile the model after such changes"
-                    )
-
-    @torch.inference_mode(False)
-    def shrink(
-        self,
-        model: nn.Module,
-        selection: CouplingSelection,
-        journal: Journal,
-        optimizers: Iterable[Optimizer] = (),
-        copies: Sequence[Copy] = (),
-        absorb: Absorber | None = None,
-    ) -> None:
-        """Keep only the selected entries of each coupling, everywhere; see `ecospa_fx.shrink`.
-
-        Args:
-            model: the compiled model.
-            selection: coupling (or its name) -> entries to keep.
-            journal: that of the change, of which this is a part.
-            optimizers: the optimizers that hold the parameters.
-            copies: copies of the model that shrink with it.
-            absorb: statistics by which entries that stay take over.
-        """
-        # Everything new is made beside the old, on every rank; then come assignments only.
-        prepared = ranks_of(model).together(
-            "shrink",
-            lambda: self._prepared(model, selection, tuple(optimizers), copies, absorb),
-            lambda prepared: prepared.facts(self.plan),
-        )
-        prepared.commit(journal)
-
-    def _prepared(
-        self,
-        model: nn.Module,
-        selection: CouplingSelection,
-        optimizers: Sequence[Optimizer],
-        copies: Sequence[Copy],
-        absorb: Absorber | None,
-    ) -> _Prepared:
-        reshard(model)
-        check_reduced(model)
-        for name in self.regions:
-            check_gathered_at_once(name, model.get_submodule(name), self.execution)
-        self.follow_ties(model)
-        self.follow_shards(model)
-        self._check_shapes(model)
-        if self.execution == "graph" and self.state.shared_out:
-            ranks_of(model).meet("look at how weights are sharded")  # which takes calls of layers
-        if self.execution == "graph":
-            for name in self.regions:
-                self.regions[name].check_shared(model.get_submodule(name), model)
-        joints = joint_offers(self.state, self.regions)
-        after = planned(self.plan, self.regions, self.couplings(), selection, joints)
-        rewritten: dict[Program, Program] = {}
-        specializations = self._rewritten(model, after, rewritten)
-        twins = [(copy.module, self._of_copy(copy)) for copy in copies if copy.module is not None]
-        of_twins = [twin._rewritten(module, after, rewritten) for module, twin in twins]
-        mine = named_tensors(model)
-        names = {id(tensor): name for name, tensor in mine.items() if name in after.original_shapes}
-        tensors = [(name, t) for each in (mine, *(copy.tensors for copy in copies)) for name, t in each.items()]
-        named = [(names.get(id(mine[name]), name), tensor) for name, tensor in tensors]
-        replaced: dict[int, Tensor] = {}
-        if absorb is not None:
-            weights = [mine, *(copy.tensors for copy in copies), *averages_of(mine, optimizers)]
-            replaced = absorb.absorbed(self.plan, after, weights)
-        change = prepare_tensors(named, self.plan, after, optimizers, replaced, owners(model))
-        attributes = self._attributes_under(after)
-        numbers = self._numbers_here(model, attributes)
-
-        def commit(journal: Journal) -> None:
-            for module in (model, *(module for module, _ in twins)):
-                journal.note_modules(module)
-                self._hold(module, numbers)
-            change.commit(journal)
-            if self.execution == "module":
-                for module in (model, *(module for module, _ in twins)):
-                    sync_layer_sizes(module)
-            self._adopt(after, specializations, attributes, journal)
-            self.guard_inner(model)
-            for (module, twin), theirs in zip(twins, of_twins, strict=True):
-                twin._adopt(after.copy(), theirs, dict(attributes), journal)
-                if module.__dict__.get(MODEL) is not twin:
-                    unswap_forward(module)  # it may have been waiting for its first call
-                    module.__dict__[MODEL] = twin
-                    twin.route(module)
-                twin.guard_inner(module)
-
-        return _Prepared(after, commit)
-
-    def _numbers_here(self, model: nn.Module, attributes: Changes) -> Values:
-        """Return the integers that modules are to hold; where they hold the part of this rank, that part."""
-        shared, ranks = shared_numbers(model, self.regions), parallel_count(model)
-        numbers: dict[Attribute, Value] = {attribute: now for attribute, (_, now) in attributes.items()}
-        for attribute, now in numbers.items():
-            if attribute not in shared or not isinstance(now, int):
-                continue
-            if now % ranks:
-                raise ShrinkError(
-                    f"`{attribute}` is of the part of one of {ranks} ranks, and would be {now} for all of them; keep a "
-                    f"multiple of {ranks}"
-                )
-            numbers[attribute] = now // ranks
-        return numbers
-
-    def _hold(self, module: nn.Module, numbers: Values) -> None:
-        """Let the integers of modules, and what they take of their arguments, follow."""
-        for attribute, now in numbers.items():
-            if attribute.read(module) != now:
-                attribute.write(module, now)
-
-    def _rewritten(
-        self, model: nn.Module, plan: Plan, rewritten: dict[Program, Program]
-    ) -> dict[str, list[Specialization]]:
-        """Return the specializations of each region under a plan.
-
-        Args:
-            model: the model, or a copy of it.
-            plan: the plan.
-            rewritten: programs before -> programs under the plan, which copies of the model share; filled here.
-        """
-        for name, region in self.regions.items():
-            for each in region.specializations:
-                if each.program not in rewritten:
-                    kept = replay(each.axis_facts, plan)
-                    rewritten[each.program] = rewrite(each.axis_facts, kept, model.get_submodule(name))
-            check_state_layouts(
-                (each.axis_facts, replay(each.axis_facts, plan))
-                for each in region.specializations
-                if each.captured.carried.types
-            )
-        return {
-            name: [replace(each, program=rewritten[each.program]) for each in region.specializations]
-            for name, region in self.regions.items()
-        }
-
-    def _attributes_under(self, plan: Plan) -> Changes:
-        """Return the integers of modules that follow under a plan: the value before any shrink, and then."""
-        attributes = dict(self.attributes)
-        for region in self.regions.values():
-            support = region.python_support
-            if support is not None:
-                before, now = support.values({}), support.values(replay(region.naming_graph.axis_facts, plan))
-                attributes |= {a.within(region.name): (before[a], now[a]) for a in before if before[a] != now[a]}
-        return attributes
-
-    def _adopt(
-        self,
-        plan: Plan,
-        specializations: Mapping[str, list[Specialization]],
-        attributes: Changes,
-        journal: Journal,
-    ) -> None:
-        for name, region in self.regions.items():
-            journal.note_attribute(region, "specializations")
-            region.specializations = specializations[name]
-            if region.border:
-                journal.note_attribute(region, "routing")
-                region.routing = region.routing.without_routes()
-        journal.note_object(self.state)
-        self.state.adopt(plan, attributes)
-
     def guard_inner(self, model: nn.Module) -> None:
         """Route calls of the modules inside shrunk regions that do not come from the region, without graphs so far."""
         if self.execution == "graph":
             for name in self.regions:
                 guard_inner(model.get_submodule(name), self.regions[name])
-
-    def _of_copy(self, copied: Copy) -> CompiledModel:
-        """Return the state of a copy of the model, a new one if it was copied before this model was captured."""
-        theirs: CompiledModel | None = None if copied.module is None else copied.module.__dict__.get(MODEL)
-        if theirs is not None:
-            check_plan(copied, theirs.plan, self.plan)
-            if theirs.regions:
-                return theirs
-        return copy.deepcopy(self)
-
-
-@dataclass(frozen=True, eq=False)
-class _Prepared:
-    """A shrink that is ready: the plan after it, and a function that puts everything in place."""
-
-    after: Plan
-    commit: Callable[[Journal], None]
-
-    def facts(self, before: Plan) -> dict[str, object]:
-        """Describe by (parameter, dim) what stays, to compare it between ranks: how much, and a code of the rest."""
-        return {
-            f"the entries kept of `{name}` along dim {dim}": [len(kept), crc32(kept.numpy().tobytes())]
-            for (name, dim), kept in self.after.kept.items()
-            if (name, dim) not in before.kept or not torch.equal(kept, before.kept[name, dim])
-        }
 
 
 def find_followed(model: nn.Module, regions: Mapping[str, Region]) -> None:

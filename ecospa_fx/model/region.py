@@ -33,7 +33,7 @@ from ecospa_fx.passes.infer.infer import inferred_again
 from ecospa_fx.passes.infer.sizes import called_sizes
 from ecospa_fx.passes.ir.border import NO_BORDER, Border, argument_names
 from ecospa_fx.passes.ir.region_graph import Call
-from ecospa_fx.passes.ir.signature import call_key, training_flags
+from ecospa_fx.passes.ir.signature import call_key
 from ecospa_fx.passes.ir.state_access import flattened, foreign, parted, resolve_object
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.replay import replay
@@ -469,12 +469,11 @@ class Region:
 
     def _with_numbers(self, module: nn.Module, call: Call, settled: dict[str, Any]) -> Program | None:
         """Make inputs of the numbers by which alone a call differs from a captured one; None where that is not so."""
-        hooks, training = inner_hooks(module), training_flags(module)
+        hooks = inner_hooks(module)
         for position, each in enumerate(self.specializations):
             if (
                 not each.captured.serves(hooks, each.program.called)
-                or each.captured.mismatch(call, training) is not None
-                or each.captured.signature.other_weight(module) is not None
+                or each.captured.difference(call, module) is not None
             ):
                 continue
             reads = self.routing.changed_numbers(module, each.program)
@@ -591,9 +590,7 @@ class Region:
             return ""
         latest = self.specializations[-1].program
         changed = self.routing.changed_constant(self.specializations, module, latest)
-        captured = latest.captured
-        changed = changed or captured.mismatch((args, kwargs), training_flags(module))
-        return changed or captured.signature.other_weight(module) or ""
+        return changed or latest.captured.difference((args, kwargs), module) or ""
 
 
 def check_gathered_at_once(name: str, module: nn.Module, execution: str) -> None:

@@ -21,6 +21,7 @@ from .compiled_code import forget_code
 from .copies import copies_of
 from .diff import ModuleDiff, diff_of, shapes_of
 from .journal import Journal, all_or_nothing
+from .keeping import keep_only
 from .left_behind import left_behind
 from .lookup import check_optimizer, state_of
 from .optimizer_state import several
@@ -122,7 +123,7 @@ def shrink_within(
     for each in optimizers:
         check_optimizer(model, each)
     before, sizes = shapes_of(model), {coupling.name: coupling.size for coupling in compiled.couplings()}
-    compiled.shrink(model, selection, journal, optimizers, copies_of(model, also), absorb)
+    keep_only(compiled, model, selection, journal, optimizers, copies_of(model, also), absorb)
     change = diff_of(model, before)
     left_behind().note(model, change.before, optimizers)
     forget_code(model, change.before)

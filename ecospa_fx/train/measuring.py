@@ -15,6 +15,7 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import EcoSpaError, TargetError
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.journal import Journal
+from ecospa_fx.model.keeping import keep_only
 from ecospa_fx.model.lookup import couplings, regions_of, state_of
 from ecospa_fx.model.restore import restore
 from ecospa_fx.passes.find.discover import Kind
@@ -190,7 +191,7 @@ def smaller(model: nn.Module, keeps: Mapping[str, Tensor]) -> Iterator[None]:
     journal = Journal()
     try:
         if keeps:
-            compiled.shrink(model, {by_name[name]: keep for name, keep in keeps.items()}, journal)
+            keep_only(compiled, model, {by_name[name]: keep for name, keep in keeps.items()}, journal)
         yield
     finally:
         journal.undo()
