@@ -32,6 +32,7 @@ from ecospa_fx.passes.graph.forward_swap import own_forward, swap_forward
 from ecospa_fx.passes.graph.shared_memory import SharedMemory
 from ecospa_fx.passes.graph.tensors import is_quantized, named_tensors
 from ecospa_fx.plan import Plan
+from ecospa_fx.ranks.fsdp2 import check_gathered_at_once
 from ecospa_fx.ranks.tensor_parallel import check_sequences, gathered_whole, spread_dims
 
 from .class_swap import CopiesWait, is_waiting, own_forward_aside, swap_linears, unswap_forward
@@ -44,8 +45,9 @@ from .outside import outside_text, uncalled_text
 from .parametrized import first_removal
 from .recorded_call import recorded_call
 from .region import REGION as REGION
-from .region import Region, check_gathered_at_once
+from .region import Region
 from .state import ModelState
+from .ties import retied
 
 _NOT_JOINED = (
     "regions='joined' needs execution='graph': the Python of a block holds sizes of its own for what comes in and goes "
@@ -311,8 +313,8 @@ class CompiledModel:
             EcoSpaError: weights were tied that have shrunk apart.
         """
         memory = SharedMemory(named_tensors(model))
-        retied = {name: region.retied(model, memory) for name, region in self.regions.items()}
-        changed = {name: found for name, found in retied.items() if found is not None}
+        found = {name: retied(region, model, memory) for name, region in self.regions.items()}
+        changed = {name: made for name, made in found.items() if made is not None}
         if not changed:
             return
         outside = {name: memory.outside(name) for name in changed}

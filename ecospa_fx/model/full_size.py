@@ -1,9 +1,10 @@
-"""Full-size tensors: stand-ins at original sizes for tensors that have shrunk, to capture a call after that."""
+"""Full size: stand-ins at original sizes for all that has shrunk, to capture a call after that."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ecospa_fx.errors import EcoSpaError
-from ecospa_fx.passes.graph.tensors import dequantized, is_quantized, join, named_tensors
-from ecospa_fx.passes.ir.region_graph import Call
+from ecospa_fx.passes.follow.attributes import Changes, holding, restore_layer_sizes, sync_layer_sizes
+from ecospa_fx.passes.graph.tensors import dequantized, is_quantized, join, named_tensors, swapped
+from ecospa_fx.passes.ir.border import Border, argument_names
+from ecospa_fx.passes.ir.region_graph import Call, Forward
 from ecospa_fx.passes.ir.state_access import foreign
 from ecospa_fx.plan import Plan
 
@@ -135,3 +138,57 @@ def full_of(tensor: Tensor, shape: Sequence[int], fill: float = 0.0) -> Tensor:
     order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
     full = torch.empty_permuted(tuple(shape), order, dtype=tensor.dtype, device=tensor.device)
     return full.fill_(fill)
+
+
+def full_size_call(call: Call, forward: Forward, border: Border, plan: Plan, who: str) -> Call:
+    """Return a call of a region with tensors that have shrunk with the model around it at their original sizes.
+
+    Args:
+        call: the call.
+        forward: the region's own, which has names for them.
+        border: the dims that shrink so.
+        plan: the plan.
+        who: the region, for messages.
+
+    Raises:
+        EcoSpaError: such a tensor has another size than the model leaves now.
+    """
+    gone = {edge: of for edge, of in border.arguments.items() if of is not None and of in plan.kept}
+    if not gone:
+        return call
+    names = iter(argument_names(forward, *call))
+
+    def expand(tensor: Tensor) -> Tensor:
+        name = next(names)
+        for (argument, dim), of in gone.items():
+            if argument == name:
+                tensor = unshrunk_dim(tensor, dim, plan.kept[of], plan.original_shapes[of[0]][of[1]], name, who)
+        return tensor
+
+    full: Call = pytree.tree_map_only(Tensor, expand, call, is_leaf=foreign)
+    return full
+
+
+@contextmanager
+def original_numbers(module: nn.Module, region: str, changed: Changes, originals: FullSizeTensors) -> Iterator[None]:
+    """Give a region whose own Python runs the integers that it held before any shrink, for the time inside.
+
+    Args:
+        module: the region.
+        region: its name.
+        changed: the integers of the model that have followed: the value before any shrink, and now.
+        originals: its tensors at original sizes.
+    """
+    prefix = f"{region}." if region else ""
+    inside = {
+        replace(a, module=f"{a.module}."[len(prefix) :].removesuffix(".")): original
+        for a, (original, _) in changed.items()
+        if f"{a.module}.".startswith(prefix)
+    }
+    with holding(module, inside):
+        with swapped(module, originals.shapes()):
+            before = sync_layer_sizes(module)
+        try:
+            yield
+        finally:
+            restore_layer_sizes(before)

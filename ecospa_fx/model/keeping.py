@@ -27,7 +27,7 @@ from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts
 from ecospa_fx.plan import Plan
-from ecospa_fx.ranks.fsdp2 import check_reduced, owners, reshard
+from ecospa_fx.ranks.fsdp2 import check_gathered_at_once, check_reduced, owners, reshard
 from ecospa_fx.ranks.members import ranks_of
 from ecospa_fx.ranks.tensor_parallel import parallel_count
 
@@ -38,7 +38,6 @@ from .joint_offers import joint_offers
 from .journal import Journal
 from .optimizer_state import averages_of
 from .planning import planned
-from .region import check_gathered_at_once
 from .slicing import Absorber, prepare_tensors
 from .specialization import Specialization
 from .whole import shared_numbers

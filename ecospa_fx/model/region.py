@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from ecospa_fx.collectives import is_distributed
-from ecospa_fx.errors import CaptureError, EcoSpaError, NotNowError, PinnedAxisError, TooManyCallsError, WrapperError
+from ecospa_fx.errors import CaptureError, EcoSpaError, NotNowError, TooManyCallsError, WrapperError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.axes.selection import Selected, Selection
@@ -21,29 +21,34 @@ from ecospa_fx.passes.capture.first_call import after_first_call, make
 from ecospa_fx.passes.capture.hooks import backward_hooked, calls_itself, inner_hooks
 from ecospa_fx.passes.capture.options import CaptureOptions
 from ecospa_fx.passes.find.analyse import Analysis, analyse_once
-from ecospa_fx.passes.find.discover import Discovery, discover
+from ecospa_fx.passes.find.discover import Discovery
 from ecospa_fx.passes.find.numbers import with_numbers
-from ecospa_fx.passes.follow.attributes import holding, numbers_in, restore_layer_sizes, sync_layer_sizes
+from ecospa_fx.passes.follow.attributes import numbers_in
 from ecospa_fx.passes.follow.follow import PythonSupport, follow
 from ecospa_fx.passes.graph.forward_swap import own_forward
 from ecospa_fx.passes.graph.python_state import StateChange
-from ecospa_fx.passes.graph.shared_memory import SharedMemory
 from ecospa_fx.passes.graph.tensors import join, swapped
-from ecospa_fx.passes.infer.infer import inferred_again
 from ecospa_fx.passes.infer.sizes import called_sizes
-from ecospa_fx.passes.ir.border import NO_BORDER, Border, argument_names
+from ecospa_fx.passes.ir.border import NO_BORDER, Border
 from ecospa_fx.passes.ir.region_graph import Call
 from ecospa_fx.passes.ir.signature import call_key
-from ecospa_fx.passes.ir.state_access import flattened, foreign, parted, resolve_object
+from ecospa_fx.passes.ir.state_access import flattened, parted, resolve_object
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts, keys_of, whole_objects
-from ecospa_fx.ranks.fsdp2 import fsdp_modules, sharded_apart
+from ecospa_fx.ranks.fsdp2 import check_gathered_at_once, fsdp_modules
 from ecospa_fx.ranks.tensor_parallel import check_sequences, gathered_here
 
 from .compiled_code import check_not_recomputed
-from .full_size import FullSizeTensors, in_transform, outside_forward, outside_inference, unshrunk_dim
+from .full_size import (
+    FullSizeTensors,
+    full_size_call,
+    in_transform,
+    original_numbers,
+    outside_forward,
+    outside_inference,
+)
 from .journal import Journal, all_or_nothing
 from .moving import moving_buffers, settled
 from .nested_calls import by_samples
@@ -270,40 +275,19 @@ class Region:
         """Return the program that serves a call, captured now if need be, and the tensors it takes."""
         program = self.routing.search(self.specializations, module, (args, kwargs), inner_hooks(module))
         program = program or self.add(module, args, kwargs)
-        leaves, objects = parted(flattened(self._full_size_call(module, args, kwargs))[0])
+        leaves, objects = parted(flattened(self._full_size(module, (args, kwargs)))[0])
         full_size = self._full_size_objects(objects)
         state = [place.find(full_size) for place in program.captured.carried.state]
         return program, [*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *state]
+
+    def _full_size(self, module: nn.Module, call: Call) -> Call:
+        return full_size_call(call, own_forward(module, REGION), self.border, self.state.plan, self._named())
 
     def _full_size_objects(self, objects: Sequence[Any]) -> list[Any]:
         """Copy the objects of a call, with the tensors that programs have put there at their original sizes."""
         programs = [each.program for each in reversed(self.specializations)] if objects else []
         graphs = [(program.axis_facts, self.kept(program)) for program in programs]
         return whole_objects(objects, graphs, self.name or "the model")
-
-    def _full_size_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Return a call with tensors that have shrunk with the model around it at their original sizes.
-
-        Raises:
-            EcoSpaError: such a tensor has another size than the model leaves now.
-        """
-        plan, along = self.state.plan, self.border.arguments
-        gone = {key: of for key, of in along.items() if of is not None and of in plan.kept}
-        if not gone:
-            return args, kwargs
-        names = iter(argument_names(own_forward(module, REGION), args, kwargs))
-
-        def expand(tensor: Tensor) -> Tensor:
-            name = next(names)
-            for (argument, dim), of in gone.items():
-                if argument == name:
-                    tensor = unshrunk_dim(
-                        tensor, dim, plan.kept[of], plan.original_shapes[of[0]][of[1]], name, self._named()
-                    )
-            return tensor
-
-        full: Call = pytree.tree_map_only(Tensor, expand, (args, kwargs), is_leaf=foreign)
-        return full
 
     def _check_numbers(self, module: nn.Module, ranks: int) -> None:
         """Refuse integers that have been divided by a number of ranks: generated code follows shards by itself.
@@ -424,7 +408,7 @@ class Region:
         else:
             args, kwargs = pytree.tree_unflatten(leaves, spec)
         difference = self._difference(module, args, kwargs)
-        args, kwargs = self._full_size_call(module, args, kwargs)
+        args, kwargs = self._full_size(module, (args, kwargs))
         state = self.state
         filled = {key for each in self.specializations for key in keys_of(each.axis_facts, stored=True)}
         originals = FullSizeTensors(module, self.name, state.plan)
@@ -433,12 +417,13 @@ class Region:
             "forward": own_forward(module, REGION), "originals": originals if originals.named else None,
             "filled": frozenset(filled), "moving": moving, "border": self.border, "options": options,
         }  # fmt: skip
-        with self._original_attributes(module, originals):
+        own_python = state.execution == "module"
+        with original_numbers(module, self.name, state.attributes, originals) if own_python else nullcontext():
             numbered = self._with_numbers(module, (args, kwargs), how)
             if numbered is not None:
                 return numbered
             analysis = analyse_once(module, self.name, (args, kwargs), self.shared_outside, state.captures, **how)
-            if state.execution == "module" and self.python_support is None:
+            if own_python and self.python_support is None:
                 self.remember(analysis)
                 with swapped(module, originals.values()):
                     self.follow(module, numbers_in(module))
@@ -493,26 +478,6 @@ class Region:
             return program
         return None
 
-    @contextmanager
-    def _original_attributes(self, module: nn.Module, originals: FullSizeTensors) -> Iterator[None]:
-        """Give a region whose own Python runs the integers that it held before any shrink."""
-        if self.state.execution == "graph":
-            yield
-            return
-        prefix = f"{self.name}." if self.name else ""
-        inside = {
-            replace(a, module=f"{a.module}."[len(prefix) :].removesuffix(".")): original
-            for a, (original, _) in self.state.attributes.items()
-            if f"{a.module}.".startswith(prefix)
-        }
-        with holding(module, inside):
-            with swapped(module, originals.shapes()):
-                before = sync_layer_sizes(module)
-            try:
-                yield
-            finally:
-                restore_layer_sizes(before)
-
     def follow(self, module: nn.Module, numbers: Set[tuple[type, str]]) -> None:
         """Find the couplings that its own Python can follow; `module` must have its original sizes."""
         graphs = [(each.axis_facts, each.discovery) for each in self.specializations]
@@ -543,37 +508,6 @@ class Region:
         self.specializations = settled(self.name, module, self.specializations, self.state, more).specializations
         self.state.forget_couplings()
 
-    def retied(self, model: nn.Module, memory: SharedMemory) -> list[Specialization] | None:
-        """Return the specializations as they must be after weights were tied or untied; None if none were.
-
-        Raises:
-            EcoSpaError: weights were tied that have shrunk apart.
-        """
-        outside = memory.outside(self.name)
-        ties = [memory.tied(self.name, tuple(each.captured.tensors.values())) for each in self.specializations]
-        if outside == self.shared_outside and all(
-            same == each.captured.same_storage for same, each in zip(ties, self.specializations, strict=True)
-        ):
-            return None
-        specializations = []
-        for each, same in zip(self.specializations, ties, strict=True):
-            before = each.captured
-            facts_now = replace(before, same_storage=same, shared_outside=outside)
-            axis_facts = inferred_again(each.axis_facts, facts_now, self.state.experiments)
-            try:
-                kept = replay(axis_facts, self.state.plan)
-            except PinnedAxisError as error:
-                new = [f"`{join(self.name, a)}` as `{join(self.name, b)}`" for a, b in same.items()
-                       if before.same_storage.get(a) != b]  # fmt: skip
-                new += [f"`{join(self.name, a)}` {b}" for a, b in outside.items() if before.shared_outside.get(a) != b]
-                raise EcoSpaError(
-                    f"weights have been tied since they shrank, {', '.join(new[:3])}, which cannot be followed: "
-                    f"{error}. Untie them, or tie them before the first shrink"
-                ) from error
-            module = model.get_submodule(self.name)
-            specializations.append(Specialization(rewrite(axis_facts, kept, module), discover(axis_facts)))
-        return specializations
-
     def remember(self, analysis: Analysis, program: Program | None = None) -> None:
         """Add the specialization of an analysis; without a program it can be asked but not run."""
         program = program or Program(analysis.captured, analysis.axis_facts, None, (), "")
@@ -591,19 +525,3 @@ class Region:
         latest = self.specializations[-1].program
         changed = self.routing.changed_constant(self.specializations, module, latest)
         return changed or latest.captured.difference((args, kwargs), module) or ""
-
-
-def check_gathered_at_once(name: str, module: nn.Module, execution: str) -> None:
-    """Refuse a region that runs as one graph, with modules in it whose weights FSDP2 gathers for their own calls only.
-
-    Raises:
-        WrapperError: it has such modules.
-    """
-    apart = sharded_apart(module) if execution == "graph" else []
-    if apart:
-        region = f"`{name}`" if name else f"the {type(module).__name__}"
-        raise WrapperError(
-            f"{region} is one region, which runs as one graph, and fully_shard gathers the weights of "
-            f"`{join(name, apart[0])}` in it for calls of that alone. Compile with regions='blocks' and apply "
-            "fully_shard to the same blocks and to the model; or to the model only; or use execution='module'"
-        )

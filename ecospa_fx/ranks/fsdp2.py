@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from ecospa_fx.collectives import is_distributed
-from ecospa_fx.errors import RanksError
+from ecospa_fx.errors import RanksError, WrapperError
+from ecospa_fx.passes.graph.tensors import join
 
 from .placed import positions_here, shards_of
 from .shards import whole_of
@@ -233,3 +234,19 @@ def sharded_apart(module: nn.Module) -> list[str]:
     """Return the names of the modules inside a module that `fully_shard` gathers on their own."""
     # Without `id`, at which torch.compile would take each of many equal blocks for another.
     return [name for name, child in module.named_modules() if name and is_fsdp(child)]
+
+
+def check_gathered_at_once(name: str, module: nn.Module, execution: str) -> None:
+    """Refuse a region that runs as one graph, with modules in it whose weights FSDP2 gathers for their own calls only.
+
+    Raises:
+        WrapperError: it has such modules.
+    """
+    apart = sharded_apart(module) if execution == "graph" else []
+    if apart:
+        region = f"`{name}`" if name else f"the {type(module).__name__}"
+        raise WrapperError(
+            f"{region} is one region, which runs as one graph, and fully_shard gathers the weights of "
+            f"`{join(name, apart[0])}` in it for calls of that alone. Compile with regions='blocks' and apply "
+            "fully_shard to the same blocks and to the model; or to the model only; or use execution='module'"
+        )
