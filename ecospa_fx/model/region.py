@@ -339,8 +339,9 @@ class Region:
             if moved := [name for name in self.state.plan.under(self.name) if name not in held]:
                 raise CaptureError(
                     f"{named} has shrunk, and its `{moved[0]}` is not there any more, as where a module was wrapped "
-                    "(an adapter, a quantised layer). Wrap modules before `ecospa_fx.compile`, so that all shrinks "
-                    "together, or compile with execution='module', whose modules have the sizes that are left"
+                    "(an adapter, a quantized layer). Wrap modules before `ecospa_fx.compile`, so that all shrinks "
+                    "together, or compile with execution='module', whose modules have the sizes that are left; or wrap "
+                    "those of ecospa_fx.restore(model), where its own Python can run with what is left"
                 ) from error
             raise CaptureError(
                 f"{str(error).rstrip('.')}. {named[:1].upper()}{named[1:]} has shrunk, and its own Python is of the "

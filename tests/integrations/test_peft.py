@@ -202,3 +202,18 @@ def test_adapters_that_are_switched_in_graph_execution(shrunk):
         for each in (model, plain):
             each.unmerge_adapter()
         torch.testing.assert_close(same(), other)
+
+
+def test_adapters_of_a_model_that_is_small_already():
+    model, batches = llama(), [{"input_ids": TOKENS}, {"input_ids": TOKENS.flip(1)}]
+    ecospa_fx.compress(model, batches, 0.7, deployable="transformers")
+    with torch.no_grad():
+        before = model(**batches[0]).logits
+    adapted = get_peft_model(ecospa_fx.restore(model), LoraConfig(r=2, target_modules="all-linear"))
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(**batches[0]).logits, before)  # adapters begin at zero
+    ecospa_fx.compile(adapted)
+    adapted(**batches[0]).logits.sum().backward()
+    widths = {c.original_size for c in ecospa_fx.couplings(adapted) if c.kind == "glu"}
+    assert len(widths) == 1 and widths.pop() < 48
+    assert ecospa_fx.verify(adapted, example_kwargs=batches[0]).ok

@@ -75,8 +75,9 @@ def test_graphs_refuse_them_after_a_shrink(regions):
         model(X)
     assert str(caught.value) == (
         "the model has shrunk, and its `up.weight` is not there any more, as where a module was wrapped (an adapter, a "
-        "quantised layer). Wrap modules before `ecospa_fx.compile`, so that all shrinks together, or compile with "
-        "execution='module', whose modules have the sizes that are left"
+        "quantized layer). Wrap modules before `ecospa_fx.compile`, so that all shrinks together, or compile with "
+        "execution='module', whose modules have the sizes that are left; or wrap those of ecospa_fx.restore(model), "
+        "where its own Python can run with what is left"
     )
 
 
