@@ -19,6 +19,7 @@ from ecospa_fx.model.keeping import keep_only
 from ecospa_fx.model.lookup import couplings, regions_of, state_of
 from ecospa_fx.model.restore import restore
 from ecospa_fx.passes.find.discover import Kind
+from ecospa_fx.passes.graph.tensors import is_quantized
 from ecospa_fx.score.saliency import Saliency
 
 from .objective import Loss
@@ -74,8 +75,9 @@ def let_train(model: nn.Module, saliency: Saliency, frozen: Collection[Any] = ()
 def check_plain_numbers(model: nn.Module) -> None:
     """Refuse weights that are not plain numbers."""
     for name, tensor in model.named_parameters():
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            raise TargetError(f"`{name}` holds {tensor.dtype}, quantised weights; de-quantise the model first")
+        if is_quantized(tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
+            held = type(tensor).__name__ if is_quantized(tensor) else tensor.dtype
+            raise TargetError(f"`{name}` holds {held}, quantised weights; de-quantise the model first")
     for module_name, module in model.named_modules():
         weight = module._buffers.get("weight", module._buffers.get("qweight"))
         if weight is not None and not (weight.is_floating_point() or weight.is_complex()):

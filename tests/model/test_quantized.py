@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import ecospa_fx
-from ecospa_fx.errors import CheckpointError, NoCouplingError, ShrinkError
+from ecospa_fx.errors import CheckpointError, NoCouplingError, ShrinkError, TargetError
 
 aten = torch.ops.aten
 
@@ -125,6 +125,8 @@ def test_quantized_before_it_was_compiled():
     ecospa_fx.compile(model, example_inputs=(torch.randn(2, 5, 6),))
     with pytest.raises(ShrinkError, match=r"`0.weight` is quantized \(Int8\), and cannot lose entries: shrink first"):
         halve(model)
+    with pytest.raises(TargetError, match=r"`0.weight` holds Int8, quantised weights; de-quantise the model first"):
+        ecospa_fx.compress(model, [(torch.randn(2, 5, 6),)], 0.7)
     model = feed_forward()
     quantize(model, ByRow)
     with pytest.raises(NoCouplingError, match=r"`0.weight` is quantized \(ByRow\): compile and shrink before that"):
