@@ -175,6 +175,24 @@ def export(
     ) from reason
 
 
+def program_without_writes(
+    program: torch.export.ExportedProgram, module: nn.Module, region: str
+) -> torch.export.ExportedProgram:
+    """Return a program that makes new values where `program` writes into its own.
+
+    A `torch.autograd.Function` may write into what its forward has computed with, because its backward needs none of
+    it. A graph has the ops of the forward only, and their own backward, which needs the values before.
+
+    Raises:
+        CaptureError: it writes into what is not its own, an argument or a buffer.
+    """
+    with _quiet():
+        plain = program.run_decompositions({})
+    if plain.graph_signature.buffers_to_mutate or plain.graph_signature.user_inputs_to_mutate:
+        raise CaptureError(f"{described(region)} ({type(module).__name__}) writes into arguments or buffers")
+    return plain
+
+
 _COMPARISONS = ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__")
 
 
