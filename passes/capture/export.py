@@ -187,7 +187,7 @@ def program_without_writes(
         CaptureError: it writes into what is not its own, an argument or a buffer.
     """
     with _quiet():
-        plain = program.run_decompositions({})
+        plain: torch.export.ExportedProgram = program.run_decompositions({})
     if plain.graph_signature.buffers_to_mutate or plain.graph_signature.user_inputs_to_mutate:
         raise CaptureError(f"{described(region)} ({type(module).__name__}) writes into arguments or buffers")
     return plain

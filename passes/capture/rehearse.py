@@ -269,7 +269,7 @@ def _effects(module: nn.Module, region: str, run: Callable[[], Any], called: Cal
         anew = stores.anew(reads.writes)
         # A number may follow from the sizes of a call. None only follows from the way that the forward has taken, and
         # what a layer keeps for itself between two of its methods leaves nothing behind.
-        cleared = {id(change): place for change in anew if (place := _cleared(module, change)) is not None}
+        cleared = {id(change): found for change in anew if (found := _cleared(module, change)) is not None}
         kept = [change for change in anew if id(change) not in cleared]
         assigned = tuple(_assigned(module, region, [*again.changes(), *kept], run))
         for place in assigned:

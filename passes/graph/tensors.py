@@ -36,8 +36,8 @@ Held = Sequence[tuple[Any, Any, str]]
 def held_twice(module: nn.Module) -> Held:
     """Return the places in attributes of a module, and in dicts and lists there, that hold a parameter of it too.
 
-    A forward that reads `self.weights["gain"]` computes with the parameter `self.gain`, and nothing that swaps parameters
-    knows of it.
+    A forward that reads `self.weights["gain"]` computes with the parameter `self.gain`, of which nothing knows that
+    swaps parameters.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     places: list[tuple[Any, Any, str]] = []
