@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -158,7 +160,7 @@ def export(
                 continue
             # The data may be a size that went through a tensor, `torch.div(x.size(1), 8)`: a number once specialised.
             # If the error stays, it is not about sizes.
-            about_data = isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error)
+            about_data = _is_about_data(error)
             if about_data and reason is not None:
                 break
             # With fewer symbols fewer errors are about symbols: the last one is about the region.
@@ -170,9 +172,28 @@ def export(
         with suppress(CaptureError):
             return export(flat, wide, region, static, under_autocast)
     words = str(reason).strip().split("\n")[0] or type(reason).__name__
+    if reason is not None and _is_about_data(reason):
+        words = (
+            f"what its forward does next depends on the values of a tensor{_line_of(reason)}, and a graph is the same "
+            "for all values. Use torch.where, or numbers that are known before the call"
+        )
     raise CaptureError(
         f"torch.export cannot capture {described(region)} ({type(flat.region).__name__}): {words}"
     ) from reason
+
+
+def _is_about_data(error: Exception) -> bool:
+    """Return whether torch.export failed because Python asked for the values of a tensor."""
+    return isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error)
+
+
+def _line_of(error: Exception) -> str:
+    """Return the line of the model's own code that torch.export names in an error, if it names one."""
+    named = re.search(r'The following call raised this error:\n\s*File "(.+)", line (\d+).*\n\s*(.+)', str(error))
+    if named is None:
+        return ""
+    file, line, code = named.groups()
+    return f" at {Path(file).name}:{line} (`{code.strip()}`)"
 
 
 def program_without_writes(

@@ -115,3 +115,26 @@ def test_a_refusal_says_what_is_left_without_symbols():
     """Each attempt of torch.export has fewer symbols; the reason is that of the last, not of the first."""
     with pytest.raises(CaptureError, match="this cannot be traced"):
         ecospa_fx.compile(Stubborn(), example_inputs=(torch.randn(2, 5, 8),), regions="root")
+
+
+class Deciding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.layer(x)
+        if torch.all(y > 0):
+            return y
+        return y * 2
+
+
+def test_a_forward_that_decides_by_values_is_refused_with_its_line():
+    line = Deciding.forward.__code__.co_firstlineno + 2
+    with pytest.raises(CaptureError) as error:
+        ecospa_fx.compile(Deciding(), example_inputs=(torch.randn(2, 5, 8),), regions="root")
+    assert str(error.value) == (
+        "torch.export cannot capture the model (Deciding): what its forward does next depends on the values of a "
+        f"tensor at test_size_guards.py:{line} (`if torch.all(y > 0):`), and a graph is the same for all values. Use "
+        "torch.where, or numbers that are known before the call"
+    )
