@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ecospa_fx.passes.graph.stand_in_class import quiet_subclass
 from ecospa_fx.plan import Plan
 
 from .compiled import CompiledModel
@@ -43,7 +44,7 @@ def _unset(cls: Any, config: Any) -> list[Where]:
     asked: dict[str, None] = {}
     watched = copy.deepcopy(config)
     kind = type(config)
-    watched.__class__ = type(kind.__name__, (kind,), {"__getattribute__": _noting(asked, kind)})
+    watched.__class__ = quiet_subclass(kind, {"__getattribute__": _noting(asked, kind)})
     try:
         with torch.device("meta"):
             cls(watched)

@@ -144,5 +144,5 @@ def _follows_its_weights(module: nn.Module) -> bool:
     """Return whether a module has no Python of its own beside a call of one operator, or of its children in turn."""
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return True
-    torchs = type(module).forward.__module__.startswith("torch.nn.modules.")
+    torchs = str(type(module).forward.__module__).startswith("torch.nn.modules.")
     return torchs and not any(True for _ in module.children())

@@ -58,7 +58,8 @@ def state_of(model: nn.Module) -> CompiledModel:
     if not compiled.captured:
         raise NoInputsError(
             f"{type(model).__name__} is compiled but has not been called yet, so its couplings are not known; call it "
-            "once, or compile it with example_inputs=(x,)"
+            "once, or compile it with example_inputs=(x,). Only its forward counts: what another method computes needs "
+            "a module around it whose forward calls that"
         )
     compiled.follow_ties(model)
     compiled.follow_shards(model)

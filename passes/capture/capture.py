@@ -30,10 +30,10 @@ from ecospa_fx.passes.ir.region_graph import Assigned, Filled, Forward, Original
 from ecospa_fx.passes.ir.state_access import TENSOR, flattened, parted
 
 from .assemble import assemble
-from .compare_eager import UnderAutocast, difference_from_eager
+from .compare_eager import NoBackward, UnderAutocast, difference_from_eager
 from .data_sizes import data_sizes
 from .dry_run import DryRun, dry_run
-from .export import Flat, export, refuse_foreign
+from .export import Flat, export, program_without_writes, refuse_foreign
 from .hook_effects import refuse_effects
 from .hooks import inner_hooks, noted
 from .options import DEFAULTS, CaptureOptions
@@ -84,12 +84,13 @@ def capture(
     context = contextvars.Context()
     dry = context.run(dry_run, module, args, kwargs, region, forward, originals, options)
 
-    def attempt(observe: Iterable[str], under_autocast: bool = False) -> RegionGraph:
+    def attempt(observe: Iterable[str], under_autocast: bool = False, without_writes: bool = False) -> RegionGraph:
         # Tracing needs shapes only; the comparison with eager needs values.
         with at_original_sizes(module, originals.shapes() if originals else None):
             captured = _traced(
-                module, args, kwargs, region, forward, static, observe, dry, filled, assigned, under_autocast
-            )
+                module, args, kwargs, region, forward, static, observe, dry, filled, assigned, under_autocast,
+                without_writes,
+            )  # fmt: skip
         if check:
             with (
                 at_original_sizes(module, originals.values() if originals else None),
@@ -104,6 +105,9 @@ def capture(
             if isinstance(error, UnderAutocast) and not under_autocast:
                 with suppress(CaptureError):  # the first reason is the better one
                     return attempt(observe, under_autocast=True)
+            if isinstance(error, NoBackward) and not without_writes:
+                with suppress(CaptureError):
+                    return attempt(observe, under_autocast, without_writes=True)
             if error is not None:
                 raise CaptureError(f"{described(region)} was captured, but {error}; it is left as it is")
         return captured
@@ -168,6 +172,7 @@ def _traced(
     filled: Filled,
     assigned: Sequence[Assigned],
     under_autocast: bool,
+    without_writes: bool,
 ) -> RegionGraph:
     """Trace the region into a graph of which the hooks of the submodules `observe` are no part."""
     leaves, spec = flattened((args, kwargs))
@@ -183,6 +188,8 @@ def _traced(
         if not more:
             break
         state += more  # traced, the forward reads tensors that it does not read otherwise
+    if without_writes:
+        program = program_without_writes(program, module, region)
     flat.carried = replace(flat.carried, state=state)
     results = [leaf for leaf in flat.out_leaves if leaf is not TENSOR]
     if flat.kept != "NoneType":

@@ -94,7 +94,8 @@ def difference_from_eager(
         try:
             tolerance = max(TOLERANCE[dtype] for dtype in dtypes)
             error = _difference(captured, module, forward, args, kwargs, once, gradients, tolerance)
-            error = error and UnderAutocast(f"{error} under autocast")
+            if error and not isinstance(error, NoBackward):
+                error = UnderAutocast(f"{error} under autocast")
         except _EagerError as failed:
             error = f"{failed} under autocast"
     return error
@@ -102,6 +103,10 @@ def difference_from_eager(
 
 class UnderAutocast(str):
     """A difference that there is under autocast only: a graph that is traced under it may have none."""
+
+
+class NoBackward(str):
+    """The graph has no backward, though eager has: one that is traced without writes into its values may have one."""
 
 
 class _EagerError(Exception):
@@ -269,7 +274,7 @@ def _difference(
 def _difference_of_gradients(mine: _Results, theirs: _Results, tolerance: float) -> str | None:
     """Say which gradient of the graph differs from eager's."""
     if theirs.backward_error is not None:
-        return f"backward through its graph does not run: {theirs.backward_error}"
+        return NoBackward(f"backward through its graph does not run: {theirs.backward_error.partition(' Hint: ')[0]}")
     sizes = (float(grad.detach().abs().max()) for grad in mine.grads if grad is not None and grad.numel())
     largest = max(sizes, default=0.0)
     for name, a, b in zip(mine.names, mine.grads, theirs.grads, strict=True):

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.graph.isolate import uncached_autocast
+from ecospa_fx.passes.graph.tensors import held_alike, held_twice
 from ecospa_fx.passes.ir.region_graph import Assigned, Forward, Point, described
 from ecospa_fx.passes.ir.results import flattened_results, kept_elsewhere
 from ecospa_fx.passes.ir.signature import autocast_now, with_autocast
@@ -69,6 +72,7 @@ class Flat(nn.Module):
         self.own_forward, self.leaves, self.spec, self.observe = forward, leaves, spec, observe
         self.objects, self.assigned = objects, tuple(assigned)
         self.state: tuple[ObjectPath, ...] = ()
+        self.places = held_twice(region)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the region's result tensors, those for hooks, those assigned, and those that objects hold afterwards.
@@ -82,7 +86,11 @@ class Flat(nn.Module):
         leaves = [proxies[leaf.number] if isinstance(leaf, ObjectLeaf) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         before = [(place, place.value(self.region)) for place in self.assigned]
-        with points(self.region, self.observe) as seen, cumulative_averages(self.region) if tracing else nullcontext():
+        with (
+            points(self.region, self.observe) as seen,
+            held_alike(self.region, self.places),  # torch.export swaps parameters, too
+            cumulative_averages(self.region) if tracing else nullcontext(),
+        ):
             results = self.own_forward(self.region, *args, **kwargs)
             self.kept = type(kept_elsewhere(results, lambda each: isinstance(each, Proxy))).__name__
             out_leaves, self.out_spec = self._numbered(*flattened_results(results))
@@ -125,8 +133,11 @@ def export(
     # Arithmetic on dynamic sizes may be more than torch.export can solve: then all but the first dims are specialised.
     # It may also take hours to solve (padding to windows, stage after stage); see `GUARDS`.
     attempts = [dims - static, {(i, dim) for i, dim in dims - static if dim == 0}, set()]
-    first: Exception | None = None
-    for dynamic in (each for n, each in enumerate(attempts) if each not in attempts[:n]):
+    attempts = [each for n, each in enumerate(attempts) if each not in attempts[:n]]
+    reason: Exception | None = None
+    settled = False
+    while attempts:
+        dynamic = attempts[0]
         shapes = tuple(
             {dim: torch.export.Dim.AUTO for dim in range(t.ndim) if (i, dim) in dynamic} for i, t in enumerate(tensors)
         )
@@ -138,24 +149,107 @@ def export(
                 symbolic_shapes.patch(symbol_guard_limit_before_specialize=GUARDS),  # type: ignore[attr-defined]
                 torch._dynamo.config.patch(fake_tensor_cache_enabled=_repeats(flat.region) >= REPEATS),
                 uncached_autocast() if under_autocast else with_autocast(),
+                _settled_comparisons() if settled else nullcontext(),
+                _same_attributes(flat.region),
             ):
                 return torch.export.export(flat, tuple(t.detach() for t in tensors), **options)
         except Exception as error:
+            # An op took a comparison of sizes for a flag, `is_causal=x.shape[1] > 1`.
+            if not settled and isinstance(error, TypeError) and "SymBool" in str(error):
+                settled = True
+                continue
             # The data may be a size that went through a tensor, `torch.div(x.size(1), 8)`: a number once specialised.
             # If the error stays, it is not about sizes.
-            about_data = isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error)
-            if about_data and first is not None:
+            about_data = _is_about_data(error)
+            if about_data and reason is not None:
                 break
-            first = first or error
+            # With fewer symbols fewer errors are about symbols: the last one is about the region.
+            reason = error
+            attempts.pop(0)
     # Autocast has cast an argument that meets wider weights here, and this is traced without it.
     wide = [t.float() if t.dtype in autocast_now() else t for t in tensors]
     if any(a is not b for a, b in zip(wide, tensors, strict=True)):
         with suppress(CaptureError):
             return export(flat, wide, region, static, under_autocast)
-    reason = str(first).strip().split("\n")[0] or type(first).__name__
+    words = str(reason).strip().split("\n")[0] or type(reason).__name__
+    if reason is not None and _is_about_data(reason):
+        words = (
+            f"what its forward does next depends on the values of a tensor{_line_of(reason)}, and a graph is the same "
+            "for all values. Use torch.where, or numbers that are known before the call"
+        )
     raise CaptureError(
-        f"torch.export cannot capture {described(region)} ({type(flat.region).__name__}): {reason}"
-    ) from first
+        f"torch.export cannot capture {described(region)} ({type(flat.region).__name__}): {words}"
+    ) from reason
+
+
+def _is_about_data(error: Exception) -> bool:
+    """Return whether torch.export failed because Python asked for the values of a tensor."""
+    return isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error)
+
+
+def _line_of(error: Exception) -> str:
+    """Return the line of the model's own code that torch.export names in an error, if it names one."""
+    named = re.search(r'The following call raised this error:\n\s*File "(.+)", line (\d+).*\n\s*(.+)', str(error))
+    if named is None:
+        return ""
+    file, line, code = named.groups()
+    return f" at {Path(file).name}:{line} (`{code.strip()}`)"
+
+
+def program_without_writes(
+    program: torch.export.ExportedProgram, module: nn.Module, region: str
+) -> torch.export.ExportedProgram:
+    """Return a program that makes new values where `program` writes into its own.
+
+    A `torch.autograd.Function` may write into what its forward has computed with, because its backward needs none of
+    it. A graph has the ops of the forward only, and their own backward, which needs the values before.
+
+    Raises:
+        CaptureError: it writes into what is not its own, an argument or a buffer.
+    """
+    with _quiet():
+        plain: torch.export.ExportedProgram = program.run_decompositions({})
+    if plain.graph_signature.buffers_to_mutate or plain.graph_signature.user_inputs_to_mutate:
+        raise CaptureError(f"{described(region)} ({type(module).__name__}) writes into arguments or buffers")
+    return plain
+
+
+_COMPARISONS = ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__")
+
+
+@contextmanager
+def _settled_comparisons() -> Iterator[None]:
+    """Let comparisons of sizes that are symbols give plain booleans, which torch.export guards, for the time inside.
+
+    A comparison gives a symbol by itself, and ops that are written in C++ refuse one for a flag.
+    """
+    own = {name: getattr(torch.SymInt, name) for name in _COMPARISONS}
+
+    def settled(name: str) -> Callable[[Any, Any], Any]:
+        def compare(size: Any, other: Any) -> Any:
+            answer = own[name](size, other)
+            return bool(answer) if isinstance(answer, torch.SymBool) else answer
+
+        return compare
+
+    try:
+        for name in own:
+            setattr(torch.SymInt, name, settled(name))
+        yield
+    finally:
+        for name, compare in own.items():
+            setattr(torch.SymInt, name, compare)
+
+
+@contextmanager
+def _same_attributes(region: nn.Module) -> Iterator[None]:
+    """Put the attributes of a module back at the end: torch.export leaves copies in place of dicts and lists there."""
+    before = [(vars(child), dict(vars(child))) for child in region.modules()]
+    try:
+        yield
+    finally:
+        for attributes, values in before:
+            attributes.update(values)
 
 
 def _repeats(region: nn.Module) -> float:

@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import nn
 
-from ecospa_fx.passes.graph.namespaces import Watching
 from ecospa_fx.passes.graph.python_state import is_record
 from ecospa_fx.passes.graph.stand_in_class import stand_in_class
 
@@ -86,7 +85,7 @@ class OutsideNumbers:
                 self._watch(value, path, (*names, name), swapped, watched)
 
         try:
-            stand_in = stand_in_class(cls, {"__getattribute__": getattribute}, Watching)
+            stand_in = stand_in_class(cls, {"__getattribute__": getattribute})
             object.__setattr__(owner, "__class__", stand_in)
         except TypeError:  # its class is built in, or allows no other
             return

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from ecospa_fx.passes.graph.namespaces import (
     ABSENT,
     Code,
-    Watching,
     cells_of,
     foreign_code,
     function_of,
@@ -125,7 +124,7 @@ class Reads:
         writes = self.writes
         body = {"__getattribute__": getattribute, "__setattr__": setattribute}
         try:
-            object.__setattr__(value, "__class__", stand_in_class(cls, body, Watching))
+            object.__setattr__(value, "__class__", stand_in_class(cls, body))
         except TypeError:  # its class is built in, or allows no other
             return False
         self._swapped.append((value, cls))

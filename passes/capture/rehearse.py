@@ -59,6 +59,7 @@ class Rehearsal:
         filled: the changes that only its first call makes, to caches and hooks.
         first_only: what its first call does beside these, in words; None if nothing.
         reads_data: the line at which it reads the data of a tensor; None if it does not.
+        cleared: the attributes, as (path, name), that are None before each call and None after it, and written between.
     """
 
     code: Code = field(default_factory=dict)
@@ -66,6 +67,7 @@ class Rehearsal:
     filled: tuple[StateChange, ...] = ()
     first_only: str | None = None
     reads_data: str | None = None
+    cleared: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def hooking(self) -> bool:
@@ -173,6 +175,13 @@ def _place(module: nn.Module, change: StateChange) -> tuple[str, str] | None:
     return None if path is None else (path, name)
 
 
+def _cleared(module: nn.Module, change: StateChange) -> tuple[str, str] | None:
+    """Return the path and name of an attribute that was None and is None again; None of any other change."""
+    if change.before is not None or change.after is not None or not isinstance(change.key, str):
+        return None
+    return _place(module, change)
+
+
 def _assigned(
     module: nn.Module, region: str, changes: Sequence[StateChange], run: Callable[[], Any]
 ) -> Iterator[Assigned]:
@@ -257,7 +266,12 @@ def _effects(module: nn.Module, region: str, run: Callable[[], Any], called: Cal
                 "graph would not follow. Write into it instead, in torch.no_grad(): `.copy_(...)`, or let smaller "
                 "submodules be captured (regions='auto' finds them)"
             )
-        assigned = tuple(_assigned(module, region, [*again.changes(), *stores.anew(reads.writes)], run))
+        anew = stores.anew(reads.writes)
+        # A number may follow from the sizes of a call. None only follows from the way that the forward has taken, and
+        # what a layer keeps for itself between two of its methods leaves nothing behind.
+        cleared = {id(change): found for change in anew if (found := _cleared(module, change)) is not None}
+        kept = [change for change in anew if id(change) not in cleared]
+        assigned = tuple(_assigned(module, region, [*again.changes(), *kept], run))
         for place in assigned:
             if not place.buffer and reads.read_before(place.path, place.name):
                 raise CaptureError(
@@ -269,7 +283,7 @@ def _effects(module: nn.Module, region: str, run: Callable[[], Any], called: Cal
         again.restore()
     places = {(place.path, place.name) for place in assigned}
     filled = tuple(change for change in first if _place(module, change) not in places)
-    return Rehearsal(code, assigned, filled, reads_data=data.read)
+    return Rehearsal(code, assigned, filled, reads_data=data.read, cleared=frozenset(cleared.values()))
 
 
 def _refuse_other_effects(

@@ -259,6 +259,7 @@ def _analyse_watched(
             )
         created = {(path, name) for path, child in module.named_modules() for name in vars(child)} - every
         read = {(path, name) for path, names in reads.attributes.items() for name in names - OWN - COMPILED}
+        read |= rehearsal.cleared  # a call that finds something there clears it
         # An attribute that a forward changes itself (a counter) is not a setting.
         constants = {
             where: value

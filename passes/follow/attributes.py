@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ecospa_fx.passes.capture.reads import AttributeReads
 from ecospa_fx.passes.graph.isolate import weight_of
 from ecospa_fx.passes.graph.python_state import OWN
+from ecospa_fx.passes.graph.stand_in_class import quiet_subclass
 
 
 @dataclass(frozen=True, order=True)
@@ -194,8 +195,7 @@ def with_field(original: Any, field: str, value: int) -> Any:
 
     body: dict[str, Any] = {name: property(partial(_held, value=held)) for name, held in fields.items()}
     body |= {"__reduce_ex__": reduce_ex, "__deepcopy__": deepcopy, "_ecospa_fields": (original, fields)}
-    view_class = type(cls.__name__, (cls,), {**body, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
-    view: Any = object.__new__(view_class)
+    view: Any = object.__new__(quiet_subclass(cls, body))
     object.__setattr__(view, "__dict__", original.__dict__)
     return view
 

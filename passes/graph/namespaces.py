@@ -40,13 +40,6 @@ def foreign_code(package: str | None) -> bool:
     return root in _OTHERS or (root in sys.stdlib_module_names and root != "__main__")
 
 
-class Watching:
-    """The first base of a subclass that is made to watch an object; no registry of subclasses hears of it."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Keep quiet."""
-
-
 _OF_FUNCTIONS = ("__defaults__", "__kwdefaults__")  # which lie in a function beside its `__dict__`
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

@@ -8,17 +8,35 @@ from typing import Any
 _STANDS_FOR = "_ecospa_class"  # in the __dict__ of a stand-in
 
 
-def stand_in_class(original: type, body: dict[str, Any], *first: type) -> type:
+def stand_in_class(original: type, body: dict[str, Any]) -> type:
     """Make a stand-in for a class.
 
     Args:
         original: the class.
         body: attributes of the stand-in.
-        first: its bases before the class.
     """
-    named = {"__doc__": original.__doc__, "__module__": original.__module__, "__qualname__": original.__qualname__}
-    made: type = _writing_through(type(original))(original.__name__, (*first, original), {**named, **body})
+    made = quiet_subclass(original, body, _writing_through(type(original)))
     type.__setattr__(made, _STANDS_FOR, original)  # from here on, what is assigned to it goes to the original
+    return made
+
+
+class _Unannounced:
+    """Keeps from a class that it has a new subclass: it might put that in a register, or ask for arguments."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        if _QUIETLY not in cls.__dict__:  # one that somebody else makes
+            super().__init_subclass__(**arguments)
+
+
+_QUIETLY = "_ecospa_quietly"  # in the __dict__ of a class of which its base classes are not told
+
+
+def quiet_subclass(original: type, body: dict[str, Any], meta: Any = type) -> type:
+    """Make a subclass under the name of a class, of which no class is told that asks for that (`__init_subclass__`)."""
+    tells = any("__init_subclass__" in vars(base) for base in original.__mro__ if base is not object)
+    bases = (_Unannounced, original) if tells and not issubclass(original, _Unannounced) else (original,)
+    named = {"__doc__": original.__doc__, "__module__": original.__module__, "__qualname__": original.__qualname__}
+    made: type = meta(original.__name__, bases, {**named, **body, _QUIETLY: True})
     return made
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,8 +25,55 @@ def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     They are put back in reverse order. A tensor of a module that has two names is swapped twice, in one place: the
     tensor that lay there before the first swap must come back last.
     """
-    with stateless._reparametrize_module(module, dict(tensors), stack_weights=True):
+    places = held_twice(module)
+    with stateless._reparametrize_module(module, dict(tensors), stack_weights=True), held_alike(module, places):
         yield
+
+
+Held = Sequence[tuple[Any, Any, str]]
+"""Places of parameters beside their own: a dict or list, the key in it, and the name of the parameter."""
+
+
+def held_twice(module: nn.Module) -> Held:
+    """Return the places in attributes of a module, and in dicts and lists there, that hold a parameter of it too.
+
+    A forward that reads `self.weights["gain"]` computes with the parameter `self.gain`, of which nothing knows that
+    swaps parameters.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    places: list[tuple[Any, Any, str]] = []
+
+    def search(holder: Any, entries: Iterable[tuple[Any, Any]], depth: int) -> None:
+        for key, value in entries:
+            if isinstance(value, nn.Parameter):
+                if id(value) in names:
+                    places.append((holder, key, names[id(value)]))
+            elif depth and type(value) is dict:
+                search(value, value.items(), depth - 1)
+            elif depth and type(value) is list:
+                search(value, enumerate(value), depth - 1)
+
+    for child in module.modules():
+        own = vars(child)
+        search(own, ((key, value) for key, value in own.items() if key not in _KEPT), depth=2)
+    return places
+
+
+_KEPT = frozenset(vars(nn.Module()))  # `_parameters`, `_modules` and the like, which torch itself looks after
+
+
+@contextmanager
+def held_alike(module: nn.Module, places: Held) -> Iterator[None]:
+    """Put what a module now has for its parameters also in the other places that hold them, for the time inside."""
+    before = [holder[key] for holder, key, _ in places]
+    try:
+        for holder, key, name in places:
+            owner, _, last = name.rpartition(".")
+            holder[key] = module.get_submodule(owner)._parameters[last]  # a stand-in need not be a parameter
+        yield
+    finally:
+        for (holder, key, _), value in zip(places, before, strict=True):
+            holder[key] = value
 
 
 def as_held(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import ecospa_fx
+from ecospa_fx.errors import CaptureError
 from ecospa_fx.model.compiled import MODEL
 
 BRANCHES = {
@@ -69,3 +70,71 @@ def test_the_checks_of_calls_with_objects_are_those_of_others():
         f"the forward decides by sizes, and for these ({sizes}) not as in the call that was captured"
         for sizes in ("5, 12", "12, 5")
     }
+
+
+class Flagged(nn.Module):
+    """An attention that is causal where there is more than one position, as loops over tokens have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        heads = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(*heads, is_causal=x.shape[1] > 1)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+def test_a_comparison_of_sizes_is_a_flag_of_an_op():
+    """Such a comparison is a symbol that the op refuses; once settled, lengths stay dynamic."""
+    torch.manual_seed(0)
+    plain = Flagged().double()
+    model = ecospa_fx.compile(copy.deepcopy(plain))
+    for length in (5, 7, 4, 1, 9):
+        x = torch.randn(2, length, 8).double()
+        torch.testing.assert_close(model(x), plain(x))
+    assert len(model.__dict__[MODEL].regions[""].specializations) == 2  # one position, and more
+
+
+class Stubborn(nn.Module):
+    """A layer that no tracing gets through, for two reasons."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        if not isinstance(x.shape[1], int):
+            raise RuntimeError("a size is a symbol")
+        if torch.compiler.is_exporting():
+            raise RuntimeError("this cannot be traced")
+        return self.layer(x)
+
+
+def test_a_refusal_says_what_is_left_without_symbols():
+    """Each attempt of torch.export has fewer symbols; the reason is that of the last, not of the first."""
+    with pytest.raises(CaptureError, match="this cannot be traced"):
+        ecospa_fx.compile(Stubborn(), example_inputs=(torch.randn(2, 5, 8),), regions="root")
+
+
+class Deciding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.layer(x)
+        if torch.all(y > 0):
+            return y
+        return y * 2
+
+
+def test_a_forward_that_decides_by_values_is_refused_with_its_line():
+    line = Deciding.forward.__code__.co_firstlineno + 2
+    with pytest.raises(CaptureError) as error:
+        ecospa_fx.compile(Deciding(), example_inputs=(torch.randn(2, 5, 8),), regions="root")
+    assert str(error.value) == (
+        "torch.export cannot capture the model (Deciding): what its forward does next depends on the values of a "
+        f"tensor at test_size_guards.py:{line} (`if torch.all(y > 0):`), and a graph is the same for all values. Use "
+        "torch.where, or numbers that are known before the call"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from abc import ABC
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -55,8 +55,8 @@ def test_what_is_assigned_to_its_class_lands_on_the_original(net: Net) -> None:
 
 
 def test_the_original_is_not_touched_by_making_the_class(net: Net) -> None:
-    """A class of transformers writes into each of its subclasses as they are made."""
-    assert Net.made == ("Net",) and type(net).made == ("Net", "Net")
+    """A class of transformers writes into each of its subclasses as they are made; it hears of none here."""
+    assert Net.made == ("Net",) and type(net).made == ("Net",)
 
 
 def test_it_is_copied_and_pickled_as_before(net: Net) -> None:
@@ -99,3 +99,40 @@ def test_a_script_or_a_symbolic_trace_is_right_or_refused(regions):
             ):
                 way(model)
         torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
+class Registered(nn.Module):
+    """A layer whose subclasses have names in a register, and must say theirs."""
+
+    register: ClassVar[dict[str, type]] = {}
+
+    def __init_subclass__(cls, name: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.register[name] = cls
+
+
+class Halves(Registered, name="halves"):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize("execution", ["graph", "module"])
+def test_classes_that_register_their_subclasses_know_of_no_stand_in(execution):
+    """They may ask a subclass for arguments, too, which nobody but its author knows."""
+    model = ecospa_fx.compile(nn.Sequential(Halves(), Halves()), execution=execution)
+    x = torch.randn(3, 4)
+    model(x)
+    ecospa_fx.shrink(model, {coupling: torch.arange(2) for coupling in ecospa_fx.couplings(model)})
+    assert model(x).shape == (3, 4)
+    assert Registered.register == {"halves": Halves}
+    registered = Registered.register.copy()
+
+    class Other(type(model[0]), name="other"):
+        """A subclass that somebody else makes is registered as ever."""
+
+    assert Registered.register.pop("other") is Other
+    assert Registered.register == registered

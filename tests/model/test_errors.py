@@ -78,7 +78,8 @@ def test_no_inputs_and_none_derivable():
         ecospa_fx.couplings(ecospa_fx.compile(MLP()))
     assert str(caught.value) == (
         "MLP is compiled but has not been called yet, so its couplings are not known; call it once, or compile it with "
-        "example_inputs=(x,)"
+        "example_inputs=(x,). Only its forward counts: what another method computes needs a module around it whose "
+        "forward calls that"
     )
 
 

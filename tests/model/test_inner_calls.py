@@ -150,3 +150,23 @@ def test_one_that_cannot_be_captured_is_refused_by_name(shrunk):
         ecospa_fx.errors.CaptureError, match="`net` lies in the model, which has shrunk and runs as one"
     ):
         model.net(x, still=True)
+
+
+class Generated(nn.Module):
+    """A layer with a forward that a program has written, which is in no module of Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.down(self.up(x).relu())
+
+    forward.__module__ = None
+
+
+def test_a_forward_without_a_module_is_one_of_the_models_own():
+    model = ecospa_fx.compile(nn.Sequential(Generated(), nn.Linear(4, 4)))
+    model(torch.randn(2, 4))
+    ecospa_fx.shrink(model, {coupling: torch.arange(3) for coupling in ecospa_fx.couplings(model)})
+    assert model[0].up.weight.shape == (3, 4)

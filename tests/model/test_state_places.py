@@ -278,3 +278,38 @@ def test_an_axis_along_which_other_memory_is_written_stays_whole():
         out = [each(x), each(2 * x)]
         means.append((MEAN.of.clone(), out))
     torch.testing.assert_close(*means)
+
+
+class Noting(nn.Module):
+    """Keeps a tensor for itself from one method to the next, and lets go of it, as layers over graphs do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.weights = None
+
+    def message(self, x):
+        self.weights = self.a(x).softmax(-1)
+        return self.weights * 2
+
+    def forward(self, x):
+        y = self.message(x)
+        y, self.weights = y + self.weights, None
+        return self.b(y)
+
+
+def test_what_a_forward_keeps_for_itself_and_clears_is_no_obstacle():
+    """The attribute is None before the call and after it; a call that finds something else there clears it, too."""
+    torch.manual_seed(0)
+    plain = Noting()
+    model = ecospa_fx.compile(copy.deepcopy(plain), example_inputs=(X,))
+    (coupling,) = ecospa_fx.couplings(model)
+    for shrunk in (False, True):
+        if shrunk:
+            ecospa_fx.shrink(model, {coupling: torch.tensor([0, 2, 3, 5])})
+        for found in (None, "something", torch.ones(2)):
+            model.weights = plain.weights = found
+            result = model(X)
+            assert model.weights is None
+            if not shrunk:
+                assert torch.equal(result, plain(X))
