@@ -165,7 +165,8 @@ def flatten_layout(tensor: Tensor, where: str) -> tuple[Tensor, dict[str, Any]]:
     The order of dims in memory (channels last, for example) changes the last bit of results, so it is restored.
 
     Returns:
-        The tensor, and its layout: `order` (dims, outermost first, if not in order), and `complex` if it is complex.
+        The tensor, and its layout: `order` (dims, outermost first, if not in order), `complex` if it is complex, and
+        `sparse`, the layout of torch that it has if it is sparse.
 
     Raises:
         CheckpointError: it is not a plain tensor with values.
@@ -177,13 +178,16 @@ def flatten_layout(tensor: Tensor, where: str) -> tuple[Tensor, dict[str, Any]]:
         why = f"is a {type(tensor).__name__}; gather it into a plain tensor first"
     elif tensor.is_meta:
         why = "is on the meta device and has no values"
-    elif tensor.layout != torch.strided:
-        why = f"is {tensor.layout}, which safetensors cannot hold"
+    elif tensor.layout != torch.strided and not _comes_back(tensor):
+        why = f"is {tensor.layout}, and as a dense tensor does not come back the same or is too large"
     elif tensor.dtype not in SAVABLE and not tensor.is_complex():
         why = f"is {tensor.dtype}, which safetensors cannot hold"
     if why is not None:
         raise CheckpointError(f"`{where}` {why}")
-    flat, layout = tensor.detach().resolve_neg(), dict[str, Any]()
+    layout: dict[str, Any] = {}
+    if tensor.layout != torch.strided:
+        tensor, layout["sparse"] = tensor.detach().to_dense(), str(tensor.layout).removeprefix("torch.")
+    flat = tensor.detach().resolve_neg()
     if flat.is_complex():
         flat, layout["complex"] = torch.view_as_real(flat.resolve_conj()), True
     # Of two dims with equal strides, the one of size 1 is the inner one.
@@ -199,11 +203,43 @@ def flatten_layout(tensor: Tensor, where: str) -> tuple[Tensor, dict[str, Any]]:
 def restore_layout(tensor: Tensor, layout: Mapping[str, Any]) -> Tensor:
     """Restore the memory layout of a tensor from a safetensors file, in new memory."""
     flat = torch.view_as_complex(tensor) if layout.get("complex") else tensor
+    if "sparse" in layout:
+        return flat.to_sparse(layout=_sparse_layout(layout["sparse"]))
     if "order" not in layout:
         return flat.clone(memory_format=torch.contiguous_format)
     order = list(layout["order"])
     back = [order.index(dim) for dim in range(flat.ndim)]
     return flat.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
+
+
+_MOST_DENSE = 2**30  # bytes
+
+
+def _comes_back(tensor: Tensor) -> bool:
+    """Return whether a sparse tensor is what its dense form gives: in order, without zeros or blocks of its own."""
+    if tensor.numel() * tensor.element_size() > _MOST_DENSE or tensor.is_complex():
+        return False
+    try:
+        again = tensor.detach().to_dense().to_sparse(layout=tensor.layout)
+        return all(torch.equal(a, b) for a, b in zip(_parts(tensor.detach()), _parts(again), strict=True))
+    except (RuntimeError, NotImplementedError):  # a layout or a dtype that torch has no way back for
+        return False
+
+
+def _parts(sparse: Tensor) -> tuple[Tensor, ...]:
+    """Return the indices and the values of a sparse tensor."""
+    if sparse.layout == torch.sparse_coo:
+        return sparse.indices(), sparse.values()  # raises where entries are not in order
+    rows = sparse.layout in (torch.sparse_csr, torch.sparse_bsr)
+    lines = (sparse.crow_indices(), sparse.col_indices()) if rows else (sparse.ccol_indices(), sparse.row_indices())
+    return *lines, sparse.values()
+
+
+def _sparse_layout(name: str) -> torch.layout:
+    layout = getattr(torch, name, None)
+    if not isinstance(layout, torch.layout):
+        raise ValueError(f"torch has no layout {name!r}")
+    return layout
 
 
 def _is_tag(value: Mapping[str, Any]) -> bool:

@@ -401,7 +401,7 @@ def _fill(model: nn.Module, saved: Saved, device: torch.device | None) -> None:
         value = placed[source, home]
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(False)  # for now: its dtype may not allow gradients
-        if tensor.is_meta or value.is_meta:
+        if tensor.is_meta or value.is_meta or tensor.layout != value.layout:
             _swap(tensor, value)
         elif _is_part(tensor) and _alike(tensor, value):
             tensor.data.copy_(value)
@@ -423,7 +423,7 @@ def _swap(tensor: Tensor, value: Tensor) -> None:
 
 def _is_part(tensor: Tensor) -> bool:
     """Check whether a tensor shares its storage with others, as the weights of recurrent layers on a GPU do."""
-    return tensor.untyped_storage().nbytes() > tensor.nbytes
+    return tensor.layout == torch.strided and tensor.untyped_storage().nbytes() > tensor.nbytes
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
