@@ -65,8 +65,8 @@ class Program:
     def _assign_until(self, stop: BaseException, region: nn.Module) -> None:
         """Assign to attributes what the code had computed for them when activation checkpointing broke it off.
 
-        It runs a forward a second time until it has what backward needs. The region's own Python assigns at its place in
-        the forward, before that, so that it assigns twice; a program assigns when its code has returned.
+        It runs a forward a second time until it has what backward needs. The region's own Python assigns at its place
+        in the forward, before that, so that it assigns twice; a program assigns when its code has returned.
         """
         trace = stop.__traceback__
         while trace is not None and trace.tb_frame.f_code is not self.run.__code__:
