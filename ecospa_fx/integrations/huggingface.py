@@ -117,6 +117,9 @@ class EcoSpaCallback(TrainerCallback):
             before = self.trainer.state_dict()
             self._begin(model, optimizer)
             self.trainer.load_state_dict(before)
+        assert self.trainer is not None
+        if state.max_steps > 0:
+            self.trainer.warn_if_beyond(state.max_steps - state.global_step)
 
     def _begin(self, model: nn.Module, optimizer: Optimizer) -> None:
         if self.trainer is not None:

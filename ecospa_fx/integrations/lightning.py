@@ -242,7 +242,10 @@ class EcoSpaCallback(Callback):
             self._begin(trainer, self._settings(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Within an epoch, restore the generators once its loader has been started."""
+        """Within an epoch, restore the generators once its loader has been started; compare schedule and run."""
+        whole = trainer.estimated_stepping_batches  # negative where loaders do not say how long they are
+        if self.trainer is not None and whole > 0 and _counts_evenly(trainer):
+            self.trainer.warn_if_beyond(whole - trainer.global_step)
         if self._generators is not None:
             assert self._model is not None
             resume_training(self._model, Training(), {"random": self._generators}, "the checkpoint")
@@ -310,6 +313,12 @@ class EcoSpaCallback(Callback):
         packed = packer.pack(document, "EcoSpaCallback")
         # As they are now: a checkpoint that is kept in memory must not change with the training that goes on.
         return {"format": FORMAT, "state": packed, "tensors": {name: t.clone() for name, t in packer.tensors.items()}}
+
+
+def _counts_evenly(trainer: Trainer) -> bool:
+    """Return whether the steps of a run are known as it begins: those of one optimizer, after equally many batches."""
+    changing = lightning_callbacks.GradientAccumulationScheduler
+    return len(trainer.optimizers) == 1 and not any(isinstance(each, changing) for each in trainer.callbacks)
 
 
 def load_checkpoint(path: Any, pl_module: LightningModule, module: str | None = None) -> LightningModule:

@@ -128,7 +128,7 @@ class GateReader:
         squares: dict[str, Tensor] = {}
         for name, sides in chosen.items():
             first = sides[0][0]
-            total = torch.zeros(gates[name][0], device=products[first.parameter, first.dim].device)
+            total = torch.zeros(gates[name][0], dtype=torch.float32, device=products[first.parameter, first.dim].device)
             for side in sides:
                 along = torch.zeros_like(total)
                 for gate in side:
@@ -155,7 +155,7 @@ class GateReader:
         for side in sides:
             if not all(gate.parameter in gradients and _whole(gradients[gate.parameter]) for gate in side):
                 continue
-            total = torch.zeros(width, device=gradients[side[0].parameter].device)
+            total = torch.zeros(width, dtype=torch.float32, device=gradients[side[0].parameter].device)
             for gate in side:
                 weight, gradient = parameters[gate.parameter], gradients[gate.parameter]
                 product = _products(gate.parameter, gate.dim, weight, gradient, None)

@@ -20,7 +20,11 @@ from .sums import StepCount, Total
 
 Key = TypeVar("Key")
 
-NO_GRADIENT = "no parameter of a coupling has a gradient: call trainer.step() after backward() and before zero_grad()"
+NO_GRADIENT = (
+    "no parameter of a coupling has a gradient: call trainer.step() after backward() and before zero_grad(). Where the "
+    'step of an optimizer frees them, make the trainer with gradients="optimizer"; where optimizers step in hooks '
+    'during backward, with gradients="backward"'
+)
 ZERO_GRADIENT = (
     "every gradient that was read since the last sparsification step is 0, as after zero_grad(set_to_none=False), so "
     "that no entry is worth less than another: call trainer.step() before zero_grad(), or make the trainer with "

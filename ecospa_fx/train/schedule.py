@@ -89,6 +89,13 @@ class Schedule:
             return 1.0 - (1.0 - t) ** 3
         return (1.0 - math.cos(math.pi * t)) / 2 if self.shape == "cosine" else t
 
+    def beyond(self, last: float) -> str | None:
+        """Say in words what of it falls after `last`, the end of a run; None if nothing that is known does."""
+        first = self.start if self.start > 0 else self.end if self.shrinks == 1 else self.step
+        if first is not None and first > last:
+            return f"its first sparsification step would be at {first:g}"
+        return f"its end is at {self.end:g}" if self.end is not None and self.end > last else None
+
     def described(self) -> dict[str, Any]:
         """Return plain values, to be written down."""
         return asdict(self)

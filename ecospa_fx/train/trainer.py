@@ -328,6 +328,17 @@ class EcoSpaTrainer:
             self._sparsify(ahead=False)
         self._prepare(amount)
 
+    def warn_if_beyond(self, steps: float) -> None:
+        """Log a warning if a run that takes so many more steps is over before the schedule is."""
+        last = self._clock.now + steps
+        said = None if self.done or self.schedule.unit != "steps" else self.schedule.beyond(last)
+        if said is not None:
+            logger("shrink").warning(
+                "this run ends at step %d of the schedule, and %s: the model does not reach its target in this run. "
+                "start=, interval= and end= count steps of the optimizer; choose them by the length of the run",
+                last, said,
+            )  # fmt: skip
+
     def _prepare(self, amount: float) -> None:
         """Collect what the decisions of the next steps need, where each is so much training."""
         self._compensation.gather(not self.done and (self._owed or self._clock.due_within(GATHERING * amount)))

@@ -1,6 +1,6 @@
 """Generated code: Python that runs a graph on a live region, as fast as the region's own code would.
 
-    generate(graph) -> a function `forward(self, *placeholders)`, its source
+    generate(graph) -> a function `forward(self, *placeholders)`, its source, the names of what it returns
 
 A small model spends its time in Python, so this is the code that a person would write: `torch.add(x, y)` instead of
 `torch.ops.aten.add.Tensor(x, y)`, whose look-up and boxing cost more than the sum. Submodules are looked up once per
@@ -29,21 +29,23 @@ from .spelling import spelling
 aten = torch.ops.aten
 
 
-def generate(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
+def generate(graph: fx.Graph) -> tuple[Callable[..., Any], str, tuple[str, ...]]:
     """Write and compile Python code for `graph`.
 
     Args:
         graph: its `get_attr` nodes name tensors, its `call_module` nodes submodules, of the region it will run on.
 
     Returns:
-        `forward(region, *placeholders)`, and its source.
+        `forward(region, *placeholders)`, its source, and the local that holds each of its results; `""` for others.
     """
-    source, scope = _Source(graph).write()
+    writer = _Source(graph)
+    source, scope = writer.write()
     same = source, frozenset((name, _identity(value)) for name, value in scope.items())
     if (function := _FUNCTIONS.get(same)) is None:
         exec(_compile(source), scope)
         _FUNCTIONS[same] = function = scope["forward"]
-    return function, source
+    results: Any = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
+    return function, source, tuple(writer.names.get(each, "") for each in results)
 
 
 _FUNCTIONS: WeakValueDictionary[tuple[str, frozenset[Any]], Callable[..., Any]] = WeakValueDictionary()

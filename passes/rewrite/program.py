@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import _StopRecomputationError
 
 from ecospa_fx.passes.axes.algebra import Size
 from ecospa_fx.passes.capture.hooks import fire
@@ -27,6 +28,7 @@ class Program:
         source: the generated code, to read.
         called: submodules that the code calls as modules.
         sizes: the sizes that the tensors of a call must have, those in its objects last.
+        results: names of the locals of `run` that it returns, `""` for results that no local holds.
         check: see `fits`; made when it is first needed.
     """
 
@@ -37,6 +39,7 @@ class Program:
     source: str
     called: frozenset[str] = frozenset()
     sizes: tuple[tuple[Size, ...], ...] = ()
+    results: tuple[str, ...] = ()
     check: Callable[[Sequence[Tensor]], bool] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
@@ -49,7 +52,34 @@ class Program:
             region: the live region.
             inputs: the tensors of the call, those in its objects, then the objects.
         """
-        return self.returned(region, inputs, self.run(region, *inputs, *self.constants_now(region)))
+        return self.returned(region, inputs, self.tensors(region, inputs))
+
+    def tensors(self, region: nn.Module, inputs: Sequence[Any]) -> Any:
+        """Run the code of one call, and return its tensors; arguments as of a call."""
+        try:
+            return self.run(region, *inputs, *self.constants_now(region))
+        except _StopRecomputationError as stop:
+            self._assign_until(stop, region)
+            raise
+
+    def _assign_until(self, stop: BaseException, region: nn.Module) -> None:
+        """Assign to attributes what the code had computed for them when activation checkpointing broke it off.
+
+        It runs a forward a second time until it has what backward needs. The region's own Python assigns at its place
+        in the forward, before that, so that it assigns twice; a program assigns when its code has returned.
+        """
+        trace = stop.__traceback__
+        while trace is not None and trace.tb_frame.f_code is not self.run.__code__:
+            trace = trace.tb_next
+        held = {} if trace is None else trace.tb_frame.f_locals
+        for attribute, name in zip(self.captured.assigned, self._assigned_among(self.results), strict=True):
+            if name in held:
+                attribute.put(region, held[name])
+
+    def _assigned_among(self, outputs: Sequence[Any]) -> Sequence[Any]:
+        """Return the part of outputs of the code that goes to attributes."""
+        stored = sum(isinstance(value, Stored) for _, value in self.captured.carried.effects)
+        return self.captured.assigned_among(outputs, stored)
 
     def constants_now(self, region: nn.Module) -> tuple[Any, ...]:
         """Return `constants` with the numbers that a live region has now."""
@@ -67,7 +97,7 @@ class Program:
             for place, value in captured.carried.effects:
                 place.put(objects, next(fillings) if isinstance(value, Stored) else value)
         if captured.assigned:
-            for attribute, tensor in zip(captured.assigned, captured.assigned_among(tensors, stored), strict=True):
+            for attribute, tensor in zip(captured.assigned, self._assigned_among(tensors), strict=True):
                 attribute.put(region, tensor)
         if captured.observed:
             fire(region, captured.observed, tensors[captured.returned :], captured.region, objects)

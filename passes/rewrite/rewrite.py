@@ -123,14 +123,15 @@ def rewrite(
     if left.known:
         left.erase()
     _bind(captured, region, graph, new)
-    run, source = generate(graph)
+    run, source, results = generate(graph)
+    results = results[: len(results) - len(watched)]
     called = frozenset(node.target for node in graph.nodes if node.op == "call_module")
     by_name = {node.name: node for node in captured.graph.nodes if node.op == "placeholder"}
     called_with = tuple(
         tuple(sizes(by_name[name])) if by_name[name] in axis_facts.values else shape
         for name, (_, _, shape) in zip(captured.inputs, captured.signature.tensors, strict=True)
     )
-    return Program(captured, axis_facts, run, tuple(constants.values()), source, called, called_with)
+    return Program(captured, axis_facts, run, tuple(constants.values()), source, called, called_with, results)
 
 
 def _insert(taps: Sequence[Tap], graph: fx.Graph, new: Mapping[fx.Node, fx.Node]) -> None:

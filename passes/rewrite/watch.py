@@ -55,11 +55,11 @@ def watch(
     repeatable = not program.captured.carried.calls and all(root.op == "call_function" for root in written)
 
     def call(module: nn.Module, inputs: Sequence[Any], computes_again: bool = False) -> tuple[Any, tuple[Tensor, ...]]:
-        given = module, *inputs, *watching.constants_now(module)
         if computes_again and repeatable and torch.is_grad_enabled():
+            given = module, *inputs, *watching.constants_now(module)
             tensors = checkpoint(watching.run, *given, use_reentrant=False)
         else:
-            tensors = watching.run(*given)
+            tensors = watching.tensors(module, inputs)
         count = len(tensors) - len(nodes)
         return watching.returned(module, inputs, tensors[:count]), tuple(value.detach() for value in tensors[count:])
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerState, TrainingArguments, set_seed
 
 import ecospa_fx
 from ecospa_fx.errors import WrapperError
@@ -29,7 +29,7 @@ def trainer_of(out, **settings):
         str(out), per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=20, learning_rate=1e-2,
         save_steps=8, logging_steps=4, report_to=[], use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
-    callback = EcoSpaCallback(target=0.6, interval=3, start=3, end=18, **settings)
+    callback = EcoSpaCallback(**{"target": 0.6, "interval": 3, "start": 3, "end": 18, **settings})
     return Trainer(GPT2LMHeadModel(config), args, train_dataset=Data(), callbacks=[callback]), callback
 
 
@@ -56,6 +56,19 @@ def test_it_shrinks_in_the_loop_and_says_so_in_the_logs(whole):
     assert logged[-1]["ecospa_parameters"] == eco.size
     held = trainer.optimizer.state  # moments at the sizes of the weights
     assert all(state["exp_avg"].shape == p.shape for p, state in held.items())
+
+
+def test_a_schedule_that_is_longer_than_the_run_is_told_as_it_begins(tmp_path, caplog):
+    """Steps are those of the optimizer, fewer than batches; the model stayed whole and nothing was said."""
+    for settings, said in (({"start": 21, "end": 30}, "at 21"), ({"end": 21}, "its end is at 21"), ({"end": 20}, None)):
+        trainer, callback = trainer_of(tmp_path, **settings)
+        caplog.clear()
+        callback.on_train_begin(
+            trainer.args, TrainerState(max_steps=20), None, model=trainer.model, optimizer=trainer.create_optimizer()
+        )
+        told = [record.getMessage() for record in caplog.records if "this run ends at step 20" in record.getMessage()]
+        assert len(told) == (said is not None)
+        assert said is None or said in told[0]
 
 
 def test_a_resumed_run_is_to_the_bit_the_run_that_never_stopped(whole, tmp_path, execution):

@@ -108,6 +108,14 @@ def whole(tmp_path_factory):
         return *run(out, Stateful()), out
 
 
+@pytest.mark.parametrize(("epochs", "end"), [(1, 7), (1, 6), (2, 7)])
+def test_a_schedule_that_is_longer_than_the_run_is_told_as_it_begins(epochs, end, tmp_path, caplog):
+    run(tmp_path, loader_of(), EcoSpaCallback(**SETTINGS | {"end": end}), max_epochs=epochs)
+    told = [record.getMessage() for record in caplog.records if "this run ends at step" in record.getMessage()]
+    assert len(told) == (end > 6 * epochs)
+    assert not told or f"step 6 of the schedule, and its end is at {end}" in told[0]
+
+
 def test_its_loop_is_the_plain_loop(tmp_path):
     trainer, lit, callback = run(
         tmp_path, Stateful(), made=lambda: Lit(0.0), accumulate_grad_batches=2, gradient_clip_val=1.0, max_epochs=4

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import ecospa_fx
 from ecospa_fx.errors import CaptureError, NoCouplingError
@@ -68,6 +69,21 @@ def test_tensors_that_a_forward_assigns_are_those_of_the_plain_model(between):
 def _keeps(self, h):
     self.aux = h * 2
     return self.aux + h
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_forward_that_runs_again_for_backward_assigns_again(reentrant, watched):
+    """Activation checkpointing breaks it off as soon as backward has what it needs, after the assignment."""
+    plain, model = pair(_average)
+    if watched:
+        score = ecospa_fx.CoupledEstimator(model, "activation")
+    for step in range(3):
+        for each in (plain, model):
+            x = (X + step).requires_grad_()
+            checkpoint(each, x, use_reentrant=reentrant).pow(2).mean().backward()
+        assert torch.equal(plain.mean, model.mean), step
+    assert not watched or score.importance()
 
 
 def test_an_axis_that_a_forward_keeps_in_an_attribute_stays_whole():

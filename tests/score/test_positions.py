@@ -282,6 +282,32 @@ def test_hidden_units_without_such_a_place_are_judged_step_by_step(beside):
     torch.testing.assert_close(estimator.entries(recurrent), by_step.entries(recurrent))
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_of_torch_is_not_that_of_sums(default):
+    """A script that sets it once, for its model, has it in every step of the trainer."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, 2)).double(), torch.randn(4, 3).double()
+    ecospa_fx.compile(model, example_inputs=(x,))
+    (coupling,) = ecospa_fx.couplings(model)
+    found = []
+    for each in (torch.float32, default):
+        estimators = [
+            ecospa_fx.CoupledEstimator(model, score)
+            for score in ("taylor_positions", Score("gates", "gates", None, "per step"))
+        ]
+        model.zero_grad()
+        try:
+            torch.set_default_dtype(each)
+            model(x).square().sum().backward()
+            for estimator in estimators:
+                estimator.accumulate()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append([estimator.entries(coupling) for estimator in estimators])
+    for before, after in zip(*found, strict=True):
+        assert torch.equal(before, after)
+
+
 @pytest.mark.parametrize("shrunk", [False, True])
 def test_a_shrunk_model_is_read_at_its_sizes(compiled, shrunk):
     plain, model, ids = copy.deepcopy(compiled[0]), copy.deepcopy(compiled[1]), compiled[2]
