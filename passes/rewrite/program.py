@@ -6,14 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.utils.checkpoint import _StopRecomputationError
 
 from ecospa_fx.passes.axes.algebra import Size
 from ecospa_fx.passes.capture.hooks import fire
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.ir.state_access import Stored
+
+# What activation checkpointing raises when it has recomputed enough; without a name in torch it is not heard of.
+_STOP: type[BaseException] = getattr(torch.utils.checkpoint, "_StopRecomputationError", StopIteration)
 
 
 @dataclass(eq=False)
@@ -58,7 +61,7 @@ class Program:
         """Run the code of one call, and return its tensors; arguments as of a call."""
         try:
             return self.run(region, *inputs, *self.constants_now(region))
-        except _StopRecomputationError as stop:
+        except _STOP as stop:
             self._assign_until(stop, region)
             raise
 
