@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterator
 from types import CodeType
 from typing import Any
 
-import torch
 from torch import nn
 
 from ecospa_fx.errors import CaptureError
@@ -44,7 +43,6 @@ def forget_code(model: nn.Module, changed: Collection[str]) -> None:
     _warn_of_many_sizes(model, dynamo.config.recompile_limit)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def check_not_recomputed(region: str) -> None:
     """Refuse to capture a call in compiled code that activation checkpointing will run again.
 

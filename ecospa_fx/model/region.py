@@ -158,30 +158,51 @@ class Region:
                     "and runs as one graph, in which it would not be called. Remove it, or put it on an nn.Linear, on "
                     "a parameter or on the region"
                 )
-            if program is None and self.shared_out is not None:
-                self._check_numbers(module, self.shared_out.ranks)
-            if program is None and torch.compiler.is_compiling():
-                check_not_recomputed(self._named())
-            if program is None and not self.shrunk:
-                program, uncaptured = self._add_or_none(module, args, kwargs)
-                if program is None or self.routing.changed_constant(self.specializations, module, program) is not None:
-                    # It fills a cache, say, which its own Python does.
+            if program is not None:
+                self.routing.remember(key, module, program)
+            else:
+                program, why = self._captured(module, args, kwargs, key, torch.compiler.is_compiling())
+                if program is None:
                     result = own_forward(module, REGION)(module, *args, **kwargs)
-                    if uncaptured is not None:
-                        self.leave(uncaptured)
-                    if program is None and self.uncaptured is not None:
+                    if why is not None:
+                        self.leave(why)
                         self.routing.leave(key)
                     return result
-            elif program is None:
-                program = self._add_shrunk(module, args, kwargs)
-                for change in self._fills:
-                    make(change)
-            self.routing.remember(key, module, program)
         if objects:
             inputs = [*inputs, *(program.captured.carried.read(objects) or ()), *objects]
         if self.watcher is not None:
             return self.watcher(self, program, module, inputs)
         return self.program_here(program, module)(module, inputs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _captured(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any, compiling: bool
+    ) -> tuple[Program | None, str | None]:
+        """Capture a call that no program serves; torch.compile breaks off once for it, and reads nothing of this.
+
+        Returns:
+            The program, or None where the region's own Python serves the call; and why no call is captured from then on
+            that none serves, once this one has run.
+        """
+        if self.shared_out is not None:
+            self._check_numbers(module, self.shared_out.ranks)
+        if compiling:
+            check_not_recomputed(self._named())
+        if self.shrunk:
+            shrunk = self._add_shrunk(module, args, kwargs)
+            for change in self._fills:
+                make(change)
+            self.routing.remember(key, module, shrunk)
+            return shrunk, None
+        program, why = self._add_or_none(module, args, kwargs)
+        if program is None:
+            if why is None and self.uncaptured is not None:
+                self.routing.leave(key)
+            return None, why
+        if self.routing.changed_constant(self.specializations, module, program) is not None:
+            return None, None  # it fills a cache, say, which its own Python does
+        self.routing.remember(key, module, program)
+        return program, None
 
     @property
     def shared_out(self) -> Share | None:

@@ -107,7 +107,9 @@ class Routing:
     ) -> str | None:
         """Return the first value held by a graph that has changed, with both values, or None."""
         if len(specializations) == 1 and torch.compiler.is_compiling():
-            return None  # torch.compile guards what a traced forward reads, and traces again where it changes
+            # What tells graphs of one call apart is looked at in whole; here it is enough that equal blocks have equal
+            # guards of torch.compile.
+            return None if program.settings_hold(module) else "an attribute that it reads has changed"
         return self._bind(module, program.captured).changed()
 
     def changed_numbers(self, module: nn.Module, program: Program) -> list[Read] | None:

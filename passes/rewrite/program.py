@@ -32,6 +32,8 @@ class Program:
         called: submodules that the code calls as modules.
         sizes: the sizes that the tensors of a call must have, those in its objects last.
         results: names of the locals of `run` that it returns, `""` for results that no local holds.
+        settings_hold: says of a live region whether the numbers in attributes that `run` has as constants are as they
+            were; see `same_settings`.
         check: see `fits`; made when it is first needed.
     """
 
@@ -43,6 +45,7 @@ class Program:
     called: frozenset[str] = frozenset()
     sizes: tuple[tuple[Size, ...], ...] = ()
     results: tuple[str, ...] = ()
+    settings_hold: Callable[[nn.Module], bool] = lambda region: True
     check: Callable[[Sequence[Tensor]], bool] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:

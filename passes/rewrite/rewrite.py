@@ -28,9 +28,11 @@ from ecospa_fx.passes.capture.hooks import calls_itself
 from ecospa_fx.passes.graph.boundary_op import edge
 from ecospa_fx.passes.graph.nodes import op_name, place
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
+from ecospa_fx.passes.ir.guards import setting_read
 from ecospa_fx.passes.ir.numbers import put_number
 from ecospa_fx.passes.ir.op_site import OpSite
 from ecospa_fx.passes.ir.region_graph import RegionGraph
+from ecospa_fx.passes.ir.same_settings import same_settings
 from ecospa_fx.passes.objects.live_calls import go_live, pass_edges
 from ecospa_fx.passes.rules import op_info
 
@@ -131,7 +133,11 @@ def rewrite(
         tuple(sizes(by_name[name])) if by_name[name] in axis_facts.values else shape
         for name, (_, _, shape) in zip(captured.inputs, captured.signature.tensors, strict=True)
     )
-    return Program(captured, axis_facts, run, tuple(constants.values()), source, called, called_with, results)
+    settings = [setting_read(path, name, value) for (path, name), value in captured.settings.items()]
+    return Program(
+        captured, axis_facts, run, tuple(constants.values()), source, called, called_with, results,
+        same_settings([*settings, *captured.reads]),
+    )  # fmt: skip
 
 
 def _insert(taps: Sequence[Tap], graph: fx.Graph, new: Mapping[fx.Node, fx.Node]) -> None:

@@ -150,3 +150,41 @@ def test_a_program_that_breaks_under_compilation_finds_what_is_compiled_of_it_af
         losses.append([stepped(model, optimizer, trainer, forward) for _ in range(6)])
         assert len(trainer.history) >= 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+class Scaled(nn.Module):
+    """A block that reads a number and a way to go from attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down, self.scale, self.plus = nn.Linear(8, 32), nn.Linear(32, 8), 2.0, True
+
+    def forward(self, x):
+        y = self.scale * self.down(F.gelu(self.up(x)))
+        return x + y if self.plus else x - y
+
+
+@pytest.mark.parametrize("change", [{"scale": 5.0}, {"plus": False}], ids=str)
+@pytest.mark.parametrize("first", ["never", "plain", "compiled"])
+@pytest.mark.parametrize("shrunk", [False, True])
+def test_constants_that_change_are_seen_by_compiled_code(shrunk, first, change):
+    """A graph holds what a forward reads in Python; torch.compile, which traces programs, reads none of that."""
+    torch._dynamo.reset()
+    model = ecospa_fx.compile(nn.Sequential(Scaled(), Scaled()), example_inputs=(X,), regions=["0", "1"])
+    kept = torch.arange(0, 32, 2)
+    plain = nn.Sequential(Scaled(), Scaled())
+    if shrunk:
+        ecospa_fx.shrink(model, dict.fromkeys(ecospa_fx.couplings(model), kept))
+        for block in plain:
+            with torch.no_grad():
+                block.down.weight[:, 1::2] = 0.0
+    compiled = torch.compile(model, backend="eager")
+    if first != "never":
+        (model if first == "plain" else compiled)(X)
+    for name, value in change.items():
+        setattr(model[0], name, value)
+        setattr(plain[0], name, value)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(X), plain(X))
+    torch.testing.assert_close(model(X), plain(X))
