@@ -52,6 +52,7 @@ from .joint_offers import joint_offers
 from .journal import Journal, all_or_nothing
 from .optimizer_state import averages_of
 from .outside import outside_text, uncalled_text
+from .own_memory import give_own_memory
 from .parametrized import first_removal
 from .planning import planned
 from .recorded_call import recorded_call
@@ -206,6 +207,7 @@ class CompiledModel:
         try:
             self._wait_no_longer(model)
             with gathered_whole(model):
+                give_own_memory(model)
                 across = self.execution == "graph"
                 chosen = choose_regions(model, args, kwargs, self.how, self.state.captures, options, across)
             analyses, self.not_captured = chosen.analyses, chosen.failed
@@ -325,6 +327,7 @@ class CompiledModel:
         Raises:
             EcoSpaError: weights were tied that have shrunk apart.
         """
+        give_own_memory(model)
         memory = SharedMemory(named_tensors(model))
         retied = {name: region.retied(model, memory) for name, region in self.regions.items()}
         changed = {name: found for name, found in retied.items() if found is not None}
