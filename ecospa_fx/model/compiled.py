@@ -395,6 +395,7 @@ class CompiledModel:
             "shrink",
             lambda: self._prepared(model, selection, tuple(optimizers), copies, absorb),
             lambda prepared: prepared.facts(self.plan),
+            hint=_ALIKE,
         )
         prepared.commit(journal)
 
@@ -542,6 +543,12 @@ class CompiledModel:
             if theirs.regions:
                 return theirs
         return copy.deepcopy(self)
+
+
+_ALIKE = (
+    "They decide by weights and gradients, which all must have alike: where each steps by its own for a while (local "
+    "SGD, no_sync, a communication hook that does not reduce over all of them), average both before a shrink"
+)
 
 
 @dataclass(frozen=True, eq=False)
