@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,4 +75,4 @@ def _one_chunk(model: nn.Module, names: list[str]) -> bool:
 def _in_use(tensor: Tensor) -> int:
     """Return how many tensors use the memory of this one."""
     storage = tensor.untyped_storage()  # it uses the memory once itself
-    return cast(int, torch._C._storage_Use_Count(storage._cdata)) - 1
+    return torch._C._storage_Use_Count(storage._cdata) - 1
