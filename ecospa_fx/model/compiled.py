@@ -42,6 +42,7 @@ from .inner import guard_inner
 from .joint_offers import joint_offers
 from .journal import Journal, all_or_nothing
 from .outside import outside_text, uncalled_text
+from .own_memory import give_own_memory
 from .parametrized import first_removal
 from .recorded_call import recorded_call
 from .region import REGION as REGION
@@ -193,6 +194,7 @@ class CompiledModel:
         try:
             self._wait_no_longer(model)
             with gathered_whole(model):
+                give_own_memory(model)
                 across = self.execution == "graph"
                 chosen = choose_regions(model, args, kwargs, self.how, self.state.captures, options, across)
             analyses, self.not_captured = chosen.analyses, chosen.failed
@@ -312,6 +314,7 @@ class CompiledModel:
         Raises:
             EcoSpaError: weights were tied that have shrunk apart.
         """
+        give_own_memory(model)
         memory = SharedMemory(named_tensors(model))
         found = {name: retied(region, model, memory) for name, region in self.regions.items()}
         changed = {name: made for name, made in found.items() if made is not None}

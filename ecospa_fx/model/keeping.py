@@ -69,8 +69,15 @@ def keep_only(
         "shrink",
         lambda: _prepared(compiled, model, selection, tuple(optimizers), copies, absorb),
         lambda prepared: prepared.facts(compiled.plan),
+        hint=_ALIKE,
     )
     prepared.commit(journal)
+
+
+_ALIKE = (
+    "They decide by weights and gradients, which all must have alike: where each steps by its own for a while (local "
+    "SGD, no_sync, a communication hook that does not reduce over all of them), average both before a shrink"
+)
 
 
 def _check_shapes(compiled: CompiledModel, model: nn.Module) -> None:

@@ -74,6 +74,7 @@ class Ranks:
         facts: Callable[[Result], Mapping[str, object]] | None = None,
         commit: Callable[[], object] = lambda: None,
         held: AbstractContextManager[object] = _FREE,
+        hint: str = "",
     ) -> Result:
         """Prepare something on every rank, and return only if all have succeeded and have the same facts.
 
@@ -86,6 +87,7 @@ class Ranks:
             facts: of the result, values of JSON by a few words each: these must be equal.
             commit: called once all are known to have succeeded.
             held: a context in which this rank cannot be interrupted, from the question until `commit` has returned.
+            hint: a sentence on why facts may differ.
 
         Raises:
             RanksError: another rank has failed, or facts differ, or a rank does not answer.
@@ -109,7 +111,7 @@ class Ranks:
             if inside is not None:
                 _INSIDE.reset(inside)
         with held:
-            self._settle(doing, known)
+            self._settle(doing, known, hint)
             commit()
         return result
 
@@ -237,7 +239,7 @@ class Ranks:
         self._answered(doing, lambda: distributed.all_gather_object(found, value, group))
         return found
 
-    def _settle(self, doing: str, known: str) -> None:
+    def _settle(self, doing: str, known: str, hint: str = "") -> None:
         if self._met(doing, None, known):
             return
         me, first_code = -distributed.get_rank(), self._most(doing, _code(known))[0] == _code(known)
@@ -248,7 +250,7 @@ class Ranks:
         said = " and ".join(f"{_shortened(json.dumps(value), _LIMIT)} on rank {rank}" for rank, value in values)
         raise RanksError(
             f"{doing}: ranks differ in {what}, {said}; the model is unchanged on every rank. All ranks must make "
-            "the same model, call it in the same ways and use the same settings"
+            f"the same model, call it in the same ways and use the same settings{hint and '. '}{hint}"
         )
 
     def _told(self, doing: str, rank: int, text: str) -> str:

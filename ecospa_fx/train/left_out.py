@@ -10,6 +10,7 @@ from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import NoCouplingError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.lookup import couplings, regions_of, state_of
+from ecospa_fx.model.own_memory import held_together
 from ecospa_fx.score.estimator import CoupledEstimator
 from ecospa_fx.score.judging import frozen_names
 
@@ -81,9 +82,12 @@ def check_offered(model: nn.Module) -> None:
     """Refuse a sparsification step of a model without couplings.
 
     Raises:
-        NoCouplingError: each of them is withdrawn by a call of the model that needs its axis whole.
+        NoCouplingError: each of them is withdrawn, by a call of the model that needs its axis whole or by weights that
+            lie in one buffer.
     """
     if not couplings(model):
+        if together := held_together(model):
+            raise NoCouplingError(f"no coupling of {type(model).__name__} can shrink: {together}")
         refusals = [str(refusal) for region in regions_of(model).values() for refusal in region.offers.refusals()]
         raise NoCouplingError(
             f"no coupling of {type(model).__name__} is left to shrink: a call of the model, in another mode or with "

@@ -19,6 +19,7 @@ from ecospa_fx.errors import TargetError
 from ecospa_fx.model.cost import Cost, CostModel
 from ecospa_fx.model.lookup import couplings, state_of
 from ecospa_fx.model.outside import beyond
+from ecospa_fx.model.own_memory import held_together
 from ecospa_fx.ranks.members import ranks_of
 from ecospa_fx.ranks.wrappers import unwrapped
 from ecospa_fx.score.judging import index_scores, squares_of_shards
@@ -136,14 +137,14 @@ class CoupledSparsifier:
             limits += [f"{len(self.whole)} couplings that stay whole"] if self.whole else []
             shared = [coupling.parts for coupling in couplings(model) if coupling.parts > 1]
             limits += [f"{len(shared)} couplings that {max(shared)} ranks share out"] if shared else []
-            state = state_of(model)
+            state, together = state_of(model), held_together(model)
             of = f"{sizes.original:,} {'ns' if isinstance(cost, Latency) else cost}"
             of = of if self.only is None else f"{sizes.original:,} entries of {self.only[0]!r}"
             of = of if among == "all" else f"the {base:,} prunable ones of {of}"
             raise TargetError(
                 f"target={target:g} of {of} is {self.target_size(sizes):,}, but the couplings reach "
                 f"down to {floor:,} only; the smallest reachable target is {least:g} with "
-                f"{', '.join(limits)}{beyond(model, state.regions, state.not_captured)}"
+                f"{', '.join(limits)}{beyond(model, state.regions, state.not_captured)}{together and '. '}{together}"
             )
 
     @classmethod

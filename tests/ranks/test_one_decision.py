@@ -172,6 +172,7 @@ def test_other_entries_on_one_rank_are_refused_on_all(two):
     assert text.startswith(
         "RanksError: shrink: ranks differ in the entries kept of `blocks.0.gate.weight` along dim 0, ["
     )
+    assert text.endswith("average both before a shrink")
 
 
 def other_settings(rank, world):
