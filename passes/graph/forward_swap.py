@@ -88,7 +88,7 @@ def _swapped(original: type[nn.Module], attribute: str, missed: bool) -> type[nn
     members: dict[str, Any] = {
         "forward": forward, "__reduce_ex__": reduce_ex, "__prepare_scriptable__": prepare_scriptable,
     }  # fmt: skip
-    swapped = stand_in_class(original, members | ({"__call__": call} if missed else {}))
+    swapped = stand_in_class(original, members | ({"__call__": call} if missed else {}), announced=True)
     _SWAPPED[original, attribute] = swapped
     return swapped
 

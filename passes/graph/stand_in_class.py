@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import functools
+from contextlib import suppress
 from typing import Any
 
 _STANDS_FOR = "_ecospa_class"  # in the __dict__ of a stand-in
 
 
-def stand_in_class(original: type, body: dict[str, Any]) -> type:
+def stand_in_class(original: type, body: dict[str, Any], announced: bool = False) -> type:
     """Make a stand-in for a class.
 
     Args:
         original: the class.
         body: attributes of the stand-in.
+        announced: its base classes are told of it, which may wrap what is in the body, as a class of transformers does
+            with `forward` for activation checkpointing. Those that ask for arguments are not told.
     """
-    made = quiet_subclass(original, body, _writing_through(type(original)))
+    meta = _writing_through(type(original))
+    named = {"__doc__": original.__doc__, "__module__": original.__module__, "__qualname__": original.__qualname__}
+    made: type | None = None
+    if announced:
+        with suppress(TypeError):
+            made = meta(original.__name__, (original,), {**named, **body})
+    made = made or quiet_subclass(original, body, meta)
     type.__setattr__(made, _STANDS_FOR, original)  # from here on, what is assigned to it goes to the original
     return made
 

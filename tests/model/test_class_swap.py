@@ -55,8 +55,8 @@ def test_what_is_assigned_to_its_class_lands_on_the_original(net: Net) -> None:
 
 
 def test_the_original_is_not_touched_by_making_the_class(net: Net) -> None:
-    """A class of transformers writes into each of its subclasses as they are made; it hears of none here."""
-    assert Net.made == ("Net",) and type(net).made == ("Net",)
+    """A class of transformers writes into each of its subclasses as they are made."""
+    assert Net.made == ("Net",) and type(net).made == ("Net", "Net")
 
 
 def test_it_is_copied_and_pickled_as_before(net: Net) -> None:
@@ -121,8 +121,8 @@ class Halves(Registered, name="halves"):
 
 
 @pytest.mark.parametrize("execution", ["graph", "module"])
-def test_classes_that_register_their_subclasses_know_of_no_stand_in(execution):
-    """They may ask a subclass for arguments, too, which nobody but its author knows."""
+def test_classes_that_ask_their_subclasses_for_arguments_know_of_no_stand_in(execution):
+    """Nobody but the author of a subclass knows what to say."""
     model = ecospa_fx.compile(nn.Sequential(Halves(), Halves()), execution=execution)
     x = torch.randn(3, 4)
     model(x)
