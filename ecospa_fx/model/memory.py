@@ -110,7 +110,7 @@ class Memory:
         """
         if self._held is not None:
             (self._new,) = compacted([(self._held, self._keep)])
-        elif self._object() is None and self._fills and _held_by(self._storage, holders):
+        elif self._object() is None and self._fills and held_by(self._storage, holders):
             old = self._over(self._storage, *self._geometry)
             self._mover = _Mover(old, self._keep, self._gone, scratch)
             self._new = self._mover.forward()
@@ -233,8 +233,8 @@ def fill_gone(whole: Tensor, keep: Keep, gone: list[Tensor]) -> None:
         before[dim] = at
 
 
-def _held_by(storage: Any, holders: int) -> bool:
-    """Decide whether only this file and a number of tensors hold some memory, which torch has allocated itself."""
+def held_by(storage: Any, holders: int) -> bool:
+    """Decide whether only the caller and a number of tensors hold some memory, which torch has allocated itself."""
     count = getattr(torch._C, "_storage_Use_Count", None)
     alone = count is not None and count(storage._cdata) == holders + 1
     return alone and storage.resizable() and not storage.is_shared()

@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
 
+from .memory import held_by
+
 
 def give_own_memory(model: nn.Module) -> None:
     """Move weights that share a buffer, which nothing else uses and in which none overlap, into memory of their own."""
     for names in _beside_each_other(model):
         tensors = {id(each): each for each in map(named_tensors(model).__getitem__, names)}
-        if _in_use(next(iter(tensors.values()))) == len(tensors):
+        storage = next(iter(tensors.values())).untyped_storage()
+        if held_by(storage, len(tensors)):
             with torch.inference_mode(False), torch.no_grad():
                 for tensor in tensors.values():
                     tensor.data = tensor.detach().clone()
@@ -70,10 +73,3 @@ def _one_chunk(model: nn.Module, names: list[str]) -> bool:
     """Return whether these are the weights of a recurrent layer, which cuDNN wants side by side."""
     owners = {name.rpartition(".")[0] for name in names}
     return len(owners) == 1 and isinstance(model.get_submodule(owners.pop()), nn.RNNBase)
-
-
-def _in_use(tensor: Tensor) -> int:
-    """Return how many tensors use the memory of this one; 0 where this torch does not say."""
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    storage = tensor.untyped_storage()  # it uses the memory once itself
-    return 0 if count is None else count(storage._cdata) - 1
