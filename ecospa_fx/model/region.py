@@ -31,7 +31,7 @@ from ecospa_fx.passes.graph.tensors import join, swapped
 from ecospa_fx.passes.infer.sizes import called_sizes
 from ecospa_fx.passes.ir.border import NO_BORDER, Border
 from ecospa_fx.passes.ir.region_graph import Call
-from ecospa_fx.passes.ir.signature import call_key
+from ecospa_fx.passes.ir.signature import call_key, training_flags
 from ecospa_fx.passes.ir.state_access import flattened, parted, resolve_object
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.replay import replay
@@ -476,11 +476,11 @@ class Region:
 
     def _with_numbers(self, module: nn.Module, call: Call, settled: dict[str, Any]) -> Program | None:
         """Make inputs of the numbers by which alone a call differs from a captured one; None where that is not so."""
-        hooks = inner_hooks(module)
+        hooks, training = inner_hooks(module), training_flags(module)
         for position, each in enumerate(self.specializations):
             if (
                 not each.captured.serves(hooks, each.program.called)
-                or each.captured.difference(call, module) is not None
+                or each.captured.difference(call, module, training) is not None
             ):
                 continue
             reads = self.routing.changed_numbers(module, each.program)
@@ -546,4 +546,4 @@ class Region:
             return ""
         latest = self.specializations[-1].program
         changed = self.routing.changed_constant(self.specializations, module, latest)
-        return changed or latest.captured.difference((args, kwargs), module) or ""
+        return changed or latest.captured.difference((args, kwargs), module, training_flags(module)) or ""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ecospa_fx.passes.capture.hooks import calls_itself
 from ecospa_fx.passes.ir.guards import ModuleRoot, Read, first_changed, setting_read, told
 from ecospa_fx.passes.ir.region_graph import RegionGraph
-from ecospa_fx.passes.ir.signature import Signature, below, modes_and_hooks
+from ecospa_fx.passes.ir.signature import Signature, below, modes_and_hooks, training_flags
 from ecospa_fx.passes.ir.unchanged import unchanged
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.ranks.tensor_parallel import sends
@@ -91,12 +91,13 @@ class Routing:
         self, specializations: Sequence[Specialization], module: nn.Module, call: Any, hooks: Mapping[str, int]
     ) -> Program | None:
         """Return the newest program that serves a call, or None."""
+        training = training_flags(module)
         for each in reversed(specializations):
             program = each.program
             if not program.captured.serves(hooks, program.called):
                 continue
             if (
-                program.captured.difference(call, module, program.sizes) is None
+                program.captured.difference(call, module, training, program.sizes) is None
                 and self.changed_constant(specializations, module, program) is None
             ):
                 return program
@@ -107,8 +108,8 @@ class Routing:
     ) -> str | None:
         """Return the first value held by a graph that has changed, with both values, or None."""
         if len(specializations) == 1 and torch.compiler.is_compiling():
-            # What tells graphs of one call apart is looked at in whole; here it is enough that equal blocks have equal
-            # guards of torch.compile.
+            # `changed` names objects of one block, for each of which torch.compile would make a graph of its own. It is
+            # needed where several graphs must be told apart.
             return None if program.settings_hold(module) else "an attribute that it reads has changed"
         return self._bind(module, program.captured).changed()
 

@@ -26,7 +26,7 @@ from ecospa_fx.passes.ir.border import NO_BORDER, Border, argument_names
 from ecospa_fx.passes.ir.guards import forward_read, same_contents
 from ecospa_fx.passes.ir.region_graph import Assigned, Filled, Forward, Originals, RegionGraph
 from ecospa_fx.passes.ir.region_graph import Call as Call
-from ecospa_fx.passes.ir.signature import autocast_now
+from ecospa_fx.passes.ir.signature import autocast_now, training_flags
 from ecospa_fx.passes.ir.state_access import ObjectPath, flattened, parted
 
 from .confirm import unconfirmed_ops
@@ -311,7 +311,7 @@ def _shared(
             filled=frozenset((cls, indices.put(ObjectPath(0, path), values).path) for cls, path in captured.filled),
         )
     known = captured.filled, captured.moving, captured.border
-    if known != (filled, moving, border) or captured.difference(call, module) is not None:
+    if known != (filled, moving, border) or captured.difference(call, module, training_flags(module)) is not None:
         return None
     on_meta = any(t.is_meta for t in (*pytree.tree_leaves(call), *module.parameters()) if isinstance(t, Tensor))
     if not on_meta:

@@ -11,6 +11,7 @@ from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.capture.options import CaptureOptions
 from ecospa_fx.passes.graph.shared_memory import SharedMemory
 from ecospa_fx.passes.ir.region_graph import Call
+from ecospa_fx.passes.ir.signature import training_flags
 
 from .analyse import Analysis, Captures, analyse_once
 
@@ -30,6 +31,7 @@ def analyse_calls(
     module, outside = model.get_submodule(name), memory.outside(name)
     analyses = [analyse_once(module, name, calls[0], outside, captures, options=options)]
     for call in calls[1:]:
-        if all(analysis.captured.difference(call, module) is not None for analysis in analyses):
+        training = training_flags(module)
+        if all(analysis.captured.difference(call, module, training) is not None for analysis in analyses):
             analyses.append(analyse_once(module, name, call, outside, captures, options=options))
     return replace(analyses[0], others=tuple(analyses[1:]))

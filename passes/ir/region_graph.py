@@ -16,7 +16,7 @@ from ecospa_fx.passes.axes.algebra import Size
 from .border import NO_BORDER, Border
 from .guards import Read
 from .numbers import Number
-from .signature import Signature, training_flags
+from .signature import Signature
 from .state_access import TENSOR, IndexAttributes, ObjectPath, StateAccess, flattened, parted, resolve_object
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
@@ -224,9 +224,15 @@ class RegionGraph:
             return f"the contents of the {' and the '.join(cls.__name__ for cls in self.carried.types)} differ"
         return self.signature.mismatch(spec, leaves, training, state, sizes)
 
-    def difference(self, call: Any, module: nn.Module, sizes: Sequence[tuple[Size, ...]] | None = None) -> str | None:
+    def difference(
+        self,
+        call: Any,
+        module: nn.Module,
+        training: tuple[bool, ...],
+        sizes: Sequence[tuple[Size, ...]] | None = None,
+    ) -> str | None:
         """Say why the graph does not serve a call of a live region, whose weights may have been cast; None: it does."""
-        return self.mismatch(call, training_flags(module), sizes) or self.signature.other_weight(module)
+        return self.mismatch(call, training, sizes) or self.signature.other_weight(module)
 
     def serves(self, hooks: Mapping[str, int], called: Set[str]) -> bool:
         """Return whether the hooks that submodules have now run as they should.
