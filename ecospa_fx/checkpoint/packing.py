@@ -15,7 +15,7 @@ import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from ecospa_fx.errors import CheckpointError
 from ecospa_fx.passes.graph.tensors import is_quantized
 from ecospa_fx.ranks.shards import is_sharded
+
+Kind = TypeVar("Kind")
 
 PLAIN = (type(None), bool, int, str)
 NUMBERS = "biuf"  # kinds of numpy dtypes: bool, signed, unsigned, floating
@@ -178,15 +180,16 @@ def flatten_layout(tensor: Tensor, where: str) -> tuple[Tensor, dict[str, Any]]:
         why = f"is a {type(tensor).__name__}; gather it into a plain tensor first"
     elif tensor.is_meta:
         why = "is on the meta device and has no values"
-    elif tensor.layout != torch.strided and not _comes_back(tensor):
-        why = f"is {tensor.layout}, and as a dense tensor does not come back the same or is too large"
     elif tensor.dtype not in SAVABLE and not tensor.is_complex():
         why = f"is {tensor.dtype}, which safetensors cannot hold"
-    if why is not None:
+    dense = _dense(tensor) if why is None else None
+    if dense is None:
+        why = why or f"is {tensor.layout}, and as a dense tensor does not come back the same or is too large"
         raise CheckpointError(f"`{where}` {why}")
     layout: dict[str, Any] = {}
     if tensor.layout != torch.strided:
-        tensor, layout["sparse"] = tensor.detach().to_dense(), str(tensor.layout).removeprefix("torch.")
+        layout["sparse"] = str(tensor.layout).removeprefix("torch.")
+    tensor = dense
     flat = tensor.detach().resolve_neg()
     if flat.is_complex():
         flat, layout["complex"] = torch.view_as_real(flat.resolve_conj()), True
@@ -204,7 +207,7 @@ def restore_layout(tensor: Tensor, layout: Mapping[str, Any]) -> Tensor:
     """Restore the memory layout of a tensor from a safetensors file, in new memory."""
     flat = torch.view_as_complex(tensor) if layout.get("complex") else tensor
     if "sparse" in layout:
-        return flat.to_sparse(layout=_sparse_layout(layout["sparse"]))
+        return flat.to_sparse(layout=_of_torch(layout["sparse"], torch.layout))
     if "order" not in layout:
         return flat.clone(memory_format=torch.contiguous_format)
     order = list(layout["order"])
@@ -215,15 +218,20 @@ def restore_layout(tensor: Tensor, layout: Mapping[str, Any]) -> Tensor:
 _MOST_DENSE = 2**30  # bytes
 
 
-def _comes_back(tensor: Tensor) -> bool:
-    """Return whether a sparse tensor is what its dense form gives: in order, without zeros or blocks of its own."""
+def _dense(tensor: Tensor) -> Tensor | None:
+    """Return a tensor in its dense form; None if that does not give it back, with zeros or blocks of its own, say."""
+    if tensor.layout == torch.strided:
+        return tensor
     if tensor.numel() * tensor.element_size() > _MOST_DENSE or tensor.is_complex():
-        return False
+        return None
+    sparse = tensor.detach()
     try:
-        again = tensor.detach().to_dense().to_sparse(layout=tensor.layout)
-        return all(torch.equal(a, b) for a, b in zip(_parts(tensor.detach()), _parts(again), strict=True))
-    except (RuntimeError, NotImplementedError):  # a layout or a dtype that torch has no way back for
-        return False
+        dense = sparse.to_dense()
+        again = dense.to_sparse(layout=sparse.layout)
+        same = all(torch.equal(a, b) for a, b in zip(_parts(sparse), _parts(again), strict=True))
+    except RuntimeError:  # torch has no way back for this layout or dtype; whoever saves the tensor is told
+        return None
+    return dense if same else None
 
 
 def _parts(sparse: Tensor) -> tuple[Tensor, ...]:
@@ -233,13 +241,6 @@ def _parts(sparse: Tensor) -> tuple[Tensor, ...]:
     rows = sparse.layout in (torch.sparse_csr, torch.sparse_bsr)
     lines = (sparse.crow_indices(), sparse.col_indices()) if rows else (sparse.ccol_indices(), sparse.row_indices())
     return *lines, sparse.values()
-
-
-def _sparse_layout(name: str) -> torch.layout:
-    layout = getattr(torch, name, None)
-    if not isinstance(layout, torch.layout):
-        raise ValueError(f"torch has no layout {name!r}")
-    return layout
 
 
 def _is_tag(value: Mapping[str, Any]) -> bool:
@@ -260,11 +261,11 @@ def _numeric(dtype: str) -> np.dtype[Any]:
     return numeric
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"torch has no dtype {name!r}")
-    return dtype
+def _of_torch(name: str, kind: type[Kind]) -> Kind:
+    value = getattr(torch, name, None)
+    if not isinstance(value, kind):
+        raise ValueError(f"torch has no {kind.__name__} {name!r}")
+    return value
 
 
 _MAPPINGS: dict[type, str] = {dict: "$dict", OrderedDict: "$ordered", Counter: "$counter"}
@@ -281,7 +282,7 @@ _READ: dict[str, Any] = {
     "$deque": lambda entries: deque(entries[1:], entries[0]),
     "$complex": lambda parts: complex(*parts),
     "$bytes": lambda text: base64.b64decode(text, validate=True),
-    "$dtype": _dtype,
+    "$dtype": lambda name: _of_torch(name, torch.dtype),
     "$device": torch.device,
     "$scalar": lambda pair: _numeric(pair[0]).type(pair[1]),
     "$array": lambda pair: pair[1].numpy().astype(_numeric(pair[0]), copy=False),
