@@ -8,14 +8,13 @@ vector as a whole, they stay there: it would no longer reach them.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ecospa_fx.passes.graph.tensors import named_tensors, storage_key
+from ecospa_fx.passes.graph.shared_memory import SharedMemory
+from ecospa_fx.passes.graph.tensors import named_tensors
 
 from .memory import held_by
 
@@ -47,16 +46,13 @@ def held_together(model: nn.Module) -> str:
 
 def _beside_each_other(model: nn.Module) -> list[list[str]]:
     """Return the names of tensors that have one storage and no entry in common, by storage."""
-    groups: dict[Any, list[str]] = defaultdict(list)
     named = named_tensors(model)
-    for name, tensor in named.items():
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.numel():
-            groups[storage_key(tensor)].append(name)
-    return [
-        names
-        for names in groups.values()
-        if len(names) > 1 and _apart([named[name] for name in names]) and not _one_chunk(model, names)
-    ]
+    groups = SharedMemory({name: t for name, t in named.items() if _is_plain(t)}).groups
+    return [names for names in groups if _apart([named[name] for name in names]) and not _one_chunk(model, names)]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and tensor.numel() > 0
 
 
 def _apart(tensors: list[Tensor]) -> bool:

@@ -16,20 +16,23 @@ class SharedMemory:
 
     Args:
         named: all tensors of the model, by every name that they have.
+
+    Attributes:
+        groups: the names of those that share memory, by memory.
     """
 
     def __init__(self, named: Mapping[str, Tensor]) -> None:
         names: dict[Any, list[str]] = defaultdict(list)
         for name, tensor in named.items():
             names[storage_key(tensor)].append(name)
-        self._groups = [group for group in names.values() if len(group) > 1]
+        self.groups = [group for group in names.values() if len(group) > 1]
 
     def outside(self, region: str) -> dict[str, str]:
         """Find the tensors of a region whose memory something outside it uses too: name in it -> where, in words."""
         if not region:
             return {}
         found: dict[str, str] = {}
-        for group in self._groups:
+        for group in self.groups:
             other = next((name for name in group if not name.startswith(f"{region}.")), None)
             if other is not None:
                 found |= dict.fromkeys(_within(region, group), f"as `{other}`")
@@ -38,7 +41,7 @@ class SharedMemory:
     def tied(self, region: str, names: Collection[str]) -> dict[str, str]:
         """Find the tied tensors among some of a region: name in it -> the first of `names` with its memory."""
         found: dict[str, str] = {}
-        for group in self._groups:
+        for group in self.groups:
             inside = set(_within(region, group))
             if len(inside) > 1:
                 first, *others = [name for name in names if name in inside] or [""]
