@@ -56,7 +56,7 @@ def _conditions(reads: Sequence[Read]) -> Iterator[str]:
         if value is None or type(value) is bool or isinstance(value, torch.dtype):
             yield f"{place} is {value}"
         else:
-            yield f"type({place}) is {type(value).__name__} and {place} == {value!r}"
+            yield f"type(v := {place}) is {type(value).__name__} and v == {value!r}"
 
 
 def _is_plain(value: Any) -> bool:

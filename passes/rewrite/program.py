@@ -15,7 +15,7 @@ from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.ir.state_access import Stored
 
-# What activation checkpointing raises when it has recomputed enough; without a name in torch it is not heard of.
+# Raised by activation checkpointing when it has recomputed enough; a torch without that name is not listened to.
 _STOP: type[BaseException] = getattr(torch.utils.checkpoint, "_StopRecomputationError", StopIteration)
 
 

@@ -37,22 +37,11 @@ class Listed(nn.Module):
         return x + (y @ self.layers[1][0] if self.training else y @ self.last["b"])
 
 
-class Stack(nn.Module):
-    def __init__(self, blocks):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
 MODELS = {
     "dict": lambda: Keyed(),
     "list": lambda: Listed(),
-    "equal blocks": lambda: Stack([Keyed(), Keyed()]),
-    "blocks that hold different ones": lambda: Stack([Keyed(), Keyed("other")]),
+    "equal blocks": lambda: nn.Sequential(Keyed(), Keyed()),
+    "blocks that hold different ones": lambda: nn.Sequential(Keyed(), Keyed("other")),
 }
 
 
