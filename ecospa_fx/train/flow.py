@@ -90,14 +90,16 @@ class Flow:
             self._scores = None
 
 
-def warn_of_flow(shares: Mapping[str, float], keeps: Mapping[Coupling, Tensor], step: int, order: str) -> None:
+def warn_of_flow(
+    shares: Mapping[str, float], keeps: Mapping[Coupling, Tensor], step: int, described: Mapping[str, str]
+) -> None:
     """Say so where what goes carries much of what flows, and far more than its share of the entries.
 
     Args:
         shares: coupling name -> share of what flows that goes.
         keeps: coupling -> entries to keep.
         step: the training step.
-        order: name of the score by which entries go.
+        described: names of the rule and the scores by which entries go, see `Policy.described`.
     """
     gone = {coupling: 1.0 - keep.shape[-1] / coupling.size for coupling, keep in keeps.items()}
     much = sorted(
@@ -112,8 +114,13 @@ def warn_of_flow(shares: Mapping[str, float], keeps: Mapping[Coupling, Tensor], 
         return
     share, coupling = much[0]
     more = f", and {len(much) - 1} more couplings lose as much out of proportion" if len(much) > 1 else ""
+    order = described["index_score"]
+    advice = (
+        f'index_score={order!r} does not see that: index_score="taylor_positions" does, and so does policy="adaptive"'
+    )
+    if described["policy"] == "adaptive" or order == "taylor_positions":
+        advice = "by what was read of the loss at each position, it depends less on them than that says"
     logger("shrink").warning(
-        "step %d: the %d of %d entries that `%s` loses carry %.0f%% of what flows there%s; index_score=%r does not see "
-        'that: index_score="taylor_positions" does, and so does policy="adaptive"',
-        step, coupling.size - keeps[coupling].shape[-1], coupling.size, coupling.name, 100 * share, more, order,
+        "step %d: the %d of %d entries that `%s` loses carry %.0f%% of what flows there%s; %s",
+        step, coupling.size - keeps[coupling].shape[-1], coupling.size, coupling.name, 100 * share, more, advice,
     )  # fmt: skip

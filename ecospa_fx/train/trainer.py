@@ -408,7 +408,7 @@ class EcoSpaTrainer:
 
     def _shrink(self, decision: Decision, journal: Journal) -> None:
         flow = self._flow.shares(decision.keeps)
-        warn_of_flow(flow, decision.keeps, self.steps, self.policy.described["index_score"])
+        warn_of_flow(flow, decision.keeps, self.steps, self.policy.described)
         keeps = self._compensation.rotated(decision.keeps, self.optimizers, self.also, journal)
         if self.before_shrink is not None:
             self.before_shrink(self.model, keeps, self.optimizer)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import ecospa_fx
+from ecospa_fx.train.flow import warn_of_flow
 
 WIDTH, HIDDEN, HEADS, WORDS, OUT = 16, 24, 2, 12, 6.0
 MASSIVE = 5
@@ -170,3 +171,23 @@ def test_what_carries_little_goes_without_a_word(dense, caplog):
     assert not [record for record in caplog.records if "of what flows there" in record.getMessage()]
     shares = [share for entry in trainer.history for name, share in entry["flow"].items() if name.endswith("glu")]
     assert shares and all(0 <= share < 0.2 for share in shares)
+
+
+@pytest.mark.parametrize(
+    ("described", "advised"),
+    [
+        ({"policy": "paper", "index_score": "norms"}, True),
+        ({"policy": "paper", "index_score": "taylor_positions"}, False),
+        ({"policy": "adaptive", "index_score": "saliency"}, False),
+    ],
+)
+def test_nobody_is_advised_to_take_the_rule_that_is_at_work(described, advised, caplog):
+    model = ecospa_fx.compile(
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)), example_inputs=(torch.ones(1, 4),)
+    )
+    (coupling,) = ecospa_fx.couplings(model)
+    with caplog.at_level("WARNING", logger="ecospa_fx"):
+        warn_of_flow({coupling.name: 0.9}, {coupling: torch.arange(6)}, 3, described)
+    (said,) = caplog.messages
+    assert said.startswith("step 3: the 2 of 8 entries that `ffn` loses carry 90% of what flows there; ")
+    assert ('policy="adaptive"' in said) is advised
