@@ -194,7 +194,7 @@ class CompiledModel:
         try:
             self._wait_no_longer(model)
             with gathered_whole(model):
-                give_own_memory(model)
+                give_own_memory(model, SharedMemory(named_tensors(model)))
                 across = self.execution == "graph"
                 chosen = choose_regions(model, args, kwargs, self.how, self.state.captures, options, across)
             analyses, self.not_captured = chosen.analyses, chosen.failed
@@ -314,8 +314,7 @@ class CompiledModel:
         Raises:
             EcoSpaError: weights were tied that have shrunk apart.
         """
-        give_own_memory(model)
-        memory = SharedMemory(named_tensors(model))
+        memory = give_own_memory(model, SharedMemory(named_tensors(model)))
         found = {name: retied(region, model, memory) for name, region in self.regions.items()}
         changed = {name: made for name, made in found.items() if made is not None}
         if not changed:

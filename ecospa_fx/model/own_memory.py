@@ -19,20 +19,31 @@ from ecospa_fx.passes.graph.tensors import named_tensors
 from .memory import held_by
 
 
-def give_own_memory(model: nn.Module) -> None:
-    """Move weights that share a buffer, which nothing else uses and in which none overlap, into memory of their own."""
-    for names in _beside_each_other(model):
+def give_own_memory(model: nn.Module, memory: SharedMemory) -> SharedMemory:
+    """Move weights that share a buffer, which nothing else uses and in which none overlap, into memory of their own.
+
+    Args:
+        model: the model.
+        memory: who shares memory in it.
+
+    Returns:
+        Who does afterwards.
+    """
+    moved = False
+    for names in _beside_each_other(model, memory):
         tensors = {id(each): each for each in map(named_tensors(model).__getitem__, names)}
         storage = next(iter(tensors.values())).untyped_storage()
         if held_by(storage, len(tensors)):
+            moved = True
             with torch.inference_mode(False), torch.no_grad():
                 for tensor in tensors.values():
                     tensor.data = tensor.detach().clone()
+    return SharedMemory(named_tensors(model)) if moved else memory
 
 
 def held_together(model: nn.Module) -> str:
     """Say which weights lie side by side in a buffer that something else has too; "" for none."""
-    groups = _beside_each_other(model)
+    groups = _beside_each_other(model, SharedMemory(named_tensors(model)))
     if not groups:
         return ""
     first, second, *more = groups[0]
@@ -44,10 +55,12 @@ def held_together(model: nn.Module) -> str:
     )
 
 
-def _beside_each_other(model: nn.Module) -> list[list[str]]:
+def _beside_each_other(model: nn.Module, memory: SharedMemory) -> list[list[str]]:
     """Return the names of tensors that have one storage and no entry in common, by storage."""
+    if not memory.groups:
+        return []
     named = named_tensors(model)
-    groups = SharedMemory({name: t for name, t in named.items() if _is_plain(t)}).groups
+    groups = [[name for name in names if _is_plain(named[name])] for names in memory.groups]
     return [names for names in groups if _apart([named[name] for name in names]) and not _one_chunk(model, names)]
 
 
