@@ -55,11 +55,6 @@ class Save:
     files: Mapping[str, str]
 
     @property
-    def digest(self) -> str:
-        """The hash of the weights, which differs from save to save."""
-        return digest_of(self.files)
-
-    @property
     def sharded(self) -> bool:
         """True if ranks wrote parts of its tensors."""
         return any(map(SHARDS.fullmatch, self.files))
@@ -113,11 +108,6 @@ class Draft:
     def __init__(self, directory: Path, shards: dict[str, Tensor] | None = None) -> None:
         self.directory, self.shards = directory, shards
         self.files: dict[str, dict[str, Any]] = {}
-
-    @property
-    def digest(self) -> str:
-        """The digest of the save that this becomes."""
-        return digest_of({name: file["sha256"] for name, file in self.files.items()})
 
     def document(self, name: str, value: Any) -> None:
         """Write a JSON file."""
@@ -180,14 +170,6 @@ def saving(directory: Path) -> Iterator[Draft]:
         for number in _numbers(directory):
             if directory / f"save-{number}" != draft.directory:
                 shutil.rmtree(directory / f"save-{number}", ignore_errors=True)
-
-
-def digest_of(hashes: Mapping[str, str]) -> str:
-    """Return one hash of the weights in files, by name of each file and its hash."""
-    weights = {name: each for name, each in hashes.items() if name == "model.safetensors" or SHARDS.fullmatch(name)}
-    if len(weights) == 1:
-        return next(iter(weights.values()))
-    return hashlib.sha256("".join(weights[name] for name in sorted(weights)).encode()).hexdigest()
 
 
 def read_save(directory: Path, read: Callable[[Save], Read], *, ranks: Ranks = ALONE, values: bool = True) -> Read:

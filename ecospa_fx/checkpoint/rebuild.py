@@ -22,11 +22,12 @@ from ecospa_fx.errors import CheckpointError
 from ecospa_fx.model.compiled import MODEL, CompiledModel
 from ecospa_fx.model.full_size import unshrunk
 from ecospa_fx.model.journal import Journal, reduced_anew
+from ecospa_fx.model.old_weights import say_of_sizes
 from ecospa_fx.model.region import Region
 from ecospa_fx.model.restore import restore
 from ecospa_fx.passes.follow.attributes import Changes, assigned, sync_layer_sizes
 from ecospa_fx.passes.graph.shared_memory import SharedMemory
-from ecospa_fx.passes.graph.tensors import join, named_tensors
+from ecospa_fx.passes.graph.tensors import dense, join, named_tensors
 from ecospa_fx.passes.ir.border import NO_BORDER
 from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.shards import is_sharded, local_part, split
@@ -198,8 +199,19 @@ def refitted(model: nn.Module, saved: Saved) -> Iterator[None]:
         raise
 
 
-def check_same(model: nn.Module, saved: Saved) -> None:
-    """Check that a model that is sharded over ranks has the names and the sizes of a save.
+def is_as_saved(model: nn.Module, plan: Plan, saved: Saved) -> bool:
+    """Decide whether a model with this plan has the sizes and the values of a save, but for dtypes and devices."""
+    tensors = named_tensors(model)
+    return plan == saved.plan and all(
+        name in tensors
+        and not tensors[name].is_meta
+        and torch.equal(dense(tensors[name]), dense(value).to(tensors[name].device, tensors[name].dtype))
+        for name, value in saved.tensors.items()
+    )
+
+
+def check_same(model: nn.Module, plan: Plan, saved: Saved) -> None:
+    """Check that a model that is sharded over ranks has the names, the sizes and the plan of a save.
 
     Raises:
         CheckpointError: it has others; its shards cannot be made anew.
@@ -216,6 +228,11 @@ def check_same(model: nn.Module, saved: Saved) -> None:
     odd = [*missing, *(n for n in saved.tensors if n not in tensors)]
     if odd:
         raise CheckpointError(f"{saved.where} is not of this {type(model).__name__}: `{odd[0]}` is in one of them only")
+    if plan != saved.plan:
+        raise CheckpointError(
+            f"{saved.where} holds other entries than this model, at the same sizes, and this model is sharded already: "
+            "make it with ecospa_fx.load before it is sharded"
+        )
 
 
 @contextmanager
@@ -253,6 +270,8 @@ def attach_compiled(model: nn.Module, about: Mapping[str, Any], plan: Plan, attr
     compiled.state.joints, borders, compiled.state.withheld = joints_in(about.get("across", {}), "the save")
     compiled.state.numbers = numbers_in(about, "the save")
     compiled.state.adopt(plan, attributes)
+    if plan.original_shapes:
+        say_of_sizes(model)
     if about["regions"]:
         model.__dict__[MODEL] = compiled
         memory = SharedMemory(named_tensors(model))

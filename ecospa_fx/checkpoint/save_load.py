@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ecospa_fx.arguments import FLAG, FUNCTION, MODULE, PATH, TRAINING, instance, optional, shown, takes
-from ecospa_fx.errors import ArgumentError, CheckpointError
-from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.errors import ArgumentError
 from ecospa_fx.model.lookup import check_optimizer, compiled_state
 from ecospa_fx.model.optimizer_state import several
 from ecospa_fx.passes.graph.tensors import named_tensors
@@ -34,7 +33,8 @@ from ecospa_fx.train.trainer import EcoSpaTrainer
 
 from .directory import ALONE, Draft, Save, read_save, saving
 from .nested_sizes import at_size, write_sizes
-from .rebuild import Saved, check_same, filled, read_model, rebuild, refitted, write_model
+from .rebuild import Saved, check_same, filled, is_as_saved, read_model, rebuild, refitted, write_model
+from .resized_copies import copies_resized
 from .sharded import save_by_all
 from .training_state import Training, as_tuple, by_name, read_training, resume_training, write_training
 
@@ -91,11 +91,10 @@ def save(
             write_sizes(draft, model, nested)
 
     if any(map(is_sharded, model.parameters())):
-        compiled.save = save_by_all(ranks_of(model), Path(directory), write)
+        save_by_all(ranks_of(model), Path(directory), write)
     else:
         with saving(Path(directory)) as draft:
             write(draft)
-        compiled.save = draft.digest
 
 
 @takes(directory=PATH, factory=optional(FUNCTION))
@@ -124,14 +123,12 @@ def load(
     home = None if device is None else _device(device)
     values = home is None or home.type != "meta"
     with torch.device("cpu"):  # within torch.device("meta") only the factory makes tensors there
-        saved, digest = read_save(
+        saved = read_save(
             Path(directory),
-            lambda save: (at_size(save, read_model(save, values=values), size), save.digest),
+            lambda save: at_size(save, read_model(save, values=values), size),
             values=values,
         )
-    model = rebuild(saved, factory, home)
-    model.__dict__[MODEL].save = digest if values and size is None else None
-    return model
+    return rebuild(saved, factory, home)
 
 
 @takes(directory=PATH, model=MODULE, rng=FLAG, **TRAINING)
@@ -147,15 +144,16 @@ def resume(
     also: Mapping[str, Any] | Iterable[Any] | None = None,
     rng: bool = True,
 ) -> None:
-    """Restore the saved state of optimizers, trainer and the rest: training goes on as if it had never stopped.
+    """Restore a save: the model, optimizers, trainer and the rest go on as if training had never stopped there.
 
-    Make all objects first, as for a new run, then call this once, right before the loop. Either all of them take their
-    state, or none is changed. A model that was neither loaded nor saved before, such as a new one at its full size,
-    gets the sizes and the weights of the save; its parameters stay the same objects.
+    Make all objects first, as for a new run, then call this once, right before the loop; or call it within a run, to
+    go back to an earlier save. Either all of them take their state, or none is changed. A model that is not as it was
+    saved, such as a new one at its full size or one that has been trained since, gets the sizes and the weights of the
+    save; its parameters stay the same objects.
 
     Args:
         directory: the directory that `save` wrote and `load` read.
-        model: the model that `load` returned, or a new one, compiled as for a new run.
+        model: the model that `load` returned, the one that was saved, or a new one, compiled as for a new run.
         optimizer: as given to `save`.
         trainer: as given to `save`, made with the same settings.
         scheduler: as given to `save`.
@@ -173,33 +171,29 @@ def resume(
     )
     for each in training.optimizer:
         check_optimizer(model, each)
-    fresh, ranks = compiled.save is None, ranks_of(model)
+    ranks = ranks_of(model)
     sharded = any(map(is_sharded, model.parameters()))
     reshard(model)
 
-    def take() -> str:
-        def read(save: Save) -> tuple[dict[str, dict[str, Any]], Saved | None, str]:
-            weights = read_model(save, named_tensors(model) if sharded else {}) if fresh else None
-            return read_training(save, training, rng, model), weights, save.digest
+    def take() -> None:
+        def read(save: Save) -> tuple[dict[str, dict[str, Any]], Saved]:
+            return read_training(save, training, rng, model), read_model(save, named_tensors(model) if sharded else {})
 
         # Ranks that share a model see one directory; those that each have all of it may have copies.
-        state, weights, digest = read_save(source, read, ranks=ranks if sharded else ALONE)
-        if weights is None and compiled.save != digest:
-            raise CheckpointError(
-                f"{source} does not hold the save that this model was loaded from or saved to last: it has been saved "
-                "to since, or is another directory; load it again, or give `resume` a new model"
-            )
-        if weights is not None and sharded:
-            check_same(model, weights)
+        state, saved = read_save(source, read, ranks=ranks if sharded else ALONE)
+        if sharded:
+            check_same(model, compiled.plan, saved)
         ranks.meet("resume")
-        changed = nullcontext() if weights is None else (filled if sharded else refitted)(model, weights)
-        with changed:
+        as_saved = not sharded and is_as_saved(model, compiled.plan, saved)
+        with ExitStack() as stack:
+            if not as_saved:
+                stack.enter_context((filled if sharded else refitted)(model, saved))
+            if not sharded:
+                stack.enter_context(copies_resized(model, training.stateful("also"), state.get("also", {}), saved))
             resume_training(model, training, state, str(source))
             ranks.meet("resume")
-        return digest
 
-    digest = ranks.together("resume", take)
-    compiled_state(model).save = digest
+    ranks.together("resume", take)
 
 
 def _device(device: torch.device | str) -> torch.device:

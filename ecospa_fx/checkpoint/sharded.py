@@ -65,16 +65,13 @@ def own_random(files: Iterable[str]) -> str | None:
     return name if rank == 0 or name in files else None
 
 
-def save_by_all(ranks: Ranks, directory: Path, write: Callable[[Draft], None]) -> str:
+def save_by_all(ranks: Ranks, directory: Path, write: Callable[[Draft], None]) -> None:
     """Write a save by all ranks together: on all of them, or on none.
 
     Args:
         ranks: the processes, all of the run.
         directory: the directory, on a file system that all of them see.
         write: writes everything but shards into a draft, and puts these into `draft.shards`.
-
-    Returns:
-        The digest of the save.
 
     Raises:
         CheckpointError: something cannot be saved, or some processes of the run do not take part.
@@ -85,7 +82,7 @@ def save_by_all(ranks: Ranks, directory: Path, write: Callable[[Draft], None]) -
             f"{ranks.count} of {distributed.get_world_size()} processes hold this model; it is saved by all or by one"
         )
 
-    def work() -> str:
+    def work() -> None:
         ranks.agree("save", {"directory": str(directory)})
         with ExitStack() as stack:
             draft = stack.enter_context(saving(directory)) if ranks.is_first else None
@@ -101,9 +98,8 @@ def save_by_all(ranks: Ranks, directory: Path, write: Callable[[Draft], None]) -
             files = ranks.gathered(mine.files, "save")
             if draft is not None:
                 draft.files |= {name: file for each in files.values() for name, file in each.items()}
-            return "" if draft is None else draft.digest
 
-    return ranks.said_by_first(ranks.together("save", work), "save")
+    ranks.together("save", work)
 
 
 def _write_shards(folder: Path, shards: Mapping[str, Tensor]) -> None:

@@ -27,6 +27,7 @@ from ecospa_fx.logs import logger
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.execution import Execution
 from ecospa_fx.model.lookup import plan
+from ecospa_fx.model.old_weights import look_first
 from ecospa_fx.model.optimizer_state import forget_resized
 from ecospa_fx.ranks.members import sharing_ranks
 from ecospa_fx.train.trainer import EcoSpaTrainer
@@ -80,7 +81,7 @@ class EcoSpaCallback(TrainerCallback):
         if MODEL not in model.__dict__ or not plan(model).original_shapes:
             compile(model, execution=self.execution)  # one that has taken sizes of a checkpoint is as it was there
         if HOOK not in model.__dict__:
-            model.__dict__[HOOK] = model.register_load_state_dict_pre_hook(self._sizes)
+            model.__dict__[HOOK] = look_first(model, self._sizes)
         return model
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:

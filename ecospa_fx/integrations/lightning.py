@@ -27,6 +27,7 @@ from ecospa_fx.logs import logger
 from ecospa_fx.model.compiled import MODEL, CompiledModel
 from ecospa_fx.model.copies import listed
 from ecospa_fx.model.execution import Execution
+from ecospa_fx.model.old_weights import look_first
 from ecospa_fx.model.optimizer_state import innermost
 from ecospa_fx.passes.follow.saved import changes_in
 from ecospa_fx.passes.graph.tensors import named_tensors
@@ -129,7 +130,7 @@ class EcoSpaCallback(Callback):
         self._prefix, self._model = module_of(pl_module, self.module)
         compile(self._model, execution=self.execution)
         self._deferred = []
-        self._hook = self._model.register_load_state_dict_pre_hook(self._defer)
+        self._hook = look_first(self._model, self._defer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove all hooks; the module stays compiled."""
@@ -344,7 +345,7 @@ def load_checkpoint(path: Any, pl_module: LightningModule, module: str | None = 
         raise CheckpointError(f"{path} holds no state of {callback.state_key}; its own are {_keys(checkpoint)}")
     callback._prefix, callback._model = module_of(pl_module, module)
     fill(callback._model, state, checkpoint["state_dict"], callback._prefix)
-    hook = callback._model.register_load_state_dict_pre_hook(callback._defer)
+    hook = look_first(callback._model, callback._defer)
     pl_module.load_state_dict(checkpoint["state_dict"])  # the weights outside of the module that shrinks
     hook.remove()
     return pl_module

@@ -66,7 +66,6 @@ class CompiledModel:
         state: the plan, and whatever else the regions share.
         regions: regions by name; none until the first call, unless inputs were given before.
         not_captured: the submodules that could not be captured, with the reasons.
-        save: hash of the weights that were last loaded or saved.
     """
 
     def __init__(self, how: str | Sequence[str], experiments: bool = False, execution: Execution = "graph") -> None:
@@ -77,7 +76,6 @@ class CompiledModel:
         self.regions: dict[str, Region] = {}
         self.not_captured: dict[str, str] = {}
         self._partial = False  # captured from a call without gradients that has left out blocks
-        self.save: str | None = None
 
     @property
     def plan(self) -> Plan:

@@ -47,7 +47,17 @@ def copies_of(model: nn.Module, also: Any) -> list[Copy]:
         ShrinkError: one of them holds no copy, or a copy of other sizes.
     """
     mine = named_tensors(model)
-    copies = [copy for each in listed(also) for copy in _copies_in(each, model, mine)]
+    copies = []
+    for each in listed(also):
+        found, kind = copies_in(each, model), type(each).__name__
+        if any(copy.module is model for copy in found):
+            raise ShrinkError(f"the {kind} in also= holds this {type(model).__name__} itself, not a copy of it")
+        if not found:
+            raise ShrinkError(
+                f"the {kind} in also= holds no copy of this {type(model).__name__}: neither a module of its classes "
+                "with tensors of the same names, nor a dict of such names and tensors. Pass an object that holds one"
+            )
+        copies += found
     for copy in copies:
         for name, tensor in copy.tensors.items():
             if tensor.shape != mine[name].shape:
@@ -79,22 +89,16 @@ def listed(also: Any) -> Iterable[Any]:
     return list(also)
 
 
-def _copies_in(given: Any, model: nn.Module, mine: Mapping[str, Tensor]) -> list[Copy]:
-    kind = type(given).__name__
+def copies_in(given: Any, model: nn.Module) -> list[Copy]:
+    """Find what has the classes and the names of `model` in an object, at whatever sizes; `model` itself too."""
+    kind, mine = type(given).__name__, named_tensors(model)
     holders = list(_modules_and_dicts(given))
     modules = [module for each in holders if isinstance(each, nn.Module) for module in _alike(each, model, mine)]
-    if any(module is model for module in modules):
-        raise ShrinkError(f"the {kind} in also= holds this {type(model).__name__} itself, not a copy of it")
     copies = [Copy(named_tensors(module), module, kind) for module in modules]
     for each in holders:
         if isinstance(each, Mapping):
             named = {name: each[name] for name in mine if isinstance(each.get(name), Tensor)}
             copies += [Copy(named, None, kind)] if named else []
-    if not copies:
-        raise ShrinkError(
-            f"the {kind} in also= holds no copy of this {type(model).__name__}: neither a module of its classes with "
-            "tensors of the same names, nor a dict of such names and tensors. Pass an object that holds one"
-        )
     return copies
 
 

@@ -1,4 +1,4 @@
-"""LeftBehind: optimizers that a shrink was not told of, whose state still has the sizes from before."""
+"""LeftBehind: state of optimizers at the sizes from before a shrink: it was not told of them, or given old state."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from .step_watch import watch_steps
 
 
 class LeftBehind:
-    """Refuses the first step of an optimizer whose state did not shrink with its parameters.
+    """Refuses the first step of an optimizer whose state did not shrink with its parameters, and state of before.
 
-    torch would raise an error about sizes from the middle of that step, which names neither.
+    torch would raise an error about sizes from the middle of the next step, which names neither.
     """
 
     def __init__(self) -> None:
         self._shapes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> its name and the shapes it had
         self._checked: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._told: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def note(self, model: nn.Module, before: Mapping[str, TensorShape], told: Iterable[Optimizer] = ()) -> None:
         """Remember that parameters had the shapes `before` until now.
@@ -42,7 +43,11 @@ class LeftBehind:
             if name in before:
                 self._shapes.setdefault(parameter, (name, set()))[1].add(before[name])
         self._checked.clear()
-        self._checked.update(layer for each in told for layer in layers(each))
+        for layer in (layer for each in told for layer in layers(each)):
+            self._checked.add(layer)
+            if layer not in self._told and hasattr(layer, "_optimizer_load_state_dict_pre_hooks"):
+                self._told.add(layer)
+                layer.register_load_state_dict_pre_hook(self.before_load)
 
     def before_step(self, optimizer: Any) -> None:
         """Compare the state of an optimizer with what it is for, once after each shrink.
@@ -66,6 +71,28 @@ class LeftBehind:
                             "shrink(model, selection, optimizer=...), or make this optimizer anew here"
                         )
         self._checked.add(optimizer)
+
+    def before_load(self, optimizer: Any, state_dict: Mapping[str, Any]) -> None:
+        """Compare the state that an optimizer is given with what it is for.
+
+        Raises:
+            OptimizerError: it has the sizes that a parameter had before.
+        """
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for parameter, number in zip(held, numbers, strict=False):  # torch refuses other groups
+            name, shapes = self._shapes.get(parameter, ("", ()))
+            entries = dict(state_dict["state"].get(number, {})) if shapes else {}
+            given = {entry: tuple(value.shape) for entry, value in entries.items() if isinstance(value, Tensor)}
+            old = next((entry for entry, shape in given.items() if shape in shapes), None)
+            # One that has the sizes of the parameter may hold more, such as preconditioners, at any others.
+            if old is not None and tuple(parameter.shape) not in given.values():
+                raise OptimizerError(
+                    f"this state of {type(optimizer).__name__} is of before a shrink: `{old}` of `{name}` is "
+                    f"{given[old]} in it, and `{name}` is {tuple(parameter.shape)} now. Keep states of a training run "
+                    "with ecospa_fx.save(model, directory, optimizer=optimizer), and go back to one with "
+                    "ecospa_fx.resume(directory, model, optimizer=optimizer)"
+                )
 
 
 @functools.cache

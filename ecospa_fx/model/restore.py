@@ -23,6 +23,7 @@ from .class_swap import ShrinkableLinear, unswap_forward
 from .compiled import COPIES, MODEL, REGION, CompiledModel
 from .inner import INNER, difference_of_python, inner_as_is
 from .lookup import try_call
+from .old_weights import say_no_more
 from .region import Region
 from .whole import held_whole
 
@@ -86,6 +87,7 @@ def restore(
     for name in compiled.regions:
         plain(model.get_submodule(name))
     plain(model)
+    say_no_more(model)
     return model
 
 

@@ -34,13 +34,22 @@ class Readings:
         estimators: Sequence[CoupledEstimator],
         gradients: Gradients,
     ) -> None:
-        self.model, self.estimators, self.gradients = model, estimators, gradients
-        self.steps = StepWatcher(model, optimizers) if gradients == "step" else None
-        self._foreign = ForeignSteps(model, optimizers)
-        for estimator in estimators:
-            if gradients == "optimizer":
-                estimator.attach(*optimizers)
-            elif gradients == "backward":
+        self.model, self.optimizers, self.estimators, self.gradients = model, optimizers, estimators, gradients
+        self.steps: StepWatcher | None = None
+        self._foreign: ForeignSteps | None = None
+        self.attach()
+
+    def attach(self) -> None:
+        """Watch the optimizers, and read gradients in hooks where the setting says so; not a second time."""
+        if self._foreign is not None:
+            return
+        self._foreign = ForeignSteps(self.model, self.optimizers)
+        if self.gradients == "step":
+            self.steps = StepWatcher(self.model, self.optimizers)
+        for estimator in self.estimators:
+            if self.gradients == "optimizer":
+                estimator.attach(*self.optimizers)
+            elif self.gradients == "backward":
                 estimator.attach_backward()
 
     def read(self) -> bool:
@@ -77,7 +86,8 @@ class Readings:
         """
         check_offered(self.model)
         lacking = [each.reader.lacking() for each in self.estimators]
-        self._foreign.check(stateless=any(lacking))
+        if self._foreign is not None:
+            self._foreign.check(stateless=any(lacking))
         for each, message in zip(self.estimators, lacking, strict=True):
             if message is not None:
                 raise OptimizerError(FROZEN_ALL if all_frozen(self.model, [each]) else message)
@@ -88,9 +98,11 @@ class Readings:
             estimator.reset()
 
     def detach(self) -> None:
-        """Remove all hooks."""
+        """Remove all hooks, until `attach`."""
         for estimator in self.estimators:
             estimator.detach()
         if self.steps is not None:
             self.steps.detach()
-        self._foreign.detach()
+        if self._foreign is not None:
+            self._foreign.detach()
+            self._foreign = None

@@ -272,7 +272,6 @@ class EcoSpaTrainer:
         else:
             self.policy = Paper(model, self.optimizers, self._decisions, self._constraints, scores)
         self._readings = Readings(model, self.optimizers, self.policy.estimators, gradients)
-        self._optimizer_steps = self._readings.steps
         if is_captured(model):
             self._ready()
 
@@ -601,6 +600,8 @@ class EcoSpaTrainer:
         take_state("EcoSpaTrainer", parts, lambda: self._take(state))
         if self.done:
             self.detach()
+        else:
+            self._readings.attach()  # of a trainer that was done, gone back
 
     def _take(self, state: Mapping[str, Any]) -> None:
         self.steps, self.done, self.history = state["steps"], state["done"], list(state["history"])

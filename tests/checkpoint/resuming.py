@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer, lr_scheduler
+from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 import ecospa_fx
 from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
@@ -138,13 +138,21 @@ class Kind:
     scaled: bool = False
     from_config: bool = False
     captured: Callable[[], Any] | None = None  # example inputs, with which it is compiled
+    averaged: bool = False
 
 
 KINDS = {
     "gpt2": Kind(
-        gpt2, words, adamw, warmup, {"score": "taylor", "decay": 0.9, "index_score": "activation", "cost": "flops"}
+        gpt2,
+        words,
+        adamw,
+        warmup,
+        {"score": "taylor", "decay": 0.9, "index_score": "activation", "cost": "flops"},
+        averaged=True,
     ),
-    "convolutions": Kind(Convolutions, images, sgd, one_cycle, {"gradients": "optimizer", "window": 3}, scaled=True),
+    "convolutions": Kind(
+        Convolutions, images, sgd, one_cycle, {"gradients": "optimizer", "window": 3}, scaled=True, averaged=True
+    ),
     "llama": Kind(
         llama, words, muon_and_adafactor, warmup, {"gradients": "backward", "index_score": "random"}, from_config=True
     ),
@@ -167,22 +175,34 @@ class Run:
             self.model = ecospa_fx.load(saved, None if kind.from_config else kind.factory)
         self.optimizers = kind.optimizers(self.model)
         self.schedulers = [kind.schedule(optimizer) for optimizer in self.optimizers]
+        average = swa_utils.AveragedModel(self.model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.8))
+        self.average = average if kind.averaged else None
         self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4) if kind.scaled else None
         self.trainer = ecospa_fx.EcoSpaTrainer(
-            self.model, self.optimizers[0], target=0.7, interval=4, end=21, **kind.settings
+            self.model,
+            self.optimizers[0],
+            target=0.7,
+            interval=4,
+            end=21,
+            also=[average] if kind.averaged else (),
+            **kind.settings,
         )
         self.noise = torch.Generator().manual_seed(1)
         self.step = 0
         if saved is not None:
-            ecospa_fx.resume(saved, self.model, **self.held)
-            self.step = self.trainer.steps
+            self.go_back(saved)
+
+    def go_back(self, saved: Path) -> None:
+        """Take up what was saved, in the objects there are."""
+        ecospa_fx.resume(saved, self.model, **self.held)
+        self.step = self.trainer.steps
 
     @property
     def held(self) -> dict[str, Any]:
         """What is saved along with the model."""
         return {
             "optimizer": self.optimizers, "trainer": self.trainer, "scheduler": self.schedulers, "scaler": self.scaler,
-            "also": {"noise": self.noise},
+            "also": {"noise": self.noise} | ({} if self.average is None else {"average": self.average}),
         }  # fmt: skip
 
     def train(self, until: int) -> None:
@@ -197,6 +217,8 @@ class Run:
             for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
                 optimizer.zero_grad()
                 scheduler.step()
+            if self.average is not None:
+                self.average.update_parameters(self.model)
             self.step += 1
 
     def save(self, directory: Path) -> None:

@@ -157,16 +157,21 @@ def test_a_save_that_goes_while_it_is_read(saved, monkeypatch):
 
 
 def test_state_and_model_of_two_saves_do_not_mix(saved):
+    """The directory is saved to between `load` and `resume`, by a run that shrinks further."""
     model, optimizer, trainer, directory = saved
-    loaded, optimizer2, _ = made(ecospa_fx.load(directory, Net))
-    train(model, optimizer, trainer, 1)
-    ecospa_fx.save(model, directory, optimizer=optimizer)
-    with pytest.raises(errors.CheckpointError) as caught:
-        ecospa_fx.resume(directory, loaded, optimizer=optimizer2)
-    assert str(caught.value) == (
-        f"{directory} does not hold the save that this model was loaded from or saved to last: it has been saved to "
-        "since, or is another directory; load it again, or give `resume` a new model"
-    )
+    loaded, optimizer2, trainer2 = made(ecospa_fx.load(directory, Net))
+    train(model, optimizer, trainer, 6)
+    ecospa_fx.save(model, directory, optimizer=optimizer, trainer=trainer)
+    assert ecospa_fx.plan(loaded) != ecospa_fx.plan(model)
+    ecospa_fx.resume(directory, loaded, optimizer=optimizer2, trainer=trainer2)
+    assert ecospa_fx.plan(loaded) == ecospa_fx.plan(model) and torch.equal(loaded(TOKENS), model(TOKENS))
+
+
+def test_a_model_that_was_loaded_keeps_its_dtype_on_resume(saved):
+    model, *_, directory = saved
+    loaded = ecospa_fx.load(directory, Net).double()
+    ecospa_fx.resume(directory, loaded)
+    assert loaded.head.weight.dtype == torch.float64 and torch.equal(loaded.head.weight.float(), model.head.weight)
 
 
 def rewritten(directory, file, change):

@@ -12,7 +12,7 @@ from resuming import CUT, END, KINDS, Run
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """A directory in which every kind of run has ended twice: in this process, and gone on with in another."""
+    """A directory in which every kind of run has ended: in this process, gone back to, and gone on with in another."""
     directory = tmp_path_factory.mktemp("runs")
     for kind in KINDS:
         run = Run(kind)
@@ -22,6 +22,10 @@ def ended(tmp_path_factory):
         run.train(END)
         assert run.trainer.done and len(run.trainer.history) >= 4, kind
         run.save(directory / f"{kind} whole")
+        run.go_back(directory / kind)
+        assert run.step == CUT and not run.trainer.done, kind
+        run.train(END)
+        run.save(directory / f"{kind} resumed within the run")
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "resuming.py"), str(directory)],
@@ -31,7 +35,7 @@ def ended(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("how", ["with a loaded model", "with a new model"])
+@pytest.mark.parametrize("how", ["with a loaded model", "with a new model", "within the run"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_is_the_run_that_never_stopped(ended, kind, how):
     """Weights, optimizer state, scores, schedules, history and random numbers: every file, byte by byte."""

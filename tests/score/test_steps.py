@@ -301,7 +301,7 @@ def test_scaled_gradients_that_nobody_is_known_to_divide_are_refused():
             'known: read them before its steps, EcoSpaTrainer(..., gradients="optimizer")'
         )
         assert all(torch.equal(p, q) for p, q in zip(weights, model.parameters(), strict=True))
-        trainer._optimizer_steps.detach()
+        trainer._readings.steps.detach()
 
 
 def test_steps_that_no_hook_sees_are_read_as_they_are():

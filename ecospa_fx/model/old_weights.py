@@ -1,0 +1,60 @@
+"""Words for weights of other sizes: a state_dict of before a shrink, given to the model as it is after it.
+
+torch lists the sizes that differ, and cannot know that a shrink lies between, nor which way leads back. A hook of
+`load_state_dict` adds that to its error; `restore` takes it off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ecospa_fx.passes.graph.tensors import named_tensors
+
+
+def say_of_sizes(model: nn.Module) -> None:
+    """Let a model that has shrunk say so when it is given weights of other sizes."""
+    if not any(_hook(held) is _say for held in model._load_state_dict_pre_hooks.values()):
+        model.register_load_state_dict_pre_hook(_say)
+
+
+def say_no_more(model: nn.Module) -> None:
+    """Take that off."""
+    hooks = model._load_state_dict_pre_hooks
+    for key in [key for key, held in hooks.items() if _hook(held) is _say]:
+        del hooks[key]
+
+
+def look_first(model: nn.Module, hook: Callable[..., None]) -> Any:
+    """Register a hook of `load_state_dict` that is called before all others, for it may let the model take the sizes.
+
+    Returns:
+        A handle to remove it.
+    """
+    handle = model.register_load_state_dict_pre_hook(hook)
+    hooks: Any = model._load_state_dict_pre_hooks
+    hooks.move_to_end(handle.id, last=False)
+    return handle
+
+
+def _hook(held: Any) -> Any:
+    return getattr(held, "hook", held)  # torch wraps those that take the module
+
+
+def _say(model: nn.Module, given: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Add to the errors of torch, the last argument, where weights of the state_dict have other sizes."""
+    odd = [
+        (name, tuple(given[prefix + name].shape), tuple(tensor.shape))
+        for name, tensor in named_tensors(model).items()
+        if isinstance(given.get(prefix + name), Tensor) and given[prefix + name].shape != tensor.shape
+    ]
+    if odd and not rest[-1]:  # a callback may have said what it knows
+        name, theirs, ours = odd[0]
+        rest[-1].append(
+            f"{len(odd)} weights have other sizes than this model, which has shrunk: `{name}` is {theirs} there and "
+            f"{ours} here. A state_dict does not say which rows and columns are left. Keep states of a training run "
+            "with ecospa_fx.save(model, directory, ...), go back to one with ecospa_fx.resume(directory, model, ...), "
+            "or make a model from it with ecospa_fx.load(directory)"
+        )
