@@ -36,7 +36,13 @@ from ecospa_fx.demo.torchvision_cure import tolerate_missing_torchvision_ops
 from ecospa_fx.passes.capture import capture
 from ecospa_fx.passes.find import analyse
 
-PARTS = ((capture, "export"), (capture, "difference_from_eager"), (analyse, "infer_axes"), (analyse, "discover"))
+PARTS = (
+    (capture, "export"),
+    (capture, "difference_from_eager"),
+    (analyse, "difference_from_eager"),  # of blocks that share a graph
+    (analyse, "infer_axes"),
+    (analyse, "discover"),
+)
 NAMES = {"export": "export", "difference_from_eager": "comparison", "infer_axes": "inference", "discover": "inference"}
 
 
