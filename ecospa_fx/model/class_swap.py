@@ -5,6 +5,7 @@ A module is routed to a program, or to the capture of its first call, by `ecospa
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,9 @@ from torch import nn
 from ecospa_fx.passes.follow.given import GIVEN
 from ecospa_fx.passes.graph.forward_swap import swap_forward, swap_of
 from ecospa_fx.passes.graph.isolate import weight_of
-from ecospa_fx.passes.graph.stand_in_class import below, is_stand_in, stands_for
+from ecospa_fx.passes.graph.stand_in_class import below, is_stand_in, stand_in_class, stands_for
 from ecospa_fx.ranks.fsdp2 import class_inside
+from ecospa_fx.threads import enter, is_alone, leave
 
 
 class ShrinkableLinear(nn.Linear):
@@ -101,6 +103,29 @@ def own_forward_aside(module: nn.Module) -> Iterator[None]:
     finally:
         if outer is not None:
             module.__dict__["forward"] = outer
+
+
+@contextmanager
+def others_wait(module: nn.Module) -> Iterator[None]:
+    """Let calls of a module by other threads wait for this one, which is alone, while it has its own class."""
+    if threading.active_count() == 1:
+        yield
+        return
+    cls = type(module)
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not is_alone():
+            enter()  # which waits
+            leave()
+            if not isinstance(self, waits):
+                return self(*args, **kwargs)
+        return cls.__call__(self, *args, **kwargs)
+
+    module.__class__ = waits = stand_in_class(cls, {"__call__": call})
+    try:
+        yield
+    finally:
+        module.__class__ = cls
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

@@ -34,8 +34,9 @@ from ecospa_fx.passes.graph.tensors import is_quantized, named_tensors
 from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.fsdp2 import check_gathered_at_once
 from ecospa_fx.ranks.tensor_parallel import check_sequences, gathered_whole, spread_dims
+from ecospa_fx.threads import alone
 
-from .class_swap import CopiesWait, is_waiting, own_forward_aside, swap_linears, unswap_forward
+from .class_swap import CopiesWait, is_waiting, others_wait, own_forward_aside, swap_linears, unswap_forward
 from .execution import Execution
 from .full_size import in_transform, outside_forward, outside_inference
 from .inner import guard_inner
@@ -43,6 +44,7 @@ from .joint_offers import joint_offers
 from .journal import Journal, all_or_nothing
 from .outside import outside_text, uncalled_text
 from .own_memory import give_own_memory
+from .owners import check_owner, note_owner
 from .parametrized import first_removal
 from .recorded_call import recorded_call
 from .region import REGION as REGION
@@ -180,8 +182,9 @@ class CompiledModel:
         After an error the model is as before, and waits if it did; only where nothing can shrink it waits no longer.
         """
         options = replace(self.state.options, gradients=torch.is_grad_enabled())
-        with outside_forward():
-            self._capture(model, args, kwargs, options)
+        with alone(), outside_forward():
+            if not self.captured:  # another thread may have done it while this one waited
+                self._capture(model, args, kwargs, options)
 
     def _capture(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], options: CaptureOptions
@@ -191,13 +194,14 @@ class CompiledModel:
         waiting = is_waiting(model, MODEL)
         try:
             self._wait_no_longer(model)
-            with gathered_whole(model):
+            with gathered_whole(model), others_wait(model):
                 give_own_memory(model, SharedMemory(named_tensors(model)))
                 across = self.execution == "graph"
                 chosen = choose_regions(model, args, kwargs, self.how, self.state.captures, options, across)
             analyses, self.not_captured = chosen.analyses, chosen.failed
             if not chosen.joints and not any(analysis.discovery.couplings for analysis in analyses.values()):
                 raise NoCouplingError(_nothing_found(model, analyses))
+            check_owner(model, analyses, MODEL)
             regions = {}
             for name, analysis in analyses.items():
                 check_gathered_at_once(name, model.get_submodule(name), self.execution)
@@ -258,6 +262,7 @@ class CompiledModel:
                 region.leave(str(error))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @alone()
     @outside_forward()
     def capture_again(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Capture the regions of a model that was loaded and runs its own Python, so that it can shrink further.
@@ -265,10 +270,12 @@ class CompiledModel:
         Raises:
             CaptureError: this call cannot be captured. Without gradients the model can run it nevertheless.
         """
+        if self.captured:  # by another thread
+            return
         waiting = is_waiting(model, MODEL)
         try:
             self._wait_no_longer(model)
-            with gathered_whole(model):
+            with gathered_whole(model), others_wait(model):
                 calls = record(model, *outside_inference((args, kwargs)), set(self.regions))
                 missing = [name for name in self.regions if name not in calls]
                 if missing:
@@ -286,6 +293,7 @@ class CompiledModel:
 
     def route(self, model: nn.Module) -> None:
         """Swap the classes of the regions, so that their calls run through `Region.__call__`."""
+        note_owner(model, self.regions)
         for name, region in self.regions.items():
             module = model.get_submodule(name)
             swap_linears(module)  # first: the region may be one itself

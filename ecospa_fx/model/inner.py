@@ -25,6 +25,7 @@ from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.graph.tensors import swapped
 from ecospa_fx.passes.ir.signature import autocast_now, with_autocast
 from ecospa_fx.passes.rewrite.program import Program
+from ecospa_fx.threads import alone, enter, leave
 
 from .region import REGION, Region
 
@@ -47,6 +48,7 @@ class Around:
         return f"`{self.region.name}`" if self.region.name else "the model"
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @alone()
     def fits(self) -> bool:
         """Return whether the region's own Python computes with the weights that are left what its programs compute.
 
@@ -77,6 +79,15 @@ class InnerCall:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module's own Python where that is right, else a program of the sizes left."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._run(module, args, kwargs)
+        enter()
+        try:
+            return self._run(module, args, kwargs)
+        finally:
+            leave()
+
+    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         own = own_forward(module, INNER)
         if not self._small(module):  # as while graphs are captured
             return own(module, *args, **kwargs)

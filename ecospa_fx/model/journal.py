@@ -19,6 +19,7 @@ from ecospa_fx.ranks.agreement import Ranks
 from ecospa_fx.ranks.ddp import make_again
 from ecospa_fx.ranks.shards import data_of, is_sharded, other_dtype, put
 from ecospa_fx.ranks.wrappers import reducers_of
+from ecospa_fx.threads import alone
 
 Result = TypeVar("Result")
 _MISSING = object()
@@ -131,6 +132,7 @@ class Journal:
             finish()
 
 
+@alone()
 def all_or_nothing(change: Callable[[Journal], Result], ranks: Ranks | None = None, doing: str = "shrink") -> Result:
     """Make a change as a whole: whatever is raised inside, Ctrl-C included, leaves everything as it was before.
 

@@ -96,6 +96,19 @@ def _check_shapes(compiled: CompiledModel, model: nn.Module) -> None:
                 )
 
 
+def _check_not_shared(model: nn.Module, after: Plan) -> None:
+    """Refuse to shrink tensors that other processes hold too, in the same memory."""
+    for name, tensor in named_tensors(model).items():
+        if tensor.device.type != "cpu" or name not in after.original_shapes or tensor.shape == after.shape(name):
+            continue  # of a CUDA tensor torch always says that it is shared
+        if tensor.is_shared():
+            raise ShrinkError(
+                f"`{name}` lies in memory that it shares with other processes (share_memory, or a model that was sent "
+                "to this one), and they would keep the sizes of before. Shrink it before it is shared, or shrink a "
+                "copy.deepcopy of the model"
+            )
+
+
 def _prepared(
     compiled: CompiledModel,
     model: nn.Module,
@@ -118,6 +131,7 @@ def _prepared(
             compiled.regions[name].check_shared(model.get_submodule(name), model)
     joints = joint_offers(compiled.state, compiled.regions)
     after = planned(compiled.plan, compiled.regions, compiled.couplings(), selection, joints)
+    _check_not_shared(model, after)
     rewritten: dict[Program, Program] = {}
     specializations = _rewritten(compiled, model, after, rewritten)
     twins = [(copy.module, _of_copy(compiled, copy)) for copy in copies if copy.module is not None]

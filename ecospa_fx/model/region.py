@@ -39,6 +39,7 @@ from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts, keys_of, whole_objects
 from ecospa_fx.ranks.fsdp2 import check_gathered_at_once, fsdp_modules
 from ecospa_fx.ranks.tensor_parallel import check_sequences, gathered_here
+from ecospa_fx.threads import alone, enter, leave
 
 from .compiled_code import check_not_recomputed
 from .full_size import (
@@ -123,6 +124,15 @@ class Region:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call of the region."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._run(module, args, kwargs)
+        enter()
+        try:
+            return self._run(module, args, kwargs)
+        finally:
+            leave()
+
+    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key, inputs, objects = call_key(args, kwargs) or (None, [], [])
         program = self.routing.remembered(self.specializations, key, inputs, objects)
         if program is None:
@@ -175,6 +185,7 @@ class Region:
         return self.program_here(program, module)(module, inputs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @alone()
     def _captured(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any, compiling: bool
     ) -> tuple[Program | None, str | None]:
@@ -184,6 +195,11 @@ class Region:
             The program, or None where the region's own Python serves the call; and why no call is captured from then on
             that none serves, once this one has run.
         """
+        # Another thread may have captured such a call while this one waited.
+        program = self.routing.search(self.specializations, module, (args, kwargs), inner_hooks(module))
+        if program is not None:
+            self.routing.remember(key, module, program)
+            return program, None
         if self.shared_out is not None:
             self._check_numbers(module, self.shared_out.ranks)
         if compiling:
@@ -398,6 +414,7 @@ class Region:
             logger("recaptures").warning("%s runs its own Python from now on: %s", self._named(), why)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @alone()
     def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         """Capture a call of a new signature at original sizes and replay the plan on it.
 

@@ -10,9 +10,11 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
+from threading import get_ident
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch._dynamo
@@ -20,6 +22,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.fx.experimental import _config as symbolic_shapes
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ecospa_fx.errors import CaptureError
@@ -151,6 +154,7 @@ def export(
                 uncached_autocast() if under_autocast else with_autocast(),
                 _settled_comparisons() if settled else nullcontext(),
                 _same_attributes(flat.region),
+                _this_thread_alone(),
             ):
                 return torch.export.export(flat, tuple(t.detach() for t in tensors), **options)
         except Exception as error:
@@ -180,6 +184,27 @@ def export(
     raise CaptureError(
         f"torch.export cannot capture {described(region)} ({type(flat.region).__name__}): {words}"
     ) from reason
+
+
+@contextmanager
+def _this_thread_alone() -> Iterator[None]:
+    """Let modules that other threads call meanwhile go past the tracer: torch.fx asks it for those of all threads."""
+    tracers, me = (proxy_tensor.PythonKeyTracer, proxy_tensor._ModuleStackTracer), get_ident()
+
+    def getting(get: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self, name, value, cache: get(self, name, value, cache) if get_ident() == me else value
+
+    def calling(call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(self: Any, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            return call(self, module, forward, args, kwargs) if get_ident() == me else forward(*args, **kwargs)
+
+        return called
+
+    with ExitStack() as stack:
+        for cls in tracers:
+            stack.enter_context(patch.object(cls, "getattr", getting(cls.getattr)))
+            stack.enter_context(patch.object(cls, "call_module", calling(cls.call_module)))
+        yield
 
 
 def _is_about_data(error: Exception) -> bool:

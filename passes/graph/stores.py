@@ -5,7 +5,8 @@
     stores.anew(...)     the places
 
 A number is told from the one before by an equal copy in its place. True, None, a text and whatever else has no other
-copy is told by a stand-in, which lies in its place for the time of one instruction: of a store, while nothing reads.
+copy is told by a stand-in, which lies in its place for the time of one instruction: of a store, while nothing reads but
+other threads. These share globals above all, and a store to one of these by name is told without a stand-in.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ from .python_state import PythonState, StateChange, is_constant, item_of, put_it
 _MUTATORS = frozenset(("append", "appendleft", "extend", "extendleft", "insert", "update"))
 _CALLED = frozenset(("__setitem__", "__setattr__"))  # by name, which no profile tells of
 _STORES = frozenset(("STORE_ATTR", "STORE_SUBSCR", "STORE_SLICE", "STORE_GLOBAL", "STORE_DEREF"))
+# What holds functions for all of a program: methods, globals, registers of functions. No forward puts the same in anew.
+_REGISTERS = (type, ModuleType, dict, list, deque)
+
+SWITCH = 0.05
+"""Seconds after which another thread may interrupt a forward that is watched, or a stand-in in its place."""
 
 
 class _Int(int):
@@ -74,6 +80,7 @@ class Stores:
         self._copies: list[tuple[Any, Any, str, Any, Any]] = []
         self._attributes: dict[str, list[_Place]] = {}
         self._entries: list[_Place] = []
+        self._globals: list[_Place] = []
         self._by_owner: dict[int, list[_Place]] = {}
         self._names: dict[str, list[_Place]] = {}  # globals and variables of enclosing functions
         self._open: list[_Place] = []
@@ -84,14 +91,14 @@ class Stores:
             copy = value if _torch_layer(owner) or isinstance(owner, ModuleType) else _equal_copy(value)
             if copy is not value:
                 self._copies.append((owner, key, where, value, copy))
-            elif not isinstance(owner, nn.Module):
+            elif not isinstance(owner, nn.Module) and not (callable(value) and isinstance(owner, _REGISTERS)):
                 self._add(_Place(owner, key, where, value))
 
     def _add(self, place: _Place) -> None:
         if isinstance(place.owner, CellType):
             self._names.setdefault(place.key, []).append(place)
         elif isinstance(place.owner, (dict, list, deque)):
-            self._entries.append(place)
+            (self._globals if "__builtins__" in place.owner else self._entries).append(place)
             self._by_owner.setdefault(id(place.owner), []).append(place)
             if isinstance(place.key, str):  # it may be the dict of globals
                 self._names.setdefault(place.key, []).append(place)
@@ -163,11 +170,15 @@ class Stores:
         if kind == "STORE_ATTR":
             self._put(self._attributes.get(argument, ()))
         elif kind == "STORE_GLOBAL":
-            self._put(place for place in self._names.get(argument, ()) if place.owner is frame.f_globals)
+            for place in self._names.get(argument, ()):
+                if place.owner is frame.f_globals:
+                    self._written[id(place.owner), place.key] = place
         elif kind == "STORE_DEREF":
             self._put(place for place in self._names.get(argument, ()) if isinstance(place.owner, CellType))
         else:
             self._put(self._entries)
+            if "globals" in frame.f_code.co_names:
+                self._put(self._globals)
             if kind == "CALL":
                 self._put(place for places in self._attributes.values() for place in places)
 
@@ -212,8 +223,9 @@ def _stores(code: CodeType) -> dict[int, tuple[str, Any]]:
 def watched_stores(state: PythonState) -> Iterator[Stores]:
     """Watch the places of a state while a forward runs inside the `with` block, once."""
     stores = Stores(state)
-    tracer, profiler = sys.gettrace(), sys.getprofile()
+    tracer, profiler, interval = sys.gettrace(), sys.getprofile(), sys.getswitchinterval()
     try:
+        sys.setswitchinterval(max(interval, SWITCH))
         stores.begin()
         sys.setprofile(stores.profile)
         sys.settrace(stores.trace)
@@ -221,6 +233,7 @@ def watched_stores(state: PythonState) -> Iterator[Stores]:
     finally:
         sys.settrace(tracer)
         put_profile(profiler)
+        sys.setswitchinterval(interval)
         stores.end()
 
 

@@ -15,7 +15,7 @@ PRODUCT = (
     "cli demo __init__ testing integrations vocabulary out see checkpoint train compensate score api model couple ranks"
 )
 COMPILER = "transform follow find rewrite infer capture simplify rules objects ir graph axes"
-GROUND = "collectives plan json_text text logs arguments errors kernels"  # nobody below `score` knows `kernels`
+GROUND = "collectives plan json_text text logs threads arguments errors kernels"  # nobody below `score` knows `kernels`
 COMPILER_STANDS_ON = {"errors", "logs", "plan"}
 ORDER = [*PRODUCT.split(), *(f"passes/{room}" for room in COMPILER.split()), *GROUND.split()]
 

@@ -1,0 +1,224 @@
+"""Calls, compiles, shrinks and training in several threads: each as if it were the only one."""
+
+import copy
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import ecospa_fx
+from ecospa_fx import threads
+from ecospa_fx.threads import alone, enter, is_alone, leave
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+def stack():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), Block(), Block(), nn.Linear(8, 3)).eval()
+
+
+def convolutions():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
+    ).eval()  # fmt: skip
+
+
+def gpt2():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=32, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+ROWS = [torch.randn(rows, 4, generator=generator(rows)) for rows in (1, 2, 3, 5)] * 3
+IMAGES = [torch.randn(rows, 3, side, side, generator=generator(side)) for rows in (1, 2) for side in (6, 8, 9)] * 2
+TOKENS = [torch.randint(32, (rows, long), generator=generator(long)) for rows in (1, 2) for long in (1, 3, 7)] * 2
+KINDS = {
+    "blocks": (stack, ROWS, lambda model, x: model(x)),
+    "the root": (convolutions, IMAGES, lambda model, x: model(x)),
+    "generation": (gpt2, TOKENS, lambda model, x: model.generate(x, max_new_tokens=3, do_sample=False, pad_token_id=0)),
+}
+
+
+def in_threads(function, values, count=6):
+    def call(value):
+        with torch.no_grad():
+            return function(value)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(call, values))
+
+
+@pytest.mark.parametrize("state", ["new", "shrunk", "loaded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_calls_from_several_threads(kind, state, tmp_path):
+    """Each call of a new kind captures, while others are served; the first does with all waiting for it."""
+    make, inputs, call = KINDS[kind]
+    plain = model = ecospa_fx.compile(make())
+    if state == "new":
+        plain = make()
+    else:
+        call(model, inputs[0])
+        halves = {c: torch.arange(0, c.size, 2) for c in ecospa_fx.couplings(model) if c.kind != "heads"}
+        ecospa_fx.shrink(model, halves)
+        plain = copy.deepcopy(model)
+    if state == "loaded":
+        ecospa_fx.save(model, tmp_path)
+        model = ecospa_fx.load(tmp_path, None if kind == "generation" else make).eval()
+    served = in_threads(lambda x: call(model, x), inputs)
+    with torch.no_grad():
+        for x, result in zip(inputs, served, strict=True):
+            torch.testing.assert_close(result, call(plain, x))
+
+
+def train(seed):
+    """A run with numbers of its own; what it ends with."""
+    numbers, model = generator(seed), stack().train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=numbers) / 4)
+    ecospa_fx.compile(model)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    trainer = ecospa_fx.EcoSpaTrainer(
+        model, optimizer, target=0.7, start=2, interval=2, end=8, policy="adaptive" if seed % 2 else "paper"
+    )
+    for _ in range(10):
+        loss = model(torch.randn(16, 4, generator=numbers)).square().mean()
+        loss.backward()
+        optimizer.step()
+        trainer.step(loss=loss)
+        optimizer.zero_grad()
+    assert trainer.done
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_several_models_train_at_once():
+    for alone_, together in zip(map(train, range(3)), in_training_threads(range(3)), strict=True):
+        torch.testing.assert_close(together, alone_, rtol=0, atol=0)
+
+
+def in_training_threads(seeds):
+    with ThreadPoolExecutor(3) as pool:
+        return list(pool.map(train, seeds))
+
+
+def test_plain_models_run_beside_a_compile():
+    """Of the same classes too, whose registers of functions and globals are the same objects."""
+    plain, ids, ended, results = gpt2(), TOKENS[2], threading.Event(), []
+    with torch.no_grad():
+        expected = plain(input_ids=ids).logits
+
+    def serve():
+        with torch.no_grad():
+            while not ended.is_set():
+                try:
+                    results.append(plain(input_ids=ids).logits)
+                except Exception as error:  # of any kind, to be seen below
+                    results.append(error)
+                    return
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        ecospa_fx.compile(gpt2(), example_kwargs={"input_ids": ids, "use_cache": False}, regions="root")
+    finally:
+        ended.set()
+        thread.join()
+    assert results and all(isinstance(each, torch.Tensor) and torch.allclose(each, expected) for each in results)
+
+
+def test_a_model_shrinks_while_it_is_served():
+    """Each call runs at the sizes of before or of after."""
+    model, x, ended, results = ecospa_fx.compile(stack(), example_inputs=(ROWS[3],)), ROWS[3], threading.Event(), []
+    first = next(c for c in ecospa_fx.couplings(model) if c.kind == "ffn")
+    with torch.no_grad():
+        expected = [model(x)]
+        small = copy.deepcopy(model)
+        for size in (12, 8, 4):
+            ecospa_fx.shrink(small, {first.name: torch.arange(size)})
+            expected.append(small(x))
+
+    def serve():
+        with torch.no_grad():
+            while not ended.is_set():
+                results.append(model(x))
+
+    serving = [threading.Thread(target=serve) for _ in range(2)]
+    for thread in serving:
+        thread.start()
+    for size in (12, 8, 4):
+        reached = len(results) + 5
+        while len(results) < reached and all(thread.is_alive() for thread in serving):
+            time.sleep(0)
+        ecospa_fx.shrink(model, {first.name: torch.arange(size)})
+    ended.set()
+    for thread in serving:
+        thread.join()
+    assert len(results) > 15 and all(any(torch.allclose(each, one) for one in expected) for each in results)
+
+
+def test_who_is_alone_waits_for_calls_and_they_for_it():
+    order, inside = [], threading.Event()
+
+    def call():
+        enter()
+        inside.set()
+        while threads._changing is None:  # until somebody is about to be alone
+            time.sleep(0)
+        order.append("called")
+        leave()
+        enter()
+        order.append("called again")
+        leave()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    inside.wait()
+    enter()  # of a call of this thread, which does not count
+    with alone():
+        assert is_alone() and "called" in order
+        order.append("changed")
+        with alone():
+            order.append("within")
+    leave()
+    thread.join()
+    assert order == ["called", "changed", "within", "called again"] and not is_alone()
+
+
+def test_two_that_are_in_calls_may_both_be_alone():
+    """Each waits inside of a call, which must not keep the other waiting."""
+    ready, order = threading.Barrier(2), []
+
+    def change(number):
+        enter()
+        ready.wait()
+        with alone():
+            order.append(number)
+            order.append(number)
+        leave()
+
+    both = [threading.Thread(target=change, args=(number,)) for number in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert order in ([0, 0, 1, 1], [1, 1, 0, 0])
