@@ -45,19 +45,20 @@ def leave() -> None:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def alone() -> Iterator[bool]:
     """Stay until every other thread has left its calls, and keep them from new ones; inside of another, do nothing.
 
-    Calls that this thread is in itself do not count: others may be alone before it is.
+    Calls that this thread is in itself do not count: others may be alone before it is. It is told if they were.
     """
     global _changing
     me = get_ident()
     if _changing == me or (_changing is not None and _in_backward()):
-        yield
+        yield False
         return
     with _free:
         calls = _inside.pop(me, 0)
         _free.notify_all()
+        waited = _changing is not None
         while _changing is not None:
             _free.wait()
         _changing = me
@@ -65,7 +66,7 @@ def alone() -> Iterator[None]:
         with _free:
             while any(each != me for each in list(_inside)):
                 _free.wait()
-        yield
+        yield waited
     finally:
         with _free:
             _changing = None

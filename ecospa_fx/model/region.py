@@ -185,7 +185,6 @@ class Region:
         return self.program_here(program, module)(module, inputs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @alone()
     def _captured(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any, compiling: bool
     ) -> tuple[Program | None, str | None]:
@@ -195,11 +194,17 @@ class Region:
             The program, or None where the region's own Python serves the call; and why no call is captured from then on
             that none serves, once this one has run.
         """
-        # Another thread may have captured such a call while this one waited.
-        program = self.routing.search(self.specializations, module, (args, kwargs), inner_hooks(module))
-        if program is not None:
-            self.routing.remember(key, module, program)
-            return program, None
+        with alone() as waited:
+            if waited:  # for another thread, which may have captured such a call
+                program = self.routing.search(self.specializations, module, (args, kwargs), inner_hooks(module))
+                if program is not None:
+                    self.routing.remember(key, module, program)
+                    return program, None
+            return self._captured_alone(module, args, kwargs, key, compiling)
+
+    def _captured_alone(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], key: Any, compiling: bool
+    ) -> tuple[Program | None, str | None]:
         if self.shared_out is not None:
             self._check_numbers(module, self.shared_out.ranks)
         if compiling:
