@@ -12,6 +12,7 @@ from ecospa_fx.model.diff import ModuleDiff, diff_since
 from ecospa_fx.model.execution import Execution
 from ecospa_fx.model.lookup import check_ready, plan
 from ecospa_fx.model.lookup import regions_of as regions_of
+from ecospa_fx.model.old_weights import say_of_sizes
 from ecospa_fx.ranks.wrappers import looks_inside, note_earlier, unwrapped
 
 from .arguments import CALL, FLAG, MODULE, REGIONS, TEXT, takes
@@ -80,6 +81,7 @@ def compile(
         return model
     _check_alone(module)
     check_ready(module)
+    say_of_sizes(module)
     compiled = CompiledModel(regions, experiments, execution)
     if example_inputs is None and example_kwargs is None:
         compiled.attach(module)

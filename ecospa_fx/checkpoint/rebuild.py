@@ -24,7 +24,7 @@ from ecospa_fx.model.full_size import unshrunk
 from ecospa_fx.model.journal import Journal, reduced_anew
 from ecospa_fx.model.old_weights import say_of_sizes
 from ecospa_fx.model.region import Region
-from ecospa_fx.model.restore import restore
+from ecospa_fx.model.restore import restored
 from ecospa_fx.passes.follow.attributes import Changes, assigned, sync_layer_sizes
 from ecospa_fx.passes.graph.shared_memory import SharedMemory
 from ecospa_fx.passes.graph.tensors import dense, join, named_tensors
@@ -154,7 +154,7 @@ def rebuild(saved: Saved, factory: Callable[[], nn.Module] | None, device: torch
         raise CheckpointError("the factory made a model that has shrunk already; it must make the original one")
     _check_fits(model, saved)
     if MODEL in model.__dict__:
-        restore(model)
+        restored(model)
     _fill(model, saved, device)
     for name, module in model.named_modules():
         module.training = about["training"] != (name in about["other_mode"])
@@ -270,8 +270,7 @@ def attach_compiled(model: nn.Module, about: Mapping[str, Any], plan: Plan, attr
     compiled.state.joints, borders, compiled.state.withheld = joints_in(about.get("across", {}), "the save")
     compiled.state.numbers = numbers_in(about, "the save")
     compiled.state.adopt(plan, attributes)
-    if plan.original_shapes:
-        say_of_sizes(model)
+    say_of_sizes(model)
     if about["regions"]:
         model.__dict__[MODEL] = compiled
         memory = SharedMemory(named_tensors(model))

@@ -18,7 +18,7 @@ from ecospa_fx.passes.graph.forward_swap import swap_forward, swap_of
 from ecospa_fx.passes.graph.isolate import weight_of
 from ecospa_fx.passes.graph.stand_in_class import below, is_stand_in, stand_in_class, stands_for
 from ecospa_fx.ranks.fsdp2 import class_inside
-from ecospa_fx.threads import enter, is_alone, leave
+from ecospa_fx.threads import call, is_alone
 
 
 class ShrinkableLinear(nn.Linear):
@@ -113,15 +113,15 @@ def others_wait(module: nn.Module) -> Iterator[None]:
         return
     cls = type(module)
 
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def waiting(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not is_alone():
-            enter()  # which waits
-            leave()
+            with call():
+                pass
             if not isinstance(self, waits):
                 return self(*args, **kwargs)
         return cls.__call__(self, *args, **kwargs)
 
-    module.__class__ = waits = stand_in_class(cls, {"__call__": call})
+    module.__class__ = waits = stand_in_class(cls, {"__call__": waiting})
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.graph.tensors import swapped
 from ecospa_fx.passes.ir.signature import autocast_now, with_autocast
 from ecospa_fx.passes.rewrite.program import Program
-from ecospa_fx.threads import alone, enter, leave
+from ecospa_fx.threads import alone, call
 
 from .region import REGION, Region
 
@@ -81,11 +81,8 @@ class InnerCall:
         """Run the module's own Python where that is right, else a program of the sizes left."""
         if torch.compiler.is_dynamo_compiling():
             return self._run(module, args, kwargs)
-        enter()
-        try:
+        with call():
             return self._run(module, args, kwargs)
-        finally:
-            leave()
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         own = own_forward(module, INNER)

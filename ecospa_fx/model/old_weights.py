@@ -1,7 +1,7 @@
 """Words for weights of other sizes: a state_dict of before a shrink, given to the model as it is after it.
 
 torch lists the sizes that differ, and cannot know that a shrink lies between, nor which way leads back. A hook of
-`load_state_dict` adds that to its error; `restore` takes it off.
+`load_state_dict` on every compiled model adds that to its error; `restore` takes it off.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from ecospa_fx.passes.graph.tensors import named_tensors
 
+from .compiled import MODEL
+
 
 def say_of_sizes(model: nn.Module) -> None:
-    """Let a model that has shrunk say so when it is given weights of other sizes."""
+    """Let a compiled model say that it has shrunk when it is given weights of other sizes."""
     if not any(_hook(held) is _say for held in model._load_state_dict_pre_hooks.values()):
         model.register_load_state_dict_pre_hook(_say)
 
@@ -45,6 +47,8 @@ def _hook(held: Any) -> Any:
 
 def _say(model: nn.Module, given: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Add to the errors of torch, the last argument, where weights of the state_dict have other sizes."""
+    if MODEL not in model.__dict__ or not model.__dict__[MODEL].plan.original_shapes:
+        return
     odd = [
         (name, tuple(given[prefix + name].shape), tuple(tensor.shape))
         for name, tensor in named_tensors(model).items()

@@ -39,7 +39,7 @@ from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts, keys_of, whole_objects
 from ecospa_fx.ranks.fsdp2 import check_gathered_at_once, fsdp_modules
 from ecospa_fx.ranks.tensor_parallel import check_sequences, gathered_here
-from ecospa_fx.threads import alone, enter, leave
+from ecospa_fx.threads import alone, call
 
 from .compiled_code import check_not_recomputed
 from .full_size import (
@@ -126,11 +126,8 @@ class Region:
         """Run a call of the region."""
         if torch.compiler.is_dynamo_compiling():
             return self._run(module, args, kwargs)
-        enter()
-        try:
+        with call():
             return self._run(module, args, kwargs)
-        finally:
-            leave()
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key, inputs, objects = call_key(args, kwargs) or (None, [], [])

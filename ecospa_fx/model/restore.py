@@ -59,6 +59,15 @@ def restore(
         NoInputsError: the model has shrunk, was loaded and not called since, and no inputs are given.
         RestoreError: a module cannot run with its weights, or gives other results; nothing was changed.
     """
+    restored(model, example_inputs, example_kwargs)
+    say_no_more(model)
+    return model
+
+
+def restored(
+    model: nn.Module, example_inputs: Sequence[Any] | None = None, example_kwargs: Mapping[str, Any] | None = None
+) -> None:
+    """Restore a model as `restore` does, but for the words of `load_state_dict`, which may be calling this."""
     compiled: CompiledModel | None = model.__dict__.get(MODEL)
     if compiled is None:
         raise EcoSpaError(f"{type(model).__name__} is not compiled; there is nothing to restore")
@@ -87,8 +96,6 @@ def restore(
     for name in compiled.regions:
         plain(model.get_submodule(name))
     plain(model)
-    say_no_more(model)
-    return model
 
 
 def plain(module: nn.Module) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from .journal import Journal, all_or_nothing
 from .keeping import keep_only
 from .left_behind import left_behind
 from .lookup import check_optimizer, state_of
-from .old_weights import say_of_sizes
 from .optimizer_state import several
 from .slicing import Absorber
 
@@ -125,10 +123,7 @@ def shrink_within(
     for each in optimizers:
         check_optimizer(model, each)
     before, sizes = shapes_of(model), {coupling.name: coupling.size for coupling in compiled.couplings()}
-    copies = copies_of(model, also)
-    keep_only(compiled, model, selection, journal, optimizers, copies, absorb)
-    for module in (model, *(copy.module for copy in copies if copy.module is not None)):
-        journal.note_later(partial(say_of_sizes, module))
+    keep_only(compiled, model, selection, journal, optimizers, copies_of(model, also), absorb)
     change = diff_of(model, before)
     left_behind().note(model, change.before, optimizers)
     forget_code(model, change.before)

@@ -103,4 +103,6 @@ def test_an_undone_shrink_leaves_no_words_behind(monkeypatch):
     monkeypatch.setattr("ecospa_fx.model.shrinking.forget_code", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ecospa_fx.shrink(model, {coupling: torch.arange(8)})
-    assert not model._load_state_dict_pre_hooks and ecospa_fx.couplings(model)[0].size == 16
+    with pytest.raises(RuntimeError) as caught:
+        model.load_state_dict({"0.weight": torch.zeros(3, 3)}, strict=False)
+    assert "shrunk" not in str(caught.value) and ecospa_fx.couplings(model)[0].size == 16

@@ -1,8 +1,11 @@
 """Calls, compiles, shrinks and training in several threads: each as if it were the only one."""
 
 import copy
+import os
+import signal
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,8 +14,7 @@ import transformers
 from torch import nn
 
 import ecospa_fx
-from ecospa_fx import threads
-from ecospa_fx.threads import alone, enter, is_alone, leave
+from ecospa_fx.threads import alone, call, is_alone
 
 
 class Block(nn.Module):
@@ -52,42 +54,48 @@ def generator(seed):
 ROWS = [torch.randn(rows, 4, generator=generator(rows)) for rows in (1, 2, 3, 5)] * 3
 IMAGES = [torch.randn(rows, 3, side, side, generator=generator(side)) for rows in (1, 2) for side in (6, 8, 9)] * 2
 TOKENS = [torch.randint(32, (rows, long), generator=generator(long)) for rows in (1, 2) for long in (1, 3, 7)] * 2
+
+
+def run(model, x):
+    return model(x)
+
+
 KINDS = {
-    "blocks": (stack, ROWS, lambda model, x: model(x)),
-    "the root": (convolutions, IMAGES, lambda model, x: model(x)),
+    "blocks": (stack, ROWS, run),
+    "the root": (convolutions, IMAGES, run),
     "generation": (gpt2, TOKENS, lambda model, x: model.generate(x, max_new_tokens=3, do_sample=False, pad_token_id=0)),
 }
 
 
 def in_threads(function, values, count=6):
-    def call(value):
+    def of(value):
         with torch.no_grad():
             return function(value)
 
     with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(call, values))
+        return list(pool.map(of, values))
 
 
 @pytest.mark.parametrize("state", ["new", "shrunk", "loaded"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_calls_from_several_threads(kind, state, tmp_path):
     """Each call of a new kind captures, while others are served; the first does with all waiting for it."""
-    make, inputs, call = KINDS[kind]
+    make, inputs, serve = KINDS[kind]
     plain = model = ecospa_fx.compile(make())
     if state == "new":
         plain = make()
     else:
-        call(model, inputs[0])
+        serve(model, inputs[0])
         halves = {c: torch.arange(0, c.size, 2) for c in ecospa_fx.couplings(model) if c.kind != "heads"}
         ecospa_fx.shrink(model, halves)
         plain = copy.deepcopy(model)
     if state == "loaded":
         ecospa_fx.save(model, tmp_path)
         model = ecospa_fx.load(tmp_path, None if kind == "generation" else make).eval()
-    served = in_threads(lambda x: call(model, x), inputs)
+    served = in_threads(lambda x: serve(model, x), inputs)
     with torch.no_grad():
         for x, result in zip(inputs, served, strict=True):
-            torch.testing.assert_close(result, call(plain, x))
+            torch.testing.assert_close(result, serve(plain, x))
 
 
 def train(seed):
@@ -177,31 +185,54 @@ def test_a_model_shrinks_while_it_is_served():
 
 
 def test_who_is_alone_waits_for_calls_and_they_for_it():
-    order, inside = [], threading.Event()
+    order, inside, waits = [], threading.Event(), threading.Event()
 
-    def call():
-        enter()
-        inside.set()
-        while threads._changing is None:  # until somebody is about to be alone
-            time.sleep(0)
-        order.append("called")
-        leave()
-        enter()
-        order.append("called again")
-        leave()
+    def serve():
+        with call():
+            inside.set()
+            waits.wait()
+            order.append("called")
+        with call():
+            order.append("called again")
 
-    thread = threading.Thread(target=call)
+    thread = threading.Thread(target=serve)
     thread.start()
     inside.wait()
-    enter()  # of a call of this thread, which does not count
-    with alone():
-        assert is_alone() and "called" in order
-        order.append("changed")
+    threading.Timer(0.05, waits.set).start()  # by then this thread waits, or has not begun to: both will do
+    with call(), alone():  # a call of this thread does not count
+        assert is_alone()
+        assert order in (["called"], ["called", "called again"])
+        known = list(order)
         with alone():
-            order.append("within")
-    leave()
+            order.append("changed")
+        assert order == [*known, "changed"]
     thread.join()
-    assert order == ["called", "changed", "within", "called again"] and not is_alone()
+    assert sorted(order) == ["called", "called again", "changed"] and not is_alone()
+
+
+def test_a_call_that_began_waits_for_who_is_alone():
+    """The other way round: a thread that has made calls before, and one that never has."""
+    order, known, go = [], threading.Event(), threading.Event()
+
+    def serve(first):
+        if not first:
+            with call():
+                known.set()
+        go.wait()
+        with call():
+            order.append("called")
+
+    serving = [threading.Thread(target=serve, args=(first,)) for first in (False, True)]
+    for thread in serving:
+        thread.start()
+    known.wait()
+    with alone():
+        go.set()
+        time.sleep(0.05)
+        order.append("changed")
+    for thread in serving:
+        thread.join()
+    assert order == ["changed", "called", "called"]
 
 
 def test_two_that_are_in_calls_may_both_be_alone():
@@ -209,16 +240,41 @@ def test_two_that_are_in_calls_may_both_be_alone():
     ready, order = threading.Barrier(2), []
 
     def change(number):
-        enter()
-        ready.wait()
-        with alone():
-            order.append(number)
-            order.append(number)
-        leave()
+        with call():
+            ready.wait()
+            with alone():
+                order.append(number)
+                order.append(number)
+            order.append("after")
 
     both = [threading.Thread(target=change, args=(number,)) for number in range(2)]
     for thread in both:
         thread.start()
     for thread in both:
         thread.join()
-    assert order in ([0, 0, 1, 1], [1, 1, 0, 0])
+    numbers = [each for each in order if each != "after"]
+    assert numbers in ([0, 0, 1, 1], [1, 1, 0, 0]) and len(order) == 6
+
+
+def test_a_forked_process_is_by_itself():
+    """As a loader's worker is, which may call the model while another thread of its parent was alone."""
+    inside, over = threading.Event(), threading.Event()
+
+    def change():
+        with alone():
+            inside.set()
+            over.wait()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    inside.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that the parent has threads
+        pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        with call(), alone():
+            os._exit(7)
+    over.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
