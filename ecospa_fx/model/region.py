@@ -64,6 +64,10 @@ Watcher: TypeAlias = "Callable[[Region, Program, nn.Module, Sequence[Tensor]], A
 
 
 REGION = "_ecospa_region"  # key in a module's __dict__
+_FOR_TOOLS = (
+    ". If a tool has put hooks into its modules, give it a plain model: ecospa_fx.restore(copy.deepcopy(model)), or one "
+    "compiled with execution='module'"
+)
 MOST_PROGRAMS = 16  # per region: twice as many graphs as torch.compile allows before it gives up
 
 
@@ -162,8 +166,8 @@ class Region:
             if behind:
                 raise EcoSpaError(
                     f"`{join(self.name, behind[0])}` has a backward hook, but `{self.name or 'the model'}` has shrunk "
-                    "and runs as one graph, in which it would not be called. Remove it, or put it on an nn.Linear, on "
-                    "a parameter or on the region"
+                    "and runs as one graph, in which it would not be called. Remove it, put it on an nn.Linear, on a "
+                    "parameter or on the region, or compile with execution='module', whose own Python calls it"
                 )
             if program is not None:
                 self.routing.remember(key, module, program)
@@ -385,7 +389,7 @@ class Region:
             raise CaptureError(
                 f"{str(error).rstrip('.')}. {named[:1].upper()}{named[1:]} has shrunk, and its own Python is of the "
                 "original sizes: if such a call is right, make it before the first shrink, which then leaves the "
-                "region whole"
+                f"region whole{_FOR_TOOLS if inner_hooks(module) else ''}"
             ) from error
         return program
 

@@ -106,7 +106,8 @@ def test_backward_hooks(regions):
     where = "layers.0" if regions == "blocks" else "the model"
     assert str(caught.value) == (
         f"`layers.0.norm` has a backward hook, but `{where}` has shrunk and runs as one graph, in which it would not "
-        "be called. Remove it, or put it on an nn.Linear, on a parameter or on the region"
+        "be called. Remove it, put it on an nn.Linear, on a parameter or on the region, or compile with "
+        "execution='module', whose own Python calls it"
     )
     handle.remove()
     it.model(**it.kwargs).sum().backward()
