@@ -176,11 +176,12 @@ def resume(
     reshard(model)
 
     def take() -> None:
-        def read(save: Save) -> tuple[dict[str, dict[str, Any]], Saved]:
-            return read_training(save, training, rng, model), read_model(save, named_tensors(model) if sharded else {})
+        def read(save: Save) -> tuple[Saved, dict[str, dict[str, Any]]]:
+            saved = read_model(save, named_tensors(model) if sharded else {})
+            return saved, read_training(save, training, rng, model)
 
         # Ranks that share a model see one directory; those that each have all of it may have copies.
-        state, saved = read_save(source, read, ranks=ranks if sharded else ALONE)
+        saved, state = read_save(source, read, ranks=ranks if sharded else ALONE)
         if sharded:
             check_same(model, compiled.plan, saved)
         ranks.meet("resume")
