@@ -58,6 +58,7 @@ docs: $(TEST_READY)  ## build the documentation site in build/site
 
 bench: $(TEST_READY)  ## run the benchmarks; ARGS="..." goes to bench/rewrite.py
 	PYTHONPATH=bench $(RUN) bench/perf.py
+	PYTHONPATH=bench $(RUN) bench/first_call.py
 	PYTHONPATH=bench $(RUN) bench/explain.py
 	PYTHONPATH=bench $(RUN) bench/coverage.py
 	PYTHONPATH=bench $(RUN) bench/rewrite.py $(ARGS)
