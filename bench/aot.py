@@ -30,7 +30,11 @@ from ecospa_fx.kernels.compact import COMPACT_WIDTH, compact_kernel, tile
 from ecospa_fx.kernels.slice_sums import FINAL_COLS, FINAL_ROWS, WARPS, WARPS_WEIGHTED, finish_kernel, slice_sums_kernel
 from ecospa_fx.kernels.windows import COLS, ROWS, WIDTH
 
-TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
 BYTES_OF = {"fp32": 4, "bf16": 2, "fp16": 2}
 ELEMENT = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 
@@ -188,7 +192,8 @@ def amd(compiled: object) -> dict[str, int]:
 def report(few: bool) -> list[dict[str, object]]:
     rows = []
     for variant in variants():
-        for target, read in (("sm_90", nvidia), ("gfx942", amd)) if variant.key or not few else ():
+        for target in TARGETS if variant.key or not few else ():
+            read = nvidia if target.startswith("sm_") else amd
             found = read(compile_for(target, variant.kernel, variant.types, variant.constants, variant.warps))
             rows.append(
                 {
