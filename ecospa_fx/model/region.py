@@ -65,8 +65,8 @@ Watcher: TypeAlias = "Callable[[Region, Program, nn.Module, Sequence[Tensor]], A
 
 REGION = "_ecospa_region"  # key in a module's __dict__
 _FOR_TOOLS = (
-    ". If a tool has put hooks into its modules, give it a plain model: ecospa_fx.restore(copy.deepcopy(model)), or one "
-    "compiled with execution='module'"
+    ". If a tool has put hooks into its modules, give it a plain model, ecospa_fx.restore(copy.deepcopy(model)), or "
+    "one compiled with execution='module'"
 )
 MOST_PROGRAMS = 16  # per region: twice as many graphs as torch.compile allows before it gives up
 

@@ -137,6 +137,37 @@ def test_a_save_that_fails_on_one_rank_is_none_and_a_whole_model_that_is_sharded
     assert "before it is sharded: ecospa_fx.load" in refused
 
 
+def back(rank, world, directory):
+    """Go back within a run: before the next shrink, after it, and with other entries of the same sizes."""
+    part = functools.partial(share, rank=rank, world=world)
+    model = sharded(compiled(made("glu"), "glu", part), world)
+    optimizer, trainer = loop_of(model)
+    held = {"optimizer": optimizer, "trainer": trainer}
+    trained(model, optimizer, trainer, "glu", part, steps=CUTS[0])  # one shrink
+    ecospa_fx.save(model, directory, **held)
+    expected = [p.detach().to_local().clone() for p in model.parameters()]
+    trained(model, optimizer, trainer, "glu", part, steps=1, first=CUTS[0])
+    moved = not all(torch.equal(p.to_local(), value) for p, value in zip(model.parameters(), expected, strict=True))
+    ecospa_fx.resume(directory, model, **held)
+    same = all(torch.equal(p.to_local(), value) for p, value in zip(model.parameters(), expected, strict=True))
+    trained(model, optimizer, trainer, "glu", part, steps=CUTS[1] - CUTS[0], first=CUTS[0])  # the other
+    shrunk = said(ecospa_fx.resume, directory, model, **held)
+    for number, first in enumerate((0, 1)):
+        other = compiled(made("glu"), "glu", part)
+        ecospa_fx.shrink(other, {c.name: torch.arange(first, c.size - 1 + first) for c in ecospa_fx.couplings(other)})
+        other = sharded(other, world)
+        if not number:
+            ecospa_fx.save(other, f"{directory} other")
+    return moved, same, shrunk, said(ecospa_fx.resume, f"{directory} other", other)
+
+
+def test_ranks_go_back_within_a_run_as_far_as_the_last_shrink(crews, tmp_path):
+    for moved, same, shrunk, other in crews[2].run(back, str(tmp_path / "run")):
+        assert moved and same
+        assert "CheckpointError: " in shrunk and "give the model the sizes of the save before it is sharded" in shrunk
+        assert "CheckpointError: " in other and "other entries than this model, at the same sizes" in other
+
+
 def damaged(rank, world, directory):
     """Resume with another optimizer, then with a file that has changed: a rank checks its share of the shards."""
     part = functools.partial(share, rank=rank, world=world)
