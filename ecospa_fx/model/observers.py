@@ -173,4 +173,4 @@ def ignore(region: Region, observer: Observer) -> None:
             region.watcher = None
 
 
-OWN += [Region.__call__, Observers.__call__]
+OWN += [Region.__call__, Region._run, Observers.__call__]

@@ -16,7 +16,7 @@ from ecospa_fx.arguments import CALL, FLAG, MODULE, NAMED, PATH, REGIONS, TEXT, 
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.couple.why import Path, Why, axis_graph, path_between
 from ecospa_fx.errors import NoCouplingError, NoInputsError
-from ecospa_fx.model.class_swap import unswap_forward
+from ecospa_fx.model.class_swap import others_wait, unswap_forward
 from ecospa_fx.model.compiled import MODEL, CompiledModel, find_followed
 from ecospa_fx.model.execution import Execution
 from ecospa_fx.model.lookup import check_ready, try_call
@@ -28,6 +28,7 @@ from ecospa_fx.passes.graph.nodes import place
 from ecospa_fx.ranks.tensor_parallel import gathered_whole
 from ecospa_fx.ranks.wrappers import looks_inside
 from ecospa_fx.text import plural
+from ecospa_fx.threads import alone
 from ecospa_fx.train.sensitivities import Sensitivity
 
 from .findings import Findings
@@ -202,17 +203,18 @@ def explain(
     if compiled is not None:  # it waits for a first call that this is not, and will be captured as it was compiled
         experiments, execution = experiments or compiled.experiments, compiled.execution
     scratch = CompiledModel(regions, experiments, execution)
-    waiting = type(model)
-    try:
-        model.__dict__.pop(MODEL, None)
-        unswap_forward(model)
-        with gathered_whole(model):
-            across = execution == "graph"
-            chosen = choose_regions(model, args, kwargs, regions, options=scratch.state.options, across=across)
-    finally:
-        model.__class__ = waiting
-        if compiled is not None:
-            model.__dict__[MODEL] = compiled
+    with alone():
+        waiting = type(model)
+        try:
+            model.__dict__.pop(MODEL, None)
+            unswap_forward(model)
+            with gathered_whole(model), others_wait(model):
+                across = execution == "graph"
+                chosen = choose_regions(model, args, kwargs, regions, options=scratch.state.options, across=across)
+        finally:
+            model.__class__ = waiting
+            if compiled is not None:
+                model.__dict__[MODEL] = compiled
     scratch.not_captured = chosen.failed
     scratch.state.joints, scratch.state.joint_refusals = chosen.joints, chosen.refusals
     seconds: Counter[str] = Counter()

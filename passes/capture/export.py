@@ -12,14 +12,17 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from pathlib import Path
-from threading import get_ident
+from threading import active_count, get_ident
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch._dynamo
+import torch.export._trace
+import torch.fx._symbolic_trace
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch._export.utils import _compiling_state_context
 from torch.distributions import Distribution
 from torch.fx.experimental import _config as symbolic_shapes
 from torch.fx.experimental import proxy_tensor
@@ -84,7 +87,7 @@ class Flat(nn.Module):
         """
         remaining = iter(tensors)
         leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
-        self.tracker = Tracker(tracing := torch.compiler.is_exporting())
+        self.tracker = Tracker(tracing := bool(torch.compiler.is_exporting()))
         proxies = self.tracker.proxies(self.objects, dict(zip(self.state, remaining, strict=True)))
         leaves = [proxies[leaf.number] if isinstance(leaf, ObjectLeaf) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
@@ -186,10 +189,41 @@ def export(
     ) from reason
 
 
+def _of_bool(name: str) -> Callable[..., Any]:
+    return lambda self, *others: getattr(bool(self), name)(*others)
+
+
+class _InThread:
+    """A flag of torch that is true in one thread."""
+
+    def __init__(self) -> None:
+        self._thread = get_ident()
+
+    def __bool__(self) -> bool:
+        return get_ident() == self._thread
+
+    __or__, __ror__, __and__, __rand__ = map(_of_bool, ("__or__", "__ror__", "__and__", "__rand__"))
+    __xor__, __rxor__, __int__, __index__ = map(_of_bool, ("__xor__", "__rxor__", "__int__", "__index__"))
+    __eq__, __ne__, __hash__, __repr__ = map(_of_bool, ("__eq__", "__ne__", "__hash__", "__repr__"))
+
+
+def _told_by_thread(module: Any, *flags: str) -> None:
+    """Let other threads go on as they were: an optimizer, say, computes otherwise where it is being compiled."""
+    for flag in flags if active_count() > 1 else ():
+        if getattr(module, flag, None) is True:  # until the export puts back what was there before
+            setattr(module, flag, _InThread())
+
+
 @contextmanager
 def _this_thread_alone() -> Iterator[None]:
     """Let modules that other threads call meanwhile go past the tracer: torch.fx asks it for those of all threads."""
     tracers, me = (proxy_tensor.PythonKeyTracer, proxy_tensor._ModuleStackTracer), get_ident()
+
+    @contextmanager
+    def exporting() -> Iterator[None]:
+        with _compiling_state_context():
+            _told_by_thread(torch.compiler, "_is_compiling_flag", "_is_exporting_flag")
+            yield
 
     def getting(get: Callable[..., Any]) -> Callable[..., Any]:
         return lambda self, name, value, cache: get(self, name, value, cache) if get_ident() == me else value
@@ -200,10 +234,19 @@ def _this_thread_alone() -> Iterator[None]:
 
         return called
 
+    begin = torch.fx.Tracer.create_args_for_root
+
+    def beginning(self: Any, *args: Any) -> Any:
+        if get_ident() == me:
+            _told_by_thread(torch.fx._symbolic_trace, "_is_fx_tracing_flag")
+        return begin(self, *args)
+
     with ExitStack() as stack:
+        stack.enter_context(patch.object(torch.fx.Tracer, "create_args_for_root", beginning))
         for cls in tracers:
             stack.enter_context(patch.object(cls, "getattr", getting(cls.getattr)))
             stack.enter_context(patch.object(cls, "call_module", calling(cls.call_module)))
+        stack.enter_context(patch.object(torch.export._trace, "_compiling_state_context", exporting))
         yield
 
 

@@ -154,6 +154,56 @@ def test_plain_models_run_beside_a_compile():
     assert results and all(isinstance(each, torch.Tensor) and torch.allclose(each, expected) for each in results)
 
 
+def train_plain():
+    """Of plain torch: its optimizers compute otherwise where torch says that it is compiling."""
+    numbers, model = generator(0), nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=numbers))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(150):
+        model(torch.randn(16, 4, generator=numbers)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def call_compiled():
+    """A function that torch.compile has compiled refuses to be called where torch says that it is tracing."""
+    compiled_code = torch.compile(nn.Linear(4, 4), backend="eager")
+    for _ in range(300):
+        compiled_code(ROWS[3])
+    return []
+
+
+@pytest.mark.parametrize("job", [train_plain, call_compiled])
+def test_other_threads_do_not_hear_that_torch_is_exporting(job):
+    expected = job()
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(job)
+        while not other.done():
+            ecospa_fx.compile(stack(), example_inputs=(ROWS[3],))
+    torch.testing.assert_close(other.result(), expected, rtol=0, atol=0)
+
+
+def test_a_model_is_explained_while_it_is_served():
+    model, x, ended, results = stack(), ROWS[3], threading.Event(), []
+    expected = model(x)
+
+    def serve():
+        while not ended.is_set():
+            results.append(model(x))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        text = str(ecospa_fx.explain(model, example_inputs=(x,)))
+    finally:
+        ended.set()
+        thread.join()
+    assert "ffn" in text and all(torch.allclose(each, expected) for each in results)
+
+
 def test_a_model_shrinks_while_it_is_served():
     """Each call runs at the sizes of before or of after."""
     model, x, ended, results = ecospa_fx.compile(stack(), example_inputs=(ROWS[3],)), ROWS[3], threading.Event(), []
