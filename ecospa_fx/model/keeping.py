@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from ecospa_fx.couple.coupling import CouplingSelection
 from ecospa_fx.errors import ShrinkError
+from ecospa_fx.logs import logger
 from ecospa_fx.passes.follow.attributes import Attribute, Changes, Value, Values, sync_layer_sizes
 from ecospa_fx.passes.graph.tensors import join, named_tensors
 from ecospa_fx.passes.rewrite.program import Program
@@ -36,6 +37,7 @@ from .compiled import MODEL, CompiledModel
 from .copies import Copy, check_plan
 from .joint_offers import joint_offers
 from .journal import Journal
+from .memory import in_shared_memory
 from .optimizer_state import averages_of
 from .planning import planned
 from .slicing import Absorber, prepare_tensors
@@ -96,17 +98,16 @@ def _check_shapes(compiled: CompiledModel, model: nn.Module) -> None:
                 )
 
 
-def _check_not_shared(model: nn.Module, after: Plan) -> None:
-    """Refuse to shrink tensors that other processes hold too, in the same memory."""
-    for name, tensor in named_tensors(model).items():
-        if tensor.device.type != "cpu" or name not in after.original_shapes or tensor.shape == after.shape(name):
-            continue  # of a CUDA tensor torch always says that it is shared
-        if tensor.is_shared():
-            raise ShrinkError(
-                f"`{name}` lies in memory that it shares with other processes (share_memory, or a model that was sent "
-                "to this one), and they would keep the sizes of before. Shrink it before it is shared, or shrink a "
-                "copy.deepcopy of the model"
-            )
+def _warn_of_shared(model: nn.Module, after: Plan) -> None:
+    """Say so where tensors that are about to lose entries lie in memory that other processes hold, too."""
+    named = {name: t for name, t in named_tensors(model).items() if name in after.original_shapes}
+    names = [name for name, t in named.items() if in_shared_memory(t) and tuple(t.shape) != after.shape(name)]
+    if names:
+        logger("shrink").warning(
+            "%d weights, the first is `%s`, lie in memory that other processes may hold too (share_memory, or a model "
+            "that was sent to this one); here they get memory of their own, and others keep the sizes of before",
+            len(names), names[0],
+        )  # fmt: skip
 
 
 def _prepared(
@@ -131,7 +132,7 @@ def _prepared(
             compiled.regions[name].check_shared(model.get_submodule(name), model)
     joints = joint_offers(compiled.state, compiled.regions)
     after = planned(compiled.plan, compiled.regions, compiled.couplings(), selection, joints)
-    _check_not_shared(model, after)
+    _warn_of_shared(model, after)
     rewritten: dict[Program, Program] = {}
     specializations = _rewritten(compiled, model, after, rewritten)
     twins = [(copy.module, _of_copy(compiled, copy)) for copy in copies if copy.module is not None]

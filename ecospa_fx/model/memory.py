@@ -79,6 +79,11 @@ def can_be_remade(tensor: Tensor) -> bool:
     return True
 
 
+def in_shared_memory(tensor: Tensor) -> bool:
+    """Decide whether other processes may hold the memory of a tensor, too."""
+    return tensor.device.type == "cpu" and tensor.is_shared()  # of CUDA's torch always says so
+
+
 class Memory:
     """The memory of a tensor that loses entries.
 
@@ -100,6 +105,7 @@ class Memory:
             self._geometry = tensor.storage_offset(), tensor.shape, tensor.stride()
             self._like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
             self._fills = tensor.is_contiguous() and self._storage.nbytes() == tensor.numel() * tensor.element_size()
+            self._fills = self._fills and not in_shared_memory(tensor)
 
     def cut(self, holders: int, scratch: Scratch) -> Tensor:
         """Make the tensor without the entries that go.

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import ecospa_fx
-from ecospa_fx.errors import EcoSpaError, ShrinkError
+from ecospa_fx.errors import EcoSpaError
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 
@@ -102,17 +102,17 @@ def test_a_part_of_a_compiled_model_is_not_compiled():
         ecospa_fx.compile(actor.trunk, example_inputs=(X,))
 
 
-def test_memory_of_several_processes_does_not_shrink():
-    """As where processes train one model in shared memory: the others would see their weights moved."""
+def test_memory_of_several_processes_stays_as_it_is(caplog):
+    """As where a model is sent to another process, or several train one: nobody sees weights move."""
     actor, _ = actor_and_critic()
     ecospa_fx.compile(actor, example_inputs=(X,))
     actor.share_memory()
-    weights = copy.deepcopy(actor.state_dict())
-    selection = {c.name: torch.arange(8) for c in ecospa_fx.couplings(actor) if c.kind == "ffn"}
-    with pytest.raises(ShrinkError) as caught:
-        ecospa_fx.shrink(actor, selection)
-    assert "up.weight` lies in memory that it shares with other processes" in str(caught.value)
-    torch.testing.assert_close(actor.state_dict(), weights, rtol=0, atol=0)
-    mine = copy.deepcopy(actor)
-    ecospa_fx.shrink(mine, selection)
-    assert mine.trunk[0].up.weight.shape == (8, 8) and actor.trunk[0].up.weight.shape == (16, 8)
+    others = {name: p.detach() for name, p in actor.named_parameters()}  # in the same memory
+    before = copy.deepcopy(others)
+    kept = torch.arange(0, 16, 2)
+    ecospa_fx.shrink(actor, {c.name: kept for c in ecospa_fx.couplings(actor) if c.kind == "ffn"})
+    torch.testing.assert_close(others, before, rtol=0, atol=0)
+    assert torch.equal(actor.trunk[0].up.weight, before["trunk.0.up.weight"][kept])
+    assert not actor.trunk[0].up.weight.is_shared() and actor.out.weight.is_shared()
+    (record,) = [each for each in caplog.records if "memory" in each.getMessage()]
+    assert record.getMessage().startswith("6 weights, the first is `trunk.0.up.weight`, lie in memory that other proc")
