@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
@@ -49,6 +50,9 @@ GUARDS = 32
 # Repeats of equal modules from which the results that torch.export remembers of fake ops pay: with sizes that are
 # symbols, remembering one takes as long as computing it.
 REPEATS = 3
+
+LONG = 0.5
+"""Seconds for which another thread does not interrupt this one, unless it lets it, as in most functions of torch."""
 
 
 class Flat(nn.Module):
@@ -234,15 +238,19 @@ def _this_thread_alone() -> Iterator[None]:
 
         return called
 
-    begin = torch.fx.Tracer.create_args_for_root
+    begin, interval = torch.fx.Tracer.create_args_for_root, sys.getswitchinterval()
 
     def beginning(self: Any, *args: Any) -> Any:
         if get_ident() == me:
             _told_by_thread(torch.fx._symbolic_trace, "_is_fx_tracing_flag")
+            sys.setswitchinterval(interval)
         return begin(self, *args)
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch.fx.Tracer, "create_args_for_root", beginning))
+        if active_count() > 1:  # from where torch.fx sets its flag until `beginning`, nobody is to look at it
+            stack.callback(sys.setswitchinterval, interval)
+            sys.setswitchinterval(max(interval, LONG))
         for cls in tracers:
             stack.enter_context(patch.object(cls, "getattr", getting(cls.getattr)))
             stack.enter_context(patch.object(cls, "call_module", calling(cls.call_module)))

@@ -231,7 +231,7 @@ def test_a_model_shrinks_while_it_is_served():
     ended.set()
     for thread in serving:
         thread.join()
-    assert len(results) > 15 and all(any(torch.allclose(each, one) for one in expected) for each in results)
+    assert len(results) >= 15 and all(any(torch.allclose(each, one) for one in expected) for each in results)
 
 
 def test_who_is_alone_waits_for_calls_and_they_for_it():
