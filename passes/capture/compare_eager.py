@@ -135,6 +135,14 @@ def _marks(module: nn.Module) -> dict[str, tuple[Tensor, int, int, bool]]:
     return {name: (p, p._version, _address(p), p.requires_grad) for name, p in module.named_parameters()}
 
 
+def _numbers_like(out: Tensor, seed: int) -> Tensor:
+    """Draw numbers of the shape of an output, the same at each call; other threads may draw from torch's generator."""
+    if type(out) is not Tensor:  # it may be of a class that has its own way to be drawn
+        return torch.randn_like(out)
+    generator = torch.Generator(out.device).manual_seed(seed)
+    return torch.randn(out.shape, generator=generator, dtype=out.dtype, device=out.device)
+
+
 def _state_of(
     captured: RegionGraph, module: nn.Module, before: Mapping[str, tuple[Tensor, int, int, bool]]
 ) -> dict[str, Tensor]:
@@ -189,7 +197,7 @@ def _difference(
             backward_error = None
             if wanted and any(out.requires_grad for out in floating):
                 seed(1)  # numbers for all of them: eager may ask for gradients of a constant that it makes
-                drawn = [(out, torch.randn_like(out)) for out in floating]
+                drawn = [(out, _numbers_like(out, number)) for number, out in enumerate(floating)]
                 loss: Any = sum((out * number).sum() for out, number in drawn if out.requires_grad)
                 try:
                     grads = list(torch.autograd.grad(loss, list(wanted.values()), allow_unused=True))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import logging
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
@@ -51,8 +50,7 @@ GUARDS = 32
 # symbols, remembering one takes as long as computing it.
 REPEATS = 3
 
-LONG = 0.5
-"""Seconds for which another thread does not interrupt this one, unless it lets it, as in most functions of torch."""
+_EXPORTING = ("_is_compiling_flag", "_is_exporting_flag")  # of torch.compiler
 
 
 class Flat(nn.Module):
@@ -226,7 +224,7 @@ def _this_thread_alone() -> Iterator[None]:
     @contextmanager
     def exporting() -> Iterator[None]:
         with _compiling_state_context():
-            _told_by_thread(torch.compiler, "_is_compiling_flag", "_is_exporting_flag")
+            _told_by_thread(torch.compiler, *_EXPORTING)
             yield
 
     def getting(get: Callable[..., Any]) -> Callable[..., Any]:
@@ -238,19 +236,24 @@ def _this_thread_alone() -> Iterator[None]:
 
         return called
 
-    begin, interval = torch.fx.Tracer.create_args_for_root, sys.getswitchinterval()
+    begin, trace = torch.fx.Tracer.create_args_for_root, torch.fx.Tracer.trace
 
-    def beginning(self: Any, *args: Any) -> Any:
+    def tracing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if get_ident() == me:  # compiled code of other threads minds a tracer, but not in an export
+            for flag in _EXPORTING:
+                if isinstance(getattr(torch.compiler, flag, None), _InThread):
+                    setattr(torch.compiler, flag, True)
+        return trace(self, *args, **kwargs)
+
+    def beginning(self: Any, *args: Any, **kwargs: Any) -> Any:
         if get_ident() == me:
             _told_by_thread(torch.fx._symbolic_trace, "_is_fx_tracing_flag")
-            sys.setswitchinterval(interval)
-        return begin(self, *args)
+            _told_by_thread(torch.compiler, *_EXPORTING)
+        return begin(self, *args, **kwargs)
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch.fx.Tracer, "create_args_for_root", beginning))
-        if active_count() > 1:  # from where torch.fx sets its flag until `beginning`, nobody is to look at it
-            stack.callback(sys.setswitchinterval, interval)
-            sys.setswitchinterval(max(interval, LONG))
+        stack.enter_context(patch.object(torch.fx.Tracer, "trace", tracing))
         for cls in tracers:
             stack.enter_context(patch.object(cls, "getattr", getting(cls.getattr)))
             stack.enter_context(patch.object(cls, "call_module", calling(cls.call_module)))
