@@ -22,6 +22,7 @@ from ecospa_fx.checkpoint.directory import read_save, saved_files
 from ecospa_fx.checkpoint.rebuild import Saved, read_model, refit
 from ecospa_fx.errors import CheckpointError
 from ecospa_fx.model.compiled import MODEL
+from ecospa_fx.model.old_weights import of_other_sizes
 from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.plan import Plan
 
@@ -71,12 +72,11 @@ class CheckpointSizes:
         Raises:
             CheckpointError: they are of a checkpoint that does not say how far the model had shrunk.
         """
-        own = named_tensors(model)
-        loaded = {name: weights[prefix + name] for name in own if isinstance(weights.get(prefix + name), Tensor)}
-        odd = {name: tensor for name, tensor in loaded.items() if tensor.shape != own[name].shape}
+        odd = of_other_sizes(model, weights, prefix)
         if not odd or MODEL not in model.__dict__:
             return
         now: Plan = model.__dict__[MODEL].plan
+        own = named_tensors(model)
         sizes = {name: now.original_shapes.get(name, tuple(tensor.shape)) for name, tensor in own.items()}
         for checkpoint in self._checkpoints():
             source = checkpoint / DIRECTORY

@@ -27,7 +27,7 @@ from ecospa_fx.logs import logger
 from ecospa_fx.model.compiled import MODEL, CompiledModel
 from ecospa_fx.model.copies import listed
 from ecospa_fx.model.execution import Execution
-from ecospa_fx.model.old_weights import look_first
+from ecospa_fx.model.old_weights import look_first, of_other_sizes
 from ecospa_fx.model.optimizer_state import innermost
 from ecospa_fx.passes.follow.saved import changes_in
 from ecospa_fx.passes.graph.tensors import named_tensors
@@ -142,11 +142,10 @@ class EcoSpaCallback(Callback):
         """Replace weights of other sizes by the module's own: Lightning loads them before it calls any callback."""
         if model is not self._model:  # a copy of it
             return
-        for name, tensor in named_tensors(model).items():
-            given = state_dict.get(prefix + name)
-            if isinstance(given, Tensor) and given.shape != tensor.shape:
-                state_dict[prefix + name] = tensor.detach()
-                self._deferred.append(name)
+        own = named_tensors(model)
+        for name in of_other_sizes(model, state_dict, prefix):
+            state_dict[prefix + name] = own[name].detach()
+            self._deferred.append(name)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Bring the module to the sizes of a checkpoint, with its weights."""

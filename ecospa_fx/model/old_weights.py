@@ -6,7 +6,7 @@ torch lists the sizes that differ, and cannot know that a shrink lies between, n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,6 +41,14 @@ def look_first(model: nn.Module, hook: Callable[..., None]) -> Any:
     return handle
 
 
+def of_other_sizes(model: nn.Module, given: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors of a state_dict whose sizes are not those of the model, by their names in the model."""
+    named = {name: (tensor, given.get(prefix + name)) for name, tensor in named_tensors(model).items()}
+    return {
+        name: other for name, (own, other) in named.items() if isinstance(other, Tensor) and other.shape != own.shape
+    }
+
+
 def _hook(held: Any) -> Any:
     return getattr(held, "hook", held)  # torch wraps those that take the module
 
@@ -49,13 +57,10 @@ def _say(model: nn.Module, given: dict[str, Any], prefix: str, *rest: Any) -> No
     """Add to the errors of torch, the last argument, where weights of the state_dict have other sizes."""
     if MODEL not in model.__dict__ or not model.__dict__[MODEL].plan.original_shapes:
         return
-    odd = [
-        (name, tuple(given[prefix + name].shape), tuple(tensor.shape))
-        for name, tensor in named_tensors(model).items()
-        if isinstance(given.get(prefix + name), Tensor) and given[prefix + name].shape != tensor.shape
-    ]
+    odd = of_other_sizes(model, given, prefix)
     if odd and not rest[-1]:  # a callback may have said what it knows
-        name, theirs, ours = odd[0]
+        name = next(iter(odd))
+        theirs, ours = tuple(odd[name].shape), tuple(named_tensors(model)[name].shape)
         rest[-1].append(
             f"{len(odd)} weights have other sizes than this model, which has shrunk: `{name}` is {theirs} there and "
             f"{ours} here. A state_dict does not say which rows and columns are left. Keep states of a training run "
