@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from zlib import crc32
 
 import torch
@@ -98,16 +99,18 @@ def _check_shapes(compiled: CompiledModel, model: nn.Module) -> None:
                 )
 
 
-def _warn_of_shared(model: nn.Module, after: Plan) -> None:
-    """Say so where tensors that are about to lose entries lie in memory that other processes hold, too."""
+def _in_shared_memory(model: nn.Module, after: Plan) -> list[str]:
+    """Return the names of tensors that lose entries and lie in memory that other processes may hold, too."""
     named = {name: t for name, t in named_tensors(model).items() if name in after.original_shapes}
-    names = [name for name, t in named.items() if in_shared_memory(t) and tuple(t.shape) != after.shape(name)]
-    if names:
-        logger("shrink").warning(
-            "%d weights, the first is `%s`, lie in memory that other processes may hold too (share_memory, or a model "
-            "that was sent to this one); here they get memory of their own, and others keep the sizes of before",
-            len(names), names[0],
-        )  # fmt: skip
+    return [name for name, t in named.items() if in_shared_memory(t) and tuple(t.shape) != after.shape(name)]
+
+
+def _warn_of_shared(names: Sequence[str]) -> None:
+    logger("shrink").warning(
+        "%d weights, the first is `%s`, lie in memory that other processes may hold too (share_memory, or a model that "
+        "was sent to this one); here they get memory of their own, and others keep the sizes of before",
+        len(names), names[0],
+    )  # fmt: skip
 
 
 def _prepared(
@@ -132,7 +135,7 @@ def _prepared(
             compiled.regions[name].check_shared(model.get_submodule(name), model)
     joints = joint_offers(compiled.state, compiled.regions)
     after = planned(compiled.plan, compiled.regions, compiled.couplings(), selection, joints)
-    _warn_of_shared(model, after)
+    shared = _in_shared_memory(model, after)
     rewritten: dict[Program, Program] = {}
     specializations = _rewritten(compiled, model, after, rewritten)
     twins = [(copy.module, _of_copy(compiled, copy)) for copy in copies if copy.module is not None]
@@ -154,6 +157,8 @@ def _prepared(
             journal.note_modules(module)
             _hold(module, numbers)
         change.commit(journal)
+        if shared:
+            journal.note_later(partial(_warn_of_shared, shared))
         if compiled.execution == "module":
             for module in (model, *(module for module, _ in twins)):
                 sync_layer_sizes(module)
