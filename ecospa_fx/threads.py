@@ -1,7 +1,7 @@
 """Threads: calls of compiled models may come from several at once, as in a server; what changes a model is alone.
 
-with call():    around what runs a program or reads what a change replaces; many threads at a time
-with alone():   around captures and shrinks: waits until all others have left, and they wait until it is done
+with in_call():  around what runs a program or reads what a change replaces; many threads at a time
+with alone():    around captures and shrinks: waits until all others have left, and they wait until it is done
 
 A capture gives a region its original sizes for a time, watches what its Python reads and stores, and runs torch.export,
 which watches every module of the process. A model's own Python around regions goes on meanwhile.
@@ -27,7 +27,7 @@ _changes = 0
 _NOTHING = nullcontext()
 
 
-def call() -> AbstractContextManager[Any]:
+def in_call() -> AbstractContextManager[Any]:
     """Return the context of a call, which no other thread is alone in."""
     if _in_backward():
         return _NOTHING

@@ -18,7 +18,7 @@ from ecospa_fx.passes.graph.forward_swap import swap_forward, swap_of
 from ecospa_fx.passes.graph.isolate import weight_of
 from ecospa_fx.passes.graph.stand_in_class import below, is_stand_in, stand_in_class, stands_for
 from ecospa_fx.ranks.fsdp2 import class_inside
-from ecospa_fx.threads import call, is_alone
+from ecospa_fx.threads import in_call, is_alone
 
 
 class ShrinkableLinear(nn.Linear):
@@ -115,7 +115,7 @@ def others_wait(module: nn.Module) -> Iterator[None]:
 
     def waiting(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not is_alone():
-            with call():
+            with in_call():
                 pass
             if not isinstance(self, waits):
                 return self(*args, **kwargs)

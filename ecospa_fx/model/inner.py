@@ -25,7 +25,7 @@ from ecospa_fx.passes.graph.isolate import isolated
 from ecospa_fx.passes.graph.tensors import swapped
 from ecospa_fx.passes.ir.signature import autocast_now, with_autocast
 from ecospa_fx.passes.rewrite.program import Program
-from ecospa_fx.threads import alone, call
+from ecospa_fx.threads import alone, in_call
 
 from .region import REGION, Region
 
@@ -81,7 +81,7 @@ class InnerCall:
         """Run the module's own Python where that is right, else a program of the sizes left."""
         if torch.compiler.is_dynamo_compiling():
             return self._run(module, args, kwargs)
-        with call():
+        with in_call():
             return self._run(module, args, kwargs)
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

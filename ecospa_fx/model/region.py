@@ -39,7 +39,7 @@ from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.passes.rewrite.stored import check_state_layouts, keys_of, whole_objects
 from ecospa_fx.ranks.fsdp2 import check_gathered_at_once, fsdp_modules
 from ecospa_fx.ranks.tensor_parallel import check_sequences, gathered_here
-from ecospa_fx.threads import alone, call
+from ecospa_fx.threads import alone, in_call
 
 from .compiled_code import check_not_recomputed
 from .full_size import (
@@ -130,7 +130,7 @@ class Region:
         """Run a call of the region."""
         if torch.compiler.is_dynamo_compiling():
             return self._run(module, args, kwargs)
-        with call():
+        with in_call():
             return self._run(module, args, kwargs)
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 import ecospa_fx
-from ecospa_fx.threads import alone, call, is_alone
+from ecospa_fx.threads import alone, in_call, is_alone
 
 
 class Block(nn.Module):
@@ -239,18 +239,18 @@ def test_who_is_alone_waits_for_calls_and_they_for_it():
     order, inside, waits = [], threading.Event(), threading.Event()
 
     def serve():
-        with call():
+        with in_call():
             inside.set()
             waits.wait()
             order.append("called")
-        with call():
+        with in_call():
             order.append("called again")
 
     thread = threading.Thread(target=serve)
     thread.start()
     inside.wait()
     threading.Timer(0.05, waits.set).start()  # by then this thread waits, or has not begun to: both will do
-    with call(), alone():  # a call of this thread does not count
+    with in_call(), alone():  # a call of this thread does not count
         assert is_alone()
         assert order in (["called"], ["called", "called again"])
         known = list(order)
@@ -267,10 +267,10 @@ def test_a_call_that_began_waits_for_who_is_alone():
 
     def serve(first):
         if not first:
-            with call():
+            with in_call():
                 known.set()
         go.wait()
-        with call():
+        with in_call():
             order.append("called")
 
     serving = [threading.Thread(target=serve, args=(first,)) for first in (False, True)]
@@ -291,7 +291,7 @@ def test_two_that_are_in_calls_may_both_be_alone():
     ready, order = threading.Barrier(2), []
 
     def change(number):
-        with call():
+        with in_call():
             ready.wait()
             with alone():
                 order.append(number)
@@ -324,7 +324,7 @@ def test_a_forked_process_is_by_itself():
         pid = os.fork()
     if pid == 0:
         signal.alarm(20)
-        with call(), alone():
+        with in_call(), alone():
             os._exit(7)
     over.set()
     thread.join()
