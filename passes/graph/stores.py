@@ -30,7 +30,7 @@ from .python_state import PythonState, StateChange, is_constant, item_of, put_it
 _MUTATORS = frozenset(("append", "appendleft", "extend", "extendleft", "insert", "update"))
 _CALLED = frozenset(("__setitem__", "__setattr__"))  # by name, which no profile tells of
 _STORES = frozenset(("STORE_ATTR", "STORE_SUBSCR", "STORE_SLICE", "STORE_GLOBAL", "STORE_DEREF"))
-# What holds functions for all of a program: methods, globals, registers of functions. No forward puts the same in anew.
+# What holds functions of a whole program: methods, globals, registers. A forward does not put the same one in again.
 _REGISTERS = (type, ModuleType, dict, list, deque)
 
 SWITCH = 0.05
