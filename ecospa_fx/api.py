@@ -13,6 +13,7 @@ from ecospa_fx.model.execution import Execution
 from ecospa_fx.model.lookup import check_ready, plan
 from ecospa_fx.model.lookup import regions_of as regions_of
 from ecospa_fx.model.old_weights import say_of_sizes
+from ecospa_fx.model.owners import check_owner
 from ecospa_fx.ranks.wrappers import looks_inside, note_earlier, unwrapped
 
 from .arguments import CALL, FLAG, MODULE, REGIONS, TEXT, takes
@@ -105,6 +106,7 @@ def _check_alone(model: nn.Module) -> None:
                 f"`{name}` ({type(module).__name__}) in this {kind} is compiled already, and what it has lost would be "
                 f"unknown to the {kind}; use model.get_submodule({name!r}), or ecospa_fx.restore it first"
             )
+    check_owner(model, (), MODEL)  # of its own regions nothing is known yet
 
 
 @takes(model=MODULE)
