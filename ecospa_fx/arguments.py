@@ -64,6 +64,10 @@ WHOLE = Kind("a whole number", _is_whole)
 NUMBER = Kind("a number", _is_number)
 FLAG = Kind("True or False", lambda value: isinstance(value, bool))
 FUNCTION = Kind("a function", callable)
+FACTORY = Kind(
+    "a function that makes the original model, such as its class or `lambda: Model(config)` (`resume` takes a model)",
+    lambda value: callable(value) and not isinstance(value, nn.Module),
+)
 ONE_NUMBER = Kind(
     "a number, or a tensor of one entry",
     lambda value: (

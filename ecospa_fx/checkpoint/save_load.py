@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ecospa_fx.arguments import FLAG, FUNCTION, MODULE, PATH, TRAINING, instance, optional, shown, takes
+from ecospa_fx.arguments import FACTORY, FLAG, MODULE, PATH, TRAINING, instance, optional, shown, takes
 from ecospa_fx.errors import ArgumentError
 from ecospa_fx.model.lookup import check_optimizer, compiled_state
 from ecospa_fx.model.optimizer_state import several
@@ -97,7 +97,7 @@ def save(
             write(draft)
 
 
-@takes(directory=PATH, factory=optional(FUNCTION))
+@takes(directory=PATH, factory=optional(FACTORY))
 def load(
     directory: str | os.PathLike[str],
     factory: Callable[[], nn.Module] | None = None,

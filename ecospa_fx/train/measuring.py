@@ -155,9 +155,11 @@ def _checked(objective: Loss, model: nn.Module, batch: Any, number: int) -> Tens
         raise
     except (IndexError, TypeError, ValueError, RuntimeError) as error:
         line = (str(error).strip().splitlines() or [""])[0]
+        advice = "is it of another vocabulary or shape?"
+        if isinstance(error, TypeError) and isinstance(batch, Mapping):
+            advice = "a mapping is passed by name, model(**batch); pass (batch,) to a model that takes it as a whole"
         raise TargetError(
-            f"batch {number} does not fit the model: {type(error).__name__}: {line:.200}; is it of another vocabulary "
-            "or shape?"
+            f"batch {number} does not fit the model: {type(error).__name__}: {line:.200}; {advice}"
         ) from error
     if not isinstance(value, Tensor) or value.ndim > 0:
         raise TargetError(f"loss returns {type(value).__name__} and not a scalar tensor")

@@ -239,6 +239,7 @@ def test_a_scalar_that_a_model_returns_is_its_loss(pack):
             {},
             "batch 0 does not fit the model: .* of another vocabulary",
         ),
+        ([{"x": torch.zeros(1, LENGTH)}], {}, r"passed by name, model\(\*\*batch\); pass \(batch,\) to a model that"),
         (None, {"target": 1.5}, "target=1.5 is out of range"),
         (None, {"target": 0.01}, "the smallest reachable target is"),
         (None, {"steps": 0}, "steps=0 is out of range"),
