@@ -3,24 +3,30 @@
 The Trainer loads the weights of a checkpoint before it calls any callback, to resume and to end with the best model.
 So a hook on `load_state_dict` recognises them: weights of other sizes are those of a checkpoint, bit for bit, or are
 left to torch, which refuses them.
+
+A Trainer of another library may make a new model from the files of a checkpoint first, as that of sentence-transformers
+does. Those files do not say sizes, so what it cannot load is read from the directory of ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ecospa_fx.checkpoint.directory import read_save, saved_files
 from ecospa_fx.checkpoint.rebuild import Saved, read_model, refit
-from ecospa_fx.errors import CheckpointError
+from ecospa_fx.errors import CheckpointError, EcoSpaError
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.old_weights import of_other_sizes
 from ecospa_fx.passes.graph.tensors import named_tensors
@@ -95,6 +101,21 @@ class CheckpointSizes:
             f"{where} is none that holds these; ecospa_fx.load makes a model from one that lies elsewhere"
         )
 
+    def stand_in(self, trainer: Trainer) -> None:
+        """Load what a Trainer with a way of its own to load a checkpoint cannot load."""
+        if type(trainer)._load_from_checkpoint is not Trainer._load_from_checkpoint:
+            trainer._load_from_checkpoint = partial(self._load, trainer, trainer._load_from_checkpoint)
+
+    def _load(self, trainer: Trainer, theirs: Callable[..., None], directory: str, *given: Any) -> None:
+        try:
+            theirs(directory, *given)
+        except Exception as error:
+            source = Path(directory) / DIRECTORY
+            if isinstance(error, EcoSpaError) or not source.is_dir() or MODEL not in trainer.model.__dict__:
+                raise
+            take(trainer.model, read_save(source, read_model))
+            self.taken = Path(directory)
+
     def _checkpoints(self) -> Iterator[Path]:
         """Yield the checkpoints there are, the newest first."""
         found = {
@@ -105,6 +126,14 @@ class CheckpointSizes:
             if path.is_dir()
         }
         yield from sorted(found, key=lambda path: (path.stat().st_mtime, path), reverse=True)
+
+
+def calling_trainer() -> Trainer | None:
+    """Find the Trainer that calls a callback: it tells it of all but itself."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"]
 
 
 def take(model: nn.Module, saved: Saved) -> None:

@@ -32,7 +32,7 @@ from ecospa_fx.model.optimizer_state import forget_resized
 from ecospa_fx.ranks.members import sharing_ranks
 from ecospa_fx.train.trainer import EcoSpaTrainer
 
-from .hf_checkpoints import DIRECTORY, CheckpointSizes, take
+from .hf_checkpoints import DIRECTORY, CheckpointSizes, calling_trainer, take
 
 HOOK = "_ecospa_checkpoint_sizes"  # key in a model's __dict__ of the hook that this callback has put on it
 
@@ -92,6 +92,8 @@ class EcoSpaCallback(TrainerCallback):
         """
         _check_wrapper(args)
         self._sizes.look_in(args)
+        if (trainer := calling_trainer()) is not None:
+            self._sizes.stand_in(trainer)
         if given.get("model") is not None:
             self.prepare(given["model"])
 

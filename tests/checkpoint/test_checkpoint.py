@@ -326,7 +326,9 @@ def test_another_model_is_refused(saved):
         ecospa_fx.load(directory, lambda: Net(hidden=14))
     with pytest.raises(errors.CheckpointError, match="the saved model is not a Linear like this one: "):
         ecospa_fx.load(directory, lambda: nn.Linear(2, 2))
-    with pytest.raises(errors.ArgumentError, match=r"`factory` is a Net; .* such as its class .*`resume` takes a model"):
+    with pytest.raises(
+        errors.ArgumentError, match=r"`factory` is a Net; .* such as its class .*`resume` takes a model"
+    ):
         ecospa_fx.load(directory, Net())
     with pytest.raises(errors.CheckpointError, match="the factory made a str; it must make the original model"):
         ecospa_fx.load(directory, lambda: "Net")

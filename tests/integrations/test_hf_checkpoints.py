@@ -1,5 +1,6 @@
 """Checkpoints of other sizes in the Trainer of transformers: the best one, mixed precision, many models per Trainer."""
 
+from contextlib import suppress
 from types import SimpleNamespace
 
 import peft
@@ -122,6 +123,36 @@ def test_a_best_checkpoint_that_lost_its_plan_is_refused(tmp_path):
     trainer, _ = trainer_of(tmp_path, made=Losing, **options)
     with pytest.raises(CheckpointError, match=r"resumes at step 2, but .*checkpoint-2/ecospa_fx is missing, without"):
         trainer.train()
+
+
+class MakesAnother(BestAt):
+    """Makes a new model from a checkpoint, as the Trainer of sentence-transformers does, and passes over failures."""
+
+    def _load_from_checkpoint(self, directory):
+        self.model.load_state_dict(GPT2LMHeadModel.from_pretrained(directory).state_dict())
+
+    def _load_best_model(self):
+        with suppress(RuntimeError):
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+@pytest.mark.parametrize("best", [2, 6])
+def test_a_trainer_that_makes_another_model_of_a_checkpoint_goes_on_from_it(tmp_path, best):
+    options = {"made": MakesAnother, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
+    trainer, callback = trainer_of(tmp_path, **options)
+    trainer.best = best
+    trainer.train()
+    saved = ecospa_fx.load(tmp_path / f"checkpoint-{best}" / "ecospa_fx")
+    assert ecospa_fx.plan(trainer.model) == ecospa_fx.plan(saved)
+    assert torch.equal(logits(trainer.model), logits(saved))
+    again, resumed = trainer_of(tmp_path, **options)
+    again.best = best
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert len(resumed.trainer.history) == len(callback.trainer.history)
+    assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), again.model.parameters(), strict=True))
+    # What is no checkpoint of ours is left to them.
+    with pytest.raises(OSError, match="nowhere"):
+        again._load_from_checkpoint(str(tmp_path / "nowhere"))
 
 
 @EXECUTIONS
