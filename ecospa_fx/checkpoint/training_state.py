@@ -24,6 +24,7 @@ from ecospa_fx.arguments import SEVERAL, STATEFUL
 from ecospa_fx.errors import CheckpointError, EcoSpaError
 from ecospa_fx.logs import logger
 from ecospa_fx.model.lookup import check_optimizer
+from ecospa_fx.passes.graph.tensors import parameters_of
 from ecospa_fx.ranks.shards import is_sharded, split
 
 from .directory import Draft, Save
@@ -145,7 +146,7 @@ def read_training(save: Save, training: Training, rng: bool, model: nn.Module) -
 
 def _split_state(state: dict[str, Any], model: nn.Module) -> None:
     """Shard state that one process wrote like its parameter, where it has its shape and this model is sharded."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(parameters_of(model, remove_duplicate=False))
     for name, entries in state.items():
         like = parameters.get(name)
         if like is None or not is_sharded(like) or not isinstance(entries, dict):
@@ -157,7 +158,7 @@ def _split_state(state: dict[str, Any], model: nn.Module) -> None:
 
 def _sharded_state(document: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Return the names of the sharded tensors of optimizers -> the parameter of each."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(parameters_of(model, remove_duplicate=False))
     found: dict[str, Tensor] = {}
     for optimizer in document.values():
         for name, entries in optimizer["state"].items():
@@ -360,7 +361,7 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 def _names(model: nn.Module, optimizer: Optimizer) -> list[str]:
     """Return the names of an optimizer's parameters; one that is not in the model is named by its position."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in parameters_of(model)}
     return [
         names.get(id(p), f"[{i}][{j}]")
         for i, group in enumerate(optimizer.param_groups)

@@ -13,6 +13,7 @@ from torch import nn
 
 from ecospa_fx.model.lookup import compiled_state, regions_of
 from ecospa_fx.model.region import Region
+from ecospa_fx.passes.graph.tensors import parameters_of
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.transform.consumers import Consumer, WeightDim, consumers
@@ -114,7 +115,7 @@ class Absorbers:
 
 def rooms(model: nn.Module) -> dict[str, int]:
     """Return about how many bytes moments take, by the name of the coupling that their weights sum over."""
-    regions, parameters = list(regions_of(model).values()), dict(model.named_parameters(remove_duplicate=False))
+    regions, parameters = list(regions_of(model).values()), dict(parameters_of(model, remove_duplicate=False))
     absorbers = Absorbers(model, regions)
     absorbers.read_all()
     found: dict[str, int] = {}

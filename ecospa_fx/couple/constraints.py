@@ -14,6 +14,7 @@ from torch import nn
 from ecospa_fx.arguments import FLAG, MAPPING, MODULE, SEVERAL, check, instances, takes
 from ecospa_fx.errors import ShrinkError, TargetError
 from ecospa_fx.passes.find.discover import Kind
+from ecospa_fx.passes.graph.tensors import parameters_of
 
 from .coupling import Coupling
 from .ties import CorrespondingAxes, TiedCouplings, Ties, alike
@@ -115,7 +116,7 @@ class Constraints:
             for other in (by_name[name] for name in coupling.in_step if name in by_name):
                 ties.join(coupling, other, coupling.original_size, other.original_size, "its own Python")
         if self.uniform is not None:
-            axes = CorrespondingAxes({name: tuple(p.shape) for name, p in model.named_parameters()})
+            axes = CorrespondingAxes({name: tuple(p.shape) for name, p in parameters_of(model)})
             for group in alike(c for c in couplings if c.size):  # those that are gone say nothing
                 for other in group[1:]:
                     ties.join(group[0], other, 1, 1, f"uniform={self.uniform!r}")
@@ -260,7 +261,7 @@ class Constraints:
         An entry may match parameters without couplings, but it must match something.
         """
         frozen: dict[str, str] = {}
-        parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+        parameters = {name: id(p) for name, p in parameters_of(model, remove_duplicate=False)}
         for entry in self.frozen:
             if isinstance(entry, str):
                 what, matches = f"`{entry}`", [c for c in couplings if fits_name(entry, c)]

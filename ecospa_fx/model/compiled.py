@@ -46,6 +46,7 @@ from .outside import outside_text, uncalled_text
 from .own_memory import give_own_memory
 from .owners import check_owner, note_owner
 from .parametrized import first_removal
+from .places import check_places
 from .recorded_call import recorded_call
 from .region import REGION as REGION
 from .region import Region
@@ -314,7 +315,18 @@ class CompiledModel:
             self.state.couplings = {name: here[name] for name in here if name not in self.state.elsewhere}
         return tuple(self.state.couplings.values())
 
-    def follow_ties(self, model: nn.Module) -> None:
+    def follow(self, model: nn.Module) -> None:
+        """Take up what has changed in the model since the last look.
+
+        Raises:
+            ShrinkError: modules were wrapped, moved, replaced or removed.
+            EcoSpaError: weights were tied that have shrunk apart.
+        """
+        check_places(model, self.regions, self.plan)
+        self._follow_ties(model)
+        self._follow_shards(model)
+
+    def _follow_ties(self, model: nn.Module) -> None:
         """Take up the weights that have been tied or untied since the last look.
 
         Raises:
@@ -338,7 +350,7 @@ class CompiledModel:
 
         all_or_nothing(take_up)
 
-    def follow_shards(self, model: nn.Module) -> None:
+    def _follow_shards(self, model: nn.Module) -> None:
         """Take up which dims of weights tensor parallelism shares out: couplings along them have fewer sizes."""
         shared_out = spread_dims(model)
         if shared_out != self.state.shared_out:

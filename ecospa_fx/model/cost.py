@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, atoms_of
 from ecospa_fx.passes.axes.selection import entries
-from ecospa_fx.passes.graph.tensors import join
+from ecospa_fx.passes.graph.tensors import join, parameters_of
 from ecospa_fx.passes.infer.sizes import size_in_call, symbols_of
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
 from ecospa_fx.passes.ir.relations import Pattern
@@ -181,7 +181,7 @@ def _convolves(axis_facts: AxisFacts, node: fx.Node) -> bool:
 def _weights(model: nn.Module, cost: Cost, optimizers: Sequence[Optimizer]) -> dict[str, tuple[int, float]]:
     """Return (entries, cost of each entry) by parameter; a tied one counts once, under its first name."""
     weights = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_of(model):
         each = 1.0
         if cost == "bytes":
             values = [value for o in optimizers for value in o.state.get(parameter, {}).values()]

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from ecospa_fx.passes.graph.tensors import parameters_of
 from ecospa_fx.plan import Plan
 from ecospa_fx.text import plain, starred
 
@@ -81,7 +82,7 @@ def words(shape: TensorShape) -> str:
 
 def shapes_of(model: nn.Module) -> dict[str, TensorShape]:
     """Return the shapes of the parameters, tied ones once."""
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return {name: tuple(p.shape) for name, p in parameters_of(model)}
 
 
 def diff_of(model: nn.Module, before: Mapping[str, TensorShape]) -> ModuleDiff:

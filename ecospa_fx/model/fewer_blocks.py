@@ -24,7 +24,7 @@ from ecospa_fx.passes.capture.compare_eager import TOLERANCE, relative_error
 from ecospa_fx.passes.follow.attributes import sizes_of_layer
 from ecospa_fx.passes.follow.trial import example_calls, in_eval_mode
 from ecospa_fx.passes.graph.isolate import forked_rng, isolated, seed
-from ecospa_fx.passes.graph.tensors import as_held, join, named_tensors, swapped
+from ecospa_fx.passes.graph.tensors import as_held, join, named_tensors, parameters_of, swapped
 from ecospa_fx.plan import Plan
 
 from .class_swap import original_class
@@ -170,7 +170,7 @@ def _into_the_block_before(
         return "it adds a constant, its biases, and no block comes before it that could"
     block = f"{path}.{before}"
     module = model.get_submodule(block)
-    biases = [name for name, p in module.named_parameters() if tuple(p.shape) == tuple(constant.shape)]
+    biases = [name for name, p in parameters_of(module) if tuple(p.shape) == tuple(constant.shape)]
     plain = list(_results(compiled, model, block))
     for name in reversed(biases):
         shifted = {name: module.get_parameter(name).detach() + constant}
@@ -361,7 +361,7 @@ def difference_as_a_whole(model: nn.Module, compiled: CompiledModel, fewer: Fewe
         return "it has not been called as a whole with tensors and plain values only, so that no call can be compared"
     args, kwargs = call.example()
     theirs = {n: t for n, t in named_tensors(fewer.model).items() if n in named_tensors(made)}
-    persistent = made.state_dict(keep_vars=True).keys() | {name for name, _ in made.named_parameters()}
+    persistent = made.state_dict(keep_vars=True).keys() | {name for name, _ in parameters_of(made)}
     theirs = {name: tensor for name, tensor in theirs.items() if name in persistent}
     with torch.no_grad(), forked_rng(model), in_eval_mode(model), in_eval_mode(made):
         seed(0)

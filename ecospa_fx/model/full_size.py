@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.passes.follow.attributes import Changes, holding, restore_layer_sizes, sync_layer_sizes
-from ecospa_fx.passes.graph.tensors import dequantized, is_quantized, join, named_tensors, swapped
+from ecospa_fx.passes.graph.tensors import dequantized, is_quantized, join, named_tensors, parameters_of, swapped
 from ecospa_fx.passes.ir.border import Border, argument_names
 from ecospa_fx.passes.ir.region_graph import Call, Forward
 from ecospa_fx.passes.ir.state_access import foreign
@@ -70,7 +70,7 @@ class FullSizeTensors:
 
     def __init__(self, module: nn.Module, region: str, plan: Plan) -> None:
         self.region, self.plan = region, plan
-        self.parameters = dict(module.named_parameters(remove_duplicate=False))
+        self.parameters = dict(parameters_of(module, remove_duplicate=False))
         self.named = {
             name: tensor
             for name, tensor in named_tensors(module).items()

@@ -22,7 +22,7 @@ from ecospa_fx.passes.follow.attributes import fitted
 from ecospa_fx.passes.follow.trial import NotTried, difference, example_calls, modes
 from ecospa_fx.passes.graph.forward_swap import own_forward, swap_forward
 from ecospa_fx.passes.graph.isolate import isolated
-from ecospa_fx.passes.graph.tensors import swapped
+from ecospa_fx.passes.graph.tensors import parameters_of, swapped
 from ecospa_fx.passes.ir.signature import autocast_now, with_autocast
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.threads import alone, in_call
@@ -102,7 +102,7 @@ class InnerCall:
     def _small(self, module: nn.Module) -> bool:
         """Return whether some parameter of a module has fewer entries now than before any shrink."""
         before = self.region.state.plan.original_shapes
-        named = ((f"{self.region.name}.{path}", p) for path, p in module.named_parameters(remove_duplicate=False))
+        named = ((f"{self.region.name}.{path}", p) for path, p in parameters_of(module, remove_duplicate=False))
         return any(tuple(p.shape) != tuple(before.get(name, p.shape)) for name, p in named)
 
 

@@ -23,7 +23,7 @@ from ecospa_fx.couple.coupling import CouplingSelection
 from ecospa_fx.errors import ShrinkError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.follow.attributes import Attribute, Changes, Value, Values, sync_layer_sizes
-from ecospa_fx.passes.graph.tensors import join, named_tensors
+from ecospa_fx.passes.graph.tensors import named_tensors
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
@@ -83,22 +83,6 @@ _ALIKE = (
 )
 
 
-def _check_shapes(compiled: CompiledModel, model: nn.Module) -> None:
-    """Refuse tensors whose sizes have changed other than by a shrink."""
-    for name, tensor in named_tensors(model).items():
-        for region in compiled.regions.values():
-            inside = name.removeprefix(f"{region.name}." if region.name else "")
-            if not region.specializations or join(region.name, inside) != name:
-                continue
-            expected = compiled.plan.shape(name) if name in compiled.plan.original_shapes else None
-            expected = expected or region.naming_graph.captured.sizes.get(inside)
-            if expected is not None and tuple(tensor.shape) != tuple(expected):
-                raise ShrinkError(
-                    f"`{name}` is {tuple(tensor.shape)} and was {tuple(expected)} when the model was captured: it "
-                    "has been replaced since. Compile the model after such changes"
-                )
-
-
 def _in_shared_memory(model: nn.Module, after: Plan) -> list[str]:
     """Return the names of tensors that lose entries and lie in memory that other processes may hold, too."""
     named = {name: t for name, t in named_tensors(model).items() if name in after.original_shapes}
@@ -125,9 +109,7 @@ def _prepared(
     check_reduced(model)
     for name in compiled.regions:
         check_gathered_at_once(name, model.get_submodule(name), compiled.execution)
-    compiled.follow_ties(model)
-    compiled.follow_shards(model)
-    _check_shapes(compiled, model)
+    compiled.follow(model)
     if compiled.execution == "graph" and compiled.state.shared_out:
         ranks_of(model).meet("look at how weights are sharded")  # which takes calls of layers
     if compiled.execution == "graph":

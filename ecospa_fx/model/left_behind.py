@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ecospa_fx.errors import OptimizerError
+from ecospa_fx.passes.graph.tensors import parameters_of
 
 from .diff import TensorShape
 from .optimizer_state import layers
@@ -39,7 +40,7 @@ class LeftBehind:
             told: optimizers whose state has followed. What they hold at such a shape is of that shape for a reason, as
                 a square preconditioner is.
         """
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters_of(model):
             if name in before:
                 self._shapes.setdefault(parameter, (name, set()))[1].add(before[name])
         self._checked.clear()

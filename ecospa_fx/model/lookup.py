@@ -13,7 +13,7 @@ from ecospa_fx.arguments import MODULE, takes
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import CaptureError, EcoSpaError, NoInputsError, OptimizerError, WrapperError
 from ecospa_fx.passes.graph.isolate import isolated
-from ecospa_fx.passes.graph.tensors import named_tensors
+from ecospa_fx.passes.graph.tensors import named_tensors, parameters_of
 from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.fsdp2 import reshard
 from ecospa_fx.ranks.shards import is_sharded
@@ -61,8 +61,7 @@ def state_of(model: nn.Module) -> CompiledModel:
             "once, or compile it with example_inputs=(x,). Only its forward counts: what another method computes needs "
             "a module around it whose forward calls that"
         )
-    compiled.follow_ties(model)
-    compiled.follow_shards(model)
+    compiled.follow(model)
     return compiled
 
 
@@ -131,7 +130,7 @@ def check_ready(model: nn.Module) -> None:
         CaptureError: it has such parameters.
     """
     check_sizes(model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_of(model):
         if parameter.is_inference():
             raise CaptureError(
                 f"`{name}` of {type(model).__name__} was made in torch.inference_mode, where no gradients are known; "
@@ -145,7 +144,7 @@ def check_sizes(model: nn.Module) -> None:
     Raises:
         CaptureError: it has such parameters.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_of(model):
         if is_lazy(parameter):
             raise CaptureError(
                 f"`{name}` of {type(model).__name__} has no sizes before the first call of its lazy layer; call the "

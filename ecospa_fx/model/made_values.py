@@ -11,7 +11,7 @@ from ecospa_fx.passes.capture.outside_numbers import numbers_at
 from ecospa_fx.passes.follow.course import Failed, own_forward
 from ecospa_fx.passes.follow.trial import drawn, example_calls, modes
 from ecospa_fx.passes.graph.isolate import isolated, seed
-from ecospa_fx.passes.graph.tensors import as_held, join, named_tensors, sliced, swapped
+from ecospa_fx.passes.graph.tensors import as_held, join, named_tensors, parameters_of, sliced, swapped
 from ecospa_fx.passes.rewrite.replay import replay
 from ecospa_fx.passes.rewrite.rewrite import rewrite
 from ecospa_fx.plan import Plan
@@ -93,7 +93,7 @@ def _of_region(model: nn.Module, now: Plan, plan: Plan, region: Region, made: nn
         planned = names.get(id(tensor))
         small[name] = tensor if planned is None else _like(tensor, sliced(tensor, kept_positions(planned, now, plan)))
     small = drawn(small)
-    persistent = made.state_dict(keep_vars=True).keys() | {name for name, _ in made.named_parameters()}
+    persistent = made.state_dict(keep_vars=True).keys() | {name for name, _ in parameters_of(made)}
     for each in region.specializations:
         facts = each.axis_facts
         program = rewrite(facts, replay(facts, plan), module)

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from ecospa_fx.arguments import SEVERAL, shown
 from ecospa_fx.errors import OptimizerError
+from ecospa_fx.passes.graph.tensors import parameters_of
 from ecospa_fx.ranks.agreement import Ranks
 from ecospa_fx.ranks.shards import gathered, groups_of, is_sharded, split
 
@@ -182,7 +183,7 @@ def second_moments(model: nn.Module, optimizers: Sequence[Optimizer], wanted: Co
     roots = {}
     for optimizer in [layer for each in optimizers for layer in layers(each)]:
         betas = {id(p): group.get("betas", (0.0, 0.0)) for group in optimizer.param_groups for p in group["params"]}
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters_of(model):
             state = optimizer.state.get(parameter, {})
             moment = state.get("exp_avg_sq")
             if isinstance(moment, Tensor) and moment.shape == parameter.shape:

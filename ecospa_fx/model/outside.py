@@ -7,19 +7,20 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from ecospa_fx.passes.find.regions import UNCALLED
+from ecospa_fx.passes.graph.tensors import parameters_of
 from ecospa_fx.text import plural
 
 
 def share_outside(model: nn.Module, regions: Collection[str]) -> float:
     """Return the share of the parameters that lie outside of `regions`, names of submodules."""
-    outside = sum(p.numel() for name, p in model.named_parameters() if not _inside(name, regions))
+    outside = sum(p.numel() for name, p in parameters_of(model) if not _inside(name, regions))
     return outside / max(1, sum(p.numel() for p in model.parameters()))
 
 
 def outside_text(model: nn.Module, regions: Collection[str]) -> str:
     """Say how much of a model lies outside of its regions, and where: largest first; empty where nothing does."""
     sizes: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_of(model):
         if not _inside(name, regions):
             top = _topmost(name, regions)
             sizes[top] = sizes.get(top, 0) + parameter.numel()

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ecospa_fx.errors import EcoSpaError
+from ecospa_fx.passes.graph.tensors import parameters_of
 
 Owner: TypeAlias = "tuple[weakref.ref[nn.Module], str, bool]"  # the model, the name in it, and if a region holds it
 
@@ -19,7 +20,7 @@ _OWNERS = WeakIdKeyDictionary()  # parameter -> Owner
 def note_owner(model: nn.Module, regions: Collection[str]) -> None:
     """Take note of the weights of a compiled model, and which of them lie in its regions."""
     here, held = weakref.ref(model), _in_regions(model, regions)
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_of(model):
         _OWNERS[parameter] = here, name, id(parameter) in held
 
 
@@ -35,7 +36,7 @@ def check_owner(model: nn.Module, regions: Collection[str], key: str) -> None:
         EcoSpaError: they do.
     """
     held = _in_regions(model, regions)
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_of(model):
         owner: Owner | None = _OWNERS.get(parameter)
         other = None if owner is None else owner[0]()
         if owner is None or other is None or other is model or key not in other.__dict__:

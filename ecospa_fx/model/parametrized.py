@@ -16,7 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ecospa_fx.passes.find.left_whole import Refusal
-from ecospa_fx.passes.graph.tensors import join
+from ecospa_fx.passes.graph.tensors import join, parameters_of
 
 HOOKS: tuple[tuple[type, str, str, str], ...] = (
     (WeightNorm, "name", "torch.nn.utils.remove_weight_norm", "_v _g"),
@@ -36,7 +36,7 @@ def removals(model: nn.Module) -> dict[str, str]:
         where = f"model.get_submodule({path!r})" if path else "model"
         for weight, each in getattr(module, "parametrizations", {}).items() if _has_some(module) else ():
             call = f"torch.nn.utils.parametrize.remove_parametrizations({where}, {weight!r})"
-            calls |= {join(path, f"parametrizations.{weight}.{name}"): call for name, _ in each.named_parameters()}
+            calls |= {join(path, f"parametrizations.{weight}.{name}"): call for name, _ in parameters_of(each)}
         for hook in module._forward_pre_hooks.values():
             for cls, attribute, function, endings in HOOKS:
                 if isinstance(hook, cls):

@@ -27,7 +27,7 @@ from ecospa_fx.passes.follow.attributes import numbers_in
 from ecospa_fx.passes.follow.follow import PythonSupport, follow
 from ecospa_fx.passes.graph.forward_swap import own_forward
 from ecospa_fx.passes.graph.python_state import StateChange
-from ecospa_fx.passes.graph.tensors import join, swapped
+from ecospa_fx.passes.graph.tensors import join, parameters_of, swapped
 from ecospa_fx.passes.infer.sizes import called_sizes
 from ecospa_fx.passes.ir.border import NO_BORDER, Border
 from ecospa_fx.passes.ir.region_graph import Call
@@ -378,7 +378,7 @@ class Region:
             named = self._named()
             if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
                 raise CaptureError(self._opaque("torch.fx.symbolic_trace")) from error
-            held = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+            held = {name for name, _ in parameters_of(module)} | {name for name, _ in module.named_buffers()}
             if moved := [name for name in self.state.plan.under(self.name) if name not in held]:
                 raise CaptureError(
                     f"{named} has shrunk, and its `{moved[0]}` is not there any more, as where a module was wrapped "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.collectives import is_distributed
 from ecospa_fx.errors import WrapperError
+from ecospa_fx.passes.graph.tensors import parameters_of
 
 from . import fsdp2
 from .placed import coordinates, positions_here, shards_of
@@ -70,7 +71,7 @@ def spread_dims(model: nn.Module) -> dict[tuple[str, int], Sharding]:
         return {}
     known = fsdp2.owners(model)
     found: dict[tuple[str, int], Sharding] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters_of(model, remove_duplicate=False):
         in_forward = fsdp2.in_forward(known[id(parameter)]) if id(parameter) in known else parameter
         found |= {(name, dim): each for dim, each in shardings(in_forward).items()}
     return found

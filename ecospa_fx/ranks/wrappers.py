@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ecospa_fx.collectives import is_distributed
 from ecospa_fx.errors import WrapperError
+from ecospa_fx.passes.graph.tensors import parameters_of
 
 from .ddp import note_trained, refusal
 from .placed import shards_of
@@ -95,7 +96,7 @@ def check_wrappers(model: nn.Module) -> None:
         if reason is not None:
             raise WrapperError(f"{name} is wrapped in DistributedDataParallel {reason}")
     outer = next((type(each).__name__ for each in wrappers_around(inside)), None)
-    parameters: Iterable[tuple[str, Any]] = inside.named_parameters()
+    parameters: Iterable[tuple[str, Any]] = parameters_of(inside)
     for parameter_name, parameter in parameters:
         if not is_sharded(parameter):
             continue

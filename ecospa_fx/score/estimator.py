@@ -34,6 +34,7 @@ from ecospa_fx.errors import TargetError, WrapperError
 from ecospa_fx.model.journal import take_state
 from ecospa_fx.model.lookup import check_values, couplings
 from ecospa_fx.model.optimizer_state import innermost, several
+from ecospa_fx.passes.graph.tensors import parameters_of
 from ecospa_fx.ranks.fsdp2 import reshard
 from ecospa_fx.ranks.members import is_replicated, sharing_ranks
 from ecospa_fx.ranks.wrappers import unwrapped
@@ -152,7 +153,7 @@ class CoupledEstimator:
         self._count.seen += new_step
         given: Any = scale, found_inf
         factor, skip = (x if x is None or isinstance(x, Tensor) else torch.tensor(float(x)) for x in given)
-        named = ((name, p) for name, p in self.model.named_parameters() if names is None or name in names)
+        named = ((name, p) for name, p in parameters_of(self.model) if names is None or name in names)
         self.reader.add(GradientStep(named, factor, skip, new_step))
 
     def attach(self, *optimizers: Optimizer) -> None:
@@ -206,7 +207,7 @@ class CoupledEstimator:
                     self.reader.add(GradientStep([(name, parameter)], new_step=self._count.seen != before))
 
         self._in_backward = True
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in parameters_of(self.model):
             if parameter.requires_grad:
                 hook = lambda held, name=name: ready(name, held)  # noqa: E731
                 self._handles.append(_hooked_first(parameter, hook))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ecospa_fx.couple.coupling import Coupling, Member
 from ecospa_fx.errors import TargetError
 from ecospa_fx.model.lookup import couplings, regions_of
-from ecospa_fx.passes.graph.tensors import join
+from ecospa_fx.passes.graph.tensors import join, parameters_of
 from ecospa_fx.passes.transform.consumers import WeightDim, consumers
 from ecospa_fx.ranks.members import sharing_ranks
 from ecospa_fx.ranks.shards import held_along, is_first_replica, is_sharded, local_part
@@ -218,7 +218,7 @@ class GateReader:
                 for first in region.specializations[:1]
                 for name, dim in consumers(first.axis_facts)
             }
-            learned = {n for n, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+            learned = {n for n, p in parameters_of(self.model, remove_duplicate=False) if p.requires_grad}
             last = last_weights(regions_of(self.model))
             self._gates = {c.name: (c.contexts * c.size, _sides(c, summing, learned, last)) for c in offered}
         return self._gates

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ecospa_fx.couple.coupling import Coupling, Member
 from ecospa_fx.kernels import slice_sums
 from ecospa_fx.model.lookup import check_values
-from ecospa_fx.passes.graph.tensors import as_real
+from ecospa_fx.passes.graph.tensors import as_real, parameters_of
 from ecospa_fx.ranks.fsdp2 import reshard
 from ecospa_fx.ranks.shards import is_sharded
 
@@ -38,7 +38,7 @@ def places_of(member: Member, coupling: Coupling, *, by_context: bool) -> tuple[
 
 def frozen_names(model: nn.Module) -> set[str]:
     """Return the names of parameters that do not train, tied ones under each name."""
-    return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name for name, p in parameters_of(model, remove_duplicate=False) if not p.requires_grad}
 
 
 def coupling_importance(coupling: Coupling, means: Mapping[SliceKey, Tensor]) -> float:
@@ -86,7 +86,7 @@ def squares_of_shards(model: nn.Module, judged: Iterable[Coupling]) -> dict[Slic
     Every rank must call it.
     """
     reshard(model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(parameters_of(model, remove_duplicate=False))
     dims: dict[str, set[int]] = {}
     for member in (member for coupling in judged for member in coupling.members):
         dims.setdefault(member.parameter, set()).add(member.dim)
@@ -122,7 +122,7 @@ def index_scores(
         float64 `[coupling.size]`, or `[coupling.contexts, coupling.size]`.
     """
     check_values(model, "score")
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(parameters_of(model, remove_duplicate=False))
     rows = coupling.contexts if by_context else 1
     stream = coupling.kind == "residual"
     squares: dict[str | bool, Tensor] = {}

@@ -31,7 +31,7 @@ from ecospa_fx.model.joint_offers import parts_across
 from ecospa_fx.model.lookup import compiled_state
 from ecospa_fx.model.region import Region
 from ecospa_fx.passes.axes.algebra import atoms_of
-from ecospa_fx.passes.graph.tensors import join
+from ecospa_fx.passes.graph.tensors import join, parameters_of
 from ecospa_fx.passes.rewrite.program import Program
 from ecospa_fx.passes.rewrite.rewrite import Tap
 from ecospa_fx.passes.transform.consumers import consumers
@@ -386,7 +386,7 @@ class PositionReader(Tapping, Averaged[str]):
 
     def _weights_on(self, coupling: Coupling) -> int:
         """Count the weights in the rows and columns of a coupling's matrices."""
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        parameters = dict(parameters_of(self.model, remove_duplicate=False))
         return sum(
             int((member.index >= 0).sum()) * (parameters[member.parameter].numel() // len(member.index))
             for member in coupling.members

@@ -18,7 +18,7 @@ from ecospa_fx.errors import TargetError
 from ecospa_fx.model.lookup import couplings, regions_of
 from ecospa_fx.model.observers import check_observable, still_watching
 from ecospa_fx.model.optimizer_state import is_partitioned, second_moments
-from ecospa_fx.passes.graph.tensors import as_real
+from ecospa_fx.passes.graph.tensors import as_real, parameters_of
 from ecospa_fx.ranks.agreement import Ranks
 from ecospa_fx.ranks.fsdp2 import reshard
 from ecospa_fx.ranks.members import ranks_of
@@ -152,7 +152,7 @@ class WeightReader(SliceReader):
 
     def refresh(self) -> None:
         """Read the weights."""
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(parameters_of(self.model))
         self.totals.replace({name: as_real(p) for name, p in parameters.items()}, parameters)
 
 
@@ -171,8 +171,8 @@ class OptimizerReader(SliceReader):
         """Read the second moments."""
         scored = {member.parameter for c in couplings(self.model) for member in c.members if member.matrix}
         moments = second_moments(self.model, self.optimizers, scored)
-        parameters = dict(self.model.named_parameters())
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(parameters_of(self.model))
+        parameters = dict(parameters_of(self.model))
         self.totals.replace({name: as_real(moment) for name, moment in moments.items()}, parameters)
 
     def means(self) -> dict[SliceKey, Tensor]:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from ecospa_fx.errors import OptimizerError
 from ecospa_fx.model.optimizer_state import layers
 from ecospa_fx.model.optimizer_table import rules_for
+from ecospa_fx.passes.graph.tensors import parameters_of
 
 
 class Reading(NamedTuple):
@@ -75,9 +76,7 @@ class StepWatcher:
 
     def _gradients(self, names: set[str] | None) -> list[Tensor]:
         return [
-            p.grad
-            for name, p in self.model.named_parameters()
-            if p.grad is not None and (names is None or name in names)
+            p.grad for name, p in parameters_of(self.model) if p.grad is not None and (names is None or name in names)
         ]
 
     def detach(self) -> None:
@@ -96,7 +95,7 @@ def names_of(model: nn.Module, optimizers: Sequence[Optimizer], number: int) -> 
     if len(optimizers) == 1:
         return None
     parameters = [{id(p) for group in each.param_groups for p in group["params"]} for each in optimizers]
-    named = list(model.named_parameters())
+    named = list(parameters_of(model))
     if number > 0:
         return {name for name, p in named if id(p) in parameters[number]}
     others = set().union(*parameters[1:])

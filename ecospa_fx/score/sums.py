@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import TargetError
 from ecospa_fx.model.lookup import couplings, is_captured, plan
+from ecospa_fx.passes.graph.tensors import parameters_of
 from ecospa_fx.ranks.fsdp2 import reshard
 
 from .slices import SliceKey, SliceSums, counts_here
@@ -202,7 +203,7 @@ class SliceTotals:
 
     def means(self, count: StepCount) -> dict[SliceKey, Tensor]:
         """Return for each slice the mean of its entries per step, float64 on the CPU, added up over ranks."""
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(parameters_of(self.model))
         self.rule.restore(self.sums)
         reduced, divisor = self.current().reduced(), self.rule.divisor(count)
         numels = {name: parameters[name].numel() for name in {name for name, _ in self.sums}}
@@ -233,7 +234,7 @@ class SliceTotals:
     def load_tensors(self, named: Mapping[str, Tensor]) -> None:
         """Go on with the sums that `tensors` returned; where parameters are sharded they count on one rank."""
         reshard(self.model)
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        parameters = dict(parameters_of(self.model, remove_duplicate=False))
         names = {label: key_of(label.rpartition(": ")[2])[0] for label in named}
         counted = {
             label: tensor if counts_here(parameters.get(names[label])) else torch.zeros_like(tensor)
@@ -248,7 +249,7 @@ class SliceTotals:
         first = offered[0] if offered else None
         if self._slices is not None and sums is self.sums and built_for is first:
             return self._slices
-        parameters, kept = dict(self.model.named_parameters()), plan(self.model).kept
+        parameters, kept = dict(parameters_of(self.model)), plan(self.model).kept
         slices = SliceSums(parameters, _scored_dims(offered, parameters), weighted=self.weighted)
         carried = {key: old for key, old in self.sums.items() if key in slices.views}
 

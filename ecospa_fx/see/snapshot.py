@@ -17,7 +17,7 @@ from ecospa_fx.passes.axes.algebra import Atom, Expr, Product, atoms_of
 from ecospa_fx.passes.axes.selection import PerContext, Selected
 from ecospa_fx.passes.find.discover import Discovery
 from ecospa_fx.passes.graph.nodes import reason_text
-from ecospa_fx.passes.graph.tensors import join, named_tensors
+from ecospa_fx.passes.graph.tensors import join, named_tensors, parameters_of
 from ecospa_fx.passes.infer.sizes import size_in_call, symbols_of
 from ecospa_fx.passes.ir.axis_facts import AxisFacts, Fact
 
@@ -176,7 +176,7 @@ def snapshot_of(model: nn.Module, compiled: CompiledModel) -> Snapshot:
             regions[name] = RegionSnapshot(
                 name, program.axis_facts, region.naming_graph.discovery, sizes, symbols, region.offers.across
             )
-    named = dict(model.named_parameters(remove_duplicate=False))
+    named = dict(parameters_of(model, remove_duplicate=False))
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
     for name, parameter in named.items():

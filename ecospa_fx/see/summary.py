@@ -17,6 +17,7 @@ from ecospa_fx.arguments import CALL, MODULE, WHOLE, optional, takes
 from ecospa_fx.model.compiled import MODEL
 from ecospa_fx.model.diff import words
 from ecospa_fx.model.lookup import check_sizes, try_call
+from ecospa_fx.passes.graph.tensors import parameters_of
 from ecospa_fx.plan import Plan
 from ecospa_fx.ranks.wrappers import looks_inside
 from ecospa_fx.text import count, plain, size
@@ -158,7 +159,7 @@ class _Walk:
     def _mark(self, module: nn.Module, path: str) -> Any:
         """Return the properties that must be equal for two children to be shown as one."""
         kinds = tuple((n, type(m).__name__) for n, m in module.named_modules())
-        return kinds, tuple((n, tuple(p.shape)) for n, p in module.named_parameters()), self.shapes.get(path)
+        return kinds, tuple((n, tuple(p.shape)) for n, p in parameters_of(module)), self.shapes.get(path)
 
 
 @takes(model=MODULE, **CALL, depth=optional(WHOLE))
@@ -198,7 +199,7 @@ def summary(
         shapes = _output_shapes(model, tuple(example_inputs or ()), dict(example_kwargs or {}))
     walk = _Walk(depth, shapes, plan, couplings)
     walk.visit([model], type(model).__name__, "", 0)
-    named = dict(model.named_parameters())
+    named = dict(parameters_of(model))
     return Summary(
         type(model).__name__,
         tuple(walk.layers),

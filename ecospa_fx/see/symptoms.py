@@ -15,6 +15,7 @@ from typing import Literal
 from torch import nn
 
 from ecospa_fx.couple.coupling import Coupling
+from ecospa_fx.passes.graph.tensors import parameters_of
 from ecospa_fx.train.loss_spikes import LossSpikes
 
 COLLAPSED = 0.1
@@ -98,7 +99,7 @@ def odd_widths(model: nn.Module, couplings: Iterable[Coupling], step: int, multi
         step: the step now.
         multiple: number that widths should be multiples of: 8 as a rule, for tensor cores with 16 bits.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(parameters_of(model, remove_duplicate=False))
     changed = [c for c in couplings if c.size != c.original_size]
     sizes = {(m.parameter, m.dim): parameters[m.parameter].shape[m.dim] for c in changed for m in c.members if m.matrix}
     odd = {name: size for (name, _), size in sizes.items() if size % multiple}

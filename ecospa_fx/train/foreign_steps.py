@@ -14,6 +14,7 @@ from ecospa_fx.errors import OptimizerError
 from ecospa_fx.model.lookup import couplings
 from ecospa_fx.model.optimizer_state import layers
 from ecospa_fx.model.step_watch import unwatch_steps, watch_steps
+from ecospa_fx.passes.graph.tensors import parameters_of
 
 
 class ForeignSteps:
@@ -50,7 +51,7 @@ class ForeignSteps:
         """
         if not self._foreign:
             return
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        parameters = dict(parameters_of(self.model, remove_duplicate=False))
         names = dict.fromkeys(member.parameter for coupling in couplings(self.model) for member in coupling.members)
         for optimizer in list(self._foreign):
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}

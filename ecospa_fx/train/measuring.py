@@ -19,7 +19,7 @@ from ecospa_fx.model.keeping import keep_only
 from ecospa_fx.model.lookup import couplings, regions_of, state_of
 from ecospa_fx.model.restore import restore
 from ecospa_fx.passes.find.discover import Kind
-from ecospa_fx.passes.graph.tensors import is_quantized
+from ecospa_fx.passes.graph.tensors import is_quantized, parameters_of
 from ecospa_fx.score.saliency import Saliency
 
 from .objective import Loss
@@ -64,7 +64,7 @@ def let_train(model: nn.Module, saliency: Saliency, frozen: Collection[Any] = ()
         saliency: has read one batch.
         frozen: couplings that need not be judged.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(parameters_of(model, remove_duplicate=False))
     unjudged = [c for c in couplings(model) if c not in frozen and not saliency.judges(c)]
     members = {member.parameter for coupling in unjudged for member in coupling.members}
     for name in members & parameters.keys():
@@ -74,7 +74,7 @@ def let_train(model: nn.Module, saliency: Saliency, frozen: Collection[Any] = ()
 
 def check_plain_numbers(model: nn.Module) -> None:
     """Refuse weights that are not plain numbers."""
-    for name, tensor in model.named_parameters():
+    for name, tensor in parameters_of(model):
         if is_quantized(tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
             held = type(tensor).__name__ if is_quantized(tensor) else tensor.dtype
             raise TargetError(f"`{name}` holds {held}, quantised weights; de-quantise the model first")

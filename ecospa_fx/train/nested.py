@@ -24,6 +24,7 @@ from ecospa_fx.model.lookup import check_values, compiled_state, couplings
 from ecospa_fx.model.shrinking import shrink
 from ecospa_fx.model.slicing import kept_positions
 from ecospa_fx.passes.graph.isolate import isolated
+from ecospa_fx.passes.graph.tensors import parameters_of
 from ecospa_fx.ranks.members import ranks_of
 from ecospa_fx.ranks.wrappers import unwrapped
 
@@ -122,7 +123,7 @@ class NestedSizes:
                 value = loss(self.model)
                 (value / len(self.sizes)).backward()
                 plan = compiled_state(self.model).plan
-                grads = [(name, p, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
+                grads = [(name, p, p.grad) for name, p in parameters_of(self.model) if p.grad is not None]
                 values.append(float(value.detach()))
             for name, p, grad in grads:
                 _add(p, grad, kept_positions(name, whole, plan) if name in plan.original_shapes else {})

@@ -28,6 +28,7 @@ from ecospa_fx.model.lookup import couplings, regions_of
 from ecospa_fx.model.observers import ignore, observe
 from ecospa_fx.model.shrinking import shrink
 from ecospa_fx.passes.graph.isolate import isolated
+from ecospa_fx.passes.graph.tensors import parameters_of
 from ecospa_fx.ranks.members import ranks_of
 from ecospa_fx.score.estimator import CoupledEstimator
 from ecospa_fx.score.saliency import Saliency
@@ -123,7 +124,7 @@ class Stroke:
     def _summed(self, others: Mapping[str, CoupledEstimator]) -> dict[nn.Parameter, Tensor | None]:
         """Return the weights of whose gradients, added up over all batches, the scores of some kinds are made."""
         kinds = {kind for kind, name in self.scores.items() if others[name].score.reads == "gradients"}
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        parameters = dict(parameters_of(self.model, remove_duplicate=False))
         of = (c for c in couplings(self.model) if c.kind in kinds and c not in self.constraints.frozen)
         return {parameters[m.parameter]: None for c in of for m in c.members if m.parameter in parameters}
 
@@ -291,7 +292,7 @@ def groups(
     """
     shrinking = [c for c in couplings(model) if c.name in names]
     alike: dict[int, list[str]] = {}  # a tied weight has several names
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters_of(model, remove_duplicate=False):
         alike.setdefault(id(parameter), []).append(name)
     all_names = {name: each for each in alike.values() for name in each}
     regions = {c: _regions_of(c, spans, all_names) for c in shrinking}

@@ -31,7 +31,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ecospa_fx.passes.graph.isolate import isolated, seed, uncached_autocast
 from ecospa_fx.passes.graph.namespaces import foreign_code
-from ecospa_fx.passes.graph.tensors import named_tensors, same_storage, swapped
+from ecospa_fx.passes.graph.tensors import named_tensors, parameters_of, same_storage, swapped
 from ecospa_fx.passes.ir.border import argument_names
 from ecospa_fx.passes.ir.region_graph import RegionGraph
 from ecospa_fx.passes.ir.results import flattened_results
@@ -123,7 +123,7 @@ class _Watch(TorchDispatchMode):
         self._modules = {name: model.get_submodule(name) for name in regions}
         self._instead = instead
         self._names: dict[int, str] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        for name, parameter in parameters_of(model, remove_duplicate=False):
             self._names.setdefault(id(parameter), name)
         self._nodes = WeakIdKeyDictionary()  # tensor -> its node, where it depends on weights
         self._tensors: dict[str, str] = {}

@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from ecospa_fx.passes.graph.isolate import fresh_leaf, isolated, seed
-from ecospa_fx.passes.graph.tensors import dense, named_tensors
+from ecospa_fx.passes.graph.tensors import dense, named_tensors, parameters_of
 from ecospa_fx.passes.ir.region_graph import Forward
 from ecospa_fx.passes.ir.results import flattened_results
 from ecospa_fx.passes.ir.signature import autocast_now, with_autocast
@@ -132,7 +132,7 @@ def _address(tensor: Tensor) -> int:
 
 def _marks(module: nn.Module) -> dict[str, tuple[Tensor, int, int, bool]]:
     """Return the parameters of a module by name, each with what tells that it has been changed."""
-    return {name: (p, p._version, _address(p), p.requires_grad) for name, p in module.named_parameters()}
+    return {name: (p, p._version, _address(p), p.requires_grad) for name, p in parameters_of(module)}
 
 
 def _numbers_like(out: Tensor, seed: int) -> Tensor:
@@ -170,7 +170,7 @@ def _difference(
     gradients: bool,
     tolerance: float = 0.0,
 ) -> str | None:
-    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    parameters = {name: p for name, p in parameters_of(module) if p.requires_grad}
     leaves, spec = flattened((args, kwargs))
     leaves, objects = parted(leaves)
     places = captured.carried.state

@@ -16,6 +16,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ecospa_fx.passes.graph.tensors import parameters_of
+
 _LOOK_UPS = {nn.functional.embedding, nn.functional.embedding_bag, torch.embedding}
 
 
@@ -29,7 +31,7 @@ class Ends(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.names: set[str] = set()
-        self._matrices = {id(p): name for name, p in model.named_parameters() if p.ndim > 1}
+        self._matrices = {id(p): name for name, p in parameters_of(model) if p.ndim > 1}
         self._made: dict[int, tuple[weakref.ref[Any], list[str]]] = {}
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:

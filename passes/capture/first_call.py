@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.passes.graph.isolate import Draws, restored_parameters
 from ecospa_fx.passes.graph.python_state import PythonState, StateChange, put_back, put_item
+from ecospa_fx.passes.graph.tensors import parameters_of
 
 
 def make(change: StateChange) -> None:
@@ -57,7 +58,7 @@ def first_only(
         first = _outcome(module, run)
     with isolated(), after_first_call(module, filled):
         later = _outcome(module, run)
-    named = dict(module.named_parameters())
+    named = dict(parameters_of(module))
     for kind, number in first.draws.items():
         if number != later.draws[kind]:
             return f"draws from the random generator of {kind}"
@@ -83,7 +84,7 @@ def _outcome(module: nn.Module, run: Callable[[], Any]) -> _Outcome:
     try:
         with restored_parameters(module) as writes:
             result = run()
-            written = {name: p.detach().clone() for name, p in module.named_parameters() if writes.wrote(p)}
+            written = {name: p.detach().clone() for name, p in parameters_of(module) if writes.wrote(p)}
             written |= {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
         results = [leaf.detach().clone() for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         return _Outcome(results, written, Draws().state())

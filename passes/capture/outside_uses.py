@@ -13,6 +13,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from ecospa_fx.passes.graph.tensors import parameters_of
+
 
 class OutsideUses(TorchFunctionMode):
     """A mode that watches the functions of torch that a forward calls.
@@ -29,10 +31,10 @@ class OutsideUses(TorchFunctionMode):
         self._modules = {name: model.get_submodule(name) for name in names}
         self._owners: dict[int, list[tuple[str, str]]] = {}
         users: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        for name, parameter in parameters_of(model, remove_duplicate=False):
             users.setdefault(id(parameter), []).append(name)
         for name, module in self._modules.items():
-            for inner, parameter in module.named_parameters(remove_duplicate=False):
+            for inner, parameter in parameters_of(module, remove_duplicate=False):
                 if not all(user.startswith(f"{name}.") for user in users[id(parameter)]):
                     continue  # tied to one outside, and kept whole for that
                 self._owners.setdefault(id(parameter), []).append((name, inner))

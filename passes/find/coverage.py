@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from torch import nn
 
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
-from ecospa_fx.passes.graph.tensors import join
+from ecospa_fx.passes.graph.tensors import join, parameters_of
 
 from .analyse import Analysis
 
@@ -36,9 +36,9 @@ class Coverage:
     """
 
     def __init__(self, model: nn.Module, ends: Collection[str] = ()) -> None:
-        self.sizes = {name: p.numel() for name, p in model.named_parameters() if p.ndim > 1 and name not in ends}
-        first = {id(p): name for name, p in model.named_parameters()}
-        self._first = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        self.sizes = {name: p.numel() for name, p in parameters_of(model) if p.ndim > 1 and name not in ends}
+        first = {id(p): name for name, p in parameters_of(model)}
+        self._first = {name: first[id(p)] for name, p in parameters_of(model, remove_duplicate=False)}
 
     def on_couplings(self, analyses: Mapping[str, Analysis]) -> set[str]:
         """Return the matrices on a coupling of some region."""

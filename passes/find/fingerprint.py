@@ -17,7 +17,7 @@ from torch import nn
 from ecospa_fx.passes.capture.reads import AttributeReads
 from ecospa_fx.passes.graph.namespaces import ABSENT
 from ecospa_fx.passes.graph.python_state import OWN, is_constant
-from ecospa_fx.passes.graph.tensors import named_tensors
+from ecospa_fx.passes.graph.tensors import named_tensors, parameters_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ def fingerprint(module: nn.Module, reads: AttributeReads, indices: Collection[tu
     named = dict(module.named_modules(remove_duplicate=False))
     tensors = named_tensors(module).items()
     groups: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+    for name, parameter in parameters_of(module, remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     return Fingerprint(
         modules={path: type(child) for path, child in named.items()},

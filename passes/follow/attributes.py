@@ -20,6 +20,7 @@ from ecospa_fx.passes.capture.reads import AttributeReads
 from ecospa_fx.passes.graph.isolate import weight_of
 from ecospa_fx.passes.graph.python_state import OWN
 from ecospa_fx.passes.graph.stand_in_class import quiet_subclass
+from ecospa_fx.passes.graph.tensors import parameters_of
 
 
 @dataclass(frozen=True, order=True)
@@ -89,7 +90,7 @@ def numbers_in(model: nn.Module) -> frozenset[tuple[type, str]]:
     seen: dict[tuple[Any, ...], int] = {}
     numbers = set()
     for module in model.modules():
-        shapes = tuple((name, p.shape) for name, p in module.named_parameters())
+        shapes = tuple((name, p.shape) for name, p in parameters_of(module))
         for name, value in module.__dict__.items():
             key = (type(module), name)
             if type(value) is int and seen.setdefault((*key, shapes), value) != value:

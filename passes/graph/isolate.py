@@ -133,6 +133,8 @@ class restored_parameters(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func`; copy first the parameters that it may write into."""
         kwargs = kwargs or {}
+        if func is torch._weight_norm:
+            _check_rows(*args, **kwargs)
         if _writes(func, kwargs):
             for leaf in pytree.tree_leaves((args, kwargs)):
                 key = _memory(leaf) if isinstance(leaf, Tensor) else None
@@ -160,6 +162,16 @@ class restored_parameters(TorchFunctionMode):
             for parameter, data in self._data:
                 if _memory(parameter) != _memory(data) or parameter.shape != data.shape:
                     parameter.data = data
+
+
+def _check_rows(v: Tensor, g: Tensor, dim: int = 0) -> None:
+    """Refuse to normalise no rows at all: torch divides by their number, which ends the process.
+
+    It does so in `_weight_norm` alone, of the functions that a call of a layer without entries may reach: all samples
+    of `torch.testing._internal.common_methods_invocations.op_db` were tried without entries.
+    """
+    if dim >= 0 and not v.shape[dim]:
+        raise RuntimeError("torch cannot normalise a weight without any rows")
 
 
 def _memory(tensor: Tensor) -> Any:

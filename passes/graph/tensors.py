@@ -13,9 +13,18 @@ from torch.nn.utils import stateless
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
+def parameters_of(module: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield parameters by their paths.
+
+    The `named_parameters` of a wrapper may leave the wrapper itself out of names, as that of torch for activation
+    checkpointing does, and nothing is found by such a name.
+    """
+    return nn.Module.named_parameters(module, remove_duplicate=remove_duplicate)
+
+
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers under every name they have: a tied one occurs once per name."""
-    return dict((*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
+    return dict((*parameters_of(module, remove_duplicate=False), *module.named_buffers(remove_duplicate=False)))
 
 
 @contextmanager
@@ -40,7 +49,7 @@ def held_twice(module: nn.Module) -> Held:
     A forward that reads `self.weights["gain"]` computes with the parameter `self.gain`, of which nothing knows that
     swaps parameters.
     """
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    names = {id(parameter): name for name, parameter in parameters_of(module)}
     places: list[tuple[Any, Any, str]] = []
 
     def search(holder: Any, entries: Iterable[tuple[Any, Any]], depth: int) -> None:

@@ -395,7 +395,7 @@ def test_weights_replaced_after_compile():
         ecospa_fx.shrink(model, {"layers.0.ffn": torch.arange(3)})
     assert str(caught.value) == (
         "`layers.1.0.weight` is (11, 6) and was (10, 6) when the model was captured: it has been replaced since. "
-        "Compile the model after such changes"
+        "Do that before ecospa_fx.compile, or within ecospa_fx.rewire"
     )
     assert model.layers[0][0].weight.shape == (10, 6)
 
