@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ecospa_fx.passes.graph.isolate import Draws, restored_parameters
+from ecospa_fx.passes.graph.namespaces import WHOLE
 from ecospa_fx.passes.graph.python_state import PythonState, StateChange, put_back, put_item
 from ecospa_fx.passes.graph.tensors import parameters_of
 
@@ -19,7 +20,7 @@ from ecospa_fx.passes.graph.tensors import parameters_of
 def make(change: StateChange) -> None:
     """Make a change that a forward made."""
     owner, key, after = change.owner, change.key, change.after
-    if key is None:
+    if key is WHOLE:
         put_back(owner, after)
     else:
         put_item(owner, key, after)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.passes.graph.namespaces import (
     ABSENT,
+    WHOLE,
     Code,
     cells_of,
     foreign_code,
@@ -253,7 +254,7 @@ def filled_read(module: nn.Module, change: StateChange) -> Read:
     owner, key, value = change.owner, change.key, change.after
     path = path_of(module, owner)
     root: Any = owner if path is None or isinstance(key, tuple) else ModuleRoot(path)
-    if key is None:
+    if key is WHOLE:
         steps: tuple[PathItem, ...] = ()
         held = copy.copy(owner)
         put_back(held, value)

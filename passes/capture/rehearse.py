@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ecospa_fx.errors import CaptureError, NotNowError
 from ecospa_fx.passes.graph.isolate import Draws, isolated, uncached_autocast
 from ecospa_fx.passes.graph.iterators import is_iterator
-from ecospa_fx.passes.graph.namespaces import ABSENT, Code, code_of, foreign_code
+from ecospa_fx.passes.graph.namespaces import ABSENT, WHOLE, Code, code_of, foreign_code
 from ecospa_fx.passes.graph.python_state import (
     TENSORS,
     LeafState,
@@ -312,10 +312,10 @@ def _refuse_other_effects(
 
 def _assigns(module: nn.Module, region: str, change: StateChange, run: Callable[[], Any]) -> str:
     def now() -> Any:
-        return contents(change.owner) if change.key is None else item_of(change.owner, change.key)
+        return contents(change.owner) if change.key is WHOLE else item_of(change.owner, change.key)
 
     line = _line(run, now)
-    does = "changes" if change.key is None or change.before is not ABSENT else "sets"
+    does = "changes" if change.key is WHOLE or change.before is not ABSENT else "sets"
     return (
         f"{described(region)} ({type(module).__name__}) {does} `{change.where}`{line} at every call, which its graph "
         "would not do. Keep such values in registered buffers, return them, or let smaller submodules be captured "

@@ -20,15 +20,19 @@ from torch import nn
 from .stand_in_class import stands_for
 
 
-class _Absent:
+class _Sign:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
     def __repr__(self) -> str:
-        return "absent"
+        return self.name.lower()
 
     def __reduce__(self) -> str:
-        return "ABSENT"
+        return self.name
 
 
-ABSENT = _Absent()  # stands for the value of an attribute or entry that does not exist
+ABSENT = _Sign("ABSENT")  # stands for the value of an attribute or entry that does not exist
+WHOLE = _Sign("WHOLE")  # stands for the key of all that a container holds; None may be a key of its own
 
 # Packages whose functions read nothing that a training loop changes between calls.
 _OTHERS = frozenset({"torch", "numpy", "ecospa_fx", "functorch", "sympy", "networkx", "triton"})

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .containers import plain
 from .iterators import copied, is_iterator, position
-from .namespaces import ABSENT, Code, code_of, foreign_code, mutable_defaults, namespaces, put_in, value_in
+from .namespaces import ABSENT, WHOLE, Code, code_of, foreign_code, mutable_defaults, namespaces, put_in, value_in
 from .tensors import storage_key
 
 TENSORS = ("_parameters", "_buffers", "_modules")  # the dicts in which a module keeps its tensors and children
@@ -53,7 +53,7 @@ class StateChange:
     Attributes:
         owner: the module, object or container.
         where: the place in words, from the module on: `blocks.0.cache['keys']`.
-        key: the attribute or entry that changed; None for a list, a set, a generator or an array as a whole.
+        key: the attribute or entry that changed; `WHOLE` for a list, a set, a generator or an array as a whole.
         before: its value before, or `ABSENT`.
         after: its value now, or `ABSENT`.
     """
@@ -241,12 +241,12 @@ class PythonState:
                         changed = True
                         yield StateChange(owner, _label(owner, where, key), key, was, now)
                 if isinstance(owner, dict) and not changed and list(before) != list(after):  # as a cache reorders them
-                    yield StateChange(owner, where, None, before, after)
+                    yield StateChange(owner, where, WHOLE, before, after)
             elif isinstance(before, LeafState):
                 if not before.equal(after):
-                    yield StateChange(owner, where, None, before, after)
+                    yield StateChange(owner, where, WHOLE, before, after)
             elif len(before) != len(after) or not all(map(same, before, after)):
-                yield StateChange(owner, where, None, before, after)
+                yield StateChange(owner, where, WHOLE, before, after)
 
     def places(self) -> Iterator[tuple[Any, Any, str, Any]]:
         """Yield (owner, key, place in words, value then) of each attribute, entry and name; not of tensors."""

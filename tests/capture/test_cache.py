@@ -463,3 +463,31 @@ def test_verify_of_its_own_python_refuses_a_call_with_a_cache():
     with pytest.raises(errors.CaptureError) as caught:
         ecospa_fx.verify(model, example_inputs=(sequence(), Cache()))
     assert str(caught.value) == REFUSED
+
+
+class Table(nn.Module):
+    """A table by device number, which is None on a CPU, made longer where a call needs it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 10), nn.Linear(10, WIDTH)
+        self.tables, self.lengths = {}, {}
+
+    def forward(self, x):
+        device, length = x.device.index, x.shape[1]
+        if self.lengths.get(device, 0) < length:
+            self.lengths[device] = 64
+            self.tables[device] = torch.arange(64)[:, None].to(x).sin()
+        return self.down(self.up(x + self.tables[device][:length]).relu())
+
+
+@pytest.mark.parametrize("execution", ["graph", "module"])
+def test_what_is_filled_under_the_key_none(execution):
+    plain = Table().double()
+    model, x = ecospa_fx.compile(copy.deepcopy(plain), example_inputs=(sequence(),), execution=execution), sequence()
+    assert model.lengths == {} == model.tables
+    close(model(x), plain(x))
+    assert model.lengths == {None: 64} == plain.lengths
+    ecospa_fx.shrink(model, {"ffn": torch.arange(5)})
+    assert ecospa_fx.verify(model, example_inputs=(x,)).ok
+    assert model(x[:, :3]).shape == (2, 3, WIDTH)
