@@ -10,7 +10,8 @@ Head `h` may keep other dims than head `g` if no op brings a dim of `h` together
   and dims together, or brings every head together with every other, so that its result has heads along two dims;
 - a source without heads (rotary tables) meets the dims in a pointwise op only, where it can be gathered per head.
 
-Of several possible contexts the one with the most entries is taken, because it leaves the most freedom.
+Of several possible contexts the one with the most entries is taken, because it leaves the most freedom; but none that
+differs by a context itself (the two of a pair that a rotation turns, in each pair, in each head).
 """
 
 from __future__ import annotations
@@ -52,18 +53,19 @@ def contexts(axis_facts: AxisFacts) -> dict[Atom, Atom]:
                 crossed[same] = _along_two(exprs)
             if crossed[same]:
                 mixed[node] |= crossed[same]
-    context_of = {}
-    for atom, beside in _beside(axis_facts).items():
-        for context in sorted(beside, key=lambda other: (-other.size, other.serial)):
-            if (
-                all(_varies(exprs, atom, context) for exprs in carried[atom].values())
-                and all(_selectable(source, atom, context, axis_facts) for source in sources[atom])
-                and not any(context in mixed[node] for node in nodes[atom])
-                and not any(context in reduced[node] and atom not in reduced[node] for node in nodes[atom])
-            ):  # fmt: skip
-                context_of[atom] = context
-                break
-    return context_of
+    possible = {
+        atom: [
+            context
+            for context in sorted(beside, key=lambda other: (-other.size, other.serial))
+            if all(_varies(exprs, atom, context) for exprs in carried[atom].values())
+            and all(_selectable(source, atom, context, axis_facts) for source in sources[atom])
+            and not any(context in mixed[node] for node in nodes[atom])
+            and not any(context in reduced[node] and atom not in reduced[node] for node in nodes[atom])
+        ]
+        for atom, beside in _beside(axis_facts).items()
+    }
+    unvaried = {atom: [c for c in found if not possible.get(c)] for atom, found in possible.items()}
+    return {atom: found[0] for atom, found in unvaried.items() if found}
 
 
 def _selectable(source: Source, atom: Atom, context: Atom, axis_facts: AxisFacts) -> bool:

@@ -85,6 +85,22 @@ class Table(Attention):
         return q * table.cos() + q.sin() * table[0]
 
 
+class TurnedPairs(Attention):
+    """Two heads of three pairs, turned by a table [s, pairs, 2, 2] without heads: pairs may differ by head, and the two
+    of a pair by pair, or by head."""
+
+    def turned(self, x: Tensor) -> Tensor:
+        x = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        angles = torch.arange(x.shape[-2])[:, None] * torch.arange(1, 4).to(x)
+        table = torch.stack([angles.cos(), -angles.sin(), angles.sin(), angles.cos()], -1).unflatten(-1, (2, 2))
+        return (table * x.unflatten(-1, (-1, 2)).unsqueeze(-2)).sum(-1).flatten(-2).view_as(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.v(x).unflatten(-1, (2, -1)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(self.turned(self.q(x)), self.turned(self.k(x)), v)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
 class TableOfHeads(Attention):
     """A table that has heads itself."""
 
@@ -114,6 +130,7 @@ def contexts_of(model: nn.Module) -> dict[str, str | None]:
         (SoftmaxOverHeads, {"vo": None}),
         (RolledHeads, {"vo": None}),
         (Table, {"qk": "heads", "vo": "heads"}),
+        (TurnedPairs, {"qk": "heads", "qk2": "heads", "vo": "heads"}),
         (TableOfHeads, {"qk": "heads", "vo": "heads"}),
         (Rotated, {"qk": "heads"}),
     ],
@@ -128,7 +145,18 @@ def test_where_heads_may_differ(build, contexts):
 
 @pytest.mark.parametrize(
     "build",
-    [Attention, SharedScale, HeadsScaled, TalkingValues, SoftmaxOverHeads, RolledHeads, Table, TableOfHeads, Rotated],
+    [
+        Attention,
+        SharedScale,
+        HeadsScaled,
+        TalkingValues,
+        SoftmaxOverHeads,
+        RolledHeads,
+        Table,
+        TurnedPairs,
+        TableOfHeads,
+        Rotated,
+    ],
 )
 def test_differing_heads_are_exact(build):
     torch.manual_seed(0)
@@ -139,7 +167,8 @@ def test_differing_heads_are_exact(build):
     keeps = {c: halves(c, i) for i, c in enumerate(ecospa_fx.couplings(model))}
     positions = kept_positions(plain, keeps)
     ecospa_fx.shrink(model, keeps)
-    zeroing_is_removal = build is not SoftmaxOverHeads  # exp(0) is 1
+    # exp(0) is 1; and what is turned into an entry comes from the other of its pair, too.
+    zeroing_is_removal = build not in (SoftmaxOverHeads, TurnedPairs)
     if zeroing_is_removal:
         assert_equals_twin(model, zeroed(plain, positions), positions, args, {}, build.__name__)
     assert ecospa_fx.verify(model, example_inputs=args).ok
