@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ecospa_fx.errors import EcoSpaError
 from ecospa_fx.passes.follow.attributes import Changes, holding, restore_layer_sizes, sync_layer_sizes
 from ecospa_fx.passes.graph.tensors import dequantized, is_quantized, join, named_tensors, parameters_of, swapped
+from ecospa_fx.passes.graph.uncompiled import uncompiled
 from ecospa_fx.passes.ir.border import Border, argument_names
 from ecospa_fx.passes.ir.region_graph import Call, Forward
 from ecospa_fx.passes.ir.state_access import foreign
@@ -27,12 +28,12 @@ def in_transform() -> bool:
 
 @contextmanager
 def outside_forward() -> Iterator[None]:
-    """Leave inference mode and saved-tensor hooks, to capture in the middle of a forward.
+    """Leave inference mode, saved-tensor hooks and compiled code, to capture in the middle of a forward.
 
     Tensors that a graph keeps must serve training later; and activation checkpointing would run the forward again for
     the gradients by which a graph is compared with eager.
     """
-    with torch.inference_mode(False), ExitStack() as stack:
+    with torch.inference_mode(False), uncompiled(), ExitStack() as stack:
         if not in_transform() and _hooked():  # transforms refuse such hooks
             # A hook that keeps the tensor itself makes a cycle of an op that saves its result: memory for ever.
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda t: t))

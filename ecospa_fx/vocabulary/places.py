@@ -97,6 +97,8 @@ def run(model: nn.Module, call: TokenCall) -> list[Tensor]:
 class _Lookups(TorchDispatchMode):
     """A mode that notes the tensors that are looked up in, with the indices."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[tuple[Any, Tensor]] = []  # memory, stride and size of the dim; indices

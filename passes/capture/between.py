@@ -117,6 +117,8 @@ def follow_between(
 
 
 class _Watch(TorchDispatchMode):
+    supports_higher_order_operators = True  # ops that take functions, as flex_attention does
+
     def __init__(self, model: nn.Module, regions: Collection[str], instead: Callable[[int], Any] | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph, self.calls = fx.Graph(), list[RegionCall]()
@@ -216,6 +218,9 @@ class _Watch(TorchDispatchMode):
 
     def _add(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         new_args, new_kwargs = pytree.tree_map_only(Tensor, self._node, (args, kwargs))
+        if not isinstance(func, torch._ops.OpOverload):  # a graph holds no functions; no rule reads them
+            nodes = [leaf for leaf in pytree.tree_leaves((new_args, new_kwargs)) if isinstance(leaf, fx.Node)]
+            new_args, new_kwargs = nodes, {}
         node = self.graph.call_function(func, tuple(new_args), dict(new_kwargs))
         node.meta["val"] = pytree.tree_map_only(Tensor, _meta, result)
         node.meta["stack_trace"] = _user_line()

@@ -27,6 +27,7 @@ from ecospa_fx.passes.capture.outside_numbers import OutsideNumbers, Place
 from ecospa_fx.passes.capture.record import ATTEMPTS
 from ecospa_fx.passes.graph.shared_memory import SharedMemory
 from ecospa_fx.passes.graph.tensors import named_tensors
+from ecospa_fx.passes.graph.uncompiled import uncompiled
 from ecospa_fx.passes.ir.border import WeightDim
 
 from .analyse import Analysis, Captures
@@ -61,6 +62,7 @@ class Chosen:
     numbers: frozenset[Place] = frozenset()
 
 
+@uncompiled()
 def choose_regions(
     model: nn.Module,
     args: tuple[Any, ...],

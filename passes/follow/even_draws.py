@@ -21,6 +21,8 @@ class EvenDraws(TorchDispatchMode):
     Draws whose parameters are tensors are left alone: these tensors have the sizes of the draw.
     """
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one op."""
         kwargs = kwargs or {}

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .python_state import PythonState
 from .tensors import named_tensors, storage_key, swapped
+from .uncompiled import uncompiled
 
 
 def fresh_leaf(leaf: Any) -> Any:
@@ -93,7 +94,7 @@ def isolated(model: nn.Module, state: PythonState | None = None) -> Iterator[Non
     state = PythonState(model) if state is None else state
     try:
         state.lend()
-        with forked_rng(model), restored_parameters(model), swapped(model, buffers):
+        with forked_rng(model), restored_parameters(model), swapped(model, buffers), uncompiled():
             yield
     finally:
         state.restore()

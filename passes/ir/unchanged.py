@@ -93,7 +93,10 @@ class _Source:
         """Compare the children and the training flag of a module, and its hooks unless it is the region itself."""
         held = module.__dict__
         children = held["_modules"]
-        self._compare(held, self._is("o['training']", held["training"]))
+        if "training" in held:
+            self._compare(held, self._is("o['training']", held["training"]))
+        else:  # a property, as of what torch.compile makes of a module
+            self._compare(module, self._is("o.training", module.training))
         if not is_region:
             for kind in HOOKS:
                 self._compare(held, _size(f"o[{kind!r}]", held[kind]))
