@@ -24,11 +24,11 @@ def uncompiled() -> Iterator[None]:
     `torch.compiler.set_stance("force_eager")` does the same in all of them.
     """
     global _inside
-    from torch._dynamo import eval_frame  # takes long, and a capture needs it anyway
+    import torch._dynamo.eval_frame  # here, for it takes long; a capture needs it anyway
 
     with _counting:
         if not _inside:
-            eval_frame._stance = _Stance(eval_frame._stance)
+            torch._dynamo.eval_frame._stance = _Stance(torch._dynamo.eval_frame._stance)  # type: ignore[assignment]
         _inside += 1
     _here.depth = getattr(_here, "depth", 0) + 1
     try:
@@ -37,8 +37,9 @@ def uncompiled() -> Iterator[None]:
         _here.depth -= 1
         with _counting:
             _inside -= 1
-            if not _inside and isinstance(eval_frame._stance, _Stance):
-                eval_frame._stance = eval_frame._stance.others
+            ours = torch._dynamo.eval_frame._stance
+            if not _inside and isinstance(ours, _Stance):
+                torch._dynamo.eval_frame._stance = ours.others
 
 
 class _Stance:
