@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from types import FrameType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ecospa_fx.errors import ArgumentError, EcoSpaError
@@ -162,6 +163,8 @@ def all_or_nothing(change: Callable[[Journal], Result], ranks: Ranks | None = No
     except BaseException:
         journal.undo()  # an exception may have come at any line of the first attempt
         raise
+    finally:
+        torch.clear_autocast_cache()  # of casts by parameter, whose sizes were others
     journal.finish()
     return result
 

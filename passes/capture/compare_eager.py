@@ -14,7 +14,7 @@ from ecospa_fx.passes.graph.isolate import fresh_leaf, isolated, seed
 from ecospa_fx.passes.graph.tensors import dense, named_tensors, parameters_of
 from ecospa_fx.passes.ir.region_graph import Forward
 from ecospa_fx.passes.ir.results import flattened_results
-from ecospa_fx.passes.ir.signature import autocast_now, with_autocast
+from ecospa_fx.passes.ir.signature import autocast_now, kept_autocast, with_autocast
 from ecospa_fx.passes.ir.state_access import ObjectLeaf, copy_objects, flattened, parted
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ def run(captured: RegionGraph, tensors: Mapping[str, Tensor], inputs: Sequence[T
         if node.op == "get_attr":
             setattr(root, node.target, constants[node.name])
     order = [node.name for node in captured.graph.nodes if node.op == "placeholder"]
-    outputs = make_interpreter(root, graph=captured.graph).run(
-        *(values.get(name, constants.get(name)) for name in order)
-    )
+    given = [values.get(name, constants.get(name)) for name in order]
+    with kept_autocast():
+        outputs = make_interpreter(root, graph=captured.graph).run(*given)
     if "assigned" in interpreter:
         for place, value in zip(captured.assigned, captured.assigned_among(outputs), strict=True):
             place.put(interpreter["assigned"], value)

@@ -84,7 +84,7 @@ def uncached_autocast() -> Iterator[None]:
 
 @contextmanager
 def isolated(model: nn.Module, state: PythonState | None = None) -> Iterator[None]:
-    """Restore everything that forwards inside change: parameters, buffers, attributes and the random generators.
+    """Restore everything that forwards inside change: parameters, buffers, attributes, random generators, casts.
 
     Args:
         model: the model.
@@ -94,7 +94,9 @@ def isolated(model: nn.Module, state: PythonState | None = None) -> Iterator[Non
     state = PythonState(model) if state is None else state
     try:
         state.lend()
-        with forked_rng(model), restored_parameters(model), swapped(model, buffers), uncompiled():
+        with (
+            forked_rng(model), restored_parameters(model), swapped(model, buffers), uncompiled(), uncached_autocast()
+        ):  # fmt: skip
             yield
     finally:
         state.restore()

@@ -200,6 +200,29 @@ def autocast_now() -> Autocast:
 
 
 @contextmanager
+def kept_autocast() -> Iterator[None]:
+    """Keep autocast as it is, if a graph breaks off inside, between where it enters and where it leaves its own."""
+    depth = _autocast_depth()
+    before = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in AUTOCAST]
+    cached = torch.is_autocast_cache_enabled()
+    try:
+        yield
+    except BaseException:
+        while _autocast_depth() > depth:
+            torch.autocast_decrement_nesting()
+        for kind, enabled, dtype in before:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        torch.set_autocast_cache_enabled(cached)
+        raise
+
+
+def _autocast_depth() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+@contextmanager
 def with_autocast(autocast: Autocast | None = None) -> Iterator[None]:
     """Set autocast on each type of device for the time inside: as `autocast_now` once returned it, by default off."""
     with ExitStack() as settings:

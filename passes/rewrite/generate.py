@@ -21,6 +21,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import fx
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 from ecospa_fx.passes.graph.nodes import arguments
 
@@ -75,6 +76,7 @@ class _Source:
         self.taken = {"self", "torch", *keyword.kwlist}
         self.names: dict[fx.Node, str] = {node: self._free(node.name) for node in graph.nodes}
         self.lines: list[str] = []
+        self.depth = 0  # of blocks that lines are in
 
     def write(self) -> tuple[str, dict[str, Any]]:
         """Return the source, and the globals that it needs."""
@@ -87,6 +89,9 @@ class _Source:
                 if arg in unread:
                     self._line(f"{self.names[arg]} = {self._attribute(arg.target)}")
                     unread.discard(arg)
+            if node.target in (_enter_autocast, _exit_autocast):
+                self._autocast(node)
+                continue
             names = [self.names[arg] for arg in last.get(node, ())]
             drop = f";  {' = '.join(names)} = None" if names and node.op != "output" else ""
             self._line(self._statement(node) + drop)
@@ -94,7 +99,20 @@ class _Source:
         return "\n".join([f"def forward({', '.join(names)}):", *self.lines, ""]), self.scope
 
     def _line(self, line: str) -> None:
-        self.lines.append(f"    {line}")
+        self.lines.append(f"    {'    ' * self.depth}{line}")
+
+    def _autocast(self, node: fx.Node) -> None:
+        """Begin or end a block in autocast of its own, which an error inside leaves, too."""
+        if node.target is _enter_autocast:
+            kind, dtype, enabled = (
+                self._text(arg) for arg in node.args[:3]
+            )  # then the cache, which is off in captures
+            self._line(f"with torch.autocast({kind}, dtype={dtype}, enabled={enabled}):")
+            self.depth += 1
+        else:
+            if self.lines[-1].lstrip().startswith("with torch.autocast("):
+                self._line("pass")
+            self.depth -= 1
 
     def _statement(self, node: fx.Node) -> str:
         if node.op == "output":

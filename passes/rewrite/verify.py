@@ -20,6 +20,7 @@ from ecospa_fx.passes.graph.isolate import forked_rng, fresh_leaf, isolated, see
 from ecospa_fx.passes.graph.nodes import tensor_meta
 from ecospa_fx.passes.graph.tensors import dense, sliced, swapped, twins
 from ecospa_fx.passes.ir.axis_facts import AxisFacts
+from ecospa_fx.passes.ir.signature import with_autocast
 
 from .draws import SameDraws
 from .masked import masked
@@ -176,7 +177,8 @@ def _gradients(outputs: Sequence[Any], leaves: list[Tensor]) -> list[Tensor | No
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     if not terms or not wanted:
         return [None] * len(leaves)
-    gradients = iter(torch.autograd.grad(sum(terms[1:], terms[0]), wanted, allow_unused=True))
+    with with_autocast():  # off: its casts in a backward would be more noise than those that a forward has made
+        gradients = iter(torch.autograd.grad(sum(terms[1:], terms[0]), wanted, allow_unused=True))
     given = [next(gradients) if leaf.requires_grad else None for leaf in leaves]
     return [None if gradient is None else dense(gradient) for gradient in given]
 
@@ -209,6 +211,7 @@ def _gradient_error(a: Tensor, b: Tensor, scale: float, tolerance: float) -> flo
     if _is_rounding(a) and _is_rounding(b):
         return 0.0
     difference = float((a - b).abs().max())
-    # Where an op on the way computes in float32, gradients in float64 carry its rounding too.
-    noise = max(NOISE.get(a.dtype, 64 * eps), tolerance / 100 if tolerance > TOLERANCE.get(a.dtype, 0.0) else 0.0)
+    # Where an op on the way computes in float32, gradients in float64 carry its rounding too; in 16 bits, all of it.
+    inherited = tolerance if tolerance >= TOLERANCE[torch.float16] else tolerance / 100
+    noise = max(NOISE.get(a.dtype, 64 * eps), inherited if tolerance > TOLERANCE.get(a.dtype, 0.0) else 0.0)
     return min(error, difference / scale) if difference <= noise * scale else error

@@ -1,10 +1,10 @@
-"""Inlining: subgraphs behind one op, which run without gradients or autocast, become part of the graph around them.
+"""Inlining: subgraphs behind one op, which run without gradients or in autocast of their own, become part of the graph.
 
     inline(graph, root)
       -> wrap_with_set_grad_enabled(False, subgraph, *args)   becomes   its nodes, on detached arguments
 
-      -> wrap_with_autocast(.., False, .., subgraph, *args)   becomes   enter, those nodes, exit: autocast that is on
-         around the region stays off inside
+      -> wrap_with_autocast(.., subgraph, *args)   becomes   enter, those nodes, exit: autocast inside is as the forward
+         says, whatever it is around the region
 
 Weights may meet inside as anywhere else. Detached arguments block the gradients just as well, of results and of what is
 written into: a leaf takes it, and a tensor that goes on afterwards has the gradients that it had.
@@ -23,15 +23,15 @@ from ecospa_fx.passes.graph.nodes import arguments, written_arguments
 
 aten = torch.ops.aten
 
-# Op -> the number of arguments before the subgraph, and the index of the one that turns the setting on or off.
-_SETTINGS = {"wrap_with_set_grad_enabled": (1, 0), "wrap_with_autocast": (4, 2)}
+_SETTINGS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}  # op -> arguments before the subgraph
 
 
 def inline(graph: fx.Graph, root: nn.Module) -> None:
     """Rewrite `graph` in place; `root` holds its subgraphs."""
     for node in list(graph.nodes):
-        settings, flag = _SETTINGS.get(getattr(node.target, "__name__", ""), (0, 0))
-        if not settings or arguments(node)[flag] is not False:
+        settings = _SETTINGS.get(getattr(node.target, "__name__", ""), 0)
+        with_gradients = settings == 1 and arguments(node)[0] is not False
+        if not settings or with_gradients:
             continue
         subgraph = arguments(node)[settings]
         inner: Any = getattr(root, subgraph.target)
@@ -45,18 +45,18 @@ def inline(graph: fx.Graph, root: nn.Module) -> None:
 def _replace(graph: fx.Graph, node: fx.Node, inner: fx.Graph, settings: int) -> None:
     values: dict[fx.Node, Any] = {}
     given = dict(zip(inner.find_nodes(op="placeholder"), arguments(node)[settings + 1 :], strict=True))
-    without_autocast = settings == _SETTINGS["wrap_with_autocast"][0]
+    of_autocast = settings == _SETTINGS["wrap_with_autocast"]
     with graph.inserting_before(node):
-        if without_autocast:
+        if of_autocast:
             entered = graph.call_function(_enter_autocast, arguments(node)[:settings])
             values |= given
         else:
             values |= {placeholder: _detached(graph, value) for placeholder, value in given.items()}
         results = graph.graph_copy(inner, values)
         outputs: list[Any] = list(results) if isinstance(results, (tuple, list)) else [results]
-        if without_autocast:
+        if of_autocast:
             graph.call_function(_exit_autocast, (entered,))
-    if not without_autocast:
+    if not of_autocast:
         (returned,) = inner.find_nodes(op="output")[0].args
         made = returned if isinstance(returned, (tuple, list)) else [returned]
         same = [_written(result) for result in made]
