@@ -21,6 +21,7 @@ from typing import Any
 
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.graph.isolate import isolated
@@ -97,7 +98,13 @@ def capture(
                 isolated(module),  # what hooks do, too
                 noted(module, observe) as changes,
             ):
-                error = difference_from_eager(captured, module, forward, args, kwargs, gradients=options.gradients)
+                try:
+                    error = difference_from_eager(captured, module, forward, args, kwargs, gradients=options.gradients)
+                except GuardOnDataDependentSymNode as without_values:
+                    raise CaptureError(
+                        f"{described(region)} was captured, but its graph computes with a tensor without values, which "
+                        "torch.export has left in it, as of a transform inside (torch.func.grad); it is left as it is"
+                    ) from without_values
                 captured = replace(captured, data_sizes={} if error else data_sizes(captured, module, args, kwargs))
             changing = changes.reach(captured.constants.values())
             if changing:

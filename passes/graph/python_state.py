@@ -13,7 +13,7 @@ import pickle
 import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -43,6 +43,7 @@ _RECORDS = (
     ("types", "SimpleNamespace"),
     ("argparse", "Namespace"),
 )  # classes of the standard library that hold settings
+_DYNAMO = ("__builtins_dict__", "__compiled_fn_", "__resume_at_", "__import_")  # names that it puts into globals
 _MOST = 20_000  # containers and objects, in which a forward's state is looked for
 
 
@@ -237,10 +238,12 @@ class PythonState:
                 changed = False
                 for key in dict.fromkeys((*before, *(after or ()))):
                     was, now = before.get(key, ABSENT), after.get(key, ABSENT)
-                    if not same(was, now):
+                    if not same(was, now) and not (isinstance(key, str) and key.startswith(_DYNAMO)):
                         changed = True
                         yield StateChange(owner, _label(owner, where, key), key, was, now)
-                if isinstance(owner, dict) and not changed and list(before) != list(after):  # as a cache reorders them
+                if (
+                    isinstance(owner, dict) and not changed and not _same_order(before, after)
+                ):  # as a cache reorders them
                     yield StateChange(owner, where, WHOLE, before, after)
             elif isinstance(before, LeafState):
                 if not before.equal(after):
@@ -292,6 +295,13 @@ class PythonState:
                 put_in(space, name, was)
         for owner, _, before in self._nodes:
             put_back(owner, before)
+
+
+def _same_order(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> bool:
+    """Decide whether the keys that two dicts have in common are in the same order."""
+    if list(before) == list(after):
+        return True
+    return [key for key in before if key in after] == [key for key in after if key in before]
 
 
 def _holds_iterator(value: Any) -> bool:

@@ -3,6 +3,9 @@
 A forward may call such a function: a helper with `@torch.compile`, flex_attention, which compiles itself. While a
 forward is watched, traced or tried, its compiled code would be traced together with whatever watches it, and what it
 stores in globals would look like state of the model.
+
+Ops that take functions (`torch.cond`) compile themselves, too, and compute gradients in no other way: they are left
+alone. Of them, flex_attention alone cannot be traced with what watches, and computes the same when it is told not to.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 _here = threading.local()  # `depth`: how many times this thread is inside
 _counting = threading.Lock()
@@ -24,11 +29,13 @@ def uncompiled() -> Iterator[None]:
     `torch.compiler.set_stance("force_eager")` does the same in all of them.
     """
     global _inside
-    import torch._dynamo.eval_frame  # here, for it takes long; a capture needs it anyway
+    import torch._dynamo.eval_frame  # here, for they take long; a capture needs them anyway
+    import torch.nn.attention.flex_attention as flex
 
     with _counting:
         if not _inside:
             torch._dynamo.eval_frame._stance = _Stance(torch._dynamo.eval_frame._stance)  # type: ignore[assignment]
+            flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = _Inside()  # type: ignore[assignment]
         _inside += 1
     _here.depth = getattr(_here, "depth", 0) + 1
     try:
@@ -40,6 +47,15 @@ def uncompiled() -> Iterator[None]:
             ours = torch._dynamo.eval_frame._stance
             if not _inside and isinstance(ours, _Stance):
                 torch._dynamo.eval_frame._stance = ours.others
+            if not _inside:
+                flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = False
+
+
+class _Inside:
+    """A flag that is true in threads that are inside."""
+
+    def __bool__(self) -> bool:
+        return getattr(_here, "depth", 0) > 0
 
 
 class _Stance:
@@ -50,8 +66,8 @@ class _Stance:
 
     @property
     def stance(self) -> str:
-        inside = getattr(_here, "depth", 0)
-        return "force_eager" if inside else self.others.stance
+        by_itself = torch._higher_order_ops.utils._in_hop_compile()
+        return "force_eager" if _Inside() and not by_itself else self.others.stance
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.others, name)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 import ecospa_fx
+from ecospa_fx.errors import CaptureError
 from ecospa_fx.passes.graph.uncompiled import uncompiled
 
 X = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -134,3 +135,39 @@ def test_what_lies_beside_flex_attention_shrinks(execution):
         for layer in (plain[1].gate, plain[1].up):
             layer.weight[5:] = layer.bias[5:] = 0
         assert model(X).allclose(plain(X), atol=1e-6)
+
+
+class Differentiated(nn.Module):
+    """A forward that differentiates a network inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 1))
+
+    def forward(self, x):
+        return torch.func.grad(lambda x: self.energy(x).sum())(x)
+
+
+def chosen(x):
+    return torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))
+
+
+def test_transforms_and_branches_are_refused_in_words_or_stay_whole():
+    turned = Gated(lambda gate, up: torch.func.grad(lambda gate: gated(gate, up).sum())(gate))
+    with pytest.raises(CaptureError, match=r"a tensor without values, which torch\.export has left in it"):
+        ecospa_fx.compile(turned, example_inputs=(X,))
+    torch.manual_seed(0)
+    inside, plain = Differentiated(), Differentiated()  # what it differentiates is captured by itself
+    plain.load_state_dict(inside.state_dict())
+    ecospa_fx.compile(inside, example_inputs=(X,))
+    ecospa_fx.shrink(inside, {"energy.ffn": torch.arange(5)})
+    with torch.no_grad():
+        plain.energy[2].weight[:, 5:] = 0
+    assert inside(X).allclose(plain(X), atol=1e-6)
+    model = nn.Sequential(Gated(lambda gate, up: chosen(gate) * up), Gated(gated))
+    plain = copy.deepcopy(model)
+    ecospa_fx.compile(model, example_inputs=(X,), regions="root")
+    assert [coupling.name for coupling in ecospa_fx.couplings(model)] == ["1.glu"]
+    for each in (model, plain):
+        each(X).square().sum().backward()
+    assert all(p.grad.allclose(q.grad, atol=1e-6) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
