@@ -13,7 +13,7 @@ import pickle
 import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -43,7 +43,6 @@ _RECORDS = (
     ("types", "SimpleNamespace"),
     ("argparse", "Namespace"),
 )  # classes of the standard library that hold settings
-_DYNAMO = ("__builtins_dict__", "__compiled_fn_", "__resume_at_", "__import_")  # names that it puts into globals
 _MOST = 20_000  # containers and objects, in which a forward's state is looked for
 
 
@@ -238,12 +237,10 @@ class PythonState:
                 changed = False
                 for key in dict.fromkeys((*before, *(after or ()))):
                     was, now = before.get(key, ABSENT), after.get(key, ABSENT)
-                    if not same(was, now) and not (isinstance(key, str) and key.startswith(_DYNAMO)):
+                    if not same(was, now):
                         changed = True
                         yield StateChange(owner, _label(owner, where, key), key, was, now)
-                if (
-                    isinstance(owner, dict) and not changed and not _same_order(before, after)
-                ):  # as a cache reorders them
+                if isinstance(owner, dict) and not changed and list(before) != list(after):  # as a cache reorders them
                     yield StateChange(owner, where, WHOLE, before, after)
             elif isinstance(before, LeafState):
                 if not before.equal(after):
@@ -295,13 +292,6 @@ class PythonState:
                 put_in(space, name, was)
         for owner, _, before in self._nodes:
             put_back(owner, before)
-
-
-def _same_order(before: Mapping[Any, Any], after: Mapping[Any, Any]) -> bool:
-    """Decide whether the keys that two dicts have in common are in the same order."""
-    if list(before) == list(after):
-        return True
-    return [key for key in before if key in after] == [key for key in after if key in before]
 
 
 def _holds_iterator(value: Any) -> bool:
@@ -366,7 +356,7 @@ def contents(value: Any) -> Any:
             held |= {(kind, key): item for key, item in value.__dict__.get(kind, {}).items()}
         return held
     if isinstance(value, dict):
-        return dict(plain(value))
+        return _without_compiled(value) if "__builtins__" in value else dict(plain(value))
     if isinstance(value, (list, deque, set)):
         return tuple(value)
     if type(value) is tuple:
@@ -384,6 +374,14 @@ def contents(value: Any) -> Any:
         return None
     held = dict(_attributes(value) or ())
     return held | {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
+
+
+def _without_compiled(names: dict[str, Any]) -> dict[str, Any]:
+    """Copy globals without those that torch.compile puts there for its code, which goes on reading them."""
+    return {name: value for name, value in names.items() if not name.startswith(_COMPILED)}
+
+
+_COMPILED = ("__builtins_dict__", "__compiled_fn_", "__resume_at_", "__import_")
 
 
 def _items(owner: Any, held: Any, where: str) -> Iterator[tuple[str, Any]]:
@@ -435,10 +433,12 @@ def put_back(owner: Any, before: Any) -> None:
             owner.clear()
             owner.update(before)
     elif isinstance(owner, dict):
-        if list(owner) != list(before) or any(dict.get(owner, key, ABSENT) is not item for key, item in before.items()):
+        now = contents(owner)
+        if list(now) != list(before) or any(dict.get(owner, key, ABSENT) is not item for key, item in before.items()):
             base = _dict_of(owner)
+            kept = {key: item for key, item in owner.items() if key not in now} if "__builtins__" in owner else {}
             base.clear(owner)
-            for key, item in before.items():
+            for key, item in (before | kept).items():
                 base.__setitem__(owner, key, item)
     elif isinstance(owner, FunctionType):
         held_now = contents(owner) or {}

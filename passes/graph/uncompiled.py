@@ -35,7 +35,8 @@ def uncompiled() -> Iterator[None]:
     with _counting:
         if not _inside:
             torch._dynamo.eval_frame._stance = _Stance(torch._dynamo.eval_frame._stance)  # type: ignore[assignment]
-            flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = _Inside()  # type: ignore[assignment]
+            told: Any = _Told(flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG)
+            flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = told
         _inside += 1
     _here.depth = getattr(_here, "depth", 0) + 1
     try:
@@ -44,18 +45,24 @@ def uncompiled() -> Iterator[None]:
         _here.depth -= 1
         with _counting:
             _inside -= 1
-            ours = torch._dynamo.eval_frame._stance
-            if not _inside and isinstance(ours, _Stance):
-                torch._dynamo.eval_frame._stance = ours.others
-            if not _inside:
-                flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = False
+            if not _inside and isinstance(stance := torch._dynamo.eval_frame._stance, _Stance):
+                torch._dynamo.eval_frame._stance = stance.others
+            if not _inside and isinstance(told := flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG, _Told):
+                flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = told.others
 
 
-class _Inside:
-    """A flag that is true in threads that are inside."""
+def _is_inside() -> bool:
+    return getattr(_here, "depth", 0) > 0
+
+
+class _Told:
+    """Whether flex_attention is told not to compile itself: in threads that are inside, in others as before."""
+
+    def __init__(self, others: Any) -> None:
+        self.others = others
 
     def __bool__(self) -> bool:
-        return getattr(_here, "depth", 0) > 0
+        return _is_inside() or bool(self.others)
 
 
 class _Stance:
@@ -67,7 +74,7 @@ class _Stance:
     @property
     def stance(self) -> str:
         by_itself = torch._higher_order_ops.utils._in_hop_compile()
-        return "force_eager" if _Inside() and not by_itself else self.others.stance
+        return "force_eager" if _is_inside() and not by_itself else self.others.stance
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.others, name)

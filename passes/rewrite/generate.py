@@ -104,9 +104,7 @@ class _Source:
     def _autocast(self, node: fx.Node) -> None:
         """Begin or end a block in autocast of its own, which an error inside leaves, too."""
         if node.target is _enter_autocast:
-            kind, dtype, enabled = (
-                self._text(arg) for arg in node.args[:3]
-            )  # then the cache, which is off in captures
+            kind, dtype, enabled = map(self._text, node.args[:3])  # then the cache, which is off in captures
             self._line(f"with torch.autocast({kind}, dtype={dtype}, enabled={enabled}):")
             self.depth += 1
         else:
