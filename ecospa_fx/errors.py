@@ -27,6 +27,10 @@ class NotNowError(CaptureError):
     """A call that would have to be captured where nothing can be: in an export, in a transform of torch.func."""
 
 
+class FirstCallError(CaptureError):
+    """A call that registers what later calls find: it must come before the one that is captured."""
+
+
 class RuleError(EcoSpaError, RuntimeError):
     """An axis rule that failed on an op: a bug in the rule, not in the model."""
 

@@ -16,17 +16,19 @@ from .region import REGION, Region
 def check_places(model: nn.Module, regions: Mapping[str, Region], plan: Plan) -> None:
     """Refuse a model whose modules were wrapped, moved, replaced or removed since its regions were captured.
 
-    What goes by their names would pass over them: a shrink would cut the other weights of a coupling alone.
+    What goes by their names would pass over them: a shrink would cut the other weights of a coupling alone. Buffers may
+    be replaced, as a table is by a longer one.
 
     Raises:
         ShrinkError: they were.
     """
     held = named_tensors(model)
     for name, region in regions.items():
-        sizes = {n: size for each in region.specializations for n, size in each.captured.sizes.items()}
-        for inside, size in sizes.items():
+        graphs = [each.captured for each in region.specializations]
+        weights = {each: graph for graph in graphs for node, each in graph.tensors.items() if node in graph.parameters}
+        for inside, graph in weights.items():
             weight = join(name, inside)
-            expected = plan.shape(weight) if weight in plan.original_shapes else tuple(size)
+            expected = plan.shape(weight) if weight in plan.original_shapes else tuple(graph.sizes[inside])
             if weight not in held:
                 where = f"region `{name}`" if name else "the model"
                 raise ShrinkError(
@@ -39,7 +41,7 @@ def check_places(model: nn.Module, regions: Mapping[str, Region], plan: Plan) ->
                     f"`{weight}` is {tuple(held[weight].shape)} and was {expected} when the model was captured: it has "
                     f"been replaced since. {_WAY}"
                 )
-        there = model.get_submodule(name).__dict__.get(REGION) if sizes else None
+        there = model.get_submodule(name).__dict__.get(REGION) if weights else None
         if there is not None and there.name != name:
             raise ShrinkError(f"`{there.name}` lies at `{name}` since the model was captured. {_WAY}")
 

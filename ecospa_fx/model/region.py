@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from ecospa_fx.collectives import is_distributed
-from ecospa_fx.errors import CaptureError, EcoSpaError, NotNowError, TooManyCallsError, WrapperError
+from ecospa_fx.errors import CaptureError, EcoSpaError, FirstCallError, NotNowError, TooManyCallsError, WrapperError
 from ecospa_fx.logs import logger
 from ecospa_fx.passes.axes.algebra import Atom, atoms_of
 from ecospa_fx.passes.axes.selection import Selected, Selection
@@ -366,7 +366,8 @@ class Region:
         except CaptureError as error:
             if not self.specializations and self.called is None:
                 raise
-            return None, str(error)
+            if not isinstance(error, FirstCallError):  # the next one may be captured
+                return None, str(error)
         return None, None
 
     def _add_shrunk(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
@@ -386,10 +387,11 @@ class Region:
                     "together, or compile with execution='module', whose modules have the sizes that are left; or wrap "
                     "those of ecospa_fx.restore(model), where its own Python can run with what is left"
                 ) from error
+            then = "if such a call is right, make it before the first shrink"
+            then += "" if isinstance(error, FirstCallError) else ", which then leaves the region whole"
             raise CaptureError(
                 f"{str(error).rstrip('.')}. {named[:1].upper()}{named[1:]} has shrunk, and its own Python is of the "
-                "original sizes: if such a call is right, make it before the first shrink, which then leaves the "
-                f"region whole{_FOR_TOOLS if inner_hooks(module) else ''}"
+                f"original sizes: {then}{_FOR_TOOLS if inner_hooks(module) else ''}"
             ) from error
         return program
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecospa_fx.errors import CaptureError, NotNowError
+from ecospa_fx.errors import CaptureError, FirstCallError, NotNowError
 from ecospa_fx.passes.graph.isolate import Draws, isolated, uncached_autocast
 from ecospa_fx.passes.graph.iterators import is_iterator
 from ecospa_fx.passes.graph.namespaces import ABSENT, WHOLE, Code, code_of, foreign_code
@@ -142,7 +142,7 @@ def rehearsed(
         for change in rehearsal.filled:
             registers = isinstance(change.key, tuple) and change.key[0] in TENSORS
             if registers or is_iterator(change.owner) or isinstance(change.owner, bytearray):
-                raise CaptureError(
+                raise FirstCallError(
                     f"{described(region)} ({type(module).__name__}) {'registers' if registers else 'changes'} "
                     f"`{change.where}` in its first call; call the model once before it is compiled"
                 )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ecospa_fx
-from ecospa_fx.errors import NotNowError
+from ecospa_fx.errors import CaptureError, NotNowError
 
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4)
 KEEP = torch.tensor([0, 1, 3, 4, 6, 7])
@@ -131,3 +131,40 @@ def _tried(net):
         return net(X.float())
     except TypeError as error:
         return error
+
+
+class Table(nn.Module):
+    """A table that a longer call registers anew, as tables of rotations are."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.register_buffer("table", torch.ones(3, 4), persistent=False)
+
+    def forward(self, x):
+        if len(x) > len(self.table):
+            self.register_buffer("table", torch.arange(4.0 * len(x)).reshape(-1, 4).cos().to(x), persistent=False)
+        return self.down(self.up(x * self.table[: len(x)]).relu())
+
+
+@pytest.mark.parametrize("execution", ["graph", "module"])
+def test_a_table_may_be_registered_anew_before_a_shrink(execution):
+    torch.manual_seed(0)
+    plain = Table().double()
+    model = ecospa_fx.compile(copy.deepcopy(plain), example_inputs=(X,), execution=execution)
+    longer = torch.linspace(-1, 1, 36, dtype=torch.float64).reshape(9, 4)
+    for x in (longer, longer, X):
+        assert model(x).allclose(plain(x), rtol=1e-12)
+        assert [c.name for c in ecospa_fx.couplings(model)] == ["ffn"]
+    ecospa_fx.shrink(model, {"ffn": KEEP})
+    with torch.no_grad():
+        for gone in (2, 5):
+            plain.down.weight[:, gone] = 0
+    for x in (longer, X):
+        assert model(x).allclose(plain(x), rtol=1e-12)
+    longest = torch.linspace(-1, 1, 48, dtype=torch.float64).reshape(12, 4)
+    if execution == "module":
+        assert model(longest).allclose(plain(longest), rtol=1e-12)
+        return
+    with pytest.raises(CaptureError, match=r"registers `table` in its first call; .* make it before the first shrink$"):
+        model(longest)

@@ -86,7 +86,7 @@ def of_half(execution, regions="blocks"):
 
 EXECUTIONS = pytest.mark.parametrize("execution", ["graph", "module"])
 GONE = r"` of region `blocks\.\d` is not there any more: modules have been wrapped, moved or removed since .*\.rewire;"
-REPLACED = r"`blocks\.0\.gate\.weight` is \(\d+, 6\) and was \(5, 6\) when the model was captured: it has been replaced"
+REPLACED = r"`blocks\.0\.\w+\.weight` is \(\d+, 6\) and was \(5, 6\) when the model was captured: it has been replaced"
 
 
 @EXECUTIONS
