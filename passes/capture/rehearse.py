@@ -205,12 +205,17 @@ def _assigned(
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Keep callbacks of the collector, and finalizers, out of a forward: what they do is no part of it."""
-    enabled = gc.isenabled()
+    """Keep callbacks of the collector, and finalizers, out of a forward: what they do is no part of it.
+
+    A forward that compiles itself (`torch.cond`) turns the collector on again, so that callbacks are taken off, too.
+    """
+    enabled, callbacks = gc.isenabled(), [*gc.callbacks]
     gc.disable()
+    gc.callbacks.clear()
     try:
         yield
     finally:
+        gc.callbacks[:0] = callbacks
         if enabled:
             gc.enable()
 
