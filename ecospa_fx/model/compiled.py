@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ecospa_fx.couple.coupling import Coupling
 from ecospa_fx.errors import CaptureError, EcoSpaError, NoCouplingError
@@ -322,17 +322,18 @@ class CompiledModel:
             ShrinkError: modules were wrapped, moved, replaced or removed.
             EcoSpaError: weights were tied that have shrunk apart.
         """
-        check_places(model, self.regions, self.plan)
-        self._follow_ties(model)
+        held = named_tensors(model)
+        check_places(model, held, self.regions, self.plan)
+        self._follow_ties(model, held)
         self._follow_shards(model)
 
-    def _follow_ties(self, model: nn.Module) -> None:
+    def _follow_ties(self, model: nn.Module, held: Mapping[str, Tensor]) -> None:
         """Take up the weights that have been tied or untied since the last look.
 
         Raises:
             EcoSpaError: weights were tied that have shrunk apart.
         """
-        memory = give_own_memory(model, SharedMemory(named_tensors(model)))
+        memory = give_own_memory(model, SharedMemory(held))
         found = {name: retied(region, model, memory) for name, region in self.regions.items()}
         changed = {name: made for name, made in found.items() if made is not None}
         if not changed:

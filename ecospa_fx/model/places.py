@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from ecospa_fx.errors import ShrinkError
-from ecospa_fx.passes.graph.tensors import join, named_tensors
+from ecospa_fx.passes.graph.tensors import join
 from ecospa_fx.plan import Plan
 
 from .region import REGION, Region
 
 
-def check_places(model: nn.Module, regions: Mapping[str, Region], plan: Plan) -> None:
+def check_places(model: nn.Module, held: Mapping[str, Tensor], regions: Mapping[str, Region], plan: Plan) -> None:
     """Refuse a model whose modules were wrapped, moved, replaced or removed since its regions were captured.
 
-    What goes by their names would pass over them: a shrink would cut the other weights of a coupling alone. Buffers may
+    A shrink finds weights by name: it would pass over one that is gone, and cut the others of its coupling. Buffers may
     be replaced, as a table is by a longer one.
+
+    Args:
+        model: the model.
+        held: its parameters and buffers by name.
+        regions: its regions by name.
+        plan: the entries that are left.
 
     Raises:
         ShrinkError: they were.
     """
-    held = named_tensors(model)
     for name, region in regions.items():
         graphs = [each.captured for each in region.specializations]
         weights = {each: graph for graph in graphs for node, each in graph.tensors.items() if node in graph.parameters}
