@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ecospa_fx.passes.graph.isolate import isolated, seed, uncached_autocast
+from ecospa_fx.passes.graph.isolate import isolated, seed
 from ecospa_fx.passes.graph.namespaces import foreign_code
 from ecospa_fx.passes.graph.tensors import named_tensors, parameters_of, same_storage, swapped
 from ecospa_fx.passes.ir.border import argument_names
@@ -103,7 +103,7 @@ def follow_between(
         instead: makes the result of a call of a region, from the number of the call among all and a function for each
             tensor in it; the forward of the region is not run.
     """
-    with isolated(model), computable(model) as fake, torch.no_grad(), uncached_autocast():
+    with isolated(model), computable(model) as fake, torch.no_grad():
         call_args, call_kwargs = computable_call(args, kwargs, fake)
         with swapped(model, {name: fake(tensor) for name, tensor in tensors.items()}):
             if attempt:

@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError
-from ecospa_fx.passes.graph.isolate import Draws, isolated, uncached_autocast
+from ecospa_fx.passes.graph.isolate import Draws, isolated
 from ecospa_fx.passes.graph.namespaces import code_of
 from ecospa_fx.passes.graph.python_state import PythonState, StateChange
 from ecospa_fx.passes.graph.stores import watched_stores
@@ -60,7 +60,7 @@ def refuse_effects(
 
         return call
 
-    with isolated(module), torch.enable_grad(), uncached_autocast(), other_hooks(module, paths, watching):
+    with isolated(module), torch.enable_grad(), other_hooks(module, paths, watching):
         call_args, call_kwargs = pytree.tree_map_only(Tensor, _traced, copied_call(args, kwargs))
         forward(module, *call_args, **call_kwargs)
     for path, effect in effects.items():

@@ -15,7 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-from ecospa_fx.passes.graph.isolate import Draws, isolated, uncached_autocast
+from ecospa_fx.passes.graph.isolate import Draws, isolated
 from ecospa_fx.passes.graph.offloaded import refuse_offloaded
 from ecospa_fx.passes.graph.tensors import named_tensors, swapped
 from ecospa_fx.passes.ir.region_graph import Call
@@ -77,7 +77,7 @@ def record_all(
         model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in sorted(names)
     ]
     try:
-        with isolated(model), computable(model) as fake, torch.no_grad(), uncached_autocast():
+        with isolated(model), computable(model) as fake, torch.no_grad():
             call_args, call_kwargs = computable_call(args, kwargs, fake)
             watch = OutsideUses(model, names if used_outside is not None else ())
             at_ends = None if ends is None else Ends(model)

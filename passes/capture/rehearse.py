@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError, FirstCallError, NotNowError
-from ecospa_fx.passes.graph.isolate import Draws, isolated, uncached_autocast
+from ecospa_fx.passes.graph.isolate import Draws, isolated
 from ecospa_fx.passes.graph.iterators import is_iterator
 from ecospa_fx.passes.graph.namespaces import ABSENT, WHOLE, Code, code_of, foreign_code
 from ecospa_fx.passes.graph.python_state import (
@@ -130,7 +130,6 @@ def rehearsed(
             at_original_sizes(module, originals.values() if originals else None),
             isolated(module),
             torch.enable_grad(),
-            uncached_autocast(),
             _no_garbage_collection(),
         ):
             yield
@@ -205,7 +204,7 @@ def _assigned(
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Keep callbacks of the collector, and finalizers, out of a forward: what they do is no part of it.
+    """Keep callbacks of the collector, and finalizers, out of a forward: what they do is not a part of it.
 
     A forward that compiles itself (`torch.cond`) turns the collector on again, so that callbacks are taken off, too.
     """
