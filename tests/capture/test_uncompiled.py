@@ -76,7 +76,7 @@ def test_compiled_helpers_are_captured_as_the_python_that_they_are_made_from(exe
     assert not runs and len(graphs) == 2  # nothing was compiled to be watched
     assert model(X).allclose(plain(X), atol=1e-6)
     assert bool(runs) == (execution == "module" or regions == "auto")  # where Python runs, it calls them as before
-    assert ecospa_fx.verify(model, example_inputs=(X,))
+    assert ecospa_fx.verify(model, example_inputs=(X,)).ok
     for each in (model, plain):
         each(X).square().sum().backward()
     assert all(p.grad.allclose(q.grad, atol=1e-6) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
