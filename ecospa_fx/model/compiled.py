@@ -373,6 +373,7 @@ def find_followed(model: nn.Module, regions: Mapping[str, Region]) -> None:
     tried: list[Region] = []
     for name, region in regions.items():
         module = model.get_submodule(name)
+        region.add_other_mode(module)
         same = next((other for other in tried if region.follows_as(other, module)), None)
         if same is not None:
             region.python_support = same.python_support

@@ -25,6 +25,7 @@ from ecospa_fx.passes.find.discover import Discovery
 from ecospa_fx.passes.find.numbers import with_numbers
 from ecospa_fx.passes.follow.attributes import numbers_in
 from ecospa_fx.passes.follow.follow import PythonSupport, follow
+from ecospa_fx.passes.follow.other_mode import other_mode
 from ecospa_fx.passes.graph.forward_swap import own_forward
 from ecospa_fx.passes.graph.python_state import StateChange
 from ecospa_fx.passes.graph.tensors import join, parameters_of, swapped
@@ -473,6 +474,7 @@ class Region:
             if own_python and self.python_support is None:
                 self.remember(analysis)
                 with swapped(module, originals.values()):
+                    self.add_other_mode(module)
                     self.follow(module, numbers_in(module))
                 self.specializations = []
         if analysis.first_only is not None and self.shrunk:
@@ -524,6 +526,16 @@ class Region:
             )
             return program
         return None
+
+    def add_other_mode(self, module: nn.Module) -> None:
+        """Capture the region in the other mode too, where its own Python, which runs in both, runs other ops."""
+        facts, options = self.naming_graph.axis_facts, self.state.options
+        forward = own_forward(module, REGION)
+        with after_first_call(module, self._fills), outside_forward():
+            found = other_mode(module, facts, forward, self.name, self.shared_outside, self.state.captures, options)
+        if found is not None:
+            self.settle_buffers(module, found)
+            self.install(found, module, {})
 
     def follow(self, module: nn.Module, numbers: Set[tuple[type, str]]) -> None:
         """Find the couplings that its own Python can follow; `module` must have its original sizes."""

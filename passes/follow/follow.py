@@ -117,6 +117,8 @@ def follow(
             if other is not None and why == "":
                 theirs: Selection = {other.atom: kept[coupling.atom]}
                 why = trial.difference(theirs, values_under(needed, kept)) or ""
+                if why and trial.training != first.training:
+                    why += f", in {'training' if trial.training else 'eval'} mode"
         if why:
             refused[coupling.key] = why
             continue

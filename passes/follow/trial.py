@@ -119,7 +119,7 @@ class Trial:
             return error
         # No graph has to be there for the other mode, and this Python runs in it all the same.
         error = self._fails(small, values, other_mode=True)
-        return error and f"{error}, in {'eval' if self._training[0] else 'training'} mode"
+        return error and f"{error}, in {'eval' if self.training else 'training'} mode"
 
     def _at(self, kept: Selection) -> tuple[dict[str, Tensor], list[Tensor] | str]:
         """Return the weights under a selection, and what its program gives, or why it does not run; made once."""
@@ -151,6 +151,11 @@ class Trial:
             other = {attribute: self.held[attribute] + 1}
             self._idle[attribute] = self.difference({}, other) is None
         return self._idle[attribute]
+
+    @property
+    def training(self) -> bool:
+        """Whether the call was captured in training mode."""
+        return self._training[0]
 
     @property
     def _training(self) -> Sequence[bool]:
