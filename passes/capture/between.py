@@ -11,7 +11,6 @@ attribute, a list, a hook) is found by being alive still.
 from __future__ import annotations
 
 import gc
-import linecache
 import operator
 import random
 import sys
@@ -30,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ecospa_fx.passes.graph.isolate import isolated, seed
-from ecospa_fx.passes.graph.namespaces import foreign_code
+from ecospa_fx.passes.graph.namespaces import user_line
 from ecospa_fx.passes.graph.tensors import named_tensors, parameters_of, same_storage, swapped
 from ecospa_fx.passes.ir.border import argument_names
 from ecospa_fx.passes.ir.region_graph import RegionGraph
@@ -38,7 +37,9 @@ from ecospa_fx.passes.ir.results import flattened_results
 from ecospa_fx.passes.ir.signature import Signature, autocast_now
 from ecospa_fx.passes.ir.state_access import TENSOR, ObjectPath, copy_objects, flattened, foreign, parted
 
+from .conditions import Conditions
 from .record import computable, computable_call, plain_tensor
+from .uniform import is_filled
 
 
 @dataclass(eq=False)
@@ -71,14 +72,31 @@ class Between:
             tensors; outputs are the results of the model.
         calls: the calls of regions, in order.
         kept: nodes whose values somebody keeps after the forward -> where, in words.
+        conditions: the lines between regions in which Python asks a tensor yes or no.
     """
 
     captured: RegionGraph
     calls: Sequence[RegionCall]
     kept: Mapping[fx.Node, str]
+    conditions: tuple[str, ...]
 
 
 Instead = Callable[[int, Callable[[Tensor], Tensor]], Any]
+
+
+@dataclass(frozen=True)
+class ForwardPath:
+    """Which of its forwards a model runs.
+
+    Attributes:
+        attempt: number of the forward, where it leaves submodules out at random; another one draws other numbers.
+        training: the mode of all its modules; None leaves each in its own.
+        inverted: the line whose conditions on tensors are answered the other way round; None answers as they are.
+    """
+
+    attempt: int = 0
+    training: bool | None = None
+    inverted: str | None = None
 
 
 def follow_between(
@@ -87,7 +105,7 @@ def follow_between(
     kwargs: dict[str, Any],
     regions: Collection[str],
     *,
-    attempt: int = 0,
+    path: ForwardPath = ForwardPath(),
     tensors: Mapping[str, Tensor] = MappingProxyType({}),
     instead: Instead | None = None,
 ) -> Between:
@@ -98,7 +116,7 @@ def follow_between(
         args: positional arguments of the forward.
         kwargs: keyword arguments of it.
         regions: names of submodules, none inside another.
-        attempt: number of the forward, where it leaves submodules out at random; another one draws other numbers.
+        path: which of its forwards.
         tensors: parameters and buffers to swap in, by name.
         instead: makes the result of a call of a region, from the number of the call among all and a function for each
             tensor in it; the forward of the region is not run.
@@ -106,14 +124,28 @@ def follow_between(
     with isolated(model), computable(model) as fake, torch.no_grad():
         call_args, call_kwargs = computable_call(args, kwargs, fake)
         with swapped(model, {name: fake(tensor) for name, tensor in tensors.items()}):
-            if attempt:
-                _seed(attempt)
+            if path.attempt:
+                _seed(path.attempt)
             watch = _Watch(model, regions, None if instead is None else lambda number: instead(number, fake))
-            with watch.hooked(), watch:
+            conditions = Conditions(lambda: watch.is_inside, path.inverted)
+            with _in_mode(model, path.training), watch.hooked(), watch, conditions:
                 results = model(*call_args, **call_kwargs)
             watch.leave(results)
         del results, call_args, call_kwargs
-        return watch.between(model)
+        return watch.between(model, tuple(conditions.lines))
+
+
+@contextmanager
+def _in_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
+    """Run the forward inside in training mode or not. `train()` is not called: it may do more, as merge weights."""
+    before = {} if training is None else {module: module.training for module in model.modules()}
+    try:
+        for module in before:
+            module.__dict__["training"] = training
+        yield
+    finally:
+        for module, mode in before.items():
+            module.__dict__["training"] = mode
 
 
 class _Watch(TorchDispatchMode):
@@ -128,14 +160,19 @@ class _Watch(TorchDispatchMode):
         for name, parameter in parameters_of(model, remove_duplicate=False):
             self._names.setdefault(id(parameter), name)
         self._nodes = WeakIdKeyDictionary()  # tensor -> its node, where it depends on weights
+        self._filled = WeakIdKeyDictionary()  # tensor of one value that was made here -> the op and its arguments
         self._tensors: dict[str, str] = {}
         self._inputs: list[fx.Node] = []
         self._alive: list[tuple[Any, fx.Node]] = []
         self._running: list[tuple[RegionCall, list[Any]]] = []  # with the objects of their arguments
         self._results: list[fx.Node] = []
-        self._last: fx.Node | None = None
 
     # The regions.
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a region runs now."""
+        return bool(self._running)
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -211,6 +248,8 @@ class _Watch(TorchDispatchMode):
         result = func(*args, **kwargs)
         if not self._running and any(self._depends(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
             self._add(func, args, kwargs, result)
+        elif not self._running and is_filled(func):
+            self._filled[result] = func, args, kwargs
         return result
 
     def _depends(self, leaf: Any) -> bool:
@@ -221,10 +260,7 @@ class _Watch(TorchDispatchMode):
         if not isinstance(func, torch._ops.OpOverload):  # a graph holds no functions; no rule reads them
             nodes = [leaf for leaf in pytree.tree_leaves((new_args, new_kwargs)) if isinstance(leaf, fx.Node)]
             new_args, new_kwargs = nodes, {}
-        node = self.graph.call_function(func, tuple(new_args), dict(new_kwargs))
-        node.meta["val"] = pytree.tree_map_only(Tensor, _meta, result)
-        node.meta["stack_trace"] = _user_line()
-        self._last = node
+        node = self._call(func, new_args, new_kwargs, result)
         if isinstance(result, Tensor):
             self._remember(result, node)
         elif isinstance(result, (tuple, list)):
@@ -238,9 +274,34 @@ class _Watch(TorchDispatchMode):
     def _node(self, tensor: Tensor) -> fx.Node:
         """Return the node of a tensor, a new placeholder for one that comes from elsewhere."""
         node = self._known(tensor)
-        if node is None:
-            node = self._placeholder(tensor, "given")
-            self._inputs.append(node)
+        return self._given(tensor) if node is None else node
+
+    def _given(self, tensor: Tensor) -> fx.Node:
+        """Return a node for a tensor that depends on no weight: a new placeholder.
+
+        A tensor that was filled with one value is the op that made it. One whose entries repeat along a dim (stride 0)
+        is a placeholder for one of them, and their repetition.
+        """
+        if tensor in self._filled and tensor._version == 0:
+            func, args, kwargs = self._filled[tensor]
+            return self._call(func, args, kwargs, tensor)
+        one = tensor
+        if tensor.layout is torch.strided:
+            with unset_fake_temporarily():
+                one = _meta(tensor)
+                for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+                    if stride == 0 and size > 1:
+                        one = one.narrow(dim, 0, 1)
+        node = self._placeholder(one, "given")
+        self._inputs.append(node)
+        if one.shape == tensor.shape:
+            return node
+        return self._call(torch.ops.aten.expand.default, (node, list(tensor.shape)), {}, tensor)
+
+    def _call(self, func: Any, args: Any, kwargs: Any, result: Any) -> fx.Node:
+        node = self.graph.call_function(func, tuple(args), dict(kwargs))
+        node.meta["val"] = pytree.tree_map_only(Tensor, _meta, result)
+        node.meta["stack_trace"] = user_line()
         return node
 
     def _known(self, tensor: Tensor) -> fx.Node | None:
@@ -258,7 +319,7 @@ class _Watch(TorchDispatchMode):
             node = self.graph.placeholder(name)
         self._last_placeholder = node
         node.meta["val"] = _meta(tensor)
-        node.meta["stack_trace"] = _user_line()
+        node.meta["stack_trace"] = user_line()
         return node
 
     _last_placeholder: fx.Node | None = None
@@ -284,7 +345,7 @@ class _Watch(TorchDispatchMode):
         nodes = (self._nodes.get(tensor) for tensor in seen)
         self._results = list(dict.fromkeys(node for node in nodes if node is not None))
 
-    def between(self, model: nn.Module) -> Between:
+    def between(self, model: nn.Module, conditions: tuple[str, ...]) -> Between:
         """Return what was seen, once the results are gone."""
         gone = set(self._results)
         kept = {}
@@ -317,7 +378,7 @@ class _Watch(TorchDispatchMode):
             between=True,
             argument_names=tuple(node.name for node in results),
         )
-        return Between(captured, self.calls, kept)
+        return Between(captured, self.calls, kept, conditions)
 
 
 def _seed(number: int) -> None:
@@ -333,14 +394,3 @@ def _meta(tensor: Tensor) -> Tensor:
         if tensor.layout is not torch.strided:
             return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def _user_line() -> str:
-    """Return the line of the model's own code that runs now, as torch writes stack traces."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        file, number = frame.f_code.co_filename, frame.f_lineno
-        if not foreign_code(frame.f_globals.get("__name__")) and file[:1] != "<":
-            return f'File "{file}", line {number}, in {frame.f_code.co_name}\n    {linecache.getline(file, number)}'
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""

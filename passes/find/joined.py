@@ -8,7 +8,8 @@ joined(model, args, kwargs, analyses)
   -> _more            modules that hold weights outside of the blocks (an embedding, a head) are regions too
   -> follow_between   what the model runs between its regions
   -> find_joints      the couplings across
-  -> followed         the model's own Python between the regions, tried at the sizes that a shrink leaves
+  -> not_followed     the model's own Python between the regions, tried at the sizes that a shrink leaves
+  -> on_other_paths   what it runs there in the other mode, or if the tensors that it asks say otherwise
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import nn
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.logs import logger
-from ecospa_fx.passes.capture.between import Between, follow_between
+from ecospa_fx.passes.capture.between import Between, ForwardPath, follow_between
 from ecospa_fx.passes.capture.options import DEFAULTS, CaptureOptions
 from ecospa_fx.passes.capture.outside_numbers import OutsideNumbers, Place
 from ecospa_fx.passes.capture.record import ATTEMPTS
@@ -38,6 +39,7 @@ from .joint import Joint
 from .joints import find_joints
 from .joints_tried import not_followed
 from .left_whole import Refusal
+from .other_paths import on_other_paths
 from .regions import choose
 
 
@@ -90,13 +92,49 @@ def choose_regions(
     """
     captures, numbers = [] if captures is None else captures, OutsideNumbers()
     apart = "blocks" if how == "joined" else how
-    chosen = Chosen(*choose(model, args, kwargs, apart, captures, options, numbers))
+    try:
+        chosen = Chosen(*choose(model, args, kwargs, apart, captures, options, numbers))
+    except CaptureError as error:
+        if not across or how not in ("auto", "joined"):
+            raise
+        chosen = _joined_alone(model, args, kwargs, captures, options, error)
+        return replace(chosen, numbers=numbers.places(chosen.analyses))
     if how == "joined" and "" not in chosen.analyses:
         found = joined(model, args, kwargs, chosen.analyses, captures, options)
         chosen = replace(found, failed=chosen.failed | found.failed)
     elif how == "auto" and across and "" in chosen.failed:
         chosen = _joined_if_it_covers_more(model, args, kwargs, chosen, captures, options)
     return replace(chosen, numbers=numbers.places(chosen.analyses))
+
+
+def _joined_alone(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    captures: Captures,
+    options: CaptureOptions,
+    why: CaptureError,
+) -> Chosen:
+    """Join submodules that have no coupling of their own: single layers in a forward that cannot be captured.
+
+    Raises:
+        CaptureError: `why`; there is no coupling across them either.
+    """
+    try:
+        found = joined(model, args, kwargs, {}, captures, options)
+    except CaptureError as error:
+        logger("discover").info("regions cannot be joined: %s", error)
+        raise why from None
+    if not found.joints:
+        raise CaptureError(f"{why}{_no_joint(found.refusals)}") from why
+    return replace(found, failed={"": str(why)} | found.failed)
+
+
+def _no_joint(refusals: Sequence[Refusal]) -> str:
+    if not refusals:
+        return ""
+    first = refusals[0]
+    return f". Nor can what runs through its submodules shrink: {', '.join(first.members[:3])}: {first.reasons[0]}"
 
 
 def _joined_if_it_covers_more(
@@ -133,7 +171,7 @@ def joined(
     analyses, failed = dict(blocks), dict[str, str]()
     more = _around(model, blocks)
     while True:
-        between, attempt = _between(model, args, kwargs, {*analyses, *more})
+        between, path = _between(model, args, kwargs, {*analyses, *more})
         waiting = [name for name in more if name not in analyses]
         more = []
         for name in waiting:
@@ -156,7 +194,8 @@ def joined(
     refused: dict[WeightDim, str] = {}
     while True:
         found = find_joints(model, between, analyses, refused=refused, experiments=options.experiments)
-        why = not_followed(model, args, kwargs, between, found, tensors, attempt)
+        why = not_followed(model, args, kwargs, between, found, tensors, path)
+        why = why or on_other_paths(model, args, kwargs, between, found, path, options.experiments)
         if not why:
             break
         refused |= why
@@ -175,19 +214,21 @@ def joined(
     return Chosen(in_order, failed, found.joints, found.refusals, flow_of(between, found))
 
 
-def _between(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], regions: Set[str]) -> tuple[Between, int]:
+def _between(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], regions: Set[str]
+) -> tuple[Between, ForwardPath]:
     """Run forwards until one calls every region; return it, or the first."""
     first: Between | None = None
     for attempt in range(ATTEMPTS):
-        between = follow_between(model, args, kwargs, regions, attempt=attempt)
+        between = follow_between(model, args, kwargs, regions, path=ForwardPath(attempt))
         called = [call.region for call in between.calls]
         if set(called) == regions:
-            return between, attempt
+            return between, ForwardPath(attempt)
         if first is not None and attempt > 2 and called == [call.region for call in first.calls]:
             break  # nothing is drawn
         first = first or between
     assert first is not None
-    return first, 0
+    return first, ForwardPath()
 
 
 def _around(model: nn.Module, blocks: Collection[str]) -> list[str]:

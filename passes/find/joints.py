@@ -21,6 +21,7 @@ from torch import nn
 
 from ecospa_fx.passes.axes.algebra import UNIT, Atom, Expr, atoms_of
 from ecospa_fx.passes.capture.between import Between, RegionCall
+from ecospa_fx.passes.capture.uniform import is_uniform
 from ecospa_fx.passes.graph.nodes import op_name, reason_text
 from ecospa_fx.passes.graph.tensors import join, named_tensors, storage_key
 from ecospa_fx.passes.infer.infer import infer_axes, inferred_again
@@ -43,7 +44,18 @@ class _Region:
     facts: list[AxisFacts] = field(default_factory=list)
 
 
-class _Search:
+class JointSearch:
+    """The search for joints in one forward.
+
+    Args:
+        model: the model.
+        between: a forward of it.
+        analyses: the regions by name.
+        refused: see `find_joints`.
+        experiments: see `infer_axes`.
+        edges: the dims at the edges of regions that may shrink, where joints are known; None looks for them.
+    """
+
     def __init__(
         self,
         model: nn.Module,
@@ -51,6 +63,7 @@ class _Search:
         analyses: Mapping[str, Analysis],
         refused: Mapping[WeightDim, str],
         experiments: bool,
+        edges: Mapping[str, Collection[Edge]] | None = None,
     ) -> None:
         self.model, self.tensors = model, named_tensors(model)
         self.order = {name: i for i, name in enumerate(self.tensors)}
@@ -66,8 +79,9 @@ class _Search:
         self.joints: list[Joint] = []
         self.places: list[tuple[Place, ...]] = []
         self.of: dict[str, dict[Edge, int]] = {}
+        self.known = edges is not None
         for region in self.regions.values():
-            region.edges = self._candidates(region)
+            region.edges = self._candidates(region) if edges is None else set(edges.get(region.name, ()))
 
     def _served(self, call: RegionCall) -> int | None:
         """Return the number of the graph that serves a call."""
@@ -163,7 +177,7 @@ class _Search:
     def classes(self, outer: AxisFacts) -> Classes:
         """Join the atoms of all graphs."""
         classes = Classes()
-        uncalled = self.regions.keys() - {call.region for call in self.between.calls}
+        uncalled = set() if self.known else self.regions.keys() - {call.region for call in self.between.calls}
         for region in self.regions.values():
             for number, facts in enumerate(region.facts):
                 for atom in {atom for expr in facts.crossing.values() for atom in atoms_of(expr)}:
@@ -182,8 +196,10 @@ class _Search:
                 for atom in atoms_of(fact.expr):
                     classes.pin((BETWEEN, 0, atom), reason_text(fact.reason, fact.node, ""))
         for source in outer.sources:
-            for atom in (atom for expr in source.exprs for atom in atoms_of(expr)):
-                reason = f"{op_name(source.user)} between the regions takes a tensor along it that does not shrink"
+            reason = f"{op_name(source.user)} between the regions takes a tensor along it that does not shrink"
+            for atom in (
+                a for dim, e in enumerate(source.exprs) if not is_uniform(source.node, dim) for a in atoms_of(e)
+            ):
                 classes.pin((BETWEEN, 0, atom), reason_text(reason, source.user, ""))
         for node, where in self.between.kept.items():
             for expr in (expr for exprs in outer.values.get(node, ()) for expr in exprs):
@@ -424,7 +440,7 @@ def find_joints(
         refused: dims of parameters whose axis is known not to be one -> the reason.
         experiments: see `infer_axes`.
     """
-    search = _Search(model, between, analyses, refused, experiments)
+    search = JointSearch(model, between, analyses, refused, experiments)
     names = {join(name, c.name) for name, a in analyses.items() for c in a.discovery.couplings}
     while (outer := search.round(names)) is None:
         pass

@@ -19,10 +19,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ecospa_fx.passes.axes.algebra import Atom
 from ecospa_fx.passes.axes.selection import count, touched
-from ecospa_fx.passes.capture.between import Between, follow_between
+from ecospa_fx.passes.capture.between import Between, ForwardPath, follow_between
+from ecospa_fx.passes.capture.uniform import with_sizes
 from ecospa_fx.passes.graph.nodes import by_name, op_name, place, tensor_meta
 from ecospa_fx.passes.graph.tensors import sliced
-from ecospa_fx.passes.ir.axis_facts import AxisFacts
+from ecospa_fx.passes.ir.axis_facts import AxisFacts, Exprs
 from ecospa_fx.passes.ir.border import WeightDim
 from ecospa_fx.passes.ir.op_site import OpSite
 from ecospa_fx.passes.rules import op_info
@@ -39,7 +40,7 @@ def not_followed(
     between: Between,
     joined: Across,
     tensors: Mapping[str, Tensor],
-    attempt: int,
+    path: ForwardPath,
 ) -> dict[WeightDim, str]:
     """Return the joints that the Python between regions does not follow, by their first member, with the reason.
 
@@ -50,9 +51,9 @@ def not_followed(
         between: what it ran between its regions.
         joined: the joints.
         tensors: parameters and buffers of the model by name.
-        attempt: see `follow_between`.
+        path: the forward that `between` is.
     """
-    trial = _Trial(model, args, kwargs, between, joined, tensors, attempt)
+    trial = _Trial(model, args, kwargs, between, joined, tensors, path)
     every = list(range(len(joined.joints)))
     if not every or trial.difference(every) is None:
         return {}
@@ -75,7 +76,7 @@ class _Trial:
     between: Between
     joined: Across
     tensors: Mapping[str, Tensor]
-    attempt: int
+    path: ForwardPath
 
     def difference(self, numbers: Sequence[int]) -> str | None:
         """Say how the Python between the regions differs from what the axes say, with some joints shrunk."""
@@ -115,7 +116,7 @@ class _Trial:
 
         try:
             after = follow_between(
-                self.model, self.args, self.kwargs, self.joined.analyses, attempt=self.attempt, tensors=small,
+                self.model, self.args, self.kwargs, self.joined.analyses, path=self.path, tensors=small,
                 instead=instead,
             )  # fmt: skip
         except Exception as error:
@@ -184,12 +185,14 @@ def _compare(before: Between, after: Between, axis_facts: AxisFacts, kept: Kept)
 def _sizes(node: fx.Node, axis_facts: AxisFacts, kept: Kept) -> list[tuple[int, ...]]:
     """Return the sizes that the results of an op should have."""
     metas = tensor_meta(node)
-    if node not in axis_facts.values:
-        return [tuple(meta.shape) for meta in metas]
-    return [
-        tuple(int(count(e, kept)) if touched(e, kept) else n for e, n in zip(exprs, meta.shape, strict=True))
-        for exprs, meta in zip(axis_facts.values[node], metas, strict=True)
-    ]
+    if node in axis_facts.values:
+        return [_left(exprs, meta.shape, kept) for exprs, meta in zip(axis_facts.values[node], metas, strict=True)]
+    source = next((s for s in axis_facts.sources if s.node is node), None)
+    return [tuple(meta.shape) if source is None else _left(source.exprs, meta.shape, kept) for meta in metas]
+
+
+def _left(exprs: Exprs, shape: Sequence[int], kept: Kept) -> tuple[int, ...]:
+    return tuple(int(count(e, kept)) if touched(e, kept) else n for e, n in zip(exprs, shape, strict=True))
 
 
 def _weights(between: Between) -> dict[fx.Node, str]:
@@ -212,6 +215,10 @@ def _resized(before: Between, axis_facts: AxisFacts, kept: Kept) -> tuple[fx.Gra
             site = OpSite(node, original, axis_facts, kept)
             rule.resize(site)
             site.apply()
+    for source in axis_facts.sources:
+        if any(touched(expr, kept) for expr in source.exprs):
+            shape = source.node.meta["val"].shape
+            with_sizes(new[source.node], shape, _left(source.exprs, shape, kept))
     return graph, new
 
 

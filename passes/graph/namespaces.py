@@ -9,6 +9,7 @@ from __future__ import annotations
 import dis
 import functools
 import gc
+import linecache
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -286,3 +287,14 @@ def functions_with_cells(code: Code) -> list[FunctionType]:
     for each in others:
         known += [f for f in (reference() for reference in _CLOSURES[id(each)][1]) if f is not None]
     return known
+
+
+def user_line() -> str:
+    """Return the line of the model's own code that runs now, as torch writes stack traces; empty where none does."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file, number = frame.f_code.co_filename, frame.f_lineno
+        if not foreign_code(frame.f_globals.get("__name__")) and file[:1] != "<":
+            return f'File "{file}", line {number}, in {frame.f_code.co_name}\n    {linecache.getline(file, number)}'
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""

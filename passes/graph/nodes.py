@@ -42,14 +42,18 @@ def place(node: fx.Node, region: str = "") -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
     inside = paths[-1].removeprefix("region").lstrip(".") if paths else ""
-    trace = (node.meta.get("stack_trace") or "").splitlines()
-    frames = [line.strip() for line in trace if line.strip().startswith("File")]
-    line = ""
-    if frames:
-        file, number = frames[-1].split('"')[1].rsplit("/", 1)[-1], frames[-1].split("line ")[1].split(",")[0]
-        line = f"{file}:{number}"
+    line = file_and_line(node.meta.get("stack_trace") or "")
     module = ".".join(part for part in (region, inside) if part)
     return ", ".join(part for part in (module, line) if part) or node.name
+
+
+def file_and_line(trace: str) -> str:
+    """Return the innermost place in a stack trace as `file:line`; empty where there is none."""
+    frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File")]
+    if not frames:
+        return ""
+    file, number = frames[-1].split('"')[1].rsplit("/", 1)[-1], frames[-1].split("line ")[1].split(",")[0]
+    return f"{file}:{number}"
 
 
 def source_line(node: fx.Node) -> str:

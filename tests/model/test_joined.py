@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from twin import half, kept_positions, zeroed
 
 import ecospa_fx
-from ecospa_fx.errors import EcoSpaError
+from ecospa_fx.errors import CaptureError, EcoSpaError
 
 
 class Block(nn.Module):
@@ -306,6 +306,118 @@ def test_auto_joins_regions_where_the_root_covers_more_and_cannot_be_captured() 
     assert (model.stem.out_features, model.wide.in_features, model.head.in_features) == (3, 3, 5)
     torch.testing.assert_close(model(x), zeroed(before, positions)(x), rtol=1e-12, atol=1e-12)
     assert ecospa_fx.verify(model, example_inputs=(x,)).ok
+
+
+class Graphs(nn.Module):
+    """A network of graphs whose layers are single, pooled over as many graphs as the batch names."""
+
+    def __init__(self, pool: str, width: int = 6, inner: int = 8) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(3, width), nn.Linear(width, inner), nn.Linear(inner, 2)
+        self.pool = pool
+
+    def forward(self, nodes: Tensor, graph: Tensor) -> Tensor:
+        """Return a row for each graph."""
+        number = int(graph.max()) + 1
+        sent = torch.zeros(len(nodes), nodes.shape[1], dtype=nodes.dtype).index_add_(0, graph.flip(0), nodes)
+        x = self.second(self.first(nodes + sent).relu()).tanh()
+        match self.pool:
+            case "sum":
+                x = x.new_zeros(number, x.shape[1]).scatter_add_(0, graph[:, None].expand_as(x), x)
+            case "max":
+                lowest = torch.full((number, x.shape[1]), -2.0, dtype=x.dtype)
+                x = lowest.scatter_reduce(0, graph[:, None].expand_as(x), x, "amax")
+            case "loop":
+                x = torch.stack([x[graph == i].mean(0) for i in graph.unique().tolist()])
+            case "weighed":
+                weights = torch.ones(number, x.shape[1], dtype=x.dtype)
+                weights[:, 3] = 0.5
+                x = torch.zeros(number, x.shape[1], dtype=x.dtype).index_add_(0, graph, x) * weights
+            case "of one size":
+                x = torch.zeros(number, 8, dtype=x.dtype).index_add_(0, graph, x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("pool", ["sum", "max", "loop", "weighed", "of one size"])
+def test_single_layers_are_joined_where_the_forward_cannot_be_captured(pool: str) -> None:
+    torch.manual_seed(0)
+    model = Graphs(pool).double()
+    nodes, graph = torch.randn(9, 3, dtype=torch.float64), torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2])
+    before = copy.deepcopy(model)
+    ecospa_fx.compile(model, example_inputs=(nodes, graph))
+    found = {coupling.size: coupling for coupling in ecospa_fx.couplings(model)}
+    follows = pool in ("sum", "max", "loop")
+    assert found.keys() == ({6, 8} if follows else {6})
+    if not follows:
+        reasons = " ".join(r for refusal in ecospa_fx.explain(model).refusals for r in refusal.reasons)
+        assert ("aten.mul between the regions takes" if pool == "weighed" else "does not follow") in reasons
+    keeps = {coupling: half(coupling.size, 1) for coupling in found.values()}
+    positions = kept_positions(before, keeps)
+    ecospa_fx.shrink(model, keeps)
+    expected = zeroed(before, positions)
+    for call in ((nodes, graph), (nodes, torch.tensor([0, 1, 2, 3, 4, 4, 4, 4, 4]))):
+        torch.testing.assert_close(model(*call), expected(*call), rtol=1e-12, atol=1e-12)
+
+
+class Forked(nn.Module):
+    """Layers with something between them that one call in two does."""
+
+    def __init__(self, when: str, what: str) -> None:
+        super().__init__()
+        self.first, self.other, self.head = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+        self.shift = nn.Parameter(torch.randn(6))
+        self.when, self.what = when, what
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return two numbers a row."""
+        scale = int(x.abs().max()) + 1
+        match self.when:
+            case "training":
+                does = self.training
+            case "bool":
+                does = bool((x < 0).all())
+            case "item":
+                does = x.mean().item() < 0
+            case "equal":
+                does = torch.equal(x, -x.abs())
+        y = self.first(x).tanh() * scale
+        if does:
+            match self.what:
+                case "flip":
+                    y = y.flip(-1)
+                case "count":
+                    y = y * torch.arange(y.shape[-1])
+                case "shift":
+                    y = y + self.shift
+                case "other layer":
+                    y = self.other(x).tanh()
+                case "scale":
+                    y = (y * 2).relu()
+        return self.head(y)
+
+
+@pytest.mark.parametrize("when", ["training", "bool", "item", "equal"])
+@pytest.mark.parametrize("what", ["flip", "count", "shift", "other layer", "scale"])
+def test_what_another_call_runs_between_regions_counts(when: str, what: str) -> None:
+    torch.manual_seed(0)
+    model, x = Forked(when, what).double().eval(), torch.rand(5, 4, dtype=torch.float64)
+    if what != "scale":
+        path = "in training mode" if when == "training" else r"where `.*` \(test_joined.py:\d+\) goes the other way"
+        with pytest.raises(CaptureError, match=rf"Nor can what runs .*: {path}, "):
+            ecospa_fx.compile(model, example_inputs=(x,))
+        return
+    before = copy.deepcopy(model)
+    ecospa_fx.compile(model, example_inputs=(x,))
+    (coupling,) = ecospa_fx.couplings(model)
+    keeps = {coupling: half(coupling.size, 1)}
+    positions = kept_positions(before, keeps)
+    ecospa_fx.shrink(model, keeps)
+    expected = zeroed(before, positions)
+    for training in (False, True):
+        for call in (x, -x):
+            torch.testing.assert_close(
+                model.train(training)(call), expected.train(training)(call), rtol=1e-12, atol=1e-12
+            )
 
 
 def places(model: nn.Module) -> dict[str, set[tuple[int, int]]]:
