@@ -287,7 +287,7 @@ def _difference_of_gradients(mine: _Results, theirs: _Results, tolerance: float)
     largest = max(sizes, default=0.0)
     for name, a, b in zip(mine.names, mine.grads, theirs.grads, strict=True):
         if (a is None) != (b is None):
-            missing = "the graph" if b is None else "eager"
+            missing = "the graph, as where something beside its module holds it" if b is None else "eager"
             if not _negligible(a if a is not None else b):
                 return f"the gradient of {name} is missing in {missing}"
         elif a is not None and b is not None and not _close(a, b, tolerance, largest):

@@ -82,7 +82,8 @@ def _reached(functions: Sequence[Any], cls: type) -> tuple[FunctionType, ...]:
     waiting: list[Any] = [*functions]
     while waiting:
         function = waiting.pop()
-        function = getattr(function, "__func__", function)
+        if isinstance(function, (MethodType, classmethod, staticmethod)):  # no look at others: it may import
+            function = function.__func__
         if not isinstance(function, FunctionType) or function.__code__ in found:
             continue
         if foreign_code(function.__globals__.get("__name__")):
@@ -205,7 +206,10 @@ def value_in(namespace: Any, name: str) -> Any:
             return ABSENT
     if isinstance(namespace, type) or (isinstance(namespace, FunctionType) and name not in _OF_FUNCTIONS):
         return vars(namespace).get(name, ABSENT)
-    return getattr(namespace, name, ABSENT)
+    try:
+        return getattr(namespace, name, ABSENT)
+    except Exception:  # a module that imports others at a look, of which one is not installed
+        return ABSENT
 
 
 def seen_in(cls: type, name: str) -> Any:

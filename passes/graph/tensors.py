@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import stateless
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .namespaces import foreign_code
 
 
 def parameters_of(module: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
@@ -44,13 +47,14 @@ Held = Sequence[tuple[Any, Any, str]]
 
 
 def held_twice(module: nn.Module) -> Held:
-    """Return the places in attributes of a module, and in dicts and lists there, that hold a parameter of it too.
+    """Return the places in attributes of a module, and in dicts, lists and objects there, that hold a parameter too.
 
     A forward that reads `self.weights["gain"]` computes with the parameter `self.gain`, of which nothing knows that
     swaps parameters.
     """
     names = {id(parameter): name for name, parameter in parameters_of(module)}
     places: list[tuple[Any, Any, str]] = []
+    seen = set[int]()  # the attributes of objects: those of all layers may be one
 
     def search(holder: Any, entries: Iterable[tuple[Any, Any]], depth: int) -> None:
         for key, value in entries:
@@ -61,11 +65,22 @@ def held_twice(module: nn.Module) -> Held:
                 search(value, value.items(), depth - 1)
             elif depth and type(value) is list:
                 search(value, enumerate(value), depth - 1)
+            elif depth and _has_attributes(value) and id(value) not in seen:
+                seen.add(id(value))
+                search(vars(value), vars(value).items(), depth - 1)
 
     for child in module.modules():
         own = vars(child)
         search(own, ((key, value) for key, value in own.items() if key not in _KEPT), depth=2)
     return places
+
+
+def _has_attributes(value: Any) -> bool:
+    """Return whether a value is an object of somebody's own class, other than a module."""
+    cls = type(value)
+    if cls.__dictoffset__ == 0 or foreign_code(cls.__module__):
+        return False
+    return not isinstance(value, (nn.Module, Tensor, type, ModuleType)) and type(vars(value)) is dict
 
 
 _KEPT = frozenset(vars(nn.Module()))  # `_parameters`, `_modules` and the like, which torch itself looks after

@@ -2,6 +2,7 @@
 
 import copy
 import enum
+import types
 
 import pytest
 import torch
@@ -110,3 +111,29 @@ def test_an_attribute_of_a_class_that_changes_is_followed(change, monkeypatch):
     before = model(X)
     monkeypatch.setattr(*CHANGES[change])
     assert torch.allclose(model(X), plain(X)) and not torch.allclose(model(X), before)
+
+
+class Lazy:
+    """Stands for a module that is imported at the first look at an attribute, and is not installed."""
+
+    def __getattr__(self, name):
+        raise ImportError(f"no {name}: it is not installed")
+
+
+lazy, LAZY_MODULE = Lazy(), types.ModuleType("lazy_module")
+LAZY_MODULE.__getattr__ = Lazy().__getattr__
+
+
+class Careful(Net):
+    def forward(self, x):
+        if x.dim() > 9:
+            return lazy.act(x) + LAZY_MODULE.act(x)
+        return super().forward(x)
+
+
+def test_what_the_forward_does_not_import_is_not_imported():
+    model, expected = Careful(), Careful()(X)
+    (coupling,) = ecospa_fx.couplings(ecospa_fx.compile(model, example_inputs=(X,)))
+    torch.testing.assert_close(model(X), expected)
+    ecospa_fx.shrink(model, {coupling: torch.arange(3)})
+    assert model(X).shape == X.shape

@@ -1,4 +1,4 @@
-"""Parameters that a module holds twice: as its own, and in a dict, a list or an attribute that the forward reads."""
+"""Parameters that a module holds twice: as its own, and in a dict, a list or an object that the forward reads."""
 
 import copy
 
@@ -37,7 +37,29 @@ class Listed(nn.Module):
         return x + (y @ self.layers[1][0] if self.training else y @ self.last["b"])
 
 
+class Scale:
+    """An object of a class that torch does not know, with a parameter."""
+
+    def __init__(self, gain):
+        self.gain = gain
+
+    def __call__(self, x):
+        return x * self.gain
+
+
+class Objects(Keyed):
+    """Reads a parameter from an object in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.scales = [Scale(self.gain)]
+
+    def forward(self, x):
+        return x + self.b(self.scales[0](self.a(x).relu()) + self.other)
+
+
 MODELS = {
+    "object": lambda: Objects(),
     "dict": lambda: Keyed(),
     "list": lambda: Listed(),
     "equal blocks": lambda: nn.Sequential(Keyed(), Keyed()),
