@@ -101,15 +101,15 @@ class Offers:
 
     def write(self, plan: Plan, kept: Selection) -> None:
         """Write into `plan` the entries that parameters keep under a selection of the naming graph's atoms."""
-        known = self.naming_graph.axis_facts.parameters
-        write_plan(plan, self.region, known, kept)
+        first = self.naming_graph.axis_facts
+        write_plan(plan, self.region, first.parameters, kept)
+        known = first.parameters.keys() & first.captured.used()
         for other in self.specializations[1:]:
-            # A graph may use tensors that the others do not: statistics that only training updates.
-            theirs = other.axis_facts.parameters
-            more = {name: exprs for name, exprs in theirs.items() if name not in known}
+            # A graph may use tensors that the others do not: noise that only training adds, statistics of a batch norm.
+            more = {name: exprs for name, exprs in other.axis_facts.parameters.items() if name not in known}
             if more:
                 write_plan(plan, self.region, more, selected_by(other.axis_facts, plan))
-                known = known | more
+                known |= more.keys() & other.axis_facts.captured.used()
 
     def _supported(self, coupling: RegionCoupling, context: Atom | None = None) -> bool:
         """Decide whether every graph can follow a coupling of the first, or (`context`) one that differs by context."""
@@ -203,7 +203,7 @@ class Offers:
 
     def _in_each_graph(self, offered: RegionCoupling) -> Iterator[RegionCoupling]:
         """Yield a coupling as each graph of the region has it."""
-        yield from (c for s in self.specializations for c in s.discovery.couplings if c.key == offered.key)
+        yield from (found for s in self.specializations if (found := s.discovery.same(offered)) is not None)
 
     def _last_stays(self, offered: RegionCoupling) -> str | None:
         """Return the reason why one entry of a coupling stays, of the first graph that needs it."""

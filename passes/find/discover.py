@@ -76,6 +76,15 @@ class Discovery:
     refusals: tuple[Refusal, ...]
     uncoupled: tuple[UncoupledAxis, ...] = ()
 
+    def same(self, coupling: RegionCoupling) -> RegionCoupling | None:
+        """Return what this graph has of a coupling of another one of the region; more weights may lie on it here."""
+        size, *places = coupling.key
+        for exact in (True, False):
+            for mine in self.couplings:
+                if mine.key == coupling.key if exact else mine.key[0] == size and {*places} < {*mine.key[1:]}:
+                    return mine
+        return None
+
     def __deepcopy__(self, memo: dict[int, object]) -> Discovery:
         return self  # its atoms are compared by identity
 

@@ -87,6 +87,9 @@ def follow(
         numbers: attributes that are not sizes, see `ecospa_fx.passes.follow.attributes.numbers_in`.
     """
     trials = [Trial(module, axis_facts, forward, numbers) for axis_facts, _ in programs]
+    if len({trial.training for trial in trials}) > 1:
+        for trial in trials:
+            trial.other_mode_tells = False  # there are graphs of both, which tell more
     generator = torch.Generator().manual_seed(0)
     couplings: dict[Any, tuple[Attribute, ...]] = {}
     refused: dict[Any, str] = {}
@@ -97,7 +100,7 @@ def follow(
     if first.unable is not None:
         return PythonSupport({}, frozenset(), {}, {f.key: first.unable for f in programs[0][1].couplings})
     for coupling in programs[0][1].couplings:
-        in_graphs = [next((f for f in discovery.couplings if f.key == coupling.key), None) for _, discovery in programs]
+        in_graphs = [discovery.same(coupling) for _, discovery in programs]
         kept = {coupling.atom: some(coupling.atom, None, 0.5, generator, coupling.least)}
         candidates = [*_candidates(first, kept, sizes, coupling.axes)]
         in_block = _in_any_block(coupling, candidates)
@@ -184,7 +187,7 @@ def _jointly(
         return None, f"it {uncertain}"
     values = values_under(needed, kept)
     for trial, discovery in zip(trials[1:], discoveries[1:], strict=True):
-        others = {c.key: c for c in discovery.couplings}
+        others = {c.key: other for c in group if (other := discovery.same(c)) is not None}
         theirs: Selection = {others[c.key].atom: kept[c.atom] for c in group if c.key in others}
         if len(theirs) < len(group):
             return None, "another call needs one of them whole"
@@ -230,7 +233,7 @@ def _last_stays(
         return "would keep keys of no heads, and a cache counts tokens by the keys that it holds"
     none: Selection = {coupling.atom: ~whole(coupling.atom)}
     for trial, (_, discovery) in zip(trials, programs, strict=True):
-        theirs = next((each for each in discovery.couplings if each.key == coupling.key), None)
+        theirs = discovery.same(coupling)
         if theirs is not None:
             kept = none if theirs is coupling else {theirs.atom: ~whole(theirs.atom)}
             why = trial.difference(kept, values_under(needed, none))

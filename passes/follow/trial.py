@@ -54,6 +54,7 @@ class Trial:
         axes_of_size: number of entries -> axes, and parts of axes, with as many.
         given: the tensors that modules were given.
         course: how far the forward came in the latest comparison.
+        other_mode_tells: whether it is also tried for errors in the mode of which it is no graph.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Trial:
         self.unread: dict[Attribute, int] = {}
         self.given: Places = {}
         self.axes_of_size = _axes_of_size(axis_facts)
+        self.other_mode_tells = False
         self.course = Course()
         self._state: PythonState | None = None
         self._draws = any(may_draw(node.target) for node in axis_facts.captured.graph.nodes)
@@ -100,7 +102,7 @@ class Trial:
             self._device = "meta"
         runs = self.unable is None and self._fails(self.tensors, {}) is None
         self._shapes_tell = runs and self._device == "meta"
-        self._other_mode_tells = runs and self._fails(self.tensors, {}, other_mode=True) is None
+        self.other_mode_tells = runs and self._fails(self.tensors, {}, other_mode=True) is None
 
     def difference(self, kept: Selection, values: Values) -> str | None:
         """Say how the forward under a selection, with attributes at `values`, differs from the program.
@@ -115,7 +117,7 @@ class Trial:
         self.course = Course()
         with self._ready(small, values):
             error = _difference(self.module, expected, self.forward, self.args, self.kwargs, self.course, self._alone())
-        if error is not None or not self._other_mode_tells:
+        if error is not None or not self.other_mode_tells:
             return error
         # No graph has to be there for the other mode, and this Python runs in it all the same.
         error = self._fails(small, values, other_mode=True)

@@ -180,9 +180,14 @@ class RegionGraph:
         return {name for placeholder, name in self.tensors.items() if placeholder not in self.parameters}
 
     def used(self) -> set[str]:
-        """Return the names of the parameters and buffers that the graph uses; an exported graph lists all."""
+        """Return the names of the parameters and buffers that the graph uses; an exported graph lists all.
+
+        A tied weight that it uses under one name counts under all.
+        """
         nodes = self.graph.find_nodes(op="placeholder")
-        return {self.tensors[node.name] for node in nodes if node.users and node.name in self.tensors}
+        named = {self.tensors[node.name] for node in nodes if node.users and node.name in self.tensors}
+        firsts = {self.same_storage.get(name, name) for name in named}
+        return {name for name in self.tensors.values() if self.same_storage.get(name, name) in firsts}
 
     def numbers_now(self, region: nn.Module) -> list[float]:
         """Return the values of `numbers` in a live region."""

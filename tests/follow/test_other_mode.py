@@ -63,3 +63,37 @@ def test_a_second_graph_is_captured_only_where_the_modes_differ(training: bool) 
         (region,) = model.__dict__["_ecospa_model"].regions.values()
         captured.append(len(region.specializations))
     assert captured == [1, 2]
+
+
+class Noisy(nn.Module):
+    """A linear layer with noise on its weight in training, as exploration in weights has it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.mean, self.spread = (nn.Parameter(torch.randn(outputs, inputs)) for _ in range(2))
+        self.register_buffer("noise", torch.randn(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply."""
+        weight = self.mean + self.spread * self.noise if self.training else self.mean
+        return x @ weight.t()
+
+
+@pytest.mark.parametrize("execution", ["graph", "module"])
+@pytest.mark.parametrize("training", [False, True])
+def test_weights_that_one_mode_alone_uses_shrink_with_the_others(execution: str, training: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Noisy(6, 8), nn.Tanh(), Noisy(8, 3)).train(training), torch.randn(5, 6)
+    expected = copy.deepcopy(model)
+    ecospa_fx.compile(model, example_inputs=(x,), execution=execution)
+    if execution == "graph":  # its own Python is captured in both modes at once
+        model.train(not training)(x)
+    (coupling,) = ecospa_fx.couplings(model)
+    ecospa_fx.shrink(model, {coupling: torch.tensor([1, 2, 5])})
+    assert {tuple(tensor.shape) for tensor in (*model.parameters(), *model.buffers())} == {(3, 6), (3, 3)}
+    with torch.no_grad():
+        for tensor in expected[0].state_dict().values():
+            tensor[[0, 3, 4, 6, 7]] = 0.0
+    for each in (False, True):
+        torch.testing.assert_close(model.train(each)(x), expected.train(each)(x))
+    assert ecospa_fx.verify(model, example_inputs=(x,)).ok
