@@ -25,6 +25,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -128,7 +129,7 @@ def follow_between(
                 _seed(path.attempt)
             watch = _Watch(model, regions, None if instead is None else lambda number: instead(number, fake))
             conditions = Conditions(lambda: watch.is_inside, path.inverted)
-            with _in_mode(model, path.training), watch.hooked(), watch, conditions:
+            with _in_mode(model, path.training), watch.hooked(), watch, _Data(watch), conditions:
                 results = model(*call_args, **call_kwargs)
             watch.leave(results)
         del results, call_args, call_kwargs
@@ -166,6 +167,7 @@ class _Watch(TorchDispatchMode):
         self._alive: list[tuple[Any, fx.Node]] = []
         self._running: list[tuple[RegionCall, list[Any]]] = []  # with the objects of their arguments
         self._results: list[fx.Node] = []
+        self._kept: dict[fx.Node, str] = {}
 
     # The regions.
 
@@ -261,6 +263,8 @@ class _Watch(TorchDispatchMode):
             nodes = [leaf for leaf in pytree.tree_leaves((new_args, new_kwargs)) if isinstance(leaf, fx.Node)]
             new_args, new_kwargs = nodes, {}
         node = self._call(func, new_args, new_kwargs, result)
+        if _has_own_backward():
+            self._kept[node] = "a torch.autograd.Function between the regions has a backward of its own, of any kind"
         if isinstance(result, Tensor):
             self._remember(result, node)
         elif isinstance(result, (tuple, list)):
@@ -329,6 +333,22 @@ class _Watch(TorchDispatchMode):
         if id(tensor) not in self._names:
             self._alive.append((weakref.ref(tensor), node))
 
+    def read_data(self, tensor: Tensor, data: Tensor) -> None:
+        """Note that `data` is the `.data` of a tensor, which no op is seen to read."""
+        node = None if self._running else self._known(tensor)
+        if node is not None:
+            self._nodes[data] = node
+
+    def write_data(self, tensor: Tensor, data: Tensor) -> None:
+        """Note that `data` is assigned to the `.data` of a tensor."""
+        node = None if self._running else self._known(data)
+        if node is None:
+            return
+        if isinstance(tensor, nn.Parameter) or tensor not in self._nodes:
+            self._kept[node] = "it is assigned to the `.data` of something that was there before"
+        else:
+            self._remember(tensor, node)
+
     # The end.
 
     def leave(self, results: Any) -> None:
@@ -348,10 +368,10 @@ class _Watch(TorchDispatchMode):
     def between(self, model: nn.Module, conditions: tuple[str, ...]) -> Between:
         """Return what was seen, once the results are gone."""
         gone = set(self._results)
-        kept = {}
+        kept = dict(self._kept)
         if any(ref() is not None for ref, node in self._alive if node not in gone):
             gc.collect()
-            kept = {
+            kept |= {
                 node: "something keeps it after the forward: an attribute, a list, a hook"
                 for ref, node in self._alive
                 if ref() is not None and node not in gone
@@ -379,6 +399,38 @@ class _Watch(TorchDispatchMode):
             argument_names=tuple(node.name for node in results),
         )
         return Between(captured, self.calls, kept, conditions)
+
+
+class _Data(TorchFunctionMode):
+    """Looks at `.data` and assignments to it, of which no op is made."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func == _READ:
+            self._watch.read_data(args[0], result)
+        elif func == _WRITE:
+            self._watch.write_data(*args[:2])
+        return result
+
+
+_READ, _WRITE = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+def _has_own_backward() -> bool:
+    """Return whether an op runs inside of a `torch.autograd.Function`."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _APPLY:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
 def _seed(number: int) -> None:

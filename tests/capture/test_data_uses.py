@@ -68,7 +68,7 @@ def test_other_data_is_refused_with_its_line(step):
     model = Net(step).double()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(CaptureError) as caught:
-        ecospa_fx.compile(model, example_inputs=(X,))
+        ecospa_fx.compile(model, example_inputs=(X,), regions="root")
     line = step.__code__.co_firstlineno + (2 if step in (_and_back, _set) else 1)
     assert str(caught.value) == (
         f"the model (Net) gives {STEPS[step]} other data at test_data_uses.py:{line} at every call, which its graph "
@@ -78,6 +78,29 @@ def test_other_data_is_refused_with_its_line(step):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("step", STEPS)
+def test_other_data_between_layers_is_assigned_by_the_models_own_python(step):
+    """Where the layers on its sides are joined. What needs all entries of a coupling keeps it whole."""
+    torch.manual_seed(0)
+    model = Net(step).double()
+    small = copy.deepcopy(model)
+    if step not in (_and_back, _local):
+        with pytest.raises(CaptureError, match=r"Nor can what runs through its submodules shrink: up.weight\[0\]"):
+            ecospa_fx.compile(model, example_inputs=(X,))
+        return
+    ecospa_fx.compile(model, example_inputs=(X,))
+    keep = torch.tensor([0, 2, 3, 6, 7])
+    ecospa_fx.shrink(model, {"ffn": keep})
+    small.up.weight, small.up.bias, small.down.weight = (
+        nn.Parameter(t) for t in (small.up.weight[keep], small.up.bias[keep], small.down.weight[:, keep])
+    )
+    a, b = model(X), small(X)
+    torch.testing.assert_close(a, b)
+    a.square().sum().backward()
+    b.square().sum().backward()
+    torch.testing.assert_close(model.up.weight.grad, small.up.weight.grad)
+
+
 def test_data_that_is_read_is_named_where_torch_cannot_follow():
     def step(net, h):
         h.data.clamp_(-0.2, 0.2)
@@ -85,7 +108,7 @@ def test_data_that_is_read_is_named_where_torch_cannot_follow():
 
     line = step.__code__.co_firstlineno + 1
     with pytest.raises(CaptureError, match=rf"It reads the data of a tensor at test_data_uses.py:{line} \(`.data`\)"):
-        ecospa_fx.compile(Net(step), example_inputs=(X.float(),))
+        ecospa_fx.compile(Net(step), example_inputs=(X.float(),), regions="root")
 
 
 def _divided(net, h):

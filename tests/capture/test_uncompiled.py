@@ -162,7 +162,13 @@ def test_transforms_and_branches_are_refused_in_words_or_stay_whole():
     torch.compiler.reset()  # a branch compiles itself, and other tests may have used up how often
     turned = Gated(lambda gate, up: torch.func.grad(lambda gate: gated(gate, up).sum())(gate))
     with pytest.raises(CaptureError, match=r"a tensor without values, which torch\.export has left in it"):
-        ecospa_fx.compile(turned, example_inputs=(X,))
+        ecospa_fx.compile(turned, example_inputs=(X,), regions="root")
+    plain = copy.deepcopy(turned)  # what it differentiates lies between its layers, and is entry by entry
+    ecospa_fx.compile(turned, example_inputs=(X,))
+    ecospa_fx.shrink(turned, {"glu": torch.arange(5)})
+    with torch.no_grad():
+        plain.down.weight[:, 5:] = 0
+    assert turned(X).allclose(plain(X), atol=1e-6)
     torch.manual_seed(0)
     inside, plain = Differentiated(), Differentiated()  # what it differentiates is captured by itself
     plain.load_state_dict(inside.state_dict())

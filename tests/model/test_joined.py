@@ -359,6 +359,36 @@ def test_single_layers_are_joined_where_the_forward_cannot_be_captured(pool: str
         torch.testing.assert_close(model(*call), expected(*call), rtol=1e-12, atol=1e-12)
 
 
+class Turned(torch.autograd.Function):
+    """Leaves what comes in as it is, and turns gradients round."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Copy."""
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        """Turn."""
+        return gradient.flip(-1)
+
+
+def test_a_backward_of_its_own_between_regions_keeps_an_axis_whole() -> None:
+    class Net(nn.Module):
+        """Two layers that no graph holds together."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            """Return two numbers a row."""
+            return self.head(Turned.apply(self.first(x)) * int(x.abs().max() + 1))
+
+    with pytest.raises(CaptureError, match=r"first.weight\[0\].* a torch.autograd.Function between the regions"):
+        ecospa_fx.compile(Net(), example_inputs=(torch.randn(3, 4),))
+
+
 class Forked(nn.Module):
     """Layers with something between them that one call in two does."""
 
