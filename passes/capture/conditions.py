@@ -29,7 +29,7 @@ class Conditions(TorchFunctionMode):
     def __init__(self, ignored: Callable[[], bool], inverted: str | None) -> None:
         super().__init__()
         self.lines: dict[str, None] = {}
-        self._ignored, self._inverted = ignored, inverted
+        self._ignored, self._inverted, self._times = ignored, inverted, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function; its result counts if it is an answer, or a number that may be compared."""
@@ -51,8 +51,14 @@ class Conditions(TorchFunctionMode):
             return answer
         line = user_line()
         self.lines[line] = None
-        return not answer if line == self._inverted else answer
+        if line != self._inverted or self._times == MOST:
+            return answer
+        self._times += 1
+        return not answer
 
+
+MOST = 64
+"""Answers of a line that are inverted: a loop may go on as long as they are."""
 
 _ANSWERS = (
     Tensor.__bool__, Tensor.item, Tensor.is_nonzero, Tensor.equal, Tensor.allclose, torch.is_nonzero, torch.equal,

@@ -56,7 +56,7 @@ def on_other_paths(
     for other, words in _paths(model, between, path):
         try:
             after = follow_between(model, args, kwargs, found.analyses, path=other)
-        except Exception as error:  # it does not run so with these arguments
+        except (Exception, SystemExit) as error:  # it does not run so with these arguments
             line = (str(error).strip().splitlines() or [""])[0]
             logger("discover").info("not followed %s: %s: %s", words, type(error).__name__, line)
             continue

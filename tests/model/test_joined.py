@@ -410,6 +410,10 @@ class Forked(nn.Module):
                 does = x.mean().item() < 0
             case "equal":
                 does = torch.equal(x, -x.abs())
+            case "while":
+                does = False
+                while x.max() < -1:  # and never ends if that is answered the other way round
+                    does, x = True, x + 1
         y = self.first(x).tanh() * scale
         if does:
             match self.what:
@@ -426,7 +430,7 @@ class Forked(nn.Module):
         return self.head(y)
 
 
-@pytest.mark.parametrize("when", ["training", "bool", "item", "equal"])
+@pytest.mark.parametrize("when", ["training", "bool", "item", "equal", "while"])
 @pytest.mark.parametrize("what", ["flip", "count", "shift", "other layer", "scale"])
 def test_what_another_call_runs_between_regions_counts(when: str, what: str) -> None:
     torch.manual_seed(0)
