@@ -529,10 +529,13 @@ class Region:
 
     def add_other_mode(self, module: nn.Module) -> None:
         """Capture the region in the other mode too, where its own Python, which runs in both, runs other ops."""
-        facts, options = self.naming_graph.axis_facts, self.state.options
-        forward = own_forward(module, REGION)
+        facts, state = self.naming_graph.axis_facts, self.state
+        moving = moving_buffers(module, set(state.plan.under(self.name)), self.specializations)
         with after_first_call(module, self._fills), outside_forward():
-            found = other_mode(module, facts, forward, self.name, self.shared_outside, self.state.captures, options)
+            found = other_mode(
+                module, facts, own_forward(module, REGION), self.name, self.shared_outside, state.captures,
+                state.options, moving,
+            )  # fmt: skip
         if found is not None:
             self.settle_buffers(module, found)
             self.install(found, module, {})

@@ -74,12 +74,14 @@ class Between:
         calls: the calls of regions, in order.
         kept: nodes whose values somebody keeps after the forward -> where, in words.
         conditions: the lines between regions in which Python asks a tensor yes or no.
+        draws: whether it draws numbers there from the generators of Python or numpy.
     """
 
     captured: RegionGraph
     calls: Sequence[RegionCall]
     kept: Mapping[fx.Node, str]
     conditions: tuple[str, ...]
+    draws: bool
 
 
 Instead = Callable[[int, Callable[[Tensor], Tensor]], Any]
@@ -90,13 +92,15 @@ class ForwardPath:
     """Which of its forwards a model runs.
 
     Attributes:
-        attempt: number of the forward, where it leaves submodules out at random; another one draws other numbers.
+        attempt: number of the forward; another one draws other numbers.
         training: the mode of all its modules; None leaves each in its own.
+        gradients: with gradients.
         inverted: the line whose conditions on tensors are answered the other way round; None answers as they are.
     """
 
     attempt: int = 0
     training: bool | None = None
+    gradients: bool = False
     inverted: str | None = None
 
 
@@ -122,12 +126,10 @@ def follow_between(
         instead: makes the result of a call of a region, from the number of the call among all and a function for each
             tensor in it; the forward of the region is not run.
     """
-    with isolated(model), computable(model) as fake, torch.no_grad():
+    with isolated(model), computable(model) as fake, torch.set_grad_enabled(path.gradients):
         call_args, call_kwargs = computable_call(args, kwargs, fake)
         with swapped(model, {name: fake(tensor) for name, tensor in tensors.items()}):
-            if path.attempt:
-                _seed(path.attempt)
-            watch = _Watch(model, regions, None if instead is None else lambda number: instead(number, fake))
+            watch = _Watch(model, regions, path, None if instead is None else lambda number: instead(number, fake))
             conditions = Conditions(lambda: watch.is_inside, path.inverted)
             with _in_mode(model, path.training), watch.hooked(), watch, _Data(watch), conditions:
                 results = model(*call_args, **call_kwargs)
@@ -152,7 +154,9 @@ def _in_mode(model: nn.Module, training: bool | None) -> Iterator[None]:
 class _Watch(TorchDispatchMode):
     supports_higher_order_operators = True  # ops that take functions, as flex_attention does
 
-    def __init__(self, model: nn.Module, regions: Collection[str], instead: Callable[[int], Any] | None) -> None:
+    def __init__(
+        self, model: nn.Module, regions: Collection[str], path: ForwardPath, instead: Callable[[int], Any] | None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph, self.calls = fx.Graph(), list[RegionCall]()
         self._modules = {name: model.get_submodule(name) for name in regions}
@@ -168,6 +172,8 @@ class _Watch(TorchDispatchMode):
         self._running: list[tuple[RegionCall, list[Any]]] = []  # with the objects of their arguments
         self._results: list[fx.Node] = []
         self._kept: dict[fx.Node, str] = {}
+        self._attempt, self._draws = path.attempt, False
+        self._seed()
 
     # The regions.
 
@@ -209,7 +215,20 @@ class _Watch(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
+    def _seed(self) -> None:
+        """Seed all generators, so that a forward without the regions draws the same numbers between them."""
+        number = len(self.calls) + 1000 * self._attempt
+        seed(number)
+        random.seed(number)
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed(number)
+        self._seeded = _in_python()
+
+    def _look_for_draws(self) -> None:
+        self._draws = self._draws or _in_python() != self._seeded
+
     def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._look_for_draws()
         leaves, objects = parted(flattened((args, kwargs))[0])
         names = argument_names(type(module).forward, args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -240,7 +259,7 @@ class _Watch(TorchDispatchMode):
             plain = [plain_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             call.returned = plain, spec
         self._running.pop()  # copies of results are no ops between
-        _seed(len(self.calls))  # so that a forward without the regions draws the same numbers between them
+        self._seed()
 
     # The ops between.
 
@@ -258,6 +277,9 @@ class _Watch(TorchDispatchMode):
         return isinstance(leaf, Tensor) and (leaf in self._nodes or id(leaf) in self._names)
 
     def _add(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if func is torch.ops.aten.detach.default:  # autograd makes some, too
+            self._remember(result, self._node(args[0]))
+            return
         new_args, new_kwargs = pytree.tree_map_only(Tensor, self._node, (args, kwargs))
         if not isinstance(func, torch._ops.OpOverload):  # a graph holds no functions; no rule reads them
             nodes = [leaf for leaf in pytree.tree_leaves((new_args, new_kwargs)) if isinstance(leaf, fx.Node)]
@@ -353,6 +375,7 @@ class _Watch(TorchDispatchMode):
 
     def leave(self, results: Any) -> None:
         """Note the results of the model."""
+        self._look_for_draws()
         seen: list[Tensor] = [leaf for leaf in pytree.tree_leaves(results) if isinstance(leaf, Tensor)]
         leaves, objects = parted(flattened(results)[0])
         seen += [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -398,7 +421,7 @@ class _Watch(TorchDispatchMode):
             between=True,
             argument_names=tuple(node.name for node in results),
         )
-        return Between(captured, self.calls, kept, conditions)
+        return Between(captured, self.calls, kept, conditions, self._draws)
 
 
 class _Data(TorchFunctionMode):
@@ -433,11 +456,12 @@ def _has_own_backward() -> bool:
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
-def _seed(number: int) -> None:
-    seed(number)
-    random.seed(number)
-    if (numpy := sys.modules.get("numpy")) is not None:
-        numpy.random.seed(number)
+def _in_python() -> tuple[Any, ...]:
+    """Return the states of the generators of Python and numpy."""
+    if (numpy := sys.modules.get("numpy")) is None:
+        return (random.getstate(),)
+    _, words, place, *_ = numpy.random.get_state()
+    return random.getstate(), words.tobytes(), place
 
 
 def _meta(tensor: Tensor) -> Tensor:

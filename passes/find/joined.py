@@ -122,7 +122,7 @@ def _joined_alone(
     """
     try:
         found = joined(model, args, kwargs, {}, captures, options)
-    except CaptureError as error:
+    except Exception as error:  # the call itself may be at fault
         logger("discover").info("regions cannot be joined: %s", error)
         raise why from None
     if not found.joints:

@@ -2,7 +2,8 @@
 
     on_other_paths(model, ..., found) -> the joints that do not hold there, with the reasons
 
-One path is the other mode: training, where the first call was in eval mode. One more is each line in which Python asks
+One path is the other mode: training, where the first call was in eval mode; another is one with gradients. Where Python
+draws numbers, other draws are some more. One more is each line in which Python asks
 a tensor yes or no (`if mask.all():`), answered the other way round. A joint holds on a path if nothing pins it there,
 no other weight meets it, and the Python follows at the sizes that a shrink leaves. Numbers that Python reads from
 tensors (a count of groups) are left as they are.
@@ -10,7 +11,7 @@ tensors (a count of groups) are left as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,9 @@ from .joints_tried import not_followed
 
 MOST = 16
 """Lines with conditions that are tried, in the order in which they are met."""
+
+DRAWS = range(1, 9)
+"""More forwards that are tried where Python draws numbers."""
 
 
 def on_other_paths(
@@ -53,13 +57,15 @@ def on_other_paths(
     """
     if not found.joints:
         return {}
-    for other, words in _paths(model, between, path):
+    seen = [between]
+    for other, words in _paths(model, path, seen):
         try:
             after = follow_between(model, args, kwargs, found.analyses, path=other)
         except (Exception, SystemExit) as error:  # it does not run so with these arguments
             line = (str(error).strip().splitlines() or [""])[0]
             logger("discover").info("not followed %s: %s: %s", words, type(error).__name__, line)
             continue
+        seen.append(after)
         if _steps(after) == _steps(between):
             continue
         reasons, there = _held(model, after, found, experiments)
@@ -69,13 +75,20 @@ def on_other_paths(
     return {}
 
 
-def _paths(model: nn.Module, between: Between, path: ForwardPath) -> Iterator[tuple[ForwardPath, str]]:
-    yield replace(path, training=not model.training), "in eval mode" if model.training else "in training mode"
-    for line in between.conditions[:MOST]:
-        yield (
-            replace(path, inverted=line),
-            f"where `{line.splitlines()[-1].strip()}` ({file_and_line(line)}) goes the other way",
-        )
+def _paths(model: nn.Module, path: ForwardPath, seen: Sequence[Between]) -> Iterator[tuple[ForwardPath, str]]:
+    """Yield paths to try, with words for them; `seen` grows by what each has run."""
+    if seen[0].draws:
+        yield from ((replace(path, attempt=path.attempt + more), "with other draws") for more in DRAWS)
+    yield replace(path, gradients=True), "with gradients"
+    training = not model.training
+    words = "in training mode" if training else "in eval mode"
+    yield replace(path, training=training), words
+    if seen[-1].draws:
+        for more in DRAWS:
+            yield replace(path, training=training, attempt=path.attempt + more), f"{words} with other draws"
+    for line in seen[0].conditions[:MOST]:
+        code = line.splitlines()[-1].strip()
+        yield replace(path, inverted=line), f"where `{code}` ({file_and_line(line)}) goes the other way"
 
 
 def _held(model: nn.Module, between: Between, found: Across, experiments: bool) -> tuple[dict[WeightDim, str], Across]:

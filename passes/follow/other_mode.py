@@ -10,6 +10,7 @@ the ops that both modes run, and need no second graph.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +38,19 @@ _DROPS = {
 _OF_MODE = _DROPS | {F.batch_norm, F.instance_norm, F.rrelu, torch.rrelu, F.scaled_dot_product_attention}
 """Functions that do the same along every axis in both modes, in other ops."""
 
+_NOISE = {
+    getattr(torch.ops.aten, name)
+    for names in (
+        "empty new_empty empty_like rand rand_like randn randn_like bernoulli bernoulli_ uniform_ normal_",
+        "add add_ sub mul mul_ div div_ floor floor_ lt le gt ge",
+    )
+    for name in names.split()
+}
+"""Ops that draw, and those that change every entry by itself."""
+
+_COPIES = {torch.ops.aten.clone, torch.ops.aten.alias, torch.ops.aten.detach}
+_VIEWS = {torch.ops.aten.view, torch.ops.aten._unsafe_view, torch.ops.aten.reshape, torch.ops.aten._reshape_alias}
+
 
 def other_mode(
     module: nn.Module,
@@ -46,6 +60,7 @@ def other_mode(
     outside: Mapping[str, str],
     captures: Captures,
     options: CaptureOptions,
+    moving: frozenset[str] = frozenset(),
 ) -> Analysis | None:
     """Analyse a call in the other mode, if the forward runs other ops in it.
 
@@ -57,6 +72,7 @@ def other_mode(
         outside: see `RegionGraph.shared_outside`.
         captures: see `analyse_once`.
         options: of the model's captures.
+        moving: see `RegionGraph`.
 
     Returns:
         None where both modes run the same ops, and where the other cannot be run or captured.
@@ -68,10 +84,12 @@ def other_mode(
     for call in example_calls(axis_facts):
         try:
             with torch.set_grad_enabled(options.gradients):
-                if _ops(module, forward, call, training) == _ops(module, forward, call, other):
+                if _alike(_ops(module, forward, call, training), _ops(module, forward, call, other)):
                     return None
             with modes(module, other):
-                return analyse_once(module, name, call, outside, captures, forward=forward, options=options)
+                return analyse_once(
+                    module, name, call, outside, captures, forward=forward, moving=moving, options=options
+                )
         except NotTried:
             return None
         except CaptureError as error:
@@ -84,12 +102,39 @@ def other_mode(
     return None
 
 
-def _ops(module: nn.Module, forward: Forward, call: Call, training: Any) -> list[Any]:
-    """Run a call, and return its ops on floating-point tensors with their sizes and numbers."""
+@dataclass(frozen=True)
+class _Op:
+    """An op with the sizes of its tensors and its numbers.
+
+    `noise`: it does the same to every entry, and takes nothing but results of this forward: a path dropped at random.
+    """
+
+    func: Any
+    leaves: list[Any]
+    noise: bool
+
+
+def _alike(mine: list[_Op], theirs: list[_Op]) -> bool:
+    """Return whether two modes run the same ops, but for noise in one of them."""
+    i = j = 0
+    while i < len(mine) or j < len(theirs):
+        if i < len(mine) and j < len(theirs) and mine[i] == theirs[j]:
+            i, j = i + 1, j + 1
+        elif j < len(theirs) and theirs[j].noise:
+            j += 1
+        elif i < len(mine) and mine[i].noise:
+            i += 1
+        else:
+            return False
+    return True
+
+
+def _ops(module: nn.Module, forward: Forward, call: Call, training: Any) -> list[_Op]:
+    """Run a call, and return its ops on floating-point tensors."""
     with isolated(module), modes(module, training):
         seed(0)
         functions = _Functions()
-        ops = _Ops(functions)
+        ops = _Ops(functions, pytree.tree_leaves(call))
         with functions, ops:
             forward(module, *call[0], **call[1])
     return ops.seen
@@ -111,14 +156,24 @@ class _Functions(TorchFunctionMode):
 class _Ops(TorchDispatchMode):
     supports_higher_order_operators = True
 
-    def __init__(self, functions: _Functions) -> None:
+    def __init__(self, functions: _Functions, given: list[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: list[Any] = []
+        self.seen: list[_Op] = []
         self._functions = functions
+        self._made: dict[int, Any] = {id(leaf): leaf for leaf in given}  # kept, so that no other takes its identity
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        taken = pytree.tree_leaves((args, kwargs))
+        noise = getattr(func, "overloadpacket", None) in _NOISE
+        noise = noise and all(id(leaf) in self._made for leaf in taken if isinstance(leaf, Tensor))
         result = func(*args, **(kwargs or {}))
-        leaves = pytree.tree_leaves((args, kwargs, result))
-        if not self._functions.inside and any(isinstance(x, Tensor) and x.is_floating_point() for x in leaves):
-            self.seen.append((func, [tuple(x.shape) if isinstance(x, Tensor) else x for x in leaves]))
+        leaves = [*taken, *(results := pytree.tree_leaves(result))]
+        if not any(isinstance(x, Tensor) and x.is_floating_point() for x in leaves):
+            return result
+        self._made.update((id(leaf), leaf) for leaf in results if isinstance(leaf, Tensor))
+        packet = getattr(func, "overloadpacket", None)
+        if not self._functions.inside and packet not in _COPIES:
+            if packet in _VIEWS:  # which of them it is, memory decides
+                func, leaves = "view", [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            self.seen.append(_Op(func, [tuple(x.shape) if isinstance(x, Tensor) else x for x in leaves], noise))
         return result

@@ -144,9 +144,9 @@ def test_other_state_is_refused_with_the_line_that_changes_it(between, says):
     plain = Net(between)
     before = copy.deepcopy(plain)
     with pytest.raises(CaptureError, match=says):
-        ecospa_fx.compile(plain, example_inputs=(X,))
+        ecospa_fx.compile(plain, example_inputs=(X,), regions="root")
     with pytest.raises(CaptureError, match=says):
-        ecospa_fx.explain(plain, example_inputs=(X,))
+        ecospa_fx.explain(plain, example_inputs=(X,), regions="root")
     assert (plain.count, plain.log) == (before.count, before.log) and torch.equal(plain.plain, before.plain)
     plain(X)
     assert (plain.count, plain.log, torch.equal(plain.plain, before.plain)) != (0, [], True)
@@ -262,7 +262,7 @@ def test_a_draw_in_python_is_refused_and_leaves_every_generator(between, of):
     model = Net(between)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
     with pytest.raises(CaptureError, match=rf"draws from the random generator of {of} at test_state.py:\d+, and"):
-        ecospa_fx.compile(model, example_inputs=(X,))
+        ecospa_fx.compile(model, example_inputs=(X,), regions="root")
     assert states[:2] == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
     assert torch.equal(states[2], torch.get_rng_state())
 

@@ -138,7 +138,9 @@ def test_default_arguments_that_a_forward_only_reads_are_no_obstacle():
 
 def test_a_result_that_depends_on_the_gradient_mode_is_refused():
     with pytest.raises(CaptureError, match=r"output 0 without gradients \(torch.no_grad\) is another than with them"):
-        ecospa_fx.compile(Keeper(lambda self, h: h * 2 if torch.is_grad_enabled() else h), example_inputs=(X,))
+        ecospa_fx.compile(
+            Keeper(lambda self, h: h * 2 if torch.is_grad_enabled() else h), example_inputs=(X,), regions="root"
+        )
 
 
 def test_a_store_at_an_equal_value_is_told_from_none():
