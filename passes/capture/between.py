@@ -11,6 +11,7 @@ attribute, a list, a hook) is found by being alive still.
 from __future__ import annotations
 
 import gc
+import inspect
 import operator
 import random
 import sys
@@ -18,7 +19,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from types import CodeType, FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ecospa_fx.passes.graph.isolate import isolated, seed
-from ecospa_fx.passes.graph.namespaces import user_line
+from ecospa_fx.passes.graph.namespaces import foreign_code, user_line
 from ecospa_fx.passes.graph.tensors import named_tensors, parameters_of, same_storage, swapped
 from ecospa_fx.passes.ir.border import argument_names
 from ecospa_fx.passes.ir.region_graph import RegionGraph
@@ -172,6 +173,7 @@ class _Watch(TorchDispatchMode):
         self._running: list[tuple[RegionCall, list[Any]]] = []  # with the objects of their arguments
         self._results: list[fx.Node] = []
         self._kept: dict[fx.Node, str] = {}
+        self._with_backward = _forwards_of_functions()
         self._attempt, self._draws = path.attempt, False
         self._seed()
 
@@ -285,7 +287,7 @@ class _Watch(TorchDispatchMode):
             nodes = [leaf for leaf in pytree.tree_leaves((new_args, new_kwargs)) if isinstance(leaf, fx.Node)]
             new_args, new_kwargs = nodes, {}
         node = self._call(func, new_args, new_kwargs, result)
-        if _has_own_backward():
+        if _runs(self._with_backward):
             self._kept[node] = "a torch.autograd.Function between the regions has a backward of its own, of any kind"
         if isinstance(result, Tensor):
             self._remember(result, node)
@@ -443,17 +445,25 @@ class _Data(TorchFunctionMode):
 _READ, _WRITE = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]
 
 
-def _has_own_backward() -> bool:
-    """Return whether an op runs inside of a `torch.autograd.Function`."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _APPLY:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+def _forwards_of_functions() -> frozenset[CodeType]:
+    """Return the code of the forward of every `torch.autograd.Function` that is not torch's own."""
+    found: set[CodeType] = set()
+    waiting: list[type] = [torch.autograd.Function]
+    while waiting:
+        cls = waiting.pop()
+        waiting += cls.__subclasses__()
+        forward = vars(cls).get("forward")
+        if isinstance(forward, staticmethod) and not foreign_code(cls.__module__):
+            found.add(inspect.unwrap(forward.__func__).__code__)
+    return frozenset(found)
 
 
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+def _runs(codes: frozenset[CodeType]) -> bool:
+    """Return whether some of these functions runs now, in this thread."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code not in codes:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _in_python() -> tuple[Any, ...]:
