@@ -63,6 +63,20 @@ STEPS = {_parameter: "`target.weight`", _and_back: "`target.weight`", _buffer: "
          _held: "a tensor", _local: "a tensor"}  # fmt: skip
 
 
+def assert_shrinks(model, small):
+    """Shrink a compiled model, and compare its result and a gradient with those of a plain copy that is cut alike."""
+    keep = torch.tensor([0, 2, 3, 6, 7])
+    ecospa_fx.shrink(model, {"ffn": keep})
+    small.up.weight, small.up.bias, small.down.weight = (
+        nn.Parameter(t) for t in (small.up.weight[keep], small.up.bias[keep], small.down.weight[:, keep])
+    )
+    a, b = model(X), small(X)
+    torch.testing.assert_close(a, b)
+    a.square().sum().backward()
+    b.square().sum().backward()
+    torch.testing.assert_close(model.up.weight.grad, small.up.weight.grad)
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_other_data_is_refused_with_its_line(step):
     model = Net(step).double()
@@ -89,16 +103,7 @@ def test_other_data_between_layers_is_assigned_by_the_models_own_python(step):
             ecospa_fx.compile(model, example_inputs=(X,))
         return
     ecospa_fx.compile(model, example_inputs=(X,))
-    keep = torch.tensor([0, 2, 3, 6, 7])
-    ecospa_fx.shrink(model, {"ffn": keep})
-    small.up.weight, small.up.bias, small.down.weight = (
-        nn.Parameter(t) for t in (small.up.weight[keep], small.up.bias[keep], small.down.weight[:, keep])
-    )
-    a, b = model(X), small(X)
-    torch.testing.assert_close(a, b)
-    a.square().sum().backward()
-    b.square().sum().backward()
-    torch.testing.assert_close(model.up.weight.grad, small.up.weight.grad)
+    assert_shrinks(model, small)
 
 
 def test_data_that_is_read_is_named_where_torch_cannot_follow():
@@ -139,16 +144,7 @@ def test_results_may_be_written_into_tensors_that_are_given(step):
     model = Net(step).double()
     small = copy.deepcopy(model)
     ecospa_fx.compile(model, example_inputs=(X,))
-    keep = torch.tensor([0, 2, 3, 6, 7])
-    ecospa_fx.shrink(model, {"ffn": keep})
-    small.up.weight, small.up.bias, small.down.weight = (
-        nn.Parameter(t) for t in (small.up.weight[keep], small.up.bias[keep], small.down.weight[:, keep])
-    )
-    a, b = model(X), small(X)
-    torch.testing.assert_close(a, b)
-    a.square().sum().backward()
-    b.square().sum().backward()
-    torch.testing.assert_close(model.up.weight.grad, small.up.weight.grad)
+    assert_shrinks(model, small)
 
 
 @pytest.mark.filterwarnings("ignore:forward hooks on 0, 2 are part of the captured graph")
