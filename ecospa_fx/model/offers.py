@@ -103,8 +103,9 @@ class Offers:
         """Write into `plan` the entries that parameters keep under a selection of the naming graph's atoms."""
         first = self.naming_graph.axis_facts
         write_plan(plan, self.region, first.parameters, kept)
-        known = first.parameters.keys() & first.captured.used()
-        for other in self.specializations[1:]:
+        others = self.specializations[1:]
+        known = first.parameters.keys() & first.captured.used() if others else set()
+        for other in others:
             # A graph may use tensors that the others do not: noise that only training adds, statistics of a batch norm.
             more = {name: exprs for name, exprs in other.axis_facts.parameters.items() if name not in known}
             if more:

@@ -90,7 +90,7 @@ Instead = Callable[[int, Callable[[Tensor], Tensor]], Any]
 
 @dataclass(frozen=True)
 class ForwardPath:
-    """Which of its forwards a model runs.
+    """Choice of one of the forwards that a model may run.
 
     Attributes:
         attempt: number of the forward; another one draws other numbers.

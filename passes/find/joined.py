@@ -118,7 +118,7 @@ def _joined_alone(
     """Join submodules that have no coupling of their own: single layers in a forward that cannot be captured.
 
     Raises:
-        CaptureError: `why`; there is no coupling across them either.
+        CaptureError: `why`, where they have not a coupling between them either.
     """
     try:
         found = joined(model, args, kwargs, {}, captures, options)

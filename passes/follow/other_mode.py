@@ -164,14 +164,13 @@ class _Ops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         taken = pytree.tree_leaves((args, kwargs))
-        noise = getattr(func, "overloadpacket", None) in _NOISE
-        noise = noise and all(id(leaf) in self._made for leaf in taken if isinstance(leaf, Tensor))
+        packet = getattr(func, "overloadpacket", None)
+        noise = packet in _NOISE and all(id(leaf) in self._made for leaf in taken if isinstance(leaf, Tensor))
         result = func(*args, **(kwargs or {}))
         leaves = [*taken, *(results := pytree.tree_leaves(result))]
         if not any(isinstance(x, Tensor) and x.is_floating_point() for x in leaves):
             return result
         self._made.update((id(leaf), leaf) for leaf in results if isinstance(leaf, Tensor))
-        packet = getattr(func, "overloadpacket", None)
         if not self._functions.inside and packet not in _COPIES:
             if packet in _VIEWS:  # which of them it is, memory decides
                 func, leaves = "view", [leaf for leaf in leaves if isinstance(leaf, Tensor)]

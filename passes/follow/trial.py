@@ -54,7 +54,7 @@ class Trial:
         axes_of_size: number of entries -> axes, and parts of axes, with as many.
         given: the tensors that modules were given.
         course: how far the forward came in the latest comparison.
-        other_mode_tells: whether it is also tried for errors in the mode of which it is no graph.
+        other_mode_tells: whether the other mode, which this graph is not of, is tried for errors too.
     """
 
     def __init__(
